@@ -1,0 +1,68 @@
+"""The methods' settings: what a run file says under `method`. No torch here: `--help` reads this.
+
+Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class MethodConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoRA(MethodConfig):
+    """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+
+    name: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=4096)
+    """R, the width of the update; a linear layer trains rank * (in + out) parameters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scaling; no unit."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the inputs of A set to zero while training; 0 trains fastest."""
+    rslora: bool = False
+    """scaling = alpha / sqrt(rank) instead of alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """all-linear (every linear layer but the output head, fused experts included), a list of
+    module names or name endings, or one regular expression that matches the whole module path."""
+    exclude: list[str] = Field(default_factory=list)
+    """Module names, name endings or regular expressions that are left alone though `targets` names them."""
+    layers: list[int] = Field(default_factory=list)
+    """Only these layer numbers (0 is the first); empty: all. Has no effect on a module outside the layers."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Regular expression of the end of a module path -> rank; the first that matches wins."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Regular expression of the end of a module path -> alpha; the first that matches wins."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Train the base's biases too: of every module (all) or of the targeted ones (lora_only)."""
+    train_modules: list[str] = Field(default_factory=list)
+    """Modules (names or endings) trained in full beside the update, for instance lm_head."""
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> "LoRA":
+        sources = [*self.rank_pattern, *self.alpha_pattern, *self.exclude]
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            sources.append(self.targets)
+        for source in sources:
+            try:
+                re.compile(source)
+            except re.error as fault:
+                raise ValueError(f"{source!r} is not a regular expression: {fault}") from None
+        if isinstance(self.targets, list) and not self.targets:
+            raise ValueError("targets is empty: nothing would be trained")
+        if bad := [r for r in self.rank_pattern.values() if r < 1]:
+            raise ValueError(f"rank_pattern holds ranks below 1: {bad}")
+        return self
+
+
+class Full(MethodConfig):
+    """Every weight of the base trains; the result is a model folder, not an adapter."""
+
+    name: Literal["full"] = "full"
+
+
+Method = LoRA | Full
+METHODS: dict[str, type[LoRA] | type[Full]] = {"lora": LoRA, "full": Full}

@@ -1,0 +1,134 @@
+"""Which modules a method's settings name: the matching rules of PEFT, and an error where it is silent.
+
+A list entry t matches a path p if p == t or p ends with "." + t. A string is one regular expression that
+matches the whole path. `all-linear` is every linear layer but the output head, fused experts included.
+A rank or alpha pattern matches at the end of a path, from a dot on; the first that matches wins.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from veneer.adapters.config import LoRA
+from veneer.adapters.experts import expert_parameters
+from veneer.errors import ConfigError
+from veneer.linear import frozen_linear
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, fully trained modules, biases."""
+
+    linears: list[str]
+    embeddings: list[str]
+    experts: list[str]
+    trained: list[str]
+    biases: list[str]
+    adaptable: int
+    """How many linear layers and expert parameters the model has beside its output head."""
+
+
+def ends_with(path: str, entry: str) -> bool:
+    return path == entry or path.endswith("." + entry)
+
+
+def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def layer_number(path: str) -> int | None:
+    """The first number among a path's segments: which layer the module belongs to."""
+    return next((int(segment) for segment in path.split(".") if segment.isdigit()), None)
+
+
+def near(name: str, names: list[str]) -> str:
+    """What exists and resembles a name that does not: by last segments, so a message stays short."""
+    endings = sorted({n.rsplit(".", 1)[-1] for n in names})
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3, cutoff=0.5)
+    return f"nearest: {', '.join(close)}" if close else f"the model has: {', '.join(endings)}"
+
+
+def _names(entry: str, paths: list[str]) -> list[str]:
+    """Paths that an exclude entry names: exactly, by ending, or as a regular expression of the whole path."""
+    return [p for p in paths if ends_with(p, entry) or re.fullmatch(entry, p)]
+
+
+def find_targets(model: nn.Module, config: LoRA, *, head: nn.Module | None) -> Targets:
+    """Resolve the settings on an unadapted model; ConfigError lists every entry that matches nothing."""
+    modules = dict(model.named_modules())
+    head_path = next((path for path, module in modules.items() if module is head), None)
+    linears = [path for path, module in modules.items() if frozen_linear(module) is not None]
+    embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+    experts = [f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)]
+    body = [path for path in linears if path != head_path]
+    everything = [*linears, *embeddings, *experts]
+    faults: list[str] = []
+
+    def by_entries(entries: list[str], what: str, among: list[str]) -> list[str]:
+        found: set[str] = set()
+        for entry in entries:
+            hits = [path for path in among if ends_with(path, entry)]
+            if not hits:
+                faults.append(f"{what} {entry!r} matches no module; {near(entry, among)}")
+            found.update(hits)
+        return [path for path in among if path in found]
+
+    trained = by_entries(config.train_modules, "train_modules", [path for path in modules if path])
+    for path in trained:
+        if any(modules[path].children()):
+            faults.append(
+                f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)"
+            )
+    if config.targets == "all-linear":
+        chosen = [*body, *experts]
+    elif isinstance(config.targets, str):
+        chosen = [path for path in everything if re.fullmatch(config.targets, path)]
+        if not chosen:
+            faults.append(
+                f"targets {config.targets!r} is a regular expression and matches no whole path; "
+                f"for instance '.*{linears[-1].rsplit('.', 1)[-1]}' would; {near(config.targets, everything)}"
+            )
+    else:
+        chosen = by_entries(config.targets, "targets", everything)
+    for entry in config.exclude:
+        if not _names(entry, everything):
+            faults.append(f"exclude {entry!r} matches no module; {near(entry, everything)}")
+    excluded = {path for entry in config.exclude for path in _names(entry, everything)}
+    chosen = [
+        p for p in chosen if p not in excluded and not any(p == t or p.startswith(t + ".") for t in trained)
+    ]
+    if config.layers:
+        numbers = {number for path in everything if (number := layer_number(path)) is not None}
+        if unknown := sorted(set(config.layers) - numbers):
+            faults.append(f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}")
+        chosen = [path for path in chosen if layer_number(path) in config.layers]
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if chosen and not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
+                faults.append(f"{field} {pattern!r} matches no targeted module; {near(pattern, chosen)}")
+    if not chosen and not faults:
+        faults.append("after exclude and layers nothing is left to adapt")
+    if faults:
+        raise ConfigError(
+            "the adapter's settings do not fit the model", faults, "Correct the names and start again."
+        )
+    biases = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[config.bias]
+    with_bias = [p for p in biases if "bias" in dict(modules[p].named_parameters(recurse=False))]
+    taken = set(chosen)
+    return Targets(
+        linears=[p for p in linears if p in taken],
+        embeddings=[p for p in embeddings if p in taken],
+        experts=[p for p in experts if p in taken],
+        trained=trained,
+        biases=[p for p in with_bias if not any(p == t or p.startswith(t + ".") for t in trained)],
+        adaptable=len(body) + len(experts),
+    )

@@ -1,0 +1,218 @@
+"""What notebooks and the command line call. Everything here composes the rooms below; nothing computes.
+
+base    = veneer.load("smollm2-135m")
+adapter = base.attach(veneer.LoRA(rank=16), name="tickets")
+run     = veneer.train("smollm2-135m", "tickets.jsonl", out="runs/tickets")
+base.load_adapter("runs/tickets/adapter", name="tickets")
+base.use("tickets")
+print(base.generate("Where is my parcel?"))
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters.attach import Attachment, attach, detach
+from veneer.adapters.config import Full, LoRA
+from veneer.data.check import CheckReport
+from veneer.data.examples import Example
+from veneer.data.load import examine_data, load_data
+from veneer.data.template import ChatTemplate
+from veneer.errors import ConfigError
+from veneer.evaluate.run import evaluate as evaluate_rows
+from veneer.models import base as models_base
+from veneer.models.generate import generate
+from veneer.models.load import DtypeName, load_base, load_tokenizer
+from veneer.models.step import Paths, evaluation_loss, prepare
+from veneer.report.page import write_report
+from veneer.store.adapter import load_adapter
+from veneer.train.config import DataConfig, RunConfig
+from veneer.train.run import resume_config as resume_config
+from veneer.train.run import run_training
+from veneer.train.screen import QuietScreen, Screen
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Base(models_base.Base):
+    """A frozen causal LM that adapters sit on. Made by `load`."""
+
+    _paths: Paths | None = field(default=None, repr=False)
+
+    @property
+    def paths(self) -> Paths:
+        """Which fast paths this model takes; proven on its first use, before any adapter is attached."""
+        if self._paths is None:
+            self._paths = prepare(self.model)
+        return self._paths
+
+    def attach(self, config: LoRA, *, name: str, seed: int = 0) -> Attachment:
+        """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
+        _ = self.paths
+        head = self.model.get_output_embeddings()
+        made = attach(self.model, config, name=name, routing=self.routing, head=head, seed=seed)
+        self.attachments[name] = made
+        return made
+
+    def load_adapter(self, folder: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
+        """Read an adapter folder (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
+
+        AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
+        """
+        _ = self.paths
+        chosen = Path(folder).name if name is None else name
+        load_adapter(self, folder, name=chosen, force_base=force_base)
+        return chosen
+
+    def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
+        """Let one adapter act, several with weights, or none: the base alone, bit for bit. A pointer change."""
+        names = [] if name is None else [name] if isinstance(name, str) else list(name)
+        if unknown := [n for n in names if n not in self.attachments]:
+            have = ", ".join(repr(n) for n in self.attachments) or "none"
+            raise ConfigError(f"no adapter named {unknown[0]!r} is loaded", next_step=f"Loaded: {have}.")
+        if weights is not None and len(weights) != len(names):
+            raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
+        self.routing.active = tuple(zip(names, weights or [1.0] * len(names), strict=True))
+
+    @contextmanager
+    def using(
+        self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None
+    ) -> Iterator[None]:
+        """`use` within a block; afterwards what acted before acts again."""
+        before = self.routing.active
+        self.use(name, weights)
+        try:
+            yield
+        finally:
+            self.routing.active = before
+
+    def detach(self, name: str) -> None:
+        """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit."""
+        if name not in self.attachments:
+            raise ConfigError(f"no adapter named {name!r} is loaded")
+        self.routing.active = tuple((n, w) for n, w in self.routing.active if n != name)
+        detach(self.model, name)
+        del self.attachments[name]
+
+    def generate(
+        self, prompt: Prompt, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:  # fmt: skip
+        """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece."""
+        ids = self._prompt_ids(prompt)
+        stream = _TextStream(self.tokenizer, on_text) if on_text is not None else None
+        (answer,) = generate(
+            self, [ids], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            on_token=stream,
+        )  # fmt: skip
+        if stream is not None:
+            stream.end(answer)
+        return _text(self.tokenizer, answer)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            if not isinstance(prompt, str):
+                raise ConfigError("this base has no chat template: give the prompt as a string")
+            return list(self.tokenizer(prompt)["input_ids"])
+        messages = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        )
+        return ChatTemplate(self.tokenizer).encode_prompt(messages)
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _TextStream:
+    """Turns ids into text as they come; holds back what may still change, such as half a character."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: list[int] = []
+        self.sent = 0
+
+    def __call__(self, token: int) -> None:
+        self.ids.append(token)
+        self._send(_text(self.tokenizer, self.ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self.sent and not text.endswith("\ufffd"):
+            self.on_text(text[self.sent :])
+            self.sent = len(text)
+
+    def end(self, ids: list[int]) -> None:
+        text = _text(self.tokenizer, ids)
+        if len(text) > self.sent:
+            self.on_text(text[self.sent :])
+
+
+def load(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Base:
+    """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named default.
+
+    dtype auto keeps the type the weights are stored in; device auto takes a GPU if there is one.
+    """
+    loaded = load_base(source, dtype=dtype, device=device)
+    return Base(**vars(loaded))
+
+
+def train(base: str, data: str | Mapping[str, Any], *, out: str | Path, method: LoRA | Full | None = None, **settings: Any) -> dict[str, Any]:  # fmt: skip
+    """Train and return the run's summary (the content of summary.json). `settings`: the run file's fields."""
+    config = RunConfig(base=base, data=data, out=str(out), method=method or LoRA(), **settings)  # type: ignore[arg-type]
+    return train_run(config, resume=False, screen=QuietScreen())
+
+
+def train_run(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str, Any]:
+    """Run what a run file says, write its report, and return what summary.json holds."""
+    summary = run_training(config, resume=resume, screen=screen)
+    write_report(Path(config.out))
+    screen.end(summary)
+    return summary
+
+
+def check_data(
+    data: str, *, base: str, length: int = 2048, format: str = "auto", train_on: str = "assistant",
+    long_rows: str = "refuse", validation: str | None = None,
+) -> tuple[CheckReport, list[Example], Any]:  # fmt: skip
+    """What would be trained on: the report, the examples, and the tokenizer to show them with. Loads no weights."""
+    tokenizer = load_tokenizer(base)
+    fields = DataConfig.model_validate(
+        {
+            "train": data,
+            "format": format,
+            "train_on": train_on,
+            "long_rows": long_rows,
+            "validation": validation,
+        }
+    )
+    loaded = examine_data(**fields.model_dump(), length=length, tokenizer=tokenizer)
+    return loaded.report, loaded.train, tokenizer
+
+
+def evaluate(
+    base: Base, data: str, *, metrics: Sequence[str] = (), length: int = 2048, format: str = "auto",
+    train_on: str = "assistant", max_new_tokens: int = 256, batch: int = 16, predictions: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use."""
+    fields = DataConfig.model_validate(
+        {"train": data, "validation_share": 0.0, "format": format, "train_on": train_on}
+    )
+    loaded = load_data(**fields.model_dump(), length=length, tokenizer=base.tokenizer)
+
+    def loss(examples: Sequence[Example]) -> tuple[float, int]:
+        return evaluation_loss(base.model, base.paths, base.routing, examples, batch=batch)
+
+    return evaluate_rows(
+        base, loaded.train_rows, loaded.train, metrics, loss=loss, max_new_tokens=max_new_tokens,
+        batch=batch, predictions=predictions,
+    )  # fmt: skip
+
+
+def read_summary(run: str | Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    found: dict[str, Any] = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,79 @@
+"""Talk to a base, with or without an adapter; the answer is shown as it is made.
+
+In the conversation: /system TEXT sets the system message and starts anew, /reset starts anew,
+/exit or Ctrl-D leaves, Ctrl-C stops an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.common import add_base, load_base
+from veneer.cli.generate import add_sampling
+from veneer.errors import VeneerError
+from veneer.train.wording import shown
+
+if TYPE_CHECKING:
+    from veneer.api import Base
+
+HELP = "/system TEXT  /reset  /exit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_base(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    base = load_base(args)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # input() then has arrow keys and a history
+
+        print(f"{HELP}  (Ctrl-C stops an answer)", file=sys.stderr)
+    system: str | None = args.system
+    messages = _opening(system)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return 0
+        elif command in ("/reset", "/system"):
+            if command == "/system":
+                system = rest.strip() or None
+            messages = _opening(system)
+            print("new conversation", file=sys.stderr)
+        elif line.startswith("/"):
+            print(f"unknown command {command}: there is {HELP}", file=sys.stderr)
+        elif line:
+            messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
+
+
+def _opening(system: str | None) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": system}] if system is not None else []
+
+
+def _answer(base: Base, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The conversation with the answer, which is printed; without the question where it failed."""
+    pieces: list[str] = []
+
+    def show(text: str) -> None:
+        pieces.append(text)
+        print(shown(text), end="", flush=True)
+
+    try:
+        answer = base.generate(
+            messages, max_new_tokens=args.max_tokens, temperature=args.temperature, on_text=show
+        )
+    except KeyboardInterrupt:
+        answer = "".join(pieces)
+    except VeneerError as error:  # too long for the model, say: the conversation goes on without it
+        print(shown(error), file=sys.stderr)
+        return messages[:-1]
+    print()
+    return [*messages, {"role": "assistant", "content": answer}]

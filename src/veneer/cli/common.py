@@ -1,0 +1,142 @@
+"""What several commands share: JSON on stdout, a console for people, where a base and an adapter are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from veneer.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.api import Base
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="data as JSON on stdout, talk on stderr")
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """--base, --adapter and what belongs to them."""
+    parser.add_argument(
+        "--base",
+        metavar="B",
+        help="hub id, folder, .gguf file or named default; default: the adapter's own base",
+    )
+    parser.add_argument(
+        "--adapter", metavar="A", help="adapter folder, or the folder of the run that made it"
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="use the adapter though it was trained on another base"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
+
+
+def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
+    """--length, --format, --train-on and what else of data is a choice, said as a run file's settings are."""
+    from veneer.cli.config_file import field_help
+    from veneer.train.config import DataConfig, RunConfig
+
+    length = RunConfig.model_fields["length"].default
+    parser.add_argument(
+        "--length", type=int, default=length, metavar="N", help=f"longest row, tokens; default: {length}"
+    )
+    for name in ("format", "train_on", *others):
+        field = DataConfig.model_fields[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            choices=get_args(field.annotation),
+            default=field.default,
+            help=field_help(("data", name)),
+        )
+
+
+def load_base(args: argparse.Namespace) -> Base:
+    """The base that the arguments name, with the adapter on it and in use, if one is named."""
+    from veneer import api
+
+    source, adapter = base_and_adapter(args.base, args.adapter)
+    base = api.load(source, dtype=args.dtype, device=args.device)
+    if adapter is not None:
+        base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
+    return base
+
+
+def base_and_adapter(base: str | None, adapter: str | None) -> tuple[str, Path | None]:
+    """The base to load, and the adapter's own folder; the adapter says its base where none is named."""
+    folder = adapter_folder(adapter) if adapter else None
+    if base:
+        return base, folder
+    if folder is None:
+        raise ConfigError(
+            "no base is named",
+            [],
+            "Give --base (a hub id, a folder, a .gguf file or smollm2-135m) or --adapter.",
+        )
+    name = _trained_on(folder)
+    if not name:
+        raise SourceError(f"{folder} does not say which base it was trained on", [], "Name it: --base B.")
+    return name, folder
+
+
+def adapter_folder(named: str) -> Path:
+    """The folder with adapter_config.json: the one named, or `adapter/` in the run folder named."""
+    folder = Path(named)
+    for each in (folder, folder / "adapter"):
+        if (each / "adapter_config.json").is_file():
+            return each
+    if (folder / "model" / "config.json").is_file():
+        raise SourceError(
+            f"{folder} is a run of full fine-tuning: it made a model, not an adapter",
+            [],
+            f"Leave --adapter out and give --base {folder / 'model'}.",
+        )
+    faults = [f"{each / 'adapter_config.json'} is not there" for each in (folder, folder / "adapter")]
+    raise SourceError(f"no adapter at {folder}", faults)
+
+
+def _trained_on(folder: Path) -> str | None:
+    """The base as the run named it, else as adapter_config.json does."""
+    for file, key in (
+        (folder.parent / "run.yaml", "base"),
+        (folder / "adapter_config.json", "base_model_name_or_path"),
+    ):
+        if not file.is_file():
+            continue
+        import yaml
+
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+        except (OSError, ValueError, yaml.YAMLError) as fault:
+            raise SourceError(f"cannot read {file}: {fault}", [], "Name the base: --base B.") from None
+        if isinstance(values, dict) and isinstance(values.get(key), str) and values[key]:
+            return str(values[key])
+    return None
+
+
+def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """One JSON document on stdout; a number that is not finite is null."""
+    print(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def make_console(*, json: bool) -> Console:
+    """Where people read: stdout, or stderr when stdout is data. Never guesses markup in foreign text."""
+    from rich.console import Console
+
+    return Console(stderr=json, highlight=False, markup=False, emoji=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value

@@ -1,0 +1,124 @@
+"""What a data set would teach, as the model will see it; trains nothing and loads no weights.
+
+For instance:
+
+  veneer data check tickets.jsonl --base smollm2-135m
+
+Shows a row with the trained tokens marked, tokens by role, lengths, and every problem with its rows.
+Exits 4 if a run would refuse the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.common import add_data, add_json, make_console, print_json
+from veneer.errors import InputError
+from veneer.train.wording import folded, percent, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.data.check import CheckReport
+    from veneer.data.examples import Example
+
+SAMPLE_CHARACTERS = 1200  # of a stretch of tokens; the middle of a longer one is left out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer data check D --base B [--validation V] [--length N] [--format F] [--json]"
+    parser.add_argument("action", choices=["check"], metavar="check", help="the one thing to do here so far")
+    parser.add_argument("data", metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
+    parser.add_argument("--base", required=True, metavar="B", help="whose tokens and chat template are taken")
+    parser.add_argument("--validation", metavar="V", help="held-out rows; also looked through for rows of D")
+    add_data(parser, "long_rows")
+    parser.add_argument(
+        "--row", type=int, metavar="LINE", help="show the row of this line; default: the first"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer import api
+
+    report, examples, tokenizer = api.check_data(
+        args.data,
+        base=args.base,
+        length=args.length,
+        format=args.format,
+        train_on=args.train_on,
+        long_rows=args.long_rows,
+        validation=args.validation,
+    )
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        console = make_console(json=False)
+        _print_sample(console, examples, tokenizer, args.row)
+        _print_report(console, args.data, report)
+    return 4 if report.refused else 0
+
+
+def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any, line: int | None) -> None:
+    """One row as the model sees it, the trained tokens coloured, or between « and » without colours."""
+    from rich.text import Text
+
+    from veneer.data.check import render_sample
+
+    chosen = [each for each in examples if line is None or each.ref.line == line]
+    if not chosen:
+        if line is None:
+            return
+        raise InputError(f"no row of line {line} is trained on", [], "Name another one, or leave --row out.")
+    coloured = console.color_system is not None and not console.no_color
+    text = Text()
+    for piece, trained, _ in render_sample(tokenizer, chosen[0]):
+        piece = shown(_middle_cut(piece))
+        if not trained:
+            text.append(piece, style="dim")
+        else:
+            text.append(piece if coloured else f"«{piece}»", style="bold green")
+    marked = "in green" if coloured else "between « and »"
+    console.print(f"{chosen[0].ref}, as the model sees it; trained on: {marked}", soft_wrap=True)
+    console.print(text, soft_wrap=True)
+    console.print()
+
+
+def _print_report(console: Console, data: str, report: CheckReport) -> None:
+    problems = len(report.problems)
+    facts = [
+        f"{report.rows:,} rows",
+        f"{report.validation_rows:,} held out",
+        " and ".join(report.formats) or "no layout",
+    ]
+    facts.append(f"{problems} problem{'' if problems == 1 else 's'}")
+    console.print(f"{shown(data)}: {' · '.join(facts)}", style="bold", soft_wrap=True)
+    console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
+    rows = [
+        (role or "plain text", n, report.trained_by_role.get(role, 0))
+        for role, n in report.tokens_by_role.items()
+    ]
+    for role, tokens, trained in [*rows, ("all", report.tokens, report.trained_tokens)]:
+        console.print(f"  {shown(role):<12}{tokens:>12,}{trained:>12,}  {percent(trained, tokens)}")
+    stops = " or ".join(map(shown, report.stop_tokens)) or "none"
+    facts = [f"stop token trained: {report.stop_token_trained} ({stops})", f"length median {report.median:,}"]
+    facts += [f"longest {report.longest:,} of {report.length:,} tokens"]
+    console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
+    most = max((rows for _, rows in report.histogram), default=0)
+    for longest, count in report.histogram:
+        bar = "█" * max(round(30 * count / most), 1 if count else 0)
+        console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip())
+    for problem in report.problems:
+        console.print(f"  {shown(problem)}", style="red" if problem.fatal else "yellow", soft_wrap=True)
+        if problem.next_step:
+            console.print(f"      {shown(problem.next_step)}", soft_wrap=True)
+    if report.refused:
+        console.print("A run would refuse this data.", soft_wrap=True)
+
+
+def _middle_cut(text: str) -> str:
+    """A long piece without its middle: its ends are where the mask begins and stops."""
+    half = SAMPLE_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,140 @@
+"""Versions, processor, memory, GPU, caches and extras: what a bug report needs. Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from veneer import __version__
+from veneer.cli.common import add_json, make_console, print_json
+from veneer.train.wording import size
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "numpy",
+    "gguf",
+    "jinja2",
+    "peft",
+)
+EXTRAS = {
+    "parquet": "pyarrow",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+}
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = find_facts()
+    if args.json:
+        print_json(facts)
+        return 0
+    console = make_console(json=False)
+    for part, values in facts.items():
+        console.print(part, style="bold")
+        for name, value in values.items():
+            console.print(f"  {name.removesuffix('_bytes'):<17} {_shown(name, value)}", soft_wrap=True)
+    return 0
+
+
+def find_facts() -> dict[str, dict[str, Any]]:
+    """Facts by part; a number whose name ends in _bytes is in bytes, None is "not there"."""
+    import torch
+
+    memory = _memory()
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
+    )
+    cache = cache.expanduser()
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {
+            "veneer": __version__,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "processor": {
+            "model": _cpu_line("model name") or platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "cores usable": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "features": [
+                f for f in CPU_FLAGS if f in (_cpu_line("flags") or _cpu_line("Features") or "").split()
+            ],
+            "torch uses": torch.backends.cpu.get_cpu_capability(),
+            "torch threads": torch.get_num_threads(),
+        },
+        "memory": {"total_bytes": memory.get("MemTotal"), "available_bytes": memory.get("MemAvailable")},
+        "gpu": {
+            "cuda": torch.version.cuda,
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            if cuda
+            else [],
+            "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+            "mps": torch.backends.mps.is_available(),
+        },
+        "disk": {
+            "hub cache": str(cache),
+            "hub cache exists": cache.is_dir(),
+            "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
+            "free here_bytes": shutil.disk_usage(".").free,
+            "free for the cache_bytes": shutil.disk_usage(_nearest_existing(cache)).free,
+        },
+        "extras": {name: util.find_spec(module) is not None for name, module in EXTRAS.items()},
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return size(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_line(name: str) -> str | None:
+    file = Path("/proc/cpuinfo")
+    if file.is_file():
+        for line in file.read_text(errors="replace").splitlines():
+            if line.split(":")[0].strip() == name:
+                return line.partition(":")[2].strip()
+    return None
+
+
+def _memory() -> dict[str, int]:
+    """/proc/meminfo in bytes; empty where there is none."""
+    file = Path("/proc/meminfo")
+    if not file.is_file():
+        return {}
+    rows = (line.split() for line in file.read_text().splitlines())
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3}
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.exists())

@@ -1,0 +1,85 @@
+"""Answer one prompt: given as an argument, or read from stdin.
+
+For instance:
+
+  veneer generate --base smollm2-135m "What is a veneer?"
+  veneer generate --adapter runs/tickets < ticket.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from veneer.cli.common import add_base, add_json, load_base, print_json
+from veneer.errors import InputError
+from veneer.train.wording import shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the user's message; without it, stdin")
+    add_base(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system message before it")
+    add_sampling(parser)
+    add_json(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """--max-tokens and --temperature, with their limits."""
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least_one,
+        default=256,
+        metavar="N",
+        help="longest answer, tokens; default: 256",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token each time (default); up to 2, higher is more varied",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    if not prompt.strip():
+        raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
+    asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
+    if args.system is not None:
+        asked = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
+    base = load_base(args)
+    streams = sys.stdout.isatty() and not args.json
+    answer = base.generate(
+        asked,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        on_text=_print_piece if streams else None,
+    )
+    if args.json:
+        print_json({"prompt": asked, "answer": answer})
+    else:
+        # A file or a pipe gets the answer as it is; a terminal never gets its control characters.
+        print("" if streams else answer)
+    return 0
+
+
+def _print_piece(text: str) -> None:
+    print(shown(text), end="", flush=True)
+
+
+def at_least_one(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 2.0:  # also refuses nan
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2")
+    return value

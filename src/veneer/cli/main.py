@@ -1,0 +1,115 @@
+"""`veneer`: finds the command, runs it, and turns what went wrong into a message and an exit code.
+
+A command is one file with `summary`, `add_arguments(parser)` and `run(args) -> int`, imported only when
+it is asked for. This file loads neither torch nor transformers nor pydantic nor rich: help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn, TextIO
+
+from veneer import __version__
+from veneer.errors import VeneerError
+from veneer.train.wording import shown
+
+COMMANDS = {
+    "demo": "fine-tune a small real model in a few minutes and see before and after",
+    "train": "train an adapter (or every weight) from a run file or from flags",
+    "data": "look at training data as the model will see it: veneer data check",
+    "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
+    "generate": "answer one prompt",
+    "chat": "talk to a base, with or without an adapter",
+    "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
+}
+
+EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it does not fit (memory, disk),
+4 a check refused, 5 training diverged, 130 interrupted with a checkpoint saved"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors look like all others: what is wrong, then what to do; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{self.prog}: {message}\nSee {self.prog} --help.")
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows code page has no ▼: print ? rather than fail
+            stream.reconfigure(errors="replace")
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except VeneerError as error:
+        print_error(str(error))
+        return error.exit_code
+    except SystemExit as leaving:  # argparse, after --help or an error that it has printed
+        return int(leaving.code or 0)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (`veneer ... | head`). What is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print_error(
+            "This is a bug in Veneer, not in what you typed. Please report it to the project's issue"
+            " tracker, with the lines above and what `veneer doctor --json` prints."
+        )
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(
+        prog="veneer",
+        description="Fine-tune language models by training a thin layer over a frozen base.",
+        epilog="\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+        + f"\n\nveneer COMMAND --help says more.\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="veneer COMMAND ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"veneer {__version__}")
+    if not argv:
+        parser.print_help()
+        return 0
+    if argv[0].startswith("-"):
+        parser.parse_args(argv)  # --help and --version leave from here
+    if argv[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else f": there is {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {argv[0]!r}{hint}")
+    command = import_module(f"veneer.cli.{argv[0]}")
+    own = Parser(
+        prog=f"veneer {argv[0]}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(own)
+    code: int = command.run(own.parse_args(argv[1:]))
+    return code
+
+
+def print_error(message: str) -> None:
+    """To stderr, its first line red where that is a terminal and NO_COLOR is not set."""
+    stream: TextIO = sys.stderr
+    first, *rest = shown(message).split("\n")
+    if stream.isatty() and not os.environ.get("NO_COLOR"):
+        first = f"\033[1;31m{first}\033[0m"
+    print("\n".join([first, *rest]), file=stream)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Train an adapter, or every weight, from a run file or from flags.
+
+For instance:
+
+  veneer train RUN.yaml
+  veneer train --base smollm2-135m --data tickets.jsonl --out runs/tickets
+  veneer train RUN.yaml --rank 8 --set data.long_rows=drop
+  veneer train --resume runs/tickets
+
+Flags win over the file, --set wins over both. Every setting of a run file can be set with
+--set path=value (the value is read as YAML).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from veneer.cli.common import add_json, print_json
+from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
+from veneer.errors import ConfigError
+from veneer.train.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file; see the settings below")
+    for name, path in FLAGS.items():
+        flag, help_text = "--" + name.replace("_", "-"), field_help(path).replace("%", "%%")
+        if name == "checkpointing":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        else:
+            parser.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting"
+    )
+    parser.add_argument(
+        "--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show nothing while training")
+    add_json(parser)
+    parser.epilog = "more settings, for the run file and --set:\n" + "\n".join(_rest())
+
+
+def _rest() -> list[str]:
+    """The settings that have no flag, with their sentences, as wide as the terminal."""
+    width = max(shutil.get_terminal_size().columns - 2, 40)
+    lines = []
+    for path in [path for path in setting_paths() if path not in FLAGS.values()]:
+        head = f"  {'.'.join(path):<22}"
+        lines += textwrap.wrap(head + " " + field_help(path), width, subsequent_indent=" " * len(head) + " ")
+    return lines
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _config(args)
+    # Imported once the settings are known to be sound: torch takes seconds to load, a typo should not.
+    from veneer.train.screen import make_screen
+
+    screen = make_screen(json=args.json, quiet=args.quiet)
+    screen.message(f"loading {config.base}")
+    from veneer import api
+
+    try:
+        summary = api.train_run(config, resume=args.resume is not None, screen=screen)
+    finally:
+        screen.close()
+    if args.json:
+        print_json(summary)
+    elif not args.quiet:
+        screen.message(_next(config))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
+    if args.resume is None:
+        return read_run_config(args.run, flags, args.sets)
+    given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
+    given += [f"--set {each}" for each in args.sets] + ([args.run] if args.run else [])
+    if given:
+        raise ConfigError(
+            f"--resume {args.resume} takes its settings from that folder's run.yaml; also given: {', '.join(given)}",
+            [],
+            "Leave them out, or start a new run with another --out.",
+        )
+    file = Path(args.resume) / "run.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{args.resume} holds no run: {file} is not there", [], "Name the folder that --out named."
+        )
+    return read_run_config(file, {"out": args.resume})
+
+
+def _next(config: RunConfig) -> str:
+    """The commands that come after a run."""
+    made = f"--base {config.out}/model" if config.method.name == "full" else f"--adapter {config.out}"
+    held_out = f" --data {config.data.validation}" if config.data.validation else " --data HELD_OUT.jsonl"
+    return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}"

@@ -1,0 +1,143 @@
+"""From examples to batches: which rows go together, and how they lie in memory.
+
+A batch's rows stand end to end without padding; the tokens that all of them begin with are computed once.
+What no loss depends on is left out: everything behind a row's last trained token, and that token itself,
+which is predicted but predicts nothing.
+Order comes from (seed, epoch) alone, never from global state, so a resumed run sees the same batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.data.examples import Example
+from veneer.kernels.dropout import row_keys
+from veneer.kernels.layout import Layout
+
+WINDOW = 50
+"""Batches sorted by length together in bucketed order: long enough to save padding, short enough to mix rows."""
+
+
+@dataclass
+class Batch:
+    """Rows of a forward and backward pass.
+
+    ids, positions   (1, N) packed, or (B, L) padded on the right for models that cannot be packed
+    layout           where the documents lie; None when padded
+    mask             (B, L) int64, 1 on real tokens; None when packed
+    loss_rows        (T) flat index of every row that predicts a trained token
+    targets          (T) the tokens they predict
+    dropout_rows     (N or B*L) int64 keys of (document, position)
+    """
+
+    ids: Tensor
+    positions: Tensor
+    layout: Layout | None
+    mask: Tensor | None
+    loss_rows: Tensor
+    targets: Tensor
+    dropout_rows: Tensor
+    tokens: int
+    """Real tokens of the rows, the shared prompt counted for every one of them."""
+    examples: list[Example]
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.targets.numel()
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.ids.numel()
+
+
+def used_length(example: Example) -> int:
+    """Rows computed for this example: up to the one that predicts its last trained token."""
+    return int(np.flatnonzero(example.trained)[-1])
+
+
+def shared_prompt(examples: Sequence[Example]) -> int:
+    """Tokens that all examples begin with, such that every trained token is predicted from a row of its own."""
+    limit = min(int(np.flatnonzero(e.trained)[0]) - 1 for e in examples)
+    first = examples[0].ids
+    for other in examples[1:]:
+        different = np.flatnonzero(first[:limit] != other.ids[:limit])
+        limit = int(different[0]) if len(different) else limit
+    return max(limit, 0) if len(examples) > 1 else 0
+
+
+def make_batch(
+    examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
+) -> Batch:
+    """Every example holds at least one trained token (load_data sees to it)."""
+    lengths = [used_length(e) for e in examples]
+    prompt = shared_prompt(examples) if packed and share_prompt else 0
+    longest = max(lengths)
+    ids: list[Any] = []
+    positions: list[Any] = []
+    keys: list[Any] = []
+    loss_rows: list[Any] = []
+    targets: list[Any] = []
+    offset = 0
+    if prompt:
+        ids.append(examples[0].ids[:prompt])
+        positions.append(np.arange(prompt))
+        keys.append(np.full(prompt, examples[0].key))
+        offset = prompt
+    for example, length in zip(examples, lengths, strict=True):
+        width = length if packed else longest
+        row = np.zeros(width - prompt, dtype=np.int64)
+        row[: length - prompt] = example.ids[prompt:length]
+        ids.append(row)
+        positions.append(np.arange(prompt, width))
+        keys.append(np.full(width - prompt, example.key))
+        predicted = np.flatnonzero(example.trained)
+        loss_rows.append(offset + predicted - 1 - prompt)
+        targets.append(example.ids[predicted])
+        offset += width - prompt
+
+    def joined(parts: list[Any]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+    shape = (1, -1) if packed else (len(examples), longest)
+    flat_positions = joined(positions)
+    mask = None
+    if not packed:
+        mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long().to(device)
+    return Batch(
+        ids=joined(ids).view(shape),
+        positions=flat_positions.view(shape),
+        layout=Layout(prompt, tuple(n - prompt for n in lengths), device) if packed else None,
+        mask=mask,
+        loss_rows=joined(loss_rows),
+        targets=joined(targets),
+        dropout_rows=row_keys(joined(keys), flat_positions),
+        tokens=sum(len(e.ids) for e in examples),
+        examples=list(examples),
+    )
+
+
+def plan_epoch(
+    lengths: Sequence[int],
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    order: Literal["bucketed", "shuffled", "file"],
+) -> list[list[int]]:
+    """Row numbers of every batch of one epoch. A last batch that is not full is kept."""
+    rows = np.arange(len(lengths))
+    if order != "file":
+        generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        rows = generator.permutation(rows)
+    if order == "bucketed":
+        window = WINDOW * batch
+        sizes = np.asarray(lengths)
+        parts = [rows[i : i + window] for i in range(0, len(rows), window)]
+        rows = np.concatenate([part[np.argsort(sizes[part], kind="stable")] for part in parts])
+        batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        return [batches[i].tolist() for i in generator.permutation(len(batches))]
+    return [rows[i : i + batch].tolist() for i in range(0, len(rows), batch)]

@@ -1,0 +1,292 @@
+"""What a data set would teach, counted from the ids and masks themselves, and what is wrong with it.
+
+The counts are of what a run would see: after rows were left out or cut. `check` finds; `refuse` raises if a run must
+not start on it. Codes of problems: D1xx rows that cannot be read, D2xx rows and sets in tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from veneer.data.examples import Example, LongRows, Problem, Row, grouped, prompt_key, refusal
+
+TOO_LITTLE = 0.01
+"""Share of trained tokens below which a set is suspect."""
+_STOP_REACH = 4  # tokens from the end of an answer within which its stop token is looked for
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Counts over the training rows, unless the name says otherwise.
+
+    formats             rows read by layout, held-out rows included
+    tokens_by_role      whose message the tokens belong to, template markers included; role -> tokens
+    trained_by_role     of those, how many are learnt
+    histogram           (longest, rows) for each power of two: rows longer than half of it, up to it
+    longest, median     tokens
+    too_long            rows longer than `length`, held-out rows included; of these, truncated are kept cut (or
+                        refused, if the whole answer is cut off) and dropped are left out
+    duplicates          rows that repeat an earlier row
+    fully_masked        rows without a trained token
+    answers             trained spans; answers_stopped of them end in one of the stop tokens, the rest were cut or
+                        the template writes none
+    control_rows        rows, held-out ones included, whose text holds the name of a control token (it is learnt as text)
+    leaked              held-out rows whose prompt is also trained on
+    problems            grouped; the run refuses to start if one is fatal
+    """
+
+    rows: int
+    validation_rows: int
+    formats: dict[str, int]
+    length: int
+    tokens: int
+    trained_tokens: int
+    tokens_by_role: dict[str, int]
+    trained_by_role: dict[str, int]
+    histogram: list[tuple[int, int]]
+    longest: int
+    median: int
+    too_long: int
+    truncated: int
+    dropped: int
+    duplicates: int
+    fully_masked: int
+    answers: int
+    answers_stopped: int
+    stop_tokens: list[str]
+    control_rows: int
+    leaked: int
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def trained_share(self) -> float:
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def stop_token_trained(self) -> str:
+        """yes, no, or partly: whether answers end in a token that ends generation too."""
+        if not self.answers_stopped:
+            return "no"
+        return "yes" if self.answers_stopped == self.answers else "partly"
+
+    @property
+    def refused(self) -> bool:
+        return any(problem.fatal for problem in self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: every field and the derived ones, in plain types."""
+        plain = {name: value for name, value in vars(self).items() if name != "problems"}
+        return {
+            **plain,
+            "trained_share": self.trained_share,
+            "stop_token_trained": self.stop_token_trained,
+            "refused": self.refused,
+            "problems": [problem.to_dict() for problem in self.problems],
+        }
+
+
+@dataclass
+class Findings:
+    """What was seen on the way from the file to the examples, which the examples no longer show."""
+
+    problems: list[Problem] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    too_long: list[tuple[Row, int]] = field(default_factory=list)  # with their tokens
+    lost: list[Row] = field(default_factory=list)  # of these, rows whose whole answer would be cut off
+    control: list[Row] = field(default_factory=list)
+
+
+def check(
+    file: str,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    *,
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
+    findings: Findings,
+    length: int,
+    long_rows: LongRows,
+    stop_ids: Sequence[int],
+    stop_tokens: Sequence[str],
+) -> CheckReport:
+    """The report on a data set. file: what the set as a whole is called in problems."""
+    lengths = np.array([len(example.ids) for example in train], dtype=np.int64)
+    tokens, trained = int(lengths.sum()), sum(int(example.trained.sum()) for example in train)
+    by_role, trained_by_role = _roles(train)
+    masked = [example for example in train if not example.trained.any()]
+    answers, stopped = _stops(train, frozenset(stop_ids))
+    keys = Counter(example.key for example in train)
+    asked = {prompt_key(row) for row in train_rows}
+    leaked = [row for row in validation_rows if prompt_key(row) in asked]
+    report = CheckReport(
+        rows=len(train),
+        validation_rows=len(validation),
+        formats=dict(findings.formats),
+        length=length,
+        tokens=tokens,
+        trained_tokens=trained,
+        tokens_by_role=by_role,
+        trained_by_role=trained_by_role,
+        histogram=_histogram(lengths),
+        longest=int(lengths.max(initial=0)),
+        median=int(np.median(lengths)) if len(lengths) else 0,
+        too_long=len(findings.too_long),
+        truncated=len(findings.too_long) if long_rows == "cut" else 0,
+        dropped=len(findings.too_long) if long_rows == "drop" else 0,
+        duplicates=len(train) - len(keys),
+        fully_masked=len(masked),
+        answers=answers,
+        answers_stopped=stopped,
+        stop_tokens=list(stop_tokens),
+        control_rows=len(findings.control),
+        leaked=len(leaked),
+    )
+    problems = [*findings.problems, *_length_problems(findings, length, long_rows)]
+    problems += _row_problems(masked, train, findings.control, leaked)
+    problems += _set_problems(report, file, bool(problems))
+    report.problems.extend(grouped(problems))
+    return report
+
+
+def refuse(report: CheckReport, file: str) -> None:
+    """Raises DataError with every problem for which a run must not start; returns if there is none."""
+    fatal = [problem for problem in report.problems if problem.fatal]
+    if fatal:
+        raise refusal(f"{file} cannot be trained on", fatal)
+
+
+def _length_problems(findings: Findings, length: int, long_rows: LongRows) -> list[Problem]:
+    if not findings.too_long:
+        return []
+    longest = max(size for _, size in findings.too_long)
+    verb = {"refuse": "longer than", "drop": "left out: longer than", "cut": "cut: longer than"}[long_rows]
+    message = f"{verb} {length:,} tokens (the longest: {longest:,})"
+    step = f"Raise length (length: {longest}), or say what happens to them: long_rows: drop or long_rows: cut"
+    problems = [
+        Problem("D203", row.ref.file, message, (row.ref.line,), step, fatal=long_rows == "refuse")
+        for row, _ in findings.too_long
+    ]
+    step = f"Raise length (length: {longest}), or leave long rows out: long_rows: drop"
+    message = f"cut at {length:,} tokens, the row loses its whole answer"
+    return problems + [Problem("D204", row.ref.file, message, (row.ref.line,), step) for row in findings.lost]
+
+
+def _row_problems(
+    masked: Sequence[Example], train: Sequence[Example], control: Sequence[Row], leaked: Sequence[Row]
+) -> list[Problem]:
+    problems = [
+        Problem("D205", example.ref.file, "nothing in the row is trained on", (example.ref.line,))
+        for example in masked
+    ]
+    message = "text holds the name of a control token: it is learnt as text, not as the token"
+    plain = "plain text holds control tokens: they are learnt as such"
+    problems += [
+        Problem("D208", row.ref.file, message if row.text is None else plain, (row.ref.line,), fatal=False)
+        for row in control
+    ]
+    seen: set[int] = set()
+    for example in train:
+        if example.key in seen:
+            problems.append(
+                Problem("D209", example.ref.file, "repeats an earlier row", (example.ref.line,), fatal=False)
+            )
+        seen.add(example.key)
+    problems += [
+        Problem(
+            "D210",
+            row.ref.file,
+            "held out, but its prompt is trained on too (leak)",
+            (row.ref.line,),
+            fatal=False,
+        )
+        for row in leaked
+    ]
+    return problems
+
+
+def _set_problems(report: CheckReport, file: str, others: bool) -> list[Problem]:
+    """What is wrong with the set as a whole. others: problems of rows were found, which may explain an empty set."""
+    if not report.rows:
+        if others:
+            return []
+        step = "Give more rows, a file with the held-out rows (validation: FILE), or validation_share: 0."
+        return [Problem("D205", file, "no rows are left to train on: all are held out", next_step=step)]
+    problems = []
+    if not report.trained_tokens:
+        step = "See which tokens are trained: veneer data check"
+        problems.append(Problem("D205", file, "no token would be trained on", next_step=step))
+    elif report.trained_share < TOO_LITTLE:
+        message = f"{report.trained_share:.2%} of {report.tokens:,} tokens would be trained on"
+        cut = report.truncated
+        if cut:
+            message += f": {cut:,} rows are cut at {report.length:,} tokens, and answers with them"
+        step = "Raise length, or leave long rows out: long_rows: drop" if cut else ""
+        problems.append(Problem("D206", file, message, next_step=step, fatal=bool(cut)))
+    if report.answers and not report.answers_stopped and not report.truncated:
+        names = " or ".join(report.stop_tokens) or "an end token"
+        message = f"no answer ends in {names}: the tuned model may not know when to stop"
+        problems.append(Problem("D207", file, message, fatal=False))
+    if not report.validation_rows:
+        message = "no rows are held out: there will be no evaluation"
+        problems.append(Problem("D212", file, message, fatal=False))
+    return problems
+
+
+def _roles(examples: Sequence[Example]) -> tuple[dict[str, int], dict[str, int]]:
+    tokens: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for example in examples:
+        start = 0
+        before = np.concatenate(([0], np.cumsum(example.trained)))
+        for role, end in example.roles:
+            end = min(end, len(example.ids))  # the row may have been cut
+            tokens[role] += max(0, end - start)
+            trained[role] += int(before[max(start, end)] - before[start])
+            start = max(start, end)
+    return dict(tokens), {role: trained[role] for role in tokens}
+
+
+def _stops(examples: Sequence[Example], stop_ids: frozenset[int]) -> tuple[int, int]:
+    """Trained spans, and how many of them hold a stop token among their last few tokens."""
+    spans = stopped = 0
+    for example in examples:
+        edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            spans += 1
+            stopped += not stop_ids.isdisjoint(example.ids[max(start, end - _STOP_REACH) : end].tolist())
+    return spans, stopped
+
+
+def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[int, int]]:
+    if not len(lengths):
+        return []
+    bins = Counter(max(0, int(length) - 1).bit_length() for length in lengths)
+    return [(1 << power, bins.get(power, 0)) for power in range(min(bins), max(bins) + 1)]
+
+
+def render_sample(tokenizer: Any, example: Example) -> list[tuple[str, bool, str]]:
+    """The row as the model sees it: (text, trained, role) for each stretch of tokens that are alike in both.
+
+    The texts joined are the decoded row; the role is empty where it is not known.
+    """
+    size = len(example.ids)
+    ends = [min(run.end, size) for run in example.roles]
+    roles = np.repeat(np.arange(len(ends)), np.diff([0, *ends])) if ends else np.zeros(0, dtype=np.int64)
+    of_token = [example.roles[number].role for number in roles] + [""] * (size - len(roles))
+    pieces: list[tuple[str, bool, str]] = []
+    done = 0
+    ids = example.ids.tolist()
+    for at in range(1, size + 1):
+        here = (bool(example.trained[at - 1]), of_token[at - 1])
+        if at < size and here == (bool(example.trained[at]), of_token[at]):
+            continue
+        # From the start each time: some tokenizers decode a piece alone without the space in front of it.
+        text = tokenizer.decode(ids[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pieces.append((text[done:], *here))
+        done = len(text)
+    return pieces

@@ -1,0 +1,341 @@
+"""The layouts that rows come in, and how each becomes messages.
+
+    chat               messages: [{role, content, tool_calls?, ...}], tools?
+    sharegpt           conversations: [{from, value}]
+    prompt_completion  prompt, completion: strings, or lists of messages
+    alpaca             instruction, input?, output
+    text               text
+
+A string prompt becomes a user message and its completion the assistant's, so that the base's chat template is
+used; on a base without a template the two are simply joined (template.py). `tools` is read in every layout, and
+`system` (a string) in every one that lacks a system message. An assistant message with `"weight": 0` is shown to
+the model but not learnt. Columns that no layout reads are ignored, except beside `text`: see `detect`.
+
+Knows nothing of files or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, get_args
+
+from veneer.data.examples import Format, Problem, Row, RowRef
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+NEEDS: dict[Format, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+_ROLES = ("system", "user", "assistant", "tool")
+# Beside `text`, these say where it is from. Any other column may be what the user meant to learn (a label, an
+# answer), and plain text would silently leave it out.
+_METADATA = frozenset(
+    """id uuid idx index source src url meta metadata title timestamp date created added dump file_path path author
+    language lang language_score token_count num_tokens tokens score license split dataset subset""".split()  # noqa: SIM905
+)
+_PROMPT_LIKE = ("question", "query", "input", "instruction", "context", "sentence", "source", "user", "text")
+_ANSWER_LIKE = (
+    "answer",
+    "response",
+    "output",
+    "target",
+    "label",
+    "category",
+    "intent",
+    "class",
+    "summary",
+    "ref",
+)
+_MEDIA = ("images", "image", "audio", "audios", "video", "videos")
+
+LAYOUTS = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in NEEDS.items())
+
+
+class RowFault(Exception):
+    """What is wrong with one row; becomes a Problem with its file and line."""
+
+    def __init__(self, code: str, message: str, next_step: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.next_step = code, message, next_step
+
+    def at(self, ref: RowRef) -> Problem:
+        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step)
+
+
+@lru_cache(maxsize=4096)
+def detect(columns: frozenset[str]) -> Format:
+    """The layout whose columns a row has. Raises RowFault if there is none, or more than one.
+
+    A text column loses to any other layout (tables often carry the rendered text along), and alone it counts only
+    if every other column is known to be about the text's origin.
+    """
+    fitting = [name for name in FORMATS if name != "text" and columns.issuperset(NEEDS[name])]
+    shown = ", ".join(name[:40] for name in sorted(columns)[:12]) + (", …" if len(columns) > 12 else "")
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise RowFault(
+            "D107",
+            f"columns {shown} fit {' and '.join(fitting)}",
+            "Say which layout is meant: format: " + fitting[0],
+        )
+    if "text" in columns:
+        others = sorted(columns - _METADATA - {"text"})
+        if not others:
+            return "text"
+        raise RowFault(
+            "D107",
+            f"columns {shown}: plain text would leave out {', '.join(others)}",
+            f"{_rename(columns)}, or learn the text alone with format: text",
+        )
+    raise RowFault(
+        "D107", f"columns {shown} are no layout that is read", f"{_rename(columns)}. Read are: {LAYOUTS}"
+    )
+
+
+def _rename(columns: frozenset[str]) -> str:
+    """Which columns could be prompt and completion, as an instruction."""
+    answer = next((name for name in ("completion", *_ANSWER_LIKE) if name in columns), None)
+    prompt = next((name for name in ("prompt", *_PROMPT_LIKE) if name in columns and name != answer), None)
+    if answer is not None and prompt is None and len(columns) == 2:
+        (prompt,) = columns - {answer}
+    pairs = [(prompt, "prompt"), (answer, "completion")]
+    steps = [
+        f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'" for old, new in pairs if old
+    ]
+    if len(steps) < 2:
+        return "Name the column with the question 'prompt' and the one with the answer 'completion'"
+    renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
+    return "To learn answers, rename column " + " and ".join(renamed)
+
+
+def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
+    """The record as a Row. Raises RowFault with the first thing wrong in it."""
+    missing = [name for name in NEEDS[format] if record.get(name) is None]
+    if missing:
+        raise RowFault(
+            "D107",
+            f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is missing or null",
+        )
+    for name in _MEDIA:
+        if record.get(name):
+            raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
+    if format == "text":
+        return Row(ref, [], None, _text(record["text"], "text"), "text")
+    messages = _messages(record, format)
+    system = record.get("system")
+    if isinstance(system, str) and system.strip():
+        if messages[0]["role"] == "system":
+            raise RowFault("D111", "there is a system message and a 'system' column too: keep one")
+        messages = [{"role": "system", "content": system}, *messages]
+    check_order(messages)
+    return Row(ref, messages, _tools(record.get("tools")), None, format)
+
+
+def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
+    if format == "chat":
+        return _message_list(record["messages"], "messages")
+    if format == "sharegpt":
+        return _message_list(record["conversations"], "conversations", sharegpt=True)
+    if format == "alpaca":
+        question = _text(record["instruction"], "instruction")
+        extra = record.get("input")
+        if extra is not None and _string(extra, "input").strip():
+            question = f"{question}\n\n{extra}"
+        return [_user(question), _assistant(_text(record["output"], "output"))]
+    prompt, completion = record["prompt"], record["completion"]
+    before = _message_list(prompt, "prompt") if isinstance(prompt, list) else [_user(_text(prompt, "prompt"))]
+    if isinstance(completion, list):
+        after = _message_list(completion, "completion")
+    else:
+        after = [_assistant(_text(completion, "completion"))]
+    # What stands in the prompt is not learnt, whoever says it.
+    before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in before]
+    return before + after
+
+
+def _user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowFault("D109", f"'{name}' is {_kind(value)}, not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowFault(
+                "D102",
+                f"'{name}' holds half a character (U+{ord(value[error.start]):04X}): cut off in an escape",
+            ) from None
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    """A string that says something."""
+    if not _string(value, name).strip():
+        learnt = name in ("completion", "output", "text")
+        raise RowFault(
+            "D101" if learnt else "D115", f"'{name}' is empty" + (": nothing to learn" if learnt else "")
+        )
+    return str(value)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _message_list(value: Any, name: str, *, sharegpt: bool = False) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowFault("D103", f"'{name}' is text that is not JSON: {error}") from None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowFault("D109", f"'{name}' is {_kind(value)}, not a list of objects")
+    if not value:
+        raise RowFault("D109", f"'{name}' is an empty list")
+    return [_message(item, number, sharegpt) for number, item in enumerate(value, 1)]
+
+
+def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any]:
+    item = {key: value for key, value in item.items() if value is not None}
+    if sharegpt and "from" in item:
+        role = _SHAREGPT_ROLES.get(item.pop("from") if isinstance(item["from"], str) else "")
+        known = ", ".join(_SHAREGPT_ROLES)
+        item = {"role": role, "content": item.pop("value", None), **item}
+    else:
+        role, known = item.get("role"), ", ".join(_ROLES)
+    if role not in _ROLES:
+        raise RowFault("D110", f"message {number} has a role that is unknown", f"Known roles: {known}.")
+    calls = _tool_calls(item.get("tool_calls"), number)
+    content = _content(item.get("content"), number)
+    if role == "assistant" and not content.strip() and not calls:
+        raise RowFault("D101", f"assistant turn is empty (message {number}): nothing to learn")
+    if role == "user" and not content.strip():
+        raise RowFault("D115", f"user turn is empty (message {number})")
+    weight = item.get("weight", 1)
+    if weight not in (0, 1) or isinstance(weight, bool):
+        raise RowFault("D109", f"weight of message {number} is {weight!r}; 0 and 1 are read")
+    message = {**item, "role": role, "content": content}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _content(value: Any, number: int) -> str:
+    """The text of a message; text parts are joined."""
+    if value is None:
+        return ""
+    if not isinstance(value, list):
+        return _string(value, f"content of message {number}")
+    parts = []
+    for part in value:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise RowFault(
+                "D114", f"message {number} has a part of type {part['type']!r}: Veneer trains on text only"
+            )
+        text = part.get("text") if isinstance(part, dict) else part
+        parts.append(_string(text, f"part of message {number}"))
+    return "".join(parts)
+
+
+def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
+    if value is None or value == []:
+        return []
+    if not isinstance(value, list):
+        raise RowFault("D113", f"tool_calls of message {number} is {_kind(value)}, not a list")
+    calls = []
+    for call in value:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowFault("D113", f"a tool call of message {number} has no function name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):  # as the OpenAI API sends it; templates want the object
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as error:
+                raise RowFault(
+                    "D113", f"arguments of {function['name']} in message {number} are not JSON: {error}"
+                ) from None
+        if not isinstance(arguments, dict):
+            raise RowFault(
+                "D113",
+                f"arguments of {function['name']} in message {number} are {_kind(arguments)}, not an object",
+            )
+        function = {**function, "arguments": arguments}
+        calls.append(
+            {**call, "function": function}
+            if "function" in call
+            else {"type": "function", "function": function}
+        )
+    return calls
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowFault("D113", f"'tools' is text that is not JSON: {error}") from None
+    if value in (None, "", []):
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowFault("D113", f"'tools' is {_kind(value)}, not a list of objects")
+    return value
+
+
+def check_order(messages: list[dict[str, Any]]) -> None:
+    """Raises RowFault unless a model could meet the messages in this order, and the last is the assistant's."""
+    before = None
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if role == "system" and number > 1:
+            raise RowFault("D111", f"message {number} is a system message, which can only come first")
+        if role == "assistant" and before in (None, "system"):
+            raise RowFault("D111", f"message {number} is the assistant's, with nothing asked before it")
+        if role == "assistant" and before == "assistant":
+            raise RowFault("D111", f"messages {number - 1} and {number} are both the assistant's")
+        if role == "tool" and not (
+            before == "tool" or (before == "assistant" and messages[number - 2].get("tool_calls"))
+        ):
+            raise RowFault("D111", f"message {number} is a tool's, with no tool call before it")
+        before = role
+    if before != "assistant":
+        raise RowFault("D112", f"the last message is the {before}'s, not the assistant's: nothing to learn")
+
+
+def mixed_layouts(rows: Iterable[Row]) -> list[Problem]:
+    """One problem per layout if the rows of a file have more than one, else none."""
+    lines: dict[Format, list[int]] = {}
+    file = ""
+    for row in rows:
+        file = row.ref.file
+        lines.setdefault(row.format, []).append(row.ref.line)
+    if len(lines) < 2:
+        return []
+    step = "Put each layout into a file of its own."
+    return [
+        Problem("D108", file, f"{len(found):,} rows are {name}", tuple(found), step)
+        for name, found in lines.items()
+    ]

@@ -1,0 +1,171 @@
+"""From files to what a run trains on: read, split, tokenise, keep to the length, check.
+
+`load_data` refuses what must not be trained on; `examine_data` does the same work and only reports, for
+`veneer data check`. Knows nothing of runs or batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+import numpy as np
+
+from veneer.data.check import Findings, check, refuse
+from veneer.data.examples import DataSet, Example, LongRows, Problem, Row, TrainOn, row_key
+from veneer.data.sources import scan_rows
+from veneer.data.split import split
+from veneer.data.template import ChatTemplate, Encoded
+
+
+def load_data(
+    train: str,
+    *,
+    validation: str | None,
+    validation_share: float,
+    format: str,
+    train_on: TrainOn,
+    long_rows: LongRows,
+    length: int,
+    tokenizer: Any,
+    today: date | None = None,
+) -> DataSet:
+    """The examples of a run. Raises DataError with everything that keeps it from starting.
+
+    train, validation   files; without the second, `validation_share` of the first is held out
+    format              a layout's name (formats.py), or auto
+    length              longest row, tokens; long_rows says what happens to longer ones
+    today               the date that chat templates may write: the same date, the same tokens
+    """
+    data = examine_data(
+        train,
+        validation=validation,
+        validation_share=validation_share,
+        format=format,
+        train_on=train_on,
+        long_rows=long_rows,
+        length=length,
+        tokenizer=tokenizer,
+        today=today,
+    )
+    refuse(data.report, train)
+    return data
+
+
+def examine_data(
+    train: str,
+    *,
+    validation: str | None,
+    validation_share: float,
+    format: str,
+    train_on: TrainOn,
+    long_rows: LongRows,
+    length: int,
+    tokenizer: Any,
+    today: date | None = None,
+) -> DataSet:
+    """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
+
+    Raises DataError only if nothing can be said at all: an unknown format, a tokenizer that cannot be used.
+    """
+    template = ChatTemplate(tokenizer, today=today)
+    findings = Findings()
+    rows = _scan(train, format, findings)
+    if validation is None:
+        rows, held_out = split(rows, validation_share)
+        total = len(rows) + len(held_out)
+        if len(held_out) > 2 * validation_share * total + 10:
+            message = (
+                f"{len(held_out):,} of {total:,} rows are held out, where {validation_share:.1%} was asked for: "
+                "rows that answer the same prompt stay together"
+            )
+            findings.problems.append(Problem("D216", train, message, fatal=False))
+    else:
+        held_out = _scan(validation, format, findings)
+    kept = _encode(rows, template, train_on, length, long_rows, findings)
+    held = _encode(held_out, template, train_on, length, long_rows, findings)
+    if template.writes_date and any(row.messages for row in rows):
+        message = f"the chat template writes the date: rows are tokenised as on {template.today}"
+        findings.problems.append(Problem("D213", train, message, fatal=False))
+    report = check(
+        train,
+        kept.examples,
+        held.examples,
+        train_rows=kept.rows,
+        validation_rows=held.rows,
+        findings=findings,
+        length=length,
+        long_rows=long_rows,
+        stop_ids=template.stop_ids,
+        stop_tokens=[tokenizer.decode([number]) for number in template.stop_ids],
+    )
+    fingerprint = _fingerprint(kept.examples, held.examples)
+    return DataSet(kept.examples, held.examples, kept.rows, held.rows, report, fingerprint)
+
+
+@dataclass
+class _Kept:
+    """Rows that are trained on or evaluated, with their examples in the same order."""
+
+    rows: list[Row] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+
+
+def _scan(file: str, format: str, findings: Findings) -> list[Row]:
+    rows, problems = scan_rows(file, format)
+    findings.problems += problems
+    findings.formats.update(row.format for row in rows)
+    return rows
+
+
+def _encode(
+    rows: Sequence[Row],
+    template: ChatTemplate,
+    train_on: TrainOn,
+    length: int,
+    long_rows: LongRows,
+    findings: Findings,
+) -> _Kept:
+    kept = _Kept()
+    for row, found in zip(rows, template.encode_rows(rows, train_on=train_on), strict=True):
+        if isinstance(found, Problem):
+            findings.problems.append(found)
+            continue
+        if found.control:
+            findings.control.append(row)
+        size = len(found.ids)
+        if size > length:
+            findings.too_long.append((row, size))
+            if long_rows == "drop":
+                continue
+            if long_rows == "cut" and any(found.trained) and not any(found.trained[:length]):
+                findings.lost.append(row)
+                continue
+        kept.rows.append(row)
+        kept.examples.append(_example(row, found, length if long_rows == "cut" else size))
+    return kept
+
+
+def _example(row: Row, found: Encoded, size: int) -> Example:
+    return Example(
+        np.array(found.ids[:size], dtype=np.int32),
+        np.array(found.trained[:size], dtype=np.bool_),
+        row.ref,
+        row_key(row),
+        found.roles,
+    )
+
+
+def _fingerprint(*parts: Sequence[Example]) -> str:
+    """BLAKE2b over the ids and masks in order, hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for examples in parts:
+        digest.update(len(examples).to_bytes(8, "little"))
+        for example in examples:
+            digest.update(len(example.ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(example.ids, dtype="<i4").tobytes())
+            digest.update(np.packbits(example.trained).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,319 @@
+"""Rows from a file: .jsonl, .json, .csv or .parquet, recognised by its extension, UTF-8.
+
+Every broken row is found, not the first only: `scan_rows` returns them beside the good ones, `read_rows` raises
+one error that lists them. Lines of .jsonl and .csv are streamed, and a line longer than MAX_LINE_BYTES is skipped
+without being held in memory; a .json file is read whole. Knows nothing of tokenizers.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from veneer.data.examples import Format, Problem, Row, RowRef, grouped, refusal
+from veneer.data.formats import FORMATS, RowFault, detect, mixed_layouts, to_row
+from veneer.errors import DataError
+
+MAX_LINE_BYTES = 16 * 2**20
+READ = '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a header), .parquet'
+
+Record = tuple[int, dict[str, Any]]
+Records = Iterator[Record | Problem]
+
+
+def read_rows(path: str | Path, format: str = "auto") -> list[Row]:
+    """All rows of the file. format: a name of FORMATS, or auto. Raises DataError with every bad row."""
+    rows, problems = scan_rows(path, format)
+    if problems:
+        raise refusal(f"{path} cannot be read as rows", problems)
+    return rows
+
+
+def scan_rows(path: str | Path, format: str = "auto") -> tuple[list[Row], list[Problem]]:
+    """The good rows, and what is wrong with the others. Raises DataError for an unknown format name only."""
+    if format != "auto" and format not in FORMATS:
+        raise DataError(f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}.")
+    named: Format | None = next((name for name in FORMATS if name == format), None)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    empty = True
+    for record in _records(Path(path), str(path)):
+        empty = False
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        line, values = record
+        ref = RowRef(str(path), line)
+        try:
+            columns = frozenset(name for name, value in values.items() if value is not None)
+            rows.append(to_row(values, ref, named or detect(columns)))
+        except RowFault as fault:
+            problems.append(fault.at(ref))
+    if empty:
+        problems.append(Problem("D100", str(path), "the file has no rows"))
+    return rows, grouped(problems + mixed_layouts(rows))
+
+
+def _records(path: Path, file: str) -> Records:
+    readers: dict[str, Callable[[Path, str], Records]] = {
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".json": _json,
+        ".csv": _csv,
+        ".parquet": _parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        kind = f"extension '{path.suffix}'" if path.suffix else "no extension"
+        yield Problem(
+            "D100", file, f"{kind}: the kind of file is told by it", next_step=f"Kinds of file: {READ}."
+        )
+        return
+    try:
+        with path.open("rb") as opened:
+            start = opened.read(4)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            yield Problem("D102", file, "the file is UTF-16", next_step="Save it as UTF-8.")
+            return
+        yield from reader(path, file)
+    except FileNotFoundError:
+        step = f"The folder {path.parent} " + (
+            "exists." if path.parent.is_dir() else "does not exist either."
+        )
+        yield Problem("D100", file, "there is no such file", next_step=step)
+    except OSError as error:
+        yield Problem("D100", file, f"the file cannot be opened: {error.strerror or error}")
+
+
+def _jsonl(path: Path, file: str) -> Records:
+    with path.open("rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_LINE_BYTES)
+                message = f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
+                step = "Put each row on a line of its own; a JSON list of rows belongs in a .json file."
+                yield Problem("D106", file, message, (number,), step)
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                yield number, _object(_utf8(line))
+            except RowFault as fault:
+                yield fault.at(RowRef(file, number))
+
+
+def _utf8(line: bytes) -> str:
+    if b"\0" in line:
+        raise RowFault("D102", "holds NUL bytes: the file is damaged, or not text")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise RowFault(
+            "D102",
+            f"is not UTF-8 (byte 0x{line[error.start]:02X} at {error.start + 1})",
+            "Save the file as UTF-8. If it is Windows text: iconv -f CP1252 -t UTF-8 OLD > NEW",
+        ) from None
+
+
+class _Decoder:
+    """JSON values from a text. What json.loads lets pass (a key twice, NaN) is a fault here, found without
+    losing the place where the value ends."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.faults: list[RowFault] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
+
+    def value(self, at: int) -> tuple[Any, int]:
+        """The value that begins at `at`, and where it ends. Raises RowFault where there is no value."""
+        try:
+            return self._decoder.raw_decode(self.text, at)
+        except json.JSONDecodeError as error:
+            message = f"is not JSON: {error.msg} at column {error.colno}"
+            raise RowFault(
+                "D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")
+            ) from None
+        except RecursionError:
+            raise RowFault("D103", "is nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise RowFault("D103", f"is not JSON that can be read: {error}") from None
+
+    def skip(self, at: int) -> int:
+        """Where the next thing after white space begins."""
+        match = _SPACE.match(self.text, at)
+        assert match is not None
+        return match.end()
+
+    def after(self, at: int) -> str:
+        """The character at `at`; empty at the end."""
+        return self.text[at : at + 1]
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = ", ".join(sorted({repr(name) for name in names if names.count(name) > 1}))
+            self.faults.append(RowFault("D104", f"key {twice} stands twice in one object"))
+        return values
+
+    def _constant(self, name: str) -> float:
+        self.faults.append(RowFault("D103", f"{name} is not JSON"))
+        return 0.0
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The object that a line consists of. Raises RowFault."""
+    json_text = _Decoder(text)
+    value, end = json_text.value(json_text.skip(0))
+    end = json_text.skip(end)
+    if end < len(text):
+        raise RowFault("D103", f"is not JSON: something follows the value at column {end + 1}")
+    if json_text.faults:
+        raise json_text.faults[0]
+    if not isinstance(value, dict):
+        raise RowFault("D105", f"is {_kind(value)}, not an object")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {"list": "a list", "str": "a string", "NoneType": "null", "bool": "true or false"}
+    return names.get(type(value).__name__, "a number")
+
+
+def _json(path: Path, file: str) -> Records:
+    number = 0
+    try:
+        json_text = _Decoder(_utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf")))
+        at = json_text.skip(0)
+        if json_text.after(at) == "{":
+            at = _find_data(json_text, at)
+        elif json_text.after(at) not in ("[", ""):
+            raise RowFault("D105", "is neither a list nor an object")
+        json_text.faults.clear()
+        if not json_text.after(at):
+            return
+        at = json_text.skip(at + 1)
+        while json_text.after(at) != "]":
+            number += 1
+            # A fault here ends the reading: where the next record begins cannot be told.
+            value, at = json_text.value(at)
+            if json_text.faults:
+                yield json_text.faults[0].at(RowRef(file, number))
+                json_text.faults.clear()
+            elif isinstance(value, dict):
+                yield number, value
+            else:
+                yield Problem("D105", file, f"is {_kind(value)}, not an object", (number,))
+            at = json_text.skip(at)
+            if json_text.after(at) not in (",", "]"):
+                raise RowFault(
+                    "D103", "is not followed by a comma or the end of the list: the file may be cut off"
+                )
+            if json_text.after(at) == ",":
+                at = json_text.skip(at + 1)
+    except RowFault as fault:
+        lines = (number,) if number else ()
+        message = fault.message + ("; records after it were not read" if number else "")
+        yield Problem(fault.code, file, message, lines, fault.next_step)
+
+
+def _find_data(json_text: _Decoder, at: int) -> int:
+    """Where the list under the key "data" of the object at `at` begins. Raises RowFault."""
+    keys = []
+    at = json_text.skip(at + 1)
+    while json_text.after(at) == '"':
+        key, at = json_text.value(at)
+        at = json_text.skip(at)
+        if json_text.after(at) != ":":
+            break
+        at = json_text.skip(at + 1)
+        if key == "data" and json_text.after(at) == "[":
+            return at
+        keys.append(key)
+        _, at = json_text.value(at)
+        at = json_text.skip(at)
+        if json_text.after(at) == ",":
+            at = json_text.skip(at + 1)
+    if json_text.after(at) == "}" and json_text.after(json_text.skip(at + 1)) == "{":
+        raise RowFault("D105", "holds one object after the other", "That is JSON Lines: rename it to .jsonl.")
+    shown = ", ".join(keys[:10]) or "none"
+    raise RowFault(
+        "D105", f'is one object without a list under "data" (keys: {shown})', f"Kinds of file: {READ}."
+    )
+
+
+def _csv(path: Path, file: str) -> Records:
+    # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header: list[str] = []
+        first = 0
+        while True:
+            first = reader.line_num + 1
+            try:
+                fields = next(reader, None)
+                if fields is None:
+                    return
+                if not fields:
+                    continue
+                for value in fields:
+                    _utf8(value.encode("utf-8", "surrogateescape"))
+                if not header:
+                    header = _header(fields)
+                    continue
+                if len(fields) != len(header):
+                    raise RowFault("D105", f"has {len(fields)} fields, the header {len(header)}")
+                yield first, dict(zip(header, fields, strict=True))
+            except csv.Error as error:
+                yield Problem("D105", file, f"is not CSV: {error}", (first,))
+            except RowFault as fault:
+                yield fault.at(RowRef(file, first))
+            if not header:
+                return
+
+
+def _header(fields: list[str]) -> list[str]:
+    twice = sorted({name for name in fields if fields.count(name) > 1})
+    if twice:
+        raise RowFault("D105", f"the header names {', '.join(map(repr, twice))} twice")
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(fields) == 1 and mark in fields[0]:
+            raise RowFault("D105", f"the columns seem to be parted by {name}", "Save the file with commas.")
+    return fields
+
+
+def _parquet(path: Path, file: str) -> Records:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        step = "pip install 'veneer[parquet]'"
+        yield Problem("D100", file, "reading Parquet needs the package pyarrow", next_step=step)
+        return
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, _without_nulls(record)
+    except (pyarrow.ArrowException, ValueError) as error:
+        yield Problem("D100", file, f"is not Parquet that can be read: {error}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet fills every struct up to the union of all rows' keys; the nulls were not in the user's rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

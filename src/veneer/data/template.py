@@ -1,0 +1,424 @@
+"""Rows to token ids and loss mask, through the base's chat template.
+
+The span of an assistant turn is exact by construction: it is what the template renders of the conversation up to
+and including the turn, less what it renders up to it with the generation prompt. So it holds everything that the
+model has to write, the token that ends the turn included. A template of which one rendering is not the beginning of
+the other has no such span; that is an error which shows both.
+
+What messages say is text: a control token's name in it is not that token (tokens.py). In the conversation as the
+template writes it, special tokens are hidden in every message; other added tokens (<think>, <tool_call>) that the
+template writes too are hidden in user and tool messages only, as assistants say them.
+
+A tokenizer without a template takes plain text, and prompt/completion rows: prompt, completion and the end token
+joined. Plain text rows are tokenised as they stand, control tokens included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
+from veneer.data.sandbox import Render, TemplateFault, compile_template, prepared
+from veneer.data.tokens import ControlNames, Cut, TextTokens, TokenFault, Tokens
+from veneer.errors import DataError
+
+_CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
+_WINDOW = 160  # characters of a rendering shown around the place where two part
+_TAIL = 16  # characters of a message that must stand in the rendering
+_USE_LAST = "Train on the last answer only: train_on: last"
+
+Messages = Sequence[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row in tokens. control: names of control tokens found in its text."""
+
+    ids: list[int]
+    trained: list[bool]
+    roles: tuple[RoleRun, ...]
+    control: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a row before it is tokenised, in characters of `cut.text`.
+
+    spans   [start, end) of what is trained
+    roles   (role, end) of what each message rendered to, as far as it is known
+    """
+
+    cut: Cut
+    spans: tuple[tuple[int, int], ...]
+    roles: tuple[tuple[str, int], ...]
+    control: int
+    begin: tuple[int, ...] = ()  # ids in front
+    end: tuple[int, ...] = ()  # ids behind, trained
+
+
+class _Unfit(Exception):
+    """Why a row cannot be encoded; becomes a Problem."""
+
+    def __init__(self, code: str, message: str, next_step: str = "", detail: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.next_step, self.detail = code, message, next_step, detail
+
+    def at(self, ref: RowRef) -> Problem:
+        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step, detail=self.detail)
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers library).
+
+    today   the date that templates may write; one for the life of the object
+    """
+
+    def __init__(self, tokenizer: Any, *, today: date | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(tokenizer).__name__} is not backed by the tokenizers library",
+                next_step="Use a base with a tokenizer.json.",
+            )
+        self.tokenizer = tokenizer
+        self.today = today or date.today()
+        template = tokenizer.chat_template
+        self.source: str = (
+            json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
+        )
+        """The template's text; empty if the tokenizer has none."""
+        self._tokens = TextTokens(tokenizer)
+        self._renders: dict[str, Render] = {}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        names = {name for name in self._tokens.control_names if name and not name.isspace()}
+        self._special_names = ControlNames(names & special)
+        self._written_names = ControlNames({name for name in names if name in special or name in self.source})
+        self._begin = self._put_in_front()
+        self.stop_ids = self._find_stop_ids()
+        """Ids that end an answer: the end-of-text token, and what the template ends an assistant turn with."""
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the date, so that other days give other tokens."""
+        return "strftime_now" in self.source
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the template's text, hexadecimal."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def render(self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False) -> str:
+        """The conversation as text. Raises DataError with what the template says if it refuses."""
+        try:
+            return self._render([prepared(message) for message in messages], tools, add_generation_prompt)
+        except TemplateFault as fault:
+            raise DataError(str(fault)) from None
+
+    def encode_prompt(self, messages: Messages, *, tools: Tools = None) -> list[int]:
+        """The ids that generation starts from: the conversation and what opens the assistant's turn.
+
+        For the messages in front of a trained turn, these are the first ids of that row. Raises DataError.
+        """
+        try:
+            hidden, hidden_tools, _ = self._hide(messages, tools)
+            if not self.source:
+                return [*self._begin, *self._encoded(Cut(self._alone(hidden, hidden_tools))).ids]
+            text = self._render(hidden, hidden_tools, True)
+            _check_sentinels(text)
+            borders = self._borders(hidden, hidden_tools, text)
+            return self._encoded(Cut(text, borders)).ids
+        except (_Unfit, TemplateFault, TokenFault) as fault:
+            raise DataError(f"the conversation cannot be encoded: {fault}") from None
+
+    def encode_row(self, row: Row, *, train_on: TrainOn) -> tuple[list[int], list[bool]]:
+        """(ids, trained), trained[0] always False. Raises DataError."""
+        (found,) = self.encode_rows([row], train_on=train_on)
+        if isinstance(found, Problem):
+            raise refusal("the row cannot be encoded", [found])
+        return found.ids, found.trained
+
+    def encode_rows(self, rows: Sequence[Row], *, train_on: TrainOn) -> list[Encoded | Problem]:
+        """Each row's tokens, or why it has none."""
+        results: list[Encoded | Problem] = []
+        for at in range(0, len(rows), _CHUNK):
+            results += self._encode_chunk(rows[at : at + _CHUNK], train_on)
+        return results
+
+    def _encode_chunk(self, rows: Sequence[Row], train_on: TrainOn) -> list[Encoded | Problem]:
+        plans = [self._planned(row, train_on) for row in rows]
+        tokens = iter(self._tokens.encode([plan.cut for plan in plans if isinstance(plan, _Plan)]))
+        results: list[Encoded | Problem] = []
+        for row, plan in zip(rows, plans, strict=True):
+            if isinstance(plan, _Unfit):
+                results.append(plan.at(row.ref))
+                continue
+            found = next(tokens)
+            if isinstance(found, TokenFault):
+                results.append(_Unfit("D202", str(found)).at(row.ref))
+            else:
+                results.append(_masked(found, plan))
+        return results
+
+    def _planned(self, row: Row, train_on: TrainOn) -> _Plan | _Unfit:
+        try:
+            if row.text is not None:
+                return self._plan_text(row.text)
+            return self._plan_chat(row, train_on) if self.source else self._plan_joined(row, train_on)
+        except _Unfit as unfit:
+            return unfit
+        except TemplateFault as fault:
+            return _Unfit("D201", str(fault))
+        except TokenFault as fault:
+            return _Unfit("D202", str(fault))
+
+    def _plan_text(self, text: str) -> _Plan:
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        begin = () if bos and text.startswith(bos) else self._begin
+        end = () if eos is None or text.endswith(eos) else (self.tokenizer.eos_token_id,)
+        control = len(self._special_names.find(text))
+        return _Plan(Cut(text), ((0, len(text)),), (("text", len(text)),), control, begin, end)
+
+    def _plan_joined(self, row: Row, train_on: TrainOn) -> _Plan:
+        """Prompt and completion without a template."""
+        if row.format != "prompt_completion":
+            raise _Unfit(
+                "D201",
+                f"format {row.format} needs a chat template, and this tokenizer has none",
+                "Use format text, or prompt_completion with strings (joined as they are, with the end token behind), "
+                "or an instruction-tuned base.",
+            )
+        hidden, tools, control = self._hide(row.messages, row.tools)
+        if row.messages[-1].get("weight") == 0 or hidden[-1]["role"] != "assistant":
+            raise _Unfit("D205", "the last message is not one to learn")
+        prompt, completion = self._alone(hidden[:-1], tools), hidden[-1]["content"]
+        text = prompt + completion
+        span = (0 if train_on == "all" else len(prompt), len(text))
+        eos = self.tokenizer.eos_token_id
+        roles = (("user", len(prompt)), ("assistant", len(text)))
+        borders = (len(prompt),) if prompt else ()
+        return _Plan(Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,))
+
+    def _alone(self, messages: Messages, tools: Tools) -> str:
+        """The text of a single user message, which is all that can be asked without a template."""
+        if len(messages) != 1 or messages[0]["role"] != "user" or tools:
+            raise _Unfit(
+                "D201",
+                "a conversation of several messages needs a chat template, and this tokenizer has none",
+            )
+        return str(messages[0]["content"])
+
+    def _plan_chat(self, row: Row, train_on: TrainOn) -> _Plan:
+        messages, tools, control = self._hide(row.messages, row.tools)
+        text = self._render(messages, tools, False)
+        _check_sentinels(text)
+        self._check_tools(row, text)
+        _check_contents(messages, text)
+        last = len(messages) - 1
+        spans: list[tuple[int, int]] = []
+        borders: list[int] = []
+        roles: list[tuple[str, int]] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                following = messages[number + 1] if number < last else None
+                if following is not None and following["role"] != "assistant":
+                    end = self._end_of(messages[: number + 1], tools, text)
+                    roles += [] if end is None else [(message["role"], end)]
+                continue
+            wanted = train_on == "assistant" or (train_on == "last" and number == last)
+            learnt = wanted and row.messages[number].get("weight", 1) == 1
+            turn = self._turn(messages, number, tools, text, must=learnt)
+            if turn is None or (borders and turn[0] < borders[-1]):
+                if learnt:
+                    raise _Unfit(
+                        "D202", f"message {number + 1} overlaps the answer before it as rendered", _USE_LAST
+                    )
+                continue
+            if number > 0:
+                roles.append((messages[number - 1]["role"], turn[0]))
+            roles.append(("assistant", turn[1]))
+            borders += turn
+            if learnt:
+                spans.append(turn)
+        if not roles or roles[-1][1] < len(text):
+            roles.append((messages[-1]["role"], len(text)))
+        if train_on == "all":
+            spans = [(0, len(text))]
+        marks = tuple(end for _, end in roles)
+        return _Plan(Cut(text, _cuts(borders, text), marks), tuple(spans), tuple(roles), control)
+
+    def _turn(
+        self, messages: Messages, number: int, tools: Tools, text: str, *, must: bool
+    ) -> tuple[int, int] | None:
+        """Where an assistant turn begins and ends in the text. None if it has no exact place, unless it must."""
+        try:
+            prompt = self._render(messages[:number], tools, True)
+            whole = number == len(messages) - 1
+            upto = text if whole else self._render(messages[: number + 1], tools, False)
+        except TemplateFault:
+            if must:
+                raise
+            return None
+        if upto.startswith(prompt) and text.startswith(upto):
+            return len(prompt), len(upto)
+        if not must:
+            return None
+        show = self._tokens.show
+        if not upto.startswith(prompt):
+            raise _Unfit(
+                "D202",
+                "what the chat template renders before an answer is not the beginning of what it renders with it",
+                "The answers must begin as the template's generation prompt does.",
+                _parting("before", show(prompt), "with it", show(upto)),
+            )
+        raise _Unfit(
+            "D202",
+            "the chat template renders an earlier answer differently once messages follow it",
+            _USE_LAST,
+            _parting("as last", show(upto), "earlier", show(text)),
+        )
+
+    def _end_of(self, messages: Messages, tools: Tools, text: str) -> int | None:
+        """Where what these messages render to ends, if the text begins with it."""
+        try:
+            part = self._render(messages, tools, False)
+        except TemplateFault:  # some templates refuse what does not end in a user's message
+            return None
+        return len(part) if text.startswith(part) else None
+
+    def _borders(self, messages: Messages, tools: Tools, text: str) -> tuple[int, ...]:
+        """The same borders in a prompt as in the row that it is the beginning of."""
+        borders: list[int] = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                turn = self._turn([*messages[: number + 1], {}], number, tools, text, must=False)
+                if turn is not None and not (borders and turn[0] < borders[-1]):
+                    borders += turn
+        return _cuts(borders, text)
+
+    def _check_tools(self, row: Row, text: str) -> None:
+        """Tools that the template leaves out would be silently lost."""
+        wanted = [tool.get("function", tool).get("name") for tool in row.tools or []]
+        for message in row.messages:
+            wanted += [call.get("function", call).get("name") for call in message.get("tool_calls", [])]
+        text = self._tokens.show(text) if wanted else ""
+        if lost := sorted({name for name in wanted if isinstance(name, str) and name not in text}):
+            raise _Unfit(
+                "D214",
+                f"the chat template does not render tools: {', '.join(lost[:5])} left out",
+                "Write the tools into the system message and the calls into the answers, or use a base whose "
+                "template renders tools.",
+            )
+
+    def _encoded(self, cut: Cut) -> Tokens:
+        (found,) = self._tokens.encode([cut])
+        if isinstance(found, TokenFault):
+            raise found
+        return found
+
+    def _hide(self, messages: Messages, tools: Tools) -> tuple[list[dict[str, Any]], Tools, int]:
+        """Messages and tools in which control tokens' names are sentinels, and how many there were."""
+        count = 0
+
+        def hide(value: Any, names: ControlNames) -> Any:
+            nonlocal count
+            if isinstance(value, str):
+                text, found = self._tokens.hide(value, names)
+                count += found
+                return text
+            if isinstance(value, dict):
+                return {hide(key, names): hide(item, names) for key, item in value.items()}
+            return [hide(item, names) for item in value] if isinstance(value, list) else value
+
+        hidden = []
+        for message in messages:
+            names = self._written_names if message["role"] in ("user", "tool") else self._special_names
+            hidden.append(prepared({k: v if k == "role" else hide(v, names) for k, v in message.items()}))
+        return hidden, hide(tools, self._special_names), count
+
+    def _render(self, messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
+        if not self.source:
+            raise TemplateFault("this tokenizer has no chat template")
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:  # several templates, none of them the default
+            raise TemplateFault(str(error)) from None
+        render = self._renders.get(source)
+        if render is None:
+            render = compile_template(source, self.tokenizer.special_tokens_map, self.today)
+            self._renders[source] = render
+        return render(list(messages), tools, add_generation_prompt)
+
+    def _put_in_front(self) -> tuple[int, ...]:
+        """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most that have one)."""
+        (bare,) = self._tokens.ids(["a"])
+        dressed = self.tokenizer("a").input_ids
+        return tuple(dressed[: dressed.index(bare[0])]) if bare and bare[0] in dressed else ()
+
+    def _find_stop_ids(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        stops = [] if eos is None else [eos]
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (found,) = self.encode_rows([Row(RowRef("probe", 1), probe)], train_on="last")
+        if isinstance(found, Encoded):
+            special = {n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            special |= set(self.tokenizer.all_special_ids)
+            after: list[int] = []  # special tokens behind the answer, nearest last
+            for number in reversed(found.ids):
+                if number in special:
+                    after.append(number)
+                elif self._tokens.decode([number]).strip():
+                    break
+            stops += after[-1:]
+        return tuple(dict.fromkeys(stops))
+
+
+def _check_contents(messages: Messages, text: str) -> None:
+    """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
+    for number, message in enumerate(messages, 1):
+        end = message["content"].strip()[
+            -_TAIL:
+        ]  # the end alone: reasoning in front may be left out on purpose
+        if message["role"] != "tool" and end not in text:
+            raise _Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
+
+
+def _check_sentinels(text: str) -> None:
+    if "\\udbff" in text.lower():
+        raise TokenFault(
+            "the chat template escapes characters, which breaks control tokens' names in it: remove them"
+        )
+
+
+def _cuts(borders: Sequence[int], text: str) -> tuple[int, ...]:
+    return tuple(sorted({border for border in borders if 0 < border < len(text)}))
+
+
+def _masked(tokens: Tokens, plan: _Plan) -> Encoded:
+    """Characters to tokens: the mask, and whose each token is."""
+    shift = len(plan.begin)
+    ids = [*plan.begin, *tokens.ids, *plan.end]
+    at = {0: 0, **tokens.at}
+    trained = [False] * len(ids)
+    for start, end in plan.spans:
+        trained[shift + at[start] : shift + at[end]] = [True] * (at[end] - at[start])
+    trained[len(ids) - len(plan.end) :] = [True] * len(plan.end)
+    trained[:1] = [False]
+    runs = [RoleRun(role, shift + at[end]) for role, end in plan.roles if end in at]
+    if runs:
+        runs[-1] = RoleRun(runs[-1].role, len(ids))
+    return Encoded(ids, trained, tuple(runs), plan.control)
+
+
+def _parting(first: str, a: str, second: str, b: str) -> str:
+    """Two texts around the place where they part, one under the other."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    start = max(0, at - _WINDOW // 2)
+    lines = [f"the same for {at:,} characters, then:"]
+    for name, text in ((first, a), (second, b)):
+        lines.append(f"{name:>8}  {'…' if start else ''}{text[start:at]!r} >>> {text[at : at + _WINDOW]!r}")
+    return "\n".join(lines)

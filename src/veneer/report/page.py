@@ -1,0 +1,339 @@
+"""report.html: one file that says what a run did, made from what the run folder holds.
+
+No network, no script, no font to load: it can be mailed and opened in ten years. Everything that comes
+from users or models is escaped. Reads run.yaml, metrics.jsonl, summary.json and, where there is one,
+adapter/veneer.json; what an interrupted run did not write is left out of the page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from veneer.adapters.config import METHODS
+from veneer.errors import SourceError
+from veneer.report.plots import Series, line_chart, smooth
+from veneer.report.style import STYLE
+from veneer.store.manifest import MANIFEST_NAME, read_manifest
+from veneer.train.config import DataConfig, RunConfig
+from veneer.train.loggers import flat
+from veneer.train.records import Record, read_records
+from veneer.train.wording import clock, millions, number, percent, size
+
+NAME = "report.html"
+SAMPLES = 20  # most that are shown
+REASONS = {"done": "finished", "early_stop": "stopped early: the held-out loss no longer fell"}
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Writes report.html into the run folder, replacing an older one, and returns its path.
+
+    Raises SourceError where the folder is not a run's, CorruptFileError where its records are broken.
+    """
+    folder = Path(run_folder)
+    needed = [folder / "run.yaml", folder / "metrics.jsonl"]
+    if missing := [f"{file} is not there" for file in needed if not file.is_file()]:
+        raise SourceError(f"{folder} is not the folder of a run", missing)
+    try:
+        settings = yaml.safe_load(needed[0].read_text(encoding="utf-8")) or {}
+        file = folder / "summary.json"
+        summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, yaml.YAMLError) as fault:
+        raise SourceError(f"{folder} cannot be read: {fault}") from None
+    hashes = _hashes(folder / "adapter" / MANIFEST_NAME)
+    page = make_page(folder, settings, read_records(needed[1]), summary, hashes)
+    beside = folder / f"{NAME}.partial-{os.getpid()}"
+    beside.write_text(page, encoding="utf-8")
+    return beside.replace(folder / NAME)
+
+
+def make_page(
+    folder: Path,
+    settings: Mapping[str, Any],
+    records: Sequence[Record],
+    summary: Mapping[str, Any],
+    hashes: Mapping[str, str],
+) -> str:
+    """The HTML text."""
+    steps = [r for r in records if r["kind"] == "step"]
+    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    start: Record = next((r for r in records if r["kind"] == "start"), {})
+    end: Record = next((r for r in reversed(records) if r["kind"] == "end"), {})
+    name = folder.resolve().name
+    sections = [
+        _head(name, start, end, len(steps)),
+        _figures(start, summary, steps, evaluations),
+        _section("Loss", _loss_chart(steps, evaluations)),
+        _section("Answers on held-out rows", _samples(evaluations)),
+        _section("Memory", _memory(summary)),
+        _section("Time", _time(summary, steps, evaluations)),
+        _section("Data", _data(start, steps)),
+        _section("Learning rate and gradient", _small_charts(steps)),
+        _section("Recipe", _recipe(settings)),
+        _section("Run it again", _repeat(folder, settings)),
+        _section("Hashes and versions", _identity(summary, hashes)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Nothing may be loaded or run, even if something slipped through the escaping.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(name)} · Veneer</title><style>{STYLE}</style></head><body><main>"
+        + "".join(sections)
+        + "</main></body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+def _head(name: str, start: Record, end: Record, num_steps: int) -> str:
+    facts = [f"{start['method']} on {start['base']}"] if "method" in start and "base" in start else []
+    facts.append(f"{num_steps:,} of {start['steps']:,} steps" if "steps" in start else f"{num_steps:,} steps")
+    if isinstance(start.get("time"), int | float):
+        facts.append(time.strftime("%d %B %Y, %H:%M", time.localtime(start["time"])))
+    reason = str(end.get("reason", "not finished"))
+    status = f"<p class=status>{escape(REASONS.get(reason, reason))}</p>"
+    return f"<header><h1>{escape(name)}</h1><p>{escape(' · '.join(facts))}</p>{status}</header>"
+
+
+def _figures(
+    start: Record, summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]
+) -> str:
+    figures: list[tuple[str, str, str]] = []  # value, name, beside it
+    held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
+    if held_out:
+        first = f"first {number(held_out[0])}" if len(held_out) > 1 else ""
+        figures.append((number(min(held_out)), "held-out loss, best", first))
+    losses = [r["loss"] for r in steps if r["loss"] is not None]
+    if losses:
+        tenth = losses[-max(len(losses) // 10, 1) :]
+        figures.append(
+            (number(sum(tenth) / len(tenth)), "training loss, last tenth", f"first {number(losses[0])}")
+        )
+    if steps:
+        seconds = sum(r["seconds"] for r in steps)
+        rate = summary.get("tokens_per_second") or (
+            sum(r["tokens"] for r in steps) / seconds if seconds else 0
+        )
+        per_row = summary.get("examples_per_second")
+        figures.append(
+            (f"{rate:,.0f}", "tokens per second", f"{number(per_row)} rows per second" if per_row else "")
+        )
+        figures.append((clock(seconds), "training time", f"{number(seconds / len(steps))} s a step"))
+    if peak := summary.get("peak_memory_bytes"):
+        idle = summary.get("idle_memory_bytes")
+        figures.append((size(peak), "peak memory", f"{size(idle)} before the base" if idle else ""))
+    if trainable := start.get("trainable_parameters"):
+        share = percent(trainable, start["total_parameters"])
+        figures.append((millions(trainable), "trainable parameters", f"{share} of the base"))
+    if start.get("modules_total"):
+        figures.append((f"{start['modules_adapted']} of {start['modules_total']}", "modules adapted", ""))
+    if on_disk := summary.get("adapter_bytes", start.get("adapter_bytes")):
+        figures.append((size(on_disk), "on disk", ""))
+    cells = (
+        f"<div><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(beside)}</small></div>"
+        for value, name, beside in figures
+    )
+    return f"<div class=figures>{''.join(cells)}</div>"
+
+
+def _loss_chart(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
+    raw = [(r["step"], r["loss"]) for r in steps]
+    # A fiftieth of the run to each side: enough to calm the line, too little to hide a turn.
+    means = smooth([y for _, y in raw], len(raw) // 50)
+    smoothed = [(x, mean) for (x, _), mean in zip(raw, means, strict=True)]
+    return line_chart(
+        [
+            Series("each step", raw, "quiet"),
+            Series("training, smoothed", smoothed, "a"),
+            Series("held-out", [(r["step"], r["loss"]) for r in evaluations], "b", marks=True),
+        ],
+        title="Loss",
+        x_label="step",
+        y_label="nats per trained token",
+    )
+
+
+def _small_charts(steps: Sequence[Record]) -> str:
+    charts = [
+        line_chart(
+            [Series(title, [(r["step"], r[key]) for r in steps], "a")],
+            title=title,
+            x_label="step",
+            y_label=unit,
+            small=True,
+        )
+        for title, key, unit in (
+            ("Learning rate", "learning_rate", "per step"),
+            ("Gradient norm", "gradient_norm", "before clipping"),
+        )
+    ]
+    return f"<div class=pair>{''.join(charts)}</div>" if any(charts) else ""
+
+
+def _samples(evaluations: Sequence[Record]) -> str:
+    """Per prompt: the answer before, the answer of the last evaluation, what was expected; the answers
+    on the way folded away."""
+    by_prompt: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for record in evaluations:
+        if sample := record.get("sample"):
+            by_prompt.setdefault(sample["prompt"], []).append((record["step"], sample))
+    cards = []
+    for prompt, answers in list(by_prompt.items())[-SAMPLES:]:
+        step, sample = answers[-1]
+        columns = [
+            ("before", sample.get("before")),
+            (f"after {step:,} steps", sample["answer"]),
+            ("expected", sample["expected"]),
+        ]
+        cells = "".join(
+            f"<div><h4>{escape(title)}</h4><p>{escape(text) or '<i>empty</i>'}</p></div>"
+            for title, text in columns
+            if text is not None
+        )
+        way = _table((), [(f"step {step:,}", each["answer"]) for step, each in answers[:-1] if step > 0])
+        way = f"<details><summary>answers on the way</summary>{way}</details>" if way else ""
+        cards.append(f"<article><h3>{escape(prompt)}</h3><div class=answers>{cells}</div>{way}</article>")
+    return "".join(cards)
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, float, str]] = []
+    if planned := summary.get("planned_memory_bytes"):
+        rows.append(("planned", planned, "quiet"))
+    if peak := summary.get("peak_memory_bytes"):
+        rows.append(("measured peak", peak, "a"))
+    if idle := summary.get("idle_memory_bytes"):
+        rows.append(("before the base was loaded", idle, "quiet"))
+    if not rows:
+        return ""
+    note = ""
+    if planned and peak:
+        off = 100 * (peak - planned) / planned
+        note = f"<p>The plan was {abs(off):.1f}% {'below' if off > 0 else 'above'} what was measured.</p>"
+    return _bars([(name, value, size(value), colour) for name, value, colour in rows]) + note
+
+
+def _time(summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
+    rows = [
+        ("training steps", sum(r["seconds"] for r in steps), "a"),
+        ("evaluations", sum(r["seconds"] for r in evaluations), "b"),
+    ]
+    if total := summary.get("total_seconds"):
+        rows.append(
+            ("loading, checks, saving", max(total - sum(value for _, value, _ in rows), 0.0), "quiet")
+        )
+    shown = [row for row in rows if row[1] > 0]
+    return _bars([(name, value, clock(value), colour) for name, value, colour in shown])
+
+
+def _bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
+    """Horizontal bars: name, length, its label, colour."""
+    most = max((value for _, value, _, _ in rows), default=0)
+    lines = (
+        f"<div><dt>{escape(name)}</dt><dd><i class={colour} style=width:{70 * value / most:.1f}%></i>"
+        f"{escape(text)}</dd></div>"
+        for name, value, text, colour in rows
+    )
+    return f"<dl class=bars>{''.join(lines)}</dl>" if most else ""
+
+
+def _data(start: Record, steps: Sequence[Record]) -> str:
+    tokens, trained = sum(r["tokens"] for r in steps), sum(r["trained_tokens"] for r in steps)
+    rows = []
+    if "train_rows" in start:
+        rows.append(("rows to train on", f"{start['train_rows']:,}"))
+        rows.append(("rows held out", f"{start['validation_rows']:,}"))
+    if tokens:
+        rows.append(("tokens read", f"{tokens:,}"))
+        rows.append(("of these trained on", f"{trained:,} ({100 * trained / tokens:.0f}%)"))
+    return _table((), rows)
+
+
+def _recipe(settings: Mapping[str, Any]) -> str:
+    """Every setting; those that differ from the default first, the others folded away."""
+    defaults = _defaults(settings)
+    values = flat({**settings, "data": settings.get("data") or {}})
+    rows = [(name, _said(value), _said(defaults.get(name))) for name, value in values.items()]
+    changed = [row for row in rows if row[1] != row[2]]
+    same = [row[:2] for row in rows if row[1] == row[2]]
+    folded = _table((), same)
+    return _table(("setting", "value", "default"), changed) + (
+        f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>"
+        if same
+        else ""
+    )
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat defaults of the run, of data, and of the method that the run took; needed ones are absent."""
+
+    def of(model: Any) -> dict[str, Any]:
+        fields = model.model_fields.items()
+        return {k: f.get_default(call_default_factory=True) for k, f in fields if not f.is_required()}
+
+    method = settings.get("method")
+    chosen = METHODS.get(method.get("name", "")) if isinstance(method, Mapping) else None
+    defaults = of(RunConfig) | {"data": of(DataConfig), "method": of(chosen) if chosen else {}}
+    if chosen:
+        defaults["method"]["name"] = (
+            RunConfig.model_fields["method"].get_default(call_default_factory=True).name
+        )
+    return flat(defaults)
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _repeat(folder: Path, settings: Mapping[str, Any]) -> str:
+    command = (
+        f"veneer train {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(str(folder) + '-again')}"
+    )
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    return (
+        f"<pre>{escape(command)}</pre><details><summary>run.yaml</summary><pre>{escape(text)}</pre></details>"
+    )
+
+
+def _identity(summary: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    versions = summary.get("versions") or {}
+    rows = [*hashes.items(), *((str(name), str(version)) for name, version in versions.items())]
+    return _table((), rows)
+
+
+def _hashes(manifest_file: Path) -> dict[str, str]:
+    if not manifest_file.is_file():
+        return {}
+    manifest = read_manifest(manifest_file)
+    found = {
+        "base": manifest.base.name,
+        "base revision": manifest.base.revision,
+        **{f"base {name}": str(value) for name, value in manifest.base.fingerprint.items()},
+        "tokenizer": manifest.tokenizer_hash,
+        "chat template": manifest.template_hash,
+        "data": manifest.data_fingerprint,
+        "adapter": manifest.content_hash,
+        "adapter it started from": manifest.parent,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    if not lines:
+        return ""
+    titles = "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>" if head else ""
+    return f"<table>{titles}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

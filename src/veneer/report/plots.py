@@ -1,0 +1,165 @@
+"""Line charts as inline SVG: axes with units, labels that stay legible on a phone, colours from CSS.
+
+Each chart is drawn twice, for a wide and for a narrow page, and CSS shows the one that fits: scaling
+one drawing down would scale its letters too. Nothing here knows what is plotted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+WIDE = (760, 300)
+NARROW = (360, 250)
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 26, 40  # room for the labels of the axes, px
+MAX_POINTS = 500  # of a line: more than a screen's columns only makes the file large
+
+Point = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. A point without a y (a loss that was not finite) leaves a gap.
+
+    colour   a CSS class of the page: a, b or quiet
+    marks    also draw each point, with its value as a tooltip
+    """
+
+    name: str
+    points: Sequence[Point]
+    colour: Literal["a", "b", "quiet"]
+    marks: bool = False
+
+
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, small: bool = False
+) -> str:
+    """HTML of a figure: a legend (or, for one line, the title) and the two drawings.
+
+    Returns an empty string where no series has a point.
+    """
+    series = [each for each in series if any(y is not None for _, y in each.points)]
+    if not series:
+        return ""
+    legend = "".join(f'<span class="key {s.colour}">{escape(s.name)}</span>' for s in series)
+    wide = (WIDE[0] // 2, 200) if small else WIDE
+    narrow = (NARROW[0], 190) if small else NARROW
+    drawings = "".join(
+        _svg(series, width, height, kind, title=title, x_label=x_label, y_label=y_label)
+        for kind, (width, height) in (("wide", wide), ("narrow", narrow))
+    )
+    caption = f"<figcaption>{legend if len(series) > 1 else escape(title)}</figcaption>"
+    return f"<figure>{caption}{drawings}</figure>"
+
+
+def smooth(values: Sequence[float | None], reach: int) -> list[float | None]:
+    """Mean over `reach` values to each side, fewer where an end is nearer: no lag, no pull at the ends."""
+    smoothed: list[float | None] = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        known = [y for y in values[i - near : i + near + 1] if y is not None]
+        smoothed.append(sum(known) / len(known) if known else None)
+    return smoothed
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) between low and high."""
+    if not high > low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = min((power * m for m in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - count))
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """At most about `most` points: of each stretch the lowest and the highest, so no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    kept: list[Point] = []
+    size = math.ceil(2 * len(points) / most)
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        known = [(y, x) for x, y in stretch if y is not None]
+        if len(known) < len(stretch):
+            kept.append(next((x, y) for x, y in stretch if y is None))
+        if known:
+            kept += [(x, y) for y, x in {min(known), max(known)}]
+    return sorted(kept, key=lambda point: point[0])
+
+
+def _svg(
+    series: Sequence[Series],
+    width: int,
+    height: int,
+    kind: str,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> str:
+    xs = [x for each in series for x, _ in each.points]
+    ys = [y for each in series for _, y in each.points if y is not None]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    y_low, y_high = _range(ys)
+
+    def at(x: float, y: float) -> str:
+        px = LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
+        py = TOP + (y_high - y) / (y_high - y_low) * (height - TOP - BOTTOM)
+        return f"{px:.1f},{py:.1f}"
+
+    parts = [
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
+        f'<text x="0" y="12">{escape(y_label)}</text>',
+        f'<text x="{width - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>',
+    ]
+    for y in ticks(y_low, y_high, 4):
+        left, py = at(x_low, y).split(",")
+        parts.append(f'<line class="grid" x1="{left}" y1="{py}" x2="{width - RIGHT}" y2="{py}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{label(y)}</text>')
+    for x in ticks(x_low, x_high, max(width // 110, 3)):
+        px = at(x, y_low).split(",")[0]
+        parts.append(f'<text x="{px}" y="{height - BOTTOM + 18}" text-anchor="middle">{label(x)}</text>')
+    for each in series:
+        for run in _unbroken(thin(each.points)):
+            if len(run) > 1:
+                line = " ".join(at(*point) for point in run)
+                parts.append(f'<polyline class="line {each.colour}" points="{line}"/>')
+            if each.marks or len(run) == 1:
+                for x, y in run:
+                    px, py = at(x, y).split(",")
+                    tip = f"{escape(each.name)}, {label(x)}: {y:.4g}"
+                    parts.append(
+                        f'<circle class="{each.colour}" cx="{px}" cy="{py}" r="4"><title>{tip}</title></circle>'
+                    )
+    return "".join(parts) + "</svg>"
+
+
+def _range(ys: Sequence[float]) -> tuple[float, float]:
+    """A little more than the values; down to 0 where they come near it."""
+    low, high = min(ys), max(ys)
+    if 0 <= low < 0.35 * high:
+        low = 0.0
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (low if low == 0.0 else low - room), high + room
+
+
+def _unbroken(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if y is None:
+            runs.append([])
+        else:
+            runs[-1].append((x, y))
+    return [run for run in runs if run]
+
+
+def label(value: float) -> str:
+    """2.5, 1,200, 2e-4: as short as it can be said."""
+    if value and abs(value) < 1e-2:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"

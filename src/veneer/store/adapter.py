@@ -1,0 +1,302 @@
+"""Adapter folders: written whole and read back, read strictly, put on a base only where they fit.
+
+    adapter_config.json  adapter_model.safetensors     PEFT's two files (store/peft_config.py, store/format.py)
+    veneer.json                                        what they cannot say (store/manifest.py)
+
+An adapter's name never enters its files. Not known here: runs, checkpoints, libraries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from veneer.adapters.attach import Attachment, attach
+from veneer.adapters.config import LoRA
+from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
+from veneer.models.base import Base
+from veneer.models.fingerprint import Fingerprint, tokenizer_hash
+from veneer.store.atomic import atomic_folder, file_hash
+from veneer.store.fit import fit
+from veneer.store.format import (
+    adapted_modules,
+    bare_name,
+    file_tensors,
+    from_file,
+    tensor_file_bytes,
+)
+from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash, read_manifest
+from veneer.store.matching import peft_config
+from veneer.store.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text, read_config
+from veneer.store.safe import field_faults, read_tensors
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class WrittenAdapter:
+    """path: the folder; bytes and sha256: of the tensor file."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as its folder holds it; no base is needed to read one.
+
+    config    the settings in Veneer's terms (exact for what Veneer wrote)
+    peft      the settings in the file's terms
+    tensors   by name, without PEFT's prefix
+    manifest  veneer.json; None for an adapter from elsewhere
+    notes     what was repaired or ignored while reading
+    """
+
+    folder: Path
+    config: LoRA
+    peft: PeftLoRA
+    tensors: Mapping[str, Tensor]
+    manifest: Manifest | None
+    notes: list[str]
+
+    @property
+    def name_or_path(self) -> str | None:
+        """What the file calls its base; proves nothing."""
+        return self.peft.base_model_name_or_path
+
+    @property
+    def base_verified(self) -> bool:
+        """Whether the folder has a fingerprint that load_adapter compares with the base's. Without one only
+        names and shapes are compared, and another base of the same shapes goes unnoticed."""
+        return self.manifest is not None
+
+
+def manifest_for(
+    base: Base,
+    *,
+    method: str,
+    template_hash: str | None = None,
+    data_fingerprint: str | None = None,
+    recipe: Mapping[str, JsonValue] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    parent: str | None = None,
+) -> Manifest:
+    """What veneer.json says of an adapter trained on `base`; write_adapter adds scaling and content hash."""
+    return Manifest(
+        veneer_version=version("veneer"),
+        method=method,
+        base=BaseIdentity(
+            name=base.name_or_path, revision=base.revision, fingerprint=base.fingerprint().to_dict()
+        ),
+        tokenizer_hash=tokenizer_hash(base.tokenizer),
+        template_hash=template_hash,
+        data_fingerprint=data_fingerprint,
+        recipe=None if recipe is None else dict(recipe),
+        metrics=dict(metrics or {}),
+        parent=parent,
+    )
+
+
+def write_adapter(
+    folder: str | Path, attachment: Attachment, manifest: Manifest, *, model: nn.Module, replace: bool = False
+) -> WrittenAdapter:
+    """Writes the folder, reads it back and compares every tensor with the live one before it becomes visible.
+
+    model: the one the adapter is attached to, which decides how its targets are named. The same adapter and
+    manifest give the same bytes. Raises CorruptFileError (values not finite: nothing is written; or the disk
+    gave back something else), ConfigError (the folder exists), DoesNotFitError (disk full).
+    """
+    tensors = file_tensors(attachment, model)
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise CorruptFileError(
+            f"adapter {attachment.name!r} holds values that are not finite and is not written",
+            bad,
+            "Take the last checkpoint before they appeared, and train on with a lower learning rate.",
+        )
+    expected_bytes = tensor_file_bytes(tensors)
+    config = config_json(
+        peft_config(attachment, model, name_or_path=manifest.base.name, revision=manifest.base.revision)
+    )
+    with atomic_folder(folder, replace=replace, needed_bytes=expected_bytes) as partial:
+        save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        (partial / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
+        filled = manifest.model_copy(
+            update={
+                "scaling": {path: layer.scaling for path, layer in sorted(attachment.layers.items())},
+                "content_hash": content_hash(partial / WEIGHTS_NAME, config),
+            }
+        )
+        (partial / MANIFEST_NAME).write_text(filled.to_json(), encoding="utf-8")
+        _compare_with_live(partial, tensors, expected_bytes)
+        digest = file_hash(partial / WEIGHTS_NAME)
+    return WrittenAdapter(Path(folder), expected_bytes, digest)
+
+
+def _compare_with_live(folder: Path, tensors: Mapping[str, Tensor], expected_bytes: int) -> None:
+    found = read_adapter(folder).tensors
+    live = {bare_name(name)[0]: tensor for name, tensor in tensors.items()}
+    faults = [f"{name} is missing" for name in sorted(live.keys() - found.keys())]
+    faults += [f"{name} was not written by us" for name in sorted(found.keys() - live.keys())]
+    faults += [
+        f"{name} differs"
+        for name in sorted(live.keys() & found.keys())
+        if found[name].dtype != live[name].dtype or not torch.equal(found[name], live[name])
+    ]
+    if (size := (folder / WEIGHTS_NAME).stat().st_size) != expected_bytes:
+        faults.append(f"{WEIGHTS_NAME} has {size:,} bytes instead of {expected_bytes:,}")
+    if faults:
+        raise CorruptFileError(
+            "what was read back is not what was written", faults, "Check the disk, or write to another one."
+        )
+
+
+def read_adapter(folder: str | Path) -> StoredAdapter:
+    """Reads a folder that Veneer or PEFT wrote, strictly. No pickle is opened, no code is run.
+
+    Raises SourceError (no adapter there), CorruptFileError, UnsafeFileError, RefusedError (asks for what Veneer
+    does not compute).
+    """
+    folder = Path(folder)
+    _require_files(folder)
+    config, stored, ignored = read_config(folder / CONFIG_NAME)
+    notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
+    tensors: dict[str, Tensor] = {}
+    twice, repaired = [], 0
+    for name, tensor in read_tensors(folder / WEIGHTS_NAME).items():
+        bare, changed = bare_name(name)
+        repaired += changed
+        if bare in tensors:
+            twice.append(f"{name} and another name mean the same tensor")
+        tensors[bare] = tensor
+    if twice:
+        raise CorruptFileError(
+            f"{folder / WEIGHTS_NAME} is ambiguous", twice, "Save the adapter with PEFT again."
+        )
+    if repaired:
+        notes.append(f"{repaired} tensor names held an adapter's name, which was left out")
+    manifest = None
+    if (folder / MANIFEST_NAME).exists():
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        if (found := content_hash(folder / WEIGHTS_NAME, stored)) != manifest.content_hash:
+            raise CorruptFileError(
+                f"{folder} changed after Veneer wrote it",
+                [f"content hash {found[:12]}…, {MANIFEST_NAME} says {manifest.content_hash[:12]}…"],
+                f"Restore it; or, if you changed it on purpose, remove {MANIFEST_NAME}: it is then read as PEFT's.",
+            )
+    if not (adapted := adapted_modules(tensors)):
+        raise CorruptFileError(
+            f"{folder / WEIGHTS_NAME} holds no low-rank factors", [], "Copy the folder again."
+        )
+    try:
+        settings = config.lora(adapted)
+    except ValidationError as fault:
+        raise CorruptFileError(
+            f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
+        ) from fault
+    return StoredAdapter(folder, settings, config, tensors, manifest, notes)
+
+
+def _require_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder", [], "Give the folder of an adapter.")
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        raise SourceError(
+            f"{folder} holds no {CONFIG_NAME}",
+            [f"{name}/ does" for name in inside],
+            f"Give {folder / inside[0]}." if inside else "Give the folder of an adapter.",
+        )
+    if (folder / WEIGHTS_NAME).is_file():
+        return
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise UnsafeFileError(
+            f"{folder} holds its weights only as a pickle, which can run code when it is opened",
+            pickles,
+            "Where you trust it, convert it once with PEFT: PeftModel.from_pretrained(base, folder)"
+            ".save_pretrained(new_folder).",
+        )
+    raise SourceError(f"{folder} holds no {WEIGHTS_NAME}", [], "Copy the folder again, whole.")
+
+
+def load_adapter(
+    base: Base, source: str | Path | StoredAdapter, *, name: str, force_base: bool = False
+) -> Attachment:
+    """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in base.attachments.
+
+    Nothing is attached unless everything fits: every tensor accounted for, shapes equal, the base the one the
+    fingerprint names. force_base overrides the last; shapes are never overridden. An adapter without a
+    fingerprint loads by names and shapes alone: see StoredAdapter.base_verified.
+    Raises AdapterMismatchError with every fault, ConfigError (the name is taken), and what read_adapter raises.
+    """
+    stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
+    faults = [] if force_base else _other_base(stored, base)
+    head = base.model.get_output_embeddings()
+    found = fit(stored.peft, stored.tensors, base.model, head)
+    if found.faults:
+        raise AdapterMismatchError(
+            f"adapter {name!r} does not fit {base.source}" + _share(found.concerned, stored),
+            faults + found.faults,
+            f"It was made for {stored.name_or_path}: load it on that base."
+            if stored.name_or_path
+            else "Load it on the base it was made for; the file does not name it.",
+        )
+    if faults:
+        raise AdapterMismatchError(
+            f"adapter {name!r} was trained on another base than {base.source}",
+            faults,
+            f"Load the base it was trained on ({stored.name_or_path}), or, if you know better, use --force-base.",
+        )
+    _check_scaling(stored, found.scaling)
+    assert found.settings is not None
+    attachment = attach(base.model, found.settings, name=name, routing=base.routing, head=head)
+    assert list(attachment.layers) and attachment.layers.keys() == found.factors.keys()
+    assert attachment.values.keys() == found.values.keys()
+    with torch.no_grad():
+        for slot in found.slots:
+            A, B = (found.tensors[tensor_name] for tensor_name in found.factors[slot.path])
+            layer = attachment.layers[slot.path]
+            for parameter, factor in zip((layer.A, layer.B), from_file(A, B, slot), strict=True):
+                parameter.copy_(factor)
+        for path, tensor_name in found.values.items():
+            attachment.values[path].copy_(found.tensors[tensor_name])
+    base.attachments[name] = attachment
+    return attachment
+
+
+def _share(concerned: int, stored: StoredAdapter) -> str:
+    return f", {concerned} of {len(stored.tensors)} tensors" if concerned else ""
+
+
+def _other_base(stored: StoredAdapter, base: Base) -> list[str]:
+    """What differs between the base it was trained on and this one, the adapter's side first."""
+    if stored.manifest is None:
+        return []
+    trained_on = stored.manifest.base
+    theirs, ours = Fingerprint.from_dict(trained_on.fingerprint), base.fingerprint()
+    if theirs.digest == ours.digest:
+        return []
+    named = trained_on.name + (f" at {trained_on.revision}" if trained_on.revision else "")
+    here = base.name_or_path + (f" at {base.revision}" if base.revision else "")
+    names = [f"base: {named} against {here}"] if named != here else []
+    return names + theirs.differences(ours)
+
+
+def _check_scaling(stored: StoredAdapter, scaling: Mapping[str, float]) -> None:
+    """The factors the settings give on this base are those it was trained with."""
+    if stored.manifest is None:
+        return
+    recorded = stored.manifest.scaling
+    faults = [
+        f"{path}: {scaling.get(path)} from {CONFIG_NAME}, {recorded.get(path)} while training"
+        for path in sorted(scaling.keys() | recorded.keys())
+        if scaling.get(path) != recorded.get(path)
+    ]
+    if faults:
+        raise CorruptFileError(f"{stored.folder}: the scaling does not agree", faults, "Restore the folder.")

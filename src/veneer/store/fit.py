@@ -1,0 +1,197 @@
+"""Does a stored adapter fit a base? Every tensor that is missing, unexpected or misshapen, at once.
+
+What PEFT would silently leave at its start or silently drop is a fault here.
+Not known here: folders, fingerprints.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.attach import plain_modules, resolve
+from veneer.adapters.config import LoRA
+from veneer.adapters.lora import AdaptedModule
+from veneer.errors import ConfigError
+from veneer.store.format import (
+    Modules,
+    Slot,
+    adapted_modules,
+    factor_shapes,
+    slot_of,
+    tables,
+    tensor_names,
+    value_name,
+    wrappers,
+)
+from veneer.store.matching import exact_settings, matched_slots, strengths
+from veneer.store.old_experts import fuse_old_experts
+from veneer.store.peft_config import PeftLoRA
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a file's tensors go onto a base.
+
+    settings  attach exactly what the file holds
+    slots     the low-rank updates; factors: path -> the file's names of A and B
+    values    full parameter path in the base -> the file's name of what is trained in its place
+    scaling   path -> factor of the update
+    tensors   the file's, in the layout that the names are of
+    faults    why they do not go on, one line each; empty if they do
+    concerned how many of the file's and the base's tensors the faults are about
+    """
+
+    settings: LoRA | None
+    slots: list[Slot]
+    factors: Mapping[str, tuple[str, str]]
+    values: Mapping[str, str]
+    scaling: Mapping[str, float]
+    tensors: Mapping[str, Tensor]
+    faults: list[str]
+    concerned: int = 0
+
+
+def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+    """tensors: by bare names (format.bare_name); model: with or without other adapters; head: its output head."""
+    modules = plain_modules(model)
+    own_head = head.base if isinstance(head, AdaptedModule) else head
+    head_path = next((path for path, module in modules.items() if module is own_head), None)
+    config, tensors = fuse_old_experts(config, tensors, modules)
+    slots = _slots(config, tensors, modules, head_path)
+    trained, faults = _trained(config, modules)
+    if not slots and not faults:
+        faults = ["its targets match nothing in this model"]
+    if faults:
+        return Fit(None, [], {}, {}, {}, tensors, faults)
+    strong = strengths(config, slots)
+    settings = exact_settings(config, strong, trained)
+    try:
+        targets = resolve(model, settings, head=head)
+    except ConfigError as fault:
+        return Fit(None, [], {}, {}, {}, tensors, fault.faults)
+    depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
+    replaced = [f"{path}.bias" for path in targets.biases]
+    replaced += [f"{path}.{name}" for path in targets.trained for name, _ in modules[path].named_parameters()]
+    values = {path: value_name(path, targets.trained, depth) for path in replaced}
+    factors = tensor_names(slots, modules)
+    expected: dict[str, tuple[int, ...]] = {}
+    for slot in slots:
+        expected |= dict(zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True))
+    expected |= {name: tuple(_parameter(modules, path).shape) for path, name in values.items()}
+    faults, concerned = _tensor_faults(tensors, expected, slots, modules, head_path)
+    scaling = {path: strength.scaling(rslora=config.use_rslora) for path, strength in strong.items()}
+    return Fit(settings, slots, factors, values, scaling, tensors, faults, concerned)
+
+
+def _slots(config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules, head: str | None) -> list[Slot]:
+    slots = matched_slots(config, modules, head=head)
+    if config.target_modules is None:  # PEFT's default for the architecture: the tensors tell which it was
+        known = {slot.path for slot in slots}
+        named = (slot_of(path, modules) for path in adapted_modules(tensors) if path not in known)
+        slots += [slot for slot in named if slot is not None]
+    return slots
+
+
+def _trained(config: PeftLoRA, modules: Modules) -> tuple[list[str], list[str]]:
+    """Fully trained modules without children, and what of the settings cannot be followed.
+
+    PEFT compares endings of the string, not of the segments: "norm" also names input_layernorm.
+    """
+    trained: list[str] = []
+    faults = []
+    for entry in config.modules_to_save or []:
+        named = [path for path in modules if path and path.endswith(entry)]
+        if not named:
+            faults.append(f"modules_to_save names {entry!r}, which the model does not have")
+        for path in named:
+            below = [p for p in modules if p == path or p.startswith(path + ".")]
+            trained += [
+                p
+                for p in below
+                if p not in trained and any(True for _ in modules[p].parameters(recurse=False))
+            ]
+    return trained, faults
+
+
+def _parameter(modules: Modules, path: str) -> Tensor:
+    module, _, name = path.rpartition(".")
+    return modules[module].get_parameter(name)
+
+
+def _tensor_faults(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    slots: Sequence[Slot],
+    modules: Modules,
+    head: str | None,
+) -> tuple[list[str], int]:
+    compared: list[tuple[str, str, str]] = []
+    frozen = tables(slots, head)
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, wanted = tensors.get(name), expected.get(name)
+        if found is None:
+            compared.append((name, "missing", str(wanted)))
+        elif wanted is None:
+            if (fault := _extra_fault(name, found, tensors, frozen, modules)) is not None:
+                compared.append((name, str(tuple(found.shape)), fault))
+        elif tuple(found.shape) != wanted:
+            compared.append((name, str(tuple(found.shape)), str(wanted)))
+    return grouped(compared), len(compared)
+
+
+def _extra_fault(
+    name: str, found: Tensor, tensors: Mapping[str, Tensor], frozen: Mapping[str, str], modules: Modules
+) -> str | None:
+    """PEFT adds copies of the base's own values to some files: they must be the base's own."""
+    own = frozen.get(name, name)
+    if (copied := re.sub(r"\.(original_module|modules_to_save)(\.[^.]+)$", r"\2", name)) != name:
+        # beside a fully trained module, bias = "all" saves its frozen original and the trained copy once more
+        if "modules_to_save" in name.split(".")[-2:]:
+            twin = tensors.get(copied)
+            return None if twin is not None and torch.equal(found, twin) else f"differs from {copied}"
+        own = copied
+    module, _, parameter = own.rpartition(".")
+    if module not in modules or parameter not in dict(modules[module].named_parameters(recurse=False)):
+        adapted = modules.get(name.rsplit(".", 2)[0])
+        return "no such tensor" if adapted is None else f"{type(adapted).__name__} is not adapted here"
+    base = _parameter(modules, own).detach()
+    if base.shape != found.shape:
+        return str(tuple(base.shape))
+    same = torch.equal(base.cpu().to(found.dtype), found) or torch.equal(base.cpu(), found.to(base.dtype))
+    return None if same else "the base's own values differ"
+
+
+def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
+    """(name, in the adapter, in the model) lines, those that differ in the layer's number alone as one.
+
+    layers.0-23.self_attn.q_proj.lora_A   adapter (16, 1024)   model (16, 896)   24 tensors
+    """
+    groups: dict[tuple[str, str, str], list[int | None]] = {}
+    for name, ours, theirs in compared:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        template = name if match is None else f"{name[: match.start()]}#{name[match.end() :]}"
+        groups.setdefault((template, ours, theirs), []).append(None if match is None else int(match[0]))
+    rows = []
+    for (template, ours, theirs), numbers in sorted(groups.items(), key=lambda group: group[0]):
+        layers = _ranges([number for number in numbers if number is not None])
+        count = f"{len(numbers)} tensors" if len(numbers) > 1 else "1 tensor"
+        rows.append((template.replace("#", layers, 1), f"adapter {ours}", f"model {theirs}", count))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
+    return [
+        "   ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]])
+        for row in rows
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

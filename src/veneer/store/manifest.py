@@ -1,0 +1,95 @@
+"""veneer.json: what an adapter's two PEFT files cannot say: which base, which data, which recipe, which bytes.
+
+    base          name, revision and fingerprint of the base it was trained on
+    tokenizer     hashes of what the tokenizer does and of the chat template
+    scaling       what each adapted module's update is multiplied with, as it was while training
+    content_hash  SHA-256 over the tensor file and the config: changes if either does
+
+No time, host or user stands in it: the same adapter written twice is the same to the byte.
+Not known here: how a fingerprint is computed (models/fingerprint.py), what the tensors are (format.py).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from veneer.errors import CorruptFileError
+from veneer.store.safe import field_faults, read_json
+
+MANIFEST_NAME = "veneer.json"
+FORMAT_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class BaseIdentity(_Strict):
+    name: str
+    """Hub id or folder the base was loaded from; for people, proves nothing."""
+    revision: str | None = None
+    """Commit of a hub base."""
+    fingerprint: dict[str, str | int]
+    """models.fingerprint.Fingerprint.to_dict(): this is what another base is compared with."""
+
+
+class Manifest(_Strict):
+    format_version: Literal[1] = 1
+    """Raised when a reader of the old version would misread the new one."""
+    veneer_version: str
+    """Version that wrote the folder."""
+    method: str
+    """Name of the method, as in a run file."""
+    base: BaseIdentity
+    tokenizer_hash: str | None = None
+    """models.fingerprint.tokenizer_hash of the tokenizer it was trained with."""
+    template_hash: str | None = None
+    """ChatTemplate.fingerprint() of the chat template it was trained with."""
+    scaling: dict[str, float] = Field(default_factory=dict)
+    """Path of each adapted module or parameter -> factor of its update; write_adapter fills it in."""
+    data_fingerprint: str | None = None
+    """Hash over the rows it was trained on."""
+    recipe: dict[str, JsonValue] | None = None
+    """The run's settings, resolved; None for an adapter that no run of ours made."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """What was measured on the held-out rows."""
+    parent: str | None = None
+    """content_hash of the adapter that training started from."""
+    content_hash: str = ""
+    """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
+
+    def to_json(self) -> str:
+        """The file's text: sorted keys, ASCII, two spaces, one newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises SourceError, UnsafeFileError or CorruptFileError with every field that is wrong."""
+    stored = read_json(path)
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise CorruptFileError(
+            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads {FORMAT_VERSION}",
+            [],
+            "Install the version of Veneer that wrote it, or a newer one.",
+        )
+    try:
+        return Manifest.model_validate(stored)
+    except ValidationError as fault:
+        raise CorruptFileError(
+            f"{path} is not a manifest that Veneer wrote",
+            field_faults(fault),
+            "Restore the file from where it was made.",
+        ) from fault
+
+
+def content_hash(tensor_file: Path, config: dict[str, Any]) -> str:
+    """SHA-256, in hex, over the tensor file's own SHA-256 and the config as JSON with sorted keys."""
+    with tensor_file.open("rb") as file:
+        tensors = hashlib.file_digest(file, "sha256").hexdigest()
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(f"{tensors}\n{canonical}".encode()).hexdigest()

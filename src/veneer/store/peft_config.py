@@ -1,0 +1,245 @@
+"""adapter_config.json, both ways: PEFT's settings of a LoRA adapter, and which of them Veneer refuses.
+
+Reading is strict where a field changes the arithmetic: what is not implemented is refused by name, never
+skipped. Missing fields take PEFT's defaults. Writing emits what PEFT 0.21 reads, with targets resolved.
+
+Not known here: tensors, models. Facts: PEFT 0.21.2, peft/tuners/lora/config.py.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veneer.adapters.config import LoRA
+from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
+from veneer.store.safe import field_faults, read_json
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_LAYOUT = "0.21.2"
+"""Version of PEFT whose layout is written: `peft_version` in the file."""
+MAX_RANK = 4096
+MAX_PATTERN = 4000
+MAX_REPETITIONS = 6
+MAX_ENTRIES = 10_000
+
+_CHANGES_THE_MATHS = {
+    "use_dora": "DoRA is not supported yet",
+    "lora_bias": "a bias beside lora_B is not supported",
+    "use_qalora": "QALoRA pools the inputs of A: not supported",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
+    "layer_replication": "the stack of layers is rebuilt first: not supported",
+    "kasa_config": "KaSA truncates the base's weights: not supported",
+    "arrow_config": "Arrow routes between adapters: not supported",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "monteclora_config": "MonteCLoRA samples its weights: not supported",
+    "megatron_config": "Megatron's parallel layers are not supported",
+    "trainable_token_indices": "single trained rows of an embedding are not supported yet",
+    "ensure_weight_tying": "an adapter shared by the embedding and the head is not supported",
+}
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_START_ONLY = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_INERT = {
+    "peft_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "velora_config", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+"""No effect on what a finished adapter computes."""
+
+
+class PeftLoRA(BaseModel):
+    """The fields that decide what an adapter computes, spelt as PEFT spells them."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    r: int = Field(default=8, ge=1, le=MAX_RANK)
+    lora_alpha: float = Field(default=8, gt=0)
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def lora(self, adapted: list[str]) -> LoRA:
+        """These settings as Veneer's, without a model to resolve them on; adapted: what the file's tensors name.
+
+        Exact for what Veneer writes. PEFT's layer filters and a null target list depend on the model: there
+        the adapted modules themselves become the targets.
+        """
+        targets: str | list[str]
+        parameters = [name.removesuffix(".weight") for name in self.target_parameters or []]
+        if isinstance(self.target_modules, list) and self.layers_to_transform is None:
+            targets = sorted({*self.target_modules, *parameters})
+        elif isinstance(self.target_modules, str) and not parameters:
+            targets = self.target_modules
+        else:
+            targets = adapted
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            targets = "all-linear"
+        exclude = self.exclude_modules or []
+        return LoRA(
+            rank=self.r,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            rslora=self.use_rslora,
+            targets=targets,
+            exclude=[exclude] if isinstance(exclude, str) else exclude,
+            rank_pattern={key.removesuffix(r"\.weight"): r for key, r in (self.rank_pattern or {}).items()},
+            alpha_pattern={key.removesuffix(r"\.weight"): a for key, a in (self.alpha_pattern or {}).items()},
+            bias=self.bias,
+            train_modules=self.modules_to_save or [],
+        )
+
+    def patterns(self) -> list[str]:
+        """Every string of the file that is used as a regular expression."""
+        found = [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]
+        found += [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        layers = self.layers_pattern or []
+        return found + ([layers] if isinstance(layers, str) else layers)
+
+
+def read_config(path: Path) -> tuple[PeftLoRA, dict[str, Any], list[str]]:
+    """The settings, the file's own object, and the names of unknown fields that are off and so ignored.
+
+    Raises CorruptFileError (every field with a wrong value), RefusedError (every field that is not
+    implemented), UnsafeFileError (regular expressions that could run for ever), SourceError (no file).
+    """
+    stored = read_json(path)
+    if not isinstance(kind := stored.get("peft_type"), str):
+        raise CorruptFileError(
+            f"{path} has no peft_type: not the configuration of a PEFT adapter",
+            [],
+            "Give an adapter's folder.",
+        )
+    if kind != "LORA":
+        raise RefusedError(
+            f"{path}: peft_type {kind} is not supported yet",
+            [],
+            "Veneer reads LoRA adapters (peft_type LORA).",
+        )
+    refused, ignored = _refused_fields(stored)
+    if refused:
+        raise RefusedError(f"{path} asks for what Veneer does not compute", refused, _way_out(stored))
+    try:
+        config = PeftLoRA.model_validate(stored)
+    except ValidationError as fault:
+        raise CorruptFileError(
+            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+        ) from fault
+    if faults := _value_faults(config):
+        raise CorruptFileError(f"{path} has fields of a wrong kind", faults, "Restore the file.")
+    if unsafe := [why for pattern in config.patterns() if (why := _pattern_fault(pattern)) is not None]:
+        raise UnsafeFileError(
+            f"{path} holds regular expressions that are not run", unsafe, "List the names instead."
+        )
+    return config, stored, ignored
+
+
+def _value_faults(config: PeftLoRA) -> list[str]:
+    faults = [
+        f"rank_pattern.{key}: {rank} is not between 1 and {MAX_RANK}"
+        for key, rank in (config.rank_pattern or {}).items()
+        if not 1 <= rank <= MAX_RANK
+    ]
+    faults += [
+        f"alpha_pattern.{key}: {alpha} is not above 0"
+        for key, alpha in (config.alpha_pattern or {}).items()
+        if alpha <= 0
+    ]
+    if isinstance(config.target_modules, list) and not (config.target_modules or config.target_parameters):
+        faults.append("target_modules and target_parameters are empty: nothing is adapted")
+    for name in PeftLoRA.model_fields:
+        entries = getattr(config, name)
+        if isinstance(entries, (list, dict)):
+            faults += [f"{name} holds an empty name"] if "" in entries else []
+            faults += [f"{name} has {len(entries):,} entries"] if len(entries) > MAX_ENTRIES else []
+    return faults
+
+
+def _refused_fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    refused = [f"{name}: {why}" for name, why in _CHANGES_THE_MATHS.items() if stored.get(name)]
+    start = stored.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+        refused.append(
+            f"init_lora_weights {start!r}: the update belongs to a changed base (W minus the start), which the file "
+            "does not hold; added to the base itself it would be silently wrong"
+        )
+    elif start not in _START_ONLY:
+        refused.append(f"init_lora_weights {start!r} is unknown")
+    if (task := stored.get("task_type")) not in (None, "CAUSAL_LM"):
+        refused.append(f"task_type {task!r}: Veneer runs causal language models")
+    known = {*PeftLoRA.model_fields, *_CHANGES_THE_MATHS, *_INERT, "init_lora_weights", "task_type"}
+    unknown = sorted(set(stored) - known)
+    refused += [f"{name}: unknown, and switched on" for name in unknown if stored[name]]
+    return refused, [name for name in unknown if not stored[name]]
+
+
+def _way_out(stored: Mapping[str, Any]) -> str:
+    start = stored.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+        return (
+            "Save it once more with PEFT: model.save_pretrained(folder, path_initial_model_for_weight_conversion=...) "
+            "writes it as plain LoRA."
+        )
+    return "Merge the adapter with the library that made it, or train it again as LoRA."
+
+
+def _pattern_fault(pattern: str) -> str | None:
+    """Why a pattern of an untrusted file is not run: a repeated group can take exponential time."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as fault:
+        return f"{pattern[:80]!r} is not a regular expression: {fault}"
+    bare = re.sub(r"\\.", "_", pattern)
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "_", bare)
+    if len(pattern) > MAX_PATTERN:
+        return f"{pattern[:80]!r}… has {len(pattern):,} characters, the limit is {MAX_PATTERN:,}"
+    if re.search(r"\)[*+{]", bare):
+        return f"{pattern[:80]!r} repeats a group: matching it can take for ever"
+    if (repeated := len(re.findall(r"[*+{]", bare))) > MAX_REPETITIONS:
+        return f"{pattern[:80]!r} repeats {repeated} times, the limit is {MAX_REPETITIONS}"
+    return None
+
+
+def config_json(config: PeftLoRA) -> dict[str, Any]:
+    """What the file holds: PEFT's own fields and order. Fields of its newer variants stay out: absent is off,
+    and older readers do not know them."""
+    fields = config.model_dump()
+    fields["lora_alpha"] = _number(config.lora_alpha)
+    fields["alpha_pattern"] = {key: _number(alpha) for key, alpha in (config.alpha_pattern or {}).items()}
+    fields["rank_pattern"] = config.rank_pattern or {}
+    return fields | {
+        "auto_mapping": None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_bias": False,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "peft_type": "LORA",
+        "peft_version": PEFT_LAYOUT,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+    }
+
+
+def config_text(fields: Mapping[str, Any]) -> str:
+    """The file's text, as PEFT writes it: two spaces, sorted keys, no newline at the end."""
+    return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False)
+
+
+def _number(value: float) -> float | int:
+    """Whole numbers without a point: what PEFT's users write and older readers expect."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,79 @@
+"""Checkpoints: everything that makes a resumed run continue bit for bit, whole on disk or not there at all.
+
+    checkpoints/000120/   state.safetensors (values and moments), state.json (position, best so far, ...),
+                          MANIFEST.json (sizes and SHA-256, written last)
+
+The newest valid one is used; one that is damaged is reported and skipped. Pruning never touches the newest
+valid one or the best.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.errors import CorruptFileError
+from veneer.store.atomic import atomic_folder, verify_manifest, write_manifest
+from veneer.store.safe import read_json, read_tensors
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"{step:06d}"
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write checkpoints/NNNNNN; DoesNotFitError if the disk is full, with every earlier checkpoint intact."""
+    path = checkpoint_path(folder, step)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with atomic_folder(path, replace=True, needed_bytes=size + 2**16) as partial:
+        save_file(
+            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial / "state.safetensors"
+        )
+        text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        (partial / "state.json").write_text(text, encoding="utf-8")
+        write_manifest(partial)
+    return path
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state); CorruptFileError lists what is wrong."""
+    if faults := verify_manifest(path):
+        raise CorruptFileError(f"checkpoint {path} is damaged", faults)
+    return read_tensors(path / "state.safetensors"), read_json(path / "state.json")
+
+
+def numbers(folder: Path) -> list[int]:
+    """Steps of the checkpoints in the folder, valid or not, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+    faults: list[str] = []
+    for step in reversed(numbers(folder)):
+        path = checkpoint_path(folder, step)
+        if not (found := verify_manifest(path)):
+            return path, faults
+        faults += [f"{path.name}: {fault}" for fault in found]
+    return None, faults
+
+
+def prune(folder: Path, *, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` and the best; never the newest valid one. A damaged one does not count."""
+    # The manifest is written last: where it stands, the checkpoint was whole when it was made.
+    valid = [step for step in numbers(folder) if (checkpoint_path(folder, step) / "MANIFEST.json").is_file()]
+    stays = {*valid[-max(keep, 1) :], best}
+    for step in valid:
+        if step not in stays:
+            _remove(checkpoint_path(folder, step))
+
+
+def _remove(path: Path) -> None:
+    """The manifest first: what is removed half-way is no checkpoint any more."""
+    (path / "MANIFEST.json").unlink(missing_ok=True)
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()

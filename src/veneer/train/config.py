@@ -1,0 +1,103 @@
+"""What a run does: the run file's fields, each with its unit. No torch here: `--help` reads this."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from veneer.adapters.config import METHODS, Full, LoRA
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Settings):
+    train: str
+    """File with the training rows: .jsonl, .json, .csv or .parquet."""
+    validation: str | None = None
+    """File with the held-out rows; without it, `validation_share` of the training rows is held out."""
+    validation_share: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of rows held out, chosen by a hash of their content; 0 holds nothing out."""
+    format: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """How a row is laid out; auto looks at the columns."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are learnt: every assistant turn, the last one only, or all tokens."""
+    long_rows: Literal["refuse", "drop", "cut"] = "refuse"
+    """What happens to rows longer than `length`: refuse to start, leave them out, or cut their end."""
+
+
+class RunConfig(Settings):
+    base: str
+    """Hub id, folder, .gguf file, or a named default such as smollm2-135m."""
+    data: DataConfig
+    """The rows: a file, or {train, validation, format, ...}."""
+    method: Annotated[LoRA | Full, Field(discriminator="name")] = Field(default_factory=LoRA)
+    """lora or full, or the method with its settings: {name: lora, rank: 16}."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights; auto keeps the type they are stored in."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; instead of `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; 3 if neither this nor `steps` is given."""
+    batch: int = Field(default=8, ge=1)
+    """Rows per optimizer step."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Rows computed at once; gradients are summed until `batch` is reached. Default: batch."""
+    length: int = Field(default=2048, ge=2)
+    """Longest row kept, tokens."""
+    order: Literal["bucketed", "shuffled", "file"] = "bucketed"
+    """Rows of like length together (fastest), fully shuffled, or as they stand in the file."""
+    share_prompt: bool = True
+    """Compute the tokens that all rows of a batch begin with once; off with dropout."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate; default: the method's own (lora 5e-4, full 5e-5)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the rate after warm-up; cosine and linear end at 0."""
+    warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
+    """Share of the steps in which the rate rises to its peak."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay of AdamW."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in backward: less memory, more time."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on the held-out rows; default: five times a run."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; default: at every evaluation."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept beside the best one; the newest valid one always stays."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after this many evaluations without a better held-out loss; default: never."""
+    seed: int = Field(default=0, ge=0)
+    """Starts the adapter's values, the order of the rows and dropout."""
+    log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Also send the records there; needs the extra of that name. Nothing is sent unless asked."""
+    out: str
+    """Folder of the run; must not exist, or hold the run that --resume continues."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            if isinstance(values.get("data"), (str, Path)):
+                values["data"] = {"train": str(values["data"])}
+            if isinstance(values.get("method"), str):
+                values["method"] = {"name": values["method"]}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "RunConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given: give one")
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
+        return self
+
+
+DEFAULT_LEARNING_RATE = {"lora": 5e-4, "full": 5e-5}
+assert set(DEFAULT_LEARNING_RATE) == set(METHODS)

@@ -1,0 +1,115 @@
+"""The same records that metrics.jsonl gets, sent on to TensorBoard, W&B, MLflow or trackio.
+
+We send numbers and the run's settings: no rows, no sample answers. (W&B and trackio add figures of
+the machine, as they are set up to.) Nothing is imported, and
+nothing is sent, unless `log` names it. Each logger is a function (record) -> None and its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from veneer.errors import ConfigError
+
+Name = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+PROJECT = "veneer"
+
+
+@dataclass(frozen=True)
+class Logger:
+    """A listener for Records: `send` gets the numbers of a step, `close` ends the run there."""
+
+    send: Callable[[dict[str, float], int], None]
+    close: Callable[[], None]
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if values := numbers_of(record):
+            self.send(values, int(record["step"]))
+
+
+def open_loggers(names: Sequence[Name], *, out: Path, settings: Mapping[str, Any]) -> list[Logger]:
+    """One logger for each name. Raises ConfigError, before any is opened, for all that are not installed."""
+    if missing := [name for name in names if util.find_spec(name) is None]:
+        raise ConfigError(
+            f"log asks for {', '.join(missing)}, not installed here",
+            [],
+            f"pip install 'veneer[{','.join(missing)}]', or leave it out of `log`.",
+        )
+    loggers: list[Logger] = []
+    for name in names:
+        try:
+            loggers.append(_OPENERS[name](import_module(name), out, flat(settings)))
+        except Exception as fault:  # theirs: no key, no server, a version that does not fit
+            for each in loggers:
+                each.close()
+            raise ConfigError(
+                f"{name} did not start: {fault}", [], f"Set {name} up, or leave it out of `log`."
+            ) from fault
+    return loggers
+
+
+def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a step or an evaluation as {"train/loss": ...}; of other records, none."""
+    prefix = {"step": "train", "evaluation": "evaluation"}.get(record["kind"])
+    if prefix is None:
+        return {}
+    return {
+        f"{prefix}/{name}": float(value)
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"method": {"rank": 8}} as {"method.rank": 8}."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def _tensorboard(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(out / "tensorboard"))
+    writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
+
+    def send(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Logger(send, writer.close)
+
+
+def _wandb(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
+    run = module.init(project=PROJECT, name=out.name, dir=str(out), config=settings)
+    return Logger(lambda values, step: run.log(values, step=step), run.finish)
+
+
+def _mlflow(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
+    """To the server that MLFLOW_TRACKING_URI names: the small package of our extra opens no database."""
+    module.set_experiment(PROJECT)
+    module.start_run(run_name=out.name)
+    module.log_params(settings)
+    return Logger(lambda values, step: module.log_metrics(values, step=step), module.end_run)
+
+
+def _trackio(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
+    run = module.init(project=PROJECT, name=out.name, config=settings)
+    return Logger(lambda values, step: run.log(values, step=step), run.finish)
+
+
+_OPENERS: dict[str, Callable[[ModuleType, Path, dict[str, Any]], Logger]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+}

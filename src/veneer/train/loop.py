@@ -1,0 +1,307 @@
+"""The training loop: batches in, an adapter's values out, nothing lost on the way.
+
+    before step 1   the longest batch runs forward and backward once, its gradient thrown away: what does not
+                    fit says so now; the held-out rows are evaluated once, for the comparison afterwards
+    a step          micro-batches summed with one normaliser, the norm checked, then clip, AdamW, publish
+    an evaluation   loss on the held-out rows, a sample answer, a checkpoint; the best one stays
+
+A loss or gradient that is not finite stops the run before the weights are touched. All order and randomness
+come from (seed, epoch, step), so a resumed run continues bit for bit.
+Knows nothing of methods: it trains the tensors it is given.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.routing import Routing
+from veneer.data.batching import Batch, make_batch, plan_epoch, used_length
+from veneer.data.examples import Example
+from veneer.errors import DivergedError, DoesNotFitError, Interrupted
+from veneer.models.step import Paths, batch_loss, evaluation_loss
+from veneer.train.checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
+from veneer.train.config import RunConfig
+from veneer.train.interrupt import Interrupt
+from veneer.train.optim import AdamW, FlatParameters, learning_rate_at
+from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes
+from veneer.train.screen import Screen
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what a checkpoint's state.json holds. Losses in nats per trained token."""
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    """Batches of this epoch already taken."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_better: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    timed_seconds: float = 0.0
+    """Steps only, the first of every process left out."""
+    timed_examples: int = 0
+    timed_tokens: int = 0
+    total_seconds: float = 0.0
+    trained_tokens: int = 0
+    date: str = ""
+    """Day the run started on, which a chat template may have written into the rows."""
+    data: str = ""
+    """Fingerprint of the rows."""
+    sample: dict[str, Any] = field(default_factory=dict)
+    """The sample row's answer before training."""
+
+
+@dataclass
+class Job:
+    """What the loop needs of a run. learning_rate: peak; evaluate_every and save_every: steps."""
+
+    model: PreTrainedModel
+    paths: Paths
+    routing: Routing
+    flat: FlatParameters
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    config: RunConfig
+    learning_rate: float
+    steps: int
+    share_prompt: bool
+    out: Path
+    answer: Callable[[], dict[str, Any]] | None
+    """Answers the sample row with the model as it stands: {prompt, expected, answer}."""
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.config.evaluate_every or max(1, math.ceil(self.steps / 5))
+
+
+class Loop:
+    def __init__(self, job: Job, records: Records, screen: Screen, *, resume_from: Path | None) -> None:
+        self.job, self.records, self.screen = job, records, screen
+        self.optimizer = AdamW(job.flat, weight_decay=job.config.weight_decay)
+        self.progress = Progress()
+        self.longest_batch_bytes = 0
+        self.device = job.flat.values.device
+        self._lengths = [used_length(e) for e in job.train]
+        self._epoch_plan: tuple[int, list[list[int]]] | None = None
+        if resume_from is not None:
+            tensors, state = load_checkpoint(resume_from)
+            self.optimizer.load(tensors)
+            self.progress = Progress(**state)
+
+    def run(self) -> str:
+        """Train to the end; 'done' or 'early_stop'. Raises Interrupted after saving, DivergedError, DoesNotFitError."""
+        job, at = self.job, self.progress
+        self._longest_batch()
+        if at.step == 0:
+            self._evaluate()
+        reason = "done"
+        first = True
+        with Interrupt() as interrupt:
+            while at.step < job.steps:
+                seconds = self._step(timed=not first)
+                at.total_seconds += seconds
+                first = False
+                due = at.step % job.evaluate_every == 0 or at.step == job.steps
+                if due:
+                    self._evaluate()
+                if due or at.step % (job.config.save_every or job.steps) == 0 or interrupt.asked:
+                    self._save()
+                if interrupt.asked and at.step < job.steps:
+                    raise Interrupted(
+                        f"stopped at step {at.step} of {job.steps}; checkpoint saved",
+                        next_step=f"Continue with: veneer train --resume {job.out}",
+                    )
+                if job.config.patience is not None and at.evaluations_without_better >= job.config.patience:
+                    reason = "early_stop"
+                    break
+        self._take_best()
+        return reason
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        if self._epoch_plan is None or self._epoch_plan[0] != epoch:
+            config = self.job.config
+            plan = plan_epoch(
+                self._lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order
+            )
+            self._epoch_plan = epoch, plan
+        return self._epoch_plan[1]
+
+    def _next_rows(self) -> list[int]:
+        at = self.progress
+        if at.index >= len(self._plan(at.epoch)):
+            at.epoch, at.index = at.epoch + 1, 0
+        rows = self._plan(at.epoch)[at.index]
+        at.index += 1
+        return rows
+
+    def _micro_batches(self, rows: list[int]) -> Iterator[Batch]:
+        size = self.job.config.micro_batch or self.job.config.batch
+        for start in range(0, len(rows), size):
+            chosen = [self.job.train[i] for i in rows[start : start + size]]
+            yield make_batch(
+                chosen, packed=self.job.paths.packed, share_prompt=self.job.share_prompt, device=self.device
+            )
+
+    def _backward(self, rows: list[int]) -> tuple[float, list[Batch]]:
+        """Gradient of the mean over the step's trained tokens, into the flat buffer; the loss; its batches."""
+        job = self.job
+        total = float(sum(int(job.train[i].trained.sum()) for i in rows))
+        loss, batches = 0.0, []
+        for number, batch in enumerate(self._micro_batches(rows)):
+            job.routing.rows = batch.dropout_rows
+            job.routing.step = self.progress.step * 4096 + number
+            try:
+                part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
+                part.backward()
+            finally:
+                job.routing.rows = None
+            value = part.item()
+            batches.append(batch)
+            if not math.isfinite(value):
+                raise self._diverged("loss", value, [batch])
+            loss += value
+        return loss, batches
+
+    def _step(self, *, timed: bool) -> float:
+        job, at = self.job, self.progress
+        start = time.perf_counter()
+        rate = learning_rate_at(
+            at.step,
+            steps=job.steps,
+            peak=job.learning_rate,
+            warmup=job.config.warmup,
+            schedule=job.config.schedule,
+        )
+        rows = self._next_rows()
+        try:
+            loss, batches = self._backward(rows)
+        except (MemoryError, RuntimeError) as fault:
+            self._explain_memory(fault, rows)
+            raise
+        norm = self.optimizer.gradient_norm()
+        if not math.isfinite(norm):
+            raise self._diverged("gradient norm", norm, batches)
+        self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
+        seconds = time.perf_counter() - start
+        at.step += 1
+        at.first_loss = loss if at.first_loss is None else at.first_loss
+        at.last_loss = loss
+        tokens = sum(b.tokens for b in batches)
+        trained = sum(b.trained_tokens for b in batches)
+        at.trained_tokens += trained
+        if timed:
+            at.timed_seconds += seconds
+            at.timed_examples += len(rows)
+            at.timed_tokens += tokens
+        record = {
+            "kind": "step", "step": at.step, "loss": loss, "gradient_norm": norm, "learning_rate": rate,
+            "tokens": tokens, "trained_tokens": trained, "computed_tokens": sum(b.computed_tokens for b in batches),
+            "seconds": seconds, "memory_bytes": process_memory_bytes(),
+        }  # fmt: skip
+        self.records.write(record)
+        self.screen.step(record)
+        return seconds
+
+    def _longest_batch(self) -> None:
+        """Run the costliest batch of the first epoch once and forget it: too large shows now, not in hour three."""
+        plan = self._plan(self.progress.epoch)
+        costliest = max(plan, key=lambda rows: sum(self._lengths[i] for i in rows))
+        try:
+            self._backward(costliest)
+        except DivergedError:
+            pass  # told again, with its step, when the batch's turn comes
+        except (MemoryError, RuntimeError) as fault:
+            self._explain_memory(fault, costliest)
+            raise
+        self.job.flat.gradient.zero_()
+        self.longest_batch_bytes = peak_memory_bytes(str(self.device))
+        longest = max(self._lengths[i] for i in costliest)
+        self.screen.message(
+            f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {self.longest_batch_bytes / 1e9:.2f} GB"
+        )
+
+    def _explain_memory(self, fault: Exception, rows: list[int]) -> None:
+        """Raises DoesNotFitError if that is what happened: torch tells of memory on a CPU by a RuntimeError."""
+        if not isinstance(fault, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            fault
+        ):
+            return
+        tokens = sum(self._lengths[i] for i in rows)
+        raise DoesNotFitError(
+            f"out of memory on a batch of {len(rows)} rows, {tokens} tokens",
+            [str(self.job.train[i].ref) for i in rows][:8],
+            "Try --checkpointing, a smaller --set micro_batch=N, or a smaller --length.",
+        ) from fault
+
+    def _diverged(self, what: str, value: float, batches: Sequence[Batch]) -> DivergedError:
+        self.job.flat.gradient.zero_()
+        at = self.progress
+        rows = [str(example.ref) for batch in batches for example in batch.examples]
+        return DivergedError(
+            f"T601 the {what} is {value} at step {at.step + 1}; the weights are those of step {at.step}",
+            [f"rows of this batch: {', '.join(rows)}"],
+            f"Try a lower --learning-rate (now {self.job.learning_rate:g}), or look at these rows; "
+            f"checkpoints up to here are in {self.job.out / 'checkpoints'}.",
+        )
+
+    def _evaluate(self) -> None:
+        job, at = self.job, self.progress
+        start = time.perf_counter()
+        loss = None
+        if job.validation:
+            nats, tokens = evaluation_loss(
+                job.model, job.paths, job.routing, job.validation, batch=job.config.batch
+            )
+            loss = nats / tokens
+        sample = job.answer() if job.answer is not None else None
+        if sample is not None:
+            if at.step == 0:
+                at.sample = {"before": sample["answer"]}
+            sample = {**sample, "before": at.sample.get("before")}
+        # Not (loss < best) would let a NaN be the best for ever: only a finite loss can be better.
+        better = loss is not None and math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        better = better and at.step > 0  # the untrained base is no checkpoint
+        if better:
+            at.best_loss, at.best_step, at.evaluations_without_better = loss, at.step, 0
+        elif at.step > 0 and loss is not None:
+            at.evaluations_without_better += 1
+        if loss is None and sample is None:
+            return
+        record = {
+            "kind": "evaluation", "step": at.step, "loss": loss, "best": better,
+            "seconds": time.perf_counter() - start, "sample": sample,
+        }  # fmt: skip
+        self.records.write(record)
+        self.screen.evaluation(record)
+
+    def _save(self) -> None:
+        folder = self.job.out / "checkpoints"
+        save_checkpoint(folder, self.progress.step, self._tensors(), _json_state(self.progress))
+        prune(folder, keep=self.job.config.keep, best=self.progress.best_step)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.optimizer.state()
+
+    def _take_best(self) -> None:
+        at = self.progress
+        if at.best_step is not None and at.best_step != at.step:
+            tensors, _ = load_checkpoint(checkpoint_path(self.job.out / "checkpoints", at.best_step))
+            self.optimizer.load(tensors)
+            self.screen.message(
+                f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}"
+            )
+
+
+def _json_state(progress: Progress) -> dict[str, Any]:
+    values: Mapping[str, Any] = vars(progress)
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}

@@ -1,0 +1,168 @@
+"""What a run wrote down while it ran (metrics.jsonl), and how much memory the process holds.
+
+One JSON object a line, flushed line by line; "kind" is start, step, evaluation or end. A number that
+is not finite is written as null: JSON has no NaN. Screens, loggers and the report read these records;
+nothing here knows what a step computes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from veneer.errors import CorruptFileError
+
+Record = dict[str, Any]
+
+
+class Listener(Protocol):
+    """What hears every record, and the end of the run (loggers.py)."""
+
+    def __call__(self, record: Mapping[str, Any]) -> None: ...
+
+    @property
+    def close(self) -> Callable[[], None]: ...
+
+
+class Records:
+    """Appends to metrics.jsonl and hands each record on to the listeners (loggers).
+
+    resumed_step   None starts a file; a number keeps what belongs to steps up to that one and continues.
+    """
+
+    def __init__(
+        self, path: str | Path, *, resumed_step: int | None = None, listeners: Sequence[Listener] = ()
+    ) -> None:
+        self.path, self._listeners = Path(path), listeners
+        if resumed_step is not None:
+            _keep_until(self.path, resumed_step)
+        self._file = self.path.open("w" if resumed_step is None else "a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record and flushes it: what the file shows is never behind the run.
+
+        The start record gets the time, in seconds since 1970.
+        """
+        if record["kind"] == "start":
+            record = {**record, "time": time.time()}
+        self._file.write(_line(record))
+        self._file.flush()
+        for listener in self._listeners:
+            listener(record)
+
+    def close(self) -> None:
+        """Closes the file and ends the run of every listener."""
+        self._file.close()
+        for listener in self._listeners:
+            listener.close()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records in order. A last line without its newline is a torn write and is left out.
+
+    Raises CorruptFileError with every other line that is no JSON object.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    records, faults = [], []
+    for number, line in enumerate(lines[:-1], 1):  # what stands after the last newline is torn, or empty
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as fault:
+            faults.append(f"{path}:{number} {fault}")
+            continue
+        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+            records.append(record)
+        else:
+            faults.append(f"{path}:{number} is not an object with a kind")
+    if faults:
+        raise CorruptFileError(
+            "the run's records cannot be read", faults, "Delete these lines and try again."
+        )
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Rewrites the file with the records of steps up to `step`, beside it and then renamed."""
+    kept = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
+    beside = path.with_name(path.name + f".partial-{os.getpid()}")
+    beside.write_text("".join(map(_line, kept)), encoding="utf-8")
+    beside.replace(path)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def process_memory_bytes() -> int:
+    """Bytes of memory that this process holds now (resident set); 0 where the system does not say."""
+    if sys.platform == "linux":
+        return _status_bytes("VmRSS")
+    if sys.platform == "darwin":
+        answer = subprocess.run(
+            ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
+        )
+        return int(answer.stdout) * 1024
+    return 0
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most bytes held since the last reset: by CUDA's allocator on a GPU, else by the process.
+
+    On macOS the process's peak counts from its start, reset or not. 0 where the system does not say.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux":
+        return _status_bytes("VmHWM")
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes here, KiB on Linux
+    return 0
+
+
+def reset_peak_memory(device: str = "cpu") -> None:
+    """From now on `peak_memory_bytes` counts anew (a GPU, and Linux; elsewhere it does nothing)."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            # proc(5): 5 resets the peak resident set to the current one. Some containers forbid it:
+            # the peak is then that of the whole process, never too low.
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0

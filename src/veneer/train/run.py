@@ -1,0 +1,250 @@
+"""One run, from its settings to its folder: base, data, method, loop, adapter, summary.
+
+    run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json  report.html
+
+`run.yaml` is written resolved, so that a resumed run needs nothing but the folder.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from veneer.adapters.attach import Attachment, attach
+from veneer.adapters.config import Full, LoRA
+from veneer.data.batching import plan_epoch, used_length
+from veneer.data.examples import DataSet, Row
+from veneer.data.load import load_data
+from veneer.data.template import ChatTemplate
+from veneer.errors import ConfigError, CorruptFileError
+from veneer.models.base import Base
+from veneer.models.checkpointing import checkpointed
+from veneer.models.generate import generate
+from veneer.models.load import load_base
+from veneer.models.step import Paths, prepare
+from veneer.store.adapter import manifest_for, write_adapter
+from veneer.store.atomic import atomic_file, atomic_folder
+from veneer.store.format import adapter_file_bytes
+from veneer.store.safe import read_json
+from veneer.train.checkpoint import newest_valid
+from veneer.train.config import DEFAULT_LEARNING_RATE, RunConfig
+from veneer.train.loggers import open_loggers
+from veneer.train.loop import Job, Loop
+from veneer.train.optim import FlatParameters
+from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, reset_peak_memory
+from veneer.train.screen import Screen
+
+ADAPTER_NAME = "trained"
+SAMPLE_TOKENS = 96
+"""New tokens of a sample answer at most: it is a glance, not an evaluation."""
+
+
+def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str, Any]:
+    """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole."""
+    out = Path(config.out)
+    resume_from = _open_folder(config, resume=resume, screen=screen)
+    idle = process_memory_bytes()
+    base = load_base(config.base, dtype=config.dtype, device=config.device)
+    reset_peak_memory(str(base.device))
+    state = {} if resume_from is None else read_json(resume_from / "state.json")
+    # A chat template may write the date: a resumed run keeps the day it started on.
+    day = date.fromisoformat(state["date"]) if state else date.today()
+    data = load_data(**config.data.model_dump(), length=config.length, tokenizer=base.tokenizer, today=day)
+    if state and state["data"] != data.fingerprint:
+        raise ConfigError(
+            f"the rows of {config.data.train} are not those the run in {out} started with",
+            [f"fingerprint then {state['data']}, now {data.fingerprint}"],
+            "Restore the file, or start a new run.",
+        )
+    paths = prepare(base.model)
+    attachment, parameters = _method(base, config)
+    flat = FlatParameters(parameters)
+    job = _job(config, base, data, paths, flat)
+    if not resume:
+        _write_run_file(config)
+    step = None if resume_from is None else int(resume_from.name)
+    listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
+    with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners) as records:
+        start = _start_record(config, base, data, paths, attachment, flat, job, idle)
+        if step is None:
+            records.write({k: v for k, v in start.items() if k != "paths"})
+        screen.start(start)
+        loop = Loop(job, records, screen, resume_from=resume_from)
+        loop.progress.date, loop.progress.data = day.isoformat(), data.fingerprint
+        with checkpointed(base.model, on=config.checkpointing):
+            reason = loop.run()
+        flat.release()
+        result = _write_result(out, config, base, data, attachment, loop)
+        summary = {**_summary(config, base, start, loop, reason), **result}
+        records.write({"kind": "end", "reason": reason, "step": loop.progress.step})
+    with atomic_file(out / "summary.json", replace=True) as partial:
+        partial.write_text(
+            json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+        )
+    return summary
+
+
+def resume_config(folder: str | Path) -> RunConfig:
+    """The settings of the run in `folder`, as it resolved them."""
+    path = Path(folder) / "run.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named."
+        )
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return RunConfig.model_validate({**stored, "out": str(folder)})
+
+
+def _open_folder(config: RunConfig, *, resume: bool, screen: Screen) -> Path | None:
+    """The checkpoint to continue from; a new run's folder must be new."""
+    out = Path(config.out)
+    if resume:
+        if (out / "summary.json").is_file():
+            raise ConfigError(
+                f"the run in {out} is finished", next_step="Start a new run with another --out."
+            )
+        path, faults = newest_valid(out / "checkpoints")
+        for fault in faults:
+            screen.message(f"skipped a damaged checkpoint: {fault}")
+        if path is None:
+            raise CorruptFileError(f"no checkpoint in {out} can be resumed", faults, "Start the run again.")
+        return path
+    if out.exists() and any(out.iterdir()):
+        unfinished = (out / "run.yaml").is_file() and not (out / "summary.json").is_file()
+        hint = (
+            f"Continue it with --resume {out}, or take another --out."
+            if unfinished
+            else "Take another --out."
+        )
+        raise ConfigError(f"{out} exists and is not empty: nothing is overwritten", next_step=hint)
+    return None
+
+
+def _method(base: Base, config: RunConfig) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
+    """What trains: an adapter beside the base, or every weight of it."""
+    if isinstance(config.method, Full):
+        return None, dict(base.model.named_parameters())
+    head = base.model.get_output_embeddings()
+    attachment = attach(
+        base.model, config.method, name=ADAPTER_NAME, routing=base.routing, head=head, seed=config.seed
+    )
+    base.attachments[ADAPTER_NAME] = attachment
+    base.routing.active = ((ADAPTER_NAME, 1.0),)
+    return attachment, attachment.parameters()
+
+
+def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
+    lengths = [used_length(e) for e in data.train]
+    per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
+    epochs = 3.0 if config.epochs is None else config.epochs
+    dropout = config.method.dropout if isinstance(config.method, LoRA) else 0.0
+    row = next((row for row in data.validation_rows if row.messages), None)
+    return Job(
+        model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
+        config=config, learning_rate=config.learning_rate or DEFAULT_LEARNING_RATE[config.method.name],
+        steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
+        # With dropout every row wants a mask of its own, also where rows begin alike.
+        share_prompt=config.share_prompt and dropout == 0.0, out=Path(config.out),
+        answer=None if row is None or base.tokenizer.chat_template is None else _sampler(base, row),
+    )  # fmt: skip
+
+
+def _sampler(base: Base, row: Row) -> Callable[[], dict[str, Any]]:
+    template = ChatTemplate(base.tokenizer)
+    asked = row.messages[:-1]
+    ids = template.encode_prompt(asked, tools=row.tools)
+    expected = row.messages[-1].get("content") or json.dumps(row.messages[-1].get("tool_calls"))
+    question = next((m["content"] for m in reversed(asked) if m.get("role") == "user"), "")
+
+    def answer() -> dict[str, Any]:
+        (new,) = generate(base, [ids], max_new_tokens=SAMPLE_TOKENS)
+        return {
+            "prompt": question,
+            "expected": expected,
+            "answer": base.tokenizer.decode(new, skip_special_tokens=True),
+        }
+
+    return answer
+
+
+def _start_record(
+    config: RunConfig, base: Base, data: DataSet, paths: Paths, attachment: Attachment | None, flat: FlatParameters,
+    job: Job, idle: int,
+) -> dict[str, Any]:  # fmt: skip
+    trained = sum(p.numel() for p in flat.parameters.values())
+    total = sum(p.numel() for p in base.model.parameters())
+    targets = None if attachment is None else attachment.targets
+    lines = list(paths.lines)
+    if job.share_prompt and paths.packed:
+        lines.append("the prompt that a batch's rows share is computed once")
+    elif config.share_prompt and paths.packed:
+        lines.append("with dropout every row computes its own prompt")
+    return {
+        "kind": "start", "base": config.base, "method": config.method.name, "trainable_parameters": trained,
+        "total_parameters": total,
+        "modules_adapted": None if targets is None else len(targets.linears) + len(targets.experts),
+        "modules_total": None if targets is None else targets.adaptable,
+        "adapter_bytes": None if attachment is None else adapter_file_bytes(attachment, base.model),
+        "train_rows": len(data.train), "validation_rows": len(data.validation), "steps": job.steps,
+        "idle_memory_bytes": idle, "paths": lines,
+    }  # fmt: skip
+
+
+def _write_run_file(config: RunConfig) -> None:
+    with atomic_file(Path(config.out) / "run.yaml") as partial:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        partial.write_text(text, encoding="utf-8")
+
+
+def _write_result(
+    out: Path, config: RunConfig, base: Base, data: DataSet, attachment: Attachment | None, loop: Loop
+) -> dict[str, Any]:
+    """The adapter, or the model folder; what summary.json says of it."""
+    best = loop.progress.best_loss
+    if attachment is not None:
+        recipe = config.model_dump(mode="json")
+        template = base.tokenizer.chat_template is not None
+        manifest = manifest_for(
+            base, method=config.method.name, data_fingerprint=data.fingerprint, recipe=recipe,
+            template_hash=ChatTemplate(base.tokenizer).fingerprint() if template else None,
+            metrics={} if best is None else {"validation_loss": best},
+        )  # fmt: skip
+        written = write_adapter(out / "adapter", attachment, manifest, model=base.model)
+        return {
+            "adapter": str(written.path),
+            "adapter_bytes": written.bytes,
+            "adapter_sha256": written.sha256,
+        }
+    with atomic_folder(out / "model") as partial:
+        base.model.save_pretrained(partial)
+        base.tokenizer.save_pretrained(partial)
+    size = sum(f.stat().st_size for f in (out / "model").iterdir())
+    return {"model": str(out / "model"), "adapter_bytes": size}
+
+
+def _summary(config: RunConfig, base: Base, start: dict[str, Any], loop: Loop, reason: str) -> dict[str, Any]:
+    at = loop.progress
+    seconds = at.timed_seconds
+    return {
+        "reason": reason, "steps": at.step, "seconds": seconds, "total_seconds": at.total_seconds,
+        "examples_per_second": at.timed_examples / seconds if seconds else None,
+        "tokens_per_second": at.timed_tokens / seconds if seconds else None,
+        "trained_tokens": at.trained_tokens,
+        "peak_memory_bytes": peak_memory_bytes(str(base.device)), "idle_memory_bytes": start["idle_memory_bytes"],
+        "planned_memory_bytes": loop.longest_batch_bytes,
+        "trainable_parameters": start["trainable_parameters"], "total_parameters": start["total_parameters"],
+        "first_loss": at.first_loss, "last_loss": at.last_loss, "validation_loss": at.best_loss, "best_step": at.best_step,
+        "base_fingerprint": base.fingerprint().digest, "method": config.method.name, "base": config.base,
+        "versions": {
+            "veneer": version("veneer"), "torch": torch.__version__, "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+    }  # fmt: skip

@@ -1,0 +1,63 @@
+"""Figures and foreign text as people read them, on a screen and in a report."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def shown(text: object) -> str:
+    """Text as a terminal may show it: control characters (escape sequences, direction marks) as ·."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in str(text)
+    )
+
+
+def cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def folded(line: str, width: int) -> str:
+    """A line of facts, `a · b · c`, broken between facts where it is too wide; its indent is kept."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    lines = [""]
+    for fact in line.strip().split(" · "):
+        if lines[-1] and len(indent + lines[-1] + " · " + fact) > width:
+            lines.append("")
+        lines[-1] += (" · " if lines[-1] else "") + fact
+    return "\n".join(indent + each for each in lines)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; – for a number that is not there or not finite."""
+    return "–" if value is None else f"{value:#.3g}".rstrip(".")
+
+
+def percent(part: float, whole: float) -> str:
+    """3.5%, 0.012%, 100%: two digits, three above 10%; 0% of nothing."""
+    share = 100 * part / whole if whole else 0.0
+    return f"{share:.0f}%" if share >= 9.95 or not share else f"{share:#.2g}%"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units, as disks and file managers count, to three digits: 19.6 MB, 1.31 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5 or unit == "GB":
+            break
+        num_bytes /= 1000
+    digits = 0 if unit == "B" or num_bytes >= 99.95 else 1 if num_bytes >= 9.995 else 2
+    return f"{num_bytes:,.{digits}f} {unit}"
+
+
+def millions(count: int) -> str:
+    """4.88 M; 135 M; 1.24 B; below a thousand as it is."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return str(count)
+
+
+def clock(seconds: float) -> str:
+    """6:10 or 1:06:10."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,427 @@
+"""Each command against a stand-in for veneer.api: what it asks for, what it prints where, what it refuses.
+
+The stand-in has the functions of the real one; a test at the end holds that the real ones take the same
+arguments.
+"""
+
+import inspect
+import io
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+import veneer
+from veneer.cli import chat, doctor, main
+from veneer.data.check import CheckReport
+from veneer.data.examples import Example, Problem, RowRef
+from veneer.errors import InputError
+from veneer.train.config import RunConfig
+
+RUN = ["--base", "b", "--data", "d.jsonl", "--out", "o"]
+SUMMARY = {"first_loss": 2.0, "last_loss": 1.0, "validation_loss": None}
+
+
+class StandInBase:
+    """Answers with the prompt in capital letters, in two pieces; keeps what it was asked."""
+
+    source = "b"
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+        self.used: list[str | None] = []
+        self.loaded: list[tuple[str, bool]] = []
+
+    def load_adapter(self, folder, *, name=None, force_base=False):
+        self.loaded.append((str(folder), force_base))
+        return name
+
+    def use(self, name):
+        self.used.append(name)
+
+    def generate(self, prompt, *, max_new_tokens=256, temperature=0.0, on_text=None):
+        self.asked.append((prompt, max_new_tokens, temperature))
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        if "too long" in text:
+            raise InputError("the prompt is too long")
+        answer = text.upper() + "\x1b]0;owned\x07"
+        if on_text is not None:
+            on_text(answer[:2])
+            on_text(answer[2:])
+        return answer
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """veneer.api, replaced; `calls` are the arguments of each function called."""
+    module = ModuleType("veneer.api")
+    module.base, module.calls = StandInBase(), []
+
+    def returns(name, value):
+        def function(*positional, **named):
+            module.calls.append((name, positional, named))
+            return value() if callable(value) else value
+
+        setattr(module, name, function)
+
+    returns("train_run", SUMMARY)
+    returns("load", lambda: module.base)
+    returns("check_data", lambda: module.checked)
+    returns("evaluate", lambda: module.evaluated)
+    monkeypatch.setitem(sys.modules, "veneer.api", module)
+    monkeypatch.setattr(veneer, "api", module, raising=False)
+    return module
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+    return give
+
+
+# train
+
+
+def test_train_hands_the_run_that_flags_describe_to_the_api(api):
+    assert main.main(["train", *RUN, "--rank", "4", "--set", "data.long_rows=drop", "--quiet"]) == 0
+    [(_, (config,), named)] = api.calls
+    assert (config.base, config.method.rank, config.data.long_rows) == ("b", 4, "drop")
+    assert named["resume"] is False
+
+
+def test_train_json_prints_the_summary_alone_on_stdout(api, capsys):
+    assert main.main(["train", *RUN, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == SUMMARY
+
+
+def test_train_ends_with_the_next_commands(api, capsys):
+    main.main(["train", *RUN, "--validation", "v.jsonl"])
+    out = capsys.readouterr().out
+    assert "veneer chat --adapter o" in out
+    assert "veneer evaluate --adapter o --data v.jsonl" in out
+
+
+def test_full_fine_tuning_ends_with_the_model_as_base(api, capsys):
+    main.main(["train", *RUN, "--method", "full"])
+    assert "veneer chat --base o/model" in capsys.readouterr().out
+
+
+def test_resume_takes_its_settings_from_the_folder_even_when_it_was_moved(api, tmp_path):
+    config = RunConfig.model_validate({"base": "b", "data": "d", "out": "elsewhere", "seed": 7})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main.main(["train", "--resume", str(tmp_path), "--quiet"]) == 0
+    [(_, (resumed,), named)] = api.calls
+    assert resumed == config.model_copy(update={"out": str(tmp_path)})
+    assert named["resume"] is True
+
+
+def test_resume_refuses_other_settings_beside_it(api, capsys):
+    assert main.main(["train", "run.yaml", "--resume", "o", "--rank", "4", "--set", "seed=1"]) == 2
+    err = capsys.readouterr().err
+    assert all(each in err for each in ("--rank", "--set seed=1", "run.yaml"))
+    assert not api.calls
+
+
+def test_resume_of_a_folder_without_a_run_says_so(api, capsys, tmp_path):
+    assert main.main(["train", "--resume", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_is_found_before_anything_is_loaded(api, capsys):
+    assert main.main(["train", *RUN, "--rank", "many"]) == 2
+    assert "--rank method.rank is 'many'" in capsys.readouterr().err
+    assert not api.calls
+
+
+def test_help_of_train_has_every_setting_with_its_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "--learning-rate" in out
+    assert "method.rank_pattern" in out
+    assert "data.long_rows" in out
+    assert "Largest gradient norm; larger gradients are scaled" in out
+    assert max(map(len, out.splitlines()[3:])) <= 100
+
+
+# generate and chat
+
+
+def test_generate_prints_the_answer_to_an_argument(api, capsys):
+    assert main.main(["generate", "--base", "b", "hello", "--max-tokens", "5", "--temperature", "0.5"]) == 0
+    assert capsys.readouterr().out.startswith("HELLO")
+    assert api.base.asked == [("hello", 5, 0.5)]
+
+
+def test_generate_reads_stdin_and_takes_a_system_message(api, capsys, stdin):
+    stdin("from a pipe")
+    assert main.main(["generate", "--base", "b", "--system", "be brief"]) == 0
+    [(messages, _, _)] = api.base.asked
+    assert messages == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "from a pipe"},
+    ]
+
+
+def test_generate_json_has_prompt_and_answer(api, capsys):
+    main.main(["generate", "--base", "b", "hello", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompt"], found["answer"][:5]) == ("hello", "HELLO")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--temperature", "nan"], ["--temperature", "3"], ["--temperature", "-1"], ["--max-tokens", "0"]],
+)
+def test_generate_refuses_numbers_out_of_range(api, capsys, arguments):
+    assert main.main(["generate", "--base", "b", "hello", *arguments]) == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_generate_refuses_an_empty_prompt_before_it_loads_the_base(api, capsys, stdin):
+    stdin(" \n")
+    assert main.main(["generate", "--base", "b"]) == 2
+    assert not api.calls
+
+
+def test_a_terminal_never_gets_an_answers_control_characters(api, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    main.main(["generate", "--base", "b", "hello"])
+    assert capsys.readouterr().out == "HELLO·]0;owned·\n"
+
+
+def test_chat_streams_answers_and_remembers_the_conversation(api, capsys, stdin):
+    stdin("one\ntwo\n/system be brief\nthree\n/reset\nfour\n/exit\nnever\n")
+    assert main.main(["chat", "--base", "b"]) == 0
+    conversations = [[m["content"].split("\x1b")[0] for m in asked] for asked, _, _ in api.base.asked]
+    assert conversations == [["one"], ["one", "ONE", "two"], ["be brief", "three"], ["be brief", "four"]]
+    out = capsys.readouterr().out
+    assert [line.split("·")[0] for line in out.splitlines()] == ["ONE", "TWO", "THREE", "FOUR"]
+    assert "\x1b" not in out
+
+
+def test_chat_goes_on_after_an_error_without_the_question(api, capsys, stdin):
+    stdin("this is too long\nshort\n")
+    assert main.main(["chat", "--base", "b"]) == 0  # the end of input leaves
+    assert "the prompt is too long" in capsys.readouterr().err
+    assert [m["content"] for m in api.base.asked[-1][0]] == ["short"]
+
+
+def test_chat_names_its_commands_when_one_is_unknown(api, capsys, stdin):
+    stdin("/what\n")
+    main.main(["chat", "--base", "b"])
+    assert chat.HELP in capsys.readouterr().err
+    assert not api.base.asked
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_came(api, capsys, stdin, monkeypatch):
+    def interrupted(prompt, *, max_new_tokens, temperature, on_text):
+        on_text("half")
+        raise KeyboardInterrupt
+
+    first = api.base.generate
+    turns = [interrupted, first]
+    monkeypatch.setattr(api.base, "generate", lambda *a, **k: turns.pop(0)(*a, **k))
+    stdin("one\ntwo\n")
+    assert main.main(["chat", "--base", "b"]) == 0
+    assert [m["content"] for m in api.base.asked[-1][0]] == ["one", "half", "two"]
+
+
+# bases and adapters
+
+
+def adapter_at(folder, base: str = "trained-on"):
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return folder
+
+
+def test_an_adapter_folder_alone_says_its_base(api, tmp_path):
+    adapter = adapter_at(tmp_path / "a")
+    assert main.main(["generate", "--adapter", str(adapter), "hello"]) == 0
+    assert api.calls[0][1] == ("trained-on",)
+    assert api.base.loaded == [(str(adapter), False)]
+    assert api.base.used == ["adapter"]
+
+
+def test_a_run_folder_stands_for_its_adapter_and_its_base_as_the_run_named_it(api, tmp_path):
+    adapter = adapter_at(tmp_path / "run" / "adapter", "/cache/converted")
+    (tmp_path / "run" / "run.yaml").write_text("base: smollm2-135m\n")
+    assert main.main(["generate", "--adapter", str(tmp_path / "run"), "hello", "--force-base"]) == 0
+    assert api.calls[0][1] == ("smollm2-135m",)
+    assert api.base.loaded == [(str(adapter), True)]
+
+
+def test_a_base_that_is_named_wins(api, tmp_path):
+    main.main(["generate", "--adapter", str(adapter_at(tmp_path / "a")), "--base", "mine", "hello"])
+    assert api.calls[0][1] == ("mine",)
+
+
+def test_without_base_and_adapter_the_message_says_what_to_give(api, capsys):
+    assert main.main(["generate", "hello"]) == 2
+    assert "--base" in capsys.readouterr().err
+
+
+def test_a_folder_without_an_adapter_names_where_it_looked(api, capsys, tmp_path):
+    assert main.main(["generate", "--adapter", str(tmp_path), "hello"]) == 2
+    assert f"{tmp_path}/adapter/adapter_config.json is not there" in capsys.readouterr().err
+
+
+def test_a_run_of_full_fine_tuning_is_a_base_not_an_adapter(api, capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert main.main(["generate", "--adapter", str(tmp_path), "hello"]) == 2
+    assert f"--base {tmp_path}/model" in capsys.readouterr().err
+
+
+# data check
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids, **options):
+        return "".join(map(chr, ids))
+
+
+def checked(*problems: Problem, refused: bool = False):
+    ids, trained = [ord(c) for c in "ask:answer."], [c >= 4 for c in range(11)]
+    example = Example(np.array(ids, dtype=np.int32), np.array(trained), RowRef("d.jsonl", 3), 1)
+    report = CheckReport(
+        rows=2, validation_rows=1, formats={"chat": 3}, length=64, tokens=22, trained_tokens=14,
+        tokens_by_role={"user": 8, "assistant": 14}, trained_by_role={"user": 0, "assistant": 14},
+        histogram=[(8, 0), (16, 2)], longest=11, median=11, too_long=0, truncated=0, dropped=0, duplicates=0,
+        fully_masked=0, answers=2, answers_stopped=2, stop_tokens=["<end>"], control_rows=0, leaked=0,
+        problems=list(problems),
+    )  # fmt: skip
+    return report, [example], Letters()
+
+
+def test_data_check_marks_what_is_trained_and_counts_it(api, capsys):
+    api.checked = checked()
+    assert main.main(["data", "check", "d.jsonl", "--base", "b", "--long-rows", "cut", "--length", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "ask:«answer.»" in out
+    assert "user                   8           0  0%" in out
+    assert "all                   22          14  64%" in out
+    assert "stop token trained: yes (<end>)" in out
+    assert "up to      16 tokens        2 ██" in out
+    [(_, positional, named)] = api.calls
+    assert positional == ("d.jsonl",)
+    assert (named["base"], named["length"], named["long_rows"]) == ("b", 64, "cut")
+
+
+def test_data_check_colours_what_is_trained_on_a_terminal(api, capsys, monkeypatch):
+    api.checked = checked()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main.main(["data", "check", "d.jsonl", "--base", "b"])
+    out = capsys.readouterr().out
+    assert "\x1b[1;32manswer." in out
+    assert "«" not in out
+
+
+def test_data_that_a_run_would_refuse_exits_4_with_every_problem(api, capsys):
+    problems = [
+        Problem("D101", "d.jsonl", "assistant turn is empty", (77,)),
+        Problem("D210", "d.jsonl", "a leak \x1b[2J", (5, 6), "Take it out.", fatal=False),
+    ]
+    api.checked = checked(*problems)
+    assert main.main(["data", "check", "d.jsonl", "--base", "b"]) == 4
+    out = capsys.readouterr().out
+    assert "D101 d.jsonl:77" in out
+    assert "D210 d.jsonl:5" in out
+    assert "Take it out." in out
+    assert "\x1b" not in out
+
+
+def test_data_check_json_is_the_report(api, capsys):
+    api.checked = checked()
+    assert main.main(["data", "check", "d.jsonl", "--base", "b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trained_tokens"], found["stop_token_trained"], found["refused"]) == (14, "yes", False)
+
+
+def test_data_check_shows_the_row_asked_for_or_says_that_it_is_not_there(api, capsys):
+    api.checked = checked()
+    assert main.main(["data", "check", "d.jsonl", "--base", "b", "--row", "3"]) == 0
+    assert main.main(["data", "check", "d.jsonl", "--base", "b", "--row", "4"]) == 2
+    assert "no row of line 4" in capsys.readouterr().err
+
+
+# evaluate
+
+
+def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
+    api.evaluated = {
+        "rows": 9,
+        "loss": 1.25,
+        "tokens": 1200,
+        "intervals": {"field_f1": [0.4, 0.6]},
+        "field_f1": 0.5,
+    }
+    arguments = ["evaluate", "--base", "b", "--data", "v.jsonl", "--metrics", "field_f1, exact_match"]
+    assert main.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "1.25  nats per trained token" in out
+    assert "1,200  trained tokens" in out
+    assert "50.0%  95% interval 40.0 to 60.0%" in out
+    assert api.calls[-1][2]["metrics"] == ["field_f1", "exact_match"]
+
+
+def test_evaluate_json_always_has_loss_and_tokens(api, capsys):
+    api.evaluated = {"rows": 9, "loss": 1.25, "tokens": 1200}
+    main.main(["evaluate", "--base", "b", "--data", "v.jsonl", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"base": "b", "adapter": None, "data": "v.jsonl", "rows": 9, "loss": 1.25, "tokens": 1200}
+
+
+# doctor and demo
+
+
+def test_doctor_says_versions_and_machine_and_exits_0(capsys):
+    assert main.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["veneer"] == veneer.__version__
+    assert facts["versions"]["torch"]
+    assert facts["processor"]["torch threads"] >= 1
+    assert facts["disk"]["free here_bytes"] > 0
+    assert set(facts["extras"]) == set(doctor.EXTRAS)
+
+
+def test_doctor_prints_the_same_for_people(capsys):
+    assert main.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "torch threads" in out
+    assert "_bytes" not in out
+
+
+def test_demo_hands_its_folder_on(monkeypatch, tmp_path):
+    ran = []
+    demo = SimpleNamespace(run_demo=ran.append)
+    monkeypatch.setitem(sys.modules, "veneer.demo", demo)
+    assert main.main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    assert ran == [tmp_path / "demo"]
+
+
+def test_the_real_api_takes_what_the_commands_give():
+    """Against the functions themselves: the stand-in above would accept anything."""
+    from veneer import api as real
+
+    def takes(function, *positional, **named):
+        inspect.signature(function).bind(*positional, **named)
+
+    takes(real.train_run, "config", resume=False, screen=None)
+    takes(real.load, "b", dtype="auto", device="auto")
+    data = {"length": 1, "format": "auto", "train_on": "all"}
+    takes(real.check_data, "d", base="b", long_rows="cut", validation=None, **data)
+    takes(real.evaluate, "base", "d", metrics=[], max_new_tokens=1, batch=1, predictions=None, **data)
+    takes(real.Base.load_adapter, "self", "folder", name="adapter", force_base=False)
+    takes(real.Base.use, "self", "adapter")
+    takes(real.Base.generate, "self", "hello", max_new_tokens=1, temperature=0.0, on_text=None)

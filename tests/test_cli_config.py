@@ -1,0 +1,218 @@
+"""A run's settings from a file, flags and --set: what reaches RunConfig, and what is refused how."""
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from veneer.adapters.config import Full, LoRA
+from veneer.cli.config_file import FLAGS, KNOWN_ELSEWHERE, field_help, read_run_config, setting_paths
+from veneer.errors import ConfigError
+from veneer.train.config import DataConfig, RunConfig
+
+NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
+
+# A value other than the default for every setting: a new field fails the test until it has a row.
+OTHER_VALUES = {
+    "base": "other",
+    "data.train": "other.jsonl",
+    "data.validation": "v.jsonl",
+    "data.validation_share": 0.2,
+    "data.format": "chat",
+    "data.train_on": "last",
+    "data.long_rows": "drop",
+    "method.name": "full",
+    "method.rank": 3,
+    "method.alpha": 5.0,
+    "method.dropout": 0.1,
+    "method.rslora": True,
+    "method.targets": ["q_proj"],
+    "method.exclude": ["k_proj"],
+    "method.layers": [0, 2],
+    "method.rank_pattern": {"q_proj": 2},
+    "method.alpha_pattern": {"q_proj": 2.0},
+    "method.bias": "all",
+    "method.train_modules": ["lm_head"],
+    "dtype": "float32",
+    "device": "cpu",
+    "steps": 7,
+    "epochs": 2.0,
+    "batch": 3,
+    "micro_batch": 2,
+    "length": 99,
+    "order": "file",
+    "share_prompt": False,
+    "learning_rate": 2e-4,
+    "schedule": "linear",
+    "warmup": 0.1,
+    "weight_decay": 0.01,
+    "clip": 0.5,
+    "checkpointing": True,
+    "evaluate_every": 4,
+    "save_every": 5,
+    "keep": 3,
+    "patience": 2,
+    "seed": 9,
+    "log": ["wandb"],
+    "out": "other",
+}
+
+
+def faults_of(tmp_path, text: str, flags=(), sets=()) -> list[str]:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_run_config(file, dict(flags), sets)
+    return [fault.replace(str(file), "run.yaml") for fault in caught.value.faults or [str(caught.value)]]
+
+
+def at(config: BaseModel, path: str) -> object:
+    value: object = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def test_the_table_of_other_values_has_a_row_for_every_setting():
+    assert sorted(OTHER_VALUES) == sorted(".".join(path) for path in setting_paths())
+
+
+@pytest.mark.parametrize("path", OTHER_VALUES)
+def test_every_setting_changes_under_set(path):
+    value = OTHER_VALUES[path]
+    before = read_run_config(None, NEEDED)
+    after = read_run_config(None, NEEDED, [f"{path}={yaml.safe_dump(value, default_flow_style=True)}"])
+    assert at(after, path) == value != at(before, path)
+    if path != "method.name":  # another method is another class: everything under it changes
+        others = [other for other in OTHER_VALUES if other != path]
+        assert [at(after, each) for each in others] == [at(before, each) for each in others]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_reaches_its_setting(flag):
+    path = ".".join(FLAGS[flag])
+    value = OTHER_VALUES[path]
+    config = read_run_config(None, NEEDED | {flag: value if isinstance(value, bool) else str(value)})
+    assert at(config, path) == value
+
+
+def test_flags_win_over_the_file_and_set_over_both(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("base: b\ndata: d\nout: o\nbatch: 1\nseed: 1\nlength: 10\n")
+    config = read_run_config(file, {"batch": "2", "seed": "2"}, ["seed=3"])
+    assert (config.length, config.batch, config.seed) == (10, 2, 3)
+
+
+def test_short_forms_in_a_file_are_opened_by_flags(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("base: b\ndata: d.jsonl\nmethod: lora\nout: o\n")
+    config = read_run_config(file, {"validation": "v.jsonl", "rank": "4"})
+    assert config.data == DataConfig(train="d.jsonl", validation="v.jsonl")
+    assert config.method == LoRA(rank=4)
+
+
+def test_a_method_named_by_a_flag_replaces_the_files_method_with_its_settings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("base: b\ndata: d\nmethod: {name: lora, rank: 4}\nout: o\n")
+    assert read_run_config(file, {"method": "full"}).method == Full()
+    assert read_run_config(file, {"method": "lora"}).method == LoRA(rank=4)
+
+
+def test_a_setting_of_another_method_is_refused():
+    with pytest.raises(ConfigError, match="--rank unknown key 'rank' in method"):
+        read_run_config(None, NEEDED | {"method": "full", "rank": "4"})
+
+
+def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
+    file = tmp_path / "run.yaml"
+    config = read_run_config(None, NEEDED, ["method.rank=3", "data.long_rows=cut"])
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert read_run_config(file, {}) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("bsae: x", "run.yaml:1 unknown key 'bsae': did you mean 'base'?"),
+        (
+            "method: {name: lora, lora_rank: 3}",
+            "run.yaml:1 unknown key 'lora_rank' in method: did you mean 'rank'?",
+        ),
+        ("rank: 3", "run.yaml:1 unknown key 'rank': did you mean 'method.rank'?"),
+        ("lr: 3", "run.yaml:1 unknown key 'lr': did you mean 'learning_rate'?"),
+        (
+            "data: {train: a, long_row: cut}",
+            "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?",
+        ),
+        ("1: 2", "run.yaml:1 1 is"),
+        ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be greater than or equal to 1"),
+        ("seed: 1\nseed: 2", "run.yaml:2 'seed' stands there twice, first in line 1"),
+        ("method: lroa", "method is 'lroa', not one of lora, full"),
+        ("method: {rank: 3}", "'method.name' is missing"),
+        ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
+        (
+            "method: {name: lora, targets: 5}",
+            "method.targets is 5: should be a valid string or should be a valid list",
+        ),
+        ("method: {name: lora, targets: '('}", "'(' is not a regular expression"),
+        ("steps: 3\nepochs: 3", "steps and epochs are both given"),
+        ("data: {}", "'data.train' is missing"),
+    ],
+)
+def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
+    assert any(fault in each for each in faults_of(tmp_path, text)), faults_of(tmp_path, text)
+
+
+def test_all_faults_of_file_flags_and_set_come_at_once(tmp_path):
+    text = "bsae: b\ndata: {valdation: v}\nsteps: 3\nepochs: 2\nmethod: {name: lora, lora_rank: 2}\n"
+    faults = faults_of(tmp_path, text, {"batch": "many"}, ["data.format=xml", "nonsense"])
+    for expected in (
+        "'base' is missing",
+        "unknown key 'bsae'",
+        "'data.train' is missing",
+        "unknown key 'valdation' in data",
+        "steps and epochs are both given",  # a check across fields, though fields are wrong too
+        "unknown key 'lora_rank' in method",
+        "--batch batch is 'many'",
+        "--set data.format data.format is 'xml'",
+        "--set nonsense: write --set path=value",
+        "'out' is missing",
+    ):
+        assert sum(expected in fault for fault in faults) == 1, (expected, faults)
+    assert len(faults) == 10
+
+
+def test_missing_settings_are_explained_by_their_own_docstring():
+    with pytest.raises(ConfigError) as caught:
+        read_run_config(None, {})
+    assert [f"C311 command line {name!r} is missing: {field_help((name,))}" for name in NEEDED] == sorted(
+        caught.value.faults
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &x [1]\nbase: *x", "alias"),
+        ("base: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("base: [", "is not YAML"),
+        ("[" * 5000 + "]" * 5000, "nested too deep"),
+        ("out: 2024-13-45", "is not YAML"),
+        ("- a\n- b", "not a mapping"),
+    ],
+)
+def test_hostile_or_broken_yaml_is_an_error_of_the_user(text, said, tmp_path):
+    assert said in faults_of(tmp_path, text)[0]
+
+
+def test_a_run_file_that_is_not_there_or_far_too_large_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_run_config(tmp_path / "none.yaml", {})
+    (tmp_path / "large.yaml").write_text("#" * 1_000_001)
+    with pytest.raises(ConfigError, match="is it the run file"):
+        read_run_config(tmp_path / "large.yaml", {})
+
+
+def test_names_from_other_tools_lead_to_settings_that_exist():
+    valid = {".".join(path) for path in setting_paths()} | {"data", "method"}
+    assert set(KNOWN_ELSEWHERE.values()) <= valid
+    assert not set(KNOWN_ELSEWHERE) & set(RunConfig.model_fields)

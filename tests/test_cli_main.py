@@ -1,0 +1,119 @@
+"""The command line's frame: light help, exit codes, errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from veneer import __version__
+from veneer.cli import doctor, main
+from veneer.errors import DivergedError, DoesNotFitError, InputError, Interrupted, RefusedError
+
+HEAVY = ("torch", "transformers", "pydantic", "rich", "numpy", "yaml")
+
+
+def loaded_after(code: str) -> set[str]:
+    code = f"import sys\n{code}\nprint('loaded:', *(m for m in {HEAVY} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rsplit("loaded:", 1)[1].split())
+
+
+def test_help_loads_nothing_heavy():
+    assert loaded_after("from veneer.cli.main import main; assert main(['--help']) == 0") == set()
+
+
+def test_import_veneer_loads_nothing_heavy():
+    assert loaded_after("import veneer; dir(veneer)") == set()
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_help_of_a_command_loads_neither_torch_nor_transformers(command):
+    code = f"from veneer.cli.main import main; assert main([{command!r}, '--help']) == 0"
+    assert not loaded_after(code) & {"torch", "transformers", "rich"}
+
+
+@pytest.mark.parametrize("command", ["", *main.COMMANDS])
+def test_help_can_be_printed_under_a_windows_code_page(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.main([command, "--help"] if command else ["--help"]) == 0
+    capsys.readouterr().out.encode("cp1252")
+
+
+def test_help_names_every_command(capsys):
+    assert main.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in main.COMMANDS)
+
+
+def test_version_is_the_packages(capsys):
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"veneer {__version__}\n"
+
+
+def test_an_unknown_command_names_the_nearest_and_exits_2(capsys):
+    assert main.main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_exits_2_and_says_where_help_is(capsys):
+    assert main.main(["train", "--bach", "8"]) == 2
+    assert "veneer train --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("wrong"), 2),
+        (DoesNotFitError("too large"), 3),
+        (RefusedError("no"), 4),
+        (DivergedError("not finite"), 5),
+        (Interrupted("stopped"), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_error_has_its_exit_code_and_no_traceback(error, code, monkeypatch, capsys):
+    fail_with(error, monkeypatch)
+    assert main.main(["doctor"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(error) in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_bug_shows_its_traceback_and_how_to_report_it(monkeypatch, capsys):
+    fail_with(ZeroDivisionError("ours"), monkeypatch)
+    assert main.main(["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "report" in err
+    assert "veneer doctor" in err
+
+
+def test_all_faults_and_the_next_step_are_shown(monkeypatch, capsys):
+    fail_with(InputError("2 rows are broken", ["a.jsonl:3", "a.jsonl:9"], "Mend them."), monkeypatch)
+    main.main(["doctor"])
+    assert capsys.readouterr().err == "2 rows are broken:\n  a.jsonl:3\n  a.jsonl:9\nMend them.\n"
+
+
+def test_an_error_cannot_send_control_sequences_to_the_terminal(monkeypatch, capsys):
+    fail_with(InputError("row \x1b]0;owned\x07 is broken"), monkeypatch)
+    main.main(["doctor"])
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert "owned" in err
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_errors_are_red_on_a_terminal_unless_no_color(no_color, coloured, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    main.print_error("wrong\nnext")
+    assert ("\x1b[1;31mwrong\x1b[0m" in capsys.readouterr().err) == coloured
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)

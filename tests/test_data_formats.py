@@ -1,0 +1,127 @@
+"""Layouts to messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from veneer.data.examples import Format, RowRef
+from veneer.data.formats import RowFault, detect, to_row
+
+REF = RowRef("rows.jsonl", 1)
+ASK = {"role": "user", "content": "2 + 2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "4"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+LAYOUTS: dict[str, tuple[dict[str, Any], Format, list[dict[str, Any]]]] = {
+    "chat": ({"messages": [ASK, ANSWER]}, "chat", [ASK, ANSWER]),
+    "chat as JSON text": ({"messages": '[{"role":"user","content":"2 + 2?"},{"role":"assistant","content":"4"}]'}, "chat", [ASK, ANSWER]),
+    "chat with parts": ({"messages": [{"role": "user", "content": parts("2 ", "+ 2?")}, ANSWER]}, "chat", [ASK, ANSWER]),
+    "chat with a system column": ({"messages": [ASK, ANSWER], "system": "Be brief."}, "chat", [SYSTEM, ASK, ANSWER]),
+    "chat with nulls": ({"messages": [{**ASK, "name": None}, {**ANSWER, "tool_calls": None}]}, "chat", [ASK, ANSWER]),
+    "tool calls": ({"messages": [ASK, CALLS, RESULT, ANSWER]}, "chat", [ASK, CALLS, RESULT, ANSWER]),
+    "sharegpt": (
+        {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        "sharegpt",
+        [SYSTEM, ASK, ANSWER],
+    ),
+    "prompt and completion": ({"prompt": "2 + 2?", "completion": "4"}, "prompt_completion", [ASK, ANSWER]),
+    "a prompt of messages is not learnt": (
+        {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]},
+        "prompt_completion",
+        [ASK, {**ANSWER, "weight": 0}, ASK, ANSWER],
+    ),
+    "alpaca": ({"instruction": "2 + 2?", "output": "4"}, "alpaca", [ASK, ANSWER]),
+    "alpaca with an empty input": ({"instruction": "2 + 2?", "input": "", "output": "4"}, "alpaca", [ASK, ANSWER]),
+    "alpaca with an input": (
+        {"instruction": "Add.", "input": "2, 2", "output": "4", "text": "### Add"},
+        "alpaca",
+        [{"role": "user", "content": "Add.\n\n2, 2"}, ANSWER],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "format", "messages"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_is_recognised_and_becomes_messages(
+    record: dict[str, Any], format: Format, messages: list[dict[str, Any]]
+) -> None:
+    assert detect(frozenset(record)) == format
+    row = to_row(record, REF, format)
+    assert (row.messages, row.text, row.format) == (messages, None, format)
+
+
+def test_text_is_recognised_beside_columns_about_its_origin_only() -> None:
+    record = {"text": "Once.", "url": "x", "id": 3}
+    assert detect(frozenset(record)) == "text"
+    assert (to_row(record, REF, "text").text, to_row(record, REF, "text").messages) == ("Once.", [])
+    with pytest.raises(RowFault, match="would leave out label"):
+        detect(frozenset({"text", "label"}))
+
+
+def test_rows_that_fit_two_layouts_are_refused() -> None:
+    with pytest.raises(RowFault, match="fit chat and alpaca"):
+        detect(frozenset({"messages", "instruction", "output"}))
+
+
+def test_arguments_given_as_json_text_become_the_object_that_templates_expect() -> None:
+    call = {"function": {"name": "add", "arguments": '{"a": 2}'}}
+    bare = {"name": "add", "arguments": {"a": 2}}
+    record = {
+        "messages": [ASK, {**CALLS, "tool_calls": [call, bare]}, RESULT, ANSWER],
+        "tools": '[{"name": "add"}]',
+    }
+    row = to_row(record, REF, "chat")
+    assert [call["function"] for call in row.messages[1]["tool_calls"]] == [bare, bare]
+    assert row.tools == [{"name": "add"}]
+
+
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "empty answer": ("D101", {"messages": [ASK, {**ANSWER, "content": " \n"}]}),
+    "null answer": ("D101", {"messages": [ASK, {**ANSWER, "content": None}]}),
+    "empty completion": ("D101", {"prompt": "a", "completion": ""}),
+    "empty text": ("D101", {"text": " "}),
+    "half a character": ("D102", {"text": "\ud83d"}),
+    "bad JSON text": ("D103", {"messages": "[{"}),
+    "number as completion": ("D109", {"prompt": "a", "completion": 4}),
+    "no messages": ("D109", {"messages": []}),
+    "messages that are strings": ("D109", {"messages": ["a", "b"]}),
+    "weight": ("D109", {"messages": [ASK, {**ANSWER, "weight": 0.5}]}),
+    "unknown role": ("D110", {"messages": [{**ASK, "role": "bot"}, ANSWER]}),
+    "unknown speaker": ("D110", {"conversations": [{"from": "alien", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+    "two systems": ("D111", {"messages": [SYSTEM, ASK, SYSTEM, ANSWER]}),
+    "system message and column": ("D111", {"messages": [SYSTEM, ASK, ANSWER], "system": "a"}),
+    "assistant first": ("D111", {"messages": [SYSTEM, ANSWER, ASK, ANSWER]}),
+    "two answers": ("D111", {"messages": [ASK, ANSWER, ANSWER]}),
+    "tool result without a call": ("D111", {"messages": [ASK, ANSWER, RESULT, ANSWER]}),
+    "no answer": ("D112", {"messages": [ASK, ANSWER, ASK]}),
+    "call without a name": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"function": {}}]}, RESULT, ANSWER]}),
+    "arguments that are not JSON": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "{a"}]}]}),
+    "arguments that are a list": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}),
+    "tools that are no list": ("D113", {"messages": [ASK, ANSWER], "tools": {"name": "f"}}),
+    "an image part": ("D114", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),
+    "an images column": ("D114", {"messages": [ASK, ANSWER], "images": ["a.png"]}),
+    "empty question": ("D115", {"messages": [{**ASK, "content": ""}, ANSWER]}),
+    "empty prompt": ("D115", {"prompt": "", "completion": "a"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "record"), FAULTS.values(), ids=FAULTS)
+def test_what_cannot_be_learnt_from_is_a_fault(code: str, record: dict[str, Any]) -> None:
+    with pytest.raises(RowFault) as fault:
+        to_row(record, REF, detect(frozenset(record)))
+    assert fault.value.code == code
+
+
+def test_a_named_format_says_which_column_is_missing() -> None:
+    with pytest.raises(RowFault, match="format alpaca needs instruction, output; here output is missing"):
+        to_row({"instruction": "a"}, REF, "alpaca")

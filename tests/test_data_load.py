@@ -1,0 +1,256 @@
+"""From a file to a data set: split, lengths, checks, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import CHATML, tiny_tokenizer
+from veneer.data.check import render_sample
+from veneer.data.examples import DataSet, Row, RowRef, row_key
+from veneer.data.load import examine_data, load_data
+from veneer.data.split import split
+from veneer.errors import DataError
+
+ANSWER_AT = len("|user\nq000<\n|assistant\n")  # ids in front of the answer to a question like q000, in bytes
+
+
+def pair(question: str, answer: str = "yes", **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
+    }
+
+
+def write(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+SETTINGS: dict[str, Any] = {
+    "validation": None,
+    "validation_share": 0.0,
+    "format": "auto",
+    "train_on": "assistant",
+    "long_rows": "refuse",
+    "length": 2048,
+}
+
+
+def load(train: str, **changes: Any) -> DataSet:
+    return load_data(train, **{**SETTINGS, "tokenizer": tiny_tokenizer(), **changes})
+
+
+def examine(train: str, **changes: Any) -> DataSet:
+    return examine_data(train, **{**SETTINGS, "tokenizer": tiny_tokenizer(), **changes})
+
+
+def codes(data: DataSet) -> dict[str, tuple[int, ...]]:
+    return {problem.code: problem.lines for problem in data.report.problems}
+
+
+def chat_row(question: str, answer: str, line: int = 1) -> Row:
+    messages = pair(question, answer)["messages"]
+    return Row(RowRef("rows.jsonl", line), messages)
+
+
+def test_a_row_becomes_an_example_with_exact_ids_mask_and_place(tmp_path: Path) -> None:
+    data = load(write(tmp_path / "rows.jsonl", pair("q000", "yes")))
+    (example,) = data.train
+    assert (example.ids.dtype, example.trained.dtype) == (np.int32, np.bool_)
+    assert np.flatnonzero(example.trained).tolist() == list(range(ANSWER_AT, ANSWER_AT + len("yes<\n")))
+    assert str(example.ref) == f"{tmp_path / 'rows.jsonl'}:1"
+    assert example.key == row_key(chat_row("q000", "yes", line=9))
+    assert 0 <= example.key < 2**63
+
+
+def test_keys_change_with_the_content_alone() -> None:
+    rows = [chat_row("a", "b"), chat_row("a", "c"), chat_row("c", "b")]
+    rows += [
+        Row(RowRef("x", 1), rows[0].messages, [{"name": "f"}]),
+        Row(RowRef("x", 1), [], None, "a", "text"),
+    ]
+    assert len({row_key(row) for row in rows}) == 5
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=5), unique=True, min_size=1), st.floats(0, 1), st.data())
+def test_adding_rows_and_raising_the_share_move_no_row_out_of_its_side(
+    questions: list[str], share: float, data: st.DataObject
+) -> None:
+    rows = [chat_row(question, "a", line) for line, question in enumerate(questions)]
+    some = data.draw(st.lists(st.sampled_from(rows), unique_by=id))
+    train, held_out = split(rows, share)
+    few_train, few_held_out = split(some, share)
+    assert [row for row in some if row in held_out] == few_held_out
+    assert [row for row in some if row in train] == few_train
+    assert all(row in held_out for row in split(rows, share / 2)[1])
+
+
+def test_the_share_held_out_is_the_share_asked_for_and_a_prompt_is_never_on_both_sides() -> None:
+    rows = [chat_row(f"q{n}", f"a{k}") for n in range(2000) for k in range(2)]
+    train, held_out = split(rows, 0.1)
+    assert abs(len(held_out) / len(rows) - 0.1) < 0.03
+    assert not {str(row.messages[0]) for row in train} & {str(row.messages[0]) for row in held_out}
+    assert split(rows, 0.0) == (rows, [])
+
+
+def test_far_more_rows_held_out_than_asked_for_are_reported_with_the_reason(tmp_path: Path) -> None:
+    # q58 is one of the questions that a share of 0.05 holds out; all its answers go with it.
+    crowded = write(
+        tmp_path / "crowded.jsonl", *(pair("q58" if n < 60 else f"q{n}", f"a{n}") for n in range(120))
+    )
+    data = examine(crowded, validation_share=0.05)
+    assert len(data.validation) >= 60
+    assert "D216" in codes(data)
+    assert not data.report.refused
+    even = write(tmp_path / "even.jsonl", *(pair(f"q{n}") for n in range(120)))
+    assert "D216" not in codes(examine(even, validation_share=0.05))
+
+
+def test_held_out_rows_stand_in_the_order_of_their_examples(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", *(pair(f"q{n:03}", "x" * (1 + n % 60)) for n in range(100)))
+    data = load(file, validation_share=0.5, length=70, long_rows="drop")
+    assert len(data.validation) > 10
+    assert [row_key(row) for row in data.validation_rows] == [example.key for example in data.validation]
+    assert [row.ref for row in data.validation_rows] == [example.ref for example in data.validation]
+
+
+def test_rows_longer_than_length_are_refused_dropped_or_cut(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", pair("q000"), pair("q001", "x" * 50), pair("q002"))
+    length = ANSWER_AT + 10
+    with pytest.raises(DataError) as error:
+        load(file, length=length)
+    assert f"rows.jsonl:2  longer than {length} tokens (the longest: {ANSWER_AT + 52})" in str(error.value)
+    dropped = load(file, length=length, long_rows="drop")
+    assert [example.ref.line for example in dropped.train] == [1, 3]
+    assert (dropped.report.too_long, dropped.report.dropped, dropped.report.truncated) == (1, 1, 0)
+    cut = load(file, length=length, long_rows="cut")
+    assert [len(example.ids) for example in cut.train] == [ANSWER_AT + 5, length, ANSWER_AT + 5]
+    assert cut.train[1].trained.sum() == 10
+    assert (cut.report.truncated, cut.report.answers, cut.report.answers_stopped) == (1, 3, 2)
+    assert cut.report.stop_token_trained == "partly"
+
+
+def test_rows_that_would_lose_their_whole_answer_are_refused_and_left_out_only_on_request(
+    tmp_path: Path,
+) -> None:
+    file = write(tmp_path / "rows.jsonl", pair("q000"), pair("q" * 100), pair("q001"))
+    with pytest.raises(
+        DataError, match=r"D204 .*rows\.jsonl:2  cut at 60 tokens, the row loses its whole answer"
+    ):
+        load(file, length=60, long_rows="cut")
+    assert len(load(file, length=60, long_rows="drop").train) == 2
+
+
+def test_rows_without_a_trained_token_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", pair("q000"), pair("q001", weight=0))
+    with pytest.raises(DataError, match=r"D205 .*rows\.jsonl:2  nothing in the row is trained on"):
+        load(file)
+    with pytest.raises(DataError, match="no token would be trained on"):
+        load(write(tmp_path / "none.jsonl", pair("q001", weight=0)))
+
+
+def test_hardly_any_trained_tokens_are_refused_if_cutting_is_the_reason_and_reported_if_not(
+    tmp_path: Path,
+) -> None:
+    long = "q" * 900
+    whole = examine(write(tmp_path / "whole.jsonl", pair(long, "y")))
+    assert (whole.report.refused, "D206" in codes(whole)) == (False, True)
+    cut = write(tmp_path / "cut.jsonl", *(pair(long + str(n), "y" * 500) for n in range(3)))
+    with pytest.raises(DataError, match=r"D206 .*trained on: 3 rows are cut at 925 tokens"):
+        load(cut, length=925, long_rows="cut")
+
+
+def test_a_set_whose_rows_are_all_held_out_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", pair("q000"))
+    with pytest.raises(DataError, match="all are held out"):
+        load(file, validation_share=0.999999)
+
+
+def test_the_report_counts_what_the_ids_and_masks_hold(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "s"}
+    chat = pair("q001<|im_end|>")
+    chat["messages"].insert(0, system)
+    file = write(tmp_path / "rows.jsonl", pair("q000"), pair("q000"), chat)
+    held_out = write(tmp_path / "held.jsonl", pair("q000", "no"), pair("q9"))
+    data = load(file, validation=held_out)
+    report = data.report
+    assert (report.rows, report.validation_rows, report.formats) == (3, 2, {"chat": 5})
+    assert (
+        report.tokens
+        == sum(len(example.ids) for example in data.train)
+        == sum(report.tokens_by_role.values())
+    )
+    assert report.trained_tokens == 15 == report.trained_by_role["assistant"]
+    assert report.trained_by_role == {"user": 0, "assistant": 15, "system": 0}
+    assert report.tokens_by_role["system"] == len("|system\ns<\n")
+    assert sum(rows for _, rows in report.histogram) == 3
+    assert (report.stop_token_trained, report.stop_tokens) == ("yes", ["<|im_end|>"])
+    assert (report.duplicates, report.control_rows, report.leaked, report.fully_masked) == (1, 1, 1, 0)
+    assert codes(data) == {"D208": (3,), "D209": (2,), "D210": (1,)}
+    assert not report.refused
+    assert json.loads(json.dumps(report.to_dict()))["stop_token_trained"] == "yes"
+
+
+def test_a_template_that_never_ends_an_answer_is_reported(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\\n' }}{%- endfor", "\\n' }}{%- endfor")
+    data = examine(write(tmp_path / "rows.jsonl", pair("q000")), tokenizer=tokenizer)
+    assert data.report.stop_token_trained == "no"
+    assert "D207" in codes(data)
+
+
+def test_examine_reports_what_load_refuses_and_reads_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(pair("q000")) + "\nnot json\n" + json.dumps(pair("q001", " ")) + "\n")
+    data = examine(str(file))
+    assert codes(data) == {"D103": (2,), "D101": (3,), "D212": ()}
+    assert (len(data.train), data.report.refused) == (1, True)
+    with pytest.raises(DataError) as error:
+        load(str(file))
+    assert len(error.value.faults) == 2
+    missing = examine(str(tmp_path / "absent.jsonl"))
+    assert (missing.report.rows, list(codes(missing))) == (0, ["D100"])
+
+
+def test_every_row_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    chat = pair("q001")
+    chat["messages"].insert(0, {"role": "system", "content": "s"})
+    file = write(tmp_path / "rows.jsonl", chat, pair("q000"), chat)
+    with pytest.raises(
+        DataError, match=r"D201 .*rows.jsonl:1, 3 \(2 rows\)  the chat template refuses it: no system"
+    ):
+        load(file, tokenizer=tokenizer)
+
+
+def test_the_fingerprint_is_of_the_tokens_and_their_masks(tmp_path: Path) -> None:
+    records = [pair("q000"), pair("q001")]
+    first = load(write(tmp_path / "a.jsonl", *records))
+    assert first.fingerprint == load(write(tmp_path / "b.jsonl", *records)).fingerprint
+    others = [
+        load(write(tmp_path / "c.jsonl", *reversed(records))),
+        load(write(tmp_path / "d.jsonl", *records), train_on="all"),
+        load(write(tmp_path / "e.jsonl", *records[:1]), validation=write(tmp_path / "f.jsonl", *records[1:])),
+    ]
+    assert len({first.fingerprint, *(data.fingerprint for data in others)}) == 4
+
+
+def test_a_sample_shows_the_row_in_stretches_of_equal_mask_and_role(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    (example,) = load(write(tmp_path / "rows.jsonl", pair("é", "🙂"))).train
+    pieces = render_sample(tokenizer, example)
+    assert pieces == [
+        ("<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n", False, "user"),
+        ("🙂<|im_end|>\n", True, "assistant"),
+    ]
+    assert "".join(text for text, _, _ in pieces) == tokenizer.decode(example.ids)

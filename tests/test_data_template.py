@@ -1,0 +1,395 @@
+"""Rows to ids and mask: equal to a slow reference, exact at every border, control tokens' names only text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import date
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import CHATML, tiny_tokenizer
+from veneer.data.examples import Row, RowRef, TrainOn
+from veneer.data.template import ChatTemplate
+from veneer.errors import DataError
+
+START, END, PAD = 256, 257, 258
+Message = dict[str, Any]
+MODES: tuple[TrainOn, ...] = ("assistant", "last", "all")
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": content, **more}
+
+
+def row(*messages: Message, **more: Any) -> Row:
+    return Row(RowRef("rows.jsonl", 1), list(messages), **more)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, with merges that cross the end of the generation prompt ("\\n\\n") and of a turn, and words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        ("Ċ", "Ċ"),
+        ("ĊĊ", "Ċ"),
+        ("Ċ", "a"),
+        ("Ġ", "a"),
+        ("a", "b"),
+        ("Ġa", "b"),
+        ("Ġ", "Ġ"),
+        ("<", "|"),
+    ]
+    vocabulary = {token: n for n, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return dressed(backend)
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As sentencepiece does: a space in front of the text's first word, spaces as ▁, rare characters as bytes."""
+    tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *map(chr, range(33, 127)), "\n"]
+    merges = [("▁", "a"), ("a", "b"), ("▁", "▁"), ("\n", "\n")]
+    tokens += [a + b for a, b in merges]
+    vocabulary = {token: n for n, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return dressed(backend)
+
+
+def dressed(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+TOKENIZERS = {"bytes": tiny_tokenizer, "merging": merging_tokenizer, "spaced": spaced_tokenizer}
+
+
+@cache
+def template(name: str) -> ChatTemplate:
+    return ChatTemplate(TOKENIZERS[name]())
+
+
+PIECES = [
+    "a",
+    "b",
+    " ",
+    "\n",
+    "\n\n",
+    " a",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<|",
+    "|>",
+    "im_",
+    "é",
+    "🙂",
+    "كتاب",
+    "e\u0301",
+]
+contents = (
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(lambda text: text.strip())
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[Message]:
+    messages: list[Message] = [{"role": "system", "content": draw(contents)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [user(draw(contents)), assistant(draw(contents), weight=draw(st.sampled_from([1, 1, 0])))]
+    messages[-1].pop("weight")
+    return messages
+
+
+@cache
+def character(text: str) -> tuple[int, ...]:
+    return tuple(tiny_tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+def spelled(text: str) -> list[int]:
+    """One character at a time, so that no control token can come of it."""
+    return [number for one in text for number in character(one)]
+
+
+def slow_reference(messages: list[Message], train_on: TrainOn) -> tuple[list[int], list[bool]]:
+    """ChatML over bytes, written out: every token and its mask, message by message."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    for number, message in enumerate(messages):
+        opening = [START, *spelled(message["role"] + "\n")]
+        content = [*spelled(message["content"]), END, *spelled("\n")]
+        learnt = message["role"] == "assistant" and message.get("weight", 1) == 1
+        learnt = learnt and (train_on == "assistant" or number == len(messages) - 1)
+        ids += opening + content
+        trained += [train_on == "all"] * len(opening) + [learnt or train_on == "all"] * len(content)
+    return ids, [False, *trained[1:]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversations(), st.sampled_from(MODES))
+def test_ids_and_mask_equal_the_slow_reference(messages: list[Message], train_on: TrainOn) -> None:
+    assert template("bytes").encode_row(row(*messages), train_on=train_on) == slow_reference(
+        messages, train_on
+    )
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=120, deadline=None)
+@given(messages=conversations(), train_on=st.sampled_from(MODES))
+def test_what_generation_starts_from_is_what_stands_in_front_of_each_answer(
+    name: str, messages: list[Message], train_on: TrainOn
+) -> None:
+    coded = template(name)
+    ids, trained = coded.encode_row(row(*messages), train_on=train_on)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = coded.encode_prompt(messages[:number])
+            assert ids[: len(prompt)] == prompt
+            if train_on == "last":
+                learnt = number == len(messages) - 1
+            else:
+                learnt = train_on == "all" or message.get("weight", 1) == 1
+            assert trained[len(prompt)] == learnt
+            assert trained[len(prompt) - 1] == (train_on == "all")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=120, deadline=None)
+@given(messages=conversations())
+def test_the_only_control_tokens_are_those_that_the_template_writes(
+    name: str, messages: list[Message]
+) -> None:
+    coded = template(name)
+    ids, _ = coded.encode_row(row(*messages), train_on="assistant")
+    control = coded.tokenizer.added_tokens_decoder
+    count = Counter(control[number].content for number in ids if number in control)
+    assert count == {"<|im_start|>": len(messages), "<|im_end|>": len(messages)}
+    assert coded.tokenizer.decode(ids) == coded.render(messages)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=80, deadline=None)
+@given(messages=conversations())
+def test_where_nothing_is_at_stake_the_ids_are_the_tokenizers_own(name: str, messages: list[Message]) -> None:
+    coded = template(name)
+    for message in messages:
+        message["content"] = message["content"].replace("<|", "").replace("|>", "").strip() or "a"
+        if message["role"] == "assistant":  # a line break or an a would merge with the one before it
+            message["content"] = "b" + message["content"]
+    ids, _ = coded.encode_row(row(*messages), train_on="assistant")
+    assert ids == coded.tokenizer(coded.render(messages), add_special_tokens=False).input_ids
+
+
+def test_an_answer_that_would_merge_with_the_prompt_is_cut_from_it() -> None:
+    coded = template("merging")
+    messages = [user("a"), assistant("\nb")]
+    joined = coded.tokenizer(coded.render(messages), add_special_tokens=False).input_ids
+    ids, _ = coded.encode_row(row(*messages), train_on="assistant")
+    assert coded.encode_prompt(messages[:1]) != joined[: len(coded.encode_prompt(messages[:1]))]
+    assert len(ids) == len(joined) + 1
+
+
+def test_names_of_tool_tokens_are_text_when_a_user_types_them_and_tokens_when_the_assistant_does() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("<other>", special=False)])
+    tool_call, other = tokenizer.convert_tokens_to_ids(["<tool_call>", "<other>"])
+    coded = ChatTemplate(tokenizer)  # CHATML writes <tool_call>, and knows nothing of <other>
+    ids, _ = coded.encode_row(
+        row(user("<tool_call><other>"), assistant("<tool_call>{}")), train_on="assistant"
+    )
+    assert (ids.count(tool_call), ids.count(other)) == (1, 1)
+
+
+def test_control_names_in_tools_and_calls_are_text_too() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": ["<|im_start|>"]}}}
+    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    messages = [user("a"), assistant("", tool_calls=[call])]
+    ids, _ = template("bytes").encode_row(row(*messages, tools=tools), train_on="assistant")
+    assert (ids.count(START), ids.count(END)) == (3, 3)
+    assert ids[-2:] == [END, *spelled("\n")]
+
+
+ODD = {
+    "generation tag": "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}",
+    "break": "{% for m in messages %}{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "tojson": "{{ messages | tojson(indent=2) }}{{ dict(a='<&>') | tojson }}",
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}",
+    "reasoning": "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{% endfor %}",
+    "absent keys": "{% for m in messages %}{{ m.name is defined }}{{ 'tool_calls' in m }}{% endfor %}{{ tools is none }}",
+    "whitespace control": "{% for m in messages %}\n    {% if m %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
+    "date": "{{ strftime_now('%d %b %Y') }}",
+    "generation prompt": "{% if add_generation_prompt %}yes{% else %}no{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", [CHATML, *ODD.values()], ids=["chatml", *ODD])
+def test_a_template_renders_as_transformers_renders_it(source: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = source
+    messages = [user("a & b"), assistant("é", name=None, reasoning="hm"), user("c"), assistant("d")]
+    for prompt in (False, True):
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert ChatTemplate(tokenizer).render(messages, add_generation_prompt=prompt) == expected
+
+
+HOSTILE = {
+    "raise": "{{ raise_exception('roles must alternate') }}",
+    "internals": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "attr": "{{ (messages | attr('append'))(1) }}",
+    "mutation": "{{ messages.append(1) }}",
+    "format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "namespace": "{% set ns = namespace(__class__=1) %}",
+    "range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "no arithmetic": "{{ 1 / 0 }}",
+    "syntax": "{% for %}",
+    "undefined": "{{ messages[0].content + nothing }}",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+def test_a_template_that_fails_or_reaches_out_is_an_error_with_its_message(source: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = source
+    with pytest.raises(DataError, match=r"D201 rows\.jsonl:1  the chat template "):
+        ChatTemplate(tokenizer).encode_row(row(user("a"), assistant("b")), train_on="assistant")
+
+
+def with_template(source: str) -> ChatTemplate:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = source
+    return ChatTemplate(tokenizer)
+
+
+LAST_DIFFERS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}THINK {% endif %}"
+    "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_changes_earlier_answers_is_refused_with_both_renderings_unless_the_last_is_learnt() -> (
+    None
+):
+    coded = with_template(LAST_DIFFERS)
+    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
+    with pytest.raises(DataError) as error:
+        coded.encode_row(row(*messages), train_on="assistant")
+    text = str(error.value)
+    assert "as last  '<user>a<|im_end|><assistant>' >>> 'THINK b" in text
+    assert "earlier  '<user>a<|im_end|><assistant>' >>> 'b<|im_end|><user>c" in text
+    assert text.endswith("train_on: last")
+    ids, trained = coded.encode_row(row(*messages), train_on="last")
+    learnt = [number for number, on in zip(ids, trained, strict=True) if on]
+    assert coded.tokenizer.decode(learnt) == "THINK d<|im_end|>"
+
+
+def test_a_generation_prompt_that_the_answer_does_not_begin_with_is_refused_with_both_renderings() -> None:
+    coded = with_template(CHATML.replace("assistant\\n' }}{%- endif", "assistant\\n<think>' }}{%- endif"))
+    with pytest.raises(DataError) as error:
+        coded.encode_row(row(user("a"), assistant("b")), train_on="last")
+    assert ">>> '<think>'" in str(error.value)
+    assert ">>> 'b<|im_end|>" in str(error.value)
+
+
+def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    plain = with_template("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}")
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    with pytest.raises(DataError, match="does not render tools: weather"):
+        plain.encode_row(row(user("a"), assistant("b"), tools=tools), train_on="last")
+    with pytest.raises(DataError, match="does not render tools: weather"):
+        plain.encode_row(row(user("a"), assistant("", tool_calls=[call])), train_on="last")
+    in_parts = with_template(
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}"
+    )
+    with pytest.raises(DataError, match="leaves out what message 1 says"):
+        in_parts.encode_row(row(user("abc"), assistant("b")), train_on="last")
+
+
+def test_the_date_that_a_template_writes_is_fixed() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    coded = ChatTemplate(tokenizer, today=date(2024, 7, 26))
+    assert coded.render([user("a")]).startswith("26 Jul 2024<|im_start|>")
+    assert coded.writes_date
+    assert not ChatTemplate(tiny_tokenizer()).writes_date
+
+
+def test_the_token_that_ends_an_answer_is_found_beside_the_end_token() -> None:
+    assert ChatTemplate(tiny_tokenizer()).stop_ids == (END,)
+    assert with_template(CHATML.replace("<|im_end|>", "<|endoftext|>")).stop_ids == (END, PAD)
+    assert with_template(CHATML.replace("<|im_end|>\\n' }}{%- endfor", "\\n' }}{%- endfor")).stop_ids == (
+        END,
+    )
+
+
+def test_each_token_is_ascribed_to_the_message_it_was_rendered_from() -> None:
+    messages = [{"role": "system", "content": "s"}, user("a"), assistant("bb")]
+    (found,) = template("bytes").encode_rows([row(*messages)], train_on="assistant")
+    lengths = [1 + len(m["role"]) + 1 + len(m["content"]) + 2 for m in messages]
+    opening = len("|assistant\n")  # what opens the answer is counted with what it answers
+    ends = [lengths[0], lengths[0] + lengths[1] + opening, sum(lengths)]
+    assert [(run.role, run.end) for run in found.roles] == list(
+        zip(["system", "user", "assistant"], ends, strict=True)
+    )
+
+
+def test_plain_text_is_learnt_whole_with_the_end_token_behind_and_control_tokens_as_they_stand() -> None:
+    plain = Row(RowRef("rows.jsonl", 1), [], None, "ab<|endoftext|>", "text")
+    ids, trained = template("bytes").encode_row(plain, train_on="assistant")
+    assert ids == [*spelled("ab"), PAD, END]
+    assert trained == [False, True, True, True]
+    ended = Row(RowRef("rows.jsonl", 1), [], None, "ab<|im_end|>", "text")
+    assert template("bytes").encode_row(ended, train_on="assistant")[0] == [*spelled("ab"), END]
+
+
+def test_a_tokenizer_without_a_template_joins_prompt_and_completion_and_refuses_chats() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    coded = ChatTemplate(tokenizer)
+    pair = row(user("a<|im_end|>"), assistant(" b"), format="prompt_completion")
+    ids, trained = coded.encode_row(pair, train_on="assistant")
+    assert ids == [*spelled("a<|im_end|> b"), END]
+    assert trained == [False] * len("a<|im_end|>") + [True] * 3
+    assert coded.encode_prompt([user("a<|im_end|>")]) == ids[:-3]
+    with pytest.raises(DataError, match="Use format text, or prompt_completion"):
+        coded.encode_row(row(user("a"), assistant("b")), train_on="assistant")
+    with pytest.raises(DataError, match="needs a chat template"):
+        coded.encode_prompt([user("a"), assistant("b"), user("c")])
+
+
+def test_a_begin_token_is_put_in_front_of_text_once_and_never_of_a_rendered_chat() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+    )
+    coded = ChatTemplate(tokenizer)
+    for text in ("ab", "<|im_start|>ab"):
+        plain = Row(RowRef("rows.jsonl", 1), [], None, text, "text")
+        assert coded.encode_row(plain, train_on="all")[0] == [START, *spelled("ab"), END]
+    ids, _ = coded.encode_row(row(user("a"), assistant("b")), train_on="assistant")
+    assert ids == slow_reference([user("a"), assistant("b")], "assistant")[0]
+
+
+def test_the_fingerprint_is_of_the_templates_text() -> None:
+    first, second = ChatTemplate(tiny_tokenizer()), with_template(CHATML + " ")
+    assert first.fingerprint() == ChatTemplate(tiny_tokenizer()).fingerprint() != second.fingerprint()

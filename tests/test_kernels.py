@@ -1,0 +1,151 @@
+"""Every fast path against the plain reference beside it, in float64, values and gradients."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from veneer.kernels import attention
+from veneer.kernels.attention import packed_attention, packed_attention_reference
+from veneer.kernels.dropout import keep_mask, row_keys
+from veneer.kernels.layout import Layout
+from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
+from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
+from veneer.linear import DenseLinear, SliceLinear, frozen_linear
+
+CPU = torch.device("cpu")
+
+
+def gradients(output, *inputs):
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (1, 7, 3)], ids=str)
+@pytest.mark.parametrize("prompt", [0, 1, 6])
+@pytest.mark.parametrize("extra", ["plain", "window", "softcap", "sinks", "all"])
+@pytest.mark.parametrize("block", [2, 256])
+def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    torch.manual_seed(0)
+    layout = Layout(prompt, lengths, CPU)
+    N, H, K, D = layout.rows, 6, 2, 5
+    q, k, v = (torch.randn(N, heads, D, dtype=torch.float64, requires_grad=True) for heads in (H, K, K))
+    sinks = torch.randn(H, dtype=torch.float64, requires_grad=True)
+    options = {"scale": 0.7}
+    if extra in ("window", "all"):
+        options["window"] = 4
+    if extra in ("softcap", "all"):
+        options["softcap"] = 1.5
+    inputs = [q, k, v]
+    if extra in ("sinks", "all"):
+        options["sinks"] = sinks
+        inputs.append(sinks)
+    fast = packed_attention(q, k, v, layout, **options)
+    slow = packed_attention_reference(q, k, v, layout, **options)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_document_never_sees_another_to_the_last_bit():
+    layout = Layout(2, (4, 5), CPU)
+    q, k, v = (torch.randn(layout.rows, heads, 8) for heads in (4, 2, 2))
+    before = packed_attention(q, k, v, layout, scale=0.3)
+    k[6:], v[6:], q[6:] = 100.0, -100.0, 3.0
+    after = packed_attention(q, k, v, layout, scale=0.3)
+    assert torch.equal(before[:6], after[:6])
+    assert not torch.equal(before[6:], after[6:])
+
+
+def linears():
+    torch.manual_seed(1)
+    dense = nn.Linear(7, 5).double().requires_grad_(False)
+    stack = torch.randn(3, 5, 7, dtype=torch.float64)
+    return {
+        "dense": DenseLinear(dense),
+        "slice": SliceLinear(stack[1], transposed=False),
+        "transposed": SliceLinear(stack.transpose(1, 2).contiguous()[2], transposed=True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["dense", "slice", "transposed"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("trained_bias", [False, True])
+def test_lora_linear_is_its_reference_and_its_gradients_are_right(kind, share, trained_bias):
+    base = linears()[kind]
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if trained_bias else base.own_bias()
+    rows = row_keys(torch.arange(6), torch.arange(6))
+    dropout = Dropout(rows, 17, share) if share else None
+    inputs = [x, A, B, *([bias] if trained_bias else [])]
+    fast = lora_linear(x, A, B, bias, base, scaling=1.75, dropout=dropout)
+    slow = lora_linear_reference(x, A, B, bias, base, scaling=1.75, dropout=dropout)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    if share == 0 and not trained_bias:
+        assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, None, base, scaling=1.75), (x, A, B))
+
+
+def test_lora_keeps_x_itself_and_nothing_of_the_size_of_the_weight():
+    base = frozen_linear(nn.Linear(96, 64, dtype=torch.bfloat16).requires_grad_(False))
+    x = torch.randn(10, 96, dtype=torch.bfloat16, requires_grad=True)
+    A, B = torch.randn(4, 96, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        lora_linear(x, A, B, None, base, scaling=2.0)
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+    others = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() != x.data_ptr())
+    assert others == 2 * (4 * 96 + 64 * 4 + 10 * 4)  # A, B and x A^T in bf16
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_the_chunked_loss_is_its_reference(softcap, scale, with_bias, rows):
+    torch.manual_seed(2)
+    bias = torch.randn(41, dtype=torch.float64) if with_bias else None
+    head = Head(torch.randn(41, 6, dtype=torch.float64), bias, scale, softcap)
+    h = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 41, (rows,))
+    losses = [
+        loss(h, targets, head, 37.0) for loss in (frozen_head_loss, head_loss_reference, trained_head_loss)
+    ]
+    for one, other in itertools.pairwise(losses):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    grads = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
+    for one, other in itertools.pairwise(grads):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_dropout_mask_follows_the_document_wherever_it_lies():
+    documents, positions = torch.tensor([11, 11, 11, 42, 42]), torch.tensor([0, 1, 2, 0, 1])
+    order = torch.tensor([3, 4, 0, 1, 2])
+    mask = keep_mask(row_keys(documents, positions), 50, key=5, dropout=0.5)
+    moved = keep_mask(row_keys(documents[order], positions[order]), 50, key=5, dropout=0.5)
+    assert torch.equal(mask[order], moved)
+    assert not torch.equal(mask, keep_mask(row_keys(documents, positions), 50, key=6, dropout=0.5))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_drops_its_share_without_a_pattern_along_rows_or_columns(share):
+    keep = keep_mask(
+        row_keys(torch.arange(400) * 7919, torch.arange(400)), 300, key=123 << 32, dropout=share
+    ).double()
+    assert abs(keep.mean().item() - (1 - share)) < 0.006
+    spread = (share * (1 - share)) ** 0.5
+    assert keep.mean(0).std().item() < 1.3 * spread / 400**0.5
+    assert keep.mean(1).std().item() < 1.3 * spread / 300**0.5
+    centred = keep - (1 - share)
+    assert (centred[1:] * centred[:-1]).mean().abs().item() < 0.006
+    assert (centred[:, 1:] * centred[:, :-1]).mean().abs().item() < 0.006

@@ -1,0 +1,140 @@
+"""The fingerprint of a base: the same for the same weights, another for anything else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+
+from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from veneer.errors import CorruptFileError
+from veneer.models.fingerprint import SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
+from veneer.models.load import load_base
+from veneer.models.quiet import quiet
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_weights_have_one_fingerprint_in_memory_and_from_disk(family: str, tmp_path: Path) -> None:
+    in_memory = fingerprint(tiny_model(family))
+    assert load_base(str(save_tiny(tmp_path, family))).fingerprint() == in_memory
+    assert fingerprint(tiny_model(family)).digest == in_memory.digest
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_untied", "gpt2", "mixtral"])
+def test_a_change_in_any_one_tensor_changes_it(family: str) -> None:
+    model = tiny_model(family)
+    before = fingerprint(model)
+    for name, parameter in model.named_parameters():
+        # Tensors above 4096 values are sampled, so eight rows change, not one value.
+        changed = parameter.view(-1)[: 8 * parameter.shape[-1]]
+        kept = changed.clone()
+        changed += 0.25
+        assert fingerprint(model).weights_hash != before.weights_hash, name
+        changed.copy_(kept)
+    assert fingerprint(model) == before
+
+
+def test_a_renamed_or_reshaped_model_differs_in_what_it_says() -> None:
+    base = fingerprint(tiny_model("llama"))
+    deeper = fingerprint(tiny_model("llama", num_hidden_layers=3))
+    other = fingerprint(tiny_model("qwen2"))
+    assert any("names and shapes" in line for line in base.differences(deeper))
+    assert any("number of parameters: 24,224 against" in line for line in base.differences(deeper))
+    assert not any("values" in line for line in base.differences(deeper))
+    assert any("LlamaForCausalLM against Qwen2ForCausalLM" in line for line in base.differences(other))
+    assert base.differences(fingerprint(tiny_model("llama"))) == []
+
+
+def test_other_values_in_the_same_shapes_are_named_as_values() -> None:
+    one, other = fingerprint(tiny_model("llama")), fingerprint(tiny_model("llama", seed=1))
+    assert len(one.differences(other)) == 1
+    assert one.differences(other)[0].startswith("values of the weights")
+    assert one.digest != other.digest
+
+
+def test_another_dtype_is_another_fingerprint_and_said_to_be_the_dtype() -> None:
+    single, half = fingerprint(tiny_model("llama")), fingerprint(tiny_model("llama", torch.bfloat16))
+    assert single.digest != half.digest
+    lines = single.differences(half)
+    assert "dtype of the weights: float32 against bfloat16" in lines
+    assert any("load the base in the same dtype" in line for line in lines)
+    assert not any(line.startswith(("values", "names")) for line in lines)
+
+
+def test_a_tied_head_stored_twice_counts_once(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama")
+    before = load_base(str(folder)).fingerprint()
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_base(str(folder)).fingerprint() == before
+
+
+def test_shards_and_one_file_are_the_same_base(tmp_path: Path) -> None:
+    with quiet():
+        tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert load_base(str(tmp_path)).fingerprint() == fingerprint(tiny_model("llama"))
+
+
+def test_adapters_and_training_do_not_change_a_bases_fingerprint() -> None:
+    base = tiny_base("llama")
+    before = base.fingerprint()
+    base.model.get_input_embeddings().weight.add_(1.0)
+    base.model.extra = torch.nn.Linear(2, 2)
+    assert base.fingerprint() == before
+    assert fingerprint(base.model) != before
+
+
+def test_a_large_tensor_is_sampled_over_all_its_rows_and_columns() -> None:
+    rows, columns = 1024, 512
+    places = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
+    sampled = torch.frombuffer(bytearray(_sample(places)), dtype=torch.int32)
+    assert len(sampled) == SAMPLES_PER_TENSOR
+    assert (sampled.diff() > 0).all()
+    assert len((sampled // columns).unique()) == rows
+    assert len((sampled % columns).unique()) > 0.9 * columns
+
+
+def test_a_fingerprint_survives_json_and_hides_no_fault() -> None:
+    one = fingerprint(tiny_model("gpt2"))
+    stored = json.loads(json.dumps(one.to_dict()))
+    assert Fingerprint.from_dict(stored) == one
+    del stored["dtype"]
+    stored["vocab_size"] = "272"
+    stored["colour"] = "red"
+    with pytest.raises(CorruptFileError) as raised:
+        Fingerprint.from_dict(stored)
+    assert len(raised.value.faults) == 3
+    for word in ("dtype is missing", "vocab_size is '272'", "colour"):
+        assert word in str(raised.value)
+
+
+def test_the_digest_covers_every_field() -> None:
+    one = fingerprint(tiny_model("gpt2"))
+    for name, value in one.to_dict().items():
+        other = replace(one, **{name: value + 1 if isinstance(value, int) else value + "x"})
+        assert other.digest != one.digest, name
+
+
+def test_a_tokenizer_hash_follows_what_the_tokenizer_does(tmp_path: Path) -> None:
+    one = tokenizer_hash(tiny_tokenizer())
+    tiny_tokenizer().save_pretrained(tmp_path)
+    save_tiny(tmp_path)
+    loaded = load_base(str(tmp_path)).tokenizer
+    assert tokenizer_hash(loaded) == one
+    loaded("a text", padding="max_length", truncation=True, max_length=5)  # state, not behaviour
+    assert tokenizer_hash(loaded) == one
+    loaded.chat_template = "{{ messages }}"  # hashed on its own
+    assert tokenizer_hash(loaded) == one
+    loaded.add_tokens([AddedToken("<tool>", special=True)])
+    assert tokenizer_hash(loaded) != one
+    other_role = tiny_tokenizer()
+    other_role.eos_token = "<|endoftext|>"
+    assert tokenizer_hash(other_role) != one

@@ -1,0 +1,324 @@
+"""A .gguf file becomes the model it was made from, to the bit where it can, or is refused by name."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from tests.tiny import CHATML, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError
+from veneer.models.gguf import converted_folder
+from veneer.models.load import load_base
+from veneer.models.wheel import file_sha256
+
+IDS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(0))
+TEXT = "  It's 12345 o'clock, naïve café 👩‍🚀\n\n\tx = f(3)  "
+LLAMA3 = {
+    "rope_theta": 500000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def tiny(family: str, **overrides: Any) -> PreTrainedModel:
+    # 1e-5 is no single-precision number, and rows of 64 can be stored in blocks of 32.
+    return tiny_model(family, rms_norm_eps=1e-5, intermediate_size=64, **overrides)
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    architecture: str,
+    *,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    pre: str = "gpt-2",
+    eos: str = "<|endoftext|>",
+    extra: dict[str, Any] | None = None,
+    leave_out: str = "none",
+) -> Path:
+    """As llama.cpp's converter writes it: q and k rows of llama permuted, the vocabulary padded with names."""
+    config, tokenizer = model.config, tiny_tokenizer()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if architecture == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    if architecture == "qwen3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+    vocabulary |= {259: "Ġt", 260: "Ġ1", 261: "qz"}  # by a merge; by a merge of space and digit; by none
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([vocabulary.get(i, f"[PAD{i}]") for i in range(VOCAB_SIZE)])
+    special = set(tokenizer.added_tokens_decoder)
+    writer.add_token_types([3 if i in special else 1 if i in vocabulary else 5 for i in range(VOCAB_SIZE)])
+    writer.add_token_merges(["Ġ t", "Ġ 1"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(eos))
+    writer.add_chat_template(CHATML)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint16(key, value)
+    for name, tensor in model.state_dict().items():
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or leave_out in name:
+            continue
+        values = tensor.numpy()
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), gguf.quantize(values, stored), raw_dtype=stored)
+    if config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config.rope_parameters, config.head_dim))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_name(name: str) -> str:
+    parts = name.removeprefix("model.layers.").split(".", 1)
+    module, suffix = name.rsplit(".", 1)
+    if parts[0].isdigit():
+        return f"blk.{parts[0]}.{_NAMES[parts[1].rsplit('.', 1)[0]]}.{suffix}"
+    return f"{_NAMES[module]}.{suffix}"
+
+
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """What llama.cpp's converter writes: the loop of its convert_hf_to_gguf.py (LlamaModel)."""
+    factors = []
+    for frequency in 1.0 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)):
+        wavelength = 2 * torch.pi / frequency
+        old = rope["original_max_position_embeddings"]
+        if wavelength < old / rope["high_freq_factor"]:
+            factors.append(1.0)
+        elif wavelength > old / rope["low_freq_factor"]:
+            factors.append(rope["factor"])
+        else:
+            smooth = (old / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("llama", "llama"), ("llama_untied", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
+)
+def test_the_weights_come_back_to_the_bit(family: str, architecture: str, tmp_path: Path) -> None:
+    # A head size that the hidden size does not give away, as far as transformers reads one from such files.
+    model = tiny(family, **{"llama_untied": {"head_dim": 16}, "qwen3": {"head_dim": 128}}.get(family, {}))
+    base = load_base(str(write_gguf(tmp_path / "m.gguf", model, architecture)))
+    assert type(base.model) is type(model)
+    assert torch.equal(base.model(IDS).logits, model(IDS).logits)
+    assert base.config.rms_norm_eps == 1e-5
+    assert base.config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert base.fingerprint() == load_base(base.name_or_path).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (gguf.GGMLQuantizationType.F32, torch.float32),
+        (gguf.GGMLQuantizationType.F16, torch.float16),
+        (gguf.GGMLQuantizationType.BF16, torch.bfloat16),
+        (gguf.GGMLQuantizationType.Q8_0, torch.bfloat16),
+        (gguf.GGMLQuantizationType.Q4_1, torch.bfloat16),
+    ],
+)
+def test_float_files_keep_their_dtype_and_quantised_ones_become_bf16(
+    kind: gguf.GGMLQuantizationType, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)))
+    assert base.dtype == dtype
+    weight = model.model.layers[1].mlp.down_proj.weight
+    rounded = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind)).to(dtype)
+    assert torch.equal(base.model.model.layers[1].mlp.down_proj.weight, rounded)
+
+
+def test_llama_3s_rope_scaling_is_found_again(tmp_path: Path) -> None:
+    model = tiny("llama", rope_parameters=LLAMA3, head_dim=64, max_position_embeddings=16384)
+    base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama")))
+    assert base.config.rope_parameters == LLAMA3
+    assert torch.equal(base.model(IDS).logits, model(IDS).logits)
+    plain = tiny(
+        "llama", rope_parameters={"rope_theta": 500000.0}, head_dim=64, max_position_embeddings=16384
+    )
+    assert not torch.allclose(plain(IDS).logits, model(IDS).logits, atol=1e-3)
+
+
+def test_the_tokenizer_the_template_and_the_stop_tokens_are_rebuilt(tmp_path: Path) -> None:
+    ours = load_base(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", pre="smollm")))
+    original = tiny_tokenizer()
+    chat = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "é"}]
+    rendered = ours.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert rendered == original.apply_chat_template(chat, tokenize=False)
+    assert ours.tokenizer(rendered)["input_ids"] == original(rendered)["input_ids"]
+    assert ours.tokenizer(" t")["input_ids"] == [259]
+    assert ours.tokenizer.decode(ours.tokenizer(TEXT)["input_ids"]) == TEXT
+    assert ours.tokenizer.eos_token == "<|endoftext|>"
+    assert ours.tokenizer.model_max_length == 1024
+    assert ours.model.generation_config.eos_token_id == [257, 258]  # the template's end of turn, and eos
+    stored = json.loads((Path(ours.name_or_path) / "generation_config.json").read_text())
+    assert stored["eos_token_id"] == [257, 258]
+
+
+@pytest.mark.parametrize(
+    ("pre", "digits", "word"),
+    [
+        ("gpt-2", ["Ġ1", "2"], ["q", "z"]),
+        ("smollm", ["Ġ", "1", "2"], ["q", "z"]),
+        ("qwen2", ["Ġ", "1", "2"], ["q", "z"]),
+        ("llama-bpe", ["Ġ", "1", "2"], ["qz"]),
+    ],
+)
+def test_text_is_cut_as_the_models_own_tokenizer_cuts_it(
+    pre: str, digits: list[str], word: list[str], tmp_path: Path
+) -> None:
+    tokenizer = load_base(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", pre=pre))).tokenizer
+    assert tokenizer.tokenize(" 12") == digits
+    assert tokenizer.tokenize("qz") == word
+
+
+def test_the_second_load_reads_the_folder_of_the_first(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
+    first = load_base(str(path))
+    folder = Path(first.name_or_path)
+    assert folder == converted_folder(file_sha256(path))
+    assert [child.name for child in (cache / "gguf").iterdir()] == [folder.name]
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    renamed = path.rename(tmp_path / "another name.gguf")
+    assert load_base(str(renamed)).name_or_path == first.name_or_path
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_what_lies_beside_the_file_is_not_read(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text('{"model_type": "bert", "tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    assert torch.equal(load_base(str(path)).model(IDS).logits, tiny("llama")(IDS).logits)
+
+
+def test_what_would_not_be_faithful_is_refused_with_every_reason(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        tiny("llama"),
+        "mamba",
+        pre="klingon",
+        extra={"mamba.rope.scaling.type": "yarn", "split.count": 3},
+    )
+    with pytest.raises(SourceError) as raised:
+        load_base(str(path))
+    text = str(raised.value)
+    for word in ("architecture mamba: not among llama", "yarn", "klingon", "one of 3 parts", "safetensors"):
+        assert word in text
+    assert len(raised.value.faults) == 4
+    assert not list(cache.rglob("config.json"))
+
+
+@pytest.mark.parametrize("leave_out", ["layers.1.mlp.up_proj", "model.norm"])
+def test_a_file_that_lacks_a_weight_is_refused(leave_out: str, cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", leave_out=leave_out)
+    with pytest.raises(SourceError, match=leave_out):
+        load_base(str(path))
+    assert not list(cache.rglob("config.json"))
+
+
+def test_a_weight_that_has_no_place_in_the_model_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=3)
+    path = tmp_path / "m.gguf"
+    model.config.num_hidden_layers = 2  # a third layer in the file that the header does not tell of
+    with pytest.raises(SourceError, match="values in the file"):
+        load_base(str(write_gguf(path, model, "llama")))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.2, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused_and_leaves_nothing_behind(
+    share: float, cache: Path, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(VeneerError) as raised:
+        load_base(str(path))
+    assert isinstance(raised.value, CorruptFileError)
+    assert "m.gguf" in str(raised.value)
+    assert not list(cache.rglob("*")) or not list((cache / "gguf").iterdir())
+
+
+def test_a_full_disk_is_exit_code_3_and_leaves_nothing_behind(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
+
+    def full(fault: Exception) -> Callable[..., None]:
+        def save(_: object, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+            raise fault
+
+        return save
+
+    for fault in (
+        OSError(errno.ENOSPC, "No space left"),
+        SafetensorError("I/O error: No space left on device"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "save_pretrained", full(fault))
+            with pytest.raises(DoesNotFitError, match="is full") as raised:
+                load_base(str(path))
+        assert raised.value.exit_code == 3
+        assert not list((cache / "gguf").iterdir())
+    assert load_base(str(path)).dtype == torch.float32
+
+
+def test_conversion_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("qwen2"), "qwen2")
+    capfd.readouterr()
+    load_base(str(path))
+    assert capfd.readouterr() == ("", "")

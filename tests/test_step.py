@@ -1,0 +1,190 @@
+"""The step against the model's own forward, one row at a time: losses and gradients, for every family."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.helpers import fill, make_examples
+from tests.tiny import FAMILIES, tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.routing import Routing
+from veneer.data.batching import make_batch, plan_epoch, shared_prompt, used_length
+from veneer.models.checkpointing import checkpointed
+from veneer.models.step import batch_loss, evaluation_loss, prepare
+
+CPU = torch.device("cpu")
+UNPACKED = {"bloom": "interface", "falcon": "interface"}
+"""Families whose attention does not go through transformers' interface: padded, and the reason says so."""
+FP32 = 1e-5
+"""Relative: float32 sums in another order."""
+
+
+def adapted(family, **settings):
+    """A tiny model, its paths, and a LoRA with random values acting; rank and alpha differ."""
+    model = tiny_model(family)
+    paths, routing = prepare(model), Routing()
+    config = LoRA(**{"rank": 3, "alpha": 5.0, **settings})
+    attachment = attach(model, config, name="a", routing=routing, head=model.get_output_embeddings())
+    fill(attachment.parameters().values())
+    routing.active = (("a", 1.0),)
+    return model, paths, routing, attachment
+
+
+def loss_and_gradients(model, paths, routing, attachment, examples, *, share=True, parts=1):
+    parameters = list(attachment.parameters().values())
+    for parameter in parameters:
+        parameter.requires_grad_(True).grad = None
+    total, loss = float(sum(e.trained.sum() for e in examples)), 0.0
+    size = len(examples) // parts
+    for start in range(0, len(examples), size):
+        batch = make_batch(
+            examples[start : start + size], packed=paths.packed, share_prompt=share, device=CPU
+        )
+        part = batch_loss(model, paths, routing, batch, total=total)
+        part.backward()
+        loss += part.item()
+    return loss, [p.grad.clone() for p in parameters]
+
+
+def own_loss_and_gradients(model, attachment, examples):
+    """The plain reference: every row alone through the model's own forward and head, under torch's autograd."""
+    parameters = list(attachment.parameters().values())
+    for parameter in parameters:
+        parameter.requires_grad_(True).grad = None
+    total = sum(e.trained.sum() for e in examples)
+    nats = 0.0
+    for example in examples:
+        ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        rows = np.flatnonzero(example.trained)
+        nats = nats + F.cross_entropy(logits[rows - 1], ids[0, rows], reduction="sum")
+    (nats / total).backward()
+    return (nats / total).item(), [p.grad.clone() for p in parameters]
+
+
+def assert_same(one, other, tolerance=FP32):
+    assert one[0] == pytest.approx(other[0], rel=tolerance)
+    for ours, theirs in zip(one[1], other[1], strict=True):
+        assert theirs.abs().max() > 0
+        difference = (ours - theirs).abs().max() / theirs.abs().max()
+        assert difference < 20 * tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_gives_the_models_own_loss_and_gradients(family):
+    model, paths, routing, attachment = adapted(family)
+    assert paths.packed == (family not in UNPACKED), paths.packed_reason
+    assert family not in UNPACKED or UNPACKED[family] in paths.packed_reason
+    assert paths.head_reason is None
+    examples = make_examples(4)
+    reference = own_loss_and_gradients(model, attachment, examples)
+    for share in (True, False):
+        assert_same(loss_and_gradients(model, paths, routing, attachment, examples, share=share), reference)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2", "bloom"])
+def test_accumulation_is_token_exact_on_ragged_rows(family):
+    model, paths, routing, attachment = adapted(family)
+    examples = make_examples(8)
+    whole = loss_and_gradients(model, paths, routing, attachment, examples)
+    for parts in (2, 8):
+        assert_same(loss_and_gradients(model, paths, routing, attachment, examples, parts=parts), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "qwen3_moe", "bloom"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_checkpointing_changes_no_bit(family, dropout):
+    if family in ("qwen3_moe",) and dropout:
+        pytest.skip("dropout acts on linear layers only")
+    model, paths, routing, attachment = adapted(family, dropout=dropout)
+    examples = make_examples(4)
+    routing.step = 3
+
+    def run(on):
+        with checkpointed(model, on=on):
+            batch = make_batch(examples, packed=paths.packed, share_prompt=False, device=CPU)
+            routing.rows = batch.dropout_rows
+            for parameter in attachment.parameters().values():
+                parameter.requires_grad_(True).grad = None
+            loss = batch_loss(model, paths, routing, batch, total=7.0)
+            loss.backward()
+            return loss, [p.grad for p in attachment.parameters().values()]
+
+    (kept, gradients), (again, same) = run(False), run(True)
+    assert torch.equal(kept, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch():
+    model, paths, routing, attachment = adapted("llama", dropout=0.4)
+    examples = make_examples(4)
+    without = loss_and_gradients(model, paths, routing, attachment, examples, share=False)[0]
+
+    def loss_of(rows):
+        batch = make_batch(rows, packed=True, share_prompt=False, device=CPU)
+        routing.rows = batch.dropout_rows
+        value = batch_loss(model, paths, routing, batch, total=1.0).item()
+        routing.rows = None
+        return value
+
+    together = loss_of(examples)
+    total = sum(e.trained.sum() for e in examples)
+    assert together / total != pytest.approx(without, rel=1e-3)
+    assert together == pytest.approx(sum(loss_of([e]) for e in reversed(examples)), rel=FP32)
+    routing.step += 1
+    assert loss_of(examples) != pytest.approx(together, rel=1e-4)
+
+
+def test_full_training_gives_every_weight_the_gradient_of_the_models_own_forward():
+    model = tiny_model("llama")
+    paths = prepare(model)
+    examples = make_examples(4)
+    model.requires_grad_(True)
+
+    class Whole:
+        def parameters(self):
+            return dict(model.named_parameters())
+
+    ours = loss_and_gradients(model, paths, Routing(), Whole(), examples)
+    assert_same(ours, own_loss_and_gradients(model, Whole(), examples))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_evaluation_is_weighted_by_token_and_does_not_depend_on_the_batch(family):
+    model, paths, routing, _ = adapted(family)
+    examples = make_examples(7)
+    nats, tokens = evaluation_loss(model, paths, routing, examples, batch=7)
+    assert tokens == sum(e.trained.sum() for e in examples)
+    assert evaluation_loss(model, paths, routing, examples, batch=2)[0] == pytest.approx(nats, rel=FP32)
+
+
+def test_the_shared_prompt_ends_before_the_row_that_predicts_the_first_trained_token():
+    examples = make_examples(5, prompt=9)
+    assert shared_prompt(examples) == 9
+    early = make_examples(5, prompt=9)
+    early[2].trained[4] = True
+    assert shared_prompt(early) == 3
+    assert shared_prompt(examples[:1]) == 0
+
+
+def test_what_no_loss_depends_on_is_not_computed():
+    example = make_examples(1)[0]
+    last = int(np.flatnonzero(example.trained)[-1])
+    assert used_length(example) == last
+    batch = make_batch([example], packed=True, share_prompt=True, device=CPU)
+    assert batch.computed_tokens == last
+    assert batch.tokens == len(example.ids)
+
+
+@pytest.mark.parametrize("order", ["bucketed", "shuffled", "file"])
+def test_every_row_comes_once_an_epoch_in_an_order_that_seed_and_epoch_alone_decide(order):
+    lengths = np.random.default_rng(0).integers(5, 90, 101).tolist()
+    plan = plan_epoch(lengths, batch=8, seed=3, epoch=1, order=order)
+    assert sorted(i for rows in plan for i in rows) == list(range(101))
+    assert sorted(len(rows) for rows in plan) == [5] + [8] * 12
+    assert plan == plan_epoch(lengths, batch=8, seed=3, epoch=1, order=order)
+    if order != "file":
+        assert plan != plan_epoch(lengths, batch=8, seed=3, epoch=2, order=order)
+        assert plan != plan_epoch(lengths, batch=8, seed=4, epoch=1, order=order)
