@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import CHATML, tiny_tokenizer
 from veneer.data.examples import Row, RowRef, TrainOn
 from veneer.data.template import ChatTemplate
+from veneer.data.tokens import ControlNames
 from veneer.errors import DataError
 
 START, END, PAD = 256, 257, 258
@@ -214,6 +215,18 @@ def test_names_of_tool_tokens_are_text_when_a_user_types_them_and_tokens_when_th
         row(user("<tool_call><other>"), assistant("<tool_call>{}")), train_on="assistant"
     )
     assert (ids.count(tool_call), ids.count(other)) == (1, 1)
+
+
+def test_a_name_inside_a_longer_name_is_not_found() -> None:
+    names = ControlNames(["<<a", "<a", "[x]"])
+    assert names.find("<<a<a [x] [y]<<<a") == [(0, "<<a"), (3, "<a"), (6, "[x]"), (14, "<<a")]
+    assert ControlNames([]).find("<a") == []
+
+
+def test_templates_do_not_see_our_own_key() -> None:
+    assert "weight" not in with_template("{{ messages | tojson }}").render(
+        [user("a"), assistant("b", weight=0)]
+    )
 
 
 def test_control_names_in_tools_and_calls_are_text_too() -> None:

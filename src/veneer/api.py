@@ -41,7 +41,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 class Base(models_base.Base):
     """A frozen causal LM that adapters sit on. Made by `load`."""
 
-    _paths: Paths | None = field(default=None, repr=False)
+    _paths: Paths | None = field(default=None, init=False, repr=False)
 
     @property
     def paths(self) -> Paths:
@@ -157,7 +157,13 @@ def load(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Bas
     dtype auto keeps the type the weights are stored in; device auto takes a GPU if there is one.
     """
     loaded = load_base(source, dtype=dtype, device=device)
-    return Base(**vars(loaded))
+    return Base(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        source=loaded.source,
+        name_or_path=loaded.name_or_path,
+        revision=loaded.revision,
+    )
 
 
 def train(base: str, data: str | Mapping[str, Any], *, out: str | Path, method: LoRA | Full | None = None, **settings: Any) -> dict[str, Any]:  # fmt: skip

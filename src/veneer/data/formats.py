@@ -105,7 +105,7 @@ def detect(columns: frozenset[str]) -> Format:
             f"{_rename(columns)}, or learn the text alone with format: text",
         )
     raise RowFault(
-        "D107", f"columns {shown} are no layout that is read", f"{_rename(columns)}. Read are: {LAYOUTS}"
+        "D107", f"columns {shown} are no layout that is read", f"{_rename(columns)}. Layouts: {LAYOUTS}"
     )
 
 

@@ -12,24 +12,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from veneer.errors import ConfigError
-from veneer.models.base import Base
+from veneer.models.base import Base, stop_token_ids
 
 ROWS = 32
 """Prompts decoded together: one forward for all, padded on the left to the longest of them."""
-
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
-
-
-def stop_tokens(base: Base) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, the generation config's, and known ends of a turn."""
-    found: list[int] = []
-    eos = getattr(base.model.generation_config, "eos_token_id", None)
-    found += eos if isinstance(eos, list) else [eos] if eos is not None else []
-    if base.tokenizer.eos_token_id is not None:
-        found.append(base.tokenizer.eos_token_id)
-    known = base.tokenizer.get_added_vocab()
-    found += [known[token] for token in _TURN_ENDS if token in known]
-    return sorted(set(found))
 
 
 class _Tokens(BaseStreamer):
@@ -67,7 +53,7 @@ def generate(
         raise ConfigError(
             "these prompts cannot be answered", faults, "Shorten them or ask for fewer new tokens."
         )
-    stops = stop_tokens(base)
+    stops = list(stop_token_ids(base.tokenizer, base.model.generation_config))
     pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else (stops or [0])[0]
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     settings = GenerationConfig(

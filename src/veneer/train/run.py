@@ -217,13 +217,13 @@ def _write_result(
             template_hash=ChatTemplate(base.tokenizer).fingerprint() if template else None,
             metrics={} if best is None else {"validation_loss": best},
         )  # fmt: skip
-        written = write_adapter(out / "adapter", attachment, manifest, model=base.model)
+        written = write_adapter(out / "adapter", attachment, manifest, model=base.model, replace=True)
         return {
             "adapter": str(written.path),
             "adapter_bytes": written.bytes,
             "adapter_sha256": written.sha256,
         }
-    with atomic_folder(out / "model") as partial:
+    with atomic_folder(out / "model", replace=True) as partial:
         base.model.save_pretrained(partial)
         base.tokenizer.save_pretrained(partial)
     size = sum(f.stat().st_size for f in (out / "model").iterdir())

@@ -1,0 +1,82 @@
+"""Veneer beside its peers on the same rows, base, batch and threads: alternating rounds, medians, ratios.
+
+    python benchmarks/train_speed.py --base BASE --rows e2e.jsonl viggo.jsonl --peer-python PY --peer-scripts DIR
+
+DIR holds `train_trl.py` (TRL's SFTTrainer with peft), which prints one JSON line with the same keys as
+train_veneer.py; PY is the Python of an environment with the peers. Fails if the first losses differ by more than
+rounding explains: then the tools do not train on the same thing, and speed means nothing.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SAME_LOSS = 0.004
+"""bf16: sums in another order move a mean loss this much at most on these rows."""
+
+
+def run(command: list[str]) -> dict[str, object]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    line: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    return line
+
+
+def spread(lines: list[dict[str, float]], key: str) -> str:
+    values = [line[key] for line in lines]
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--base", required=True)
+    p.add_argument("--rows", nargs="+", required=True)
+    p.add_argument("--peer-python", required=True)
+    p.add_argument("--peer-scripts", type=Path, required=True)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--steps", type=int, default=15)
+    p.add_argument("--out", type=Path, help="JSONL of every single run")
+    args = p.parse_args()
+    common = ["--base", args.base, "--batch", "8", "--steps", str(args.steps)]
+    for rows in args.rows:
+        ours = [sys.executable, str(HERE / "train_veneer.py"), *common, "--rows", rows]
+        theirs = [args.peer_python, str(args.peer_scripts / "train_trl.py"), *common, "--rows", rows]
+        found: dict[str, list[dict[str, float]]] = {"veneer": [], "trl": []}
+        for number in range(args.rounds):
+            pairs = [("veneer", ours), ("trl", theirs)]
+            for tool, command in pairs if number % 2 == 0 else reversed(pairs):
+                line = run(command)
+                found[tool].append(line)  # type: ignore[arg-type]
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps({"rows": Path(rows).name, **line}) + "\n")
+        mine, peer = found["veneer"], found["trl"]
+        difference = abs(mine[0]["first_loss"] - peer[0]["first_loss"])
+        if difference > SAME_LOSS or mine[0]["real_tokens"] != peer[0]["real_tokens"]:
+            sys.exit(f"{rows}: not the same training: {mine[0]} against {peer[0]}")
+        ratio = statistics.median(l["examples_per_s"] for l in mine) / statistics.median(
+            l["examples_per_s"] for l in peer
+        )
+        idle = statistics.median(l["idle_rss_mib"] for l in mine)
+        memory = [statistics.median(l["peak_rss_mib"] for l in lines) - idle for lines in (mine, peer)]
+        print(f"{Path(rows).stem}: {args.rounds} rounds of {args.steps} steps")
+        print(
+            f"  examples/s   veneer {spread(mine, 'examples_per_s')}   trl {spread(peer, 'examples_per_s')}   ratio {ratio:.2f}"
+        )
+        print(
+            f"  MiB above an idle process   veneer {memory[0]:.0f}   trl {memory[1]:.0f}   share {memory[0] / memory[1]:.2f}"
+        )
+        print(f"  share of the matrix-product rate   {spread(mine, 'share_of_matrix_rate')}")
+        print(
+            f"  loss first, last   veneer {mine[0]['first_loss']}, {mine[0]['last_loss']}   trl {peer[0]['first_loss']}, {peer[0]['last_loss']}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
