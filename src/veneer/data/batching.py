@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veneer.data.examples import Example
 from veneer.kernels.dropout import row_keys
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import Layout, round_up
 
 WINDOW = 50
 """Batches sorted by length together in bucketed order: long enough to save padding, short enough to mix rows."""
@@ -51,6 +51,7 @@ class Batch:
 
     @property
     def computed_tokens(self) -> int:
+        """Rows of the matrix products, padding and filler included."""
         return self.ids.numel()
 
 
@@ -98,6 +99,11 @@ def make_batch(
         loss_rows.append(offset + predicted - 1 - prompt)
         targets.append(example.ids[predicted])
         offset += width - prompt
+
+    if packed and (filler := round_up(offset) - offset):
+        ids.append(np.zeros(filler, dtype=np.int64))
+        positions.append(np.zeros(filler, dtype=np.int64))
+        keys.append(np.zeros(filler, dtype=np.int64))
 
     def joined(parts: list[Any]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels.layout import round_up
+
 CHUNK = 128
 """Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V = 49,152."""
 
@@ -46,22 +48,25 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for start in range(0, h.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            z = head.logits(h[rows])
-            place = torch.arange(z.shape[0], device=h.device)
+            chosen = targets[rows]
+            count = chosen.numel()
+            # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not read.
+            z = head.logits(F.pad(h[rows], (0, 0, 0, round_up(count) - count)))
+            place = torch.arange(count, device=h.device)
             p = z.to(_wide(h.dtype))
             top = p.amax(dim=-1, keepdim=True)
             p = p.sub_(top) if p is not z else p - top
-            loss -= p[place, targets[rows]].sum()
+            loss -= p[place, chosen].sum()
             mass = p.exp_().sum(dim=-1, keepdim=True)
-            loss += mass.log().sum()
+            loss += mass[:count].log().sum()
             if grad is not None:
                 # (softmax - onehot) / total, rounded once to h's type for the product with W
                 p.mul_(mass.reciprocal_())
-                p[place, targets[rows]] -= 1
+                p[place, chosen] -= 1
                 d_z = p.to(h.dtype)
                 if head.softcap is not None:
                     d_z *= 1 - (z / head.softcap) ** 2
-                grad[rows] = (d_z @ head.weight).mul_(head.scale / total)
+                grad[rows] = (d_z @ head.weight)[:count].mul_(head.scale / total)
         ctx.save_for_backward(grad)
         return loss / total
 

@@ -133,7 +133,7 @@ class PlainScreen:
         at_an_end = self._progress.first == self._progress.done or self._progress.done == self._progress.total
         if at_an_end or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            self._print(f"step {self._progress.done}/{self._progress.total} · {self._progress.figures()}")
+            self._print(f"  step {self._progress.done}/{self._progress.total} · {self._progress.figures()}")
 
     def evaluation(self, record: Facts) -> None:
         assert self._progress is not None, "start comes first"
