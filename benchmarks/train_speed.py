@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SAME_LOSS = 0.004
-"""bf16: sums in another order move a mean loss this much at most on these rows."""
+SAME_LOSS = 0.006
+"""Relative. bf16 attention alone moves the first loss by 0.4% between transformers' own two implementations."""
 
 
 def run(command: list[str]) -> dict[str, object]:
@@ -56,7 +56,7 @@ def main() -> None:
                     with args.out.open("a") as file:
                         file.write(json.dumps({"rows": Path(rows).name, **line}) + "\n")
         mine, peer = found["veneer"], found["trl"]
-        difference = abs(mine[0]["first_loss"] - peer[0]["first_loss"])
+        difference = abs(mine[0]["first_loss"] / peer[0]["first_loss"] - 1)
         if difference > SAME_LOSS or mine[0]["real_tokens"] != peer[0]["real_tokens"]:
             sys.exit(f"{rows}: not the same training: {mine[0]} against {peer[0]}")
         ratio = statistics.median(l["examples_per_s"] for l in mine) / statistics.median(

@@ -404,20 +404,22 @@ def test_doctor_prints_the_same_for_people(capsys):
 
 def test_demo_hands_its_folder_on(monkeypatch, tmp_path):
     ran = []
-    demo = SimpleNamespace(run_demo=ran.append)
+    demo = SimpleNamespace(run_demo=lambda out, *, again: ran.append((out, again)))
     monkeypatch.setitem(sys.modules, "veneer.demo", demo)
-    assert main.main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    assert ran == [tmp_path / "demo"]
+    assert main.main(["demo", "--out", str(tmp_path), "--again"]) == 0
+    assert ran == [(tmp_path, True)]
 
 
 def test_the_real_api_takes_what_the_commands_give():
     """Against the functions themselves: the stand-in above would accept anything."""
     from veneer import api as real
+    from veneer.demo import run_demo
 
     def takes(function, *positional, **named):
         inspect.signature(function).bind(*positional, **named)
 
     takes(real.train_run, "config", resume=False, screen=None)
+    takes(run_demo, "out", again=True)
     takes(real.load, "b", dtype="auto", device="auto")
     data = {"length": 1, "format": "auto", "train_on": "all"}
     takes(real.check_data, "d", base="b", long_rows="cut", validation=None, **data)

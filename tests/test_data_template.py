@@ -336,6 +336,20 @@ def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
         in_parts.encode_row(row(user("abc"), assistant("b")), train_on="last")
 
 
+def test_a_template_may_leave_out_the_reasoning_of_earlier_answers() -> None:
+    shown = "m.content if loop.last else (m.content.split('</think>') | last)"
+    coded = with_template(
+        "{% for m in messages %}<{{ m.role }}>{{ " + shown + " }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    messages = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>oh</think>d")]
+    ids, trained = coded.encode_row(row(*messages), train_on="last")
+    learnt = [number for number, on in zip(ids, trained, strict=True) if on]
+    assert coded.tokenizer.decode(learnt) == "<think>oh</think>d<|im_end|>"
+    with pytest.raises(DataError, match="train_on: last"):
+        coded.encode_row(row(*messages), train_on="assistant")
+
+
 def test_the_date_that_a_template_writes_is_fixed() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML

@@ -137,9 +137,15 @@ def test_the_page_says_what_the_run_was(tmp_path):
         "of these trained on1,000 (25%)",
         "plain before",
         "after 40 steps",
-        "answers on the way",
+        "answers at other steps",
     ):
         assert fact in text, fact
+
+
+def test_the_answer_shown_is_that_of_the_values_that_were_kept(tmp_path):
+    text = "".join(Tags(page_of(run_folder(tmp_path, summary='{"best_step": 20}'))).words)
+    assert "after 20 stepsplain 20" in text
+    assert "step 40plain 40" in text
 
 
 def test_the_recipe_shows_what_differs_from_the_defaults_and_folds_the_rest(tmp_path):

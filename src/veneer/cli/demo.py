@@ -14,10 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="folder of the run; default: runs/demo"
     )
+    parser.add_argument("--again", action="store_true", help="train anew though DIR holds a finished demo")
 
 
 def run(args: argparse.Namespace) -> int:
     from veneer.demo import run_demo
 
-    run_demo(Path(args.out))
+    run_demo(Path(args.out), again=args.again)
     return 0

@@ -380,9 +380,8 @@ class ChatTemplate:
 def _check_contents(messages: Messages, text: str) -> None:
     """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
     for number, message in enumerate(messages, 1):
-        end = message["content"].strip()[
-            -_TAIL:
-        ]  # the end alone: reasoning in front may be left out on purpose
+        # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
+        end = message["content"].rpartition("</think>")[2].strip()[-_TAIL:]
         if message["role"] != "tool" and end not in text:
             raise _Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
 

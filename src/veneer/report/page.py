@@ -72,7 +72,7 @@ def make_page(
         _head(name, start, end, len(steps)),
         _figures(start, summary, steps, evaluations),
         _section("Loss", _loss_chart(steps, evaluations)),
-        _section("Answers on held-out rows", _samples(evaluations)),
+        _section("Answers on held-out rows", _samples(evaluations, summary.get("best_step"))),
         _section("Memory", _memory(summary)),
         _section("Time", _time(summary, steps, evaluations)),
         _section("Data", _data(start, steps)),
@@ -112,8 +112,9 @@ def _figures(
     figures: list[tuple[str, str, str]] = []  # value, name, beside it
     held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
     if held_out:
-        first = f"first {number(held_out[0])}" if len(held_out) > 1 else ""
-        figures.append((number(min(held_out)), "held-out loss, best", first))
+        kept = [f"step {summary['best_step']:,}"] if summary.get("best_step") else []
+        beside = kept + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else [])
+        figures.append((number(min(held_out)), "held-out loss, best", " · ".join(beside)))
     losses = [r["loss"] for r in steps if r["loss"] is not None]
     if losses:
         tenth = losses[-max(len(losses) // 10, 1) :]
@@ -181,16 +182,16 @@ def _small_charts(steps: Sequence[Record]) -> str:
     return f"<div class=pair>{''.join(charts)}</div>" if any(charts) else ""
 
 
-def _samples(evaluations: Sequence[Record]) -> str:
-    """Per prompt: the answer before, the answer of the last evaluation, what was expected; the answers
-    on the way folded away."""
+def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
+    """Per prompt: the answer before, the answer of the values that were kept (else the last), what was
+    expected; the other answers folded away."""
     by_prompt: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for record in evaluations:
         if sample := record.get("sample"):
             by_prompt.setdefault(sample["prompt"], []).append((record["step"], sample))
     cards = []
     for prompt, answers in list(by_prompt.items())[-SAMPLES:]:
-        step, sample = answers[-1]
+        step, sample = next((each for each in answers if each[0] == best_step), answers[-1])
         columns = [
             ("before", sample.get("before")),
             (f"after {step:,} steps", sample["answer"]),
@@ -201,8 +202,12 @@ def _samples(evaluations: Sequence[Record]) -> str:
             for title, text in columns
             if text is not None
         )
-        way = _table((), [(f"step {step:,}", each["answer"]) for step, each in answers[:-1] if step > 0])
-        way = f"<details><summary>answers on the way</summary>{way}</details>" if way else ""
+        others = [(f"step {at:,}", each["answer"]) for at, each in answers if at not in (0, step)]
+        way = (
+            f"<details><summary>answers at other steps</summary>{_table((), others)}</details>"
+            if others
+            else ""
+        )
         cards.append(f"<article><h3>{escape(prompt)}</h3><div class=answers>{cells}</div>{way}</article>")
     return "".join(cards)
 
