@@ -165,7 +165,7 @@ def test_the_next_commands_run_as_they_are_printed(
 ) -> None:
     run()
     text = capsys.readouterr().out
-    commands = [shlex.split(line) for line in re.findall(r"^  (veneer (?:.|\n  (?!veneer))*)", text, re.M)]
+    commands = [shlex.split(line) for line in re.findall(r"^  (veneer (?:.|\n(?!  veneer))*)", text, re.M)]
     assert [command[1] for command in commands] == ["generate", "chat", "evaluate"]
     for _, *arguments in commands:
         monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
