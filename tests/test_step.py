@@ -1,5 +1,7 @@
 """The step against the model's own forward, one row at a time: losses and gradients, for every family."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -190,3 +192,19 @@ def test_every_row_comes_once_an_epoch_in_an_order_that_seed_and_epoch_alone_dec
     if order != "file":
         assert plan != plan_epoch(lengths, batch=8, seed=3, epoch=2, order=order)
         assert plan != plan_epoch(lengths, batch=8, seed=4, epoch=1, order=order)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_whole_logits_are_the_slower_road_to_the_same_loss_and_gradients(family):
+    model, paths, routing, attachment = adapted(family)
+    examples = make_examples(4)
+    fast = loss_and_gradients(model, paths, routing, attachment, examples)
+    slower = replace(paths, head_reason="a head of an unknown kind")
+    assert_same(loss_and_gradients(model, slower, routing, attachment, examples), fast)
+
+
+def test_an_adapted_head_trains_through_the_chunked_loss():
+    model, paths, routing, attachment = adapted("llama_untied", targets=["lm_head", "q_proj"])
+    examples = make_examples(4)
+    ours = loss_and_gradients(model, paths, routing, attachment, examples)
+    assert_same(ours, own_loss_and_gradients(model, attachment, examples))

@@ -19,7 +19,14 @@ from veneer.adapters.routing import Routing
 from veneer.data.batching import Batch, make_batch
 from veneer.data.examples import Example
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
-from veneer.models.attention import decoder, packed_hidden, padded_hidden, prove_packing
+from veneer.models.attention import (
+    UNUSED_MASK,
+    Traced,
+    decoder,
+    packed_hidden,
+    padded_hidden,
+    prove_packing,
+)
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,8 @@ def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Te
     """Through the model's own head, all logits at once."""
     own: dict[str, Any] = {"attention_mask": batch.mask}
     if batch.layout is not None:
-        from veneer.models.attention import _UNUSED_MASK, Traced
-
         own = {
-            "attention_mask": _UNUSED_MASK,
+            "attention_mask": UNUSED_MASK.to(batch.ids.device),
             "position_ids": batch.positions,
             "veneer_layout": Traced(batch.layout),
         }

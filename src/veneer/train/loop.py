@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +24,7 @@ from veneer.adapters.routing import Routing
 from veneer.data.batching import Batch, make_batch, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import DivergedError, DoesNotFitError, Interrupted
+from veneer.models.quiet import is_out_of_memory
 from veneer.models.step import Paths, batch_loss, evaluation_loss
 from veneer.train.checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
 from veneer.train.config import RunConfig
@@ -232,9 +232,7 @@ class Loop:
 
     def _explain_memory(self, fault: Exception, rows: list[int]) -> None:
         """Raises DoesNotFitError if that is what happened: torch tells of memory on a CPU by a RuntimeError."""
-        if not isinstance(fault, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
-            fault
-        ):
+        if not is_out_of_memory(fault):
             return
         tokens = sum(self._lengths[i] for i in rows)
         raise DoesNotFitError(

@@ -29,6 +29,7 @@ from veneer.models.base import Base
 from veneer.models.checkpointing import checkpointed
 from veneer.models.generate import generate
 from veneer.models.load import load_base
+from veneer.models.quiet import quiet
 from veneer.models.step import Paths, prepare
 from veneer.store.adapter import manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
@@ -224,7 +225,8 @@ def _write_result(
             "adapter_sha256": written.sha256,
         }
     with atomic_folder(out / "model", replace=True) as partial:
-        base.model.save_pretrained(partial)
+        with quiet():
+            base.model.save_pretrained(partial)
         base.tokenizer.save_pretrained(partial)
     size = sum(f.stat().st_size for f in (out / "model").iterdir())
     return {"model": str(out / "model"), "adapter_bytes": size}
