@@ -34,10 +34,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps: a second call installs nothing. What tests need includes what the demo needs.
-$(VENV)/.ready: pyproject.toml | $(BIN)/python
+NATIVE = setup.py $(wildcard src/veneer/kernels/native/*)
+
+$(VENV)/.ready: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.ready-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.ready-dev: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/.ready $@

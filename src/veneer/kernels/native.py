@@ -1,0 +1,58 @@
+"""The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
+
+Every caller keeps a plain torch path beside its kernel and takes it when `library()` is None. Tensors are handed over
+by address: a caller checks device, type and contiguity first, because C does not.
+"""
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+OFF = "VENEER_NO_NATIVE"
+"""Environment variable: set to 1, the plain paths run everywhere."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library with its threads connected to torch's, or None: not compiled, not loadable, or switched off."""
+    if os.environ.get(OFF):
+        return None
+    here = Path(__file__).parent
+    files = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").is_file()]
+    if not files:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(files[0]))
+    except OSError:
+        return None
+    loaded.veneer_use_openmp.argtypes = [ctypes.c_void_p] * 4
+    loaded.veneer_use_openmp.restype = None
+    functions = _openmp()
+    if functions is not None:
+        loaded.veneer_use_openmp(*functions)
+    return loaded
+
+
+def level() -> int:
+    """3 AVX-512, 2 AVX2, 0 plain C; -1 without the library."""
+    found = library()
+    return -1 if found is None else int(found.veneer_level())
+
+
+def _openmp() -> tuple[int, ...] | None:
+    """Addresses of the four OpenMP functions that parallel.c wants, from the library that torch itself uses."""
+    import torch
+
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_in_parallel")
+    for path in sorted([*folder.glob("libgomp*"), *folder.glob("libomp*"), *folder.glob("libiomp*")]):
+        try:
+            loaded = ctypes.CDLL(str(path))
+            found = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+        except (OSError, AttributeError):
+            continue
+        if all(found):
+            return tuple(int(address or 0) for address in found)
+    return None

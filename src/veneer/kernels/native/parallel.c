@@ -1,0 +1,44 @@
+/* Runs a body on the OpenMP threads that torch has already started. Nothing is linked: native.py finds the library that
+   torch loaded and hands over four of its functions. Linking another OpenMP would start a second pool, whose threads
+   wait by spinning and take the cores from the first. Without them everything runs on the calling thread. */
+#include "parallel.h"
+#include <stddef.h>
+
+static void (*openmp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*openmp_max_threads)(void);
+static int (*openmp_thread_num)(void);
+static int (*openmp_in_parallel)(void);
+
+void veneer_use_openmp(void *parallel, void *max_threads, void *thread_num, void *in_parallel) {
+    openmp_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
+    openmp_max_threads = (int (*)(void))max_threads;
+    openmp_thread_num = (int (*)(void))thread_num;
+    openmp_in_parallel = (int (*)(void))in_parallel;
+}
+
+struct call {
+    veneer_body body;
+    void *arguments;
+    int64_t count, threads;
+};
+
+static void one_thread(void *data) {
+    const struct call *call = data;
+    int64_t thread = openmp_thread_num();
+    int64_t start = call->count * thread / call->threads, stop = call->count * (thread + 1) / call->threads;
+    if (start < stop) call->body(call->arguments, start, stop);
+}
+
+void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t grain) {
+    int64_t threads = 1;
+    if (openmp_parallel != NULL && !openmp_in_parallel()) {
+        int64_t most = openmp_max_threads(), useful = count / (grain < 1 ? 1 : grain);
+        threads = useful < most ? useful : most;
+    }
+    if (threads <= 1) {
+        if (count > 0) body(arguments, 0, count);
+        return;
+    }
+    struct call call = {body, arguments, count, threads};
+    openmp_parallel(one_thread, &call, (unsigned)threads, 0);
+}
