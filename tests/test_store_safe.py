@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError
-from veneer.store.safe import MAX_HEADER_BYTES, read_header, read_json, read_tensors
+from veneer.store.safe import MAX_HEADER_BYTES, read_header, read_tensors
+from veneer.store.strict_json import read_json
 
 SMALL = save(
     {

@@ -33,7 +33,8 @@ from veneer.store.format import (
 from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash, read_manifest
 from veneer.store.matching import peft_config
 from veneer.store.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text, read_config
-from veneer.store.safe import field_faults, read_tensors
+from veneer.store.safe import read_tensors
+from veneer.store.strict_json import field_faults
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from veneer.errors import ConfigError, DoesNotFitError, InputError, VeneerError
-from veneer.store.safe import read_json
+from veneer.store.strict_json import read_json
 
 MANIFEST = "MANIFEST.json"
 _COUNTER = itertools.count()

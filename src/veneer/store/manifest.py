@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from veneer.errors import CorruptFileError
-from veneer.store.safe import field_faults, read_json
+from veneer.store.strict_json import field_faults, read_json
 
 MANIFEST_NAME = "veneer.json"
 FORMAT_VERSION = 1

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.adapters.config import LoRA
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
-from veneer.store.safe import field_faults, read_json
+from veneer.store.strict_json import field_faults, read_json
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_LAYOUT = "0.21.2"

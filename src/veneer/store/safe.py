@@ -1,4 +1,4 @@
-"""Reads adapter files that anyone may have written: safetensors and JSON, strictly, within limits.
+"""Reads tensor files that anyone may have written: safetensors, strictly, within limits.
 
 A file is refused before a byte of its tensors is read unless its header is exactly what the format
 allows: every offset accounted for, no holes, no overlaps, no duplicate names, shape times item size equal
@@ -9,7 +9,6 @@ Not known here: which tensors an adapter should have (store/format.py).
 Source: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 import re
 import struct
@@ -19,29 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
+from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
+from veneer.store.strict_json import FOREIGN, RESTORE, parse_json
 
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 10_000
 MAX_DIMENSIONS = 8
-MAX_JSON_BYTES = 4_000_000
-MAX_JSON_DEPTH = 32
 MAX_NAME = 500
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)  # matches at every quote: linear on any text
-_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
-_RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
-_FOREIGN = (
-    "An adapter file holds a few thousand named matrices of floats and nothing else: do not use this one."
-)
 
 
 @dataclass(frozen=True)
@@ -65,27 +56,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CorruptFileError(
-                    f"{path} has {len(prefix)} bytes: too short for safetensors", [], _RESTORE
+                    f"{path} has {len(prefix)} bytes: too short for safetensors", [], RESTORE
                 )
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > MAX_HEADER_BYTES:
                 raise UnsafeFileError(
                     f"{path} announces a header of {header_bytes:,} bytes; the limit is {MAX_HEADER_BYTES:,}",
                     [],
-                    _FOREIGN,
+                    FOREIGN,
                 )
             text = file.read(header_bytes)
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
     if len(text) < header_bytes or not text.startswith(b"{"):
-        raise CorruptFileError(f"{path} does not begin with a safetensors header", [], _RESTORE)
+        raise CorruptFileError(f"{path} does not begin with a safetensors header", [], RESTORE)
     entries = parse_json(text, path, max_bytes=MAX_HEADER_BYTES)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptFileError(f"{path}: __metadata__ is not a table of strings", [], _RESTORE)
+        raise CorruptFileError(f"{path}: __metadata__ is not a table of strings", [], RESTORE)
     if len(entries) > MAX_TENSORS:
         raise UnsafeFileError(
-            f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], _FOREIGN
+            f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], FOREIGN
         )
     return _checked_layout(path, entries, file_bytes - 8 - header_bytes)
 
@@ -112,9 +103,9 @@ def _checked_layout(path: Path, entries: Mapping[str, Any], data_bytes: int) -> 
     if not unsafe and not corrupt and position != data_bytes:
         corrupt.append(f"the tensors end at byte {position:,} of the data, the file at {data_bytes:,}")
     if unsafe:
-        raise UnsafeFileError(f"{path} is not an adapter's tensor file", unsafe + corrupt, _FOREIGN)
+        raise UnsafeFileError(f"{path} is not an adapter's tensor file", unsafe + corrupt, FOREIGN)
     if corrupt:
-        raise CorruptFileError(f"{path} is damaged", corrupt, _RESTORE)
+        raise CorruptFileError(f"{path} is damaged", corrupt, RESTORE)
     return infos
 
 
@@ -147,7 +138,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             # clone: the mapped pages must not outlive the file, which may be replaced while we hold them
             tensors = {name: file.get_tensor(name).clone() for name in infos}
     except SafetensorError as fault:
-        raise CorruptFileError(f"{path} cannot be read: {fault}", [], _RESTORE) from fault
+        raise CorruptFileError(f"{path} cannot be read: {fault}", [], RESTORE) from fault
     faults = [
         f"{name}: {int((~torch.isfinite(tensor)).sum()):,} of {tensor.numel():,} values are not finite"
         for name, tensor in tensors.items()
@@ -160,81 +151,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "The training that wrote it diverged, or the file was changed: take an earlier checkpoint.",
         )
     return tensors
-
-
-def field_faults(fault: ValidationError) -> list[str]:
-    """One line for each field that a pydantic model refused."""
-    return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
-
-
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most max_bytes. Raises SourceError or what parse_json raises."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(max_bytes + 1)
-    except OSError as fault:
-        raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
-    return parse_json(text, path, max_bytes=max_bytes)
-
-
-def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """The object that `text` holds; `path` only names it in errors.
-
-    Stricter than json.loads: no duplicate keys, no NaN or infinity (nor 1e999), no lone surrogates, no
-    NUL, bounded size and depth. Raises UnsafeFileError beyond the limits, else CorruptFileError.
-    """
-    if len(text) > max_bytes:
-        raise UnsafeFileError(f"{path} holds more than {max_bytes:,} bytes of JSON, the limit", [], _FOREIGN)
-    try:
-        decoded = text.decode("utf-8")
-        if _depth(decoded) > MAX_JSON_DEPTH:
-            raise UnsafeFileError(f"{path}: JSON nested deeper than {MAX_JSON_DEPTH} levels", [], _FOREIGN)
-        value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
-        )
-    except VeneerError:
-        raise
-    except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CorruptFileError(f"{path} is not valid JSON: {fault}", [], _RESTORE) from fault
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object", [], _RESTORE)
-    return value
-
-
-def _depth(text: str) -> int:
-    """Deepest nesting, without recursion; brackets inside strings do not count."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"the key {key!r} stands there twice")
-        for text in (key, *_strings(value)):
-            if _UNPRINTABLE.search(text):
-                raise ValueError(f"{text!r} holds a NUL or half a surrogate pair")
-        table[key] = value
-    return table
-
-
-def _strings(value: Any) -> list[str]:
-    """The strings in a value and in the lists it is made of; objects have been through _unique already."""
-    if isinstance(value, list):
-        return [text for item in value for text in _strings(item)]
-    return [value] if isinstance(value, str) else []
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
-    return value

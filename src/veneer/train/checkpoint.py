@@ -16,7 +16,8 @@ from torch import Tensor
 
 from veneer.errors import CorruptFileError
 from veneer.store.atomic import atomic_folder, verify_manifest, write_manifest
-from veneer.store.safe import read_json, read_tensors
+from veneer.store.safe import read_tensors
+from veneer.store.strict_json import read_json
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -34,7 +34,7 @@ from veneer.models.step import Paths, prepare
 from veneer.store.adapter import manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
 from veneer.store.format import adapter_file_bytes
-from veneer.store.safe import read_json
+from veneer.store.strict_json import read_json
 from veneer.train.checkpoint import newest_valid
 from veneer.train.config import DEFAULT_LEARNING_RATE, RunConfig
 from veneer.train.loggers import open_loggers

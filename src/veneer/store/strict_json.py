@@ -1,0 +1,102 @@
+"""Reads JSON that anyone may have written: strictly, within limits, no torch loaded.
+
+Not known here: what the object should hold.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
+
+MAX_JSON_BYTES = 4_000_000
+MAX_JSON_DEPTH = 32
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)  # matches at every quote: linear on any text
+_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
+RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
+FOREIGN = (
+    "An adapter file holds a few thousand named matrices of floats and nothing else: do not use this one."
+)
+
+
+def field_faults(fault: ValidationError) -> list[str]:
+    """One line for each field that a pydantic model refused."""
+    return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most max_bytes. Raises SourceError or what parse_json raises."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(max_bytes + 1)
+    except OSError as fault:
+        raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
+    return parse_json(text, path, max_bytes=max_bytes)
+
+
+def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """The object that `text` holds; `path` only names it in errors.
+
+    Stricter than json.loads: no duplicate keys, no NaN or infinity (nor 1e999), no lone surrogates, no
+    NUL, bounded size and depth. Raises UnsafeFileError beyond the limits, else CorruptFileError.
+    """
+    if len(text) > max_bytes:
+        raise UnsafeFileError(f"{path} holds more than {max_bytes:,} bytes of JSON, the limit", [], FOREIGN)
+    try:
+        decoded = text.decode("utf-8")
+        if _depth(decoded) > MAX_JSON_DEPTH:
+            raise UnsafeFileError(f"{path}: JSON nested deeper than {MAX_JSON_DEPTH} levels", [], FOREIGN)
+        value = json.loads(
+            decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except VeneerError:
+        raise
+    except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise CorruptFileError(f"{path} is not valid JSON: {fault}", [], RESTORE) from fault
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object", [], RESTORE)
+    return value
+
+
+def _depth(text: str) -> int:
+    """Deepest nesting, without recursion; brackets inside strings do not count."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"the key {key!r} stands there twice")
+        for text in (key, *_strings(value)):
+            if _UNPRINTABLE.search(text):
+                raise ValueError(f"{text!r} holds a NUL or half a surrogate pair")
+        table[key] = value
+    return table
+
+
+def _strings(value: Any) -> list[str]:
+    """The strings in a value and in the lists it is made of; objects have been through _unique already."""
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
