@@ -21,6 +21,7 @@ OTHER_VALUES = {
     "data.train_on": "last",
     "data.long_rows": "drop",
     "method.name": "full",
+    "quantize": "nf4",
     "method.rank": 3,
     "method.alpha": 5.0,
     "method.dropout": 0.1,

@@ -27,6 +27,7 @@ from veneer.models import base as models_base
 from veneer.models.generate import generate
 from veneer.models.load import DtypeName, load_base, load_tokenizer
 from veneer.models.step import Paths, evaluation_loss, prepare
+from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
 from veneer.train.config import DataConfig, RunConfig
@@ -151,18 +152,22 @@ class _TextStream:
             self.on_text(text[self.sent :])
 
 
-def load(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Base:
+def load(
+    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None
+) -> Base:
     """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named default.
 
     dtype auto keeps the type the weights are stored in; device auto takes a GPU if there is one.
+    quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf).
     """
-    loaded = load_base(source, dtype=dtype, device=device)
+    loaded = load_base(source, dtype=dtype, device=device, quantize=quantize)
     return Base(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         source=loaded.source,
         name_or_path=loaded.name_or_path,
         revision=loaded.revision,
+        quantize=loaded.quantize,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from veneer.errors import ConfigError, SourceError
+from veneer.quant.config import FORMATS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,11 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         "--force-base", action="store_true", help="use the adapter though it was trained on another base"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="hold the base's linear layers in 4 bits, or in a .gguf file's blocks",
+    )
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
 
 
@@ -62,7 +68,7 @@ def load_base(args: argparse.Namespace) -> Base:
     from veneer import api
 
     source, adapter = base_and_adapter(args.base, args.adapter)
-    base = api.load(source, dtype=args.dtype, device=args.device)
+    base = api.load(source, dtype=args.dtype, device=args.device, quantize=args.quantize)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
     return base

@@ -31,6 +31,7 @@ FLAGS: dict[str, KeyPath] = {
     "data": ("data", "train"),
     "validation": ("data", "validation"),
     "method": ("method", "name"),
+    "quantize": ("quantize",),
     "rank": ("method", "rank"),
     "alpha": ("method", "alpha"),
     "steps": ("steps",),

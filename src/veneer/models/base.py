@@ -16,6 +16,7 @@ from veneer.adapters.routing import Routing
 from veneer.data.template import ChatTemplate
 from veneer.errors import VeneerError
 from veneer.models.fingerprint import Fingerprint, fingerprint
+from veneer.quant.config import Quantize
 
 if TYPE_CHECKING:
     from veneer.adapters.attach import Attachment
@@ -28,6 +29,7 @@ class Base:
     source        as the user named it: a hub id, a folder, a .gguf file, a named default
     name_or_path  hub id or local folder: what an adapter's base_model_name_or_path says
     revision      the commit of a hub base; None for a local one
+    quantize      the format its linear layers are held in; None: dense
     attachments   the adapters on this base, by name
     routing       which of them is active
     """
@@ -37,6 +39,7 @@ class Base:
     source: str
     name_or_path: str
     revision: str | None = None
+    quantize: Quantize | None = None
     attachments: dict[str, Attachment] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
     _fingerprint: Fingerprint = field(init=False, repr=False)

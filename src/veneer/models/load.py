@@ -38,8 +38,10 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.models.base import Base, stop_token_ids
+from veneer.models.builders import builder_for
 from veneer.models.quiet import is_out_of_memory, quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
+from veneer.quant.config import Quantize
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -56,16 +58,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
 
 
-def load_base(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Base:
+def load_base(
+    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None
+) -> Base:
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
     dtype   auto: as stored; else the weights are converted, which is another fingerprint
     device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
+    quantize  the format its linear layers are held in (models/builders.py); None: as they are stored
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles, code),
     CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory), ConfigError
-    (unknown dtype or device).
+    (unknown dtype, device or weight format).
     """
+    build = None if quantize is None else builder_for(quantize)
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(
@@ -79,8 +85,11 @@ def load_base(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -
         config = checked_config(found.folder)
         tokenizer = _tokenizer(found.folder)
         with _explained(found, wanted, sum(stored.values())):
-            model = _model(found.folder, config, wanted)
-            torch.nn.Module.to(model, place)
+            if build is not None:
+                model = build(found, config, wanted, place)
+            else:
+                model = _model(found.folder, config, wanted)
+                torch.nn.Module.to(model, place)
     _check_vocabulary(found.folder, tokenizer, model)
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
@@ -90,6 +99,7 @@ def load_base(source: str, *, dtype: DtypeName = "auto", device: str = "auto") -
         source=source,
         name_or_path=found.name_or_path,
         revision=found.revision,
+        quantize=quantize,
     )
 
 

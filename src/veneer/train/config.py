@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from veneer.adapters.config import METHODS, Full, LoRA
+from veneer.quant.config import Quantize
 
 
 class Settings(BaseModel):
@@ -33,7 +34,9 @@ class RunConfig(Settings):
     data: DataConfig
     """The rows: a file, or {train, validation, format, ...}."""
     method: Annotated[LoRA | Full, Field(discriminator="name")] = Field(default_factory=LoRA)
-    """lora or full, or the method with its settings: {name: lora, rank: 16}."""
+    """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
+    quantize: Quantize | None = None
+    """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); not with full."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; auto keeps the type they are stored in."""
     device: str = "auto"
@@ -88,6 +91,11 @@ class RunConfig(Settings):
                 values["data"] = {"train": str(values["data"])}
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
+            method = values.get("method")
+            if isinstance(method, dict) and method.get("name") == "qlora":
+                values["method"] = {**method, "name": "lora"}
+                if values.get("quantize") is None:
+                    values["quantize"] = "nf4"
         return values
 
     @model_validator(mode="after")
@@ -96,6 +104,11 @@ class RunConfig(Settings):
             raise ValueError("steps and epochs are both given: give one")
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
+        if self.quantize is not None and isinstance(self.method, Full):
+            raise ValueError(
+                f"method full trains every weight, and weights held as {self.quantize} cannot train: "
+                "leave quantize out, or take method lora"
+            )
         return self
 
 

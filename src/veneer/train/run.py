@@ -53,7 +53,7 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
     out = Path(config.out)
     resume_from = _open_folder(config, resume=resume, screen=screen)
     idle = process_memory_bytes()
-    base = load_base(config.base, dtype=config.dtype, device=config.device)
+    base = load_base(config.base, dtype=config.dtype, device=config.device, quantize=config.quantize)
     reset_peak_memory(str(base.device))
     state = {} if resume_from is None else read_json(resume_from / "state.json")
     # A chat template may write the date: a resumed run keeps the day it started on.

@@ -1,0 +1,34 @@
+"""How the weights of a base come into memory: one builder per weight format.
+
+A builder turns a folder that is found and checked into a model whose linear layers hold their weights in that
+format: modules that are their own `FrozenLinear` (linear.py), so that no method knows which format it trains over.
+A new format adds its builder to BUILDERS; `load_base` calls nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from veneer.errors import ConfigError
+from veneer.models.sources import Found
+from veneer.quant.config import Quantize
+
+Builder = Callable[[Found, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]
+"""(found, its checked config, dtype of what is not packed and of the products, device) -> the model there."""
+
+BUILDERS: Mapping[Quantize, Builder] = {}
+
+
+def builder_for(quantize: Quantize) -> Builder:
+    """Raises ConfigError for a format that cannot be loaded."""
+    known: Mapping[Any, Builder] = BUILDERS
+    if quantize not in known:
+        raise ConfigError(
+            f"a base cannot be loaded as {quantize!r}",
+            next_step=f"One of {', '.join(BUILDERS)}; or leave it out." if BUILDERS else "Leave it out.",
+        )
+    return known[quantize]
