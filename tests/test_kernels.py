@@ -12,6 +12,7 @@ from veneer.kernels.dropout import keep_mask, row_keys
 from veneer.kernels.layout import Layout
 from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
+from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
 from veneer.linear import DenseLinear, SliceLinear, frozen_linear
 
 CPU = torch.device("cpu")
@@ -47,6 +48,47 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (1, 7, 3)], ids=str)
+@pytest.mark.parametrize("prompt", [0, 1, 6])
+@pytest.mark.parametrize("extra", ["plain", "window", "softcap", "sinks", "all"])
+def test_attention_behind_a_prefix_is_its_reference(lengths, prompt, extra):
+    torch.manual_seed(0)
+    layout = Layout(prompt, lengths, CPU)
+    N, M, H, K, D = layout.rows + 3, 3, 6, 2, 5  # three rows of filler
+    q, k, v, prefix_k, prefix_v = (
+        torch.randn(rows, heads, D, dtype=torch.float64, requires_grad=True)
+        for rows, heads in ((N, H), (N, K), (N, K), (M, K), (M, K))
+    )
+    sinks = torch.randn(H, dtype=torch.float64, requires_grad=True)
+    inputs, options = [q, k, v, prefix_k, prefix_v], {"scale": 0.7}
+    if extra in ("window", "all"):
+        options["window"] = 6  # the prefix leaves the view of a document's last rows
+    if extra in ("softcap", "all"):
+        options["softcap"] = 1.5
+    if extra in ("sinks", "all"):
+        options["sinks"] = sinks
+        inputs.append(sinks)
+    fast = prefixed_attention(q, k, v, prefix_k, prefix_v, layout, **options)
+    slow = prefixed_attention_reference(q, k, v, prefix_k, prefix_v, layout, **options)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_attention_behind_a_prefix_has_the_derivative_it_says():
+    torch.manual_seed(0)
+    layout = Layout(2, (3, 2), CPU)
+    q, k, v, prefix_k, prefix_v = (
+        torch.randn(rows, heads, 3, dtype=torch.float64, requires_grad=True)
+        for rows, heads in ((7, 4), (7, 2), (7, 2), (2, 2), (2, 2))
+    )
+
+    def attention(*inputs):
+        return prefixed_attention(*inputs, layout, scale=0.7, window=5, softcap=2.0)
+
+    assert torch.autograd.gradcheck(attention, (q, k, v, prefix_k, prefix_v))
 
 
 def test_a_document_never_sees_another_to_the_last_bit():

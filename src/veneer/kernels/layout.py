@@ -37,6 +37,7 @@ class Layout:
     """(sum of L): place of every packed row in the square."""
     masks: dict[tuple[object, ...], Tensor] = field(init=False, default_factory=dict)
     """Additive masks already built for this layout, by block; used by every layer."""
+    _behind: dict[int, "Layout"] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.to_square = self.from_square = None
@@ -58,3 +59,9 @@ class Layout:
     @property
     def rows(self) -> int:
         return self.prompt + sum(self.lengths)
+
+    def behind(self, prefix: int) -> "Layout":
+        """The same documents behind a prompt that is `prefix` tokens longer; made once, for every layer."""
+        if prefix not in self._behind:
+            self._behind[prefix] = Layout(prefix + self.prompt, self.lengths, self.device)
+        return self._behind[prefix]
