@@ -2,11 +2,12 @@
 
     product(x) = x W^T + bias        input_gradient(g) = g W        (W never changes, no gradient of W exists)
 
-An adapter needs nothing else of its base layer, so methods and weight formats do not know each other.
+An adapter needs nothing else of its base layer, so methods and weight formats do not know each other. A format that
+transformers does not know stands in the model as a `PackedLinear` (or `PackedExperts`), which is its own frozen view.
 Shapes: M rows (batch times tokens), I in_features, O out_features.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,95 @@ class SliceLinear:
         return None
 
 
+class PackedModule(nn.Module):
+    """A module whose big weights are held in a format of their own; nothing of them ever trains.
+
+    They are registered under the names that the dense module gave them, so that names and orders stay.
+    """
+
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of a packed parameter -> shape of the dense weight that it stands for."""
+        raise NotImplementedError
+
+
+class PackedLinear(PackedModule):
+    """A FrozenLinear that is a module itself: subclasses hold the weight and form the products."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def own_bias(self) -> Tensor | None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_product(x, self.own_bias(), self)
+
+
+class PackedExperts(PackedModule):
+    """A stack of experts, each a FrozenLinear. packed_shapes: (E, O, I), or (E, I, O) where `is_transposed`.
+
+    gate_up_proj_bias and down_proj_bias, where the experts have them, are plain parameters (E, O).
+    """
+
+    is_transposed: bool
+
+    def expert(self, name: str, number: int) -> FrozenLinear:
+        """Matrix `number` of the stack called `name`."""
+        raise NotImplementedError
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
+        ctx.base, ctx.shape = base, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return base.product(x, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        g_MO = grad.reshape(-1, ctx.base.out_features)
+        grad_x = ctx.base.input_gradient(g_MO).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_bias = g_MO.sum(0, dtype=torch.promote_types(g_MO.dtype, torch.float32)).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None
+
+
+def frozen_product(x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
+    """base.product with gradients to x and bias; nothing is saved: neither x nor a decoded weight."""
+    apply: Any = _FrozenProduct.apply
+    return apply(x, bias, base)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Values of a model's weights, tied ones once; packed weights count what they stand for, not their bytes."""
+    packed = {
+        id(module.get_parameter(name)): torch.Size(shape).numel()
+        for module in model.modules()
+        if isinstance(module, PackedModule)
+        for name, shape in module.packed_shapes().items()
+    }
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+
+
 def is_transposed_linear(module: nn.Module) -> bool:
     """True for GPT-2's Conv1D, told by its shape of attributes: this layer knows torch alone."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -131,6 +221,8 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 def frozen_linear(module: nn.Module) -> FrozenLinear | None:
     """The frozen view of a module, or None where it is no linear layer."""
+    if isinstance(module, PackedLinear):
+        return module
     if isinstance(module, nn.Linear):
         return DenseLinear(module)
     return TransposedLinear(module) if is_transposed_linear(module) else None

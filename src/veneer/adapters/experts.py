@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from veneer.adapters.lora import AdaptedModule, LoRALayer
 from veneer.adapters.routing import Routing
 from veneer.kernels.lora import lora_linear
-from veneer.linear import SliceLinear
+from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 
 
 class AdaptedExperts(AdaptedModule):
@@ -31,9 +30,11 @@ class AdaptedExperts(AdaptedModule):
         acting = [(self.stacks[n], w) for n, w in self.routing.active if n in self.stacks]
         if not acting and not self.replaced():
             return self.base(hidden, top_k_index, top_k_weights)
-        if len(acting) == 1 and not self.replaced() and is_gated_stack(self.base):
-            layers, weight = acting[0]
-            return self._by_expert(hidden, top_k_index, top_k_weights, layers, weight)
+        if acting and not self.replaced() and is_gated_stack(self.base):
+            return by_expert(
+                self.base, hidden, top_k_index, top_k_weights,
+                lambda x, name, expert: self._product(x, name, expert, acting),
+            )  # fmt: skip
         parameters: dict[str, Tensor] = dict(self.replaced())
         for layers, weight in acting:
             for name, layer in layers.items():
@@ -43,41 +44,53 @@ class AdaptedExperts(AdaptedModule):
                 parameters[name] = own + delta.to(own.dtype)
         return torch.func.functional_call(self.base, parameters, (hidden, top_k_index, top_k_weights))
 
-    def _by_expert(
-        self,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        layers: dict[str, LoRALayer],
-        weight: float,
-    ) -> Tensor:
-        """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D)."""
-        base = self.base
-        gate: Callable[[Tensor], Tensor] = base._apply_gate  # type: ignore[assignment]
-        out = torch.zeros_like(hidden)
-        for expert in top_k_index.unique().tolist():
-            if expert >= base.get_parameter("down_proj").shape[0]:
-                continue  # transformers marks a dropped token with a number past the last expert
-            row, choice = (top_k_index == expert).nonzero(as_tuple=True)
-            x = hidden[row]
-            x = gate(self._product(x, "gate_up_proj", expert, layers, weight))
-            x = self._product(x, "down_proj", expert, layers, weight)
-            out = out.index_add(0, row, (x * top_k_weights[row, choice, None]).to(out.dtype))
-        return out
-
     def _product(
-        self, x: Tensor, name: str, expert: int, layers: dict[str, LoRALayer], weight: float
+        self, x: Tensor, name: str, expert: int, acting: list[tuple[dict[str, LoRALayer], float]]
     ) -> Tensor:
-        transposed = is_transposed(self.base)
-        matrix = self.base.get_parameter(name)[expert]
-        bias = getattr(self.base, f"{name}_bias", None)
-        bias = None if bias is None else bias[expert]
-        layer = layers.get(name)
-        if layer is None:
-            return F.linear(x, matrix.T if transposed else matrix, bias)
-        frozen = SliceLinear(matrix, transposed=transposed)
-        A, B = layer.A[expert], layer.B[expert]
-        return lora_linear(x, A, B, bias, frozen, scaling=layer.scaling * weight)
+        """x (M, I) -> (M, O); factors of several adapters stand next to each other as one of higher rank."""
+        frozen, bias = expert_linear(self.base, name, expert), expert_bias(self.base, name, expert)
+        updates = [(layers[name], weight) for layers, weight in acting if name in layers]
+        if not updates:
+            return frozen_product(x, bias, frozen)
+        if len(updates) == 1:
+            layer, weight = updates[0]
+            A, B = layer.A[expert], layer.B[expert]
+            return lora_linear(x, A, B, bias, frozen, scaling=layer.scaling * weight)
+        A = torch.cat([layer.A[expert] for layer, _ in updates])
+        B = torch.cat([layer.B[expert] * (layer.scaling * weight) for layer, weight in updates], dim=1)
+        return lora_linear(x, A, B, bias, frozen, scaling=1.0)
+
+
+def by_expert(
+    experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
+    product: Callable[[Tensor, str, int], Tensor],
+) -> Tensor:  # fmt: skip
+    """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), one expert after another.
+
+    product(x, name, expert): x times one matrix of the stack called `name`.
+    """
+    gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
+    num_experts = next(iter(expert_parameters(experts).values()))[0]
+    out = torch.zeros_like(hidden)
+    for expert in top_k_index.unique().tolist():
+        if expert >= num_experts:
+            continue  # transformers marks a dropped token with a number past the last expert
+        row, choice = (top_k_index == expert).nonzero(as_tuple=True)
+        x = gate(product(hidden[row], "gate_up_proj", expert))
+        x = product(x, "down_proj", expert)
+        out = out.index_add(0, row, (x * top_k_weights[row, choice, None]).to(out.dtype))
+    return out
+
+
+def expert_linear(experts: nn.Module, name: str, expert: int) -> FrozenLinear:
+    if isinstance(experts, PackedExperts):
+        return experts.expert(name, expert)
+    return SliceLinear(experts.get_parameter(name)[expert], transposed=is_transposed(experts))
+
+
+def expert_bias(experts: nn.Module, name: str, expert: int) -> Tensor | None:
+    bias: Tensor | None = getattr(experts, f"{name}_bias", None)
+    return None if bias is None else bias[expert]
 
 
 def is_transposed(experts: nn.Module) -> bool:
@@ -91,7 +104,10 @@ def is_gated_stack(experts: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """name -> (E, O, I) of every 3-D floating parameter that stands directly on a module."""
+    """name -> (E, O, I) of every 3-D floating (or packed) parameter that stands directly on a module."""
+    if isinstance(module, PackedExperts):
+        shapes = module.packed_shapes().items()
+        return {n: (E, I, O) if is_transposed(module) else (E, O, I) for n, (E, O, I) in shapes}
     found = {}
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and parameter.is_floating_point():

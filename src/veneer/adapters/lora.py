@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from veneer.adapters.routing import Routing
 from veneer.kernels.lora import Dropout, lora_linear
-from veneer.linear import FrozenLinear, frozen_linear
+from veneer.linear import FrozenLinear, frozen_linear, frozen_product
 
 
 class LoRALayer:
@@ -110,7 +110,7 @@ class AdaptedLinear(AdaptedModule):
             return self._trained_weight(x, values, acting)
         bias = values.get("bias", self.frozen.own_bias())
         if not acting:
-            return self.base(x) if bias is self.frozen.own_bias() else self.frozen.product(x, bias)
+            return self.base(x) if bias is self.frozen.own_bias() else frozen_product(x, bias, self.frozen)
         if len(acting) == 1:
             layer, weight = acting[0]
             dropout = layer.active_dropout(self.routing)

@@ -16,7 +16,7 @@ from torch import nn
 from veneer.adapters.config import LoRA
 from veneer.adapters.experts import expert_parameters
 from veneer.errors import ConfigError
-from veneer.linear import frozen_linear
+from veneer.linear import PackedModule, frozen_linear
 
 Number = TypeVar("Number", int, float)
 
@@ -88,6 +88,8 @@ def find_targets(model: nn.Module, config: LoRA, *, head: nn.Module | None) -> T
             faults.append(
                 f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)"
             )
+        if isinstance(modules[path], PackedModule):
+            faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
     if config.targets == "all-linear":
         chosen = [*body, *experts]
     elif isinstance(config.targets, str):

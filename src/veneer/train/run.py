@@ -25,6 +25,7 @@ from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, CorruptFileError
+from veneer.linear import num_parameters
 from veneer.models.base import Base
 from veneer.models.checkpointing import checkpointed
 from veneer.models.generate import generate
@@ -181,7 +182,7 @@ def _start_record(
     job: Job, idle: int,
 ) -> dict[str, Any]:  # fmt: skip
     trained = sum(p.numel() for p in flat.parameters.values())
-    total = sum(p.numel() for p in base.model.parameters())
+    total = num_parameters(base.model)
     targets = None if attachment is None else attachment.targets
     lines = list(paths.lines)
     if job.share_prompt and paths.packed:
