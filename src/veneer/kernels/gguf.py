@@ -1,0 +1,212 @@
+"""GGUF blocks to numbers, and small products with them: the compiled kernel, and what it means in plain torch.
+
+    value = scale * code + offset     scale and offset shared by 16 or 32 neighbours of a row
+
+A row of I values is I / size blocks, so rows lie apart from each other and can be moved as bytes.
+Both paths give the same bits: products of a scale and a code are exact in float32, what is left rounds once, then
+once more to the output type.
+Shapes: M rows of x, I in_features, O out_features.
+Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.native import library
+
+Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """number  ggml's number of the type
+    size    values of a block
+    bytes   bytes of a block
+    scales  where its fp16 scales stand
+    """
+
+    number: int
+    size: int
+    bytes: int
+    scales: tuple[int, ...] = (0,)
+
+
+FORMATS: dict[Kind, Format] = {
+    "Q4_0": Format(2, 32, 18),
+    "Q4_1": Format(3, 32, 20, (0, 2)),
+    "Q5_0": Format(6, 32, 22),
+    "Q5_1": Format(7, 32, 24, (0, 2)),
+    "Q8_0": Format(8, 32, 34),
+    "Q4_K": Format(12, 256, 144, (0, 2)),
+    "Q5_K": Format(13, 256, 176, (0, 2)),
+    "Q6_K": Format(14, 256, 210, (208,)),
+}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+MOST_INSTRUCTIONS = 3
+"""As native.level() counts them; tests lower it."""
+
+FEW_ROWS = 4
+"""Rows of x up to which a product straight from the blocks beats dequantising them first."""
+
+
+def in_features(blocks: Tensor, kind: Kind) -> int:
+    return blocks.shape[1] // FORMATS[kind].bytes * FORMATS[kind].size
+
+
+def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = MOST_INSTRUCTIONS) -> Tensor:
+    """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
+    kernel = _native()
+    if kernel is None or blocks.device.type != "cpu":
+        return out.copy_(dequantise_reference(blocks, kind))
+    _check(blocks, kind, out)
+    status = kernel.veneer_gguf_dequantise(
+        FORMATS[kind].number, blocks.data_ptr(), *out.shape, out.data_ptr(), _TYPES[out.dtype], most
+    )
+    assert status == 0
+    return out
+
+
+def has_small_product(x_MI: Tensor) -> bool:
+    """Whether `small_product` exists for this x: few rows, on the CPU, with the compiled kernel."""
+    return x_MI.shape[0] <= FEW_ROWS and x_MI.device.type == "cpu" and _native() is not None
+
+
+def small_product(x_MI: Tensor, blocks: Tensor, kind: Kind, *, most: int = MOST_INSTRUCTIONS) -> Tensor:
+    """x W^T (M, O) in x's type, summed in float32; W is read once, as blocks, and never written out."""
+    kernel = _native()
+    assert kernel is not None
+    x = x_MI.to(torch.float32).contiguous()
+    y_MO = torch.empty(len(x), len(blocks), dtype=torch.float32)
+    assert blocks.is_contiguous() and x.shape[1] == in_features(blocks, kind)
+    status = kernel.veneer_gguf_product(
+        FORMATS[kind].number, blocks.data_ptr(), len(blocks), x.shape[1], x.data_ptr(), len(x), y_MO.data_ptr(), most
+    )  # fmt: skip
+    assert status == 0
+    return y_MO.to(x_MI.dtype)
+
+
+def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:
+    """(row, block) of the first scale that is infinite or no number, or None."""
+    layout = FORMATS[kind]
+    each = blocks.view(len(blocks), -1, layout.bytes)
+    for at in layout.scales:
+        bad = ~torch.isfinite(_half(each[..., at : at + 2])).squeeze(-1)
+        if bad.any():
+            row, block = bad.nonzero()[0].tolist()
+            return row, block
+    return None
+
+
+@cache
+def _native() -> ctypes.CDLL | None:
+    found = library()
+    if found is None or not hasattr(found, "veneer_gguf_dequantise"):
+        return None
+    number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    found.veneer_gguf_dequantise.argtypes = [flag, address, number, number, address, flag, flag]
+    found.veneer_gguf_product.argtypes = [flag, address, number, number, address, number, address, flag]
+    return found
+
+
+def _check(blocks: Tensor, kind: Kind, out: Tensor) -> None:
+    assert blocks.is_contiguous() and blocks.dtype == torch.uint8 and blocks.dim() == 2
+    assert out.is_contiguous() and out.device == blocks.device and out.dtype in _TYPES
+    assert out.shape == (len(blocks), in_features(blocks, kind))
+
+
+def dequantise_reference(blocks: Tensor, kind: Kind) -> Tensor:
+    """float32 (O, I) in plain torch, on any device: the meaning of `dequantise`."""
+    layout = FORMATS[kind]
+    codes, scale, offset = _UNPACK[kind](blocks.reshape(-1, layout.bytes))
+    values = codes.view(len(codes), scale.shape[1], -1) * scale.unsqueeze(-1)
+    if offset is not None:
+        values = values + offset.unsqueeze(-1)
+    return values.view(len(blocks), -1)
+
+
+# Each takes (N, bytes) and returns codes (N, size), scale (N, groups), offset (N, groups) or None, float32.
+Unpacked = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _half(two_bytes: Tensor) -> Tensor:
+    return two_bytes.contiguous().view(torch.float16).to(torch.float32)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Low halves of all bytes, then high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _four_bits(b: Tensor) -> Unpacked:
+    return _nibbles(b[:, 2:]).float() - 8, _half(b[:, :2]), None
+
+
+def _four_bits_offset(b: Tensor) -> Unpacked:
+    return _nibbles(b[:, 4:]).float(), _half(b[:, :2]), _half(b[:, 2:4])
+
+
+def _fifth_bit(four_bytes: Tensor) -> Tensor:
+    """(N, 4) -> (N, 32): bit i of the little-endian word, at place 4."""
+    places = torch.arange(8, dtype=torch.uint8, device=four_bytes.device)
+    return ((four_bytes.unsqueeze(-1) >> places) & 1).flatten(1) << 4
+
+
+def _five_bits(b: Tensor) -> Unpacked:
+    return (_nibbles(b[:, 6:]) | _fifth_bit(b[:, 2:6])).float() - 16, _half(b[:, :2]), None
+
+
+def _five_bits_offset(b: Tensor) -> Unpacked:
+    return (_nibbles(b[:, 8:]) | _fifth_bit(b[:, 4:8])).float(), _half(b[:, :2]), _half(b[:, 2:4])
+
+
+def _eight_bits(b: Tensor) -> Unpacked:
+    return b[:, 2:].view(torch.int8).float(), _half(b[:, :2]), None
+
+
+def _six_bit_scales(b: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 12) -> eight scales and eight minima, each of 6 bits."""
+    low, high, rest = b[:, :4], b[:, 4:8], b[:, 8:]
+    scales = torch.cat([low & 63, (rest & 15) | (low >> 6) << 4], dim=1)
+    return scales.float(), torch.cat([high & 63, (rest >> 4) | (high >> 6) << 4], dim=1).float()
+
+
+def _k_offsets(b: Tensor) -> tuple[Tensor, Tensor]:
+    scales, minima = _six_bit_scales(b[:, 4:16])
+    return _half(b[:, :2]) * scales, -(_half(b[:, 2:4]) * minima)
+
+
+def _four_bits_k(b: Tensor) -> Unpacked:
+    return _nibbles(b[:, 16:].reshape(-1, 4, 32)).flatten(1).float(), *_k_offsets(b)
+
+
+def _five_bits_k(b: Tensor) -> Unpacked:
+    low = _nibbles(b[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32)
+    places = torch.arange(8, dtype=torch.uint8, device=b.device).unsqueeze(-1)
+    return (low | ((b[:, None, 16:48] >> places) & 1) << 4).flatten(1).float(), *_k_offsets(b)
+
+
+def _six_bits_k(b: Tensor) -> Unpacked:
+    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).view(-1, 2, 4, 32)
+    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device).unsqueeze(-1)
+    high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> places) & 3
+    scales = b[:, 192:208].contiguous().view(torch.int8).float() * _half(b[:, 208:])
+    return (low | high << 4).flatten(1).float() - 32, scales, None
+
+
+_UNPACK: dict[Kind, Callable[[Tensor], Unpacked]] = {
+    "Q4_0": _four_bits,
+    "Q4_1": _four_bits_offset,
+    "Q5_0": _five_bits,
+    "Q5_1": _five_bits_offset,
+    "Q8_0": _eight_bits,
+    "Q4_K": _four_bits_k,
+    "Q5_K": _five_bits_k,
+    "Q6_K": _six_bits_k,
+}

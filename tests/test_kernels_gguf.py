@@ -1,0 +1,127 @@
+"""GGUF blocks: the compiled kernel, the plain reference and the gguf package give the same bits."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from veneer.kernels import gguf as kernels
+from veneer.kernels import native
+
+KINDS = list(kernels.FORMATS)
+LEVELS = [3, 2, 0]  # AVX-512, AVX2, plain: a processor takes the best it has up to this
+TYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+FP32_SUM = 2e-6  # float32 sums of 512 terms in another order
+
+needs_kernel = pytest.mark.skipif(native.library() is None, reason="not compiled")
+
+
+def random_blocks(kind: kernels.Kind, rows: int, blocks_per_row: int, seed: int = 0) -> torch.Tensor:
+    """Any bytes as codes; scales of every kind that is finite: usual, tiny, zero, negative."""
+    layout, rng = kernels.FORMATS[kind], np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows * blocks_per_row, layout.bytes), dtype=np.uint8)
+    for number, at in enumerate(layout.scales):
+        scales = (rng.standard_normal(len(blocks)) * 0.02).astype(np.float16)
+        scales[number::7] = np.resize(
+            np.array([6e-8, -6e-8, 0.0, -0.0, 1e-5, 3e4], np.float16), len(scales[number::7])
+        )
+        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return torch.from_numpy(blocks.reshape(rows, -1))
+
+
+def theirs(blocks: torch.Tensor, kind: str) -> torch.Tensor:
+    return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(TYPES[tensor.dtype])
+
+
+def test_sizes_and_numbers_are_those_of_the_format():
+    for kind, layout in kernels.FORMATS.items():
+        theirs = gguf.GGMLQuantizationType[kind]
+        assert (layout.number, layout.size, layout.bytes) == (theirs.value, *gguf.GGML_QUANT_SIZES[theirs])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_gives_the_bits_of_the_gguf_package(kind):
+    blocks = random_blocks(kind, 13, 3)
+    ours = kernels.dequantise_reference(blocks, kind)
+    assert ours.shape == (13, 3 * kernels.FORMATS[kind].size)
+    assert torch.equal(bits(ours), bits(theirs(blocks, kind)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_gives_the_bits_of_the_reference(kind, level, dtype):
+    for rows, width in ((1, 1), (7, 5), (64, 2)):
+        blocks = random_blocks(kind, rows, width, seed=rows)
+        expected = kernels.dequantise_reference(blocks, kind).to(dtype)
+        out = torch.full(expected.shape, float("nan"), dtype=dtype)
+        assert kernels.dequantise(blocks, kind, out, most=level) is out
+        assert torch.equal(bits(out), bits(expected))
+
+
+@needs_kernel
+def test_what_fp16_cannot_hold_becomes_infinite_as_in_torch():
+    blocks = random_blocks("Q8_0", 8, 8)
+    blocks.view(-1, 34)[:, :2] = torch.tensor([60000.0], dtype=torch.float16).view(torch.uint8)
+    out = torch.empty(8, 256, dtype=torch.float16)
+    assert kernels.dequantise(blocks, "Q8_0", out).isinf().any()
+    assert torch.equal(bits(out), bits(kernels.dequantise_reference(blocks, "Q8_0").half()))
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_product_is_the_product_with_the_dequantised_weight(kind, level):
+    width = max(2, 512 // kernels.FORMATS[kind].size)
+    blocks = random_blocks(kind, 37, width)
+    weight = kernels.dequantise_reference(blocks, kind)
+    for rows in (1, 2, 3, 4, 5, 9):
+        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
+        y = kernels.small_product(x, blocks, kind, most=level)
+        exact = x.double() @ weight.double().T
+        scale = x.double().abs() @ weight.double().abs().T
+        assert y.dtype == torch.float32
+        assert ((y - exact).abs() <= FP32_SUM * scale).all()
+        bf16 = kernels.small_product(x.bfloat16(), blocks, kind, most=level)
+        assert torch.equal(bf16, kernels.small_product(x.bfloat16().float(), blocks, kind).bfloat16())
+
+
+@needs_kernel
+def test_threads_change_no_bit():
+    blocks = random_blocks("Q4_K", 999, 4)
+    out, x = torch.empty(999, 1024, dtype=torch.bfloat16), torch.randn(1, 1024)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                (kernels.dequantise(blocks, "Q4_K", out).clone(), kernels.small_product(x, blocks, "Q4_K"))
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_that_is_not_finite_is_found(kind):
+    blocks = random_blocks(kind, 5, 3)
+    assert kernels.first_bad_block(blocks, kind) is None
+    layout = kernels.FORMATS[kind]
+    at = 2 * layout.bytes + layout.scales[-1]
+    blocks[3, at : at + 2] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
+    assert kernels.first_bad_block(blocks, kind) == (3, 2)
+
+
+def test_without_the_compiled_kernel_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(kernels, "_native", lambda: None)
+    blocks = random_blocks("Q6_K", 3, 2)
+    out = kernels.dequantise(blocks, "Q6_K", torch.empty(3, 512, dtype=torch.bfloat16))
+    assert torch.equal(out, theirs(blocks, "Q6_K").bfloat16())
+    assert not kernels.has_small_product(torch.zeros(1, 512))
