@@ -6,10 +6,11 @@ import torch
 from tests.helpers import fill
 from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters import experts as experts_module
-from veneer.adapters.attach import attach, detach, plain_modules
+from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
@@ -54,7 +55,7 @@ def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(family
 def test_all_linear_reaches_every_linear_layer_but_the_head(family):
     model = tiny_model(family)
     attachment = put(model, Routing())
-    assert len(attachment.layers) == attachment.targets.adaptable
+    assert len(attachment.layers) == attachment.adaptable
     head = next(n for n, m in plain_modules(model).items() if m is model.get_output_embeddings())
     assert head not in attachment.layers
 

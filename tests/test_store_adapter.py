@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_store_atomic import FailOnCall
 from tests.tiny import tiny_base
-from veneer.adapters.attach import Attachment, attach
+from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.adapters.site import Attachment
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,

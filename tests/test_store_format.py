@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import save
 
 from tests.tiny import tiny_model
-from veneer.adapters.attach import attach, plain_modules
+from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import plain_modules
+from veneer.store.adapter import adapter_file_bytes
 from veneer.store.format import (
     PREFIX,
     adapted_modules,
-    adapter_file_bytes,
     bare_name,
     file_tensors,
     from_file,

@@ -1,15 +1,26 @@
 """adapter_config.json: what changes the arithmetic is refused by name, what PEFT leaves out has its defaults."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError, VeneerError
-from veneer.store.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text, read_config
+from veneer.store.layouts import layout_in
+from veneer.store.low_rank import LowRankFile
+from veneer.store.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text
+from veneer.store.strict_json import read_json
 
 MINIMAL = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+
+
+def read_file(path: Path) -> tuple[PeftLoRA, list[str]]:
+    stored = read_json(path)
+    file, ignored = layout_in(path, stored).read(path, stored)
+    assert isinstance(file, LowRankFile)
+    return file.peft, ignored
 
 
 @pytest.fixture
@@ -17,13 +28,13 @@ def read(tmp_path):
     def read_fields(fields: dict[str, object] | str):
         text = fields if isinstance(fields, str) else json.dumps(fields)
         (tmp_path / CONFIG_NAME).write_text(text)
-        return read_config(tmp_path / CONFIG_NAME)
+        return read_file(tmp_path / CONFIG_NAME)
 
     return read_fields
 
 
 def test_missing_fields_take_peft_s_defaults(read):
-    config, _, ignored = read(MINIMAL)
+    config, ignored = read(MINIMAL)
     assert (config.r, config.lora_alpha, config.use_rslora, config.bias) == (8, 8, False, "none")
     assert ignored == []
 
@@ -77,7 +88,7 @@ def test_fields_without_effect_are_accepted_and_unknown_ones_that_are_off_are_to
         "velora_config": {"x": 1}, "megatron_core": "megatron.core", "qalora_group_size": 16, "init_lora_weights": "gaussian",
         "task_type": None, "layers_pattern": None, "enable_lora": None, "merge_weights": False,
     }  # fmt: skip
-    _, _, ignored = read({**MINIMAL, **inert})
+    _, ignored = read({**MINIMAL, **inert})
     assert ignored == ["enable_lora", "merge_weights"]
 
 
@@ -157,7 +168,7 @@ def test_the_expressions_people_use_are_run(read, pattern):
 
 def test_a_missing_file_is_an_error_of_the_input(tmp_path):
     with pytest.raises(SourceError):
-        read_config(tmp_path / CONFIG_NAME)
+        read_file(tmp_path / CONFIG_NAME)
 
 
 def test_what_is_written_is_read_back_and_does_not_depend_on_order_of_creation(read):
@@ -186,7 +197,7 @@ FIELDS = sorted(
 @given(fields=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), JSON, max_size=6))
 def test_whatever_stands_in_the_file_the_answer_is_settings_or_a_typed_error(read, fields):
     try:
-        config, _, _ = read({**MINIMAL, **fields})
+        config, _ = read({**MINIMAL, **fields})
     except VeneerError:
         return
     assert 1 <= config.r <= 4096 and config.lora_alpha > 0

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.attach import Attachment, attach, detach
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.attach import attach, detach
+from veneer.adapters.config import AdapterConfig, LoRA, Method
+from veneer.adapters.site import Attachment
 from veneer.data.check import CheckReport
 from veneer.data.examples import Example
 from veneer.data.load import examine_data, load_data
@@ -51,7 +52,7 @@ class Base(models_base.Base):
             self._paths = prepare(self.model)
         return self._paths
 
-    def attach(self, config: LoRA, *, name: str, seed: int = 0) -> Attachment:
+    def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
         _ = self.paths
         head = self.model.get_output_embeddings()
@@ -171,7 +172,7 @@ def load(
     )
 
 
-def train(base: str, data: str | Mapping[str, Any], *, out: str | Path, method: LoRA | Full | None = None, **settings: Any) -> dict[str, Any]:  # fmt: skip
+def train(base: str, data: str | Mapping[str, Any], *, out: str | Path, method: Method | None = None, **settings: Any) -> dict[str, Any]:  # fmt: skip
     """Train and return the run's summary (the content of summary.json). `settings`: the run file's fields."""
     config = RunConfig(base=base, data=data, out=str(out), method=method or LoRA(), **settings)  # type: ignore[arg-type]
     return train_run(config, resume=False, screen=QuietScreen())

@@ -18,8 +18,9 @@ from tests.tiny import tiny_base, tiny_model
 
 peft = pytest.importorskip("peft")
 
-from veneer.adapters.attach import Attachment, attach  # noqa: E402
+from veneer.adapters.attach import attach  # noqa: E402
 from veneer.adapters.config import LoRA  # noqa: E402
+from veneer.adapters.site import Attachment  # noqa: E402
 from veneer.errors import AdapterMismatchError  # noqa: E402
 from veneer.models.base import Base  # noqa: E402
 from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter  # noqa: E402

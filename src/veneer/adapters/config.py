@@ -4,17 +4,51 @@ Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arX
 """
 
 import re
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class MethodConfig(BaseModel):
+    """What every method declares, beside its settings.
+
+    folds                  its update can be added into the base's dense weights
+    instead_of_folding     what to do where it cannot: the end of an error message
+    default_learning_rate  peak rate of a run that names none: a start for a search, see benchmarks/sweep.py
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    folds: ClassVar[bool] = True
+    instead_of_folding: ClassVar[str] = ""
+    default_learning_rate: ClassVar[float]
 
-class LoRA(MethodConfig):
+    name: str
+    """What the run file calls it."""
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether a fresh one changes no output bit."""
+        return True
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether training draws masks: every row then wants masks of its own."""
+        return False
+
+    def rate_of(self, part: str) -> float:
+        """What the learning rate of a layer's trained tensor `part` is multiplied with."""
+        return 1.0
+
+
+class AdapterConfig(MethodConfig):
+    """A method that puts layers beside a frozen base; its result is an adapter folder."""
+
+
+class LoRA(AdapterConfig):
     """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+
+    default_learning_rate = 5e-4
 
     name: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1, le=4096)
@@ -57,12 +91,18 @@ class LoRA(MethodConfig):
             raise ValueError(f"rank_pattern holds ranks below 1: {bad}")
         return self
 
+    @property
+    def drops_out(self) -> bool:
+        return self.dropout > 0
+
 
 class Full(MethodConfig):
     """Every weight of the base trains; the result is a model folder, not an adapter."""
 
+    default_learning_rate = 5e-5
+
     name: Literal["full"] = "full"
 
 
-Method = LoRA | Full
-METHODS: dict[str, type[LoRA] | type[Full]] = {"lora": LoRA, "full": Full}
+Method = Annotated[LoRA | Full, Field(discriminator="name")]
+METHODS: dict[str, type[MethodConfig]] = {"lora": LoRA, "full": Full}

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.lora import AdaptedModule, LoRALayer
+from veneer.adapters.lora import LoRALayer
 from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import AdaptedModule
 from veneer.kernels.lora import lora_linear
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 
@@ -25,6 +26,13 @@ class AdaptedExperts(AdaptedModule):
         super().__init__(base, routing)
         self.stacks: dict[str, dict[str, LoRALayer]] = {}
         """Adapter name -> parameter name -> layer."""
+
+    def names(self) -> set[str]:
+        return super().names() | set(self.stacks)
+
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        self.stacks.pop(name, None)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         acting = [(self.stacks[n], w) for n, w in self.routing.active if n in self.stacks]

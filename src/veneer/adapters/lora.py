@@ -1,22 +1,27 @@
-"""LoRA beside frozen modules: the trained layers, and the wrappers that let them act.
+"""LoRA beside frozen modules: the trained layers, and the wrappers of linear layers and embeddings.
 
-A wrapper holds its base and, per adapter name, one layer. With no active adapter it calls the base: the same
-bits as before. With several, their factors stand next to each other as one of higher rank: one product each.
+Several LoRAs that act together stand next to each other as one of higher rank: one product each. Methods that act
+together on one linear layer add their changes to its weight, whatever the methods are.
 Knows nothing of weight formats (the base decodes itself), file names, or which modules are wrapped.
 Shapes: M rows, I in_features, O out_features, R rank, V vocabulary, D hidden.
 Source: Hu et al. 2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib, B at zero: a fresh layer changes nothing.
 """
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.layer import Layer
 from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import AdaptedModule
 from veneer.kernels.lora import Dropout, lora_linear
 from veneer.linear import FrozenLinear, frozen_linear, frozen_product
+
+Kind = Literal["linear", "embedding", "experts"]
 
 
 class LoRALayer:
@@ -28,7 +33,7 @@ class LoRALayer:
     """
 
     def __init__(
-        self, kind: Literal["linear", "embedding", "experts"], A: Tensor, B: Tensor, *,
+        self, kind: Kind, A: Tensor, B: Tensor, *,
         alpha: float, rslora: bool, dropout: float = 0.0, key: int = 0,
     ) -> None:  # fmt: skip
         self.kind = kind
@@ -45,6 +50,29 @@ class LoRALayer:
             return None
         return Dropout(routing.rows, (self.key << 32) + routing.step * 0x9E3779B1, self.dropout)
 
+    def parts(self) -> dict[str, nn.Parameter]:
+        return {"A": self.A, "B": self.B}
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"A": self.A.detach(), "B": self.B.detach()}
+
+    def folded(self, weight: Tensor) -> Tensor:
+        return weight + delta_weight(self)
+
+    @classmethod
+    def product(
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], routing: Routing
+    ) -> Tensor:  # fmt: skip
+        if len(acting) == 1:
+            layer, weight = acting[0]
+            return lora_linear(
+                x, layer.A, layer.B, bias, base,
+                scaling=layer.scaling * weight, dropout=layer.active_dropout(routing),
+            )  # fmt: skip
+        A = torch.cat([layer.A for layer, _ in acting])
+        B = torch.cat([layer.B * (layer.scaling * weight) for layer, weight in acting], dim=1)
+        return lora_linear(x, A, B, bias, base, scaling=1.0)
+
 
 def kaiming_A(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform within 1 / sqrt(I), I the last axis: kaiming_uniform_ with a = sqrt(5)."""
@@ -52,42 +80,18 @@ def kaiming_A(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float32).mul_(2 * bound).sub_(bound)
 
 
-class AdaptedModule(nn.Module):
-    """Common to all wrappers. `base` is the wrapped module; the layers are no submodules: the base's own
-    parameters, buffers and state_dict stay what they were but for the name `base`.
-    """
+class LinearLayer(Layer, Protocol):
+    """A layer of a linear module."""
 
-    def __init__(self, base: nn.Module, routing: Routing) -> None:
-        super().__init__()
-        self.base = base
-        self.routing = routing
-        self.layers: dict[str, LoRALayer] = {}
-        self.values: dict[str, dict[str, nn.Parameter]] = {}
-        """Adapter name -> the base's own parameters (by name) that this adapter replaces by trained ones."""
-        self.training = base.training
-
-    def acting(self) -> list[tuple[LoRALayer, float]]:
-        return [(self.layers[n], w) for n, w in self.routing.active if n in self.layers]
-
-    def replaced(self) -> dict[str, nn.Parameter]:
-        """The values of the one active adapter; attach refuses to mix several that replace the same ones."""
-        for name, _ in self.routing.active:
-            if name in self.values:
-                return self.values[name]
-        return {}
-
-
-class SwappedModule(AdaptedModule):
-    """A module of any kind, some of whose parameters an adapter trains in full: biases, a head, a norm."""
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        if values := self.replaced():
-            return torch.func.functional_call(self.base, dict(values), args, kwargs)
-        return self.base(*args, **kwargs)
+    @classmethod
+    def product(
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], routing: Routing
+    ) -> Tensor:  # fmt: skip
+        """x (..., I) through the base with the weighted changes of all `acting` layers of this class: (..., O)."""
 
 
 class AdaptedLinear(AdaptedModule):
-    """y = base(x) + sum over active adapters of weight * scaling * (x A^T) B^T."""
+    """y = x (W + sum over active adapters of weight * change)^T + bias."""
 
     def __init__(self, base: nn.Module, routing: Routing) -> None:
         super().__init__(base, routing)
@@ -105,29 +109,22 @@ class AdaptedLinear(AdaptedModule):
         return self.frozen.own_bias()
 
     def forward(self, x: Tensor) -> Tensor:
-        acting, values = self.acting(), self.replaced()
-        if "weight" in values:
-            return self._trained_weight(x, values, acting)
+        by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float]]] = {}
+        for layer, weight in self.acting():
+            by_class.setdefault(type(layer), []).append((layer, weight))
+        values = self.replaced()
         bias = values.get("bias", self.frozen.own_bias())
-        if not acting:
+        if "weight" in values:  # one adapter trained this layer in full; the changes of others come on top
+            y: Tensor = torch.func.functional_call(self.base, dict(values), (x,))
+        elif by_class:
+            kind, acting = by_class.popitem()
+            y = kind.product(x, bias, self.frozen, acting, self.routing)
+        else:
             return self.base(x) if bias is self.frozen.own_bias() else frozen_product(x, bias, self.frozen)
-        if len(acting) == 1:
-            layer, weight = acting[0]
-            dropout = layer.active_dropout(self.routing)
-            return lora_linear(
-                x, layer.A, layer.B, bias, self.frozen, scaling=layer.scaling * weight, dropout=dropout
-            )
-        A = torch.cat([layer.A for layer, _ in acting])
-        B = torch.cat([layer.B * (layer.scaling * weight) for layer, weight in acting], dim=1)
-        return lora_linear(x, A, B, bias, self.frozen, scaling=1.0)
-
-    def _trained_weight(
-        self, x: Tensor, values: dict[str, nn.Parameter], acting: list[tuple[LoRALayer, float]]
-    ) -> Tensor:
-        """One adapter trained this layer in full; updates of others come on top."""
-        y: Tensor = torch.func.functional_call(self.base, dict(values), (x,))
-        for layer, weight in acting:
-            y = y + (x @ layer.A.T.to(x.dtype)) @ layer.B.T.to(x.dtype) * (layer.scaling * weight)
+        if by_class:
+            plain = frozen_product(x, None, self.frozen)
+            for kind, acting in by_class.items():
+                y = y + (kind.product(x, None, self.frozen, acting, self.routing) - plain)
         return y
 
 

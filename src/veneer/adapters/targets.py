@@ -31,7 +31,7 @@ class Targets:
     trained: list[str]
     biases: list[str]
     adaptable: int
-    """How many linear layers and expert parameters the model has beside its output head."""
+    """How many linear layers and expert parameters the model has, the head only where it is adapted."""
 
 
 def ends_with(path: str, entry: str) -> bool:
@@ -62,9 +62,11 @@ def _names(entry: str, paths: list[str]) -> list[str]:
     return [p for p in paths if ends_with(p, entry) or re.fullmatch(entry, p)]
 
 
-def find_targets(model: nn.Module, config: LoRA, *, head: nn.Module | None) -> Targets:
-    """Resolve the settings on an unadapted model; ConfigError lists every entry that matches nothing."""
-    modules = dict(model.named_modules())
+def find_targets(modules: Mapping[str, nn.Module], config: LoRA, *, head: nn.Module | None) -> Targets:
+    """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
+
+    ConfigError lists every entry that matches nothing.
+    """
     head_path = next((path for path, module in modules.items() if module is head), None)
     linears = [path for path, module in modules.items() if frozen_linear(module) is not None]
     embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
@@ -132,5 +134,5 @@ def find_targets(model: nn.Module, config: LoRA, *, head: nn.Module | None) -> T
         experts=[p for p in experts if p in taken],
         trained=trained,
         biases=[p for p in with_bias if not any(p == t or p.startswith(t + ".") for t in trained)],
-        adaptable=len(body) + len(experts),
+        adaptable=len({*body, *experts, *chosen}),
     )

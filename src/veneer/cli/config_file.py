@@ -319,7 +319,8 @@ def setting_paths(method: str = "lora") -> list[KeyPath]:
     """The path of every setting: the run's own, data's, and those of a method."""
     paths: list[KeyPath] = []
     for name in RunConfig.model_fields:
-        inner = {"data": DataConfig, "method": METHODS[method]}.get(name)
+        models: dict[str, type[BaseModel]] = {"data": DataConfig, "method": METHODS[method]}
+        inner = models.get(name)
         paths += [(name, below) for below in inner.model_fields] if inner else [(name,)]
     return paths
 

@@ -19,7 +19,7 @@ from veneer.models.fingerprint import Fingerprint, fingerprint
 from veneer.quant.config import Quantize
 
 if TYPE_CHECKING:
-    from veneer.adapters.attach import Attachment
+    from veneer.adapters.site import Attachment
 
 
 @dataclass

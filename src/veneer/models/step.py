@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.lora import AdaptedModule
 from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, make_batch
 from veneer.data.examples import Example
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
@@ -92,7 +92,7 @@ def batch_loss(
     rows = hidden.index_select(0, batch.loss_rows)
     head = model.get_output_embeddings()
     acting = isinstance(head, AdaptedModule) and bool(head.acting() or head.replaced())
-    plain: Any = head.base if isinstance(head, AdaptedModule) else head
+    plain: Any = unwrapped(head)
     if acting:
         return _adapted_head_loss(rows, batch.targets, head, paths, total)
     linear = Head(plain.weight, plain.bias, paths.scale, paths.softcap)

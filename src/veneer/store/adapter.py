@@ -1,6 +1,6 @@
 """Adapter folders: written whole and read back, read strictly, put on a base only where they fit.
 
-    adapter_config.json  adapter_model.safetensors     PEFT's two files (store/peft_config.py, store/format.py)
+    adapter_config.json  adapter_model.safetensors     in the layout of the method (store/layouts.py)
     veneer.json                                        what they cannot say (store/manifest.py)
 
 An adapter's name never enters its files. Not known here: runs, checkpoints, libraries.
@@ -16,25 +16,20 @@ from pydantic import JsonValue, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapters.attach import Attachment, attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.attach import attach
+from veneer.adapters.config import AdapterConfig
+from veneer.adapters.site import Attachment
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint, tokenizer_hash
 from veneer.store.atomic import atomic_folder, file_hash
-from veneer.store.fit import fit
-from veneer.store.format import (
-    adapted_modules,
-    bare_name,
-    file_tensors,
-    from_file,
-    tensor_file_bytes,
-)
+from veneer.store.format import bare_name, tensor_file_bytes
+from veneer.store.layout import FileSettings
+from veneer.store.layouts import layout_in, layout_of
 from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash, read_manifest
-from veneer.store.matching import peft_config
-from veneer.store.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text, read_config
+from veneer.store.peft_config import CONFIG_NAME, config_text
 from veneer.store.safe import read_tensors
-from veneer.store.strict_json import field_faults
+from veneer.store.strict_json import field_faults, read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -54,15 +49,15 @@ class StoredAdapter:
     """An adapter as its folder holds it; no base is needed to read one.
 
     config    the settings in Veneer's terms (exact for what Veneer wrote)
-    peft      the settings in the file's terms
+    file      the settings in the file's terms
     tensors   by name, without PEFT's prefix
     manifest  veneer.json; None for an adapter from elsewhere
     notes     what was repaired or ignored while reading
     """
 
     folder: Path
-    config: LoRA
-    peft: PeftLoRA
+    config: AdapterConfig
+    file: FileSettings
     tensors: Mapping[str, Tensor]
     manifest: Manifest | None
     notes: list[str]
@@ -70,13 +65,18 @@ class StoredAdapter:
     @property
     def name_or_path(self) -> str | None:
         """What the file calls its base; proves nothing."""
-        return self.peft.base_model_name_or_path
+        return self.file.base_model_name_or_path
 
     @property
     def base_verified(self) -> bool:
         """Whether the folder has a fingerprint that load_adapter compares with the base's. Without one only
         names and shapes are compared, and another base of the same shapes goes unnoticed."""
         return self.manifest is not None
+
+
+def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
+    """Size that adapter_model.safetensors will have, known before training. model: the one it is attached to."""
+    return tensor_file_bytes(layout_of(attachment.config).tensors(attachment, model))
 
 
 def manifest_for(
@@ -114,7 +114,8 @@ def write_adapter(
     manifest give the same bytes. Raises CorruptFileError (values not finite: nothing is written; or the disk
     gave back something else), ConfigError (the folder exists), DoesNotFitError (disk full).
     """
-    tensors = file_tensors(attachment, model)
+    layout = layout_of(attachment.config)
+    tensors = layout.tensors(attachment, model)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise CorruptFileError(
             f"adapter {attachment.name!r} holds values that are not finite and is not written",
@@ -122,9 +123,7 @@ def write_adapter(
             "Take the last checkpoint before they appeared, and train on with a lower learning rate.",
         )
     expected_bytes = tensor_file_bytes(tensors)
-    config = config_json(
-        peft_config(attachment, model, name_or_path=manifest.base.name, revision=manifest.base.revision)
-    )
+    config = layout.config(attachment, model, manifest.base)
     with atomic_folder(folder, replace=replace, needed_bytes=expected_bytes) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         (partial / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
@@ -166,7 +165,8 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     """
     folder = Path(folder)
     _require_files(folder)
-    config, stored, ignored = read_config(folder / CONFIG_NAME)
+    stored = read_json(folder / CONFIG_NAME)
+    file, ignored = layout_in(folder / CONFIG_NAME, stored).read(folder / CONFIG_NAME, stored)
     notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
     tensors: dict[str, Tensor] = {}
     twice, repaired = [], 0
@@ -191,17 +191,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
                 [f"content hash {found[:12]}…, {MANIFEST_NAME} says {manifest.content_hash[:12]}…"],
                 f"Restore it; or, if you changed it on purpose, remove {MANIFEST_NAME}: it is then read as PEFT's.",
             )
-    if not (adapted := adapted_modules(tensors)):
-        raise CorruptFileError(
-            f"{folder / WEIGHTS_NAME} holds no low-rank factors", [], "Copy the folder again."
-        )
     try:
-        settings = config.lora(adapted)
+        settings = file.settings(tensors)
     except ValidationError as fault:
         raise CorruptFileError(
             f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
         ) from fault
-    return StoredAdapter(folder, settings, config, tensors, manifest, notes)
+    return StoredAdapter(folder, settings, file, tensors, manifest, notes)
 
 
 def _require_files(folder: Path) -> None:
@@ -239,7 +235,7 @@ def load_adapter(
     stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
     faults = [] if force_base else _other_base(stored, base)
     head = base.model.get_output_embeddings()
-    found = fit(stored.peft, stored.tensors, base.model, head)
+    found = stored.file.fit(stored.tensors, base.model, head)
     if found.faults:
         raise AdapterMismatchError(
             f"adapter {name!r} does not fit {base.source}" + _share(found.concerned, stored),
@@ -257,16 +253,11 @@ def load_adapter(
     _check_scaling(stored, found.scaling)
     assert found.settings is not None
     attachment = attach(base.model, found.settings, name=name, routing=base.routing, head=head)
-    assert list(attachment.layers) and attachment.layers.keys() == found.factors.keys()
-    assert attachment.values.keys() == found.values.keys()
+    live = attachment.parameters()
+    assert live.keys() == found.values.keys()
     with torch.no_grad():
-        for slot in found.slots:
-            A, B = (found.tensors[tensor_name] for tensor_name in found.factors[slot.path])
-            layer = attachment.layers[slot.path]
-            for parameter, factor in zip((layer.A, layer.B), from_file(A, B, slot), strict=True):
-                parameter.copy_(factor)
-        for path, tensor_name in found.values.items():
-            attachment.values[path].copy_(found.tensors[tensor_name])
+        for path, value in found.values.items():
+            live[path].copy_(value)
     base.attachments[name] = attachment
     return attachment
 

@@ -6,58 +6,35 @@ Not known here: folders, fingerprints.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.attach import plain_modules, resolve
-from veneer.adapters.config import LoRA
-from veneer.adapters.lora import AdaptedModule
+from veneer.adapters.targets import find_targets
+from veneer.adapters.wrapping import plain_modules, unwrapped
 from veneer.errors import ConfigError
 from veneer.store.format import (
     Modules,
     Slot,
     adapted_modules,
     factor_shapes,
+    from_file,
     slot_of,
     tables,
     tensor_names,
     value_name,
     wrappers,
 )
+from veneer.store.layout import Fit
 from veneer.store.matching import exact_settings, matched_slots, strengths
 from veneer.store.old_experts import fuse_old_experts
 from veneer.store.peft_config import PeftLoRA
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a file's tensors go onto a base.
-
-    settings  attach exactly what the file holds
-    slots     the low-rank updates; factors: path -> the file's names of A and B
-    values    full parameter path in the base -> the file's name of what is trained in its place
-    scaling   path -> factor of the update
-    tensors   the file's, in the layout that the names are of
-    faults    why they do not go on, one line each; empty if they do
-    concerned how many of the file's and the base's tensors the faults are about
-    """
-
-    settings: LoRA | None
-    slots: list[Slot]
-    factors: Mapping[str, tuple[str, str]]
-    values: Mapping[str, str]
-    scaling: Mapping[str, float]
-    tensors: Mapping[str, Tensor]
-    faults: list[str]
-    concerned: int = 0
-
-
 def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
-    """tensors: by bare names (format.bare_name); model: with or without other adapters; head: its output head."""
+    """Where a low-rank file goes on a base: layout.FileSettings.fit."""
     modules = plain_modules(model)
-    own_head = head.base if isinstance(head, AdaptedModule) else head
+    own_head = None if head is None else unwrapped(head)
     head_path = next((path for path, module in modules.items() if module is own_head), None)
     config, tensors = fuse_old_experts(config, tensors, modules)
     slots = _slots(config, tensors, modules, head_path)
@@ -65,25 +42,32 @@ def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head:
     if not slots and not faults:
         faults = ["its targets match nothing in this model"]
     if faults:
-        return Fit(None, [], {}, {}, {}, tensors, faults)
+        return Fit(None, faults=faults)
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:
-        targets = resolve(model, settings, head=head)
+        targets = find_targets(modules, settings, head=own_head)
     except ConfigError as fault:
-        return Fit(None, [], {}, {}, {}, tensors, fault.faults)
+        return Fit(None, faults=fault.faults)
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
     replaced = [f"{path}.bias" for path in targets.biases]
     replaced += [f"{path}.{name}" for path in targets.trained for name, _ in modules[path].named_parameters()]
-    values = {path: value_name(path, targets.trained, depth) for path in replaced}
+    copies = {path: value_name(path, targets.trained, depth) for path in replaced}
     factors = tensor_names(slots, modules)
     expected: dict[str, tuple[int, ...]] = {}
     for slot in slots:
         expected |= dict(zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True))
-    expected |= {name: tuple(_parameter(modules, path).shape) for path, name in values.items()}
+    expected |= {name: tuple(_parameter(modules, path).shape) for path, name in copies.items()}
     faults, concerned = _tensor_faults(tensors, expected, slots, modules, head_path)
+    if faults:
+        return Fit(None, faults=faults, concerned=concerned)
     scaling = {path: strength.scaling(rslora=config.use_rslora) for path, strength in strong.items()}
-    return Fit(settings, slots, factors, values, scaling, tensors, faults, concerned)
+    values = {path: tensors[name] for path, name in copies.items()}
+    for slot in slots:
+        name_A, name_B = factors[slot.path]
+        A, B = from_file(tensors[name_A], tensors[name_B], slot)
+        values |= {f"{slot.path}.A": A, f"{slot.path}.B": B}
+    return Fit(settings, values, scaling)
 
 
 def _slots(config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules, head: str | None) -> list[Slot]:

@@ -17,14 +17,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.attach import Attachment, plain_modules
 from veneer.adapters.experts import expert_parameters
-from veneer.adapters.lora import LoRALayer
+from veneer.adapters.lora import Kind, LoRALayer
+from veneer.adapters.site import Attachment
+from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear
 
 PREFIX = "base_model.model."
@@ -47,7 +47,7 @@ class Slot:
     """
 
     path: str
-    kind: Literal["linear", "embedding", "experts"]
+    kind: Kind
     owner: str
     parameter: str | None
     in_features: int
@@ -164,7 +164,7 @@ def factor_shapes(slot: Slot, rank: int) -> tuple[tuple[int, int], tuple[int, in
 
 def to_file(layer: LoRALayer) -> tuple[Tensor, Tensor]:
     """A and B as the file holds them: detached, contiguous, on the CPU."""
-    A, B = layer.A.detach(), layer.B.detach()
+    A, B = layer.stored().values()
     if layer.kind == "experts":
         A, B = flat_factors(A, B)
     return A.contiguous().cpu(), B.contiguous().cpu()
@@ -191,11 +191,13 @@ def file_tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
     slots = written_slots(attachment.layers, modules)
     found = {}
     for path, names in tensor_names(slots, modules).items():
-        for name, factor in zip(names, to_file(attachment.layers[path]), strict=True):
+        layer = attachment.layers[path]
+        assert isinstance(layer, LoRALayer)
+        for name, factor in zip(names, to_file(layer), strict=True):
             found[PREFIX + name] = factor
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
     for path, value in attachment.values.items():
-        name = value_name(path, attachment.targets.trained, depth)
+        name = value_name(path, attachment.trained, depth)
         found[PREFIX + name] = value.detach().contiguous().cpu()
     return found
 
@@ -214,8 +216,3 @@ def tensor_file_bytes(tensors: Mapping[str, Tensor]) -> int:
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + 8 * math.ceil(len(text) / 8) + position
-
-
-def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
-    """Size that adapter_model.safetensors will have, known before training."""
-    return tensor_file_bytes(file_tensors(attachment, model))

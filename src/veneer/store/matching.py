@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from veneer.adapters.attach import Attachment, plain_modules
 from veneer.adapters.config import LoRA
+from veneer.adapters.lora import LoRALayer
+from veneer.adapters.site import Attachment
+from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear, is_transposed_linear
 from veneer.store.format import Modules, Slot, slot_of, written_slots
 from veneer.store.peft_config import PeftLoRA
@@ -28,10 +30,11 @@ def peft_config(
     """The settings with every name resolved: targets exact, patterns mutually exclusive and anchored."""
     modules = plain_modules(model)
     config = attachment.config
+    assert isinstance(config, LoRA)
     slots = written_slots(attachment.layers, modules)
     by_module = [slot.owner for slot in slots if slot.parameter is None]
     by_parameter = [slot.key for slot in slots if slot.parameter is not None]
-    layers = attachment.layers
+    layers = {path: layer for path, layer in attachment.layers.items() if isinstance(layer, LoRALayer)}
     written = PeftLoRA(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -53,7 +56,7 @@ def peft_config(
         # PEFT cannot drop out the input of a parameter and refuses a file that says so
         lora_dropout=0.0 if by_parameter else config.dropout,
         bias=config.bias,
-        modules_to_save=sorted(attachment.targets.trained) or None,
+        modules_to_save=sorted(attachment.trained) or None,
         fan_in_fan_out=any(is_transposed_linear(modules[path]) for path in by_module),
         base_model_name_or_path=name_or_path,
         revision=revision,

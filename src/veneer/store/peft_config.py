@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.adapters.config import LoRA
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
-from veneer.store.strict_json import field_faults, read_json
+from veneer.store.strict_json import field_faults
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_LAYOUT = "0.21.2"
@@ -109,25 +109,12 @@ class PeftLoRA(BaseModel):
         return found + ([layers] if isinstance(layers, str) else layers)
 
 
-def read_config(path: Path) -> tuple[PeftLoRA, dict[str, Any], list[str]]:
-    """The settings, the file's own object, and the names of unknown fields that are off and so ignored.
+def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[str]]:
+    """The settings, and the names of unknown fields that are off and so ignored. stored: what the file holds.
 
     Raises CorruptFileError (every field with a wrong value), RefusedError (every field that is not
-    implemented), UnsafeFileError (regular expressions that could run for ever), SourceError (no file).
+    implemented), UnsafeFileError (regular expressions that could run for ever).
     """
-    stored = read_json(path)
-    if not isinstance(kind := stored.get("peft_type"), str):
-        raise CorruptFileError(
-            f"{path} has no peft_type: not the configuration of a PEFT adapter",
-            [],
-            "Give an adapter's folder.",
-        )
-    if kind != "LORA":
-        raise RefusedError(
-            f"{path}: peft_type {kind} is not supported yet",
-            [],
-            "Veneer reads LoRA adapters (peft_type LORA).",
-        )
     refused, ignored = _refused_fields(stored)
     if refused:
         raise RefusedError(f"{path} asks for what Veneer does not compute", refused, _way_out(stored))
@@ -143,7 +130,7 @@ def read_config(path: Path) -> tuple[PeftLoRA, dict[str, Any], list[str]]:
         raise UnsafeFileError(
             f"{path} holds regular expressions that are not run", unsafe, "List the names instead."
         )
-    return config, stored, ignored
+    return config, ignored
 
 
 def _value_faults(config: PeftLoRA) -> list[str]:

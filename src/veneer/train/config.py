@@ -1,11 +1,11 @@
 """What a run does: the run file's fields, each with its unit. No torch here: `--help` reads this."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from veneer.adapters.config import METHODS, Full, LoRA
+from veneer.adapters.config import Full, LoRA, Method
 from veneer.quant.config import Quantize
 
 
@@ -33,7 +33,7 @@ class RunConfig(Settings):
     """Hub id, folder, .gguf file, or a named default such as smollm2-135m."""
     data: DataConfig
     """The rows: a file, or {train, validation, format, ...}."""
-    method: Annotated[LoRA | Full, Field(discriminator="name")] = Field(default_factory=LoRA)
+    method: Method = Field(default_factory=LoRA)
     """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
     quantize: Quantize | None = None
     """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); not with full."""
@@ -110,7 +110,3 @@ class RunConfig(Settings):
                 "leave quantize out, or take method lora"
             )
         return self
-
-
-DEFAULT_LEARNING_RATE = {"lora": 5e-4, "full": 5e-5}
-assert set(DEFAULT_LEARNING_RATE) == set(METHODS)

@@ -18,8 +18,9 @@ import torch
 import yaml
 from torch import nn
 
-from veneer.adapters.attach import Attachment, attach
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.attach import attach
+from veneer.adapters.config import AdapterConfig
+from veneer.adapters.site import Attachment
 from veneer.data.batching import plan_epoch, used_length
 from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
@@ -32,12 +33,11 @@ from veneer.models.generate import generate
 from veneer.models.load import load_base
 from veneer.models.quiet import quiet
 from veneer.models.step import Paths, prepare
-from veneer.store.adapter import manifest_for, write_adapter
+from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
-from veneer.store.format import adapter_file_bytes
 from veneer.store.strict_json import read_json
 from veneer.train.checkpoint import newest_valid
-from veneer.train.config import DEFAULT_LEARNING_RATE, RunConfig
+from veneer.train.config import RunConfig
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import Job, Loop
 from veneer.train.optim import FlatParameters
@@ -132,7 +132,7 @@ def _open_folder(config: RunConfig, *, resume: bool, screen: Screen) -> Path | N
 
 def _method(base: Base, config: RunConfig) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
     """What trains: an adapter beside the base, or every weight of it."""
-    if isinstance(config.method, Full):
+    if not isinstance(config.method, AdapterConfig):
         return None, dict(base.model.named_parameters())
     head = base.model.get_output_embeddings()
     attachment = attach(
@@ -147,14 +147,13 @@ def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatP
     lengths = [used_length(e) for e in data.train]
     per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
     epochs = 3.0 if config.epochs is None else config.epochs
-    dropout = config.method.dropout if isinstance(config.method, LoRA) else 0.0
     row = next((row for row in data.validation_rows if row.messages), None)
     return Job(
         model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
-        config=config, learning_rate=config.learning_rate or DEFAULT_LEARNING_RATE[config.method.name],
+        config=config, learning_rate=config.learning_rate or config.method.default_learning_rate,
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
         # With dropout every row wants a mask of its own, also where rows begin alike.
-        share_prompt=config.share_prompt and dropout == 0.0, out=Path(config.out),
+        share_prompt=config.share_prompt and not config.method.drops_out, out=Path(config.out),
         answer=None if row is None or base.tokenizer.chat_template is None else _sampler(base, row),
     )  # fmt: skip
 
@@ -183,7 +182,6 @@ def _start_record(
 ) -> dict[str, Any]:  # fmt: skip
     trained = sum(p.numel() for p in flat.parameters.values())
     total = num_parameters(base.model)
-    targets = None if attachment is None else attachment.targets
     lines = list(paths.lines)
     if job.share_prompt and paths.packed:
         lines.append("the prompt that a batch's rows share is computed once")
@@ -192,8 +190,8 @@ def _start_record(
     return {
         "kind": "start", "base": config.base, "method": config.method.name, "trainable_parameters": trained,
         "total_parameters": total,
-        "modules_adapted": None if targets is None else len(targets.linears) + len(targets.experts),
-        "modules_total": None if targets is None else targets.adaptable,
+        "modules_adapted": None if attachment is None else len(attachment.layers),
+        "modules_total": None if attachment is None else attachment.adaptable,
         "adapter_bytes": None if attachment is None else adapter_file_bytes(attachment, base.model),
         "train_rows": len(data.train), "validation_rows": len(data.validation), "steps": job.steps,
         "idle_memory_bytes": idle, "paths": lines,

@@ -1,0 +1,74 @@
+"""Puts the layers of a low-rank method in their places: which modules, which ranks, how they start."""
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.config import LoRA
+from veneer.adapters.experts import AdaptedExperts, expert_parameters
+from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer, kaiming_A
+from veneer.adapters.site import Site
+from veneer.adapters.targets import Targets, find_targets, pattern_value
+from veneer.adapters.wrapping import AdaptedModule, SwappedModule
+from veneer.linear import frozen_linear
+
+
+def build_low_rank(site: Site, config: LoRA) -> None:
+    """Raises ConfigError where the settings match nothing."""
+    targets = find_targets(site.modules, config, head=site.head)
+    site.attachment.trained = targets.trained
+    site.attachment.adaptable = targets.adaptable
+    for path in targets.linears:
+        frozen = frozen_linear(site.modules[path])
+        assert frozen is not None
+        r = pattern_value(config.rank_pattern, path, config.rank)
+        A, B = kaiming_A((r, frozen.in_features), site.generator), torch.zeros(frozen.out_features, r)
+        made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
+        site.put(path, AdaptedLinear, made)
+    for path in targets.embeddings:
+        table = site.modules[path].get_parameter("weight")
+        r = pattern_value(config.rank_pattern, path, config.rank)
+        # The other way round, as PEFT: rows of A are looked up, B mixes them.
+        A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
+        made = _layer(site, config, "embedding", path, A, B, device=table.device)
+        site.put(path, AdaptedEmbedding, made)
+    for path in targets.experts:
+        owner, _, parameter = path.rpartition(".")
+        E, O, I = expert_parameters(site.modules[owner])[parameter]
+        r = pattern_value(config.rank_pattern, path, config.rank)
+        device = site.modules[owner].get_parameter(parameter).device
+        A, B = kaiming_A((E, r, I), site.generator), torch.zeros(E, O, r)
+        made = _layer(site, config, "experts", path, A, B, device=device)
+        site.attachment.layers[path] = made
+        site.wrap(owner, AdaptedExperts).stacks.setdefault(site.name, {})[parameter] = made
+    _train_in_full(site, targets)
+
+
+def _layer(
+    site: Site, config: LoRA, kind: Kind, path: str, A: Tensor, B: Tensor, *, device: torch.device, dropout: float = 0.0,
+) -> LoRALayer:  # fmt: skip
+    """The next layer of the attachment, A and B on the base's device."""
+    alpha = pattern_value(config.alpha_pattern, path, config.alpha)
+    key = len(site.attachment.layers)
+    return LoRALayer(
+        kind, A.to(device), B.to(device), alpha=alpha, rslora=config.rslora, dropout=dropout, key=key
+    )
+
+
+def _train_in_full(site: Site, targets: Targets) -> None:
+    """Biases and whole modules that the settings train beside the update."""
+    trained = {path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained}
+    for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
+        module = site.modules[path]
+        wrapper = site.wrap(path, _kind(module))
+        for parameter in names:
+            value = nn.Parameter(module.get_parameter(parameter).detach().clone())
+            wrapper.values.setdefault(site.name, {})[parameter] = value
+            site.attachment.values[f"{path}.{parameter}"] = value
+
+
+def _kind(module: nn.Module) -> type[AdaptedModule]:
+    if frozen_linear(module) is not None:
+        return AdaptedLinear
+    if isinstance(module, nn.Embedding):
+        return AdaptedEmbedding
+    return AdaptedExperts if expert_parameters(module) else SwappedModule

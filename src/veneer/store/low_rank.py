@@ -1,0 +1,53 @@
+"""LoRA and its variants in PEFT's files: composes names and shapes (format.py), settings (peft_config.py, matching.py)
+and the check against a base (fit.py)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.adapters.config import LoRA
+from veneer.adapters.site import Attachment
+from veneer.errors import CorruptFileError
+from veneer.store.fit import fit
+from veneer.store.format import adapted_modules, file_tensors
+from veneer.store.layout import Fit, Layout
+from veneer.store.manifest import BaseIdentity
+from veneer.store.matching import peft_config
+from veneer.store.peft_config import PeftLoRA, config_json, read_config
+
+
+@dataclass(frozen=True)
+class LowRankFile:
+    """The file at `path`, in PEFT's terms."""
+
+    path: Path
+    peft: PeftLoRA
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        return self.peft.base_model_name_or_path
+
+    def settings(self, tensors: Mapping[str, Tensor]) -> LoRA:
+        if not (adapted := adapted_modules(tensors)):
+            raise CorruptFileError(
+                f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again."
+            )
+        return self.peft.lora(adapted)
+
+    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+        return fit(self.peft, tensors, model, head)
+
+
+def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
+    return config_json(peft_config(attachment, model, name_or_path=base.name, revision=base.revision))
+
+
+def _read(path: Path, stored: Mapping[str, Any]) -> tuple[LowRankFile, list[str]]:
+    settings, ignored = read_config(path, stored)
+    return LowRankFile(path, settings), ignored
+
+
+LOW_RANK = Layout("LORA", file_tensors, _config, _read)
