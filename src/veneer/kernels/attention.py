@@ -6,6 +6,7 @@
 Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows this is
 several times faster on a CPU than the fused flash kernel (its backward most of all; docs/benchmarks.md),
 needs no repetition of keys for grouped query heads, and expresses windows, soft caps and sinks.
+On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py).
 Only q, k and v are kept for backward; the probabilities of one block at a time are computed again.
 
 Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size, L longest document, P prompt.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels.attention_native import native_attention, usable
 from veneer.kernels.layout import Layout, round_up
 
 BLOCK = 256
@@ -260,6 +262,8 @@ def packed_attention(
     window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q (N, H, D), k and v (N, K, D) -> (N, H, D). window: keys seen, the row's own included; sinks: (H)."""
+    if softcap is None and sinks is None and usable(q):
+        return native_attention(q, k, v, layout, scale=scale, window=window)
     apply: Any = _PackedAttention.apply
     return apply(q, k, v, sinks, layout, _Scores(scale, window, softcap))
 

@@ -35,12 +35,15 @@ class Layout:
     """(docs * longest): row of the packed documents (without the prompt) that stands there; None if all are equal."""
     from_square: Tensor | None = field(init=False)
     """(sum of L): place of every packed row in the square."""
+    starts: Tensor = field(init=False)
+    """(docs + 1) int64 on the CPU: first row of every document, counted after the prompt; then the sum of L."""
     masks: dict[tuple[object, ...], Tensor] = field(init=False, default_factory=dict)
     """Additive masks already built for this layout, by block; used by every layer."""
     _behind: dict[int, "Layout"] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.to_square = self.from_square = None
+        self.starts = torch.tensor([0, *self.lengths]).cumsum(0)
         if set(self.lengths) != {self.longest}:
             lengths = torch.tensor(self.lengths)
             starts = lengths.cumsum(0) - lengths

@@ -1,0 +1,226 @@
+"""Packed attention by the compiled kernel (native/attention.c): bf16 on processors that multiply bf16 pairs.
+
+The same function as kernels/attention.py's, for models without soft caps and sinks: no padding to a rectangle, nothing
+computed that causality or the window hides, scores of a few rows at a time. Kept for backward: q, k, v and one
+float32 a row and head. Each part is one call: the prompt with itself; the documents, which see the prompt whole.
+Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen whole.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.layout import Layout
+from veneer.kernels.native import library
+
+TASKS = 16
+"""Fewer documents times key heads than this are split by query rows, so that all threads have work."""
+HELD_BYTES = 64 * 2**20
+"""Most memory for the gradients of shared keys, one per document, before they are summed."""
+
+_POINTERS = [
+    "q",
+    "k",
+    "v",
+    "before_k",
+    "before_v",
+    "grad",
+    "out",
+    "lse",
+    "grad_k",
+    "grad_v",
+    "grad_before_k",
+    "grad_before_v",
+    "starts",
+]
+_NUMBERS = [
+    "q_row",
+    "q_head",
+    "k_row",
+    "k_head",
+    "v_row",
+    "v_head",
+    "bk_row",
+    "bk_head",
+    "bv_row",
+    "bv_head",
+    "grad_row",
+    "grad_head",
+    "rows",
+    "docs",
+    "heads",
+    "kv_heads",
+    "size",
+    "before",
+    "window",
+    "splits",
+]
+
+
+class _Arguments(ctypes.Structure):
+    """struct attention of native/attention.c, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _POINTERS]
+        + [(name, ctypes.c_int64) for name in _NUMBERS]
+        + [("scale", ctypes.c_float)]
+    )
+
+
+def usable(q: Tensor) -> bool:
+    """Whether the kernel computes this tensor's type on this processor."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.shape[-1] % 16:
+        return False
+    found = library()
+    return found is not None and hasattr(found, "veneer_attention_forward") and bool(found.veneer_has_bf16())
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents and the keys that all of them see whole.
+
+    q (R, H, D), k and v (R, K, D); before_k and before_v (P, K, D) or None
+    starts: first row of every document, then R; int64 on the CPU. window: keys seen, the row's own included.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    before_k: Tensor | None
+    before_v: Tensor | None
+    starts: Tensor
+    scale: float
+    window: int | None
+
+    def _splits(self, docs: int) -> int:
+        longest = int((self.starts[1:] - self.starts[:-1]).max())
+        return max(1, min(TASKS // max(1, docs * self.k.shape[1]), longest // 64))
+
+    def _arguments(self, **tensors: Tensor) -> _Arguments:
+        """Pointers and strides of the part's own tensors and of `tensors`, which has contiguous results."""
+        given = _Arguments(scale=self.scale, window=self.window or 0)
+        given.rows, given.heads, given.size = self.q.shape
+        given.kv_heads = self.k.shape[1]
+        named = {"q": self.q, "k": self.k, "v": self.v, "starts": self.starts, **tensors}
+        if self.before_k is not None and self.before_v is not None:
+            named |= {"before_k": self.before_k, "before_v": self.before_v}
+            given.before = self.before_k.shape[0]
+        for name, tensor in named.items():
+            setattr(given, name, tensor.data_ptr())
+        strided = {"q": "q", "k": "k", "v": "v", "bk": "before_k", "bv": "before_v", "grad": "grad"}
+        for short, name in strided.items():
+            if name in named:
+                setattr(given, f"{short}_row", named[name].stride(0))
+                setattr(given, f"{short}_head", named[name].stride(1))
+        return given
+
+    def forward(self, out: Tensor) -> Tensor:
+        """Write (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32, for backward."""
+        lse = torch.empty(self.q.shape[:2], dtype=torch.float32)
+        docs = len(self.starts) - 1
+        given = self._arguments(out=out, lse=lse)
+        given.docs, given.splits = docs, self._splits(docs)
+        _call("veneer_attention_forward", given)
+        return lse
+
+    def backward(
+        self, grad: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """grad (R, H, D) -> gradients of q (bf16), k, v, before_k, before_v (float32)."""
+        docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
+        splits = self._splits(docs)
+        grad_q = torch.empty(self.q.shape, dtype=self.q.dtype)
+        own = torch.empty(2, splits, rows, K, D)
+        P = 0 if self.before_k is None else self.before_k.shape[0]
+        shared = torch.zeros(2, P, K, D)
+        most = max(1, HELD_BYTES // max(1, 8 * splits * K * P * D))
+        for start in range(0, docs, most):
+            stop = min(start + most, docs)
+            held = torch.empty(2, stop - start, splits, K, P, D)
+            given = self._arguments(
+                grad=grad, out=grad_q, lse=lse, grad_k=own[0], grad_v=own[1],
+                grad_before_k=held[0], grad_before_v=held[1],
+            )  # fmt: skip
+            given.starts = self.starts[start:].data_ptr()
+            given.docs, given.splits = stop - start, splits
+            _call("veneer_attention_backward", given)
+            if P:
+                shared += held.sum(dim=(1, 2)).transpose(1, 2)
+        summed = own[:, 0] if splits == 1 else own.sum(dim=1)
+        return grad_q, summed[0], summed[1], *((shared[0], shared[1]) if P else (None, None))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x as the kernel reads it: pairs of neighbouring values in one word."""
+    even = x.stride(-1) == 1 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % 4 == 0
+    return x if even else x.contiguous()
+
+
+def _call(name: str, arguments: _Arguments) -> None:
+    found = library()
+    assert found is not None
+    function = getattr(found, name)
+    function.restype = None
+    function(ctypes.byref(arguments))
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
+    ) -> Tensor:
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        out[layout.rows :] = 0
+        kept = []
+        for rows, part in _parts(q, k, v, layout, scale, window):
+            kept.append(part.forward(out[rows]))
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        grad = aligned(grad)
+        grad_q, grad_k, grad_v = torch.empty(q.shape, dtype=q.dtype), torch.empty_like(k), torch.empty_like(v)
+        for filler in (grad_q, grad_k, grad_v):
+            filler[layout.rows :] = 0
+        from_documents: tuple[Tensor | None, Tensor | None] = None, None
+        # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
+        parts = zip(_parts(q, k, v, layout, ctx.scale, ctx.window), kept, strict=True)
+        for (rows, part), lse in reversed(list(parts)):
+            own_q, own_k, own_v, *shared = part.backward(grad[rows], lse)
+            for given, more in zip((own_k, own_v), from_documents, strict=True):
+                if more is not None:
+                    given += more
+            grad_q[rows], grad_k[rows], grad_v[rows] = own_q, own_k, own_v
+            from_documents = shared[0], shared[1]
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
+) -> list[tuple[slice, Part]]:
+    """The prompt's part, if there is a prompt, then the documents'."""
+    P = layout.prompt
+    rows = slice(P, layout.rows)
+    prompt_k, prompt_v = (k[:P], v[:P]) if P else (None, None)
+    documents = Part(q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, scale, window)
+    if not P:
+        return [(rows, documents)]
+    alone = torch.tensor([0, P])
+    return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, scale, window)), (rows, documents)]
+
+
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None
+) -> Tensor:
+    """packed_attention of kernels/attention.py where `usable(q)`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+    apply: Any = _NativeAttention.apply
+    return apply(q, k, v, layout, scale, window)

@@ -1,0 +1,254 @@
+/* Attention over packed documents in bf16, forward and backward: see kernels/attention.py for what it computes.
+
+   A document of L rows attends to `before` keys that it sees whole (a prefix, a shared prompt), then causally to itself.
+   One task takes one document and one key head, with all query heads of that key head: keys and values are laid out once
+   as pairs and stay in the cache; scores exist for ROWS query rows at a time and never reach memory beyond it. What
+   causality or the window hides is not computed. Every sum over keys or rows runs in float32.
+
+   Shapes: H query heads, K key heads, G = H / K, D head size (a multiple of 16), J keys = before + L. */
+#include "bf16.h"
+#include "parallel.h"
+#include <math.h>
+#include <stdlib.h>
+
+#define ROWS 32
+
+/* Strides in values; the innermost one is 1 everywhere. kernels/attention_native.py has the same fields in this order. */
+struct attention {
+    const uint16_t *q, *k, *v, *before_k, *before_v, *grad;
+    uint16_t *out;
+    float *lse;                        /* (rows, H) log of the sum of exponentials, forward writes, backward reads */
+    float *grad_k, *grad_v;            /* (splits, rows, K, D) */
+    float *grad_before_k, *grad_before_v; /* (docs, splits, K, before, D) */
+    const int64_t *starts;             /* (docs + 1) first row of every document, then the number of rows */
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head, bk_row, bk_head, bv_row, bv_head, grad_row, grad_head;
+    int64_t rows, docs, heads, kv_heads, size, before, window, splits;
+    float scale;
+};
+
+#if defined(__x86_64__)
+
+static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
+
+static void *scratch(int64_t bytes) {
+    void *found = NULL;
+    if (posix_memalign(&found, 64, (size_t)(bytes + 64))) abort();
+    return found;
+}
+
+/* (J, D) rows -> pairs along D, (D/2, ld): what scores are multiplied with. Words of places beyond J are zeros. */
+static VENEER_BF16 void pack_across(const uint16_t *x, int64_t row, int64_t J, int64_t D, uint32_t *to, int64_t ld, int64_t at) {
+    const __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32((int)(row / 2)));
+    for (int64_t j = 0; j < J; j += 16) {
+        __mmask16 real = J - j >= 16 ? 0xFFFF : (__mmask16)((1u << (J - j)) - 1);
+        for (int64_t p = 0; p < D / 2; p++) {
+            __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), real, step,
+                                                        (const uint32_t *)(x + j * row) + p, 4);
+            _mm512_mask_storeu_epi32(to + p * ld + at + j, real, words);
+        }
+    }
+}
+
+/* Rows j and j + 1 of (J, D) -> one row of pairs, (J/2, D): what probabilities are multiplied with. */
+static VENEER_BF16 void pack_along(const uint16_t *first, const uint16_t *second, int64_t D, uint32_t *to) {
+    for (int64_t d = 0; d < D; d += 16) {
+        __m512i low = first ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(first + d))) : _mm512_setzero_si512();
+        __m512i high = second ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(second + d))) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+/* One document and key head: where its rows and keys are. */
+struct place {
+    const struct attention *a;
+    int64_t doc, kv, split, start, L, J, width; /* width: J rounded up to 16 */
+};
+
+static const uint16_t *key_row(const struct place *p, int64_t j, int values) {
+    const struct attention *a = p->a;
+    if (j >= p->J) return NULL;
+    if (j < a->before)
+        return values ? a->before_v + j * a->bv_row + p->kv * a->bv_head : a->before_k + j * a->bk_row + p->kv * a->bk_head;
+    j += p->start - a->before;
+    return values ? a->v + j * a->v_row + p->kv * a->v_head : a->k + j * a->k_row + p->kv * a->k_head;
+}
+
+static VENEER_BF16 void keys_across(const struct place *p, int values, uint32_t *to) {
+    const struct attention *a = p->a;
+    for (int64_t c = 0; c < a->size / 2; c++)
+        for (int64_t j = p->J; j < p->width; j++) to[c * p->width + j] = 0;
+    if (a->before) pack_across(key_row(p, 0, values), values ? a->bv_row : a->bk_row, a->before, a->size, to, p->width, 0);
+    pack_across(key_row(p, a->before, values), values ? a->v_row : a->k_row, p->L, a->size, to, p->width, a->before);
+}
+
+static VENEER_BF16 void keys_along(const struct place *p, int values, uint32_t *to) {
+    for (int64_t j = 0; j < p->width; j += 2)
+        pack_along(key_row(p, j, values), key_row(p, j + 1, values), p->a->size, to + j / 2 * p->a->size);
+}
+
+static struct place place_of(const struct attention *a, int64_t task) {
+    struct place p = {a, task / a->splits / a->kv_heads, task / a->splits % a->kv_heads, task % a->splits, 0, 0, 0, 0};
+    p.start = a->starts[p.doc];
+    p.L = a->starts[p.doc + 1] - p.start;
+    p.J = a->before + p.L;
+    p.width = up16(p.J);
+    return p;
+}
+
+/* Keys that query row i sees: [low, high). */
+static inline void seen(const struct attention *a, int64_t i, int64_t *low, int64_t *high) {
+    *high = a->before + i + 1;
+    *low = a->window && *high > a->window ? *high - a->window : 0;
+}
+
+static inline __mmask16 lanes(int64_t j, int64_t low, int64_t high) {
+    __mmask16 m = 0xFFFF;
+    if (j < low) m &= low - j >= 16 ? 0 : (__mmask16)(0xFFFF << (low - j));
+    if (j + 16 > high) m &= high <= j ? 0 : (__mmask16)((1u << (high - j)) - 1);
+    return m;
+}
+
+static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) {
+    const struct attention *a = arguments;
+    const int64_t D = a->size, G = a->heads / a->kv_heads;
+    for (int64_t task = from; task < to; task++) {
+        struct place p = place_of(a, task);
+        uint32_t *keys = scratch(D / 2 * p.width * 4), *values = scratch(p.width / 2 * D * 4);
+        float *scores = scratch(ROWS * p.width * 4), *sums = scratch(ROWS * D * 4);
+        uint16_t *shares = scratch(ROWS * p.width * 2);
+        float total[ROWS];
+        keys_across(&p, 0, keys);
+        keys_along(&p, 1, values);
+        int64_t blocks = (p.L + ROWS - 1) / ROWS;
+        for (int64_t h = p.kv * G; h < (p.kv + 1) * G; h++)
+            for (int64_t block = p.split; block < blocks; block += a->splits) {
+                int64_t i0 = block * ROWS, n = p.L - i0 < ROWS ? p.L - i0 : ROWS, low, high, first, unused;
+                seen(a, i0, &first, &unused);
+                seen(a, i0 + n - 1, &unused, &high);
+                first &= ~(int64_t)15;
+                int64_t width = up16(high) - first;
+                const uint16_t *q = a->q + (p.start + i0) * a->q_row + h * a->q_head;
+                bf16_product((const uint32_t *)q, a->q_row / 2, 1, keys + first, p.width, scores, p.width, n, width, D / 2, 0);
+                for (int64_t r = 0; r < n; r++) {
+                    float *s = scores + r * p.width;
+                    uint16_t *share = shares + r * p.width;
+                    seen(a, i0 + r, &low, &high);
+                    __m512 top = _mm512_set1_ps(-INFINITY);
+                    for (int64_t j = 0; j < width; j += 16)
+                        top = _mm512_mask_max_ps(top, lanes(first + j, low, high), top, _mm512_loadu_ps(s + j));
+                    float most = _mm512_reduce_max_ps(top);
+                    __m512 sum = _mm512_setzero_ps();
+                    for (int64_t j = 0; j < width; j += 16) {
+                        __mmask16 m = lanes(first + j, low, high);
+                        __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(most)), _mm512_set1_ps(a->scale));
+                        x = _mm512_maskz_mov_ps(m, exp_floats(x));
+                        sum = _mm512_add_ps(sum, x);
+                        bf16_store(share + j, x);
+                    }
+                    total[r] = _mm512_reduce_add_ps(sum);
+                    a->lse[(p.start + i0 + r) * a->heads + h] = most * a->scale + logf(total[r]);
+                }
+                bf16_product((const uint32_t *)shares, p.width / 2, 1, values + first / 2 * D, D, sums, D, n, D, width / 2, 0);
+                for (int64_t r = 0; r < n; r++) {
+                    uint16_t *out = a->out + ((p.start + i0 + r) * a->heads + h) * D;
+                    for (int64_t d = 0; d < D; d += 16)
+                        bf16_store(out + d, _mm512_div_ps(_mm512_loadu_ps(sums + r * D + d), _mm512_set1_ps(total[r])));
+                }
+            }
+        free(keys), free(values), free(scores), free(sums), free(shares);
+    }
+}
+
+/* scores -> probabilities as pairs of query rows; scores' gradient as rows and as pairs of rows. */
+static VENEER_BF16 void block_gradient(const struct attention *a, const float *lse, int64_t i0, int64_t n, int64_t first,
+                                       int64_t width, int64_t ld, float *scores, float *grads, uint32_t *shares,
+                                       uint16_t *rows, uint32_t *pairs) {
+    int64_t low, high;
+    for (int64_t r = 0; r < n; r++) {
+        float *s = scores + r * ld, *g = grads + r * ld;
+        seen(a, i0 + r, &low, &high);
+        __m512 minus = _mm512_set1_ps(lse[r * a->heads]), delta = _mm512_setzero_ps();
+        for (int64_t j = 0; j < width; j += 16) {
+            __mmask16 m = lanes(first + j, low, high);
+            __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(a->scale), minus);
+            x = _mm512_maskz_mov_ps(m, exp_floats(x));
+            delta = _mm512_fmadd_ps(x, _mm512_loadu_ps(g + j), delta);
+            _mm512_storeu_ps(s + j, x);
+        }
+        __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(delta));
+        for (int64_t j = 0; j < width; j += 16) {
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + j), _mm512_sub_ps(_mm512_loadu_ps(g + j), mean));
+            x = _mm512_mul_ps(x, _mm512_set1_ps(a->scale));
+            _mm512_storeu_ps(g + j, x);
+            bf16_store(rows + r * ld + j, x);
+        }
+    }
+    for (int64_t r = 0; r < n; r += 2)
+        for (int64_t j = 0; j < width; j += 16) {
+            const int two = r + 1 < n;
+            __m512 none = _mm512_setzero_ps();
+            _mm512_storeu_si512(shares + r / 2 * ld + j, bf16_pairs(_mm512_loadu_ps(scores + r * ld + j),
+                                                                  two ? _mm512_loadu_ps(scores + (r + 1) * ld + j) : none));
+            _mm512_storeu_si512(pairs + r / 2 * ld + j, bf16_pairs(_mm512_loadu_ps(grads + r * ld + j),
+                                                                 two ? _mm512_loadu_ps(grads + (r + 1) * ld + j) : none));
+        }
+}
+
+static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to) {
+    const struct attention *a = arguments;
+    const int64_t D = a->size, G = a->heads / a->kv_heads;
+    for (int64_t task = from; task < to; task++) {
+        struct place p = place_of(a, task);
+        uint32_t *keys = scratch(D / 2 * p.width * 4), *values = scratch(D / 2 * p.width * 4), *along = scratch(p.width / 2 * D * 4);
+        float *scores = scratch(ROWS * p.width * 4), *grads = scratch(ROWS * p.width * 4), *sums = scratch(ROWS * D * 4);
+        float *grad_k = scratch(p.width * D * 4), *grad_v = scratch(p.width * D * 4);
+        uint32_t *shares = scratch(ROWS / 2 * p.width * 4), *pairs = scratch(ROWS / 2 * p.width * 4);
+        uint32_t *q_pairs = scratch(ROWS / 2 * D * 4), *g_pairs = scratch(ROWS / 2 * D * 4);
+        uint16_t *rows = scratch(ROWS * p.width * 2);
+        keys_across(&p, 0, keys);
+        keys_across(&p, 1, values);
+        keys_along(&p, 0, along);
+        for (int64_t e = 0; e < p.width * D; e++) grad_k[e] = grad_v[e] = 0;
+        int64_t blocks = (p.L + ROWS - 1) / ROWS;
+        for (int64_t h = p.kv * G; h < (p.kv + 1) * G; h++)
+            for (int64_t block = p.split; block < blocks; block += a->splits) {
+                int64_t i0 = block * ROWS, n = p.L - i0 < ROWS ? p.L - i0 : ROWS, high, first, unused, row = p.start + i0;
+                seen(a, i0, &first, &unused);
+                seen(a, i0 + n - 1, &unused, &high);
+                first &= ~(int64_t)15;
+                int64_t width = up16(high) - first;
+                const uint16_t *q = a->q + row * a->q_row + h * a->q_head, *g = a->grad + row * a->grad_row + h * a->grad_head;
+                bf16_product((const uint32_t *)q, a->q_row / 2, 1, keys + first, p.width, scores, p.width, n, width, D / 2, 0);
+                bf16_product((const uint32_t *)g, a->grad_row / 2, 1, values + first, p.width, grads, p.width, n, width, D / 2, 0);
+                block_gradient(a, a->lse + row * a->heads + h, i0, n, first, width, p.width, scores, grads, shares, rows, pairs);
+                bf16_product((const uint32_t *)rows, p.width / 2, 1, along + first / 2 * D, D, sums, D, n, D, width / 2, 0);
+                for (int64_t r = 0; r < n; r++)
+                    for (int64_t d = 0; d < D; d += 16)
+                        bf16_store(a->out + ((row + r) * a->heads + h) * D + d, _mm512_loadu_ps(sums + r * D + d));
+                for (int64_t r = 0; r < n; r += 2) {
+                    pack_along(q + r * a->q_row, r + 1 < n ? q + (r + 1) * a->q_row : NULL, D, q_pairs + r / 2 * D);
+                    pack_along(g + r * a->grad_row, r + 1 < n ? g + (r + 1) * a->grad_row : NULL, D, g_pairs + r / 2 * D);
+                }
+                bf16_product(shares, 1, p.width, g_pairs, D, grad_v + first * D, D, width, D, (n + 1) / 2, 1);
+                bf16_product(pairs, 1, p.width, q_pairs, D, grad_k + first * D, D, width, D, (n + 1) / 2, 1);
+            }
+        for (int64_t j = 0; j < p.J; j++)
+            for (int64_t d = 0; d < D; d++) {
+                int64_t at = j < a->before
+                                 ? (((p.doc * a->splits + p.split) * a->kv_heads + p.kv) * a->before + j) * D + d
+                                 : ((p.split * a->rows + p.start + j - a->before) * a->kv_heads + p.kv) * D + d;
+                (j < a->before ? a->grad_before_k : a->grad_k)[at] = grad_k[j * D + d];
+                (j < a->before ? a->grad_before_v : a->grad_v)[at] = grad_v[j * D + d];
+            }
+        free(keys), free(values), free(along), free(scores), free(grads), free(sums), free(grad_k), free(grad_v);
+        free(shares), free(pairs), free(q_pairs), free(g_pairs), free(rows);
+    }
+}
+
+void veneer_attention_forward(struct attention *a) { veneer_parallel(forward_body, a, a->docs * a->kv_heads * a->splits, 1); }
+
+/* out: the gradient of q, (rows, H, D). */
+void veneer_attention_backward(struct attention *a) { veneer_parallel(backward_body, a, a->docs * a->kv_heads * a->splits, 1); }
+
+#endif

@@ -1,0 +1,92 @@
+/* bf16 products on AVX512_BF16, as the attention kernels need them: small matrices that stay in the cache.
+
+   A pair is two bf16 values in one 32-bit word, the first in the low half: what vdpbf16ps multiplies. */
+#ifndef VENEER_BF16_H
+#define VENEER_BF16_H
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <stdint.h>
+
+#define VENEER_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define VENEER_INLINE static inline __attribute__((always_inline)) VENEER_BF16
+
+/* C (R, 16 V) [+]= A B over K2 pairs. A's pair (m, k) stands at A[m * am + k * ak]; B's row k at B + k * ldb. */
+VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
+                             int64_t ldb, float *C, int64_t ldc, int64_t K2, int add) {
+    __m512 sum[6][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < K2; k++) {
+        __m512bh b[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) b[v] = (__m512bh)_mm512_loadu_si512(B + k * ldb + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[r * am + k * ak]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, b[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) _mm512_storeu_ps(C + r * ldc + 16 * v, sum[r][v]);
+}
+
+#define VENEER_ROWS(V)                                                              \
+    switch (rows) {                                                                 \
+    case 6: bf16_tile(6, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
+    case 5: bf16_tile(5, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
+    case 4: bf16_tile(4, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
+    case 3: bf16_tile(3, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
+    case 2: bf16_tile(2, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
+    default: bf16_tile(1, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);       \
+    }
+
+/* C (M, N) [+]= A B, N a multiple of 16. */
+static VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B, int64_t ldb, float *C,
+                                     int64_t ldc, int64_t M, int64_t N, int64_t K2, int add) {
+    for (int64_t n = 0; n < N; n += 64) {
+        int64_t wide = (N - n) / 16;
+        for (int64_t m = 0; m < M; m += 6) {
+            int64_t rows = M - m < 6 ? M - m : 6;
+            const uint32_t *a = A + m * am;
+            if (wide >= 4) VENEER_ROWS(4) else if (wide == 3) VENEER_ROWS(3) else if (wide == 2) VENEER_ROWS(2) else VENEER_ROWS(1)
+        }
+    }
+}
+
+/* Two rows of floats -> one row of pairs, the first row in the low halves. */
+VENEER_INLINE __m512i bf16_pairs(__m512 low, __m512 high) {
+    __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+    __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+    return _mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+}
+
+VENEER_INLINE __m512 bf16_floats(const uint16_t *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+VENEER_INLINE void bf16_store(uint16_t *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+/* e^x to 2 units in the last place; 0 below -87. */
+VENEER_INLINE __m512 exp_floats(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+#endif
+#endif
