@@ -24,6 +24,9 @@ from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.run import evaluate as evaluate_rows
+from veneer.merge.folder import DtypeChoice, MergeReport
+from veneer.merge.in_memory import Merged, merge_in_memory
+from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.generate import generate
 from veneer.models.load import DtypeName, load_base, load_tokenizer
@@ -44,6 +47,7 @@ class Base(models_base.Base):
     """A frozen causal LM that adapters sit on. Made by `load`."""
 
     _paths: Paths | None = field(default=None, init=False, repr=False)
+    _merged: Merged | None = field(default=None, init=False, repr=False)
 
     @property
     def paths(self) -> Paths:
@@ -73,6 +77,10 @@ class Base(models_base.Base):
     def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
         """Let one adapter act, several with weights, or none: the base alone, bit for bit. A pointer change."""
         names = [] if name is None else [name] if isinstance(name, str) else list(name)
+        if names and self._merged is not None:
+            raise ConfigError(
+                "an adapter is merged into the base's weights", next_step="Call unmerge() first."
+            )
         if unknown := [n for n in names if n not in self.attachments]:
             have = ", ".join(repr(n) for n in self.attachments) or "none"
             raise ConfigError(f"no adapter named {unknown[0]!r} is loaded", next_step=f"Loaded: {have}.")
@@ -91,6 +99,21 @@ class Base(models_base.Base):
             yield
         finally:
             self.routing.active = before
+
+    def merge(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
+        """Fold adapters into the weights, for inference without their cost; the originals are kept for unmerge().
+
+        Until then no adapter acts beside the base. RefusedError over quantised weights: nothing has changed then.
+        """
+        self.use(name, weights)
+        acting, self.routing.active = self.routing.active, ()
+        self._merged = merge_in_memory(self.model, [(self.attachments[n], weight) for n, weight in acting])
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back: the same tensors, so every bit. Nothing happens where none is merged."""
+        if self._merged is not None:
+            self._merged.restore()
+            self._merged = None
 
     def detach(self, name: str) -> None:
         """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit."""
@@ -221,6 +244,23 @@ def evaluate(
     return evaluate_rows(
         base, loaded.train_rows, loaded.train, metrics, loss=loss, max_new_tokens=max_new_tokens,
         batch=batch, predictions=predictions,
+    )  # fmt: skip
+
+
+def merge(
+    base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
+    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, into: Into | None = None,
+    original: str | None = None, data: str | None = None, check_logits: bool = True, force_base: bool = False,
+) -> MergeReport:  # fmt: skip
+    """Merge adapter folders, each with its weight, into their base and write it as a folder; see merge/folder.py."""
+    rows = None
+    if data is not None:
+        fields = DataConfig.model_validate({"train": data, "validation_share": 0.0})
+        loaded = load_data(**fields.model_dump(), length=2048, tokenizer=load_tokenizer(base))
+        rows = [example.ids.tolist() for example in loaded.train]
+    return merge_adapters(
+        base, adapters, out=out, dtype=dtype, stochastic=stochastic, seed=seed, quantize=quantize, into=into,
+        original=original, rows=rows, check_logits=check_logits, force_base=force_base,
     )  # fmt: skip
 
 

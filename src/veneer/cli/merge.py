@@ -1,0 +1,134 @@
+"""Merge adapters into their base: a folder that transformers, vLLM and others load as a plain model.
+
+Sums in float32, rounds once, measures how much of the update is left, loads the folder and compares its logits
+with the adapter on its base. A merge that loses the update is refused, and nothing is written.
+
+For instance:
+
+  veneer merge --adapter runs/tickets --out merged
+  veneer merge --base B --adapter A1 A2 --weights 1 -0.5 --out merged --dtype fp16
+  veneer merge --base B --quantize nf4 --into dequantised --adapter A --out merged
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from veneer.cli.common import adapter_folder, add_json, base_and_adapter, make_console, print_json
+from veneer.errors import ConfigError
+from veneer.quant.config import FORMATS
+from veneer.train.wording import number, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.merge.folder import MergeReport
+    from veneer.merge.rounding import Survival
+    from veneer.merge.verify import LogitCheck
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", metavar="B", help="hub id, folder, .gguf file or named default; default: the adapter's"
+    )
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", metavar="A", help="adapter folders, or runs that made them"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="one for each adapter; default: 1"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them"
+    )
+    parser.add_argument(
+        "--stochastic", action="store_true", help="round at random, so that weights are right on average"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --stochastic; default: 0")
+    parser.add_argument("--quantize", choices=FORMATS, help="how the base was held in training")
+    parser.add_argument(
+        "--into", choices=["original", "dequantised"], help="over a quantised base: the weights to add to"
+    )
+    parser.add_argument(
+        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+    )
+    parser.add_argument("--data", metavar="D", help="rows to compare logits on; default: built-in texts")
+    parser.add_argument(
+        "--no-logits", action="store_true", help="skip that: for a base that does not run here"
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="though the adapter was trained on another base"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer import api
+
+    weights = args.weights or [1.0] * len(args.adapter)
+    if len(weights) != len(args.adapter):
+        raise ConfigError(
+            f"{len(args.adapter)} adapters and {len(weights)} weights", next_step="Give one weight for each."
+        )
+    base, _ = base_and_adapter(args.base, args.adapter[0])
+    folders = [adapter_folder(named) for named in args.adapter]
+    report = api.merge(
+        base, list(zip(folders, weights, strict=True)), out=args.out, dtype=args.dtype, stochastic=args.stochastic,
+        seed=args.seed, quantize=args.quantize, into=args.into, original=args.original, data=args.data,
+        check_logits=not args.no_logits, force_base=args.force_base,
+    )  # fmt: skip
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print(report, make_console(json=False))
+    return 0
+
+
+def _print(report: MergeReport, console: Console) -> None:
+    def line(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    rounding = "rounded at random" if report.stochastic else "rounded to nearest"
+    line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
+    line("  the embedding and the output head were one tensor and are two now" if report.untied else "")
+    console.print(*survival_lines(report.total, report.layers), sep="\n", soft_wrap=True)
+    if report.logits is None:
+        line("\n  logits: not compared (--no-logits)")
+        return
+    what = "the adapter on the weights merged into" if report.as_trained else "the adapter on its base"
+    line("")
+    for text in logit_lines(what, report.logits):
+        line(text)
+    if report.as_trained is not None:
+        line("")
+        for text in logit_lines("the adapter on the quantised base of its training", report.as_trained):
+            line(text)
+
+
+def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
+    """The update's size, how much of it is left, and that for each layer."""
+    lines = [
+        f"  update {percent_of(whole.relative_size)} of the weights' size"
+        f" · {whole.share:.1%} of it is left after rounding, error {percent_of(whole.error)}",
+        "  left in each layer",
+    ]
+    numbered = [f"{name:>4} {part.share:>6.1%}" for name, part in layers.items() if name.isdigit()]
+    lines += ["  " + "".join(numbered[start : start + 6]) for start in range(0, len(numbered), 6)]
+    lines += [f"  {part.share:>6.1%} {name}" for name, part in layers.items() if not name.isdigit()]
+    return lines
+
+
+def percent_of(share: float) -> str:
+    return f"{100 * share:.2g}%"
+
+
+def logit_lines(what: str, check: LogitCheck) -> list[str]:
+    return [
+        f"  logits against {what}, {check.tokens} tokens",
+        f"    difference  {number(check.mean_difference):>9} on average, {number(check.max_difference)} at most",
+        f"    effect      {number(check.mean_effect):>9} on average, {number(check.max_effect)} at most (adapter against base)",
+        f"    KL          {number(check.kl):>9} nats a token · same first choice {check.same_top:.1%}",
+    ]

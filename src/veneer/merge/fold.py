@@ -1,0 +1,178 @@
+"""What each weight of a base becomes when adapters are added into it: W + D, summed in float32, one at a time.
+
+The base is read, never written. Its weights may be stored in any way that has a dense form: what is added to is
+what the base computes with. Several adapters add up: W + sum of weight * (folded_i(W) - W).
+Not known here: files, rounding.
+Shapes: I/O in/out features, V vocabulary, D hidden, E experts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.experts import is_transposed
+from veneer.adapters.layer import Layer
+from veneer.adapters.site import Attachment
+from veneer.adapters.wrapping import plain_modules
+from veneer.errors import RefusedError
+from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear
+
+Applied = Sequence[tuple[Attachment, float]]
+"""Adapters with the weight each acts with."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight or buffer of a model: `read` gives it, decoded to float32 where it is stored quantised."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    quantised: bool = False
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Stored]:
+    """Every tensor of a model's state by the name it has in the dense model, in the model's order."""
+    found: dict[str, Stored] = {}
+    for path, module in plain_modules(model).items():
+        prefix = f"{path}." if path else ""
+        packed = module.packed_shapes() if isinstance(module, PackedModule) else {}
+        plain: dict[str, Tensor | None] = dict(module._parameters)
+        if not packed:  # what else a packed module holds belongs to its format
+            left_out = module._non_persistent_buffers_set
+            plain |= {name: buffer for name, buffer in module._buffers.items() if name not in left_out}
+        for name, tensor in plain.items():
+            if name in packed:
+                read = _decoder(module, name, packed[name])
+                found[prefix + name] = Stored(torch.Size(packed[name]), torch.float32, read, quantised=True)
+            elif tensor is not None:
+                found[prefix + name] = Stored(tensor.shape, tensor.dtype, tensor.detach)
+    return found
+
+
+def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """Reads a packed weight as float32, as the dense module would store it."""
+
+    def read() -> Tensor:
+        if isinstance(module, PackedLinear):
+            return module.dense_weight(torch.float32)
+        assert isinstance(module, PackedExperts)
+        stack = [module.expert(name, number).dense_weight(torch.float32) for number in range(shape[0])]
+        whole = torch.stack(stack)
+        return whole.transpose(1, 2) if module.is_transposed else whole
+
+    return read
+
+
+def refuse_unfoldable(attachments: Sequence[Attachment]) -> None:
+    """RefusedError for methods that are no change of weights, with what to do instead."""
+    held = [a for a in attachments if not a.config.folds]
+    if held:
+        raise RefusedError(
+            "these adapters are no change of the base's weights, so they cannot be merged into it",
+            [f"{a.name}: {a.config.name}" for a in held],
+            held[0].config.instead_of_folding,
+        )
+
+
+def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name of each weight that changes -> function of its own value, float32, to what it becomes, float32.
+
+    RefusedError: a method that does not fold, or values trained in full that do not add up.
+    """
+    refuse_unfoldable([attachment for attachment, _ in applied])
+    modules = plain_modules(model)
+    parts: dict[str, list[_Part]] = {}
+    for attachment, weight in applied:
+        for path, layer in attachment.layers.items():
+            module = modules.get(path)
+            if module is not None:
+                part = _Part(layer, is_transposed_linear(module), weight)
+                parts.setdefault(f"{path}.weight", []).append(part)
+            else:  # the path of a 3-D parameter
+                owner = modules[path.rpartition(".")[0]]
+                parts.setdefault(path, []).append(_Part(layer, is_transposed(owner), weight))
+    found: dict[str, Callable[[Tensor], Tensor]] = {name: _sum_of(group) for name, group in parts.items()}
+    for name, value in _trained_values(applied).items():
+        found[name] = _then(value, found.get(name))
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One adapter's change of one weight. turned: the weight is stored as (..., I, O)."""
+
+    layer: Layer
+    turned: bool
+    weight: float
+
+    def folded(self, own: Tensor) -> Tensor:
+        """The weight with the update in it, as it is stored."""
+        if not self.turned:
+            return self.layer.folded(own)
+        return self.layer.folded(own.transpose(-1, -2)).transpose(-1, -2).contiguous()
+
+
+def _sum_of(group: Sequence[_Part]) -> Callable[[Tensor], Tensor]:
+    def wanted(own: Tensor) -> Tensor:
+        if len(group) == 1 and group[0].weight == 1.0:
+            return group[0].folded(own)
+        changed = own.clone()
+        for part in group:
+            changed += part.weight * (part.folded(own) - own)
+        return changed
+
+    return wanted
+
+
+def _then(value: Tensor, update: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """A weight trained in full takes the base's place; updates of other adapters come on top."""
+
+    def wanted(own: Tensor) -> Tensor:
+        replaced = value.detach().float().to(own.device)
+        return replaced if update is None else replaced + (update(own) - own)
+
+    return wanted
+
+
+def _trained_values(applied: Applied) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    faults = []
+    for attachment, weight in applied:
+        for name, value in attachment.values.items():
+            if weight != 1.0:
+                faults.append(f"{name}: {attachment.name} trained it in full and would act with {weight:g}")
+            elif name in values and not torch.equal(values[name], value):
+                faults.append(f"{name}: trained in full by more than one adapter, with other values")
+            values[name] = value
+    if faults:
+        raise RefusedError(
+            "values trained in place of the base's own do not add up",
+            faults,
+            "Merge that adapter alone with weight 1, then train or merge the others on the result.",
+        )
+    return values
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """{alias: source} of parameters that are one tensor under two names; files hold the source alone."""
+    modules = plain_modules(model)
+    by_name = {
+        f"{path}.{name}": parameter
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+    }
+    declared: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return {
+        alias: source
+        for alias, source in declared.items()
+        if by_name.get(alias) is not None and by_name.get(source) is by_name[alias]
+    }
+
+
+def parting(tied: Mapping[str, str], changed: Mapping[str, object]) -> dict[str, str]:
+    """The tied names that must become two tensors: an update of an embedding does not act on a tied head while it
+    is an adapter, nor the other way round."""
+    return {alias: source for alias, source in tied.items() if alias in changed or source in changed}

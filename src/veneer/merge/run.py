@@ -1,0 +1,129 @@
+"""A whole merge, from names to a folder: the base, the adapters, the weights they are merged into, the check.
+
+Over a base that is held quantised there are two honest ways, and the caller chooses:
+    dequantised   W is what the quantised base computes with: the merged model is the model that was trained
+    original      W is the weight before it was quantised: free of its error, which the adapter may have learnt to
+                  make up for; what that changes is measured and told
+Neither is quantised again: an update is mostly smaller than a 4-bit step and would be rounded away.
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from veneer.data.template import ChatTemplate
+from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
+from veneer.merge.verify import Reference, limited, reference, text_rows
+from veneer.models.base import Base
+from veneer.models.fingerprint import tokenizer_hash
+from veneer.models.load import load_base
+from veneer.quant.config import Quantize
+from veneer.store.adapter import StoredAdapter, load_adapter, read_adapter
+
+Into = Literal["original", "dequantised"]
+
+
+def merge_adapters(
+    base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
+    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, into: Into | None = None,
+    original: str | None = None, rows: Sequence[list[int]] | None = None, check_logits: bool = True,
+    force_base: bool = False, device: str = "cpu",
+) -> MergeReport:  # fmt: skip
+    """Merges adapter folders, each with its weight, into the base that `base` names; see merge_into_folder.
+
+    quantize, into, original  for adapters trained over a quantised base: how it was held, what is merged into, and
+                              where the original weights are (None: in `base` itself)
+    """
+    if faults := _into_faults(base, quantize, into, original):
+        raise ConfigError("what is merged into is not clear", faults, _INTO_STEP)
+    stored = [(read_adapter(folder), weight) for folder, weight in adapters]
+    names = _names([adapter.folder for adapter, _ in stored])
+    acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
+    loaded = load_base(base, device=device, quantize=quantize)
+    for name, (adapter, _) in zip(names, stored, strict=True):
+        load_adapter(loaded, adapter, name=name, force_base=force_base)
+    if not force_base:
+        _refuse_other_text([adapter for adapter, _ in stored], loaded)
+    as_trained: Reference | None = None
+    if into == "original" and check_logits:
+        asked = text_rows(loaded.tokenizer) if rows is None else limited(rows)
+        as_trained = reference(loaded, acting, asked)
+    if into == "original":
+        del loaded
+        gc.collect()
+        loaded = load_base(original or base, device=device)
+        for name, (adapter, _) in zip(names, stored, strict=True):
+            load_adapter(
+                loaded, adapter, name=name, force_base=True
+            )  # its fingerprint is the quantised base's
+    record = {
+        "base": {"name": loaded.name_or_path, "revision": loaded.revision, "fingerprint": loaded.fingerprint().to_dict()},
+        "adapters": [
+            {"content_hash": adapter.manifest.content_hash if adapter.manifest else None, "weight": weight}
+            for adapter, weight in stored
+        ],
+        "into": into,
+    }  # fmt: skip
+    return merge_into_folder(
+        loaded, acting, out, dtype=dtype, stochastic=stochastic, seed=seed, rows=rows, check_logits=check_logits,
+        as_trained=as_trained, record=record,
+    )  # fmt: skip
+
+
+_INTO_STEP = (
+    "--into dequantised keeps what was trained; --into original takes the weights before quantisation. "
+    "veneer merge never quantises again: most of an update is smaller than a 4-bit step."
+)
+
+
+def _into_faults(base: str, quantize: Quantize | None, into: Into | None, original: str | None) -> list[str]:
+    faults = []
+    packed_file = base.endswith(".gguf")
+    if (quantize is not None or packed_file) and into is None:
+        faults.append(
+            f"{base} is {'held as ' + quantize if quantize else 'a .gguf file'}: say --into original or --into dequantised"
+        )
+    if into is not None and quantize is None and not packed_file:
+        faults.append(
+            f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training"
+        )
+    if into == "original" and packed_file and original is None:
+        faults.append("--into original over a .gguf file: name the original weights with --original")
+    if into != "original" and original is not None:
+        faults.append("--original is read only with --into original")
+    return faults
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """A name for each, told apart by number where folders are called alike."""
+    return [f"{number}:{folder.name}" for number, folder in enumerate(folders, 1)]
+
+
+def _refuse_other_text(stored: Sequence[StoredAdapter], base: Base) -> None:
+    """The merged folder carries the base's tokenizer and template: they must be those of the training."""
+    template = ChatTemplate(base.tokenizer).fingerprint() if base.tokenizer.chat_template else None
+    here: Mapping[str, str | None] = {
+        "tokenizer_hash": tokenizer_hash(base.tokenizer),
+        "template_hash": template,
+    }
+    faults = []
+    for adapter in stored:
+        if adapter.manifest is None:
+            continue
+        trained = {
+            "tokenizer_hash": adapter.manifest.tokenizer_hash,
+            "template_hash": adapter.manifest.template_hash,
+        }
+        faults += [
+            f"{adapter.folder}: {what.replace('_hash', '')} {trained[what][:12]}… against {str(here[what])[:12]}…"  # type: ignore[index]
+            for what in here
+            if trained[what] is not None and trained[what] != here[what]
+        ]
+    if faults:
+        raise AdapterMismatchError(
+            "the base reads text otherwise than while training, and the merged model would too",
+            faults,
+            "Load the base as it was then, or use --force-base.",
+        )
