@@ -1,0 +1,184 @@
+"""4-bit weights: quantise, decode, and multiply a few rows, compiled (native/nf4_*.c) or in plain torch.
+
+A weight is packed nibbles, a table of 16 values and one scale a block (quant/nf4.py says which). The compiled paths
+give the bits of nf4_reference.py, on every processor; CUDA tensors go to triton_nf4.py where Triton is installed.
+Knows nothing of modules, code books or shapes: a weight is flat, and a matrix is a run of it.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import nf4_reference as reference
+from veneer.kernels.native import library
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of values that go in and come out, and their numbers in C."""
+
+FUSED_ROWS = 8
+"""Rows of x up to which the fused product reads the packed weight once instead of decoding it."""
+
+
+class _Struct(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("nested_table", ctypes.c_void_p),
+        ("nested_scales", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("nested_block", ctypes.c_int64),
+        ("offset", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """Scales that are quantised themselves: table[scale] * scales[number // block] + offset, in float32."""
+
+    table: Tensor
+    """(256) float32."""
+    scales: Tensor
+    """One a `block` of outer scales, float32."""
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32; all contiguous,
+    on one device. block and nested.block: powers of two."""
+
+    packed: Tensor
+    scales: Tensor
+    table: Tensor
+    block: int
+    count: int
+    nested: Nested | None = None
+
+    def __post_init__(self) -> None:
+        assert self.packed.dtype == torch.uint8 and self.packed.numel() == (self.count + 1) // 2
+        assert self.scales.numel() == -(-self.count // self.block)
+        assert self.scales.dtype == (torch.float32 if self.nested is None else torch.uint8)
+        assert self.block >= 32 and self.block & (self.block - 1) == 0
+        tensors = [self.packed, self.scales, self.table]
+        if (nested := self.nested) is not None:
+            assert nested.block & (nested.block - 1) == 0
+            assert nested.scales.numel() == -(-self.scales.numel() // nested.block)
+            tensors += [nested.table, nested.scales]
+        assert all(t.is_contiguous() and t.device == self.packed.device for t in tensors)
+
+    def float_scales(self) -> Tensor:
+        """(blocks) float32."""
+        nested = self.nested
+        return reference.scales_of(
+            self.scales,
+            None if nested is None else (nested.table, nested.scales, nested.block, nested.offset),
+        )
+
+    @cached_property
+    def struct(self) -> Any:
+        """The addresses, for C; the tensors stay where they are for as long as this object lives."""
+        nested = self.nested
+        return ctypes.byref(
+            _Struct(
+                self.packed.data_ptr(), self.scales.data_ptr(), self.table.data_ptr(),
+                None if nested is None else nested.table.data_ptr(),
+                None if nested is None else nested.scales.data_ptr(),
+                self.count, self.block, 1 if nested is None else nested.block,
+                0.0 if nested is None else nested.offset,
+            )
+        )  # fmt: skip
+
+
+@cache
+def _native() -> Any:
+    """The library with its signatures, or None."""
+    found = library()
+    if found is None:
+        return None
+    pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.veneer_nf4_quantize.argtypes = [
+        pointer, integer, number, number, pointer, pointer, pointer, pointer, integer,
+    ]  # fmt: skip
+    found.veneer_nf4_quantize.restype = None
+    found.veneer_nf4_dequantize.argtypes = [pointer, number, number, pointer, integer, integer]
+    found.veneer_nf4_dequantize.restype = None
+    found.veneer_nf4_product.argtypes = [
+        pointer, number, number, number, pointer, number, pointer, integer, integer,
+    ]  # fmt: skip
+    found.veneer_nf4_product.restype = integer
+    return found
+
+
+def quantize(
+    values: Tensor, thresholds: Tensor, codes: Tensor, block: int, *, level: int = -1
+) -> tuple[Tensor, Tensor]:
+    """(packed uint8, absmax float32), both flat. A block with a value that is not finite has such an absmax.
+
+    values: any shape, contiguous or not; thresholds (15) ascending, codes (16) int32. level: -1, or the highest
+    instruction set used (3 AVX-512, 2 AVX2, 0 plain C).
+    """
+    native = _native()
+    if native is None or values.device.type != "cpu" or values.dtype not in TYPES:
+        return reference.quantize(values, thresholds, codes, block)
+    flat = values.detach().reshape(-1).contiguous()
+    count = flat.numel()
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-count // block), dtype=torch.float32)
+    limits = torch.cat([thresholds, thresholds.new_tensor([float("inf")])])
+    numbers = codes.to(torch.int32)
+    native.veneer_nf4_quantize(
+        flat.data_ptr(), TYPES[flat.dtype], count, block, limits.data_ptr(), numbers.data_ptr(), packed.data_ptr(),
+        absmax.data_ptr(), level,
+    )  # fmt: skip
+    return packed, absmax
+
+
+def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1) -> Tensor:
+    """Elements from `start` on into `out` (any shape, fp32, bf16 or fp16), which is returned."""
+    count = out.numel()
+    assert start >= 0 and start + count <= weights.count
+    if not out.is_contiguous():
+        out.copy_(
+            dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start)
+        )
+        return out
+    native = _native()
+    if native is None or out.device.type != "cpu" or out.dtype not in TYPES:
+        flat = reference.dequantize(
+            weights.packed, weights.float_scales(), weights.table, weights.block,
+            start=start, count=count, dtype=out.dtype,
+        )  # fmt: skip
+        return out.copy_(flat.view(out.shape))
+    native.veneer_nf4_dequantize(weights.struct, start, count, out.data_ptr(), TYPES[out.dtype], level)
+    return out
+
+
+def has_product(weights: Blocks, x: Tensor) -> bool:
+    """Whether `product` is the fast way for x (M, I)."""
+    return x.shape[0] <= FUSED_ROWS and x.dtype in TYPES and x.device.type == "cpu" and _native() is not None
+
+
+def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
+    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on; M <= 8.
+
+    The weights as dequantize gives them in x's type, products and sums in float32.
+    """
+    assert x.dim() == 2 and x.shape[0] <= FUSED_ROWS
+    assert start >= 0 and start + outs * x.shape[1] <= weights.count
+    x = x.detach().contiguous()
+    y = torch.empty(x.shape[0], outs, dtype=x.dtype)
+    if x.shape[0] == 0:
+        return y
+    failed = _native().veneer_nf4_product(
+        weights.struct, start, outs, x.shape[1], x.data_ptr(), x.shape[0], y.data_ptr(), TYPES[x.dtype], level
+    )
+    if failed:
+        raise MemoryError("no memory for one row of a packed weight")
+    return y
