@@ -61,7 +61,11 @@ def _masked_attention(
     if mask is None:
         rows, columns = scores.shape[-2:]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:
+        # Not -inf: a row of padding may see nothing at all, and its NaN would reach real rows as 0 * NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
     if sinks is not None:
         column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], dim=-1)
