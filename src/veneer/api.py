@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.attach import attach, detach
+from veneer.adapters.attach import detach
 from veneer.adapters.config import AdapterConfig, LoRA, Method
 from veneer.adapters.site import Attachment
 from veneer.data.check import CheckReport
@@ -30,6 +30,7 @@ from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.generate import generate
 from veneer.models.load import DtypeName, load_base, load_tokenizer
+from veneer.models.starting import begin
 from veneer.models.step import Paths, evaluation_loss, prepare
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
@@ -59,10 +60,7 @@ class Base(models_base.Base):
     def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
         _ = self.paths
-        head = self.model.get_output_embeddings()
-        made = attach(self.model, config, name=name, routing=self.routing, head=head, seed=seed)
-        self.attachments[name] = made
-        return made
+        return begin(self, config, name=name, seed=seed).attachment
 
     def load_adapter(self, folder: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
         """Read an adapter folder (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters.config import AdapterConfig, LoRA
+from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.adapters.low_rank import build_low_rank
+from veneer.adapters.prefix import build_prefix
 from veneer.adapters.routing import Routing
 from veneer.adapters.site import Attachment, Site
 from veneer.adapters.wrapping import adapter_names, plain_modules, unwrap, unwrapped
 from veneer.errors import ConfigError
 
-_BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {LoRA: build_low_rank}
+_BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
+    LoRA: build_low_rank,
+    Prefix: build_prefix,
+}
 """A method's settings -> the function that puts its layers in their places."""
 
 

@@ -1,6 +1,7 @@
 """The methods' settings: what a run file says under `method`. No torch here: `--help` reads this.
 
-Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732.
+Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732;
+prefix tuning, Li and Liang 2021, arXiv:2101.00190.
 """
 
 import re
@@ -96,6 +97,40 @@ class LoRA(AdapterConfig):
         return self.dropout > 0
 
 
+class Prefix(AdapterConfig):
+    """Keys and values of every layer, trained, that all documents attend to first."""
+
+    folds = False
+    instead_of_folding = (
+        "A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter), "
+        "or train lora where one merged model is wanted."
+    )
+    default_learning_rate = 5e-3
+
+    name: Literal["prefix"] = "prefix"
+    tokens: int | None = Field(default=None, ge=1, le=4096)
+    """M, places before every document; trains tokens * 2 * K * D parameters a layer (K key/value heads of D).
+    Default: as many as the prompt it starts from has, at most 64; 30 with start: random."""
+    start: Literal["prompt", "random"] = "prompt"
+    """prompt: the keys and values that the base computes for a real prompt; random: normal values as widely spread."""
+    prompt: str | None = None
+    """Text it starts from; default: what all training rows begin with, or a plain instruction where that is little."""
+    projection: int | None = Field(default=None, ge=1)
+    """Width of an MLP through which the prefix is trained; only what it computes is stored. Default: none."""
+    layers: list[int] = Field(default_factory=list)
+    """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
+
+    @property
+    def starts_as_base(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _prompt_is_used(self) -> "Prefix":
+        if self.prompt is not None and self.start == "random":
+            raise ValueError("prompt is given, and start: random does not read it: leave one out")
+        return self
+
+
 class Full(MethodConfig):
     """Every weight of the base trains; the result is a model folder, not an adapter."""
 
@@ -104,5 +139,5 @@ class Full(MethodConfig):
     name: Literal["full"] = "full"
 
 
-Method = Annotated[LoRA | Full, Field(discriminator="name")]
-METHODS: dict[str, type[MethodConfig]] = {"lora": LoRA, "full": Full}
+Method = Annotated[LoRA | Prefix | Full, Field(discriminator="name")]
+METHODS: dict[str, type[MethodConfig]] = {"lora": LoRA, "prefix": Prefix, "full": Full}

@@ -3,6 +3,8 @@
 Switching is a change of one attribute, however deep the model and however many adapters it carries.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,3 +21,12 @@ class Routing:
     active: tuple[tuple[str, float], ...] = ()
     rows: Tensor | None = field(default=None, repr=False)
     step: int = 0
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Within the block the base acts alone."""
+        before, self.active = self.active, ()
+        try:
+            yield
+        finally:
+            self.active = before

@@ -18,7 +18,7 @@ class Attachment:
     layers     path in the base model (experts: path of the 3-D parameter) -> what the method put there
     values     full parameter path in the base -> the parameter trained in its place, in the base's type
     trained    modules trained in full
-    adaptable  how many places the method could take; len(layers) of them it took
+    adaptable  how many places the method could take; adapted: how many it took
     """
 
     name: str
@@ -27,6 +27,12 @@ class Attachment:
     values: dict[str, nn.Parameter] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
     adaptable: int = 0
+    places: int | None = None
+    """Places taken where one layer serves several; None: each layer one."""
+
+    @property
+    def adapted(self) -> int:
+        return len(self.layers) if self.places is None else self.places
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by part, values last."""

@@ -2,7 +2,7 @@
 
 `AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword of the
 model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through untouched, so no mask is
-built. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or answers
+built. A trained prefix (adapters/prefix.py) reaches it the same way. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or answers
 differently when packed, `prove_packing` says why, and batches are padded for transformers' own attention.
 """
 
@@ -15,8 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from veneer.adapters.prefix import KeyRecorder, PrefixKeys
 from veneer.kernels.attention import packed_attention
 from veneer.kernels.layout import Layout
+from veneer.kernels.prefix import prefixed_attention
 
 NAME = "veneer"
 
@@ -25,22 +27,66 @@ def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: "Traced | None" = None,
-    **others: Any,
+    veneer_prefix: PrefixKeys | None = None, veneer_keys: KeyRecorder | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if veneer_keys is not None:
+        veneer_keys.take(_layer_number(module), key, value)
+    prefix = None if veneer_prefix is None else veneer_prefix.of(_layer_number(module))
     if veneer_layout is not None:
         veneer_layout.calls += 1
-        out = packed_attention(
-            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), veneer_layout.layout,
-            scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux,
-        )  # fmt: skip
+        q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
+        layout = veneer_layout.layout
+        if prefix is None:
+            out = packed_attention(
+                q, k, v, layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+            )
+        else:
+            out = prefixed_attention(
+                q, k, v, *prefix, layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+            )
         return out[None], None
+    if veneer_prefix is not None and prefix is not None:
+        attention_mask = _prefix_mask(
+            attention_mask, query, key, prefix[0], veneer_prefix.positions, sliding_window
+        )
+        key, value = (
+            torch.cat([first.transpose(0, 1).expand(rows.shape[0], -1, -1, -1), rows], dim=2)
+            for first, rows in zip(prefix, (key, value), strict=True)
+        )
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scale, dropout=0.0, **others
         )
     return _masked_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def _layer_number(module: nn.Module) -> int:
+    return int(getattr(module, "layer_idx", -1))
+
+
+def _prefix_mask(
+    mask: Tensor | None, query: Tensor, key: Tensor, prefix: Tensor, positions: Tensor, window: int | None
+) -> Tensor | None:
+    """The mask with the prefix's M columns in front: seen by all rows, or, with a window, by those near enough.
+
+    query (B, H, T, D), key (B, K, S, D), prefix (M, K, D); positions (B, T) count the prefix, never padding, so
+    a row sees the same in any batch.
+    """
+    M, T, S = prefix.shape[0], query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
+    seen = torch.ones(*positions.shape, M, dtype=torch.bool, device=query.device)
+    if window is not None:
+        seen = positions[..., None] - torch.arange(M, device=query.device) < window
+    B = max(mask.shape[0], seen.shape[0])
+    columns = seen[:, None].expand(B, mask.shape[1], T, M)
+    if mask.dtype != torch.bool:
+        columns = torch.zeros(columns.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~columns, torch.finfo(mask.dtype).min
+        )
+    return torch.cat([columns, mask.expand(B, -1, T, S)], dim=-1)
 
 
 def _masked_attention(

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from veneer.adapters.prefix import tokens_in_front
 from veneer.errors import ConfigError
 from veneer.models.base import Base, stop_token_ids
 
@@ -92,10 +93,13 @@ def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
 def _prompt_faults(base: Base, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     faults = [f"prompt {i + 1} is empty" for i, ids in enumerate(prompts) if not ids]
+    acting = [base.attachments[name] for name, _ in base.routing.active if name in base.attachments]
+    before = tokens_in_front(layer for attachment in acting for layer in attachment.layers.values())
+    behind = f" and {before} of the prefix" if before else ""
     if limit is not None:
         faults += [
-            f"prompt {i + 1} has {len(ids)} tokens: with {max_new_tokens} new ones that exceeds the model's {limit}"
+            f"prompt {i + 1} has {len(ids)} tokens: with {max_new_tokens} new ones{behind} that exceeds the model's {limit}"
             for i, ids in enumerate(prompts)
-            if len(ids) + max_new_tokens > limit
+            if len(ids) + max_new_tokens + before > limit
         ]
     return faults

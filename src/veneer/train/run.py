@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
-from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.data.batching import plan_epoch, used_length
@@ -32,6 +30,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.generate import generate
 from veneer.models.load import load_base
 from veneer.models.quiet import quiet
+from veneer.models.starting import Begun, begin
 from veneer.models.step import Paths, prepare
 from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
@@ -67,15 +66,20 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
             "Restore the file, or start a new run.",
         )
     paths = prepare(base.model)
-    attachment, parameters = _method(base, config)
-    flat = FlatParameters(parameters)
+    begun = _begin(base, config, data)
+    attachment = None if begun is None else begun.attachment
+    if attachment is not None:
+        config = config.model_copy(update={"method": attachment.config})
+    flat = FlatParameters(
+        dict(base.model.named_parameters()) if attachment is None else attachment.parameters()
+    )
     job = _job(config, base, data, paths, flat)
     if not resume:
         _write_run_file(config)
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
     with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners) as records:
-        start = _start_record(config, base, data, paths, attachment, flat, job, idle)
+        start = _start_record(config, base, data, paths, begun, flat, job, idle)
         if step is None:
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
@@ -130,17 +134,13 @@ def _open_folder(config: RunConfig, *, resume: bool, screen: Screen) -> Path | N
     return None
 
 
-def _method(base: Base, config: RunConfig) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
-    """What trains: an adapter beside the base, or every weight of it."""
+def _begin(base: Base, config: RunConfig, data: DataSet) -> Begun | None:
+    """The adapter that trains beside the base; None where every weight of the base trains."""
     if not isinstance(config.method, AdapterConfig):
-        return None, dict(base.model.named_parameters())
-    head = base.model.get_output_embeddings()
-    attachment = attach(
-        base.model, config.method, name=ADAPTER_NAME, routing=base.routing, head=head, seed=config.seed
-    )
-    base.attachments[ADAPTER_NAME] = attachment
+        return None
+    begun = begin(base, config.method, name=ADAPTER_NAME, seed=config.seed, examples=data.train)
     base.routing.active = ((ADAPTER_NAME, 1.0),)
-    return attachment, attachment.parameters()
+    return begun
 
 
 def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
@@ -177,12 +177,13 @@ def _sampler(base: Base, row: Row) -> Callable[[], dict[str, Any]]:
 
 
 def _start_record(
-    config: RunConfig, base: Base, data: DataSet, paths: Paths, attachment: Attachment | None, flat: FlatParameters,
+    config: RunConfig, base: Base, data: DataSet, paths: Paths, begun: Begun | None, flat: FlatParameters,
     job: Job, idle: int,
 ) -> dict[str, Any]:  # fmt: skip
     trained = sum(p.numel() for p in flat.parameters.values())
     total = num_parameters(base.model)
-    lines = list(paths.lines)
+    attachment = None if begun is None else begun.attachment
+    lines = [*paths.lines, *([] if begun is None else begun.lines)]
     if job.share_prompt and paths.packed:
         lines.append("the prompt that a batch's rows share is computed once")
     elif config.share_prompt and paths.packed:
@@ -190,7 +191,7 @@ def _start_record(
     return {
         "kind": "start", "base": config.base, "method": config.method.name, "trainable_parameters": trained,
         "total_parameters": total,
-        "modules_adapted": None if attachment is None else len(attachment.layers),
+        "modules_adapted": None if attachment is None else attachment.adapted,
         "modules_total": None if attachment is None else attachment.adaptable,
         "adapter_bytes": None if attachment is None else adapter_file_bytes(attachment, base.model),
         "train_rows": len(data.train), "validation_rows": len(data.validation), "steps": job.steps,

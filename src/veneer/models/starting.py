@@ -1,0 +1,107 @@
+"""Attaching with what an adapter starts from: values that the base itself computes, where a method wants such.
+
+A prefix starts from the keys and values of a real prompt: by far the best start there is (from random values it
+learns a fraction in the same steps). Which prompt, in this order: the one the settings name; what all training
+rows begin with; a plain instruction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from veneer.adapters.attach import attach
+from veneer.adapters.config import AdapterConfig, Prefix
+from veneer.adapters.prefix import DEFAULT_TOKENS, PrefixLayer, decoder_of, put_start, record_keys
+from veneer.adapters.site import Attachment
+from veneer.data.batching import shared_prompt
+from veneer.data.examples import Example
+from veneer.errors import ConfigError
+from veneer.models.base import Base
+
+INSTRUCTION = (
+    "Read the text below with care and give the answer that it asks for, in exactly the form in which such "
+    "answers are given, and nothing besides."
+)
+MIN_SHARED_TOKENS = 8
+"""What rows begin with counts as a prompt from here on; fewer tokens are only a template's markers."""
+MAX_START_TOKENS = 64
+"""Length of a prefix that nobody gave a length: the end of a longer prompt, which says more of the task."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """attachment: its config has every default resolved; lines: what it starts from, for the screen."""
+
+    attachment: Attachment
+    lines: list[str]
+
+
+def begin(
+    base: Base, config: AdapterConfig, *, name: str, seed: int = 0, examples: Sequence[Example] = ()
+) -> Begun:
+    """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the training rows, if any.
+
+    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
+    """
+    start = prefix_start(config, base, examples) if isinstance(config, Prefix) else None
+    if start is not None:
+        _check_room(base, start.tokens, examples)
+        config = config.model_copy(update={"tokens": start.tokens})
+    head = base.model.get_output_embeddings()
+    attachment = attach(base.model, config, name=name, routing=base.routing, head=head, seed=seed)
+    base.attachments[name] = attachment
+    if start is None:
+        return Begun(attachment, [])
+    if start.ids:
+        _start_from(base, attachment, start.ids)
+    return Begun(attachment, [start.line])
+
+
+@dataclass(frozen=True)
+class PrefixStart:
+    """ids: the prompt's, one for each token of the prefix; none: random values. line: says so."""
+
+    ids: list[int]
+    tokens: int
+    line: str
+
+
+def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> PrefixStart:
+    """What a prefix of these settings starts from on this base, with these rows."""
+    if config.start == "random":
+        tokens = config.tokens or DEFAULT_TOKENS
+        return PrefixStart([], tokens, f"prefix of {tokens} tokens, starting from random keys and values")
+    shared = shared_prompt(examples) if len(examples) > 1 else 0
+    if config.prompt is not None:
+        ids, origin = list(base.tokenizer(config.prompt)["input_ids"]), "the prompt given"
+    elif shared >= MIN_SHARED_TOKENS:
+        ids, origin = examples[0].ids[:shared].tolist(), "what all rows begin with"
+    else:
+        ids, origin = list(base.tokenizer(INSTRUCTION)["input_ids"]), "an instruction, as the rows share none"
+    tokens = config.tokens or min(len(ids), MAX_START_TOKENS)
+    chosen = (ids * (tokens // len(ids) + 1))[:tokens] if tokens > len(ids) else ids[-tokens:]
+    text = str(base.tokenizer.decode(chosen, skip_special_tokens=False))
+    return PrefixStart(
+        chosen, tokens, f"prefix of {tokens} tokens, starting from {origin}: {' '.join(text.split())!r}"
+    )
+
+
+def _check_room(base: Base, tokens: int, examples: Sequence[Example]) -> None:
+    """The rows stand behind the prefix: both must find places in the model."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(e.ids) for e in examples), default=0)
+    if limit is not None and longest + tokens > limit:
+        raise ConfigError(
+            f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the model's {limit} places",
+            next_step=f"Take method.tokens below {max(limit - longest, 0) + 1}, or shorter rows (length).",
+        )
+
+
+def _start_from(base: Base, attachment: Attachment, ids: Sequence[int]) -> None:
+    _, decoder = decoder_of(base.model)
+    with base.routing.none():
+        pairs = record_keys(decoder, torch.tensor(list(ids), device=base.device))
+    for layer in attachment.layers.values():
+        assert isinstance(layer, PrefixLayer)
+        put_start(layer, pairs)

@@ -1,0 +1,164 @@
+"""A prefix in PEFT's two files: one tensor, prompt_embeddings (M, 2 L t), and the settings that give it its shape.
+
+A prefix of some layers only, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one more setting,
+`layers`. What an MLP computed while training is written as plain values, and so is read: prefix_projection says how
+they were trained, and changes nothing.
+Shapes: M tokens, L layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2, peft/tuners/prefix_tuning.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from veneer.adapters.config import Prefix
+from veneer.adapters.prefix import PART, PrefixLayer, decoder_of, model_key_shape
+from veneer.adapters.site import Attachment
+from veneer.errors import CorruptFileError, RefusedError
+from veneer.store.layout import Fit, Layout
+from veneer.store.manifest import BaseIdentity
+from veneer.store.peft_config import PEFT_LAYOUT
+from veneer.store.strict_json import field_faults
+
+PEFT_TYPE, PARTIAL_TYPE = "PREFIX_TUNING", "VENEER_PREFIX"
+_INERT = {
+    "auto_mapping", "encoder_hidden_size", "inference_mode", "init_weights", "modules_to_save", "peft_type",
+    "peft_version", "prefix_projection", "runtime_config",
+}  # fmt: skip
+"""No effect on what a finished prefix computes; modules_to_save is refused where it names any."""
+
+
+class PeftPrefix(BaseModel):
+    """The fields that decide what a prefix computes, spelt as PEFT spells them."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    num_virtual_tokens: int = Field(ge=1, le=4096)
+    num_layers: int = Field(ge=1, le=4096)
+    num_attention_heads: int = Field(ge=1)
+    """Of the keys and values."""
+    token_dim: int = Field(ge=1)
+    num_transformer_submodules: Literal[1] = 1
+    layers: list[int] | None = None
+    """Numbers of the layers that have a prefix; None: all."""
+    task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_virtual_tokens, 2 * self.num_layers * self.token_dim
+
+
+@dataclass(frozen=True)
+class PrefixFile:
+    path: Path
+    peft: PeftPrefix
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        return self.peft.base_model_name_or_path
+
+    def settings(self, tensors: Mapping[str, Tensor]) -> Prefix:
+        if PART not in tensors:
+            raise CorruptFileError(f"{self.path.parent} holds no {PART}", [], "Copy the folder again.")
+        if (found := tuple(tensors[PART].shape)) != self.peft.shape:
+            raise CorruptFileError(
+                f"{self.path.parent} does not agree with itself",
+                [f"{PART} is {found}, {self.path.name} makes it {self.peft.shape}"],
+                "Copy the folder again.",
+            )
+        return Prefix(tokens=self.peft.num_virtual_tokens, layers=self.peft.layers or [])
+
+    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+        settings = self.settings(tensors)
+        path, _ = decoder_of(model)
+        own = model_key_shape(model)
+        faults = [f"{name} is no part of a prefix" for name in sorted(tensors.keys() - {PART})]
+        rows = [("key/value heads", self.peft.num_attention_heads, own.heads)]
+        rows += [("values of one token's keys in a layer", self.peft.token_dim, own.heads * own.size)]
+        if self.peft.layers is None:
+            rows += [("layers", self.peft.num_layers, len(own.layers))]
+        elif unknown := sorted(set(self.peft.layers) - set(own.layers)):
+            faults.append(f"layers {unknown}   the model has layers 0-{max(own.layers)}")
+        faults += [
+            f"{what}   adapter {ours}   model {theirs}" for what, ours, theirs in rows if ours != theirs
+        ]
+        if faults:
+            return Fit(None, faults=faults, concerned=1)
+        return Fit(settings, {f"{path}.{PART}": tensors[PART].float()}, {path: PrefixLayer.scaling})
+
+
+def _layer(attachment: Attachment) -> PrefixLayer:
+    (layer,) = attachment.layers.values()
+    assert isinstance(layer, PrefixLayer)
+    return layer
+
+
+def _tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().cpu() for name, tensor in _layer(attachment).stored().items()}
+
+
+def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
+    layer = _layer(attachment)
+    partial = len(layer.layers) < len(model_key_shape(model).layers)
+    fields = {
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "encoder_hidden_size": layer.token_size,
+        "inference_mode": True,
+        "init_weights": None,
+        "modules_to_save": None,
+        "num_attention_heads": layer.kv_heads,
+        "num_layers": len(layer.layers),
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": layer.tokens,
+        "peft_type": PARTIAL_TYPE if partial else PEFT_TYPE,
+        "peft_version": PEFT_LAYOUT,
+        "prefix_projection": False,
+        "revision": base.revision,
+        "task_type": "CAUSAL_LM",
+        "token_dim": layer.token_size,
+    }
+    return fields | ({"layers": list(layer.layers)} if partial else {})
+
+
+def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]:
+    refused = []
+    if stored.get("modules_to_save"):
+        refused.append(f"modules_to_save {stored['modules_to_save']!r}: not supported beside a prefix")
+    if (stacks := stored.get("num_transformer_submodules", 1)) != 1:
+        refused.append(f"num_transformer_submodules {stacks!r}: Veneer runs models of one stack")
+    if (task := stored.get("task_type")) not in (None, "CAUSAL_LM"):
+        refused.append(f"task_type {task!r}: Veneer runs causal language models")
+    unknown = sorted(set(stored) - set(PeftPrefix.model_fields) - _INERT)
+    refused += [f"{name}: unknown, and switched on" for name in unknown if stored[name]]
+    if refused:
+        raise RefusedError(
+            f"{path} asks for what Veneer does not compute", refused, "Train the prefix again with Veneer."
+        )
+    try:
+        config = PeftPrefix.model_validate(dict(stored))
+    except ValidationError as fault:
+        raise CorruptFileError(
+            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+        ) from fault
+    faults = []
+    if config.token_dim % config.num_attention_heads:
+        faults.append(f"token_dim {config.token_dim} is no multiple of {config.num_attention_heads} heads")
+    if config.layers is not None and sorted({*config.layers}) != config.layers:
+        faults.append(f"layers {config.layers} are not rising")
+    if config.layers is not None and len(config.layers) != config.num_layers:
+        faults.append(f"num_layers {config.num_layers}, and {len(config.layers)} layers are listed")
+    if (config.layers is None) != (stored["peft_type"] == PEFT_TYPE):
+        faults.append(f"peft_type {stored['peft_type']}, and layers {config.layers}")
+    if faults:
+        raise CorruptFileError(f"{path} does not agree with itself", faults, "Restore it.")
+    return PrefixFile(path, config), [name for name in unknown if not stored[name]]
+
+
+PREFIX = Layout(PEFT_TYPE, _tensors, _config, _read)
+PARTIAL_PREFIX = replace(PREFIX, peft_type=PARTIAL_TYPE)
