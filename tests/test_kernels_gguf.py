@@ -1,10 +1,10 @@
 """GGUF blocks: the compiled kernel, the plain reference and the gguf package give the same bits."""
 
 import gguf
-import numpy as np
 import pytest
 import torch
 
+from tests import tiny_gguf
 from veneer.kernels import gguf as kernels
 from veneer.kernels import native
 
@@ -17,16 +17,7 @@ needs_kernel = pytest.mark.skipif(native.library() is None, reason="not compiled
 
 
 def random_blocks(kind: kernels.Kind, rows: int, blocks_per_row: int, seed: int = 0) -> torch.Tensor:
-    """Any bytes as codes; scales of every kind that is finite: usual, tiny, zero, negative."""
-    layout, rng = kernels.FORMATS[kind], np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (rows * blocks_per_row, layout.bytes), dtype=np.uint8)
-    for number, at in enumerate(layout.scales):
-        scales = (rng.standard_normal(len(blocks)) * 0.02).astype(np.float16)
-        scales[number::7] = np.resize(
-            np.array([6e-8, -6e-8, 0.0, -0.0, 1e-5, 3e4], np.float16), len(scales[number::7])
-        )
-        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
-    return torch.from_numpy(blocks.reshape(rows, -1))
+    return tiny_gguf.random_blocks(kind, rows, blocks_per_row * kernels.FORMATS[kind].size, seed)
 
 
 def theirs(blocks: torch.Tensor, kind: str) -> torch.Tensor:

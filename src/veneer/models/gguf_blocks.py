@@ -1,0 +1,237 @@
+"""The blocks of a .gguf file as a frozen base: its linear layers stay as they are in the file.
+
+Read once per file: config, tokenizer and everything that is no linear layer (norms, embeddings, the output head) go into
+a folder in the cache, with a list of where each layer's blocks lie. The base then maps the file itself: its blocks take
+no memory of their own, but for q and k of llama-family files, whose rows the file holds in another order.
+
+    config.json, tokenizer, generation_config.json   as for a converted file (models/gguf.py)
+    model.safetensors                                what is held dense
+    blocks.json                                      module -> kind, offset, rows, columns, heads of the row order
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from gguf import GGUFReader, ReaderTensor, dequantize
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
+
+from veneer.errors import CorruptFileError, SourceError
+from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
+from veneer.models.gguf import (
+    CONVERTER_VERSION,
+    Header,
+    matched,
+    publish_from,
+    rebuilt_tokenizer,
+    repaired_config,
+)
+from veneer.models.sources import Found, locate_gguf, read_json
+from veneer.models.wheel import cache_folder, file_sha256
+from veneer.quant.gguf_linear import GGUFLinear
+
+ARCHITECTURES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
+    *("falcon", "stablelm", "starcoder2", "nemotron"),
+)
+"""Those of models/gguf.py whose linear layers are the file's matrices, row for row (llama: in another order)."""
+
+_HELD: dict[str, Kind] = {kind: kind for kind in FORMATS}
+_FLOATS = ("F32", "F16", "BF16")
+_DENSE = "Leave out quantize: the file is then converted as a whole."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where the blocks of one linear layer lie. heads: of the row order to undo; 0: rows stand in the model's order."""
+
+    kind: Kind
+    offset: int
+    rows: int
+    columns: int
+    heads: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns // FORMATS[self.kind].size * FORMATS[self.kind].bytes
+
+    def read(self, file: Tensor) -> Tensor:
+        """(rows, row_bytes) of the mapped file: a view, or a copy where the rows are put in order."""
+        blocks = file[self.offset : self.offset + self.rows * self.row_bytes].view(self.rows, self.row_bytes)
+        if not self.heads:
+            return blocks
+        pairs = blocks.view(self.heads, self.rows // self.heads // 2, 2, self.row_bytes)
+        return pairs.transpose(1, 2).reshape(self.rows, self.row_bytes)
+
+
+def locate_blocks(source: str) -> Found:
+    """The folder beside the .gguf file that `source` names, made on the first call.
+
+    Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as models/gguf.py does.
+    """
+    path, name = locate_gguf(source)
+    target = cache_folder() / "gguf" / f"{file_sha256(path)}-blocks-v{CONVERTER_VERSION}"
+    folder = target if target.is_dir() else publish_from(path, target, _write)
+    return Found(folder, name, file=path)
+
+
+def build(
+    found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model with a GGUFLinear over the mapped file for every layer of blocks.json, the rest dense in `dtype`."""
+    assert found.file is not None
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    dense = load_file(found.folder / "model.safetensors")
+    size = found.file.stat().st_size
+    file = torch.from_file(str(found.file), shared=False, size=size, dtype=torch.uint8)
+    for path, layer in _read_layers(found.folder, size).items():
+        bias = dense.pop(f"{path}.bias", None)
+        parent, _, last = path.rpartition(".")
+        packed = GGUFLinear(
+            layer.read(file), layer.kind, dtype=dtype, bias=None if bias is None else bias.to(dtype)
+        )
+        setattr(model.get_submodule(parent), last, packed)
+    rest = {name: value.to(dtype) for name, value in dense.items()}
+    unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty or unexpected:
+        raise CorruptFileError(
+            f"what {found.folder} holds is not the rest of this model",
+            [f"missing {name}" for name in empty[:8]] + [f"unknown {name}" for name in unexpected[:8]],
+            "Delete this folder: it is made again from the .gguf file.",
+        )
+    model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    nn.Module.to(model, device)
+    return model
+
+
+def _read_layers(folder: Path, size: int) -> dict[str, Layer]:
+    """blocks.json, checked against the size of the file: the kernels do not look where they read."""
+    layers = {path: Layer(**fields) for path, fields in read_json(folder / "blocks.json").items()}
+    for path, layer in layers.items():
+        inside = layer.kind in FORMATS and 0 <= layer.offset <= size - layer.rows * layer.row_bytes
+        if not inside or min(layer.rows, layer.row_bytes) <= 0:
+            raise CorruptFileError(
+                f"{folder / 'blocks.json'} places {path} outside the .gguf file",
+                next_step="Delete this folder: it is made again from the .gguf file.",
+            )
+    return layers
+
+
+def _write(alone: Path, header: Header, folder: Path) -> None:
+    if header.architecture not in ARCHITECTURES:
+        raise SourceError(
+            f"the layers of a {header.architecture} .gguf file cannot be held as blocks",
+            [f"possible with  {', '.join(ARCHITECTURES)}"],
+            _DENSE,
+        )
+    tokenizer = rebuilt_tokenizer(alone, header)
+    config = repaired_config(
+        AutoConfig.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True), header
+    )
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=header.dtype)
+    reader = GGUFReader(alone / "model.gguf")
+    layers, dense = _sorted_out(reader, model, header)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = header.dtype
+    folder.mkdir()
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    table = {path: asdict(layer) for path, layer in layers.items()}
+    (folder / "blocks.json").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    model.config.save_pretrained(folder)
+    matched(tokenizer, model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sorted_out(
+    reader: GGUFReader, model: PreTrainedModel, header: Header
+) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """Every tensor of the file as a layer of blocks or as a dense weight under its name in the model."""
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
+    names = get_gguf_hf_weights_map(model, processor)
+    wanted = dict(model.named_parameters())
+    layers: dict[str, Layer] = {}
+    dense: dict[str, Tensor] = {}
+    faults: list[str] = []
+    refused: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        name = names.get(tensor.name)
+        if name not in wanted:
+            if tensor.name != "rope_freqs.weight":  # read with the header
+                faults.append(f"{tensor.name} has no place in the model")
+            continue
+        kind, shape = tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist()))
+        if shape != tuple(wanted[name].shape):
+            faults.append(f"{tensor.name}: {shape} in the file, {tuple(wanted[name].shape)} in the model")
+        elif _is_layer(model, name) and (held := _HELD.get(kind)):
+            rows, columns = shape
+            heads = _heads(tensor, model, header)
+            layer = Layer(held, int(tensor.data_offset), rows, columns, heads)
+            faults += _bad_blocks(tensor, layer)
+            layers[name.removesuffix(".weight")] = layer
+        elif _is_layer(model, name) and kind not in _FLOATS:
+            refused[kind] += 1
+        else:
+            values = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name)
+            dense[name] = torch.from_numpy(np.ascontiguousarray(values.weights)).to(header.dtype)
+    known = {*dense, *(f"{path}.weight" for path in layers)}
+    if not refused:
+        faults += [f"not in the file  {name}" for name in wanted if name not in known]
+    faults += [f"{count} layers are stored as {kind}" for kind, count in sorted(refused.items())]
+    if not layers and not faults:
+        faults.append(f"no layer is stored in blocks: the file's type is {header.dtype}")
+    if faults:
+        kinds = f"blocks of {', '.join(FORMATS)} can be held"
+        raise SourceError(
+            "the layers of the .gguf file cannot be held as blocks", [*faults[:12], kinds], _DENSE
+        )
+    return layers, dense
+
+
+def _is_layer(model: PreTrainedModel, name: str) -> bool:
+    """A linear layer's weight, the output head's left out: it stays dense."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    return last == "weight" and isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+
+
+def _heads(tensor: ReaderTensor, model: PreTrainedModel, header: Header) -> int:
+    """llama.cpp's converter interleaves the halves of every head's rows in q and k of this architecture.
+
+    Source: LlamaModel.permute in https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
+    """
+    config: Any = model.config
+    if header.architecture != "llama":
+        return 0
+    if ".attn_q." in tensor.name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".attn_k." in tensor.name else 0
+
+
+def _bad_blocks(tensor: ReaderTensor, layer: Layer) -> list[str]:
+    blocks = torch.from_numpy(np.array(tensor.data)).view(layer.rows, layer.row_bytes)
+    bad = first_bad_block(blocks, layer.kind)
+    return [] if bad is None else [f"{tensor.name}: the scale of row {bad[0]}, block {bad[1]} is not finite"]
