@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Base": "veneer.api",
     "Full": "veneer.adapters.config",
+    "Library": "veneer.store.library",
     "LoRA": "veneer.adapters.config",
     "Prefix": "veneer.adapters.config",
     "RunConfig": "veneer.train.config",
@@ -23,7 +24,18 @@ _HOMES = {
     "train": "veneer.api",
 }
 
-__all__ = ["Base", "Full", "LoRA", "Prefix", "RunConfig", "VeneerError", "evaluate", "load", "train"]
+__all__ = [
+    "Base",
+    "Full",
+    "Library",
+    "LoRA",
+    "Prefix",
+    "RunConfig",
+    "VeneerError",
+    "evaluate",
+    "load",
+    "train",
+]
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.adapters.config import Full as Full
@@ -34,6 +46,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.api import load as load
     from veneer.api import train as train
     from veneer.errors import VeneerError as VeneerError
+    from veneer.store.library import Library as Library
     from veneer.train.config import RunConfig as RunConfig
 
 

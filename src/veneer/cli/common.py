@@ -44,6 +44,10 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
 
 
+def add_library(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--library", metavar="DIR", help="folder of adapters; default: your own")
+
+
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
     """--length, --format, --train-on and what else of data is a choice, said as a run file's settings are."""
     from veneer.cli.config_file import field_help

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
     "generate": "answer one prompt",
     "chat": "talk to a base, with or without an adapter",
+    "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",
     "merge": "merge adapters into their base: a plain model folder, checked against the adapter",
     "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
 }

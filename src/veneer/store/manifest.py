@@ -45,6 +45,8 @@ class Manifest(_Strict):
     """Version that wrote the folder."""
     method: str
     """Name of the method, as in a run file."""
+    trained_by: Literal["veneer", "peft"] = "veneer"
+    """Program that trained it. Of another one's adapter, whoever added it to a library named the base."""
     base: BaseIdentity
     tokenizer_hash: str | None = None
     """models.fingerprint.tokenizer_hash of the tokenizer it was trained with."""

@@ -7,8 +7,11 @@ import unicodedata
 
 def shown(text: object) -> str:
     """Text as a terminal may show it: control characters (escape sequences, direction marks) as ·."""
+    text = str(text)
+    if text.isprintable():  # the common case, and thousands of cells of a table
+        return text
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in str(text)
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in text
     )
 
 

@@ -1,0 +1,208 @@
+"""Keep adapters in a library: a folder with names, versions and tags.
+
+For instance:
+
+  veneer adapters add runs/tickets --name tickets --tag best
+  veneer adapters ls --base "*smollm*"
+  veneer generate --adapter tickets@1 "Where is my parcel?"
+
+NAME is a name (its newest version), NAME@2 or NAME@tag.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.common import add_json, add_library, make_console, print_json
+from veneer.errors import ConfigError
+from veneer.train.wording import shown, size
+
+if TYPE_CHECKING:
+    from veneer.models.base import Base
+    from veneer.store.library import Library
+
+Run = Callable[[argparse.Namespace, "Library"], int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from veneer.cli.adapters_ls import add_ls
+    from veneer.cli.adapters_show import add_diff, add_show
+
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+
+    def action(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
+        )
+        made.set_defaults(act=run)
+        add_library(made)
+        add_json(made)
+        return made
+
+    add_ls(action)
+    add_show(action)
+    add = action("add", _add, "copy an adapter's folder, or a run's result, into the library")
+    add.add_argument("source", metavar="FOLDER", help="adapter folder, or the folder of the run that made it")
+    add.add_argument("--name", metavar="NAME", help="default: the name of the folder")
+    add.add_argument("--tag", action="append", default=[], metavar="TAG", help="may be given several times")
+    add.add_argument("--note", default="", metavar="TEXT", help="one line")
+    _add_base(add, "for an adapter from elsewhere: it must fit this base, and loads on no other from then on")
+    rm = action("rm", _rm, "take a version, or a name with all versions, out; gc frees the space")
+    rm.add_argument("adapter", metavar="NAME[@V]")
+    tag = action("tag", _tag, "put tags or a note on a version")
+    tag.add_argument("adapter", metavar="NAME[@V]")
+    tag.add_argument(
+        "tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it"
+    )
+    tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="take a tag off")
+    tag.add_argument("--note", metavar="TEXT", help='one line; "" removes it')
+    rename = action("rename", _rename, "give all versions of a name another name")
+    rename.add_argument("old", metavar="OLD")
+    rename.add_argument("new", metavar="NEW")
+    add_diff(action)
+    verify = action("verify", _verify, "check hashes, shapes and values of one adapter, or of all")
+    verify.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="default: every version of every name")
+    _add_base(verify, "also check that it fits this base")
+    gc = action("gc", _gc, "show what nobody needs; with --yes, remove it")
+    gc.add_argument(
+        "--keep", type=_positive, default=1, metavar="N", help="newest versions to keep; default: 1"
+    )
+    gc.add_argument("--yes", action="store_true", help="remove it")
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer.store.library import Library
+
+    code: int = args.act(args, Library(args.library))
+    return code
+
+
+def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--base", metavar="B", help=help)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+
+
+def load_plain_base(args: argparse.Namespace) -> Base | None:
+    """The base of --base, on the CPU, where one is given."""
+    if not args.base:
+        return None
+    from veneer.models.load import load_base
+
+    return load_base(args.base, dtype=args.dtype, device="cpu")
+
+
+def _add(args: argparse.Namespace, library: Library) -> int:
+    from veneer.store.names import is_reference
+
+    name = args.name
+    if name is None:
+        path = Path(args.source).resolve()
+        name = path.parent.name if path.name == "adapter" else path.name
+        if not is_reference(name) or "@" in name:
+            raise ConfigError(f"{name!r} is no name for an adapter", [], "Give one: --name NAME.")
+    entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=load_plain_base(args))
+    if args.json:
+        print_json(entry.to_dict())
+        return 0
+    facts = entry.version.facts
+    say = make_console(json=False)
+    say.print(f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}", soft_wrap=True)
+    if facts.base_proof == "unverified":
+        called = f"It calls its base {shown(facts.base)!r}; a name proves nothing." if facts.base else ""
+        say.print(
+            "  base: unverified: the files do not say which weights it was trained on. " + called,
+            soft_wrap=True,
+        )
+        say.print(
+            f"  To check that it fits: veneer adapters add {shown(args.source)} --name {name} --base B",
+            soft_wrap=True,
+        )
+    elif facts.base_proof == "stated":
+        say.print(
+            f"  base: {shown(facts.base)}, as you say: names and shapes fit. It loads on these weights alone.",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _rm(args: argparse.Namespace, library: Library) -> int:
+    gone = library.remove(args.adapter)
+    if args.json:
+        print_json([entry.to_dict() for entry in gone])
+        return 0
+    say = make_console(json=False)
+    say.print(f"removed {', '.join(entry.reference for entry in gone)}", soft_wrap=True)
+    newest = library.objects / gone[-1].version.object
+    say.print(
+        f"  The files stay until `veneer adapters gc`; back with: veneer adapters add {newest} --name {gone[-1].name}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _tag(args: argparse.Namespace, library: Library) -> int:
+    if not args.tags and not args.remove and args.note is None:
+        raise ConfigError("nothing to change", [], "Give tags, --remove TAG or --note TEXT.")
+    entry = library.change(args.adapter, tag=args.tags, untag=args.remove, note=args.note)
+    if args.json:
+        print_json(entry.to_dict())
+    else:
+        tags = ", ".join(entry.version.tags) or "no tags"
+        note = f" · {shown(entry.version.note)}" if entry.version.note else ""
+        make_console(json=False).print(f"{entry.reference} · {tags}{note}", soft_wrap=True)
+    return 0
+
+
+def _rename(args: argparse.Namespace, library: Library) -> int:
+    library.rename(args.old, args.new)
+    if args.json:
+        print_json({"old": args.old, "new": args.new})
+    else:
+        make_console(json=False).print(f"{args.old} is now {args.new}", soft_wrap=True)
+    return 0
+
+
+def _verify(args: argparse.Namespace, library: Library) -> int:
+    found = library.verify(args.adapter, base=load_plain_base(args))
+    bad = {reference: faults for reference, faults in found.items() if faults}
+    if args.json:
+        print_json({"checked": len(found), "faults": found})
+    else:
+        say = make_console(json=False)
+        for reference, faults in bad.items():
+            say.print(f"{reference}: damaged", style="bold red", soft_wrap=True)
+            for fault in faults:
+                say.print(f"  {shown(fault)}", soft_wrap=True)
+        what = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
+        say.print(f"{len(found):,} checked, {len(bad):,} damaged: {what}", soft_wrap=True)
+    return 4 if bad else 0
+
+
+def _gc(args: argparse.Namespace, library: Library) -> int:
+    left = library.collect(keep=args.keep, apply=args.yes)
+    if args.json:
+        fields: dict[str, Any] = {"versions": left.versions, "objects": left.objects, "remains": left.remains}
+        print_json({**fields, "bytes": left.bytes, "removed": args.yes})
+        return 0
+    say = make_console(json=False)
+    for reference in left.versions[:20]:
+        say.print(f"  {reference}: an old version without a tag", soft_wrap=True)
+    if len(left.versions) > 20:
+        say.print(f"  and {len(left.versions) - 20:,} more old versions")
+    counts = (
+        f"{len(left.objects):,} objects, {len(left.remains):,} remains of broken writes, {size(left.bytes)}"
+    )
+    say.print(f"{'removed' if args.yes else 'not needed'}: {counts}", soft_wrap=True)
+    if not args.yes and (left.versions or left.objects or left.remains):
+        say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value

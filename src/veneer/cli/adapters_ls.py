@@ -1,0 +1,105 @@
+"""`veneer adapters ls`: the library as a table. Loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, get_args
+
+from veneer.cli.common import print_json
+from veneer.train.wording import cut, number, shown, size
+
+if TYPE_CHECKING:
+    from veneer.store.library import Entry, Library
+
+HEAD = ("NAME", "BASE", "METHOD", "SIZE", "METRIC", "AGE", "TAGS")
+_RIGHT = {"SIZE", "AGE"}
+_SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC": 9}
+"""Columns that give way on a narrow screen, and how far."""
+
+
+def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
+    from veneer.store.library import SortKey
+
+    ls = action("ls", _ls, "list adapters: the newest version of every name")
+    ls.add_argument("--name", default="*", metavar="GLOB", help='names like this, for instance "support-*"')
+    ls.add_argument(
+        "--base", metavar="GLOB", help="made for this base: its name, or how its fingerprint begins"
+    )
+    ls.add_argument("--method", metavar="M", help="lora, ...")
+    ls.add_argument("--tag", metavar="TAG", help="versions that bear this tag")
+    ls.add_argument("--versions", action="store_true", help="old versions too")
+    ls.add_argument("--sort", default="name", choices=get_args(SortKey), help="default: name")
+
+
+def _ls(args: argparse.Namespace, library: Library) -> int:
+    entries = library.entries(
+        name=args.name, base=args.base, method=args.method, tag=args.tag, every_version=args.versions,
+        sort=args.sort,
+    )  # fmt: skip
+    if args.json:
+        print_json([entry.to_dict() for entry in entries])
+        return 0
+    if not entries:
+        filtered = args.name != "*" or args.base or args.method or args.tag
+        what = "no adapter that all of that holds for" if filtered else "no adapters yet"
+        print(f"{what} in {shown(library.folder)}")
+        if not filtered:
+            print("The first one: veneer adapters add runs/RUN --name NAME")
+        return 0
+    width = get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n".join(table(HEAD, [_row(entry) for entry in entries], width)))
+    return 0
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    facts, version = entry.version.facts, entry.version
+    base = (facts.base or "?").rpartition("/")[2]
+    proof = {"fingerprint": "", "stated": " (stated)", "unverified": " (unverified)"}[facts.base_proof]
+    metric = next(iter(sorted(facts.metrics.items(), key=lambda m: (m[0] != "validation_loss", m[0]))), None)
+    return tuple(
+        map(
+            shown,
+            (
+                entry.reference,
+                base + proof,
+                facts.method + (f" r{facts.rank}" if facts.rank else ""),
+                size(facts.bytes),
+                "" if metric is None else f"{metric[0]} {number(metric[1])}",
+                age(version.added),
+                ", ".join(version.tags),
+            ),
+        )
+    )
+
+
+def age(added: str) -> str:
+    """2026-01-31T12:00:00Z -> 5 min, 3 h, 12 d."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(added)).total_seconds()
+    if seconds < 90 * 60:
+        return f"{max(round(seconds / 60), 0)} min"
+    return f"{round(seconds / 3600)} h" if seconds < 48 * 3600 else f"{round(seconds / 86400)} d"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """Lines of a table; columns that can shrink give way until it is as wide as the screen."""
+    columns = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    widths = {i: max(len(head[i]), *(len(row[i]) for row in rows)) for i in columns}
+    while width is not None and sum(widths.values()) + 2 * (len(columns) - 1) > width:
+        wide = [i for i in columns if widths[i] > _SHRINK.get(head[i], 10**9)]
+        if not wide:
+            break
+        widths[max(wide, key=lambda i: widths[i] - _SHRINK[head[i]])] -= 1
+    lines = []
+    for row in [head, *rows]:
+        cells = [cut(row[i], widths[i]) for i in columns]
+        lines.append(
+            "  ".join(
+                cell.rjust(widths[i]) if head[i] in _RIGHT else cell.ljust(widths[i])
+                for i, cell in zip(columns, cells, strict=True)
+            ).rstrip()
+        )
+    return lines

@@ -1,0 +1,119 @@
+"""What comes into a library is examined here: which files, which facts, whether it fits a base.
+
+Foreign files are recognised by name and refused with the way out; what only names its base is marked so.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from veneer.adapters.attach import detach
+from veneer.adapters.site import Attachment
+from veneer.errors import VeneerError
+from veneer.models.base import Base
+from veneer.models.fingerprint import Fingerprint
+from veneer.store.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
+from veneer.store.atomic import MANIFEST
+from veneer.store.foreign import adapter_folder
+from veneer.store.manifest import MANIFEST_NAME, content_hash
+from veneer.store.objects import ADAPTER_FILES, Content, object_faults
+from veneer.store.records import Facts
+from veneer.store.strict_json import read_json
+
+_TRIAL = "\0trial"
+"""A name that no user can give: the adapter is put on the base for a moment."""
+
+
+def examined(source: Path, base: Base | None) -> tuple[dict[str, Content], Facts]:
+    """The adapter's own files and no others, read once in full, and the facts of them.
+
+    base: an adapter that vouches for no base is given this one's fingerprint, if it fits.
+    """
+    folder = adapter_folder(source)
+    stored = read_adapter(folder)
+    files: dict[str, Content] = {name: folder / name for name in ADAPTER_FILES if (folder / name).is_file()}
+    if base is not None:
+        manifest = _with_base(stored, base)
+        if stored.manifest is None:
+            files[MANIFEST_NAME] = manifest
+    facts = facts_of(stored)
+    if base is not None and stored.manifest is None:
+        update = {"base_digest": base.fingerprint().digest, "base_proof": "stated", "base": base.name_or_path}
+        facts = facts.model_copy(update=update)
+    size = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
+    return files, facts.model_copy(update={"bytes": size})
+
+
+def facts_of(stored: StoredAdapter) -> Facts:
+    """What listing will say; bytes: of the adapter's files."""
+    manifest = stored.manifest
+    theirs = manifest is None or manifest.trained_by != "veneer"
+    weights, config = stored.folder / ADAPTER_FILES[1], read_json(stored.folder / ADAPTER_FILES[0])
+    return Facts(
+        method=stored.config.name if manifest is None else manifest.method,
+        bytes=sum((stored.folder / name).stat().st_size for name in ADAPTER_FILES if (stored.folder / name).exists()),
+        tensors=len(stored.tensors),
+        parameters=sum(tensor.numel() for tensor in stored.tensors.values()),
+        rank=getattr(stored.config, "rank", None),
+        base=(stored.name_or_path if manifest is None else manifest.base.name) or None,
+        base_digest=None if manifest is None else Fingerprint.from_dict(manifest.base.fingerprint).digest,
+        base_proof="unverified" if manifest is None else "stated" if theirs else "fingerprint",
+        content_hash=content_hash(weights, config) if manifest is None else manifest.content_hash,
+        parent=None if manifest is None else manifest.parent,
+        data_fingerprint=None if manifest is None else manifest.data_fingerprint,
+        metrics={} if manifest is None else dict(manifest.metrics),
+        origin="peft" if theirs else "veneer",
+    )  # fmt: skip
+
+
+def _with_base(stored: StoredAdapter, base: Base) -> bytes:
+    """veneer.json for an adapter from elsewhere that fits this base. AdapterMismatchError says why it does not."""
+    with _on_trial(base, stored) as attachment:
+        scaling = {path: layer.scaling for path, layer in sorted(attachment.layers.items())}
+    manifest = manifest_for(base, method=stored.config.name).model_copy(
+        update={
+            "trained_by": "peft",
+            "scaling": scaling,
+            "content_hash": content_hash(
+                stored.folder / ADAPTER_FILES[1], read_json(stored.folder / ADAPTER_FILES[0])
+            ),
+            "tokenizer_hash": None,
+        }
+    )
+    return manifest.to_json().encode()
+
+
+@contextmanager
+def _on_trial(base: Base, stored: StoredAdapter) -> Iterator[Attachment]:
+    """The adapter on the base, within the block."""
+    attachment = load_adapter(base, stored, name=_TRIAL)
+    try:
+        yield attachment
+    finally:
+        detach(base.model, _TRIAL)
+        del base.attachments[_TRIAL]
+
+
+def entry_faults(folder: Path, facts: Facts, base: Base | None) -> list[str]:
+    """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on `base`."""
+    if faults := object_faults(folder):
+        return faults
+    faults = [f"{path.name} is no file of an adapter" for path in _others(folder)]
+    try:
+        stored = read_adapter(folder)
+        if (found := facts_of(stored)) != facts:
+            faults += [
+                f"the record says {name} {getattr(facts, name)!r}, the files say {getattr(found, name)!r}"
+                for name in Facts.model_fields
+                if getattr(facts, name) != getattr(found, name)
+            ]
+        if base is not None:
+            with _on_trial(base, stored):
+                pass
+    except VeneerError as fault:
+        faults += [fault.headline, *fault.faults]
+    return faults
+
+
+def _others(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name not in (*ADAPTER_FILES, MANIFEST))

@@ -1,0 +1,433 @@
+"""A library: a folder of adapters by name and version. No server, no database.
+
+    library.json              the layout's version
+    names/<name>.json         versions of a name, with tags, notes and facts (store/records.py)
+    objects/<id>/             the adapters' files, called by their content (store/objects.py)
+    index.json                built from names/; may be deleted at any time (store/index.py)
+
+A name changes under one lock, by one rename. Objects are written before a name points to them and go only in a
+collection, which waits until nobody adds. Loads torch only to add, verify or load.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.store.atomic import atomic_file
+from veneer.store.foreign import adapter_folder, holds_adapter
+from veneer.store.index import INDEX, indexed_records
+from veneer.store.lock import locked
+from veneer.store.names import (
+    MAX_NOTE,
+    Reference,
+    check_name,
+    check_tag,
+    is_reference,
+    nearest,
+    parse_reference,
+)
+from veneer.store.objects import folder_bytes, object_faults, put, stored_ids
+from veneer.store.records import Facts, Record, Version, known_version, read_record, write_record
+from veneer.store.strict_json import read_json
+
+if TYPE_CHECKING:
+    from veneer.models.base import Base
+
+MARKER = "library.json"
+SortKey = Literal["name", "added", "size", "method", "base"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version of one name."""
+
+    name: str
+    version: Version
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = self.version.model_dump(mode="json")
+        facts = fields.pop("facts")
+        return {"name": self.name, "reference": self.reference, **fields, **facts}
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What a collection removes: old versions, objects that no name leads to, and remains of dead writers."""
+
+    versions: list[str]
+    objects: list[str]
+    remains: list[str]
+    bytes: int
+
+
+def default_folder() -> Path:
+    """Where the user's library is, by the rules of the system."""
+    home = Path.home()
+    if os.name == "nt":
+        data = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif os.uname().sysname == "Darwin":
+        data = home / "Library" / "Application Support"
+    else:
+        data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+    return data / "veneer" / "adapters"
+
+
+class Library:
+    """Adapters by name and version in a folder, which is made by the first `add`.
+
+    folder: None is the user's own library. Every method may be called from many processes and threads at once.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = default_folder() if folder is None else Path(folder).expanduser()
+        self._own = folder is None
+        self.names, self.objects = self.folder / "names", self.folder / "objects"
+
+    # reading
+
+    def entries(
+        self, *, name: str = "*", base: str | None = None, method: str | None = None, tag: str | None = None,
+        every_version: bool = False, sort: SortKey = "name",
+    ) -> list[Entry]:  # fmt: skip
+        """The newest version of every name, or every version, that all filters let through.
+
+        name, base: patterns with * and ?; base is compared with the base's name, its last part, and the beginning
+        of its fingerprint's digest. tag: one that the version bears. sort: added and size begin with the largest.
+        """
+        self._require()
+        found = []
+        for each, stored in indexed_records(self.names, self.folder / INDEX).items():
+            if not fnmatchcase(each, name):
+                continue
+            versions = stored["versions"] if every_version or tag else stored["versions"][-1:]
+            for version in map(known_version, versions):
+                if _passes(version, base, method, tag):
+                    found.append(Entry(each, version))
+        keys: dict[str, Callable[[Entry], Any]] = {
+            "added": lambda e: e.version.added,
+            "size": lambda e: e.version.facts.bytes,
+            "method": lambda e: e.version.facts.method,
+            "base": lambda e: e.version.facts.base or "",
+        }
+        if sort != "name":
+            found.sort(key=keys[sort], reverse=sort in ("added", "size"))
+        return found
+
+    def get(self, reference: str) -> Entry:
+        """name, name@2 or name@tag. ConfigError says what there is instead."""
+        wanted = parse_reference(reference)
+        self._require()
+        return Entry(wanted.name, _chosen(wanted, self._record(wanted.name)))
+
+    def path(self, reference: str) -> Path:
+        """The folder of the adapter, which PEFT reads too. What it holds is not checked here: see `verify`."""
+        entry = self.get(reference)
+        folder = self.objects / entry.version.object
+        if not folder.is_dir():
+            raise CorruptFileError(
+                f"{entry.reference}: its object is gone from {self.objects}", [], "Pull or add it again."
+            )
+        return folder
+
+    def locate(self, named: str | Path) -> Path:
+        """The folder that a path or a reference means, as a command's --adapter takes it.
+
+        A folder with an adapter wins over anything that is not one; if the library has an adapter of that name
+        as well, neither is taken. Raises SourceError (nothing there), ConfigError (both, or no such name).
+        """
+        path, text = Path(named).expanduser(), str(named)
+        bare = is_reference(text) and "/" not in text and os.sep not in text
+        if bare and self._file(text.partition("@")[0]).is_file():
+            if holds_adapter(path):
+                raise ConfigError(
+                    f"{text!r} is a folder here and an adapter in {self.folder}",
+                    [],
+                    f"Write ./{text} for the folder, {self.get(text).reference} for the other.",
+                )
+            return self.path(text)
+        if bare and not path.exists():
+            raise SourceError(
+                f"there is no adapter {text!r}",
+                [f"{path.absolute()} is not there", f"{self.folder} has no such name"],
+                self.names_like(text),
+            )
+        return adapter_folder(path)
+
+    def names_like(self, reference: str) -> str:
+        """What to do about a name that is not there."""
+        return nearest(reference.partition("@")[0], self._names())
+
+    # writing
+
+    def add(
+        self,
+        source: str | Path,
+        *,
+        name: str,
+        tags: Sequence[str] = (),
+        note: str = "",
+        base: Base | None = None,
+    ) -> Entry:
+        """Copies an adapter's folder, or a run's result, in as the next version of `name`.
+
+        base: for an adapter from elsewhere: it must fit, and from then on it loads on this base alone. Without it
+        such an adapter is marked as unverified. The same bytes as the newest version are no new version.
+        Raises SourceError, UnsafeFileError, CorruptFileError, RefusedError, AdapterMismatchError.
+        """
+        from veneer.store.intake import examined  # loads torch
+
+        check_name(name)
+        tags, note = [check_tag(tag) for tag in tags], _checked_note(note)
+        with self.receiving():
+            files, facts = examined(Path(source), base)
+            return self.point(name, put(self.objects, files), facts, tags=tags, note=note)
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Objects written within the block are safe from a collection until names point to them."""
+        self._make()
+        with locked(self.folder / ".objects.lock", shared=True):
+            yield
+
+    def point(
+        self, name: str, object: str, facts: Facts, *, tags: Sequence[str] = (), note: str = ""
+    ) -> Entry:
+        """Make an object that is in the store the newest version of a name."""
+        with self._changing():
+            path = self._file(name)
+            record = read_record(path) if path.exists() else Record()
+            without = [
+                version.model_copy(update={"tags": [tag for tag in version.tags if tag not in tags]})
+                for version in record.versions
+            ]
+            added = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            if record.versions and record.newest.object == object:
+                same = record.newest
+                version = same.model_copy(
+                    update={"tags": sorted({*same.tags, *tags}), "note": note or same.note}
+                )
+                versions = [*without[:-1], version]
+                changed = record.model_copy(update={"versions": versions})
+            else:
+                version = Version(
+                    version=record.next_version, object=object, added=added, tags=sorted(set(tags)), note=note,
+                    facts=facts,
+                )  # fmt: skip
+                changed = Record(next_version=record.next_version + 1, versions=[*without, version])
+            if changed != record:
+                write_record(path, changed)
+        return Entry(name, version)
+
+    def remove(self, reference: str) -> list[Entry]:
+        """Takes a version, or a name with all its versions, out. The objects stay until `collect`."""
+        wanted = parse_reference(reference)
+        self._require()
+        with self._changing():
+            record = self._record(wanted.name)
+            if wanted == Reference(wanted.name):
+                gone, left = record.versions, []
+            else:
+                gone = [_chosen(wanted, record)]
+                left = [version for version in record.versions if version != gone[0]]
+            if left:
+                write_record(self._file(wanted.name), record.model_copy(update={"versions": left}))
+            else:
+                self._file(wanted.name).unlink()
+        return [Entry(wanted.name, version) for version in gone]
+
+    def rename(self, old: str, new: str) -> None:
+        """One rename: every version is found under the one name or the other at every moment."""
+        check_name(old), check_name(new)
+        self._require()
+        with self._changing():
+            self._record(old)
+            if self._file(new).exists():
+                raise ConfigError(
+                    f"there is an adapter {new!r} already", [], "Take another name, or remove it."
+                )
+            self._file(old).rename(self._file(new))
+
+    def change(
+        self, reference: str, *, tag: Sequence[str] = (), untag: Sequence[str] = (), note: str | None = None
+    ) -> Entry:
+        """Puts tags on a version and takes others off; a tag leaves the version of this name that bore it."""
+        wanted = parse_reference(reference)
+        added, dropped = {check_tag(each) for each in tag}, {check_tag(each) for each in untag}
+        self._require()
+        with self._changing():
+            record = self._record(wanted.name)
+            chosen = _chosen(wanted, record)
+            if missing := sorted(dropped - set(chosen.tags)):
+                have = ", ".join(chosen.tags) or "none"
+                raise ConfigError(f"{reference} does not bear {', '.join(missing)}", [], f"Its tags: {have}.")
+            versions = []
+            for version in record.versions:
+                update: dict[str, Any] = {"tags": sorted(set(version.tags) - added)}
+                if version == chosen:
+                    update = {"tags": sorted(set(version.tags) - dropped | added)}
+                    update["note"] = version.note if note is None else _checked_note(note)
+                    chosen = version.model_copy(update=update)
+                versions.append(version.model_copy(update=update))
+            write_record(self._file(wanted.name), record.model_copy(update={"versions": versions}))
+        return Entry(wanted.name, chosen)
+
+    def collect(self, *, keep: int = 1, apply: bool = True) -> Leftovers:
+        """Removes what nobody needs; apply=False only tells. Of every name the newest `keep` versions stay, and
+        every version that bears a tag."""
+        self._require()
+        with locked(self.folder / ".objects.lock"), self._changing():
+            records = {name: self._record(name) for name in self._names()}
+            old: list[str] = []
+            needed: set[str] = set()
+            for name, record in records.items():
+                last = record.versions[-max(keep, 1) :]
+                kept = [version for version in record.versions if version.tags or version in last]
+                needed.update(version.object for version in kept)
+                old += [f"{name}@{version.version}" for version in record.versions if version not in kept]
+                if apply and len(kept) < len(record.versions):
+                    write_record(self._file(name), record.model_copy(update={"versions": kept}))
+            unneeded = [each for each in stored_ids(self.objects) if each not in needed]
+            remains = [
+                path for place in (self.objects, self.names) for path in place.glob(".*") if _is_remains(path)
+            ]
+            remains += list((self.folder / "incoming").glob("*"))
+            doomed = [self.objects / each for each in unneeded] + remains
+            freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
+            for path in doomed if apply else []:
+                if path.is_dir():  # out of sight whole, before its files go one by one
+                    hidden = path.with_name(f".partial-{os.getpid()}-gone-{path.name}")
+                    path.rename(hidden)
+                    shutil.rmtree(hidden)
+                else:
+                    path.unlink(missing_ok=True)
+            return Leftovers(old, unneeded, [path.name for path in remains], freed)
+
+    def verify(self, reference: str | None = None, *, base: Base | None = None) -> dict[str, list[str]]:
+        """Reference -> what is wrong with it; every version where none is named. Empty lists: all is well.
+
+        Hashes of every file, shapes and finite values of every tensor, nothing extra, the facts that listing
+        shows; on `base`, if given, whether it fits.
+        """
+        from veneer.store.intake import entry_faults  # loads torch
+
+        entries = self.entries(every_version=True) if reference is None else [self.get(reference)]
+        return {
+            entry.reference: entry_faults(self.objects / entry.version.object, entry.version.facts, base)
+            for entry in entries
+        }
+
+    def whole(self, reference: str) -> Path:
+        """The adapter's folder, every byte of it compared with its hash."""
+        folder = self.path(reference)
+        if faults := object_faults(folder):
+            raise CorruptFileError(f"{reference} is damaged", faults, "Pull or add it again.")
+        return folder
+
+    # below
+
+    def _names(self) -> list[str]:
+        try:
+            files = [path.name for path in self.names.iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(
+            name.removesuffix(".json") for name in files if name.endswith(".json") and name[0] != "."
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.names / f"{check_name(name)}.json"
+
+    def _record(self, name: str) -> Record:
+        path = self._file(name)
+        if not path.is_file():
+            raise ConfigError(f"no adapter {name!r} in {self.folder}", [], nearest(name, self._names()))
+        return read_record(path)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with locked(self.folder / ".names.lock"):
+            yield
+
+    def _require(self) -> None:
+        """SourceError where the folder is no library; the user's own may not be there yet."""
+        marker = self.folder / MARKER
+        if not marker.is_file():
+            if self._own or (self.folder.is_dir() and not any(self.folder.iterdir())):
+                return
+            raise SourceError(
+                f"{self.folder} is no library of adapters",
+                [],
+                f"Make one: veneer adapters add ADAPTER --library {self.folder}",
+            )
+        if (version := read_json(marker).get("format_version")) != 1:
+            raise CorruptFileError(
+                f"{self.folder} is a library of version {version!r}, this Veneer reads 1",
+                [],
+                "Install the version of Veneer that wrote it, or a newer one.",
+            )
+
+    def _make(self) -> None:
+        if (self.folder / MARKER).is_file():
+            return self._require()
+        if self.folder.exists() and _strangers(self.folder):
+            raise ConfigError(
+                f"{self.folder} holds other things and is no library", [], "Give an empty or a new folder."
+            )
+        with locked(self.folder / ".names.lock"):
+            if not (self.folder / MARKER).is_file():
+                self.names.mkdir(mode=0o700, exist_ok=True)
+                self.objects.mkdir(mode=0o700, exist_ok=True)
+                with atomic_file(self.folder / MARKER) as partial:
+                    partial.write_text('{"format_version": 1}\n', encoding="utf-8")
+        return None
+
+
+def _strangers(folder: Path) -> bool:
+    """Whether it is no folder, or holds what no library holds. One that is just being made holds some of its own."""
+    if not folder.is_dir():
+        return True
+    own = {MARKER, INDEX, "names", "objects", "incoming"}
+    return any(path.name not in own and path.name[0] != "." for path in folder.iterdir())
+
+
+def _passes(version: Version, base: str | None, method: str | None, tag: str | None) -> bool:
+    facts = version.facts
+    if base is not None:
+        name = facts.base or ""
+        known = [name, name.rpartition("/")[2], (facts.base_digest or "")[: max(len(base), 8)]]
+        if not any(fnmatchcase(each, base) for each in known):
+            return False
+    return (method is None or facts.method == method) and (tag is None or tag in version.tags)
+
+
+def _chosen(wanted: Reference, record: Record) -> Version:
+    if wanted.version is None and wanted.tag is None:
+        return record.newest
+    for version in record.versions:
+        if version.version == wanted.version or (wanted.tag is not None and wanted.tag in version.tags):
+            return version
+    have = ", ".join(f"@{v.version}" + "".join(f" ({tag})" for tag in v.tags) for v in record.versions)
+    raise ConfigError(f"there is no {wanted}", [], f"{wanted.name} has {have}.")
+
+
+def _checked_note(note: str) -> str:
+    if len(note) > MAX_NOTE or not note.isprintable():
+        raise ConfigError(f"a note is one line of up to {MAX_NOTE} printable characters")
+    return note
+
+
+def _is_remains(path: Path) -> bool:
+    return path.name.startswith((".partial-", ".broken-", ".replaced-"))

@@ -1,0 +1,60 @@
+"""One writer at a time, across processes and threads; a lock ends with its process, however that dies.
+
+The lock is on an open file, not in its existence: a file left behind locks nothing.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from veneer.errors import InputError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+WAIT_SECONDS = 120.0
+_POLL_SECONDS = 0.005
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Holds the lock file `path` within the block; shared: beside other shared holders (not on Windows).
+
+    Raises InputError when others hold it for longer than wait_seconds, or the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as fault:
+        raise InputError(
+            f"{path.parent} cannot be written: {fault.strerror}", [], "Give a folder that you may write to."
+        ) from fault
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while not _try(descriptor, shared=shared):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{path.parent} is busy: another process has been changing it for {wait_seconds:.0f} s",
+                    [],
+                    "Wait until it is done, then try again.",
+                )
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
+
+
+def _try(descriptor: int, *, shared: bool) -> bool:
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,99 @@
+"""Names of adapters in a library, and references to one of their versions.
+
+    tickets       the newest version          tickets@2     version 2
+    tickets@best  the one version that bears the tag
+
+A name becomes the name of a file, on any file system: lower case, no reserved device, no trailing dot.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from veneer.errors import ConfigError
+
+MAX_NAME = 64
+MAX_NOTE = 1000
+_NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
+_TAG = re.compile(r"[a-z][a-z0-9._-]{0,31}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+"""Windows opens a device instead of a file of these names, whatever their ending."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """name, and a version's number or a tag; neither: the newest version."""
+
+    name: str
+    version: int | None = None
+    tag: str | None = None
+
+    def __str__(self) -> str:
+        chosen = self.version if self.version is not None else self.tag
+        return self.name if chosen is None else f"{self.name}@{chosen}"
+
+
+def check_name(name: str) -> str:
+    """The name itself; ConfigError says why it is none."""
+    if (fault := _name_fault(name)) is not None:
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].strip("-")
+        hint = f"For instance: {near}." if near and _name_fault(near) is None else "For instance: tickets-v2."
+        raise ConfigError(f"{name[:80]!r} is no name for an adapter", [fault], hint)
+    return name
+
+
+def is_name(name: str) -> bool:
+    return _name_fault(name) is None
+
+
+def _name_fault(name: str) -> str | None:
+    if not _NAME.fullmatch(name):
+        return "a name is made of a-z and 0-9, with single dots, dashes or underscores between"
+    if len(name) > MAX_NAME:
+        return f"it has {len(name)} characters, the limit is {MAX_NAME}"
+    return "Windows reserves it for a device" if name.split(".")[0] in _DEVICES else None
+
+
+def check_tag(tag: str) -> str:
+    if not _TAG.fullmatch(tag):
+        raise ConfigError(
+            f"{tag[:80]!r} is no tag",
+            ["a tag begins with a letter: up to 32 of a-z, 0-9, dots, dashes, underscores"],
+            "For instance: best.",
+        )
+    return tag
+
+
+def parse_reference(text: str) -> Reference:
+    """name, name@2 or name@tag. ConfigError says what is wrong with it."""
+    name, at, chosen = text.partition("@")
+    check_name(name)
+    if not at:
+        return Reference(name)
+    if _VERSION.fullmatch(chosen):
+        return Reference(name, version=int(chosen))
+    if _TAG.fullmatch(chosen):
+        return Reference(name, tag=chosen)
+    raise ConfigError(
+        f"{text[:80]!r} names no version", [], f"After the @ stands a number or a tag, for instance {name}@1."
+    )
+
+
+def is_reference(text: str) -> bool:
+    """Whether the text could name an adapter of a library at all."""
+    try:
+        parse_reference(text)
+    except ConfigError:
+        return False
+    return True
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to do about a name that is not there: the one probably meant, or some that are there."""
+    have = sorted(known)
+    if close := difflib.get_close_matches(name, have, n=1, cutoff=0.5):
+        return f"Did you mean {close[0]!r}?"
+    shown = ", ".join(have[:8]) + (", …" if len(have) > 8 else "")
+    return f"There is: {shown}." if have else "There is none yet."

@@ -1,0 +1,148 @@
+"""Objects of a library: folders of an adapter's files, each called by the SHA-256 of what it holds.
+
+    objects/<64 hex digits>/    adapter_config.json  adapter_model.safetensors  [veneer.json]  MANIFEST.json
+
+MANIFEST.json lists size and SHA-256 of every other file; the folder's name is the SHA-256 of MANIFEST.json. So one
+name vouches for every byte, wherever the folder was copied from. Not known here: what the files mean.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, CorruptFileError, InputError
+from veneer.store.atomic import MANIFEST, atomic_folder, file_hash, verify_manifest
+from veneer.store.strict_json import parse_json
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json")
+MAX_MANIFEST_BYTES = 100_000
+_ID = re.compile(r"[0-9a-f]{64}")
+"""Ids come from files and networks and become names of folders: nothing else may pass."""
+
+Content = Path | bytes
+
+
+def is_id(text: str) -> bool:
+    return _ID.fullmatch(text) is not None
+
+
+def manifest_text(files: Mapping[str, Content]) -> str:
+    """MANIFEST.json of these files, as write_manifest would write it."""
+    listed = {name: _size_and_hash(content) for name, content in sorted(files.items())}
+    return json.dumps({"format_version": 1, "files": listed}, indent=2, sort_keys=True) + "\n"
+
+
+def _size_and_hash(content: Content) -> dict[str, int | str]:
+    if isinstance(content, bytes):
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": content.stat().st_size, "sha256": file_hash(content)}
+
+
+def object_id(manifest: str | bytes) -> str:
+    return hashlib.sha256(manifest.encode() if isinstance(manifest, str) else manifest).hexdigest()
+
+
+def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
+    """Name -> {bytes, sha256} of an object's files: an adapter's and no others. CorruptFileError names what is wrong."""
+    stored = parse_json(manifest, Path(where), max_bytes=MAX_MANIFEST_BYTES)
+    files = stored.get("files")
+    faults = []
+    if stored.get("format_version") != 1 or not isinstance(files, dict) or not files:
+        faults.append("it lists no files")
+        files = {}
+    faults += [f"{name[:80]!r} is no file of an adapter" for name in files if name not in ADAPTER_FILES]
+    faults += [f"{name} is not listed" for name in ADAPTER_FILES[:2] if name not in files]
+    for name, entry in files.items():
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"bytes", "sha256"}
+            or type(entry["bytes"]) is not int
+            or entry["bytes"] < 0
+            or not is_id(str(entry["sha256"]))
+        ):
+            faults.append(f"{name[:80]}: no size and hash")
+    if faults:
+        raise CorruptFileError(f"{where} is not the manifest of an object", faults, "Copy it again.")
+    return files
+
+
+@contextmanager
+def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | None]:
+    """Yields a folder to fill with the object's files and its MANIFEST.json; None where the object is there and whole.
+
+    On leaving, every byte must be what the id says, or nothing appears. CorruptFileError lists what is not.
+    """
+    place = objects / wanted
+    if os.path.lexists(place):
+        if not object_faults(place):
+            yield None
+            return
+        set_aside(place)
+    try:
+        with atomic_folder(place, needed_bytes=needed_bytes) as partial:
+            partial.chmod(0o700)
+            yield partial
+            if faults := object_faults(partial, wanted=wanted):
+                raise CorruptFileError(
+                    f"object {wanted[:12]}… did not arrive whole",
+                    faults,
+                    "Try again; nothing was kept of it.",
+                )
+    except (ConfigError, InputError):
+        if object_faults(place):  # otherwise another process put the same bytes there first
+            raise
+
+
+def set_aside(place: Path) -> None:
+    """Takes a broken object out of its place; the next collection removes it."""
+    with suppress(FileNotFoundError):  # another process did it first
+        place.rename(place.with_name(f".broken-{os.getpid()}-{time.monotonic_ns()}"))
+
+
+def put(objects: Path, files: Mapping[str, Content]) -> str:
+    """Copies the files into the store and returns their object's id. Already there: nothing is written."""
+    manifest = manifest_text(files)
+    wanted = object_id(manifest)
+    needed = sum(
+        len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()
+    )
+    with receiving(objects, wanted, needed) as partial:
+        if partial is not None:
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    (partial / name).write_bytes(content)
+                else:
+                    shutil.copyfile(content, partial / name)
+                (partial / name).chmod(0o600)
+            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+    return wanted
+
+
+def object_faults(folder: Path, *, wanted: str | None = None) -> list[str]:
+    """What is wrong with an object's folder; empty if every byte is what its id says."""
+    expected = folder.name if wanted is None else wanted
+    if not folder.is_dir():
+        return [f"object {expected[:12]}… is not there"]
+    if not (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink():
+        return [f"{MANIFEST} is missing: the object was not written to its end"]
+    if (found := file_hash(folder / MANIFEST)) != expected:
+        return [f"{MANIFEST} changed: SHA-256 {found[:12]}…, the object is called {expected[:12]}…"]
+    return verify_manifest(folder)
+
+
+def stored_ids(objects: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(objects) if is_id(entry.name))
+    except FileNotFoundError:
+        return []
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
