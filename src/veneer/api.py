@@ -24,6 +24,8 @@ from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.run import evaluate as evaluate_rows
+from veneer.merge.combine import Recipe
+from veneer.merge.combine_run import CombineReport, combine_adapters
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
 from veneer.merge.run import Into, merge_adapters
@@ -260,6 +262,13 @@ def merge(
         base, adapters, out=out, dtype=dtype, stochastic=stochastic, seed=seed, quantize=quantize, into=into,
         original=original, rows=rows, check_logits=check_logits, force_base=force_base,
     )  # fmt: skip
+
+
+def combine(
+    adapters: Sequence[tuple[str | Path, float]], recipe: Recipe, *, base: str, out: str | Path
+) -> CombineReport:
+    """Make one adapter folder of several, each with its weight; see merge/combine.py."""
+    return combine_adapters(adapters, recipe, base=base, out=out)
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

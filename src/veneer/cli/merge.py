@@ -93,7 +93,8 @@ def _print(report: MergeReport, console: Console) -> None:
 
     rounding = "rounded at random" if report.stochastic else "rounded to nearest"
     line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
-    line("  the embedding and the output head were one tensor and are two now" if report.untied else "")
+    if report.untied:
+        line("  the embedding and the output head were one tensor and are two now")
     console.print(*survival_lines(report.total, report.layers), sep="\n", soft_wrap=True)
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")
@@ -115,6 +116,8 @@ def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
         f" · {whole.share:.1%} of it is left after rounding, error {percent_of(whole.error)}",
         "  left in each layer",
     ]
+    if {f"{part.share:.1%}" for part in layers.values()} == {"100.0%"}:
+        return [lines[0], f"  all of it in each of the {len(layers)} layers and modules outside them"]
     numbered = [f"{name:>4} {part.share:>6.1%}" for name, part in layers.items() if name.isdigit()]
     lines += ["  " + "".join(numbered[start : start + 6]) for start in range(0, len(numbered), 6)]
     lines += [f"  {part.share:>6.1%} {name}" for name, part in layers.items() if not name.isdigit()]

@@ -38,6 +38,15 @@ class BaseIdentity(_Strict):
     """models.fingerprint.Fingerprint.to_dict(): this is what another base is compared with."""
 
 
+class Parent(_Strict):
+    """One of the adapters that an adapter was combined from."""
+
+    content_hash: str
+    """Of its files."""
+    weight: float
+    """What its update was multiplied with."""
+
+
 class Manifest(_Strict):
     format_version: Literal[1] = 1
     """Raised when a reader of the old version would misread the new one."""
@@ -62,6 +71,8 @@ class Manifest(_Strict):
     """What was measured on the held-out rows."""
     parent: str | None = None
     """content_hash of the adapter that training started from."""
+    parents: list[Parent] = Field(default_factory=list)
+    """The adapters that it was combined from; empty for one that was trained."""
     content_hash: str = ""
     """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
 

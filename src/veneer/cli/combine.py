@@ -1,0 +1,82 @@
+"""Make one adapter of several: their exact sum, or less of it. Weights may be negative: forget a skill.
+
+  cat        the exact sum; ranks add up (default)
+  linear     the same sum without what is redundant in it
+  svd        the best approximation of the sum at --rank, its error printed
+  magnitude  the largest entries of each update (--density), then as svd
+  ties       the same, then signs are elected and agreeing updates averaged
+  dare       entries dropped at random (--density, --seed), the rest scaled up
+
+For instance:
+
+  veneer combine runs/tickets runs/tone --weights 1 0.5 --out both
+  veneer combine A B --how svd --rank 16 --out both
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from veneer.cli.common import adapter_folder, add_json, base_and_adapter, make_console, print_json
+from veneer.errors import ConfigError
+from veneer.train.wording import size
+
+if TYPE_CHECKING:
+    from veneer.merge.combine_run import CombineReport
+
+HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapters", nargs="+", metavar="A", help="adapter folders, or the runs that made them"
+    )
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each; default: 1")
+    parser.add_argument("--how", choices=HOWS, default="cat", help="default: cat")
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="svd: default the largest of theirs; pruning: the sum"
+    )
+    parser.add_argument(
+        "--density", type=float, metavar="D", help="share of entries that pruning keeps; default: 0.5"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of dare; default: 0")
+    parser.add_argument("--base", metavar="B", help="the base of all of them; default: the first adapter's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the adapter to write; it must not exist")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer import api
+    from veneer.merge.combine import Recipe
+
+    weights = args.weights or [1.0] * len(args.adapters)
+    if len(weights) != len(args.adapters):
+        raise ConfigError(
+            f"{len(args.adapters)} adapters and {len(weights)} weights", next_step="Give one weight for each."
+        )
+    base, _ = base_and_adapter(args.base, args.adapters[0])
+    folders = [adapter_folder(named) for named in args.adapters]
+    recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
+    report = api.combine(list(zip(folders, weights, strict=True)), recipe, base=base, out=args.out)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print(report)
+    return 0
+
+
+def _print(report: CombineReport) -> None:
+    console = make_console(json=False)
+    ranks = sorted(set(report.ranks.values()))
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    console.print(f"{report.out}: {size(report.bytes)}, {len(report.ranks)} places, {said}", soft_wrap=True)
+    exact = "the exact weighted sum of the updates"
+    if report.how == "cat":
+        console.print(f"  {exact}", soft_wrap=True)
+        return
+    of_what = exact if report.how in ("linear", "svd") else f"what {report.how} makes of the updates"
+    console.print(f"  error {report.error:.2%} of {of_what}", soft_wrap=True)
+    worst = sorted(report.errors.items(), key=lambda item: -item[1])[:3]
+    for where, error in worst if report.error > 1e-6 else []:
+        console.print(f"  {error:>7.2%} {where}", soft_wrap=True)

@@ -1,0 +1,170 @@
+"""Low-rank adapters as updates by place, and updates as an adapter folder. The base's weights are not needed.
+
+Not known here: what is done with the updates (combine.py, extract.py, export.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from veneer.adapters.config import LoRA
+from veneer.adapters.lora import Kind, LoRALayer
+from veneer.adapters.site import Attachment
+from veneer.adapters.wrapping import plain_modules
+from veneer.errors import AdapterMismatchError, RefusedError
+from veneer.merge.combine import Update
+from veneer.models.fingerprint import Fingerprint
+from veneer.models.load import load_base
+from veneer.models.skeleton import Skeleton
+from veneer.store.adapter import WEIGHTS_NAME, StoredAdapter
+from veneer.store.manifest import BaseIdentity, Manifest, Parent, content_hash
+from veneer.store.matching import Strength, exact_settings
+from veneer.store.peft_config import CONFIG_NAME, PeftLoRA
+from veneer.store.strict_json import read_json
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter on a base's places.
+
+    updates  place -> its update, scaling in B
+    values   parameter path -> what is trained in its place
+    trained  modules trained in full
+    settings what it is attached with
+    """
+
+    stored: StoredAdapter
+    updates: dict[str, Update]
+    values: dict[str, Tensor]
+    trained: list[str]
+    settings: LoRA
+
+    @property
+    def parent_hash(self) -> str:
+        """content_hash of its files, whoever wrote them."""
+        if self.stored.manifest is not None:
+            return self.stored.manifest.content_hash
+        folder = self.stored.folder
+        return content_hash(folder / WEIGHTS_NAME, read_json(folder / CONFIG_NAME))
+
+
+def place(stored: StoredAdapter, model: nn.Module) -> Placed:
+    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
+    found = stored.file.fit(stored.tensors, model, model.get_output_embeddings())  # type: ignore[operator]
+    if found.faults or found.settings is None:
+        raise AdapterMismatchError(
+            f"{stored.folder} does not fit the base",
+            found.faults,
+            f"It was made for {stored.name_or_path}: name that base.",
+        )
+    modules = plain_modules(model)
+    updates: dict[str, Update] = {}
+    values: dict[str, Tensor] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in found.values.items():
+        where, _, part = name.rpartition(".")
+        if where in found.scaling:
+            factors.setdefault(where, {})[part] = tensor
+        else:
+            values[name] = tensor
+    settings = found.settings
+    odd = sorted({part for parts in factors.values() for part in parts} - {"A", "B"})
+    if odd or not isinstance(settings, LoRA):
+        raise RefusedError(
+            f"{stored.folder} is of method {settings.name}: its update is no product of two factors",
+            [f"beside A and B it trains {', '.join(odd)}"] if odd else [],
+            "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the difference.",
+        )
+    for where, parts in factors.items():
+        updates[where] = Update(parts["A"].double(), parts["B"].double() * found.scaling[where])
+    assert all(_kind(modules, where) for where in updates)
+    return Placed(stored, updates, values, list(settings.train_modules), settings)
+
+
+def _kind(modules: Mapping[str, nn.Module], where: str) -> Kind:
+    if where not in modules:
+        return "experts"
+    return "embedding" if isinstance(modules[where], nn.Embedding) else "linear"
+
+
+def refuse_biases(placed: Sequence[Placed]) -> None:
+    if faults := [f"{p.stored.folder}: bias {p.settings.bias}" for p in placed if p.settings.bias != "none"]:
+        raise RefusedError(
+            "trained biases are no low-rank update",
+            faults,
+            "Merge that adapter into its base first (veneer merge), then work on the merged base.",
+        )
+
+
+def attachment_of(
+    updates: Mapping[str, Update], values: Mapping[str, Tensor], trained: Sequence[str], model: nn.Module,
+    *, rank: int | None = None,
+) -> Attachment:  # fmt: skip
+    """An adapter of scaling 1 from updates, ready to be written; model: the base or its skeleton.
+
+    rank: the rank its settings name, where places may deviate; None: the most common one.
+    """
+    modules = plain_modules(model)
+    ranks = {where: update.A.shape[-2] for where, update in updates.items()}
+    counts = list(ranks.values())
+    usual = rank or max(sorted(set(counts)), key=counts.count)
+    strong = {where: Strength(r, float(r)) for where, r in ranks.items()}
+    settings = exact_settings(PeftLoRA(r=usual, lora_alpha=float(usual)), strong, trained)
+    layers = {
+        where: LoRALayer(
+            _kind(modules, where), update.A.float().contiguous(), update.B.float().contiguous(),
+            alpha=float(ranks[where]), rslora=False,
+        )
+        for where, update in updates.items()
+    }  # fmt: skip
+    kept = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    return Attachment("made", settings, dict(layers), kept, list(trained))
+
+
+def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Manifest:
+    """A manifest with what the adapters say of their base, which must be one; without any, what the base itself says.
+
+    AdapterMismatchError: they were trained on different bases.
+    """
+    known = [p for p in placed if p.stored.manifest is not None]
+    faults: list[str] = []
+    for other in known[1:]:
+        assert known[0].stored.manifest is not None and other.stored.manifest is not None
+        first = Fingerprint.from_dict(known[0].stored.manifest.base.fingerprint)
+        second = Fingerprint.from_dict(other.stored.manifest.base.fingerprint)
+        faults += [
+            f"{known[0].stored.folder} and {other.stored.folder}: {d}" for d in first.differences(second)
+        ]
+    if faults:
+        raise AdapterMismatchError(
+            "these adapters were trained on different bases",
+            faults,
+            "Updates of different weights do not add up; combine adapters of one base.",
+        )
+    if known:
+        manifest = known[0].stored.manifest
+        assert manifest is not None
+        identity = manifest.base
+        tokenizer, template = manifest.tokenizer_hash, manifest.template_hash
+    else:
+        found = load_base(source, device="cpu").fingerprint().to_dict()
+        identity = BaseIdentity(name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found)
+        tokenizer = template = None
+    return Manifest(
+        veneer_version=version("veneer"),
+        method="lora",
+        base=identity,
+        tokenizer_hash=tokenizer,
+        template_hash=template,
+    )
+
+
+def descended(
+    manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]
+) -> Manifest:
+    """The manifest with how the adapter was made and of what."""
+    made_of = [Parent(content_hash=placed.parent_hash, weight=weight) for placed, weight in parents]
+    return manifest.model_copy(update={"recipe": dict(recipe), "parents": made_of})

@@ -1,0 +1,78 @@
+"""Matrices of low rank: the best approximation at a rank, with its error, from factors or from a dense matrix.
+
+    D = B A,   B = Q_B R_B,   A^T = Q_A R_A,   R_B R_A^T = U S V^T   ->   B' = Q_B U sqrt(S),   A' = sqrt(S) V^T Q_A^T
+
+so a product of factors is cut without forming it. A dense matrix is cut by the eigenvectors of its smaller Gram matrix.
+Everything in float64: sums of many terms, and singular values below 1e-8 of the largest are noise anyway.
+Leading axes are batched. Shapes: I/O in/out features, R rank.
+Source: Eckart and Young 1936; for factors, e.g. Halko, Martinsson, Tropp 2011, arXiv:0909.4061, section 5.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A (..., R, I), B (..., O, R), float64; lost and whole: ||D - B A||^2 and ||D||^2."""
+
+    A: Tensor
+    B: Tensor
+    lost: float
+    whole: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+
+def relative_error(lost: float, whole: float) -> float:
+    """||D - B A|| / ||D||; 0 for a D of nothing."""
+    return (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
+
+
+def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
+    """The best B' A' of that rank; None: of the numerical rank, singular values above 1e-7 of ||A|| ||B||: what is
+    below is rounding, also where the sum cancels."""
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().transpose(-1, -2))
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.transpose(-1, -2), full_matrices=False)
+    floor = 1e-7 * torch.linalg.matrix_norm(R_A, 2) * torch.linalg.matrix_norm(R_B, 2)
+    numerical = max(1, int((floor[..., None] < S).sum(-1).max()))
+    kept = numerical if rank is None else min(rank, S.shape[-1])
+    root = S[..., :kept].sqrt()
+    return Cut(
+        A=root[..., :, None] * (Vh[..., :kept, :] @ Q_A.transpose(-1, -2)),
+        B=(Q_B @ U[..., :kept]) * root[..., None, :],
+        lost=float(S[..., kept:].square().sum()),
+        whole=float(S.square().sum()),
+    )
+
+
+def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None) -> Cut:
+    """The best approximation at a rank, or at the lowest rank that keeps `energy` of ||D||^2 (of every matrix)."""
+    assert (rank is None) != (energy is None)
+    D = D.double()
+    wide = D.shape[-2] <= D.shape[-1]
+    gram = D @ D.transpose(-1, -2) if wide else D.transpose(-1, -2) @ D
+    values, vectors = torch.linalg.eigh(gram)
+    squares, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+    if rank is None:
+        assert energy is not None
+        # at least, over the matrices of a batch: all have one rank
+        shares = squares.cumsum(-1) / squares.sum(-1, keepdim=True).clamp_min(1e-300)
+        rank = int((shares < energy - 1e-12).sum(-1).max()) + 1
+    kept = min(rank, squares.shape[-1])
+    vectors = vectors[..., :kept]
+    # D = V V^T D: both factors get the root of the singular values, so that neither dwarfs the other
+    root = squares[..., :kept].sqrt().sqrt().clamp_min(1e-150)
+    other = (vectors.transpose(-1, -2) @ D) if wide else (D @ vectors)
+    if wide:
+        A, B = other / root[..., :, None], vectors * root[..., None, :]
+    else:
+        A, B = vectors.transpose(-1, -2) * root[..., :, None], other / root[..., None, :]
+    zero = squares[..., :kept] <= 1e-24 * squares[..., :1].clamp_min(1e-300)
+    A, B = A.masked_fill(zero[..., :, None], 0.0), B.masked_fill(zero[..., None, :], 0.0)
+    return Cut(A=A, B=B, lost=float(squares[..., kept:].sum()), whole=float(squares.sum()))

@@ -1,0 +1,35 @@
+"""A base without its weights: its modules, names and shapes, on the meta device.
+
+What asks only which places a base has (does this adapter fit, how is it named in a file) reads a config of a few kB
+instead of gigabytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from veneer.models.load import checked_config
+from veneer.models.quiet import quiet
+from veneer.models.sources import locate
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """model: on the meta device; name_or_path, revision: as models.base.Base has them."""
+
+    model: PreTrainedModel
+    name_or_path: str
+    revision: str | None
+
+
+def load_skeleton(source: str) -> Skeleton:
+    """Raises as models.load.load_base does where the base cannot be found or is no causal LM."""
+    found = locate(source)
+    with quiet():
+        config = checked_config(found.folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return Skeleton(model.eval().requires_grad_(False), found.name_or_path, found.revision)
