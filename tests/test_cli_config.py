@@ -48,6 +48,8 @@ OTHER_VALUES = {
     "weight_decay": 0.01,
     "clip": 0.5,
     "checkpointing": True,
+    "offload": True,
+    "optimizer": "adamw8bit",
     "evaluate_every": 4,
     "save_every": 5,
     "keep": 3,

@@ -17,6 +17,7 @@ INFO = {
     "trainable_parameters": 4_884_480,
     "total_parameters": 139_400_000,
     "modules_adapted": 210,
+    "optimizer": "adamw",
     "modules_total": 210,
     "adapter_bytes": 19_590_000,
     "paths": ["packed rows", "shared prompt (57 tokens)"],
@@ -90,6 +91,8 @@ def test_full_fine_tuning_says_that_every_weight_trains():
     info = INFO | {"method": "full", "modules_adapted": None, "modules_total": None, "adapter_bytes": None}
     facts = start_lines(info | {"trainable_parameters": 139_400_000})[1]
     assert facts == "  every weight trains · 139 M trainable (100%) · 2.23 GB in memory"
+    facts = start_lines(info | {"trainable_parameters": 139_400_000, "optimizer": "adamw8bit"})[1]
+    assert facts.endswith("1.40 GB in memory")
 
 
 def test_the_end_says_where_the_result_is():

@@ -11,12 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from veneer.errors import CorruptFileError
 from veneer.store.atomic import atomic_folder, verify_manifest, write_manifest
-from veneer.store.safe import read_tensors
 from veneer.store.strict_json import read_json
 
 
@@ -42,7 +41,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state); CorruptFileError lists what is wrong."""
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
-    return read_tensors(path / "state.safetensors"), read_json(path / "state.json")
+    return load_file(path / "state.safetensors"), read_json(path / "state.json")
 
 
 def numbers(folder: Path) -> list[int]:

@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from veneer.adapters.config import Full, LoRA, Method
 from veneer.quant.config import Quantize
 
+OptimizerName = Literal["adamw", "adamw8bit"]
+
+MOMENT_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}
+"""Bytes that an optimizer keeps of each trained value, beside the value and its gradient."""
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -67,6 +72,10 @@ class RunConfig(Settings):
     """Largest gradient norm; larger gradients are scaled down to it."""
     checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward: less memory, more time."""
+    offload: bool = False
+    """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
+    optimizer: OptimizerName = "adamw"
+    """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves little with adapters."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out rows; default: five times a run."""
     save_every: int | None = Field(default=None, ge=1)
@@ -104,6 +113,8 @@ class RunConfig(Settings):
             raise ValueError("steps and epochs are both given: give one")
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
+        if self.offload and self.checkpointing:
+            raise ValueError("checkpointing keeps so little that offload finds nothing to move: give one")
         if self.quantize is not None and isinstance(self.method, Full):
             raise ValueError(
                 f"method full trains every weight, and weights held as {self.quantize} cannot train: "

@@ -29,7 +29,9 @@ from veneer.models.step import Paths, batch_loss, evaluation_loss
 from veneer.train.checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
-from veneer.train.optim import AdamW, FlatParameters, learning_rate_at
+from veneer.train.offload import offload_for, offloaded
+from veneer.train.optim import FlatParameters, learning_rate_at
+from veneer.train.optimizers import make_optimizer
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes
 from veneer.train.screen import Screen
 
@@ -87,10 +89,12 @@ class Job:
 class Loop:
     def __init__(self, job: Job, records: Records, screen: Screen, *, resume_from: Path | None) -> None:
         self.job, self.records, self.screen = job, records, screen
-        self.optimizer = AdamW(job.flat, weight_decay=job.config.weight_decay)
+        self.optimizer = make_optimizer(job.config.optimizer, job.flat, weight_decay=job.config.weight_decay)
         self.progress = Progress()
         self.longest_batch_bytes = 0
         self.device = job.flat.values.device
+        weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
+        self.offload = offload_for(self.device, weights) if job.config.offload else None
         self._lengths = [used_length(e) for e in job.train]
         self._epoch_plan: tuple[int, list[list[int]]] | None = None
         if resume_from is not None:
@@ -161,7 +165,8 @@ class Loop:
             job.routing.rows = batch.dropout_rows
             job.routing.step = self.progress.step * 4096 + number
             try:
-                part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
+                with offloaded(self.offload):
+                    part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
                 part.backward()
             finally:
                 job.routing.rows = None

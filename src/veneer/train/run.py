@@ -189,7 +189,8 @@ def _start_record(
     elif config.share_prompt and paths.packed:
         lines.append("with dropout every row computes its own prompt")
     return {
-        "kind": "start", "base": config.base, "method": config.method.name, "trainable_parameters": trained,
+        "kind": "start", "base": config.base, "method": config.method.name, "optimizer": config.optimizer,
+        "trainable_parameters": trained,
         "total_parameters": total,
         "modules_adapted": None if attachment is None else attachment.adapted,
         "modules_total": None if attachment is None else attachment.adaptable,

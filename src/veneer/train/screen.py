@@ -18,11 +18,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from veneer.train.config import MOMENT_BYTES
 from veneer.train.wording import clock, cut, folded, millions, number, percent, shown, size
 
 Facts = Mapping[str, Any]
 
-ADAM_BYTES_PER_PARAMETER = 16  # float32 value, gradient and AdamW's two moments
+VALUE_BYTES = 8  # of a trained value: float32, and its gradient's
 ASKED_CHARACTERS, ANSWER_CHARACTERS = 150, 400  # of a sample: the question is known, the answer is news
 PLAIN_SECONDS = 5.0  # a plain line at most this often: a log is read later, not watched
 
@@ -233,7 +234,8 @@ def start_lines(info: Facts) -> list[str]:
     facts = [what, f"{millions(trainable)} trainable ({percent(trainable, total)})"]
     if info["adapter_bytes"] is not None:
         facts.append(f"{size(info['adapter_bytes'])} on disk")
-    facts.append(f"{size(trainable * ADAM_BYTES_PER_PARAMETER)} in memory")
+    per_value = VALUE_BYTES + MOMENT_BYTES[info["optimizer"]]
+    facts.append(f"{size(round(trainable * per_value))} in memory")
     lines = [
         f"{shown(info['base'])} · {shown(info['method'])} · {info['steps']:,} steps · "
         f"{info['train_rows']:,} rows to train on · {info['validation_rows']:,} held out",
