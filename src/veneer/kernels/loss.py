@@ -9,6 +9,7 @@ Logits are rounded to h's type as in the model itself; log-sum-exp and the loss 
 Shapes: M rows, D hidden, V vocabulary.
 """
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
 
 CHUNK = 128
@@ -41,6 +43,36 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Entropy(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "targets", "loss")),
+        ("vocabulary", ctypes.c_int64),
+    ]
+
+
+def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(z)[target] over the first len(targets) rows of z, and softmax - onehot rounded to z's type.
+
+    z (at least len(targets), V) is overwritten; rows of the gradient beyond the targets are not to be read.
+    """
+    count = len(targets)
+    if (native := compiled(z)) is not None and targets.is_contiguous():
+        each = torch.empty(count, dtype=torch.float32)
+        given = _Entropy(z.data_ptr(), targets.data_ptr(), each.data_ptr(), z.shape[1])
+        native.veneer_entropy(ctypes.byref(given), ctypes.c_int64(count))
+        return each.sum(), z
+    place = torch.arange(count, device=z.device)
+    p = z.to(_wide(z.dtype))
+    top = p.amax(dim=-1, keepdim=True)
+    p = p.sub_(top) if p is not z else p - top
+    loss = -p[place, targets].sum()
+    mass = p.exp_().sum(dim=-1, keepdim=True)
+    loss += mass[:count].log().sum()
+    p.mul_(mass.reciprocal_())
+    p[place, targets] -= 1
+    return loss, p.to(z.dtype)
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
@@ -52,20 +84,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             count = chosen.numel()
             # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not read.
             z = head.logits(F.pad(h[rows], (0, 0, 0, round_up(count) - count)))
-            place = torch.arange(count, device=h.device)
-            p = z.to(_wide(h.dtype))
-            top = p.amax(dim=-1, keepdim=True)
-            p = p.sub_(top) if p is not z else p - top
-            loss -= p[place, chosen].sum()
-            mass = p.exp_().sum(dim=-1, keepdim=True)
-            loss += mass[:count].log().sum()
+            slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
+            one, d_z = _entropy(z, chosen)
+            loss += one
             if grad is not None:
-                # (softmax - onehot) / total, rounded once to h's type for the product with W
-                p.mul_(mass.reciprocal_())
-                p[place, chosen] -= 1
-                d_z = p.to(h.dtype)
-                if head.softcap is not None:
-                    d_z *= 1 - (z / head.softcap) ** 2
+                d_z = d_z if slope is None else d_z * slope
                 grad[rows] = (d_z @ head.weight)[:count].mul_(head.scale / total)
         ctx.save_for_backward(grad)
         return loss / total

@@ -27,6 +27,7 @@ from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import num_parameters
 from veneer.models.base import Base
 from veneer.models.checkpointing import checkpointed
+from veneer.models.fused import fused, replacements
 from veneer.models.generate import generate
 from veneer.models.load import load_base
 from veneer.models.quiet import quiet
@@ -70,6 +71,7 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
     attachment = None if begun is None else begun.attachment
     if attachment is not None:
         config = config.model_copy(update={"method": attachment.config})
+    one_pass = replacements(base.model)
     flat = FlatParameters(
         dict(base.model.named_parameters()) if attachment is None else attachment.parameters()
     )
@@ -80,12 +82,14 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
     with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners) as records:
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
+        if one_pass:
+            start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
         if step is None:
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
         loop = Loop(job, records, screen, resume_from=resume_from)
         loop.progress.date, loop.progress.data = day.isoformat(), data.fingerprint
-        with checkpointed(base.model, on=config.checkpointing):
+        with fused(base.model, one_pass), checkpointed(base.model, on=config.checkpointing):
             reason = loop.run()
         flat.release()
         result = _write_result(out, config, base, data, attachment, loop)

@@ -47,7 +47,7 @@ VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_
     }
 
 /* C (M, N) [+]= A B, N a multiple of 16. */
-static VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B, int64_t ldb, float *C,
+static inline VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B, int64_t ldb, float *C,
                                      int64_t ldc, int64_t M, int64_t N, int64_t K2, int add) {
     for (int64_t n = 0; n < N; n += 64) {
         int64_t wide = (N - n) / 16;

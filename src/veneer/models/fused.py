@@ -1,0 +1,122 @@
+"""Norms and gated feed-forward blocks of a model, computed in one pass while it trains.
+
+Which modules can be replaced is found by running them: a candidate and its replacement get the same random rows, and
+only what agrees is exchanged (Gemma's norms, which add 1 to their weight, do not, and stay). The base's modules stand
+inside the replacements and come back to their places afterwards.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.wrapping import AdaptedModule
+from veneer.kernels.fused import rms_norm, silu_gate
+from veneer.linear import frozen_linear
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+"""Largest difference relative to the largest value: two roundings of a value near 1."""
+
+
+class Replacement(nn.Module):
+    """Stands in a module's place; models read its other attributes as if it were not there."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.training = base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class FusedNorm(Replacement):
+    def __init__(self, base: nn.Module, epsilon: float) -> None:
+        super().__init__(base)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.base.get_parameter("weight"), self.epsilon)
+
+
+class FusedGate(Replacement):
+    """down(silu(gate(x)) * up(x)), the projections being the model's own, adapted or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        return base.down_proj(silu_gate(base.gate_proj(x), base.up_proj(x)))
+
+
+def _norm(module: nn.Module) -> FusedNorm | None:
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
+        return None
+    return FusedNorm(module, epsilon) if type(module).__name__.endswith("RMSNorm") else None
+
+
+def _gate(module: nn.Module) -> FusedGate | None:
+    names = [name for name, _ in module.named_children()]
+    wanted = {"gate_proj", "up_proj", "down_proj"}
+    if not wanted <= set(names) or not isinstance(getattr(module, "act_fn", None), nn.Module):
+        return None
+    return FusedGate(module) if set(names) - wanted <= {"act_fn"} else None
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, replacement: nn.Module, width: int, like: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(5, width, generator=generator) * 3).to(like.dtype).to(like.device)
+    try:
+        ours, theirs = replacement(x), module(x)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    return bool((ours - theirs).abs().max() <= TOLERANCE[like.dtype] * theirs.abs().max())
+
+
+def replacements(model: PreTrainedModel) -> dict[str, Replacement]:
+    """Path -> what may stand there, one for every module that agrees with it."""
+    found: dict[str, Replacement] = {}
+    agreed: dict[tuple[object, ...], bool] = {}
+    for path, module in model.named_modules():
+        made = None if isinstance(module, AdaptedModule) else _norm(module) or _gate(module)
+        if made is None:
+            continue
+        like = next(module.parameters())
+        width = like.shape[-1] if isinstance(made, FusedNorm) else _in_features(module)
+        kind = (type(module), width, like.dtype, getattr(made, "epsilon", None))
+        if kind not in agreed:
+            agreed[kind] = like.device.type == "meta" or _agree(module, made, width, like)
+        if agreed[kind]:
+            found[path] = made
+    return found
+
+
+def _in_features(module: nn.Module) -> int:
+    projection = module.get_submodule("gate_proj")
+    view = frozen_linear(projection.base if isinstance(projection, AdaptedModule) else projection)
+    return 0 if view is None else view.in_features
+
+
+@contextmanager
+def fused(model: PreTrainedModel, found: Mapping[str, Replacement]) -> Iterator[None]:
+    """Within the block what `replacements` found is computed in one pass; afterwards all stands as before."""
+    exchanged = []
+    for path, made in found.items():
+        head, _, last = path.rpartition(".")
+        parent = model.get_submodule(head) if head else model
+        exchanged.append((parent, last, made.base))
+        setattr(parent, last, made)
+    try:
+        yield
+    finally:
+        for parent, last, own in exchanged:
+            setattr(parent, last, own)

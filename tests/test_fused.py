@@ -1,0 +1,127 @@
+"""One-pass norms, gates and entropies against their plain meaning, and models that compute with them."""
+
+import pytest
+import torch
+
+from tests.helpers import fill, make_examples
+from tests.tiny import tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.routing import Routing
+from veneer.data.batching import make_batch
+from veneer.kernels import fused as kernels
+from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
+from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
+from veneer.models.step import batch_loss, prepare
+
+BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
+
+
+def near(ours, theirs, tolerance):
+    scale = theirs.abs().max().clamp_min(1e-3)
+    assert ((ours.to(theirs.dtype) - theirs).abs().max() / scale) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 40), (5, 7)], ids=str)
+def test_the_norm_is_its_reference(dtype, shape):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 2).to(dtype).requires_grad_()
+    weight = (torch.randn(shape[-1]) + 1).to(dtype).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    ours = kernels.rms_norm(x, weight, 1e-5)
+    theirs = kernels.rms_norm_reference(*wide, 1e-5)
+    tolerance = BF16 if dtype == torch.bfloat16 else 1e-5 if dtype == torch.float32 else 1e-12
+    near(ours, theirs, tolerance)
+    pairs = zip(
+        torch.autograd.grad(ours, (x, weight), grad),
+        torch.autograd.grad(theirs, wide, grad.double()),
+        strict=True,
+    )
+    for a, b in pairs:
+        near(a, b, tolerance * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (4, 48)], ids=str)
+def test_the_gate_is_its_reference(dtype, shape):
+    torch.manual_seed(1)
+    gate, up = ((torch.randn(shape) * 4).to(dtype).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        gate.view(-1)[:2] = torch.tensor([-200.0, 200.0])
+    grad = torch.randn(shape).to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in (gate, up)]
+    ours, theirs = kernels.silu_gate(gate, up), kernels.silu_gate_reference(*wide)
+    tolerance = BF16 if dtype == torch.bfloat16 else 1e-5 if dtype == torch.float32 else 1e-12
+    near(ours, theirs, tolerance)
+    pairs = zip(
+        torch.autograd.grad(ours, (gate, up), grad),
+        torch.autograd.grad(theirs, wide, grad.double()),
+        strict=True,
+    )
+    for a, b in pairs:
+        near(a, b, tolerance * 2)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 49, 1000])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_entropy_of_bf16_logits_is_its_reference(vocabulary, softcap):
+    torch.manual_seed(2)
+    h = torch.randn(37, 24).bfloat16().requires_grad_()
+    head = Head((torch.randn(vocabulary, 24) * 0.5).bfloat16(), None, 1.5, softcap)
+    targets = torch.randint(0, vocabulary, (37,))
+    ours = frozen_head_loss(h, targets, head, 11.0)
+    (ours_h,) = torch.autograd.grad(ours, h)
+    wide = h.detach().clone().requires_grad_()
+    theirs = head_loss_reference(wide, targets, head, 11.0)
+    (theirs_h,) = torch.autograd.grad(theirs, wide)
+    near(ours, theirs, 1e-5)
+    near(ours_h, theirs_h.float(), 2**-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "norms", "gates"),
+    [
+        ("llama", 5, 2),
+        ("qwen3", 9, 2),
+        ("mistral", 5, 2),
+        ("gemma2", 0, 0),
+        ("gpt2", 0, 0),
+        ("olmo2", 9, 2),
+        ("mixtral", 5, 0),
+    ],
+)
+def test_what_agrees_is_exchanged_and_comes_back(family, norms, gates):
+    model = tiny_model(family)
+    own = dict(model.named_modules())
+    found = replacements(model)
+    with fused(model, found):
+        modules = list(model.modules())
+        assert sum(isinstance(m, FusedNorm) for m in modules) == norms
+        assert sum(isinstance(m, FusedGate) for m in modules) == gates
+        assert len(found) == norms + gates
+    assert dict(model.named_modules()) == own
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
+    model, routing = tiny_model(family), Routing()
+    paths = prepare(model)
+    attachment = attach(
+        model, LoRA(rank=3, alpha=5.0), name="a", routing=routing, head=model.get_output_embeddings()
+    )
+    fill(attachment.parameters().values(), scale=0.1)
+    routing.active = (("a", 1.0),)
+    batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=torch.device("cpu"))
+    parameters = list(attachment.parameters().values())
+
+    def measured():
+        loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    plain = measured()
+    with fused(model, replacements(model)):
+        ours = measured()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7)
