@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.attach import detach
 from veneer.adapters.config import AdapterConfig, LoRA, Method
+from veneer.adapters.routing import Active
 from veneer.adapters.site import Attachment
 from veneer.data.check import CheckReport
 from veneer.data.examples import Example
@@ -26,7 +26,6 @@ from veneer.errors import ConfigError
 from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
-from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
 from veneer.merge.run import Into, merge_adapters
@@ -38,6 +37,8 @@ from veneer.models.step import Paths, evaluation_loss, prepare
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
+from veneer.store.library import Library
+from veneer.store.pool import Pool
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.run import resume_config as resume_config
 from veneer.train.run import run_training
@@ -48,10 +49,29 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 @dataclass
 class Base(models_base.Base):
-    """A frozen causal LM that adapters sit on. Made by `load`."""
+    """A frozen causal LM that adapters sit on. Made by `load`.
 
+    library   where `use` finds names that are not loaded yet; None: nowhere
+    """
+
+    library: Library | None = None
+    _pool: Pool = field(init=False, repr=False)
     _paths: Paths | None = field(default=None, init=False, repr=False)
     _merged: Merged | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._pool = Pool(self, lambda: self.library)
+
+    @property
+    def adapter_budget_bytes(self) -> int | None:
+        """Bytes of all loaded adapters together; beyond them those from the library go that were not used for
+        longest, unless they act, are pinned or were changed. None: no bound."""
+        return self._pool.budget_bytes
+
+    @adapter_budget_bytes.setter
+    def adapter_budget_bytes(self, limit: int | None) -> None:
+        self._pool.budget_bytes = limit
 
     @property
     def paths(self) -> Paths:
@@ -63,7 +83,7 @@ class Base(models_base.Base):
     def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
         _ = self.paths
-        return begin(self, config, name=name, seed=seed).attachment
+        return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed).attachment)
 
     def load_adapter(self, folder: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
         """Read an adapter folder (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
@@ -72,34 +92,43 @@ class Base(models_base.Base):
         """
         _ = self.paths
         chosen = Path(folder).name if name is None else name
-        load_adapter(self, folder, name=chosen, force_base=force_base)
+        self._pool.adopt(lambda: load_adapter(self, folder, name=chosen, force_base=force_base))
         return chosen
 
     def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
-        """Let one adapter act, several with weights, or none: the base alone, bit for bit. A pointer change."""
-        names = [] if name is None else [name] if isinstance(name, str) else list(name)
-        if names and self._merged is not None:
-            raise ConfigError(
-                "an adapter is merged into the base's weights", next_step="Call unmerge() first."
-            )
-        if unknown := [n for n in names if n not in self.attachments]:
-            have = ", ".join(repr(n) for n in self.attachments) or "none"
-            raise ConfigError(f"no adapter named {unknown[0]!r} is loaded", next_step=f"Loaded: {have}.")
-        if weights is not None and len(weights) != len(names):
-            raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
-        self.routing.active = tuple(zip(names, weights or [1.0] * len(names), strict=True))
+        """Let one adapter act, several with weights, or none: the base alone, bit for bit. A pointer change.
+
+        A name that is not loaded is read from the library (also `name@2`, `name@tag`), and stays the version that it
+        was then. Forwards in progress end with what they began with. ConfigError: unknown, with the nearest name.
+        """
+        self._pool.activate(self._active(name, weights))
 
     @contextmanager
     def using(
         self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None
     ) -> Iterator[None]:
-        """`use` within a block; afterwards what acted before acts again."""
-        before = self.routing.active
-        self.use(name, weights)
-        try:
+        """`use` within a block and for this thread alone; afterwards what acted before acts again."""
+        with self._pool.holding(self._active(name, weights)):
             yield
-        finally:
-            self.routing.active = before
+
+    def pin(self, *names: str) -> None:
+        """Keep these loaded whatever the budget, loading them from the library where they are not."""
+        for name in names:
+            self._pool.pin(name, pinned=True)
+
+    def unpin(self, *names: str) -> None:
+        for name in names:
+            self._pool.pin(name, pinned=False)
+
+    def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
+        names = [] if name is None else [name] if isinstance(name, str) else list(name)
+        if names and self._merged is not None:
+            raise ConfigError(
+                "an adapter is merged into the base's weights", next_step="Call unmerge() first."
+            )
+        if weights is not None and len(weights) != len(names):
+            raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
+        return tuple(zip(names, weights or [1.0] * len(names), strict=True))
 
     def merge(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
         """Fold adapters into the weights, for inference without their cost; the originals are kept for unmerge().
@@ -118,11 +147,7 @@ class Base(models_base.Base):
 
     def detach(self, name: str) -> None:
         """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit."""
-        if name not in self.attachments:
-            raise ConfigError(f"no adapter named {name!r} is loaded")
-        self.routing.active = tuple((n, w) for n, w in self.routing.active if n != name)
-        detach(self.model, name)
-        del self.attachments[name]
+        self._pool.detach(name)
 
     def generate(
         self, prompt: Prompt, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -131,10 +156,11 @@ class Base(models_base.Base):
         """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece."""
         ids = self._prompt_ids(prompt)
         stream = _TextStream(self.tokenizer, on_text) if on_text is not None else None
-        (answer,) = generate(
-            self, [ids], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-            on_token=stream,
-        )  # fmt: skip
+        with self.routing.held():  # a switch by another thread is for its next answer
+            (answer,) = generate(
+                self, [ids], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+                on_token=stream,
+            )  # fmt: skip
         if stream is not None:
             stream.end(answer)
         return _text(self.tokenizer, answer)
@@ -178,12 +204,14 @@ class _TextStream:
 
 
 def load(
-    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None
-) -> Base:
+    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None,
+    library: Library | str | Path | None = None,
+) -> Base:  # fmt: skip
     """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named default.
 
     dtype auto keeps the type the weights are stored in; device auto takes a GPU if there is one.
     quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf).
+    library is where Base.use finds adapters that are not loaded yet.
     """
     loaded = load_base(source, dtype=dtype, device=device, quantize=quantize)
     return Base(
@@ -193,6 +221,7 @@ def load(
         name_or_path=loaded.name_or_path,
         revision=loaded.revision,
         quantize=loaded.quantize,
+        library=Library(library) if isinstance(library, str | Path) else library,
     )
 
 
@@ -242,10 +271,11 @@ def evaluate(
     def loss(examples: Sequence[Example]) -> tuple[float, int]:
         return evaluation_loss(base.model, base.paths, base.routing, examples, batch=batch)
 
-    return evaluate_rows(
-        base, loaded.train_rows, loaded.train, metrics, loss=loss, max_new_tokens=max_new_tokens,
-        batch=batch, predictions=predictions,
-    )  # fmt: skip
+    with base.routing.held():
+        return evaluate_rows(
+            base, loaded.train_rows, loaded.train, metrics, loss=loss, max_new_tokens=max_new_tokens,
+            batch=batch, predictions=predictions,
+        )  # fmt: skip
 
 
 def merge(
@@ -270,16 +300,6 @@ def combine(
 ) -> CombineReport:
     """Make one adapter folder of several, each with its weight; see merge/combine.py."""
     return combine_adapters(adapters, recipe, base=base, out=out)
-
-
-def extract(
-    base: str, model: str, *, out: str | Path, rank: int | None = None, energy: float | None = None, keep: bool = False,
-    check_logits: bool = True,
-) -> ExtractReport:  # fmt: skip
-    """Make an adapter folder out of a fully fine-tuned model and its base; see merge/extract.py."""
-    return extract_adapter(
-        base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits
-    )
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

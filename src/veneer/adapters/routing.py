@@ -1,32 +1,120 @@
 """Which adapters act on the next forward, as one object that every wrapper of a base holds.
 
-Switching is a change of one attribute, however deep the model and however many adapters it carries.
+Switching is a change of one attribute, however deep the model and however many adapters it carries. Wrappers read it
+one after the other, so a forward that must not see a switch of another thread holds what it began with (`held`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+Active = tuple[tuple[str, float], ...]
 
 
-@dataclass
+class _OfThread(threading.local):
+    active: Active | None = None
+    """What this thread holds; None: what all threads see."""
+    forwards: int = 0
+    """Depth of forwards in progress that hold by themselves."""
+
+
 class Routing:
     """active: (name, weight) of every adapter that acts; empty: the base alone, bit for bit.
 
     rows: (M) dropout keys of the rows of the forward in progress; None while not training: no dropout.
     step: counts optimizer steps and micro-batches, so that every one draws another mask.
+    lock: around changes of what acts, and around taking adapters away.
     """
 
-    active: tuple[tuple[str, float], ...] = ()
-    rows: Tensor | None = field(default=None, repr=False)
-    step: int = 0
+    def __init__(self, active: Active = ()) -> None:
+        self._active = active
+        self._of_thread = _OfThread()
+        self._held: dict[int, list[Active]] = {}
+        self.rows: Tensor | None = None
+        self.step = 0
+        self.lock = threading.RLock()
+
+    @property
+    def active(self) -> Active:
+        if torch.compiler.is_compiling():
+            return self._active
+        held = self._of_thread.active
+        return self._active if held is None else held
+
+    @active.setter
+    def active(self, value: Active) -> None:
+        with self.lock:
+            if self._of_thread.active is None:
+                self._active = value
+            else:
+                self._of_thread.active = value
+                self._held[threading.get_ident()][-1] = value
 
     @contextmanager
-    def none(self) -> Iterator[None]:
-        """Within the block the base acts alone."""
-        before, self.active = self.active, ()
+    def held(self, active: Active | None = None) -> Iterator[None]:
+        """Within the block this thread sees `active`, or what acts now, whatever others switch to."""
+        before = self._of_thread.active
+        self._hold(self.active if active is None else active)
         try:
             yield
         finally:
-            self.active = before
+            self._release(before)
+
+    def none(self) -> AbstractContextManager[None]:
+        """Within the block the base acts alone, for this thread."""
+        return self.held(())
+
+    def in_use(self, *, by_others: bool = False) -> set[str]:
+        """Names that act or are held; by_others: held by other threads alone. Ask with the lock taken."""
+        holding = [
+            h for t, held in self._held.items() if not by_others or t != threading.get_ident() for h in held
+        ]
+        return {name for active in [*holding, *(() if by_others else (self._active,))] for name, _ in active}
+
+    def _hold(self, active: Active) -> None:
+        with self.lock:
+            self._held.setdefault(threading.get_ident(), []).append(active)
+            self._of_thread.active = active
+
+    def _release(self, before: Active | None) -> None:
+        with self.lock:
+            mine = self._held[threading.get_ident()]
+            mine.pop()
+            if not mine:
+                del self._held[threading.get_ident()]
+            self._of_thread.active = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
+        return Routing(self._active)
+
+    def hold_in_forwards(self, model: nn.Module) -> Callable[[], None]:
+        """Every forward of `model` sees one state from its first wrapper to its last. Returns what undoes it."""
+
+        def begin(module: nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling():
+                if self._of_thread.active is None:
+                    self._hold(self.active)
+                    self._of_thread.forwards = 1
+                elif self._of_thread.forwards:
+                    self._of_thread.forwards += 1
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            if not torch.compiler.is_compiling() and self._of_thread.forwards:
+                self._of_thread.forwards -= 1
+                if not self._of_thread.forwards:
+                    self._release(None)
+
+        handles = [
+            model.register_forward_pre_hook(begin),
+            model.register_forward_hook(end, always_call=True),
+        ]
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return undo

@@ -77,8 +77,12 @@ def find_targets(modules: Mapping[str, nn.Module], config: LoRA, *, head: nn.Mod
 
     def by_entries(entries: list[str], what: str, among: list[str]) -> list[str]:
         found: set[str] = set()
+        by_ending: dict[str, list[str]] = {}  # an adapter from a file lists every module: no loop in a loop
+        for path in among if entries else ():
+            for start in (0, *(i + 1 for i, c in enumerate(path) if c == ".")):
+                by_ending.setdefault(path[start:], []).append(path)
         for entry in entries:
-            hits = [path for path in among if ends_with(path, entry)]
+            hits = by_ending.get(entry, [])
             if not hits:
                 faults.append(f"{what} {entry!r} matches no module; {near(entry, among)}")
             found.update(hits)

@@ -69,20 +69,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The base's own modules by their own paths, wrappers looked through."""
     found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, AdaptedModule):
-            own = ".".join(_unwrapped_path(model, path.split(".")))
-            found.setdefault(own, module)
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        module = unwrapped(module)
+        if path not in found:
+            found[path] = module
+            above = f"{path}." if path else ""
+            stack += [
+                (above + name, child)
+                for name, child in reversed(module._modules.items())
+                if child is not None
+            ]
     return found
-
-
-def _unwrapped_path(model: nn.Module, parts: list[str]) -> list[str]:
-    own, module = [], model
-    for part in parts:
-        if not (isinstance(module, AdaptedModule) and part == "base"):
-            own.append(part)
-        module = getattr(module, part) if part else module
-    return own
 
 
 def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> Wrapper:

@@ -26,9 +26,16 @@ from veneer.store.atomic import atomic_folder, file_hash
 from veneer.store.format import bare_name, tensor_file_bytes
 from veneer.store.layout import FileSettings
 from veneer.store.layouts import layout_in, layout_of
-from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash, read_manifest
+from veneer.store.manifest import (
+    MANIFEST_NAME,
+    BaseIdentity,
+    Manifest,
+    content_hash,
+    content_hash_of,
+    read_manifest,
+)
 from veneer.store.peft_config import CONFIG_NAME, config_text
-from veneer.store.safe import read_tensors
+from veneer.store.safe import read_tensor_file
 from veneer.store.strict_json import field_faults, read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -51,6 +58,7 @@ class StoredAdapter:
     config    the settings in Veneer's terms (exact for what Veneer wrote)
     file      the settings in the file's terms
     tensors   by name, without PEFT's prefix
+    content_hash  of the files as they were read, by the rule of veneer.json
     manifest  veneer.json; None for an adapter from elsewhere
     notes     what was repaired or ignored while reading
     """
@@ -59,6 +67,7 @@ class StoredAdapter:
     config: AdapterConfig
     file: FileSettings
     tensors: Mapping[str, Tensor]
+    content_hash: str
     manifest: Manifest | None
     notes: list[str]
 
@@ -170,7 +179,8 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
     tensors: dict[str, Tensor] = {}
     twice, repaired = [], 0
-    for name, tensor in read_tensors(folder / WEIGHTS_NAME).items():
+    in_file, digest = read_tensor_file(folder / WEIGHTS_NAME)
+    for name, tensor in in_file.items():
         bare, changed = bare_name(name)
         repaired += changed
         if bare in tensors:
@@ -182,10 +192,10 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         )
     if repaired:
         notes.append(f"{repaired} tensor names held an adapter's name, which was left out")
-    manifest = None
+    manifest, found = None, content_hash_of(digest, stored)
     if (folder / MANIFEST_NAME).exists():
         manifest = read_manifest(folder / MANIFEST_NAME)
-        if (found := content_hash(folder / WEIGHTS_NAME, stored)) != manifest.content_hash:
+        if found != manifest.content_hash:
             raise CorruptFileError(
                 f"{folder} changed after Veneer wrote it",
                 [f"content hash {found[:12]}…, {MANIFEST_NAME} says {manifest.content_hash[:12]}…"],
@@ -197,7 +207,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         raise CorruptFileError(
             f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
         ) from fault
-    return StoredAdapter(folder, settings, file, tensors, manifest, notes)
+    return StoredAdapter(folder, settings, file, tensors, found, manifest, notes)
 
 
 def _require_files(folder: Path) -> None:
@@ -223,13 +233,14 @@ def _require_files(folder: Path) -> None:
 
 
 def load_adapter(
-    base: Base, source: str | Path | StoredAdapter, *, name: str, force_base: bool = False
+    base: Base, source: str | Path | StoredAdapter, *, name: str, force_base: bool = False, take: bool = False
 ) -> Attachment:
     """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in base.attachments.
 
     Nothing is attached unless everything fits: every tensor accounted for, shapes equal, the base the one the
     fingerprint names. force_base overrides the last; shapes are never overridden. An adapter without a
     fingerprint loads by names and shapes alone: see StoredAdapter.base_verified.
+    take: the tensors of `source` become the adapter's own, uncopied; nobody else may use them.
     Raises AdapterMismatchError with every fault, ConfigError (the name is taken), and what read_adapter raises.
     """
     stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
@@ -255,9 +266,15 @@ def load_adapter(
     attachment = attach(base.model, found.settings, name=name, routing=base.routing, head=head)
     live = attachment.parameters()
     assert live.keys() == found.values.keys()
+    take = take or stored is not source  # nobody else holds what was read here
     with torch.no_grad():
         for path, value in found.values.items():
-            live[path].copy_(value)
+            parameter = live[path]
+            if take and (value.dtype, value.device) == (parameter.dtype, parameter.device):
+                assert value.shape == parameter.shape
+                parameter.data = value
+            else:
+                parameter.copy_(value)
     base.attachments[name] = attachment
     return attachment
 

@@ -15,10 +15,9 @@ from veneer.models.fingerprint import Fingerprint
 from veneer.store.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
 from veneer.store.atomic import MANIFEST
 from veneer.store.foreign import adapter_folder
-from veneer.store.manifest import MANIFEST_NAME, content_hash
+from veneer.store.manifest import MANIFEST_NAME
 from veneer.store.objects import ADAPTER_FILES, Content, object_faults
 from veneer.store.records import Facts
-from veneer.store.strict_json import read_json
 
 _TRIAL = "\0trial"
 """A name that no user can give: the adapter is put on the base for a moment."""
@@ -48,7 +47,6 @@ def facts_of(stored: StoredAdapter) -> Facts:
     """What listing will say; bytes: of the adapter's files."""
     manifest = stored.manifest
     theirs = manifest is None or manifest.trained_by != "veneer"
-    weights, config = stored.folder / ADAPTER_FILES[1], read_json(stored.folder / ADAPTER_FILES[0])
     return Facts(
         method=stored.config.name if manifest is None else manifest.method,
         bytes=sum((stored.folder / name).stat().st_size for name in ADAPTER_FILES if (stored.folder / name).exists()),
@@ -58,7 +56,7 @@ def facts_of(stored: StoredAdapter) -> Facts:
         base=(stored.name_or_path if manifest is None else manifest.base.name) or None,
         base_digest=None if manifest is None else Fingerprint.from_dict(manifest.base.fingerprint).digest,
         base_proof="unverified" if manifest is None else "stated" if theirs else "fingerprint",
-        content_hash=content_hash(weights, config) if manifest is None else manifest.content_hash,
+        content_hash=stored.content_hash,
         parent=None if manifest is None else manifest.parent,
         data_fingerprint=None if manifest is None else manifest.data_fingerprint,
         metrics={} if manifest is None else dict(manifest.metrics),
@@ -74,9 +72,7 @@ def _with_base(stored: StoredAdapter, base: Base) -> bytes:
         update={
             "trained_by": "peft",
             "scaling": scaling,
-            "content_hash": content_hash(
-                stored.folder / ADAPTER_FILES[1], read_json(stored.folder / ADAPTER_FILES[0])
-            ),
+            "content_hash": stored.content_hash,
             "tokenizer_hash": None,
         }
     )

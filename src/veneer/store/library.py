@@ -132,6 +132,10 @@ class Library:
         self._require()
         return Entry(wanted.name, _chosen(wanted, self._record(wanted.name)))
 
+    def has(self, reference: str) -> bool:
+        """Whether there is an adapter of that name, whatever its version."""
+        return is_reference(reference) and self._file(reference.partition("@")[0]).is_file()
+
     def path(self, reference: str) -> Path:
         """The folder of the adapter, which PEFT reads too. What it holds is not checked here: see `verify`."""
         entry = self.get(reference)
@@ -168,7 +172,7 @@ class Library:
 
     def names_like(self, reference: str) -> str:
         """What to do about a name that is not there."""
-        return nearest(reference.partition("@")[0], self._names())
+        return nearest(reference.partition("@")[0], self.all_names())
 
     # writing
 
@@ -289,7 +293,7 @@ class Library:
         every version that bears a tag."""
         self._require()
         with locked(self.folder / ".objects.lock"), self._changing():
-            records = {name: self._record(name) for name in self._names()}
+            records = {name: self._record(name) for name in self.all_names()}
             old: list[str] = []
             needed: set[str] = set()
             for name, record in records.items():
@@ -338,7 +342,7 @@ class Library:
 
     # below
 
-    def _names(self) -> list[str]:
+    def all_names(self) -> list[str]:
         try:
             files = [path.name for path in self.names.iterdir()]
         except FileNotFoundError:
@@ -353,7 +357,7 @@ class Library:
     def _record(self, name: str) -> Record:
         path = self._file(name)
         if not path.is_file():
-            raise ConfigError(f"no adapter {name!r} in {self.folder}", [], nearest(name, self._names()))
+            raise ConfigError(f"no adapter {name!r} in {self.folder}", [], nearest(name, self.all_names()))
         return read_record(path)
 
     @contextmanager

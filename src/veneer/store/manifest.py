@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from veneer.errors import CorruptFileError
+from veneer.store.atomic import file_hash
 from veneer.store.strict_json import field_faults, read_json
 
 MANIFEST_NAME = "veneer.json"
@@ -102,7 +103,10 @@ def read_manifest(path: Path) -> Manifest:
 
 def content_hash(tensor_file: Path, config: dict[str, Any]) -> str:
     """SHA-256, in hex, over the tensor file's own SHA-256 and the config as JSON with sorted keys."""
-    with tensor_file.open("rb") as file:
-        tensors = hashlib.file_digest(file, "sha256").hexdigest()
+    return content_hash_of(file_hash(tensor_file), config)
+
+
+def content_hash_of(tensors: str, config: dict[str, Any]) -> str:
+    """content_hash where the SHA-256 of the tensor file is known."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(f"{tensors}\n{canonical}".encode()).hexdigest()

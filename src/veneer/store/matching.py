@@ -121,7 +121,9 @@ def _names(entries: list[str] | str | None) -> Callable[[str], bool]:
     """Does a path bear one of the names? A list holds names and endings, a string one regular expression."""
     if isinstance(entries, str):
         return lambda path, pattern=re.compile(entries): pattern.fullmatch(path) is not None  # type: ignore[misc]
-    known = frozenset(entries or [])
+    if not entries:
+        return lambda path: False
+    known = frozenset(entries)
     return lambda path: any(ending in known for ending in _endings(path, path.count(".") + 1))
 
 
