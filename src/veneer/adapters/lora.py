@@ -97,7 +97,9 @@ class AdaptedLinear(AdaptedModule):
         super().__init__(base, routing)
         frozen = frozen_linear(base)
         assert frozen is not None
-        self.frozen: FrozenLinear = frozen
+        self.frozen: FrozenLinear
+        # Past nn.Module: a packed linear is a module, and must stand in the model once, as `base`.
+        object.__setattr__(self, "frozen", frozen)
 
     @property
     def weight(self) -> Tensor:

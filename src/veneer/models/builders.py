@@ -8,6 +8,7 @@ A new format adds its builder to BUILDERS; `load_base` calls nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.errors import ConfigError
 from veneer.models import gguf_blocks
 from veneer.models.sources import Found
+from veneer.models.streaming import build_packed
 from veneer.quant.config import Quantize
 
 Builder = Callable[[Found, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]
 """(found, its checked config, dtype of what is not packed and of the products, device) -> the model there."""
 
-BUILDERS: Mapping[Quantize, Builder] = {"gguf": gguf_blocks.build}
+BUILDERS: Mapping[Quantize, Builder] = {
+    "nf4": partial(build_packed, book="nf4"),
+    "fp4": partial(build_packed, book="fp4"),
+    "gguf": gguf_blocks.build,
+}
 
 
 def builder_for(quantize: Quantize) -> Builder:

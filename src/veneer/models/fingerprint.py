@@ -122,13 +122,14 @@ def _shown(value: str | int) -> str:
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """The fingerprint of a model that carries no adapters. 0.1 s for 135M parameters on a CPU core."""
     weights = _unique_weights(model)
-    packed = _packed(model)
+    packed, parts = _packed(model)
     shapes, values = hashlib.sha256(), hashlib.sha256()
     dtypes = set()
     for name, tensor in weights.items():
         dtype, shape = packed.get(name, (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
-        dtypes.add(dtype)
-        shapes.update(f"{name} {shape}\n".encode())
+        if name not in parts:
+            dtypes.add(dtype)
+            shapes.update(f"{name} {shape}\n".encode())
         values.update(f"{name} {dtype}\n".encode())
         values.update(_sample(tensor))
     return Fingerprint(
@@ -142,14 +143,17 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     )
 
 
-def _packed(model: PreTrainedModel) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name of a packed weight -> its format and the shape that it stands for."""
-    return {
-        f"{path}.{name}": (module.packed_format, shape)
-        for path, module in model.named_modules()
-        if isinstance(module, PackedModule)
-        for name, shape in module.packed_shapes().items()
-    }
+def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...]]], set[str]]:
+    """Name of a packed weight -> its format and the shape that it stands for; and the names of scales and tables:
+    values that belong to such a weight, and no weights of the base."""
+    weights: dict[str, tuple[str, tuple[int, ...]]] = {}
+    parts: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            shapes = module.packed_shapes().items()
+            weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
+            parts |= {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False)}
+    return weights, parts
 
 
 def _unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ Not known here: where models come from (sources.py), attention beyond transforme
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from veneer.errors import (
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.builders import builder_for
 from veneer.models.gguf_blocks import locate_blocks
+from veneer.models.loaded import NEXT_DOWNLOAD, check_loaded
 from veneer.models.quiet import is_out_of_memory, quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.quant.config import Quantize
@@ -56,7 +56,6 @@ _CHANGES_LOADING = ("fusion_config", "distributed_config", "transformers_weights
 """Config fields that make transformers load other files or rewrite modules; plain checkpoints have none."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-_NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
 
 
 def load_base(
@@ -128,7 +127,7 @@ def stored_dtypes(folder: Path) -> Counter[str]:
         except (SafetensorError, OSError) as fault:
             faults.append(f"{path.name}: {fault}")
     if faults:
-        raise CorruptFileError(f"weights in {folder} cannot be read", faults, _NEXT_DOWNLOAD)
+        raise CorruptFileError(f"weights in {folder} cannot be read", faults, NEXT_DOWNLOAD)
     return counts
 
 
@@ -181,7 +180,7 @@ def checked_config(folder: Path) -> PreTrainedConfig:
         raise CorruptFileError(
             f"transformers cannot read {path}",
             [line.strip() for line in str(fault).splitlines()[:3]],
-            _NEXT_DOWNLOAD,
+            NEXT_DOWNLOAD,
         ) from fault
     _check_causal(folder, config)
     return config
@@ -245,7 +244,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
         if "tokenizer.json" in names:
             raise CorruptFileError(
-                f"the tokenizer in {folder} cannot be read", faults, _NEXT_DOWNLOAD
+                f"the tokenizer in {folder} cannot be read", faults, NEXT_DOWNLOAD
             ) from fault
         raise SourceError(
             f"the tokenizer in {folder} cannot be built without a tokenizer.json",
@@ -275,31 +274,9 @@ def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTra
         ignore_mismatched_sizes=True,  # they are refused below, all at once and with both shapes
         output_loading_info=True,
     )
-    faults = [f"missing    {name}" for name in sorted(info["missing_keys"])]
-    faults += [
-        f"misshapen  {name}: {tuple(stored)} in the file, {tuple(built)} in the model"
-        for name, stored, built in sorted(info["mismatched_keys"])
-    ]
-    faults += [f"error      {message}" for message in info.get("error_msgs", [])]
-    # Old buffers and parts of other models may lie in a file; a layer that config.json leaves out may not.
-    known = {_without_numbers(name) for name in model.state_dict()}
-    faults += [
-        f"left over  {name}: config.json builds fewer of these"
-        for name in sorted(info["unexpected_keys"])
-        if _without_numbers(name) in known
-    ]
-    if faults:
-        raise CorruptFileError(
-            f"the weights in {folder} are not those of a {type(model).__name__} as config.json describes it",
-            faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else []),
-            _NEXT_DOWNLOAD,
-        )
+    check_loaded(folder, model, info)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 def _check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -331,7 +308,7 @@ def _explained(found: Found, dtype: torch.dtype, num_values: int) -> Iterator[No
         raise CorruptFileError(
             f"transformers cannot load the model in {found.folder}",
             [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
-            _NEXT_DOWNLOAD,
+            NEXT_DOWNLOAD,
         ) from fault
 
 

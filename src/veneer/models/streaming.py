@@ -1,0 +1,228 @@
+"""Weights quantised while they are read: at no time more than the 4-bit model and one dense tensor are in memory.
+
+transformers builds the model without storage and places the tensors, with its own renaming and fusing of checkpoints;
+its quantiser seam asks us, tensor by tensor, what to put there. Linear layers and gated stacks of experts are packed;
+the output head, embeddings, norms, routers and what `keep_dense` names stay. A folder that bitsandbytes quantised is
+read as it is, per tensor: what it left dense stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from veneer.adapters.experts import is_gated_stack
+from veneer.adapters.targets import ends_with
+from veneer.errors import ConfigError, CorruptFileError
+from veneer.linear import is_transposed_linear
+from veneer.models.bnb_files import Moving, StoredPacked, stored_weights
+from veneer.models.loaded import check_loaded
+from veneer.models.sources import Found, weight_files
+from veneer.models.tensor_files import stored_tensors
+from veneer.quant.nf4 import BookName, Packed, quantize
+from veneer.quant.nf4_linear import NF4Experts, NF4Linear
+
+_NAME = "veneer"
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Endings of linear layers that choose experts: a few values that decide where every token goes."""
+
+
+class _Settings(QuantizationConfigMixin):
+    """What transformers hands to the quantiser."""
+
+    def __init__(self, book: BookName | None, keep_dense: tuple[str, ...]) -> None:
+        self.quant_method = _NAME  # type: ignore[assignment]
+        self.book, self.keep_dense = book, keep_dense
+        self.unused: list[str] = []
+        """Names of keep_dense that the model does not have."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": _NAME}
+
+
+class _Pack(ConversionOps):
+    """One tensor on its way into the model."""
+
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **others: Any) -> dict[str, Any]:
+        left = {}
+        for target, values in input_dict.items():
+            value = values[0] if isinstance(values, list) else values
+            if not self.quantizer.place(others["model"], target, value):
+                left[target] = value
+            elif (missing := others.get("missing_keys")) is not None:
+                missing.discard(target)
+        return left
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("a packed model is not saved through transformers")
+
+
+class _Quantizer(HfQuantizer):
+    """settings.book None: only what the files hold packed is packed."""
+
+    quantization_config: _Settings
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+        self.faults: list[str] = []
+        self.wanted = _packable(model)
+        keep = self.quantization_config.keep_dense
+        paths = {path for path, _ in model.named_modules()} | self.wanted.keys()
+        self.quantization_config.unused = [k for k in keep if not any(ends_with(p, k) for p in paths)]
+        self.kept = {
+            target for target, path in self.wanted.items() if any(_names(k, path, target) for k in keep)
+        }
+        return model
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 0.52
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
+        return param_name in self.wanted
+
+    def get_quantize_ops(self) -> _Pack:
+        return _Pack(self)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def place(self, model: PreTrainedModel, target: str, value: Tensor | Moving) -> bool:
+        """Put the weight called `target` into the model, packed; False: it stays dense."""
+        book = self.quantization_config.book
+        path, _, name = target.rpartition(".")
+        module = model.get_submodule(path)
+        packed = value.weight if isinstance(value, Moving) else None
+        stays = packed is None and (book is None or target in self.kept)
+        dense = tuple(_dense(module).get_parameter(name).shape)
+        turned = is_transposed_linear(module) and not stays
+        expected = dense[::-1] if turned else dense
+        if isinstance(value, Tensor) and turned:
+            value = value.T
+        found = tuple(value.shape) if isinstance(value, Tensor) else value.weight.shape
+        if found != expected:
+            self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
+            return True
+        if stays:
+            return False
+        if isinstance(value, Tensor):
+            assert book is not None
+            try:
+                packed = quantize(value, book=book, name=target)
+            except CorruptFileError as fault:
+                self.faults.append(f"not finite {target}: {fault.faults[0]}")
+                return True
+        assert packed is not None
+        _install(model, path, name, packed)
+        return True
+
+
+AUTO_QUANTIZER_MAPPING[_NAME] = _Quantizer
+
+
+def _packable(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter name -> path of its module, of every weight that can be packed."""
+    head = model.get_output_embeddings()
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_transposed_linear(module):
+            if module is not head and path.rsplit(".", 1)[-1] not in ROUTERS:
+                found[f"{path}.weight"] = path
+        elif is_gated_stack(module):
+            found |= {f"{path}.{name}": path for name in ("gate_up_proj", "down_proj")}
+    return found
+
+
+def _names(entry: str, path: str, target: str) -> bool:
+    """Whether an entry of keep_dense names this module, one above it, or its parameter."""
+    above = [path[:place] for place, letter in enumerate(path) if letter == "."]
+    return any(ends_with(each, entry) for each in (target, path, *above))
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    return module._plain[0] if isinstance(module, NF4Experts) else module
+
+
+def _install(model: PreTrainedModel, path: str, name: str, weight: Packed) -> None:
+    """The packed module in the dense one's place; a bias that has not come yet finds it there."""
+    module = model.get_submodule(path)
+    if isinstance(module, NF4Experts):
+        module.hold(name, weight)
+    elif is_gated_stack(module):
+        experts = NF4Experts(module, dtype=model.dtype, device=weight.packed.device)
+        experts.hold(name, weight)
+        model.set_submodule(path, experts)
+        module = experts
+    else:
+        bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+        module = NF4Linear(weight, bias, dtype=model.dtype)
+        model.set_submodule(path, module)
+    for each in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        if each is not None and not each.is_meta:
+            each._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def build_packed(
+    found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, *,
+    book: BookName | None, keep_dense: Sequence[str] = (),
+) -> PreTrainedModel:  # fmt: skip
+    """book None: read packed what the files hold packed, and nothing else.
+
+    Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing; the
+    files hold their weights in another 4-bit format than `book`).
+    """
+    weights = stored_weights(stored_tensors(weight_files(found.folder)))
+    books = {weight.book for weight in weights.values() if isinstance(weight, StoredPacked)}
+    if book is not None and books - {book}:
+        raise ConfigError(
+            f"{found.folder} holds its weights as {', '.join(sorted(books))}, not as {book}",
+            next_step="Leave quantize out: such a folder is read as it is.",
+        )
+    settings = _Settings(book, tuple(keep_dense))
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        quantization_config=settings,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=None,  # as for dense weights: never what a file says
+        experts_implementation=None,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are refused below, all at once and with both shapes
+        output_loading_info=True,
+    )
+    built: PreTrainedModel = model
+    quantizer: Any = built.hf_quantizer
+    if settings.unused:
+        raise ConfigError(
+            "keep_dense names modules that the model does not have", settings.unused, "Correct the names."
+        )
+    check_loaded(found.folder, built, info, quantizer.faults)
+    quantizer.remove_quantization_config(
+        built
+    )  # for transformers it is an ordinary model with modules of ours
+    for module in built.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    built.config.name_or_path = str(found.folder)
+    if (found.folder / "generation_config.json").is_file():
+        built.generation_config = GenerationConfig.from_pretrained(found.folder, local_files_only=True)
+    return built

@@ -1,0 +1,70 @@
+"""The tensors of safetensors files, each read when it is asked for and kept by nobody.
+
+By plain reads, not by mapping the file: mapped pages count as this process's memory for as long as the file is open,
+and the point of reading one by one is that they do not add up. The files were opened by safetensors before, which
+checks that their headers are sound.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file; `tensor[...]` reads it. start: byte in the file."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TYPES[self.kind]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def __getitem__(self, everything: EllipsisType) -> Tensor:
+        raw = torch.empty(self.bytes, dtype=torch.uint8)
+        if self.bytes:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                view = memoryview(raw.numpy().data)
+                while view:  # one read ends at 2 GiB
+                    if not (count := file.readinto(view)):
+                        raise OSError(f"{self.path} ends early")
+                    view = view[count:]
+        return raw.view(self.dtype).view(self.shape)
+
+    # What transformers asks of a slice of a file.
+    def get_dtype(self) -> str:
+        return self.kind
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+
+def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+    """Name -> tensor, of all files."""
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start = 8 + length + entry["data_offsets"][0]
+                found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
+    return found
