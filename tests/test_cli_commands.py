@@ -257,6 +257,25 @@ def test_a_run_folder_stands_for_its_adapter_and_its_base_as_the_run_named_it(ap
     assert api.base.loaded == [(str(adapter), True)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "flags", "expected"),
+    [
+        ("bfloat16+gguf", [], "gguf"),
+        ("float32+nf4", [], "nf4"),
+        ("bfloat16+float32", [], None),
+        ("bfloat16+gguf", ["--quantize", "fp4"], "fp4"),
+        ("bfloat16+gguf", ["--force-base"], None),
+    ],
+)
+def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(
+    api, tmp_path, dtype, flags, expected
+):
+    adapter = adapter_at(tmp_path / "a")
+    (adapter / "veneer.json").write_text(json.dumps({"base": {"fingerprint": {"dtype": dtype}}}))
+    assert main.main(["generate", "--adapter", str(adapter), "hello", *flags]) == 0
+    assert api.calls[0][2]["quantize"] == expected
+
+
 def test_a_base_that_is_named_wins(api, tmp_path):
     main.main(["generate", "--adapter", str(adapter_at(tmp_path / "a")), "--base", "mine", "hello"])
     assert api.calls[0][1] == ("mine",)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from veneer.errors import ConfigError, SourceError
-from veneer.quant.config import FORMATS
+from veneer.quant.config import FORMATS, Quantize
+from veneer.store.strict_json import read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,8 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=FORMATS,
-        help="hold the base's linear layers in 4 bits, or in a .gguf file's blocks",
+        help="hold the base's linear layers in 4 bits, or in a .gguf file's blocks (gguf: as they are in the file); "
+        "default: as the adapter was trained",
     )
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
 
@@ -72,7 +74,10 @@ def load_base(args: argparse.Namespace) -> Base:
     from veneer import api
 
     source, adapter = base_and_adapter(args.base, args.adapter)
-    base = api.load(source, dtype=args.dtype, device=args.device, quantize=args.quantize)
+    quantize = args.quantize
+    if quantize is None and adapter is not None and not args.force_base:
+        quantize = _trained_over(adapter)
+    base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
     return base
@@ -128,6 +133,18 @@ def _trained_on(folder: Path) -> str | None:
         if isinstance(values, dict) and isinstance(values.get(key), str) and values[key]:
             return str(values[key])
     return None
+
+
+def _trained_over(folder: Path) -> Quantize | None:
+    """The format that the adapter's base was held in, from the fingerprint that it keeps; None: dense, or not known."""
+    file = folder / "veneer.json"
+    if not file.is_file():
+        return None
+    base = read_json(file).get("base")
+    fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
+    dtype = fingerprint.get("dtype") if isinstance(fingerprint, dict) else None
+    parts = dtype.split("+") if isinstance(dtype, str) else []
+    return next((name for name in FORMATS if name in parts), None)
 
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
