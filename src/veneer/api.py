@@ -26,6 +26,7 @@ from veneer.errors import ConfigError
 from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
+from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
 from veneer.merge.run import Into, merge_adapters
@@ -300,6 +301,16 @@ def combine(
 ) -> CombineReport:
     """Make one adapter folder of several, each with its weight; see merge/combine.py."""
     return combine_adapters(adapters, recipe, base=base, out=out)
+
+
+def extract(
+    base: str, model: str, *, out: str | Path, rank: int | None = None, energy: float | None = None, keep: bool = False,
+    check_logits: bool = True,
+) -> ExtractReport:  # fmt: skip
+    """Make an adapter folder out of a fully fine-tuned model and its base; see merge/extract.py."""
+    return extract_adapter(
+        base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits
+    )
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

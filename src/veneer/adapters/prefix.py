@@ -212,22 +212,26 @@ def _unreachable(decoder: nn.Module, why: str) -> ConfigError:
 
 
 def prove(decoder: nn.Module, ids: Tensor, pairs: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """A text's own keys as the prefix of what follows it give what the text itself gives, or ConfigError.
+    """A text's own keys as a prefix give what the model gives with that text in its cache, or ConfigError.
 
     ids (T): the text that `pairs` were recorded from. This checks, on the model at hand, that keys arrive in
-    every layer, that positions go on behind them, and that windows count them.
+    every layer, that positions go on behind them, and that windows count them. The yardstick is the cache and not
+    the whole text at once: on SmolLM2-135M in bf16 those two differ by 40% where ids are rare ones.
     """
-    more, T = ids.flip(0), len(ids)
+    more, T = ids.flip(0)[None], len(ids)
+    keys = PrefixKeys(pairs, torch.arange(T, 2 * T, device=ids.device)[None])
     with torch.no_grad():
-        whole = decoder(input_ids=torch.cat([ids, more])[None], use_cache=False).last_hidden_state[0, T:]
-        keys = PrefixKeys(pairs, torch.arange(T, 2 * T, device=ids.device)[None])
-        part = decoder(
-            input_ids=more[None], position_ids=keys.positions, use_cache=False, veneer_prefix=keys
-        ).last_hidden_state[0]  # fmt: skip
-    if whole.device.type == "meta":
+        first = decoder(input_ids=ids[None], use_cache=True)
+        name = next((name for name in ("cache", "past_key_values") if name in first), None)  # by version
+        own: dict[str, Any] = {} if name is None else {name: first[name]}
+        expected = decoder(input_ids=more, position_ids=keys.positions, **own).last_hidden_state
+        found = decoder(
+            input_ids=more, position_ids=keys.positions, use_cache=False, veneer_prefix=keys
+        ).last_hidden_state  # fmt: skip
+    if expected.device.type == "meta":
         return
-    difference = ((whole - part).abs().max() / whole.abs().max().clamp_min(1e-12)).item()
-    if difference > (1e-3 if whole.dtype in (torch.float32, torch.float64) else 0.15):
+    difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    if not own or difference > (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05):
         raise _unreachable(
             decoder, f"a text's own keys, put in front, give a result that is {difference:.1e} off"
         )

@@ -28,6 +28,7 @@ COMMANDS = {
     "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",
     "merge": "merge adapters into their base: a plain model folder, checked against the adapter",
     "combine": "make one adapter of several: the exact sum, or a smaller one with its error",
+    "extract": "make an adapter out of a fully fine-tuned model",
     "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
 }
 

@@ -128,10 +128,10 @@ def percent_of(share: float) -> str:
     return f"{100 * share:.2g}%"
 
 
-def logit_lines(what: str, check: LogitCheck) -> list[str]:
+def logit_lines(what: str, check: LogitCheck, *, effect: str = "adapter against base") -> list[str]:
     return [
         f"  logits against {what}, {check.tokens} tokens",
         f"    difference  {number(check.mean_difference):>9} on average, {number(check.max_difference)} at most",
-        f"    effect      {number(check.mean_effect):>9} on average, {number(check.max_effect)} at most (adapter against base)",
+        f"    effect      {number(check.mean_effect):>9} on average, {number(check.max_effect)} at most ({effect})",
         f"    KL          {number(check.kl):>9} nats a token · same first choice {check.same_top:.1%}",
     ]

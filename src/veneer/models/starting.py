@@ -27,13 +27,17 @@ MIN_SHARED_TOKENS = 8
 """What rows begin with counts as a prompt from here on; fewer tokens are only a template's markers."""
 MAX_START_TOKENS = 64
 """Length of a prefix that nobody gave a length: the end of a longer prompt, which says more of the task."""
+SHOWN = 60
+"""Characters of the prompt on the screen, its end; the start record has all of it."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """attachment: its config has every default resolved; lines: what it starts from, for the screen."""
+    """attachment: its config has every default resolved; starts_from: the prompt whose values it starts from, whole;
+    lines: the same for the screen."""
 
     attachment: Attachment
+    starts_from: str | None
     lines: list[str]
 
 
@@ -52,26 +56,35 @@ def begin(
     attachment = attach(base.model, config, name=name, routing=base.routing, head=head, seed=seed)
     base.attachments[name] = attachment
     if start is None:
-        return Begun(attachment, [])
+        return Begun(attachment, None, [])
     if start.ids:
         _start_from(base, attachment, start.ids)
-    return Begun(attachment, [start.line])
+    return Begun(attachment, start.text, [start.line])
 
 
 @dataclass(frozen=True)
 class PrefixStart:
-    """ids: the prompt's, one for each token of the prefix; none: random values. line: says so."""
+    """ids: the prompt's, one for each token of the prefix, and its text; none: random values. origin: in words."""
 
     ids: list[int]
+    text: str | None
     tokens: int
-    line: str
+    origin: str
+
+    @property
+    def line(self) -> str:
+        told = f"prefix of {self.tokens} tokens, starting from {self.origin}"
+        if self.text is None:
+            return told
+        words = " ".join(self.text.split())
+        return told + f": “{words if len(words) <= SHOWN else '…' + words[-SHOWN:]}”"
 
 
 def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> PrefixStart:
     """What a prefix of these settings starts from on this base, with these rows."""
     if config.start == "random":
         tokens = config.tokens or DEFAULT_TOKENS
-        return PrefixStart([], tokens, f"prefix of {tokens} tokens, starting from random keys and values")
+        return PrefixStart([], None, tokens, "random keys and values")
     shared = shared_prompt(examples) if len(examples) > 1 else 0
     if config.prompt is not None:
         ids, origin = list(base.tokenizer(config.prompt)["input_ids"]), "the prompt given"
@@ -81,10 +94,7 @@ def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> Pre
         ids, origin = list(base.tokenizer(INSTRUCTION)["input_ids"]), "an instruction, as the rows share none"
     tokens = config.tokens or min(len(ids), MAX_START_TOKENS)
     chosen = (ids * (tokens // len(ids) + 1))[:tokens] if tokens > len(ids) else ids[-tokens:]
-    text = str(base.tokenizer.decode(chosen, skip_special_tokens=False))
-    return PrefixStart(
-        chosen, tokens, f"prefix of {tokens} tokens, starting from {origin}: {' '.join(text.split())!r}"
-    )
+    return PrefixStart(chosen, str(base.tokenizer.decode(chosen, skip_special_tokens=False)), tokens, origin)
 
 
 def _check_room(base: Base, tokens: int, examples: Sequence[Example]) -> None:

@@ -200,7 +200,7 @@ def _start_record(
         "modules_total": None if attachment is None else attachment.adaptable,
         "adapter_bytes": None if attachment is None else adapter_file_bytes(attachment, base.model),
         "train_rows": len(data.train), "validation_rows": len(data.validation), "steps": job.steps,
-        "idle_memory_bytes": idle, "paths": lines,
+        "starts_from": None if begun is None else begun.starts_from, "idle_memory_bytes": idle, "paths": lines,
     }  # fmt: skip
 
 

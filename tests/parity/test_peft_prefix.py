@@ -1,0 +1,78 @@
+"""PEFT's prefix tuning loads what Veneer writes and answers the same; Veneer loads what PEFT writes."""
+
+import warnings
+
+import pytest
+import torch
+
+from tests.test_store_prefix import CONFIG, IDS, WEIGHTS, logits, prefixed, written
+from tests.tiny import tiny_base, tiny_model
+
+peft = pytest.importorskip("peft")
+
+from veneer.models.generate import generate  # noqa: E402
+from veneer.models.step import prepare  # noqa: E402
+from veneer.store.adapter import load_adapter  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+RELATIVE = 1e-5
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
+"""Grouped heads, head sizes that are not hidden / heads, sliding windows, soft caps, learned positions."""
+
+
+def assert_same(ours, theirs):
+    assert (ours - theirs).abs().max() / theirs.abs().max() < RELATIVE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_answers_the_same_with_our_files(tmp_path, family):
+    base, attachment = prefixed(family)
+    ours, path = logits(base), written(tmp_path, base, attachment).path
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), path)
+    with torch.no_grad():
+        assert_same(ours, theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("projection", [False, True])
+def test_we_answer_the_same_with_their_files(tmp_path, family, projection):
+    torch.manual_seed(3)
+    options = {"prefix_projection": True, "encoder_hidden_size": 7} if projection else {}
+    theirs = peft.get_peft_model(
+        tiny_model(family), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **options)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    base = tiny_base(family)
+    prepare(base.model)
+    load_adapter(base, tmp_path, name="a")
+    base.routing.active = (("a", 1.0),)
+    assert_same(logits(base), expected)
+
+
+def test_the_same_prefix_is_the_same_file_to_the_byte(tmp_path):
+    base, attachment = prefixed("llama")
+    ours = written(tmp_path, base, attachment).path
+    base.model.config._name_or_path = base.name_or_path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), ours)
+        theirs.save_pretrained(tmp_path / "theirs")
+    assert (ours / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+    assert (ours / CONFIG).read_text() == (tmp_path / "theirs" / CONFIG).read_text()
+
+
+def test_greedy_answers_are_those_of_peft(tmp_path):
+    """Against PEFT's forward: its generate gives other tokens than its own forward (0.21.2 on transformers 5.24)."""
+    base, attachment = prefixed("llama_untied")
+    path = written(tmp_path, base, attachment).path
+    theirs = peft.PeftModel.from_pretrained(tiny_model("llama_untied"), path).eval()
+    ids = IDS[:1]
+    (ours,) = generate(base, [ids[0].tolist()], max_new_tokens=10)
+    assert len(ours) == 10
+    for token in ours:
+        with torch.no_grad():
+            following = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()
+        assert following == token
+        ids = torch.cat([ids, following.view(1, 1)], dim=1)
