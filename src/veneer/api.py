@@ -26,6 +26,9 @@ from veneer.errors import ConfigError
 from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
+from veneer.merge.export_run import export_adapter as export_adapter
+from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
+from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
