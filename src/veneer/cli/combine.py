@@ -18,7 +18,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from veneer.cli.common import adapter_folder, add_json, base_and_adapter, make_console, print_json
+from veneer.cli.common import (
+    adapter_folder,
+    add_json,
+    add_library,
+    base_and_adapter,
+    make_console,
+    print_json,
+)
 from veneer.errors import ConfigError
 from veneer.train.wording import size
 
@@ -30,7 +37,7 @@ HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "adapters", nargs="+", metavar="A", help="adapter folders, or the runs that made them"
+        "adapters", nargs="+", metavar="A", help="names in the library, folders of adapters or of runs"
     )
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each; default: 1")
     parser.add_argument("--how", choices=HOWS, default="cat", help="default: cat")
@@ -43,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of dare; default: 0")
     parser.add_argument("--base", metavar="B", help="the base of all of them; default: the first adapter's")
     parser.add_argument("--out", required=True, metavar="DIR", help="the adapter to write; it must not exist")
+    add_library(parser)
     add_json(parser)
 
 
@@ -55,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{len(args.adapters)} adapters and {len(weights)} weights", next_step="Give one weight for each."
         )
-    base, _ = base_and_adapter(args.base, args.adapters[0])
-    folders = [adapter_folder(named) for named in args.adapters]
+    base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
+    folders = [adapter_folder(named, args.library) for named in args.adapters]
     recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
     report = api.combine(list(zip(folders, weights, strict=True)), recipe, base=base, out=args.out)
     if args.json:

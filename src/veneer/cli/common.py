@@ -31,8 +31,11 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         help="hub id, folder, .gguf file or named default; default: the adapter's own base",
     )
     parser.add_argument(
-        "--adapter", metavar="A", help="adapter folder, or the folder of the run that made it"
+        "--adapter",
+        metavar="A",
+        help="name in the library (NAME, NAME@2), or a folder of an adapter or a run",
     )
+    add_library(parser)
     parser.add_argument(
         "--force-base", action="store_true", help="use the adapter though it was trained on another base"
     )
@@ -73,7 +76,7 @@ def load_base(args: argparse.Namespace) -> Base:
     """The base that the arguments name, with the adapter on it and in use, if one is named."""
     from veneer import api
 
-    source, adapter = base_and_adapter(args.base, args.adapter)
+    source, adapter = base_and_adapter(args.base, args.adapter, args.library)
     quantize = args.quantize
     if quantize is None and adapter is not None and not args.force_base:
         quantize = _trained_over(adapter)
@@ -83,9 +86,11 @@ def load_base(args: argparse.Namespace) -> Base:
     return base
 
 
-def base_and_adapter(base: str | None, adapter: str | None) -> tuple[str, Path | None]:
+def base_and_adapter(
+    base: str | None, adapter: str | None, library: str | None = None
+) -> tuple[str, Path | None]:
     """The base to load, and the adapter's own folder; the adapter says its base where none is named."""
-    folder = adapter_folder(adapter) if adapter else None
+    folder = adapter_folder(adapter, library) if adapter else None
     if base:
         return base, folder
     if folder is None:
@@ -100,20 +105,11 @@ def base_and_adapter(base: str | None, adapter: str | None) -> tuple[str, Path |
     return name, folder
 
 
-def adapter_folder(named: str) -> Path:
-    """The folder with adapter_config.json: the one named, or `adapter/` in the run folder named."""
-    folder = Path(named)
-    for each in (folder, folder / "adapter"):
-        if (each / "adapter_config.json").is_file():
-            return each
-    if (folder / "model" / "config.json").is_file():
-        raise SourceError(
-            f"{folder} is a run of full fine-tuning: it made a model, not an adapter",
-            [],
-            f"Leave --adapter out and give --base {folder / 'model'}.",
-        )
-    faults = [f"{each / 'adapter_config.json'} is not there" for each in (folder, folder / "adapter")]
-    raise SourceError(f"no adapter at {folder}", faults)
+def adapter_folder(named: str, library: str | None = None) -> Path:
+    """The adapter's own folder: of a name in the library, a run's folder, or an adapter's."""
+    from veneer.store.library import Library
+
+    return Library(library).locate(named)
 
 
 def _trained_on(folder: Path) -> str | None:

@@ -15,7 +15,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from veneer.cli.common import adapter_folder, add_json, base_and_adapter, make_console, print_json
+from veneer.cli.common import (
+    adapter_folder,
+    add_json,
+    add_library,
+    base_and_adapter,
+    make_console,
+    print_json,
+)
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.train.wording import number, size
@@ -35,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="B", help="hub id, folder, .gguf file or named default; default: the adapter's"
     )
     parser.add_argument(
-        "--adapter", required=True, nargs="+", metavar="A", help="adapter folders, or runs that made them"
+        "--adapter",
+        required=True,
+        nargs="+",
+        metavar="A",
+        help="names in the library, folders of adapters or of runs",
     )
     parser.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="one for each adapter; default: 1"
@@ -62,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force-base", action="store_true", help="though the adapter was trained on another base"
     )
+    add_library(parser)
     add_json(parser)
 
 
@@ -73,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{len(args.adapter)} adapters and {len(weights)} weights", next_step="Give one weight for each."
         )
-    base, _ = base_and_adapter(args.base, args.adapter[0])
-    folders = [adapter_folder(named) for named in args.adapter]
+    base, _ = base_and_adapter(args.base, args.adapter[0], args.library)
+    folders = [adapter_folder(named, args.library) for named in args.adapter]
     report = api.merge(
         base, list(zip(folders, weights, strict=True)), out=args.out, dtype=args.dtype, stochastic=args.stochastic,
         seed=args.seed, quantize=args.quantize, into=args.into, original=args.original, data=args.data,

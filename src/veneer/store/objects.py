@@ -85,9 +85,10 @@ def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | 
             yield None
             return
         set_aside(place)
+    begun = False
     try:
         with atomic_folder(place, needed_bytes=needed_bytes) as partial:
-            partial.chmod(0o700)
+            begun = True
             yield partial
             if faults := object_faults(partial, wanted=wanted):
                 raise CorruptFileError(
@@ -98,6 +99,8 @@ def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | 
     except (ConfigError, InputError):
         if object_faults(place):  # otherwise another process put the same bytes there first
             raise
+        if not begun:
+            yield None
 
 
 def set_aside(place: Path) -> None:
