@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Base": "veneer.api",
+    "DoRA": "veneer.adapters.config",
     "Full": "veneer.adapters.config",
     "Library": "veneer.store.library",
     "LoRA": "veneer.adapters.config",
@@ -26,6 +27,7 @@ _HOMES = {
 
 __all__ = [
     "Base",
+    "DoRA",
     "Full",
     "Library",
     "LoRA",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+    from veneer.adapters.config import DoRA as DoRA
     from veneer.adapters.config import Full as Full
     from veneer.adapters.config import LoRA as LoRA
     from veneer.adapters.config import Prefix as Prefix

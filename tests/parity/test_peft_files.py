@@ -19,7 +19,7 @@ from tests.tiny import tiny_base, tiny_model
 peft = pytest.importorskip("peft")
 
 from veneer.adapters.attach import attach  # noqa: E402
-from veneer.adapters.config import LoRA  # noqa: E402
+from veneer.adapters.config import DoRA, LoRA, LowRank  # noqa: E402
 from veneer.adapters.site import Attachment  # noqa: E402
 from veneer.errors import AdapterMismatchError  # noqa: E402
 from veneer.models.base import Base  # noqa: E402
@@ -36,6 +36,7 @@ class Row:
     family: str = "llama_untied"
     model: dict[str, Any] = field(default_factory=dict)
     same: bool = True  # both settings name the same modules
+    method: type[LowRank] = LoRA
 
 
 SHARED_EXPERTS = {"mlp_only_layers": [0]}
@@ -129,6 +130,31 @@ ROWS = {
         theirs={"target_modules": ["lm_head", "v_proj"]},
     ),
     "tied, all-linear": Row(family="llama", ours={}, theirs={"target_modules": "all-linear"}),
+    "dora": Row(method=DoRA, ours={}, theirs={"target_modules": "all-linear", "use_dora": True}),
+    "dora, patterns, rslora": Row(
+        method=DoRA,
+        ours={"rank_pattern": {"v_proj": 3}, "rslora": True, "targets": ["v_proj", "down_proj"]},
+        theirs={
+            "target_modules": ["v_proj", "down_proj"],
+            "rank_pattern": {"v_proj": 3},
+            "use_rslora": True,
+            "use_dora": True,
+        },
+    ),
+    "dora, biases": Row(
+        method=DoRA,
+        family="phi",
+        ours={"targets": ["q_proj", "fc2"], "bias": "lora_only"},
+        theirs={"target_modules": ["q_proj", "fc2"], "bias": "lora_only", "use_dora": True},
+    ),
+    "dora, conv1d": Row(
+        method=DoRA, family="gpt2", ours={}, theirs={"target_modules": "all-linear", "use_dora": True}
+    ),
+    "dora, head": Row(
+        method=DoRA,
+        ours={"targets": ["lm_head", "v_proj"]},
+        theirs={"target_modules": ["lm_head", "v_proj"], "use_dora": True},
+    ),
     "conv1d": Row(family="gpt2", ours={}, theirs={"target_modules": "all-linear"}),
     "conv1d, embedding, all biases": Row(
         family="gpt2",
@@ -199,7 +225,7 @@ def randomise(parameters: dict[str, torch.nn.Parameter]) -> None:
 def ours(row: Row) -> tuple[Base, Attachment]:
     base = tiny_base(row.family, **row.model)
     base.fingerprint()
-    settings = LoRA(**{"rank": 4, "alpha": 7, **row.ours})
+    settings = row.method(**{"rank": 4, "alpha": 7, **row.ours})
     head = base.model.get_output_embeddings()
     attachment = attach(base.model, settings, name="lora.weight", routing=base.routing, head=head)
     randomise(attachment.parameters())

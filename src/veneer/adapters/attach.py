@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters.config import AdapterConfig, LoRA, Prefix
-from veneer.adapters.low_rank import build_low_rank
+from veneer.adapters.config import AdapterConfig, DoRA, LoRA, Prefix
+from veneer.adapters.low_rank import build_dora, build_lora
 from veneer.adapters.prefix import build_prefix
 from veneer.adapters.routing import Routing
 from veneer.adapters.site import Attachment, Site
@@ -18,7 +18,8 @@ from veneer.adapters.wrapping import adapter_names, plain_modules, unwrap, unwra
 from veneer.errors import ConfigError
 
 _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
-    LoRA: build_low_rank,
+    LoRA: build_lora,
+    DoRA: build_dora,
     Prefix: build_prefix,
 }
 """A method's settings -> the function that puts its layers in their places."""

@@ -1,7 +1,7 @@
 """The methods' settings: what a run file says under `method`. No torch here: `--help` reads this.
 
-Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732;
-prefix tuning, Li and Liang 2021, arXiv:2101.00190.
+Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; DoRA, Liu et al. 2024,
+arXiv:2402.09353; prefix tuning, Li and Liang 2021, arXiv:2101.00190.
 """
 
 import re
@@ -24,8 +24,8 @@ class MethodConfig(BaseModel):
     instead_of_folding: ClassVar[str] = ""
     default_learning_rate: ClassVar[float]
 
-    name: str
-    """What the run file calls it."""
+    name: str = ""
+    """What the run file calls it; every method has one."""
 
     @property
     def starts_as_base(self) -> bool:
@@ -46,12 +46,9 @@ class AdapterConfig(MethodConfig):
     """A method that puts layers beside a frozen base; its result is an adapter folder."""
 
 
-class LoRA(AdapterConfig):
-    """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+class LowRank(AdapterConfig):
+    """Settings that LoRA and its variants share."""
 
-    default_learning_rate = 5e-4
-
-    name: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1, le=4096)
     """R, the width of the update; a linear layer trains rank * (in + out) parameters."""
     alpha: float = Field(default=32.0, gt=0)
@@ -77,7 +74,7 @@ class LoRA(AdapterConfig):
     """Modules (names or endings) trained in full beside the update, for instance lm_head."""
 
     @model_validator(mode="after")
-    def _patterns_compile(self) -> "LoRA":
+    def _patterns_compile(self) -> "LowRank":
         sources = [*self.rank_pattern, *self.alpha_pattern, *self.exclude]
         if isinstance(self.targets, str) and self.targets != "all-linear":
             sources.append(self.targets)
@@ -95,6 +92,22 @@ class LoRA(AdapterConfig):
     @property
     def drops_out(self) -> bool:
         return self.dropout > 0
+
+
+class LoRA(LowRank):
+    """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+
+    default_learning_rate = 5e-4
+
+    name: Literal["lora"] = "lora"
+
+
+class DoRA(LowRank):
+    """Rows of W + scaling * B A brought to a trained length; linear layers only. Costs a little more than LoRA."""
+
+    default_learning_rate = 5e-4
+
+    name: Literal["dora"] = "dora"
 
 
 class Prefix(AdapterConfig):
@@ -139,5 +152,5 @@ class Full(MethodConfig):
     name: Literal["full"] = "full"
 
 
-Method = Annotated[LoRA | Prefix | Full, Field(discriminator="name")]
-METHODS: dict[str, type[MethodConfig]] = {"lora": LoRA, "prefix": Prefix, "full": Full}
+Method = Annotated[LoRA | DoRA | Prefix | Full, Field(discriminator="name")]
+METHODS: dict[str, type[MethodConfig]] = {"lora": LoRA, "dora": DoRA, "prefix": Prefix, "full": Full}

@@ -24,6 +24,14 @@ from veneer.linear import FrozenLinear, frozen_linear, frozen_product
 Kind = Literal["linear", "embedding", "experts"]
 
 
+class LowRankLayer(Layer, Protocol):
+    """What the files of LoRA and its variants say of a layer."""
+
+    kind: Kind
+    rank: int
+    alpha: float
+
+
 class LoRALayer:
     """Two factors and their scaling. float32 whatever the base is: bf16 would round small steps away.
 
@@ -36,7 +44,7 @@ class LoRALayer:
         self, kind: Kind, A: Tensor, B: Tensor, *,
         alpha: float, rslora: bool, dropout: float = 0.0, key: int = 0,
     ) -> None:  # fmt: skip
-        self.kind = kind
+        self.kind: Kind = kind
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.rank = B.shape[-1]
         self.alpha = alpha

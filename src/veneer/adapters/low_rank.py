@@ -3,26 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, LoRA, LowRank
+from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters
 from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer, kaiming_A
 from veneer.adapters.site import Site
 from veneer.adapters.targets import Targets, find_targets, pattern_value
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
-from veneer.linear import frozen_linear
+from veneer.errors import ConfigError
+from veneer.linear import FrozenLinear, frozen_linear
 
 
-def build_low_rank(site: Site, config: LoRA) -> None:
+def build_lora(site: Site, config: LoRA) -> None:
     """Raises ConfigError where the settings match nothing."""
-    targets = find_targets(site.modules, config, head=site.head)
-    site.attachment.trained = targets.trained
-    site.attachment.adaptable = targets.adaptable
+    targets = _targets(site, config)
     for path in targets.linears:
-        frozen = frozen_linear(site.modules[path])
-        assert frozen is not None
-        r = pattern_value(config.rank_pattern, path, config.rank)
-        A, B = kaiming_A((r, frozen.in_features), site.generator), torch.zeros(frozen.out_features, r)
-        made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
+        made, _ = _linear_layer(site, config, path)
         site.put(path, AdaptedLinear, made)
     for path in targets.embeddings:
         table = site.modules[path].get_parameter("weight")
@@ -43,8 +39,39 @@ def build_low_rank(site: Site, config: LoRA) -> None:
     _train_in_full(site, targets)
 
 
+def build_dora(site: Site, config: DoRA) -> None:
+    """Raises ConfigError where the settings match nothing, or what is no linear layer."""
+    targets = _targets(site, config)
+    if others := [*targets.embeddings, *targets.experts]:
+        raise ConfigError(
+            "DoRA takes linear layers; these targets are embeddings or fused experts",
+            others,
+            "List the linear layers in `targets`, or take method lora.",
+        )
+    for path in targets.linears:
+        made, frozen = _linear_layer(site, config, path)
+        site.put(path, AdaptedLinear, DoRALayer(made, frozen))
+    _train_in_full(site, targets)
+
+
+def _targets(site: Site, config: LowRank) -> Targets:
+    targets = find_targets(site.modules, config, head=site.head)
+    site.attachment.trained = targets.trained
+    site.attachment.adaptable = targets.adaptable
+    return targets
+
+
+def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, FrozenLinear]:
+    frozen = frozen_linear(site.modules[path])
+    assert frozen is not None
+    r = pattern_value(config.rank_pattern, path, config.rank)
+    A, B = kaiming_A((r, frozen.in_features), site.generator), torch.zeros(frozen.out_features, r)
+    made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
+    return made, frozen
+
+
 def _layer(
-    site: Site, config: LoRA, kind: Kind, path: str, A: Tensor, B: Tensor, *, device: torch.device, dropout: float = 0.0,
+    site: Site, config: LowRank, kind: Kind, path: str, A: Tensor, B: Tensor, *, device: torch.device, dropout: float = 0.0,
 ) -> LoRALayer:  # fmt: skip
     """The next layer of the attachment, A and B on the base's device."""
     alpha = pattern_value(config.alpha_pattern, path, config.alpha)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import LowRank
 from veneer.adapters.experts import expert_parameters
 from veneer.errors import ConfigError
 from veneer.linear import PackedModule, frozen_linear
@@ -62,7 +62,7 @@ def _names(entry: str, paths: list[str]) -> list[str]:
     return [p for p in paths if ends_with(p, entry) or re.fullmatch(entry, p)]
 
 
-def find_targets(modules: Mapping[str, nn.Module], config: LoRA, *, head: nn.Module | None) -> Targets:
+def find_targets(modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None) -> Targets:
     """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
 
     ConfigError lists every entry that matches nothing.

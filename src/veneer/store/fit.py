@@ -19,6 +19,7 @@ from veneer.store.format import (
     adapted_modules,
     factor_shapes,
     from_file,
+    magnitude_name,
     slot_of,
     tables,
     tensor_names,
@@ -43,6 +44,8 @@ def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head:
         faults = ["its targets match nothing in this model"]
     if faults:
         return Fit(None, faults=faults)
+    if config.use_dora and (others := [slot.key for slot in slots if slot.kind != "linear"]):
+        return Fit(None, faults=[f"DoRA of {path}, which is no linear layer" for path in others])
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:
@@ -57,6 +60,7 @@ def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head:
     expected: dict[str, tuple[int, ...]] = {}
     for slot in slots:
         expected |= dict(zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True))
+        expected |= {magnitude_name(slot): (slot.out_features,)} if config.use_dora else {}
     expected |= {name: tuple(_parameter(modules, path).shape) for path, name in copies.items()}
     faults, concerned = _tensor_faults(tensors, expected, slots, modules, head_path)
     if faults:
@@ -67,6 +71,8 @@ def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head:
         name_A, name_B = factors[slot.path]
         A, B = from_file(tensors[name_A], tensors[name_B], slot)
         values |= {f"{slot.path}.A": A, f"{slot.path}.B": B}
+        if config.use_dora:
+            values[f"{slot.path}.magnitude"] = tensors[magnitude_name(slot)].float()
     return Fit(settings, values, scaling)
 
 

@@ -2,6 +2,7 @@
 
     base_model.model.<module>[.base_layer].lora_A.weight            (R, I)      linear
     base_model.model.<module>[.base_layer].lora_B.weight            (O, R)
+    base_model.model.<module>.lora_magnitude_vector                 (O)         linear, DoRA
     base_model.model.<module>.lora_embedding_A / _B                 (R, V) / (D, R)
     base_model.model.<experts>[.base_layer].lora_A.weight           (E*R, I)    expert e owns rows e*R ...
     base_model.model.<experts>[.base_layer].lora_B.weight           (O, R*E)    and columns e, e+E, e+2E ...
@@ -17,12 +18,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.config import DoRA
 from veneer.adapters.experts import expert_parameters
-from veneer.adapters.lora import Kind, LoRALayer
+from veneer.adapters.lora import Kind, LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear
@@ -79,11 +82,15 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
     return None
 
 
-def written_slots(paths: Iterable[str], modules: Modules) -> list[Slot]:
-    """The slots of an attachment's layers, told to PEFT in a way that it does not rewrite."""
+def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
+    """The slots of an attachment's layers, told to PEFT in a way that it does not rewrite.
+
+    PEFT has no DoRA of parameters: there a module keeps its name whatever it is called.
+    """
     fused = any(expert_parameters(module) for module in modules.values())
+    fused = fused and not isinstance(attachment.config, DoRA)
     slots = []
-    for path in paths:
+    for path in attachment.layers:
         rewritten = fused and path.rsplit(".", 1)[-1] in _OLD_EXPERT_NAMES
         slot = slot_of(path, modules, as_parameter=rewritten)
         assert slot is not None, f"{path} is adapted but no slot of this model"
@@ -118,6 +125,11 @@ def tensor_names(slots: Sequence[Slot], modules: Modules) -> dict[str, tuple[str
     return names
 
 
+def magnitude_name(slot: Slot) -> str:
+    """The file's name of DoRA's row lengths, without the prefix."""
+    return f"{slot.owner}.lora_magnitude_vector"
+
+
 def value_name(path: str, trained: Sequence[str], depth: Mapping[str, int]) -> str:
     """The file's name of a parameter trained in full, without the prefix.
 
@@ -139,7 +151,7 @@ def tables(slots: Sequence[Slot], head: str | None) -> dict[str, str]:
 def bare_name(name: str) -> tuple[str, bool]:
     """A name without the prefix, and without an adapter's name where a third party left one in: repaired?"""
     parts = name.removeprefix(PREFIX).split(".")
-    markers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    markers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     if len(parts) > 2 and parts[-3] in markers[:2] and parts[-1] == "weight" and parts[-2] not in markers:
         return ".".join([*parts[:-2], parts[-1]]), True
     if len(parts) > 2 and parts[-2] in markers[2:] and parts[-1] not in markers:
@@ -162,9 +174,10 @@ def factor_shapes(slot: Slot, rank: int) -> tuple[tuple[int, int], tuple[int, in
     return (rows, slot.in_features), (slot.out_features, rows)
 
 
-def to_file(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+def to_file(layer: LowRankLayer) -> tuple[Tensor, Tensor]:
     """A and B as the file holds them: detached, contiguous, on the CPU."""
-    A, B = layer.stored().values()
+    stored = layer.stored()
+    A, B = stored["A"], stored["B"]
     if layer.kind == "experts":
         A, B = flat_factors(A, B)
     return A.contiguous().cpu(), B.contiguous().cpu()
@@ -188,13 +201,15 @@ def from_file(A: Tensor, B: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
 def file_tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the file by its full name; model: the one the adapter is attached to."""
     modules = plain_modules(model)
-    slots = written_slots(attachment.layers, modules)
+    slots = written_slots(attachment, modules)
     found = {}
-    for path, names in tensor_names(slots, modules).items():
-        layer = attachment.layers[path]
-        assert isinstance(layer, LoRALayer)
-        for name, factor in zip(names, to_file(layer), strict=True):
+    names = tensor_names(slots, modules)
+    for slot in slots:
+        layer = cast(LowRankLayer, attachment.layers[slot.path])
+        for name, factor in zip(names[slot.path], to_file(layer), strict=True):
             found[PREFIX + name] = factor
+        if (magnitude := layer.stored().get("magnitude")) is not None:
+            found[PREFIX + magnitude_name(slot)] = magnitude.contiguous().cpu()
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
     for path, value in attachment.values.items():
         name = value_name(path, attachment.trained, depth)

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.config import AdapterConfig, LoRA, Prefix
+from veneer.adapters.config import AdapterConfig, DoRA, LoRA, Prefix
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.store.layout import Layout
 from veneer.store.low_rank import LOW_RANK
 from veneer.store.prefix import PARTIAL_PREFIX, PREFIX
 
-_BY_METHOD: dict[type[AdapterConfig], Layout] = {LoRA: LOW_RANK, Prefix: PREFIX}
+_BY_METHOD: dict[type[AdapterConfig], Layout] = {LoRA: LOW_RANK, DoRA: LOW_RANK, Prefix: PREFIX}
 _BY_PEFT_TYPE: dict[str, Layout] = {layout.peft_type: layout for layout in (LOW_RANK, PREFIX, PARTIAL_PREFIX)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import LowRank
 from veneer.adapters.site import Attachment
 from veneer.errors import CorruptFileError
 from veneer.store.fit import fit
@@ -30,12 +30,12 @@ class LowRankFile:
     def base_model_name_or_path(self) -> str | None:
         return self.peft.base_model_name_or_path
 
-    def settings(self, tensors: Mapping[str, Tensor]) -> LoRA:
+    def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:
         if not (adapted := adapted_modules(tensors)):
             raise CorruptFileError(
                 f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again."
             )
-        return self.peft.lora(adapted)
+        return self.peft.low_rank(adapted)
 
     def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
         return fit(self.peft, tensors, model, head)

@@ -12,11 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
-from veneer.adapters.config import LoRA
-from veneer.adapters.lora import LoRALayer
+from veneer.adapters.config import DoRA, LowRank
+from veneer.adapters.lora import LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear, is_transposed_linear
@@ -30,15 +31,16 @@ def peft_config(
     """The settings with every name resolved: targets exact, patterns mutually exclusive and anchored."""
     modules = plain_modules(model)
     config = attachment.config
-    assert isinstance(config, LoRA)
-    slots = written_slots(attachment.layers, modules)
+    assert isinstance(config, LowRank)
+    slots = written_slots(attachment, modules)
     by_module = [slot.owner for slot in slots if slot.parameter is None]
     by_parameter = [slot.key for slot in slots if slot.parameter is not None]
-    layers = {path: layer for path, layer in attachment.layers.items() if isinstance(layer, LoRALayer)}
+    layers = {path: cast(LowRankLayer, layer) for path, layer in attachment.layers.items()}
     written = PeftLoRA(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
+        use_dora=isinstance(config, DoRA),
         rank_pattern={
             f"^{re.escape(slot.key)}": layers[slot.path].rank
             for slot in slots
@@ -184,14 +186,14 @@ def _at_the_end(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Sequence[str]) -> LoRA:
+def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Sequence[str]) -> LowRank:
     """Settings that attach exactly these paths, with the file's ranks and alphas."""
     ranks: dict[int, list[str]] = {}
     alphas: dict[float, list[str]] = {}
     for path, strength in strong.items():
         ranks.setdefault(strength.rank, []).append(path)
         alphas.setdefault(strength.alpha, []).append(path)
-    return LoRA(
+    return config.method(
         rank=config.r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,

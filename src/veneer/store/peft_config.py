@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
 from veneer.store.strict_json import field_faults
 
@@ -27,7 +27,6 @@ MAX_REPETITIONS = 6
 MAX_ENTRIES = 10_000
 
 _CHANGES_THE_MATHS = {
-    "use_dora": "DoRA is not supported yet",
     "lora_bias": "a bias beside lora_B is not supported",
     "use_qalora": "QALoRA pools the inputs of A: not supported",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
@@ -57,6 +56,7 @@ class PeftLoRA(BaseModel):
     r: int = Field(default=8, ge=1, le=MAX_RANK)
     lora_alpha: float = Field(default=8, gt=0)
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     target_modules: list[str] | str | None = None
@@ -71,7 +71,7 @@ class PeftLoRA(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
-    def lora(self, adapted: list[str]) -> LoRA:
+    def low_rank(self, adapted: list[str]) -> LowRank:
         """These settings as Veneer's, without a model to resolve them on; adapted: what the file's tensors name.
 
         Exact for what Veneer writes. PEFT's layer filters and a null target list depend on the model: there
@@ -88,7 +88,7 @@ class PeftLoRA(BaseModel):
         if isinstance(targets, str) and targets.lower() == "all-linear":
             targets = "all-linear"
         exclude = self.exclude_modules or []
-        return LoRA(
+        return self.method(
             rank=self.r,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
@@ -100,6 +100,10 @@ class PeftLoRA(BaseModel):
             bias=self.bias,
             train_modules=self.modules_to_save or [],
         )
+
+    @property
+    def method(self) -> type[LowRank]:
+        return DoRA if self.use_dora else LoRA
 
     def patterns(self) -> list[str]:
         """Every string of the file that is used as a regular expression."""
@@ -218,7 +222,6 @@ def config_json(config: PeftLoRA) -> dict[str, Any]:
         "peft_type": "LORA",
         "peft_version": PEFT_LAYOUT,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
     }
 
 

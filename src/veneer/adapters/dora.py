@@ -1,0 +1,84 @@
+"""DoRA: LoRA that turns the rows of W, and a trained length for each of them.
+
+    W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||     by rows
+
+The magnitude starts as the norm that the forward itself computes, so the first factors are exactly 1 and a fresh layer
+changes no bit. Dropout acts on the inputs of A alone, as in LoRA (PEFT also drops inputs of the base's product while
+training; a trained adapter computes the same in both).
+Source: Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.lora import Kind, LoRALayer, delta_weight
+from veneer.adapters.routing import Routing
+from veneer.kernels.dora import dora_linear, row_norms, row_squares
+from veneer.linear import FrozenLinear, frozen_product
+
+
+class DoRALayer:
+    """A LoRA of a linear layer and the lengths of the rows, magnitude (O) float32."""
+
+    kind: Kind = "linear"
+
+    def __init__(self, low_rank: LoRALayer, base: FrozenLinear) -> None:
+        self.low_rank = low_rank
+        self.rank, self.alpha, self.scaling = low_rank.rank, low_rank.alpha, low_rank.scaling
+        self._squares = row_squares(base)
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+        self.magnitude = nn.Parameter(self._norm(base))
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        return {**self.low_rank.parts(), "magnitude": self.magnitude}
+
+    def stored(self) -> dict[str, Tensor]:
+        return {**self.low_rank.stored(), "magnitude": self.magnitude.detach()}
+
+    def folded(self, weight: Tensor) -> Tensor:
+        turned = weight + delta_weight(self.low_rank)
+        norm = torch.linalg.vector_norm(turned, dim=1, keepdim=True)
+        magnitude = self.magnitude.detach().to(weight.dtype)[:, None]
+        return torch.where(norm > 0, turned * (magnitude / norm), turned)
+
+    def norm(self, base: FrozenLinear) -> Tensor:
+        """(O). While training A and B change at every step; else it is computed once and kept.
+
+        The optimizer changes values without torch's version counters knowing: every forward that records a
+        gradient forgets what was kept, and none of them lies between a step and the evaluation after it.
+        """
+        if torch.is_grad_enabled():
+            self._kept = None
+            return self._norm(base)
+        A, B = self.low_rank.A, self.low_rank.B
+        values = A.data_ptr(), A._version, B.data_ptr(), B._version
+        if self._kept is None or self._kept[0] != values:
+            self._kept = values, self._norm(base)
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _norm(self, base: FrozenLinear) -> Tensor:
+        return row_norms(self.low_rank.A, self.low_rank.B, self._squares, base, scaling=self.scaling)
+
+    @classmethod
+    def product(
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], routing: Routing
+    ) -> Tensor:  # fmt: skip
+        (first, weight), *others = acting
+        if not others and weight == 1:
+            return first._alone(x, bias, base, routing)
+        plain = frozen_product(x, None, base)
+        y = plain if bias is None else frozen_product(x, bias, base)
+        for layer, weight in acting:
+            y = y + weight * (layer._alone(x, None, base, routing) - plain)
+        return y
+
+    def _alone(self, x: Tensor, bias: Tensor | None, base: FrozenLinear, routing: Routing) -> Tensor:
+        low = self.low_rank
+        return dora_linear(
+            x, low.A, low.B, self.magnitude, self.norm(base), bias, base,
+            scaling=self.scaling, dropout=low.active_dropout(routing),
+        )  # fmt: skip

@@ -1,0 +1,151 @@
+"""DoRA: its one node of the graph against the formula, its norms, and the rows that need care."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.tiny import tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import DoRA
+from veneer.adapters.dora import DoRALayer
+from veneer.adapters.lora import LoRALayer
+from veneer.adapters.routing import Routing
+from veneer.errors import ConfigError
+from veneer.kernels.dora import dora_linear, dora_linear_reference, row_norms, row_squares
+from veneer.kernels.dropout import row_keys
+from veneer.kernels.lora import Dropout
+from veneer.linear import DenseLinear, frozen_linear
+
+M, I, O, R, SCALING = 7, 11, 5, 3, 0.6
+
+
+def pieces(dtype=torch.float64, *, bias, seed=0):
+    """x, A, B, magnitude, norm, bias and the base: nothing at a special value."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    module = nn.Linear(I, O, dtype=dtype).requires_grad_(False)
+    module.weight.data = draw(O, I)
+    x, A, B = draw(M, I), draw(R, I), draw(O, R)
+    norm = torch.linalg.vector_norm(module.weight + SCALING * B @ A, dim=1)
+    return (x, A, B, draw(O) + 2, norm, draw(O) if bias else None), DenseLinear(module)
+
+
+def dropout(share):
+    return (
+        None
+        if share == 0
+        else Dropout(row_keys(torch.full((M,), 5), torch.arange(M)), key=(3 << 32) + 1, share=share)
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_its_gradients_are_those_of_the_formula_with_the_norm_held_still(bias, share):
+    tensors, base = pieces(bias=bias)
+    norm = tensors[4]
+    inputs = [t.requires_grad_(True) for t in tensors if t is not None and t is not norm]
+
+    def function(x, A, B, magnitude, own=None):
+        return dora_linear(x, A, B, magnitude, norm, own, base, scaling=SCALING, dropout=dropout(share))
+
+    assert torch.autograd.gradcheck(function, inputs)
+    ours = function(*inputs)
+    theirs = dora_linear_reference(
+        *inputs[:4], norm, inputs[4] if bias else None, base, scaling=SCALING, dropout=dropout(share)
+    )
+    torch.testing.assert_close(ours, theirs)
+    g = torch.randn(ours.shape, dtype=ours.dtype)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, g), torch.autograd.grad(theirs, inputs, g), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_norms_are_those_of_the_rows_of_the_sum():
+    (_, A, B, _, norm, _), base = pieces(bias=False)
+    squares = base.module.weight.square().sum(1)
+    torch.testing.assert_close(row_norms(A, B, squares, base, scaling=SCALING), norm)
+    torch.testing.assert_close(row_squares(base), squares.float())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_of_zeros_keeps_its_factor_and_every_gradient_is_finite(bias):
+    (x, A, _, _, _, own), base = pieces(torch.float32, bias=bias)
+    base.module.weight.data[2] = 0
+    layer = DoRALayer(LoRALayer("linear", A, torch.zeros(O, R), alpha=2.0, rslora=False), base)
+    assert layer.magnitude[2] == 0
+    x = x.requires_grad_(True)
+    y = DoRALayer.product(x, own, base, [(layer, 1.0)], Routing())
+    assert torch.equal(y, F.linear(x, base.module.weight, own))
+    (y.square() + y).sum().backward()
+    assert all(p.grad.isfinite().all() for p in [x, *layer.parts().values()])
+    assert layer.magnitude.grad[2] == 0 and layer.low_rank.B.grad[2].abs().sum() > 0
+
+
+def test_a_magnitude_of_zero_still_gets_its_gradient():
+    tensors, base = pieces(bias=False)
+    x, A, B, magnitude, norm, _ = tensors
+    magnitude[1] = 0
+    magnitude.requires_grad_(True)
+    inputs = (x, A, B, magnitude, norm, None, base)
+    (ours,) = torch.autograd.grad(dora_linear(*inputs, scaling=SCALING).square().mul(0.5).sum(), magnitude)
+    assert ours[1] == 0  # y is 0 there: half its square has no slope
+    (ours,) = torch.autograd.grad(dora_linear(*inputs, scaling=SCALING).sum(), magnitude)
+    (theirs,) = torch.autograd.grad(dora_linear_reference(*inputs, scaling=SCALING).sum(), magnitude)
+    assert ours[1].abs() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_it_saves_x_once_its_own_output_and_what_is_small():
+    tensors, base = pieces(torch.bfloat16, bias=True)
+    x = torch.randn(400, I, dtype=torch.bfloat16, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = dora_linear(x, *(t.requires_grad_(t is not tensors[4]) for t in tensors[1:]), base, scaling=1.0)
+    activations = sum(
+        nbytes
+        for pointer, nbytes in kept.items()
+        if pointer not in {t.untyped_storage().data_ptr() for t in (x, y)}
+    )
+    assert x.untyped_storage().data_ptr() in kept and y.untyped_storage().data_ptr() in kept
+    assert activations <= 400 * R * 2 + 4 * (R * I + O * R + 4 * O)
+
+
+def test_the_norm_is_kept_while_nothing_moves_and_forgotten_when_something_does():
+    model, routing = tiny_model("llama"), Routing()
+    attachment = attach(
+        model, DoRA(rank=2, targets=["q_proj"]), name="a", routing=routing, head=model.lm_head
+    )
+    path, layer = next(iter(attachment.layers.items()))
+    frozen = frozen_linear(model.get_submodule(path).base)
+    with torch.no_grad():
+        first = layer.norm(frozen)
+        assert layer.norm(frozen) is first
+        layer.low_rank.B.add_(1)
+        moved = layer.norm(frozen)
+        assert moved is not first and not torch.equal(moved, first)
+    values = layer.low_rank.B.data.clone()
+    layer.low_rank.B.data = values  # as the flat buffer and loading do: another storage
+    layer.norm(frozen)  # a training forward
+    values.mul_(3)  # as the optimizer does: no version counter of B moves
+    with torch.no_grad():
+        assert not torch.equal(layer.norm(frozen), moved)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", ["embed_tokens", "q_proj"]), ("mixtral", "all-linear")]
+)
+def test_what_is_no_linear_layer_is_refused_by_name(family, targets):
+    model = tiny_model(family)
+    with pytest.raises(ConfigError, match="DoRA takes linear layers") as caught:
+        attach(model, DoRA(targets=targets), name="a", routing=Routing(), head=model.get_output_embeddings())
+    assert any("embed_tokens" in fault or "experts" in fault for fault in caught.value.faults)
