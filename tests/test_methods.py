@@ -13,7 +13,7 @@ from tests.helpers import make_examples
 from tests.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.tiny import tiny_base, tiny_model
 from veneer.adapters.attach import attach, detach
-from veneer.adapters.config import AdapterConfig, DoRA, LoRA
+from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.data.batching import make_batch
@@ -40,7 +40,11 @@ class Row:
 METHODS = {
     "lora": Row(config=LoRA(rank=3, alpha=5.0)),
     "rslora": Row(config=LoRA(rank=5, alpha=3.0, rslora=True, rank_pattern={"down_proj|c_proj": 2})),
+    "lora+": Row(config=LoRA(rank=3, alpha=5.0, lr_ratio=16.0)),
     "dora": Row(config=DoRA(rank=3, alpha=5.0)),
+    "houlsby": Row(config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False),
+    "pfeiffer": Row(config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False),
+    "parallel": Row(config=Bottleneck(size=7, activation="swish"), folds=False),
 }
 BASES = {
     "llama float32": ("llama", torch.float32),

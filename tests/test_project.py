@@ -53,7 +53,7 @@ def test_public_functions_win_over_packages_of_the_same_name():
 
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_names():
-    with pytest.raises(AttributeError, match="it has Base, DoRA"):
+    with pytest.raises(AttributeError, match="it has Base, Bottleneck, DoRA"):
         _ = veneer.Lora
 
 

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Base": "veneer.api",
+    "Bottleneck": "veneer.adapters.config",
     "DoRA": "veneer.adapters.config",
     "Full": "veneer.adapters.config",
     "Library": "veneer.store.library",
@@ -27,6 +28,7 @@ _HOMES = {
 
 __all__ = [
     "Base",
+    "Bottleneck",
     "DoRA",
     "Full",
     "Library",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+    from veneer.adapters.config import Bottleneck as Bottleneck
     from veneer.adapters.config import DoRA as DoRA
     from veneer.adapters.config import Full as Full
     from veneer.adapters.config import LoRA as LoRA

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters.config import AdapterConfig, DoRA, LoRA, Prefix
+from veneer.adapters.bottleneck import build_bottleneck
+from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.low_rank import build_dora, build_lora
 from veneer.adapters.prefix import build_prefix
 from veneer.adapters.routing import Routing
@@ -20,6 +21,7 @@ from veneer.errors import ConfigError
 _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
     LoRA: build_lora,
     DoRA: build_dora,
+    Bottleneck: build_bottleneck,
     Prefix: build_prefix,
 }
 """A method's settings -> the function that puts its layers in their places."""

@@ -72,6 +72,8 @@ class LowRank(AdapterConfig):
     """Train the base's biases too: of every module (all) or of the targeted ones (lora_only)."""
     train_modules: list[str] = Field(default_factory=list)
     """Modules (names or endings) trained in full beside the update, for instance lm_head."""
+    lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of B over that of A (LoRA+; its authors take 16, with a lower learning_rate); 1: off."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "LowRank":
@@ -93,6 +95,9 @@ class LowRank(AdapterConfig):
     def drops_out(self) -> bool:
         return self.dropout > 0
 
+    def rate_of(self, part: str) -> float:
+        return self.lr_ratio if part == "B" else 1.0
+
 
 class LoRA(LowRank):
     """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
@@ -108,6 +113,54 @@ class DoRA(LowRank):
     default_learning_rate = 5e-4
 
     name: Literal["dora"] = "dora"
+
+
+class Bottleneck(AdapterConfig):
+    """A small network behind or beside the blocks of every decoder layer, added to what they give."""
+
+    folds = False
+    instead_of_folding = (
+        "Its activation stands between its weights: use it beside its base (--adapter), "
+        "or train lora where one merged model is wanted."
+    )
+    default_learning_rate = 1e-3
+
+    name: Literal["bottleneck"] = "bottleneck"
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "parallel"
+    """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel: beside it."""
+    size: int | None = Field(default=None, ge=1)
+    """S, width of the small network; a block of width D trains 2 * S * D + S + D. Default: D / reduction."""
+    reduction: int | None = Field(default=None, ge=1)
+    """D / S instead of `size`; 16 if neither is given."""
+    activation: Literal["relu", "gelu", "swish", "tanh"] = "relu"
+    """Between the two layers; swish is also called SiLU."""
+    norm: bool = False
+    """Begin with a trained layer norm."""
+    scaling: float | None = Field(default=None, gt=0)
+    """Factor of what is added; 4 with placement parallel if not given, else 1."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the inputs set to zero while training; 0 trains fastest."""
+    layers: list[int] = Field(default_factory=list)
+    """Only these layers (0 is the first); empty: all."""
+
+    @property
+    def drops_out(self) -> bool:
+        return self.dropout > 0
+
+    @property
+    def effective_scaling(self) -> float:
+        default = 4.0 if self.placement == "parallel" else 1.0
+        return default if self.scaling is None else self.scaling
+
+    def bottleneck_size(self, width: int) -> int:
+        """S on a model that is `width` wide."""
+        return self.size or max(1, width // (self.reduction or 16))
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Bottleneck":
+        if self.size is not None and self.reduction is not None:
+            raise ValueError("size and reduction are both given: give one")
+        return self
 
 
 class Prefix(AdapterConfig):
@@ -152,5 +205,11 @@ class Full(MethodConfig):
     name: Literal["full"] = "full"
 
 
-Method = Annotated[LoRA | DoRA | Prefix | Full, Field(discriminator="name")]
-METHODS: dict[str, type[MethodConfig]] = {"lora": LoRA, "dora": DoRA, "prefix": Prefix, "full": Full}
+Method = Annotated[LoRA | DoRA | Bottleneck | Prefix | Full, Field(discriminator="name")]
+METHODS: dict[str, type[MethodConfig]] = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "bottleneck": Bottleneck,
+    "prefix": Prefix,
+    "full": Full,
+}

@@ -4,14 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.config import AdapterConfig, DoRA, LoRA, Prefix
+from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.errors import CorruptFileError, RefusedError
+from veneer.store.bottleneck import BOTTLENECK
 from veneer.store.layout import Layout
 from veneer.store.low_rank import LOW_RANK
 from veneer.store.prefix import PARTIAL_PREFIX, PREFIX
 
-_BY_METHOD: dict[type[AdapterConfig], Layout] = {LoRA: LOW_RANK, DoRA: LOW_RANK, Prefix: PREFIX}
-_BY_PEFT_TYPE: dict[str, Layout] = {layout.peft_type: layout for layout in (LOW_RANK, PREFIX, PARTIAL_PREFIX)}
+_BY_METHOD: dict[type[AdapterConfig], Layout] = {
+    LoRA: LOW_RANK,
+    DoRA: LOW_RANK,
+    Bottleneck: BOTTLENECK,
+    Prefix: PREFIX,
+}
+_BY_PEFT_TYPE: dict[str, Layout] = {
+    layout.peft_type: layout for layout in (LOW_RANK, BOTTLENECK, PREFIX, PARTIAL_PREFIX)
+}
 
 
 def layout_of(config: AdapterConfig) -> Layout:

@@ -1,0 +1,131 @@
+"""Bottleneck layers in an adapter's two files. PEFT has no layout for them: the names are ours, docs/format.md has them.
+
+    base_model.model.<block>.bottleneck_down.weight / .bias    (S, D) / (S)
+    base_model.model.<block>.bottleneck_up.weight / .bias      (D, S) / (D)
+    base_model.model.<block>.bottleneck_norm.weight / .bias    (D) / (D)       with norm
+Shapes: D hidden size, S size of the bottleneck.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from veneer.adapters.bottleneck import find_blocks, hidden_size
+from veneer.adapters.config import Bottleneck
+from veneer.adapters.site import Attachment
+from veneer.adapters.wrapping import plain_modules, unwrapped
+from veneer.errors import ConfigError, CorruptFileError
+from veneer.store.fit import grouped
+from veneer.store.format import PREFIX
+from veneer.store.layout import Fit, Layout
+from veneer.store.manifest import BaseIdentity
+from veneer.store.strict_json import field_faults
+
+PEFT_TYPE: Final = "VENEER_BOTTLENECK"
+_ENDINGS = {
+    "down": "bottleneck_down.weight", "down_bias": "bottleneck_down.bias",
+    "up": "bottleneck_up.weight", "up_bias": "bottleneck_up.bias",
+    "norm_weight": "bottleneck_norm.weight", "norm_bias": "bottleneck_norm.bias",
+}  # fmt: skip
+"""A layer's part -> the end of its name in the file."""
+
+
+class BottleneckFields(BaseModel):
+    """adapter_config.json: every field is needed and no other is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    peft_type: Literal["VENEER_BOTTLENECK"]
+    task_type: Literal["CAUSAL_LM"]
+    placement: Literal["houlsby", "pfeiffer", "parallel"]
+    size: int = Field(ge=1)
+    activation: Literal["relu", "gelu", "swish", "tanh"]
+    norm: bool
+    scaling: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    layers: list[int]
+    """Layer numbers; empty: all."""
+    base_model_name_or_path: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class BottleneckFile:
+    path: Path
+    fields: BottleneckFields
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        return self.fields.base_model_name_or_path
+
+    def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
+        if not any(name.endswith(_ENDINGS["down"]) for name in tensors):
+            raise CorruptFileError(
+                f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again."
+            )
+        apart = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
+        return Bottleneck(**self.fields.model_dump(exclude=apart))
+
+    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+        settings = self.settings(tensors)
+        try:
+            paths = find_blocks(plain_modules(model), settings)
+            width = hidden_size(None if head is None else unwrapped(head))
+        except ConfigError as fault:
+            return Fit(None, faults=fault.faults or [fault.headline])
+        shapes = part_shapes(settings, width)
+        expected = {f"{path}.{_ENDINGS[part]}": shape for path in paths for part, shape in shapes.items()}
+        compared = [
+            (name, str(tuple(tensors[name].shape)) if name in tensors else "missing", str(expected.get(name, "no such tensor")))
+            for name in sorted(expected.keys() | tensors.keys())
+            if name not in tensors or tuple(tensors[name].shape) != expected.get(name)
+        ]  # fmt: skip
+        if compared:
+            return Fit(None, faults=grouped(compared), concerned=len(compared))
+        values = {
+            f"{path}.{part}": tensors[f"{path}.{_ENDINGS[part]}"].float() for path in paths for part in shapes
+        }
+        return Fit(settings, values, dict.fromkeys(paths, settings.effective_scaling))
+
+
+def part_shapes(config: Bottleneck, width: int) -> dict[str, tuple[int, ...]]:
+    size = config.bottleneck_size(width)
+    shapes: dict[str, tuple[int, ...]] = {
+        "down": (size, width), "down_bias": (size,), "up": (width, size), "up_bias": (width,),
+    }  # fmt: skip
+    return shapes | ({"norm_weight": (width,), "norm_bias": (width,)} if config.norm else {})
+
+
+def _tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{PREFIX}{path}.{_ENDINGS[part]}": tensor.contiguous().cpu()
+        for path, layer in attachment.layers.items()
+        for part, tensor in layer.stored().items()
+    }
+
+
+def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
+    config = attachment.config
+    assert isinstance(config, Bottleneck)
+    size = next(iter(attachment.layers.values())).parts()["down"].shape[0]
+    return BottleneckFields(
+        peft_type=PEFT_TYPE, task_type="CAUSAL_LM", placement=config.placement, size=size,
+        activation=config.activation, norm=config.norm, scaling=config.effective_scaling, dropout=config.dropout,
+        layers=sorted(config.layers), base_model_name_or_path=base.name, revision=base.revision,
+    ).model_dump()  # fmt: skip
+
+
+def _read(path: Path, stored: Mapping[str, Any]) -> tuple[BottleneckFile, list[str]]:
+    try:
+        return BottleneckFile(path, BottleneckFields.model_validate(dict(stored))), []
+    except ValidationError as fault:
+        raise CorruptFileError(
+            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+        ) from fault
+
+
+BOTTLENECK = Layout(PEFT_TYPE, _tensors, _config, _read)
