@@ -20,6 +20,7 @@ OTHER_VALUES = {
     "data.format": "chat",
     "data.train_on": "last",
     "data.long_rows": "drop",
+    "method.lr_ratio": 4.0,
     "method.name": "full",
     "quantize": "nf4",
     "method.rank": 3,

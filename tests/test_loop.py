@@ -13,7 +13,7 @@ import torch
 from tests.helpers import make_examples
 from tests.tiny import tiny_model
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.routing import Routing
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Interrupted
 from veneer.models.checkpointing import checkpointed
@@ -27,21 +27,27 @@ from veneer.train.optim import AdamW, FlatParameters, learning_rate_at
 from veneer.train.records import Records, read_records
 from veneer.train.screen import QuietScreen
 
+ADAPTERS = {
+    "lora": LoRA(rank=2, alpha=6.0),
+    "lora+": LoRA(rank=2, alpha=6.0, lr_ratio=8.0),
+    "dora": DoRA(rank=2, alpha=6.0),
+    "bottleneck": Bottleneck(size=4, norm=True),
+}
+
 
 def make_job(
     out, *, method="lora", family="llama", dtype=torch.float32, steps=9, dropout=0.0, validation=3, **settings
 ):
     model = tiny_model(family, dtype)
     paths, routing = prepare(model), Routing()
-    if method == "lora":
-        head = model.get_output_embeddings()
-        attachment = attach(
-            model, LoRA(rank=2, alpha=6.0, dropout=dropout), name="a", routing=routing, head=head
-        )
-        routing.active = (("a", 1.0),)
-        parameters = attachment.parameters()
+    if method == "full":
+        flat = FlatParameters(dict(model.named_parameters()))
     else:
-        parameters = dict(model.named_parameters())
+        head = model.get_output_embeddings()
+        adapter = ADAPTERS[method].model_copy(update={"dropout": dropout})
+        attachment = attach(model, adapter, name="a", routing=routing, head=head)
+        routing.active = (("a", 1.0),)
+        flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
     fields = {
         "base": "tiny",
         "data": "rows.jsonl",
@@ -53,7 +59,7 @@ def make_job(
     config = RunConfig(**{**fields, **settings})
     examples = make_examples(13)
     return Job(
-        model=model, paths=paths, routing=routing, flat=FlatParameters(parameters), train=examples,
+        model=model, paths=paths, routing=routing, flat=flat, train=examples,
         validation=make_examples(validation, seed=9) if validation else [], config=config, learning_rate=0.01,
         steps=steps, share_prompt=dropout == 0, out=out, answer=None,
     )  # fmt: skip
@@ -96,6 +102,10 @@ CASES = [
     {"method": "lora", "dropout": 0.3},
     {"method": "lora", "checkpointing": True, "order": "shuffled"},
     {"method": "lora", "dtype": torch.bfloat16, "schedule": "constant"},
+    {"method": "lora+"},
+    {"method": "dora", "dtype": torch.bfloat16},
+    {"method": "dora", "family": "gpt2", "dropout": 0.2, "checkpointing": True},
+    {"method": "bottleneck", "dropout": 0.2},
     {"method": "full"},
     {"method": "full", "dtype": torch.bfloat16, "weight_decay": 0.1},
     {"method": "lora", "family": "mixtral"},
@@ -319,6 +329,39 @@ def test_the_flat_step_is_torchs_adamw_on_the_separate_tensors():
         other.zero_grad()
     for one, two in zip(ours.values(), theirs, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them():
+    def made():
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"l.A": (3, 5), "l.B": (7, 3), "m.A": (3, 4), "m.B": (2, 3)}
+        return {k: torch.nn.Parameter(torch.randn(v, generator=generator)) for k, v in shapes.items()}
+
+    def step(parameters, number, optimizer, **how):
+        sum((p * (number + 1)).pow(3).sum() for p in parameters.values()).backward()
+        optimizer.step(**how)
+
+    ours, theirs = made(), made()
+    factors = {name: 16.0 if name.endswith("B") else 1.0 for name in ours}
+    flat = FlatParameters(ours, factors)
+    assert [factor for factor, _ in flat.groups] == [1.0, 16.0]
+    optimizer = AdamW(flat, weight_decay=0.1)
+    parts = [[p for n, p in theirs.items() if n.endswith(end)] for end in "AB"]
+    other = torch.optim.AdamW(
+        [{"params": parts[0], "lr": 0.01}, {"params": parts[1], "lr": 0.16}], weight_decay=0.1
+    )
+    for number in range(4):
+        if number == 2:  # as a resumed run: another buffer, the state of the first
+            state = {name: value.clone() for name, value in optimizer.state().items()}
+            ours = made()
+            flat = FlatParameters(ours, factors)
+            optimizer = AdamW(flat, weight_decay=0.1)
+            optimizer.load(state)
+        step(ours, number, optimizer, learning_rate=0.01, clip=1e9, norm=0.0)
+        step(theirs, number, other)
+        other.zero_grad()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

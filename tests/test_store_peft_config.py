@@ -91,7 +91,7 @@ def test_fields_without_effect_are_accepted_and_unknown_ones_that_are_off_are_to
     assert ignored == ["enable_lora", "merge_weights"]
 
 
-@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "PREFIX_TUNING", "VERA", "lora"])
+@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "P_TUNING", "VERA", "lora"])
 def test_another_method_is_refused_by_its_name(read, kind):
     with pytest.raises(RefusedError, match=f"{kind} is not supported yet"):
         read({**MINIMAL, "peft_type": kind})

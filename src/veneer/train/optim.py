@@ -17,18 +17,29 @@ ALIGNMENT = 16
 
 
 class FlatParameters:
-    """values, gradient: float32, one element per trained value and some zeros for alignment."""
+    """values, gradient: float32, one element per trained value and some zeros for alignment.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(parameters)
+    groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to each other.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None
+    ) -> None:
+        factors = {name: 1.0 if factors is None else factors[name] for name in parameters}
+        self.parameters = dict(sorted(parameters.items(), key=lambda item: factors[item[0]]))
         device = next(iter(self.parameters.values())).device
         sizes = [math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT for p in self.parameters.values()]
         self.values = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
         self.gradient = torch.zeros_like(self.values.data)
         self.values.grad = self.gradient
         self._masters: list[tuple[nn.Parameter, Tensor]] = []
+        self.groups: list[tuple[float, slice]] = []
         offset = 0
-        for parameter, size in zip(self.parameters.values(), sizes, strict=True):
+        for (name, parameter), size in zip(self.parameters.items(), sizes, strict=True):
+            if self.groups and self.groups[-1][0] == factors[name]:
+                self.groups[-1] = (factors[name], slice(self.groups[-1][1].start, offset + size))
+            else:
+                self.groups.append((factors[name], slice(offset, offset + size)))
             master = self.values.data[offset : offset + parameter.numel()].view(parameter.shape)
             gradient = self.gradient[offset : offset + parameter.numel()].view(parameter.shape)
             master.copy_(parameter.data)
@@ -68,7 +79,11 @@ class AdamW:
 
     def __init__(self, flat: FlatParameters, *, weight_decay: float) -> None:
         self.flat = flat
-        self.inner = torch.optim.AdamW([flat.values], lr=0.0, weight_decay=weight_decay, fused=True)
+        self.parts = [nn.Parameter(flat.values.data[place]) for _, place in flat.groups]
+        for part, (_, place) in zip(self.parts, flat.groups, strict=True):
+            part.grad = flat.gradient[place]
+        groups = [{"params": [part]} for part in self.parts]
+        self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
 
     def gradient_norm(self) -> float:
         """Of the whole gradient; nan or inf if any part is not finite."""
@@ -77,26 +92,34 @@ class AdamW:
     def step(self, *, learning_rate: float, clip: float, norm: float) -> None:
         if norm > clip:
             self.flat.gradient.mul_(clip / norm)
-        self.inner.param_groups[0]["lr"] = learning_rate
+        for group, (factor, _) in zip(self.inner.param_groups, self.flat.groups, strict=True):
+            group["lr"] = learning_rate * factor
         self.inner.step()
         self.flat.publish()
         self.flat.gradient.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """values, first and second moments, step count: what a checkpoint keeps."""
-        own = self.inner.state.get(self.flat.values) or {
-            "exp_avg": torch.zeros_like(self.flat.gradient),
-            "exp_avg_sq": torch.zeros_like(self.flat.gradient),
-            "step": torch.zeros((), dtype=torch.float32),
+        own = [self.inner.state[part] or _no_moments(part) for part in self.parts]
+        moments = {
+            name: own[0][name] if len(own) == 1 else torch.cat([each[name] for each in own])
+            for name in ("exp_avg", "exp_avg_sq")
         }
-        return {"values": self.flat.values.data, **{k: own[k] for k in ("exp_avg", "exp_avg_sq", "step")}}
+        return {"values": self.flat.values.data, **moments, "step": own[0]["step"]}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.flat.values.data.copy_(state["values"])
         self.flat.publish()
         device = self.flat.values.device
-        moments = {k: state[k].to(device).clone() for k in ("exp_avg", "exp_avg_sq", "step")}
-        self.inner.state[self.flat.values] = moments
+        for part, (_, place) in zip(self.parts, self.flat.groups, strict=True):
+            moments = {k: state[k][place].to(device).clone() for k in ("exp_avg", "exp_avg_sq")}
+            self.inner.state[part] = {**moments, "step": state["step"].to(device).clone()}
+
+
+def _no_moments(part: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step."""
+    zeros = torch.zeros_like(part.data)
+    return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.float32)}
 
 
 def learning_rate_at(

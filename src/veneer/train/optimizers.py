@@ -69,7 +69,12 @@ class AdamW8bit:
 
 
 def make_optimizer(name: OptimizerName, flat: FlatParameters, *, weight_decay: float) -> AdamW | AdamW8bit:
-    """Raises ConfigError if the library of adamw8bit is not installed."""
+    """Raises ConfigError if the library of adamw8bit is not installed, or several rates are asked of it."""
+    if name == "adamw8bit" and len(flat.groups) > 1:
+        raise ConfigError(
+            "optimizer adamw8bit steps all values at one rate, and method.lr_ratio asks for two",
+            next_step="Take optimizer adamw: an adapter's moments are a few MB.",
+        )
     return (AdamW8bit if name == "adamw8bit" else AdamW)(flat, weight_decay=weight_decay)
 
 

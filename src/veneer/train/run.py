@@ -72,9 +72,10 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
     if attachment is not None:
         config = config.model_copy(update={"method": attachment.config})
     one_pass = replacements(base.model)
-    flat = FlatParameters(
-        dict(base.model.named_parameters()) if attachment is None else attachment.parameters()
-    )
+    if attachment is None:
+        flat = FlatParameters(dict(base.model.named_parameters()))
+    else:
+        flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
     job = _job(config, base, data, paths, flat)
     if not resume:
         _write_run_file(config)
