@@ -37,7 +37,7 @@ from veneer.models import base as models_base
 from veneer.models.generate import generate
 from veneer.models.load import DtypeName, load_base, load_tokenizer
 from veneer.models.starting import begin
-from veneer.models.step import Paths, evaluation_loss, prepare
+from veneer.models.step import evaluation_loss
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
@@ -60,7 +60,6 @@ class Base(models_base.Base):
 
     library: Library | None = None
     _pool: Pool = field(init=False, repr=False)
-    _paths: Paths | None = field(default=None, init=False, repr=False)
     _merged: Merged | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,13 +75,6 @@ class Base(models_base.Base):
     @adapter_budget_bytes.setter
     def adapter_budget_bytes(self, limit: int | None) -> None:
         self._pool.budget_bytes = limit
-
-    @property
-    def paths(self) -> Paths:
-        """Which fast paths this model takes; proven on its first use, before any adapter is attached."""
-        if self._paths is None:
-            self._paths = prepare(self.model)
-        return self._paths
 
     def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""

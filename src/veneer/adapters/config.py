@@ -43,7 +43,12 @@ class MethodConfig(BaseModel):
 
 
 class AdapterConfig(MethodConfig):
-    """A method that puts layers beside a frozen base; its result is an adapter folder."""
+    """A method that puts layers beside a frozen base; its result is an adapter folder.
+
+    through_attention  it acts inside attention: the base must have handed that over (models/attention.py) first
+    """
+
+    through_attention: ClassVar[bool] = False
 
 
 class LowRank(AdapterConfig):
@@ -167,6 +172,7 @@ class Prefix(AdapterConfig):
     """Keys and values of every layer, trained, that all documents attend to first."""
 
     folds = False
+    through_attention = True
     instead_of_folding = (
         "A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter), "
         "or train lora where one merged model is wanted."

@@ -222,7 +222,7 @@ def prove(decoder: nn.Module, ids: Tensor, pairs: dict[int, tuple[Tensor, Tensor
     keys = PrefixKeys(pairs, torch.arange(T, 2 * T, device=ids.device)[None])
     with torch.no_grad():
         first = decoder(input_ids=ids[None], use_cache=True)
-        name = next((name for name in ("cache", "past_key_values") if name in first), None)  # by version
+        name = _cache_name(first)
         own: dict[str, Any] = {} if name is None else {name: first[name]}
         expected = decoder(input_ids=more, position_ids=keys.positions, **own).last_hidden_state
         found = decoder(
@@ -256,20 +256,29 @@ class KeyShape:
     size: int
 
 
-def key_shape(decoder: nn.Module, pairs: dict[int, tuple[Tensor, Tensor]]) -> KeyShape:
-    """One shape for the keys and values of all layers, or ConfigError: the table has room for no other."""
-    shapes = {tuple(tensor.shape[1:]) for pair in pairs.values() for tensor in pair}
+def key_shape(model: nn.Module) -> KeyShape:
+    """The one shape that the keys and values of all layers have, as a forward leaves them in the model's cache.
+
+    ConfigError: they differ, and the table has room for one. Weights are not needed: a model on the meta device will do.
+    """
+    _, decoder = decoder_of(model)
+    with torch.no_grad():
+        out = decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(decoder)), use_cache=True)
+    name = _cache_name(out)
+    layers: list[Any] = [] if name is None else list(out[name].layers)
+    if not layers or not all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
+        raise _unreachable(decoder, "it keeps no keys and values in its layers' caches")
+    shapes = {(t.shape[1], t.shape[3]) for layer in layers for t in (layer.keys, layer.values)}
     if len(shapes) > 1:
         listed = ", ".join(f"{heads} heads of {size}" for heads, size in sorted(shapes))
         raise _unreachable(decoder, f"its keys and values differ in shape: {listed}")
     ((heads, size),) = shapes
-    return KeyShape(tuple(sorted(pairs)), heads, size)
+    return KeyShape(tuple(range(len(layers))), heads, size)
 
 
-def model_key_shape(model: nn.Module) -> KeyShape:
-    """key_shape of a model, whatever adapters it carries."""
-    _, decoder = decoder_of(model)
-    return key_shape(decoder, record_keys(decoder, torch.zeros(1, dtype=torch.long, device=_device(decoder))))
+def _cache_name(out: Any) -> str | None:
+    """What transformers calls the cache in a model's output: its versions differ."""
+    return next((name for name in ("cache", "past_key_values") if name in out), None)
 
 
 def _device(decoder: nn.Module) -> torch.device:
@@ -282,15 +291,19 @@ def build_prefix(site: Site, config: Prefix) -> None:
     models/starting.py then starts it from a prompt. ConfigError: the model, or `layers`, does not fit.
     """
     path, decoder = decoder_of(site.model)
+    shape = key_shape(site.model)
     ids = torch.arange(8, device=_device(decoder))
     with site.routing.none():
         own = record_keys(decoder, ids)
-        shape = key_shape(decoder, own)
         if unknown := sorted(set(config.layers) - set(shape.layers)):
             raise ConfigError(
                 f"a prefix for layers {unknown}: they do not exist",
                 [f"the model has layers 0-{max(shape.layers)}"],
                 "Correct `layers`, or leave it out.",
+            )
+        if set(own) != set(shape.layers):
+            raise _unreachable(
+                decoder, f"{len(own)} of its {len(shape.layers)} layers hand their attention over"
             )
         prove(decoder, ids, own)
     layers = sorted(set(config.layers) or shape.layers)

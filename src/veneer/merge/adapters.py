@@ -53,6 +53,11 @@ class Placed:
 
 def place(stored: StoredAdapter, model: nn.Module) -> Placed:
     """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
+    if not stored.config.folds:
+        raise RefusedError(
+            f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
+            next_step=stored.config.instead_of_folding,
+        )
     found = stored.file.fit(stored.tensors, model, model.get_output_embeddings())  # type: ignore[operator]
     if found.faults or found.settings is None:
         raise AdapterMismatchError(

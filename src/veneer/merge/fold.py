@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.config import AdapterConfig
 from veneer.adapters.experts import is_transposed
 from veneer.adapters.layer import Layer
 from veneer.adapters.site import Attachment
@@ -66,14 +67,14 @@ def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[
     return read
 
 
-def refuse_unfoldable(attachments: Sequence[Attachment]) -> None:
-    """RefusedError for methods that are no change of weights, with what to do instead."""
-    held = [a for a in attachments if not a.config.folds]
+def refuse_unfoldable(adapters: Mapping[str, AdapterConfig]) -> None:
+    """RefusedError for methods that are no change of weights, with what to do instead. adapters: by name or folder."""
+    held = {name: config for name, config in adapters.items() if not config.folds}
     if held:
         raise RefusedError(
             "these adapters are no change of the base's weights, so they cannot be merged into it",
-            [f"{a.name}: {a.config.name}" for a in held],
-            held[0].config.instead_of_folding,
+            [f"{name}: {config.name}" for name, config in held.items()],
+            next(iter(held.values())).instead_of_folding,
         )
 
 
@@ -82,7 +83,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
 
     RefusedError: a method that does not fold, or values trained in full that do not add up.
     """
-    refuse_unfoldable([attachment for attachment, _ in applied])
+    refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
     modules = plain_modules(model)
     parts: dict[str, list[_Part]] = {}
     for attachment, weight in applied:

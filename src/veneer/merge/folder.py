@@ -120,7 +120,7 @@ def merge_into_folder(
     if not names:
         raise ConfigError("no adapter is named", next_step="Name at least one to merge.")
     applied = [(base.attachments[name], weight) for name, weight in names]
-    refuse_unfoldable([attachment for attachment, _ in applied])
+    refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
     asked = None
     if check_logits:
         asked = reference(base, names, text_rows(base.tokenizer) if rows is None else limited(rows))

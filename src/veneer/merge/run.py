@@ -8,19 +8,17 @@ Neither is quantised again: an update is mostly smaller than a 4-bit step and wo
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from veneer.data.template import ChatTemplate
-from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.errors import ConfigError
+from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
-from veneer.models.base import Base
-from veneer.models.fingerprint import tokenizer_hash
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
-from veneer.store.adapter import StoredAdapter, load_adapter, read_adapter
+from veneer.store.adapter import load_adapter, read_adapter
 
 Into = Literal["original", "dequantised"]
 
@@ -39,13 +37,12 @@ def merge_adapters(
     if faults := _into_faults(base, quantize, into, original):
         raise ConfigError("what is merged into is not clear", faults, _INTO_STEP)
     stored = [(read_adapter(folder), weight) for folder, weight in adapters]
+    refuse_unfoldable({str(adapter.folder): adapter.config for adapter, _ in stored})
     names = _names([adapter.folder for adapter, _ in stored])
     acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
     loaded = load_base(base, device=device, quantize=quantize)
     for name, (adapter, _) in zip(names, stored, strict=True):
         load_adapter(loaded, adapter, name=name, force_base=force_base)
-    if not force_base:
-        _refuse_other_text([adapter for adapter, _ in stored], loaded)
     as_trained: Reference | None = None
     if into == "original" and check_logits:
         asked = text_rows(loaded.tokenizer) if rows is None else limited(rows)
@@ -99,31 +96,3 @@ def _into_faults(base: str, quantize: Quantize | None, into: Into | None, origin
 def _names(folders: Sequence[Path]) -> list[str]:
     """A name for each, told apart by number where folders are called alike."""
     return [f"{number}:{folder.name}" for number, folder in enumerate(folders, 1)]
-
-
-def _refuse_other_text(stored: Sequence[StoredAdapter], base: Base) -> None:
-    """The merged folder carries the base's tokenizer and template: they must be those of the training."""
-    template = ChatTemplate(base.tokenizer).fingerprint() if base.tokenizer.chat_template else None
-    here: Mapping[str, str | None] = {
-        "tokenizer_hash": tokenizer_hash(base.tokenizer),
-        "template_hash": template,
-    }
-    faults = []
-    for adapter in stored:
-        if adapter.manifest is None:
-            continue
-        trained = {
-            "tokenizer_hash": adapter.manifest.tokenizer_hash,
-            "template_hash": adapter.manifest.template_hash,
-        }
-        faults += [
-            f"{adapter.folder}: {what.replace('_hash', '')} {trained[what][:12]}… against {str(here[what])[:12]}…"  # type: ignore[index]
-            for what in here
-            if trained[what] is not None and trained[what] != here[what]
-        ]
-    if faults:
-        raise AdapterMismatchError(
-            "the base reads text otherwise than while training, and the merged model would too",
-            faults,
-            "Load the base as it was then, or use --force-base.",
-        )

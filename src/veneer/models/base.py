@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from veneer.adapters.routing import Routing
 from veneer.data.template import ChatTemplate
 from veneer.errors import VeneerError
-from veneer.models.fingerprint import Fingerprint, fingerprint
+from veneer.models.fingerprint import Fingerprint, fingerprint, tokenizer_hash
+from veneer.models.step import Paths, prepare
 from veneer.quant.config import Quantize
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Base:
     attachments: dict[str, Attachment] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
     _fingerprint: Fingerprint = field(init=False, repr=False)
+    _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
+    _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
+    _paths: Paths | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._fingerprint = fingerprint(self.model)
@@ -66,6 +70,29 @@ class Base:
         base the user loaded.
         """
         return self._fingerprint
+
+    def tokenizer_hash(self) -> str:
+        """Of what its tokenizer does, taken once: it reads the whole vocabulary."""
+        if self._tokenizer_hash is None:
+            self._tokenizer_hash = tokenizer_hash(self.tokenizer)
+        return self._tokenizer_hash
+
+    def template_hash(self) -> str | None:
+        """Of its chat template's text; None where it has none."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            return None
+        if self._template_hash is None or self._template_hash[0] != template:
+            self._template_hash = template, ChatTemplate(self.tokenizer).fingerprint()
+        return self._template_hash[1]
+
+    @property
+    def paths(self) -> Paths:
+        """Which fast paths this model takes; proven on its first use, with no adapter acting."""
+        if self._paths is None:
+            with self.routing.none():
+                self._paths = prepare(self.model)
+        return self._paths
 
 
 def stop_token_ids(

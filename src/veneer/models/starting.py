@@ -48,6 +48,8 @@ def begin(
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
+    if config.through_attention:
+        _ = base.paths  # proves it, and hands attention over
     start = prefix_start(config, base, examples) if isinstance(config, Prefix) else None
     if start is not None:
         _check_room(base, start.tokens, examples)

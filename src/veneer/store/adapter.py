@@ -21,9 +21,9 @@ from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint, tokenizer_hash
 from veneer.store.atomic import atomic_folder, file_hash
 from veneer.store.format import bare_name, tensor_file_bytes
+from veneer.store.identity import other_base, other_text
 from veneer.store.layout import FileSettings
 from veneer.store.layouts import layout_in, layout_of
 from veneer.store.manifest import (
@@ -105,7 +105,7 @@ def manifest_for(
         base=BaseIdentity(
             name=base.name_or_path, revision=base.revision, fingerprint=base.fingerprint().to_dict()
         ),
-        tokenizer_hash=tokenizer_hash(base.tokenizer),
+        tokenizer_hash=base.tokenizer_hash(),
         template_hash=template_hash,
         data_fingerprint=data_fingerprint,
         recipe=None if recipe is None else dict(recipe),
@@ -238,19 +238,22 @@ def load_adapter(
     """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in base.attachments.
 
     Nothing is attached unless everything fits: every tensor accounted for, shapes equal, the base the one the
-    fingerprint names. force_base overrides the last; shapes are never overridden. An adapter without a
-    fingerprint loads by names and shapes alone: see StoredAdapter.base_verified.
+    fingerprint names, its tokenizer and chat template those of the training. force_base overrides these two, never
+    shapes. An adapter without a fingerprint loads by names and shapes alone: see StoredAdapter.base_verified.
     take: the tensors of `source` become the adapter's own, uncopied; nobody else may use them.
     Raises AdapterMismatchError with every fault, ConfigError (the name is taken), and what read_adapter raises.
     """
     stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
-    faults = [] if force_base else _other_base(stored, base)
+    faults = [] if force_base else other_base(stored.manifest, base)
+    reading = [] if force_base else other_text(stored.manifest, base)
+    if stored.config.through_attention:
+        _ = base.paths  # proves it, and hands attention over
     head = base.model.get_output_embeddings()
     found = stored.file.fit(stored.tensors, base.model, head)
     if found.faults:
         raise AdapterMismatchError(
             f"adapter {name!r} does not fit {base.source}" + _share(found.concerned, stored),
-            faults + found.faults,
+            faults + reading + found.faults,
             f"It was made for {stored.name_or_path}: load it on that base."
             if stored.name_or_path
             else "Load it on the base it was made for; the file does not name it.",
@@ -258,8 +261,14 @@ def load_adapter(
     if faults:
         raise AdapterMismatchError(
             f"adapter {name!r} was trained on another base than {base.source}",
-            faults,
+            faults + reading,
             f"Load the base it was trained on ({stored.name_or_path}), or, if you know better, use --force-base.",
+        )
+    if reading:
+        raise AdapterMismatchError(
+            f"{base.source} reads text otherwise than when adapter {name!r} was trained",
+            reading,
+            "Load the base with its files as they were then, or, if you know better, use --force-base.",
         )
     _check_scaling(stored, found.scaling)
     assert found.settings is not None
@@ -281,20 +290,6 @@ def load_adapter(
 
 def _share(concerned: int, stored: StoredAdapter) -> str:
     return f", {concerned} of {len(stored.tensors)} tensors" if concerned else ""
-
-
-def _other_base(stored: StoredAdapter, base: Base) -> list[str]:
-    """What differs between the base it was trained on and this one, the adapter's side first."""
-    if stored.manifest is None:
-        return []
-    trained_on = stored.manifest.base
-    theirs, ours = Fingerprint.from_dict(trained_on.fingerprint), base.fingerprint()
-    if theirs.digest == ours.digest:
-        return []
-    named = trained_on.name + (f" at {trained_on.revision}" if trained_on.revision else "")
-    here = base.name_or_path + (f" at {base.revision}" if base.revision else "")
-    names = [f"base: {named} against {here}"] if named != here else []
-    return names + theirs.differences(ours)
 
 
 def _check_scaling(stored: StoredAdapter, scaling: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from veneer.adapters.config import Prefix
-from veneer.adapters.prefix import PART, PrefixLayer, decoder_of, model_key_shape
+from veneer.adapters.prefix import PART, PrefixLayer, decoder_of, key_shape
 from veneer.adapters.site import Attachment
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.store.layout import Fit, Layout
@@ -76,7 +76,7 @@ class PrefixFile:
     def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
         settings = self.settings(tensors)
         path, _ = decoder_of(model)
-        own = model_key_shape(model)
+        own = key_shape(model)
         faults = [f"{name} is no part of a prefix" for name in sorted(tensors.keys() - {PART})]
         rows = [("key/value heads", self.peft.num_attention_heads, own.heads)]
         rows += [("values of one token's keys in a layer", self.peft.token_dim, own.heads * own.size)]
@@ -104,7 +104,7 @@ def _tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
 
 def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
     layer = _layer(attachment)
-    partial = len(layer.layers) < len(model_key_shape(model).layers)
+    partial = len(layer.layers) < len(key_shape(model).layers)
     fields = {
         "auto_mapping": None,
         "base_model_name_or_path": base.name,

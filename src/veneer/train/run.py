@@ -32,7 +32,7 @@ from veneer.models.generate import generate
 from veneer.models.load import load_base
 from veneer.models.quiet import quiet
 from veneer.models.starting import Begun, begin
-from veneer.models.step import Paths, prepare
+from veneer.models.step import Paths
 from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
 from veneer.store.strict_json import read_json
@@ -66,7 +66,7 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
             [f"fingerprint then {state['data']}, now {data.fingerprint}"],
             "Restore the file, or start a new run.",
         )
-    paths = prepare(base.model)
+    paths = base.paths
     begun = _begin(base, config, data)
     attachment = None if begun is None else begun.attachment
     if attachment is not None:
@@ -218,10 +218,9 @@ def _write_result(
     best = loop.progress.best_loss
     if attachment is not None:
         recipe = config.model_dump(mode="json")
-        template = base.tokenizer.chat_template is not None
         manifest = manifest_for(
             base, method=config.method.name, data_fingerprint=data.fingerprint, recipe=recipe,
-            template_hash=ChatTemplate(base.tokenizer).fingerprint() if template else None,
+            template_hash=base.template_hash(),
             metrics={} if best is None else {"validation_loss": best},
         )  # fmt: skip
         written = write_adapter(out / "adapter", attachment, manifest, model=base.model, replace=True)
