@@ -22,7 +22,9 @@ from veneer.train.wording import shown, size
 
 if TYPE_CHECKING:
     from veneer.models.base import Base
-    from veneer.store.library import Library
+    from veneer.store.library import Entry, Library
+
+PLACES = "a folder, hf://org/name, or an address such as s3://bucket/folder; https:// to read"
 
 Run = Callable[[argparse.Namespace, "Library"], int]
 
@@ -66,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = action("verify", _verify, "check hashes, shapes and values of one adapter, or of all")
     verify.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="default: every version of every name")
     _add_base(verify, "also check that it fits this base")
+    push = action("push", _push, "copy a version to another place, checked there")
+    push.add_argument("adapter", metavar="NAME[@V]")
+    push.add_argument("to", metavar="PLACE", help=PLACES)
+    pull = action("pull", _pull, "fetch a version from another place, checked here; goes on where it stopped")
+    pull.add_argument("place", metavar="PLACE", help=PLACES)
+    pull.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://")
+    pull.add_argument("--name", metavar="NAME", help="what to call it here; default: as there")
     gc = action("gc", _gc, "show what nobody needs; with --yes, remove it")
     gc.add_argument(
         "--keep", type=_positive, default=1, metavar="N", help="newest versions to keep; default: 1"
@@ -104,6 +113,12 @@ def _add(args: argparse.Namespace, library: Library) -> int:
         if not is_reference(name) or "@" in name:
             raise ConfigError(f"{name!r} is no name for an adapter", [], "Give one: --name NAME.")
     entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=load_plain_base(args))
+    return _tell_added(
+        entry, library, args, again=f"veneer adapters add {shown(args.source)} --name {name} --base B"
+    )
+
+
+def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
     if args.json:
         print_json(entry.to_dict())
         return 0
@@ -116,16 +131,42 @@ def _add(args: argparse.Namespace, library: Library) -> int:
             "  base: unverified: the files do not say which weights it was trained on. " + called,
             soft_wrap=True,
         )
-        say.print(
-            f"  To check that it fits: veneer adapters add {shown(args.source)} --name {name} --base B",
-            soft_wrap=True,
-        )
+        say.print(f"  To check that it fits: {again}", soft_wrap=True)
     elif facts.base_proof == "stated":
         say.print(
             f"  base: {shown(facts.base)}, as you say: names and shapes fit. It loads on these weights alone.",
             soft_wrap=True,
         )
     return 0
+
+
+def _push(args: argparse.Namespace, library: Library) -> int:
+    from veneer.store.remote import push
+
+    moved = push(library, args.adapter, args.to)
+    if args.json:
+        print_json(
+            {
+                "reference": moved.reference,
+                "address": moved.address,
+                "bytes": moved.bytes,
+                "skipped": moved.skipped,
+            }
+        )
+    else:
+        how = "was there already" if moved.skipped else size(moved.bytes)
+        make_console(json=False).print(
+            f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True
+        )
+    return 0
+
+
+def _pull(args: argparse.Namespace, library: Library) -> int:
+    from veneer.store.remote import pull
+
+    entry = pull(library, args.place, args.adapter, name=args.name)
+    again = f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
+    return _tell_added(entry, library, args, again=again)
 
 
 def _rm(args: argparse.Namespace, library: Library) -> int:

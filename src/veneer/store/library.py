@@ -130,7 +130,7 @@ class Library:
         """name, name@2 or name@tag. ConfigError says what there is instead."""
         wanted = parse_reference(reference)
         self._require()
-        return Entry(wanted.name, _chosen(wanted, self._record(wanted.name)))
+        return Entry(wanted.name, chosen_version(wanted, self.record(wanted.name)))
 
     def has(self, reference: str) -> bool:
         """Whether there is an adapter of that name, whatever its version."""
@@ -240,11 +240,11 @@ class Library:
         wanted = parse_reference(reference)
         self._require()
         with self._changing():
-            record = self._record(wanted.name)
+            record = self.record(wanted.name)
             if wanted == Reference(wanted.name):
                 gone, left = record.versions, []
             else:
-                gone = [_chosen(wanted, record)]
+                gone = [chosen_version(wanted, record)]
                 left = [version for version in record.versions if version != gone[0]]
             if left:
                 write_record(self._file(wanted.name), record.model_copy(update={"versions": left}))
@@ -257,7 +257,7 @@ class Library:
         check_name(old), check_name(new)
         self._require()
         with self._changing():
-            self._record(old)
+            self.record(old)
             if self._file(new).exists():
                 raise ConfigError(
                     f"there is an adapter {new!r} already", [], "Take another name, or remove it."
@@ -272,8 +272,8 @@ class Library:
         added, dropped = {check_tag(each) for each in tag}, {check_tag(each) for each in untag}
         self._require()
         with self._changing():
-            record = self._record(wanted.name)
-            chosen = _chosen(wanted, record)
+            record = self.record(wanted.name)
+            chosen = chosen_version(wanted, record)
             if missing := sorted(dropped - set(chosen.tags)):
                 have = ", ".join(chosen.tags) or "none"
                 raise ConfigError(f"{reference} does not bear {', '.join(missing)}", [], f"Its tags: {have}.")
@@ -293,7 +293,7 @@ class Library:
         every version that bears a tag."""
         self._require()
         with locked(self.folder / ".objects.lock"), self._changing():
-            records = {name: self._record(name) for name in self.all_names()}
+            records = {name: self.record(name) for name in self.all_names()}
             old: list[str] = []
             needed: set[str] = set()
             for name, record in records.items():
@@ -354,7 +354,8 @@ class Library:
     def _file(self, name: str) -> Path:
         return self.names / f"{check_name(name)}.json"
 
-    def _record(self, name: str) -> Record:
+    def record(self, name: str) -> Record:
+        """Every version of a name. ConfigError: no such name, with the nearest."""
         path = self._file(name)
         if not path.is_file():
             raise ConfigError(f"no adapter {name!r} in {self.folder}", [], nearest(name, self.all_names()))
@@ -417,7 +418,8 @@ def _passes(version: Version, base: str | None, method: str | None, tag: str | N
     return (method is None or facts.method == method) and (tag is None or tag in version.tags)
 
 
-def _chosen(wanted: Reference, record: Record) -> Version:
+def chosen_version(wanted: Reference, record: Record) -> Version:
+    """The version that a reference means. ConfigError lists what there is instead."""
     if wanted.version is None and wanted.tag is None:
         return record.newest
     for version in record.versions:
