@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -99,6 +99,7 @@ class Header:
     rope_factors: np.ndarray[Any, Any] | None  # what Llama 3's rotary frequencies are divided by
     dtype: torch.dtype
     num_values: int  # of all tensors that are weights
+    tensors: Mapping[str, ReaderTensor]  # those weights by their names in the file, mapped
 
 
 def converted_folder(sha256: str) -> Path:
@@ -320,6 +321,7 @@ def read_header(path: Path) -> Header:
         rope_factors=None if factors is None else np.array(factors.data, dtype=np.float64),
         dtype=_FLOATS.get(next(iter(kinds)), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16,
         num_values=sum(int(tensor.n_elements) for tensor in tensors.values()),
+        tensors=tensors,
     )
 
 

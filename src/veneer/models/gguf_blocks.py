@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -30,11 +31,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from veneer.errors import CorruptFileError, SourceError
 from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
@@ -51,7 +48,7 @@ from veneer.models.wheel import cache_folder, file_sha256
 from veneer.quant.gguf_linear import GGUFLinear
 
 ARCHITECTURES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
     *("falcon", "stablelm", "starcoder2", "nemotron"),
 )
 """Those of models/gguf.py whose linear layers are the file's matrices, row for row (llama: in another order)."""
@@ -153,8 +150,7 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
     )
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=header.dtype)
-    reader = GGUFReader(alone / "model.gguf")
-    layers, dense = _sorted_out(reader, model, header)
+    layers, dense = _sorted_out(model, header)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = header.dtype
     folder.mkdir()
@@ -166,22 +162,19 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _sorted_out(
-    reader: GGUFReader, model: PreTrainedModel, header: Header
-) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """Every tensor of the file as a layer of blocks or as a dense weight under its name in the model."""
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
     wanted = dict(model.named_parameters())
+    names = _names(header.architecture, model.config.num_hidden_layers, wanted)
     layers: dict[str, Layer] = {}
     dense: dict[str, Tensor] = {}
     faults: list[str] = []
     refused: Counter[str] = Counter()
-    for tensor in reader.tensors:
+    for tensor in header.tensors.values():
         name = names.get(tensor.name)
-        if name not in wanted:
-            if tensor.name != "rope_freqs.weight":  # read with the header
-                faults.append(f"{tensor.name} has no place in the model")
+        if name is None:
+            faults.append(f"{tensor.name} has no place in the model")
             continue
         kind, shape = tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist()))
         if shape != tuple(wanted[name].shape):
@@ -209,6 +202,18 @@ def _sorted_out(
             "the layers of the .gguf file cannot be held as blocks", [*faults[:12], kinds], _DENSE
         )
     return layers, dense
+
+
+def _names(architecture: str, num_layers: int, wanted: Iterable[str]) -> dict[str, str]:
+    """Name in the file -> name in the model, by the gguf package's table."""
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    table = get_tensor_name_map(number, num_layers)
+    names = {}
+    for name in wanted:
+        stem, _, last = name.rpartition(".")
+        if (own := table.get_name(stem)) is not None:
+            names[f"{own}.{last}"] = name
+    return names
 
 
 def _is_layer(model: PreTrainedModel, name: str) -> bool:
