@@ -4,8 +4,8 @@ The same names, filters and tags as transformers gives them (`transformers/utils
 that a row renders as `tokenizer.apply_chat_template` renders it; tests compare the two. One difference: the date
 that a template may write is fixed when it is compiled, or a run that continues tomorrow would train on other tokens.
 
-The sandbox keeps a template from reaching Python's internals. It bounds neither time nor memory: a template that
-loops for ever hangs the process.
+The sandbox keeps a template from reaching Python's internals. It bounds neither time nor memory: for that, templates
+run in a process of their own (template_worker.py, which is the only caller of this).
 """
 
 from __future__ import annotations

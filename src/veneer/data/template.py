@@ -23,7 +23,8 @@ from datetime import date
 from typing import Any
 
 from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
-from veneer.data.sandbox import Render, TemplateFault, compile_template, prepared
+from veneer.data.rendering import Conversation, Template, beginnings, render_all
+from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import ControlNames, Cut, TextTokens, TokenFault, Tokens
 from veneer.errors import DataError
 
@@ -93,7 +94,7 @@ class ChatTemplate:
         )
         """The template's text; empty if the tokenizer has none."""
         self._tokens = TextTokens(tokenizer)
-        self._renders: dict[str, Render] = {}
+        self._templates: dict[str, Template] = {}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         names = {name for name in self._tokens.control_names if name and not name.isspace()}
@@ -115,7 +116,8 @@ class ChatTemplate:
     def render(self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises DataError with what the template says if it refuses."""
         try:
-            return self._render([prepared(message) for message in messages], tools, add_generation_prompt)
+            conversation = self._conversation([prepared(message) for message in messages], tools)
+            return conversation.text(len(messages), add_generation_prompt=add_generation_prompt)
         except TemplateFault as fault:
             raise DataError(str(fault)) from None
 
@@ -128,9 +130,11 @@ class ChatTemplate:
             hidden, hidden_tools, _ = self._hide(messages, tools)
             if not self.source:
                 return [*self._begin, *self._encoded(Cut(self._alone(hidden, hidden_tools))).ids]
-            text = self._render(hidden, hidden_tools, True)
+            conversation = self._conversation(hidden, hidden_tools)
+            render_all([(conversation, beginnings(hidden, prompt=True))])
+            text = conversation.text(len(hidden), add_generation_prompt=True)
             _check_sentinels(text)
-            borders = self._borders(hidden, hidden_tools, text)
+            borders = self._borders(conversation, text)
             return self._encoded(Cut(text, borders)).ids
         except (_Unfit, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
@@ -150,7 +154,10 @@ class ChatTemplate:
         return results
 
     def _encode_chunk(self, rows: Sequence[Row], train_on: TrainOn) -> list[Encoded | Problem]:
-        plans = [self._planned(row, train_on) for row in rows]
+        chats = [self._begun(row) for row in rows]
+        begun = [chat[0] for chat in chats if isinstance(chat, tuple)]
+        render_all([(chat, beginnings(chat.messages)) for chat in begun])
+        plans = [self._planned(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)]
         tokens = iter(self._tokens.encode([plan.cut for plan in plans if isinstance(plan, _Plan)]))
         results: list[Encoded | Problem] = []
         for row, plan in zip(rows, plans, strict=True):
@@ -164,17 +171,27 @@ class ChatTemplate:
                 results.append(_masked(found, plan))
         return results
 
-    def _planned(self, row: Row, train_on: TrainOn) -> _Plan | _Unfit:
+    def _begun(self, row: Row) -> tuple[Conversation, int] | _Unfit | None:
+        """What the template is to render, and how many control tokens' names are hidden in it; None: no template."""
+        if row.text is not None or not self.source:
+            return None
         try:
+            messages, tools, control = self._hide(row.messages, row.tools)
+            return self._conversation(messages, tools), control
+        except (_Unfit, TemplateFault, TokenFault) as fault:
+            return _unfit(fault)
+
+    def _planned(
+        self, row: Row, chat: tuple[Conversation, int] | _Unfit | None, train_on: TrainOn
+    ) -> _Plan | _Unfit:
+        try:
+            if isinstance(chat, _Unfit):
+                return chat
             if row.text is not None:
                 return self._plan_text(row.text)
-            return self._plan_chat(row, train_on) if self.source else self._plan_joined(row, train_on)
-        except _Unfit as unfit:
-            return unfit
-        except TemplateFault as fault:
-            return _Unfit("D201", str(fault))
-        except TokenFault as fault:
-            return _Unfit("D202", str(fault))
+            return self._plan_joined(row, train_on) if chat is None else self._plan_chat(row, *chat, train_on)
+        except (_Unfit, TemplateFault, TokenFault) as fault:
+            return _unfit(fault)
 
     def _plan_text(self, text: str) -> _Plan:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
@@ -212,9 +229,9 @@ class ChatTemplate:
             )
         return str(messages[0]["content"])
 
-    def _plan_chat(self, row: Row, train_on: TrainOn) -> _Plan:
-        messages, tools, control = self._hide(row.messages, row.tools)
-        text = self._render(messages, tools, False)
+    def _plan_chat(self, row: Row, chat: Conversation, control: int, train_on: TrainOn) -> _Plan:
+        messages = chat.messages
+        text = chat.text(len(messages), add_generation_prompt=False)
         _check_sentinels(text)
         self._check_tools(row, text)
         _check_contents(messages, text)
@@ -226,12 +243,12 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 following = messages[number + 1] if number < last else None
                 if following is not None and following["role"] != "assistant":
-                    end = self._end_of(messages[: number + 1], tools, text)
+                    end = _end_of(chat, number + 1, text)
                     roles += [] if end is None else [(message["role"], end)]
                 continue
             wanted = train_on == "assistant" or (train_on == "last" and number == last)
             learnt = wanted and row.messages[number].get("weight", 1) == 1
-            turn = self._turn(messages, number, tools, text, must=learnt)
+            turn = self._turn(chat, number, text, must=learnt)
             if turn is None or (borders and turn[0] < borders[-1]):
                 if learnt:
                     raise _Unfit(
@@ -251,14 +268,11 @@ class ChatTemplate:
         marks = tuple(end for _, end in roles)
         return _Plan(Cut(text, _cuts(borders, text), marks), tuple(spans), tuple(roles), control)
 
-    def _turn(
-        self, messages: Messages, number: int, tools: Tools, text: str, *, must: bool
-    ) -> tuple[int, int] | None:
+    def _turn(self, chat: Conversation, number: int, text: str, *, must: bool) -> tuple[int, int] | None:
         """Where an assistant turn begins and ends in the text. None if it has no exact place, unless it must."""
         try:
-            prompt = self._render(messages[:number], tools, True)
-            whole = number == len(messages) - 1
-            upto = text if whole else self._render(messages[: number + 1], tools, False)
+            prompt = chat.text(number, add_generation_prompt=True)
+            upto = chat.text(number + 1, add_generation_prompt=False)
         except TemplateFault:
             if must:
                 raise
@@ -282,20 +296,12 @@ class ChatTemplate:
             _parting("as last", show(upto), "earlier", show(text)),
         )
 
-    def _end_of(self, messages: Messages, tools: Tools, text: str) -> int | None:
-        """Where what these messages render to ends, if the text begins with it."""
-        try:
-            part = self._render(messages, tools, False)
-        except TemplateFault:  # some templates refuse what does not end in a user's message
-            return None
-        return len(part) if text.startswith(part) else None
-
-    def _borders(self, messages: Messages, tools: Tools, text: str) -> tuple[int, ...]:
+    def _borders(self, chat: Conversation, text: str) -> tuple[int, ...]:
         """The same borders in a prompt as in the row that it is the beginning of."""
         borders: list[int] = []
-        for number, message in enumerate(messages):
+        for number, message in enumerate(chat.messages):
             if message["role"] == "assistant":
-                turn = self._turn([*messages[: number + 1], {}], number, tools, text, must=False)
+                turn = self._turn(chat, number, text, must=False)
                 if turn is not None and not (borders and turn[0] < borders[-1]):
                     borders += turn
         return _cuts(borders, text)
@@ -340,18 +346,18 @@ class ChatTemplate:
             hidden.append(prepared({k: v if k == "role" else hide(v, names) for k, v in message.items()}))
         return hidden, hide(tools, self._special_names), count
 
-    def _render(self, messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
+    def _conversation(self, messages: Messages, tools: Tools) -> Conversation:
         if not self.source:
             raise TemplateFault("this tokenizer has no chat template")
         try:
             source = self.tokenizer.get_chat_template(tools=tools)
         except ValueError as error:  # several templates, none of them the default
             raise TemplateFault(str(error)) from None
-        render = self._renders.get(source)
-        if render is None:
-            render = compile_template(source, self.tokenizer.special_tokens_map, self.today)
-            self._renders[source] = render
-        return render(list(messages), tools, add_generation_prompt)
+        template = self._templates.get(source)
+        if template is None:
+            template = Template(source, self.tokenizer.special_tokens_map, self.today)
+            self._templates[source] = template
+        return Conversation(template, messages, tools)
 
     def _put_in_front(self) -> tuple[int, ...]:
         """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most that have one)."""
@@ -375,6 +381,22 @@ class ChatTemplate:
                     break
             stops += after[-1:]
         return tuple(dict.fromkeys(stops))
+
+
+def _unfit(fault: Exception) -> _Unfit:
+    """Why a row cannot be encoded, whoever says it."""
+    if isinstance(fault, _Unfit):
+        return fault
+    return _Unfit("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
+
+
+def _end_of(chat: Conversation, count: int, text: str) -> int | None:
+    """Where what these messages render to ends, if the text begins with it."""
+    try:
+        part = chat.text(count, add_generation_prompt=False)
+    except TemplateFault:  # some templates refuse what does not end in a user's message
+        return None
+    return len(part) if text.startswith(part) else None
 
 
 def _check_contents(messages: Messages, text: str) -> None:
