@@ -205,6 +205,28 @@ def test_chat_streams_answers_and_remembers_the_conversation(api, capsys, stdin)
     assert "\x1b" not in out
 
 
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        ('"""\nfirst line\n  /second, indented\n"""\n', "first line\n  /second, indented"),
+        ('"""on one line"""\n', "on one line"),
+        ('"""begins at once\nand ends so"""\n', "begins at once\nand ends so"),
+        ('"""\nparagraph\n\nnever closed', "paragraph\n\nnever closed"),
+        ('"""/exit"""\n', "/exit"),
+    ],
+)
+def test_chat_takes_a_text_of_several_lines_between_fences(api, stdin, typed, asked):
+    stdin(typed)
+    assert main.main(["chat", "--base", "b"]) == 0
+    assert [m["content"] for m in api.base.asked[0][0]] == [asked]
+
+
+def test_an_empty_fence_asks_nothing(api, stdin):
+    stdin('"""\n"""\n""""""\nhello\n')
+    assert main.main(["chat", "--base", "b"]) == 0
+    assert [m["content"] for m in api.base.asked[0][0]] == ["hello"]
+
+
 def test_chat_goes_on_after_an_error_without_the_question(api, capsys, stdin):
     stdin("this is too long\nshort\n")
     assert main.main(["chat", "--base", "b"]) == 0  # the end of input leaves

@@ -1,7 +1,8 @@
 """Talk to a base, with or without an adapter; the answer is shown as it is made.
 
 In the conversation: /system TEXT sets the system message and starts anew, /reset starts anew,
-/exit or Ctrl-D leaves, Ctrl-C stops an answer.
+/exit or Ctrl-D leaves, Ctrl-C stops an answer. Three double quotes open a text of several lines,
+three more end it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from veneer.api import Base
 
 HELP = "/system TEXT  /reset  /exit"
+FENCE = '"""'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +34,19 @@ def run(args: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
-        print(f"{HELP}  (Ctrl-C stops an answer)", file=sys.stderr)
+        print(f"{HELP}  {FENCE} several lines {FENCE}  (Ctrl-C stops an answer)", file=sys.stderr)
     system: str | None = args.system
     messages = _opening(system)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line, fenced = _read()
         except EOFError:
             return 0
         command, _, rest = line.partition(" ")
-        if command == "/exit":
+        if fenced:  # whatever it begins with, it is no command
+            if line:
+                messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
+        elif command == "/exit":
             return 0
         elif command in ("/reset", "/system"):
             if command == "/system":
@@ -52,6 +57,26 @@ def run(args: argparse.Namespace) -> int:
             print(f"unknown command {command}: there is {HELP}", file=sys.stderr)
         elif line:
             messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
+
+
+def _read() -> tuple[str, bool]:
+    """The next line; or, fenced, all lines up to the closing fence (or the end of input), as they are.
+
+    Raises EOFError where the input has ended.
+    """
+    on_terminal = sys.stdin.isatty()
+    line = input("> " if on_terminal else "").strip()
+    if not line.startswith(FENCE):
+        return line, False
+    lines, text = [], line.removeprefix(FENCE)
+    while not text.rstrip().endswith(FENCE):
+        lines.append(text)
+        try:
+            text = input("… " if on_terminal else "")
+        except EOFError:
+            text = FENCE
+    lines.append(text.rstrip().removesuffix(FENCE))
+    return "\n".join(lines).strip("\n"), True
 
 
 def _opening(system: str | None) -> list[dict[str, Any]]:
