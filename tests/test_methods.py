@@ -13,7 +13,7 @@ from tests.helpers import make_examples
 from tests.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.tiny import tiny_base, tiny_model
 from veneer.adapters.attach import attach, detach
-from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA
+from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.data.batching import make_batch
@@ -45,6 +45,12 @@ METHODS = {
     "houlsby": Row(config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False),
     "pfeiffer": Row(config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False),
     "parallel": Row(config=Bottleneck(size=7, activation="swish"), folds=False),
+    "prefix": Row(
+        config=Prefix(tokens=5, start="random"), starts_as_base=False, folds=False, drops_out=False
+    ),
+    "prefix, mlp": Row(
+        config=Prefix(tokens=5, projection=7), starts_as_base=False, folds=False, drops_out=False
+    ),
 }
 BASES = {
     "llama float32": ("llama", torch.float32),
@@ -59,6 +65,8 @@ every_base = pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BA
 
 def put(model, config, *, name="a", seed=0, filled=False):
     routing = Routing()
+    if config.through_attention:
+        prepare(model)
     attachment = attach(
         model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed
     )
@@ -86,6 +94,7 @@ def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restor
     row, family, dtype
 ):
     model = tiny_model(family, dtype)
+    prepare(model)
     names, state = list(dict(model.named_parameters())), {k: v.clone() for k, v in model.state_dict().items()}
     before = logits(model)
     attachment, routing = put(model, row.config)

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tests.helpers import fill, make_examples
 from tests.test_step import assert_same, loss_and_gradients
-from tests.tiny import FAMILIES, MAX_POSITIONS, SLIDING_WINDOW, tiny_base, tiny_model
+from tests.tiny import FAMILIES, MAX_POSITIONS, SLIDING_WINDOW, save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.prefix import PrefixLayer, decoder_of
@@ -15,6 +15,7 @@ from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
 from veneer.models.checkpointing import checkpointed
 from veneer.models.generate import generate
+from veneer.models.load import load_base
 from veneer.models.starting import INSTRUCTION, begin, prefix_start
 from veneer.models.step import batch_loss, prepare
 
@@ -171,6 +172,22 @@ def test_greedy_answers_of_a_padded_batch_are_those_of_whole_forwards(family):
         for token in answer:
             assert logits(base.model, torch.tensor([ids]))[0, -1].argmax() == token
             ids.append(token)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_over_a_quantised_base_it_trains_as_over_the_same_weights_in_the_open(quantize, dtype, tmp_path):
+    base = load_base(str(save_tiny(tmp_path / "base", hidden_size=64)), dtype=dtype, quantize=quantize)
+    attachment = begin(base, Prefix(prompt="Count."), name="a").attachment
+    base.routing.active = (("a", 1.0),)
+    examples = make_examples(4)
+    loss, gradients = loss_and_gradients(base.model, base.paths, base.routing, attachment, examples)
+    own, theirs = own_loss_and_gradients(base.model, attachment, examples)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2  # bf16 rounds every layer's output to 8 bits
+    assert loss == pytest.approx(own, rel=tolerance)
+    for ours, reference in zip(gradients, theirs, strict=True):
+        assert reference.norm() > 0
+        assert (ours - reference).norm() / reference.norm() < 20 * tolerance
 
 
 def test_a_prefix_and_lora_act_together():

@@ -136,7 +136,7 @@ class PrefixLayer:
         return {PART: self.values().detach()}
 
     def folded(self, weight: Tensor) -> Tensor:
-        raise ConfigError("a prefix cannot be folded into a weight", next_step=Prefix.instead_of_folding)
+        raise ConfigError("a prefix cannot be merged into weights", next_step=Prefix.instead_of_folding)
 
 
 class PrefixedDecoder(AdaptedModule):
