@@ -45,7 +45,7 @@ def calls_measure(scratch: Path) -> tuple[str, Measure]:
     rows = [Row(RowRef("held_out", n), list(bfcl.to_messages(call))) for n, call in enumerate(held_out, 1)]
 
     def measure(base: api.Base) -> dict[str, float]:
-        answers = evaluate_answers(base, rows, max_new_tokens=MAX_NEW_TOKENS, batch=32)
+        answers = evaluate_answers(base, rows, max_new_tokens=MAX_NEW_TOKENS)
         scores = [bfcl.score(call, a.answer) for call, a in zip(held_out, answers, strict=True)]
         names = ("parses", "right_function", "arguments_accepted")
         return {name: statistics.mean(float(getattr(s, name)) for s in scores) for name in names}

@@ -465,6 +465,16 @@ def test_the_real_api_takes_what_the_commands_give():
     data = {"length": 1, "format": "auto", "train_on": "all"}
     takes(real.check_data, "d", base="b", long_rows="cut", validation=None, **data)
     takes(real.evaluate, "base", "d", metrics=[], max_new_tokens=1, batch=1, predictions=None, **data)
+    takes(
+        real.evaluate,
+        "base",
+        "d",
+        labels=[],
+        length_normalised=True,
+        general=None,
+        against=None,
+        progress=None,
+    )
     takes(real.Base.load_adapter, "self", "folder", name="adapter", force_base=False)
     takes(real.Base.use, "self", "adapter")
     takes(real.Base.generate, "self", "hello", max_new_tokens=1, temperature=0.0, on_text=None)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.evaluate.metrics import (
-    FieldCounts,
-    bootstrap_interval,
-    exact_match,
-    f1_of_totals,
-    field_counts,
-    field_f1,
-    json_validity,
-)
+from veneer.errors import ConfigError
+from veneer.evaluate.exact import exact_match
+from veneer.evaluate.json_fields import FieldCounts, field_counts, field_f1, field_line, json_validity
+from veneer.evaluate.metric import Metric
+from veneer.evaluate.registry import METRICS, find_metrics
+from veneer.evaluate.rouge import common_subsequence
+from veneer.evaluate.user_function import function_from_file
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -39,7 +38,7 @@ JSON = st.recursive(
     ],
 )
 def test_exact_match_ignores_how_much_white_space_there_is(expected: str, answer: str, equal: bool) -> None:
-    assert exact_match(expected, answer) is equal
+    assert exact_match(answer, [expected]) is equal
 
 
 @pytest.mark.parametrize(
@@ -95,24 +94,31 @@ def test_field_counts_refuse_an_expected_text_that_is_not_json() -> None:
         field_counts("not JSON", "{}")
 
 
+def figure(metric: Metric, answers: list[str], references: list[list[str]]) -> float:
+    return metric.of_totals(metric.counts(answers, references).sum(axis=0))
+
+
 def test_field_f1_weighs_fields_not_answers() -> None:
-    counts = [FieldCounts(1, 1, 1), FieldCounts(0, 9, 9)]
-    assert field_f1(counts) == 0.1  # the mean over answers would be 0.5
+    nine = json.dumps({str(i): i for i in range(9)})
+    others = json.dumps({str(i): -1 for i in range(9)})
+    found = figure(METRICS["field_f1"], ['{"a": 1}', others], [['{"a": 1}'], [nine]])
+    assert found == 0.1  # the mean over answers would be 0.5
 
 
 def test_field_f1_counts_an_unparsable_answers_fields_as_missed() -> None:
-    counts = [field_counts('{"a": 1, "b": 2}', '{"a": 1, "b": 2}'), field_counts('{"a": 1, "b": 2}', "no")]
-    assert field_f1(counts) == 2 * 2 / (4 + 2)
+    expected = '{"a": 1, "b": 2}'
+    assert figure(METRICS["field_f1"], [expected, "no"], [[expected]] * 2) == 2 * 2 / (4 + 2)
 
 
-def test_field_f1_of_nothing_is_zero() -> None:
-    assert field_f1([]) == 0.0 and f1_of_totals([0, 0]) == 0.0
+def test_field_f1_of_nothing_is_zero_and_the_best_reference_counts() -> None:
+    assert field_f1(np.zeros(2)) == 0.0
+    assert field_line('{"a": 1}', ['{"a": 2, "b": 3}', '{"a": 1, "b": 3}']) == (1, 3)
 
 
 @given(JSON)
 def test_field_f1_of_a_document_with_itself_is_one(document: object) -> None:
     text = json.dumps(document)
-    assert field_f1([field_counts(text, json.dumps(document, indent=1))]) == 1.0
+    assert figure(METRICS["field_f1"], [json.dumps(document, indent=1)], [[text]]) == 1.0
 
 
 @given(JSON, JSON)
@@ -123,39 +129,117 @@ def test_field_counts_are_symmetric_and_never_match_more_than_there_is(a: object
     assert 0 <= there.matched <= min(there.expected, there.answered)
 
 
-def test_the_interval_holds_the_mean_and_has_the_width_of_theory() -> None:
-    values = [1.0] * 40 + [0.0] * 60
-    low, high = bootstrap_interval(values, seed=0)
-    width = 2 * 1.96 * math.sqrt(0.4 * 0.6 / 100)
-    assert low < 0.4 < high
-    assert math.isclose(high - low, width, rel_tol=0.15)  # 1000 draws place each end to about 5%
+# --- several references, patterns, the user's own function ---
 
 
-def test_a_higher_level_gives_a_wider_interval() -> None:
-    values = np.random.default_rng(0).normal(size=200)
-    narrow, wide = (
-        bootstrap_interval(values, seed=0, level=0.5),
-        bootstrap_interval(values, seed=0, level=0.99),
+def test_any_reference_may_be_the_right_one() -> None:
+    assert exact_match("b", ["a", " b "]) and not exact_match("c", ["a", "b"])
+
+
+def test_a_pattern_without_a_group_is_looked_for_in_the_answer() -> None:
+    (metric,) = find_metrics([r"regex:^SELECT\b"])
+    assert figure(metric, ["SELECT 1", "select 1", "x SELECT"], [["?"]] * 3) == 1 / 3
+
+
+def test_a_pattern_with_a_group_compares_what_it_finds_last() -> None:
+    (metric,) = find_metrics([r"regex:####\s*(-?[\d.]+)"])
+    answers = ["so #### 1, no: #### 42 ", "#### 41", "42", "#### 7"]
+    references = [["blah #### 42"], ["#### 42"], ["#### 42"], ["#### 6", "#### 7"]]
+    assert figure(metric, answers, references) == 2 / 4
+
+
+@pytest.mark.parametrize("pattern", ["regex:(", "regex:(a)(b)"])
+def test_a_pattern_that_cannot_be_used_is_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError):
+        find_metrics([pattern])
+
+
+def test_a_users_function_from_a_file_is_averaged(tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    file.write_text("def closeness(answer, references):\n    return len(answer) / len(references[0])\n")
+    (metric,) = find_metrics([function_from_file(f"{file}:closeness")])
+    assert metric.name == "closeness"
+    assert figure(metric, ["ab", "abcd"], [["abcd"], ["abcd"]]) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("def f(a, r): return 1", "g", "no function 'g'"),
+        ("import nowhere_at_all", "f", "cannot be run: ModuleNotFoundError"),
+        ("def f(a, r): return float('nan')", "f", "gave nan"),
+        ("def f(a, r): return a.missing", "f", "failed: AttributeError"),
+    ],
+)
+def test_a_users_function_that_does_not_work_is_told_without_a_traceback(
+    tmp_path: Path, text: str, name: str, message: str
+) -> None:
+    file = tmp_path / "score.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        find_metrics([function_from_file(f"{file}:{name}")])[0].counts(["a"], [["b"]])
+
+
+def test_unknown_metrics_are_told_together_with_the_nearest_names() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_metrics(["rougel", "exact_match", "exact_mach"])
+    assert "rougel, exact_mach" in str(caught.value) and "did you mean rougeL?" in str(caught.value)
+
+
+# --- BLEU, chrF and ROUGE against the libraries' own figures ---
+
+ANSWERS = [
+    "The Blue Spice is a coffee shop in the city centre.",
+    "a cheap place near the river , not family friendly",
+    "Alimentum!",
+    "",
+    "It's rated 5 out of 5; kids are welcome — naïve café.",
+]
+REFERENCES = [
+    [
+        "A coffee shop in the city centre area called Blue Spice.",
+        "Blue Spice is a coffee shop in city centre.",
+    ],
+    ["Near the river there is a cheap place that is not family-friendly.", "It is a cheap place."],
+    ["Alimentum is in the city centre.", "Alimentum."],
+    ["Nothing was said.", "Silence"],
+    ["It has a rating of 5 out of 5 and kids are welcome.", "Rated 5 out of 5, it's a naïve café."],
+]
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(0, 2), slice(3, 4)], ids=["all", "two", "an empty answer"]
+)
+def test_bleu_and_chrf_are_sacrebleus_corpus_scores(name: str, rows: slice) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    columns = [list(column) for column in zip(*REFERENCES[rows], strict=True)]
+    theirs = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name](
+        ANSWERS[rows], columns
+    ).score
+    assert figure(METRICS[name], ANSWERS[rows], REFERENCES[rows]) == pytest.approx(theirs, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL"])
+def test_rouge_is_that_of_rouge_score(name: str) -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer([name])
+    for answer, references in zip(ANSWERS, REFERENCES, strict=True):
+        for reference in references:
+            theirs = scorer.score(reference, answer)[name].fmeasure
+            assert figure(METRICS[name], [answer], [[reference]]) == pytest.approx(theirs, abs=1e-12)
+    best = [
+        max(scorer.score(r, a)[name].fmeasure for r in rs) for a, rs in zip(ANSWERS, REFERENCES, strict=True)
+    ]
+    assert figure(METRICS[name], ANSWERS, REFERENCES) == pytest.approx(sum(best) / len(best))
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=7), st.lists(st.sampled_from("abc"), max_size=7))
+def test_the_common_subsequence_is_the_longest_there_is(a: list[str], b: list[str]) -> None:
+    def is_within(part: tuple[str, ...], whole: list[str]) -> bool:
+        rest = iter(whole)
+        return all(word in rest for word in part)
+
+    longest = max(
+        (len(part) for n in range(len(a) + 1) for part in combinations(a, n) if is_within(part, b)), default=0
     )
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
-def test_the_same_seed_gives_the_same_interval_and_another_another() -> None:
-    values = np.random.default_rng(0).normal(size=50)
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
-
-
-def test_values_that_are_all_equal_have_no_width() -> None:
-    assert bootstrap_interval([0.25] * 7, seed=0) == (0.25, 0.25)
-
-
-def test_the_interval_of_a_ratio_resamples_rows_with_all_their_counts() -> None:
-    table = [[2.0, 4.0]] * 30  # every resample has F1 = 1
-    interval = bootstrap_interval(table, seed=0, statistic=lambda rows: f1_of_totals(rows.sum(axis=0)))
-    assert interval == (1.0, 1.0)
-
-
-def test_no_rows_have_no_interval() -> None:
-    with pytest.raises(ValueError, match="no rows"):
-        bootstrap_interval([], seed=0)
+    assert common_subsequence(a, b) == longest

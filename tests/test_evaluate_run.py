@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tests.helpers import fill, make_examples
 from tests.tiny import tiny_base
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.data.batching import make_batch
 from veneer.data.examples import Example, Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.answers import evaluate_answers
-from veneer.evaluate.run import METRICS, evaluate
+from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.general import BUILT_IN, WINDOW, general_documents, general_examples
+from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, read_labels
+from veneer.evaluate.registry import METRICS, find_metrics
+from veneer.evaluate.run import Choices, evaluate
 from veneer.models.base import Base
 from veneer.models.generate import generate
+from veneer.models.likelihood import example_nats
+from veneer.models.step import prepare
 
 NEW_TOKENS = 6
 
@@ -47,30 +59,33 @@ def own_answers(base: Base, of: Sequence[Row]) -> list[str]:
     return texts
 
 
-def example(trained: int) -> Example:
+def example(trained: int, line: int) -> Example:
     mask = np.array([False] + [True] * trained)
-    return Example(np.arange(trained + 1, dtype=np.int32), mask, RowRef("rows.jsonl", 1), key=trained)
+    return Example(np.arange(trained + 1, dtype=np.int32), mask, RowRef("rows.jsonl", line), key=trained)
 
 
-def half_a_nat(examples: Sequence[Example]) -> tuple[float, int]:
-    tokens = sum(int(e.trained.sum()) for e in examples)
-    return 0.5 * tokens, tokens
-
-
-EXAMPLES = [example(2), example(6)]
+def half_a_nat(examples: Sequence[Example]) -> Counts:
+    return np.array([[0.5 * e.trained.sum(), e.trained.sum()] for e in examples], dtype=np.float64)
 
 
 def run(base: Base, of: Sequence[Row], metrics: Sequence[str], **options: Any) -> dict[str, Any]:
-    return evaluate(base, of, EXAMPLES, metrics, loss=half_a_nat, max_new_tokens=NEW_TOKENS, **options)
+    examples = [example(2 + 4 * i, i + 1) for i in range(len(of))]
+    nats = options.pop("nats", half_a_nat)
+    choices = Choices(metrics=find_metrics(metrics), max_new_tokens=NEW_TOKENS, **options)
+    return evaluate(base, of, examples, choices, nats=nats)
+
+
+def own_nats(base: Base) -> Any:
+    paths = prepare(base.model)
+    return lambda examples: example_nats(base.model, paths, examples, batch=4)
 
 
 # --- answers ---
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16])
-def test_answers_come_in_the_rows_order_whatever_the_batch(base: Base, batch: int) -> None:
+def test_answers_come_in_the_rows_order(base: Base) -> None:
     asked = rows(["x"] * 7)
-    answers = evaluate_answers(base, asked, max_new_tokens=NEW_TOKENS, batch=batch)
+    answers = evaluate_answers(base, asked, max_new_tokens=NEW_TOKENS)
     assert [a.row for a in answers] == asked
     assert [a.answer for a in answers] == own_answers(base, asked)
     assert len({a.answer for a in answers}) > 3  # or the order could not be seen
@@ -108,10 +123,8 @@ def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: Base) 
 
 def test_progress_counts_rows_up_to_all_of_them(base: Base) -> None:
     seen: list[tuple[int, int]] = []
-    evaluate_answers(
-        base, rows(["x"] * 5), max_new_tokens=1, batch=2, progress=lambda *counts: seen.append(counts)
-    )
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    evaluate_answers(base, rows(["x"] * 5), max_new_tokens=1, progress=lambda *counts: seen.append(counts))
+    assert seen == [(n, 5) for n in range(1, 6)]
 
 
 # --- evaluation ---
@@ -119,7 +132,9 @@ def test_progress_counts_rows_up_to_all_of_them(base: Base) -> None:
 
 def test_the_loss_is_per_token_and_needs_no_answers(base: Base) -> None:
     without_answers = Row(RowRef("rows.jsonl", 1), [], None, "plain text")
-    assert run(base, [without_answers], []) == {"rows": 2, "loss": 0.5, "tokens": 8}
+    found = run(base, [without_answers] * 2, [])
+    assert found.pop("perplexity") == pytest.approx(np.exp(0.5))
+    assert found == {"rows": 2, "loss": 0.5, "tokens": 8, "intervals": {"loss": [0.5, 0.5]}, "units": {}}
 
 
 def test_every_metric_is_what_the_answers_give(base: Base) -> None:
@@ -131,7 +146,7 @@ def test_every_metric_is_what_the_answers_give(base: Base) -> None:
     low, high = result["intervals"]["exact_match"]
     assert 0 <= low < 2 / 8 < high < 1
     assert result["json_validity"] == 0.0  # random bytes
-    assert (result["loss"], result["tokens"]) == (0.5, 8)
+    assert result["loss"] == 0.5
 
 
 def test_field_f1_counts_the_fields_of_answers_that_are_no_json_as_missed(base: Base) -> None:
@@ -140,8 +155,8 @@ def test_field_f1_counts_the_fields_of_answers_that_are_no_json_as_missed(base: 
 
 
 def test_the_result_is_the_same_every_time_and_goes_into_json(base: Base) -> None:
-    asked = rows(['{"a": 1}'] * 4)
-    first, second = (run(base, asked, METRICS) for _ in range(2))
+    asked = rows(['{"a": 1}', "2", "3", "4"])
+    first, second = (run(base, asked, list(METRICS)) for _ in range(2))
     assert json.loads(json.dumps(first)) == second
 
 
@@ -151,7 +166,7 @@ def test_predictions_are_written_row_by_row(base: Base, tmp_path: Path) -> None:
     run(base, asked, ["exact_match", "json_validity"], predictions=path)
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [line["row"] for line in lines] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
-    assert [line["expected"] for line in lines] == ["not it", '"né"', "[1]"]
+    assert [line["references"] for line in lines] == [["not it"], ['"né"'], ["[1]"]]
     assert [line["answer"] for line in lines] == own_answers(base, asked)
     assert all({"exact_match", "json_validity"} <= line.keys() for line in lines)
     assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
@@ -163,18 +178,196 @@ def test_an_unknown_metric_is_refused_with_the_names_there_are(base: Base) -> No
     assert all(metric in str(caught.value) for metric in METRICS)
 
 
+def nothing_computed(_: Sequence[Example]) -> Counts:
+    raise AssertionError("something was computed first")
+
+
 def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_is_computed(
     base: Base,
 ) -> None:
-    def no_loss(_: Sequence[Example]) -> tuple[float, int]:
-        raise AssertionError("the loss was computed first")
-
     asked = rows(['{"a": 1}', "plain", '{"a": 2}', "{'a': 3}"])
     with pytest.raises(DataError) as caught:
-        evaluate(base, asked, EXAMPLES, ["field_f1"], loss=no_loss)
+        run(base, asked, ["field_f1"], nats=nothing_computed)
     assert caught.value.faults == ["rows.jsonl:2", "rows.jsonl:4"]
 
 
 def test_nothing_to_evaluate_is_an_error_not_a_loss_of_zero(base: Base) -> None:
     with pytest.raises(DataError, match="no token"):
-        evaluate(base, [], [], [], loss=half_a_nat)
+        evaluate(base, [], [], Choices(), nats=lambda examples: np.zeros((0, 2)))
+
+
+def test_further_references_of_a_row_count_too(base: Base) -> None:
+    asked = rows(["not it"] * 3)
+    (second,) = own_answers(base, asked[1:2])
+    asked[1] = replace(asked[1], references=("nor this", f" {second} "))
+    assert run(base, asked, ["exact_match"])["exact_match"] == pytest.approx(1 / 3)
+
+
+# --- the loss row by row ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_nats_of_each_example_are_those_of_the_model_alone(family: str, batch: int) -> None:
+    base = tiny_base(family)
+    examples = make_examples(7)
+    found = example_nats(base.model, prepare(base.model), examples, batch=batch)
+    for one, (nats, tokens) in zip(examples, found, strict=True):
+        logits = base.model(input_ids=torch.tensor(one.ids[None].astype(np.int64))).logits[0].double()
+        chances = torch.log_softmax(logits, dim=-1)
+        expected = -sum(chances[t - 1, one.ids[t]].item() for t in np.flatnonzero(one.trained))
+        assert nats == pytest.approx(expected, rel=1e-4) and tokens == one.trained.sum()
+
+
+# --- labels ---
+
+LABELS = ["card", "card_lost", "refund", "a refund that is late"]
+
+
+def slow_choice(base: Base, row: Row, label_list: Sequence[str], *, per_token: bool) -> str:
+    """Every label alone, from the model's own logits."""
+    template = ChatTemplate(base.tokenizer)
+    prompt = template.encode_prompt(row.messages[:-1])
+    scores = []
+    for label in label_list:
+        own = base.tokenizer(label)["input_ids"] + [257, 198]  # <|im_end|> and a new line
+        logits = base.model(input_ids=torch.tensor([prompt + own])).logits[0].double()
+        chances = torch.log_softmax(logits, dim=-1)
+        total = sum(chances[len(prompt) + i - 1, token].item() for i, token in enumerate(own))
+        scores.append(total / len(own) if per_token else total)
+    return label_list[int(np.argmax(scores))]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_the_label_chosen_is_that_of_a_slow_reference(family: str, per_token: bool) -> None:
+    base = tiny_base(family)
+    asked = rows(["card"] * 8)
+    expected = [slow_choice(base, one, LABELS, per_token=per_token) for one in asked]
+    nats = own_nats(base)
+    assert likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=per_token) == expected
+
+
+def test_length_normalisation_can_change_the_choice(base: Base) -> None:
+    asked = rows(["card"] * 8)
+    nats = own_nats(base)
+    plain, normal = (
+        likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=n) for n in (False, True)
+    )
+    assert plain != normal
+
+
+def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: Base) -> None:
+    asked = rows(["card"] * 6)
+    chosen = likeliest_labels(base.tokenizer, asked, LABELS, nats=own_nats(base))
+    for one, label in list(zip(asked, chosen, strict=True))[:2]:
+        one.messages[-1]["content"] = label
+    for one, label in list(zip(asked, chosen, strict=True))[2:]:
+        one.messages[-1]["content"] = next(each for each in LABELS if each != label)
+    found = run(base, asked, ["accuracy"], labels=LABELS, nats=own_nats(base))
+    assert found["accuracy"] == pytest.approx(2 / 6)
+
+
+def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: Base) -> None:
+    template = ChatTemplate(base.tokenizer)
+    asked = row(1, "a question that is long enough to matter", "card")
+    examples = label_examples(template, asked, LABELS)
+    batch = make_batch(examples, packed=True, share_prompt=True, device=base.device)
+    assert batch.layout is not None
+    assert batch.layout.prompt >= len(template.encode_prompt(asked.messages[:-1])) - 1
+
+
+def test_a_right_answer_that_is_no_label_is_refused_by_row(base: Base) -> None:
+    with pytest.raises(DataError, match="none of the labels") as caught:
+        run(base, rows(["card", "other"]), ["accuracy"], labels=LABELS, nats=nothing_computed)
+    assert caught.value.faults == ["rows.jsonl:2"]
+
+
+def test_labels_come_from_a_file_a_list_or_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "labels.txt"
+    file.write_text("a b\n\nc, d\na b\n")
+    assert read_labels(str(file)) == ["a b", "c, d"]
+    assert read_labels("x, y") == ["x", "y"]
+    assert labels_of([["b"], ["a"], ["b"]]) == ["a", "b"]
+    for bad in ([["a"]], [[str(i)] for i in range(500)]):
+        with pytest.raises(ConfigError):
+            labels_of(bad)
+
+
+# --- two evaluations of the same rows ---
+
+
+def test_two_evaluations_are_compared_row_by_row(base: Base, tmp_path: Path) -> None:
+    asked = rows(["not it"] * 6)
+    run(base, asked, ["exact_match"], predictions=tmp_path / "a.jsonl")
+    text = (tmp_path / "a.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines[:3]:
+        line["answer"] = "not it"
+        line["nats"] += line["tokens"]
+    reordered = tmp_path / "b.jsonl"
+    reordered.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)), "utf-8")
+    found = run(base, asked, ["exact_match"], against=reordered)["against"]
+    assert found["exact_match"]["other"] == 0.5 and found["exact_match"]["difference"] == -0.5
+    low, high = found["exact_match"]["interval"]
+    assert -1 <= low < -0.5 < high <= 0
+    tokens = [line["tokens"] for line in lines]
+    assert found["loss"]["difference"] == pytest.approx(-sum(tokens[:3]) / sum(tokens))
+
+
+def test_predictions_of_other_rows_are_refused_by_name(base: Base, tmp_path: Path) -> None:
+    run(base, rows(["a"] * 3), [], predictions=tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="other rows: 1 do not match") as caught:
+        run(base, rows(["a"] * 2), [], against=tmp_path / "a.jsonl")
+    assert "rows.jsonl:3 is only in" in caught.value.faults[0]
+    with pytest.raises(DataError, match="no answers"):
+        run(base, rows(["a"] * 3), ["exact_match"], against=tmp_path / "a.jsonl")
+
+
+def test_a_file_that_holds_no_predictions_is_refused_first(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"row": "x"}\n')
+    with pytest.raises(DataError, match="no predictions"):
+        run(base, rows(["a"]), [], against=tmp_path / "a.jsonl", nats=nothing_computed)
+
+
+# --- forgetting ---
+
+
+def test_the_text_that_ships_is_varied_and_whole(base: Base) -> None:
+    documents = general_documents(BUILT_IN)
+    assert len(documents) >= 10 and 6000 < sum(map(len, documents)) < 9000
+    examples, owners = general_examples(documents, base.tokenizer)
+    assert sorted(set(owners)) == list(range(len(documents)))
+    assert max(len(e.ids) for e in examples) <= WINDOW
+    lost = sum(len(e.ids) for e in examples) - sum(len(base.tokenizer(d)["input_ids"]) for d in documents)
+    assert lost >= -len(documents)  # a last window of one token predicts nothing
+
+
+def test_forgetting_is_the_loss_after_minus_before_on_the_users_own_text(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("One document.\n---\nAnother, which is\nlonger.\n---\n\n", "utf-8")
+    base = tiny_base("llama")
+    nats = own_nats(base)
+    attachment = attach(
+        base.model,
+        LoRA(rank=3, alpha=5),
+        name="a",
+        routing=base.routing,
+        head=base.model.get_output_embeddings(),
+        seed=0,
+    )
+    fill(attachment.parameters().values())
+    plain = run(base, rows(["a"]), [], general=str(file), nats=nats)["general"]
+    assert "forgetting" not in plain and plain["documents"] == 2
+    base.routing.active = (("a", 1.0),)
+    found = run(base, rows(["a"]), [], general=str(file), nats=nats)["general"]
+    assert found["before"] == pytest.approx(plain["loss"])
+    assert found["forgetting"] == pytest.approx(found["loss"] - plain["loss"]) != 0
+    assert base.routing.active == (("a", 1.0),)
+
+
+def test_a_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("---\n")
+    for name in ("empty.txt", "missing.txt"):
+        with pytest.raises(DataError, match=name):
+            general_documents(str(tmp_path / name))

@@ -23,7 +23,11 @@ from veneer.data.examples import Example
 from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
+from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.registry import find_metrics
+from veneer.evaluate.run import Choices, Progress
 from veneer.evaluate.run import evaluate as evaluate_rows
+from veneer.evaluate.user_function import UserFunction
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
 from veneer.merge.export_run import export_adapter as export_adapter
@@ -35,9 +39,9 @@ from veneer.merge.in_memory import Merged, merge_in_memory
 from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.generate import generate
+from veneer.models.likelihood import example_nats
 from veneer.models.load import DtypeName, load_base, load_tokenizer
 from veneer.models.starting import begin
-from veneer.models.step import evaluation_loss
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
@@ -255,23 +259,31 @@ def check_data(
 
 
 def evaluate(
-    base: Base, data: str, *, metrics: Sequence[str] = (), length: int = 2048, format: str = "auto",
-    train_on: str = "assistant", max_new_tokens: int = 256, batch: int = 16, predictions: Path | None = None,
+    base: Base, data: str, *, metrics: Sequence[str | UserFunction] = (), labels: Sequence[str] = (),
+    length_normalised: bool = False, general: str | None = None, against: Path | None = None, length: int = 2048,
+    format: str = "auto", train_on: str = "assistant", max_new_tokens: int = 256, batch: int = 16,
+    predictions: Path | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use."""
+    """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
+
+    What else can be asked, and what comes back: evaluate/run.py. A metric is a name, `regex:PATTERN`, or a function
+    (answer, references) -> number.
+    """
+    choices = Choices(
+        metrics=find_metrics(metrics), max_new_tokens=max_new_tokens, labels=list(labels),
+        length_normalised=length_normalised, predictions=predictions, against=against, general=general,
+    )  # fmt: skip
     fields = DataConfig.model_validate(
         {"train": data, "validation_share": 0.0, "format": format, "train_on": train_on}
     )
     loaded = load_data(**fields.model_dump(), length=length, tokenizer=base.tokenizer)
+    paths = base.paths
 
-    def loss(examples: Sequence[Example]) -> tuple[float, int]:
-        return evaluation_loss(base.model, base.paths, base.routing, examples, batch=batch)
+    def nats(examples: Sequence[Example]) -> Counts:
+        return example_nats(base.model, paths, examples, batch=batch)
 
     with base.routing.held():
-        return evaluate_rows(
-            base, loaded.train_rows, loaded.train, metrics, loss=loss, max_new_tokens=max_new_tokens,
-            batch=batch, predictions=predictions,
-        )  # fmt: skip
+        return evaluate_rows(base, loaded.train_rows, loaded.train, choices, nats=nats, progress=progress)
 
 
 def merge(

@@ -136,7 +136,6 @@ def _answers(
             base,
             held_out.rows,
             max_new_tokens=MAX_NEW_TOKENS,
-            batch=32,
             progress=lambda done, total: status.update(f"answered {done} of {total} questions, {name}"),
         )
     _say(console, f"Answered {total} held-out questions, {name}, in {time.monotonic() - start:.0f} s.")

@@ -27,6 +27,7 @@ PACKAGES = (
 )
 EXTRAS = {
     "parquet": "pyarrow",
+    "metrics": "sacrebleu",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",

@@ -1,20 +1,28 @@
-"""The loss of a base on rows, with or without an adapter, and how its answers compare with theirs.
+"""The loss of a base on rows, with or without an adapter, how its answers compare with theirs, what it forgot.
 
 For instance:
 
   veneer evaluate --base smollm2-135m --data held_out.jsonl
   veneer evaluate --adapter runs/tickets --data held_out.jsonl --metrics exact_match,field_f1
+  veneer evaluate --adapter runs/intents --data held_out.jsonl --metrics accuracy --labels intents.txt
+  veneer evaluate --adapter runs/sums --data sums.jsonl --metric 'regex:####\\s*(-?[0-9.]+)'
+  veneer evaluate --adapter runs/sums --data sums.jsonl --metric score.py:closeness --general
+  veneer evaluate --adapter runs/b --data D --predictions b.jsonl --against a.jsonl
+
+Metrics: exact_match, json_validity, field_f1, accuracy (the likeliest of given labels), bleu, chrf, rouge1, rouge2,
+rougeL. Rows may hold `references`, a list of further right answers.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer.cli.common import add_base, add_data, add_json, load_base, make_console, print_json
 from veneer.cli.generate import at_least_one
-from veneer.train.wording import number
+from veneer.train.wording import number, shown
 
 UNITS = {"loss": "nats per trained token", "tokens": "trained tokens"}
 
@@ -23,10 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
     add_base(parser)
     parser.add_argument(
-        "--metrics",
-        default="",
-        metavar="M,M",
-        help="also answer every row and compare: exact_match, json_validity, field_f1",
+        "--metrics", default="", metavar="M,M", help="also answer every row and compare: see the list above"
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="M",
+        help="one more metric: a name, regex:PATTERN, or your own code as FILE.py:FUNCTION, which gets the answer "
+        "and the list of right answers and returns a number; may be repeated",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="L",
+        help="for accuracy: A,B,C or a file with one label a line; default: the rows' own answers",
+    )
+    parser.add_argument(
+        "--length-normalised", action="store_true", help="compare labels by their log-probability per token"
     )
     add_data(parser)
     parser.add_argument(
@@ -34,26 +55,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=at_least_one, default=16, metavar="N", help="rows computed at once")
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="write every row's answer there, as JSONL"
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write every row's answer and figures there, as JSONL",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="the --predictions of another evaluation of the same rows: differences with intervals",
+    )
+    parser.add_argument(
+        "--general",
+        nargs="?",
+        const="built-in",
+        metavar="FILE",
+        help="forgetting: also the loss on general text, a text file (documents divided by lines of ---) "
+        "or, without FILE, a short one that comes with Veneer",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    asked = _asked(args)
     from veneer import api
+    from veneer.evaluate.labels import read_labels
+    from veneer.evaluate.registry import find_metrics
+    from veneer.evaluate.user_function import function_from_file
 
+    metrics = [function_from_file(name) if _is_file(name) else name for name in asked]
+    find_metrics(metrics)  # a misspelt name is told before the base is loaded
+    labels = read_labels(args.labels) if args.labels else []
+    console = make_console(json=True)  # progress is talk
     base = load_base(args)
-    result = api.evaluate(
-        base,
-        args.data,
-        metrics=[name.strip() for name in args.metrics.split(",") if name.strip()],
-        length=args.length,
-        format=args.format,
-        train_on=args.train_on,
-        max_new_tokens=args.max_tokens,
-        batch=args.batch,
-        predictions=args.predictions,
-    )
+    with console.status("") as status:
+        result = api.evaluate(
+            base,
+            args.data,
+            metrics=metrics,
+            labels=labels,
+            length_normalised=args.length_normalised,
+            general=args.general,
+            against=args.against,
+            length=args.length,
+            format=args.format,
+            train_on=args.train_on,
+            max_new_tokens=args.max_tokens,
+            batch=args.batch,
+            predictions=args.predictions,
+            progress=lambda what, done, total: status.update(f"{what}: {done:,} of {total:,} rows"),
+        )
     if args.json:
         print_json({"base": base.source, "adapter": args.adapter, "data": args.data, **result})
     else:
@@ -61,17 +113,65 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked(args: argparse.Namespace) -> list[str]:
+    return [name for each in args.metrics.split(",") if (name := each.strip())] + args.metric
+
+
+def _is_file(name: str) -> bool:
+    file, _, function = name.rpartition(":")
+    return file.endswith(".py") and function.isidentifier()
+
+
 def _print_table(result: dict[str, Any]) -> None:
     console = make_console(json=False)
-    intervals = result.get("intervals", {})
+    intervals, units = result.get("intervals", {}), result.get("units", {})
+    against = result.get("against", {})
+
+    def line(name: str, said: str, beside: str = "") -> None:
+        console.print(f"{shown(name):<15}{said:>10}  {beside}".rstrip(), soft_wrap=True)
+
     for name, value in result.items():
-        if name == "intervals":
+        if name in ("intervals", "units", "general", "against"):
             continue
-        beside = UNITS.get(name, "")
+        share = name in intervals and units.get(name, "share") == "share" and name != "loss"
+        beside = [UNITS[name]] if name in UNITS else []
         if name in intervals:
-            low, high = intervals[name]
-            beside = f"95% interval {100 * low:.1f} to {100 * high:.1f}%"
-            said = f"{100 * value:.1f}%"
-        else:
-            said = f"{value:,}" if isinstance(value, int) else number(value)
-        console.print(f"{name:<15}{said:>10}  {beside}".rstrip(), soft_wrap=True)
+            beside.append(f"95% interval {_range(intervals[name], share)}")
+        if name in against:
+            other = against[name]
+            beside.append(
+                f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})"
+            )
+        said = f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}%" if share else number(value)
+        line(name, said, " · ".join(beside))
+    if "general" in result:
+        found = result["general"]
+        said = f"nats per token of general text, {found['documents']} documents"
+        if "forgetting" in found:
+            said += f", {number(found['before'])} before"
+        line("general", number(found["loss"]), said)
+        if "forgetting" in found:
+            line(
+                "forgetting",
+                f"{found['forgetting']:+.3f}",
+                f"nats, 95% interval {_range(found['forgetting_interval'], False, signed=True)}",
+            )
+    if against:
+        console.print(
+            f"differences: to {shown(against['file'])}, with 95% intervals over the same rows", soft_wrap=True
+        )
+
+
+def _range(ends: Sequence[float], share: bool, *, signed: bool = False) -> str:
+    low, high = ends
+    if share:
+        return f"{_percent(low, signed)} to {_percent(high, signed)}%"
+    return f"{low:+.3f} to {high:+.3f}" if signed else f"{number(low)} to {number(high)}"
+
+
+def _percent(value: float, signed: bool) -> str:
+    return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+
+
+def _signed(value: float, share: bool) -> str:
+    return f"{100 * value:+.1f}%" if share else f"{value:+.3f}"

@@ -47,6 +47,7 @@ class Row:
                (tool_calls, name, reasoning_content, ...); an assistant message with weight 0 is not trained on
     tools      JSON schemas of the functions that the model may call
     text       set for plain text, where messages is empty
+    references further right answers beside the last turn; read by evaluations alone, never trained on
     """
 
     ref: RowRef
@@ -54,6 +55,7 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     format: Format = "chat"
+    references: tuple[str, ...] = ()
 
 
 class RoleRun(NamedTuple):

@@ -9,7 +9,7 @@
 A string prompt becomes a user message and its completion the assistant's, so that the base's chat template is
 used; on a base without a template the two are simply joined (template.py). `tools` is read in every layout, and
 `system` (a string) in every one that lacks a system message. An assistant message with `"weight": 0` is shown to
-the model but not learnt. Columns that no layout reads are ignored, except beside `text`: see `detect`.
+the model but not learnt. `references`, a list of strings, holds further right answers for evaluations. Columns that no layout reads are ignored, except beside `text`: see `detect`.
 
 Knows nothing of files or tokens.
 """
@@ -145,7 +145,9 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
             raise RowFault("D111", "there is a system message and a 'system' column too: keep one")
         messages = [{"role": "system", "content": system}, *messages]
     check_order(messages)
-    return Row(ref, messages, _tools(record.get("tools")), None, format)
+    return Row(
+        ref, messages, _tools(record.get("tools")), None, format, _references(record.get("references"))
+    )
 
 
 def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
@@ -303,6 +305,14 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowFault("D113", f"'tools' is {_kind(value)}, not a list of objects")
     return value
+
+
+def _references(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise RowFault("D109", f"'references' is {_kind(value)}, not a list of texts")
+    return tuple(_string(text, "references") for text in value)
 
 
 def check_order(messages: list[dict[str, Any]]) -> None:

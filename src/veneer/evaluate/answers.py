@@ -30,28 +30,24 @@ def evaluate_answers(
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
-    batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """The model's answer to every row's prompt (all but its last turn), greedy, in the rows' order.
 
     max_new_tokens  an answer that is not finished by then is cut there
-    batch           rows answered at a time; like lengths together, whatever the rows' order
-    progress        called after each batch with the rows done and the rows in all
+    progress        called with the rows done and the rows in all
     Raises DataError, naming the rows, where a row has no assistant turn at its end to compare with.
     """
     expected = expected_answers(base, rows)
     template = ChatTemplate(base.tokenizer)
     prompts = [template.encode_prompt(row.messages[:-1], tools=row.tools) for row in rows]
-    answers = [""] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(rows), batch):
-        indices = by_length[start : start + batch]
-        generated = generate(base, [prompts[index] for index in indices], max_new_tokens=max_new_tokens)
-        for index, ids in zip(indices, generated, strict=True):
-            answers[index] = _text(base, ids)
+
+    def done(count: int) -> None:
         if progress is not None:
-            progress(min(start + batch, len(rows)), len(rows))
+            progress(count, len(rows))
+
+    generated = generate(base, prompts, max_new_tokens=max_new_tokens, on_done=done)
+    answers = [_text(base, ids) for ids in generated]
     return [Answer(*fields) for fields in zip(rows, expected, answers, strict=True)]
 
 
@@ -64,6 +60,14 @@ def expected_answers(base: Base, rows: Sequence[Row]) -> list[str]:
     )
     template = ChatTemplate(base.tokenizer)
     return [_expected(base, template, row) for row in rows]
+
+
+def references_of(base: Base, rows: Sequence[Row]) -> list[list[str]]:
+    """Every right answer of each row: its last turn first, then its `references`."""
+    return [
+        [expected, *(text.strip() for text in row.references)]
+        for expected, row in zip(expected_answers(base, rows), rows, strict=True)
+    ]
 
 
 def _expected(base: Base, template: ChatTemplate, row: Row) -> str:

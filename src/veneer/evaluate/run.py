@@ -1,106 +1,176 @@
-"""`evaluate`: the loss of a base on held-out rows, and how its answers compare with theirs.
+"""`evaluate`: the loss of a base on held-out rows, how its answers compare with theirs, and what it has forgotten.
 
-The loss comes in as a function, because how a batch is computed is the training step's business.
+How a batch is computed comes in as a function (`nats`): it is the step's business (models/likelihood.py).
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from veneer.data.examples import Example, Row
-from veneer.errors import ConfigError, DataError
-from veneer.evaluate.answers import Answer, evaluate_answers, expected_answers, refuse_rows
-from veneer.evaluate.metrics import (
-    bootstrap_interval,
-    exact_match,
-    f1_of_totals,
-    field_counts,
-    field_f1,
-    json_validity,
+from veneer.errors import DataError
+from veneer.evaluate.answers import evaluate_answers, references_of, refuse_rows
+from veneer.evaluate.bootstrap import Counts, interval
+from veneer.evaluate.general import by_document, general_documents, general_examples, general_result
+from veneer.evaluate.labels import Nats, checked_labels, labels_of, likeliest_labels
+from veneer.evaluate.metric import Metric, ratio
+from veneer.evaluate.predictions import (
+    Line,
+    counts_of,
+    differences,
+    matched,
+    read_predictions,
+    write_predictions,
 )
 from veneer.models.base import Base
-from veneer.store.atomic import atomic_file
 
-METRICS = ("exact_match", "json_validity", "field_f1")
-INTERVAL_SEED = 0  # the interval of the same answers is the same
+Progress = Callable[[str, int, int], None]
+"""(what is done, rows done, rows in all)."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is asked of an evaluation besides the loss.
+
+    metrics            none that needs answers: nothing is generated
+    max_new_tokens     an answer that is not finished by then is cut there
+    labels             what accuracy chooses from; none: the distinct answers of the rows
+    length_normalised  labels are compared by their log-probability per token
+    predictions        a JSONL file to write (predictions.py)
+    against            another evaluation's predictions, to be compared row by row
+    general            a text file, or general.BUILT_IN, for the loss on general text; None: left out
+    """
+
+    metrics: Sequence[Metric] = ()
+    max_new_tokens: int = 256
+    labels: Sequence[str] = field(default_factory=list)
+    length_normalised: bool = False
+    predictions: Path | None = None
+    against: Path | None = None
+    general: str | None = None
 
 
 def evaluate(
     base: Base,
     rows: Sequence[Row],
     examples: Sequence[Example],
-    metrics: Sequence[str],
+    choices: Choices,
     *,
-    loss: Callable[[Sequence[Example]], tuple[float, int]],
-    max_new_tokens: int = 256,
-    batch: int = 16,
-    predictions: Path | None = None,
+    nats: Nats,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `veneer evaluate` reports, ready for JSON.
 
-        rows, tokens    rows evaluated; trained tokens that the loss is over
-        loss            nats per trained token: every token counts the same, however long its row
-        <metric>        each metric asked for, a share between 0 and 1
-        intervals       {metric: [low, high]}, 95%, bootstrapped over rows
+        rows, tokens      rows evaluated; trained tokens that the loss is over
+        loss, perplexity  nats per trained token, every token counting the same; its exponential
+        <metric>          each metric asked for; units says of each whether it is a share or points
+        intervals         {loss, metric: [low, high]}, 95%, bootstrapped over rows
+        general           of general text: loss, interval, and with an adapter: before, forgetting
+        against           of the other predictions: {loss, metric: other, difference, interval}
 
-    loss         examples -> (summed nats, trained tokens), on this base as it stands
-    metrics      of METRICS; none: nothing is generated
-    predictions  a JSONL file to write: row, expected, answer, and each metric of that row
-    Raises ConfigError for an unknown metric, DataError for rows that a metric cannot be computed on.
+    nats   examples -> (N, 2), on this base with what acts on it now
+    Raises DataError for rows that a metric cannot be computed on, before anything is computed.
     """
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise ConfigError(f"unknown metrics: {', '.join(unknown)}", [], f"There are: {', '.join(METRICS)}.")
-    if "field_f1" in metrics:
-        # Before anything is generated, which takes minutes.
-        refuse_rows(
-            "field_f1 compares JSON, and the expected answer of these rows is not JSON",
-            [
-                row.ref
-                for row, text in zip(rows, expected_answers(base, rows), strict=True)
-                if not json_validity(text)
-            ],
-            "Ask for exact_match instead.",
-        )
-    total, tokens = loss(examples)
-    if not tokens:
+    report = progress or (lambda what, done, total: None)
+    references = references_of(base, rows) if choices.metrics else []
+    _refuse_references(choices.metrics, rows, references)
+    labels = _labels(choices, rows, references)
+    other = None if choices.against is None else read_predictions(choices.against)
+    documents = None if choices.general is None else general_documents(choices.general)
+
+    losses = nats(examples)
+    if not losses[:, 1].sum():
         raise DataError("no token to evaluate", [], "See what is trained on: veneer data check")
-    result: dict[str, Any] = {"rows": len(examples), "loss": total / tokens, "tokens": tokens}
-    if not metrics:
-        return result
-    answers = evaluate_answers(base, rows, max_new_tokens=max_new_tokens, batch=batch)
-    result["intervals"] = {}
-    scored: list[dict[str, Any]] = [
-        {"row": str(a.row.ref), "expected": a.expected, "answer": a.answer} for a in answers
+    lines: list[Line] = [
+        {"row": str(e.ref), "key": f"{e.key:016x}", "nats": float(n), "tokens": int(t)}
+        for e, (n, t) in zip(examples, losses, strict=True)
     ]
-    for metric in metrics:
-        values, share, interval = _measure(metric, answers)
-        result[metric], result["intervals"][metric] = share, list(interval)
-        for line, value in zip(scored, values, strict=True):
-            line[metric] = value
-    if predictions is not None:
-        with atomic_file(predictions, replace=True) as partial:
-            lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in scored]
-            partial.write_text("".join(lines), encoding="utf-8")
+    _answer(base, rows, references, labels, choices, nats, lines, report)
+    result = _figures(losses, lines, choices.metrics)
+    if documents is not None:
+        result["general"] = _general(base, documents, nats)
+    if other is not None:
+        theirs = matched(lines, other, str(choices.against))
+        result["against"] = {"file": str(choices.against), **differences(lines, theirs, choices.metrics)}
+    if choices.predictions is not None:
+        write_predictions(choices.predictions, lines)
     return result
 
 
-def _measure(metric: str, answers: Sequence[Answer]) -> tuple[list[float], float, tuple[float, float]]:
-    """A metric per row, over all rows, and its interval."""
-    if metric == "field_f1":
-        counts = [field_counts(a.expected, a.answer) for a in answers]
-        # Micro F1 is a ratio of sums: rows are resampled with their counts, not with their own F1.
-        table = [[c.matched, c.expected + c.answered] for c in counts]
-        interval = bootstrap_interval(
-            table, INTERVAL_SEED, statistic=lambda resampled: f1_of_totals(resampled.sum(axis=0))
-        )
-        return [field_f1([c]) for c in counts], field_f1(counts), interval
-    if metric == "exact_match":
-        values = [float(exact_match(a.expected, a.answer)) for a in answers]
-    else:
-        values = [float(json_validity(a.answer)) for a in answers]
-    return values, float(np.mean(values)), bootstrap_interval(values, INTERVAL_SEED)
+def _refuse_references(metrics: Sequence[Metric], rows: Sequence[Row], references: list[list[str]]) -> None:
+    for metric in metrics:
+        reasons = [metric.refuses(right) for right in references]
+        if any(reasons):
+            reason = next(each for each in reasons if each)
+            refuse_rows(
+                f"{metric.name} {reason}",
+                [row.ref for row, why in zip(rows, reasons, strict=True) if why],
+                "Ask for exact_match instead.",
+            )
+
+
+def _labels(choices: Choices, rows: Sequence[Row], references: list[list[str]]) -> list[str]:
+    if not any(metric.needs == "label" for metric in choices.metrics):
+        return []
+    labels = checked_labels(choices.labels) if choices.labels else labels_of(references)
+    known = set(labels)
+    refuse_rows(
+        "the right answer of these rows is none of the labels",
+        [row.ref for row, right in zip(rows, references, strict=True) if not known & set(right)],
+        f"Labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}.",
+    )
+    return labels
+
+
+def _answer(
+    base: Base, rows: Sequence[Row], references: list[list[str]], labels: list[str], choices: Choices, nats: Nats,
+    lines: list[Line], report: Progress,
+) -> None:  # fmt: skip
+    """Adds to each line what the metrics need: references, the label chosen, the answer written."""
+    for line, right in zip(lines, references or [[]] * len(lines), strict=True):
+        line["references"] = right
+    if labels:
+        chosen = likeliest_labels(
+            base.tokenizer, rows, labels, nats=nats, length_normalised=choices.length_normalised,
+            progress=lambda done, total: report("labels", done, total),
+        )  # fmt: skip
+        for line, label in zip(lines, chosen, strict=True):
+            line["label"] = label
+    if any(metric.needs == "answers" for metric in choices.metrics):
+        answers = evaluate_answers(
+            base, rows, max_new_tokens=choices.max_new_tokens,
+            progress=lambda done, total: report("answers", done, total),
+        )  # fmt: skip
+        for line, answer in zip(lines, answers, strict=True):
+            line["answer"] = answer.answer
+
+
+def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
+    loss = ratio(losses.sum(axis=0))
+    result: dict[str, Any] = {
+        "rows": len(losses), "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(losses[:, 1].sum()),
+        "intervals": {"loss": list(interval(losses, ratio))}, "units": {},
+    }  # fmt: skip
+    for metric in metrics:
+        counts = counts_of(lines, metric)
+        result[metric.name] = metric.of_totals(counts.sum(axis=0))
+        result["intervals"][metric.name] = list(interval(counts, metric.of_totals))
+        result["units"][metric.name] = metric.unit
+        for line, row in zip(lines, counts, strict=True):
+            line[metric.name] = metric.of_totals(row)
+    return result
+
+
+def _general(base: Base, documents: Sequence[str], nats: Nats) -> dict[str, Any]:
+    """With an adapter at work, also the base without it."""
+    examples, owners = general_examples(documents, base.tokenizer)
+    after = by_document(nats(examples), owners)
+    before = None
+    if base.routing.active:
+        with base.routing.none():
+            before = by_document(nats(examples), owners)
+    return general_result(after, before)

@@ -19,6 +19,7 @@ from veneer.adapters.prefix import KeyRecorder, PrefixKeys
 from veneer.kernels.attention import packed_attention
 from veneer.kernels.layout import Layout
 from veneer.kernels.prefix import prefixed_attention
+from veneer.models.cache import Cache, CachedStep
 
 NAME = "veneer"
 
@@ -26,7 +27,7 @@ NAME = "veneer"
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: "Traced | None" = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: "Traced | CachedStep | None" = None,
     veneer_prefix: PrefixKeys | None = None, veneer_keys: KeyRecorder | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
@@ -34,10 +35,18 @@ def attention_forward(
     if veneer_keys is not None:
         veneer_keys.take(_layer_number(module), key, value)
     prefix = None if veneer_prefix is None else veneer_prefix.of(_layer_number(module))
+    if isinstance(veneer_layout, CachedStep):
+        out = veneer_layout.attend(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+            scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return out[None], None
     if veneer_layout is not None:
         veneer_layout.calls += 1
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
         layout = veneer_layout.layout
+        if veneer_layout.cache is not None:
+            veneer_layout.cache.store(k, v, layout, prefix)
         if prefix is None:
             out = packed_attention(
                 q, k, v, layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
@@ -125,10 +134,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @dataclass
 class Traced:
-    """A layout on its way through a model, and how many attention layers it reached."""
+    """A layout on its way through a model, and how many attention layers it reached.
+
+    cache   where the layers leave their keys and values, for decoding
+    """
 
     layout: Layout
     calls: int = 0
+    cache: Cache | None = None
 
 
 UNUSED_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)

@@ -33,6 +33,7 @@ class Base:
     quantize      the format its linear layers are held in; None: dense
     attachments   the adapters on this base, by name
     routing       which of them is active
+    decodes_packed  whether our own decoding loop gives what the model gives (models/decode.py); None: not asked yet
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Base:
     quantize: Quantize | None = None
     attachments: dict[str, Attachment] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
+    decodes_packed: bool | None = field(default=None, init=False, repr=False)
     _fingerprint: Fingerprint = field(init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)

@@ -90,15 +90,21 @@ def batch_loss(
         assert batch.mask is not None
         hidden = padded_hidden(model, batch.ids, batch.positions, batch.mask)
     rows = hidden.index_select(0, batch.loss_rows)
-    head = model.get_output_embeddings()
-    acting = isinstance(head, AdaptedModule) and bool(head.acting() or head.replaced())
-    plain: Any = unwrapped(head)
-    if acting:
-        return _adapted_head_loss(rows, batch.targets, head, paths, total)
-    linear = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
-    trains = plain.weight.requires_grad or (plain.bias is not None and plain.bias.requires_grad)
-    loss = trained_head_loss if trains and torch.is_grad_enabled() else frozen_head_loss
+    linear = loss_head(model, paths)
+    trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+    chunked = isinstance(linear, _AdaptedHead) or (trains and torch.is_grad_enabled())
+    loss = trained_head_loss if chunked else frozen_head_loss
     return loss(rows, batch.targets, linear, total)
+
+
+def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
+    """The output head as the loss takes it: its weights, or the wrapper where the head itself is adapted."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, AdaptedModule) and (head.acting() or head.replaced()):
+        weight: Any = head.weight
+        return _AdaptedHead(weight, None, paths.scale, paths.softcap, head)
+    plain: Any = unwrapped(head)
+    return Head(plain.weight, plain.bias, paths.scale, paths.softcap)
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,14 @@ class _AdaptedHead(Head):
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
 
-def _adapted_head_loss(rows: Tensor, targets: Tensor, head: Any, paths: Paths, total: float) -> Tensor:
-    adapted = _AdaptedHead(head.weight, None, paths.scale, paths.softcap, head)
-    return trained_head_loss(rows, targets, adapted, total)
-
-
 def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Tensor:
     """Through the model's own head, all logits at once."""
+    rows = whole_logits(model, batch).float()
+    return nn.functional.cross_entropy(rows, batch.targets, reduction="sum") / total
+
+
+def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(T, V) of the rows that predict a trained token, from the model's own head."""
     own: dict[str, Any] = {"attention_mask": batch.mask}
     if batch.layout is not None:
         own = {
@@ -128,9 +135,8 @@ def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Te
             "position_ids": batch.positions,
             "veneer_layout": Traced(batch.layout),
         }
-    logits = model(input_ids=batch.ids, use_cache=False, **own).logits.flatten(0, 1)
-    rows = logits.index_select(0, batch.loss_rows).float()
-    return nn.functional.cross_entropy(rows, batch.targets, reduction="sum") / total
+    logits: Tensor = model(input_ids=batch.ids, use_cache=False, **own).logits
+    return logits.flatten(0, 1).index_select(0, batch.loss_rows)
 
 
 def batches_of(

@@ -1,27 +1,16 @@
-"""What an answer is worth: exact match, JSON validity, field F1, and an interval around a mean.
-
-Pure functions of texts and numbers; nothing here knows of models or rows.
-"""
+"""Answers that are JSON: whether they are, and how many of their fields are right."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-RESAMPLES = 1000
-"""Bootstrap draws: the ends of a 95% interval then move by about a twentieth of its width."""
+from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.metric import Metric, mean_of
 
 Path = tuple[str | int, ...]
-
-
-def exact_match(expected: str, answer: str) -> bool:
-    """Equal but for white space: each run of it counts as one space, and at the ends as none."""
-    return expected.split() == answer.split()
 
 
 def parse_json(text: str) -> Any:
@@ -96,36 +85,23 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def field_f1(counts: Iterable[FieldCounts]) -> float:
+def field_line(answer: str, references: Sequence[str]) -> tuple[float, float]:
+    """[matched, expected + answered] against the reference that it agrees with best."""
+    every = [field_counts(reference, answer) for reference in references]
+    lines = [(float(c.matched), float(c.expected + c.answered)) for c in every]
+    return max(lines, key=lambda line: line[0] / line[1] if line[1] else 0.0)
+
+
+def field_f1(totals: Counts) -> float:
     """Micro F1 over all fields of all answers: 2 matched / (expected + answered); 0 without any field."""
-    counts = list(counts)
-    return f1_of_totals([sum(c.matched for c in counts), sum(c.expected + c.answered for c in counts)])
+    return float(2 * totals[0] / totals[1]) if totals[1] else 0.0
 
 
-def f1_of_totals(totals: ArrayLike) -> float:
-    """2 matched / (expected + answered) from [matched, expected + answered]."""
-    matched, fields = np.asarray(totals, dtype=np.float64)
-    return float(2 * matched / fields) if fields else 0.0
+def _not_json(references: Sequence[str]) -> str | None:
+    if all(json_validity(reference) for reference in references):
+        return None
+    return "compares JSON, and the expected answer of these rows is not JSON"
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    seed: int,
-    *,
-    level: float = 0.95,
-    statistic: Callable[[NDArray[np.float64]], float] = np.mean,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic over rows: (low, high).
-
-    values     one number per row, or one line of numbers per row (N, K)
-    statistic  of a resample of the rows, of the shape of `values`; their mean by default
-    Rows are drawn with replacement RESAMPLES times; the same seed gives the same interval.
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
-    """
-    rows = np.asarray(values, dtype=np.float64)
-    if not len(rows):
-        raise ValueError("no rows to resample")
-    random = np.random.default_rng(seed)
-    draws = [statistic(rows[random.integers(0, len(rows), len(rows))]) for _ in range(RESAMPLES)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+JSON_VALIDITY = mean_of("json_validity", lambda answer, references: json_validity(answer))
+FIELD_F1 = Metric("field_f1", field_line, field_f1, refuses=_not_json)

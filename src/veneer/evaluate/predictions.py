@@ -1,0 +1,120 @@
+"""Predictions, kept row by row, so that two runs can be compared on the same rows.
+
+One JSON object a line:
+
+    row, key      where the row stands, and a hash of its content (hexadecimal): what rows are matched by
+    references    the right answers; the first one is the row's own last turn
+    nats, tokens  of the row's trained tokens
+    answer        what the model wrote, if answers were asked for
+    label         the likeliest label, if accuracy was asked for
+    <metric>      the figure of this row
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from veneer.errors import DataError
+from veneer.evaluate.bootstrap import Counts, OfTotals, paired_difference
+from veneer.evaluate.metric import Metric, ratio
+from veneer.store.atomic import atomic_file
+
+Line = dict[str, Any]
+NAMED_ROWS = 10
+
+
+def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with atomic_file(path, replace=True) as partial:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_predictions(path: Path) -> list[Line]:
+    """Raises DataError where the file is not one of predictions."""
+    try:
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+    except (OSError, ValueError, RecursionError) as fault:
+        raise DataError(f"{path} cannot be read: {fault}") from None
+    needed: dict[str, type | tuple[type, ...]] = {
+        "row": str,
+        "key": str,
+        "references": list,
+        "nats": (int, float),
+        "tokens": int,
+    }
+    bad = [
+        f"line {number}"
+        for number, line in enumerate(lines, 1)
+        if not isinstance(line, dict) or any(not isinstance(line.get(k), t) for k, t in needed.items())
+    ]
+    if bad or not lines:
+        raise DataError(
+            f"{path} holds no predictions",
+            bad[:NAMED_ROWS],
+            "Make it with veneer evaluate --predictions FILE.",
+        )
+    return lines
+
+
+def matched(ours: Sequence[Line], theirs: Sequence[Line], file: str) -> list[Line]:
+    """Their lines in the order of ours. Raises DataError, naming rows, unless both are over the same rows."""
+    waiting: dict[str, list[Line]] = {}
+    for line in theirs:
+        waiting.setdefault(line["key"], []).append(line)
+    found, missing = [], []
+    for line in ours:
+        same = waiting.get(line["key"])
+        if same:
+            found.append(same.pop(0))
+        else:
+            missing.append(str(line["row"]))
+    left = [str(line["row"]) for lines in waiting.values() for line in lines]
+    if missing or left:
+        faults = [f"{row} is not in {file}" for row in missing] + [f"{row} is only in {file}" for row in left]
+        more = [f"and {len(faults) - NAMED_ROWS} more"] if len(faults) > NAMED_ROWS else []
+        raise DataError(
+            f"{file} is about other rows: {len(missing) + len(left)} do not match",
+            faults[:NAMED_ROWS] + more,
+            "Evaluate both on the same --data.",
+        )
+    return found
+
+
+def counts_of(lines: Sequence[Line], metric: Metric) -> Counts:
+    """(N, K) of a metric from written answers. Raises DataError where the lines have none."""
+    field = "answer" if metric.needs == "answers" else "label"
+    if any(not isinstance(line.get(field), str) for line in lines):
+        raise DataError(
+            f"these predictions have no {field}s, which {metric.name} is about",
+            next_step=f"Make them with veneer evaluate --metrics {metric.name} --predictions FILE.",
+        )
+    return metric.counts([line[field] for line in lines], [line["references"] for line in lines])
+
+
+def loss_counts(lines: Sequence[Line]) -> Counts:
+    """(N, 2) nats and tokens."""
+    return np.array([[line["nats"], line["tokens"]] for line in lines], dtype=np.float64)
+
+
+def differences(ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
+    """For the loss and each metric: the other's figure, ours minus theirs, and the 95% interval of that.
+
+    The lines are of the same rows in the same order (`matched`); every resample takes the same rows of both.
+    """
+    sides: dict[str, tuple[Counts, Counts, OfTotals]] = {
+        "loss": (loss_counts(ours), loss_counts(theirs), ratio)
+    }
+    for metric in metrics:
+        sides[metric.name] = (counts_of(ours, metric), counts_of(theirs, metric), metric.of_totals)
+    result = {}
+    for name, (a, b, of_totals) in sides.items():
+        difference, low, high = paired_difference(a, b, of_totals)
+        result[name] = {
+            "other": of_totals(b.sum(axis=0)), "difference": difference, "interval": [low, high],
+        }  # fmt: skip
+    return result

@@ -1,0 +1,44 @@
+"""Every metric by its name, and how a name that a user gives becomes a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from veneer.errors import ConfigError
+from veneer.evaluate.exact import ACCURACY, EXACT_MATCH
+from veneer.evaluate.json_fields import FIELD_F1, JSON_VALIDITY
+from veneer.evaluate.metric import Metric
+from veneer.evaluate.overlap import BLEU, CHRF
+from veneer.evaluate.pattern import PREFIX, regex_metric
+from veneer.evaluate.rouge import ROUGE
+from veneer.evaluate.user_function import UserFunction, user_metric
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (EXACT_MATCH, JSON_VALIDITY, FIELD_F1, ACCURACY, BLEU, CHRF, *ROUGE)
+}
+
+
+def find_metrics(asked: Sequence[str | UserFunction]) -> list[Metric]:
+    """A metric for each name, `regex:PATTERN` or function. Raises ConfigError with every unknown name."""
+    unknown = [
+        name
+        for name in asked
+        if isinstance(name, str) and name not in METRICS and not name.startswith(PREFIX)
+    ]
+    if unknown:
+        near = [
+            f"{name}: did you mean {n[0]}?" for name in unknown if (n := get_close_matches(name, METRICS, 1))
+        ]
+        raise ConfigError(
+            f"unknown metrics: {', '.join(unknown)}",
+            near,
+            f"There are: {', '.join(METRICS)}, {PREFIX}PATTERN and FILE.py:FUNCTION.",
+        )
+    return [_metric(each) for each in dict.fromkeys(asked)]
+
+
+def _metric(asked: str | UserFunction) -> Metric:
+    if not isinstance(asked, str):
+        return user_metric(getattr(asked, "__name__", "function"), asked)
+    return METRICS[asked] if asked in METRICS else regex_metric(asked)

@@ -1,0 +1,218 @@
+"""The decoding loop: many prompts at once, each row's tokens at their own positions, no padding in the products.
+
+    prefill   prompts packed end to end, what all begin with computed once (models/attention.py)
+    a step    one token of every row, keys and values in buffers with room (models/cache.py)
+    rows      like lengths together; rows that stopped are dropped, waiting prompts take their place
+
+transformers' own loop pads on the left, copies the whole cache at every token, and computes rows that have
+stopped until the last one has. `prove_decoding` runs both on the model before this loop is used; where they differ, or
+where a model cannot be packed, models/generate.py takes transformers' loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.kernels.layout import Layout, round_up
+from veneer.models.attention import NAME, TOLERANCE, UNUSED_MASK, Traced, prove_packing
+from veneer.models.cache import Cache, CachedStep
+
+ROWS = 64
+"""Rows decoded together. A step reads every weight once, whatever the rows."""
+PREFILL_TOKENS = 4096
+"""Tokens of prompts computed in one forward: bounds the activations."""
+CACHE_TOKENS = 65536
+"""Tokens held for all rows together: bounds the cache (fewer rows where prompts are long)."""
+
+Choose = Callable[[Tensor, Sequence[int]], list[int]]
+"""(logits (B, V), the prompts' numbers (B)) -> a token for each row."""
+
+
+def greedy(logits: Tensor, _: Sequence[int]) -> list[int]:
+    """The likeliest token."""
+    return logits.argmax(dim=-1).tolist()
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stops: set[int],
+    max_new_tokens: int,
+    choose: Choose = greedy,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """New ids for each prompt (none empty), the stop token left out.
+
+    on_token   called with the prompt's number and each new id as it comes, the stop token included
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # taken from the end: longest first
+    shared = _common_start(prompts)
+    active: list[int] = []
+    last: list[int] = []
+    cache: Cache | None = None
+    most = _rows_at_once(prompts, shared, max_new_tokens)
+
+    def take(numbers: Sequence[int], tokens: Sequence[int]) -> list[bool]:
+        """Note each row's new token; which rows go on."""
+        goes_on = []
+        for number, token in zip(numbers, tokens, strict=True):
+            if on_token is not None:
+                on_token(number, token)
+            if token not in stops:
+                answers[number].append(token)
+            goes_on.append(token not in stops and len(answers[number]) < max_new_tokens)
+        return goes_on
+
+    alive: list[bool] = []
+    while waiting or any(alive):
+        if waiting and sum(alive) <= most // 2:
+            if cache is not None:
+                cache, active, last, alive = _drop(cache, active, last, alive)
+            while waiting and len(active) < most:
+                numbers = _next_prompts(waiting, prompts, most - len(active), shared)
+                new, logits = prefill(model, [prompts[i] for i in numbers], shared)
+                tokens = choose(logits, numbers)
+                alive += take(numbers, tokens)
+                active, last = active + numbers, last + tokens
+                if cache is None:
+                    cache = new
+                else:
+                    cache.join(new)
+            continue
+        assert cache is not None
+        if sum(alive) <= 3 * len(alive) // 4:
+            cache, active, last, alive = _drop(cache, active, last, alive)
+            assert cache is not None
+        tokens = choose(step(model, cache, last), active)
+        # A row that has stopped is computed until it is dropped, at the place where it stopped.
+        cache.lengths += torch.tensor(alive, device=cache.lengths.device)
+        going = [row for row, on in enumerate(alive) if on]
+        goes_on = take([active[row] for row in going], [tokens[row] for row in going])
+        for row, on in zip(going, goes_on, strict=True):
+            alive[row], last[row] = on, tokens[row]
+    return answers
+
+
+def _drop(
+    cache: Cache, active: list[int], last: list[int], alive: list[bool]
+) -> tuple[Cache | None, list[int], list[int], list[bool]]:
+    """Without the rows that have stopped."""
+    rows = [row for row, on in enumerate(alive) if on]
+    if not rows:
+        return None, [], [], []
+    if len(rows) < len(active):
+        cache.keep(torch.tensor(rows, device=cache.lengths.device))
+    return cache, [active[row] for row in rows], [last[row] for row in rows], [True] * len(rows)
+
+
+def _rows_at_once(prompts: Sequence[Sequence[int]], shared: int, max_new_tokens: int) -> int:
+    longest = max((len(p) for p in prompts), default=0) - shared + max_new_tokens
+    return max(1, min(ROWS, CACHE_TOKENS // longest))
+
+
+def _next_prompts(waiting: list[int], prompts: Sequence[Sequence[int]], most: int, shared: int) -> list[int]:
+    """Takes prompts from the end of `waiting`: at most `most`, at least one, up to PREFILL_TOKENS of their own."""
+    taken: list[int] = []
+    tokens = 0
+    while waiting and len(taken) < most:
+        tokens += len(prompts[waiting[-1]]) - shared
+        if taken and tokens > PREFILL_TOKENS:
+            break
+        taken.append(waiting.pop())
+    return taken
+
+
+def _common_start(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, each keeping one of its own."""
+    if len(prompts) < 2:
+        return 0
+    limit = min(len(p) for p in prompts) - 1
+    first = prompts[0]
+    return next((i for i in range(limit) if any(p[i] != first[i] for p in prompts)), limit)
+
+
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], shared: int = 0
+) -> tuple[Cache, Tensor]:
+    """Read prompts that all begin with the same `shared` tokens: their cache, and the logits (B, V) that follow."""
+    device = model.device
+    lengths = tuple(len(p) - shared for p in prompts)
+    ids, positions = list(prompts[0][:shared]), list(range(shared))
+    ends = []
+    for prompt in prompts:
+        ids += prompt[shared:]
+        positions += range(shared, len(prompt))
+        ends.append(len(ids) - 1)
+    filler = round_up(len(ids)) - len(ids)  # few shapes (kernels/layout.py)
+    cache = Cache(torch.tensor([len(p) for p in prompts], device=device), shared)
+    traced = Traced(Layout(shared, lengths, device), cache=cache)
+    logits = _logits(
+        model,
+        torch.tensor([ids + [0] * filler], device=device),
+        torch.tensor([positions + [0] * filler], device=device),
+        traced,
+        logits_to_keep=torch.tensor(ends, device=device),
+    )
+    return cache, logits
+
+
+def step(model: PreTrainedModel, cache: Cache, tokens: Sequence[int]) -> Tensor:
+    """One more token of every row: the logits (B, V) that follow it. The caller then counts it in cache.lengths."""
+    ids = torch.tensor([tokens], device=model.device)
+    return _logits(model, ids, cache.lengths[None], CachedStep(cache), logits_to_keep=0)
+
+
+def _logits(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Traced | CachedStep, *, logits_to_keep: Tensor | int
+) -> Tensor:  # fmt: skip
+    """(1, N) ids -> (kept, V)."""
+    call: Any = model
+    out = call(
+        input_ids=ids, position_ids=positions, attention_mask=UNUSED_MASK.to(ids.device), use_cache=False,
+        veneer_layout=layout, logits_to_keep=logits_to_keep,
+    )  # fmt: skip
+    return out.logits[0]
+
+
+@torch.no_grad()
+def prove_decoding(model: PreTrainedModel) -> str | None:
+    """None if this loop gives what the model gives on whole texts; else why transformers' own is taken.
+
+    Two short prompts are read and continued by two given tokens each, and the logits compared.
+    """
+    if model.config._attn_implementation != NAME and (reason := prove_packing(model)) is not None:
+        return reason
+    vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    ids = torch.randint(0, min(vocabulary, 1000), (14,), generator=torch.Generator().manual_seed(2)).tolist()
+    texts = [ids[:9], ids[:3] + ids[9:]]  # 9 and 8 tokens, the first 3 shared, the last 2 decoded
+    whole: Any = model
+    expected = [
+        whole(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts
+    ]
+    scale = max(e.abs().max().item() for e in expected) or 1.0
+    try:
+        cache, logits = prefill(model, [t[:-2] for t in texts], 3)
+        found = [logits]
+        for back in (-2, -1):
+            found.append(step(model, cache, [t[back] for t in texts]))
+            cache.lengths += 1
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as fault:
+        return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
+    if any(logits.shape != (2, expected[0].shape[-1]) for logits in found):
+        return f"{type(model).__name__} does not say which logits to keep"
+    worst = max(
+        (found[2 + at][row] - expected[row][at - 1]).abs().max().item()
+        for at in (-2, -1, 0)
+        for row in (0, 1)
+    )
+    if worst / scale > TOLERANCE[expected[0].dtype]:
+        return f"{type(model).__name__} decoded with a packed cache differs by {worst / scale:.1e}"
+    return None

@@ -1,0 +1,71 @@
+"""How likely the model finds given tokens: nats of every trained token, row by row.
+
+The step of training (models/step.py) without its gradient, and kept apart by rows: packed, the prompt that rows
+share computed once, logits only where a token is asked about, a few rows of them at a time.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from veneer.data.batching import Batch, make_batch
+from veneer.data.examples import Example
+from veneer.kernels.layout import round_up
+from veneer.kernels.loss import CHUNK
+from veneer.models.attention import packed_hidden, padded_hidden
+from veneer.models.step import Paths, loss_head, whole_logits
+
+SHORT_TOKENS = 8192
+"""Tokens of short examples that are computed at once, whatever the batch."""
+
+
+@torch.no_grad()
+def example_nats(
+    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], *, batch: int
+) -> NDArray[np.float64]:
+    """(N, 2): of each example, the nats of its trained tokens summed, and their number.
+
+    batch   examples computed at once, more where they are short; like lengths together. The result does not
+            depend on it.
+    """
+    found = np.zeros((len(examples), 2))
+    longest = max((len(e.ids) for e in examples), default=1)
+    batch = max(batch, SHORT_TOKENS // longest)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        one = make_batch(
+            [examples[i] for i in numbers], packed=paths.packed, share_prompt=True, device=model.device
+        )
+        counts = [int(examples[i].trained.sum()) for i in numbers]
+        sums = [part.sum().item() for part in token_nats(model, paths, one).split(counts)]
+        found[numbers] = np.stack([sums, counts], axis=1)
+    return found
+
+
+def token_nats(model: PreTrainedModel, paths: Paths, batch: Batch) -> Tensor:
+    """(T) float64: -log p of every target of the batch."""
+    if paths.head_reason is not None:
+        return _nats(whole_logits(model, batch), batch.targets)
+    if batch.layout is not None:
+        hidden = packed_hidden(model, batch.ids, batch.positions, batch.layout)
+    else:
+        assert batch.mask is not None
+        hidden = padded_hidden(model, batch.ids, batch.positions, batch.mask)
+    rows, head = hidden.index_select(0, batch.loss_rows), loss_head(model, paths)
+    parts = []
+    for start in range(0, len(rows), CHUNK):
+        some, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]
+        filler = round_up(len(some)) - len(some)  # few shapes (kernels/layout.py)
+        parts.append(_nats(head.logits(F.pad(some, (0, 0, 0, filler)))[: len(some)], targets))
+    return torch.cat(parts)
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, targets, reduction="none").double()

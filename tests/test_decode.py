@@ -1,0 +1,206 @@
+"""The decoding loop against transformers' own, family by family; rows that come, stop and go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
+from veneer.errors import ConfigError
+from veneer.models import decode as loop
+from veneer.models.cache import ROOM
+from veneer.models.decode import decode, prefill, prove_decoding, step
+from veneer.models.generate import generate
+
+PADDED = {"bloom", "falcon"}  # do not go through the attention interface
+EOS = 257  # transformers stops there whatever it is told
+NEW = 24  # more than the sliding window, so that the window moves
+PROMPTS = [[(7 * i + j * j) % 250 for j in range(3 + 5 * i)] for i in range(5)]  # 3 to 23 tokens
+SHARED = [[9, 8, 7, 6, 5, 4, 3, 2, 1, 0] * 2 + own for own in PROMPTS]
+
+
+def reference(model, prompts, stops, new=NEW):
+    """transformers' greedy, one prompt at a time."""
+    answers = []
+    for prompt in prompts:
+        settings = GenerationConfig(
+            max_new_tokens=new, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=258
+        )
+        out = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=settings
+        )
+        ids = out[0, len(prompt) :].tolist()
+        answers.append(next((ids[:at] for at, token in enumerate(ids) if token in stops), ids))
+    return answers
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PADDED])
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared start"])
+def test_answers_are_those_of_transformers(family, prompts):
+    model = tiny_model(family)
+    free = reference(model, prompts, {EOS})
+    stops = {EOS, *(answer[5] for answer in free[1:4:2] if len(answer) > 5)}  # rows stop at different steps
+    expected = reference(model, prompts, stops)
+    assert prove_decoding(model) is None
+    assert decode(model, prompts, stops=stops, max_new_tokens=NEW) == expected
+    assert len({len(answer) for answer in expected}) > 1
+    assert NEW > SLIDING_WINDOW
+
+
+@pytest.mark.parametrize("family", sorted(PADDED))
+def test_what_cannot_be_packed_is_told_and_left_to_transformers(family):
+    base = tiny_base(family)
+    assert prove_decoding(base.model) is not None
+    assert generate(base, PROMPTS, max_new_tokens=4) == reference(base.model, PROMPTS, {257}, 4)
+    assert base.decodes_packed is False
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_answers_do_not_depend_on_how_many_rows_go_together(monkeypatch, rows):
+    """Few rows: waiting prompts are read while others are being answered."""
+    model = tiny_model("llama_untied")
+    prompts = [[(i * 31 + j) % 250 for j in range(2 + i * 7 % 40)] for i in range(9)]
+    free = reference(model, prompts[:4], {EOS})
+    stops = {EOS, *(answer[3 + i % 5] for i, answer in enumerate(free) if len(answer) > 8)}
+    expected = reference(model, prompts, stops)
+    prove_decoding(model)
+    monkeypatch.setattr(loop, "ROWS", rows)
+    assert decode(model, prompts, stops=stops, max_new_tokens=NEW) == expected
+
+
+def test_prompts_longer_than_a_prefill_are_read_in_parts(monkeypatch):
+    model = tiny_model("qwen3")
+    expected = reference(model, SHARED, {EOS}, 5)
+    prove_decoding(model)
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", 20)
+    assert decode(model, SHARED, stops={EOS}, max_new_tokens=5) == expected
+
+
+def test_the_buffers_grow_when_they_are_full():
+    model = tiny_model("llama")
+    expected = reference(model, PROMPTS[:2], {EOS}, ROOM + 20)
+    prove_decoding(model)
+    assert decode(model, PROMPTS[:2], stops={EOS}, max_new_tokens=ROOM + 20) == expected
+
+
+def test_a_step_gives_the_logits_of_the_whole_text():
+    model = tiny_model("gemma2", torch.float64)
+    prove_decoding(model)
+    cache, logits = prefill(model, [p[:-1] for p in SHARED], 20)
+    whole = [model(input_ids=torch.tensor([p]), use_cache=False).logits[0] for p in SHARED]
+    close = {"rtol": 1e-4, "atol": 1e-5}  # rotary angles and norms are float32 in the model itself
+    torch.testing.assert_close(logits, torch.stack([w[-2] for w in whole]), **close)
+    found = step(model, cache, [p[-1] for p in SHARED])
+    torch.testing.assert_close(found, torch.stack([w[-1] for w in whole]), **close)
+
+
+def test_a_model_that_answers_differently_packed_is_found_out(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(loop, "step", lambda *given: step(*given) + 1.0)
+    assert "differs" in str(prove_decoding(model))
+
+
+def test_rows_that_stopped_are_no_longer_computed(monkeypatch):
+    model = tiny_model("llama")
+    prove_decoding(model)
+    prompts = PROMPTS * 4
+    free = reference(model, PROMPTS, {EOS})
+    stop = next(token for token in free[1] if sum(token in answer for answer in free) >= 3)
+    computed = []
+
+    def counted(model, cache, tokens):
+        computed.append(len(tokens))
+        return step(model, cache, tokens)
+
+    monkeypatch.setattr(loop, "step", counted)
+    answers = decode(model, prompts, stops={stop, EOS}, max_new_tokens=NEW)
+    alive = sum(len(answer) for answer in answers)
+    assert sum(computed) < min(4 / 3 * alive + len(prompts), len(prompts) * (NEW - 1))
+
+
+def test_sampling_is_reproducible_and_a_row_does_not_depend_on_its_neighbours():
+    base = tiny_base("llama")
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    together = generate(base, PROMPTS, **options)
+    assert together == generate(base, PROMPTS, **options)
+    assert generate(base, PROMPTS[:1], **options)[0] == together[0]
+    assert generate(base, PROMPTS, **{**options, "seed": 4}) != together
+
+
+def test_sampling_follows_the_models_probabilities():
+    base = tiny_base("llama", initializer_range=0.05)
+    prompt = PROMPTS[3]
+    drawn = [ids[0] for ids in generate(base, [prompt] * 4000, max_new_tokens=1, temperature=0.7) if ids]
+    logits = base.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    expected = torch.softmax(logits / 0.7, dim=-1)
+    top = expected.topk(5)
+    for token, chance in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        assert abs(drawn.count(token) / 4000 - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
+
+
+def test_a_small_top_p_is_greedy():
+    base = tiny_base("llama")
+    greedy = generate(base, PROMPTS, max_new_tokens=8)
+    assert generate(base, PROMPTS, max_new_tokens=8, temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_an_adapter_that_acts_is_not_part_of_the_proof_and_changes_answers():
+    from tests.helpers import fill
+    from veneer.adapters.attach import attach
+    from veneer.adapters.config import LoRA
+
+    base = tiny_base("llama")
+    attachment = attach(
+        base.model,
+        LoRA(rank=3, alpha=5),
+        name="a",
+        routing=base.routing,
+        head=base.model.get_output_embeddings(),
+        seed=0,
+    )
+    fill(attachment.parameters().values())
+    plain = generate(base, PROMPTS, max_new_tokens=6)
+    base.routing.active = (("a", 1.0),)
+    adapted = generate(base, PROMPTS, max_new_tokens=6)
+    assert base.decodes_packed and adapted != plain
+    assert adapted == reference(base.model, PROMPTS, {257}, 6)
+
+
+def test_tokens_stream_with_the_stop_token_and_prompts_are_counted_as_they_finish():
+    base = tiny_base("llama")
+    seen: list[int] = []
+    done: list[int] = []
+    (answer,) = generate(base, [PROMPTS[2]], max_new_tokens=7, on_token=seen.append, on_done=done.append)
+    assert seen[: len(answer)] == answer and done == [1]
+    generate(base, PROMPTS, max_new_tokens=7, on_done=done.append)
+    assert done[-1] == len(PROMPTS)
+
+
+def test_prompts_without_room_are_refused():
+    with pytest.raises(ConfigError, match="cannot be answered") as caught:
+        generate(tiny_base("llama"), [[], [1] * 1020], max_new_tokens=10)
+    assert len(caught.value.faults) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("layers", [[], [1]], ids=["every layer", "one layer"])
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared start"])
+def test_answers_behind_a_trained_prefix_are_those_of_transformers(family, layers, prompts):
+    from tests.helpers import fill
+    from veneer.adapters.attach import attach
+    from veneer.adapters.config import Prefix
+
+    base = tiny_base(family)
+    plain = generate(base, prompts, max_new_tokens=NEW)
+    config = Prefix(tokens=5, start="random", layers=layers)
+    attachment = attach(
+        base.model, config, name="p", routing=base.routing, head=base.model.get_output_embeddings(), seed=0
+    )
+    fill(attachment.parameters().values())
+    base.routing.active = (("p", 1.0),)
+    found = generate(base, prompts, max_new_tokens=NEW)
+    assert base.decodes_packed
+    assert found == reference(base.model, prompts, {EOS})
+    # Where every layer has a window, a long prompt has moved out of the prefix's sight.
+    assert found != plain or (family == "mistral" and prompts is SHARED)
