@@ -202,5 +202,5 @@ def test_answers_behind_a_trained_prefix_are_those_of_transformers(family, layer
     found = generate(base, prompts, max_new_tokens=NEW)
     assert base.decodes_packed
     assert found == reference(base.model, prompts, {EOS})
-    # Where every layer has a window, a long prompt has moved out of the prefix's sight.
-    assert found != plain or (family == "mistral" and prompts is SHARED)
+    # In long prompts five faint keys may change no token: windows leave them behind, others outweigh them.
+    assert found != plain or prompts is SHARED
