@@ -23,6 +23,7 @@ OTHER_VALUES = {
     "method.lr_ratio": 4.0,
     "method.name": "full",
     "quantize": "nf4",
+    "keep_dense": ["k_proj"],
     "method.rank": 3,
     "method.alpha": 5.0,
     "method.dropout": 0.1,

@@ -30,9 +30,6 @@ from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.evaluate.user_function import UserFunction
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
-from veneer.merge.export_run import export_adapter as export_adapter
-from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
-from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
@@ -46,6 +43,7 @@ from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
 from veneer.store.library import Library
+from veneer.store.packed import WrittenBase, write_packed
 from veneer.store.pool import Pool
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.run import resume_config as resume_config
@@ -205,15 +203,16 @@ class _TextStream:
 
 def load(
     source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None,
-    library: Library | str | Path | None = None,
+    keep_dense: Sequence[str] = (), library: Library | str | Path | None = None,
 ) -> Base:  # fmt: skip
     """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named default.
 
     dtype auto keeps the type the weights are stored in; device auto takes a GPU if there is one.
-    quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf).
+    quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); keep_dense names
+    modules that stay as they are stored.
     library is where Base.use finds adapters that are not loaded yet.
     """
-    loaded = load_base(source, dtype=dtype, device=device, quantize=quantize)
+    loaded = load_base(source, dtype=dtype, device=device, quantize=quantize, keep_dense=keep_dense)
     return Base(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -223,6 +222,11 @@ def load(
         quantize=loaded.quantize,
         library=Library(library) if isinstance(library, str | Path) else library,
     )
+
+
+def write_quantized(base: Base, out: str | Path) -> WrittenBase:
+    """A base held as nf4 or fp4 as a folder that transformers with bitsandbytes loads. ConfigError for another base."""
+    return write_packed(base, out)
 
 
 def train(base: str, data: str | Mapping[str, Any], *, out: str | Path, method: Method | None = None, **settings: Any) -> dict[str, Any]:  # fmt: skip

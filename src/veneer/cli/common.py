@@ -80,7 +80,8 @@ def load_base(args: argparse.Namespace) -> Base:
     quantize = args.quantize
     if quantize is None and adapter is not None and not args.force_base:
         quantize = _trained_over(adapter)
-    base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize)
+    keep_dense = _kept_dense(adapter) if adapter is not None and quantize in ("nf4", "fp4") else []
+    base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
     return base
@@ -141,6 +142,14 @@ def _trained_over(folder: Path) -> Quantize | None:
     dtype = fingerprint.get("dtype") if isinstance(fingerprint, dict) else None
     parts = dtype.split("+") if isinstance(dtype, str) else []
     return next((name for name in FORMATS if name in parts), None)
+
+
+def _kept_dense(folder: Path) -> list[str]:
+    """What the adapter's run left dense, from the recipe that the adapter keeps."""
+    file = folder / "veneer.json"
+    recipe = read_json(file).get("recipe") if file.is_file() else None
+    kept = recipe.get("keep_dense") if isinstance(recipe, dict) else None
+    return [str(name) for name in kept] if isinstance(kept, list) else []
 
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from veneer.errors import CorruptFileError
 from veneer.kernels.nf4 import Nested
-from veneer.models.tensor_files import StoredTensor
+from veneer.models.sources import weight_files
+from veneer.models.tensor_files import StoredTensor, stored_tensors
 from veneer.quant.nf4 import BLOCK_SIZES, BookName, Packed
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -104,6 +106,17 @@ def stored_weights(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     if faults:
         raise CorruptFileError("packed weights in the files cannot be read", faults[:20], _NEXT)
     return weights | {name: tensor for name, tensor in tensors.items() if name not in taken}
+
+
+def stored_book(folder: Path) -> tuple[BookName, torch.dtype] | None:
+    """(format, type of the weights before they were packed) of a folder with packed weights; None: it has none."""
+    tensors = stored_tensors(weight_files(folder))
+    if not any(_STATE in name for name in tensors):
+        return None
+    packed = [weight for weight in stored_weights(tensors).values() if isinstance(weight, StoredPacked)]
+    if len(books := {weight.book for weight in packed}) > 1:
+        raise CorruptFileError(f"{folder} mixes {' and '.join(sorted(books))}", [], _NEXT)
+    return packed[0].book, packed[0].dtype
 
 
 def _read_state(stored: StoredTensor) -> dict[str, Any]:

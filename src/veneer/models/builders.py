@@ -7,7 +7,7 @@ A new format adds its builder to BUILDERS; `load_base` calls nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,20 @@ BUILDERS: Mapping[Quantize, Builder] = {
 }
 
 
-def builder_for(quantize: Quantize) -> Builder:
-    """Raises ConfigError for a format that cannot be loaded."""
+def builder_for(quantize: Quantize | None, keep_dense: Sequence[str] = ()) -> Builder | None:
+    """None: dense. Raises ConfigError for a format that cannot be loaded, or one in which nothing can stay dense."""
+    if keep_dense and quantize not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"keep_dense means nothing with quantize {quantize}: {', '.join(keep_dense)}",
+            next_step="It leaves modules out of quantize nf4 and fp4.",
+        )
+    if quantize is None:
+        return None
     known: Mapping[Any, Builder] = BUILDERS
     if quantize not in known:
         raise ConfigError(
             f"a base cannot be loaded as {quantize!r}",
             next_step=f"One of {', '.join(BUILDERS)}; or leave it out." if BUILDERS else "Leave it out.",
         )
-    return known[quantize]
+    found: Any = known[quantize]
+    return partial(found, keep_dense=tuple(keep_dense)) if keep_dense else found

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule, num_parameters
+from veneer.quant.config import FORMATS
 
 SAMPLES_PER_TENSOR = 4096
 """Elements hashed of every tensor: 1.1 M values for a 135M model (a few ms), and every tensor is seen."""
@@ -55,6 +56,11 @@ class Fingerprint:
     vocab_size: int
     shapes_hash: str
     weights_hash: str
+
+    @property
+    def quantize(self) -> str | None:
+        """The format that packed weights are held in; None: all are dense."""
+        return next((held for held in self.dtype.split("+") if held in FORMATS), None)
 
     @property
     def digest(self) -> str:
@@ -127,10 +133,16 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     dtypes = set()
     for name, tensor in weights.items():
         dtype, shape = packed.get(name, (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
-        if name not in parts:
-            dtypes.add(dtype)
-            shapes.update(f"{name} {shape}\n".encode())
+        if name in parts:
+            continue
+        dtypes.add(dtype)
+        shapes.update(f"{name} {shape}\n".encode())
         values.update(f"{name} {dtype}\n".encode())
+        values.update(_sample(tensor))
+    for name, tensor in sorted(
+        parts.items()
+    ):  # not by identity: tables are shared by some loads and not by others
+        values.update(f"{name}\n".encode())
         values.update(_sample(tensor))
     return Fingerprint(
         architecture=type(model).__name__,
@@ -143,16 +155,20 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     )
 
 
-def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...]]], set[str]]:
-    """Name of a packed weight -> its format and the shape that it stands for; and the names of scales and tables:
+def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Tensor]]:
+    """Name of a packed weight -> its format and the shape that it stands for; and the scales and tables by name:
     values that belong to such a weight, and no weights of the base."""
     weights: dict[str, tuple[str, tuple[int, ...]]] = {}
-    parts: set[str] = set()
+    parts: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, PackedModule):
             shapes = module.packed_shapes().items()
             weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
-            parts |= {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False)}
+            parts |= {
+                f"{path}.{name}": part
+                for name, part in module.named_buffers(recurse=False, remove_duplicate=False)
+                if part.numel()
+            }
     return weights, parts
 
 

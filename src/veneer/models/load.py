@@ -10,8 +10,9 @@ Not known here: where models come from (sources.py), attention beyond transforme
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +38,13 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.models.base import Base, stop_token_ids
+from veneer.models.bnb_files import stored_book
 from veneer.models.builders import builder_for
 from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.loaded import NEXT_DOWNLOAD, check_loaded
 from veneer.models.quiet import is_out_of_memory, quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
+from veneer.models.streaming import build_packed
 from veneer.quant.config import Quantize
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -59,19 +62,22 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_base(
-    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None
-) -> Base:
+    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None,
+    keep_dense: Sequence[str] = (),
+) -> Base:  # fmt: skip
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
     dtype   auto: as stored; else the weights are converted, which is another fingerprint
     device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
-    quantize  the format its linear layers are held in (models/builders.py); None: as they are stored
+    quantize  the format its linear layers are held in (models/builders.py); None: as they are stored, which may be
+              in 4 bits: a folder that bitsandbytes quantised is read as it is, whatever `quantize` says
+    keep_dense  modules (names, or endings of paths) that stay as they are stored
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles, code),
     CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory), ConfigError
     (unknown dtype, device or weight format).
     """
-    build = None if quantize is None else builder_for(quantize)
+    build = builder_for(quantize, keep_dense)
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(
@@ -80,7 +86,19 @@ def load_base(
         )
     found = locate_blocks(source) if quantize == "gguf" else locate(source)
     stored = stored_dtypes(found.folder)
-    wanted = DTYPES[dtype] if dtype != "auto" else most_common_dtype(found.folder, stored)
+    held = None if quantize == "gguf" else stored_book(found.folder)
+    if held is not None:
+        book, stored_as = held
+        if quantize not in (None, book):
+            raise ConfigError(
+                f"{found.folder} holds its weights as {book}, not as {quantize}",
+                next_step="Leave quantize out: such a folder is read as it is.",
+            )
+        quantize, build = book, partial(build_packed, book=None)
+    if dtype != "auto":
+        wanted = DTYPES[dtype]
+    else:
+        wanted = stored_as if held is not None else most_common_dtype(found.folder, stored)
     with quiet():
         config = checked_config(found.folder)
         tokenizer = _tokenizer(found.folder)
@@ -168,10 +186,7 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             "Remove these fields if you trust the model.",
         )
     if isinstance(quantized := raw.get("quantization_config"), dict):
-        raise SourceError(
-            f"the weights in {folder} are stored quantised ({quantized.get('quant_method', 'unknown method')})",
-            next_step="Take the model's unquantised version.",
-        )
+        _check_quantized(folder, quantized)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -183,7 +198,21 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             NEXT_DOWNLOAD,
         ) from fault
     _check_causal(folder, config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # read by us (models/bnb_files.py), not by transformers
     return config
+
+
+def _check_quantized(folder: Path, settings: dict[str, Any]) -> None:
+    """4-bit weights of bitsandbytes are read; every other kind of quantised weights is refused by its name."""
+    method = settings.get("quant_method", "unknown method")
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return
+    name = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
+    raise SourceError(
+        f"the weights in {folder} are stored quantised ({name}), which is not read yet",
+        next_step="Take the model's unquantised version and quantize: nf4, or one that bitsandbytes quantised in 4 bits.",
+    )
 
 
 def _check_causal(folder: Path, config: PreTrainedConfig) -> None:

@@ -23,7 +23,7 @@ from veneer.adapters.experts import is_gated_stack
 from veneer.adapters.targets import ends_with
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import is_transposed_linear
-from veneer.models.bnb_files import Moving, StoredPacked, stored_weights
+from veneer.models.bnb_files import Moving, stored_weights
 from veneer.models.loaded import check_loaded
 from veneer.models.sources import Found, weight_files
 from veneer.models.tensor_files import stored_tensors
@@ -184,16 +184,9 @@ def build_packed(
 ) -> PreTrainedModel:  # fmt: skip
     """book None: read packed what the files hold packed, and nothing else.
 
-    Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing; the
-    files hold their weights in another 4-bit format than `book`).
+    Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing).
     """
     weights = stored_weights(stored_tensors(weight_files(found.folder)))
-    books = {weight.book for weight in weights.values() if isinstance(weight, StoredPacked)}
-    if book is not None and books - {book}:
-        raise ConfigError(
-            f"{found.folder} holds its weights as {', '.join(sorted(books))}, not as {book}",
-            next_step="Leave quantize out: such a folder is read as it is.",
-        )
     settings = _Settings(book, tuple(keep_dense))
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = kind.from_pretrained(

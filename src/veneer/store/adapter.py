@@ -21,6 +21,7 @@ from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.models.base import Base
+from veneer.models.fingerprint import Fingerprint
 from veneer.store.atomic import atomic_folder, file_hash
 from veneer.store.format import bare_name, tensor_file_bytes
 from veneer.store.identity import other_base, other_text
@@ -262,7 +263,7 @@ def load_adapter(
         raise AdapterMismatchError(
             f"adapter {name!r} was trained on another base than {base.source}",
             faults + reading,
-            f"Load the base it was trained on ({stored.name_or_path}), or, if you know better, use --force-base.",
+            _next_step(stored, base),
         )
     if reading:
         raise AdapterMismatchError(
@@ -286,6 +287,17 @@ def load_adapter(
                 parameter.copy_(value)
     base.attachments[name] = attachment
     return attachment
+
+
+def _next_step(stored: StoredAdapter, base: Base) -> str:
+    assert stored.manifest is not None
+    held = Fingerprint.from_dict(stored.manifest.base.fingerprint).quantize
+    otherwise = "or, if you know better, use --force-base."
+    if held == base.fingerprint().quantize:
+        return f"Load the base it was trained on ({stored.name_or_path}), {otherwise}"
+    if held is None:
+        return f"It was trained over dense weights: load the base without --quantize, {otherwise}"
+    return f"It was trained over weights held as {held}: load the base with --quantize {held}, {otherwise}"
 
 
 def _share(concerned: int, stored: StoredAdapter) -> str:

@@ -42,6 +42,8 @@ class RunConfig(Settings):
     """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
     quantize: Quantize | None = None
     """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); not with full."""
+    keep_dense: list[str] = Field(default_factory=list)
+    """Modules (names or endings) that stay dense under nf4 and fp4; head, embeddings, norms and routers always do."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; auto keeps the type they are stored in."""
     device: str = "auto"

@@ -33,6 +33,7 @@ from veneer.models.load import load_base
 from veneer.models.quiet import quiet
 from veneer.models.starting import Begun, begin
 from veneer.models.step import Paths
+from veneer.models.weights import weight_line
 from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
 from veneer.store.strict_json import read_json
@@ -54,7 +55,13 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
     out = Path(config.out)
     resume_from = _open_folder(config, resume=resume, screen=screen)
     idle = process_memory_bytes()
-    base = load_base(config.base, dtype=config.dtype, device=config.device, quantize=config.quantize)
+    base = load_base(
+        config.base,
+        dtype=config.dtype,
+        device=config.device,
+        quantize=config.quantize,
+        keep_dense=config.keep_dense,
+    )
     reset_peak_memory(str(base.device))
     state = {} if resume_from is None else read_json(resume_from / "state.json")
     # A chat template may write the date: a resumed run keeps the day it started on.
@@ -189,6 +196,8 @@ def _start_record(
     total = num_parameters(base.model)
     attachment = None if begun is None else begun.attachment
     lines = [*paths.lines, *([] if begun is None else begun.lines)]
+    if base.quantize is not None:
+        lines.append(weight_line(base.model))
     if job.share_prompt and paths.packed:
         lines.append("the prompt that a batch's rows share is computed once")
     elif config.share_prompt and paths.packed:

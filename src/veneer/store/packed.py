@@ -1,0 +1,96 @@
+"""A base held in 4 bits as a folder in bitsandbytes' layout: transformers with bitsandbytes loads it, and so does Veneer.
+
+The packed bytes are written as they are held: what is read back is the same to the bit. Fused experts are written
+packed as well; transformers keeps those in 16 bits and cannot read them so, Veneer can.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError
+from veneer.linear import PackedModule
+from veneer.models.base import Base
+from veneer.models.bnb_files import file_tensors
+from veneer.models.quiet import quiet
+from veneer.quant.nf4_linear import NF4Experts, NF4Linear
+from veneer.store.atomic import atomic_folder
+
+
+@dataclass(frozen=True)
+class WrittenBase:
+    """path: the folder; bytes: of its weights; others_read: whether transformers with bitsandbytes loads it."""
+
+    path: Path
+    bytes: int
+    others_read: bool
+
+
+def write_packed(base: Base, folder: str | Path) -> WrittenBase:
+    """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError: the disk is full."""
+    if base.quantize not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"{base.source} is not held in 4 bits: there is nothing to write in this layout",
+            next_step="Load it with quantize nf4.",
+        )
+    tensors = _tensors(base.model)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with atomic_folder(folder, needed_bytes=size) as partial:
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        with quiet():
+            base.config.save_pretrained(partial)
+            if base.model.generation_config is not None:
+                base.model.generation_config.save_pretrained(partial)
+            base.tokenizer.save_pretrained(partial)
+        path = partial / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": _settings(base)}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    experts = any(isinstance(module, NF4Experts) for module in base.model.modules())
+    return WrittenBase(Path(folder), size, not experts)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight under its own name, packed ones with their parts; tied ones once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    parts: set[str] = set()
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, NF4Linear | NF4Experts):
+            for name in module.packed_shapes():
+                tensors |= file_tensors(f"{path}.{name}", module.packed(name))
+            parts |= {
+                f"{path}.{name}" for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+            }
+        assert isinstance(module, NF4Linear | NF4Experts) or not isinstance(module, PackedModule)
+    for name, tensor in model.state_dict().items():
+        if name not in tied and name not in parts and name not in tensors:
+            tensors[name] = tensor
+    # Small ones are copied: a table that every weight shares is written with each.
+    return {
+        n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous()
+        for n, t in tensors.items()
+    }
+
+
+def _settings(base: Base) -> dict[str, object]:
+    """What transformers wants to find; it leaves dense what llm_int8_skip_modules names."""
+    dense = [path for path, module in base.model.named_modules() if isinstance(module, nn.Linear)]
+    double = [m.packed().nested is not None for m in base.model.modules() if isinstance(m, NF4Linear)]
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(base.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": base.quantize,
+        "bnb_4bit_use_double_quant": all(double),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": dense,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
