@@ -69,6 +69,7 @@ def api(monkeypatch):
 
     returns("train_run", SUMMARY)
     returns("load", lambda: module.base)
+    returns("merge", lambda: SimpleNamespace(to_dict=dict))
     returns("check_data", lambda: module.checked)
     returns("evaluate", lambda: module.evaluated)
     monkeypatch.setitem(sys.modules, "veneer.api", module)
@@ -296,6 +297,14 @@ def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(
     (adapter / "veneer.json").write_text(json.dumps({"base": {"fingerprint": {"dtype": dtype}}}))
     assert main.main(["generate", "--adapter", str(adapter), "hello", *flags]) == 0
     assert api.calls[0][2]["quantize"] == expected
+
+
+def test_merge_takes_the_format_from_the_first_adapter_too(api, tmp_path, capsys):
+    adapter = adapter_at(tmp_path / "a")
+    (adapter / "veneer.json").write_text(json.dumps({"base": {"fingerprint": {"dtype": "bfloat16+nf4"}}}))
+    for flags, expected in ([], "nf4"), (["--quantize", "gguf"], "gguf"), (["--force-base"], None):
+        assert main.main(["merge", "--adapter", str(adapter), "--out", "o", "--json", *flags]) == 0
+        assert api.calls[-1][2]["quantize"] == expected
 
 
 def test_a_base_that_is_named_wins(api, tmp_path):

@@ -79,7 +79,7 @@ def load_base(args: argparse.Namespace) -> Base:
     source, adapter = base_and_adapter(args.base, args.adapter, args.library)
     quantize = args.quantize
     if quantize is None and adapter is not None and not args.force_base:
-        quantize = _trained_over(adapter)
+        quantize = trained_over(adapter)
     keep_dense = _kept_dense(adapter) if adapter is not None and quantize in ("nf4", "fp4") else []
     base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if adapter is not None:
@@ -132,7 +132,7 @@ def _trained_on(folder: Path) -> str | None:
     return None
 
 
-def _trained_over(folder: Path) -> Quantize | None:
+def trained_over(folder: Path) -> Quantize | None:
     """The format that the adapter's base was held in, from the fingerprint that it keeps; None: dense, or not known."""
     file = folder / "veneer.json"
     if not file.is_file():

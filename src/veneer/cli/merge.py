@@ -22,6 +22,7 @@ from veneer.cli.common import (
     base_and_adapter,
     make_console,
     print_json,
+    trained_over,
 )
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
@@ -59,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stochastic", action="store_true", help="round at random, so that weights are right on average"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --stochastic; default: 0")
-    parser.add_argument("--quantize", choices=FORMATS, help="how the base was held in training")
+    parser.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="how the base was held in training; default: as the first adapter says",
+    )
     parser.add_argument(
         "--into", choices=["original", "dequantised"], help="over a quantised base: the weights to add to"
     )
@@ -87,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
         )
     base, _ = base_and_adapter(args.base, args.adapter[0], args.library)
     folders = [adapter_folder(named, args.library) for named in args.adapter]
+    quantize = args.quantize or (None if args.force_base else trained_over(folders[0]))
     report = api.merge(
         base, list(zip(folders, weights, strict=True)), out=args.out, dtype=args.dtype, stochastic=args.stochastic,
-        seed=args.seed, quantize=args.quantize, into=args.into, original=args.original, data=args.data,
+        seed=args.seed, quantize=quantize, into=args.into, original=args.original, data=args.data,
         check_logits=not args.no_logits, force_base=args.force_base,
     )  # fmt: skip
     if args.json:
