@@ -38,6 +38,7 @@ def main() -> None:
     p.add_argument("--rows", nargs="+", required=True)
     p.add_argument("--peer-python", required=True)
     p.add_argument("--peer-scripts", type=Path, required=True)
+    p.add_argument("--qlora", action="store_true", help="both over 4 bits: NF4, double quantisation")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--out", type=Path, help="JSONL of every single run")
@@ -46,6 +47,8 @@ def main() -> None:
     for rows in args.rows:
         ours = [sys.executable, str(HERE / "train_veneer.py"), *common, "--rows", rows]
         theirs = [args.peer_python, str(args.peer_scripts / "train_trl.py"), *common, "--rows", rows]
+        if args.qlora:
+            ours, theirs = [*ours, "--quantize", "nf4"], [*theirs, "--method", "qlora"]
         found: dict[str, list[dict[str, float]]] = {"veneer": [], "trl": []}
         for number in range(args.rounds):
             pairs = [("veneer", ours), ("trl", theirs)]

@@ -14,6 +14,8 @@ import torch
 
 from veneer import api
 from veneer.adapters.config import Full, LoRA
+from veneer.linear import frozen_linear
+from veneer.quant.config import FORMATS
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.records import read_records
 from veneer.train.screen import QuietScreen
@@ -34,11 +36,10 @@ def step_flops(base: api.Base, rank: int | None, computed: int, trained: int) ->
     """Of forward and backward: 4 per linear weight and row with a frozen base (6 if it trains), 6 per factor's, head."""
     model = base.model
     head = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    weights = sum(m.weight.numel() for m in linears)
-    per_row = (
-        6 * weights if rank is None else 4 * weights + 6 * rank * sum(sum(m.weight.shape) for m in linears)
-    )
+    linears = [f for m in model.modules() if m is not head and (f := frozen_linear(m)) is not None]
+    weights = sum(f.in_features * f.out_features for f in linears)
+    factors = sum(f.in_features + f.out_features for f in linears)
+    per_row = 6 * weights if rank is None else 4 * weights + 6 * rank * factors
     return per_row * computed + 4 * head.weight.numel() * trained
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     p.add_argument("--base", required=True)
     p.add_argument("--rows", required=True)
     p.add_argument("--method", choices=["lora", "full"], default="lora")
+    p.add_argument("--quantize", choices=FORMATS, help="the format that the frozen base is held in")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--rank", type=int, default=16)
@@ -62,7 +64,7 @@ def main() -> None:
     method = Full() if args.method == "full" else LoRA(rank=args.rank, alpha=2.0 * args.rank, targets=targets)
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
-            base=args.base, out=f"{scratch}/run", method=method, batch=args.batch, steps=args.steps + 1,
+            base=args.base, quantize=args.quantize, out=f"{scratch}/run", method=method, batch=args.batch, steps=args.steps + 1,
             data=DataConfig(train=args.rows, validation_share=0.0, train_on=args.train_on), order=args.order,
             learning_rate=args.lr, schedule="constant", warmup=0.0, length=args.length,
             share_prompt=not args.no_sharing, checkpointing=args.checkpointing,
@@ -75,7 +77,7 @@ def main() -> None:
     timed = steps[1:]
     seconds, computed = sum(r["seconds"] for r in timed), sum(r["computed_tokens"] for r in timed)
     real, supervised = sum(r["tokens"] for r in timed), sum(r["trained_tokens"] for r in timed)
-    base = api.load(args.base)
+    base = api.load(args.base, quantize=args.quantize)
     config_ = base.config.get_text_config()
     rate = matrix_rate(
         max(1, computed // len(timed)), config_.hidden_size, config_.intermediate_size, base.dtype

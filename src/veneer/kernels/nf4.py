@@ -8,6 +8,8 @@ Knows nothing of modules, code books or shapes: a weight is flat, and a matrix i
 import ctypes
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -116,6 +118,12 @@ def _native() -> Any:
     return found
 
 
+@cache
+def _triton() -> Any:
+    """triton_nf4, or None where Triton is not installed: then CUDA tensors take the plain path."""
+    return import_module("veneer.kernels.triton_nf4") if find_spec("triton") is not None else None
+
+
 def quantize(
     values: Tensor, thresholds: Tensor, codes: Tensor, block: int, *, level: int = -1
 ) -> tuple[Tensor, Tensor]:
@@ -149,6 +157,8 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
             dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start)
         )
         return out
+    if out.is_cuda and out.dtype in TYPES and (triton := _triton()) is not None:
+        return triton.dequantize(weights, out, start=start)
     native = _native()
     if native is None or out.device.type != "cpu" or out.dtype not in TYPES:
         flat = reference.dequantize(
@@ -162,7 +172,9 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
 
 def has_product(weights: Blocks, x: Tensor) -> bool:
     """Whether `product` is the fast way for x (M, I)."""
-    return x.shape[0] <= FUSED_ROWS and x.dtype in TYPES and x.device.type == "cpu" and _native() is not None
+    if x.shape[0] > FUSED_ROWS or x.dtype not in TYPES:
+        return False
+    return (x.device.type == "cpu" and _native() is not None) or (x.is_cuda and _triton() is not None)
 
 
 def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
@@ -173,9 +185,11 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
     assert x.dim() == 2 and x.shape[0] <= FUSED_ROWS
     assert start >= 0 and start + outs * x.shape[1] <= weights.count
     x = x.detach().contiguous()
-    y = torch.empty(x.shape[0], outs, dtype=x.dtype)
+    y = torch.empty(x.shape[0], outs, dtype=x.dtype, device=x.device)
     if x.shape[0] == 0:
         return y
+    if x.is_cuda:
+        return _triton().product(weights, x, outs, start=start)
     failed = _native().veneer_nf4_product(
         weights.struct, start, outs, x.shape[1], x.data_ptr(), x.shape[0], y.data_ptr(), TYPES[x.dtype], level
     )
