@@ -21,6 +21,7 @@ _HOMES = {
     "Prefix": "veneer.adapters.config",
     "RunConfig": "veneer.train.config",
     "VeneerError": "veneer.errors",
+    "compare": "veneer.api",
     "evaluate": "veneer.api",
     "load": "veneer.api",
     "train": "veneer.api",
@@ -36,6 +37,7 @@ __all__ = [
     "Prefix",
     "RunConfig",
     "VeneerError",
+    "compare",
     "evaluate",
     "load",
     "train",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.adapters.config import LoRA as LoRA
     from veneer.adapters.config import Prefix as Prefix
     from veneer.api import Base as Base
+    from veneer.api import compare as compare
     from veneer.api import evaluate as evaluate
     from veneer.api import load as load
     from veneer.api import train as train

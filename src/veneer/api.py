@@ -18,12 +18,15 @@ from typing import Any
 from veneer.adapters.config import AdapterConfig, LoRA, Method
 from veneer.adapters.routing import Active
 from veneer.adapters.site import Attachment
+from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
+from veneer.compare.run import run_comparison
 from veneer.data.check import CheckReport
 from veneer.data.examples import Example
 from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.registry import find_metrics
 from veneer.evaluate.run import Choices, Progress
 from veneer.evaluate.run import evaluate as evaluate_rows
@@ -322,6 +325,37 @@ def extract(
     return extract_adapter(
         base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits
     )
+
+
+def compare(
+    candidates: Sequence[str | tuple[str, RunConfig]], *, out: str | Path, base: str | None = None,
+    data: str | None = None, validation: str | None = None, test: str | None = None, steps: int | None = None,
+    seconds: float | None = None, seeds: int = 3, rates: Sequence[float] = (1 / 3, 1.0, 3.0), extend: int = 1,
+    metrics: Sequence[str] = (), labels: str | None = None, max_new_tokens: int = 128, general: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Methods side by side: the content of comparison.json (docs/format.md); compare/plan.py says what is chosen.
+
+    candidates   names of methods, over `base` and `data`; or (name, settings) each
+    """
+    chosen = [
+        Candidate(each, RunConfig(base=base or "", data=data or "", method=each, out=str(out)))  # type: ignore[arg-type]
+        if isinstance(each, str)
+        else Candidate(*each)
+        for each in candidates
+    ]
+    if not chosen:
+        raise ConfigError("nothing to compare", next_step="Name methods, or give settings.")
+    first = chosen[0].config
+    rows = prepare_rows(
+        first.data.train, validation or first.data.validation, test, first.data.format, Path(out)
+    )
+    comparison = Comparison(
+        chosen, first.base, *rows, Path(out), steps=steps or (None if seconds else DEFAULT_STEPS), seconds=seconds,
+        factors=rates, extend=extend, seeds=seeds, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens,
+        general=general or BUILT_IN,
+    )  # fmt: skip
+    return run_comparison(comparison, say or (lambda text: None))
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train an adapter (or every weight) from a run file or from flags",
     "data": "look at training data as the model will see it: veneer data check",
     "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
+    "compare": "methods side by side on your own rows: quality, memory, time, file size, forgetting",
     "generate": "answer one prompt",
     "chat": "talk to a base, with or without an adapter",
     "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
 
 WIDE = (760, 300)
 NARROW = (360, 250)
@@ -24,13 +23,13 @@ Point = tuple[float, float | None]
 class Series:
     """One line. A point without a y (a loss that was not finite) leaves a gap.
 
-    colour   a CSS class of the page: a, b or quiet
+    colour   a CSS class of the page: a, b or quiet; compare/page.py has one for each method
     marks    also draw each point, with its value as a tooltip
     """
 
     name: str
     points: Sequence[Point]
-    colour: Literal["a", "b", "quiet"]
+    colour: str
     marks: bool = False
 
 

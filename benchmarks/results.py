@@ -1,0 +1,263 @@
+"""The full comparison on four public data sets: `veneer compare` on each, and docs/results.md from its figures.
+
+    python benchmarks/results.py --data DATA --out results                        (hours; nice -n 19, restartable)
+    python benchmarks/results.py --data DATA --out results --steps 4 --seeds 1 --train 16 --test 8      (a trial)
+
+DATA holds e2e/, viggo/, banking77/ and wikisql_mlx/ as their authors publish them:
+    e2e_json     E2E cleaned: a sentence about a restaurant -> its details as JSON              field F1
+    viggo_text   ViGGO: a meaning representation -> a sentence; several references               BLEU
+    banking77    a bank customer's question -> one of 77 intents, chosen by likelihood           accuracy
+    wikisql      a table's columns and a question -> SQL                                         exact match
+
+Finished runs are found again, also after Ctrl-C. docs/results.md is written from the JSON of whatever is finished;
+--write-only runs nothing. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
+"""
+
+import argparse
+import csv
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+KEYS = "name, eatType, food, priceRange, customer rating, area, familyFriendly, near"
+ASK_JSON = (
+    f"Extract the restaurant's details from the text as JSON with the keys {KEYS}. "
+    "Leave out keys that are not mentioned.\n\nText: "
+)
+ASK_TEXT = "Describe the game: "
+ASK_INTENT = "Name the intent of this bank customer's question.\n\nQuestion: "
+ASK_SQL = "Write the SQL query that answers the question.\n\n"
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def pair(prompt: str, answer: str) -> Row:
+    return {"prompt": prompt, "completion": answer}
+
+
+def e2e_json(data: Path) -> tuple[list[Row], list[Row]]:
+    def rows(name: str) -> list[Row]:
+        found = []
+        for row in read_csv(data / "e2e" / name):
+            slots = {k.strip(): v for k, v in re.findall(r"([A-Za-z ]+)\[([^\]]*)\]", row["mr"])}
+            found.append(pair(ASK_JSON + row["ref"], json.dumps(slots, ensure_ascii=False)))
+        return found
+
+    return rows("devel-fixed.no-ol.csv"), rows("test-fixed.csv")
+
+
+def viggo_text(data: Path) -> tuple[list[Row], list[Row]]:
+    def rows(name: str) -> list[Row]:
+        return [pair(ASK_TEXT + row["mr"], row["ref"]) for row in read_csv(data / "viggo" / name)]
+
+    together: dict[str, list[str]] = {}
+    for row in rows("test.csv"):
+        together.setdefault(row["prompt"], []).append(row["completion"])
+    tested = [{**pair(prompt, refs[0]), "references": refs[1:]} for prompt, refs in together.items()]
+    return rows("train.csv"), tested
+
+
+def intent(category: str) -> str:
+    return category.replace("_", " ").strip()
+
+
+def banking77(data: Path) -> tuple[list[Row], list[Row]]:
+    def rows(name: str) -> list[Row]:
+        found = read_csv(data / "banking77" / name)
+        return [pair(ASK_INTENT + row["text"].strip(), intent(row["category"])) for row in found]
+
+    return rows("train.csv"), rows("test.csv")
+
+
+def wikisql(data: Path) -> tuple[list[Row], list[Row]]:
+    def rows(*names: str) -> list[Row]:
+        found = []
+        for name in names:
+            for line in (data / "wikisql_mlx" / name).read_text(encoding="utf-8").splitlines():
+                question, _, query = json.loads(line)["text"].rpartition("\nA:")
+                found.append(pair(ASK_SQL + question.strip(), query.strip()))
+        return found
+
+    return rows("train.jsonl"), rows("test.jsonl", "valid.jsonl")
+
+
+TASKS: dict[str, tuple[Callable[[Path], tuple[list[Row], list[Row]]], str, int]] = {
+    "e2e_json": (e2e_json, "field_f1,json_validity,exact_match", 96),
+    "viggo_text": (viggo_text, "bleu,chrf,rougeL", 96),
+    "banking77": (banking77, "accuracy", 16),
+    "wikisql": (wikisql, "exact_match,chrf", 96),
+}
+
+
+def write_rows(task: str, args: argparse.Namespace, folder: Path) -> list[Path]:
+    """train, validation and test files; the same rows whenever the sizes are the same."""
+    train, tested = TASKS[task][0](args.data)
+    draw = random.Random(0)
+    draw.shuffle(train)
+    draw.shuffle(tested)
+    tested = tested[: args.test]
+    taken = {row["prompt"] for row in tested}
+    unique = list({row["prompt"]: row for row in train if row["prompt"] not in taken}.values())
+    sides = {
+        "validation": unique[: args.validation],
+        "train": unique[args.validation :][: args.train],
+        "test": tested,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in sides.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return [folder / f"{name}.jsonl" for name in ("train", "validation", "test")]
+
+
+def run(task: str, args: argparse.Namespace) -> None:
+    from veneer.cli.main import main as veneer
+
+    out = args.out / task
+    train, validation, test = write_rows(task, args, out / "rows")
+    _, metrics, tokens = TASKS[task]
+    command = [
+        "compare", "--base", args.base, "--data", str(train), "--validation", str(validation), "--test", str(test),
+        "--methods", args.methods, "--steps", str(args.steps), "--seeds", str(args.seeds), "--rates", args.rates,
+        "--extend", str(args.extend), "--metrics", metrics, "--max-tokens", str(tokens), "--set", f"batch={args.batch}",
+        "--out", str(out),
+    ]  # fmt: skip
+    if task == "banking77":
+        labels = out / "rows" / "labels.txt"
+        named = json.loads((args.data / "banking77" / "categories.json").read_text(encoding="utf-8"))
+        labels.write_text("\n".join(intent(name) for name in named) + "\n", encoding="utf-8")
+        command += ["--labels", str(labels)]
+    start = time.monotonic()
+    print(f"== {task}: veneer {' '.join(command)}", flush=True)
+    if code := veneer(command):
+        sys.exit(code)
+    print(f"== {task}: {(time.monotonic() - start) / 60:.0f} min", flush=True)
+
+
+def quantity(value: float, unit: str) -> str:
+    return (
+        f"{100 * value:.1f}%" if unit == "share" else f"{value:.1f}" if unit == "points" else f"{value:.3f}"
+    )
+
+
+def table(figures: dict[str, Any]) -> list[str]:
+    units = figures["units"]
+    head = [
+        "method",
+        *units,
+        "trained",
+        "file, MB",
+        "peak memory, GB",
+        "steps' time, s",
+        "forgetting, nats",
+        "rate",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    cells = [quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items()]
+    lines.append("| " + " | ".join(["base, untrained", *cells, *["–"] * 6]) + " |")
+    for m in figures["methods"]:
+        if m["failure"]:
+            lines.append(f"| {m['name']} | {m['failure']} " + "| " * (len(head) - 2) + "|")
+            continue
+        cells = []
+        for name, unit in units.items():
+            q = m["quality"][name]
+            cells.append(
+                f"{quantity(q['value'], unit)} ({' to '.join(quantity(x, unit) for x in q['interval'])})"
+            )
+        forgot = m["forgetting"]
+        cells += [
+            f"{m['trainable_parameters']:,}", f"{m['adapter_bytes'] / 1e6:.2f}", f"{m['peak_memory_bytes'] / 1e9:.2f}",
+            f"{m['seconds']:.0f}", f"{forgot['value']:+.3f}" if forgot else "–", f"{m['learning_rate']:g}",
+        ]  # fmt: skip
+        lines.append(f"| {m['name']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def claims(figures: dict[str, Any]) -> list[str]:
+    """What people say of LoRA, as measured here against full fine-tuning."""
+    methods = {m["name"]: m for m in figures["methods"] if m["quality"]}
+    if not {"full", "lora"} <= set(methods):
+        return []
+    full, lora = methods["full"], methods["lora"]
+    primary = figures["primary"]
+    unit = figures["units"][primary]
+    better = lora if figures["best"] == "lora" else full
+    other = full if better is lora else lora
+    gap = ""
+    if figures["best"] in ("full", "lora"):
+        d = other["to_best"][primary]
+        low, high = (quantity(x, unit) for x in d["interval"])
+        gap = f"{other['name']} minus {better['name']}: {quantity(d['difference'], unit)} ({low} to {high})"
+    else:
+        values = (quantity(m["quality"][primary]["value"], unit) for m in (lora, full))
+        gap = "LoRA {}, full {}".format(*values)
+    return [
+        "| claim | measured: LoRA beside full fine-tuning |", "|---|---|",
+        f"| fewer trained parameters | {full['trainable_parameters'] / lora['trainable_parameters']:.0f} times fewer |",
+        f"| small files | {lora['adapter_bytes'] / 1e6:.1f} MB beside {full['adapter_bytes'] / 1e6:.0f} MB |",
+        f"| as good ({primary}) | {gap} |",
+        f"| less memory | {lora['peak_memory_bytes'] / 1e9:.2f} GB beside {full['peak_memory_bytes'] / 1e9:.2f} GB |",
+        f"| faster | {lora['examples_per_second']:.2f} rows/s beside {full['examples_per_second']:.2f} |",
+    ]  # fmt: skip
+
+
+def write(args: argparse.Namespace) -> None:
+    parts = [
+        "# Results", "",
+        "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer compare`.",
+        "Intervals are 95%, over test rows and seeds. Quality is over all seeds; costs are of seed 0.",
+    ]  # fmt: skip
+    for task in TASKS:
+        file = args.out / task / "comparison.json"
+        if not file.is_file():
+            continue
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        budget = figures["budget"]
+        parts += ["", f"## {task}", ""]
+        parts += [
+            f"{figures['base']}, {budget['steps']:,} steps, {figures['seeds']} seeds, {figures['test_rows']:,} test rows."
+        ]
+        parts += ["", *table(figures), "", *claims(figures), "", " ".join(figures["conclusion"])]
+    args.doc.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    print(args.doc)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--out", type=Path, default=Path("results"))
+    p.add_argument("--doc", type=Path, default=ROOT / "docs" / "results.md")
+    p.add_argument("--base", default="smollm2-135m")
+    p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    p.add_argument("--methods", default="full,lora,qlora,dora,prefix,bottleneck")
+    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--rates", default="1/3,1,3")
+    p.add_argument("--extend", type=int, default=1)
+    p.add_argument("--train", type=int, default=1600, help="rows to train on")
+    p.add_argument("--validation", type=int, default=64, help="rows to choose learning rates by")
+    p.add_argument("--test", type=int, default=200, help="rows to judge by")
+    p.add_argument(
+        "--write-only", action="store_true", help="run nothing; write the tables of what is finished"
+    )
+    args = p.parse_args()
+    for task in [] if args.write_only else args.tasks:
+        run(task, args)
+        write(args)
+    write(args)
+
+
+if __name__ == "__main__":
+    main()

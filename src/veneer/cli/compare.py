@@ -1,0 +1,159 @@
+"""Methods side by side on your own rows: quality with intervals, memory, time, file size, forgetting.
+
+For instance:
+
+  veneer compare --base smollm2-135m --data tickets.jsonl --methods full,lora,prefix --out compare/tickets
+  veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 --seeds 3 --out compare/ab
+
+Every candidate gets the same rows, the same budget, a search for its learning rate and --seeds runs, each in a
+process of its own. Stopped with Ctrl-C, the same command goes on; finished runs are used again. Run files are taken
+as they are, except for rows, budget, learning rate, seed and folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+from typing import Any
+
+from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.config_file import read_run_config
+from veneer.cli.generate import at_least_one
+from veneer.errors import ConfigError
+from veneer.train.config import RunConfig
+from veneer.train.wording import shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer compare (--base B --data D --methods M,M | RUN.yaml RUN.yaml ...) --out DIR"
+    parser.add_argument("runs", nargs="*", metavar="RUN.yaml", help="run files to compare")
+    parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
+    parser.add_argument("--data", metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
+    parser.add_argument(
+        "--methods", default="", metavar="M,M", help="for instance full,lora,qlora,dora,prefix,bottleneck"
+    )
+    parser.add_argument(
+        "--validation", metavar="V", help="rows to choose the learning rate by; default: split off"
+    )
+    parser.add_argument("--test", metavar="T", help="rows to judge by; default: split off")
+    parser.add_argument(
+        "--steps", type=at_least_one, metavar="N", help="optimizer steps of each run; default: 100"
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="training time of each run, instead of --steps"
+    )
+    parser.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each; default: 3")
+    parser.add_argument(
+        "--rates",
+        default="1/3,1,3",
+        metavar="F,F",
+        help="learning rates tried, times the method's own; default: 1/3,1,3",
+    )
+    parser.add_argument(
+        "--extend",
+        type=int,
+        default=1,
+        metavar="N",
+        help="search further so often where the best rate is at an end",
+    )
+    parser.add_argument(
+        "--metrics", default="", metavar="M,M", help="see veneer evaluate; the first decides; default: loss"
+    )
+    parser.add_argument("--labels", metavar="L", help="for accuracy: A,B,C or a file with one label a line")
+    parser.add_argument(
+        "--max-tokens", type=at_least_one, default=128, metavar="N", help="longest answer, tokens"
+    )
+    parser.add_argument(
+        "--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting, for all"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the comparison")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    configs = _configs(args)
+    from veneer import api
+    from veneer.compare.conclusion import HEAD, facts
+
+    console = make_console(json=True)
+
+    def terminate(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with console.status("") as status:
+
+            def say(text: str) -> None:
+                running = (" of " in text and text.endswith(" steps")) or text.endswith("evaluating")
+                if running:
+                    status.update(shown(text))
+                else:
+                    console.print(shown(text), soft_wrap=True)
+
+            figures = api.compare(
+                configs, out=args.out, validation=args.validation, test=args.test, steps=args.steps,
+                seconds=args.seconds, seeds=args.seeds, rates=_factors(args.rates), extend=args.extend,
+                metrics=_names(args.metrics), labels=args.labels, max_new_tokens=args.max_tokens,
+                general=args.general, say=say,
+            )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if args.json:
+        print_json(figures)
+        return 0
+    from rich.table import Table
+
+    screen = make_console(json=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    for place, title in enumerate(HEAD):
+        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place != 2)
+    for method in figures["methods"]:
+        table.add_row(*(shown(cell) for cell in facts(method, figures)))
+    screen.print()
+    screen.print(table)
+    screen.print()
+    for sentence in figures["conclusion"]:
+        screen.print(shown(sentence))
+    screen.print(f"\n{args.out / 'comparison.html'}", soft_wrap=True)
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
+    """(name, settings) of every candidate. All faults of all candidates are told at once."""
+    methods = _names(args.methods)
+    if bool(methods) == bool(args.runs):
+        raise ConfigError(
+            "nothing to compare", [], "Give --methods M,M with --base and --data, or run files."
+        )
+    found: list[tuple[str, RunConfig]] = []
+    faults: list[str] = []
+    for name in methods or args.runs:
+        flags = {"base": args.base, "data": args.data, "out": str(args.out)}
+        try:
+            if methods:
+                found.append((name, read_run_config(None, {**flags, "method": name}, args.sets)))
+            else:
+                found.append((Path(name).stem, read_run_config(name, flags, args.sets)))
+        except ConfigError as fault:
+            faults += [each for each in (fault.faults or [str(fault)]) if each not in faults]
+    if faults:
+        raise ConfigError("this comparison cannot be run", faults, "Nothing was run.")
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [name for each in text.split(",") if (name := each.strip())]
+
+
+def _factors(text: str) -> list[float]:
+    try:
+        return [float(a) / float(b or 1) for a, _, b in (each.partition("/") for each in _names(text))]
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"--rates {text!r} is not a list of numbers", next_step="For instance 1/3,1,3."
+        ) from None

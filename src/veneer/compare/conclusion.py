@@ -1,0 +1,169 @@
+"""What a comparison says, in words: which method to take under which constraint. Every sentence follows from figures.
+
+"As good as the best" means that the 95% interval of the difference holds zero: the rows and seeds at hand cannot
+tell the two apart. That is not proof that they are equal, and the text says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from veneer.train.wording import clock, millions, size
+
+Method = dict[str, Any]
+
+
+def conclude(figures: dict[str, Any]) -> list[str]:
+    """Sentences, in the order in which they are to be read."""
+    methods = [m for m in figures["methods"] if m["quality"]]
+    sentences = [_failed(m) for m in figures["methods"] if m["failure"]]
+    if not methods:
+        return [*sentences, "No method came to an end, so there is nothing to choose from."]
+    primary, unit = figures["primary"], figures["units"][figures["primary"]]
+    best = next(m for m in methods if m["name"] == figures["best"])
+    equal = [m for m in methods if m is best or _holds_zero(m["to_best"][primary]["interval"])]
+    behind = [m for m in methods if m not in equal]
+    if len({m["quality"][primary]["value"] for m in methods}) == 1 < len(methods):
+        sentences.append(
+            f"On {figures['test_rows']:,} test rows all methods have the same {measure(primary)}: this measure tells "
+            "nothing about which is better here. A longer budget or another measure may."
+        )
+    said = quantity(best["quality"][primary]["value"], unit)
+    low, high = (quantity(x, unit) for x in best["quality"][primary]["interval"])
+    sentences.append(
+        f"On {figures['test_rows']:,} test rows {best['name']} has the best {measure(primary)}: {said} "
+        f"(95% interval {low} to {high}); the base without training has "
+        f"{quantity(figures['untuned'][primary]['value'], unit)}."
+    )
+    others = [m for m in equal if m is not best]
+    if others:
+        sentences.append(
+            f"{_names(others)} cannot be told apart from it: the interval of the difference holds zero. "
+            "More test rows or seeds could still separate them."
+        )
+    for m in behind:
+        gap, (a, b) = m["to_best"][primary]["difference"], m["to_best"][primary]["interval"]
+        sentences.append(
+            f"{m['name']} is behind by {quantity(abs(gap), unit)} "
+            f"({quantity(min(abs(a), abs(b)), unit)} to {quantity(max(abs(a), abs(b)), unit)})."
+        )
+    sentences += _constraints(methods, equal)
+    sentences += _forgetting(methods)
+    if figures["seeds"] == 1:
+        sentences.append("With one seed, how much another seed would change these figures is not known.")
+    return sentences
+
+
+def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str]:
+    among = "of those that are as good as the best" if len(equal) > 1 else "and nothing else is as good"
+    folding = [m for m in equal if m["folds"]]
+    fixed = [m["name"] for m in methods if not m["folds"]]
+    sentences = []
+    if folding:
+        cheapest = min(folding, key=lambda m: m["adapter_bytes"])
+        kept = f"; {_joined(fixed)} cannot be merged" if fixed else ""
+        sentences.append(
+            f"If one merged model is wanted, take {cheapest['name']}, {_as(cheapest, equal)}{kept}."
+        )
+    else:
+        sentences.append(
+            f"If one merged model is wanted, none of the best will do: {_joined(fixed)} cannot be merged. "
+            f"{_best_folding(methods)}"
+        )
+    rules: list[tuple[str, str, Callable[[Method], str]]] = [
+        ("If memory is short", "peak_memory_bytes", lambda m: f"{size(m['peak_memory_bytes'])} at its peak"),
+        ("If the file must be small", "adapter_bytes", lambda m: f"{size(m['adapter_bytes'])} on disk"),
+        ("If training must be quick", "seconds", lambda m: f"{clock(m['seconds'])} of steps"),
+    ]
+    for start, field, told in rules:
+        least = min(equal, key=lambda m: m[field])
+        most = max(methods, key=lambda m: m[field])
+        beside = f", where {most['name']} needs {told(most)}" if most is not least else ""
+        sentences.append(f"{start}, take {least['name']}: {told(least)}, {among}{beside}.")
+        least_of_all = min(methods, key=lambda m: m[field])
+        if least_of_all[field] < 0.95 * least[field]:
+            sentences[-1] += (
+                f" {least_of_all['name']} would need {told(least_of_all)}, at the price of quality."
+            )
+    return sentences
+
+
+def _as(method: Method, equal: Sequence[Method]) -> str:
+    return (
+        "the best"
+        if len(equal) == 1
+        else f"with the smallest file of the good ones ({size(method['adapter_bytes'])})"
+    )
+
+
+def _best_folding(methods: Sequence[Method]) -> str:
+    folding = [m for m in methods if m["folds"]]
+    return f"Take {_joined([m['name'] for m in folding])} and accept the difference." if folding else ""
+
+
+def _forgetting(methods: Sequence[Method]) -> list[str]:
+    known = [m for m in methods if m.get("forgetting")]
+    if not known:
+        return []
+    least = min(known, key=lambda m: m["forgetting"]["value"])
+    most = max(known, key=lambda m: m["forgetting"]["value"])
+    if most["forgetting"]["value"] <= 0 or most is least:
+        return [
+            f"On general text {least['name']} changed by {least['forgetting']['value']:+.3f} nats per token."
+        ]
+    a, b = least["forgetting"]["interval"], most["forgetting"]["interval"]
+    apart = "" if a[1] < b[0] else ", which these documents cannot tell apart"
+    return [
+        f"On general text {least['name']} forgot least ({least['forgetting']['value']:+.3f} nats per token) and "
+        f"{most['name']} most ({most['forgetting']['value']:+.3f}){apart}."
+    ]
+
+
+def _failed(method: Method) -> str:
+    return f"{method['name']} is not in the comparison: {method['failure']} at every learning rate that was tried."
+
+
+def _holds_zero(ends: Sequence[float]) -> bool:
+    return ends[0] <= 0 <= ends[1]
+
+
+def _names(methods: Sequence[Method]) -> str:
+    return _joined([m["name"] for m in methods])
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else ""
+
+
+def measure(name: str) -> str:
+    """A metric's name, as a sentence says it."""
+    known = {"loss": "loss on the test rows", "field_f1": "field F1", "bleu": "BLEU", "chrf": "chrF"}
+    return known.get(name, name.replace("_", " "))
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure with its unit: 91.3%, 45.2, 0.512."""
+    if unit == "share":
+        return f"{100 * value:.1f}%"
+    return f"{value:.1f}" if unit == "points" else f"{value:.3f}"
+
+
+def facts(method: Method, figures: dict[str, Any]) -> list[str]:
+    """The cells of a method's line in a table: see HEAD."""
+    if method["failure"]:
+        return [method["name"], method["failure"], "", "", "", "", "", "", ""]
+    primary = figures["primary"]
+    unit, quality = figures["units"][primary], method["quality"][primary]
+    low, high = quality["interval"]
+    forgot = method.get("forgetting")
+    return [
+        method["name"], quantity(quality["value"], unit), f"{quantity(low, unit)} to {quantity(high, unit)}",
+        f"{method['learning_rate']:g}", millions(method["trainable_parameters"]), size(method["peak_memory_bytes"]),
+        clock(method["seconds"]), size(method["adapter_bytes"]), f"{forgot['value']:+.3f}" if forgot else "–",
+    ]  # fmt: skip
+
+
+HEAD = (
+    "method", "quality", "95% interval", "learning rate", "trained", "peak memory", "time", "file", "forgetting",
+)  # fmt: skip

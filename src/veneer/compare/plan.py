@@ -1,0 +1,137 @@
+"""What a comparison is: which candidates, on which rows, with which budget. Checked whole before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.data.examples import Row
+from veneer.data.sources import read_rows
+from veneer.data.split import split
+from veneer.errors import ConfigError, DataError
+from veneer.evaluate.general import BUILT_IN
+from veneer.evaluate.metric import Metric
+from veneer.evaluate.registry import find_metrics
+from veneer.store.atomic import atomic_file
+from veneer.train.config import RunConfig
+
+DEFAULT_STEPS = 100
+TEST_SHARE = VALIDATION_SHARE = 0.15
+"""Of rows that come without files of their own for them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """name: what tables call it; config: everything but learning rate, steps, seed and folder, which are filled in."""
+
+    name: str
+    config: RunConfig
+
+    @property
+    def default_rate(self) -> float:
+        return self.config.learning_rate or self.config.method.default_learning_rate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """steps or seconds   the budget of every run: optimizer steps, or training time (turned into steps by a probe)
+    factors   learning rates that are tried, times the candidate's own
+    extend    how often the search goes on beyond an end of `factors` where the best rate lies there
+    seeds     runs of each candidate with its best rate: seeds 0, 1, ...
+    metrics   names of evaluate's metrics; the first decides, without one the loss does
+    general   text for forgetting, or None
+    """
+
+    candidates: Sequence[Candidate]
+    base: str
+    train: Path
+    validation: Path
+    test: Path
+    out: Path
+    steps: int | None = DEFAULT_STEPS
+    seconds: float | None = None
+    factors: Sequence[float] = (1 / 3, 1.0, 3.0)
+    extend: int = 1
+    seeds: int = 3
+    metrics: Sequence[str] = ()
+    labels: str | None = None
+    max_new_tokens: int = 128
+    general: str | None = BUILT_IN
+    found: Sequence[Metric] = field(init=False)
+
+    def __post_init__(self) -> None:
+        faults = []
+        if len({c.name for c in self.candidates}) < max(2, len(self.candidates)):
+            names = ", ".join(c.name for c in self.candidates) or "none"
+            faults.append(f"at least two different candidates are compared; here: {names}")
+        if bases := {c.config.base for c in self.candidates} - {self.base}:
+            faults.append(
+                f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))} are given"
+            )
+        if (self.steps is None) == (self.seconds is None):
+            faults.append("the budget is either steps or seconds: give one")
+        if not self.factors or min(self.factors) <= 0:
+            faults.append("the factors of the learning rate are positive numbers")
+        if self.seeds < 1:
+            faults.append("at least one seed runs")
+        if faults:
+            raise ConfigError("this comparison cannot be run", faults)
+        object.__setattr__(self, "found", find_metrics(self.metrics))
+
+
+def prepare_rows(
+    data: str, validation: str | None, test: str | None, format: str, out: Path
+) -> tuple[Path, Path, Path]:
+    """Files of the rows to train on, to choose the learning rate by, and to judge by.
+
+    What is not given is split off `data` by a hash of each row's prompt, so that the same prompt never stands on
+    two sides, and written to out/data.
+    """
+    if validation is not None and test is not None:
+        return Path(data), Path(validation), Path(test)
+    rows = read_rows(data, format)
+    tested: list[Row] = []
+    held: list[Row] = []
+    if validation is None:
+        rows, held = split(rows, VALIDATION_SHARE)
+    if test is None:
+        # Counted from the rest: the hash of every row left is above the first share already.
+        above = VALIDATION_SHARE if validation is None else 0.0
+        rows, tested = split(rows, above + TEST_SHARE)
+    few = [name for name, side in (("train", rows), ("validation", held), ("test", tested)) if len(side) < 2]
+    few = [
+        name for name in few if not (name == "validation" and validation) and not (name == "test" and test)
+    ]
+    if few:
+        raise DataError(
+            f"{data} is too small to be divided: {', '.join(few)} would get fewer than two rows",
+            next_step="Give --validation and --test.",
+        )
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "train.jsonl", folder / "validation.jsonl", folder / "test.jsonl"]
+    sides = [rows, held, tested]
+    for path, side in zip(paths, sides, strict=True):
+        if side:
+            text = "".join(json.dumps(_record(row), ensure_ascii=False) + "\n" for row in side)
+            with atomic_file(path, replace=True) as partial:
+                partial.write_text(text, encoding="utf-8")
+    return (
+        paths[0],
+        Path(validation) if validation is not None else paths[1],
+        Path(test) if test is not None else paths[2],
+    )
+
+
+def _record(row: Row) -> dict[str, Any]:
+    if row.text is not None:
+        return {"text": row.text}
+    record: dict[str, Any] = {"messages": row.messages}
+    if row.tools:
+        record["tools"] = row.tools
+    if row.references:
+        record["references"] = list(row.references)
+    return record

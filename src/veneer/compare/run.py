@@ -1,0 +1,73 @@
+"""A whole comparison: rows, search, seeds, evaluations, figures, page.
+
+out/data/          rows that were split off, where no files were given for them
+out/runs/          a folder for each run (execute.py)
+out/base/          the evaluation of the base
+comparison.json    the figures; comparison.html, the same for people
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from veneer.compare.conclusion import conclude
+from veneer.compare.execute import Say, Worker, with_rows
+from veneer.compare.figures import Finished, make_figures
+from veneer.compare.page import make_page
+from veneer.compare.plan import Comparison
+from veneer.compare.search import search, steps_within
+from veneer.data.sources import read_rows
+from veneer.store.atomic import atomic_file
+
+
+def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
+    """Runs what is not finished yet, writes comparison.json and comparison.html, and returns the figures.
+
+    Raises Interrupted: the same call goes on. VeneerError: a run failed in another way than by diverging or by
+    not fitting, which are results.
+    """
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    comparison = replace(
+        comparison,
+        candidates=[with_rows(c, comparison.train, comparison.validation) for c in comparison.candidates],
+    )
+    format = comparison.candidates[0].config.data.format
+    rows = read_rows(comparison.test, format)
+    worker = Worker(comparison, say, ran=[])
+    base = worker.evaluate("the base", None)
+    finished = [_candidate(worker, place) for place in range(len(comparison.candidates))]
+    figures = make_figures(comparison, finished, base, rows)
+    figures["conclusion"] = conclude(figures)
+    figures["new_runs"] = len([path for path in worker.ran if path.suffix != ".json"])
+    for name, text in (
+        ("comparison.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n"),
+        ("comparison.html", make_page(figures)),
+    ):
+        with atomic_file(comparison.out / name, replace=True) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return figures
+
+
+def _candidate(worker: Worker, place: int) -> Finished:
+    comparison = worker.comparison
+    candidate = comparison.candidates[place]
+    if comparison.steps is not None:
+        steps = comparison.steps
+    else:
+        assert comparison.seconds is not None
+        steps = steps_within(worker, candidate, comparison.seconds)
+    tried, best = search(worker, candidate, steps)
+    if best is None:
+        return Finished(candidate, tried, None, [], [])
+    rate = tried[best][0]
+    runs = [
+        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True)
+        for seed in range(comparison.seeds)
+    ]
+    whole = [run for run in runs if run.failure is None]
+    evaluations = [worker.evaluate(f"{candidate.name}, seed {seed}", run) for seed, run in enumerate(whole)]
+    if len(whole) < len(runs):  # another seed diverged at the rate that was best for seed 0
+        return Finished(candidate, [*tried, *[(rate, r) for r in runs if r.failure]], None, [], [])
+    return Finished(candidate, tried, best, whole, evaluations)

@@ -1,0 +1,58 @@
+"""The learning rate of each candidate, searched with the same care for all: otherwise a comparison of methods is one
+of how well their defaults happen to fit.
+
+Every rate trains once with seed 0 for the whole budget; the lowest held-out loss wins, and its run is also the final
+run of seed 0. Where the best rate lies at an end, the search goes on in that direction.
+"""
+
+from __future__ import annotations
+
+import math
+
+from veneer.compare.execute import Done, Worker
+from veneer.compare.plan import Candidate
+
+PROBE_STEPS = 6
+
+
+def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> int:
+    """Optimizer steps that fit into this training time, by a short run of this candidate on this machine."""
+    done = worker.train(candidate, rate=candidate.default_rate, seed=0, steps=PROBE_STEPS, with_result=False)
+    if done.failure:
+        return PROBE_STEPS  # what fails here fails in the search, and is told there
+    # The first step is not in `seconds`: it compiles and allocates.
+    return max(1, math.floor(seconds * (PROBE_STEPS - 1) / done.summary["seconds"]))
+
+
+def search(worker: Worker, candidate: Candidate, steps: int) -> tuple[list[tuple[float, Done]], int | None]:
+    """(rate, run) in rising order, and the place of the best; None where no run came to an end."""
+    comparison = worker.comparison
+    factors = sorted(comparison.factors)
+    step = factors[-1] / factors[-2] if len(factors) > 1 else 3.0
+    tried: dict[float, Done] = {}
+    left = comparison.extend if len(factors) > 1 else 0
+    while True:
+        for factor in factors:
+            if factor not in tried:
+                rate = float(f"{candidate.default_rate * factor:.3g}")
+                tried[factor] = worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
+        losses = [_loss(tried[factor]) for factor in factors]
+        best = losses.index(min(losses))
+        if not math.isfinite(losses[best]):
+            best_place = None
+            break
+        best_place = best
+        if left == 0 or 0 < best < len(factors) - 1:
+            break
+        left -= 1
+        factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]
+    found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in factors]
+    if best_place is not None:
+        for place, (_, done) in enumerate(found):
+            if place != best_place:
+                worker.drop_result(done)
+    return found, best_place
+
+
+def _loss(done: Done) -> float:
+    return math.inf if done.loss is None or not math.isfinite(done.loss) else done.loss

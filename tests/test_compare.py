@@ -1,0 +1,239 @@
+"""A comparison: real runs on a tiny base, found again; what it says in words; what cannot be run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import veneer
+from tests.tiny import save_tiny
+from veneer.compare.conclusion import conclude
+from veneer.compare.page import make_page
+from veneer.compare.plan import Candidate, prepare_rows
+from veneer.compare.search import search
+from veneer.data.sources import read_rows
+from veneer.errors import ConfigError, DataError
+from veneer.report.scatter import Mark, scatter_chart
+from veneer.train.config import RunConfig
+
+
+def write_rows(file: Path, count: int, start: int = 0) -> Path:
+    lines = [
+        json.dumps({"prompt": f"number {n}", "completion": f"it is {n} <b>", "references": ["seven"]})
+        for n in range(start, start + count)
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(folder, arguments, figures) of one comparison."""
+    folder = tmp_path_factory.mktemp("compare")
+    base = save_tiny(folder / "base")
+    train, validation, test = (
+        write_rows(folder / f"{name}.jsonl", count, start)
+        for name, count, start in (("train", 8, 0), ("validation", 3, 20), ("test", 4, 40))
+    )
+    (folder / "general.txt").write_text("A text.\n---\nAnother text.\n")
+    arguments: dict[str, Any] = {
+        "base": str(base), "data": str(train), "validation": str(validation), "test": str(test), "steps": 2,
+        "rates": (1.0,), "seeds": 1, "metrics": ("rougeL",), "max_new_tokens": 4, "out": folder / "out",
+        "general": str(folder / "general.txt"),
+    }  # fmt: skip
+    return folder, arguments, veneer.compare(["full", "lora"], **arguments)
+
+
+def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> None:
+    _, _, figures = compared
+    assert json.loads(json.dumps(figures)) == figures
+    assert [m["name"] for m in figures["methods"]] == ["full", "lora"]
+    assert figures["primary"] == "rougeL" and figures["test_rows"] == 4 and figures["new_runs"] == 2
+    for method in figures["methods"]:
+        assert set(method["quality"]) == {"rougeL", "loss"} == set(figures["untuned"])
+        low, high = method["quality"]["loss"]["interval"]
+        assert low <= method["quality"]["loss"]["value"] <= high
+        assert method["steps"] == 2 and len(method["curve"]) >= 2
+        assert method["forgetting"]["value"] != 0
+        for cost in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes", "seconds"):
+            assert method[cost] > 0
+    full, lora = figures["methods"]
+    assert full["trainable_parameters"] == full["total_parameters"] > lora["trainable_parameters"]
+    assert figures["methods"][0 if figures["best"] == "full" else 1]["to_best"]["loss"]["difference"] == 0
+
+
+def test_the_page_shows_every_method_and_loads_nothing(compared: Any) -> None:
+    folder, _, figures = compared
+    page = (folder / "out" / "comparison.html").read_text("utf-8")
+    for text in ("full", "lora", "Forgetting", "against peak memory", *figures["conclusion"]):
+        assert text.replace("'", "&#x27;") in page
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_what_is_finished_is_found_again_and_only_what_is_new_runs(compared: Any) -> None:
+    folder, arguments, figures = compared
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")}
+    again = veneer.compare(["full", "lora"], **arguments)
+    assert again["new_runs"] == 0
+    assert {
+        path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")
+    } == before
+    assert again["methods"] == figures["methods"]
+    lora = next(m for m in figures["methods"] if m["name"] == "lora")
+    (Path(lora["runs"][0]) / "summary.json").unlink()  # as if it had been stopped
+    assert veneer.compare(["full", "lora"], **arguments)["new_runs"] == 1
+
+
+def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    command = [
+        sys.executable, "-m", "veneer.cli.main", "compare", "--base", "b", "--data", str(rows), "--methods", "lora,loro",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "loro" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"candidates": ["lora"]}, "at least two"),
+        ({"steps": 5, "seconds": 5.0}, "either steps or seconds"),
+        ({"rates": (0.0, 1.0)}, "positive"),
+        ({"metrics": ("blue",)}, "unknown metrics"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    rows = str(write_rows(tmp_path / "rows.jsonl", 4))
+    arguments = {
+        "candidates": ["lora", "full"], "base": "b", "data": rows, "validation": rows, "test": rows, "out": tmp_path / "out",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        veneer.compare(**{**arguments, **changed})
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_files_of_their_own_are_divided_by_their_prompts(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 200)
+    files = prepare_rows(str(data), None, None, "auto", tmp_path / "out")
+    sides = [{row.messages[0]["content"] for row in read_rows(file)} for file in files]
+    assert sum(map(len, sides)) == 200 == len(set.union(*sides))
+    assert len(sides[0]) > 100 and all(15 <= len(side) <= 50 for side in sides[1:])
+    assert read_rows(files[2])[0].references == ("seven",)
+    with pytest.raises(DataError, match="too small"):
+        prepare_rows(str(write_rows(tmp_path / "few.jsonl", 2)), None, None, "auto", tmp_path / "out")
+
+
+# --- the search ---
+
+
+class Losses:
+    """Stands in for the worker: a loss for each learning rate, and no process."""
+
+    def __init__(self, losses: dict[float, float | None], *, extend: int) -> None:
+        self.losses, self.dropped, self.asked = losses, [], []
+        self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
+
+    def train(self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool) -> Any:
+        self.asked.append(rate)
+        config = candidate.config.model_copy(update={"learning_rate": rate})
+        return type("D", (), {"loss": self.losses[rate], "config": config, "failure": None})()
+
+    def drop_result(self, done: Any) -> None:
+        self.dropped.append(done.config.learning_rate)
+
+
+CANDIDATE = Candidate("lora", RunConfig(base="b", data="d", out="o", learning_rate=3e-4))  # type: ignore[arg-type]
+
+
+def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
+    worker = Losses({1e-4: 3.0, 3e-4: 2.0, 9e-4: 1.0, 2.7e-3: 0.5}, extend=1)
+    tried, best = search(worker, CANDIDATE, 5)  # type: ignore[arg-type]
+    assert best is not None and tried[best][0] == 2.7e-3
+    assert worker.asked == [1e-4, 3e-4, 9e-4, 2.7e-3] and 2.7e-3 not in worker.dropped
+
+
+def test_the_search_stops_inside_and_passes_over_what_diverged() -> None:
+    worker = Losses({1e-4: 3.0, 3e-4: 2.0, 9e-4: None}, extend=5)
+    tried, best = search(worker, CANDIDATE, 5)  # type: ignore[arg-type]
+    assert best == 1 and len(tried) == 3
+    nothing = Losses({1e-4: None, 3e-4: None, 9e-4: None}, extend=5)
+    assert search(nothing, CANDIDATE, 5)[1] is None  # type: ignore[arg-type]
+
+
+# --- words ---
+
+
+def method(name: str, value: float, to_best: tuple[float, float], **fields: Any) -> dict[str, Any]:
+    figure = {"value": value, "interval": [value - 0.05, value + 0.05]}
+    return {
+        "name": name, "folds": True, "instead_of_folding": "", "failure": None, "learning_rate": 1e-4,
+        "quality": {"exact_match": figure}, "search": [], "curve": [[0, 2.0], [5, 1.0]], "trainable_parameters": 1000,
+        "total_parameters": 9000, "peak_memory_bytes": 10**9, "adapter_bytes": 10**6, "seconds": 60.0,
+        "to_best": {"exact_match": {"difference": sum(to_best) / 2, "interval": list(to_best)}},
+        "forgetting": {"value": 0.1, "interval": [0.05, 0.15]}, **fields,
+    }  # fmt: skip
+
+
+def figures_of(*methods: dict[str, Any], best: str) -> dict[str, Any]:
+    return {
+        "methods": list(methods), "best": best, "primary": "exact_match", "units": {"exact_match": "share"}, "test_rows": 50,
+        "seeds": 3, "untuned": {"exact_match": {"value": 0.0, "interval": [0.0, 0.1]}}, "untuned_general": 3.0,
+        "budget": {"steps": 5, "seconds": None}, "base": "b", "disagreements": [], "conclusion": [],
+    }  # fmt: skip
+
+
+FULL = method("full", 0.8, (0.0, 0.0), adapter_bytes=5 * 10**8, peak_memory_bytes=4 * 10**9)
+LORA = method("lora", 0.79, (-0.05, 0.03))
+PREFIX = method("prefix", 0.5, (-0.4, -0.2), folds=False, adapter_bytes=10**5)
+
+
+def test_the_words_follow_the_figures() -> None:
+    text = " ".join(conclude(figures_of(FULL, LORA, PREFIX, best="full")))
+    assert "full has the best exact match: 80.0% (95% interval 75.0% to 85.0%)" in text
+    assert "lora cannot be told apart from it" in text
+    assert "prefix is behind by 30.0% (20.0% to 40.0%)" in text
+    assert "If one merged model is wanted, take lora" in text and "prefix cannot be merged" in text
+    assert "If memory is short, take lora: 1.00 GB" in text or "If memory is short, take lora: 1 GB" in text
+    worse = copy.deepcopy(LORA)
+    worse["to_best"]["exact_match"]["interval"] = [-0.3, -0.1]
+    changed = " ".join(conclude(figures_of(FULL, worse, PREFIX, best="full")))
+    assert "lora is behind by" in changed and "take full, the best" in changed
+    assert "cannot be told apart" not in changed
+
+
+def test_the_words_tell_what_cannot_be_merged_failed_or_rests_on_one_seed() -> None:
+    best = method("prefix", 0.9, (0.0, 0.0), folds=False)
+    behind = method("lora", 0.3, (-0.7, -0.5))
+    failed = {**method("full", 0.0, (0, 0)), "failure": "diverged", "quality": {}}
+    figures = {**figures_of(best, behind, failed, best="prefix"), "seeds": 1}
+    text = " ".join(conclude(figures))
+    assert "none of the best will do: prefix cannot be merged. Take lora and accept the difference" in text
+    assert "full is not in the comparison: diverged" in text and "With one seed" in text
+    assert "lora" in make_page(figures) and "diverged" in make_page(figures)
+    assert "nothing to choose from" in " ".join(conclude(figures_of(failed, best="")))
+
+
+def test_rows_where_methods_disagree_are_shown_with_everything_escaped() -> None:
+    answers = {"full": {"text": "<b>bold</b>", "value": 1.0}, "lora": {"text": "", "value": 0.0}}
+    figures = figures_of(FULL, LORA, best="full")
+    figures["disagreements"] = [{"row": "r:1", "prompt": "<script>", "expected": "x & y", "answers": answers}]
+    page = make_page(figures)
+    assert "Where they disagree" in page and "&lt;b&gt;bold" in page and "x &amp; y" in page
+    assert "<script" not in page and "<b>bold" not in page and "<i>empty</i>" in page
+
+
+def test_a_scatter_counts_in_powers_of_ten_where_values_need_it() -> None:
+    def marks(*xs: float) -> list[Mark]:
+        return [Mark(f"m{x}", x, 0.5, 0.4, 0.6, "m0", "tip") for x in xs]
+
+    assert "100 k" in scatter_chart(marks(2e4, 3e6), title="t", x_label="x", y_label="y")
+    assert "2.5" in scatter_chart(marks(2.0, 3.0), title="t", x_label="x", y_label="y")
+    assert scatter_chart([], title="t", x_label="x", y_label="y") == ""
