@@ -307,3 +307,58 @@ def test_a_plain_folder_still_loads_beside_the_library(library, tmp_path):
     mine = logits(base)
     base.use("alpha")
     assert torch.equal(logits(base), mine)
+
+
+# torch.compile
+
+
+def test_one_compiled_forward_serves_every_adapter_of_the_same_shapes(library):
+    from torch._dynamo.testing import CompileCounter  # runs the graph as it is: no C++ compiler is needed
+
+    base = make_base(library)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return base.model(ids, use_cache=False).logits
+
+    expected = {}
+    with torch.no_grad():
+        for name in NAMES:
+            base.use(name)
+            expected[name] = forward(IDS)
+        assert torch._dynamo.explain(forward)(IDS).graph_break_count == 0
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(forward, backend=counter)
+        for name in (*NAMES, *NAMES):
+            base.use(name)
+            assert torch.equal(compiled(IDS), expected[name])
+        assert counter.frame_count == 1
+        for name in (*NAMES, *NAMES):
+            with base.using(name):
+                assert torch.equal(compiled(IDS), expected[name])
+        assert counter.frame_count == 2  # once for what a thread holds
+        base.use(["alpha", "beta"], weights=[0.5, 2.0])
+        assert torch.allclose(compiled(IDS), forward(IDS), atol=1e-5)
+        base.use(None)
+        assert torch.equal(compiled(IDS), make_base().model(IDS, use_cache=False).logits)
+    torch._dynamo.reset()
+
+
+def test_an_adapter_that_trains_whole_modules_is_right_when_compiled(library):
+    from torch._dynamo.testing import CompileCounter
+
+    base = make_base()
+    for seed, name in enumerate("ab"):
+        fill(base.attach(LoRA(rank=2, alpha=3, train_modules=["model.norm"]), name=name), seed)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return base.model(ids, use_cache=False).logits
+
+    compiled = torch.compile(forward, backend=CompileCounter())
+    with torch.no_grad():
+        for name in ("a", "b", None, "a"):
+            base.use(name)
+            assert torch.allclose(compiled(IDS), forward(IDS), atol=1e-5)
+            with base.using("b"):
+                assert torch.allclose(compiled(IDS), forward(IDS), atol=1e-5)
+    torch._dynamo.reset()

@@ -48,6 +48,7 @@ def attach(
     except BaseException:
         unwrap(model, name)
         raise
+    routing.attached[name] = attachment
     return attachment
 
 

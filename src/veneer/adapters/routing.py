@@ -5,9 +5,10 @@ one after the other, so a forward that must not see a switch of another thread h
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,20 @@ from torch import Tensor, nn
 Active = tuple[tuple[str, float], ...]
 
 
+class Attached(Protocol):
+    """What is read of an adapter (site.Attachment): path -> layer."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]: ...
+
+
+Acting = tuple[tuple[Attached, float], ...]
+
+
 class _OfThread(threading.local):
     active: Active | None = None
     """What this thread holds; None: what all threads see."""
+    acting: Acting | None = None
     forwards: int = 0
     """Depth of forwards in progress that hold by themselves."""
 
@@ -28,6 +40,7 @@ class Routing:
     rows: (M) dropout keys of the rows of the forward in progress; None while not training: no dropout.
     step: counts optimizer steps and micro-batches, so that every one draws another mask.
     lock: around changes of what acts, and around taking adapters away.
+    attached: the adapters on the base, by name, for as long as somebody else holds them.
     """
 
     def __init__(self, active: Active = ()) -> None:
@@ -37,11 +50,11 @@ class Routing:
         self.rows: Tensor | None = None
         self.step = 0
         self.lock = threading.RLock()
+        self.attached: WeakValueDictionary[str, Attached] = WeakValueDictionary()
+        self._acting: Acting = ()
 
     @property
     def active(self) -> Active:
-        if torch.compiler.is_compiling():
-            return self._active
         held = self._of_thread.active
         return self._active if held is None else held
 
@@ -49,10 +62,20 @@ class Routing:
     def active(self, value: Active) -> None:
         with self.lock:
             if self._of_thread.active is None:
-                self._active = value
+                self._active, self._acting = value, self._found(value)
             else:
-                self._of_thread.active = value
+                self._of_thread.active, self._of_thread.acting = value, self._found(value)
                 self._held[threading.get_ident()][-1] = value
+
+    @property
+    def acting(self) -> Acting:
+        """(adapter, weight) of the active ones: what a compiled forward reads. It holds no names, so torch compiles
+        once for all adapters of the same shapes and scaling."""
+        held = self._of_thread.acting
+        return self._acting if held is None else held
+
+    def _found(self, active: Active) -> Acting:
+        return tuple((self.attached[name], weight) for name, weight in active if name in self.attached)
 
     @contextmanager
     def held(self, active: Active | None = None) -> Iterator[None]:
@@ -78,7 +101,7 @@ class Routing:
     def _hold(self, active: Active) -> None:
         with self.lock:
             self._held.setdefault(threading.get_ident(), []).append(active)
-            self._of_thread.active = active
+            self._of_thread.active, self._of_thread.acting = active, self._found(active)
 
     def _release(self, before: Active | None) -> None:
         with self.lock:
@@ -87,6 +110,7 @@ class Routing:
             if not mine:
                 del self._held[threading.get_ident()]
             self._of_thread.active = before
+            self._of_thread.acting = None if before is None else self._found(before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
         return Routing(self._active)

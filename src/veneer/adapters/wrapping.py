@@ -27,12 +27,19 @@ class AdaptedModule(nn.Module):
         """Adapter name -> the base's own parameters (by name) that this adapter replaces by trained ones."""
         self.training = base.training
 
+    path = ""
+    """The base's own path of the module that it stands at."""
+
     def acting(self) -> list[tuple[Any, float]]:
         """(layer, weight) of the active adapters, in their order; each wrapper knows what its layers are."""
+        if torch.compiler.is_compiling():  # by path, not by name: a compiled forward is then every adapter's
+            return [(a.layers[self.path], w) for a, w in self.routing.acting if self.path in a.layers]
         return [(self.layers[n], w) for n, w in self.routing.active if n in self.layers]
 
     def replaced(self) -> dict[str, nn.Parameter]:
         """The values of the first active adapter that replaces any."""
+        if not self.values:
+            return {}
         for name, _ in self.routing.active:
             if name in self.values:
                 return self.values[name]
@@ -96,6 +103,7 @@ def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> 
             return module
         module = module.base
     wrapper = kind(outermost, routing)
+    wrapper.path = path
     setattr(parent, last, wrapper)
     return wrapper
 
