@@ -274,7 +274,6 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"into": "original"}, "is not quantised"),
         ({"quantize": "nf4"}, "say --into original or --into dequantised"),
         ({"quantize": "nf4", "into": "dequantised", "original": "x"}, "only with --into original"),
     ],

@@ -33,6 +33,9 @@ from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.evaluate.user_function import UserFunction
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
+from veneer.merge.export_run import export_adapter as export_adapter
+from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
+from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
@@ -295,7 +298,7 @@ def evaluate(
 
 def merge(
     base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
-    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, into: Into | None = None,
+    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, keep_dense: Sequence[str] = (), into: Into | None = None,
     original: str | None = None, data: str | None = None, check_logits: bool = True, force_base: bool = False,
 ) -> MergeReport:  # fmt: skip
     """Merge adapter folders, each with its weight, into their base and write it as a folder; see merge/folder.py."""
@@ -305,7 +308,7 @@ def merge(
         loaded = load_data(**fields.model_dump(), length=2048, tokenizer=load_tokenizer(base))
         rows = [example.ids.tolist() for example in loaded.train]
     return merge_adapters(
-        base, adapters, out=out, dtype=dtype, stochastic=stochastic, seed=seed, quantize=quantize, into=into,
+        base, adapters, out=out, dtype=dtype, stochastic=stochastic, seed=seed, quantize=quantize, keep_dense=keep_dense, into=into,
         original=original, rows=rows, check_logits=check_logits, force_base=force_base,
     )  # fmt: skip
 

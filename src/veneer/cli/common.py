@@ -80,7 +80,7 @@ def load_base(args: argparse.Namespace) -> Base:
     quantize = args.quantize
     if quantize is None and adapter is not None and not args.force_base:
         quantize = trained_over(adapter)
-    keep_dense = _kept_dense(adapter) if adapter is not None and quantize in ("nf4", "fp4") else []
+    keep_dense = kept_dense(adapter) if adapter is not None and quantize in ("nf4", "fp4") else []
     base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
@@ -144,7 +144,7 @@ def trained_over(folder: Path) -> Quantize | None:
     return next((name for name in FORMATS if name in parts), None)
 
 
-def _kept_dense(folder: Path) -> list[str]:
+def kept_dense(folder: Path) -> list[str]:
     """What the adapter's run left dense, from the recipe that the adapter keeps."""
     file = folder / "veneer.json"
     recipe = read_json(file).get("recipe") if file.is_file() else None

@@ -30,6 +30,8 @@ COMMANDS = {
     "merge": "merge adapters into their base: a plain model folder, checked against the adapter",
     "combine": "make one adapter of several: the exact sum, or a smaller one with its error",
     "extract": "make an adapter out of a fully fine-tuned model",
+    "export": "write an adapter for PEFT, vLLM or llama.cpp",
+    "lint": "what another program would refuse of an adapter, or apply wrongly",
     "quantize": "write a base in 4 bits, as a folder that transformers loads too",
     "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
 }

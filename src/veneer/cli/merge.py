@@ -20,6 +20,7 @@ from veneer.cli.common import (
     add_json,
     add_library,
     base_and_adapter,
+    kept_dense,
     make_console,
     print_json,
     trained_over,
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=FORMATS,
-        help="how the base was held in training; default: as the first adapter says",
+        help="how the base was held in training; default: what the adapter says",
     )
     parser.add_argument(
         "--into", choices=["original", "dequantised"], help="over a quantised base: the weights to add to"
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     quantize = args.quantize or (None if args.force_base else trained_over(folders[0]))
     report = api.merge(
         base, list(zip(folders, weights, strict=True)), out=args.out, dtype=args.dtype, stochastic=args.stochastic,
-        seed=args.seed, quantize=quantize, into=args.into, original=args.original, data=args.data,
+        seed=args.seed, quantize=quantize, keep_dense=kept_dense(folders[0]), into=args.into, original=args.original, data=args.data,
         check_logits=not args.no_logits, force_base=args.force_base,
     )  # fmt: skip
     if args.json:
@@ -130,12 +131,12 @@ def _print(report: MergeReport, console: Console) -> None:
 def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
     """The update's size, how much of it is left, and that for each layer."""
     lines = [
-        f"  update {percent_of(whole.relative_size)} of the weights' size"
-        f" · {whole.share:.1%} of it is left after rounding, error {percent_of(whole.error)}",
-        "  left in each layer",
+        f"  the update is {percent_of(whole.relative_size)} of the weights' size",
+        f"  {whole.share:.1%} of it is left after rounding, beside an error of {percent_of(whole.error)} of it",
     ]
     if {f"{part.share:.1%}" for part in layers.values()} == {"100.0%"}:
-        return [lines[0], f"  all of it in each of the {len(layers)} layers and modules outside them"]
+        return lines
+    lines.append("  left in each layer")
     numbered = [f"{name:>4} {part.share:>6.1%}" for name, part in layers.items() if name.isdigit()]
     lines += ["  " + "".join(numbered[start : start + 6]) for start in range(0, len(numbered), 6)]
     lines += [f"  {part.share:>6.1%} {name}" for name, part in layers.items() if not name.isdigit()]
@@ -143,7 +144,7 @@ def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
 
 
 def percent_of(share: float) -> str:
-    return f"{100 * share:.2g}%"
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
 
 
 def logit_lines(what: str, check: LogitCheck, *, effect: str = "adapter against base") -> list[str]:

@@ -107,7 +107,7 @@ def merge_into_folder(
 ) -> MergeReport:  # fmt: skip
     """Merges loaded adapters (name, weight) into a new folder. The base is left without these adapters.
 
-    dtype         None: each weight in the type the base stores it in
+    dtype         None: each weight in the type the base stores it in (quantised ones: as most of the others)
     stochastic    round up or down at random (by seed) so that every weight is right on average
     rows          token ids to compare logits on; None: built-in texts
     check_logits  False: for a base that does not run on this machine; the report then says so
@@ -245,12 +245,12 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _common(stored: Mapping[str, Stored]) -> torch.dtype:
-    """The type most values have; float32 where most are stored quantised."""
+    """The type of most values that are stored as they are; float32 where all are quantised."""
     counts: dict[torch.dtype, int] = {}
     for each in stored.values():
-        if each.dtype.is_floating_point:
+        if each.dtype.is_floating_point and not each.quantised:
             counts[each.dtype] = counts.get(each.dtype, 0) + each.shape.numel()
-    return max(counts, key=lambda dtype: counts[dtype])
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def _refuse_lost(weights: Mapping[str, Survival], dtype: str, stochastic: bool, least: float) -> None:

@@ -25,22 +25,22 @@ Into = Literal["original", "dequantised"]
 
 def merge_adapters(
     base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
-    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, into: Into | None = None,
+    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, keep_dense: Sequence[str] = (), into: Into | None = None,
     original: str | None = None, rows: Sequence[list[int]] | None = None, check_logits: bool = True,
     force_base: bool = False, device: str = "cpu",
 ) -> MergeReport:  # fmt: skip
     """Merges adapter folders, each with its weight, into the base that `base` names; see merge_into_folder.
 
-    quantize, into, original  for adapters trained over a quantised base: how it was held, what is merged into, and
+    quantize, keep_dense, into, original  for adapters trained over a quantised base: how it was held, what is merged into, and
                               where the original weights are (None: in `base` itself)
     """
-    if faults := _into_faults(base, quantize, into, original):
-        raise ConfigError("what is merged into is not clear", faults, _INTO_STEP)
+    refuse_unclear(base, quantize is not None, into, original)
     stored = [(read_adapter(folder), weight) for folder, weight in adapters]
     refuse_unfoldable({str(adapter.folder): adapter.config for adapter, _ in stored})
     names = _names([adapter.folder for adapter, _ in stored])
     acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
-    loaded = load_base(base, device=device, quantize=quantize)
+    loaded = load_base(base, device=device, quantize=quantize, keep_dense=keep_dense)
+    refuse_unclear(base, loaded.quantize is not None, into, original, loaded=True)
     for name, (adapter, _) in zip(names, stored, strict=True):
         load_adapter(loaded, adapter, name=name, force_base=force_base)
     as_trained: Reference | None = None
@@ -69,28 +69,33 @@ def merge_adapters(
     )  # fmt: skip
 
 
-_INTO_STEP = (
+INTO_STEP = (
     "--into dequantised keeps what was trained; --into original takes the weights before quantisation. "
     "veneer merge never quantises again: most of an update is smaller than a 4-bit step."
 )
 
 
-def _into_faults(base: str, quantize: Quantize | None, into: Into | None, original: str | None) -> list[str]:
+def refuse_unclear(
+    base: str, packed: bool, into: Into | None, original: str | None, *, loaded: bool = False
+) -> None:
+    """ConfigError where it is not said, or said in vain, which weights are merged into.
+
+    packed: the base is held quantised; loaded: that is certain, a folder may hold packed weights by itself.
+    """
+    packed = packed or base.endswith(".gguf")
     faults = []
-    packed_file = base.endswith(".gguf")
-    if (quantize is not None or packed_file) and into is None:
-        faults.append(
-            f"{base} is {'held as ' + quantize if quantize else 'a .gguf file'}: say --into original or --into dequantised"
-        )
-    if into is not None and quantize is None and not packed_file:
+    if packed and into is None:
+        faults.append(f"{base} is held quantised: say --into original or --into dequantised")
+    if loaded and into is not None and not packed:
         faults.append(
             f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training"
         )
-    if into == "original" and packed_file and original is None:
+    if into == "original" and base.endswith(".gguf") and original is None:
         faults.append("--into original over a .gguf file: name the original weights with --original")
     if into != "original" and original is not None:
         faults.append("--original is read only with --into original")
-    return faults
+    if faults:
+        raise ConfigError("what is merged into is not clear", faults, INTO_STEP)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -1,0 +1,126 @@
+"""Write an adapter for another program: PEFT, vLLM, or llama.cpp; or base and adapter as one .gguf model.
+
+  peft   PEFT's two files as they are
+  vllm   one rank and one scaling for all modules, which is what vLLM reads
+  gguf   an adapter file for llama.cpp's --lora; with --merged the whole model, f16 or q8_0
+
+For instance:
+
+  veneer export runs/tickets --to vllm --out served
+  veneer export runs/tickets --to gguf --out tickets.gguf
+  veneer export runs/tickets --to gguf --merged --type q8_0 --out model.gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from veneer.cli.common import (
+    adapter_folder,
+    add_json,
+    add_library,
+    base_and_adapter,
+    make_console,
+    print_json,
+    trained_over,
+)
+from veneer.errors import ConfigError
+from veneer.train.wording import size
+
+if TYPE_CHECKING:
+    from veneer.merge.gguf_model import GGUFReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+    )
+    parser.add_argument("--to", required=True, choices=["peft", "vllm", "gguf"])
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="folder (gguf: file) to write; it must not exist"
+    )
+    parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
+    parser.add_argument("--merged", action="store_true", help="gguf: the base with the adapter in it")
+    parser.add_argument(
+        "--type",
+        choices=["f32", "f16", "q8_0"],
+        help="gguf: adapter f32 (default) or f16; merged f16 (default) or q8_0",
+    )
+    parser.add_argument(
+        "--into",
+        choices=["original", "dequantised"],
+        help="merged, over a quantised base: the weights to add to",
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="merged: though it was trained on another base"
+    )
+    add_library(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer import api
+
+    base, folder = base_and_adapter(args.base, args.adapter, args.library)
+    _check(args)
+    console = make_console(json=args.json)
+    if args.merged:
+        report = api.export_merged_gguf(
+            [(adapter_folder(args.adapter, args.library), 1.0)],
+            base=base,
+            out=args.out,
+            type=args.type or "f16",
+            quantize=None if args.force_base else trained_over(adapter_folder(args.adapter, args.library)),
+            into=args.into,
+            force_base=args.force_base,
+        )
+        if args.json:
+            print_json(
+                {
+                    "out": str(report.out),
+                    "bytes": report.bytes,
+                    "type": report.type,
+                    "survival": report.total.share,
+                }
+            )
+        else:
+            console.print("\n".join(_merged_lines(report)), soft_wrap=True)
+        return 0
+    assert folder is not None
+    made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32")
+    if args.json:
+        print_json({"out": str(made.out), "bytes": made.bytes, "notes": made.notes})
+    else:
+        console.print(
+            "\n".join([f"{made.out}: {size(made.bytes)}, for {args.to}", *(f"  {n}" for n in made.notes)]),
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    faults = []
+    if args.to != "gguf":
+        faults += ["--merged: a merged folder is made by veneer merge"] if args.merged else []
+        faults += [f"--type {args.type}: only .gguf files have one"] if args.type else []
+    elif args.type == ("f32" if args.merged else "q8_0"):
+        faults.append(
+            f"--type {args.type}: "
+            + ("merged models are f16 or q8_0" if args.merged else "adapters are f32 or f16")
+        )
+    if args.into and not args.merged:
+        faults.append(f"--into {args.into}: only a merged model is added to weights")
+    if args.force_base and not args.merged:
+        faults.append("--force-base: only a merged model is computed from the base's weights")
+    if faults:
+        raise ConfigError("these options do not go together", faults)
+
+
+def _merged_lines(report: GGUFReport) -> list[str]:
+    from veneer.cli.merge import survival_lines
+
+    lines = [f"{report.out}: {size(report.bytes)}, {report.type}, sums in float32"]
+    if report.f16_instead:
+        lines.append(f"  {report.f16_instead} matrices stay f16: their rows are no multiple of 32")
+    return lines + (survival_lines(report.total, report.layers) if report.weights else [])

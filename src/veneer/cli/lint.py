@@ -1,0 +1,44 @@
+"""Say what another program would refuse of an adapter, or apply wrongly; exit code 4 if anything.
+
+For instance:
+
+  veneer lint runs/tickets --for vllm
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+    )
+    parser.add_argument(
+        "--for", dest="consumer", required=True, choices=["vllm", "llamacpp", "transformers", "peft"]
+    )
+    parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
+    add_library(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer import api
+
+    base, folder = base_and_adapter(args.base, args.adapter, args.library)
+    assert folder is not None
+    findings = api.lint_adapter(folder, args.consumer, base=base)
+    console = make_console(json=args.json)
+    if args.json:
+        print_json({"adapter": str(folder), "for": args.consumer, "findings": [asdict(f) for f in findings]})
+    for finding in findings:
+        kind = "silently wrong" if finding.silent else "refused"
+        console.print(f"{kind:<15}{finding.what}", soft_wrap=True)
+        if finding.mended:
+            console.print(f"{'':<15}→ {finding.mended}", soft_wrap=True)
+    if not findings:
+        console.print(f"{args.consumer} takes {folder} as it is", soft_wrap=True)
+    return 4 if findings else 0

@@ -1,0 +1,87 @@
+"""Adapters in the form that others take: PEFT's folder, one that vLLM applies as it is meant, llama.cpp's file.
+
+vLLM reads one rank and one alpha for all modules and passes over patterns in silence, so here every update is padded
+with zeros to one rank that vLLM allows and has scaling 1: nothing is left for it to misread.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.errors import RefusedError
+from veneer.merge.adapters import Placed, attachment_of, common_base, descended
+from veneer.merge.combine import Update
+from veneer.models.skeleton import Skeleton
+from veneer.store.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
+from veneer.store.atomic import atomic_folder
+from veneer.store.manifest import MANIFEST_NAME
+from veneer.store.peft_config import CONFIG_NAME
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What --max-lora-rank takes; 16 where it is not given."""
+VLLM_DEFAULT_RANK = 16
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """notes: what the one who uses it must know."""
+
+    out: Path
+    bytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def vllm_faults(placed: Placed, model: Any) -> list[str]:
+    """What vLLM refuses, or passes over in silence, and no rewriting mends."""
+    faults = [f"{name}: a value trained in full; vLLM reads low-rank factors alone" for name in placed.values]
+    largest = max(update.A.shape[-2] for update in placed.updates.values())
+    if largest > VLLM_RANKS[-1]:
+        faults.append(
+            f"rank {largest}: vLLM takes up to {VLLM_RANKS[-1]}; veneer combine A --how svd --rank 512 cuts it"
+        )
+    return faults
+
+
+def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, *, base: str) -> ExportReport:
+    """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
+    if faults := vllm_faults(placed, skeleton.model):
+        raise RefusedError(
+            "vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge."
+        )
+    largest = max(update.A.shape[-2] for update in placed.updates.values())
+    rank = next(legal for legal in VLLM_RANKS if legal >= largest)
+    updates = {where: padded(update, rank) for where, update in placed.updates.items()}
+    made = attachment_of(updates, {}, [], skeleton.model, rank=rank)
+    manifest = descended(common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)])
+    written = write_adapter(out, made, manifest, model=skeleton.model)
+    notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
+    return ExportReport(Path(out), written.bytes, notes)
+
+
+def padded(update: Update, rank: int) -> Update:
+    """The same update at a larger rank: rows of A and columns of B that are zero."""
+    extra = rank - update.A.shape[-2]
+    zeros_A = torch.zeros(*update.A.shape[:-2], extra, update.A.shape[-1], dtype=update.A.dtype)
+    zeros_B = torch.zeros(*update.B.shape[:-1], extra, dtype=update.B.dtype)
+    return Update(torch.cat([update.A, zeros_A], dim=-2), torch.cat([update.B, zeros_B], dim=-1))
+
+
+def export_peft(stored: StoredAdapter, out: str | Path) -> ExportReport:
+    """PEFT's two files as they are, byte for byte. RefusedError for methods that PEFT has no layout for."""
+    config: Mapping[str, Any] = json.loads((stored.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if str(config.get("peft_type", "")).startswith("VENEER"):
+        raise RefusedError(
+            f"PEFT has no method {config['peft_type']}: only Veneer computes this adapter",
+            next_step="Keep it as it is, or serve it with veneer serve.",
+        )
+    needed = (stored.folder / WEIGHTS_NAME).stat().st_size
+    with atomic_folder(out, needed_bytes=needed) as partial:
+        for name in (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME):
+            if (stored.folder / name).is_file():
+                shutil.copyfile(stored.folder / name, partial / name)
+    return ExportReport(Path(out), needed)

@@ -1,0 +1,71 @@
+"""A whole export, from an adapter's folder to what another program reads; and the check beforehand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from veneer.errors import ConfigError
+from veneer.merge.adapters import place
+from veneer.merge.export import ExportReport, export_peft, export_vllm
+from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
+from veneer.merge.gguf_model import GGUFReport, ModelType, write_gguf_model
+from veneer.merge.lint import Consumer, Finding, lint
+from veneer.merge.run import Into, refuse_unclear
+from veneer.models.load import load_base
+from veneer.models.skeleton import load_skeleton
+from veneer.quant.config import Quantize
+from veneer.store.adapter import load_adapter, read_adapter
+from veneer.store.atomic import atomic_file
+
+Target = Literal["peft", "vllm", "gguf"]
+
+
+def export_adapter(
+    folder: str | Path, *, to: Target, base: str, out: str | Path, dtype: AdapterType = "f32"
+) -> ExportReport:
+    """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf adapter's tensors."""
+    stored = read_adapter(folder)
+    if to == "peft":
+        return export_peft(stored, out)
+    skeleton = load_skeleton(base)
+    placed = place(stored, skeleton.model)
+    if to == "vllm":
+        return export_vllm(placed, skeleton, out, base=base)
+    _named_gguf(out)
+    with atomic_file(out) as partial:
+        size = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)
+    return ExportReport(Path(out), size)
+
+
+def export_merged_gguf(
+    adapters: Sequence[tuple[str | Path, float]], *, base: str, out: str | Path, type: ModelType = "f16",
+    quantize: Quantize | None = None, into: Into | None = None, force_base: bool = False,
+) -> GGUFReport:  # fmt: skip
+    """Writes base and adapters as one .gguf model. Metadata is copied where the base is a .gguf file itself.
+
+    quantize, into: for adapters trained over a quantised base, as in merge/run.py.
+    """
+    _named_gguf(out)
+    if quantize is not None:
+        refuse_unclear(base, True, into, None)
+    loaded = load_base(base, device="cpu", quantize=None if into == "original" else quantize)
+    force_base = force_base or into == "original"  # its fingerprint is the quantised base's
+    acting = []
+    for number, (folder, weight) in enumerate(adapters, 1):
+        name = f"{number}:{Path(folder).name}"
+        load_adapter(loaded, folder, name=name, force_base=force_base)
+        acting.append((name, weight))
+    source = Path(base).expanduser() if base.endswith(".gguf") else None
+    return write_gguf_model(loaded, acting, out, type=type, source_file=source)
+
+
+def lint_adapter(folder: str | Path, consumer: Consumer, *, base: str) -> list[Finding]:
+    """What the consumer would refuse of the adapter, or apply wrongly. base: only its config is read."""
+    return lint(read_adapter(folder), load_skeleton(base).model, consumer)
+
+
+def _named_gguf(out: str | Path) -> None:
+    if Path(out).suffix != ".gguf":
+        raise ConfigError(
+            f"{out} is to be a file called ….gguf", next_step=f"Give --out {Path(out).with_suffix('.gguf')}."
+        )

@@ -1,0 +1,214 @@
+"""A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor by tensor.
+
+Matrices whose rows are no multiple of 32 stay f16 in a Q8_0 file, as llama.cpp's own quantiser leaves them. How much of
+the update is left is measured on what the file decodes to. Metadata and tokenizer come from the base: from its own .gguf
+file where it is one, else they are written as llama.cpp's converter would.
+Source: llama.cpp, convert_hf_to_gguf.py.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gguf import (
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    dequantize,
+    quantize,
+)
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from veneer.adapters.attach import detach
+from veneer.errors import RefusedError
+from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
+from veneer.merge.folder import LEAST_SURVIVAL, by_layer
+from veneer.merge.gguf_names import Names, names_of
+from veneer.merge.gguf_tokenizer import write_tokenizer
+from veneer.merge.rounding import Survival, survival, total
+from veneer.models.base import Base
+from veneer.store.atomic import atomic_file
+
+ModelType = Literal["f16", "q8_0"]
+_FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+_BLOCK = 32
+_NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
+
+
+@dataclass(frozen=True)
+class GGUFReport:
+    """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot hold."""
+
+    out: Path
+    bytes: int
+    type: ModelType
+    weights: Mapping[str, Survival]
+    f16_instead: int
+
+    @property
+    def total(self) -> Survival:
+        return total(self.weights.values())
+
+    @property
+    def layers(self) -> dict[str, Survival]:
+        return by_layer(self.weights)
+
+
+def write_gguf_model(
+    base: Base, names: Sequence[tuple[str, float]], out: str | Path, *, type: ModelType, source_file: Path | None = None,
+    least_survival: float = LEAST_SURVIVAL,
+) -> GGUFReport:  # fmt: skip
+    """Merges loaded adapters (none: the base alone) into a new file. The base is left without these adapters.
+
+    source_file: the .gguf file that the base came from, whose metadata is copied.
+    RefusedError: a family or a tokenizer that is not known here, or too little of the update is left.
+    """
+    wanted = wanted_weights(base.model, [(base.attachments[name], weight) for name, weight in names])
+    base.routing.active = ()
+    for name, _ in names:
+        detach(base.model, name)
+        del base.attachments[name]
+    where = names_of(base.config)
+    tied = tied_names(base.model)
+    parted = {alias for alias, source in tied.items() if alias in wanted or source in wanted}
+    stored = {n: s for n, s in stored_tensors(base.model).items() if n not in tied or n in parted}
+    if homeless := [name for name in stored if where.of(name) is None]:
+        raise RefusedError(
+            "these weights have no place in a .gguf file",
+            homeless[:8],
+            "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
+        )
+    kinds = {name: _kind(s, type) for name, s in stored.items()}
+    kept: dict[str, Survival] = {}
+    with atomic_file(out) as partial:
+        writer = GGUFWriter(partial, where.architecture)
+        if source_file is not None:
+            _copy_metadata(writer, source_file)
+        else:
+            _write_hyperparameters(writer, base.config, where)
+            write_tokenizer(writer, base.tokenizer, base.config.vocab_size)
+        writer.add_file_type(_FILE_TYPES[type])
+        writer.add_quantization_version(2)
+        _announce(writer, stored, kinds, where)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for extra in _rope_factors(base.config):
+            writer.write_tensor_data(extra)
+        for name, s in stored.items():
+            data, left = _encoded(s.read(), wanted.get(name), kinds[name], where, str(where.of(name)))
+            writer.write_tensor_data(data)
+            if left is not None:
+                kept[name] = left
+        writer.close()
+        whole = total(kept.values())
+        if abs(1 - whole.share) > 1 - least_survival:
+            raise RefusedError(
+                f"{whole.share:.0%} of the update is left in {type}, below {least_survival:.0%}: nothing was written",
+                [f"the update is {whole.relative_size:.2g} of the weights' size"],
+                "Take --type f16, or export the adapter alone: llama.cpp adds it at run time.",
+            )
+    f16 = sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if type == "q8_0" else 0
+    return GGUFReport(Path(out), Path(out).stat().st_size, type, kept, f16)
+
+
+def _kind(stored: Stored, type: ModelType) -> GGMLQuantizationType:
+    if len(stored.shape) < 2:
+        return GGMLQuantizationType.F32
+    if type == "q8_0" and stored.shape[-1] % _BLOCK == 0:
+        return GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType.F16
+
+
+def _announce(
+    writer: GGUFWriter, stored: Mapping[str, Stored], kinds: Mapping[str, GGMLQuantizationType], where: Names
+) -> None:
+    for name, s in stored.items():
+        kind, shape = kinds[name], tuple(s.shape)
+        if kind == GGMLQuantizationType.Q8_0:
+            row = shape[-1] // _BLOCK * 34
+            shape_in_bytes = (*shape[:-1], row)
+            size = int(np.prod(shape_in_bytes))
+            writer.add_tensor_info(
+                str(where.of(name)), shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind
+            )
+        else:
+            dtype = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
+            writer.add_tensor_info(str(where.of(name)), shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+
+
+def _encoded(
+    stored: Tensor, wanted: Any, kind: GGMLQuantizationType, where: Names, gguf_name: str
+) -> tuple[np.ndarray[Any, Any], Survival | None]:
+    own = stored.float().cpu()
+    new: Tensor = own if wanted is None else wanted(own)
+    data = quantize(where.rows(gguf_name, new).contiguous().numpy(), kind)
+    if wanted is None:
+        return data, None
+    decoded = torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(new.shape)
+    # both in the file's row order, which does not matter to sums
+    return data, survival(where.rows(gguf_name, own), where.rows(gguf_name, new), decoded)
+
+
+def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names) -> None:
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    faults = []
+    if rope.get("rope_type", "default") not in ("default", "llama3"):
+        faults.append(f"rotary scaling {rope['rope_type']}")
+    layers = getattr(config, "layer_types", None) or []
+    if getattr(config, "sliding_window", None) and (
+        config.model_type == "mistral" or "sliding_attention" in layers
+    ):
+        faults.append(f"a sliding window of {config.sliding_window}")
+    if rope.get("rope_type") == "llama3":
+        writer.add_tensor_info("rope_freqs.weight", (head_dim // 2,), np.dtype(np.float32), head_dim // 2 * 4)
+    if faults:
+        raise RefusedError(
+            "this base has what is not written into .gguf files yet",
+            faults,
+            "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
+        )
+    writer.add_type("model")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(where.key_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(config: PreTrainedConfig) -> Iterator[np.ndarray[Any, Any]]:
+    """Llama 3's frequency divisors, the first tensor of its files: transformers' formula of rope_type llama3."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type") != "llama3":
+        return
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths, original = 2 * np.pi / frequencies, rope["original_max_position_embeddings"]
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
+    yield (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _copy_metadata(writer: GGUFWriter, source: Path) -> None:
+    """Everything the base's file says, but what is about its own types."""
+    for name, field in GGUFReader(source).fields.items():
+        if name.startswith(_NOT_COPIED):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, inner)

@@ -1,0 +1,114 @@
+"""What others would refuse of an adapter, or apply wrongly without a word: told before it goes there.
+
+A finding is a refusal (it fails to load), or worse, a silent one: it loads and computes something else.
+Facts: PEFT 0.21, transformers 5.24, vLLM's LoRA loader, llama.cpp's convert_lora_to_gguf.py and its file reader.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from veneer.errors import VeneerError
+from veneer.merge.adapters import Placed, place
+from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
+from veneer.merge.gguf_adapter import gguf_adapter_faults
+from veneer.store.adapter import StoredAdapter
+
+Consumer = Literal["vllm", "llamacpp", "transformers", "peft"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """silent: it loads there and answers wrongly. mended: the command that makes it right, if there is one."""
+
+    silent: bool
+    what: str
+    mended: str = ""
+
+
+def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Consumer) -> list[Finding]:
+    """Everything that stands in the way; empty: it is applied as it was trained. model: the base or its skeleton."""
+    kind = stored.config.name
+    if kind.startswith("bottleneck"):
+        return [Finding(False, f"method {kind}: no layout that anyone else reads", "veneer serve runs it")]
+    try:
+        placed = place(stored, model)
+    except VeneerError as fault:
+        return [*_BEYOND_LORA[consumer](stored, fault)]
+    return [*_LORA[consumer](placed, model)]
+
+
+def _differing(placed: Placed) -> list[str]:
+    """Why one rank and one alpha / rank do not say this adapter's scalings."""
+    settings = placed.settings
+    names = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+    return [name for name, pattern in names.items() if pattern]
+
+
+def _vllm(placed: Placed, model: PreTrainedModel) -> list[Finding]:
+    export = "veneer export --to vllm writes it so that it is right"
+    findings = [
+        Finding(True, f"{name}: vLLM ignores it, the scaling is wrong", export) for name in _differing(placed)
+    ]
+    findings += [
+        Finding(False, f"{name}: a value trained in full", "veneer merge, then serve the merged model")
+        for name in placed.values
+    ]
+    if (rank := max(u.A.shape[-2] for u in placed.updates.values())) > VLLM_DEFAULT_RANK:
+        legal = next((r for r in VLLM_RANKS if r >= rank), None)
+        way = f"start it with --max-lora-rank {legal}" if legal else "veneer combine A --how svd --rank 512"
+        findings.append(
+            Finding(False, f"rank {rank}: vLLM takes {VLLM_DEFAULT_RANK} unless told otherwise", way)
+        )
+    return findings
+
+
+def _llamacpp(placed: Placed, model: PreTrainedModel) -> list[Finding]:
+    export = "veneer export --to gguf folds it in"
+    findings = [
+        Finding(True, f"{name}: its converter ignores it, the scaling is wrong", export)
+        for name in _differing(placed)
+    ]
+    if placed.settings.rslora:
+        findings.append(Finding(True, "rsLoRA: its converter ignores it, the scaling is wrong", export))
+    try:
+        findings += [
+            Finding(False, fault, "veneer export --to gguf --merged")
+            for fault in gguf_adapter_faults(placed, model)
+        ]
+    except VeneerError as fault:
+        findings.append(Finding(False, fault.headline, "llama.cpp's own converter, after veneer merge"))
+    return findings
+
+
+def _nothing(placed: Placed, model: PreTrainedModel) -> list[Finding]:
+    return []
+
+
+_LORA: Mapping[Consumer, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
+    "vllm": _vllm, "llamacpp": _llamacpp, "transformers": _nothing, "peft": _nothing,
+}  # fmt: skip
+
+
+def _not_read(stored: StoredAdapter, fault: VeneerError) -> list[Finding]:
+    return [Finding(False, fault.headline, "veneer merge, then use the merged model")]
+
+
+def _by_transformers(stored: StoredAdapter, fault: VeneerError) -> list[Finding]:
+    if stored.config.name == "dora":
+        what = "DoRA: transformers drops its magnitudes and starts new ones"
+        return [Finding(True, what, "load it with PEFT, or veneer merge")]
+    if stored.config.name == "prefix":
+        return [Finding(False, "prefix tuning: transformers' load_adapter refuses it", "load it with PEFT")]
+    return _not_read(stored, fault)
+
+
+def _by_peft(stored: StoredAdapter, fault: VeneerError) -> list[Finding]:
+    return [] if stored.config.folds or stored.config.name == "prefix" else _not_read(stored, fault)
+
+
+_BEYOND_LORA: Mapping[Consumer, Callable[[StoredAdapter, VeneerError], list[Finding]]] = {
+    "vllm": _not_read, "llamacpp": _not_read, "transformers": _by_transformers, "peft": _by_peft,
+}  # fmt: skip

@@ -1,0 +1,107 @@
+"""merge, combine, extract, export and lint as typed: what they print, what they write, how they end."""
+
+import json
+
+import pytest
+
+from tests.helpers import fill
+from tests.tiny import save_tiny
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.cli.main import main
+from veneer.models.load import load_base
+from veneer.store.adapter import manifest_for, write_adapter
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A base and two adapters in the working folder; the second has what vLLM would ignore."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = save_tiny(tmp_path / "base", "llama_untied")
+    base = load_base(str(folder))
+    for number, (name, fields) in enumerate(
+        {"a": {}, "b": {"rslora": True, "rank_pattern": {"v_proj": 2}}}.items()
+    ):
+        adapter = attach(
+            base.model,
+            LoRA(rank=4, alpha=7, **fields),
+            name=name,
+            routing=base.routing,
+            head=base.model.get_output_embeddings(),
+        )
+        fill(adapter.parameters().values(), seed=number, scale=0.2)
+        write_adapter(tmp_path / name, adapter, manifest_for(base, method="lora"), model=base.model)
+    return tmp_path
+
+
+def test_merge_prints_what_is_left_and_how_the_logits_compare(made, capsys):
+    assert main(["merge", "--adapter", "a", "--out", "m"]) == 0
+    said = capsys.readouterr().out
+    assert "sums in float32" in said and "of it is left after rounding" in said
+    assert "logits against the adapter on its base" in said and "same first choice 100.0%" in said
+    assert all(len(line) <= 80 for line in said.splitlines())
+    assert (made / "m" / "model.safetensors").is_file()
+
+
+def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
+    assert main(["merge", "--adapter", "a", "b", "--weights", "1", "-0.5", "--out", "m", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["layers"].keys() == {"0", "1"}
+    assert report["survival"]["survival"] == pytest.approx(1, abs=1e-4)
+    assert report["logits"]["mean_effect"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["merge", "--adapter", "a", "b", "--weights", "1", "--out", "m"], "2 adapters and 1 weights"),
+        (["merge", "--adapter", "a", "--into", "original", "--out", "m"], "is not quantised"),
+        (["combine", "a", "b", "--rank", "3", "--out", "c"], "keeps the exact sum"),
+        (["extract", "--base", "base", "--model", "base", "--out", "e"], "either a rank or an energy share"),
+        (["export", "a", "--to", "vllm", "--merged", "--out", "v"], "--merged: a merged folder is made by"),
+        (["export", "a", "--to", "gguf", "--type", "q8_0", "--out", "v.gguf"], "adapters are f32 or f16"),
+        (["export", "a", "--to", "gguf", "--out", "v"], "v.gguf"),
+    ],
+)
+def test_what_does_not_go_together_is_told_and_nothing_is_written(typed, said, made, capsys):
+    before = sorted(path.name for path in made.iterdir())
+    assert main(typed) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in made.iterdir()) == before
+
+
+def test_combine_prints_its_error(made, capsys):
+    assert main(["combine", "a", "b", "--how", "svd", "--rank", "2", "--out", "c"]) == 0
+    assert "of the exact weighted sum of the updates" in capsys.readouterr().out
+    assert main(["combine", "a", "b", "--out", "d", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] == 0
+
+
+def test_extract_prints_the_error_by_kind_of_module(made, capsys):
+    assert main(["merge", "--adapter", "a", "--out", "m", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["extract", "--base", "base", "--model", "m", "--rank", "2", "--out", "e"]) == 0
+    said = capsys.readouterr().out
+    assert "q_proj" in said and "all" in said and "the fine-tuned model" in said
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
+def test_lint_ends_with_4_where_something_would_go_wrong(made, capsys):
+    assert main(["lint", "b", "--for", "vllm"]) == 4
+    said = capsys.readouterr().out
+    assert "silently wrong" in said and "veneer export --to vllm" in said
+    assert main(["lint", "a", "--for", "vllm"]) == 0
+    capsys.readouterr()
+    assert main(["export", "b", "--to", "vllm", "--out", "v"]) == 0
+    assert main(["lint", "v", "--for", "vllm"]) == 0
+    capsys.readouterr()
+    assert main(["lint", "b", "--for", "llamacpp", "--json"]) == 4
+    assert {finding["silent"] for finding in json.loads(capsys.readouterr().out)["findings"]} == {True}
+
+
+@pytest.mark.parametrize("typed", [["--out", "x.gguf"], ["--merged", "--type", "q8_0", "--out", "x.gguf"]])
+def test_export_writes_a_gguf_file_and_says_so(typed, made, capsys):
+    assert main(["export", "a", "--to", "gguf", *typed]) == 0
+    assert "x.gguf: " in capsys.readouterr().out
+    assert (made / "x.gguf").read_bytes()[:4] == b"GGUF"
