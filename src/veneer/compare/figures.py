@@ -179,12 +179,12 @@ def _disagreements(
     field = "label" if any(m.name == primary and m.needs == "label" for m in comparison.found) else "answer"
     apart = []
     for number in range(len(rows)):
-        values = [
-            line["nats"] / max(line["tokens"], 1) if primary == "loss" else line[primary]
-            for line in (side[number] for side in first.values())
-        ]
-        apart.append(float(np.ptp(values)))
-    order = sorted(range(len(rows)), key=lambda n: -apart[n])[:DISAGREEMENTS]
+        sides = [side[number] for side in first.values()]
+        losses = [line["nats"] / max(line["tokens"], 1) for line in sides]
+        values = losses if primary == "loss" else [line[primary] for line in sides]
+        apart.append((float(np.ptp(values)), float(np.ptp(losses))))
+    # Rows that the deciding measure does not part are ordered by how likely their right answer was found.
+    order = sorted(range(len(rows)), key=lambda n: apart[n], reverse=True)[:DISAGREEMENTS]
     return [
         {
             "row": str(rows[n].ref), "prompt": _question(rows[n]), "expected": _expected(rows[n]),
@@ -197,7 +197,7 @@ def _disagreements(
             },
         }
         for n in order
-        if apart[n] > 0
+        if apart[n] > (0.0, 0.0)
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def _method_style() -> str:
         " margin-bottom: 20px; font-size: 14px; color: var(--soft); } .plots { display: grid;"
         " grid-template-columns: 1fr 1fr; gap: 32px; } .scroll { overflow-x: auto; } .wide-table td, .wide-table th"
         " { white-space: nowrap; width: auto; padding-right: 16px; } .wide-table td:first-child { width: auto;"
-        " color: var(--ink); font-weight: 600; } .words p { margin: 0 0 10px; max-width: 68ch; }"
+        " color: var(--ink); font-weight: 600; } .wide-table td:nth-child(3) { color: var(--ink); } .words p { margin: 0 0 10px; max-width: 68ch; }"
         " @media (max-width: 640px) { .plots { grid-template-columns: 1fr; } }"
     )
 
@@ -51,7 +51,7 @@ def make_page(figures: dict[str, Any]) -> str:
         _head(figures),
         _section("In words", "".join(f"<p>{escape(s)}</p>" for s in figures["conclusion"]), "words"),
         _section("At a glance", _table(HEAD, [facts(m, figures) for m in methods], "wide-table")),
-        _section(f"{measure(figures['primary']).capitalize()} against cost", _scatters(figures, good)),
+        _section(_upper(f"{measure(figures['primary'])} against cost"), _scatters(figures, good)),
         _section("Every measure", _measures(figures, good)),
         _section("Learning curves", _curves(good)),
         _section(
@@ -75,6 +75,10 @@ def make_page(figures: dict[str, Any]) -> str:
 def _section(title: str, content: str, kind: str = "") -> str:
     opened = f'<section class="{kind}">' if kind else "<section>"
     return f"{opened}<h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _title(figures: dict[str, Any]) -> str:
