@@ -221,6 +221,13 @@ def test_the_words_tell_what_cannot_be_merged_failed_or_rests_on_one_seed() -> N
     assert "nothing to choose from" in " ".join(conclude(figures_of(failed, best="")))
 
 
+def test_the_words_say_when_nothing_was_forgotten_and_when_a_measure_does_not_part() -> None:
+    same = {"value": -0.01, "interval": [-0.02, 0.0]}
+    a, b = (method(name, 0.5, (0.0, 0.0), forgetting=same) for name in ("lora", "full"))
+    text = " ".join(conclude(figures_of(a, b, best="lora")))
+    assert "no method became worse" in text and "all methods have the same exact match" in text
+
+
 def test_rows_where_methods_disagree_are_shown_with_everything_escaped() -> None:
     answers = {"full": {"text": "<b>bold</b>", "value": 1.0}, "lora": {"text": "", "value": 0.0}}
     figures = figures_of(FULL, LORA, best="full")

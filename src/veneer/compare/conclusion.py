@@ -108,10 +108,10 @@ def _forgetting(methods: Sequence[Method]) -> list[str]:
         return []
     least = min(known, key=lambda m: m["forgetting"]["value"])
     most = max(known, key=lambda m: m["forgetting"]["value"])
-    if most["forgetting"]["value"] <= 0 or most is least:
-        return [
-            f"On general text {least['name']} changed by {least['forgetting']['value']:+.3f} nats per token."
-        ]
+    if most["forgetting"]["value"] <= 0:
+        return ["On general text no method became worse than the base."]
+    if most is least:
+        return [f"On general text {most['name']} forgot {most['forgetting']['value']:+.3f} nats per token."]
     a, b = least["forgetting"]["interval"], most["forgetting"]["interval"]
     apart = "" if a[1] < b[0] else ", which these documents cannot tell apart"
     return [
