@@ -397,7 +397,7 @@ def test_a_hub_that_is_reachable_but_refuses_is_not_passed_over(
     def refuse(*_: object) -> None:
         raise SourceError("the hub knows no model org/tiny", next_step="-")
 
-    monkeypatch.setattr(sources, "_within", refuse)
+    monkeypatch.setattr(sources, "within", refuse)
     assert "org/tiny" in refusal(SourceError, "tiny")
 
 

@@ -32,9 +32,9 @@ def test_the_threads_are_those_of_the_openmp_that_torch_uses():
 
 def test_switched_off_there_are_none(monkeypatch):
     monkeypatch.setenv(native.OFF, "1")
-    native.library.cache_clear()
+    native._library.cache_clear()
     try:
         assert native.library() is None
         assert native.level() == -1
     finally:
-        native.library.cache_clear()
+        native._library.cache_clear()

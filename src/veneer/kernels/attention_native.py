@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.layout import Layout
-from veneer.kernels.native import library
+from veneer.kernels.native import library, on_cpu
 
 TASKS = 16
 """Fewer documents times key heads than this are split by query rows, so that all threads have work."""
@@ -72,7 +72,7 @@ class _Arguments(ctypes.Structure):
 
 def usable(q: Tensor) -> bool:
     """Whether the kernel computes this tensor's type on this processor."""
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.shape[-1] % 16:
+    if q.dtype != torch.bfloat16 or not on_cpu(q) or q.shape[-1] % 16:
         return False
     found = library()
     return found is not None and hasattr(found, "veneer_attention_forward") and bool(found.veneer_has_bf16())
@@ -119,7 +119,7 @@ class Part:
 
     def forward(self, out: Tensor) -> Tensor:
         """Write (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32, for backward."""
-        lse = torch.empty(self.q.shape[:2], dtype=torch.float32)
+        lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
         docs = len(self.starts) - 1
         given = self._arguments(out=out, lse=lse)
         given.docs, given.splits = docs, self._splits(docs)
@@ -132,14 +132,15 @@ class Part:
         """grad (R, H, D) -> gradients of q (bf16), k, v, before_k, before_v (float32)."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
-        grad_q = torch.empty(self.q.shape, dtype=self.q.dtype)
-        own = torch.empty(2, splits, rows, K, D)
+        device = self.q.device
+        grad_q = torch.empty(self.q.shape, dtype=self.q.dtype, device=device)
+        own = torch.empty(2, splits, rows, K, D, device=device)
         P = 0 if self.before_k is None else self.before_k.shape[0]
-        shared = torch.zeros(2, P, K, D)
+        shared = torch.zeros(2, P, K, D, device=device)
         most = max(1, HELD_BYTES // max(1, 8 * splits * K * P * D))
         for start in range(0, docs, most):
             stop = min(start + most, docs)
-            held = torch.empty(2, stop - start, splits, K, P, D)
+            held = torch.empty(2, stop - start, splits, K, P, D, device=device)
             given = self._arguments(
                 grad=grad, out=grad_q, lse=lse, grad_k=own[0], grad_v=own[1],
                 grad_before_k=held[0], grad_before_v=held[1],
@@ -173,7 +174,7 @@ class _NativeAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
     ) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out[layout.rows :] = 0
         kept = []
         for rows, part in _parts(q, k, v, layout, scale, window):
@@ -188,7 +189,11 @@ class _NativeAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         layout: Layout = ctx.layout
         grad = aligned(grad)
-        grad_q, grad_k, grad_v = torch.empty(q.shape, dtype=q.dtype), torch.empty_like(k), torch.empty_like(v)
+        grad_q, grad_k, grad_v = (
+            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            torch.empty_like(k),
+            torch.empty_like(v),
+        )
         for filler in (grad_q, grad_k, grad_v):
             filler[layout.rows :] = 0
         from_documents: tuple[Tensor | None, Tensor | None] = None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.native import library
+from veneer.kernels.native import library, on_cpu
 
 
 class _Norm(ctypes.Structure):
@@ -32,7 +32,7 @@ class _Gate(ctypes.Structure):
 
 def compiled(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library, where it computes these tensors: contiguous bf16 on a processor that has bf16 arithmetic."""
-    if any(t.dtype != torch.bfloat16 or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+    if any(t.dtype != torch.bfloat16 or not on_cpu(t) or not t.is_contiguous() for t in tensors):
         return None
     found = library()
     if found is None or not hasattr(found, "veneer_entropy") or not found.veneer_has_bf16():
@@ -46,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
         if (native := compiled(x, weight)) is not None:
-            out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
+            out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
             given = _Norm(
                 x.data_ptr(), weight.data_ptr(), None, out.data_ptr(), scale.data_ptr(), x.shape[-1], epsilon
             )

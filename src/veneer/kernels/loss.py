@@ -57,7 +57,7 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     count = len(targets)
     if (native := compiled(z)) is not None and targets.is_contiguous():
-        each = torch.empty(count, dtype=torch.float32)
+        each = torch.empty(count, dtype=torch.float32, device=z.device)
         given = _Entropy(z.data_ptr(), targets.data_ptr(), each.data_ptr(), z.shape[1])
         native.veneer_entropy(ctypes.byref(given), ctypes.c_int64(count))
         return each.sum(), z

@@ -6,17 +6,62 @@ by address: a caller checks device, type and contiguity first, because C does no
 
 import ctypes
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
 
 
-@cache
-def library() -> ctypes.CDLL | None:
+_planning: ContextVar[bool] = ContextVar("planning", default=False)
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Within the block tensors without storage (meta) take the paths of tensors on a CPU, and no compiled function is
+    called: what a step would allocate there can be counted."""
+    token = _planning.set(True)
+    try:
+        yield
+    finally:
+        _planning.reset(token)
+
+
+def on_cpu(tensor: Any) -> bool:
+    """Whether a tensor lies where compiled functions may be called on it; while planning, whether it is planned to."""
+    return bool(tensor.is_meta) if _planning.get() else tensor.device.type == "cpu"
+
+
+class _Silent:
+    """The library while a step is planned: it answers what the processor has, and computes nothing."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._loaded = loaded
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._loaded, name)
+        return own if name in ("veneer_has_bf16", "veneer_level") else _nothing()
+
+
+def _nothing() -> Callable[..., None]:
+    def called(*_: object) -> None: ...
+
+    return called
+
+
+def library() -> Any:
     """The library with its threads connected to torch's, or None: not compiled, not loadable, or switched off."""
+    loaded = _library()
+    return _Silent(loaded) if loaded is not None and _planning.get() else loaded
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
     if os.environ.get(OFF):
         return None
     here = Path(__file__).parent

@@ -181,6 +181,33 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, tor
 
 
 @torch.no_grad()
+def takes_packing(model: PreTrainedModel) -> str | None:
+    """Switch a model without storage (meta device) to packed attention if every layer takes it; else say why not.
+
+    What prove_packing compares, the values, is not there to be compared.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not offer transformers' attention interface"
+    device = next(model.parameters()).device
+    before = model.config._attn_implementation
+    traced = Traced(Layout(0, (4,), device))
+    ids = torch.zeros(1, 32, dtype=torch.int64, device=device)
+    try:
+        model.set_attn_implementation(NAME)
+        decoder(model)(
+            input_ids=ids, position_ids=ids, attention_mask=UNUSED_MASK.to(device), use_cache=False, veneer_layout=traced
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as fault:
+        model.set_attn_implementation(before)
+        return f"{type(model).__name__} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
+    layers = model.config.get_text_config().num_hidden_layers
+    if traced.calls == layers:
+        return None
+    model.set_attn_implementation(before)
+    return f"only {traced.calls} of {layers} layers of {type(model).__name__} mix tokens by attention"
+
+
+@torch.no_grad()
 def prove_packing(model: PreTrainedModel) -> str | None:
     """Switch the model to packed attention if it gives what the model gives alone; else say why not.
 

@@ -5,6 +5,7 @@ only what agrees is exchanged (Gemma's norms, which add 1 to their weight, do no
 inside the replacements and come back to their places afterwards.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,18 @@ def _agree(module: nn.Module, replacement: nn.Module, width: int, like: Tensor) 
     return bool((ours - theirs).abs().max() <= TOLERANCE[like.dtype] * theirs.abs().max())
 
 
+def _agree_without_values(module: nn.Module, made: Replacement) -> bool:
+    """On the meta device: a norm is tried with values of its own, of a gated block the activation alone."""
+    if not isinstance(made, FusedNorm):
+        x = torch.linspace(-4, 4, 64)
+        return torch.allclose(module.get_submodule("act_fn")(x), nn.functional.silu(x), atol=1e-6)
+    own = copy.deepcopy(module).to_empty(device="cpu")
+    weight = own.get_parameter("weight")
+    weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight)
+
+
+@torch.no_grad()
 def replacements(model: PreTrainedModel) -> dict[str, Replacement]:
     """Path -> what may stand there, one for every module that agrees with it."""
     found: dict[str, Replacement] = {}
@@ -94,7 +107,9 @@ def replacements(model: PreTrainedModel) -> dict[str, Replacement]:
         width = like.shape[-1] if isinstance(made, FusedNorm) else _in_features(module)
         kind = (type(module), width, like.dtype, getattr(made, "epsilon", None))
         if kind not in agreed:
-            agreed[kind] = like.device.type == "meta" or _agree(module, made, width, like)
+            agreed[kind] = (
+                _agree_without_values(module, made) if like.is_meta else _agree(module, made, width, like)
+            )
         if agreed[kind]:
             found[path] = made
     return found

@@ -35,6 +35,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -118,6 +119,33 @@ def convert(path: Path) -> Path:
     return target if target.is_dir() else publish_from(path, target, _write)
 
 
+def header_config(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
+    """The config that a .gguf file's header describes, and the dtype its weights would be converted to.
+
+    Raises as convert does, but reads no weights.
+    """
+    header = read_header(path)
+    with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
+        alone = _alone(path, Path(scratch))
+        try:
+            config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True)
+        except Exception as fault:  # whatever a file makes transformers trip over is about that file
+            raise SourceError(f"transformers cannot read the header of {path.name}: {fault}") from fault
+    return repaired_config(config, header), header.dtype
+
+
+def _alone(path: Path, scratch: Path) -> Path:
+    """A folder that holds the file as model.gguf and nothing else: transformers also reads what lies beside it."""
+    alone = scratch / "alone"
+    alone.mkdir()
+    link = alone / "model.gguf"
+    try:
+        link.symlink_to(path.resolve())
+    except OSError:  # Windows asks for a privilege
+        shutil.copyfile(path, link)
+    return alone
+
+
 Writer = Callable[[Path, Header, Path], None]
 """(folder that holds the file alone, as model.gguf; its header; folder to write)."""
 
@@ -134,14 +162,7 @@ def publish_from(path: Path, target: Path, write: Writer) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-            # A folder that holds nothing else: transformers also reads what lies beside a .gguf file.
-            alone, folder = Path(scratch) / "alone", Path(scratch) / "model"
-            alone.mkdir()
-            link = alone / "model.gguf"
-            try:
-                link.symlink_to(path.resolve())
-            except OSError:  # Windows asks for a privilege
-                shutil.copyfile(path, link)
+            alone, folder = _alone(path, Path(scratch)), Path(scratch) / "model"
             with (
                 quiet(),
                 contextlib.redirect_stderr(io.StringIO()),

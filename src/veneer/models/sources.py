@@ -41,7 +41,7 @@ NAMED_PATIENCE_SECONDS = 3.0
 """A named default has a second source, so it waits only this long for the hub's first answer."""
 HUB_PATIENCE_SECONDS = 15.0
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
@@ -100,7 +100,7 @@ def locate(source: str) -> Found:
         return Found(path.resolve(), str(path.resolve()))
     if path.is_file():
         return _single_file(path)
-    if match := _HUB_ID.fullmatch(source):
+    if match := HUB_ID.fullmatch(source):
         return _from_hub(match["repo"], match["revision"], HUB_PATIENCE_SECONDS)
     raise _not_found(source)
 
@@ -247,7 +247,7 @@ def _from_cache(repo: str, revision: str | None) -> Found | None:
 
 def _download(repo: str, revision: str | None, patience_seconds: float) -> Found:
     """Asks the hub for the commit and the list of files, checks the list, fetches what is allowed."""
-    info = _within(
+    info = within(
         patience_seconds, repo, lambda: HfApi().model_info(repo, revision=revision, timeout=patience_seconds)
     )
     names = {sibling.rfilename for sibling in info.siblings or []}
@@ -270,7 +270,7 @@ def _download(repo: str, revision: str | None, patience_seconds: float) -> Found
     return Found(folder, repo, folder.name)  # a snapshot's folder is called by its commit
 
 
-def _within(seconds: float, repo: str, call: Callable[[], T]) -> T:
+def within(seconds: float, repo: str, call: Callable[[], T]) -> T:
     """`call()`'s result. Raises SourceError for the hub's clear "no", HubUnreachableError for anything else.
 
     In a thread, because the time that a name look-up takes has no limit of its own.

@@ -26,6 +26,7 @@ from veneer.models.attention import (
     packed_hidden,
     padded_hidden,
     prove_packing,
+    takes_packing,
 )
 
 
@@ -51,6 +52,16 @@ def prepare(model: PreTrainedModel) -> Paths:
     packed_reason = prove_packing(model)
     scale, softcap, head_reason = _prove_head(model)
     return Paths(packed_reason is None, packed_reason, scale, softcap, head_reason)
+
+
+@torch.no_grad()
+def assume_paths(model: PreTrainedModel) -> Paths:
+    """What `prepare` would find on a model without storage (meta device): what shows in the structure, values unseen."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    reason = None if isinstance(head, nn.Linear) else f"the output head is {type(head).__name__}"
+    softcap = getattr(config, "final_logit_softcapping", None)
+    packed_reason = takes_packing(model)
+    return Paths(packed_reason is None, packed_reason, 1.0, None if reason else softcap, reason)
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""What a base would be, from its config alone: nothing is downloaded but config.json, and any size can be built.
+
+The config comes from a folder, a .gguf file's header, the hub (config.json alone is fetched), or a named size
+(shapes.py). The model is built on the meta device: a 70 B one takes a few megabytes.
+What load.py refuses about a config is refused here too.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from veneer.errors import SourceError, VeneerError
+from veneer.models.gguf import converted_folder, header_config
+from veneer.models.load import DTYPES, DtypeName, checked_config, most_common_dtype, stored_dtypes
+from veneer.models.quiet import quiet
+from veneer.models.shapes import SHAPES, shape_of
+from veneer.models.sources import (
+    HUB_ID,
+    HUB_PATIENCE_SECONDS,
+    NAMED,
+    HubUnreachableError,
+    weight_files,
+    within,
+)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a base's config says. dtype: of the weights as they are stored, as far as that is known."""
+
+    source: str
+    config: PreTrainedConfig
+    dtype: torch.dtype
+
+    def build(self, dtype: DtypeName = "auto") -> PreTrainedModel:
+        """The model on the meta device, in eval mode, nothing trainable; as load_base would return it."""
+        wanted = self.dtype if dtype == "auto" else DTYPES[dtype]
+        return build(self.config, wanted)
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without storage. Attention as load_base leaves it."""
+    with quiet(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def blueprint(source: str) -> Blueprint:
+    """The config that `source` names: a named size, a folder, a .gguf file, a hub id. SourceError lists what exists."""
+    if source in NAMED and (kept := converted_folder(NAMED[source].sha256)).is_dir():
+        return _from_folder(source, kept)
+    path = Path(source).expanduser()
+    if source.strip() and path.is_dir():
+        return _from_folder(source, path)
+    if path.is_file() and path.suffix == ".gguf":
+        with quiet():
+            config, dtype = header_config(path)
+        return Blueprint(source, config, dtype)
+    if (fields := shape_of(source)) is not None:
+        return Blueprint(source, config_from(fields), DTYPES[fields["dtype"]])
+    if match := HUB_ID.fullmatch(source):
+        return _from_hub(source, match["repo"], match["revision"])
+    raise SourceError(
+        f"there is no base {source!r} to plan for: no folder, no .gguf file, no hub id (org/name), no named size",
+        [
+            f"did you mean  {name}"
+            for name in difflib.get_close_matches(source.lower(), SHAPES, n=3, cutoff=0.4)
+        ],
+        f"Named sizes: {', '.join(sorted(SHAPES))}.",
+    )
+
+
+def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
+    """A config of transformers from `model_type` and its fields."""
+    own = {name: value for name, value in fields.items() if name not in ("model_type", "dtype")}
+    config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **own)
+    return config
+
+
+def _from_folder(source: str, folder: Path) -> Blueprint:
+    with quiet():
+        config = checked_config(folder)
+    try:
+        weight_files(folder)
+    except VeneerError:
+        return Blueprint(source, config, _said_dtype(config))
+    return Blueprint(source, config, most_common_dtype(folder, stored_dtypes(folder)))
+
+
+def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
+    """config.json alone, from the cache where it is there."""
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        if constants.HF_HUB_OFFLINE:
+            raise _not_reached(repo, "HF_HUB_OFFLINE is set")
+        try:
+            cached = within(
+                HUB_PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision)
+            )
+        except HubUnreachableError as fault:
+            raise _not_reached(repo, str(fault)) from fault
+    with quiet():
+        config = checked_config(Path(cached).parent)
+    return Blueprint(source, config, _said_dtype(config))
+
+
+def _not_reached(repo: str, reason: str) -> SourceError:
+    near = difflib.get_close_matches(repo.rpartition("/")[2].lower(), SHAPES, n=3, cutoff=0.4)
+    return SourceError(
+        f"the config of {repo} is not in the cache and the hub gave no answer: {reason}",
+        [f"of like name  {name}" for name in near],
+        "Name a folder with its config.json, or a named size: " + ", ".join(sorted(SHAPES)) + ".",
+    )
+
+
+def _said_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """What the config names as its dtype; float32 where it names none, as transformers takes it."""
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(named, str):
+        named = DTYPES.get(named)
+    return named if isinstance(named, torch.dtype) else torch.float32

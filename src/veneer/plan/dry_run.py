@@ -1,0 +1,330 @@
+"""The project's own training step on tensors without storage: what it would hold, when, and what it would compute.
+
+    build the base -> attach the method -> flat values, gradient, moments -> forward -> loss -> backward -> update
+
+All of it is the code that trains (adapters/attach.py, models/step.py, train/optim.py, models/checkpointing.py), so
+nothing here can say something else than the run does. Deep models of equal layers are run at three small depths;
+every figure then grows by the same amount per layer, which is checked, and the answer is that of the whole depth to
+the byte. Where that does not hold the whole depth is run.
+Knows nothing of devices: what an allocator, a kernel or the process adds is estimate.py's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from veneer.adapters.attach import attach
+from veneer.adapters.config import AdapterConfig, MethodConfig
+from veneer.adapters.routing import Routing
+from veneer.adapters.site import Attachment
+from veneer.data.batching import make_batch
+from veneer.data.examples import Example
+from veneer.errors import ConfigError
+from veneer.kernels.native import planning
+from veneer.linear import frozen_linear
+from veneer.models.attention import decoder
+from veneer.models.blueprint import build
+from veneer.models.checkpointing import checkpointed, decoder_layers
+from veneer.models.fused import fused, replacements
+from veneer.models.step import assume_paths, batch_loss
+from veneer.plan.tracker import META, Parts, Phase, Tracker, Work
+from veneer.quant.config import Quantize
+from veneer.store.adapter import adapter_file_bytes
+from veneer.store.format import tensor_file_bytes
+from veneer.train.config import OptimizerName
+from veneer.train.optim import FlatParameters
+
+WEIGHTS, VALUES, GRADIENTS, MOMENTS = "weights", "trained values", "gradients", "optimizer"
+ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits", "backward"
+SCRATCH = "decoded weights"
+STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS)
+PERIODS = (1, 2, 3, 4, 6)
+"""How often a pattern of layers may repeat: every layer alike, or sliding and full attention in turn."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides a step's cost. rows: those of the largest micro-batch, one Example each."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    method: MethodConfig
+    rows: Sequence[Example]
+    checkpointing: bool = False
+    share_prompt: bool = True
+    quantize: Quantize | None = None
+    optimizer: OptimizerName = "adamw"
+    on_cpu: bool = True
+    """Whether the compiled kernels of this machine will run (kernels/native.py), which hold less than plain torch."""
+
+
+@dataclass
+class DryRun:
+    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's tensors."""
+
+    static: Parts
+    phases: list[Phase]
+    work: Work
+    trainable_parameters: int
+    total_parameters: int
+    file_bytes: int
+    modules_adapted: int | None
+    modules_total: int | None
+    computed_tokens: int
+    packed: bool
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Kept for backward when the loss begins."""
+        held = next(phase for phase in self.phases if phase.name == "forward").end_bytes
+        return held - sum(self.static.values())
+
+
+def dry_run(step: Step) -> DryRun:
+    """Raises ConfigError where the method's settings do not fit the base."""
+    with planning() if step.on_cpu else nullcontext():
+        return _dry_run(step)
+
+
+def _dry_run(step: Step) -> DryRun:
+    model = build(step.config, step.dtype)
+    layers = decoder_layers(model)
+    saved, scratch = packing(model, step.quantize)
+    experts = _num_experts(step.config)
+    with META:
+        attachment, parameters = _install(model, step.method, Routing())
+    depth = 0 if layers is None else len(layers)
+    found: DryRun | None = None
+    if (period := _period(model, parameters)) is not None and depth > 4 * period:
+        found = _extrapolated(step, depth, period, experts)
+    if found is None:
+        found = _run(step, build(step.config, step.dtype), experts)
+    found.static = _static(model, parameters, step.optimizer)
+    _pack(found, saved, scratch)
+    found.trainable_parameters = sum(p.numel() for p in parameters.values())
+    found.total_parameters = sum(p.numel() for p in model.parameters())
+    found.file_bytes = _file_bytes(model, attachment)
+    if attachment is not None:
+        found.modules_adapted, found.modules_total = attachment.adapted, attachment.adaptable
+    return found
+
+
+def _install(
+    model: PreTrainedModel, method: MethodConfig, routing: Routing
+) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
+    """What trains, as train/run.py has it."""
+    if not isinstance(method, AdapterConfig):
+        return None, dict(model.named_parameters())
+    attachment = attach(model, method, name="planned", routing=routing, head=model.get_output_embeddings())
+    routing.active = (("planned", 1.0),)
+    return attachment, attachment.parameters()
+
+
+def _run(step: Step, model: PreTrainedModel, experts: int, device: torch.device = META) -> DryRun:
+    """One step of `model`, as deep as it stands; on another device than meta the same is counted of real tensors."""
+    tracker, routing = Tracker(experts=experts, device=device), Routing()
+    with tracker.phase("load", label=WEIGHTS):
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tracker.hold(tensor)
+    with tracker:
+        paths = assume_paths(model)
+    one_pass = replacements(model)
+    with device:
+        _, parameters = _install(model, step.method, routing)
+    with tracker:
+        tracker.enter("prepare", label=VALUES)
+        for parameter in parameters.values():
+            tracker.hold(parameter)
+        flat = FlatParameters(parameters)
+        tracker.relabel(flat.gradient, GRADIENTS)
+        tracker.enter("prepare", label=MOMENTS)
+        # Either optimizer allocates its moments at its first step and nothing else, ever.
+        moments = torch.empty(
+            moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
+        )
+        batch = make_batch(step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device)
+        routing.rows = batch.dropout_rows
+        hook = decoder(model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
+        try:
+            with fused(model, one_pass), checkpointed(model, on=step.checkpointing):
+                tracker.enter("forward", label=ACTIVATIONS)
+                tracker.work = Work()
+                loss = batch_loss(model, paths, routing, batch, total=1.0)
+                tracker.enter("backward", label=BACKWARD)
+                loss.backward()
+        finally:
+            hook.remove()
+        tracker.enter("update", label="other")
+        flat.publish()
+        tracker.enter("done", label="other")
+        del moments
+    steps = [phase for phase in tracker.phases if phase.name in ("forward", "loss", "backward", "update")]
+    return DryRun(
+        static={}, phases=steps, work=tracker.work, trainable_parameters=0, total_parameters=0,
+        file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed,
+    )  # fmt: skip
+
+
+def moment_bytes(values: int, optimizer: OptimizerName) -> int:
+    """AdamW: two float32 a value. In 8 bits: two bytes a value, two float32 scales for every 256 (train/optimizers.py)."""
+    if optimizer == "adamw8bit" and values >= 4096:
+        return 2 * values + 8 * -(-values // 256)
+    return 8 * values
+
+
+def _static(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName) -> Parts:
+    """Bytes by label of what stays from step to step, laid out as FlatParameters and AdamW lay it out."""
+    unique = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
+    weights = sum(unique.values())
+    flat = FlatParameters(parameters)
+    # float32 values moved into the flat buffer: the storage they had before is gone.
+    after = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
+    buffer = flat.values.untyped_storage()
+    remaining = sum(size for key, size in after.items() if key != buffer._cdata)
+    size = buffer.nbytes()
+    moments = moment_bytes(flat.values.numel(), optimizer)
+    return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
+
+
+def packing(model: PreTrainedModel, quantize: Quantize | None) -> tuple[int, int]:
+    """(bytes that the linear layers but the head lose in 4 bits, bytes of the reused buffer one is decoded into).
+
+    Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those, tables: quant/nf4.py.
+    The blocks of a .gguf file are as large as the file says; they are taken as 4 bits too.
+    """
+    if quantize is None:
+        return 0, 0
+    head = model.get_output_embeddings()
+    saved = largest = 0
+    for module in model.modules():
+        if module is head or frozen_linear(module) is None:
+            continue
+        weight = module.get_parameter("weight")
+        count = weight.numel()
+        blocks = -(-count // 64)
+        packed = -(-count // 2) + blocks + 4 * -(-blocks // 256) + 64 + 1024
+        saved += weight.nbytes - packed
+        largest = max(largest, weight.nbytes)
+    return saved, largest
+
+
+def _pack(run: DryRun, saved: int, scratch: int) -> None:
+    """Take out of every figure what packed weights do not hold."""
+    if not saved:
+        return
+    run.static[WEIGHTS] -= saved
+    for phase in run.phases:
+        phase.peak_bytes += scratch - saved
+        phase.end_bytes -= saved
+        phase.parts[WEIGHTS] -= saved
+        phase.parts[SCRATCH] = scratch
+
+
+def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:
+    if attachment is not None:
+        with Tracker():
+            return adapter_file_bytes(attachment, model)
+    own = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}
+    return tensor_file_bytes(dict(own.values()))
+
+
+def _num_experts(config: PreTrainedConfig) -> int:
+    text = config.get_text_config()
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if isinstance(value := getattr(text, name, None), int) and value > 0:
+            return value
+    return 1
+
+
+# deep models
+
+
+def _period(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> int | None:
+    """After how many layers the pattern of layers repeats; None where it does not."""
+    layers = decoder_layers(model)
+    if layers is None:
+        return None
+    path = next(name for name, module in model.named_modules() if module is layers)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    signs: list[object] = []
+    for number, layer in enumerate(layers):
+        prefix = f"{path}.{number}."
+        own = [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
+        trained = [(n.removeprefix(prefix), p.shape) for n, p in parameters.items() if n.startswith(prefix)]
+        kind = kinds[number] if isinstance(kinds, list | tuple) and number < len(kinds) else None
+        signs.append((tuple(own), tuple(trained), kind))
+    for period in PERIODS:
+        if all(signs[i] == signs[i % period] for i in range(len(signs))):
+            return period
+    return None
+
+
+def _extrapolated(step: Step, depth: int, period: int, experts: int) -> DryRun | None:
+    """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
+    first = depth % period + period * (1 if depth % period else 2)
+    runs = []
+    for shallow in (first, first + period, first + 2 * period):
+        model = build(step.config, step.dtype)
+        layers = decoder_layers(model)
+        assert layers is not None
+        del layers[shallow:]
+        model.config.get_text_config().num_hidden_layers = shallow
+        with suppress(ConfigError):  # settings that name a layer which is not there: run the whole depth
+            runs.append(_run(step, model, experts))
+    if len(runs) < 3:
+        return None
+    one, two, three = runs
+    steps = (depth - first) // period
+    grown = [_grown(a, b, c, steps) for a, b, c in zip(one.phases, two.phases, three.phases, strict=True)]
+    held = [run.phases[0].end_bytes for run in runs]
+    linear = held[2] - held[1] == held[1] - held[0]
+    # The most that anything grows by: a moment that grew by less could be overtaken at a greater depth.
+    for phase_one, phase_two in zip(one.phases[:3], two.phases[:3], strict=True):
+        linear &= phase_two.peak_bytes - phase_one.peak_bytes >= held[1] - held[0]
+    phases = [phase for phase in grown if phase is not None]
+    if not linear or len(phases) < len(grown):
+        return None
+    one.phases, one.work = phases, _grown_work(one.work, two.work, steps)
+    return one
+
+
+def _grown(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | None:
+    figures = []
+    for a, b, c in (
+        (one.peak_bytes, two.peak_bytes, three.peak_bytes),
+        (one.end_bytes, two.end_bytes, three.end_bytes),
+        *((one.parts.get(k, 0), two.parts.get(k, 0), three.parts.get(k, 0)) for k in three.parts),
+    ):
+        if c - b != b - a:
+            return None
+        figures.append(a + (b - a) * steps)
+    peak, end, *parts = figures
+    return Phase(one.name, peak, dict(zip(three.parts, parts, strict=True)), end)
+
+
+def _grown_work(one: Work, two: Work, steps: int) -> Work:
+    products = Counter(
+        {k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products}
+    )
+    return Work(
+        products,
+        one.moved_bytes + (two.moved_bytes - one.moved_bytes) * steps,
+        one.operations + (two.operations - one.operations) * steps,
+    )

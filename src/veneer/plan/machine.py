@@ -1,0 +1,160 @@
+"""How fast a machine multiplies and moves: measured here in seconds, or a GPU's published figures.
+
+A step's time is the sum of its parts, as the dry run counts them (tracker.py):
+
+    seconds = products / rate  +  moved bytes / bandwidth  +  operations * start
+
+On this machine rates are measured at the step's own shapes; how much of them the step reaches was measured with whole
+steps (benchmarks/plan_time.py). Of a GPU the published dense rates are taken, and a share of them that is an assumption
+and is called one. Units: FLOP and bytes a second.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from veneer.errors import ConfigError
+from veneer.plan.tracker import Work
+
+SHAPES_MEASURED = 4
+"""Products timed: those with most of the step's FLOP; the others run at the mean of their rates."""
+MOST_ROWS = 1024
+"""Rows of a timed product at most: more do not change the rate, only the wait."""
+ENOUGH_SECONDS = 0.25
+"""Per figure: short enough to answer at once, long enough to pass the first, slow calls."""
+STEP_SHARE = 1.0
+"""Measured over predicted speed of whole steps on a CPU, median of ten runs (benchmarks/plan_time.py)."""
+GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
+"""Assumed shares of a GPU's published rates; not measured by this project."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Published: dense 16-bit tensor rate in TFLOP/s with float32 sums, memory in GB (decimal) and its bandwidth in GB/s."""
+
+    teraflops: float
+    memory_gb: float
+    gb_per_second: float
+
+
+GPUS = {
+    "T4": GPU(65, 15.8, 320),
+    "V100": GPU(125, 34, 900),
+    "L4": GPU(121, 24, 300),
+    "A10G": GPU(70, 24, 600),
+    "A100": GPU(312, 85, 2039),
+    "A100-40": GPU(312, 42, 1555),
+    "A6000": GPU(155, 51, 768),
+    "L40S": GPU(362, 48, 864),
+    "RTX3090": GPU(71, 25, 936),
+    "RTX4090": GPU(165, 25, 1008),
+    "RTX5090": GPU(210, 34, 1792),
+    "H100": GPU(989, 85, 3350),
+    "H200": GPU(989, 151, 4800),
+    "B200": GPU(2250, 193, 8000),
+}
+"""From the vendors' data sheets; memory as the driver shows it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where unknown.
+
+    measured: whether these are this machine's own figures.
+    """
+
+    name: str
+    memory_bytes: int
+    measured: bool
+    rate: Callable[[tuple[int, int, int]], float]
+    bytes_per_second: float
+    start_seconds: float
+    share: float
+
+    def seconds(self, work: Work) -> float:
+        """Of one step's forward and backward."""
+        products = sum(flops / self.rate(shape) for shape, flops in work.products.items())
+        others = work.moved_bytes / self.bytes_per_second + work.operations * self.start_seconds
+        return (products + others) / self.share
+
+
+def named_gpu(name: str) -> Machine:
+    """Raises ConfigError for a GPU that is not in the list."""
+    key = next((k for k in GPUS if k.lower() == name.lower().replace(" ", "")), None)
+    if key is None:
+        raise ConfigError(f"no figures for a GPU called {name!r}", next_step=f"One of {', '.join(GPUS)}.")
+    gpu = GPUS[key]
+    rate = gpu.teraflops * 1e12 * GPU_PRODUCTS_SHARE
+    return Machine(
+        key, round(gpu.memory_gb * 1e9), False, lambda _: rate, gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE, 5e-6, 1.0
+    )  # fmt: skip
+
+
+def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
+    """Measured now, at the shapes that `work` spends most in; about two seconds."""
+    place = torch.device(device)
+    named = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
+    rates = {shape: product_rate(shape, dtype, place) for shape, _ in named.most_common(SHAPES_MEASURED)}
+    flops = sum(named[shape] for shape in rates)
+    mean = (
+        flops / sum(named[s] / r for s, r in rates.items())
+        if rates
+        else product_rate((512, 512, 512), dtype, place)
+    )
+    cuda = place.type == "cuda"
+    return Machine(
+        name=torch.cuda.get_device_name(place) if cuda else f"this machine ({torch.get_num_threads()} threads)",
+        memory_bytes=torch.cuda.get_device_properties(place).total_memory if cuda else memory_bytes(),
+        measured=True, rate=lambda shape: rates.get(shape, mean), bytes_per_second=bandwidth(dtype, place),
+        start_seconds=start_seconds(place), share=STEP_SHARE,
+    )  # fmt: skip
+
+
+def product_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP a second of x (rows, inner) times W (inner, columns), the best of what fits into ENOUGH_SECONDS."""
+    rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
+    columns = min(columns, max(256, 2**26 // inner))  # at most 128 MiB of bf16 weights
+    x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
+    return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(x, w), device)
+
+
+def bandwidth(dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes read and written a second by an elementwise operation on a step's usual size."""
+    x = torch.full((512, 4096), 0.5, dtype=dtype, device=device)
+    out = torch.empty_like(x)
+    return 3 * x.nbytes / _best_seconds(lambda: torch.mul(x, x, out=out), device)
+
+
+def start_seconds(device: torch.device) -> float:
+    """What an operation costs that computes nothing to speak of."""
+    x = torch.zeros(8, device=device)
+    return _best_seconds(lambda: x.add(1.0), device)
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    best, end = float("inf"), time.perf_counter() + ENOUGH_SECONDS
+    for number in range(1000):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        if number >= 2 and time.perf_counter() > end:
+            break
+    return best
+
+
+def memory_bytes() -> int:
+    """Of this machine, or of the container it runs in; 0 where the system does not say."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names) if hasattr(os, "sysconf") else False
+    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else 0
+    return min(own, int(text)) if text.isdigit() and own else own

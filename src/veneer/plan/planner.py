@@ -1,0 +1,144 @@
+"""One base, many choices: each is dry-run once, its memory estimated, its time predicted.
+
+A Choice is what of a run's settings decides its cost. The rows are those of the data where there are any (the largest
+micro-batch decides memory, the middle batch time), else rows of one length.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from veneer.adapters.config import MethodConfig
+from veneer.data.batching import plan_epoch, used_length
+from veneer.data.examples import Example
+from veneer.models.blueprint import Blueprint
+from veneer.models.load import DTYPES, DtypeName
+from veneer.plan.dry_run import DryRun, Step, dry_run
+from veneer.plan.estimate import PROCESS_BYTES, Device, Estimate, estimate, synthetic_rows
+from veneer.plan.machine import Machine
+from veneer.quant.config import Quantize
+from veneer.train.config import OptimizerName, RunConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides a run's cost; the fields are RunConfig's."""
+
+    method: MethodConfig
+    quantize: Quantize | None = None
+    dtype: DtypeName = "auto"
+    batch: int = 8
+    micro_batch: int | None = None
+    length: int = 2048
+    checkpointing: bool = False
+    share_prompt: bool = True
+    optimizer: OptimizerName = "adamw"
+
+    @property
+    def rows_at_once(self) -> int:
+        return min(self.batch, self.micro_batch or self.batch)
+
+    @property
+    def label(self) -> str:
+        """qlora for lora over 4 bits, as the command line calls it."""
+        return f"q{self.method.name}" if self.quantize in ("nf4", "fp4") else self.method.name
+
+
+def choice_of(config: RunConfig) -> Choice:
+    return Choice(
+        method=config.method, quantize=config.quantize, dtype=config.dtype, batch=config.batch,
+        micro_batch=config.micro_batch, length=config.length, checkpointing=config.checkpointing,
+        share_prompt=config.share_prompt, optimizer=config.optimizer,
+    )  # fmt: skip
+
+
+@dataclass
+class Planner:
+    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there are any."""
+
+    blueprint: Blueprint
+    device: Device = "cpu"
+    idle_bytes: int = PROCESS_BYTES
+    rows: Sequence[Example] = ()
+    seed: int = 0
+    order: str = "bucketed"
+    trained_share: float = 1.0
+    _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
+
+    def dtype(self, choice: Choice) -> torch.dtype:
+        return self.blueprint.dtype if choice.dtype == "auto" else DTYPES[choice.dtype]
+
+    def estimate(self, choice: Choice) -> Estimate:
+        """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
+        return estimate(
+            self._run(choice, self.largest(choice)), device=self.device, idle_bytes=self.idle_bytes
+        )
+
+    def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
+        """Of one optimizer step with a batch of middling length."""
+        run = self._run(choice, self.usual(choice))
+        return machine.seconds(run.work) * choice.batch / choice.rows_at_once
+
+    def step_run(self, choice: Choice) -> DryRun:
+        """The dry run of a usual micro-batch."""
+        return self._run(choice, self.usual(choice))
+
+    def largest(self, choice: Choice) -> Sequence[Example]:
+        """The costliest micro-batch of the first epoch, as train/loop.py finds it."""
+        return self._batch(choice, lambda batches: max(batches, key=lambda one: one[0])[1])
+
+    def usual(self, choice: Choice) -> Sequence[Example]:
+        """The micro-batch of median size."""
+        return self._batch(
+            choice, lambda batches: sorted(batches, key=lambda one: one[0])[len(batches) // 2][1]
+        )
+
+    def steps_per_epoch(self, choice: Choice) -> int | None:
+        kept = [row for row in self.rows if len(row.ids) <= choice.length]
+        return -(-len(kept) // choice.batch) if kept else None
+
+    def median_length(self) -> int | None:
+        return round(statistics.median(len(row.ids) for row in self.rows)) if self.rows else None
+
+    def _batch(
+        self, choice: Choice, pick: Callable[[list[tuple[int, list[Example]]]], list[Example]]
+    ) -> Sequence[Example]:
+        if not self.rows:
+            return synthetic_rows(choice.rows_at_once, choice.length, trained_share=self.trained_share)
+        rows = [_cut(row, choice.length) for row in self.rows]
+        rows = [row for row in rows if row.trained.any()]
+        lengths = [used_length(row) for row in rows]
+        size = choice.rows_at_once
+        plan = plan_epoch(lengths, batch=choice.batch, seed=self.seed, epoch=0, order=self.order)  # type: ignore[arg-type]
+        parts = [chosen[start : start + size] for chosen in plan for start in range(0, len(chosen), size)]
+        return pick([(sum(lengths[i] for i in part), [rows[i] for i in part]) for part in parts])
+
+    def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
+        share = choice.share_prompt and not choice.method.drops_out
+        key = (
+            choice.method.model_dump_json(), choice.quantize, choice.dtype, choice.optimizer, choice.checkpointing, share,
+            tuple((len(row.ids), int(row.trained.sum())) for row in rows),
+        )  # fmt: skip
+        if key not in self._runs:
+            self._runs[key] = dry_run(
+                Step(
+                    self.blueprint.config,
+                    self.dtype(choice),
+                    choice.method,
+                    rows,
+                    checkpointing=choice.checkpointing,
+                    share_prompt=share,
+                    quantize=choice.quantize,
+                    optimizer=choice.optimizer,
+                    on_cpu=self.device == "cpu",
+                )
+            )
+        return self._runs[key]
+
+
+def _cut(row: Example, length: int) -> Example:
+    return row if len(row.ids) <= length else replace(row, ids=row.ids[:length], trained=row.trained[:length])

@@ -1,0 +1,176 @@
+"""What a program would hold and compute, counted while it runs on tensors without storage.
+
+Every operation is looked at as it passes: a storage counts from its first appearance to the moment nothing refers
+to it, as with an allocator that rounds nothing. Live bytes are kept by label (what was being done when they
+appeared) and by phase, so that the peak comes with its moment and its parts.
+
+What only real values could decide is decided here: which tokens a mixture's router sends to which expert. They are
+taken to be spread evenly. Knows nothing of models or training.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+META = torch.device("meta")
+Parts = dict[str, int]
+
+
+@dataclass
+class Phase:
+    """peak_bytes: the most that was live; parts: of it, by label; end_bytes: live when the phase ended."""
+
+    name: str
+    peak_bytes: int = 0
+    parts: Parts = field(default_factory=dict)
+    end_bytes: int = 0
+
+
+@dataclass
+class Work:
+    """What the operations would cost: products by (rows, inner, columns) -> FLOP, bytes that others read and write."""
+
+    products: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    moved_bytes: int = 0
+    operations: int = 0
+
+    @property
+    def flops(self) -> int:
+        return sum(self.products.values())
+
+
+class Tracker(TorchDispatchMode):
+    """Counts within its block what lies on `device`. experts: of a mixture, for the even spread; 1 where there is none."""
+
+    def __init__(self, *, experts: int = 1, device: torch.device = META) -> None:
+        super().__init__()
+        self.experts, self.device = experts, device
+        self.live: Counter[str] = Counter()
+        self.phases: list[Phase] = []
+        self.work = Work()
+        self._seen: dict[int, tuple[str, int]] = {}
+        self._label = "other"
+        self._total = 0
+
+    @contextmanager
+    def phase(self, name: str, *, label: str) -> Iterator[Phase]:
+        """What appears within the block carries `label`; the block's own peak is kept."""
+        before = self._label
+        self.enter(name, label=label)
+        try:
+            yield self.phases[-1]
+        finally:
+            self.phases[-1].end_bytes = self._total
+            self._label = before
+
+    def enter(self, name: str, *, label: str) -> None:
+        """The next phase begins; the one before ends."""
+        if self.phases:
+            self.phases[-1].end_bytes = self._total
+        self._label = label
+        self.phases.append(Phase(name))
+        self._note_peak()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor that was made elsewhere."""
+        self._add(tensor)
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        """Give a tensor that is counted already another label."""
+        key = tensor.untyped_storage()._cdata
+        before, size = self._seen[key]
+        self._seen[key] = label, size
+        self.live[before] -= size
+        self.live[label] += size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = self._without_values(func, args, kwargs or {})
+        if out is None:
+            out = func(*args, **(kwargs or {}))
+        for leaf in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        self._count_work(func, args, kwargs or {}, out)
+        return out
+
+    def _without_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What only values could answer: every expert is chosen, each by an equal share of the tokens."""
+        aten = torch.ops.aten
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return None
+        if func is aten._unique2.default:
+            return torch.arange(self.experts), None, None
+        if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
+            return func(
+                *args, **{**kwargs, "device": META}
+            )  # a copy to a real device stays what it is: a size
+        if func is aten.nonzero.default:
+            rows = -(-args[0].numel() // self.experts)
+            return torch.empty(rows, args[0].dim(), dtype=torch.int64, device=META)
+        return None
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen or tensor.device.type != self.device.type:
+            return
+        size = storage.nbytes()
+        self._seen[key] = self._label, size
+        self.live[self._label] += size
+        self._total += size
+        weakref.finalize(storage, self._free, key)
+        if self.phases and self._total > self.phases[-1].peak_bytes:
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        self.phases[-1].peak_bytes = self._total
+        self.phases[-1].parts = {label: size for label, size in self.live.items() if size}
+
+    def _free(self, key: int) -> None:
+        label, size = self._seen.pop(key)
+        self.live[label] -= size
+        self._total -= size
+
+    def _count_work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+            self.work.products[_shape(packet, args)] += flops
+            self.work.operations += 1
+        elif not func.is_view and packet not in _FREE:
+            self.work.operations += 1
+            touched = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
+            self.work.moved_bytes += sum(t.numel() * t.element_size() for t in touched)
+
+
+_FREE = {
+    torch.ops.aten.detach,
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.new_empty,
+    torch.ops.aten._unsafe_view,
+    torch.ops.aten.lift_fresh,
+}
+"""Operations that neither read nor write values."""
+
+
+def _shape(packet: Any, args: tuple[Any, ...]) -> tuple[int, int, int]:
+    """(rows, inner, columns) of a product, a batch of them as more rows; zeros where it is no plain product."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
+        tensors = tensors[1:]
+    if len(tensors) < 2 or tensors[0].dim() not in (2, 3) or tensors[1].dim() != tensors[0].dim():
+        return 0, 0, 0
+    one, other = tensors[0].shape, tensors[1].shape
+    return int(torch.Size(one[:-1]).numel()), int(one[-1]), int(other[-1])

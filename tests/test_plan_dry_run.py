@@ -1,0 +1,196 @@
+"""The dry run: the same bytes as the real step, at any depth; counts and file sizes of published adapters."""
+
+import pytest
+import torch
+
+from tests.helpers import make_examples
+from tests.tiny import FAMILIES, tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import Full, LoRA
+from veneer.adapters.routing import Routing
+from veneer.kernels import native
+from veneer.models.blueprint import Blueprint, blueprint, build
+from veneer.models.step import assume_paths, prepare
+from veneer.plan import dry_run as module
+from veneer.plan.dry_run import Step, dry_run
+from veneer.plan.estimate import synthetic_rows
+from veneer.plan.tracker import Tracker
+from veneer.train.optim import AdamW, FlatParameters
+
+MIXTURES = ("mixtral", "qwen3_moe")
+CPU = torch.device("cpu")
+
+
+def lora(rank, targets="all-linear", **others):
+    return LoRA(rank=rank, alpha=2.0 * rank + 1, targets=targets, **others)
+
+
+def step_of(model, method, rows, **others):
+    return Step(model.config, model.dtype, method, rows, **others)
+
+
+# Published adapters and models: trained values, values in all, bytes of the file (None: not published).
+ROWS = {
+    "Llama-3.2-3B, LoRA 32 on q, v": ("llama-3.2-3b", lora(32, ["q_proj", "v_proj"]), 9_175_040, 3_221_924_864, 36_715_216),
+    "Llama-3.2-3B, LoRA 10 on the MLP": (
+        "llama-3.2-3b", lora(10, ["gate_proj", "up_proj", "down_proj"]), 9_461_760, 3_222_211_584, 37_868_984,
+    ),
+    "Qwen3-14B, LoRA 32 on all": ("qwen3-14b", lora(32), 128_450_560, 14_896_757_760, None),
+    "SmolLM2-135M, full": ("smollm2-135m", Full(), 134_515_008, 134_515_008, None),
+}  # fmt: skip
+
+
+def planned(base, method, **changes):
+    found = blueprint(base)
+    for name, value in changes.items():
+        setattr(found.config, name, value)
+    return dry_run(Step(found.config, found.dtype, method, synthetic_rows(1, 64), checkpointing=True))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_counts_and_file_sizes_are_those_that_were_published(row):
+    base, method, trainable, total, file_bytes = row
+    run = planned(base, method)
+    assert run.trainable_parameters == trainable
+    own = run.total_parameters + (trainable if not isinstance(method, Full) else 0)
+    assert own == total
+    assert file_bytes is None or run.file_bytes == file_bytes
+
+
+def test_counts_with_embedding_and_head_among_the_targets():
+    method = lora(64, ["q_proj", "v_proj", "embed_tokens", "lm_head"])
+    run = planned("mistral-7b", method, vocab_size=32027)
+    assert run.trainable_parameters == 31_886_720
+    assert run.total_parameters + 31_886_720 == 7_273_840_000
+
+
+def test_counts_of_gemma_2_without_its_classification_head():
+    run = planned("gemma-2-2b", lora(16, ["q_proj", "v_proj"]))
+    assert run.trainable_parameters == 3_199_488 - 2 * 2304
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "checkpointing"),
+    [
+        *((family, lora(3), False) for family in FAMILIES if family not in MIXTURES),
+        *((family, Full(), True) for family in ("llama", "gemma2", "gpt2", "bloom")),
+        ("llama", Full(), False),
+        ("llama", lora(2, dropout=0.1), True),
+    ],
+)
+def test_the_step_without_storage_holds_what_the_real_step_holds(family, method, checkpointing, monkeypatch):
+    monkeypatch.setenv(native.OFF, "1")
+    native._library.cache_clear()
+    rows = make_examples(3, longest=40)
+    model = tiny_model(family, torch.bfloat16)
+    step = step_of(model, method, rows, checkpointing=checkpointing)
+    without = module._run(step, build(model.config, torch.bfloat16), 1)
+    real = module._run(step, model, 1, CPU)
+    native._library.cache_clear()
+    assert [p.name for p in without.phases] == ["forward", "loss", "backward", "update"]
+    for one, other in zip(without.phases, real.phases, strict=True):
+        assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.01), one.name
+        assert one.end_bytes == pytest.approx(other.end_bytes, rel=0.01), one.name
+    assert without.work.flops == real.work.flops
+    assert without.packed == real.packed
+
+
+@pytest.mark.parametrize("prompt", [1, 9])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_the_compiled_kernels_too_it_holds_what_the_real_step_holds(checkpointing, prompt):
+    rows = make_examples(3, longest=40, prompt=prompt)
+    model = tiny_model("llama", torch.bfloat16, head_dim=16)
+    step = step_of(model, lora(3), rows, checkpointing=checkpointing)
+    with native.planning():
+        without = module._run(step, build(model.config, torch.bfloat16), 1)
+    real = module._run(step, model, 1, CPU)
+    for one, other in zip(without.phases, real.phases, strict=True):
+        assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.01), one.name
+        assert one.end_bytes == pytest.approx(other.end_bytes, rel=0.01), one.name
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "checkpointing"),
+    [
+        ("llama", lora(3), False),
+        ("llama", Full(), True),
+        ("gemma2", lora(3), True),
+        ("qwen3_moe", lora(3), False),
+    ],
+)
+def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, checkpointing):
+    depth = 13
+    config = tiny_model(family).config
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in config.to_dict():
+            setattr(config, name, depth)
+    if hasattr(config, "layer_types") and config.layer_types:
+        config.layer_types = [config.layer_types[i % 2] for i in range(depth)]
+    step = Step(config, torch.bfloat16, method, make_examples(2, longest=40), checkpointing=checkpointing)
+    experts = module._num_experts(config)
+    model = build(config, torch.bfloat16)
+    with torch.device("meta"):
+        _, parameters = module._install(model, method, Routing())
+    grown = module._extrapolated(step, depth, module._period(model, parameters), experts)
+    whole = module._run(step, build(config, torch.bfloat16), experts)
+    assert grown is not None
+    for one, other in zip(grown.phases, whole.phases, strict=True):
+        assert (one.name, one.peak_bytes, one.end_bytes) == (other.name, other.peak_bytes, other.end_bytes)
+        assert {k: v for k, v in one.parts.items() if v} == other.parts
+    assert grown.work == whole.work
+
+
+@pytest.mark.parametrize("method", [lora(3), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stays_is_what_the_flat_buffer_and_the_optimizer_hold(method, dtype):
+    model, routing = tiny_model("llama_untied", dtype), Routing()
+    planned = dry_run(step_of(model, method, make_examples(2)))
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    if isinstance(method, Full):
+        parameters = dict(model.named_parameters())
+    else:
+        attachment = attach(model, method, name="a", routing=routing, head=model.get_output_embeddings())
+        parameters = attachment.parameters()
+    flat = FlatParameters(parameters)
+    optimizer = AdamW(flat, weight_decay=0.0)
+    optimizer.step(learning_rate=1e-3, clip=1.0, norm=0.5)
+    state = optimizer.state()
+    moved = isinstance(method, Full) and dtype == torch.float32
+    assert planned.static == {
+        "weights": sum(b.nbytes for b in model.buffers()) if moved else weights,
+        "trained values": flat.values.nbytes,
+        "gradients": flat.gradient.nbytes,
+        "optimizer": state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes,
+    }
+
+
+def test_a_layer_that_differs_from_the_others_is_run_whole(monkeypatch):
+    config = tiny_model("llama", num_hidden_layers=12).config
+    step = Step(config, torch.float32, lora(3, layers=[11]), make_examples(2))
+    monkeypatch.setattr(module, "_extrapolated", lambda *_: pytest.fail("layer 11 is not like the others"))
+    assert dry_run(step).modules_adapted == 7
+
+
+def test_a_70b_step_needs_no_memory_and_a_few_seconds():
+    found = blueprint("llama-70b")
+    run = dry_run(Step(found.config, found.dtype, lora(16), synthetic_rows(1, 2048)))
+    assert run.trainable_parameters == 207_093_760
+    assert run.static["weights"] > 141e9
+    assert run.peak.name in ("loss", "backward")
+
+
+def test_the_paths_of_a_structure_are_those_that_running_the_model_proves():
+    for family in FAMILIES:
+        model = build(tiny_model(family).config, torch.bfloat16)
+        with Tracker(experts=module._num_experts(model.config)):
+            assumed = assume_paths(model)
+        proven = prepare(tiny_model(family, torch.bfloat16))
+        assert (assumed.packed, assumed.softcap) == (proven.packed, proven.softcap), family
+        assert (assumed.head_reason is None) == (proven.head_reason is None), family
+
+
+def test_a_blueprint_builds_what_the_config_says():
+    found = blueprint("Llama-3.2-3B-Instruct")
+    assert isinstance(found, Blueprint)
+    assert found.build().num_parameters() == 3_212_749_824
+    assert found.build("float32").dtype == torch.float32
