@@ -45,6 +45,7 @@ from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
 from veneer.models.load import DtypeName, load_base, load_tokenizer
 from veneer.models.starting import begin
+from veneer.plan.probe import planned_memory_bytes
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
@@ -243,7 +244,7 @@ def train(base: str, data: str | Mapping[str, Any], *, out: str | Path, method: 
 
 def train_run(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str, Any]:
     """Run what a run file says, write its report, and return what summary.json holds."""
-    summary = run_training(config, resume=resume, screen=screen)
+    summary = run_training(config, resume=resume, screen=screen, plan=planned_memory_bytes)
     write_report(Path(config.out))
     screen.end(summary)
     return summary

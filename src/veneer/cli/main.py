@@ -21,6 +21,7 @@ from veneer.train.wording import shown
 COMMANDS = {
     "demo": "fine-tune a small real model in a few minutes and see before and after",
     "train": "train an adapter (or every weight) from a run file or from flags",
+    "plan": "what fits, how long it takes, which method: before anything runs",
     "data": "look at training data as the model will see it: veneer data check",
     "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
     "compare": "methods side by side on your own rows: quality, memory, time, file size, forgetting",

@@ -102,7 +102,8 @@ def _dry_run(step: Step) -> DryRun:
     layers = decoder_layers(model)
     saved, scratch = packing(model, step.quantize)
     experts = _num_experts(step.config)
-    with META:
+    with META, Tracker(experts=experts):
+        assume_paths(model)  # as a run does: some methods attach to packed attention alone
         attachment, parameters = _install(model, step.method, Routing())
     depth = 0 if layers is None else len(layers)
     found: DryRun | None = None
@@ -140,7 +141,7 @@ def _run(step: Step, model: PreTrainedModel, experts: int, device: torch.device 
     with tracker:
         paths = assume_paths(model)
     one_pass = replacements(model)
-    with device:
+    with device, Tracker(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step.method, routing)
     with tracker:
         tracker.enter("prepare", label=VALUES)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import torch
+
 from veneer.adapters.config import Full, LoRA
 from veneer.plan.planner import Choice, Planner
 
@@ -92,9 +94,15 @@ def ways(
 ) -> Way | None:
     """The shortest list of changes after which `choice` fits; None if all of them together do not suffice."""
     before = seconds(choice)
+    stays = sum(planner.estimate(choice).run.static.values())
     offered = [make for make in _CHANGES if make(choice) is not None]
-    for count in range(1, min(4, len(offered)) + 1):
-        for group in combinations(offered, count):
+    if planner.dtype(choice) != torch.float32:
+        offered = [make for make in offered if make is not _bfloat16]
+    same = [make for make in offered if make not in _LEARNS_LESS]
+    for count, among in [*((n, same) for n in range(1, 4)), *((n, offered) for n in range(1, 4))]:
+        for group in combinations(among, count):
+            if stays > memory_bytes and not any(make in _LIGHTER for make in group):
+                continue  # what stays from step to step does not fit: only a lighter base or method helps
             changed, made = choice, []
             for make in group:
                 if (change := make(changed)) is None:
@@ -171,3 +179,6 @@ _CHANGES: tuple[Callable[[Choice], Change | None], ...] = (
     _half_length,
 )
 """In the order of what they cost: time first, then what is learnt."""
+_LEARNS_LESS = (_lora_instead, _lower_rank, _half_length)
+"""Tried last: they change what is learnt, not only how fast."""
+_LIGHTER = (_bfloat16, _four_bits, _lora_instead, _lower_rank)

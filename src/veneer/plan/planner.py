@@ -42,6 +42,9 @@ class Choice:
     def rows_at_once(self) -> int:
         return min(self.batch, self.micro_batch or self.batch)
 
+    def with_dtype(self, dtype: DtypeName) -> Choice:
+        return replace(self, dtype=dtype)
+
     @property
     def label(self) -> str:
         """qlora for lora over 4 bits, as the command line calls it."""

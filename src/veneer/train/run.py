@@ -8,19 +8,20 @@
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
+from transformers import PreTrainedConfig
 
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.data.batching import plan_epoch, used_length
-from veneer.data.examples import DataSet, Row
+from veneer.data.examples import DataSet, Example, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, CorruptFileError
@@ -50,7 +51,18 @@ SAMPLE_TOKENS = 96
 """New tokens of a sample answer at most: it is a glance, not an evaluation."""
 
 
-def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str, Any]:
+class MemoryPlan(Protocol):
+    """What a run with these rows should hold at most, bytes (plan/probe.py). The config and the dtype are the base's."""
+
+    def __call__(
+        self, config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, rows: Sequence[Example], *,
+        idle_bytes: int, device: str,
+    ) -> int: ...  # fmt: skip
+
+
+def run_training(
+    config: RunConfig, *, resume: bool, screen: Screen, plan: MemoryPlan | None = None
+) -> dict[str, Any]:
     """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole."""
     out = Path(config.out)
     resume_from = _open_folder(config, resume=resume, screen=screen)
@@ -90,6 +102,7 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
     with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners) as records:
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
+        start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen)
         if one_pass:
             start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
         if step is None:
@@ -108,6 +121,24 @@ def run_training(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str
             json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
         )
     return summary
+
+
+def _planned(
+    plan: MemoryPlan | None, config: RunConfig, base: Base, data: DataSet, idle: int, screen: Screen
+) -> int | None:
+    if plan is None:
+        return None
+    try:
+        return plan(
+            config, base.model.config, base.dtype, data.train, idle_bytes=idle, device=str(base.device)
+        )
+    except (
+        RuntimeError,
+        NotImplementedError,
+        TypeError,
+    ) as fault:  # a model that looks at values: it trains all the same
+        screen.message(f"no plan of its memory: {type(fault).__name__}: {str(fault)[:80]}")
+        return None
 
 
 def resume_config(folder: str | Path) -> RunConfig:
@@ -255,7 +286,7 @@ def _summary(config: RunConfig, base: Base, start: dict[str, Any], loop: Loop, r
         "tokens_per_second": at.timed_tokens / seconds if seconds else None,
         "trained_tokens": at.trained_tokens,
         "peak_memory_bytes": peak_memory_bytes(str(base.device)), "idle_memory_bytes": start["idle_memory_bytes"],
-        "planned_memory_bytes": loop.longest_batch_bytes,
+        "planned_memory_bytes": start["planned_memory_bytes"],
         "trainable_parameters": start["trainable_parameters"], "total_parameters": start["total_parameters"],
         "first_loss": at.first_loss, "last_loss": at.last_loss, "validation_loss": at.best_loss, "best_step": at.best_step,
         "base_fingerprint": base.fingerprint().digest, "method": config.method.name, "base": config.base,

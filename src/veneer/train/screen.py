@@ -284,7 +284,10 @@ def end_lines(summary: Facts) -> list[str]:
         figures.append(f"held-out loss {number(summary['validation_loss'])}")
     if summary["tokens_per_second"]:
         figures.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
-    figures.append(f"peak {size(summary['peak_memory_bytes'])}")
+    planned = summary.get("planned_memory_bytes")
+    figures.append(
+        f"peak {size(summary['peak_memory_bytes'])}" + (f" (plan {size(planned)})" if planned else "")
+    )
     lines = ["  " + " · ".join(figures)]
     made = summary.get("adapter") or summary.get("model")
     if made:

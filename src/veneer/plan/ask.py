@@ -1,0 +1,155 @@
+"""One question from start to end: `veneer plan` and the library's `plan` ask here.
+
+A Question is what was asked; the answer is rows of plain data, notes on where the figures come from, and, where it
+was asked for, advice. Nothing is downloaded but a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from veneer.adapters.config import METHODS, LoRA, MethodConfig
+from veneer.data.batching import shared_prompt
+from veneer.data.examples import Example
+from veneer.errors import ConfigError
+from veneer.models.blueprint import Blueprint, blueprint
+from veneer.plan.advise import Advice, Job, Kind, advise
+from veneer.plan.fit import fits
+from veneer.plan.machine import Machine, named_gpu, this_machine
+from veneer.plan.planner import Choice, Planner
+from veneer.plan.table import PlanRow, all_methods, plan_row
+from veneer.quant.config import Quantize
+from veneer.train.records import process_memory_bytes
+
+
+@dataclass(frozen=True)
+class Question:
+    """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes; None: the machine's own."""
+
+    bases: Sequence[str]
+    choice: Choice
+    compare: bool = False
+    memory: int | None = None
+    gpu: str | None = None
+    rows: Sequence[Example] = ()
+    steps: int | None = None
+    epochs: float = 3.0
+    price_per_hour: float | None = None
+    kind: Kind | None = None
+    variants: int = 1
+    merge: bool = False
+    search: bool = True
+
+
+@dataclass(frozen=True)
+class Answer:
+    machine: Machine
+    memory: int
+    rows: list[PlanRow]
+    notes: list[str]
+    faults: list[str] = field(default_factory=list)
+    """Methods that a base does not take, and why."""
+    advice: Advice | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        advice = self.advice
+        return {
+            "machine": self.machine.name, "memory_bytes": self.memory, "plans": [row.to_dict() for row in self.rows],
+            "notes": self.notes, "faults": self.faults,
+            "advice": None if advice is None else {
+                "method": advice.choice.label, "settings": advice.choice.method.model_dump(mode="json"),
+                "quantize": advice.choice.quantize, "learning_rate": advice.learning_rate, "reasons": advice.reasons,
+                "fits": advice.fits,
+            },
+        }  # fmt: skip
+
+
+def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quantize | None]:
+    """(settings, weight format) of a method as the command line spells it. ConfigError for an unknown one."""
+    quantize: Quantize | None = "nf4" if name == "qlora" else None
+    kind = METHODS.get("lora" if name == "qlora" else name)
+    if kind is None:
+        raise ConfigError(f"unknown method {name!r}", next_step=f"One of {', '.join(METHODS)}, qlora.")
+    if rank is not None and issubclass(kind, LoRA):
+        return kind(rank=rank, alpha=2.0 * rank), quantize
+    return kind(), quantize
+
+
+def answer(question: Question) -> Answer:
+    """Raises SourceError for a base that is not found, ConfigError where nothing of the question fits a base."""
+    blueprints = [blueprint(base) for base in question.bases]
+    planners = [_planner(each, question) for each in blueprints]
+    choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
+    machine = _machine(planners[0], choices[0], question)
+    memory = question.memory or machine.memory_bytes
+    rows, faults = [], []
+    for planner in planners:
+        for choice in choices:
+            try:
+                rows.append(
+                    plan_row(
+                        planner,
+                        choice,
+                        machine,
+                        memory_bytes=memory or None,
+                        search=question.search and len(planners) == 1,
+                        steps=question.steps,
+                        epochs=question.epochs,
+                        price_per_hour=question.price_per_hour,
+                    )
+                )
+            except ConfigError as fault:
+                faults.append(f"{planner.blueprint.source}, {choice.label}: {fault.headline}")
+    if not rows:
+        raise ConfigError("nothing of this can be planned", faults)
+    return Answer(
+        machine,
+        memory,
+        rows,
+        _notes(machine, planners[0], question),
+        faults,
+        _advice(planners[0], rows, question, memory),
+    )
+
+
+def _planner(found: Blueprint, question: Question) -> Planner:
+    device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
+    return Planner(found, device=device, idle_bytes=process_memory_bytes() or 0, rows=question.rows)  # type: ignore[arg-type]
+
+
+def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
+    if question.gpu is not None:
+        return named_gpu(question.gpu)
+    run = planner.step_run(choice)
+    return this_machine(run.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu")
+
+
+def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memory: int) -> Advice | None:
+    if question.kind is None:
+        return None
+    examples = list(question.rows)
+    job = Job(
+        kind=question.kind, rows=len(examples) or None, tokens=sum(len(e.ids) for e in examples) or None,
+        variants=question.variants, merge=question.merge, parameters=rows[0].total_parameters,
+        fixed_instruction=len(examples) > 1 and shared_prompt(examples) >= 32 and question.variants == 1,
+    )  # fmt: skip
+    return advise(job, replace(question.choice, quantize=None), lambda choice: fits(planner, choice, memory))
+
+
+def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
+    rows = "the largest and the median batch of the data" if planner.rows else "rows of one length"
+    memory = (
+        "Memory: the training step itself, run on tensors without storage, with " + rows
+        + ("; what the process and its allocator add is measured (CPU)." if planner.device == "cpu" else
+           "; 5% for the allocator and 0.6 GB for the CUDA context are added: general figures, not measured here.")
+    )  # fmt: skip
+    time = (
+        "Time: rates of this machine, measured a moment ago at the step's own shapes."
+        if machine.measured
+        else f"Time: published figures of the {machine.name}, half of its product rate assumed: not measured."
+    )
+    return [memory, time]

@@ -1,0 +1,127 @@
+"""A plan's rows: one choice each, what it needs, how long it takes, what would make it fit. All of it is plain data.
+
+Units: bytes, seconds, tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from veneer.adapters.config import METHODS, Full
+from veneer.plan.fit import Way, fits, largest_batch, largest_length, ways
+from veneer.plan.machine import Machine
+from veneer.plan.planner import Choice, Planner
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """base: as named. choice: what was asked. fits: None where no memory was named. way: None where it fits or nothing helps.
+
+    largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that fit of a
+    single row which is too long.
+    """
+
+    base: str
+    choice: Choice
+    packed: bool
+    peak_bytes: int
+    needed_bytes: int
+    phase: str
+    parts: dict[str, int]
+    phases: dict[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    file_bytes: int
+    flops_per_token: float
+    step_seconds: float
+    tokens_per_step: int
+    steps: int | None
+    price_per_hour: float | None
+    fits: bool | None = None
+    largest_batch: int | None = None
+    largest_length: int | None = None
+    way: Way | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def run_seconds(self) -> float | None:
+        return None if self.steps is None else self.steps * self.step_seconds
+
+    @property
+    def cost(self) -> float | None:
+        if self.price_per_hour is None or self.run_seconds is None:
+            return None
+        return self.price_per_hour * self.run_seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        choice, way = self.choice, self.way
+        return {
+            "base": self.base, "method": choice.label, "settings": choice.method.model_dump(mode="json"),
+            "quantize": choice.quantize, "batch": choice.batch, "micro_batch": choice.micro_batch, "length": choice.length,
+            "checkpointing": choice.checkpointing, "peak_memory_bytes": self.peak_bytes,
+            "needed_memory_bytes": self.needed_bytes, "peak_phase": self.phase, "parts": self.parts, "phases": self.phases,
+            "trainable_parameters": self.trainable_parameters, "total_parameters": self.total_parameters,
+            "file_bytes": self.file_bytes, "flops_per_token": self.flops_per_token, "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second, "steps": self.steps, "run_seconds": self.run_seconds,
+            "cost": self.cost, "fits": self.fits, "largest_batch": self.largest_batch,
+            "largest_length": self.largest_length,
+            "changes": None if way is None else [change.setting for change in way.changes],
+            "changed_needed_memory_bytes": None if way is None else way.needed_bytes,
+            "changed_time_ratio": None if way is None else way.time_ratio,
+        }  # fmt: skip
+
+
+def plan_row(
+    planner: Planner, choice: Choice, machine: Machine, *, memory_bytes: int | None = None, search: bool = True,
+    steps: int | None = None, epochs: float = 3.0, price_per_hour: float | None = None,
+) -> PlanRow:  # fmt: skip
+    """search: also look for the largest batch, or for the changes that make it fit."""
+    found = planner.estimate(choice)
+    usual = planner.usual(choice)
+    run = planner.step_run(choice)
+    per_epoch = planner.steps_per_epoch(choice)
+    tokens = sum(len(row.ids) for row in usual)
+    row = PlanRow(
+        base=planner.blueprint.source, choice=choice, packed=run.packed, peak_bytes=found.peak_bytes,
+        needed_bytes=found.needed_bytes, phase=found.phase, parts=found.parts, phases=found.phases,
+        trainable_parameters=run.trainable_parameters, total_parameters=run.total_parameters, file_bytes=run.file_bytes,
+        flops_per_token=run.work.flops / tokens, step_seconds=planner.seconds_per_step(choice, machine),
+        tokens_per_step=tokens * choice.batch // choice.rows_at_once,
+        steps=steps or (None if per_epoch is None else max(1, round(per_epoch * epochs))), price_per_hour=price_per_hour,
+    )  # fmt: skip
+    if memory_bytes is None:
+        return row
+    fit = fits(planner, choice, memory_bytes)
+    row = replace(row, fits=fit)
+    if not search:
+        return row
+    rows = largest_batch(planner, choice, memory_bytes) if fit else 0
+    longest = largest_length(planner, choice, memory_bytes) if not fit and choice.rows_at_once == 1 else None
+    way = None if fit else ways(planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine))
+    return replace(row, largest_batch=rows, largest_length=longest, way=way)
+
+
+def all_methods(choice: Choice) -> list[Choice]:
+    """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among them."""
+    made = []
+    for name, kind in METHODS.items():
+        method = choice.method if choice.method.name == name else kind(name=name)
+        made.append(replace(choice, method=method, quantize=None))
+        if name == "lora":
+            made.append(replace(choice, method=method, quantize="nf4"))
+    return sorted(made, key=lambda c: isinstance(c.method, Full))
+
+
+def cheapest(rows: Sequence[PlanRow]) -> PlanRow | None:
+    """LoRA where it fits, else LoRA over 4 bits, else the first that fits at all."""
+    fitting = [row for row in rows if row.fits is not False]
+    for label in ("lora", "qlora"):
+        for row in fitting:
+            if row.choice.label == label:
+                return row
+    return fitting[0] if fitting else None

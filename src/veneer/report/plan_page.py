@@ -1,0 +1,83 @@
+"""A plan as one HTML page: the table, the bars, how it was reckoned. No network, no script; foreign text escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from veneer.plan.table import PlanRow
+from veneer.report.style import STYLE
+from veneer.train.wording import clock, millions, number, size
+
+COLOURS = ("#2456d6", "#c2580a", "#0f7b5a", "#8a3ffc", "#b9c3da", "#d6a419", "#5b6472", "#e0749a")
+OWN = """
+.stack { display: flex; height: 18px; border-radius: 4px; overflow: hidden; background: var(--tint); }
+.stack i { display: block; height: 100%; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px; color: var(--soft); }
+.legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px;
+  background: var(--c); }
+.wide td:first-child { width: auto; color: var(--ink); }
+.scroll { overflow-x: auto; }
+.row { margin-top: 22px; } .row p { margin: 0 0 6px; }
+"""
+
+
+def plan_page(title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, notes: Sequence[str]) -> str:
+    """The HTML text. notes: sentences on where the figures come from."""
+    labels = list(dict.fromkeys(part for row in rows for part in row.parts))
+    colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
+    most = max([row.needed_bytes for row in rows] + ([memory_bytes] if memory_bytes else []))
+    body = (
+        f"<header><h1>{escape(title)}</h1>"
+        + (f"<p>{escape(size(memory_bytes))} of memory</p>" if memory_bytes else "")
+        + "</header>"
+        + f"<section><h2>What fits</h2><div class=scroll>{_table(rows)}</div></section>"
+        + f"<section><h2>What the peak is made of</h2>{''.join(_stack(r, most, colours) for r in rows)}{_legend(colours)}</section>"
+        + f"<section><h2>Where the figures come from</h2>{''.join(f'<p>{escape(n)}</p>' for n in notes)}</section>"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(title)} · Veneer</title><style>{STYLE}{OWN}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def verdict(row: PlanRow) -> str:
+    """fits; or what to change, and what that costs in time."""
+    if row.fits is None:
+        return ""
+    if row.fits:
+        return "fits" if row.largest_batch is None else f"fits, up to {row.largest_batch} rows at once"
+    if row.way is None:
+        return "does not fit, whatever is changed"
+    changes = " + ".join(change.says for change in row.way.changes)
+    return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
+
+
+def _table(rows: Sequence[PlanRow]) -> str:
+    head = ("base", "method", "trained", "file", "memory", "peak in", "tokens/s", "run", "verdict")
+    cells = [
+        (
+            row.base, row.choice.label, millions(row.trainable_parameters), size(row.file_bytes), size(row.needed_bytes),
+            row.phase, number(row.tokens_per_second), "–" if row.run_seconds is None else clock(row.run_seconds),
+            verdict(row) or "–",
+        )
+        for row in rows
+    ]  # fmt: skip
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in line)}</tr>" for line in cells)
+    return f"<table class=wide><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{lines}</table>"
+
+
+def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
+    parts = "".join(
+        f'<i style="width:{100 * size_ / most:.2f}%;background:{colours[label]}" title="{escape(label)} {size(size_)}"></i>'
+        for label, size_ in row.parts.items()
+    )
+    name = f"{row.base} · {row.choice.label} · {size(row.peak_bytes)}, in {row.phase}"
+    return f"<div class=row><p>{escape(name)}</p><div class=stack>{parts}</div></div>"
+
+
+def _legend(colours: dict[str, str]) -> str:
+    keys = "".join(f'<span style="--c:{colour}">{escape(label)}</span>' for label, colour in colours.items())
+    return f"<div class=legend>{keys}</div>"
