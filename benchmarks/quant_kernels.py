@@ -116,7 +116,7 @@ def main() -> None:
             f"  cold product: {held / mine['product, cold'] / 1e6:.1f} GB/s, {share:.2f} of the memory bandwidth"
         )
         if peer:
-            fresh = min(peer["dequantize"], peer["dequantize, reused"])
+            fresh = min(peer[name] for name in ("dequantize", "dequantize, reused") if name in peer)
             print(f"  bitsandbytes    {peer}")
             print(f"  quantize x{peer['quantize'] / mine['quantize']:.1f}   decode x{fresh / mine['decode, reused']:.2f}"
                   f" (its best; fresh x{peer['dequantize'] / mine['decode, reused']:.2f})")  # fmt: skip
