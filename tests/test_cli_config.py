@@ -21,6 +21,8 @@ OTHER_VALUES = {
     "data.train_on": "last",
     "data.long_rows": "drop",
     "method.lr_ratio": 4.0,
+    "method.init": "olora",
+    "method.svd_iterations": 16,
     "method.name": "full",
     "quantize": "nf4",
     "keep_dense": ["k_proj"],

@@ -5,13 +5,18 @@ it is tried on. alpha differs from rank, layers are not square, a Conv1D and bia
 """
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import gguf
 import pytest
 import torch
 
 from tests.helpers import make_examples
 from tests.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
-from tests.tiny import tiny_base, tiny_model
+from tests.tiny import save_tiny, tiny_base, tiny_model
+from tests.tiny_gguf import tiny, write_gguf
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.routing import Routing
@@ -20,11 +25,13 @@ from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
+from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
 from veneer.store.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
+FOLDERS: list[TemporaryDirectory[str]] = []
 FOLDED = 2e-5
 """Relative, float32: the update added to the weight first, or to the product."""
 
@@ -41,6 +48,9 @@ METHODS = {
     "lora": Row(config=LoRA(rank=3, alpha=5.0)),
     "rslora": Row(config=LoRA(rank=5, alpha=3.0, rslora=True, rank_pattern={"down_proj|c_proj": 2})),
     "lora+": Row(config=LoRA(rank=3, alpha=5.0, lr_ratio=16.0)),
+    "pissa": Row(config=LoRA(rank=3, alpha=5.0, init="pissa")),
+    "fast pissa, rslora": Row(config=LoRA(rank=3, alpha=5.0, init="pissa", rslora=True, svd_iterations=2)),
+    "olora": Row(config=LoRA(rank=3, alpha=5.0, init="olora", rank_pattern={"o_proj|c_proj": 2})),
     "dora": Row(config=DoRA(rank=3, alpha=5.0)),
     "houlsby": Row(config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False),
     "pfeiffer": Row(config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False),
@@ -58,9 +68,34 @@ BASES = {
     "gpt2 float32": ("gpt2", torch.float32),
     "llama bfloat16": ("llama", torch.bfloat16),
     "gpt2 bfloat16": ("gpt2", torch.bfloat16),
+    "llama nf4": ("llama nf4", torch.float32),
+    "gpt2 nf4": ("gpt2 nf4", torch.bfloat16),
+    "llama gguf": ("llama gguf", torch.float32),
 }
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
 every_base = pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BASES)
+
+
+@cache
+def written(family):
+    """A tiny base on disk; the folder goes when the process ends."""
+    folder = TemporaryDirectory()
+    FOLDERS.append(folder)
+    if family == "llama gguf":
+        path = Path(folder.name) / "tiny.gguf"
+        return write_gguf(path, tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q8_0)
+    return save_tiny(Path(folder.name) / "base", family.split()[0])
+
+
+def base_of(family, dtype):
+    """The base of a row of the table: dense, or held packed as its last word says; its fast paths proven."""
+    if " " not in family:
+        base = tiny_base(family, dtype)
+    else:
+        name = str(dtype).removeprefix("torch.")
+        base = load_base(str(written(family)), dtype=name, quantize=family.split()[1])
+    prepare(base.model)
+    return base
 
 
 def put(model, config, *, name="a", seed=0, filled=False):
@@ -93,8 +128,7 @@ def logits(model):
 def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(
     row, family, dtype
 ):
-    model = tiny_model(family, dtype)
-    prepare(model)
+    model = base_of(family, dtype).model
     names, state = list(dict(model.named_parameters())), {k: v.clone() for k, v in model.state_dict().items()}
     before = logits(model)
     attachment, routing = put(model, row.config)
@@ -126,7 +160,7 @@ def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_r
 @every_method
 @every_base
 def test_only_the_adapters_parameters_train_and_all_of_them_do(row, family, dtype):
-    model = tiny_model(family, dtype)
+    model = base_of(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, row.config, filled=True)
     loss_and_gradients(model, paths, routing, attachment, make_examples(4))
@@ -144,7 +178,7 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
             pytest.skip("this method has no dropout")
         config = config.model_copy(update={"dropout": dropout})
         assert config.drops_out
-    model = tiny_model(family, dtype)
+    model = base_of(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, config, filled=True)
     parameters = list(attachment.parameters().values())
@@ -171,7 +205,7 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
 @every_method
 @every_base
 def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_path):
-    base = tiny_base(family, dtype)
+    base = base_of(family, dtype)
     attachment, _ = put(base.model, row.config, filled=True)
     size = adapter_file_bytes(attachment, base.model)
     expected = logits(base.model)
@@ -179,7 +213,7 @@ def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_p
     written = write_adapter(tmp_path / "a", attachment, manifest, model=base.model)
     assert written.bytes == size == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert read_adapter(tmp_path / "a").config.name == row.config.name
-    fresh = tiny_base(family, dtype)
+    fresh = base_of(family, dtype)
     loaded = load_adapter(fresh, tmp_path / "a", name="b")
     fresh.routing.active = (("b", 1.0),)
     assert torch.equal(logits(fresh.model), expected)
@@ -191,7 +225,7 @@ def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_p
 @every_method
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, family):
-    model = tiny_model(family)
+    model = base_of(family, torch.float32).model
     attachment, routing = put(model, row.config, filled=True)
     expected = logits(model)
     routing.active = ()
@@ -199,7 +233,7 @@ def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, famil
     modules = plain_modules(model)
     if not row.folds:
         assert row.config.instead_of_folding
-        with pytest.raises(ConfigError, match="cannot be merged"):
+        with pytest.raises(ConfigError, match=r"cannot be (merged|folded)"):
             next(iter(attachment.layers.values())).folded(torch.zeros(3, 3))
         return
     for path, layer in attachment.layers.items():
@@ -210,7 +244,7 @@ def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, famil
 
 @every_method
 def test_beside_another_adapter_their_changes_add_up(row):
-    model = tiny_model("llama")
+    model = base_of("llama", torch.float32).model
     first, routing = put(model, row.config, filled=True)
     second = attach(
         model, LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]), name="b", routing=routing,

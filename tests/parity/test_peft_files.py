@@ -376,6 +376,43 @@ def test_bf16_values_keep_their_type_and_factors_are_float32(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("init", "family"),
+    # PEFT's OLoRA does not know how a Conv1D lies: its factors there have the wrong shapes.
+    [("pissa", "llama_untied"), ("pissa", "gpt2"), ("olora", "llama_untied")],
+)
+def test_a_start_from_the_weight_is_peft_s_and_loads_there_as_plain_lora(init, family, tmp_path):
+    """PEFT changes the base, we keep it: after the same change of A and B both answer the same, and so does our file."""
+    settings = LoRA(rank=4, alpha=7, init=init)
+    base = tiny_base(family)
+    head = base.model.get_output_embeddings()
+    attachment = attach(base.model, settings, name="x", routing=base.routing, head=head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(
+            tiny_model(family),
+            peft.LoraConfig(
+                r=4, lora_alpha=7, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=init
+            ),
+        ).eval()
+    named = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    for path, layer in attachment.layers.items():
+        for part, parameter in layer.parts().items():
+            twin = named[f"base_model.model.{path}.lora_{part}.default.weight"]
+            torch.testing.assert_close(parameter, twin, rtol=1e-4, atol=1e-5)
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noise)
+            twin.data.copy_(parameter.data)
+    found = answers(base, "x")
+    assert_same_update(found, logits(model), logits(base.model))
+    write_adapter(tmp_path / "a", attachment, manifest_for(base, method="lora"), model=base.model)
+    loaded = load_in_peft(tiny_model(family), tmp_path / "a")
+    assert loaded.peft_config["default"].init_lora_weights is True
+    assert loaded.peft_config["default"].r == 8
+    assert_same_update(logits(loaded), found, logits(base.model))
+
+
 OLD_EXPERTS = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), {"target_modules": ["v_proj", "w1", "w2", "w3"]}),
     "mixtral, down alone": ("block_sparse_moe", ("w2",), {"target_modules": ["v_proj", "w2"]}),

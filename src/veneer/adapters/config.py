@@ -1,7 +1,7 @@
 """The methods' settings: what a run file says under `method`. No torch here: `--help` reads this.
 
 Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; DoRA, Liu et al. 2024,
-arXiv:2402.09353; prefix tuning, Li and Liang 2021, arXiv:2101.00190.
+arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li and Liang 2021, arXiv:2101.00190.
 """
 
 import re
@@ -100,6 +100,10 @@ class LowRank(AdapterConfig):
     def drops_out(self) -> bool:
         return self.dropout > 0
 
+    def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha that the file says of a layer: the same scaling, whatever rank is stored."""
+        return rank, alpha
+
     def rate_of(self, part: str) -> float:
         return self.lr_ratio if part == "B" else 1.0
 
@@ -110,6 +114,20 @@ class LoRA(LowRank):
     default_learning_rate = 5e-4
 
     name: Literal["lora"] = "lora"
+    init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
+    """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left as it is and the file
+    twice the rank; eva: A from what the layers see of the rows; loftq: from what 4 bits lost of the weight."""
+    svd_iterations: int | None = Field(default=None, ge=0)
+    """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the exact SVD. No effect with another init."""
+
+    @property
+    def starts_as_base(self) -> bool:
+        return self.init != "loftq"
+
+    def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
+        if self.init not in ("pissa", "olora"):
+            return rank, alpha
+        return 2 * rank, alpha * (2**0.5 if self.rslora else 2)
 
 
 class DoRA(LowRank):

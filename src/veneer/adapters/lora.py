@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from veneer.adapters.layer import Layer
 from veneer.adapters.routing import Routing
+from veneer.adapters.starts import Factors
 from veneer.adapters.wrapping import AdaptedModule
+from veneer.errors import ConfigError
 from veneer.kernels.lora import Dropout, lora_linear
 from veneer.linear import FrozenLinear, frozen_linear, frozen_product
 
@@ -50,6 +52,8 @@ class LoRALayer:
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(self.rank) if rslora else alpha / self.rank
         self.dropout = dropout
+        self.start: Factors | None = None
+        """A0 and B0 that are taken out again: the update is scaling * (B A - B0 A0). None: nothing is."""
         self.key = key
         """Number of the module: two modules never share a dropout mask."""
 
@@ -61,8 +65,31 @@ class LoRALayer:
     def parts(self) -> dict[str, nn.Parameter]:
         return {"A": self.A, "B": self.B}
 
+    @torch.no_grad()
+    def begin_at(self, A: Tensor, B: Tensor, *, taken_out: bool = True) -> None:
+        """Let the trained factors start here; taken_out: the update is what they gain from now on."""
+        if A.shape != self.A.shape or B.shape != self.B.shape:
+            raise ConfigError(
+                f"a start of rank {A.shape[0]} for a layer of rank {self.rank}",
+                next_step="Take a rank no larger than the smallest side of every targeted weight (rank_pattern).",
+            )
+        self.A.copy_(A)
+        self.B.copy_(B)
+        self.start = (A.clone(), B.clone()) if taken_out else None
+
+    def factors(self) -> Factors:
+        """A and B of the update scaling * B A; of twice the rank where a start is taken out.
+
+        B A - B0 A0 = (B - B0) A + B0 (A - A0): both differences are exactly 0 at the start, so nothing changes then.
+        """
+        if self.start is None:
+            return self.A, self.B
+        A0, B0 = self.start
+        return torch.cat([self.A, self.A - A0], dim=-2), torch.cat([self.B - B0, B0], dim=-1)
+
     def stored(self) -> dict[str, Tensor]:
-        return {"A": self.A.detach(), "B": self.B.detach()}
+        A, B = self.factors()
+        return {"A": A.detach(), "B": B.detach()}
 
     def folded(self, weight: Tensor) -> Tensor:
         return weight + delta_weight(self)
@@ -73,12 +100,14 @@ class LoRALayer:
     ) -> Tensor:  # fmt: skip
         if len(acting) == 1:
             layer, weight = acting[0]
+            A, B = layer.factors()
             return lora_linear(
-                x, layer.A, layer.B, bias, base,
+                x, A, B, bias, base,
                 scaling=layer.scaling * weight, dropout=layer.active_dropout(routing),
             )  # fmt: skip
-        A = torch.cat([layer.A for layer, _ in acting])
-        B = torch.cat([layer.B * (layer.scaling * weight) for layer, weight in acting], dim=1)
+        pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight in acting]
+        A = torch.cat([A for A, _, _ in pairs])
+        B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
         return lora_linear(x, A, B, bias, base, scaling=1.0)
 
 
@@ -157,5 +186,6 @@ class AdaptedEmbedding(AdaptedModule):
 
 def delta_weight(layer: LoRALayer) -> Tensor:
     """What merging adds to the weight, float32: linear (O, I); embedding (V, D); experts (E, O, I)."""
-    delta = layer.scaling * (layer.B.detach() @ layer.A.detach())
+    stored = layer.stored()
+    delta = layer.scaling * (stored["B"] @ stored["A"])
     return delta.T if layer.kind == "embedding" else delta

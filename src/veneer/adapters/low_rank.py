@@ -1,5 +1,7 @@
 """Puts the layers of a low-rank method in their places: which modules, which ranks, how they start."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,7 @@ from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters
 from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer, kaiming_A
 from veneer.adapters.site import Site
+from veneer.adapters.starts import Factors, olora_start, pissa_start
 from veneer.adapters.targets import Targets, find_targets, pattern_value
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
@@ -17,8 +20,18 @@ from veneer.linear import FrozenLinear, frozen_linear
 def build_lora(site: Site, config: LoRA) -> None:
     """Raises ConfigError where the settings match nothing."""
     targets = _targets(site, config)
+    others = [*targets.embeddings, *targets.experts]
+    if config.init != "default" and others:
+        raise ConfigError(
+            f"init {config.init} takes linear layers; these targets are embeddings or fused experts",
+            others,
+            "List the linear layers in `targets`, or leave init at default.",
+        )
     for path in targets.linears:
-        made, _ = _linear_layer(site, config, path)
+        made, frozen = _linear_layer(site, config, path)
+        if (start := _START.get(config.init)) is not None:
+            A0, B0 = start(frozen.dense_weight(torch.float32), made, config, site.generator)
+            made.begin_at(A0.to(frozen.device), B0.to(frozen.device))
         site.put(path, AdaptedLinear, made)
     for path in targets.embeddings:
         table = site.modules[path].get_parameter("weight")
@@ -37,6 +50,23 @@ def build_lora(site: Site, config: LoRA) -> None:
         site.attachment.layers[path] = made
         site.wrap(owner, AdaptedExperts).stacks.setdefault(site.name, {})[parameter] = made
     _train_in_full(site, targets)
+
+
+def _pissa(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Generator) -> Factors:
+    return pissa_start(
+        weight, rank=layer.rank, scaling=layer.scaling, iterations=config.svd_iterations, generator=generator
+    )
+
+
+def _olora(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Generator) -> Factors:
+    return olora_start(weight, rank=layer.rank)
+
+
+_START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]] = {
+    "pissa": _pissa,
+    "olora": _olora,
+}
+"""Starts that the weight alone decides; models/starting.py brings those that need rows or the original weight."""
 
 
 def build_dora(site: Site, config: DoRA) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.adapters.attach import attach
+from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig, Prefix
 from veneer.adapters.prefix import DEFAULT_TOKENS, PrefixLayer, decoder_of, put_start, record_keys
 from veneer.adapters.site import Attachment
@@ -18,6 +18,7 @@ from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.base import Base
+from veneer.models.informed import informed_faults, start_informed
 
 INSTRUCTION = (
     "Read the text below with care and give the answer that it asks for, in exactly the form in which such "
@@ -50,18 +51,23 @@ def begin(
     """
     if config.through_attention:
         _ = base.paths  # proves it, and hands attention over
+    if faults := informed_faults(config, base, examples):
+        raise ConfigError("the adapter cannot start as its settings ask", faults)
     start = prefix_start(config, base, examples) if isinstance(config, Prefix) else None
     if start is not None:
         _check_room(base, start.tokens, examples)
         config = config.model_copy(update={"tokens": start.tokens})
     head = base.model.get_output_embeddings()
     attachment = attach(base.model, config, name=name, routing=base.routing, head=head, seed=seed)
+    try:
+        line = start_informed(base, attachment, examples, seed=seed) if start is None else start.line
+        if start is not None and start.ids:
+            _start_from(base, attachment, start.ids)
+    except BaseException:
+        detach(base.model, name)
+        raise
     base.attachments[name] = attachment
-    if start is None:
-        return Begun(attachment, None, [])
-    if start.ids:
-        _start_from(base, attachment, start.ids)
-    return Begun(attachment, start.text, [start.line])
+    return Begun(attachment, None if start is None else start.text, [] if line is None else [line])
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,18 @@ def peft_config(
     by_module = [slot.owner for slot in slots if slot.parameter is None]
     by_parameter = [slot.key for slot in slots if slot.parameter is not None]
     layers = {path: cast(LowRankLayer, layer) for path, layer in attachment.layers.items()}
+    rank, alpha = config.stored_strength(config.rank, config.alpha)
+    strong = {path: config.stored_strength(layer.rank, layer.alpha) for path, layer in layers.items()}
     written = PeftLoRA(
-        r=config.rank,
-        lora_alpha=config.alpha,
+        r=rank,
+        lora_alpha=alpha,
         use_rslora=config.rslora,
         use_dora=isinstance(config, DoRA),
         rank_pattern={
-            f"^{re.escape(slot.key)}": layers[slot.path].rank
-            for slot in slots
-            if layers[slot.path].rank != config.rank
+            f"^{re.escape(slot.key)}": strong[slot.path][0] for slot in slots if strong[slot.path][0] != rank
         },
         alpha_pattern={
-            f"^{re.escape(slot.key)}": layers[slot.path].alpha
-            for slot in slots
-            if layers[slot.path].alpha != config.alpha
+            f"^{re.escape(slot.key)}": strong[slot.path][1] for slot in slots if strong[slot.path][1] != alpha
         },
         target_modules=compact(by_module, modules),
         target_parameters=compact(by_parameter, _parameter_paths(modules), longest=2)

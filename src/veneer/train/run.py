@@ -233,6 +233,13 @@ def _start_record(
         lines.append("the prompt that a batch's rows share is computed once")
     elif config.share_prompt and paths.packed:
         lines.append("with dropout every row computes its own prompt")
+    if attachment is not None:
+        does = (
+            "can be merged into the base"
+            if attachment.config.folds
+            else "cannot be merged: it stays beside the base"
+        )
+        lines.append(f"{config.method.name} {does}")
     return {
         "kind": "start", "base": config.base, "method": config.method.name, "optimizer": config.optimizer,
         "trainable_parameters": trained,
