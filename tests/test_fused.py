@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import fill, make_examples
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
@@ -12,6 +12,7 @@ from veneer.data.batching import make_batch
 from veneer.kernels import fused as kernels
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
+from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
 
 BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
@@ -125,3 +126,11 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
         ours = measured()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "fp4"])
+def test_packed_projections_are_fused_as_dense_ones_are(quantize, tmp_path):
+    """Or a run over packed weights would round otherwise than one over the same weights unpacked."""
+    base = load_base(str(save_tiny(tmp_path / "base", "llama", torch.bfloat16)), quantize=quantize)
+    gates = [made for made in replacements(base.model).values() if isinstance(made, FusedGate)]
+    assert len(gates) == 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.wrapping import AdaptedModule
+from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
 
@@ -71,16 +71,18 @@ def _gate(module: nn.Module) -> FusedGate | None:
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, replacement: nn.Module, width: int, like: Tensor) -> bool:
+def _agree(
+    module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device
+) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(5, width, generator=generator) * 3).to(like.dtype).to(like.device)
+    x = (torch.randn(5, width, generator=generator) * 3).to(dtype).to(device)
     try:
         ours, theirs = replacement(x), module(x)
     except (TypeError, ValueError, RuntimeError):
         return False
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
-    return bool((ours - theirs).abs().max() <= TOLERANCE[like.dtype] * theirs.abs().max())
+    return bool((ours - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max())
 
 
 def _agree_without_values(module: nn.Module, made: Replacement) -> bool:
@@ -91,7 +93,7 @@ def _agree_without_values(module: nn.Module, made: Replacement) -> bool:
     own = copy.deepcopy(module).to_empty(device="cpu")
     weight = own.get_parameter("weight")
     weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight)
+    return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, weight.device)
 
 
 @torch.no_grad()
@@ -103,22 +105,30 @@ def replacements(model: PreTrainedModel) -> dict[str, Replacement]:
         made = None if isinstance(module, AdaptedModule) else _norm(module) or _gate(module)
         if made is None:
             continue
-        like = next(module.parameters())
-        width = like.shape[-1] if isinstance(made, FusedNorm) else _in_features(module)
-        kind = (type(module), width, like.dtype, getattr(made, "epsilon", None))
+        width, dtype, device = _rows(module, made)
+        kind = (type(module), width, dtype, getattr(made, "epsilon", None))
         if kind not in agreed:
             agreed[kind] = (
-                _agree_without_values(module, made) if like.is_meta else _agree(module, made, width, like)
+                _agree_without_values(module, made)
+                if device.type == "meta"
+                else _agree(module, made, width, dtype, device)
             )
         if agreed[kind]:
             found[path] = made
     return found
 
 
-def _in_features(module: nn.Module) -> int:
-    projection = module.get_submodule("gate_proj")
-    view = frozen_linear(projection.base if isinstance(projection, AdaptedModule) else projection)
-    return 0 if view is None else view.in_features
+def _rows(module: nn.Module, made: Replacement) -> tuple[int, torch.dtype, torch.device]:
+    """Width, type and device of what the module takes; a packed weight's own type says nothing of it."""
+    if isinstance(made, FusedNorm):
+        weight = module.get_parameter("weight")
+        return weight.shape[0], weight.dtype, weight.device
+    view = frozen_linear(unwrapped(module.get_submodule("gate_proj")))
+    return (
+        (0, torch.float32, torch.device("cpu"))
+        if view is None
+        else (view.in_features, view.dtype, view.device)
+    )
 
 
 @contextmanager
