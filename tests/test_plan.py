@@ -16,7 +16,7 @@ from veneer.adapters.config import Full, LoRA
 from veneer.cli import plan as command
 from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
-from veneer.errors import ConfigError, SourceError
+from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.models.shapes import SHAPES
 from veneer.plan.advise import Job, advise
@@ -212,6 +212,17 @@ def test_a_run_records_its_plan_beside_what_it_measured(tmp_path):
     assert planned > summary["idle_memory_bytes"]
     # A process that has run other tests holds pages that it may or may not use again.
     assert planned == pytest.approx(measured, rel=0.3)
+
+
+def test_a_run_is_changed_until_it_fits(tmp_path):
+    folder = save_tiny(tmp_path / "base", "llama_untied")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"{n} " + "word " * 40}) for n in range(8)))
+    config = RunConfig(base=str(folder), data=str(rows), out=str(tmp_path / "run"), steps=2)
+    same, _ = api.fit_run(config, 2**40)
+    assert same == config
+    with pytest.raises(DoesNotFitError, match="no change suffices"):
+        api.fit_run(config, 1000)
 
 
 def test_the_arguments_are_all_read():

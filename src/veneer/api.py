@@ -45,7 +45,7 @@ from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
 from veneer.models.load import DtypeName, load_base, load_tokenizer
 from veneer.models.starting import begin
-from veneer.plan.probe import planned_memory_bytes
+from veneer.plan.probe import fitted, planned_memory_bytes
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.store.adapter import load_adapter
@@ -248,6 +248,18 @@ def train_run(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str, A
     write_report(Path(config.out))
     screen.end(summary)
     return summary
+
+
+def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]:
+    """The run, changed by the shortest list of changes that makes it fit, and what was changed, in words.
+
+    Raises DoesNotFitError where no change helps.
+    """
+    _, rows, _ = check_data(
+        config.data.train, base=config.base, length=config.length, format=config.data.format,
+        train_on=config.data.train_on, long_rows="cut",
+    )  # fmt: skip
+    return fitted(config, rows, memory_bytes)
 
 
 def check_data(

@@ -21,6 +21,7 @@ from typing import Any
 
 from veneer.cli.common import add_json, print_json
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
+from veneer.cli.plan import parse_size
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
 
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings"
+    )
+    parser.add_argument(
+        "--fit",
+        metavar="MEMORY",
+        help="change the run so that it fits, for instance 24GiB, and say what was changed",
     )
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
     add_json(parser)
@@ -65,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
     from veneer import api
 
     try:
+        if args.fit:
+            config, changes = api.fit_run(config, parse_size(args.fit))
+            for line in changes:
+                screen.message(line)
         summary = api.train_run(config, resume=args.resume is not None, screen=screen)
     finally:
         screen.close()
@@ -80,7 +90,11 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if args.resume is None:
         return read_run_config(args.run, flags, args.sets)
     given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
-    given += [f"--set {each}" for each in args.sets] + ([args.run] if args.run else [])
+    given += (
+        [f"--set {each}" for each in args.sets]
+        + ([args.run] if args.run else [])
+        + (["--fit"] if args.fit else [])
+    )
     if given:
         raise ConfigError(
             f"--resume {args.resume} takes its settings from that folder's run.yaml; also given: {', '.join(given)}",

@@ -9,10 +9,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from veneer.data.examples import Example
-from veneer.models.blueprint import Blueprint
+from veneer.errors import DoesNotFitError
+from veneer.models.blueprint import Blueprint, blueprint
 from veneer.plan.estimate import Estimate
-from veneer.plan.planner import Planner, choice_of
+from veneer.plan.fit import ways
+from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.train.config import RunConfig
+from veneer.train.records import process_memory_bytes
+from veneer.train.wording import size
 
 
 def estimate_of_run(
@@ -25,6 +29,41 @@ def estimate_of_run(
         idle_bytes=idle_bytes, rows=rows, seed=config.seed, order=config.order,
     )  # fmt: skip
     return planner.estimate(choice_of(config).with_dtype("auto"))
+
+
+def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tuple[RunConfig, list[str]]:
+    """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where nothing helps.
+
+    Time is compared by FLOP: what matters here is the order of the changes.
+    """
+    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    planner = Planner(
+        blueprint(config.base), device="cuda" if cuda else "cpu", idle_bytes=process_memory_bytes(), rows=rows,
+        seed=config.seed, order=config.order,
+    )  # fmt: skip
+    choice = choice_of(config)
+    needed = planner.estimate(choice).needed_bytes
+    if needed <= memory_bytes:
+        return config, [f"fits as it is: {size(needed)} of {size(memory_bytes)}"]
+
+    def flops(changed: Choice) -> float:
+        return planner.step_run(changed).work.flops * changed.batch / changed.rows_at_once
+
+    way = ways(planner, choice, memory_bytes, flops)
+    if way is None:
+        raise DoesNotFitError(
+            f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are there, and no change suffices",
+            next_step="Take a smaller base: veneer plan --models A,B shows what fits.",
+        )
+    values = config.model_dump() | {
+        "method": way.choice.method.model_dump(), "quantize": way.choice.quantize, "dtype": way.choice.dtype,
+        "micro_batch": way.choice.micro_batch, "length": way.choice.length, "checkpointing": way.choice.checkpointing,
+    }  # fmt: skip
+    lines = [f"{change.setting}: {change.says}" for change in way.changes]
+    lines.append(
+        f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the arithmetic"
+    )
+    return RunConfig.model_validate(values), lines
 
 
 def planned_memory_bytes(
