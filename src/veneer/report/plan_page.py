@@ -9,7 +9,18 @@ from veneer.plan.table import PlanRow
 from veneer.report.style import STYLE
 from veneer.train.wording import clock, millions, number, size
 
-COLOURS = ("#2456d6", "#c2580a", "#0f7b5a", "#8a3ffc", "#b9c3da", "#d6a419", "#5b6472", "#e0749a")
+COLOURS = (
+    "#2456d6",
+    "#c2580a",
+    "#0f7b5a",
+    "#8a3ffc",
+    "#b9c3da",
+    "#d6a419",
+    "#5b6472",
+    "#e0749a",
+    "#3aa6b9",
+    "#7d5a3c",
+)
 OWN = """
 .stack { display: flex; height: 18px; border-radius: 4px; overflow: hidden; background: var(--tint); }
 .stack i { display: block; height: 100%; }
@@ -17,6 +28,8 @@ OWN = """
 .legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px;
   background: var(--c); }
 .wide td:first-child { width: auto; color: var(--ink); }
+.wide td, .wide th { white-space: nowrap; padding-right: 14px; }
+.wide td:last-child { white-space: normal; min-width: 180px; }
 .scroll { overflow-x: auto; }
 .row { margin-top: 22px; } .row p { margin: 0 0 6px; }
 """
