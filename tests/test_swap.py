@@ -212,12 +212,12 @@ def test_a_forward_sees_one_state_whole_while_others_switch(library):
 
     def switch() -> None:
         number = 0
-        while not stop.is_set():
+        while not stop.wait(0.0002):  # several times within each forward, but not all the time Python has
             base.use((None, *NAMES)[number % 4])
             number += 1
 
     def forward() -> None:
-        for _ in range(150):
+        for _ in range(50):
             found = logits(base)
             if not any(torch.equal(found, each) for each in known.values()):
                 wrong.append(found)

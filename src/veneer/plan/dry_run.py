@@ -140,9 +140,9 @@ def _run(step: Step, model: PreTrainedModel, experts: int, device: torch.device 
             tracker.hold(tensor)
     with tracker:
         paths = assume_paths(model)
-    one_pass = replacements(model)
     with device, Tracker(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step.method, routing)
+    one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
         for parameter in parameters.values():
