@@ -11,10 +11,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule
+from veneer.kernels.layout import round_up
 from veneer.kernels.lora import lora_linear
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 
@@ -84,10 +86,21 @@ def by_expert(
         if expert >= num_experts:
             continue  # transformers marks a dropped token with a number past the last expert
         row, choice = (top_k_index == expert).nonzero(as_tuple=True)
-        x = gate(product(hidden[row], "gate_up_proj", expert))
-        x = product(x, "down_proj", expert)
+        x = gate(product(_few_shapes(hidden[row]), "gate_up_proj", expert))
+        x = product(x, "down_proj", expert)[: len(row)]
         out = out.index_add(0, row, (x * top_k_weights[row, choice, None]).to(out.dtype))
     return out
+
+
+DECODED = 8
+"""Up to so many rows are an answer as it grows: packed experts multiply them straight from their bytes."""
+
+
+def _few_shapes(x: Tensor) -> Tensor:
+    """Rows of zeros below x, up to one of few shapes (kernels/layout.py): every expert has another number of rows at every
+    step, and each new number would cost a kernel compiled at run time and its memory."""
+    missing = round_up(len(x)) - len(x)
+    return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > DECODED else x
 
 
 def expert_linear(experts: nn.Module, name: str, expert: int) -> FrozenLinear:

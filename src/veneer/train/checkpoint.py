@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +43,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
     return load_file(path / "state.safetensors"), read_json(path / "state.json")
+
+
+def load_values(path: Path) -> Tensor:
+    """The trained values of a checkpoint; CorruptFileError lists what is wrong."""
+    if faults := verify_manifest(path):
+        raise CorruptFileError(f"checkpoint {path} is damaged", faults)
+    with safe_open(path / "state.safetensors", framework="pt") as file:
+        return file.get_tensor("values")
 
 
 def numbers(folder: Path) -> list[int]:

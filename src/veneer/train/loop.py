@@ -26,7 +26,7 @@ from veneer.data.examples import Example
 from veneer.errors import DivergedError, DoesNotFitError, Interrupted
 from veneer.models.quiet import is_out_of_memory
 from veneer.models.step import Paths, batch_loss, evaluation_loss
-from veneer.train.checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
+from veneer.train.checkpoint import checkpoint_path, load_checkpoint, load_values, prune, save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
@@ -298,8 +298,10 @@ class Loop:
     def _take_best(self) -> None:
         at = self.progress
         if at.best_step is not None and at.best_step != at.step:
-            tensors, _ = load_checkpoint(checkpoint_path(self.job.out / "checkpoints", at.best_step))
-            self.optimizer.load(tensors)
+            # The values alone: the moments, twice as large, are of no use any more.
+            path = checkpoint_path(self.job.out / "checkpoints", at.best_step)
+            self.job.flat.values.data.copy_(load_values(path))
+            self.job.flat.publish()
             self.screen.message(
                 f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}"
             )
