@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels import rank
 from veneer.kernels.dropout import keep_mask
 from veneer.linear import FrozenLinear
 
@@ -45,8 +46,8 @@ class _LoRALinear(torch.autograd.Function):
         x_MI = x.reshape(-1, base.in_features)
         if dropout is not None:
             x_MI = dropout.apply(x_MI)
-        down_MR = x_MI @ A_RI.T
-        y.view(-1, base.out_features).addmm_(down_MR, B_OR.T, alpha=scaling)
+        down_MR = rank.down(x_MI, A_RI)
+        rank.add_up(y.view(-1, base.out_features), down_MR, B_OR, scaling)
         ctx.save_for_backward(x, A_RI, B_OR, down_MR)
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
         ctx.types = A.dtype, B.dtype, None if bias is None else bias.dtype
@@ -59,15 +60,15 @@ class _LoRALinear(torch.autograd.Function):
         base, scaling = ctx.base, ctx.scaling
         g_MO = grad.reshape(-1, base.out_features)
         x_MI = x.reshape(-1, base.in_features)
-        up_MR = (g_MO @ B_OR).mul_(scaling)
+        up_MR = rank.down(g_MO, B_OR.T, scaling)
         dropped = x_MI if ctx.dropout is None else ctx.dropout.apply(x_MI)
-        grad_A = (up_MR.T @ dropped).to(ctx.types[0])
-        grad_B = (g_MO.T @ down_MR).mul_(scaling).to(ctx.types[1])
+        grad_A = rank.gradient(up_MR, dropped).to(ctx.types[0])
+        grad_B = rank.gradient(down_MR, g_MO, scaling).T.to(ctx.types[1])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = base.input_gradient(g_MO)
             if ctx.dropout is None:
-                grad_x.addmm_(up_MR, A_RI)
+                rank.add_up(grad_x, up_MR, A_RI.T)
             else:
                 grad_x += ctx.dropout.apply(up_MR @ A_RI)
             grad_x = grad_x.view(x.shape)

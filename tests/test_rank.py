@@ -1,0 +1,69 @@
+"""Products with a small rank against torch's own, and in the adapted linear layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from veneer.kernels import rank
+from veneer.kernels.lora import lora_linear, lora_linear_reference
+from veneer.linear import DenseLinear
+
+BF16 = 2**-7  # two roundings of a value near 1
+
+
+def near(ours, theirs):
+    assert (ours.double() - theirs).abs().max() <= BF16 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 31, 96, 130])
+@pytest.mark.parametrize(("width", "size"), [(16, 16), (80, 16), (144, 48), (64, 8), (70, 16)])
+def test_each_product_is_torchs(rows, width, size):
+    torch.manual_seed(0)
+    x, d = torch.randn(rows, width).bfloat16(), torch.randn(rows, size).bfloat16()
+    A, y = torch.randn(size, width).bfloat16(), torch.randn(rows, width).bfloat16()
+    near(rank.down(x, A, 0.5), 0.5 * x.double() @ A.double().T)
+    near(rank.gradient(d, x, 3.0), 3.0 * d.double().T @ x.double())
+    expected = y.double() + 2.0 * d.double() @ A.double()
+    rank.add_up(y, d, A.T, 2.0)
+    near(y, expected)
+
+
+def test_the_bits_do_not_depend_on_the_threads():
+    x, A, d = (
+        torch.randn(200, 320).bfloat16(),
+        torch.randn(16, 320).bfloat16(),
+        torch.randn(200, 16).bfloat16(),
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = x.clone()
+            rank.add_up(y, d, A.T)
+            found.append((rank.down(x, A), rank.gradient(d, x), y))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_a_bf16_layer_is_near_its_reference(size):
+    torch.manual_seed(3)
+    base = DenseLinear(nn.Linear(96, 64).bfloat16().requires_grad_(False))
+    x = torch.randn(2, 24, 96).bfloat16().requires_grad_()
+    A, B = torch.randn(size, 96, requires_grad=True), torch.randn(64, size, requires_grad=True)
+    grad = torch.randn(2, 24, 64)
+    ours = lora_linear(x, A, B, None, base, scaling=0.3)
+    wide = [t.detach().double().requires_grad_() for t in (x, A.bfloat16(), B.bfloat16())]
+    exact = DenseLinear(nn.Linear(96, 64).double().requires_grad_(False))
+    exact.module.weight.data = base.module.weight.double()
+    theirs = lora_linear_reference(*wide, None, exact, scaling=0.3)
+    near(ours, theirs)
+    pairs = zip(
+        torch.autograd.grad(ours, (x, A, B), grad.bfloat16()),
+        torch.autograd.grad(theirs, wide, grad.bfloat16().double()),
+        strict=True,
+    )
+    for a, b in pairs:
+        near(a, b)
