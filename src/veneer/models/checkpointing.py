@@ -13,21 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
+from veneer.models.stand_in import StandIn
 
 
-class CheckpointedLayer(nn.Module):
-    """A decoder layer whose activations are not kept; models read its other attributes as if it were not there."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.training = base.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+class CheckpointedLayer(StandIn):
+    """A decoder layer whose activations are not kept."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(self.base, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -17,27 +17,13 @@ from transformers import PreTrainedModel
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
+from veneer.models.stand_in import StandIn
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Largest difference relative to the largest value: two roundings of a value near 1."""
 
 
-class Replacement(nn.Module):
-    """Stands in a module's place; models read its other attributes as if it were not there."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.training = base.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-
-class FusedNorm(Replacement):
+class FusedNorm(StandIn):
     def __init__(self, base: nn.Module, epsilon: float) -> None:
         super().__init__(base)
         self.epsilon = epsilon
@@ -46,7 +32,7 @@ class FusedNorm(Replacement):
         return rms_norm(x, self.base.get_parameter("weight"), self.epsilon)
 
 
-class FusedGate(Replacement):
+class FusedGate(StandIn):
     """down(silu(gate(x)) * up(x)), the projections being the model's own, adapted or not."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +71,7 @@ def _agree(
     return bool((ours - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max())
 
 
-def _agree_without_values(module: nn.Module, made: Replacement) -> bool:
+def _agree_without_values(module: nn.Module, made: StandIn) -> bool:
     """On the meta device: a norm is tried with values of its own, of a gated block the activation alone."""
     if not isinstance(made, FusedNorm):
         x = torch.linspace(-4, 4, 64)
@@ -97,9 +83,9 @@ def _agree_without_values(module: nn.Module, made: Replacement) -> bool:
 
 
 @torch.no_grad()
-def replacements(model: PreTrainedModel) -> dict[str, Replacement]:
+def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
     """Path -> what may stand there, one for every module that agrees with it."""
-    found: dict[str, Replacement] = {}
+    found: dict[str, StandIn] = {}
     agreed: dict[tuple[object, ...], bool] = {}
     for path, module in model.named_modules():
         made = None if isinstance(module, AdaptedModule) else _norm(module) or _gate(module)
@@ -118,7 +104,7 @@ def replacements(model: PreTrainedModel) -> dict[str, Replacement]:
     return found
 
 
-def _rows(module: nn.Module, made: Replacement) -> tuple[int, torch.dtype, torch.device]:
+def _rows(module: nn.Module, made: StandIn) -> tuple[int, torch.dtype, torch.device]:
     """Width, type and device of what the module takes; a packed weight's own type says nothing of it."""
     if isinstance(made, FusedNorm):
         weight = module.get_parameter("weight")
@@ -132,7 +118,7 @@ def _rows(module: nn.Module, made: Replacement) -> tuple[int, torch.dtype, torch
 
 
 @contextmanager
-def fused(model: PreTrainedModel, found: Mapping[str, Replacement]) -> Iterator[None]:
+def fused(model: PreTrainedModel, found: Mapping[str, StandIn]) -> Iterator[None]:
     """Within the block what `replacements` found is computed in one pass; afterwards all stands as before."""
     exchanged = []
     for path, made in found.items():

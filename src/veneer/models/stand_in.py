@@ -1,0 +1,20 @@
+"""A module that stands in another one's place for a while: what computes a model's parts otherwise holds the part itself."""
+
+from typing import Any
+
+from torch import nn
+
+
+class StandIn(nn.Module):
+    """`base` is the module itself; models read its other attributes as if nothing stood in front of it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.training = base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
