@@ -23,9 +23,11 @@ from veneer.train.screen import QuietScreen
 
 
 def methods(rank: int) -> dict[str, MethodConfig]:
+    """qlora: over NF4 whatever --quantize says."""
     alpha = 2.0 * rank
     return {
         "lora": LoRA(rank=rank, alpha=alpha),
+        "qlora": LoRA(rank=rank, alpha=alpha),
         "lora, dropout": LoRA(rank=rank, alpha=alpha, dropout=0.1),
         "pissa": LoRA(rank=rank, alpha=alpha, init="pissa", svd_iterations=4),
         "dora": DoRA(rank=rank, alpha=alpha),
@@ -42,7 +44,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         config = RunConfig(
             base=args.base, out=f"{scratch}/run", method=methods(args.rank)[args.one], batch=args.batch,
             steps=args.steps + 1, data=DataConfig(train=args.rows, validation_share=0.0), order="file",
-            schedule="constant", warmup=0.0, quantize=args.quantize, checkpointing=args.checkpointing,
+            schedule="constant", warmup=0.0, quantize="nf4" if args.one == "qlora" else args.quantize, checkpointing=args.checkpointing,
         )  # fmt: skip
         summary = api.train_run(config, resume=False, screen=QuietScreen())
         steps = [r for r in read_records(Path(scratch) / "run" / "metrics.jsonl") if r["kind"] == "step"][1:]

@@ -9,8 +9,9 @@ DATA holds e2e/, viggo/, banking77/ and wikisql_mlx/ as their authors publish th
     banking77    a bank customer's question -> one of 77 intents, chosen by likelihood           accuracy
     wikisql      a table's columns and a question -> SQL                                         exact match
 
-Finished runs are found again, also after Ctrl-C. docs/results.md is written from the JSON of whatever is finished;
---write-only runs nothing. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
+Finished runs are found again, also after Ctrl-C. Quality may be computed on a busy machine; what a step costs is
+timed by method_cost.py on the same rows and wants a quiet one (--only quality, --only cost). docs/results.md is written
+from the JSON of whatever is finished; --only write runs nothing. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import csv
 import json
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -91,6 +93,18 @@ def wikisql(data: Path) -> tuple[list[Row], list[Row]]:
     return rows("train.jsonl"), rows("test.jsonl", "valid.jsonl")
 
 
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "qlora": {"method": "lora", "quantize": "nf4"},
+    "qlora_loftq": {"method": {"name": "lora", "init": "loftq"}, "quantize": "nf4"},
+    "lora_gguf": {"method": "lora", "quantize": "gguf"},
+    "dora": {"method": "dora"},
+    "prefix": {"method": "prefix"},
+    "bottleneck": {"method": "bottleneck"},
+}
+"""Run files by name; lora_gguf needs a base that is a .gguf file."""
+
 TASKS: dict[str, tuple[Callable[[Path], tuple[list[Row], list[Row]]], str, int]] = {
     "e2e_json": (e2e_json, "field_f1,json_validity,exact_match", 96),
     "viggo_text": (viggo_text, "bleu,chrf,rougeL", 96),
@@ -126,10 +140,15 @@ def run(task: str, args: argparse.Namespace) -> None:
     out = args.out / task
     train, validation, test = write_rows(task, args, out / "rows")
     _, metrics, tokens = TASKS[task]
+    files = []
+    for name in args.methods.split(","):
+        files.append(out / "rows" / f"{name}.json")  # JSON is YAML
+        common = {"base": args.base, "batch": args.batch, "evaluate_every": max(1, args.steps // 2)}
+        files[-1].write_text(json.dumps({**common, **CANDIDATES[name]}) + "\n", "utf-8")
     command = [
-        "compare", "--base", args.base, "--data", str(train), "--validation", str(validation), "--test", str(test),
-        "--methods", args.methods, "--steps", str(args.steps), "--seeds", str(args.seeds), "--rates", args.rates,
-        "--extend", str(args.extend), "--metrics", metrics, "--max-tokens", str(tokens), "--set", f"batch={args.batch}",
+        "compare", *map(str, files), "--data", str(train), "--validation", str(validation), "--test", str(test),
+        "--steps", str(args.steps), "--seeds", str(args.seeds), "--rates", args.rates,
+        "--extend", str(args.extend), "--metrics", metrics, "--max-tokens", str(tokens),
         "--out", str(out),
     ]  # fmt: skip
     if task == "banking77":
@@ -144,13 +163,37 @@ def run(task: str, args: argparse.Namespace) -> None:
     print(f"== {task}: {(time.monotonic() - start) / 60:.0f} min", flush=True)
 
 
+COSTS = {
+    "lora": "lora",
+    "full": "full",
+    "qlora": "qlora",
+    "dora": "dora",
+    "prefix": "prefix",
+    "bottleneck": "parallel",
+}
+"""Candidate -> its name in method_cost.py."""
+
+
+def cost(task: str, args: argparse.Namespace) -> None:
+    """out/task/cost.json: seconds a step on this task's rows, every method in turn."""
+    train, *_ = write_rows(task, args, args.out / task / "rows")
+    named = [COSTS[name] for name in args.methods.split(",") if name in COSTS]
+    script = Path(__file__).with_name("method_cost.py")
+    command = [
+        sys.executable, str(script), "--base", args.base, "--rows", str(train), "--out", str(args.out / task / "cost.json"),
+        "--batch", str(args.batch), "--repeats", "3", "--steps", "8", "--methods", *named,
+    ]  # fmt: skip
+    if subprocess.run(command).returncode:
+        sys.exit(f"{task}: method_cost.py failed")
+
+
 def quantity(value: float, unit: str) -> str:
     return (
         f"{100 * value:.1f}%" if unit == "share" else f"{value:.1f}" if unit == "points" else f"{value:.3f}"
     )
 
 
-def table(figures: dict[str, Any]) -> list[str]:
+def table(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
     units = figures["units"]
     head = [
         "method",
@@ -158,7 +201,7 @@ def table(figures: dict[str, Any]) -> list[str]:
         "trained",
         "file, MB",
         "peak memory, GB",
-        "steps' time, s",
+        "ms a step",
         "forgetting, nats",
         "rate",
     ]
@@ -176,15 +219,16 @@ def table(figures: dict[str, Any]) -> list[str]:
                 f"{quantity(q['value'], unit)} ({' to '.join(quantity(x, unit) for x in q['interval'])})"
             )
         forgot = m["forgetting"]
+        step = costs.get(COSTS.get(m["name"], ""))
         cells += [
             f"{m['trainable_parameters']:,}", f"{m['adapter_bytes'] / 1e6:.2f}", f"{m['peak_memory_bytes'] / 1e9:.2f}",
-            f"{m['seconds']:.0f}", f"{forgot['value']:+.3f}" if forgot else "–", f"{m['learning_rate']:g}",
+            f"{1000 * step['step_seconds']:.0f}" if step else "–", f"{forgot['value']:+.3f}" if forgot else "–", f"{m['learning_rate']:g}",
         ]  # fmt: skip
         lines.append(f"| {m['name']} | " + " | ".join(cells) + " |")
     return lines
 
 
-def claims(figures: dict[str, Any]) -> list[str]:
+def claims(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
     """What people say of LoRA, as measured here against full fine-tuning."""
     methods = {m["name"]: m for m in figures["methods"] if m["quality"]}
     if not {"full", "lora"} <= set(methods):
@@ -202,13 +246,14 @@ def claims(figures: dict[str, Any]) -> list[str]:
     else:
         values = (quantity(m["quality"][primary]["value"], unit) for m in (lora, full))
         gap = "LoRA {}, full {}".format(*values)
+    speed = {name: costs[name]["step_seconds"] for name in ("lora", "full")} if costs else {}
     return [
         "| claim | measured: LoRA beside full fine-tuning |", "|---|---|",
         f"| fewer trained parameters | {full['trainable_parameters'] / lora['trainable_parameters']:.0f} times fewer |",
         f"| small files | {lora['adapter_bytes'] / 1e6:.1f} MB beside {full['adapter_bytes'] / 1e6:.0f} MB |",
         f"| as good ({primary}) | {gap} |",
         f"| less memory | {lora['peak_memory_bytes'] / 1e9:.2f} GB beside {full['peak_memory_bytes'] / 1e9:.2f} GB |",
-        f"| faster | {lora['examples_per_second']:.2f} rows/s beside {full['examples_per_second']:.2f} |",
+        *([f"| faster | a step takes {speed['lora']:.2f} s beside {speed['full']:.2f} s |"] if speed else []),
     ]  # fmt: skip
 
 
@@ -216,7 +261,8 @@ def write(args: argparse.Namespace) -> None:
     parts = [
         "# Results", "",
         "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer compare`.",
-        "Intervals are 95%, over test rows and seeds. Quality is over all seeds; costs are of seed 0.",
+        "Intervals are 95%, over test rows and seeds. Quality is over all seeds; memory is the peak of",
+        "a whole training process; a step is timed by `benchmarks/method_cost.py` on the same rows, the methods in turn.",
     ]  # fmt: skip
     for task in TASKS:
         file = args.out / task / "comparison.json"
@@ -228,7 +274,11 @@ def write(args: argparse.Namespace) -> None:
         parts += [
             f"{figures['base']}, {budget['steps']:,} steps, {figures['seeds']} seeds, {figures['test_rows']:,} test rows."
         ]
-        parts += ["", *table(figures), "", *claims(figures), "", " ".join(figures["conclusion"])]
+        timed = args.out / task / "cost.json"
+        costs = json.loads(timed.read_text(encoding="utf-8"))["methods"] if timed.is_file() else {}
+        # Its sentence on time rests on how busy the machine was; the steps are timed beside it.
+        said = " ".join(s for s in figures["conclusion"] if "must be quick" not in s)
+        parts += ["", *table(figures, costs), "", *claims(figures, costs), "", said]
     args.doc.write_text("\n".join(parts) + "\n", encoding="utf-8")
     print(args.doc)
 
@@ -249,12 +299,13 @@ def main() -> None:
     p.add_argument("--train", type=int, default=1600, help="rows to train on")
     p.add_argument("--validation", type=int, default=64, help="rows to choose learning rates by")
     p.add_argument("--test", type=int, default=200, help="rows to judge by")
-    p.add_argument(
-        "--write-only", action="store_true", help="run nothing; write the tables of what is finished"
-    )
+    p.add_argument("--only", choices=["quality", "cost", "write"], help="one part; default: all of them")
     args = p.parse_args()
-    for task in [] if args.write_only else args.tasks:
-        run(task, args)
+    for task in [] if args.only == "write" else args.tasks:
+        if args.only != "cost":
+            run(task, args)
+        if args.only != "quality":
+            cost(task, args)
         write(args)
     write(args)
 
