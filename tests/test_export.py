@@ -12,6 +12,7 @@ from tests.helpers import fill
 from tests.parity.test_peft_files import logits
 from tests.test_combine import EXACT, SETTINGS, assert_equal_updates, changes, make
 from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny_gguf import with_merges
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError, RefusedError
@@ -29,16 +30,6 @@ def folders(tmp_path_factory):
     found = {family: with_merges(save_tiny(root / family, family)) for family in families[:-1]}
     # transformers' reader takes Qwen 3's head size for granted
     return found | {"qwen3": with_merges(save_tiny(root / "qwen3", "qwen3", head_dim=128))}
-
-
-def with_merges(folder):
-    """The tiny tokenizer with two merges: no real one has none, and readers of .gguf files count on that."""
-    stored = json.loads((folder / "tokenizer.json").read_text())
-    vocab = stored["model"]["vocab"]
-    vocab["th"], vocab["\u0120a"] = vocab.pop("\u00c0"), vocab.pop("\u00c1")  # bytes that no UTF-8 text has
-    stored["model"]["merges"] = [["t", "h"], ["\u0120", "a"]]
-    (folder / "tokenizer.json").write_text(json.dumps(stored))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ _NAMES = {
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:
     # 1e-5 is no single-precision number, and rows of 64 can be stored in blocks of 32.
     return tiny_model(family, **{"rms_norm_eps": 1e-5, "intermediate_size": 64, **overrides})
+
+
+def with_merges(folder: Path) -> Path:
+    """The tiny tokenizer with two merges: no real one has none, and readers of .gguf files count on that."""
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    vocab = stored["model"]["vocab"]
+    vocab["th"], vocab["\u0120a"] = vocab.pop("\u00c0"), vocab.pop("\u00c1")  # bytes that no UTF-8 text has
+    stored["model"]["merges"] = [["t", "h"], ["\u0120", "a"]]
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    return folder
 
 
 def write_gguf(

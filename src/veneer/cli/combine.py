@@ -18,15 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from veneer.cli.common import (
-    adapter_folder,
-    add_json,
-    add_library,
-    base_and_adapter,
-    make_console,
-    print_json,
-)
-from veneer.errors import ConfigError
+from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json, weighted
 from veneer.train.wording import size
 
 if TYPE_CHECKING:
@@ -58,15 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from veneer import api
     from veneer.merge.combine import Recipe
 
-    weights = args.weights or [1.0] * len(args.adapters)
-    if len(weights) != len(args.adapters):
-        raise ConfigError(
-            f"{len(args.adapters)} adapters and {len(weights)} weights", next_step="Give one weight for each."
-        )
     base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
-    folders = [adapter_folder(named, args.library) for named in args.adapters]
+    adapters = weighted(args.adapters, args.weights, args.library)
     recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
-    report = api.combine(list(zip(folders, weights, strict=True)), recipe, base=base, out=args.out)
+    report = api.combine(adapters, recipe, base=base, out=args.out)
     if args.json:
         print_json(report.to_dict())
     else:

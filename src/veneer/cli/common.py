@@ -77,10 +77,7 @@ def load_base(args: argparse.Namespace) -> Base:
     from veneer import api
 
     source, adapter = base_and_adapter(args.base, args.adapter, args.library)
-    quantize = args.quantize
-    if quantize is None and adapter is not None and not args.force_base:
-        quantize = trained_over(adapter)
-    keep_dense = kept_dense(adapter) if adapter is not None and quantize in ("nf4", "fp4") else []
+    quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
     base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
@@ -130,6 +127,29 @@ def _trained_on(folder: Path) -> str | None:
         if isinstance(values, dict) and isinstance(values.get(key), str) and values[key]:
             return str(values[key])
     return None
+
+
+def held_as(
+    asked: Quantize | None, adapter: Path | None, *, force_base: bool
+) -> tuple[Quantize | None, list[str]]:
+    """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its base is overridden."""
+    quantize = asked
+    if quantize is None and adapter is not None and not force_base:
+        quantize = trained_over(adapter)
+    packed = adapter is not None and quantize in ("nf4", "fp4")
+    return quantize, kept_dense(adapter) if adapter is not None and packed else []
+
+
+def weighted(
+    named: Sequence[str], weights: Sequence[float] | None, library: str | None
+) -> list[tuple[Path, float]]:
+    """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for each."""
+    if weights and len(weights) != len(named):
+        raise ConfigError(
+            f"{len(named)} adapters and {len(weights)} weights", next_step="Give one weight for each."
+        )
+    folders = [adapter_folder(each, library) for each in named]
+    return list(zip(folders, weights or [1.0] * len(named), strict=True))
 
 
 def trained_over(folder: Path) -> Quantize | None:

@@ -17,13 +17,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.cli.common import (
-    adapter_folder,
     add_json,
     add_library,
     base_and_adapter,
+    held_as,
     make_console,
     print_json,
-    trained_over,
 )
 from veneer.errors import ConfigError
 from veneer.train.wording import size
@@ -53,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="merged, over a quantised base: the weights to add to",
     )
     parser.add_argument(
+        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+    )
+    parser.add_argument(
         "--force-base", action="store_true", help="merged: though it was trained on another base"
     )
     add_library(parser)
@@ -65,14 +67,18 @@ def run(args: argparse.Namespace) -> int:
     base, folder = base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
     console = make_console(json=args.json)
+    assert folder is not None
     if args.merged:
+        quantize, keep_dense = held_as(None, folder, force_base=args.force_base)
         report = api.export_merged_gguf(
-            [(adapter_folder(args.adapter, args.library), 1.0)],
+            [(folder, 1.0)],
             base=base,
             out=args.out,
             type=args.type or "f16",
-            quantize=None if args.force_base else trained_over(adapter_folder(args.adapter, args.library)),
+            quantize=quantize,
+            keep_dense=keep_dense,
             into=args.into,
+            original=args.original,
             force_base=args.force_base,
         )
         if args.json:
@@ -87,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             console.print("\n".join(_merged_lines(report)), soft_wrap=True)
         return 0
-    assert folder is not None
     made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32")
     if args.json:
         print_json({"out": str(made.out), "bytes": made.bytes, "notes": made.notes})
@@ -109,8 +114,9 @@ def _check(args: argparse.Namespace) -> None:
             f"--type {args.type}: "
             + ("merged models are f16 or q8_0" if args.merged else "adapters are f32 or f16")
         )
-    if args.into and not args.merged:
-        faults.append(f"--into {args.into}: only a merged model is added to weights")
+    for option, given in (("--into", args.into), ("--original", args.original)):
+        if given and not args.merged:
+            faults.append(f"{option} {given}: only a merged model is added to weights")
     if args.force_base and not args.merged:
         faults.append("--force-base: only a merged model is computed from the base's weights")
     if faults:

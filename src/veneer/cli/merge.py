@@ -16,16 +16,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.cli.common import (
-    adapter_folder,
     add_json,
     add_library,
     base_and_adapter,
-    kept_dense,
+    held_as,
     make_console,
     print_json,
-    trained_over,
+    weighted,
 )
-from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.train.wording import number, size
 
@@ -86,17 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from veneer import api
 
-    weights = args.weights or [1.0] * len(args.adapter)
-    if len(weights) != len(args.adapter):
-        raise ConfigError(
-            f"{len(args.adapter)} adapters and {len(weights)} weights", next_step="Give one weight for each."
-        )
-    base, _ = base_and_adapter(args.base, args.adapter[0], args.library)
-    folders = [adapter_folder(named, args.library) for named in args.adapter]
-    quantize = args.quantize or (None if args.force_base else trained_over(folders[0]))
+    base, folder = base_and_adapter(args.base, args.adapter[0], args.library)
+    adapters = weighted(args.adapter, args.weights, args.library)
+    quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
     report = api.merge(
-        base, list(zip(folders, weights, strict=True)), out=args.out, dtype=args.dtype, stochastic=args.stochastic,
-        seed=args.seed, quantize=quantize, keep_dense=kept_dense(folders[0]), into=args.into, original=args.original, data=args.data,
+        base, adapters, out=args.out, dtype=args.dtype, stochastic=args.stochastic, seed=args.seed, quantize=quantize,
+        keep_dense=keep_dense, into=args.into, original=args.original, data=args.data,
         check_logits=not args.no_logits, force_base=args.force_base,
     )  # fmt: skip
     if args.json:

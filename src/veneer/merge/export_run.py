@@ -10,11 +10,11 @@ from veneer.merge.export import ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
 from veneer.merge.gguf_model import GGUFReport, ModelType, write_gguf_model
 from veneer.merge.lint import Consumer, Finding, lint
-from veneer.merge.run import Into, refuse_unclear
+from veneer.merge.run import Into, open_merge
 from veneer.models.load import load_base
 from veneer.models.skeleton import load_skeleton
 from veneer.quant.config import Quantize
-from veneer.store.adapter import load_adapter, read_adapter
+from veneer.store.adapter import read_adapter
 from veneer.store.atomic import atomic_file
 
 Target = Literal["peft", "vllm", "gguf"]
@@ -39,23 +39,23 @@ def export_adapter(
 
 def export_merged_gguf(
     adapters: Sequence[tuple[str | Path, float]], *, base: str, out: str | Path, type: ModelType = "f16",
-    quantize: Quantize | None = None, into: Into | None = None, force_base: bool = False,
+    quantize: Quantize | None = None, keep_dense: Sequence[str] = (), into: Into | None = None,
+    original: str | None = None, force_base: bool = False,
 ) -> GGUFReport:  # fmt: skip
-    """Writes base and adapters as one .gguf model. Metadata is copied where the base is a .gguf file itself.
+    """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file.
 
-    quantize, into: for adapters trained over a quantised base, as in merge/run.py.
+    quantize, keep_dense, into, original: for adapters trained over a quantised base, see run.py's open_merge.
     """
     _named_gguf(out)
-    if quantize is not None:
-        refuse_unclear(base, True, into, None)
-    loaded = load_base(base, device="cpu", quantize=None if into == "original" else quantize)
-    force_base = force_base or into == "original"  # its fingerprint is the quantised base's
-    acting = []
-    for number, (folder, weight) in enumerate(adapters, 1):
-        name = f"{number}:{Path(folder).name}"
-        load_adapter(loaded, folder, name=name, force_base=force_base)
-        acting.append((name, weight))
-    source = Path(base).expanduser() if base.endswith(".gguf") else None
+    if adapters:
+        opened = open_merge(
+            base, adapters, quantize=quantize, keep_dense=keep_dense, into=into, original=original,
+            force_base=force_base,
+        )  # fmt: skip
+        loaded, acting = opened.base, opened.acting
+    else:
+        loaded, acting = load_base(base, device="cpu", quantize=quantize), []
+    source = Path(loaded.source).expanduser() if loaded.source.endswith(".gguf") else None
     return write_gguf_model(loaded, acting, out, type=type, source_file=source)
 
 

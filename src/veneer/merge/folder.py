@@ -5,7 +5,8 @@
     logits       the written folder is loaded and compared with the adapter on its base (verify.py)
     the rest     config, generation config, tokenizer and chat template of the base; veneer_merge.json: what was merged
 
-Nothing stands at the given place until all of it holds. In memory: one layer in float32, besides the base, whose
+Nothing stands at the given place until all of it holds. In memory: one layer and a few float32 copies of the weight at
+work, besides the base, whose
 files are mapped and not copied.
 """
 

@@ -8,7 +8,8 @@ Neither is quantised again: an update is mostly smaller than a 4-bit step and wo
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,56 +17,91 @@ from veneer.errors import ConfigError
 from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
+from veneer.models.base import Base
+from veneer.models.gguf import read_header
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
-from veneer.store.adapter import load_adapter, read_adapter
+from veneer.store.adapter import StoredAdapter, load_adapter, read_adapter
 
 Into = Literal["original", "dequantised"]
 
 
-def merge_adapters(
-    base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
-    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, keep_dense: Sequence[str] = (), into: Into | None = None,
-    original: str | None = None, rows: Sequence[list[int]] | None = None, check_logits: bool = True,
-    force_base: bool = False, device: str = "cpu",
-) -> MergeReport:  # fmt: skip
-    """Merges adapter folders, each with its weight, into the base that `base` names; see merge_into_folder.
+@dataclass(frozen=True)
+class Opened:
+    """A base with adapters on it, none acting yet, ready to be merged.
 
-    quantize, keep_dense, into, original  for adapters trained over a quantised base: how it was held, what is merged into, and
-                              where the original weights are (None: in `base` itself)
+    acting      the adapters' names with their weights
+    stored      the same as their folders hold them
+    as_trained  what they said over the quantised base, where other weights are merged into
     """
-    refuse_unclear(base, quantize is not None, into, original)
+
+    base: Base
+    acting: list[tuple[str, float]]
+    stored: list[StoredAdapter]
+    as_trained: Reference | None
+
+
+def open_merge(
+    base: str, adapters: Sequence[tuple[str | Path, float]], *, quantize: Quantize | None = None,
+    keep_dense: Sequence[str] = (), into: Into | None = None, original: str | None = None, force_base: bool = False,
+    device: str = "cpu", asked: Callable[[Base], Sequence[list[int]]] | None = None,
+) -> Opened:  # fmt: skip
+    """Loads the weights that are merged into, and on them the adapters, which are checked against the base they were
+    trained on in either case.
+
+    quantize, keep_dense, into, original  for adapters trained over a quantised base: how it was held, what is merged
+                              into, and where the original weights are (None: in `base` itself)
+    asked                     gives the rows of as_trained; None: it is not computed
+    """
+    refuse_unclear(base, quantize, into, original)
     stored = [(read_adapter(folder), weight) for folder, weight in adapters]
     refuse_unfoldable({str(adapter.folder): adapter.config for adapter, _ in stored})
     names = _names([adapter.folder for adapter, _ in stored])
     acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
     loaded = load_base(base, device=device, quantize=quantize, keep_dense=keep_dense)
-    refuse_unclear(base, loaded.quantize is not None, into, original, loaded=True)
+    refuse_unclear(base, loaded.quantize, into, original, loaded=True)
     for name, (adapter, _) in zip(names, stored, strict=True):
         load_adapter(loaded, adapter, name=name, force_base=force_base)
-    as_trained: Reference | None = None
-    if into == "original" and check_logits:
-        asked = text_rows(loaded.tokenizer) if rows is None else limited(rows)
-        as_trained = reference(loaded, acting, asked)
+    as_trained = None
     if into == "original":
+        as_trained = None if asked is None else reference(loaded, acting, asked(loaded))
         del loaded
         gc.collect()
         loaded = load_base(original or base, device=device)
         for name, (adapter, _) in zip(names, stored, strict=True):
-            load_adapter(
-                loaded, adapter, name=name, force_base=True
-            )  # its fingerprint is the quantised base's
+            # its fingerprint is the quantised base's
+            load_adapter(loaded, adapter, name=name, force_base=True)
+    return Opened(loaded, acting, [adapter for adapter, _ in stored], as_trained)
+
+
+def merge_adapters(
+    base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
+    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, keep_dense: Sequence[str] = (),
+    into: Into | None = None, original: str | None = None, rows: Sequence[list[int]] | None = None,
+    check_logits: bool = True, force_base: bool = False, device: str = "cpu",
+) -> MergeReport:  # fmt: skip
+    """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge and
+    merge_into_folder."""
+
+    def asked(loaded: Base) -> Sequence[list[int]]:
+        return text_rows(loaded.tokenizer) if rows is None else limited(rows)
+
+    opened = open_merge(
+        base, adapters, quantize=quantize, keep_dense=keep_dense, into=into, original=original, force_base=force_base,
+        device=device, asked=asked if check_logits else None,
+    )  # fmt: skip
+    loaded = opened.base
     record = {
         "base": {"name": loaded.name_or_path, "revision": loaded.revision, "fingerprint": loaded.fingerprint().to_dict()},
         "adapters": [
             {"content_hash": adapter.manifest.content_hash if adapter.manifest else None, "weight": weight}
-            for adapter, weight in stored
+            for adapter, (_, weight) in zip(opened.stored, opened.acting, strict=True)
         ],
         "into": into,
     }  # fmt: skip
     return merge_into_folder(
-        loaded, acting, out, dtype=dtype, stochastic=stochastic, seed=seed, rows=rows, check_logits=check_logits,
-        as_trained=as_trained, record=record,
+        loaded, opened.acting, out, dtype=dtype, stochastic=stochastic, seed=seed, rows=rows,
+        check_logits=check_logits, as_trained=opened.as_trained, record=record,
     )  # fmt: skip
 
 
@@ -76,13 +112,16 @@ INTO_STEP = (
 
 
 def refuse_unclear(
-    base: str, packed: bool, into: Into | None, original: str | None, *, loaded: bool = False
+    base: str, quantize: Quantize | None, into: Into | None, original: str | None, *, loaded: bool = False
 ) -> None:
     """ConfigError where it is not said, or said in vain, which weights are merged into.
 
-    packed: the base is held quantised; loaded: that is certain, a folder may hold packed weights by itself.
+    quantize: how the base is held; loaded: that is certain, a folder may hold packed weights by itself.
     """
-    packed = packed or base.endswith(".gguf")
+    from_file = quantize == "gguf" or (
+        base.endswith(".gguf") and read_header(Path(base).expanduser()).quantised
+    )
+    packed = from_file or quantize is not None
     faults = []
     if packed and into is None:
         faults.append(f"{base} is held quantised: say --into original or --into dequantised")
@@ -90,8 +129,10 @@ def refuse_unclear(
         faults.append(
             f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training"
         )
-    if into == "original" and base.endswith(".gguf") and original is None:
-        faults.append("--into original over a .gguf file: name the original weights with --original")
+    if into == "original" and from_file and original is None:
+        faults.append(
+            "--into original over a .gguf file, which holds no others: name the original weights with --original"
+        )
     if into != "original" and original is not None:
         faults.append("--original is read only with --into original")
     if faults:

@@ -102,6 +102,11 @@ class Header:
     num_values: int  # of all tensors that are weights
     tensors: Mapping[str, ReaderTensor]  # those weights by their names in the file, mapped
 
+    @property
+    def quantised(self) -> bool:
+        """Whether any weight is stored in blocks."""
+        return any(tensor.tensor_type not in _FLOATS for tensor in self.tensors.values())
+
 
 def converted_folder(sha256: str) -> Path:
     """Where the conversion of the file with this hash is or will be."""
