@@ -6,8 +6,7 @@
     the rest     config, generation config, tokenizer and chat template of the base; veneer_merge.json: what was merged
 
 Nothing stands at the given place until all of it holds. In memory: one layer and a few float32 copies of the weight at
-work, besides the base, whose
-files are mapped and not copied.
+work, besides the base, whose files are mapped and not copied.
 """
 
 import copy

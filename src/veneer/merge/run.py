@@ -44,7 +44,7 @@ class Opened:
 def open_merge(
     base: str, adapters: Sequence[tuple[str | Path, float]], *, quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (), into: Into | None = None, original: str | None = None, force_base: bool = False,
-    device: str = "cpu", asked: Callable[[Base], Sequence[list[int]]] | None = None,
+    device: str = "cpu", asked: Callable[[Base], list[list[int]]] | None = None,
 ) -> Opened:  # fmt: skip
     """Loads the weights that are merged into, and on them the adapters, which are checked against the base they were
     trained on in either case.
@@ -83,7 +83,7 @@ def merge_adapters(
     """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge and
     merge_into_folder."""
 
-    def asked(loaded: Base) -> Sequence[list[int]]:
+    def asked(loaded: Base) -> list[list[int]]:
         return text_rows(loaded.tokenizer) if rows is None else limited(rows)
 
     opened = open_merge(
