@@ -1,8 +1,13 @@
-"""Rows for the tests of the step: random ids with a shared start, the answer's tokens trained."""
+"""What several tests make: rows (random ids with a shared start, the answer's tokens trained), adapters, failures."""
+
+import os
+import signal
 
 import numpy as np
 import torch
 
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
 from veneer.data.examples import Example, RowRef
 
 
@@ -27,3 +32,34 @@ def fill(parameters, *, seed=0, scale=0.3):
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+class FailAt:
+    """Lets k - 1 calls through, then fails at the k-th (failure None: kills the process), and counts them all.
+
+    calls: (module or class, name of the function) of what is counted.
+    """
+
+    def __init__(self, monkeypatch, calls, k, failure):
+        self.calls, self.k, self.failure = 0, k, failure
+        for owner, name in calls:
+            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
+
+    def _wrapped(self, real):
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.k:
+                if self.failure is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise self.failure
+            return real(*args, **kwargs)
+
+        return call
+
+
+def filled_lora(base, **settings):
+    """A LoRA called "a" beside the base, not acting yet, its values random."""
+    head = base.model.get_output_embeddings()
+    made = attach(base.model, LoRA(rank=3, alpha=5, **settings), name="a", routing=base.routing, head=head)
+    fill(made.parameters().values())
+    return made

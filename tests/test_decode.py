@@ -146,20 +146,10 @@ def test_a_small_top_p_is_greedy():
 
 
 def test_an_adapter_that_acts_is_not_part_of_the_proof_and_changes_answers():
-    from tests.helpers import fill
-    from veneer.adapters.attach import attach
-    from veneer.adapters.config import LoRA
+    from tests.helpers import filled_lora
 
     base = tiny_base("llama")
-    attachment = attach(
-        base.model,
-        LoRA(rank=3, alpha=5),
-        name="a",
-        routing=base.routing,
-        head=base.model.get_output_embeddings(),
-        seed=0,
-    )
-    fill(attachment.parameters().values())
+    filled_lora(base)
     plain = generate(base, PROMPTS, max_new_tokens=6)
     base.routing.active = (("a", 1.0),)
     adapted = generate(base, PROMPTS, max_new_tokens=6)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from veneer.evaluate.bootstrap import Counts, interval, paired_difference, seeds_difference, seeds_interval
+from veneer.evaluate.bootstrap import Counts, interval, paired_difference
 from veneer.evaluate.metric import ratio
 
 
@@ -67,16 +67,16 @@ def test_the_difference_has_the_width_of_the_rows_own_differences() -> None:
 
 def test_one_seed_is_the_rows_alone_and_more_seeds_add_their_spread() -> None:
     rows = shares(*np.random.default_rng(3).normal(size=100))
-    assert seeds_interval(rows[None], ratio) == interval(rows, ratio)
+    assert interval(rows[None], ratio) == interval(rows, ratio)
     steady = np.stack([shares(*[0.5] * 100)] * 4)
-    assert seeds_interval(steady, ratio) == (0.5, 0.5)
+    assert interval(steady, ratio) == (0.5, 0.5)
     apart = np.stack([shares(*[level] * 100) for level in (0.4, 0.5, 0.6, 0.7)])
-    low, high = seeds_interval(apart, ratio)
+    low, high = interval(apart, ratio)
     assert low < 0.5 < 0.6 < high
 
 
 def test_seeds_that_move_both_sides_alike_leave_the_difference_alone() -> None:
     ours = np.stack([shares(*[level + 0.05] * 30) for level in (0.1, 0.5, 0.9)])
     theirs = np.stack([shares(*[level] * 30) for level in (0.1, 0.5, 0.9)])
-    difference, low, high = seeds_difference(ours, theirs, ratio)
+    difference, low, high = paired_difference(ours, theirs, ratio)
     assert all(math.isclose(each, 0.05, abs_tol=1e-9) for each in (difference, low, high))

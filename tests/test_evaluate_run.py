@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import fill, make_examples
+from tests.helpers import filled_lora, make_examples
 from tests.tiny import tiny_base
-from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example, Row, RowRef
 from veneer.data.template import ChatTemplate
@@ -348,15 +346,7 @@ def test_forgetting_is_the_loss_after_minus_before_on_the_users_own_text(tmp_pat
     file.write_text("One document.\n---\nAnother, which is\nlonger.\n---\n\n", "utf-8")
     base = tiny_base("llama")
     nats = own_nats(base)
-    attachment = attach(
-        base.model,
-        LoRA(rank=3, alpha=5),
-        name="a",
-        routing=base.routing,
-        head=base.model.get_output_embeddings(),
-        seed=0,
-    )
-    fill(attachment.parameters().values())
+    filled_lora(base)
     plain = run(base, rows(["a"]), [], general=str(file), nats=nats)["general"]
     assert "forgetting" not in plain and plain["documents"] == 2
     base.routing.active = (("a", 1.0),)

@@ -23,6 +23,19 @@ def near(ours, theirs, tolerance):
     assert ((ours.to(theirs.dtype) - theirs).abs().max() / scale) <= tolerance
 
 
+def near_with_gradients(ours, theirs, inputs, wide, grad):
+    """Values and gradients of inputs are those of `wide`, their float64 twins."""
+    tolerance = {torch.bfloat16: BF16, torch.float32: 1e-5, torch.float64: 1e-12}[ours.dtype]
+    near(ours, theirs, tolerance)
+    pairs = zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(theirs, wide, grad.double()),
+        strict=True,
+    )
+    for a, b in pairs:
+        near(a, b, tolerance * 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 16), (2, 3, 40), (5, 7)], ids=str)
 def test_the_norm_is_its_reference(dtype, shape):
@@ -33,15 +46,7 @@ def test_the_norm_is_its_reference(dtype, shape):
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     ours = kernels.rms_norm(x, weight, 1e-5)
     theirs = kernels.rms_norm_reference(*wide, 1e-5)
-    tolerance = BF16 if dtype == torch.bfloat16 else 1e-5 if dtype == torch.float32 else 1e-12
-    near(ours, theirs, tolerance)
-    pairs = zip(
-        torch.autograd.grad(ours, (x, weight), grad),
-        torch.autograd.grad(theirs, wide, grad.double()),
-        strict=True,
-    )
-    for a, b in pairs:
-        near(a, b, tolerance * 2)
+    near_with_gradients(ours, theirs, (x, weight), wide, grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -54,15 +59,7 @@ def test_the_gate_is_its_reference(dtype, shape):
     grad = torch.randn(shape).to(dtype)
     wide = [t.detach().double().requires_grad_() for t in (gate, up)]
     ours, theirs = kernels.silu_gate(gate, up), kernels.silu_gate_reference(*wide)
-    tolerance = BF16 if dtype == torch.bfloat16 else 1e-5 if dtype == torch.float32 else 1e-12
-    near(ours, theirs, tolerance)
-    pairs = zip(
-        torch.autograd.grad(ours, (gate, up), grad),
-        torch.autograd.grad(theirs, wide, grad.double()),
-        strict=True,
-    )
-    for a, b in pairs:
-        near(a, b, tolerance * 2)
+    near_with_gradients(ours, theirs, (gate, up), wide, grad)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 49, 1000])

@@ -7,12 +7,12 @@ import errno
 import multiprocessing
 import os
 import shutil
-import signal
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import FailAt
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.errors import VeneerError
 from veneer.store.library import Library
@@ -23,26 +23,6 @@ WRITES = [
     (os, "rename"), (os, "replace"), (os, "fsync"), (os, "open"), (os, "mkdir"), (os, "unlink"),
     (shutil, "copyfile"), (Path, "write_text"), (Path, "chmod"),
 ]  # fmt: skip
-
-
-class FailAt:
-    """Lets k - 1 calls that write through, then fails (or kills the process) at the k-th; counts them all."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, k: int, failure: BaseException | None) -> None:
-        self.calls, self.k, self.failure = 0, k, failure
-        for owner, name in WRITES:
-            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
-
-    def _wrapped(self, real):
-        def call(*args, **kwargs):
-            self.calls += 1
-            if self.calls == self.k:
-                if self.failure is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise self.failure
-            return real(*args, **kwargs)
-
-        return call
 
 
 def state(library: Library) -> list[tuple[str, tuple[str, ...], str]]:
@@ -87,7 +67,7 @@ def test_a_change_that_fails_or_dies_at_any_call_has_happened_or_not(sources, tm
 
         def run(library=library, k=k) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                FailAt(patch, k, failure)
+                FailAt(patch, WRITES, k, failure)
                 CHANGES[change](library, sources)
 
         if failure is None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.test_store_atomic import FailOnCall
+from tests.helpers import FailAt
+from tests.test_store_atomic import WRITE_CALLS
 from tests.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -466,7 +467,7 @@ def test_whichever_call_fails_the_adapter_is_the_old_one_or_the_new_one_never_ha
         if old:
             write(folder, *adapted(rank=3))
         with pytest.MonkeyPatch.context() as patch:
-            injected = FailOnCall(patch, k, OSError(errno.ENOSPC, "full"))
+            injected = FailAt(patch, WRITE_CALLS, k, OSError(errno.ENOSPC, "full"))
             try:
                 write_adapter(folder, attachment, manifest, model=base.model, replace=old)
             except (DoesNotFitError, SourceError):  # SourceError: the read-back met it

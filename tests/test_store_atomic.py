@@ -5,36 +5,16 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import FailAt
 from veneer.errors import ConfigError, DoesNotFitError, InputError
 from veneer.store import atomic
 from veneer.store.atomic import atomic_file, atomic_folder, free_bytes, verify_manifest, write_manifest
 
-WRITE_CALLS = ("rename", "replace", "fsync", "open", "mkdir")
-
-
-class FailOnCall:
-    """Lets the first k - 1 calls through, fails or kills at the k-th, and counts them all."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, k: int, failure: BaseException | None) -> None:
-        self.calls, self.k, self.failure = 0, k, failure
-        for name in WRITE_CALLS:
-            monkeypatch.setattr(os, name, self._wrapped(getattr(os, name)))
-
-    def _wrapped(self, real):
-        def call(*args, **kwargs):
-            self.calls += 1
-            if self.calls == self.k:
-                if self.failure is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise self.failure
-            return real(*args, **kwargs)
-
-        return call
+WRITE_CALLS = [(os, name) for name in ("rename", "replace", "fsync", "open", "mkdir")]
 
 
 def write_folder(path: Path, text: str, *, replace: bool = False) -> None:
@@ -101,7 +81,7 @@ def test_whichever_call_fails_the_place_holds_the_old_or_the_new_never_half(tmp_
         if old:
             write_folder(path, old)
         with pytest.MonkeyPatch.context() as patch:
-            injected = FailOnCall(patch, k, failure)
+            injected = FailAt(patch, WRITE_CALLS, k, failure)
             try:
                 write_folder(path, "new", replace=old is not None)
                 raised = None
@@ -125,7 +105,7 @@ def test_whichever_call_fails_the_place_holds_the_old_or_the_new_never_half(tmp_
 
 
 def _killed_writer(path: Path, k: int) -> None:
-    FailOnCall(pytest.MonkeyPatch(), k, None)
+    FailAt(pytest.MonkeyPatch(), WRITE_CALLS, k, None)
     write_folder(path, "new", replace=True)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from veneer.errors import ConfigError, SourceError
 from veneer.quant.config import FORMATS, Quantize
-from veneer.store.strict_json import read_json
+from veneer.store.strict_json import finite_or_null, read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +173,7 @@ def kept_dense(folder: Path) -> list[str]:
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
     """One JSON document on stdout; a number that is not finite is null."""
-    print(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(finite_or_null(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def make_console(*, json: bool) -> Console:
@@ -182,13 +181,3 @@ def make_console(*, json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=json, highlight=False, markup=False, emoji=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value

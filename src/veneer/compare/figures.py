@@ -19,9 +19,8 @@ from veneer.data.examples import Row
 from veneer.evaluate.bootstrap import (
     Counts,
     OfTotals,
+    interval,
     paired_difference,
-    seeds_difference,
-    seeds_interval,
 )
 from veneer.evaluate.metric import ratio
 from veneer.evaluate.predictions import Line, counts_of, loss_counts, read_predictions
@@ -94,13 +93,13 @@ def _counts(comparison: Comparison, seeds: Sequence[Sequence[Line]]) -> dict[str
 
 def _figure(counts: Counts, of_totals: OfTotals) -> Figures:
     return {
-        "value": of_totals(counts.sum(axis=(0, 1))), "interval": list(seeds_interval(counts, of_totals)),
+        "value": of_totals(counts.sum(axis=(0, 1))), "interval": list(interval(counts, of_totals)),
         "seeds": [of_totals(seed.sum(axis=0)) for seed in counts],
     }  # fmt: skip
 
 
 def _difference(ours: Counts, theirs: Counts, of_totals: OfTotals) -> Figures:
-    difference, low, high = seeds_difference(ours, theirs, of_totals)
+    difference, low, high = paired_difference(ours, theirs, of_totals)
     return {"difference": difference, "interval": [low, high]}
 
 

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from veneer.compare.conclusion import HEAD, facts, measure, quantity
-from veneer.report.plots import Series, line_chart
+from veneer.report.plots import Series, bars, line_chart
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.report.style import STYLE
 from veneer.train.wording import clock, millions, percent, size
@@ -162,14 +162,8 @@ def _curves(good: Sequence[tuple[int, Method]]) -> str:
 
 
 def _bars(rows: Sequence[tuple[int, str, float, str]]) -> str:
-    """Bars, one a method: place, name, length, its label. What is negative has no bar."""
-    most = max((value for _, _, value, _ in rows), default=0)
-    lines = (
-        f"<div><dt>{escape(name)}</dt><dd><i class={_colour(place)} "
-        f"style=width:{70 * max(value, 0) / most if most > 0 else 0:.1f}%></i>{escape(said)}</dd></div>"
-        for place, name, value, said in rows
-    )
-    return f"<dl class=bars>{''.join(lines)}</dl>" if rows else ""
+    """Bars, one a method: place, name, length, its label."""
+    return bars([(name, value, said, _colour(place)) for place, name, value, said in rows])
 
 
 def _forgetting(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> str:

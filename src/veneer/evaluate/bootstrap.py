@@ -25,7 +25,7 @@ SEED = 0
 """The interval of the same answers is the same."""
 
 Counts = NDArray[np.float64]
-"""(N, K): a line for each row; (K): their sum."""
+"""(N, K): a line for each row; (K): their sum; (S, N, K): the same of several seeds."""
 OfTotals = Callable[[Counts], float]
 """A figure from the sums of counts (K)."""
 
@@ -33,61 +33,40 @@ OfTotals = Callable[[Counts], float]
 def interval(
     counts: Counts, of_totals: OfTotals, *, seed: int = SEED, level: float = LEVEL
 ) -> tuple[float, float]:
-    """(low, high) of the figure over resampled rows. counts (N, K), N at least 1."""
+    """(low, high) of the figure over resampled rows. counts (N, K), N at least 1; or (S, N, K), runs that differ in
+    their seed, on the same rows: then over resampled seeds too.
+
+    One seed is as none: how much another would change cannot be known from one.
+    """
     return _ends([of_totals(totals) for totals in _resampled(counts, seed)], level)
 
 
 def paired_difference(
     ours: Counts, theirs: Counts, of_totals: OfTotals, *, seed: int = SEED, level: float = LEVEL
 ) -> tuple[float, float, float]:
-    """(difference, low, high) of ours minus theirs on the same rows, each draw taken for both. Both (N, K)."""
+    """(difference, low, high) of ours minus theirs on the same rows (and seeds), each draw taken for both. Both (N, K),
+    or both (S, N, K)."""
     assert ours.shape == theirs.shape
-    width = ours.shape[1]
-    drawn = _resampled(np.concatenate([ours, theirs], axis=1), seed)
+    width = ours.shape[-1]
+    drawn = _resampled(np.concatenate([ours, theirs], axis=-1), seed)
     low, high = _ends([of_totals(t[:width]) - of_totals(t[width:]) for t in drawn], level)
-    return of_totals(ours.sum(axis=0)) - of_totals(theirs.sum(axis=0)), low, high
-
-
-def seeds_interval(
-    counts: Counts, of_totals: OfTotals, *, seed: int = SEED, level: float = LEVEL
-) -> tuple[float, float]:
-    """(low, high) over resampled seeds and rows. counts (S, N, K): runs that differ in their seed, on the same rows.
-
-    With one seed this is `interval`: how much another seed would change cannot be known from one.
-    """
-    return _ends([of_totals(totals) for totals in _resampled_seeds(counts, seed)], level)
-
-
-def seeds_difference(
-    ours: Counts, theirs: Counts, of_totals: OfTotals, *, seed: int = SEED, level: float = LEVEL
-) -> tuple[float, float, float]:
-    """(difference, low, high): as paired_difference, over seeds too. Both (S, N, K), seed by seed and row by row."""
-    assert ours.shape == theirs.shape
-    width = ours.shape[2]
-    drawn = _resampled_seeds(np.concatenate([ours, theirs], axis=2), seed)
-    low, high = _ends([of_totals(t[:width]) - of_totals(t[width:]) for t in drawn], level)
-    return of_totals(ours.sum(axis=(0, 1))) - of_totals(theirs.sum(axis=(0, 1))), low, high
+    own, other = (counts.reshape(-1, width).sum(axis=0) for counts in (ours, theirs))
+    return of_totals(own) - of_totals(other), low, high
 
 
 def _resampled(counts: Counts, seed: int) -> Iterator[Counts]:
-    if not len(counts):
-        raise ValueError("no rows to resample")
-    rows, random = len(counts), np.random.default_rng(seed)
-    even = np.full(rows, 1 / rows)
-    for start in range(0, RESAMPLES, CHUNK):
-        times = random.multinomial(rows, even, size=min(CHUNK, RESAMPLES - start))
-        yield from times @ counts
-
-
-def _resampled_seeds(counts: Counts, seed: int) -> Iterator[Counts]:
-    """Draws of rows, and for each a draw of seeds: the same rows for every seed of a draw."""
+    """Sums of counts (K) over draws of rows, and for each a draw of seeds: the same rows for every seed of a draw."""
     if not counts.size:
         raise ValueError("no rows to resample")
-    seeds, random = len(counts), np.random.default_rng([seed, 1])
+    counts = counts if counts.ndim == 3 else counts[None]
+    seeds, of_seeds = len(counts), np.random.default_rng([seed, 1])
     flat = counts.transpose(1, 0, 2).reshape(counts.shape[1], -1)  # (N, S * K)
-    for totals in _resampled(flat, seed):
-        times = random.multinomial(seeds, np.full(seeds, 1 / seeds))
-        yield times @ totals.reshape(seeds, -1)
+    rows, random = len(flat), np.random.default_rng(seed)
+    for start in range(0, RESAMPLES, CHUNK):
+        drawn = random.multinomial(rows, np.full(rows, 1 / rows), size=min(CHUNK, RESAMPLES - start))
+        for totals in drawn @ flat:
+            times = of_seeds.multinomial(seeds, np.full(seeds, 1 / seeds))
+            yield times @ totals.reshape(seeds, -1)
 
 
 def _ends(figures: list[float], level: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError, RefusedError
+from veneer.errors import ConfigError
 from veneer.merge.low_rank import Cut, cut_dense, cut_factors, relative_error
 
 How = Literal["cat", "linear", "svd", "ties", "dare", "magnitude"]
@@ -172,26 +172,3 @@ def largest_entries(dense: Tensor, density: float) -> Tensor:
 def total_error(cuts: Mapping[str, Cut]) -> float:
     """||what was wanted - what is left|| / ||what was wanted|| over all places."""
     return relative_error(sum(cut.lost for cut in cuts.values()), sum(cut.whole for cut in cuts.values()))
-
-
-def combined_values(adapters: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Values trained in place of the base's own: those of one adapter with weight 1, or the same in several.
-
-    RefusedError otherwise: they are no updates, and without the base's weights they do not add up.
-    """
-    found: dict[str, Tensor] = {}
-    faults = []
-    for values, weight in zip(adapters, weights, strict=True):
-        for name, value in values.items():
-            if weight != 1.0:
-                faults.append(f"{name}: trained in full by an adapter of weight {weight:g}")
-            elif name in found and not torch.equal(found[name], value):
-                faults.append(f"{name}: trained in full by several adapters, with other values")
-            found[name] = value
-    if faults:
-        raise RefusedError(
-            "biases and modules trained in full are no updates and cannot be combined",
-            faults,
-            "Merge that adapter into its base first (veneer merge), then work on the merged base.",
-        )
-    return found

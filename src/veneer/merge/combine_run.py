@@ -7,7 +7,8 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended, place, refuse_biases
-from veneer.merge.combine import Recipe, Update, combine_updates, combined_values, total_error
+from veneer.merge.combine import Recipe, Update, combine_updates, total_error
+from veneer.merge.fold import trained_values
 from veneer.merge.low_rank import relative_error
 from veneer.models.skeleton import load_skeleton
 from veneer.store.adapter import read_adapter, write_adapter
@@ -46,7 +47,9 @@ def combine_adapters(
     placed: list[Placed] = [place(read_adapter(folder), skeleton.model) for folder, _ in adapters]
     weights = [weight for _, weight in adapters]
     refuse_biases(placed)
-    values = combined_values([each.values for each in placed], weights)
+    values = trained_values(
+        [(each.stored.folder.name, each.values, weight) for each, weight in zip(placed, weights, strict=True)]
+    )
     trained = sorted({path for each in placed for path in each.trained})
     cuts = combine_updates([each.updates for each in placed], weights, recipe)
     updates = {where: Update(cut.A, cut.B) for where, cut in cuts.items()}

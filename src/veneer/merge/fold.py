@@ -96,7 +96,8 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
                 owner = modules[path.rpartition(".")[0]]
                 parts.setdefault(path, []).append(_Part(layer, is_transposed(owner), weight))
     found: dict[str, Callable[[Tensor], Tensor]] = {name: _sum_of(group) for name, group in parts.items()}
-    for name, value in _trained_values(applied).items():
+    in_full = trained_values([(each.name, each.values, weight) for each, weight in applied])
+    for name, value in in_full.items():
         found[name] = _then(value, found.get(name))
     return found
 
@@ -138,13 +139,17 @@ def _then(value: Tensor, update: Callable[[Tensor], Tensor] | None) -> Callable[
     return wanted
 
 
-def _trained_values(applied: Applied) -> dict[str, Tensor]:
+def trained_values(adapters: Sequence[tuple[str, Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """Values trained in place of the base's own, of adapters that act together: (name, its values, its weight).
+
+    RefusedError unless each is that of one adapter with weight 1, or the same in several: they are no updates.
+    """
     values: dict[str, Tensor] = {}
     faults = []
-    for attachment, weight in applied:
-        for name, value in attachment.values.items():
+    for adapter, own, weight in adapters:
+        for name, value in own.items():
             if weight != 1.0:
-                faults.append(f"{name}: {attachment.name} trained it in full and would act with {weight:g}")
+                faults.append(f"{name}: {adapter} trained it in full and would act with {weight:g}")
             elif name in values and not torch.equal(values[name], value):
                 faults.append(f"{name}: trained in full by more than one adapter, with other values")
             values[name] = value
@@ -152,7 +157,7 @@ def _trained_values(applied: Applied) -> dict[str, Tensor]:
         raise RefusedError(
             "values trained in place of the base's own do not add up",
             faults,
-            "Merge that adapter alone with weight 1, then train or merge the others on the result.",
+            "Merge that adapter alone with weight 1 (veneer merge), then train or merge the others on the result.",
         )
     return values
 

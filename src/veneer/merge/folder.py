@@ -33,7 +33,7 @@ from veneer.merge.fold import (
     tied_names,
     wanted_weights,
 )
-from veneer.merge.rounding import Survival, stochastic, survival, total
+from veneer.merge.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
 from veneer.merge.shards import MAX_SHARD_BYTES, ShardWriter
 from veneer.merge.verify import LogitCheck, Reference, compare, limited, reference, text_rows
 from veneer.models.base import Base
@@ -51,7 +51,7 @@ DtypeChoice = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(OverWeights):
     """What a merge did.
 
     weights     name of each changed weight -> its survival
@@ -68,15 +68,6 @@ class MergeReport:
     logits: LogitCheck | None
     as_trained: LogitCheck | None
 
-    @property
-    def total(self) -> Survival:
-        return total(self.weights.values())
-
-    @property
-    def layers(self) -> dict[str, Survival]:
-        """Layer number, or the weight's own name outside the layers -> survival over the layer."""
-        return by_layer(self.weights)
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "out": str(self.out), "bytes": self.bytes, "dtype": self.dtype, "stochastic": self.stochastic,
@@ -85,14 +76,6 @@ class MergeReport:
             "logits": None if self.logits is None else asdict(self.logits),
             "as_trained": None if self.as_trained is None else asdict(self.as_trained),
         }  # fmt: skip
-
-
-def by_layer(weights: Mapping[str, Survival]) -> dict[str, Survival]:
-    groups: dict[str, list[Survival]] = {}
-    for name, part in weights.items():
-        number = layer_number(name)
-        groups.setdefault(name if number is None else str(number), []).append(part)
-    return {name: total(parts) for name, parts in groups.items()}
 
 
 def _numbers(part: Survival) -> dict[str, float]:

@@ -28,10 +28,10 @@ from transformers import PreTrainedConfig
 from veneer.adapters.attach import detach
 from veneer.errors import RefusedError
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
-from veneer.merge.folder import LEAST_SURVIVAL, by_layer
+from veneer.merge.folder import LEAST_SURVIVAL
 from veneer.merge.gguf_names import Names, names_of
 from veneer.merge.gguf_tokenizer import write_tokenizer
-from veneer.merge.rounding import Survival, survival, total
+from veneer.merge.rounding import OverWeights, Survival, survival, total
 from veneer.models.base import Base
 from veneer.store.atomic import atomic_file
 
@@ -42,7 +42,7 @@ _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.qu
 
 
 @dataclass(frozen=True)
-class GGUFReport:
+class GGUFReport(OverWeights):
     """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot hold."""
 
     out: Path
@@ -50,14 +50,6 @@ class GGUFReport:
     type: ModelType
     weights: Mapping[str, Survival]
     f16_instead: int
-
-    @property
-    def total(self) -> Survival:
-        return total(self.weights.values())
-
-    @property
-    def layers(self) -> dict[str, Survival]:
-        return by_layer(self.weights)
 
 
 def write_gguf_model(

@@ -9,11 +9,13 @@ Over several weights both are sums of the numerators over sums of the denominato
 square of its update's norm.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from veneer.adapters.targets import layer_number
 
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
@@ -62,6 +64,29 @@ def total(parts: Iterable[Survival]) -> Survival:
         along, wanted = along + part.along, wanted + part.wanted
         lost, weight = lost + part.lost, weight + part.weight
     return Survival(along, wanted, lost, weight)
+
+
+def by_layer(weights: Mapping[str, Survival]) -> dict[str, Survival]:
+    """Layer number, or the weight's own name outside the layers -> survival over the layer."""
+    groups: dict[str, list[Survival]] = {}
+    for name, part in weights.items():
+        number = layer_number(name)
+        groups.setdefault(name if number is None else str(number), []).append(part)
+    return {name: total(parts) for name, parts in groups.items()}
+
+
+class OverWeights:
+    """A report of what is left of an update. weights: name of each changed weight -> its survival."""
+
+    weights: Mapping[str, Survival]
+
+    @property
+    def total(self) -> Survival:
+        return total(self.weights.values())
+
+    @property
+    def layers(self) -> dict[str, Survival]:
+        return by_layer(self.weights)
 
 
 def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

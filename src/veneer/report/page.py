@@ -20,7 +20,7 @@ import yaml
 
 from veneer.adapters.config import METHODS
 from veneer.errors import SourceError
-from veneer.report.plots import Series, line_chart, smooth
+from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.style import STYLE
 from veneer.store.manifest import MANIFEST_NAME, read_manifest
 from veneer.train.config import DataConfig, RunConfig
@@ -226,7 +226,7 @@ def _memory(summary: Mapping[str, Any]) -> str:
     if planned and peak:
         off = 100 * (peak - planned) / planned
         note = f"<p>The plan was {abs(off):.1f}% {'below' if off > 0 else 'above'} what was measured.</p>"
-    return _bars([(name, value, size(value), colour) for name, value, colour in rows]) + note
+    return bars([(name, value, size(value), colour) for name, value, colour in rows]) + note
 
 
 def _time(summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
@@ -239,18 +239,7 @@ def _time(summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequ
             ("loading, checks, saving", max(total - sum(value for _, value, _ in rows), 0.0), "quiet")
         )
     shown = [row for row in rows if row[1] > 0]
-    return _bars([(name, value, clock(value), colour) for name, value, colour in shown])
-
-
-def _bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
-    """Horizontal bars: name, length, its label, colour."""
-    most = max((value for _, value, _, _ in rows), default=0)
-    lines = (
-        f"<div><dt>{escape(name)}</dt><dd><i class={colour} style=width:{70 * value / most:.1f}%></i>"
-        f"{escape(text)}</dd></div>"
-        for name, value, text, colour in rows
-    )
-    return f"<dl class=bars>{''.join(lines)}</dl>" if most else ""
+    return bars([(name, value, clock(value), colour) for name, value, colour in shown])
 
 
 def _data(start: Record, steps: Sequence[Record]) -> str:

@@ -162,3 +162,14 @@ def label(value: float) -> str:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{float(digits):g}e{int(power)}"
     return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+
+
+def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
+    """Horizontal bars: name, length, its label, class. What is negative has no bar."""
+    most = max((value for _, value, _, _ in rows), default=0)
+    lines = (
+        f"<div><dt>{escape(name)}</dt><dd><i class={colour} "
+        f"style=width:{70 * max(value, 0) / most if most > 0 else 0:.1f}%></i>{escape(text)}</dd></div>"
+        for name, value, text, colour in rows
+    )
+    return f"<dl class=bars>{''.join(lines)}</dl>" if rows else ""

@@ -6,6 +6,7 @@ Not known here: what the object should hold.
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +100,15 @@ def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is too large")
+    return value
+
+
+def finite_or_null(value: Any) -> Any:
+    """JSON data in which every number that is not finite is null: JSON has no other way to say it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite_or_null(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(each) for each in value]
     return value

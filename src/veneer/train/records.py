@@ -8,7 +8,6 @@ nothing here knows what a step computes.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.errors import CorruptFileError
+from veneer.store.strict_json import finite_or_null
 
 Record = dict[str, Any]
 
@@ -103,17 +103,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
+    return json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def process_memory_bytes() -> int:
