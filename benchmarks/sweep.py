@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --base smollm2-135m --rows e2e_json=train.jsonl:test.jsonl viggo_text=... --out sweep.json
 
-The grid of a method is its default rate times 1/4, 1/2, 1, 2 and 4. Every run has the same rows, steps, batch and seed.
+The grid of a method is its default rate times --factors, 1/4 to 4. Every run has the same rows, steps, batch and seed.
 Runs that --out already holds are not repeated, so it goes on where it was stopped; a run that diverges counts as infinite.
 The table shows the best rate of each method and what the default gives up against it, in nats per token.
 """
@@ -31,9 +31,10 @@ METHODS: dict[str, MethodConfig] = {
     "pfeiffer": Bottleneck(placement="pfeiffer"),
     "parallel": Bottleneck(placement="parallel"),
     "prefix": Prefix(),
+    "prefix, mlp": Prefix(projection=512),
     "full": Full(),
 }
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+FACTORS = [0.25, 0.5, 1.0, 2.0, 4.0]
 
 
 def held_out(args: argparse.Namespace, files: str, method: MethodConfig, rate: float) -> float:
@@ -42,6 +43,7 @@ def held_out(args: argparse.Namespace, files: str, method: MethodConfig, rate: f
         config = RunConfig(
             base=args.base, out=f"{scratch}/run", method=method, batch=args.batch, steps=args.steps,
             data=DataConfig(train=train, validation=test or None), learning_rate=rate, seed=args.seed, keep=1,
+            evaluate_every=args.steps, save_every=args.steps,
         )  # fmt: skip
         try:
             loss = api.train_run(config, resume=False, screen=QuietScreen())["validation_loss"]
@@ -58,6 +60,7 @@ def main() -> None:
     p.add_argument("--rows", nargs="+", required=True, help="name=train.jsonl:test.jsonl")
     p.add_argument("--out", type=Path, default=Path("sweep.json"))
     p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    p.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the default rates")
     p.add_argument("--steps", type=int, default=150)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
@@ -70,7 +73,7 @@ def main() -> None:
     for entry in args.rows:
         task, _, files = entry.partition("=")
         for name in args.methods:
-            for factor in FACTORS:
+            for factor in args.factors:
                 rate = METHODS[name].default_learning_rate * factor
                 key = f"{task} {name} {rate:g}"
                 if key not in losses:
@@ -82,13 +85,13 @@ def main() -> None:
     for task in (entry.partition("=")[0] for entry in args.rows):
         for name in args.methods:
             default = METHODS[name].default_learning_rate
-            rates = {factor: losses[f"{task} {name} {default * factor:g}"] for factor in FACTORS}
+            rates = {factor: losses[f"{task} {name} {default * factor:g}"] for factor in args.factors}
             finite = {factor: loss for factor, loss in rates.items() if loss is not None}
             if not finite:
                 print(f"| {task} | {name} | none | diverged at every rate | {default:g} | |")
                 continue
             best = min(finite, key=lambda factor: finite[factor])
-            own = "diverged" if rates[1.0] is None else f"{rates[1.0]:.4f}"
+            own = "not run" if 1.0 not in rates else "diverged" if rates[1.0] is None else f"{rates[1.0]:.4f}"
             print(f"| {task} | {name} | {default * best:g} | {finite[best]:.4f} | {default:g} | {own} |")
 
 

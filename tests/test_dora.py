@@ -149,3 +149,75 @@ def test_what_is_no_linear_layer_is_refused_by_name(family, targets):
     with pytest.raises(ConfigError, match="DoRA takes linear layers") as caught:
         attach(model, DoRA(targets=targets), name="a", routing=Routing(), head=model.get_output_embeddings())
     assert any("embed_tokens" in fault or "experts" in fault for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize("size", [16, 48, 8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [15, 48, 130])
+def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
+    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows that are full and not) and one they leave."""
+    torch.manual_seed(4)
+    base, exact = (
+        DenseLinear(nn.Linear(96, 144, dtype=t).requires_grad_(False))
+        for t in (torch.bfloat16, torch.float64)
+    )
+    exact.module.weight.data = base.module.weight.double()
+    x, own = torch.randn(rows, 96).bfloat16(), torch.randn(144).bfloat16() if bias else None
+    A, B, magnitude = torch.randn(size, 96) / 10, torch.randn(144, size), torch.randn(144) + 3
+    magnitude[5], base.module.weight.data[7], B[7], exact.module.weight.data[7] = 0, 0, 0, 0
+    squares = row_squares(base)
+    norm = row_norms(A, B, squares, base, scaling=0.3)
+    wide = [t.bfloat16().double() for t in (A, B)]
+    dense = exact.module.weight + 0.3 * wide[1] @ wide[0]
+    torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(dense, dim=1), rtol=3e-3, atol=1e-6)
+    assert norm[7] == 0
+    inputs = [t.requires_grad_() for t in (x, A, B, magnitude)]
+    theirs = [
+        t.detach().double().requires_grad_()
+        for t in (x, A.detach().bfloat16(), B.detach().bfloat16(), magnitude)
+    ]
+    grad = torch.randn(rows, 144).bfloat16()
+    ours = dora_linear(*inputs, norm, own, base, scaling=0.3)
+    plain = dora_linear_reference(
+        *theirs, norm.double(), None if own is None else own.double(), exact, scaling=0.3
+    )
+    near = [(ours, plain)]
+    near += zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(plain, theirs, grad.double()),
+        strict=True,
+    )
+    for a, b in near:
+        assert (a.double() - b).abs().max() <= 2**-6 * b.abs().max()
+    wiped = torch.zeros(rows) if own is None else own[5].float().expand(rows)
+    torch.testing.assert_close(ours[:, 5].float(), wiped, rtol=0, atol=0.0 if own is None else 0.02)
+
+
+def test_the_bits_do_not_depend_on_the_threads():
+    torch.manual_seed(5)
+    base = DenseLinear(nn.Linear(96, 144).bfloat16().requires_grad_(False))
+    x, grad = torch.randn(200, 96).bfloat16().requires_grad_(), torch.randn(200, 144).bfloat16()
+    A, B = torch.randn(16, 96, requires_grad=True), torch.randn(144, 16, requires_grad=True)
+    magnitude = torch.rand(144).add(1).requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            norm = row_norms(A.detach(), B.detach(), row_squares(base), base, scaling=0.3)
+            y = dora_linear(x, A, B, magnitude, norm, None, base, scaling=0.3)
+            found.append([norm, y, *torch.autograd.grad(y, (A, B, magnitude), grad)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_fresh_bf16_layer_changes_no_bit():
+    torch.manual_seed(6)
+    module = nn.Linear(96, 144).bfloat16().requires_grad_(False)
+    base = DenseLinear(module)
+    layer = DoRALayer(
+        LoRALayer("linear", torch.randn(16, 96), torch.zeros(144, 16), alpha=2.0, rslora=False), base
+    )
+    x = torch.randn(50, 96).bfloat16()
+    assert torch.equal(DoRALayer.product(x, module.bias, base, [(layer, 1.0)], Routing()), module(x))

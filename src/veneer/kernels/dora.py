@@ -9,27 +9,76 @@ g' = factor * g everything but the magnitude is LoRA's backward on g':
 
     dmagnitude = sum over M of g * (y - bias) / magnitude       (y - bias is magnitude / norm times the plain product)
 
+Compiled as kernels/rank.py is (native/dora.c): the factor joins the pass that adds the update; in backward one pass
+over g and y gives g', its product with B and the magnitude's sums.
+
 Shapes: M rows, I in_features, O out_features, R rank. Source: Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
 """
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.kernels import rank
 from veneer.kernels.lora import Dropout
-from veneer.linear import FrozenLinear
+from veneer.linear import DenseLinear, FrozenLinear
+
+
+class _DoRA(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "y", "bias", "pairs", "magnitude", "norm", "out", "turned", "partial")
+        ),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "rank")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Magnitudes(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("partial", "magnitude", "norm", "grad")),
+        *((name, ctypes.c_int64) for name in ("blocks", "width")),
+    ]
+
+
+class _Norms(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cross", "B", "gram", "squares", "norm")),
+        *((name, ctypes.c_int64) for name in ("width", "rank")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+BLOCK = 48
+"""Rows whose sums stay together in native/dora.c."""
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scaling: float) -> Tensor:
     """Length of each row of W + scaling * B A, (O) float32; neither the sum nor B A is formed.
 
     ||W||^2 + 2 s rowsum(W A^T * B) + s^2 rowsum(B (A A^T) * B); squares: the first term, (O), which never changes.
-    W A^T is the base's own product with A's rows as tokens, so it costs what R tokens cost, in any weight format.
+    W A^T costs what R tokens cost; a weight that is no dense matrix forms it as its own product with A's rows as tokens.
     """
     A_RI, B_OR = A.to(base.dtype), B.to(base.dtype)
-    cross_OR = base.product(A_RI, None).T.to(squares.dtype)
-    A_RI, B_OR = A_RI.to(squares.dtype), B_OR.to(squares.dtype)
+    dense = isinstance(base, DenseLinear)
+    cross_OR = rank.down(base.dense_weight(base.dtype), A_RI) if dense else base.product(A_RI, None).T
+    if (native := rank.library_for(A.shape[0], len(squares), B_OR)) is not None:
+        cross_OR, wide = cross_OR.contiguous(), A.to(torch.float32)
+        gram, norm = wide @ wide.T, torch.empty_like(squares)
+        given = _Norms(
+            cross_OR.data_ptr(), B_OR.data_ptr(), gram.data_ptr(), squares.data_ptr(), norm.data_ptr(),
+            len(squares), A.shape[0], scaling,
+        )  # fmt: skip
+        native.veneer_dora_norms(ctypes.byref(given))
+        return norm
+    cross_OR, A_RI, B_OR = (t.to(squares.dtype) for t in (cross_OR, A_RI, B_OR))
     inner = 2 * scaling * (cross_OR * B_OR).sum(1) + scaling**2 * ((B_OR @ (A_RI @ A_RI.T)) * B_OR).sum(1)
     return (squares + inner).clamp_min(0).sqrt()
 
@@ -42,7 +91,63 @@ def row_squares(base: FrozenLinear) -> Tensor:
 
 
 def _factor(magnitude: Tensor, norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, magnitude / norm, torch.ones_like(norm))
+    real = norm > 0
+    return torch.where(real, magnitude / torch.where(real, norm, 1.0), 1.0)
+
+
+def _turn_forward(
+    y_MO: Tensor, down_MR: Tensor, B_OR: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scaling: float
+) -> None:  # fmt: skip
+    """y, the base's product with the bias in it, becomes factor * (y - bias + scaling * down B^T) + bias.
+
+    A fresh layer's factor is 1 and its update 0: then no bit of y changes.
+    """
+    width, size = B_OR.shape
+    given = [y_MO, down_MR, *([] if bias is None else [bias])]
+    if (native := rank.library_for(size, width, *given)) is not None:
+        pairs = rank.across(B_OR)
+        call = _DoRA(
+            down_MR.data_ptr(), None, _address(bias), pairs.data_ptr(), magnitude.data_ptr(), norm.data_ptr(),
+            y_MO.data_ptr(), None, None, len(y_MO), width, size, scaling,
+        )  # fmt: skip
+        native.veneer_dora_forward(ctypes.byref(call))
+        return
+    factor = _factor(magnitude, norm)
+    if bias is None:
+        y_MO.mul_(factor.to(y_MO.dtype))
+    else:
+        y_MO.addcmul_(y_MO - bias, (factor - 1).to(y_MO.dtype))
+    y_MO.addmm_(down_MR, (B_OR * (scaling * factor[:, None])).to(y_MO.dtype).T)
+
+
+def _turn_backward(
+    g_MO: Tensor, y_MO: Tensor, B_OR: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, bool]:  # fmt: skip
+    """factor * g (M, O), scaling * (factor * g) B (M, R), the magnitude's gradient (O), and whether a row is lost:
+    magnitude 0 wiped it out of y, and its gradient is still to be computed. Rows of length 0 have none."""
+    width, size = B_OR.shape
+    given = [g_MO, y_MO, *([] if bias is None else [bias])]
+    if (native := rank.library_for(size, width, *given)) is not None:
+        pairs = rank.across(B_OR.T)
+        turned, up = torch.empty_like(g_MO), g_MO.new_empty(len(g_MO), size)
+        blocks, grad = -(-len(g_MO) // BLOCK), torch.empty_like(magnitude)
+        partial = torch.empty(blocks, width, dtype=torch.float32, device=g_MO.device)
+        call = _DoRA(
+            g_MO.data_ptr(), y_MO.data_ptr(), _address(bias), pairs.data_ptr(), magnitude.data_ptr(), norm.data_ptr(),
+            up.data_ptr(), turned.data_ptr(), partial.data_ptr(), len(g_MO), width, size, scaling,
+        )  # fmt: skip
+        native.veneer_dora_backward(ctypes.byref(call))
+        last = _Magnitudes(
+            partial.data_ptr(), magnitude.data_ptr(), norm.data_ptr(), grad.data_ptr(), blocks, width
+        )
+        return turned, up, grad, bool(native.veneer_dora_magnitudes(ctypes.byref(last)))
+    turned = g_MO * _factor(magnitude, norm).to(g_MO.dtype)
+    without_bias = y_MO if bias is None else y_MO - bias
+    total = (g_MO * without_bias).sum(0, dtype=norm.dtype)
+    counts = (norm > 0) & (magnitude != 0)
+    grad = torch.where(counts, total / torch.where(counts, magnitude, 1.0), 0.0).to(magnitude.dtype)
+    lost = bool(((magnitude == 0) & (norm > 0)).any())
+    return turned, rank.down(turned, B_OR.T, scaling), grad, lost
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -52,17 +157,10 @@ class _DoRALinear(torch.autograd.Function):
         base: FrozenLinear, scaling: float, dropout: Dropout | None,
     ) -> Tensor:  # fmt: skip
         A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
-        factor = _factor(magnitude, norm)
-        y_MO = base.product(x, bias).view(-1, base.out_features)
-        # A fresh layer's factor is 1: the product with the bias in it stays to the bit.
-        if bias is None:
-            y_MO.mul_(factor.to(x.dtype))
-        else:
-            y_MO.addcmul_(y_MO - bias, (factor - 1).to(x.dtype))
+        y = base.product(x, bias)
         x_MI = x.reshape(-1, base.in_features)
-        down_MR = (x_MI if dropout is None else dropout.apply(x_MI)) @ A_RI.T
-        y_MO.addmm_(down_MR, (B_OR * (scaling * factor[:, None])).to(x.dtype).T)
-        y = y_MO.view(*x.shape[:-1], base.out_features)
+        down_MR = rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI)
+        _turn_forward(y.view(-1, base.out_features), down_MR, B_OR, bias, magnitude, norm, scaling)
         ctx.save_for_backward(x, A_RI, B_OR, down_MR, y, bias, magnitude, norm)
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
         ctx.types = A.dtype, B.dtype
@@ -75,21 +173,19 @@ class _DoRALinear(torch.autograd.Function):
         base, scaling = ctx.base, ctx.scaling
         x_MI, y_MO = x.reshape(-1, base.in_features), y.reshape(-1, base.out_features)
         g_MO = grad.reshape(-1, base.out_features)
-        scaled_MO = g_MO * _factor(magnitude, norm).to(x.dtype)
-        up_MR = (scaled_MO @ B_OR).mul_(scaling)
+        turned_MO, up_MR, grad_m, lost = _turn_backward(g_MO, y_MO, B_OR, bias, magnitude, norm, scaling)
+        if lost:
+            rows = ((magnitude == 0) & (norm > 0)).nonzero().flatten()
+            plain = x_MI @ base.dense_weight(x.dtype)[rows].T + scaling * down_MR @ B_OR[rows].T
+            grad_m[rows] = (g_MO[:, rows] * plain).sum(0, dtype=norm.dtype) / norm[rows]
         dropped = x_MI if ctx.dropout is None else ctx.dropout.apply(x_MI)
-        grad_A = (up_MR.T @ dropped).to(ctx.types[0])
-        grad_B = (scaled_MO.T @ down_MR).mul_(scaling).to(ctx.types[1])
-        grad_m = _magnitude_gradient(g_MO, y_MO, bias, magnitude, norm)
-        lost = ((magnitude == 0) & (norm > 0)).nonzero().flatten()
-        if len(lost):  # a row that magnitude 0 wiped out of y is computed again
-            plain = x_MI @ base.dense_weight(x.dtype)[lost].T + scaling * down_MR @ B_OR[lost].T
-            grad_m[lost] = (g_MO[:, lost] * plain).sum(0, dtype=norm.dtype) / norm[lost]
+        grad_A = rank.gradient(up_MR, dropped).to(ctx.types[0])
+        grad_B = rank.gradient(down_MR, turned_MO, scaling).T.to(ctx.types[1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = base.input_gradient(scaled_MO)
+            grad_x = base.input_gradient(turned_MO)
             if ctx.dropout is None:
-                grad_x.addmm_(up_MR, A_RI)
+                rank.add_up(grad_x, up_MR, A_RI.T)
             else:
                 grad_x += ctx.dropout.apply(up_MR @ A_RI)
             grad_x = grad_x.view(x.shape)
@@ -97,16 +193,6 @@ class _DoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_bias = g_MO.sum(0, dtype=norm.dtype).to(bias.dtype)
         return grad_x, grad_A, grad_B, grad_m, None, grad_bias, None, None, None
-
-
-def _magnitude_gradient(
-    g_MO: Tensor, y_MO: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor
-) -> Tensor:
-    """Zero where the magnitude has no effect: rows of length 0."""
-    without_bias = y_MO if bias is None else y_MO - bias
-    total = (g_MO * without_bias).sum(0, dtype=norm.dtype)
-    counts = (norm > 0) & (magnitude != 0)
-    return torch.where(counts, total / torch.where(counts, magnitude, 1.0), 0.0).to(magnitude.dtype)
 
 
 def dora_linear(

@@ -26,24 +26,24 @@ class _Rank(ctypes.Structure):
     ]
 
 
-def _native(rank: int, width: int, *tensors: Tensor) -> ctypes.CDLL | None:
+def library_for(rank: int, width: int, *tensors: Tensor) -> ctypes.CDLL | None:
     """The library where it computes these: ranks and widths that fill registers, more than an answer's few rows."""
     if rank % 16 or width % 16 or not 0 < rank <= MOST_RANK or tensors[0].shape[0] < 16:
         return None
     return compiled(*tensors)
 
 
-def _across(matrix: Tensor) -> Tensor:
+def across(matrix: Tensor) -> Tensor:
     """(R, K) -> (K / 2, R) words of two neighbours of a row."""
     return matrix.contiguous().view(torch.int32).T.contiguous()
 
 
 def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
     rank, width = A.shape
-    if (native := _native(rank, width, x)) is None:
+    if (native := library_for(rank, width, x)) is None:
         found = x @ A.T
         return found if scale == 1.0 else found.mul_(scale)
-    out, pairs = torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device), _across(A)
+    out, pairs = torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device), across(A)
     given = _Rank(x.data_ptr(), pairs.data_ptr(), out.data_ptr(), None, x.shape[0], width, rank, scale)
     native.veneer_rank_down(ctypes.byref(given))
     return out
@@ -51,10 +51,10 @@ def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
 
 def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0) -> None:
     width, rank = B.shape
-    if (native := _native(rank, width, y, d)) is None:
+    if (native := library_for(rank, width, y, d)) is None:
         y.addmm_(d, B.T, alpha=scale)
         return
-    pairs = _across(B)
+    pairs = across(B)
     given = _Rank(d.data_ptr(), pairs.data_ptr(), y.data_ptr(), None, y.shape[0], width, rank, scale)
     native.veneer_rank_up(ctypes.byref(given))
 
@@ -62,7 +62,7 @@ def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0) -> None:
 def gradient(u: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     """In float32 where it is compiled, else in the inputs' type."""
     rows, rank = u.shape
-    if rows % 2 or (native := _native(rank, x.shape[1], x, u)) is None:
+    if rows % 2 or (native := library_for(rank, x.shape[1], x, u)) is None:
         found = u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
