@@ -17,7 +17,7 @@ from veneer.merge.extract import extract_adapter
 from veneer.merge.run import merge_adapters
 from veneer.models.load import load_base
 from veneer.models.step import prepare
-from veneer.store.adapter import manifest_for, write_adapter
+from veneer.store.adapter import load_adapter, manifest_for, write_adapter
 
 RELATIVE = 2e-5
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -37,7 +37,7 @@ def made(folder, config, place, *, quantize=None, seed=1):
     plain = logits(base.model)
     base.routing.active = (("x", 1.0),)
     expected = logits(base.model)
-    assert (expected - plain).abs().max() > 0.1 * plain.abs().max()
+    assert (expected - plain).abs().max() > 0.01 * plain.abs().max()
     return place, expected
 
 
@@ -63,7 +63,7 @@ def test_dora_and_lora_merged_together_add_up_with_their_weights(folder, tmp_pat
     second, _ = made(folder, LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]), tmp_path / "b", seed=2)
     base = load_base(str(folder))
     for name, place, weight in (("a", first, 0.5), ("b", second, -2.0)):
-        base.load_adapter(place, name=name)
+        load_adapter(base, place, name=name)
         base.routing.active += ((name, weight),)
     expected = logits(base.model)
     merge_adapters(str(folder), [(first, 0.5), (second, -2.0)], out=tmp_path / "m")
@@ -89,7 +89,8 @@ def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
     merge_adapters(str(folder), [(adapter, 1.0)], out=tmp_path / "m")
     extract_adapter(str(folder), str(tmp_path / "m"), out=tmp_path / "l", rank=64)
     base = load_base(str(folder))
-    base.use(base.load_adapter(tmp_path / "l", name="l"))
+    load_adapter(base, tmp_path / "l", name="l")
+    base.routing.active = (("l", 1.0),)
     assert (logits(base.model) - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 

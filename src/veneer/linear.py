@@ -144,6 +144,8 @@ class PackedLinear(PackedModule):
 
     in_features: int
     out_features: int
+    replaces_transposed = False
+    """It stands where a Conv1D stood, so the dense model's file has W as (I, O); what is held here is (O, I)."""
 
     @property
     def device(self) -> torch.device:

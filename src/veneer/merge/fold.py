@@ -47,7 +47,8 @@ def stored_tensors(model: nn.Module) -> dict[str, Stored]:
         for name, tensor in plain.items():
             if name in packed:
                 read = _decoder(module, name, packed[name])
-                found[prefix + name] = Stored(torch.Size(packed[name]), torch.float32, read, quantised=True)
+                shape = packed[name][::-1] if _turned(module) else packed[name]
+                found[prefix + name] = Stored(torch.Size(shape), torch.float32, read, quantised=True)
             elif tensor is not None:
                 found[prefix + name] = Stored(tensor.shape, tensor.dtype, tensor.detach)
     return found
@@ -58,13 +59,19 @@ def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[
 
     def read() -> Tensor:
         if isinstance(module, PackedLinear):
-            return module.dense_weight(torch.float32)
+            weight = module.dense_weight(torch.float32)
+            return weight.T.contiguous() if module.replaces_transposed else weight
         assert isinstance(module, PackedExperts)
         stack = [module.expert(name, number).dense_weight(torch.float32) for number in range(shape[0])]
         whole = torch.stack(stack)
         return whole.transpose(1, 2) if module.is_transposed else whole
 
     return read
+
+
+def _turned(module: nn.Module) -> bool:
+    """Whether the dense model stores this linear layer's weight as (I, O)."""
+    return module.replaces_transposed if isinstance(module, PackedLinear) else is_transposed_linear(module)
 
 
 def refuse_unfoldable(adapters: Mapping[str, AdapterConfig]) -> None:
@@ -90,7 +97,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
         for path, layer in attachment.layers.items():
             module = modules.get(path)
             if module is not None:
-                part = _Part(layer, is_transposed_linear(module), weight)
+                part = _Part(layer, _turned(module), weight)
                 parts.setdefault(f"{path}.weight", []).append(part)
             else:  # the path of a 3-D parameter
                 owner = modules[path.rpartition(".")[0]]

@@ -35,6 +35,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from veneer.errors import CorruptFileError, SourceError
 from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
+from veneer.linear import is_transposed_linear
 from veneer.models.gguf import (
     CONVERTER_VERSION,
     Header,
@@ -108,6 +109,7 @@ def build(
         packed = GGUFLinear(
             layer.read(file), layer.kind, dtype=dtype, bias=None if bias is None else bias.to(dtype)
         )
+        packed.replaces_transposed = is_transposed_linear(model.get_submodule(path))
         setattr(model.get_submodule(parent), last, packed)
     rest = {name: value.to(dtype) for name, value in dense.items()}
     unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys

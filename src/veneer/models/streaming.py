@@ -171,7 +171,9 @@ def _install(model: PreTrainedModel, path: str, name: str, weight: Packed) -> No
         module = experts
     else:
         bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+        turned = is_transposed_linear(module)
         module = NF4Linear(weight, bias, dtype=model.dtype)
+        module.replaces_transposed = turned
         model.set_submodule(path, module)
     for each in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if each is not None and not each.is_meta:
