@@ -52,6 +52,22 @@ def test_a_written_folder_is_the_same_base_and_writes_the_same_bytes(family, qua
     assert load_base(str(folder), quantize=quantize).fingerprint() == base.fingerprint()
 
 
+def test_another_offset_of_the_scales_is_another_base(tmp_path):
+    """It is a number in JSON, no tensor, and moves every scale of its weight."""
+
+    def moved(weights):
+        state = bytes(weights[STATE].numpy()).decode()
+        facts = json.loads(state)
+        changed = state.replace(repr(facts["nested_offset"]), repr(2 * facts["nested_offset"]))
+        weights[STATE] = torch.frombuffer(bytearray(changed.encode()), dtype=torch.uint8)
+
+    base, folder = saved(tmp_path)
+    edit(folder, moved)
+    other = load_base(str(folder)).fingerprint()
+    assert other.weights_hash != base.fingerprint().weights_hash
+    assert other.shapes_hash == base.fingerprint().shapes_hash
+
+
 def test_the_state_is_what_bitsandbytes_writes(tmp_path):
     _, folder = saved(tmp_path)
     state = bytes(load_file(folder / "model.safetensors")[STATE].numpy()).decode()

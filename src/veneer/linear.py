@@ -138,6 +138,10 @@ class PackedModule(nn.Module):
         """Name of a packed parameter -> shape of the dense weight that it stands for."""
         raise NotImplementedError
 
+    def packed_numbers(self) -> dict[str, Tensor]:
+        """What decides the weights' values beside parameters and buffers, by name; part of a base's fingerprint."""
+        return {}
+
 
 class PackedLinear(PackedModule):
     """A FrozenLinear that is a module itself: subclasses hold the weight and form the products."""

@@ -156,8 +156,8 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
 
 
 def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Tensor]]:
-    """Name of a packed weight -> its format and the shape that it stands for; and the scales and tables by name:
-    values that belong to such a weight, and no weights of the base."""
+    """Name of a packed weight -> its format and the shape that it stands for; and the scales, tables and offsets by
+    name: values that belong to such a weight, and no weights of the base."""
     weights: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -169,6 +169,7 @@ def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...
                 for name, part in module.named_buffers(recurse=False, remove_duplicate=False)
                 if part.numel()
             }
+            parts |= {f"{path}.{name}": number for name, number in module.packed_numbers().items()}
     return weights, parts
 
 

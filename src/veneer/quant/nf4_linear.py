@@ -67,6 +67,13 @@ class _Holder(PackedModule):
             if name in self._facts
         }
 
+    def packed_numbers(self) -> dict[str, Tensor]:
+        return {
+            f"{name}_nested_offset": torch.tensor([offset])
+            for name, (*_, nested_block, offset) in self._facts.items()
+            if nested_block
+        }
+
     @property
     def device(self) -> torch.device:
         return self.get_buffer("like").device
