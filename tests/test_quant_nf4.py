@@ -134,6 +134,26 @@ def test_the_fused_product_is_the_product_with_the_decoded_weights(dtype, shape)
 
 
 @needs_native
+@every_dtype
+@pytest.mark.parametrize("shape", [(37, 576), (9, 1536), (3, 11008), (300, 64), (5, 192)], ids=str)
+def test_the_fused_product_reads_every_weight_to_the_bit(dtype, shape):
+    """With one 1 in x a product is a column of W: scales, tables and the order of nibbles leave no room for error."""
+    for double, block in ((False, 64), (True, 64), (True, 128)):
+        w = nf4.quantize(flat(shape[0] * shape[1], seed=5).view(shape), double=double, block=block)
+        if double:  # outer scales that differ, so that the wrong one shows
+            w.nested.scales.mul_(torch.linspace(0.5, 2, w.nested.scales.numel()))
+        dense = nf4.dequantize(w, dtype)
+        places = {*range(0, shape[1], max(1, shape[1] // 40)), *range(shape[1] - 20, shape[1])}
+        for rows in (1, 2, 8):
+            for group in torch.tensor(sorted(places)).split(rows):
+                x = torch.zeros(len(group), shape[1], dtype=dtype)
+                x[range(len(group)), group] = 1
+                for level in LEVELS:
+                    y = kernels.product(w.blocks, x, shape[0], level=level)
+                    assert torch.equal(y, dense[:, group].T), (double, block, rows, level, group)
+
+
+@needs_native
 def test_a_product_with_some_rows_of_a_stack_is_that_of_the_whole():
     w = nf4.quantize(flat(3 * 4 * 64).view(3, 4, 64))
     x = torch.randn(2, 64)

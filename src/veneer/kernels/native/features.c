@@ -20,3 +20,13 @@ int veneer_has_bf16(void) {
     return 0;
 #endif
 }
+
+/* 1 where it picks bytes out of 128 with one instruction (VBMI). */
+int veneer_has_byte_permutes(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vbmi") != 0;
+#else
+    return 0;
+#endif
+}

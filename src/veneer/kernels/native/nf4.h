@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #define X86 1
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
-#define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")))
+#define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,avx2,fma,f16c")))
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #else
 #define X86 0
@@ -33,11 +33,13 @@ struct nf4_weights {
 
 int veneer_level(void);
 int veneer_has_bf16(void);
+int veneer_has_byte_permutes(void);
 
-/* The best level that both the caller (asked, -1: any) and the processor allow: 4 AVX-512 with bf16 products, 3, 2, 0. */
+/* The best level that both the caller (asked, -1: any) and the processor allow: 4 AVX-512 with bf16 products
+   and byte permutes, 3, 2, 0. */
 INLINE int nf4_level(int asked) {
     int have = veneer_level();
-    if (have == 3 && veneer_has_bf16()) have = 4;
+    if (have == 3 && veneer_has_bf16() && veneer_has_byte_permutes()) have = 4;
     return asked < 0 || asked > have ? have : asked;
 }
 

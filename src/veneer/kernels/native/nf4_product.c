@@ -3,29 +3,17 @@
 
    A dot product does not care for order, so the nibbles stay where they lie: x is put apart once, in groups of `lanes`
    even and `lanes` odd elements, and the high halves of `lanes` bytes meet the first, the low halves the second. */
-#include "nf4.h"
+#include "nf4_product.h"
 #include "parallel.h"
 #include <stdlib.h>
 
-#define MOST 8 /* rows of x */
-
-struct call {
-    const struct nf4_weights *w;
-    int64_t start, outs, width; /* W: `outs` rows of `width` elements from element `start` on */
-    const void *x;              /* put apart; plain: (rows, width) float */
-    int64_t rows;
-    void *y; /* (rows, outs) */
-    int type, level;
-    volatile int failed;
-};
-
-INLINE void store(const struct call *c, int64_t row, int64_t out, float sum) {
+INLINE void store(const struct product *c, int64_t row, int64_t out, float sum) {
     store_as(c->y, row * c->outs + out, sum, c->type);
 }
 
 /* Any shape: W's row decoded, then multiplied. */
 static void rows_plain(void *data, int64_t first, int64_t last) {
-    struct call *c = data;
+    struct product *c = data;
     const float *x = c->x;
     float *row = malloc((size_t)c->width * (sizeof(float) + 2));
     uint16_t *halves = (uint16_t *)(row + c->width);
@@ -53,38 +41,6 @@ static void rows_plain(void *data, int64_t first, int64_t last) {
 
 #if X86
 
-/* One table of 16 words, twice: the permute looks at 5 bits. */
-AVX512BF16 INLINE __m512i bf16_table(__m512 table, float scale) {
-    __m256i words = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(scale)));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
-}
-
-/* lanes 32; every block is 64 elements or a multiple of it, and no block begins within a row. */
-AVX512BF16 INLINE void rows_bf16(const struct call *c, int64_t first, int64_t last, const int rows) {
-    const struct nf4_weights *w = c->w;
-    const __m512 table = _mm512_loadu_ps(w->table);
-    const int64_t chunks = c->width / 64, shift = __builtin_ctzll((uint64_t)w->block / 64);
-    for (int64_t out = first; out < last; out++) {
-        int64_t start = c->start + out * c->width, number = start / 64;
-        const uint8_t *packed = w->packed + start / 2;
-        const uint16_t *x = c->x;
-        __m512 even[MOST], odd[MOST];
-        for (int m = 0; m < rows; m++) even[m] = odd[m] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < chunks; i++) {
-            __m512i entries = bf16_table(table, nf4_scale(w, (number + i) >> shift));
-            __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(packed + 32 * i)));
-            __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), entries);
-            __m512i low = _mm512_permutexvar_epi16(bytes, entries);
-            for (int m = 0; m < rows; m++) {
-                const uint16_t *own = x + m * c->width + 64 * i;
-                even[m] = _mm512_dpbf16_ps(even[m], (__m512bh)high, (__m512bh)_mm512_loadu_si512(own));
-                odd[m] = _mm512_dpbf16_ps(odd[m], (__m512bh)low, (__m512bh)_mm512_loadu_si512(own + 32));
-            }
-        }
-        for (int m = 0; m < rows; m++) store(c, m, out, _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m])));
-    }
-}
-
 AVX512 INLINE __m512 rounded_512(__m512 t, int type) {
     if (type == FP32) return t;
     if (type == FP16) return _mm512_cvtph_ps(_mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -94,7 +50,7 @@ AVX512 INLINE __m512 rounded_512(__m512 t, int type) {
 }
 
 /* lanes 16. */
-AVX512 INLINE void rows_512(const struct call *c, int64_t first, int64_t last, const int rows) {
+AVX512 INLINE void rows_512(const struct product *c, int64_t first, int64_t last, const int rows) {
     const struct nf4_weights *w = c->w;
     const __m512 table = _mm512_loadu_ps(w->table);
     const int64_t chunks = c->width / 64, shift = __builtin_ctzll((uint64_t)w->block / 64);
@@ -143,7 +99,7 @@ AVX2 INLINE float sum_8(__m256 v) {
 }
 
 /* lanes 8. */
-AVX2 INLINE void rows_256(const struct call *c, int64_t first, int64_t last, const int rows) {
+AVX2 INLINE void rows_256(const struct product *c, int64_t first, int64_t last, const int rows) {
     const struct nf4_weights *w = c->w;
     const __m256 lower = _mm256_loadu_ps(w->table), upper = _mm256_loadu_ps(w->table + 8);
     const int64_t chunks = c->width / 64, shift = __builtin_ctzll((uint64_t)w->block / 64);
@@ -172,7 +128,7 @@ AVX2 INLINE void rows_256(const struct call *c, int64_t first, int64_t last, con
 
 /* The number of rows is a constant in each copy, so that sums stay in registers. */
 #define COPIES(TARGET, NAME)                                                                      \
-    TARGET static void NAME##_any(const struct call *c, int64_t first, int64_t last) {            \
+    TARGET static void NAME##_any(const struct product *c, int64_t first, int64_t last) {            \
         switch (c->rows) {                                                                        \
             case 1: NAME(c, first, last, 1); break;                                               \
             case 2: NAME(c, first, last, 2); break;                                               \
@@ -184,16 +140,15 @@ AVX2 INLINE void rows_256(const struct call *c, int64_t first, int64_t last, con
             default: NAME(c, first, last, 8); break;                                              \
         }                                                                                         \
     }
-COPIES(AVX512BF16, rows_bf16)
 COPIES(AVX512, rows_512)
 COPIES(AVX2, rows_256)
 
 #endif
 
 static void some_rows(void *data, int64_t first, int64_t last) {
-    struct call *c = data;
+    struct product *c = data;
 #if X86
-    if (c->level == 4) rows_bf16_any(c, first, last);
+    if (c->level == 4) nf4_product_bf16(c, first, last);
     else if (c->level == 3) rows_512_any(c, first, last);
     else rows_256_any(c, first, last);
 #else
@@ -206,22 +161,19 @@ static void some_rows(void *data, int64_t first, int64_t last) {
 int veneer_nf4_product(
     const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width, const void *x, int64_t rows, void *y, int type,
     int level) {
-    struct call c = {w, start, outs, width, NULL, rows, y, type, nf4_level(level), 0};
+    struct product c = {w, start, outs, width, NULL, rows, y, type, nf4_level(level), 0};
     int aligned = width % 64 == 0 && w->block % 64 == 0 && start % 64 == 0;
     if (c.level == 4 && type != BF16) c.level = 3;
-    int64_t lanes = c.level == 4 ? 32 : c.level == 3 ? 16 : 8;
-    int plain = !aligned || c.level < 2;
-    int64_t bytes = c.level == 4 && !plain ? 2 : 4;
-    char *apart = malloc((size_t)(rows * width * bytes));
+    int64_t lanes = c.level >= 3 ? 16 : 8;
+    int plain = !aligned || c.level < 2, all_bf16 = c.level == 4 && !plain;
+    char *apart = malloc((size_t)(all_bf16 ? 2 * rows * bf16_apart_width(width) : 4 * rows * width));
     if (apart == NULL) return 1;
     if (plain) {
         for (int64_t i = 0; i < rows * width; i++) ((float *)apart)[i] = load_as(x, i, type);
-    } else if (c.level == 4) {
-        for (int64_t i = 0; i < rows * width; i += 64)
-            for (int64_t j = 0; j < 32; j++) {
-                ((uint16_t *)apart)[i + j] = ((const uint16_t *)x)[i + 2 * j];
-                ((uint16_t *)apart)[i + 32 + j] = ((const uint16_t *)x)[i + 2 * j + 1];
-            }
+#if X86
+    } else if (all_bf16) {
+        nf4_bf16_apart(x, rows, width, (uint16_t *)apart);
+#endif
     } else {
         for (int64_t i = 0; i < rows * width; i += 2 * lanes)
             for (int64_t j = 0; j < lanes; j++) {
