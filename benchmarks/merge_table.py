@@ -56,7 +56,7 @@ def row(tool: str, kind: str, left: Survival, check: LogitCheck, seconds: float)
 
 def loaded(base: str, adapter: Path, *, quantize: Any = None) -> Base:
     found = load_base(base, device="cpu", quantize=quantize)
-    load_adapter(found, adapter, name="a", force_base=quantize is not None)
+    load_adapter(found, adapter, name="a", force_base=True)  # one adapter over bases in several formats
     return found
 
 

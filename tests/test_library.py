@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import filled_lora
 from tests.test_store_adapter import adapted, edit_config, write
-from tests.tiny import tiny_base
+from tests.tiny import save_tiny, tiny_base
 from veneer.cli.main import main
 from veneer.errors import (
     AdapterMismatchError,
@@ -20,7 +21,8 @@ from veneer.errors import (
     UnsafeFileError,
     VeneerError,
 )
-from veneer.store.adapter import WEIGHTS_NAME, load_adapter, read_adapter
+from veneer.models.load import load_base
+from veneer.store.adapter import WEIGHTS_NAME, load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.store.atomic import MANIFEST
 from veneer.store.index import INDEX
 from veneer.store.library import Library
@@ -246,7 +248,7 @@ def test_a_method_that_veneer_does_not_compute_is_refused_by_name(library, sourc
 def test_verify_finds_every_kind_of_damage(library, sources):
     library.add(sources / "a", name="x")
     base = tiny_base("llama_untied")
-    assert library.verify(base=base) == {"x@1": []}
+    assert library.verify(base=lambda folder: base) == {"x@1": []}
     folder = library.path("x")
 
     def faults_after(change) -> str:
@@ -269,7 +271,7 @@ def test_verify_finds_every_kind_of_damage(library, sources):
         assert f"{name} is missing" in faults_after((folder / name).unlink)
     assert "not listed" in faults_after(lambda: (folder / "extra.py").write_text("x"))
     assert MANIFEST in faults_after(lambda: flip(MANIFEST))
-    assert library.verify(base=tiny_base("gpt2"))["x@1"]
+    assert library.verify(base=lambda folder: tiny_base("gpt2"))["x@1"]
     assert library.verify() == {"x@1": []}
 
 
@@ -459,3 +461,19 @@ def test_errors_are_ours_whatever_stands_in_a_record(library, sources):
             library.get("x")
         with pytest.raises(VeneerError):
             library.entries()
+
+
+def test_verify_holds_the_base_as_each_adapter_was_trained_over_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base", "llama", hidden_size=64, intermediate_size=96, head_dim=16)
+    for name, settings in {"dense": {}, "packed": {"quantize": "nf4", "keep_dense": ["v_proj"]}}.items():
+        base = load_base("base", **settings)
+        made = filled_lora(base)
+        manifest = manifest_for(base, method="lora", recipe=settings or None)
+        write_adapter(name, made, manifest, model=base.model)
+        Library("lib").add(name, name=name)
+    assert main(["adapters", "verify", "--base", "base", "--library", "lib"]) == 0
+    save_tiny(tmp_path / "other", "llama", seed=5, hidden_size=64, intermediate_size=96, head_dim=16)
+    assert main(["adapters", "verify", "dense", "--base", "other", "--library", "lib"]) == 4
+    said = capsys.readouterr().out
+    assert "dense@1: wrong" in said and "another base" in said and "on trial" in said

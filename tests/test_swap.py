@@ -362,3 +362,12 @@ def test_an_adapter_that_trains_whole_modules_is_right_when_compiled(library):
             with base.using("b"):
                 assert torch.allclose(compiled(IDS), forward(IDS), atol=1e-5)
     torch._dynamo.reset()
+
+
+def test_an_adapter_from_disk_draws_no_values_that_its_own_would_replace(library, monkeypatch):
+    def drawn(*shape, **settings):
+        raise AssertionError("a value was drawn")
+
+    base = make_base(library)
+    monkeypatch.setattr(torch, "rand", drawn)
+    base.use("alpha")

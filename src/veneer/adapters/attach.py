@@ -28,9 +28,12 @@ _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig, *, name: str, routing: Routing, head: nn.Module | None, seed: int = 0
+    model: nn.Module, config: AdapterConfig, *, name: str, routing: Routing, head: nn.Module | None, seed: int = 0,
+    values_follow: bool = False,
 ) -> Attachment:  # fmt: skip
     """A fresh adapter beside `model`, not yet active: no output changes. head: the output head, never in all-linear.
+
+    values_follow: the caller gives every trained value before anything is computed; none is drawn then.
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
@@ -42,6 +45,7 @@ def attach(
     site = Site(
         model=model, modules=plain_modules(model), head=None if head is None else unwrapped(head),
         routing=routing, attachment=attachment, generator=torch.Generator().manual_seed(seed),
+        values_follow=values_follow,
     )  # fmt: skip
     try:
         _BUILDERS[type(config)](site, config)

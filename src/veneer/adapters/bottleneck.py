@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.config import Bottleneck
-from veneer.adapters.lora import kaiming_A
 from veneer.adapters.routing import Routing
 from veneer.adapters.site import Site
 from veneer.adapters.targets import layer_number
@@ -190,7 +189,7 @@ def build_bottleneck(site: Site, config: Bottleneck) -> None:
     size = config.bottleneck_size(width)
     for path in paths:
         device = next(site.modules[path].parameters()).device
-        down = kaiming_A((size, width), site.generator).to(device)
+        down = site.kaiming(size, width).to(device)
         site.put(path, AdaptedBlock, BottleneckLayer(down, config, key=len(site.attachment.layers)))
     every = config.model_copy(update={"layers": []})
     site.attachment.adaptable = len(find_blocks(site.modules, every)) if config.layers else len(paths)

@@ -111,12 +111,6 @@ class LoRALayer:
         return lora_linear(x, A, B, bias, base, scaling=1.0)
 
 
-def kaiming_A(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform within 1 / sqrt(I), I the last axis: kaiming_uniform_ with a = sqrt(5)."""
-    bound = 1 / math.sqrt(shape[-1])
-    return torch.rand(shape, generator=generator, dtype=torch.float32).mul_(2 * bound).sub_(bound)
-
-
 class LinearLayer(Layer, Protocol):
     """A layer of a linear module."""
 

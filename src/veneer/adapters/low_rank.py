@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters
-from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer, kaiming_A
+from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer
 from veneer.adapters.site import Site
 from veneer.adapters.starts import Factors, olora_start, pissa_start
 from veneer.adapters.targets import Targets, find_targets, pattern_value
@@ -45,7 +45,7 @@ def build_lora(site: Site, config: LoRA) -> None:
         E, O, I = expert_parameters(site.modules[owner])[parameter]
         r = pattern_value(config.rank_pattern, path, config.rank)
         device = site.modules[owner].get_parameter(parameter).device
-        A, B = kaiming_A((E, r, I), site.generator), torch.zeros(E, O, r)
+        A, B = site.kaiming(E, r, I), torch.zeros(E, O, r)
         made = _layer(site, config, "experts", path, A, B, device=device)
         site.attachment.layers[path] = made
         site.wrap(owner, AdaptedExperts).stacks.setdefault(site.name, {})[parameter] = made
@@ -95,7 +95,7 @@ def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, Fr
     frozen = frozen_linear(site.modules[path])
     assert frozen is not None
     r = pattern_value(config.rank_pattern, path, config.rank)
-    A, B = kaiming_A((r, frozen.in_features), site.generator), torch.zeros(frozen.out_features, r)
+    A, B = site.kaiming(r, frozen.in_features), torch.zeros(frozen.out_features, r)
     made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
     return made, frozen
 

@@ -1,5 +1,6 @@
 """A base on which one adapter is being put, and the adapter as it grows: what a method's builder works on."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -69,10 +70,19 @@ class Site:
     attachment: Attachment
     generator: torch.Generator
     """Draws the starting values, so that they come from the run's seed."""
+    values_follow: bool = False
+    """Whoever attaches gives every value at once: what a builder would draw is left unset."""
 
     @property
     def name(self) -> str:
         return self.attachment.name
+
+    def kaiming(self, *shape: int) -> torch.Tensor:
+        """Uniform within 1 / sqrt(I), I the last axis: kaiming_uniform_ with a = sqrt(5). Unset where values follow."""
+        if self.values_follow:
+            return torch.empty(shape)
+        bound = 1 / math.sqrt(shape[-1])
+        return torch.rand(shape, generator=self.generator).mul_(2 * bound).sub_(bound)
 
     def wrap(self, path: str, kind: type[Wrapper]) -> Wrapper:
         return wrap(self.model, path, kind, self.routing)

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_json, add_library, make_console, print_json
+from veneer.cli.common import add_json, add_library, held_as, make_console, print_json
 from veneer.errors import ConfigError
 from veneer.train.wording import shown, size
 
 if TYPE_CHECKING:
     from veneer.models.base import Base
+    from veneer.quant.config import Quantize
     from veneer.store.library import Entry, Library
 
 PLACES = "a folder, hf://org/name, or an address such as s3://bucket/folder; https:// to read"
@@ -207,19 +208,36 @@ def _rename(args: argparse.Namespace, library: Library) -> int:
 
 
 def _verify(args: argparse.Namespace, library: Library) -> int:
-    found = library.verify(args.adapter, base=load_plain_base(args))
+    found = library.verify(args.adapter, base=_bases_as_trained(args) if args.base else None)
     bad = {reference: faults for reference, faults in found.items() if faults}
     if args.json:
         print_json({"checked": len(found), "faults": found})
     else:
         say = make_console(json=False)
         for reference, faults in bad.items():
-            say.print(f"{reference}: damaged", style="bold red", soft_wrap=True)
+            say.print(f"{reference}: wrong", style="bold red", soft_wrap=True)
             for fault in faults:
                 say.print(f"  {shown(fault)}", soft_wrap=True)
         what = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
-        say.print(f"{len(found):,} checked, {len(bad):,} damaged: {what}", soft_wrap=True)
+        say.print(f"{len(found):,} checked, {len(bad):,} wrong: {what}", soft_wrap=True)
     return 4 if bad else 0
+
+
+def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], Base]:
+    """--base, held as the adapter of a folder was trained over it; the last one is kept for the next adapter."""
+    from functools import lru_cache
+
+    from veneer.models.load import load_base
+
+    @lru_cache(maxsize=1)
+    def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> Base:
+        return load_base(args.base, dtype=args.dtype, device="cpu", quantize=quantize, keep_dense=keep_dense)
+
+    def base_of(folder: Path) -> Base:
+        quantize, keep_dense = held_as(None, folder, force_base=False)
+        return loaded(quantize, tuple(keep_dense))
+
+    return base_of
 
 
 def _gc(args: argparse.Namespace, library: Library) -> int:

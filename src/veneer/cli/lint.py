@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
         if finding.mended:
             console.print(f"{'':<15}→ {finding.mended}", soft_wrap=True)
     if not findings:
-        console.print(f"{args.consumer} takes {folder} as it is", soft_wrap=True)
+        console.print(f"{args.consumer} takes {args.adapter} as it is", soft_wrap=True)
     return 4 if findings else 0

@@ -22,6 +22,7 @@ from veneer.models.skeleton import Skeleton
 from veneer.store.adapter import WEIGHTS_NAME, StoredAdapter
 from veneer.store.manifest import BaseIdentity, Manifest, Parent, content_hash
 from veneer.store.matching import Strength, exact_settings
+from veneer.store.names import said_of
 from veneer.store.peft_config import CONFIG_NAME, PeftLoRA
 from veneer.store.strict_json import read_json
 
@@ -141,7 +142,8 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
         first = Fingerprint.from_dict(known[0].stored.manifest.base.fingerprint)
         second = Fingerprint.from_dict(other.stored.manifest.base.fingerprint)
         faults += [
-            f"{known[0].stored.folder} and {other.stored.folder}: {d}" for d in first.differences(second)
+            f"{said_of(known[0].stored.folder)} and {said_of(other.stored.folder)}: {d}"
+            for d in first.differences(second)
         ]
     if faults:
         raise AdapterMismatchError(

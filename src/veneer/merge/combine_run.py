@@ -12,6 +12,7 @@ from veneer.merge.fold import trained_values
 from veneer.merge.low_rank import relative_error
 from veneer.models.skeleton import load_skeleton
 from veneer.store.adapter import read_adapter, write_adapter
+from veneer.store.names import said_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ def combine_adapters(
     weights = [weight for _, weight in adapters]
     refuse_biases(placed)
     values = trained_values(
-        [(each.stored.folder.name, each.values, weight) for each, weight in zip(placed, weights, strict=True)]
+        [
+            (said_of(each.stored.folder), each.values, weight)
+            for each, weight in zip(placed, weights, strict=True)
+        ]
     )
     trained = sorted({path for each in placed for path in each.trained})
     cuts = combine_updates([each.updates for each in placed], weights, recipe)

@@ -22,6 +22,7 @@ from veneer.models.gguf import read_header
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 from veneer.store.adapter import StoredAdapter, load_adapter, read_adapter
+from veneer.store.names import said_of
 
 Into = Literal["original", "dequantised"]
 
@@ -124,7 +125,8 @@ def refuse_unclear(
     packed = from_file or quantize is not None
     faults = []
     if packed and into is None:
-        faults.append(f"{base} is held quantised: say --into original or --into dequantised")
+        how = "in blocks of a .gguf file" if from_file else f"as {quantize}"
+        faults.append(f"{base} is held {how}: say --into original or --into dequantised")
     if loaded and into is not None and not packed:
         faults.append(
             f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training"
@@ -141,4 +143,4 @@ def refuse_unclear(
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """A name for each, told apart by number where folders are called alike."""
-    return [f"{number}:{folder.name}" for number, folder in enumerate(folders, 1)]
+    return [f"{number}: {said_of(folder)}" for number, folder in enumerate(folders, 1)]

@@ -273,7 +273,9 @@ def load_adapter(
         )
     _check_scaling(stored, found.scaling)
     assert found.settings is not None
-    attachment = attach(base.model, found.settings, name=name, routing=base.routing, head=head)
+    attachment = attach(
+        base.model, found.settings, name=name, routing=base.routing, head=head, values_follow=True
+    )
     live = attachment.parameters()
     assert live.keys() == found.values.keys()
     take = take or stored is not source  # nobody else holds what was read here

@@ -3,7 +3,7 @@
 Foreign files are recognised by name and refused with the way out; what only names its base is marked so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from veneer.store.adapter import StoredAdapter, load_adapter, manifest_for, read
 from veneer.store.atomic import MANIFEST
 from veneer.store.foreign import adapter_folder
 from veneer.store.manifest import MANIFEST_NAME
+from veneer.store.names import said_of
 from veneer.store.objects import ADAPTER_FILES, Content, object_faults
 from veneer.store.records import Facts
 
-_TRIAL = "\0trial"
 """A name that no user can give: the adapter is put on the base for a moment."""
 
 
@@ -82,16 +82,17 @@ def _with_base(stored: StoredAdapter, base: Base) -> bytes:
 @contextmanager
 def _on_trial(base: Base, stored: StoredAdapter) -> Iterator[Attachment]:
     """The adapter on the base, within the block."""
-    attachment = load_adapter(base, stored, name=_TRIAL)
+    name = f"{said_of(stored.folder)} (on trial)"
+    attachment = load_adapter(base, stored, name=name)
     try:
         yield attachment
     finally:
-        detach(base.model, _TRIAL)
-        del base.attachments[_TRIAL]
+        detach(base.model, name)
+        del base.attachments[name]
 
 
-def entry_faults(folder: Path, facts: Facts, base: Base | None) -> list[str]:
-    """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on `base`."""
+def entry_faults(folder: Path, facts: Facts, base: Callable[[Path], Base] | None) -> list[str]:
+    """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on its base."""
     if faults := object_faults(folder):
         return faults
     faults = [f"{path.name} is no file of an adapter" for path in _others(folder)]
@@ -104,7 +105,7 @@ def entry_faults(folder: Path, facts: Facts, base: Base | None) -> list[str]:
                 if getattr(facts, name) != getattr(found, name)
             ]
         if base is not None:
-            with _on_trial(base, stored):
+            with _on_trial(base(folder), stored):
                 pass
     except VeneerError as fault:
         faults += [fault.headline, *fault.faults]

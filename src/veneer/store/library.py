@@ -319,11 +319,13 @@ class Library:
                     path.unlink(missing_ok=True)
             return Leftovers(old, unneeded, [path.name for path in remains], freed)
 
-    def verify(self, reference: str | None = None, *, base: Base | None = None) -> dict[str, list[str]]:
+    def verify(
+        self, reference: str | None = None, *, base: Callable[[Path], Base] | None = None
+    ) -> dict[str, list[str]]:
         """Reference -> what is wrong with it; every version where none is named. Empty lists: all is well.
 
         Hashes of every file, shapes and finite values of every tensor, nothing extra, the facts that listing
-        shows; on `base`, if given, whether it fits.
+        shows; and whether it fits what `base`, if given, returns for its folder.
         """
         from veneer.store.intake import entry_faults  # loads torch
 

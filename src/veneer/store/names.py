@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from veneer.errors import ConfigError
 
@@ -97,3 +98,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"Did you mean {close[0]!r}?"
     shown = ", ".join(have[:8]) + (", …" if len(have) > 8 else "")
     return f"There is: {shown}." if have else "There is none yet."
+
+
+def said_of(folder: Path) -> str:
+    """What to call an adapter's folder in a sentence: its path; of an object in a library the start of its hash."""
+    hashed = re.fullmatch(r"[0-9a-f]{64}", folder.name)
+    return f"{folder.name[:12]}…" if hashed else str(folder)
