@@ -1,20 +1,21 @@
 """Planned against measured peak memory: 40 runs of random bases and the real one, each in a process of its own.
 
-    python benchmarks/plan_accuracy.py                the 40 of the documentation
-    python benchmarks/plan_accuracy.py --only 4       the first four: minutes
+    python benchmarks/plan_accuracy.py                    the 40 of the documentation
+    python benchmarks/plan_accuracy.py --only qwen        those whose name holds this word
+    python benchmarks/plan_accuracy.py --keep found.json  also write every case's figures
 
-Every run is `veneer.train` for three steps; summary.json holds what was planned before the first step and what was
+Every run is `veneer.train` for two steps; summary.json holds what was planned before the first step and what was
 measured. Memory does not depend on the machine's load. Prints one line a run, then median and worst error.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 BASES = {
     "smollm2-135m": None,
@@ -31,26 +32,47 @@ BASES = {
             "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1408, "moe_intermediate_size": 384,
             "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000, "tie_word_embeddings": False},
 }  # fmt: skip
-SHAPES = ((4, 256, False), (8, 128, True), (2, 512, False), (8, 512, True))
-METHODS = ("lora", "full", "lora", "prefix", "dora", "bottleneck")
-DTYPES = ("bfloat16", "float32")
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora"}, "dora": {"name": "dora"}, "full": {"name": "full"}, "prefix": {"name": "prefix"},
+    "houlsby": {"name": "bottleneck", "placement": "houlsby"}, "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer"},
+    "parallel": {"name": "bottleneck"}, "nf4": {"name": "lora"}, "gguf": {"name": "lora"},
+}  # fmt: skip
+CASES = """
+smollm2-135m bfloat16 lora     4 x 256       llama        bfloat16 lora     4 x 256
+qwen         bfloat16 lora     4 x 512       gemma        bfloat16 lora     4 x 256
+gpt2         bfloat16 lora     8 x 256       moe          bfloat16 lora     4 x 256
+smollm2-135m bfloat16 full     4 x 128       llama        bfloat16 full     8 x 128
+llama        bfloat16 prefix   4 x 256       llama        bfloat16 nf4      8 x 256
+smollm2-135m bfloat16 houlsby  4 x 256       moe          float32  lora     8 x 128 kept
+gpt2         float32  dora     4 x 128       gemma        float32  houlsby  4 x 256
+smollm2-135m bfloat16 gguf     2 x 512       qwen         float32  parallel 4 x 256
+qwen         bfloat16 full     8 x 256 kept  gemma        bfloat16 dora     4 x 256
+llama        float32  lora     8 x 256 kept  smollm2-135m bfloat16 dora     2 x 256
+qwen         bfloat16 prefix   2 x 512       moe          bfloat16 full     4 x 256
+gpt2         bfloat16 full     4 x 256       gpt2         bfloat16 parallel 4 x 512
+smollm2-135m bfloat16 nf4      4 x 256       qwen         bfloat16 nf4      8 x 256
+moe          bfloat16 parallel 8 x 256       gemma        bfloat16 full     2 x 512
+smollm2-135m float32  lora     4 x 128       smollm2-135m bfloat16 lora     8 x 256 kept
+smollm2-135m bfloat16 prefix   8 x 128       llama        bfloat16 pfeiffer 8 x 256
+llama        float32  dora     2 x 512       qwen         float32  lora     8 x 128
+qwen         bfloat16 dora     8 x 256 kept  gemma        float32  lora     8 x 128 kept
+gpt2         float32  lora     4 x 256 kept  smollm2-135m float32  full     2 x 128 kept
+smollm2-135m bfloat16 nf4      8 x 128 kept  smollm2-135m bfloat16 lora     2 x 512
+"""
+"""base, type, method, rows x tokens, checkpointing ("kept": only a layer's input is kept)."""
 
 
-def cases() -> list[tuple[str, str, str, int, int, bool]]:
-    """40 of (base, dtype, method, batch, length, checkpointing): every base with every shape, methods and types in turn."""
-    grid = itertools.product(BASES, SHAPES, range(2))
-    found = []
-    for number, (base, (batch, length, kept), half) in enumerate(grid):
-        method = METHODS[(number + half) % len(METHODS)]
-        method = "lora" if base in ("gpt2", "moe") and method in ("prefix", "bottleneck", "dora") else method
-        found.append((base, DTYPES[(number // 2) % 2], method, batch, length, kept))
-    return found[:40]
+def cases() -> list[str]:
+    words, found = CASES.split(), []
+    while words:
+        size = 7 if len(words) > 6 and words[6] == "kept" else 6
+        found.append(" ".join(words[:size]))
+        words = words[size:]
+    return found
 
 
-def one(
-    folder: Path, base: str, dtype: str, method: str, batch: int, length: int, kept: bool
-) -> dict[str, int]:
-    """Runs in a process of its own: makes the base if it is random, trains, prints the summary's two figures."""
+def one(folder: Path, case: str) -> dict[str, int]:
+    """Runs in a process of its own: makes the base if it is random, trains, returns the summary's figures."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -58,6 +80,7 @@ def one(
     from veneer import api
     from veneer.models.blueprint import config_from
 
+    base, dtype, method, batch, _, length, *kept = case.split()
     source, fields = base, BASES[base]
     if fields is not None:
         source = str(folder / f"{base}-{dtype}")
@@ -69,41 +92,51 @@ def one(
             tiny_tokenizer().save_pretrained(source)
             return {}  # the next process measures: this one has held the model
     rows = folder / f"rows-{base}-{length}.jsonl"
-    words = ("abcdefghij klmnop " * length)[: (length - 4) * (1 if fields is not None else 2)]
-    rows.write_text("\n".join(json.dumps({"text": f"{n:03d}{words}"}) for n in range(4 * batch)))
+    words = ("abcdefghij klmnop " * int(length))[: (int(length) - 4) * (1 if fields is not None else 2)]
+    rows.write_text("\n".join(json.dumps({"text": f"{n:03d}{words}"}) for n in range(4 * int(batch))))
     with tempfile.TemporaryDirectory() as out:
         summary = api.train(
             source, {"train": str(rows), "validation_share": 0.0, "long_rows": "cut"}, out=f"{out}/run",
-            method={"name": method}, batch=batch, length=length, steps=3, checkpointing=kept, dtype=dtype,
+            method=METHODS[method], quantize=method if method in ("nf4", "gguf") else None, batch=int(batch),
+            length=int(length), steps=2, checkpointing=bool(kept), dtype=dtype,
         )  # fmt: skip
-    return {key: summary[key] for key in ("planned_memory_bytes", "peak_memory_bytes")}
+        lines = [json.loads(line) for line in Path(f"{out}/run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    return {
+        key: summary[key] for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")
+    } | {"computed_tokens": steps[-1]["computed_tokens"]}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", type=int, default=40, metavar="N")
-    p.add_argument("--one", nargs=7, metavar="X", help=argparse.SUPPRESS)
+    p.add_argument("--only", default="", metavar="WORD")
+    p.add_argument("--keep", type=Path, metavar="FILE")
+    p.add_argument("--scratch", type=Path, help="keep the random bases here, for the next time")
+    p.add_argument("--one", nargs=2, metavar="X", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
-        folder, base, dtype, method, batch, length, kept = args.one
-        print(json.dumps(one(Path(folder), base, dtype, method, int(batch), int(length), kept == "True")))
+        print(json.dumps(one(Path(args.one[0]), args.one[1])))
         return
-    errors = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in cases()[: args.only]:
-            command = [sys.executable, __file__, "--one", scratch, *map(str, case)]
-            for _ in range(2):
+    errors, kept = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = args.scratch or Path(temporary)
+        for case in (case for case in cases() if args.only in case):
+            found = None
+            for _ in range(2):  # the first call for a random base only makes it
+                command = [sys.executable, __file__, "--one", str(scratch), case]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 found = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
                 if found != {}:
                     break
-            name = " ".join(map(str, case))
             if not found or not found["planned_memory_bytes"]:
-                print(f"{name:<50} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+                print(f"{case:<44} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
                 continue
+            kept[case] = found
             planned, measured = found["planned_memory_bytes"], found["peak_memory_bytes"]
             errors.append(planned / measured - 1)
-            print(f"{name:<50} {planned / 1e6:8.0f} {measured / 1e6:8.0f} MB {errors[-1]:+7.1%}", flush=True)
+            print(f"{case:<44} {planned / 1e6:8.0f} {measured / 1e6:8.0f} MB {errors[-1]:+7.1%}", flush=True)
+            if args.keep:
+                args.keep.write_text(json.dumps(kept, indent=1))
     if errors:
         sizes = sorted(map(abs, errors))
         print(f"{len(errors)} runs: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")

@@ -19,9 +19,11 @@ from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.models.shapes import SHAPES
+from veneer.plan import planner as planner_module
 from veneer.plan.advise import Job, advise
+from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate
-from veneer.plan.fit import _largest, fits, largest_batch, ways
+from veneer.plan.fit import _largest, _offload, fits, largest_batch, ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.table import all_methods, plan_row
@@ -77,6 +79,32 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
     assert fits(planner, way.choice, memory) and way.needed_bytes <= memory
     assert way.time_ratio > 0.9
     assert ways(planner, TINY, 1000, lambda c: 1.0) is None
+
+
+def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
+    """A dry run is what a plan's time goes into: a second and less each."""
+    ran = []
+    monkeypatch.setattr(planner_module, "dry_run", lambda step: ran.append(step) or dry_run(step))
+    own = Planner(blueprint("llama-70b"), idle_bytes=0)
+    choice = Choice(method=LoRA(), batch=1)
+    assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
+    assert len(ran) == 2  # as it is, and with everything changed
+    way = ways(own, choice, 48 * 2**30, lambda c: 1.0)
+    assert way is not None
+    assert [change.setting for change in way.changes] == ["checkpointing=true", "quantize=nf4"]
+    assert len(ran) <= 5  # 4 bits take no dry run of their own
+
+
+def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(planner):
+    cuda = Planner(planner.blueprint, device="cuda")
+    away = Choice(**{**vars(TINY), "offload": True, "length": 512})
+    there = Choice(**{**vars(TINY), "length": 512})
+    kept, less = cuda.estimate(there).run, cuda.estimate(away).run
+    assert less.activation_bytes < 0.5 * kept.activation_bytes
+    assert less.work.host_bytes > kept.activation_bytes - less.activation_bytes
+    assert _offload(cuda, there) is not None and _offload(planner, there) is None
+    gpu = named_gpu("L4")
+    assert cuda.seconds_per_step(away, gpu) > cuda.seconds_per_step(there, gpu)
 
 
 def test_a_change_of_method_comes_only_after_all_that_leave_it(planner):

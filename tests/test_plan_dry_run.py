@@ -6,7 +6,7 @@ import torch
 from tests.helpers import make_examples
 from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
 from veneer.adapters.routing import Routing
 from veneer.kernels import native
 from veneer.models.blueprint import Blueprint, blueprint, build
@@ -54,6 +54,25 @@ def test_counts_and_file_sizes_are_those_that_were_published(row):
     assert run.trainable_parameters == trainable
     own = run.total_parameters + (trainable if not isinstance(method, Full) else 0)
     assert own == total
+    assert file_bytes is None or run.file_bytes == file_bytes
+
+
+BY_METHOD = {
+    # Llama-3.2-3B, 28 layers of width 3,072, keys and values 1,024 wide
+    "DoRA 32 on q, v": (
+        "llama-3.2-3b", DoRA(rank=32, alpha=64.0, targets=["q_proj", "v_proj"]), 9_289_728, 3_222_039_552, 37_181_760,
+    ),
+    "prefix of 200": ("llama-3.2-3b", Prefix(tokens=200), 11_468_800, 3_224_218_624, 45_875_328),
+    "Pfeiffer 48 on GPT-2": ("gpt2", Bottleneck(placement="pfeiffer", size=48), 894_528, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", BY_METHOD.values(), ids=BY_METHOD)
+def test_counts_and_file_sizes_of_the_other_methods(row):
+    base, method, trainable, total, file_bytes = row
+    run = planned(base, method)
+    assert run.trainable_parameters == trainable
+    assert total is None or run.total_parameters + trainable == total
     assert file_bytes is None or run.file_bytes == file_bytes
 
 

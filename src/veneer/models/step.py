@@ -20,6 +20,7 @@ from veneer.data.batching import Batch, make_batch
 from veneer.data.examples import Example
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
 from veneer.models.attention import (
+    NAME,
     UNUSED_MASK,
     Traced,
     decoder,
@@ -62,6 +63,12 @@ def assume_paths(model: PreTrainedModel) -> Paths:
     softcap = getattr(config, "final_logit_softcapping", None)
     packed_reason = takes_packing(model)
     return Paths(packed_reason is None, packed_reason, 1.0, None if reason else softcap, reason)
+
+
+def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
+    """Put a model without storage onto paths that were found on one of the same structure."""
+    if paths.packed:
+        model.set_attn_implementation(NAME)
 
 
 @torch.no_grad()

@@ -11,10 +11,12 @@ Knows nothing of devices: what an allocator, a kernel or the process adds is est
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +35,8 @@ from veneer.models.attention import decoder
 from veneer.models.blueprint import build
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.fused import fused, replacements
-from veneer.models.step import assume_paths, batch_loss
+from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths
+from veneer.plan.away import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work
 from veneer.quant.config import Quantize
 from veneer.store.adapter import adapter_file_bytes
@@ -61,13 +64,17 @@ class Step:
     share_prompt: bool = True
     quantize: Quantize | None = None
     optimizer: OptimizerName = "adamw"
+    offload: bool = False
     on_cpu: bool = True
     """Whether the compiled kernels of this machine will run (kernels/native.py), which hold less than plain torch."""
 
 
 @dataclass
 class DryRun:
-    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's tensors."""
+    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's tensors.
+
+    packable: (bytes that the linear layers but the head lose in 4 bits, bytes of the buffer that one is decoded into).
+    """
 
     static: Parts
     phases: list[Phase]
@@ -79,6 +86,7 @@ class DryRun:
     modules_total: int | None
     computed_tokens: int
     packed: bool
+    packable: tuple[int, int] = (0, 0)
 
     @property
     def peak(self) -> Phase:
@@ -90,35 +98,66 @@ class DryRun:
         held = next(phase for phase in self.phases if phase.name == "forward").end_bytes
         return held - sum(self.static.values())
 
+    def in_four_bits(self) -> DryRun:
+        """The same step over packed weights: out of every figure goes what they do not hold."""
+        saved, scratch = self.packable
+        run = replace(
+            self, static=dict(self.static), phases=[replace(p, parts=dict(p.parts)) for p in self.phases]
+        )
+        if not saved:
+            return run
+        run.static[WEIGHTS] -= saved
+        for phase in run.phases:
+            phase.peak_bytes += scratch - saved
+            phase.end_bytes -= saved
+            phase.parts[WEIGHTS] -= saved
+            phase.parts[SCRATCH] = scratch
+        return run
+
 
 def dry_run(step: Step) -> DryRun:
     """Raises ConfigError where the method's settings do not fit the base."""
     with planning() if step.on_cpu else nullcontext():
-        return _dry_run(step)
+        run = _dry_run(step)
+    return run if step.quantize is None else run.in_four_bits()
 
 
 def _dry_run(step: Step) -> DryRun:
     model = build(step.config, step.dtype)
     layers = decoder_layers(model)
-    saved, scratch = packing(model, step.quantize)
-    experts = _num_experts(step.config)
-    with META, Tracker(experts=experts):
-        assume_paths(model)  # as a run does: some methods attach to packed attention alone
-        attachment, parameters = _install(model, step.method, Routing())
     depth = 0 if layers is None else len(layers)
+    experts = _num_experts(step.config)
+    paths = _paths(step, model, depth, experts)
+    packable = packing(model)
+    with META, Tracker(experts=experts):
+        attachment, parameters = _install(model, step.method, Routing())
     found: DryRun | None = None
     if (period := _period(model, parameters)) is not None and depth > 4 * period:
-        found = _extrapolated(step, depth, period, experts)
+        found = _extrapolated(step, depth, period, experts, paths)
     if found is None:
-        found = _run(step, build(step.config, step.dtype), experts)
+        found = _run(step, build(step.config, step.dtype), experts, paths=paths)
     found.static = _static(model, parameters, step.optimizer)
-    _pack(found, saved, scratch)
+    found.packable = packable
     found.trainable_parameters = sum(p.numel() for p in parameters.values())
     found.total_parameters = sum(p.numel() for p in model.parameters())
     found.file_bytes = _file_bytes(model, attachment)
     if attachment is not None:
         found.modules_adapted, found.modules_total = attachment.adapted, attachment.adaptable
     return found
+
+
+def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Paths:
+    """The paths of `model`, which is left on them: some methods attach to packed attention alone.
+
+    Of a deep model of equal layers a few are asked: their structure decides, and it is the same in all.
+    """
+    period = _period(model, {})
+    few = None if period is None or depth <= 4 * period else _shallow(step, 2 * period)
+    with Tracker(experts=experts):
+        paths = assume_paths(model if few is None else few)
+    if few is not None:
+        keep_paths(model, paths)
+    return paths
 
 
 def _install(
@@ -132,14 +171,19 @@ def _install(
     return attachment, attachment.parameters()
 
 
-def _run(step: Step, model: PreTrainedModel, experts: int, device: torch.device = META) -> DryRun:
+def _run(
+    step: Step, model: PreTrainedModel, experts: int, device: torch.device = META, paths: Paths | None = None
+) -> DryRun:
     """One step of `model`, as deep as it stands; on another device than meta the same is counted of real tensors."""
     tracker, routing = Tracker(experts=experts, device=device), Routing()
     with tracker.phase("load", label=WEIGHTS):
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.hold(tensor)
-    with tracker:
-        paths = assume_paths(model)
+    if paths is None:
+        with tracker:
+            paths = assume_paths(model)
+    else:
+        keep_paths(model, paths)
     with device, Tracker(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step.method, routing)
     one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
@@ -156,14 +200,18 @@ def _run(step: Step, model: PreTrainedModel, experts: int, device: torch.device 
         )
         batch = make_batch(step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device)
         routing.rows = batch.dropout_rows
+        weights = (*model.parameters(), *model.buffers(), flat.values)
+        away = PlannedOffload(weights) if step.offload else None
         hook = decoder(model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
         try:
             with fused(model, one_pass), checkpointed(model, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
-                loss = batch_loss(model, paths, routing, batch, total=1.0)
+                with _offloading(away):
+                    loss = batch_loss(model, paths, routing, batch, total=1.0)
                 tracker.enter("backward", label=BACKWARD)
                 loss.backward()
+                tracker.work.host_bytes = 0 if away is None else away.moved_bytes
         finally:
             hook.remove()
         tracker.enter("update", label="other")
@@ -175,6 +223,12 @@ def _run(step: Step, model: PreTrainedModel, experts: int, device: torch.device 
         static={}, phases=steps, work=tracker.work, trainable_parameters=0, total_parameters=0,
         file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed,
     )  # fmt: skip
+
+
+def _offloading(away: PlannedOffload | None) -> AbstractContextManager[Any]:
+    if away is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(away.pack, away.unpack)
 
 
 def moment_bytes(values: int, optimizer: OptimizerName) -> int:
@@ -204,14 +258,12 @@ def _static(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Op
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
 
 
-def packing(model: PreTrainedModel, quantize: Quantize | None) -> tuple[int, int]:
+def packing(model: PreTrainedModel) -> tuple[int, int]:
     """(bytes that the linear layers but the head lose in 4 bits, bytes of the reused buffer one is decoded into).
 
     Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those, tables: quant/nf4.py.
     The blocks of a .gguf file are as large as the file says; they are taken as 4 bits too.
     """
-    if quantize is None:
-        return 0, 0
     head = model.get_output_embeddings()
     saved = largest = 0
     for module in model.modules():
@@ -224,18 +276,6 @@ def packing(model: PreTrainedModel, quantize: Quantize | None) -> tuple[int, int
         saved += weight.nbytes - packed
         largest = max(largest, weight.nbytes)
     return saved, largest
-
-
-def _pack(run: DryRun, saved: int, scratch: int) -> None:
-    """Take out of every figure what packed weights do not hold."""
-    if not saved:
-        return
-    run.static[WEIGHTS] -= saved
-    for phase in run.phases:
-        phase.peak_bytes += scratch - saved
-        phase.end_bytes -= saved
-        phase.parts[WEIGHTS] -= saved
-        phase.parts[SCRATCH] = scratch
 
 
 def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:
@@ -277,18 +317,29 @@ def _period(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> int 
     return None
 
 
-def _extrapolated(step: Step, depth: int, period: int, experts: int) -> DryRun | None:
+def _shallow(step: Step, depth: int) -> PreTrainedModel:
+    """The first `depth` layers of the base between its embedding and its head."""
+    config = copy.deepcopy(step.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if isinstance(kinds := getattr(text, "layer_types", None), list | tuple):
+        text.layer_types = list(kinds)[:depth]
+    model = build(config, step.dtype)
+    layers = decoder_layers(model)
+    assert layers is not None
+    del layers[depth:]  # of a model that counts its layers otherwise
+    return model
+
+
+def _extrapolated(
+    step: Step, depth: int, period: int, experts: int, paths: Paths | None = None
+) -> DryRun | None:
     """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
     first = depth % period + period * (1 if depth % period else 2)
     runs = []
     for shallow in (first, first + period, first + 2 * period):
-        model = build(step.config, step.dtype)
-        layers = decoder_layers(model)
-        assert layers is not None
-        del layers[shallow:]
-        model.config.get_text_config().num_hidden_layers = shallow
         with suppress(ConfigError):  # settings that name a layer which is not there: run the whole depth
-            runs.append(_run(step, model, experts))
+            runs.append(_run(step, _shallow(step, shallow), experts, paths=paths))
     if len(runs) < 3:
         return None
     one, two, three = runs
@@ -328,4 +379,5 @@ def _grown_work(one: Work, two: Work, steps: int) -> Work:
         products,
         one.moved_bytes + (two.moved_bytes - one.moved_bytes) * steps,
         one.operations + (two.operations - one.operations) * steps,
+        one.host_bytes + (two.host_bytes - one.host_bytes) * steps,
     )

@@ -1,12 +1,12 @@
 """What fits into a memory: the largest batch, and the shortest list of changes where nothing fits yet.
 
 Memory rises with rows and with length, so both are searched by halving, each trial a dry run. Changes are tried one
-at a time, then two, then three together, in the order of what they cost; the first that fits is the answer.
+at a time, then two, then more together, in the order of what they cost; the first that fits is the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -19,6 +19,7 @@ MOST_ROWS = 256
 MOST_TOKENS = 2**17
 SHORTEST = 64
 LOWEST_RANK = 4
+MOST_CHANGES = 4
 
 
 @dataclass(frozen=True)
@@ -92,68 +93,108 @@ def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
 def ways(
     planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]
 ) -> Way | None:
-    """The shortest list of changes after which `choice` fits; None if all of them together do not suffice."""
-    before = seconds(choice)
-    stays = sum(planner.estimate(choice).run.static.values())
-    offered = [make for make in _CHANGES if make(choice) is not None]
-    if planner.dtype(choice) != torch.float32:
-        offered = [make for make in offered if make is not _bfloat16]
-    same = [make for make in offered if make not in _LEARNS_LESS]
-    for count, among in [*((n, same) for n in range(1, 4)), *((n, offered) for n in range(1, 4))]:
-        for group in combinations(among, count):
-            if stays > memory_bytes and not any(make in _LIGHTER for make in group):
-                continue  # what stays from step to step does not fit: only a lighter base or method helps
-            changed, made = choice, []
-            for make in group:
-                if (change := make(changed)) is None:
-                    break
-                changed = change.choice
-                made.append(change)
-            if len(made) == count and fits(planner, changed, memory_bytes):
-                needed = planner.estimate(changed).needed_bytes
-                per_row = seconds(changed) / before * (choice.batch / changed.batch)
-                return Way(tuple(made), changed, needed, per_row)
+    """The shortest list of changes after which `choice` fits; None if all of them together do not suffice.
+
+    Every trial is a dry run, so those are spared that cannot succeed. A change never needs more: what all of them do
+    not reach together, no few of them reach. Two changes never save more together than each of them alone: a group whose
+    single savings do not add up to what is missing is not tried.
+    """
+    offered = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
+    for among in ([make for make in offered if make not in _LEARNS_LESS], offered):
+        if not among or not _all_fit(planner, choice, among, memory_bytes):
+            continue
+        for count in range(1, min(MOST_CHANGES, len(among)) + 1):
+            for group in combinations(among, count):
+                if count > 1 and _saved(planner, choice, group) < _excess(planner, choice, memory_bytes):
+                    continue
+                made = _applied(planner, choice, group)
+                if made is not None and fits(planner, made[-1].choice, memory_bytes):
+                    changed = made[-1].choice
+                    needed = planner.estimate(changed).needed_bytes
+                    per_row = seconds(changed) / seconds(choice) * (choice.batch / changed.batch)
+                    return Way(made, changed, needed, per_row)
     return None
 
 
-def _smaller_micro_batch(choice: Choice) -> Change | None:
+def _excess(planner: Planner, choice: Choice, memory_bytes: int) -> int:
+    return planner.estimate(choice).needed_bytes - memory_bytes
+
+
+def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
+    """The sum of what each change of the group saves alone; no bound where one cannot be made alone."""
+    before, total = planner.estimate(choice).needed_bytes, 0.0
+    for make in group:
+        made = _applied(planner, choice, (make,))
+        if made is None:
+            return float("inf")
+        total += before - planner.estimate(made[-1].choice).needed_bytes
+    return total
+
+
+def _all_fit(planner: Planner, choice: Choice, among: Sequence[_Make], memory_bytes: int) -> bool:
+    """Whether it fits once everything that can be changed is."""
+    for make in sorted(among, key=lambda make: make is not _lora_instead):
+        change = make(planner, choice)
+        choice = choice if change is None else change.choice
+    return fits(planner, choice, memory_bytes)
+
+
+def _applied(planner: Planner, choice: Choice, group: Sequence[_Make]) -> tuple[Change, ...] | None:
+    """The group's changes one after the other, another method first; None where one of them changes nothing."""
+    made: list[Change] = []
+    for make in sorted(group, key=lambda make: make is not _lora_instead):
+        change = make(planner, choice)
+        if change is None or (make is _single_rows and _smaller_micro_batch in group):
+            return None
+        choice = change.choice
+        made.append(change)
+    return tuple(made)
+
+
+def _smaller_micro_batch(planner: Planner, choice: Choice) -> Change | None:
     if choice.rows_at_once == 1:
         return None
     half = max(1, choice.rows_at_once // 2)
     return Change(f"micro_batch={half}", f"{half} rows at once", replace(choice, micro_batch=half))
 
 
-def _single_rows(choice: Choice) -> Change | None:
+def _single_rows(planner: Planner, choice: Choice) -> Change | None:
     if choice.rows_at_once == 1:
         return None
     return Change("micro_batch=1", "one row at once", replace(choice, micro_batch=1))
 
 
-def _checkpointing(choice: Choice) -> Change | None:
-    if choice.checkpointing:
+def _checkpointing(planner: Planner, choice: Choice) -> Change | None:
+    if choice.checkpointing or choice.offload:
         return None
     return Change("checkpointing=true", "checkpointing", replace(choice, checkpointing=True))
 
 
-def _four_bits(choice: Choice) -> Change | None:
+def _offload(planner: Planner, choice: Choice) -> Change | None:
+    if planner.device != "cuda" or choice.checkpointing or choice.offload:
+        return None
+    return Change("offload=true", "saved activations in host memory", replace(choice, offload=True))
+
+
+def _four_bits(planner: Planner, choice: Choice) -> Change | None:
     if choice.quantize is not None or isinstance(choice.method, Full):
         return None
     return Change("quantize=nf4", "the base in 4 bits", replace(choice, quantize="nf4"))
 
 
-def _bfloat16(choice: Choice) -> Change | None:
-    if choice.dtype == "bfloat16":
+def _bfloat16(planner: Planner, choice: Choice) -> Change | None:
+    if planner.dtype(choice) != torch.float32:
         return None
     return Change("dtype=bfloat16", "the base in bfloat16", replace(choice, dtype="bfloat16"))
 
 
-def _lora_instead(choice: Choice) -> Change | None:
+def _lora_instead(planner: Planner, choice: Choice) -> Change | None:
     if not isinstance(choice.method, Full):
         return None
     return Change("method=lora", "LoRA instead of every weight", replace(choice, method=LoRA()))
 
 
-def _lower_rank(choice: Choice) -> Change | None:
+def _lower_rank(planner: Planner, choice: Choice) -> Change | None:
     method = choice.method
     if not isinstance(method, LoRA) or method.rank <= LOWEST_RANK:
         return None
@@ -161,17 +202,19 @@ def _lower_rank(choice: Choice) -> Change | None:
     return Change(f"method.rank={LOWEST_RANK}", f"rank {LOWEST_RANK}", replace(choice, method=lower))
 
 
-def _half_length(choice: Choice) -> Change | None:
+def _half_length(planner: Planner, choice: Choice) -> Change | None:
     if choice.length < 2 * SHORTEST:
         return None
     half = choice.length // 2
     return Change(f"length={half}", f"rows of at most {half} tokens", replace(choice, length=half))
 
 
-_CHANGES: tuple[Callable[[Choice], Change | None], ...] = (
+_Make = Callable[[Planner, Choice], Change | None]
+_CHANGES: tuple[_Make, ...] = (
     _smaller_micro_batch,
     _single_rows,
     _checkpointing,
+    _offload,
     _bfloat16,
     _four_bits,
     _lora_instead,
@@ -181,4 +224,3 @@ _CHANGES: tuple[Callable[[Choice], Change | None], ...] = (
 """In the order of what they cost: time first, then what is learnt."""
 _LEARNS_LESS = (_lora_instead, _lower_rank, _half_length)
 """Tried last: they change what is learnt, not only how fast."""
-_LIGHTER = (_bfloat16, _four_bits, _lora_instead, _lower_rank)

@@ -35,6 +35,9 @@ rates alone gave 2,719. The median of ten runs of benchmarks/plan_time.py is to 
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
+HOST_BYTES_PER_SECOND = 25e9
+"""Between a GPU and pinned host memory: PCIe 4 x16, 32 GB/s published; what of it is reached is assumed."""
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -83,6 +86,7 @@ class Machine:
         """Of one step's forward and backward."""
         products = sum(flops / self.rate(shape) for shape, flops in work.products.items())
         others = work.moved_bytes / self.bytes_per_second + work.operations * self.start_seconds
+        others += work.host_bytes / HOST_BYTES_PER_SECOND
         return (products + others) / self.share
 
 

@@ -58,6 +58,7 @@ def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tup
     values = config.model_dump() | {
         "method": way.choice.method.model_dump(), "quantize": way.choice.quantize, "dtype": way.choice.dtype,
         "micro_batch": way.choice.micro_batch, "length": way.choice.length, "checkpointing": way.choice.checkpointing,
+        "offload": way.choice.offload,
     }  # fmt: skip
     lines = [f"{change.setting}: {change.says}" for change in way.changes]
     lines.append(

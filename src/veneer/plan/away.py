@@ -1,0 +1,52 @@
+"""Offload (train/offload.py) on tensors without storage: what would leave the device, and what would come back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from veneer.train.offload import WORTH_BYTES
+
+
+@dataclass(eq=False)
+class _Gone:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class PlannedOffload:
+    """Hooks that drop what Offload would copy away and make it anew when it would come back. moved_bytes: both ways."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.moved_bytes = 0
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._known: dict[tuple[Any, ...], StorageWeakRef] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor | _Gone:
+        storage = tensor.untyped_storage()
+        if (
+            not tensor.is_meta
+            or tensor.nbytes < WORTH_BYTES
+            or tensor.nbytes > storage.nbytes()
+            or storage._cdata in self._weights
+        ):
+            return tensor
+        weak = StorageWeakRef(storage)
+        key = (weak.cdata, tensor._version, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if key not in self._known or self._known[key].expired():  # several that save the same: copied once
+            self._known[key] = weak
+            self.moved_bytes += tensor.nbytes
+        return _Gone(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def unpack(self, saved: Tensor | _Gone) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        back = torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device="meta")
+        self.moved_bytes += back.nbytes
+        return back
