@@ -49,6 +49,7 @@ def main() -> None:
     p.add_argument("--rows", required=True)
     p.add_argument("--method", choices=["lora", "full"], default="lora")
     p.add_argument("--quantize", choices=FORMATS, help="the format that the frozen base is held in")
+    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--rank", type=int, default=16)
@@ -64,8 +65,8 @@ def main() -> None:
     method = Full() if args.method == "full" else LoRA(rank=args.rank, alpha=2.0 * args.rank, targets=targets)
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
-            base=args.base, quantize=args.quantize, out=f"{scratch}/run", method=method, batch=args.batch, steps=args.steps + 1,
-            data=DataConfig(train=args.rows, validation_share=0.0, train_on=args.train_on), order=args.order,
+            base=args.base, quantize=args.quantize, dtype=args.dtype, out=f"{scratch}/run", method=method, batch=args.batch,
+            steps=args.steps + 1, data=DataConfig(train=args.rows, validation_share=0.0, train_on=args.train_on), order=args.order,
             learning_rate=args.lr, schedule="constant", warmup=0.0, length=args.length,
             share_prompt=not args.no_sharing, checkpointing=args.checkpointing,
         )  # fmt: skip
@@ -77,7 +78,7 @@ def main() -> None:
     timed = steps[1:]
     seconds, computed = sum(r["seconds"] for r in timed), sum(r["computed_tokens"] for r in timed)
     real, supervised = sum(r["tokens"] for r in timed), sum(r["trained_tokens"] for r in timed)
-    base = api.load(args.base, quantize=args.quantize)
+    base = api.load(args.base, quantize=args.quantize, dtype=args.dtype)
     config_ = base.config.get_text_config()
     rate = matrix_rate(
         max(1, computed // len(timed)), config_.hidden_size, config_.intermediate_size, base.dtype

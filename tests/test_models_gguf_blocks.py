@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from tests.tiny import save_tiny
 from tests.tiny_gguf import LLAMA3, tiny, write_gguf
+from veneer import api
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError, CorruptFileError, SourceError
@@ -21,6 +23,9 @@ from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.load import load_base
 from veneer.models.step import prepare
 from veneer.quant.gguf_linear import GGUFLinear
+from veneer.train.config import RunConfig
+from veneer.train.records import read_records
+from veneer.train.screen import QuietScreen
 
 IDS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(0))
 WIDE = {"hidden_size": 256, "head_dim": 64}  # a row of 256 values is one block of the K types
@@ -74,6 +79,32 @@ def test_training_on_the_blocks_is_training_on_their_values_to_the_bit(kind: str
         assert gradients.keys() == theirs.keys()
         assert all(torch.equal(gradients[name], theirs[name]) for name in gradients)
     assert torch.equal(blocks.model(IDS).logits, dense.model(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K"])
+def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(
+    kind: str, tmp_path: Path
+) -> None:
+    """With all that a step has and a single product has not: shared prompts, fused layers, clipping, the optimiser."""
+    model = tiny("llama", hidden_size=256, head_dim=64, intermediate_size=512)
+    path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=gguf.GGMLQuantizationType[kind])
+    said = [{"role": "user", "content": "an instruction that all rows share"}]
+    rows = [[*said, {"role": "assistant", "content": f"answer {n}, {n * 7 * 'x'}"}] for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": r}) + "\n" for r in rows))
+    found: dict[Any, Any] = {}
+    for quantize in (None, "gguf"):
+        config = RunConfig.model_validate(
+            {
+                "base": str(path), "quantize": quantize, "out": str(tmp_path / f"run-{quantize}"), "steps": 4, "batch": 3,
+                "data": {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.0},
+                "method": {"name": "lora", "rank": 3, "alpha": 5.0}, "learning_rate": 1e-2,
+            }
+        )  # fmt: skip
+        summary = api.train_run(config, resume=False, screen=QuietScreen())
+        losses = [r["loss"] for r in read_records(Path(config.out) / "metrics.jsonl") if r["kind"] == "step"]
+        found[quantize] = losses, summary["adapter_sha256"]
+        assert len(set(losses)) == 4
+    assert found["gguf"] == found[None]
 
 
 @pytest.mark.parametrize(
