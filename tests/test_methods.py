@@ -145,16 +145,22 @@ def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restor
 
 
 @every_method
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row(row, family):
-    model = tiny_model(family)
+@every_base
+def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row(row, family, dtype):
+    """In bf16 the two round in other places: there the whole gradient agrees to 0.15 of its length."""
+    model = base_of(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, row.config, filled=True)
     examples = make_examples(4)
-    reference = own_loss_and_gradients(model, attachment, examples)
+    loss, gradients = own_loss_and_gradients(model, attachment, examples)
     for share in (True, False):
         ours = loss_and_gradients(model, paths, routing, attachment, examples, share=share)
-        assert_same(ours, reference)
+        if dtype == torch.float32:
+            assert_same(ours, (loss, gradients))
+            continue
+        assert ours[0] == pytest.approx(loss, rel=0.02)
+        own, found = (torch.cat([g.float().flatten() for g in each]) for each in (gradients, ours[1]))
+        assert (found - own).norm() <= 0.15 * own.norm()
 
 
 @every_method

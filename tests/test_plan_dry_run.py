@@ -76,6 +76,18 @@ def test_counts_and_file_sizes_of_the_other_methods(row):
     assert file_bytes is None or run.file_bytes == file_bytes
 
 
+def test_dora_costs_few_products_more_than_lora_with_and_without_compiled_kernels():
+    found = blueprint("smollm2-135m")
+    for on_cpu in (True, False):
+        lora, dora = (
+            dry_run(
+                Step(found.config, torch.bfloat16, method, synthetic_rows(4, 64), on_cpu=on_cpu)
+            ).work.flops
+            for method in (LoRA(), DoRA())
+        )
+        assert lora <= dora <= 1.05 * lora
+
+
 def test_counts_with_embedding_and_head_among_the_targets():
     method = lora(64, ["q_proj", "v_proj", "embed_tokens", "lm_head"])
     run = planned("mistral-7b", method, vocab_size=32027)

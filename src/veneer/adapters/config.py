@@ -15,17 +15,22 @@ class MethodConfig(BaseModel):
 
     folds                  its update can be added into the base's dense weights
     instead_of_folding     what to do where it cannot: the end of an error message
-    default_learning_rate  peak rate of a run that names none: a start for a search, see benchmarks/sweep.py
+    usual_rate             peak learning rate of a run that names none: a start for a search, see benchmarks/sweep.py
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     folds: ClassVar[bool] = True
     instead_of_folding: ClassVar[str] = ""
-    default_learning_rate: ClassVar[float]
+    usual_rate: ClassVar[float]
 
     name: str = ""
     """What the run file calls it; every method has one."""
+
+    @property
+    def default_learning_rate(self) -> float:
+        """Peak rate with these settings where a run names none."""
+        return self.usual_rate
 
     @property
     def starts_as_base(self) -> bool:
@@ -111,7 +116,7 @@ class LowRank(AdapterConfig):
 class LoRA(LowRank):
     """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
 
-    default_learning_rate = 5e-4
+    usual_rate = 5e-4
 
     name: Literal["lora"] = "lora"
     init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
@@ -133,7 +138,7 @@ class LoRA(LowRank):
 class DoRA(LowRank):
     """Rows of W + scaling * B A brought to a trained length; linear layers only. Costs a little more than LoRA."""
 
-    default_learning_rate = 5e-4
+    usual_rate = 5e-4
 
     name: Literal["dora"] = "dora"
 
@@ -146,7 +151,7 @@ class Bottleneck(AdapterConfig):
         "Its activation stands between its weights: use it beside its base (--adapter), "
         "or train lora where one merged model is wanted."
     )
-    default_learning_rate = 1e-3
+    usual_rate = 1e-3
 
     name: Literal["bottleneck"] = "bottleneck"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "parallel"
@@ -195,7 +200,7 @@ class Prefix(AdapterConfig):
         "A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter), "
         "or train lora where one merged model is wanted."
     )
-    default_learning_rate = 5e-3
+    usual_rate = 5e-3
 
     name: Literal["prefix"] = "prefix"
     tokens: int | None = Field(default=None, ge=1, le=4096)
@@ -211,6 +216,11 @@ class Prefix(AdapterConfig):
     """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
 
     @property
+    def default_learning_rate(self) -> float:
+        """Through an MLP a tenth: at the prefix's own rate it left the base's loss far behind (docs/benchmarks.md)."""
+        return self.usual_rate if self.projection is None else self.usual_rate / 10
+
+    @property
     def starts_as_base(self) -> bool:
         return False
 
@@ -224,7 +234,7 @@ class Prefix(AdapterConfig):
 class Full(MethodConfig):
     """Every weight of the base trains; the result is a model folder, not an adapter."""
 
-    default_learning_rate = 5e-5
+    usual_rate = 5e-5
 
     name: Literal["full"] = "full"
 

@@ -146,7 +146,7 @@ def _turn_backward(
     total = (g_MO * without_bias).sum(0, dtype=norm.dtype)
     counts = (norm > 0) & (magnitude != 0)
     grad = torch.where(counts, total / torch.where(counts, magnitude, 1.0), 0.0).to(magnitude.dtype)
-    lost = bool(((magnitude == 0) & (norm > 0)).any())
+    lost = not magnitude.is_meta and bool(((magnitude == 0) & (norm > 0)).any())
     return turned, rank.down(turned, B_OR.T, scaling), grad, lost
 
 
