@@ -84,7 +84,7 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
     """A dry run is what a plan's time goes into: a second and less each."""
     ran = []
-    monkeypatch.setattr(planner_module, "dry_run", lambda step: ran.append(step) or dry_run(step))
+    monkeypatch.setattr(planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1)
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None

@@ -115,35 +115,65 @@ class DryRun:
         return run
 
 
-def dry_run(step: Step) -> DryRun:
-    """Raises ConfigError where the method's settings do not fit the base."""
+@dataclass(frozen=True)
+class Whole:
+    """What the whole depth is asked once: the same whatever rows it trains on, with or without checkpointing.
+
+    period: after how many layers their pattern repeats, None where it does not; the other fields are DryRun's.
+    """
+
+    depth: int
+    period: int | None
+    experts: int
+    paths: Paths
+    static: Parts
+    packable: tuple[int, int]
+    trainable_parameters: int
+    total_parameters: int
+    file_bytes: int
+    modules_adapted: int | None
+    modules_total: int | None
+
+
+def whole(step: Step) -> Whole:
+    """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do not fit the base."""
     with planning() if step.on_cpu else nullcontext():
-        run = _dry_run(step)
-    return run if step.quantize is None else run.in_four_bits()
+        model = build(step.config, step.dtype)
+        layers = decoder_layers(model)
+        depth = 0 if layers is None else len(layers)
+        experts = _num_experts(step.config)
+        paths = _paths(step, model, depth, experts)
+        packable = packing(model)
+        with META, Tracker(experts=experts):
+            attachment, parameters = _install(model, step.method, Routing())
+        period = _period(model, parameters)
+        static = _static(model, parameters, step.optimizer)
+        return Whole(
+            depth, period, experts, paths, static, packable,
+            trainable_parameters=sum(p.numel() for p in parameters.values()),
+            total_parameters=sum(p.numel() for p in model.parameters()),
+            file_bytes=_file_bytes(model, attachment),
+            modules_adapted=None if attachment is None else attachment.adapted,
+            modules_total=None if attachment is None else attachment.adaptable,
+        )  # fmt: skip
 
 
-def _dry_run(step: Step) -> DryRun:
-    model = build(step.config, step.dtype)
-    layers = decoder_layers(model)
-    depth = 0 if layers is None else len(layers)
-    experts = _num_experts(step.config)
-    paths = _paths(step, model, depth, experts)
-    packable = packing(model)
-    with META, Tracker(experts=experts):
-        attachment, parameters = _install(model, step.method, Routing())
-    found: DryRun | None = None
-    if (period := _period(model, parameters)) is not None and depth > 4 * period:
-        found = _extrapolated(step, depth, period, experts, paths)
-    if found is None:
-        found = _run(step, build(step.config, step.dtype), experts, paths=paths)
-    found.static = _static(model, parameters, step.optimizer)
-    found.packable = packable
-    found.trainable_parameters = sum(p.numel() for p in parameters.values())
-    found.total_parameters = sum(p.numel() for p in model.parameters())
-    found.file_bytes = _file_bytes(model, attachment)
-    if attachment is not None:
-        found.modules_adapted, found.modules_total = attachment.adapted, attachment.adaptable
-    return found
+def dry_run(step: Step, known: Whole | None = None) -> DryRun:
+    """known: whole(step) of a step with the same base, method and optimizer, where it is at hand.
+
+    Raises ConfigError where the method's settings do not fit the base.
+    """
+    known = known or whole(step)
+    with planning() if step.on_cpu else nullcontext():
+        found: DryRun | None = None
+        if known.period is not None and known.depth > 4 * known.period:
+            found = _extrapolated(step, known.depth, known.period, known.experts, known.paths)
+        if found is None:
+            found = _run(step, build(step.config, step.dtype), known.experts, paths=known.paths)
+    found.static, found.packable, found.file_bytes = dict(known.static), known.packable, known.file_bytes
+    found.trainable_parameters, found.total_parameters = known.trainable_parameters, known.total_parameters
+    found.modules_adapted, found.modules_total = known.modules_adapted, known.modules_total
+    return found if step.quantize is None else found.in_four_bits()
 
 
 def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Paths:

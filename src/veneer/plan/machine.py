@@ -125,7 +125,9 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
 def product_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """FLOP a second of x (rows, inner) times W (inner, columns), the best of what fits into ENOUGH_SECONDS."""
     rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
-    columns = min(columns, max(256, 2**26 // inner))  # at most 128 MiB of bf16 weights
+    columns = min(
+        columns, max(256, 2**23 // inner)
+    )  # wider products run no faster, and three calls must end soon
     x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
     return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(x, w), device)
 

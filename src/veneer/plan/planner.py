@@ -17,7 +17,7 @@ from veneer.data.batching import plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.models.blueprint import Blueprint
 from veneer.models.load import DTYPES, DtypeName
-from veneer.plan.dry_run import DryRun, Step, dry_run
+from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import PROCESS_BYTES, Device, Estimate, estimate, synthetic_rows
 from veneer.plan.machine import Machine
 from veneer.quant.config import Quantize
@@ -72,6 +72,7 @@ class Planner:
     order: str = "bucketed"
     trained_share: float = 1.0
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
+    _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
 
     def dtype(self, choice: Choice) -> torch.dtype:
         return self.blueprint.dtype if choice.dtype == "auto" else DTYPES[choice.dtype]
@@ -129,19 +130,13 @@ class Planner:
             tuple((len(row.ids), int(row.trained.sum())) for row in rows),
         )  # fmt: skip
         if key not in self._runs:
-            self._runs[key] = dry_run(
-                Step(
-                    self.blueprint.config,
-                    self.dtype(choice),
-                    choice.method,
-                    rows,
-                    checkpointing=choice.checkpointing,
-                    share_prompt=share,
-                    optimizer=choice.optimizer,
-                    offload=choice.offload,
-                    on_cpu=self.device == "cpu",
-                )
-            )
+            step = Step(
+                self.blueprint.config, self.dtype(choice), choice.method, rows, checkpointing=choice.checkpointing,
+                share_prompt=share, optimizer=choice.optimizer, offload=choice.offload, on_cpu=self.device == "cpu",
+            )  # fmt: skip
+            if key[:3] not in self._wholes:
+                self._wholes[key[:3]] = whole(step)
+            self._runs[key] = dry_run(step, self._wholes[key[:3]])
         run = self._runs[key]
         return run if choice.quantize is None else run.in_four_bits()
 
