@@ -17,12 +17,13 @@ from veneer.cli import plan as command
 from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
+from veneer.kernels.layout import round_up
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.models.shapes import SHAPES
 from veneer.plan import planner as planner_module
 from veneer.plan.advise import Job, advise
 from veneer.plan.dry_run import dry_run
-from veneer.plan.estimate import estimate
+from veneer.plan.estimate import KERNEL_BYTES, compiled_kernels, estimate
 from veneer.plan.fit import _largest, _offload, fits, largest_batch, ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import Choice, Planner
@@ -84,7 +85,9 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
     """A dry run is what a plan's time goes into: a second and less each."""
     ran = []
-    monkeypatch.setattr(planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
+    monkeypatch.setattr(
+        planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known)
+    )
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1)
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
@@ -146,6 +149,33 @@ def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_med
     assert [len(r.ids) for r in own.largest(choice)] == [60]
     assert len(own.usual(choice)[0].ids) in (12, 14)
     assert [len(r.ids) for r in own.largest(Choice(method=TINY.method, batch=1, length=32))] == [32]
+
+
+def test_every_size_of_a_batch_compiles_its_products_again(planner):
+    """On a CPU in bfloat16; the sizes are those of the steps that are taken, rounded as the batches are."""
+    rows = [
+        Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i)
+        for i, n in enumerate([10, 30, 40, 70, 90, 200])
+    ]
+    whole = Planner(Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows)
+    choice = Choice(method=TINY.method, batch=1, length=256)
+    assert whole.sizes(choice) == len({round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)}) == 4
+    few = Planner(whole.blueprint, idle_bytes=0, rows=rows, order="file", steps=2)
+    assert few.sizes(choice) == 1
+    run = whole.estimate(choice).run
+    assert compiled_kernels(run, 4) == 4 * compiled_kernels(run, 1) > 4 * 7
+    assert (
+        whole.estimate(choice).peak_bytes
+        == estimate(
+            run,
+            device="cpu",
+            idle_bytes=0,
+            kernel_bytes=compiled_kernels(run, 4) * KERNEL_BYTES[torch.bfloat16],
+        ).peak_bytes
+    )
+    assert (
+        estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes == estimate(run, device="cuda").peak_bytes
+    )
 
 
 def test_every_named_size_is_a_config_that_builds():

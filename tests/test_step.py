@@ -12,7 +12,7 @@ from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
-from veneer.data.batching import make_batch, plan_epoch, shared_prompt, used_length
+from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
 from veneer.kernels.layout import STEP
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_loss, evaluation_loss, prepare
@@ -170,6 +170,14 @@ def test_the_shared_prompt_ends_before_the_row_that_predicts_the_first_trained_t
     early[2].trained[4] = True
     assert shared_prompt(early) == 3
     assert shared_prompt(examples[:1]) == 0
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_rows_of_a_batch_are_known_before_it_is_made(count, share):
+    examples = make_examples(count, prompt=40, longest=90, seed=count)
+    batch = make_batch(examples, packed=True, share_prompt=share, device=CPU)
+    assert packed_rows(examples, share_prompt=share) == batch.computed_tokens
 
 
 def test_what_no_loss_depends_on_is_not_computed():

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.errors import ConfigError
 from veneer.train.wording import clock, folded, millions, number, shown, size
 
@@ -140,8 +140,9 @@ def _question(args: argparse.Namespace) -> Question:
     if not bases:
         raise ConfigError("no base is named", next_step="Give --base (or --models A,B).")
     memory = parse_size(args.memory) if args.memory else None
-    from veneer.plan.ask import Question, method_named
-    from veneer.plan.planner import Choice
+    with no_collection():
+        from veneer.plan.ask import Question, method_named
+        from veneer.plan.planner import Choice
 
     method, quantize = method_named(args.method, args.rank)
     choice = Choice(

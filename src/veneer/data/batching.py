@@ -70,6 +70,12 @@ def shared_prompt(examples: Sequence[Example]) -> int:
     return max(limit, 0) if len(examples) > 1 else 0
 
 
+def packed_rows(examples: Sequence[Example], *, share_prompt: bool) -> int:
+    """Rows of the matrix products over these examples end to end, filler included: make_batch's computed_tokens."""
+    prompt = shared_prompt(examples) if share_prompt else 0
+    return round_up(prompt + sum(used_length(e) - prompt for e in examples))
+
+
 def make_batch(
     examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
 ) -> Batch:

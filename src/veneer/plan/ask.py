@@ -18,6 +18,7 @@ from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.plan.advise import Advice, Job, Kind, advise
+from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
 from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Choice, Planner
@@ -117,8 +118,10 @@ def answer(question: Question) -> Answer:
 
 
 def _planner(found: Blueprint, question: Question) -> Planner:
-    device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
-    return Planner(found, device=device, idle_bytes=process_memory_bytes() or 0, rows=question.rows)  # type: ignore[arg-type]
+    device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
+    return Planner(
+        found, device=device, idle_bytes=process_memory_bytes() or 0, rows=question.rows, steps=question.steps
+    )
 
 
 def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:

@@ -86,6 +86,7 @@ class DryRun:
     modules_total: int | None
     computed_tokens: int
     packed: bool
+    experts: int
     packable: tuple[int, int] = (0, 0)
 
     @property
@@ -251,7 +252,7 @@ def _run(
     steps = [phase for phase in tracker.phases if phase.name in ("forward", "loss", "backward", "update")]
     return DryRun(
         static={}, phases=steps, work=tracker.work, trainable_parameters=0, total_parameters=0,
-        file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed,
+        file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed, experts=experts,
     )  # fmt: skip
 
 

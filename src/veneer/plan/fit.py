@@ -47,7 +47,7 @@ def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
 
 def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Rows of `choice.length` that fit at once; 0 if not even one does."""
-    bare = replace(planner, rows=(), _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(planner, rows=(), _sizes={}, _runs=planner._runs, _wholes=planner._wholes)
     most = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
 
     def needs(rows: int) -> int:
@@ -58,7 +58,7 @@ def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
 
 def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Tokens of a single row that fit, a multiple of SHORTEST; 0 if not even the shortest does."""
-    bare = replace(planner, rows=(), _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(planner, rows=(), _sizes={}, _runs=planner._runs, _wholes=planner._wholes)
 
     def needs(units: int) -> int:
         one = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)
@@ -185,7 +185,10 @@ def _four_bits(planner: Planner, choice: Choice) -> Change | None:
 def _bfloat16(planner: Planner, choice: Choice) -> Change | None:
     if planner.dtype(choice) != torch.float32:
         return None
-    return Change("dtype=bfloat16", "the base in bfloat16", replace(choice, dtype="bfloat16"))
+    changed = replace(choice, dtype="bfloat16")
+    if planner.estimate(changed).needed_bytes >= planner.estimate(choice).needed_bytes:
+        return None  # of a tiny base the kernels that bf16 products compile outweigh its weights
+    return Change("dtype=bfloat16", "the base in bfloat16", changed)
 
 
 def _lora_instead(planner: Planner, choice: Choice) -> Change | None:

@@ -27,7 +27,7 @@ SHAPES_MEASURED = 4
 """Products timed: those with most of the step's FLOP; the others run at the mean of their rates."""
 MOST_ROWS = 1024
 """Rows of a timed product at most: more do not change the rate, only the wait."""
-ENOUGH_SECONDS = 0.25
+ENOUGH_SECONDS = 0.1
 """Per figure: short enough to answer at once, long enough to pass the first, slow calls."""
 STEP_SHARE = 0.58
 """Measured over predicted speed of whole steps on a CPU: one LoRA run of SmolLM2-135M, 1,576 tokens/s where the products'
@@ -103,7 +103,7 @@ def named_gpu(name: str) -> Machine:
 
 
 def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
-    """Measured now, at the shapes that `work` spends most in; about two seconds."""
+    """Measured now, at the shapes that `work` spends most in; about a second."""
     place = torch.device(device)
     named = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
     rates = {shape: product_rate(shape, dtype, place) for shape, _ in named.most_common(SHAPES_MEASURED)}

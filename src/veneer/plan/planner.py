@@ -7,18 +7,26 @@ micro-batch decides memory, the middle batch time), else rows of one length.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from veneer.adapters.config import MethodConfig
-from veneer.data.batching import plan_epoch, used_length
+from veneer.data.batching import packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.models.blueprint import Blueprint
 from veneer.models.load import DTYPES, DtypeName
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
-from veneer.plan.estimate import PROCESS_BYTES, Device, Estimate, estimate, synthetic_rows
+from veneer.plan.estimate import (
+    KERNEL_BYTES,
+    PROCESS_BYTES,
+    Device,
+    Estimate,
+    compiled_kernels,
+    estimate,
+    synthetic_rows,
+)
 from veneer.plan.machine import Machine
 from veneer.quant.config import Quantize
 from veneer.train.config import OptimizerName, RunConfig
@@ -62,7 +70,10 @@ def choice_of(config: RunConfig) -> Choice:
 
 @dataclass
 class Planner:
-    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there are any."""
+    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there are any.
+
+    steps: optimizer steps that the run takes, where they are fewer than an epoch's; None: unknown.
+    """
 
     blueprint: Blueprint
     device: Device = "cpu"
@@ -71,7 +82,9 @@ class Planner:
     seed: int = 0
     order: str = "bucketed"
     trained_share: float = 1.0
+    steps: int | None = None
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
+    _sizes: dict[object, int] = field(default_factory=dict, repr=False)
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
 
     def dtype(self, choice: Choice) -> torch.dtype:
@@ -79,9 +92,9 @@ class Planner:
 
     def estimate(self, choice: Choice) -> Estimate:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
-        return estimate(
-            self._run(choice, self.largest(choice)), device=self.device, idle_bytes=self.idle_bytes
-        )
+        run = self._run(choice, self.largest(choice))
+        kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * compiled_kernels(run, self.sizes(choice))
+        return estimate(run, device=self.device, idle_bytes=self.idle_bytes, kernel_bytes=kernels)
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
         """Of one optimizer step with a batch of middling length."""
@@ -94,13 +107,22 @@ class Planner:
 
     def largest(self, choice: Choice) -> Sequence[Example]:
         """The costliest micro-batch of the first epoch, as train/loop.py finds it."""
-        return self._batch(choice, lambda batches: max(batches, key=lambda one: one[0])[1])
+        return max(self._micro_batches(choice), key=_tokens)
 
     def usual(self, choice: Choice) -> Sequence[Example]:
         """The micro-batch of median size."""
-        return self._batch(
-            choice, lambda batches: sorted(batches, key=lambda one: one[0])[len(batches) // 2][1]
-        )
+        batches = sorted(self._micro_batches(choice), key=_tokens)
+        return batches[len(batches) // 2]
+
+    def sizes(self, choice: Choice) -> int:
+        """How many different numbers of rows the products of the first epoch's steps have."""
+        share = choice.share_prompt and not choice.method.drops_out
+        each = -(-choice.batch // choice.rows_at_once)
+        key = choice.batch, choice.rows_at_once, choice.length, share
+        if key not in self._sizes:
+            batches = self._micro_batches(choice)[: None if self.steps is None else self.steps * each]
+            self._sizes[key] = len({packed_rows(batch, share_prompt=share) for batch in batches})
+        return self._sizes[key]
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         kept = [row for row in self.rows if len(row.ids) <= choice.length]
@@ -109,18 +131,17 @@ class Planner:
     def median_length(self) -> int | None:
         return round(statistics.median(len(row.ids) for row in self.rows)) if self.rows else None
 
-    def _batch(
-        self, choice: Choice, pick: Callable[[list[tuple[int, list[Example]]]], list[Example]]
-    ) -> Sequence[Example]:
+    def _micro_batches(self, choice: Choice) -> list[Sequence[Example]]:
+        """Of the first epoch, in the order of training; one of synthetic rows where there is no data."""
         if not self.rows:
-            return synthetic_rows(choice.rows_at_once, choice.length, trained_share=self.trained_share)
+            return [synthetic_rows(choice.rows_at_once, choice.length, trained_share=self.trained_share)]
         rows = [_cut(row, choice.length) for row in self.rows]
         rows = [row for row in rows if row.trained.any()]
         lengths = [used_length(row) for row in rows]
         size = choice.rows_at_once
         plan = plan_epoch(lengths, batch=choice.batch, seed=self.seed, epoch=0, order=self.order)  # type: ignore[arg-type]
         parts = [chosen[start : start + size] for chosen in plan for start in range(0, len(chosen), size)]
-        return pick([(sum(lengths[i] for i in part), [rows[i] for i in part]) for part in parts])
+        return [[rows[i] for i in part] for part in parts]
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
         """Of a base in 4 bits the step is that of the dense one, less what packed weights do not hold: one dry run for both."""
@@ -139,6 +160,10 @@ class Planner:
             self._runs[key] = dry_run(step, self._wholes[key[:3]])
         run = self._runs[key]
         return run if choice.quantize is None else run.in_four_bits()
+
+
+def _tokens(batch: Sequence[Example]) -> int:
+    return sum(used_length(row) for row in batch)
 
 
 def _cut(row: Example, length: int) -> Example:

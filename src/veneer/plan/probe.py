@@ -26,7 +26,7 @@ def estimate_of_run(
     """What a run with these rows should hold at most; idle_bytes: resident before its base was loaded."""
     planner = Planner(
         Blueprint(config.base, model_config, dtype), device="cuda" if device.startswith("cuda") else "cpu",
-        idle_bytes=idle_bytes, rows=rows, seed=config.seed, order=config.order,
+        idle_bytes=idle_bytes, rows=rows, seed=config.seed, order=config.order, steps=config.steps,
     )  # fmt: skip
     return planner.estimate(choice_of(config).with_dtype("auto"))
 
@@ -39,7 +39,7 @@ def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tup
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     planner = Planner(
         blueprint(config.base), device="cuda" if cuda else "cpu", idle_bytes=process_memory_bytes(), rows=rows,
-        seed=config.seed, order=config.order,
+        seed=config.seed, order=config.order, steps=config.steps,
     )  # fmt: skip
     choice = choice_of(config)
     needed = planner.estimate(choice).needed_bytes
