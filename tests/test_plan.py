@@ -146,9 +146,9 @@ def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_med
     ]
     own = Planner(planner.blueprint, idle_bytes=0, rows=rows)
     choice = Choice(method=TINY.method, batch=1, length=64)
-    assert [len(r.ids) for r in own.largest(choice)] == [60]
-    assert len(own.usual(choice)[0].ids) in (12, 14)
-    assert [len(r.ids) for r in own.largest(Choice(method=TINY.method, batch=1, length=32))] == [32]
+    assert [len(r.ids) for r in own.epoch(choice).largest] == [60]
+    assert len(own.epoch(choice).usual[0].ids) in (12, 14)
+    assert [len(r.ids) for r in own.epoch(Choice(method=TINY.method, batch=1, length=32)).largest] == [32]
 
 
 def test_every_size_of_a_batch_compiles_its_products_again(planner):
@@ -159,9 +159,9 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     ]
     whole = Planner(Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows)
     choice = Choice(method=TINY.method, batch=1, length=256)
-    assert whole.sizes(choice) == len({round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)}) == 4
+    assert whole.epoch(choice).sizes == len({round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)}) == 4
     few = Planner(whole.blueprint, idle_bytes=0, rows=rows, order="file", steps=2)
-    assert few.sizes(choice) == 1
+    assert few.epoch(choice).sizes == 1
     run = whole.estimate(choice).run
     assert compiled_kernels(run, 4) == 4 * compiled_kernels(run, 1) > 4 * 7
     assert (

@@ -53,7 +53,7 @@ class _Norms(ctypes.Structure):
 
 
 BLOCK = 48
-"""Rows whose sums stay together in native/dora.c."""
+"""Rows whose sums stay together in native/dora.c: native/rank.h names the same number."""
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -38,7 +38,6 @@ from veneer.models.fused import fused, replacements
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths
 from veneer.plan.away import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work
-from veneer.quant.config import Quantize
 from veneer.store.adapter import adapter_file_bytes
 from veneer.store.format import tensor_file_bytes
 from veneer.train.config import OptimizerName
@@ -62,7 +61,6 @@ class Step:
     rows: Sequence[Example]
     checkpointing: bool = False
     share_prompt: bool = True
-    quantize: Quantize | None = None
     optimizer: OptimizerName = "adamw"
     offload: bool = False
     on_cpu: bool = True
@@ -174,7 +172,7 @@ def dry_run(step: Step, known: Whole | None = None) -> DryRun:
     found.static, found.packable, found.file_bytes = dict(known.static), known.packable, known.file_bytes
     found.trainable_parameters, found.total_parameters = known.trainable_parameters, known.total_parameters
     found.modules_adapted, found.modules_total = known.modules_adapted, known.modules_total
-    return found if step.quantize is None else found.in_four_bits()
+    return found
 
 
 def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Paths:

@@ -127,7 +127,7 @@ def product_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
     rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
     columns = min(
         columns, max(256, 2**23 // inner)
-    )  # wider products run no faster, and three calls must end soon
+    )  # wider ones run no faster, and three calls must end soon
     x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
     return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(x, w), device)
 

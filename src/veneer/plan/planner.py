@@ -51,6 +51,10 @@ class Choice:
     def rows_at_once(self) -> int:
         return min(self.batch, self.micro_batch or self.batch)
 
+    @property
+    def shares_prompt(self) -> bool:
+        return self.share_prompt and not self.method.drops_out
+
     def with_dtype(self, dtype: DtypeName) -> Choice:
         return replace(self, dtype=dtype)
 
@@ -66,6 +70,20 @@ def choice_of(config: RunConfig) -> Choice:
         micro_batch=config.micro_batch, length=config.length, checkpointing=config.checkpointing,
         share_prompt=config.share_prompt, optimizer=config.optimizer, offload=config.offload,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What the plan asks of the first epoch's micro-batches.
+
+    largest  the costliest, as train/loop.py finds it
+    usual    the one of median size
+    sizes    how many different numbers of rows the products of the steps that are taken have
+    """
+
+    largest: Sequence[Example]
+    usual: Sequence[Example]
+    sizes: int
 
 
 @dataclass
@@ -84,45 +102,40 @@ class Planner:
     trained_share: float = 1.0
     steps: int | None = None
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
-    _sizes: dict[object, int] = field(default_factory=dict, repr=False)
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
+    _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
 
     def dtype(self, choice: Choice) -> torch.dtype:
         return self.blueprint.dtype if choice.dtype == "auto" else DTYPES[choice.dtype]
 
     def estimate(self, choice: Choice) -> Estimate:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
-        run = self._run(choice, self.largest(choice))
-        kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * compiled_kernels(run, self.sizes(choice))
+        epoch = self.epoch(choice)
+        run = self._run(choice, epoch.largest)
+        kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * compiled_kernels(run, epoch.sizes)
         return estimate(run, device=self.device, idle_bytes=self.idle_bytes, kernel_bytes=kernels)
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
         """Of one optimizer step with a batch of middling length."""
-        run = self._run(choice, self.usual(choice))
+        run = self._run(choice, self.epoch(choice).usual)
         return machine.seconds(run.work) * choice.batch / choice.rows_at_once
 
     def step_run(self, choice: Choice) -> DryRun:
         """The dry run of a usual micro-batch."""
-        return self._run(choice, self.usual(choice))
+        return self._run(choice, self.epoch(choice).usual)
 
-    def largest(self, choice: Choice) -> Sequence[Example]:
-        """The costliest micro-batch of the first epoch, as train/loop.py finds it."""
-        return max(self._micro_batches(choice), key=_tokens)
-
-    def usual(self, choice: Choice) -> Sequence[Example]:
-        """The micro-batch of median size."""
-        batches = sorted(self._micro_batches(choice), key=_tokens)
-        return batches[len(batches) // 2]
-
-    def sizes(self, choice: Choice) -> int:
-        """How many different numbers of rows the products of the first epoch's steps have."""
-        share = choice.share_prompt and not choice.method.drops_out
-        each = -(-choice.batch // choice.rows_at_once)
-        key = choice.batch, choice.rows_at_once, choice.length, share
-        if key not in self._sizes:
-            batches = self._micro_batches(choice)[: None if self.steps is None else self.steps * each]
-            self._sizes[key] = len({packed_rows(batch, share_prompt=share) for batch in batches})
-        return self._sizes[key]
+    def epoch(self, choice: Choice) -> Epoch:
+        key = choice.batch, choice.rows_at_once, choice.length, choice.shares_prompt
+        if key not in self._epochs:
+            batches = self._micro_batches(choice)
+            tokens = [sum(map(used_length, batch)) for batch in batches]
+            by_size = sorted(range(len(batches)), key=tokens.__getitem__)
+            each = -(-choice.batch // choice.rows_at_once)
+            taken = batches if self.steps is None else batches[: self.steps * each]
+            sizes = len({packed_rows(batch, share_prompt=choice.shares_prompt) for batch in taken})
+            largest, usual = tokens.index(max(tokens)), by_size[len(by_size) // 2]
+            self._epochs[key] = Epoch(batches[largest], batches[usual], sizes)
+        return self._epochs[key]
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         kept = [row for row in self.rows if len(row.ids) <= choice.length]
@@ -145,25 +158,21 @@ class Planner:
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
         """Of a base in 4 bits the step is that of the dense one, less what packed weights do not hold: one dry run for both."""
-        share = choice.share_prompt and not choice.method.drops_out
+        of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer
         key = (
-            choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.checkpointing, choice.offload, share,
+            *of_base, choice.checkpointing, choice.offload, choice.shares_prompt,
             tuple((len(row.ids), int(row.trained.sum())) for row in rows),
         )  # fmt: skip
         if key not in self._runs:
             step = Step(
                 self.blueprint.config, self.dtype(choice), choice.method, rows, checkpointing=choice.checkpointing,
-                share_prompt=share, optimizer=choice.optimizer, offload=choice.offload, on_cpu=self.device == "cpu",
+                share_prompt=choice.shares_prompt, optimizer=choice.optimizer, offload=choice.offload, on_cpu=self.device == "cpu",
             )  # fmt: skip
-            if key[:3] not in self._wholes:
-                self._wholes[key[:3]] = whole(step)
-            self._runs[key] = dry_run(step, self._wholes[key[:3]])
+            if of_base not in self._wholes:
+                self._wholes[of_base] = whole(step)
+            self._runs[key] = dry_run(step, self._wholes[of_base])
         run = self._runs[key]
         return run if choice.quantize is None else run.in_four_bits()
-
-
-def _tokens(batch: Sequence[Example]) -> int:
-    return sum(used_length(row) for row in batch)
 
 
 def _cut(row: Example, length: int) -> Example:

@@ -82,7 +82,7 @@ def plan_row(
 ) -> PlanRow:  # fmt: skip
     """search: also look for the largest batch, or for the changes that make it fit."""
     found = planner.estimate(choice)
-    usual = planner.usual(choice)
+    usual = planner.epoch(choice).usual
     run = planner.step_run(choice)
     per_epoch = planner.steps_per_epoch(choice)
     tokens = sum(len(row.ids) for row in usual)

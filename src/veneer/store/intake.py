@@ -20,8 +20,6 @@ from veneer.store.names import said_of
 from veneer.store.objects import ADAPTER_FILES, Content, object_faults
 from veneer.store.records import Facts
 
-"""A name that no user can give: the adapter is put on the base for a moment."""
-
 
 def examined(source: Path, base: Base | None) -> tuple[dict[str, Content], Facts]:
     """The adapter's own files and no others, read once in full, and the facts of them.

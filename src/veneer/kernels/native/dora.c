@@ -1,14 +1,10 @@
 /* What DoRA adds to a low-rank update, in bf16: see kernels/dora.py. Each tensor of the size of an output is passed over
    once, sums are in float32, in an order that no thread count changes. The rank and the widths are multiples of 16;
    `pairs` are laid out as bf16.h says; magnitude, norm: one a column. */
-#include "bf16.h"
 #include "parallel.h"
+#include "rank.h"
 
 #if defined(__x86_64__)
-
-#define BLOCK 48
-#define COLUMNS 64
-#define MOST_RANK 256
 
 struct dora {
     const uint16_t *x, *y, *bias; /* bias: or NULL */
@@ -80,7 +76,7 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
     const struct dora *a = arguments;
     float sums[BLOCK * COLUMNS];
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK, n = a->rows - row < BLOCK ? a->rows - row : BLOCK;
+        int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
         for (int64_t c = 0; c < a->width; c += COLUMNS) {
             int64_t wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
             bf16_product((const uint32_t *)(a->x + row * a->rank), a->rank / 2, 1, a->pairs + c, a->width, sums, COLUMNS, n, wide,
@@ -96,16 +92,12 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
 /* out (rows, R) = scale * turned W. Items are blocks of rows; pairs (width / 2, R). */
 static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to) {
     const struct dora *a = arguments;
-    float sums[BLOCK * MOST_RANK];
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK, n = a->rows - row < BLOCK ? a->rows - row : BLOCK, c = 0;
+        int64_t row = block * BLOCK, n = rank_rows(block, a->rows), c = 0;
         float *partial = a->partial + block * a->width;
         for (; c + COLUMNS <= a->width; c += COLUMNS) turn_backward(a, row, n, c, 4, partial);
         for (; c < a->width; c += 16) turn_backward(a, row, n, c, 1, partial);
-        bf16_product((const uint32_t *)(a->turned + row * a->width), a->width / 2, 1, a->pairs, a->rank, sums, a->rank, n, a->rank,
-                     a->width / 2, 0);
-        for (int64_t i = 0; i < n * a->rank; i += 16)
-            bf16_store(a->out + row * a->rank + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(a->scale)));
+        rank_down(a->turned + row * a->width, a->pairs, a->out + row * a->rank, n, a->width, a->rank, a->scale);
     }
 }
 
@@ -159,8 +151,8 @@ static VENEER_BF16 void norms_body(void *arguments, int64_t from, int64_t to) {
     }
 }
 
-void veneer_dora_forward(struct dora *a) { veneer_parallel(forward_body, a, (a->rows + BLOCK - 1) / BLOCK, 1); }
-void veneer_dora_backward(struct dora *a) { veneer_parallel(backward_body, a, (a->rows + BLOCK - 1) / BLOCK, 1); }
+void veneer_dora_forward(struct dora *a) { veneer_parallel(forward_body, a, rank_blocks(a->rows), 1); }
+void veneer_dora_backward(struct dora *a) { veneer_parallel(backward_body, a, rank_blocks(a->rows), 1); }
 void veneer_dora_norms(struct norms *a) { veneer_parallel(norms_body, a, a->width, 64); }
 
 #endif

@@ -1,14 +1,10 @@
 /* Products with a small rank, in bf16: see kernels/rank.py. One side has R columns, a few dozen; a library's matrix
    product is made for squarer shapes. Every result is summed in float32, in an order that no thread count changes.
    R and the widths are multiples of 16; `pairs` are laid out as bf16.h says. */
-#include "bf16.h"
 #include "parallel.h"
+#include "rank.h"
 
 #if defined(__x86_64__)
-
-#define BLOCK 48
-#define COLUMNS 64
-#define MOST_RANK 256
 
 struct rank {
     const uint16_t *x;
@@ -22,13 +18,9 @@ struct rank {
 /* out (rows, R) = scale * x (rows, width) W; pairs (width / 2, R). Items are blocks of rows. */
 static VENEER_BF16 void down_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
-    float sums[BLOCK * MOST_RANK];
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK, n = a->rows - row < BLOCK ? a->rows - row : BLOCK;
-        bf16_product((const uint32_t *)(a->x + row * a->width), a->width / 2, 1, a->pairs, a->rank, sums, a->rank, n, a->rank,
-                     a->width / 2, 0);
-        for (int64_t i = 0; i < n * a->rank; i += 16)
-            bf16_store(a->out + row * a->rank + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(a->scale)));
+        int64_t row = block * BLOCK;
+        rank_down(a->x + row * a->width, a->pairs, a->out + row * a->rank, rank_rows(block, a->rows), a->width, a->rank, a->scale);
     }
 }
 
@@ -37,7 +29,7 @@ static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
     float sums[BLOCK * COLUMNS];
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK, n = a->rows - row < BLOCK ? a->rows - row : BLOCK;
+        int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
         for (int64_t c = 0; c < a->width; c += COLUMNS) {
             int64_t wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
             bf16_product((const uint32_t *)(a->x + row * a->rank), a->rank / 2, 1, a->pairs + c, a->width, sums, COLUMNS, n, wide,
@@ -77,8 +69,8 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
     }
 }
 
-void veneer_rank_down(struct rank *a) { veneer_parallel(down_body, a, (a->rows + BLOCK - 1) / BLOCK, 1); }
-void veneer_rank_up(struct rank *a) { veneer_parallel(up_body, a, (a->rows + BLOCK - 1) / BLOCK, 1); }
+void veneer_rank_down(struct rank *a) { veneer_parallel(down_body, a, rank_blocks(a->rows), 1); }
+void veneer_rank_up(struct rank *a) { veneer_parallel(up_body, a, rank_blocks(a->rows), 1); }
 void veneer_rank_gradient(struct rank *a) { veneer_parallel(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1); }
 
 #endif
