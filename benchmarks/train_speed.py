@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SAME_LOSS = 0.006
-"""Relative. bf16 attention alone moves the first loss by 0.4% between transformers' own two implementations."""
+SAME_LOSS = 0.012
+"""Relative. The bf16 loss of a single batch of 8 deviates from float32's by 0.3% to 0.4% whichever tool computes it
+(rounding.py, which also shows that the mean over many batches does not): this is three of those deviations."""
 
 SAME_LOSS_4BIT = 0.02
 """Relative, of a peer against float32 over the same weights: bitsandbytes' CPU product was found 0.9% off."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,9 @@ from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import KERNEL_BYTES, compiled_kernels, estimate
 from veneer.plan.fit import _largest, _offload, fits, largest_batch, ways
 from veneer.plan.machine import named_gpu
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
 from veneer.plan.table import all_methods, plan_row
-from veneer.report.plan_page import plan_page
+from veneer.report.plan_page import plan_page, verdict
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
 
@@ -91,11 +92,16 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1)
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
-    assert len(ran) == 2  # as it is, and with everything changed
+    assert len(ran) == 2  # with all that changes time alone, and with everything changed
+    row = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30)
+    assert len(ran) == 3  # and as it is
+    assert row.nearest is not None and 24 * 2**30 < row.nearest[1] < row.needed_bytes
+    assert [change.setting for change in row.nearest[0]][:2] == ["checkpointing=true", "quantize=nf4"]
+    assert "whatever is changed: " in verdict(row) and "the base in 4 bits" in verdict(row)
     way = ways(own, choice, 48 * 2**30, lambda c: 1.0)
     assert way is not None
     assert [change.setting for change in way.changes] == ["checkpointing=true", "quantize=nf4"]
-    assert len(ran) <= 5  # 4 bits take no dry run of their own
+    assert len(ran) <= 6  # 4 bits take no dry run of their own
 
 
 def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(planner):
@@ -159,9 +165,10 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     ]
     whole = Planner(Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows)
     choice = Choice(method=TINY.method, batch=1, length=256)
-    assert whole.epoch(choice).sizes == len({round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)}) == 4
+    sizes = whole.epoch(choice).sizes
+    assert sizes == {round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)} and len(sizes) == 4
     few = Planner(whole.blueprint, idle_bytes=0, rows=rows, order="file", steps=2)
-    assert few.epoch(choice).sizes == 1
+    assert len(few.epoch(choice).sizes) == 1
     run = whole.estimate(choice).run
     assert compiled_kernels(run, 4) == 4 * compiled_kernels(run, 1) > 4 * 7
     assert (
@@ -173,6 +180,14 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
             kernel_bytes=compiled_kernels(run, 4) * KERNEL_BYTES[torch.bfloat16],
         ).peak_bytes
     )
+    looked_at = replace(whole, held_out=[rows[5], rows[0], rows[2]])  # 2 rows and 1 row: the sizes 64 and 224
+    forward = run.forward_shapes * KERNEL_BYTES[torch.bfloat16]
+    assert 0 < run.forward_shapes < compiled_kernels(run, 1)
+    two = replace(choice, batch=2)
+    without = whole.estimate(two).peak_bytes
+    assert evaluated_sizes(looked_at.held_out, 2) == {64, 224}
+    new = len({64, 224} - whole.epoch(two).sizes)
+    assert looked_at.estimate(two).peak_bytes == without + (new + SAMPLE_SIZES) * forward
     assert (
         estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes == estimate(run, device="cuda").peak_bytes
     )
@@ -279,8 +294,9 @@ def test_a_run_is_changed_until_it_fits(tmp_path):
     config = RunConfig(base=str(folder), data=str(rows), out=str(tmp_path / "run"), steps=2)
     same, _ = api.fit_run(config, 2**40)
     assert same == config
-    with pytest.raises(DoesNotFitError, match="no change suffices"):
+    with pytest.raises(DoesNotFitError, match="no change suffices") as caught:
         api.fit_run(config, 1000)
+    assert "it still needs" in caught.value.faults[0] and "rank 4" in caught.value.faults[0]
 
 
 def test_the_arguments_are_all_read():

@@ -20,8 +20,7 @@ from veneer.adapters.routing import Active
 from veneer.adapters.site import Attachment
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.compare.run import run_comparison
-from veneer.data.check import CheckReport
-from veneer.data.examples import Example
+from veneer.data.examples import DataSet, Example
 from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
@@ -255,18 +254,18 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
 
     Raises DoesNotFitError where no change helps.
     """
-    _, rows, _ = check_data(
+    data, _ = check_data(
         config.data.train, base=config.base, length=config.length, format=config.data.format,
-        train_on=config.data.train_on, long_rows="cut",
+        train_on=config.data.train_on, long_rows="cut", validation=config.data.validation,
     )  # fmt: skip
-    return fitted(config, rows, memory_bytes)
+    return fitted(config, data.train, data.validation, memory_bytes)
 
 
 def check_data(
     data: str, *, base: str, length: int = 2048, format: str = "auto", train_on: str = "assistant",
     long_rows: str = "refuse", validation: str | None = None,
-) -> tuple[CheckReport, list[Example], Any]:  # fmt: skip
-    """What would be trained on: the report, the examples, and the tokenizer to show them with. Loads no weights."""
+) -> tuple[DataSet, Any]:  # fmt: skip
+    """What would be trained on and held out, with its report, and the tokenizer to show it with. Loads no weights."""
     tokenizer = load_tokenizer(base)
     fields = DataConfig.model_validate(
         {
@@ -277,8 +276,7 @@ def check_data(
             "validation": validation,
         }
     )
-    loaded = examine_data(**fields.model_dump(), length=length, tokenizer=tokenizer)
-    return loaded.report, loaded.train, tokenizer
+    return examine_data(**fields.model_dump(), length=length, tokenizer=tokenizer), tokenizer
 
 
 def evaluate(

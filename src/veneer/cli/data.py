@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from veneer import api
 
-    report, examples, tokenizer = api.check_data(
+    data, tokenizer = api.check_data(
         args.data,
         base=args.base,
         length=args.length,
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
         validation=args.validation,
     )
     if args.json:
-        print_json(report.to_dict())
+        print_json(data.report.to_dict())
     else:
         console = make_console(json=False)
-        _print_sample(console, examples, tokenizer, args.row)
-        _print_report(console, args.data, report)
-    return 4 if report.refused else 0
+        _print_sample(console, data.train, tokenizer, args.row)
+        _print_report(console, args.data, data.report)
+    return 4 if data.report.refused else 0
 
 
 def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any, line: int | None) -> None:

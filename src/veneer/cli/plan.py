@@ -150,13 +150,15 @@ def _question(args: argparse.Namespace) -> Question:
         micro_batch=args.micro_batch, length=args.length, checkpointing=args.checkpointing,
     )  # fmt: skip
     rows: list[Any] = []
+    held_out: list[Any] = []
     if args.data:
         from veneer import api
 
-        _, rows, _ = api.check_data(args.data, base=bases[0], length=args.length, long_rows="cut")
+        data, _ = api.check_data(args.data, base=bases[0], length=args.length, long_rows="cut")
+        rows, held_out = data.train, data.validation
     return Question(
-        bases, choice, compare=args.compare, memory=memory, gpu=args.gpu, rows=rows, steps=args.steps,
-        epochs=args.epochs, price_per_hour=args.price, kind=args.kind, variants=args.variants, merge=args.merge,
+        bases, choice, compare=args.compare, memory=memory, gpu=args.gpu, rows=rows, held_out=held_out,
+        steps=args.steps, epochs=args.epochs, price_per_hour=args.price, kind=args.kind, variants=args.variants, merge=args.merge,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ inside the replacements and come back to their places afterwards.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,10 @@ def _agree_without_values(module: nn.Module, made: StandIn) -> bool:
     return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, weight.device)
 
 
+_AGREED_WITHOUT_VALUES: dict[tuple[object, ...], bool] = {}
+"""By class, width, type and epsilon: a plan asks the same for every depth and method."""
+
+
 @torch.no_grad()
 def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
     """Path -> what may stand there, one for every module that agrees with it."""
@@ -93,13 +98,13 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
             continue
         width, dtype, device = _rows(module, made)
         kind = (type(module), width, dtype, getattr(made, "epsilon", None))
-        if kind not in agreed:
-            agreed[kind] = (
-                _agree_without_values(module, made)
-                if device.type == "meta"
-                else _agree(module, made, width, dtype, device)
-            )
-        if agreed[kind]:
+        if device.type == "meta":
+            known, agrees = _AGREED_WITHOUT_VALUES, partial(_agree_without_values, module, made)
+        else:
+            known, agrees = agreed, partial(_agree, module, made, width, dtype, device)
+        if kind not in known:
+            known[kind] = agrees()
+        if known[kind]:
             found[path] = made
     return found
 

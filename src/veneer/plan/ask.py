@@ -37,6 +37,7 @@ class Question:
     memory: int | None = None
     gpu: str | None = None
     rows: Sequence[Example] = ()
+    held_out: Sequence[Example] = ()
     steps: int | None = None
     epochs: float = 3.0
     price_per_hour: float | None = None
@@ -120,8 +121,9 @@ def answer(question: Question) -> Answer:
 def _planner(found: Blueprint, question: Question) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
     return Planner(
-        found, device=device, idle_bytes=process_memory_bytes() or 0, rows=question.rows, steps=question.steps
-    )
+        found, device=device, idle_bytes=process_memory_bytes() or 0, rows=question.rows,
+        held_out=question.held_out, steps=question.steps,
+    )  # fmt: skip
 
 
 def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:

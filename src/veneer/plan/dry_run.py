@@ -71,6 +71,7 @@ class Step:
 class DryRun:
     """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's tensors.
 
+    forward_shapes: of the products of the forward alone, as an evaluation runs it.
     packable: (bytes that the linear layers but the head lose in 4 bits, bytes of the buffer that one is decoded into).
     """
 
@@ -85,6 +86,7 @@ class DryRun:
     computed_tokens: int
     packed: bool
     experts: int
+    forward_shapes: int
     packable: tuple[int, int] = (0, 0)
 
     @property
@@ -238,6 +240,7 @@ def _run(
                 tracker.work = Work()
                 with _offloading(away):
                     loss = batch_loss(model, paths, routing, batch, total=1.0)
+                forward_shapes = sum(all(shape) for shape in tracker.work.products)
                 tracker.enter("backward", label=BACKWARD)
                 loss.backward()
                 tracker.work.host_bytes = 0 if away is None else away.moved_bytes
@@ -251,6 +254,7 @@ def _run(
     return DryRun(
         static={}, phases=steps, work=tracker.work, trainable_parameters=0, total_parameters=0,
         file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed, experts=experts,
+        forward_shapes=forward_shapes,
     )  # fmt: skip
 
 

@@ -58,6 +58,8 @@ def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
 
 def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Tokens of a single row that fit, a multiple of SHORTEST; 0 if not even the shortest does."""
+    if sum(planner.estimate(choice).run.static.values()) > memory_bytes:
+        return 0  # what any length holds
     bare = replace(planner, rows=(), _runs=planner._runs, _wholes=planner._wholes)
 
     def needs(units: int) -> int:
@@ -101,7 +103,8 @@ def ways(
     """
     offered = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
     for among in ([make for make in offered if make not in _LEARNS_LESS], offered):
-        if not among or not _all_fit(planner, choice, among, memory_bytes):
+        together = _all_changed(planner, choice, among)
+        if not together or not fits(planner, together[-1].choice, memory_bytes):
             continue
         for count in range(1, min(MOST_CHANGES, len(among)) + 1):
             for group in combinations(among, count):
@@ -131,12 +134,17 @@ def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
     return total
 
 
-def _all_fit(planner: Planner, choice: Choice, among: Sequence[_Make], memory_bytes: int) -> bool:
-    """Whether it fits once everything that can be changed is."""
+def nearest(planner: Planner, choice: Choice) -> tuple[Change, ...]:
+    """Every change together: the least that `choice` can be made to need."""
+    return _all_changed(planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch])
+
+
+def _all_changed(planner: Planner, choice: Choice, among: Sequence[_Make]) -> tuple[Change, ...]:
+    made: list[Change] = []
     for make in sorted(among, key=lambda make: make is not _lora_instead):
-        change = make(planner, choice)
-        choice = choice if change is None else change.choice
-    return fits(planner, choice, memory_bytes)
+        if (change := make(planner, made[-1].choice if made else choice)) is not None:
+            made.append(change)
+    return tuple(made)
 
 
 def _applied(planner: Planner, choice: Choice, group: Sequence[_Make]) -> tuple[Change, ...] | None:

@@ -31,6 +31,9 @@ from veneer.plan.machine import Machine
 from veneer.quant.config import Quantize
 from veneer.train.config import OptimizerName, RunConfig
 
+SAMPLE_SIZES = 2
+"""Sizes that a sample answer adds: the question, and the single row of every new token."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -78,17 +81,18 @@ class Epoch:
 
     largest  the costliest, as train/loop.py finds it
     usual    the one of median size
-    sizes    how many different numbers of rows the products of the steps that are taken have
+    sizes    the different numbers of rows that the products of the steps that are taken have
     """
 
     largest: Sequence[Example]
     usual: Sequence[Example]
-    sizes: int
+    sizes: frozenset[int]
 
 
 @dataclass
 class Planner:
-    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there are any.
+    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there are any;
+    held_out: those that are evaluated meanwhile.
 
     steps: optimizer steps that the run takes, where they are fewer than an epoch's; None: unknown.
     """
@@ -97,6 +101,7 @@ class Planner:
     device: Device = "cpu"
     idle_bytes: int = PROCESS_BYTES
     rows: Sequence[Example] = ()
+    held_out: Sequence[Example] = ()
     seed: int = 0
     order: str = "bucketed"
     trained_share: float = 1.0
@@ -112,7 +117,7 @@ class Planner:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
         epoch = self.epoch(choice)
         run = self._run(choice, epoch.largest)
-        kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * compiled_kernels(run, epoch.sizes)
+        kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice)
         return estimate(run, device=self.device, idle_bytes=self.idle_bytes, kernel_bytes=kernels)
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
@@ -132,10 +137,17 @@ class Planner:
             by_size = sorted(range(len(batches)), key=tokens.__getitem__)
             each = -(-choice.batch // choice.rows_at_once)
             taken = batches if self.steps is None else batches[: self.steps * each]
-            sizes = len({packed_rows(batch, share_prompt=choice.shares_prompt) for batch in taken})
+            sizes = frozenset(packed_rows(batch, share_prompt=choice.shares_prompt) for batch in taken)
             largest, usual = tokens.index(max(tokens)), by_size[len(by_size) // 2]
             self._epochs[key] = Epoch(batches[largest], batches[usual], sizes)
         return self._epochs[key]
+
+    def _kernels(self, run: DryRun, choice: Choice) -> int:
+        """Products that are compiled: every shape of the step for each size of its batches, the forward's for evaluations."""
+        sizes = self.epoch(choice).sizes
+        looked_at = evaluated_sizes(self.held_out, choice.batch) - sizes
+        answered = SAMPLE_SIZES if self.held_out else 0
+        return compiled_kernels(run, len(sizes)) + run.forward_shapes * (len(looked_at) + answered)
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         kept = [row for row in self.rows if len(row.ids) <= choice.length]
@@ -173,6 +185,13 @@ class Planner:
             self._runs[key] = dry_run(step, self._wholes[of_base])
         run = self._runs[key]
         return run if choice.quantize is None else run.in_four_bits()
+
+
+def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:
+    """Numbers of rows that an evaluation's products have: its batches are in order of length (models/step.py)."""
+    order = sorted(rows, key=lambda row: len(row.ids))
+    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+    return frozenset(packed_rows(part, share_prompt=True) for part in parts)
 
 
 def _cut(row: Example, length: int) -> Example:

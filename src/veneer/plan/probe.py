@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from veneer.data.examples import Example
+from veneer.data.examples import DataSet, Example
 from veneer.errors import DoesNotFitError
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.plan.estimate import Estimate
-from veneer.plan.fit import ways
+from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.train.config import RunConfig
 from veneer.train.records import process_memory_bytes
@@ -20,18 +20,21 @@ from veneer.train.wording import size
 
 
 def estimate_of_run(
-    config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, rows: Sequence[Example], *,
+    config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
     idle_bytes: int, device: str,
 ) -> Estimate:  # fmt: skip
-    """What a run with these rows should hold at most; idle_bytes: resident before its base was loaded."""
+    """What a run on this data should hold at most; idle_bytes: resident before its base was loaded."""
     planner = Planner(
         Blueprint(config.base, model_config, dtype), device="cuda" if device.startswith("cuda") else "cpu",
-        idle_bytes=idle_bytes, rows=rows, seed=config.seed, order=config.order, steps=config.steps,
+        idle_bytes=idle_bytes, rows=data.train, held_out=data.validation, seed=config.seed, order=config.order,
+        steps=config.steps,
     )  # fmt: skip
     return planner.estimate(choice_of(config).with_dtype("auto"))
 
 
-def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tuple[RunConfig, list[str]]:
+def fitted(
+    config: RunConfig, rows: Sequence[Example], held_out: Sequence[Example], memory_bytes: int
+) -> tuple[RunConfig, list[str]]:
     """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where nothing helps.
 
     Time is compared by FLOP: what matters here is the order of the changes.
@@ -39,7 +42,7 @@ def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tup
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     planner = Planner(
         blueprint(config.base), device="cuda" if cuda else "cpu", idle_bytes=process_memory_bytes(), rows=rows,
-        seed=config.seed, order=config.order, steps=config.steps,
+        held_out=held_out, seed=config.seed, order=config.order, steps=config.steps,
     )  # fmt: skip
     choice = choice_of(config)
     needed = planner.estimate(choice).needed_bytes
@@ -51,8 +54,11 @@ def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tup
 
     way = ways(planner, choice, memory_bytes, flops)
     if way is None:
+        made = nearest(planner, choice)
+        least = planner.estimate(made[-1].choice if made else choice).needed_bytes
         raise DoesNotFitError(
             f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are there, and no change suffices",
+            [f"with {', '.join(change.says for change in made) or 'no change'} it still needs {size(least)}"],
             next_step="Take a smaller base: veneer plan --models A,B shows what fits.",
         )
     values = config.model_dump() | {
@@ -68,9 +74,9 @@ def fitted(config: RunConfig, rows: Sequence[Example], memory_bytes: int) -> tup
 
 
 def planned_memory_bytes(
-    config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, rows: Sequence[Example], *,
+    config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
     idle_bytes: int, device: str,
 ) -> int:  # fmt: skip
     """The peak alone: what train/run.py records beside the measured one."""
-    found = estimate_of_run(config, model_config, dtype, rows, idle_bytes=idle_bytes, device=device)
+    found = estimate_of_run(config, model_config, dtype, data, idle_bytes=idle_bytes, device=device)
     return found.peak_bytes

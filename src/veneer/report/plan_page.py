@@ -63,7 +63,11 @@ def verdict(row: PlanRow) -> str:
     if row.fits:
         return "fits" if row.largest_batch is None else f"fits, up to {row.largest_batch} rows at once"
     if row.way is None:
-        return "does not fit, whatever is changed"
+        if row.nearest is None:
+            return "does not fit, and nothing can be changed"
+        made, needed = row.nearest
+        said = ", ".join(change.says for change in made)
+        return f"does not fit, whatever is changed: {size(needed)} with {said}"
     changes = " + ".join(change.says for change in row.way.changes)
     return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
 

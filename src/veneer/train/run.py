@@ -8,7 +8,7 @@
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.data.batching import plan_epoch, used_length
-from veneer.data.examples import DataSet, Example, Row
+from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, CorruptFileError
@@ -52,10 +52,10 @@ SAMPLE_TOKENS = 96
 
 
 class MemoryPlan(Protocol):
-    """What a run with these rows should hold at most, bytes (plan/probe.py). The config and the dtype are the base's."""
+    """What a run on this data should hold at most, bytes (plan/probe.py). The config and the dtype are the base's."""
 
     def __call__(
-        self, config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, rows: Sequence[Example], *,
+        self, config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
         idle_bytes: int, device: str,
     ) -> int: ...  # fmt: skip
 
@@ -129,9 +129,7 @@ def _planned(
     if plan is None:
         return None
     try:
-        return plan(
-            config, base.model.config, base.dtype, data.train, idle_bytes=idle, device=str(base.device)
-        )
+        return plan(config, base.model.config, base.dtype, data, idle_bytes=idle, device=str(base.device))
     except (
         RuntimeError,
         NotImplementedError,

@@ -1,0 +1,67 @@
+"""How far the loss in bf16 is from float32's, batch by batch: Veneer's step and transformers' own attention and modules.
+
+    python benchmarks/rounding.py --base BASE --rows FILE [FILE ...]
+
+No adapter, no step: the loss of every batch of 8 rows over the same weights. The mean says whether a path is biased,
+the deviation of single batches what one first loss can say of it.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from datetime import date
+
+import torch
+
+from veneer.adapters.routing import Routing
+from veneer.data.examples import Example
+from veneer.data.load import load_data
+from veneer.models.base import Base
+from veneer.models.fused import fused, replacements
+from veneer.models.load import load_base
+from veneer.models.step import batch_loss, batches_of
+from veneer.train.config import DataConfig
+
+
+@torch.no_grad()
+def losses(base: Base, examples: list[Example], batch: int, *, own: bool) -> list[float]:
+    """Mean nats per trained token of every batch, in file order. own: transformers' padded forward in our place."""
+    paths = dataclasses.replace(base.paths, packed=False) if own else base.paths
+    rows = [list(range(i, min(i + batch, len(examples)))) for i in range(0, len(examples), batch)]
+    if own:
+        base.model.set_attn_implementation("sdpa")
+    with fused(base.model, {} if own else replacements(base.model)):
+        made = batches_of(examples, rows, paths, share_prompt=not own, device=base.device)
+        return [
+            batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item()
+            for one in made
+        ]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--base", required=True)
+    p.add_argument("--rows", nargs="+", required=True)
+    p.add_argument("--batch", type=int, default=8)
+    args = p.parse_args()
+    for file in args.rows:
+        found: dict[str, list[float]] = {}
+        for name, dtype, own in (
+            ("float32", "float32", False),
+            ("veneer", "auto", False),
+            ("transformers", "auto", True),
+        ):
+            base = load_base(args.base, dtype=dtype)
+            settings = DataConfig(train=file, validation_share=0.0).model_dump()
+            data = load_data(**settings, length=8192, tokenizer=base.tokenizer, today=date.today())
+            found[name] = losses(base, list(data.train), args.batch, own=own)
+        exact = found.pop("float32")
+        print(f"{file}: {len(exact)} batches of {args.batch}, float32 loss {statistics.mean(exact):.4f}")
+        for name, values in found.items():
+            off = [v / e - 1 for v, e in zip(values, exact, strict=True)]
+            print(f"  {name:13} mean {statistics.mean(off):+.2%}   one batch: deviation {statistics.stdev(off):.2%}, "
+                  f"largest {max(off, key=abs):+.2%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
