@@ -17,7 +17,7 @@ import yaml
 import veneer
 from veneer.cli import chat, doctor, main
 from veneer.data.check import CheckReport
-from veneer.data.examples import Example, Problem, RowRef
+from veneer.data.examples import DataSet, Example, Problem, RowRef
 from veneer.errors import InputError
 from veneer.train.config import RunConfig
 
@@ -349,7 +349,7 @@ def checked(*problems: Problem, refused: bool = False):
         fully_masked=0, answers=2, answers_stopped=2, stop_tokens=["<end>"], control_rows=0, leaked=0,
         problems=list(problems),
     )  # fmt: skip
-    return report, [example], Letters()
+    return DataSet([example], [], [], [], report, ""), Letters()
 
 
 def test_data_check_marks_what_is_trained_and_counts_it(api, capsys):
