@@ -38,6 +38,16 @@ class Head:
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
+    def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
+        """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more is paged in anew."""
+        if self.bias is None:
+            torch.mm(h, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=out)
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -64,7 +74,7 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(count, device=z.device)
     p = z.to(_wide(z.dtype))
     top = p.amax(dim=-1, keepdim=True)
-    p = p.sub_(top) if p is not z else p - top
+    p.sub_(top)
     loss = -p[place, targets].sum()
     mass = p.exp_().sum(dim=-1, keepdim=True)
     loss += mass[:count].log().sum()
@@ -78,12 +88,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
         loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        held = h.new_empty(round_up(min(CHUNK, h.shape[0])), head.weight.shape[0])
         for start in range(0, h.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             chosen = targets[rows]
             count = chosen.numel()
             # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not read.
-            z = head.logits(F.pad(h[rows], (0, 0, 0, round_up(count) - count)))
+            padded = round_up(count)
+            z = head.logits_into(held[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
             slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
             one, d_z = _entropy(z, chosen)
             loss += one

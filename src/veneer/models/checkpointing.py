@@ -4,15 +4,19 @@ Exact to the bit: nothing in a layer is random (dropout masks are computed from 
 take the same kernels. Wrapping our own way keeps the base in eval mode, where its own dropout is off.
 """
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
+from veneer.models.attention import decoder
 from veneer.models.stand_in import StandIn
 
 
@@ -30,6 +34,17 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return lists[0] if lists else None
 
 
+def _give_back(*_: object) -> None:
+    """Return free pages to the system, where the C library is glibc.
+
+    The temporaries of the layers have left holes in its heap, and the logits, which come next, do not fit into them.
+    """
+    if torch.is_grad_enabled() and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 @contextmanager
 def checkpointed(model: PreTrainedModel, *, on: bool) -> Iterator[None]:
     """Within the block every decoder layer is checkpointed (if `on`); afterwards the layers stand as before."""
@@ -40,12 +55,16 @@ def checkpointed(model: PreTrainedModel, *, on: bool) -> Iterator[None]:
             next_step="Set checkpointing: false.",
         )
     own = list(layers or ())
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    hook = decoder(model).register_forward_hook(_give_back) if own and on_cpu else None
     try:
         for index, layer in enumerate(own):
             assert layers is not None
             layers[index] = CheckpointedLayer(layer)
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         for index, layer in enumerate(own):
             assert layers is not None
             layers[index] = layer

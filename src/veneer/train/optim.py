@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 ALIGNMENT = 16
 """Every parameter starts at a multiple of this many values: 64 bytes, a cache line."""
@@ -33,6 +34,7 @@ class FlatParameters:
         self.gradient = torch.zeros_like(self.values.data)
         self.values.grad = self.gradient
         self._masters: list[tuple[nn.Parameter, Tensor]] = []
+        self._hooks: list[RemovableHandle] = []
         self.groups: list[tuple[float, slice]] = []
         offset = 0
         for (name, parameter), size in zip(self.parameters.items(), sizes, strict=True):
@@ -49,7 +51,7 @@ class FlatParameters:
                 parameter.grad = gradient  # autograd adds to it in place
             else:
                 self._masters.append((parameter, master))
-                parameter.register_post_accumulate_grad_hook(_adds_to(gradient))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(gradient)))
             offset += size
 
     def publish(self) -> None:
@@ -58,11 +60,16 @@ class FlatParameters:
             parameter.data.copy_(master)
 
     def release(self) -> None:
-        """Give every parameter storage of its own and stop training it."""
+        """Stop training, drop the gradient, and give every parameter storage of its own."""
+        for hook in self._hooks:
+            hook.remove()
         for parameter in self.parameters.values():
-            parameter.data = parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
             parameter.grad = None
             parameter.requires_grad_(False)
+        self.values.grad = None
+        self.gradient = self.gradient.new_empty(0)
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
 
 
 def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
@@ -97,6 +104,12 @@ class AdamW:
         self.inner.step()
         self.flat.publish()
         self.flat.gradient.zero_()
+
+    def release(self) -> None:
+        """Drop the moments; no further step can be taken."""
+        self.inner.state.clear()
+        self.inner.param_groups.clear()
+        self.parts.clear()
 
     def state(self) -> dict[str, Tensor]:
         """values, first and second moments, step count: what a checkpoint keeps."""
