@@ -37,6 +37,8 @@ PROOF_SIZES = 25
 """Further numbers of rows that an expert meets in the proofs on short texts. Counted as above."""
 KEPT_SHARE = 0.11
 """Share of a step's own bytes that glibc's allocator keeps on top: freed pages and holes. Measured as above."""
+KEPT_SHARE_CHECKPOINTED = 0.5
+"""The same where layers are computed anew: their own bytes are few, the holes between them are not. Nine runs."""
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by this project)."""
 CUDA_RESERVED_SHARE = 0.05
@@ -72,11 +74,15 @@ def compiled_kernels(run: DryRun, sizes: int) -> int:
 
 
 def estimate(
-    run: DryRun, *, device: Device, idle_bytes: int = PROCESS_BYTES, kernel_bytes: int = 0
-) -> Estimate:
-    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled products) are part of it."""
+    run: DryRun, *, device: Device, idle_bytes: int = PROCESS_BYTES, kernel_bytes: int = 0,
+    kept_share: float = KEPT_SHARE,
+) -> Estimate:  # fmt: skip
+    """On CUDA none of idle_bytes (resident before the base is loaded), kernel_bytes (compiled products), kept_share counts."""
     idle_and_kernels = idle_bytes + kernel_bytes
-    totals = {phase.name: _total(phase.peak_bytes, run, device, idle_and_kernels) for phase in run.phases}
+    totals = {
+        phase.name: _total(phase.peak_bytes, run, device, idle_and_kernels, kept_share)
+        for phase in run.phases
+    }
     peak = run.peak
     total = totals[peak.name]
     parts = dict(sorted(peak.parts.items(), key=lambda item: -item[1]))
@@ -88,11 +94,11 @@ def estimate(
     return Estimate(device, total, needed, peak.name, parts, totals, run)
 
 
-def _total(live: int, run: DryRun, device: Device, idle: int) -> int:
+def _total(live: int, run: DryRun, device: Device, idle: int, kept_share: float) -> int:
     if device == "cuda":
         return live
     own = max(0, live - sum(run.static[label] for label in STATIC))
-    return idle + LIBRARIES_BYTES + live + round(KEPT_SHARE * own)
+    return idle + LIBRARIES_BYTES + live + round(kept_share * own)
 
 
 def synthetic_rows(batch: int, length: int, *, trained_share: float = 1.0) -> Sequence[Example]:
