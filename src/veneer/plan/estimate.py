@@ -20,7 +20,7 @@ import torch
 from veneer.data.examples import Example, RowRef
 from veneer.kernels.layout import STEP
 from veneer.plan.dry_run import STATIC, DryRun
-from veneer.plan.tracker import Parts
+from veneer.plan.tracker import Parts, Phase
 
 Device = Literal["cpu", "cuda"]
 
@@ -38,7 +38,8 @@ PROOF_SIZES = 25
 KEPT_SHARE = 0.11
 """Share of a step's own bytes that glibc's allocator keeps on top: freed pages and holes. Measured as above."""
 KEPT_SHARE_CHECKPOINTED = 0.5
-"""The same where layers are computed anew: their own bytes are few, the holes between them are not. Nine runs."""
+"""The same in the backward of layers that are computed anew: few bytes, many holes between them. Nine runs; at the loss
+free pages have just been given back (models/checkpointing.py)."""
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by this project)."""
 CUDA_RESERVED_SHARE = 0.05
@@ -75,15 +76,12 @@ def compiled_kernels(run: DryRun, sizes: int) -> int:
 
 def estimate(
     run: DryRun, *, device: Device, idle_bytes: int = PROCESS_BYTES, kernel_bytes: int = 0,
-    kept_share: float = KEPT_SHARE,
+    checkpointing: bool = False,
 ) -> Estimate:  # fmt: skip
-    """On CUDA none of idle_bytes (resident before the base is loaded), kernel_bytes (compiled products), kept_share counts."""
+    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled products) are part of it."""
     idle_and_kernels = idle_bytes + kernel_bytes
-    totals = {
-        phase.name: _total(phase.peak_bytes, run, device, idle_and_kernels, kept_share)
-        for phase in run.phases
-    }
-    peak = run.peak
+    totals = {phase.name: _total(phase, run, device, idle_and_kernels, checkpointing) for phase in run.phases}
+    peak = max(run.phases, key=lambda phase: totals[phase.name])
     total = totals[peak.name]
     parts = dict(sorted(peak.parts.items(), key=lambda item: -item[1]))
     if device == "cpu":
@@ -94,9 +92,11 @@ def estimate(
     return Estimate(device, total, needed, peak.name, parts, totals, run)
 
 
-def _total(live: int, run: DryRun, device: Device, idle: int, kept_share: float) -> int:
+def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: bool) -> int:
+    live = phase.peak_bytes
     if device == "cuda":
         return live
+    kept_share = KEPT_SHARE_CHECKPOINTED if checkpointing and phase.name == "backward" else KEPT_SHARE
     own = max(0, live - sum(run.static[label] for label in STATIC))
     return idle + LIBRARIES_BYTES + live + round(kept_share * own)
 

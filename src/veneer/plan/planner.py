@@ -19,8 +19,6 @@ from veneer.models.blueprint import Blueprint
 from veneer.models.load import DTYPES, DtypeName
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import (
-    KEPT_SHARE,
-    KEPT_SHARE_CHECKPOINTED,
     KERNEL_BYTES,
     PROCESS_BYTES,
     Device,
@@ -122,7 +120,7 @@ class Planner:
         kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice)
         return estimate(
             run, device=self.device, idle_bytes=self.idle_bytes, kernel_bytes=kernels,
-            kept_share=KEPT_SHARE_CHECKPOINTED if choice.checkpointing else KEPT_SHARE,
+            checkpointing=choice.checkpointing,
         )  # fmt: skip
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
