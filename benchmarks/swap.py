@@ -73,6 +73,8 @@ def by_number(base: Base, library: Library, most: int) -> list[dict[str, float]]
 
 
 def peft_by_number(source: str, folder: Path, most: int) -> list[dict[str, float]]:
+    if most == 0:
+        return []
     try:
         from peft import PeftModel
     except ImportError:
@@ -184,7 +186,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="of first use")
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--names", type=int, default=10_000)
-    parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument(
+        "--peft-most", type=int, default=64, help="the same in PEFT, which takes minutes for more; 0: not at all"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -201,8 +205,7 @@ def main() -> None:
         }  # fmt: skip
         del base
         gc.collect()
-        if not args.no_peft:
-            result["peft_by_number"] = peft_by_number(args.base, library.path("a0"), args.most)
+        result["peft_by_number"] = peft_by_number(args.base, library.path("a0"), args.peft_most)
     print(json.dumps(result, indent=2))
 
 
