@@ -187,7 +187,10 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--names", type=int, default=10_000)
     parser.add_argument(
-        "--peft-most", type=int, default=64, help="the same in PEFT, which takes minutes for more; 0: not at all"
+        "--peft-most",
+        type=int,
+        default=64,
+        help="the same in PEFT, which takes minutes for more; 0: not at all",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
