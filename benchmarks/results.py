@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from veneer.compare.conclusion import conclude
+
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 KEYS = "name, eatType, food, priceRange, customer rating, area, familyFriendly, near"
@@ -277,7 +279,7 @@ def write(args: argparse.Namespace) -> None:
         timed = args.out / task / "cost.json"
         costs = json.loads(timed.read_text(encoding="utf-8"))["methods"] if timed.is_file() else {}
         # Its sentence on time rests on how busy the machine was; the steps are timed beside it.
-        said = " ".join(s for s in figures["conclusion"] if "must be quick" not in s)
+        said = " ".join(s for s in conclude(figures) if "must be quick" not in s)
         parts += ["", *table(figures, costs), "", *claims(figures, costs), "", said]
     args.doc.write_text("\n".join(parts) + "\n", encoding="utf-8")
     print(args.doc)

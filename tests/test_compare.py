@@ -209,6 +209,21 @@ def test_the_words_follow_the_figures() -> None:
     assert "cannot be told apart" not in changed
 
 
+def test_the_words_name_methods_whose_rates_could_still_rise_or_fall() -> None:
+    def tried(*rates: float) -> list[dict[str, Any]]:
+        return [{"learning_rate": rate, "loss": 1.0, "failure": None} for rate in rates]
+
+    high = method("lora", 0.7, (0.0, 0.0), search=tried(1e-5, 1e-4))
+    low = method("dora", 0.7, (0.0, 0.0), search=tried(1e-4, 1e-3))
+    inside = method("full", 0.7, (0.0, 0.0), search=tried(1e-5, 1e-4, 1e-3))
+    text = " ".join(conclude(figures_of(high, low, inside, best="lora")))
+    assert "lora did best at the highest learning rate that was tried" in text
+    assert "dora did best at the lowest learning rate that was tried" in text
+    assert "full did best" not in text
+    one = method("full", 0.7, (0.0, 0.0), search=tried(1e-4))
+    assert "did best at the" not in " ".join(conclude(figures_of(one, best="full")))
+
+
 def test_the_words_tell_what_cannot_be_merged_failed_or_rests_on_one_seed() -> None:
     best = method("prefix", 0.9, (0.0, 0.0), folds=False)
     behind = method("lora", 0.3, (-0.7, -0.5))

@@ -6,7 +6,7 @@ tell the two apart. That is not proof that they are equal, and the text says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from veneer.train.wording import clock, millions, size
@@ -48,11 +48,32 @@ def conclude(figures: dict[str, Any]) -> list[str]:
             f"{m['name']} is behind by {quantity(abs(gap), unit)} "
             f"({quantity(min(abs(a), abs(b)), unit)} to {quantity(max(abs(a), abs(b)), unit)})."
         )
+    sentences += _at_an_end(methods)
     sentences += _constraints(methods, equal)
     sentences += _forgetting(methods)
     if figures["seeds"] == 1:
         sentences.append("With one seed, how much another seed would change these figures is not known.")
     return sentences
+
+
+def _at_an_end(methods: Sequence[Method]) -> list[str]:
+    """Methods whose best learning rate is the last one that was tried may have a better one beyond it."""
+    sentences = []
+    for word, end in (("highest", max), ("lowest", min)):
+        there = [
+            m for m in methods if len(m["search"]) > 1 and m["learning_rate"] == end(map(_rate, m["search"]))
+        ]
+        if there:
+            sentences.append(
+                f"{_names(there)} did best at the {word} learning rate that was tried: one beyond it may be better still; "
+                "a larger --extend looks for it."
+            )
+    return sentences
+
+
+def _rate(tried: Mapping[str, Any]) -> float:
+    rate: float = tried["learning_rate"]
+    return rate
 
 
 def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str]:
@@ -79,7 +100,7 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
     for start, field, told in rules:
         least = min(equal, key=lambda m: m[field])
         most = max(methods, key=lambda m: m[field])
-        beside = f", where {most['name']} needs {told(most)}" if most is not least else ""
+        beside = f"; {most['name']} needs {told(most)}" if most is not least else ""
         sentences.append(f"{start}, take {least['name']}: {told(least)}, {among}{beside}.")
         least_of_all = min(methods, key=lambda m: m[field])
         if least_of_all[field] < 0.95 * least[field]:
