@@ -8,6 +8,7 @@ from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
 from veneer.adapters.routing import Routing
+from veneer.data.batching import used_length
 from veneer.kernels import native
 from veneer.models.blueprint import Blueprint, blueprint, build
 from veneer.models.step import assume_paths, prepare
@@ -138,6 +139,19 @@ def test_with_the_compiled_kernels_too_it_holds_what_the_real_step_holds(checkpo
     for one, other in zip(without.phases, real.phases, strict=True):
         assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.01), one.name
         assert one.end_bytes == pytest.approx(other.end_bytes, rel=0.01), one.name
+
+
+@pytest.mark.parametrize(("checkpointing", "products"), [(False, 2 + 5), (True, 2 + 2 + 5)])
+def test_what_compiled_attention_computes_is_counted(checkpointing, products):
+    (row,) = make_examples(1, longest=40)
+    model = tiny_model("llama", torch.bfloat16, head_dim=16)
+    step = step_of(model, lora(3), [row], checkpointing=checkpointing)
+    with native.planning():
+        run = module._run(step, build(model.config, torch.bfloat16), 1)
+    length, config = used_length(row), model.config
+    pairs = length * (length + 1) // 2
+    each = 2 * pairs * config.num_attention_heads * 16
+    assert run.work.products[module.COMPILED] == products * each * config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.layout import Layout
-from veneer.kernels.native import library, on_cpu
+from veneer.kernels.native import library, note_flops, on_cpu
 
 TASKS = 16
 """Fewer documents times key heads than this are split by query rows, so that all threads have work."""
@@ -99,6 +99,14 @@ class Part:
         longest = int((self.starts[1:] - self.starts[:-1]).max())
         return max(1, min(TASKS // max(1, docs * self.k.shape[1]), longest // 64))
 
+    def _product_flops(self) -> int:
+        """Of q k^T once, over the keys that each query row sees; forward takes two such products, backward five."""
+        before = 0 if self.before_k is None else self.before_k.shape[0]
+        most = self.window or int(self.starts[-1]) + before
+        lengths = (self.starts[1:] - self.starts[:-1]).tolist()
+        pairs = sum(min(before + i + 1, most) for length in lengths for i in range(length))
+        return 2 * pairs * self.q.shape[1] * self.q.shape[2]
+
     def _arguments(self, **tensors: Tensor) -> _Arguments:
         """Pointers and strides of the part's own tensors and of `tensors`, which has contiguous results."""
         given = _Arguments(scale=self.scale, window=self.window or 0)
@@ -123,6 +131,7 @@ class Part:
         docs = len(self.starts) - 1
         given = self._arguments(out=out, lse=lse)
         given.docs, given.splits = docs, self._splits(docs)
+        note_flops(lambda: 2 * self._product_flops())
         _call("veneer_attention_forward", given)
         return lse
 
@@ -132,6 +141,7 @@ class Part:
         """grad (R, H, D) -> gradients of q (bf16), k, v, before_k, before_v (float32)."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
+        note_flops(lambda: 5 * self._product_flops())
         device = self.q.device
         grad_q = torch.empty(self.q.shape, dtype=self.q.dtype, device=device)
         own = torch.empty(2, splits, rows, K, D, device=device)

@@ -18,23 +18,38 @@ OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
 
 
-_planning: ContextVar[bool] = ContextVar("planning", default=False)
+_planning: ContextVar[list[int] | None] = ContextVar("planning", default=None)
+"""FLOP that compiled functions would have spent, while planning."""
 
 
 @contextmanager
 def planning() -> Iterator[None]:
     """Within the block tensors without storage (meta) take the paths of tensors on a CPU, and no compiled function is
     called: what a step would allocate there can be counted."""
-    token = _planning.set(True)
+    token = _planning.set([0])
     try:
         yield
     finally:
         _planning.reset(token)
 
 
+def note_flops(count: Callable[[], int]) -> None:
+    """Called beside a compiled function: what it computes, asked for only while planning."""
+    if (noted := _planning.get()) is not None:
+        noted[0] += count()
+
+
+def take_noted_flops() -> int:
+    """FLOP noted since the last time; 0 where nothing is planned."""
+    if (noted := _planning.get()) is None:
+        return 0
+    taken, noted[0] = noted[0], 0
+    return taken
+
+
 def on_cpu(tensor: Any) -> bool:
     """Whether a tensor lies where compiled functions may be called on it; while planning, whether it is planned to."""
-    return bool(tensor.is_meta) if _planning.get() else tensor.device.type == "cpu"
+    return bool(tensor.is_meta) if _planning.get() is not None else tensor.device.type == "cpu"
 
 
 class _Silent:
@@ -57,7 +72,7 @@ def _nothing() -> Callable[..., None]:
 def library() -> Any:
     """The library with its threads connected to torch's, or None: not compiled, not loadable, or switched off."""
     loaded = _library()
-    return _Silent(loaded) if loaded is not None and _planning.get() else loaded
+    return _Silent(loaded) if loaded is not None and _planning.get() is not None else loaded
 
 
 @cache

@@ -29,7 +29,7 @@ from veneer.adapters.site import Attachment
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
-from veneer.kernels.native import planning
+from veneer.kernels.native import planning, take_noted_flops
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.blueprint import build
@@ -47,6 +47,8 @@ WEIGHTS, VALUES, GRADIENTS, MOMENTS = "weights", "trained values", "gradients", 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits", "backward"
 SCRATCH = "decoded weights"
 STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS)
+COMPILED = (0, 0, 0)
+"""Shape that products within compiled functions are counted under: that of no matrix product of a library."""
 PERIODS = (1, 2, 3, 4, 6)
 """How often a pattern of layers may repeat: every layer alike, or sliding and full attention in turn."""
 
@@ -238,11 +240,13 @@ def _run(
             with fused(model, one_pass), checkpointed(model, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
+                take_noted_flops()
                 with _offloading(away):
                     loss = batch_loss(model, paths, routing, batch, total=1.0)
                 forward_shapes = sum(all(shape) for shape in tracker.work.products)
                 tracker.enter("backward", label=BACKWARD)
                 loss.backward()
+                tracker.work.products[COMPILED] += take_noted_flops()
                 tracker.work.host_bytes = 0 if away is None else away.moved_bytes
         finally:
             hook.remove()

@@ -29,9 +29,9 @@ MOST_ROWS = 1024
 """Rows of a timed product at most: more do not change the rate, only the wait."""
 ENOUGH_SECONDS = 0.1
 """Per figure: short enough to answer at once, long enough to pass the first, slow calls."""
-STEP_SHARE = 0.58
-"""Measured over predicted speed of whole steps on a CPU: one LoRA run of SmolLM2-135M, 1,576 tokens/s where the products'
-rates alone gave 2,719. The median of ten runs of benchmarks/plan_time.py is to replace it."""
+STEP_SHARE = 0.73
+"""Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of ten runs of
+benchmarks/plan_time.py (Zen 4, docs/plan.md)."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
