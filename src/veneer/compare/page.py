@@ -38,7 +38,7 @@ def _method_style() -> str:
         " margin-bottom: 20px; font-size: 14px; color: var(--soft); } .plots { display: grid;"
         " grid-template-columns: 1fr 1fr; gap: 32px; } .scroll { overflow-x: auto; } .wide-table td, .wide-table th"
         " { white-space: nowrap; width: auto; padding-right: 16px; } .wide-table td:first-child { width: auto;"
-        " color: var(--ink); font-weight: 600; } .wide-table td:nth-child(3) { color: var(--ink); } .words p { margin: 0 0 10px; max-width: 68ch; }"
+        " color: var(--ink); font-weight: 600; } .wide-table td:nth-child(3) { color: var(--ink); } .words p { margin: 0 0 10px; max-width: 68ch; } main { max-width: 1000px; }"
         " @media (max-width: 640px) { .plots { grid-template-columns: 1fr; } }"
     )
 

@@ -22,6 +22,7 @@ COLOURS = (
     "#7d5a3c",
 )
 OWN = """
+main { max-width: 1000px; }
 .stack { display: flex; height: 18px; border-radius: 4px; overflow: hidden; background: var(--tint); }
 .stack i { display: block; height: 100%; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px; color: var(--soft); }
@@ -39,13 +40,17 @@ def plan_page(title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, 
     """The HTML text. notes: sentences on where the figures come from."""
     labels = list(dict.fromkeys(part for row in rows for part in row.parts))
     colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
-    most = max([row.needed_bytes for row in rows] + ([memory_bytes] if memory_bytes else []))
+    most: dict[
+        str, int
+    ] = {}  # a scale for each base: beside a large one nothing would be seen of a small one
+    for row in rows:
+        most[row.base] = max(most.get(row.base, 0), row.needed_bytes)
     body = (
         f"<header><h1>{escape(title)}</h1>"
         + (f"<p>{escape(size(memory_bytes))} of memory</p>" if memory_bytes else "")
         + "</header>"
         + f"<section><h2>What fits</h2><div class=scroll>{_table(rows)}</div></section>"
-        + f"<section><h2>What the peak is made of</h2>{''.join(_stack(r, most, colours) for r in rows)}{_legend(colours)}</section>"
+        + f"<section><h2>What the peak is made of</h2>{''.join(_stack(r, most[r.base], colours) for r in rows)}{_legend(colours)}</section>"
         + f"<section><h2>Where the figures come from</h2>{''.join(f'<p>{escape(n)}</p>' for n in notes)}</section>"
     )
     return (
@@ -63,6 +68,8 @@ def verdict(row: PlanRow) -> str:
     if row.fits:
         return "fits" if row.largest_batch is None else f"fits, up to {row.largest_batch} rows at once"
     if row.way is None:
+        if row.largest_batch is None:
+            return "does not fit"  # what would make it fit was not asked
         if row.nearest is None:
             return "does not fit, and nothing can be changed"
         made, needed = row.nearest
