@@ -54,6 +54,9 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--lr", type=float, default=2e-4)
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the adapter's first values; the rows stay in file order"
+    )
     p.add_argument("--targets", default="all-linear", help="all-linear, or names joined by commas")
     p.add_argument("--order", default="file", choices=["file", "bucketed"])
     p.add_argument("--train-on", default="last", choices=["last", "all", "assistant"])
@@ -67,7 +70,7 @@ def main() -> None:
         config = RunConfig(
             base=args.base, quantize=args.quantize, dtype=args.dtype, out=f"{scratch}/run", method=method, batch=args.batch,
             steps=args.steps + 1, data=DataConfig(train=args.rows, validation_share=0.0, train_on=args.train_on), order=args.order,
-            learning_rate=args.lr, schedule="constant", warmup=0.0, length=args.length,
+            learning_rate=args.lr, schedule="constant", warmup=0.0, length=args.length, seed=args.seed,
             share_prompt=not args.no_sharing, checkpointing=args.checkpointing,
         )  # fmt: skip
         started = time.perf_counter()
