@@ -93,6 +93,12 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     return 0
 
 
+def _weights(stored: StoredAdapter) -> str:
+    """The type of the base's weights that the adapter was trained over: bfloat16, bfloat16+nf4, ..."""
+    known = None if stored.manifest is None else stored.manifest.base.fingerprint
+    return f" · {known['dtype']}" if known else ""
+
+
 def _head(
     named: str, entry: Entry | None, stored: StoredAdapter, found: Mapping[str, Update], others: int
 ) -> list[str]:
@@ -113,7 +119,7 @@ def _head(
         "stated": "as stated when it was added",
         "unverified": "unverified: a name proves nothing",
     }[facts.base_proof]
-    lines.append(f"  base      {facts.base or '?'} · {proof}{digest}")
+    lines.append(f"  base      {facts.base or '?'}{_weights(stored)} · {proof}{digest}")
     lines.append(f"  content   {facts.content_hash[:12]}… · data {(facts.data_fingerprint or '?')[:12]}")
     parts = [f"{len(found)} modules"] if found else []
     for what, values in (
