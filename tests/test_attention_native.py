@@ -54,3 +54,16 @@ def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 1, 17, 64])
+@pytest.mark.parametrize("before", [0, 9, 30])
+def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window):
+    lengths, (heads, kv_heads, size) = (5, 33, 1), (4, 2, 16)
+    rows = sum(lengths)
+    q, k = torch.zeros(rows, heads, size), torch.zeros(rows, kv_heads, size)
+    seen = torch.zeros(before, kv_heads, size) if before else None
+    starts = torch.tensor([0, 5, 38, 39])
+    part = attention_native.Part(q, k, k, seen, seen, starts, 1.0, window)
+    keys = [min(before + i + 1, window or 10**6) for length in lengths for i in range(length)]
+    assert part._product_flops() == 2 * sum(keys) * heads * size

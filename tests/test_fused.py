@@ -1,5 +1,7 @@
 """One-pass norms, gates and entropies against their plain meaning, and models that compute with them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.kernels import fused as kernels
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
+from veneer.models.blueprint import build
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
@@ -131,3 +134,13 @@ def test_packed_projections_are_fused_as_dense_ones_are(quantize, tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base", "llama", torch.bfloat16)), quantize=quantize)
     gates = [made for made in replacements(base.model).values() if isinstance(made, FusedGate)]
     assert len(gates) == 2
+
+
+def test_without_values_another_activation_of_the_same_class_is_another_question():
+    def gates(activation):
+        config = copy.deepcopy(tiny_model("llama").config)
+        config.hidden_act = activation
+        found = replacements(build(config, torch.float32)).values()
+        return sum(isinstance(made, FusedGate) for made in found)
+
+    assert [gates("silu") > 0, gates("gelu"), gates("silu") > 0] == [True, 0, True]

@@ -14,7 +14,7 @@ from veneer.models.blueprint import Blueprint, blueprint, build
 from veneer.models.step import assume_paths, prepare
 from veneer.plan import dry_run as module
 from veneer.plan.dry_run import Step, dry_run
-from veneer.plan.estimate import synthetic_rows
+from veneer.plan.estimate import estimate, synthetic_rows
 from veneer.plan.tracker import Tracker
 from veneer.train.optim import AdamW, FlatParameters
 
@@ -221,7 +221,7 @@ def test_a_70b_step_needs_no_memory_and_a_few_seconds():
     run = dry_run(Step(found.config, found.dtype, lora(16), synthetic_rows(1, 2048)))
     assert run.trainable_parameters == 207_093_760
     assert run.static["weights"] > 141e9
-    assert run.peak.name in ("loss", "backward")
+    assert estimate(run, device="cuda").phase in ("loss", "backward")
 
 
 def test_the_paths_of_a_structure_are_those_that_running_the_model_proves():

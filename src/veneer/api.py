@@ -254,11 +254,9 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
 
     Raises DoesNotFitError where no change helps.
     """
-    data, _ = check_data(
-        config.data.train, base=config.base, length=config.length, format=config.data.format,
-        train_on=config.data.train_on, long_rows="cut", validation=config.data.validation,
-    )  # fmt: skip
-    return fitted(config, data.train, data.validation, memory_bytes)
+    fields = config.data.model_dump() | {"long_rows": "cut"}
+    data = examine_data(**fields, length=config.length, tokenizer=load_tokenizer(config.base))
+    return fitted(config, data, memory_bytes)
 
 
 def check_data(

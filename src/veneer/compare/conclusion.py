@@ -6,7 +6,7 @@ tell the two apart. That is not proof that they are equal, and the text says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.train.wording import clock, millions, size
@@ -61,7 +61,10 @@ def _at_an_end(methods: Sequence[Method]) -> list[str]:
     sentences = []
     for word, end in (("highest", max), ("lowest", min)):
         there = [
-            m for m in methods if len(m["search"]) > 1 and m["learning_rate"] == end(map(_rate, m["search"]))
+            m
+            for m in methods
+            if len(m["search"]) > 1
+            and m["learning_rate"] == end(each["learning_rate"] for each in m["search"])
         ]
         if there:
             sentences.append(
@@ -69,11 +72,6 @@ def _at_an_end(methods: Sequence[Method]) -> list[str]:
                 "a larger --extend looks for it."
             )
     return sentences
-
-
-def _rate(tried: Mapping[str, Any]) -> float:
-    rate: float = tried["learning_rate"]
-    return rate
 
 
 def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str]:

@@ -132,6 +132,12 @@ def make_batch(
     )
 
 
+def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:
+    """Row numbers of batches of like length, as examples are evaluated: a last one that is not full is kept."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
 def plan_epoch(
     lengths: Sequence[int],
     *,

@@ -101,10 +101,11 @@ class Part:
 
     def _product_flops(self) -> int:
         """Of q k^T once, over the keys that each query row sees; forward takes two such products, backward five."""
-        before = 0 if self.before_k is None else self.before_k.shape[0]
-        most = self.window or int(self.starts[-1]) + before
-        lengths = (self.starts[1:] - self.starts[:-1]).tolist()
-        pairs = sum(min(before + i + 1, most) for length in lengths for i in range(length))
+        before, pairs = 0 if self.before_k is None else self.before_k.shape[0], 0
+        for length in (self.starts[1:] - self.starts[:-1]).tolist():
+            most = self.window or before + length
+            rising = min(length, max(0, most - before))  # rows that see one key more than the row above
+            pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
         return 2 * pairs * self.q.shape[1] * self.q.shape[2]
 
     def _arguments(self, **tensors: Tensor) -> _Arguments:

@@ -8,7 +8,6 @@ inside the replacements and come back to their places afterwards.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ def _agree_without_values(module: nn.Module, made: StandIn) -> bool:
 
 
 _AGREED_WITHOUT_VALUES: dict[tuple[object, ...], bool] = {}
-"""By class, width, type and epsilon: a plan asks the same for every depth and method."""
+"""By class, activation, width, type and epsilon: a plan asks the same for every depth and method."""
 
 
 @torch.no_grad()
@@ -97,13 +96,15 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
         if made is None:
             continue
         width, dtype, device = _rows(module, made)
-        kind = (type(module), width, dtype, getattr(made, "epsilon", None))
-        if device.type == "meta":
-            known, agrees = _AGREED_WITHOUT_VALUES, partial(_agree_without_values, module, made)
-        else:
-            known, agrees = agreed, partial(_agree, module, made, width, dtype, device)
+        activation = type(getattr(module, "act_fn", None))
+        kind = (type(module), activation, width, dtype, getattr(made, "epsilon", None))
+        known = _AGREED_WITHOUT_VALUES if device.type == "meta" else agreed
         if kind not in known:
-            known[kind] = agrees()
+            known[kind] = (
+                _agree_without_values(module, made)
+                if device.type == "meta"
+                else _agree(module, made, width, dtype, device)
+            )
         if known[kind]:
             found[path] = made
     return found

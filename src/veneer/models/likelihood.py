@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from veneer.data.batching import Batch, make_batch
+from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
 from veneer.kernels.layout import round_up
 from veneer.kernels.loss import CHUNK
@@ -36,9 +36,7 @@ def example_nats(
     found = np.zeros((len(examples), 2))
     longest = max((len(e.ids) for e in examples), default=1)
     batch = max(batch, SHORT_TOKENS // longest)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    for start in range(0, len(order), batch):
-        numbers = order[start : start + batch]
+    for numbers in by_length(examples, batch):
         one = make_batch(
             [examples[i] for i in numbers], packed=paths.packed, share_prompt=True, device=model.device
         )

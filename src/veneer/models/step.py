@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
-from veneer.data.batching import Batch, make_batch
+from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
 from veneer.models.attention import (
@@ -175,8 +175,7 @@ def evaluation_loss(
     model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], *, batch: int
 ) -> tuple[float, int]:
     """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    rows = [order[i : i + batch] for i in range(0, len(order), batch)]
+    rows = by_length(examples, batch)
     nats, tokens = 0.0, 0
     device = next(model.parameters()).device
     for one in batches_of(examples, rows, paths, share_prompt=True, device=device):

@@ -92,10 +92,6 @@ class DryRun:
     packable: tuple[int, int] = (0, 0)
 
     @property
-    def peak(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.peak_bytes)
-
-    @property
     def activation_bytes(self) -> int:
         """Kept for backward when the loss begins."""
         held = next(phase for phase in self.phases if phase.name == "forward").end_bytes

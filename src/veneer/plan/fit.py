@@ -14,6 +14,7 @@ import torch
 
 from veneer.adapters.config import Full, LoRA
 from veneer.plan.planner import Choice, Planner
+from veneer.train.wording import size
 
 MOST_ROWS = 256
 MOST_TOKENS = 2**17
@@ -134,9 +135,20 @@ def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
     return total
 
 
-def nearest(planner: Planner, choice: Choice) -> tuple[Change, ...]:
-    """Every change together: the least that `choice` can be made to need."""
-    return _all_changed(planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch])
+@dataclass(frozen=True)
+class Nearest:
+    """Every change together, none where there is none to make, and what is needed then: the least there is."""
+
+    changes: tuple[Change, ...]
+    needed_bytes: int
+
+    def __str__(self) -> str:
+        return f"{size(self.needed_bytes)} with {', '.join(change.says for change in self.changes) or 'no change'}"
+
+
+def nearest(planner: Planner, choice: Choice) -> Nearest:
+    made = _all_changed(planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch])
+    return Nearest(made, planner.estimate(made[-1].choice if made else choice).needed_bytes)
 
 
 def _all_changed(planner: Planner, choice: Choice, among: Sequence[_Make]) -> tuple[Change, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from veneer.adapters.config import MethodConfig
-from veneer.data.batching import packed_rows, plan_epoch, used_length
+from veneer.data.batching import by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.models.blueprint import Blueprint
 from veneer.models.load import DTYPES, DtypeName
@@ -191,10 +191,9 @@ class Planner:
 
 
 def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:
-    """Numbers of rows that an evaluation's products have: its batches are in order of length (models/step.py)."""
-    order = sorted(rows, key=lambda row: len(row.ids))
-    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
-    return frozenset(packed_rows(part, share_prompt=True) for part in parts)
+    """Numbers of rows that an evaluation's products have (models/step.py)."""
+    parts = by_length(rows, batch)
+    return frozenset(packed_rows([rows[i] for i in part], share_prompt=True) for part in parts)
 
 
 def _cut(row: Example, length: int) -> Example:

@@ -3,12 +3,10 @@
 Units: bytes.
 """
 
-from collections.abc import Sequence
-
 import torch
 from transformers import PreTrainedConfig
 
-from veneer.data.examples import DataSet, Example
+from veneer.data.examples import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.plan.estimate import Estimate
@@ -32,17 +30,15 @@ def estimate_of_run(
     return planner.estimate(choice_of(config).with_dtype("auto"))
 
 
-def fitted(
-    config: RunConfig, rows: Sequence[Example], held_out: Sequence[Example], memory_bytes: int
-) -> tuple[RunConfig, list[str]]:
+def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConfig, list[str]]:
     """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where nothing helps.
 
     Time is compared by FLOP: what matters here is the order of the changes.
     """
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     planner = Planner(
-        blueprint(config.base), device="cuda" if cuda else "cpu", idle_bytes=process_memory_bytes(), rows=rows,
-        held_out=held_out, seed=config.seed, order=config.order, steps=config.steps,
+        blueprint(config.base), device="cuda" if cuda else "cpu", idle_bytes=process_memory_bytes(), rows=data.train,
+        held_out=data.validation, seed=config.seed, order=config.order, steps=config.steps,
     )  # fmt: skip
     choice = choice_of(config)
     needed = planner.estimate(choice).needed_bytes
@@ -54,11 +50,9 @@ def fitted(
 
     way = ways(planner, choice, memory_bytes, flops)
     if way is None:
-        made = nearest(planner, choice)
-        least = planner.estimate(made[-1].choice if made else choice).needed_bytes
         raise DoesNotFitError(
             f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are there, and no change suffices",
-            [f"with {', '.join(change.says for change in made) or 'no change'} it still needs {size(least)}"],
+            [f"it still needs {nearest(planner, choice)}"],
             next_step="Take a smaller base: veneer plan --models A,B shows what fits.",
         )
     values = config.model_dump() | {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.adapters.config import METHODS, Full
-from veneer.plan.fit import Change, Way, fits, largest_batch, largest_length, nearest, ways
+from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, nearest, ways
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
 
@@ -18,7 +18,7 @@ from veneer.plan.planner import Choice, Planner
 @dataclass(frozen=True)
 class PlanRow:
     """base: as named. choice: what was asked. fits: None where no memory was named. way: None where it fits or nothing helps.
-    nearest: where nothing helps, every change together, and what is needed then.
+    nearest: None but where it was looked for and nothing helps.
 
     largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that fit of a
     single row which is too long.
@@ -44,7 +44,7 @@ class PlanRow:
     largest_batch: int | None = None
     largest_length: int | None = None
     way: Way | None = None
-    nearest: tuple[tuple[Change, ...], int] | None = None
+    nearest: Nearest | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,7 +75,7 @@ class PlanRow:
             "changes": None if way is None else [change.setting for change in way.changes],
             "changed_needed_memory_bytes": None if way is None else way.needed_bytes,
             "changed_time_ratio": None if way is None else way.time_ratio,
-            "least_needed_memory_bytes": None if self.nearest is None else self.nearest[1],
+            "least_needed_memory_bytes": None if self.nearest is None else self.nearest.needed_bytes,
         }  # fmt: skip
 
 
@@ -106,10 +106,8 @@ def plan_row(
     rows = largest_batch(planner, choice, memory_bytes) if fit else 0
     longest = largest_length(planner, choice, memory_bytes) if not fit and choice.rows_at_once == 1 else None
     way = None if fit else ways(planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine))
-    row = replace(row, largest_batch=rows, largest_length=longest, way=way)
-    if fit or way is not None or not (changes := nearest(planner, choice)):
-        return row
-    return replace(row, nearest=(changes, planner.estimate(changes[-1].choice).needed_bytes))
+    least = None if fit or way is not None else nearest(planner, choice)
+    return replace(row, largest_batch=rows, largest_length=longest, way=way, nearest=least)
 
 
 def all_methods(choice: Choice) -> list[Choice]:

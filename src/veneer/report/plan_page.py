@@ -40,10 +40,8 @@ def plan_page(title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, 
     """The HTML text. notes: sentences on where the figures come from."""
     labels = list(dict.fromkeys(part for row in rows for part in row.parts))
     colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
-    most: dict[
-        str, int
-    ] = {}  # a scale for each base: beside a large one nothing would be seen of a small one
-    for row in rows:
+    most: dict[str, int] = {}
+    for row in rows:  # a scale for each base: beside a large one nothing would be seen of a small one
         most[row.base] = max(most.get(row.base, 0), row.needed_bytes)
     body = (
         f"<header><h1>{escape(title)}</h1>"
@@ -68,13 +66,9 @@ def verdict(row: PlanRow) -> str:
     if row.fits:
         return "fits" if row.largest_batch is None else f"fits, up to {row.largest_batch} rows at once"
     if row.way is None:
-        if row.largest_batch is None:
-            return "does not fit"  # what would make it fit was not asked
-        if row.nearest is None:
-            return "does not fit, and nothing can be changed"
-        made, needed = row.nearest
-        said = ", ".join(change.says for change in made)
-        return f"does not fit, whatever is changed: {size(needed)} with {said}"
+        if row.nearest is None:  # not looked for
+            return "does not fit"
+        return f"does not fit, {f'whatever is changed: {row.nearest}' if row.nearest.changes else 'and nothing can be changed'}"
     changes = " + ".join(change.says for change in row.way.changes)
     return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
 

@@ -131,6 +131,11 @@ class Loop:
         self._take_best()
         return reason
 
+    def release(self) -> None:
+        """Drop the optimizer and the gradient, which take more than the values; no further step can be taken."""
+        del self.optimizer
+        self.job.flat.release()
+
     def _plan(self, epoch: int) -> list[list[int]]:
         if self._epoch_plan is None or self._epoch_plan[0] != epoch:
             config = self.job.config

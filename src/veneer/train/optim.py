@@ -105,12 +105,6 @@ class AdamW:
         self.flat.publish()
         self.flat.gradient.zero_()
 
-    def release(self) -> None:
-        """Drop the moments; no further step can be taken."""
-        self.inner.state.clear()
-        self.inner.param_groups.clear()
-        self.parts.clear()
-
     def state(self) -> dict[str, Tensor]:
         """values, first and second moments, step count: what a checkpoint keeps."""
         own = [self.inner.state[part] or _no_moments(part) for part in self.parts]

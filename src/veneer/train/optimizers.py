@@ -49,12 +49,6 @@ class AdamW8bit:
         self.flat.publish()
         self.flat.gradient.zero_()
 
-    def release(self) -> None:
-        """Drop the moments; no further step can be taken."""
-        self.inner.state.clear()
-        self.inner.param_groups.clear()
-        self.parts.clear()
-
     def state(self) -> dict[str, Tensor]:
         """values, and of each part: codes and scales of both moments, step count. The code books are the library's."""
         tensors = {"values": self.flat.values.data}

@@ -112,8 +112,7 @@ def run_training(
         loop.progress.date, loop.progress.data = day.isoformat(), data.fingerprint
         with fused(base.model, one_pass), checkpointed(base.model, on=config.checkpointing):
             reason = loop.run()
-        loop.optimizer.release()
-        flat.release()
+        loop.release()
         result = _write_result(out, config, base, data, attachment, loop)
         summary = {**_summary(config, base, start, loop, reason), **result}
         records.write({"kind": "end", "reason": reason, "step": loop.progress.step})
