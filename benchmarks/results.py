@@ -11,7 +11,7 @@ DATA holds e2e/, viggo/, banking77/ and wikisql_mlx/ as their authors publish th
 
 Finished runs are found again, also after Ctrl-C. Quality may be computed on a busy machine; what a step costs is
 timed by method_cost.py on the same rows and wants a quiet one (--only quality, --only cost). docs/results.md is written
-from the JSON of whatever is finished; --only write runs nothing. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
+from the JSON of whatever is finished and what OUT/about.md says of machine and commit; --only write runs nothing. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
 """
 
 import argparse
@@ -266,6 +266,8 @@ def write(args: argparse.Namespace) -> None:
         "Intervals are 95%, over test rows and seeds. Quality is over all seeds; memory is the peak of",
         "a whole training process; a step is timed by `benchmarks/method_cost.py` on the same rows, the methods in turn.",
     ]  # fmt: skip
+    about = args.out / "about.md"
+    parts += ["", about.read_text(encoding="utf-8").strip()] if about.is_file() else []
     for task in TASKS:
         file = args.out / task / "comparison.json"
         if not file.is_file():

@@ -31,7 +31,7 @@ ENOUGH_SECONDS = 0.1
 """Per figure: short enough to answer at once, long enough to pass the first, slow calls."""
 STEP_SHARE = 0.73
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of ten runs of
-benchmarks/plan_time.py (Zen 4, docs/plan.md)."""
+benchmarks/plan_time.py on Zen 4, their predictions corrected by hand for attention, which was not counted then. Held in docs/plan.md."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
