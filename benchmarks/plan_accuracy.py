@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 BASES = {
     "smollm2-135m": None,
     "llama": {"model_type": "llama", "num_hidden_layers": 12, "hidden_size": 512, "num_attention_heads": 8,
@@ -119,12 +120,12 @@ def main() -> None:
         return
     errors, kept = [], {}
     with tempfile.TemporaryDirectory() as temporary:
-        scratch = args.scratch or Path(temporary)
+        scratch = (args.scratch or Path(temporary)).resolve()
         for case in (case for case in cases() if args.only in case):
             found = None
             for _ in range(2):  # the first call for a random base only makes it
-                command = [sys.executable, __file__, "--one", str(scratch), case]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--one", str(scratch), case]
+                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
                 found = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
                 if found != {}:
                     break

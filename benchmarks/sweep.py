@@ -16,6 +16,7 @@ from pathlib import Path
 from veneer import api
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
 from veneer.errors import DivergedError
+from veneer.models.blueprint import blueprint
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import QuietScreen
 
@@ -65,6 +66,8 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
+    hidden = blueprint(args.base).hidden_size
+    defaults = {name: METHODS[name].default_learning_rate(hidden) for name in args.methods}
     budget = {"base": args.base, "steps": args.steps, "batch": args.batch, "seed": args.seed}
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"budget": budget, "losses": {}}
     if stored["budget"] != budget:
@@ -74,7 +77,7 @@ def main() -> None:
         task, _, files = entry.partition("=")
         for name in args.methods:
             for factor in args.factors:
-                rate = METHODS[name].default_learning_rate * factor
+                rate = defaults[name] * factor
                 key = f"{task} {name} {rate:g}"
                 if key not in losses:
                     loss = held_out(args, files, METHODS[name], rate)
@@ -84,7 +87,7 @@ def main() -> None:
     print("| rows | method | best rate | its loss | default rate | its loss |\n|---|---|---|---|---|---|")
     for task in (entry.partition("=")[0] for entry in args.rows):
         for name in args.methods:
-            default = METHODS[name].default_learning_rate
+            default = defaults[name]
             rates = {factor: losses[f"{task} {name} {default * factor:g}"] for factor in args.factors}
             finite = {factor: loss for factor, loss in rates.items() if loss is not None}
             if not finite:

@@ -139,6 +139,7 @@ class Losses:
 
     def __init__(self, losses: dict[float, float | None], *, extend: int) -> None:
         self.losses, self.dropped, self.asked = losses, [], []
+        self.hidden_size = 576
         self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
 
     def train(self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool) -> Any:
@@ -158,6 +159,13 @@ def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
     tried, best = search(worker, CANDIDATE, 5)  # type: ignore[arg-type]
     assert best is not None and tried[best][0] == 2.7e-3
     assert worker.asked == [1e-4, 3e-4, 9e-4, 2.7e-3] and 2.7e-3 not in worker.dropped
+
+
+def test_the_search_starts_at_the_default_of_this_base() -> None:
+    candidate = Candidate("lora", RunConfig(base="b", data="d", out="o"))  # type: ignore[arg-type]
+    worker = Losses({4.33e-4: 3.0, 1.3e-3: 1.0, 3.9e-3: 2.0}, extend=0)
+    assert search(worker, candidate, 5)[1] == 1  # type: ignore[arg-type]
+    assert worker.asked == [4.33e-4, 1.3e-3, 3.9e-3]
 
 
 def test_the_search_stops_inside_and_passes_over_what_diverged() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config
+from transformers import AutoModelForCausalLM, T5Config
 from transformers.utils import logging
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
@@ -273,3 +273,28 @@ def test_tiny_base_is_what_load_base_gives(tmp_path: Path) -> None:
     assert loaded.tokenizer.chat_template == made.tokenizer.chat_template
     shutil.rmtree(tmp_path)  # nothing is read from the folder later
     assert torch.equal(loaded.model(IDS).logits, made.model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_experts_stored_one_by_one_are_read_as_transformers_reads_them_and_held_once(
+    family: str, dtype: Any, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, family)
+    (folder / "generation_config.json").write_text(json.dumps({"max_length": 77}))
+    assert any(".experts.1." in name for name in load_file(folder / "model.safetensors"))
+    loaded = load_base(str(folder), dtype=dtype)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(folder) not in maps.read_text()  # mapped pages would hold the experts beside their stack
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded.dtype)
+    ours = loaded.model.state_dict()
+    assert ours.keys() == theirs.state_dict().keys()
+    for name, weight in theirs.state_dict().items():
+        assert weight.dtype == ours[name].dtype and torch.equal(weight, ours[name]), name
+    assert torch.equal(loaded.model(IDS).logits, theirs.eval()(IDS).logits)
+    assert loaded.model.generation_config.max_length == 77
+    loaded.model.save_pretrained(tmp_path / "again")
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "theirs"))
+    assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)

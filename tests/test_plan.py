@@ -14,18 +14,18 @@ import yaml
 from tests.test_report import Tags
 from tests.tiny import save_tiny, tiny_model
 from veneer import api
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.config import Bottleneck, Full, LoRA
 from veneer.cli import plan as command
 from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
-from veneer.kernels.layout import round_up
+from veneer.kernels.layout import STEP, round_up
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.models.shapes import SHAPES
 from veneer.plan import planner as planner_module
 from veneer.plan.advise import Job, advise
 from veneer.plan.dry_run import dry_run
-from veneer.plan.estimate import KERNEL_BYTES, compiled_kernels, estimate
+from veneer.plan.estimate import KERNEL_BYTES, MOST_KERNELS, compiled_kernels, estimate
 from veneer.plan.fit import _largest, _offload, fits, largest_batch, ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
@@ -199,6 +199,22 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     )
 
 
+def test_of_a_mixture_the_numbers_of_rows_that_experts_get_count():
+    mixture = Planner(Blueprint("tiny", tiny_model("qwen3_moe").config, torch.bfloat16), idle_bytes=0)
+    low_rank = mixture.step_run(with_batch(TINY, 8))
+    beside = [s for s in low_rank.work.products if s[0] == low_rank.expert_rows]
+    assert low_rank.experts > 1 and len(beside) >= 4
+    few, many = (compiled_kernels(low_rank, 1, draws) for draws in (3, 10**6))
+    rounded = low_rank.computed_tokens // STEP // 2
+    assert many - few == len(beside) * (rounded - 3)
+    stacked = mixture.step_run(replace(TINY, method=Bottleneck()))
+    assert stacked.expert_rows == 0
+    assert compiled_kernels(stacked, 1, 30) - compiled_kernels(stacked, 1) == 4 * 10
+    whole = mixture.step_run(replace(TINY, method=Full()))
+    assert compiled_kernels(whole, 1, 30) - compiled_kernels(whole, 1) == 6 * 10
+    assert compiled_kernels(whole, 10**6) == MOST_KERNELS
+
+
 def test_every_named_size_is_a_config_that_builds():
     for name in SHAPES:
         assert blueprint(name).config.get_text_config().vocab_size > 1000
@@ -222,6 +238,17 @@ def test_advice_gives_a_method_and_its_reason(job, fits_all, label, word):
     found = advise(job, TINY, lambda choice: fits_all or choice.quantize is not None)
     assert found.choice.label == label
     assert word in " ".join(found.reasons)
+
+
+def test_the_advised_rate_is_the_methods_own_for_this_width():
+    def rate(**about):
+        return advise(Job(**about), TINY, lambda choice: True).learning_rate
+
+    assert rate(kind="task", hidden_size=576) == LoRA().default_learning_rate(576) == 1.3e-3
+    assert rate(kind="task", hidden_size=4096) == 2.9e-4
+    assert rate(kind="knowledge", hidden_size=4096, parameters=7 * 10**9) == 2.9e-5
+    wide = rate(kind="knowledge", variants=2, hidden_size=4096)
+    assert wide == LoRA().default_learning_rate(4096) / 2  # rank 128, scaled by its root
 
 
 @pytest.mark.parametrize(

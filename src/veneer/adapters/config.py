@@ -9,13 +9,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+USUAL_WIDTH = 2000
+
 
 class MethodConfig(BaseModel):
     """What every method declares, beside its settings.
 
     folds                  its update can be added into the base's dense weights
     instead_of_folding     what to do where it cannot: the end of an error message
-    usual_rate             peak learning rate of a run that names none: a start for a search, see benchmarks/sweep.py
+    usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names none
+    rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama, from sweeps of LoRA over
+                           35 models (tinker-cookbook, hyperparam_utils.py); full fine-tuning a tenth of LoRA (Schulman et al.
+                           2025, "LoRA Without Regret"). Held against searches at hidden size 576 in docs/benchmarks.md
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -23,14 +28,14 @@ class MethodConfig(BaseModel):
     folds: ClassVar[bool] = True
     instead_of_folding: ClassVar[str] = ""
     usual_rate: ClassVar[float]
+    rate_falls: ClassVar[float] = 0.781
 
     name: str = ""
     """What the run file calls it; every method has one."""
 
-    @property
-    def default_learning_rate(self) -> float:
-        """Peak rate with these settings where a run names none."""
-        return self.usual_rate
+    def default_learning_rate(self, hidden_size: int) -> float:
+        """Peak rate with these settings on a base of this hidden size where a run names none; two digits."""
+        return float(f"{self.usual_rate * (USUAL_WIDTH / hidden_size) ** self.rate_falls:.1e}")
 
     @property
     def starts_as_base(self) -> bool:
@@ -200,7 +205,8 @@ class Prefix(AdapterConfig):
         "A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter), "
         "or train lora where one merged model is wanted."
     )
-    usual_rate = 5e-3
+    usual_rate = 1.5e-2  # keys and values are as large in wide models as in narrow ones
+    rate_falls = 0.0
 
     name: Literal["prefix"] = "prefix"
     tokens: int | None = Field(default=None, ge=1, le=4096)
@@ -215,10 +221,9 @@ class Prefix(AdapterConfig):
     layers: list[int] = Field(default_factory=list)
     """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
 
-    @property
-    def default_learning_rate(self) -> float:
-        """Through an MLP a tenth: at the prefix's own rate it left the base's loss far behind (docs/benchmarks.md)."""
-        return self.usual_rate if self.projection is None else self.usual_rate / 10
+    def default_learning_rate(self, hidden_size: int) -> float:
+        """Through an MLP 5e-4: at the prefix's own rate it left the base's loss far behind (docs/benchmarks.md)."""
+        return self.usual_rate if self.projection is None else 5e-4
 
     @property
     def starts_as_base(self) -> bool:

@@ -49,9 +49,13 @@ class Done:
 
 @dataclass(frozen=True)
 class Worker:
-    """Runs commands of Veneer. `say` hears what goes on; `ran` counts what was not found finished."""
+    """Runs commands of Veneer. `say` hears what goes on; `ran` counts what was not found finished.
+
+    hidden_size: of the base; default learning rates depend on it.
+    """
 
     comparison: Comparison
+    hidden_size: int
     say: Say
     ran: list[Path]
 

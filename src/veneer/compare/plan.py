@@ -30,9 +30,9 @@ class Candidate:
     name: str
     config: RunConfig
 
-    @property
-    def default_rate(self) -> float:
-        return self.config.learning_rate or self.config.method.default_learning_rate
+    def default_rate(self, hidden_size: int) -> float:
+        """Where its search starts, on a base of this hidden size."""
+        return self.config.learning_rate or self.config.method.default_learning_rate(hidden_size)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,13 @@ PROBE_STEPS = 6
 
 def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> int:
     """Optimizer steps that fit into this training time, by a short run of this candidate on this machine."""
-    done = worker.train(candidate, rate=candidate.default_rate, seed=0, steps=PROBE_STEPS, with_result=False)
+    done = worker.train(
+        candidate,
+        rate=candidate.default_rate(worker.hidden_size),
+        seed=0,
+        steps=PROBE_STEPS,
+        with_result=False,
+    )
     if done.failure:
         return PROBE_STEPS  # what fails here fails in the search, and is told there
     # The first step is not in `seconds`: it compiles and allocates.
@@ -27,6 +33,7 @@ def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> int:
 def search(worker: Worker, candidate: Candidate, steps: int) -> tuple[list[tuple[float, Done]], int | None]:
     """(rate, run) in rising order, and the place of the best; None where no run came to an end."""
     comparison = worker.comparison
+    default = candidate.default_rate(worker.hidden_size)
     factors = sorted(comparison.factors)
     step = factors[-1] / factors[-2] if len(factors) > 1 else 3.0
     tried: dict[float, Done] = {}
@@ -34,7 +41,7 @@ def search(worker: Worker, candidate: Candidate, steps: int) -> tuple[list[tuple
     while True:
         for factor in factors:
             if factor not in tried:
-                rate = float(f"{candidate.default_rate * factor:.3g}")
+                rate = float(f"{default * factor:.3g}")
                 tried[factor] = worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
         losses = [_loss(tried[factor]) for factor in factors]
         best = losses.index(min(losses))

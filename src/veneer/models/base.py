@@ -65,6 +65,10 @@ class Base:
     def config(self) -> PreTrainedConfig:
         return self.model.config
 
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
     def fingerprint(self) -> Fingerprint:
         """Which weights these are, taken when the base was made.
 

@@ -44,7 +44,7 @@ from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.loaded import NEXT_DOWNLOAD, check_loaded
 from veneer.models.quiet import is_out_of_memory, quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
-from veneer.models.streaming import build_packed
+from veneer.models.streaming import build_packed, holds_experts_apart
 from veneer.quant.config import Quantize
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -95,6 +95,8 @@ def load_base(
                 next_step="Leave quantize out: such a folder is read as it is.",
             )
         quantize, build = book, partial(build_packed, book=None)
+    elif build is None and holds_experts_apart(found.folder):
+        build = partial(build_packed, book=None)
     if dtype != "auto":
         wanted = DTYPES[dtype]
     else:

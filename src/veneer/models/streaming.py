@@ -8,7 +8,9 @@ read as it is, per tensor: what it left dense stays dense.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ _NAME = "veneer"
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Endings of linear layers that choose experts: a few values that decide where every token goes."""
+
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class _Settings(QuantizationConfigMixin):
@@ -178,6 +183,15 @@ def _install(model: PreTrainedModel, path: str, name: str, weight: Packed) -> No
     for each in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if each is not None and not each.is_meta:
             each._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def holds_experts_apart(folder: Path) -> bool:
+    """Whether experts are stored one by one, while the model holds a stack of them.
+
+    Where transformers maps such files, it keeps the experts two times, in the stack and in the file's pages, for as
+    long as any other weight of the file is in use: they are better read tensor by tensor, also where nothing is packed.
+    """
+    return any(_ONE_EXPERT.search(name) for name in stored_tensors(weight_files(folder)))
 
 
 def build_packed(

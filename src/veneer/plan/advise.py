@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from veneer.adapters.config import Full, LoRA, Prefix
+from veneer.adapters.config import Full, LoRA, MethodConfig, Prefix
 from veneer.plan.planner import Choice
 
 Kind = Literal["style", "format", "task", "instructions", "knowledge"]
@@ -28,6 +28,7 @@ class Job:
     variants: int = 1
     merge: bool = False
     parameters: int = 0
+    hidden_size: int = 2048
     fixed_instruction: bool = False
     """All rows begin with the same instruction, which is to be compiled in and the file to be as small as can be."""
 
@@ -52,7 +53,7 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
             "New knowledge at scale: with 20 B tokens of code, every weight reached 0.263 on HumanEval, LoRA of rank 256"
             " 0.224, of rank 16 0.162 (Biderman et al. 2024, arXiv:2405.09673). Mix in 5-10% general text: it forgets most."
         )
-        return Advice(full, _rate(full, job), reasons, True)
+        return Advice(full, _rate(full.method, job), reasons, True)
     if job.kind == "knowledge":
         reasons.append(
             "New knowledge wants every weight"
@@ -65,7 +66,8 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
             "One instruction to compile in, and at least 1,000 rows: a prefix that starts from it is the smallest file"
             " (PEFT's comparison, Llama-3.2-3B on GSM8K: 41.6 points from a real prompt, 18.6 from random values, LoRA 47.8)."
         )
-        return Advice(replace(choice, method=Prefix()), 5e-3, reasons, fits(replace(choice, method=Prefix())))
+        prefix = replace(choice, method=Prefix())
+        return Advice(prefix, _rate(prefix.method, job), reasons, fits(prefix))
     elif job.kind == "instructions" and (job.rows or 0) > 10_000:
         reasons.append(
             "Over 10,000 instructions: rank 64 and alpha / sqrt(rank) was the best LoRA of PEFT's comparison (51.3 points"
@@ -102,14 +104,10 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
         )
     if alone and 0 < job.parameters <= SMALL_BASE and fits(full):
         reasons.append("The base is small: compare full fine-tuning too; it is affordable here.")
-    return Advice(chosen, _rate(chosen, job), reasons, fits(chosen))
+    return Advice(chosen, _rate(chosen.method, job), reasons, fits(chosen))
 
 
-def _rate(choice: Choice, job: Job) -> float:
+def _rate(method: MethodConfig, job: Job) -> float:
     """Start of a search, by halves and doubles: a wrong rate costs more than a wrong rank."""
-    small = job.parameters <= 10**9
-    if isinstance(choice.method, Full):
-        return 5e-5 if small else 1e-5
-    rank = getattr(choice.method, "rank", 16)
-    rate = 5e-4 if small else 2e-4
-    return rate / 2 if rank >= 128 else rate
+    rate = method.default_learning_rate(job.hidden_size)
+    return rate / 2 if getattr(method, "rank", 0) >= 128 else rate

@@ -140,6 +140,7 @@ def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memor
     job = Job(
         kind=question.kind, rows=len(examples) or None, tokens=sum(len(e.ids) for e in examples) or None,
         variants=question.variants, merge=question.merge, parameters=rows[0].total_parameters,
+        hidden_size=planner.blueprint.hidden_size,
         fixed_instruction=len(examples) > 1 and shared_prompt(examples) >= 32 and question.variants == 1,
     )  # fmt: skip
     return advise(job, replace(question.choice, quantize=None), lambda choice: fits(planner, choice, memory))

@@ -29,6 +29,7 @@ from veneer.adapters.site import Attachment
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
+from veneer.kernels.layout import round_up
 from veneer.kernels.native import planning, take_noted_flops
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
@@ -73,6 +74,7 @@ class Step:
 class DryRun:
     """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's tensors.
 
+    expert_rows: of the products of an expert beside which an adapter stands, the rows spread evenly; 0: none does.
     forward_shapes: of the products of the forward alone, as an evaluation runs it.
     packable: (bytes that the linear layers but the head lose in 4 bits, bytes of the buffer that one is decoded into).
     """
@@ -88,6 +90,7 @@ class DryRun:
     computed_tokens: int
     packed: bool
     experts: int
+    expert_rows: int
     forward_shapes: int
     packable: tuple[int, int] = (0, 0)
 
@@ -254,7 +257,7 @@ def _run(
     return DryRun(
         static={}, phases=steps, work=tracker.work, trainable_parameters=0, total_parameters=0,
         file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed, experts=experts,
-        forward_shapes=forward_shapes,
+        expert_rows=round_up(tracker.expert_rows), forward_shapes=forward_shapes,
     )  # fmt: skip
 
 

@@ -33,8 +33,15 @@ LIBRARIES_BYTES = 75 * 10**6
 KERNEL_BYTES = {torch.bfloat16: 550_000, torch.float16: 550_000}
 """A matrix product's kernel that oneDNN compiles on a CPU for every new shape and keeps: 0.43-0.72 MB by shape (float32: the
 products of MKL, which compile next to nothing). Growth of a process by shape, `ONEDNN_VERBOSE=2`."""
-PROOF_SIZES = 25
+PROOF_SIZES = 18
 """Further numbers of rows that an expert meets in the proofs on short texts. Counted as above."""
+GROUPED_SHAPES, GROUPED_SHAPES_TRAINED = 4, 6
+"""Products of an expert in transformers' own stack, which the dry run sees as one operation: two forward, the gradients of
+their inputs, and of their weights where those train."""
+DRAWS_PER_SIZE = 3
+"""Times that experts get rows for each new number of them, where that is not rounded. Two runs, counted as above."""
+MOST_KERNELS = 1024
+"""What oneDNN keeps: its primitive cache's default capacity."""
 KEPT_SHARE = 0.11
 """Share of a step's own bytes that glibc's allocator keeps on top: freed pages and holes. Measured as above."""
 KEPT_SHARE_CHECKPOINTED = 0.5
@@ -64,14 +71,22 @@ class Estimate:
     run: DryRun
 
 
-def compiled_kernels(run: DryRun, sizes: int) -> int:
+def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
     """Different shapes of matrix products in a training run whose micro-batches have so many different sizes.
 
-    A mixture's router decides how many rows an expert gets: any multiple of STEP up to all of them.
+    draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many is the router's choice:
+    beside an adapter of its own any multiple of STEP, half of them are met; in a stack of transformers' any number.
     """
     shapes = [shape for shape in run.work.products if all(shape)]
-    routed = [s for s in shapes if s[0] != run.computed_tokens] if run.experts > 1 else []
-    return (len(shapes) - len(routed)) * sizes + len(routed) * (run.computed_tokens // STEP + PROOF_SIZES)
+    beside = [shape for shape in shapes if shape[0] == run.expert_rows]
+    if beside:
+        met = min(run.computed_tokens // STEP // 2, draws) + PROOF_SIZES
+        grouped = len(beside) * met
+    else:
+        trained = run.trainable_parameters == run.total_parameters
+        met = min(draws // DRAWS_PER_SIZE, run.computed_tokens)
+        grouped = (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * met if run.experts > 1 else 0
+    return min((len(shapes) - len(beside)) * sizes + grouped, MOST_KERNELS)
 
 
 def estimate(

@@ -82,11 +82,13 @@ class Epoch:
     largest  the costliest, as train/loop.py finds it
     usual    the one of median size
     sizes    the different numbers of rows that the products of the steps that are taken have
+    taken    how many micro-batches they have
     """
 
     largest: Sequence[Example]
     usual: Sequence[Example]
     sizes: frozenset[int]
+    taken: int
 
 
 @dataclass
@@ -142,15 +144,18 @@ class Planner:
             taken = batches if self.steps is None else batches[: self.steps * each]
             sizes = frozenset(packed_rows(batch, share_prompt=choice.shares_prompt) for batch in taken)
             largest, usual = tokens.index(max(tokens)), by_size[len(by_size) // 2]
-            self._epochs[key] = Epoch(batches[largest], batches[usual], sizes)
+            self._epochs[key] = Epoch(batches[largest], batches[usual], sizes, len(taken))
         return self._epochs[key]
 
     def _kernels(self, run: DryRun, choice: Choice) -> int:
         """Products that are compiled: every shape of the step for each size of its batches, the forward's for evaluations."""
-        sizes = self.epoch(choice).sizes
+        epoch = self.epoch(choice)
+        sizes = epoch.sizes
         looked_at = evaluated_sizes(self.held_out, choice.batch) - sizes
         answered = SAMPLE_SIZES if self.held_out else 0
-        return compiled_kernels(run, len(sizes)) + run.forward_shapes * (len(looked_at) + answered)
+        layers = self.blueprint.config.get_text_config().num_hidden_layers
+        draws = (epoch.taken + 1) * layers * run.experts  # and the costliest, before the first
+        return compiled_kernels(run, len(sizes), draws) + run.forward_shapes * (len(looked_at) + answered)
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         kept = [row for row in self.rows if len(row.ids) <= choice.length]

@@ -59,6 +59,8 @@ class Tracker(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.phases: list[Phase] = []
         self.work = Work()
+        self.expert_rows = 0
+        """That an expert gets, where the program asks which."""
         self._seen: dict[int, tuple[str, int]] = {}
         self._label = "other"
         self._total = 0
@@ -120,7 +122,7 @@ class Tracker(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # asked of masks: they hide nothing
         if func is aten.nonzero.default:
-            rows = -(-args[0].numel() // self.experts)
+            self.expert_rows = rows = -(-args[0].numel() // self.experts)
             return torch.empty(rows, args[0].dim(), dtype=torch.int64, device=META)
         return None
 

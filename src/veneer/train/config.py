@@ -63,7 +63,7 @@ class RunConfig(Settings):
     share_prompt: bool = True
     """Compute the tokens that all rows of a batch begin with once; off with dropout."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak rate; default: the method's own (lora 5e-4, full 5e-5)."""
+    """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3, full 1.3e-4; 4096: 2.9e-4, 2.9e-5)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rate after warm-up; cosine and linear end at 0."""
     warmup: float = Field(default=0.03, ge=0.0, lt=1.0)

@@ -191,7 +191,7 @@ def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatP
     row = next((row for row in data.validation_rows if row.messages), None)
     return Job(
         model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
-        config=config, learning_rate=config.learning_rate or config.method.default_learning_rate,
+        config=config, learning_rate=config.learning_rate or config.method.default_learning_rate(base.hidden_size),
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
         # With dropout every row wants a mask of its own, also where rows begin alike.
         share_prompt=config.share_prompt and not config.method.drops_out, out=Path(config.out),
