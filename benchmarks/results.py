@@ -230,6 +230,18 @@ def table(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
     return lines
 
 
+def searches(figures: dict[str, Any]) -> list[str]:
+    """Held-out loss of seed 0 by learning rate: what each method's rate was chosen by."""
+    lines = ["Held-out loss, nats per token, by learning rate (seed 0; the lowest was taken):", ""]
+    for m in figures["methods"]:
+        tried = [
+            f"{each['learning_rate']:g}: {'diverged' if each['loss'] is None else format(each['loss'], '.3f')}"
+            for each in m["search"]
+        ]
+        lines.append(f"- {m['name']}: {', '.join(tried)}")
+    return lines
+
+
 def claims(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
     """What people say of LoRA, as measured here against full fine-tuning."""
     methods = {m["name"]: m for m in figures["methods"] if m["quality"]}
@@ -282,7 +294,7 @@ def write(args: argparse.Namespace) -> None:
         costs = json.loads(timed.read_text(encoding="utf-8"))["methods"] if timed.is_file() else {}
         # Its sentence on time rests on how busy the machine was; the steps are timed beside it.
         said = " ".join(s for s in conclude(figures) if "must be quick" not in s)
-        parts += ["", *table(figures, costs), "", *claims(figures, costs), "", said]
+        parts += ["", *table(figures, costs), "", *claims(figures, costs), "", *searches(figures), "", said]
     args.doc.write_text("\n".join(parts) + "\n", encoding="utf-8")
     print(args.doc)
 

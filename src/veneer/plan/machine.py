@@ -27,8 +27,9 @@ SHAPES_MEASURED = 4
 """Products timed: those with most of the step's FLOP; the others run at the mean of their rates."""
 MOST_ROWS = 1024
 """Rows of a timed product at most: more do not change the rate, only the wait."""
-ENOUGH_SECONDS = 0.1
-"""Per figure: short enough to answer at once, long enough to pass the first, slow calls."""
+ENOUGH_SECONDS, ROUNDS = 0.05, 2
+"""Per figure, in each of so many rounds over all of them: short enough to answer at once, long enough to pass the first, slow
+calls; a moment in which the machine is slow must not decide a figure."""
 STEP_SHARE = 0.73
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of ten runs of
 benchmarks/plan_time.py on Zen 4, their predictions corrected by hand for attention, which was not counted then. Held in docs/plan.md."""
@@ -106,7 +107,9 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
     """Measured now, at the shapes that `work` spends most in; about a second."""
     place = torch.device(device)
     named = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
-    rates = {shape: product_rate(shape, dtype, place) for shape, _ in named.most_common(SHAPES_MEASURED)}
+    rates: dict[tuple[int, int, int], float] = {}
+    for shape, _ in named.most_common(SHAPES_MEASURED) * ROUNDS:
+        rates[shape] = max(rates.get(shape, 0.0), product_rate(shape, dtype, place))
     flops = sum(named[shape] for shape in rates)
     mean = (
         flops / sum(named[s] / r for s, r in rates.items())
