@@ -122,7 +122,9 @@ class Tracker(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # asked of masks: they hide nothing
         if func is aten.nonzero.default:
-            self.expert_rows = rows = -(-args[0].numel() // self.experts)
+            rows = -(-args[0].numel() // self.experts)
+            if self.experts > 1:
+                self.expert_rows = max(self.expert_rows, rows)
             return torch.empty(rows, args[0].dim(), dtype=torch.int64, device=META)
         return None
 
