@@ -14,7 +14,7 @@ import yaml
 from tests.test_report import Tags
 from tests.tiny import save_tiny, tiny_model
 from veneer import api
-from veneer.adapters.config import Bottleneck, Full, LoRA
+from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
 from veneer.cli import plan as command
 from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
@@ -249,6 +249,16 @@ def test_the_advised_rate_is_the_methods_own_for_this_width():
     assert rate(kind="knowledge", hidden_size=4096, parameters=7 * 10**9) == 2.9e-5
     wide = rate(kind="knowledge", variants=2, hidden_size=4096)
     assert wide == LoRA().default_learning_rate(4096) / 2  # rank 128, scaled by its root
+
+
+def test_default_rates_fall_with_the_width_and_for_starts_that_are_as_large_as_the_weight():
+    for method, narrow, wide in [
+        (LoRA(), 1.3e-3, 2.9e-4), (DoRA(), 1.3e-3, 2.9e-4), (Full(), 1.3e-4, 2.9e-5), (Bottleneck(), 2.6e-3, 5.7e-4),
+        (LoRA(init="pissa"), 3.3e-4, 7.1e-5), (LoRA(init="olora"), 3.3e-4, 7.1e-5), (LoRA(init="eva"), 1.3e-3, 2.9e-4),
+        (Prefix(), 1.5e-2, 1.5e-2), (Prefix(projection=64), 5e-4, 5e-4),
+    ]:  # fmt: skip
+        assert method.default_learning_rate(576) == narrow
+        assert method.default_learning_rate(4096) == wide
 
 
 @pytest.mark.parametrize(
