@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import veneer
 from tests.tiny import save_tiny
+from veneer.cli.compare import _table
 from veneer.compare.conclusion import conclude
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, prepare_rows
@@ -188,6 +191,25 @@ def method(name: str, value: float, to_best: tuple[float, float], **fields: Any)
         "to_best": {"exact_match": {"difference": sum(to_best) / 2, "interval": list(to_best)}},
         "forgetting": {"value": 0.1, "interval": [0.05, 0.15]}, **fields,
     }  # fmt: skip
+
+
+def test_on_the_screen_80_columns_hold_every_figure_and_a_failure_is_named() -> None:
+    slow = method(
+        "bottleneck",
+        0.744,
+        (-0.1, 0.1),
+        seconds=4000.0,
+        trainable_parameters=134_515_008,
+        adapter_bytes=272_590_000,
+    )
+    failed = method("qlora", 0.1, (-0.1, 0.1), failure="diverged")
+    console = Console(width=80, file=io.StringIO())
+    console.print(_table(figures_of(slow, failed, best="bottleneck")))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "…" not in shown
+    assert lines[2] == "bottleneck 74.4% 69.4% to 79.4% 0.0001 135 M 1.00 GB 1:06:40 273 MB +0.10"
+    assert lines[3] == "qlora failed"
 
 
 def figures_of(*methods: dict[str, Any], best: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.cli.common import add_json, make_console, print_json
 from veneer.cli.config_file import read_run_config
@@ -23,6 +23,9 @@ from veneer.cli.generate import at_least_one
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
 from veneer.train.wording import shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
     from veneer import api
-    from veneer.compare.conclusion import HEAD, facts
 
     console = make_console(json=True)
 
@@ -106,14 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(figures)
         return 0
-    from rich.table import Table
-
     screen = make_console(json=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
-    for place, title in enumerate(HEAD):
-        table.add_column(title, justify="left" if place == 0 else "right", no_wrap=place != 2)
-    for method in figures["methods"]:
-        table.add_row(*(shown(cell) for cell in facts(method, figures)))
+    table = _table(figures)
     screen.print()
     screen.print(table)
     screen.print()
@@ -121,6 +117,21 @@ def run(args: argparse.Namespace) -> int:
         screen.print(shown(sentence))
     screen.print(f"\n{args.out / 'comparison.html'}", soft_wrap=True)
     return 0
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    """One line a method; 80 columns hold it."""
+    from rich.table import Table
+
+    from veneer.compare.conclusion import HEAD, facts
+
+    table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
+    for place, title in enumerate(HEAD):
+        table.add_column(title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
+    for method in figures["methods"]:
+        cells = [method["name"], "failed"] if method["failure"] else facts(method, figures)
+        table.add_row(*map(shown, cells))
+    return table
 
 
 def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:

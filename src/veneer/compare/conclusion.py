@@ -179,10 +179,10 @@ def facts(method: Method, figures: dict[str, Any]) -> list[str]:
     return [
         method["name"], quantity(quality["value"], unit), f"{quantity(low, unit)} to {quantity(high, unit)}",
         f"{method['learning_rate']:g}", millions(method["trainable_parameters"]), size(method["peak_memory_bytes"]),
-        clock(method["seconds"]), size(method["adapter_bytes"]), f"{forgot['value']:+.3f}" if forgot else "–",
+        clock(method["seconds"]), size(method["adapter_bytes"]), f"{forgot['value']:+.2f}" if forgot else "–",
     ]  # fmt: skip
 
 
 HEAD = (
-    "method", "quality", "95% interval", "learning rate", "trained", "peak memory", "time", "file", "forgetting",
+    "method", "quality", "95% interval", "learning rate", "trained", "peak memory", "time", "file", "forgot",
 )  # fmt: skip
