@@ -16,6 +16,7 @@ from pathlib import Path
 from veneer import api
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
 from veneer.errors import DivergedError
+from veneer.models.base import hidden_size
 from veneer.models.blueprint import blueprint
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import QuietScreen
@@ -66,7 +67,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    hidden = blueprint(args.base).hidden_size
+    hidden = hidden_size(blueprint(args.base).config)
     defaults = {name: METHODS[name].default_learning_rate(hidden) for name in args.methods}
     budget = {"base": args.base, "steps": args.steps, "batch": args.batch, "seed": args.seed}
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"budget": budget, "losses": {}}

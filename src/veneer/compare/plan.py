@@ -30,10 +30,6 @@ class Candidate:
     name: str
     config: RunConfig
 
-    def default_rate(self, hidden_size: int) -> float:
-        """Where its search starts, on a base of this hidden size."""
-        return self.config.learning_rate or self.config.method.default_learning_rate(hidden_size)
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -19,7 +19,8 @@ from veneer.compare.page import make_page
 from veneer.compare.plan import Comparison
 from veneer.compare.search import search, steps_within
 from veneer.data.sources import read_rows
-from veneer.models.blueprint import blueprint
+from veneer.models.base import hidden_size
+from veneer.models.skeleton import load_skeleton
 from veneer.store.atomic import atomic_file
 
 
@@ -36,7 +37,7 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
     )
     format = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, format)
-    worker = Worker(comparison, blueprint(comparison.base).hidden_size, say, ran=[])
+    worker = Worker(comparison, hidden_size(load_skeleton(comparison.base).model.config), say, ran=[])
     base = worker.evaluate("the base", None)
     finished = [_candidate(worker, place) for place in range(len(comparison.candidates))]
     figures = make_figures(comparison, finished, base, rows)

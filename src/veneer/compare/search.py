@@ -17,13 +17,8 @@ PROBE_STEPS = 6
 
 def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> int:
     """Optimizer steps that fit into this training time, by a short run of this candidate on this machine."""
-    done = worker.train(
-        candidate,
-        rate=candidate.default_rate(worker.hidden_size),
-        seed=0,
-        steps=PROBE_STEPS,
-        with_result=False,
-    )
+    rate = candidate.config.peak_learning_rate(worker.hidden_size)
+    done = worker.train(candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False)
     if done.failure:
         return PROBE_STEPS  # what fails here fails in the search, and is told there
     # The first step is not in `seconds`: it compiles and allocates.
@@ -33,7 +28,7 @@ def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> int:
 def search(worker: Worker, candidate: Candidate, steps: int) -> tuple[list[tuple[float, Done]], int | None]:
     """(rate, run) in rising order, and the place of the best; None where no run came to an end."""
     comparison = worker.comparison
-    default = candidate.default_rate(worker.hidden_size)
+    default = candidate.config.peak_learning_rate(worker.hidden_size)
     factors = sorted(comparison.factors)
     step = factors[-1] / factors[-2] if len(factors) > 1 else 3.0
     tried: dict[float, Done] = {}

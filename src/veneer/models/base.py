@@ -65,10 +65,6 @@ class Base:
     def config(self) -> PreTrainedConfig:
         return self.model.config
 
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config.get_text_config().hidden_size)
-
     def fingerprint(self) -> Fingerprint:
         """Which weights these are, taken when the base was made.
 
@@ -99,6 +95,11 @@ class Base:
             with self.routing.none():
                 self._paths = prepare(self.model)
         return self._paths
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width of what the decoder layers of such a base hand on."""
+    return int(config.get_text_config().hidden_size)
 
 
 def stop_token_ids(

@@ -40,10 +40,6 @@ class Blueprint:
     config: PreTrainedConfig
     dtype: torch.dtype
 
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config.get_text_config().hidden_size)
-
     def build(self, dtype: DtypeName = "auto") -> PreTrainedModel:
         """The model on the meta device, in eval mode, nothing trainable; as load_base would return it."""
         wanted = self.dtype if dtype == "auto" else DTYPES[dtype]

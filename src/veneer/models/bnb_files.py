@@ -20,8 +20,7 @@ from torch import Tensor
 
 from veneer.errors import CorruptFileError
 from veneer.kernels.nf4 import Nested
-from veneer.models.sources import weight_files
-from veneer.models.tensor_files import StoredTensor, stored_tensors
+from veneer.models.tensor_files import StoredTensor
 from veneer.quant.nf4 import BLOCK_SIZES, BookName, Packed
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -108,9 +107,8 @@ def stored_weights(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     return weights | {name: tensor for name, tensor in tensors.items() if name not in taken}
 
 
-def stored_book(folder: Path) -> tuple[BookName, torch.dtype] | None:
-    """(format, type of the weights before they were packed) of a folder with packed weights; None: it has none."""
-    tensors = stored_tensors(weight_files(folder))
+def stored_book(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[BookName, torch.dtype] | None:
+    """(format, type of the weights before they were packed) of a folder's tensors; None: none is packed."""
     if not any(_STATE in name for name in tensors):
         return None
     packed = [weight for weight in stored_weights(tensors).values() if isinstance(weight, StoredPacked)]

@@ -45,6 +45,7 @@ from veneer.models.loaded import NEXT_DOWNLOAD, check_loaded
 from veneer.models.quiet import is_out_of_memory, quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.models.streaming import build_packed, holds_experts_apart
+from veneer.models.tensor_files import stored_tensors
 from veneer.quant.config import Quantize
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -86,7 +87,8 @@ def load_base(
         )
     found = locate_blocks(source) if quantize == "gguf" else locate(source)
     stored = stored_dtypes(found.folder)
-    held = None if quantize == "gguf" else stored_book(found.folder)
+    tensors = stored_tensors(weight_files(found.folder))
+    held = None if quantize == "gguf" else stored_book(found.folder, tensors)
     if held is not None:
         book, stored_as = held
         if quantize not in (None, book):
@@ -95,7 +97,7 @@ def load_base(
                 next_step="Leave quantize out: such a folder is read as it is.",
             )
         quantize, build = book, partial(build_packed, book=None)
-    elif build is None and holds_experts_apart(found.folder):
+    elif build is None and holds_experts_apart(tensors):
         build = partial(build_packed, book=None)
     if dtype != "auto":
         wanted = DTYPES[dtype]

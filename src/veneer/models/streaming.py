@@ -9,8 +9,7 @@ read as it is, per tensor: what it left dense stays dense.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ _NAME = "veneer"
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Endings of linear layers that choose experts: a few values that decide where every token goes."""
-
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -185,13 +183,13 @@ def _install(model: PreTrainedModel, path: str, name: str, weight: Packed) -> No
             each._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def holds_experts_apart(folder: Path) -> bool:
-    """Whether experts are stored one by one, while the model holds a stack of them.
+def holds_experts_apart(names: Iterable[str]) -> bool:
+    """Whether of a folder's weights experts are stored one by one, while the model holds a stack of them.
 
     Where transformers maps such files, it keeps the experts two times, in the stack and in the file's pages, for as
     long as any other weight of the file is in use: they are better read tensor by tensor, also where nothing is packed.
     """
-    return any(_ONE_EXPERT.search(name) for name in stored_tensors(weight_files(folder)))
+    return any(_ONE_EXPERT.search(name) for name in names)
 
 
 def build_packed(

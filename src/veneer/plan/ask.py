@@ -16,6 +16,7 @@ from veneer.adapters.config import METHODS, LoRA, MethodConfig
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
+from veneer.models.base import hidden_size
 from veneer.models.blueprint import Blueprint, blueprint
 from veneer.plan.advise import Advice, Job, Kind, advise
 from veneer.plan.estimate import Device
@@ -140,7 +141,7 @@ def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memor
     job = Job(
         kind=question.kind, rows=len(examples) or None, tokens=sum(len(e.ids) for e in examples) or None,
         variants=question.variants, merge=question.merge, parameters=rows[0].total_parameters,
-        hidden_size=planner.blueprint.hidden_size,
+        hidden_size=hidden_size(planner.blueprint.config),
         fixed_instruction=len(examples) > 1 and shared_prompt(examples) >= 32 and question.variants == 1,
     )  # fmt: skip
     return advise(job, replace(question.choice, quantize=None), lambda choice: fits(planner, choice, memory))

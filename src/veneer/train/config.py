@@ -93,6 +93,10 @@ class RunConfig(Settings):
     out: str
     """Folder of the run; must not exist, or hold the run that --resume continues."""
 
+    def peak_learning_rate(self, hidden_size: int) -> float:
+        """On a base of this hidden size: its own, else the method's."""
+        return self.learning_rate or self.method.default_learning_rate(hidden_size)
+
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:

@@ -26,7 +26,7 @@ from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import num_parameters
-from veneer.models.base import Base
+from veneer.models.base import Base, hidden_size
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.generate import generate
@@ -191,7 +191,7 @@ def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatP
     row = next((row for row in data.validation_rows if row.messages), None)
     return Job(
         model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
-        config=config, learning_rate=config.learning_rate or config.method.default_learning_rate(base.hidden_size),
+        config=config, learning_rate=config.peak_learning_rate(hidden_size(base.config)),
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
         # With dropout every row wants a mask of its own, also where rows begin alike.
         share_prompt=config.share_prompt and not config.method.drops_out, out=Path(config.out),
