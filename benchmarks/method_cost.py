@@ -3,8 +3,9 @@
     python benchmarks/method_cost.py --base smollm2-135m --rows train.jsonl --out cost.json
 
 Each method trains in a process of its own, the methods in turn and all of them --repeats times, so that what else the
-machine does falls on all alike. The first step of a run is left out. Memory is the peak above what the process held
-before the base was loaded. Every run has the same rows in the same order, and the same rank where it has one.
+machine does falls on all alike. Every run has the same rows in the same order, so a step is the same work each time: the
+fastest of its repeats counts, and the mean over steps is told. The first step of a run is left out. Memory is the peak above
+what the process held before the base was loaded. The rank is the same where a method has one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from veneer import api
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
@@ -39,7 +41,7 @@ def methods(rank: int) -> dict[str, MethodConfig]:
     }
 
 
-def one(args: argparse.Namespace) -> dict[str, float]:
+def one(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
             base=args.base, out=f"{scratch}/run", method=methods(args.rank)[args.one], batch=args.batch,
@@ -49,7 +51,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         summary = api.train_run(config, resume=False, screen=QuietScreen())
         steps = [r for r in read_records(Path(scratch) / "run" / "metrics.jsonl") if r["kind"] == "step"][1:]
     return {
-        "step_seconds": statistics.median(step["seconds"] for step in steps),
+        "seconds": [step["seconds"] for step in steps],
         "memory_bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
         "trainable_parameters": summary["trainable_parameters"],
         "file_bytes": summary["adapter_bytes"],
@@ -75,7 +77,7 @@ def main() -> None:
         print(json.dumps(one(args)))
         return
     chosen = [m for m in args.methods if args.quantize is None or isinstance(methods(1)[m], AdapterConfig)]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for _ in range(args.repeats):
         for name in chosen:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
@@ -83,14 +85,12 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{name}:\n{done.stderr[-2000:]}")
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for name, runs in found.items()
-    }
+    rows: dict[str, dict[str, float]] = {}
     for name, runs in found.items():
-        rows[name]["step_seconds_spread"] = max(r["step_seconds"] for r in runs) - min(
-            r["step_seconds"] for r in runs
-        )
+        steps = [run.pop("seconds") for run in runs]
+        rows[name] = {"step_seconds": statistics.mean(map(min, zip(*steps, strict=True)))}
+        rows[name] |= {"slowest_run_seconds": max(statistics.mean(run) for run in steps)}
+        rows[name] |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "one"}
     args.out.write_text(json.dumps({"settings": settings, "methods": rows}, indent=2) + "\n")
     unit = rows.get("lora", next(iter(rows.values())))

@@ -183,7 +183,7 @@ def cost(task: str, args: argparse.Namespace) -> None:
     script = Path(__file__).with_name("method_cost.py")
     command = [
         sys.executable, str(script), "--base", args.base, "--rows", str(train), "--out", str(args.out / task / "cost.json"),
-        "--batch", str(args.batch), "--repeats", "3", "--steps", "8", "--methods", *named,
+        "--batch", str(args.batch), "--repeats", "3", "--steps", "6", "--methods", *named,
     ]  # fmt: skip
     if subprocess.run(command).returncode:
         sys.exit(f"{task}: method_cost.py failed")

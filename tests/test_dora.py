@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 from veneer.kernels.dora import dora_linear, dora_linear_reference, row_norms, row_squares
 from veneer.kernels.dropout import row_keys
 from veneer.kernels.lora import Dropout
-from veneer.linear import DenseLinear, frozen_linear
+from veneer.linear import DenseLinear, TransposedLinear, frozen_linear
 
 M, I, O, R, SCALING = 7, 11, 5, 3, 0.6
 
@@ -141,14 +141,44 @@ def test_the_norm_is_kept_while_nothing_moves_and_forgotten_when_something_does(
         assert not torch.equal(layer.norm(frozen), moved)
 
 
-@pytest.mark.parametrize(
-    ("family", "targets"), [("llama", ["embed_tokens", "q_proj"]), ("mixtral", "all-linear")]
-)
-def test_what_is_no_linear_layer_is_refused_by_name(family, targets):
-    model = tiny_model(family)
-    with pytest.raises(ConfigError, match="DoRA takes linear layers") as caught:
-        attach(model, DoRA(targets=targets), name="a", routing=Routing(), head=model.get_output_embeddings())
-    assert any("embed_tokens" in fault or "experts" in fault for fault in caught.value.faults)
+def test_fused_experts_are_refused_by_name():
+    model = tiny_model("mixtral")
+    with pytest.raises(ConfigError, match="these targets are fused experts") as caught:
+        attach(model, DoRA(), name="a", routing=Routing(), head=model.get_output_embeddings())
+    assert all("experts" in fault for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale):
+    """magnitude * (T + scaling * (B A)^T) / its column norms, (V, D); of a scaled embedding, that times its scale."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    V, D = 13, 6
+    table, A, B, magnitude = draw(V, D), draw(R, V), draw(D, R), draw(D) + 2
+    table[:, 4] = B[4] = 0  # no length: its factor stays 1
+    base = TransposedLinear(table, None)
+    layer = DoRALayer(LoRALayer("embedding", A, B, alpha=R * SCALING, rslora=False), base)
+    assert layer.magnitude.shape == (D,) and layer.parts().keys() == {"A", "B", "magnitude"}
+    torch.testing.assert_close(layer.magnitude, (table + SCALING * (B @ A).T).norm(dim=0).float())
+    layer.magnitude.data = magnitude
+    ids = torch.tensor([[0, 12, 5], [5, 7, 1]])
+    inputs = [*layer.parts().values()]
+    norm = (table + SCALING * (B @ A).T).norm(dim=0).detach()
+    factor = torch.where(norm > 0, layer.magnitude / norm.where(norm > 0, 1.0), 1.0)
+    expected = scale * (factor * (table + SCALING * (layer.low_rank.B @ layer.low_rank.A).T))[ids]
+    plain = scale * table[ids]
+    found = plain + layer.looked_up(ids, plain, base, scale=scale)
+    close = {"rtol": 1e-5, "atol": 1e-6}  # lengths are kept in float32
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(layer.folded(table)[ids] * scale, expected.detach(), **close)
+    g = draw(*found.shape)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True
+    ):
+        torch.testing.assert_close(one, other, **close)
 
 
 @pytest.mark.parametrize("size", [16, 48, 8])

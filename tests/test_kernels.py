@@ -8,7 +8,7 @@ from torch import nn
 
 from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
-from veneer.kernels.dropout import keep_mask, row_keys
+from veneer.kernels.dropout import drop_out, drop_out_reference, keep_mask, row_keys
 from veneer.kernels.layout import Layout
 from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
@@ -177,6 +177,28 @@ def test_a_dropout_mask_follows_the_document_wherever_it_lies():
     moved = keep_mask(row_keys(documents[order], positions[order]), 50, key=5, dropout=0.5)
     assert torch.equal(mask[order], moved)
     assert not torch.equal(mask, keep_mask(row_keys(documents, positions), 50, key=6, dropout=0.5))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (65, 64), (200, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
+    torch.manual_seed(3)
+    x = (torch.randn(size) * torch.logspace(-30, 30, size[1])).to(dtype)
+    rows = row_keys(torch.arange(size[0]) * 7919, torch.arange(size[0]))
+    layered = (123 << 32) + 77 * 0x9E3779B1  # as a layer gives it: module above, step below, past 32 bits
+    for key in (0, layered):
+        found = drop_out(x, rows, key=key, dropout=share)
+        assert torch.equal(found, drop_out_reference(x, rows, key=key, dropout=share))
+    assert found.data_ptr() != x.data_ptr()
+    assert torch.equal(drop_out(x.T.contiguous().T, rows, key=key, dropout=share), found)
+
+
+def test_the_compiled_dropout_keeps_what_is_not_finite():
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3e38]])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = drop_out(x.to(dtype), torch.tensor([9]), key=1, dropout=1e-9)
+        assert found[0, 0].isnan() and found[0, 1] == float("inf") and found[0, 2] == -float("inf")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

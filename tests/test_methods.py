@@ -44,6 +44,7 @@ class Row:
     drops_out: bool = True
 
 
+WITH_EMBEDDING = r".*\.(\w+_proj|c_attn|c_fc|embed_tokens|wte)"
 METHODS = {
     "lora": Row(config=LoRA(rank=3, alpha=5.0)),
     "rslora": Row(config=LoRA(rank=5, alpha=3.0, rslora=True, rank_pattern={"down_proj|c_proj": 2})),
@@ -51,7 +52,9 @@ METHODS = {
     "pissa": Row(config=LoRA(rank=3, alpha=5.0, init="pissa")),
     "fast pissa, rslora": Row(config=LoRA(rank=3, alpha=5.0, init="pissa", rslora=True, svd_iterations=2)),
     "olora": Row(config=LoRA(rank=3, alpha=5.0, init="olora", rank_pattern={"o_proj|c_proj": 2})),
+    "lora, embedding": Row(config=LoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
     "dora": Row(config=DoRA(rank=3, alpha=5.0)),
+    "dora, embedding": Row(config=DoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
     "houlsby": Row(config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False),
     "pfeiffer": Row(config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False),
     "parallel": Row(config=Bottleneck(size=7, activation="swish"), folds=False),
@@ -116,6 +119,12 @@ def move(attachment, *, seed=1, scale=0.15):
     generator = torch.Generator().manual_seed(seed)
     for parameter in attachment.parameters().values():
         parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def untie(model):
+    """What changes an embedding leaves a tied head as it is."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 @torch.no_grad()
@@ -242,9 +251,12 @@ def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, famil
         with pytest.raises(ConfigError, match=r"cannot be (merged|folded)"):
             next(iter(attachment.layers.values())).folded(torch.zeros(3, 3))
         return
+    untie(model)
     for path, layer in attachment.layers.items():
-        weight = frozen_linear(modules[path]).dense_weight(torch.float32)
-        weight.copy_(layer.folded(weight))  # dense_weight is the weight itself, or its transpose
+        linear = frozen_linear(modules[path])
+        # dense_weight is the weight itself, or its transpose
+        weight = modules[path].weight.data if linear is None else linear.dense_weight(torch.float32)
+        weight.copy_(layer.folded(weight))
     assert (logits(model) - expected).abs().max() <= FOLDED * expected.abs().max()
 
 
@@ -263,6 +275,7 @@ def test_beside_another_adapter_their_changes_add_up(row):
     routing.active = (("a", 0.5), ("b", -2.0))
     both = logits(model)
     routing.active = ()
+    untie(model)
     for attachment, weight in ((first, 0.5), (second, -2.0)):
         for path, layer in attachment.layers.items():
             own = modules[path].weight.data

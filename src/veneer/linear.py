@@ -66,12 +66,11 @@ class DenseLinear:
 
 
 class TransposedLinear:
-    """GPT-2's Conv1D, W stored as (I, O)."""
+    """W stored as (I, O): GPT-2's Conv1D; an embedding's table too, a linear layer whose rows x have a single one."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.weight: Tensor = module.get_parameter("weight")
-        self.bias: Tensor | None = module.get_parameter("bias")
-        self.in_features, self.out_features = self.weight.shape
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.in_features, self.out_features = weight.shape
 
     @property
     def device(self) -> torch.device:
@@ -234,4 +233,6 @@ def frozen_linear(module: nn.Module) -> FrozenLinear | None:
         return module
     if isinstance(module, nn.Linear):
         return DenseLinear(module)
-    return TransposedLinear(module) if is_transposed_linear(module) else None
+    if not is_transposed_linear(module):
+        return None
+    return TransposedLinear(module.get_parameter("weight"), module.get_parameter("bias"))

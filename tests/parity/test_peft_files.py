@@ -155,6 +155,17 @@ ROWS = {
         ours={"targets": ["lm_head", "v_proj"]},
         theirs={"target_modules": ["lm_head", "v_proj"], "use_dora": True},
     ),
+    "dora, embedding": Row(
+        method=DoRA,
+        ours={"targets": ["embed_tokens", "v_proj"]},
+        theirs={"target_modules": ["embed_tokens", "v_proj"], "use_dora": True},
+    ),
+    "dora, tied embedding": Row(
+        method=DoRA,
+        family="llama",
+        ours={"targets": ["embed_tokens", "v_proj"]},
+        theirs={"target_modules": ["embed_tokens", "v_proj"], "use_dora": True},
+    ),
     "conv1d": Row(family="gpt2", ours={}, theirs={"target_modules": "all-linear"}),
     "conv1d, embedding, all biases": Row(
         family="gpt2",

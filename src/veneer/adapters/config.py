@@ -152,7 +152,7 @@ class LoRA(LowRank):
 
 
 class DoRA(LowRank):
-    """Rows of W + scaling * B A brought to a trained length; linear layers only. Costs a little more than LoRA."""
+    """Rows of W + scaling * B A brought to a trained length; linear layers and embeddings. Costs a little more than LoRA."""
 
     usual_rate = 5e-4
 

@@ -1,6 +1,6 @@
 """DoRA: LoRA that turns the rows of W, and a trained length for each of them.
 
-    W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||     by rows
+    W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||     by rows; of an embedding W is the table's transpose
 
 The magnitude starts as the norm that the forward itself computes, so the first factors are exactly 1 and a fresh layer
 changes no bit. Dropout acts on the inputs of A alone, as in LoRA (PEFT also drops inputs of the base's product while
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from veneer.adapters.lora import Kind, LoRALayer, delta_weight
 from veneer.adapters.routing import Routing
-from veneer.kernels.dora import dora_linear, row_norms, row_squares
+from veneer.kernels.dora import dora_linear, row_factor, row_norms, row_squares
 from veneer.linear import FrozenLinear, frozen_product
 
 
 class DoRALayer:
-    """A LoRA of a linear layer and the lengths of the rows, magnitude (O) float32."""
-
-    kind: Kind = "linear"
+    """A LoRA of a linear layer or an embedding and the lengths of the rows, magnitude (O) or (D), float32."""
 
     def __init__(self, low_rank: LoRALayer, base: FrozenLinear) -> None:
         self.low_rank = low_rank
+        self.kind: Kind = low_rank.kind
         self.rank, self.alpha, self.scaling = low_rank.rank, low_rank.alpha, low_rank.scaling
         self._squares = row_squares(base)
         self._kept: tuple[tuple[int, ...], Tensor] | None = None
@@ -40,8 +39,9 @@ class DoRALayer:
 
     def folded(self, weight: Tensor) -> Tensor:
         turned = weight + delta_weight(self.low_rank)
-        norm = torch.linalg.vector_norm(turned, dim=1, keepdim=True)
-        magnitude = self.magnitude.detach().to(weight.dtype)[:, None]
+        along = 0 if self.kind == "embedding" else 1
+        norm = torch.linalg.vector_norm(turned, dim=along, keepdim=True)
+        magnitude = self.magnitude.detach().to(weight.dtype).unsqueeze(along)
         return torch.where(norm > 0, turned * (magnitude / norm), turned)
 
     def norm(self, base: FrozenLinear) -> Tensor:
@@ -62,6 +62,12 @@ class DoRALayer:
     @torch.no_grad()
     def _norm(self, base: FrozenLinear) -> Tensor:
         return row_norms(self.low_rank.A, self.low_rank.B, self._squares, base, scaling=self.scaling)
+
+    def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
+        """(factor - 1) * plain + factor * LoRA's change: EmbeddingLayer. Exactly 0 while the layer is fresh."""
+        change = self.low_rank.looked_up(ids, plain, table, scale=scale)
+        factor = row_factor(self.magnitude, self.norm(table))
+        return ((factor - 1) * plain + factor * change).to(plain.dtype)
 
     @classmethod
     def product(

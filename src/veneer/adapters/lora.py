@@ -21,7 +21,7 @@ from veneer.adapters.starts import Factors
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.lora import Dropout, lora_linear
-from veneer.linear import FrozenLinear, frozen_linear, frozen_product
+from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
 Kind = Literal["linear", "embedding", "experts"]
 
@@ -110,6 +110,11 @@ class LoRALayer:
         B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
         return lora_linear(x, A, B, bias, base, scaling=1.0)
 
+    def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
+        """scaling * (A^T)[ids] B^T: EmbeddingLayer."""
+        update = F.embedding(ids, self.A.T.to(plain.dtype)) @ self.B.T.to(plain.dtype)
+        return update * (self.scaling * scale)
+
 
 class LinearLayer(Layer, Protocol):
     """A layer of a linear module."""
@@ -161,8 +166,19 @@ class AdaptedLinear(AdaptedModule):
         return y
 
 
+class EmbeddingLayer(Layer, Protocol):
+    """A layer of an embedding."""
+
+    def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
+        """What the layer adds to plain = scale * table[ids], (..., D) in its type; table: (D, V)."""
+
+
 class AdaptedEmbedding(AdaptedModule):
-    """table[ids] + scaling * (A^T)[ids] B^T; a model that scales its embeddings scales the update too."""
+    """table[ids] + sum over active adapters of weight * change; a model that scales its embeddings scales these too."""
+
+    def __init__(self, base: nn.Module, routing: Routing) -> None:
+        super().__init__(base, routing)
+        self.table = TransposedLinear(base.get_parameter("weight"), None)
 
     @property
     def weight(self) -> Tensor:
@@ -170,11 +186,13 @@ class AdaptedEmbedding(AdaptedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         values = self.replaced()
-        y: Tensor = torch.func.functional_call(self.base, dict(values), (ids,)) if values else self.base(ids)
+        plain: Tensor = (
+            torch.func.functional_call(self.base, dict(values), (ids,)) if values else self.base(ids)
+        )
         scale = getattr(self.base, "embed_scale", 1.0)
+        y = plain
         for layer, weight in self.acting():
-            update = F.embedding(ids, layer.A.T.to(y.dtype)) @ layer.B.T.to(y.dtype)
-            y = y + update * (layer.scaling * weight * scale)
+            y = y + weight * layer.looked_up(ids, plain, self.table, scale=scale)
         return y
 
 

@@ -14,7 +14,7 @@ from veneer.adapters.starts import Factors, olora_start, pissa_start
 from veneer.adapters.targets import Targets, find_targets, pattern_value
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
-from veneer.linear import FrozenLinear, frozen_linear
+from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear
 
 
 def build_lora(site: Site, config: LoRA) -> None:
@@ -34,12 +34,7 @@ def build_lora(site: Site, config: LoRA) -> None:
             made.begin_at(A0.to(frozen.device), B0.to(frozen.device))
         site.put(path, AdaptedLinear, made)
     for path in targets.embeddings:
-        table = site.modules[path].get_parameter("weight")
-        r = pattern_value(config.rank_pattern, path, config.rank)
-        # The other way round, as PEFT: rows of A are looked up, B mixes them.
-        A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
-        made = _layer(site, config, "embedding", path, A, B, device=table.device)
-        site.put(path, AdaptedEmbedding, made)
+        site.put(path, AdaptedEmbedding, _embedding_layer(site, config, path))
     for path in targets.experts:
         owner, _, parameter = path.rpartition(".")
         E, O, I = expert_parameters(site.modules[owner])[parameter]
@@ -70,17 +65,20 @@ _START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]]
 
 
 def build_dora(site: Site, config: DoRA) -> None:
-    """Raises ConfigError where the settings match nothing, or what is no linear layer."""
+    """Raises ConfigError where the settings match nothing, or fused experts."""
     targets = _targets(site, config)
-    if others := [*targets.embeddings, *targets.experts]:
+    if targets.experts:
         raise ConfigError(
-            "DoRA takes linear layers; these targets are embeddings or fused experts",
-            others,
-            "List the linear layers in `targets`, or take method lora.",
+            "DoRA takes linear layers and embeddings; these targets are fused experts",
+            targets.experts,
+            "List the other layers in `targets`, or take method lora.",
         )
     for path in targets.linears:
         made, frozen = _linear_layer(site, config, path)
         site.put(path, AdaptedLinear, DoRALayer(made, frozen))
+    for path in targets.embeddings:
+        table = TransposedLinear(site.modules[path].get_parameter("weight"), None)
+        site.put(path, AdaptedEmbedding, DoRALayer(_embedding_layer(site, config, path), table))
     _train_in_full(site, targets)
 
 
@@ -98,6 +96,14 @@ def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, Fr
     A, B = site.kaiming(r, frozen.in_features), torch.zeros(frozen.out_features, r)
     made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
     return made, frozen
+
+
+def _embedding_layer(site: Site, config: LowRank, path: str) -> LoRALayer:
+    """The other way round, as PEFT: rows of A are looked up, B mixes them."""
+    table = site.modules[path].get_parameter("weight")
+    r = pattern_value(config.rank_pattern, path, config.rank)
+    A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
+    return _layer(site, config, "embedding", path, A, B, device=table.device)
 
 
 def _layer(

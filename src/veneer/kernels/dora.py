@@ -90,7 +90,8 @@ def row_squares(base: FrozenLinear) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=wide).float().square()
 
 
-def _factor(magnitude: Tensor, norm: Tensor) -> Tensor:
+def row_factor(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm, (O); 1 where a row has no length."""
     real = norm > 0
     return torch.where(real, magnitude / torch.where(real, norm, 1.0), 1.0)
 
@@ -112,7 +113,7 @@ def _turn_forward(
         )  # fmt: skip
         native.veneer_dora_forward(ctypes.byref(call))
         return
-    factor = _factor(magnitude, norm)
+    factor = row_factor(magnitude, norm)
     if bias is None:
         y_MO.mul_(factor.to(y_MO.dtype))
     else:
@@ -141,7 +142,7 @@ def _turn_backward(
             partial.data_ptr(), magnitude.data_ptr(), norm.data_ptr(), grad.data_ptr(), blocks, width
         )
         return turned, up, grad, bool(native.veneer_dora_magnitudes(ctypes.byref(last)))
-    turned = g_MO * _factor(magnitude, norm).to(g_MO.dtype)
+    turned = g_MO * row_factor(magnitude, norm).to(g_MO.dtype)
     without_bias = y_MO if bias is None else y_MO - bias
     total = (g_MO * without_bias).sum(0, dtype=norm.dtype)
     counts = (norm > 0) & (magnitude != 0)
@@ -212,6 +213,6 @@ def dora_linear_reference(
     x_MI = x.reshape(-1, x.shape[-1])
     dropped = x_MI if dropout is None else dropout.apply(x_MI)
     y_MO = x_MI @ base.dense_weight(x.dtype).T + scaling * (dropped @ A.to(x.dtype).T) @ B.to(x.dtype).T
-    y_MO = y_MO * _factor(magnitude, norm).to(x.dtype)
+    y_MO = y_MO * row_factor(magnitude, norm).to(x.dtype)
     y_MO = y_MO if bias is None else y_MO + bias
     return y_MO.view(*x.shape[:-1], -1)

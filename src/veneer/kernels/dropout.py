@@ -1,13 +1,18 @@
 """Dropout whose mask is computed from keys, so that it is never stored and never depends on the batch.
 
-A value is kept if hash(row key, column) is above the threshold. The row key names the document, the position
+A value is kept if hash(row key, column) reaches the threshold. The row key names the document, the position
 in it, the step and the module, so the mask is the same packed or padded, in any batch order, in backward, under
 gradient checkpointing, and after a resume. Two rounds of the 32-bit integer finaliser `lowbias32`
 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/) on 64-bit integers, which every device multiplies alike.
+On a CPU one compiled pass does it all (native/dropout.c): a dozen passes over 64-bit integers cost more than the layer.
 """
+
+import ctypes
 
 import torch
 from torch import Tensor
+
+from veneer.kernels.native import library, on_cpu
 
 _MASK32 = 0xFFFFFFFF
 
@@ -30,3 +35,37 @@ def keep_mask(rows: Tensor, columns: int, *, key: int, dropout: float) -> Tensor
     row = _mix(rows + (key & _MASK32))
     column = _mix(torch.arange(columns, device=rows.device) * 0x85EBCA6B + (key >> 32 & _MASK32))
     return _mix(row[:, None] ^ column[None]) >= int(dropout * 2**32)
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "out", "rows")),
+        ("width", ctypes.c_int64),
+        *((name, ctypes.c_uint32) for name in ("row_key", "column_key", "threshold")),
+        ("kept", ctypes.c_float),
+        ("type", ctypes.c_int),
+    ]
+
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
+    """x (N, I), rows (N) row keys -> x / (1 - dropout) where keep_mask keeps, 0 elsewhere; a fresh tensor of x's type."""
+    dense = x.is_contiguous() and rows.is_contiguous()
+    native = library() if x.dtype in _TYPES and on_cpu(x) and dense else None
+    if native is None or not hasattr(native, "veneer_dropout"):
+        return drop_out_reference(x, rows, key=key, dropout=dropout)
+    out = torch.empty_like(x)
+    given = _Dropout(
+        x.data_ptr(), out.data_ptr(), rows.data_ptr(), x.shape[1],
+        key & _MASK32, key >> 32 & _MASK32, int(dropout * 2**32), 1 - dropout, _TYPES[x.dtype],
+    )  # fmt: skip
+    native.veneer_dropout(ctypes.byref(given), ctypes.c_int64(len(x)))
+    return out
+
+
+def drop_out_reference(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
+    """The same in torch: the meaning of drop_out."""
+    keep = keep_mask(rows, x.shape[1], key=key, dropout=dropout)
+    return x * keep.to(x.dtype) / (1 - dropout)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import rank
-from veneer.kernels.dropout import keep_mask
+from veneer.kernels.dropout import drop_out
 from veneer.linear import FrozenLinear
 
 
@@ -30,8 +30,7 @@ class Dropout:
     share: float
 
     def apply(self, x_MI: Tensor) -> Tensor:
-        keep = keep_mask(self.rows, x_MI.shape[1], key=self.key, dropout=self.share)
-        return x_MI * keep.to(x_MI.dtype) / (1 - self.share)
+        return drop_out(x_MI, self.rows, key=self.key, dropout=self.share)
 
 
 class _LoRALinear(torch.autograd.Function):

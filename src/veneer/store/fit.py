@@ -44,8 +44,8 @@ def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head:
         faults = ["its targets match nothing in this model"]
     if faults:
         return Fit(None, faults=faults)
-    if config.use_dora and (others := [slot.key for slot in slots if slot.kind != "linear"]):
-        return Fit(None, faults=[f"DoRA of {path}, which is no linear layer" for path in others])
+    if config.use_dora and (others := [slot.key for slot in slots if slot.kind == "experts"]):
+        return Fit(None, faults=[f"DoRA of {path}, which is a stack of experts" for path in others])
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:

@@ -2,7 +2,7 @@
 
     base_model.model.<module>[.base_layer].lora_A.weight            (R, I)      linear
     base_model.model.<module>[.base_layer].lora_B.weight            (O, R)
-    base_model.model.<module>.lora_magnitude_vector                 (O)         linear, DoRA
+    base_model.model.<module>.lora_magnitude_vector                 (O), (D)    linear, embedding: DoRA
     base_model.model.<module>.lora_embedding_A / _B                 (R, V) / (D, R)
     base_model.model.<experts>[.base_layer].lora_A.weight           (E*R, I)    expert e owns rows e*R ...
     base_model.model.<experts>[.base_layer].lora_B.weight           (O, R*E)    and columns e, e+E, e+2E ...
