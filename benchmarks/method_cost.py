@@ -91,7 +91,9 @@ def main() -> None:
         rows[name] = {"step_seconds": statistics.mean(map(min, zip(*steps, strict=True)))}
         rows[name] |= {"slowest_run_seconds": max(statistics.mean(run) for run in steps)}
         rows[name] |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "one"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("one", "out")} | {
+        "rows": Path(args.rows).name
+    }
     args.out.write_text(json.dumps({"settings": settings, "methods": rows}, indent=2) + "\n")
     unit = rows.get("lora", next(iter(rows.values())))
     print(

@@ -54,7 +54,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> None:
-    _, _, figures = compared
+    folder, _, figures = compared
     assert json.loads(json.dumps(figures)) == figures
     assert [m["name"] for m in figures["methods"]] == ["full", "lora"]
     assert figures["primary"] == "rougeL" and figures["test_rows"] == 4 and figures["new_runs"] == 2
@@ -64,6 +64,8 @@ def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> No
         assert low <= method["quality"]["loss"]["value"] <= high
         assert method["steps"] == 2 and len(method["curve"]) >= 2
         assert method["forgetting"]["value"] != 0
+        assert all((folder / "out" / run / "summary.json").is_file() for run in method["runs"])
+        assert not any(Path(run).is_absolute() for run in method["runs"])
         for cost in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes", "seconds"):
             assert method[cost] > 0
     full, lora = figures["methods"]
@@ -89,7 +91,7 @@ def test_what_is_finished_is_found_again_and_only_what_is_new_runs(compared: Any
     } == before
     assert again["methods"] == figures["methods"]
     lora = next(m for m in figures["methods"] if m["name"] == "lora")
-    (Path(lora["runs"][0]) / "summary.json").unlink()  # as if it had been stopped
+    (folder / "out" / lora["runs"][0] / "summary.json").unlink()  # as if it had been stopped
     assert veneer.compare(["full", "lora"], **arguments)["new_runs"] == 1
 
 

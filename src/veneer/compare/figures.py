@@ -61,7 +61,7 @@ def make_figures(
     counts = {name: _counts(comparison, seeds) for name, seeds in lines.items()}
     primary = comparison.found[0].name if comparison.found else "loss"
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
-    methods = [_method(f, base, counts.get(f.candidate.name), measures) for f in finished]
+    methods = [_method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished]
     best = _best(methods, primary)
     for method in methods:
         if method["quality"] and best is not None:
@@ -73,7 +73,7 @@ def make_figures(
     base_counts = _counts(comparison, [base_lines])
     return {
         "format_version": FORMAT_VERSION, "base": comparison.base,
-        "data": {"train": str(comparison.train), "validation": str(comparison.validation), "test": str(comparison.test)},
+        "data": {name: _path(getattr(comparison, name), comparison.out) for name in ("train", "validation", "test")},
         "test_rows": len(rows), "seeds": comparison.seeds,
         "budget": {"steps": comparison.steps, "seconds": comparison.seconds},
         "primary": primary, "units": units, "best": best,
@@ -104,7 +104,7 @@ def _difference(ours: Counts, theirs: Counts, of_totals: OfTotals) -> Figures:
 
 
 def _method(
-    f: Finished, base: Mapping[str, Any], counts: Mapping[str, Counts] | None, measures: Mapping[str, OfTotals]
+    f: Finished, base: Mapping[str, Any], counts: Mapping[str, Counts] | None, measures: Mapping[str, OfTotals], out: Path
 ) -> Figures:  # fmt: skip
     config = f.candidate.config
     method: Figures = {
@@ -129,8 +129,13 @@ def _method(
         },
         "forgetting": _forgetting([e["general"] for e in f.evaluations if "general" in e], base.get("general")),
         "curve": _curve(f.runs[0].folder),
-        "runs": [str(run.folder) for run in f.runs],
+        "runs": [_path(run.folder, out) for run in f.runs],
     }  # fmt: skip
+
+
+def _path(path: Path, out: Path) -> str:
+    """From the comparison's own folder where it lies inside: the folder may be moved, and its figures published."""
+    return str(path.relative_to(out) if path.is_relative_to(out) else path)
 
 
 def _forgetting(after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None) -> Figures | None:
