@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from veneer.compare.conclusion import conclude
+from veneer.compare.conclusion import conclude, quantity, signed
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
@@ -189,12 +189,6 @@ def cost(task: str, args: argparse.Namespace) -> None:
         sys.exit(f"{task}: method_cost.py failed")
 
 
-def quantity(value: float, unit: str) -> str:
-    return (
-        f"{100 * value:.1f}%" if unit == "share" else f"{value:.1f}" if unit == "points" else f"{value:.3f}"
-    )
-
-
 def table(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
     units = figures["units"]
     head = [
@@ -250,16 +244,9 @@ def claims(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
     full, lora = methods["full"], methods["lora"]
     primary = figures["primary"]
     unit = figures["units"][primary]
-    better = lora if figures["best"] == "lora" else full
-    other = full if better is lora else lora
-    gap = ""
-    if figures["best"] in ("full", "lora"):
-        d = other["to_best"][primary]
-        low, high = (quantity(x, unit) for x in d["interval"])
-        gap = f"{other['name']} minus {better['name']}: {quantity(d['difference'], unit)} ({low} to {high})"
-    else:
-        values = (quantity(m["quality"][primary]["value"], unit) for m in (lora, full))
-        gap = "LoRA {}, full {}".format(*values)
+    found = lora["to_full"][primary]
+    difference, low, high = (signed(x, unit) for x in (found["difference"], *found["interval"]))
+    gap = f"LoRA minus full: {difference} ({low} to {high})"
     speed = {name: costs[name]["step_seconds"] for name in ("lora", "full")} if costs else {}
     return [
         "| claim | measured: LoRA beside full fine-tuning |", "|---|---|",

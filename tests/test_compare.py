@@ -71,6 +71,9 @@ def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> No
     full, lora = figures["methods"]
     assert full["trainable_parameters"] == full["total_parameters"] > lora["trainable_parameters"]
     assert figures["methods"][0 if figures["best"] == "full" else 1]["to_best"]["loss"]["difference"] == 0
+    assert figures["full"] == "full" and full["to_full"]["loss"]["difference"] == 0
+    ours, theirs = (m["quality"]["loss"]["value"] for m in (lora, full))
+    assert lora["to_full"]["loss"]["difference"] == pytest.approx(ours - theirs)
 
 
 def test_the_page_shows_every_method_and_loads_nothing(compared: Any) -> None:
@@ -216,7 +219,7 @@ def test_on_the_screen_80_columns_hold_every_figure_and_a_failure_is_named() -> 
 
 def figures_of(*methods: dict[str, Any], best: str) -> dict[str, Any]:
     return {
-        "methods": list(methods), "best": best, "primary": "exact_match", "units": {"exact_match": "share"}, "test_rows": 50,
+        "methods": list(methods), "best": best, "full": None, "primary": "exact_match", "units": {"exact_match": "share"}, "test_rows": 50,
         "seeds": 3, "untuned": {"exact_match": {"value": 0.0, "interval": [0.0, 0.1]}}, "untuned_general": 3.0,
         "budget": {"steps": 5, "seconds": None}, "base": "b", "disagreements": [], "conclusion": [],
     }  # fmt: skip
@@ -239,6 +242,15 @@ def test_the_words_follow_the_figures() -> None:
     changed = " ".join(conclude(figures_of(FULL, worse, PREFIX, best="full")))
     assert "lora is behind by" in changed and "take full, the best" in changed
     assert "cannot be told apart" not in changed
+
+
+def test_the_words_hold_every_method_against_full_fine_tuning_where_it_is_not_the_best() -> None:
+    better = {**LORA, "to_full": {"exact_match": {"difference": 0.012, "interval": [-0.02, 0.05]}}}
+    worse = {**PREFIX, "to_full": {"exact_match": {"difference": -0.3, "interval": [-0.4, -0.2]}}}
+    figures = {**figures_of(FULL, better, worse, best="lora"), "full": "full"}
+    said = "Against full, with the 95% interval of the difference: lora +1.2% (-2.0% to +5.0%), prefix -30.0% (-40.0% to -20.0%)."
+    assert said in conclude(figures)
+    assert not any("Against full" in s for s in conclude({**figures, "best": "full"}))
 
 
 def test_the_words_name_methods_whose_rates_could_still_rise_or_fall() -> None:

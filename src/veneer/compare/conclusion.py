@@ -48,12 +48,26 @@ def conclude(figures: dict[str, Any]) -> list[str]:
             f"{m['name']} is behind by {quantity(abs(gap), unit)} "
             f"({quantity(min(abs(a), abs(b)), unit)} to {quantity(max(abs(a), abs(b)), unit)})."
         )
+    if figures["full"] not in (None, figures["best"]):
+        sentences += _beside_full(
+            [m for m in methods if m["name"] != figures["full"]], figures["full"], primary, unit
+        )
     sentences += _at_an_end(methods)
     sentences += _constraints(methods, equal)
     sentences += _forgetting(methods)
     if figures["seeds"] == 1:
         sentences.append("With one seed, how much another seed would change these figures is not known.")
     return sentences
+
+
+def _beside_full(methods: Sequence[Method], full: str, primary: str, unit: str) -> list[str]:
+    """Differences to full fine-tuning, where those to the best do not tell them."""
+    told = []
+    for m in methods:
+        found = m["to_full"][primary]
+        value, low, high = (signed(x, unit) for x in (found["difference"], *found["interval"]))
+        told.append(f"{m['name']} {value} ({low} to {high})")
+    return [f"Against {full}, with the 95% interval of the difference: {', '.join(told)}."]
 
 
 def _at_an_end(methods: Sequence[Method]) -> list[str]:
@@ -166,6 +180,11 @@ def quantity(value: float, unit: str) -> str:
     if unit == "share":
         return f"{100 * value:.1f}%"
     return f"{value:.1f}" if unit == "points" else f"{value:.3f}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A difference with its sign and unit."""
+    return ("+" if value > 0 else "") + quantity(value, unit)
 
 
 def facts(method: Method, figures: dict[str, Any]) -> list[str]:

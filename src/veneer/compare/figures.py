@@ -62,13 +62,14 @@ def make_figures(
     primary = comparison.found[0].name if comparison.found else "loss"
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
     methods = [_method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished]
-    best = _best(methods, primary)
+    best, full = _best(methods, primary), _full(methods)
     for method in methods:
-        if method["quality"] and best is not None:
-            method["to_best"] = {
-                name: _difference(counts[method["name"]][name], counts[best][name], of_totals)
-                for name, of_totals in measures.items()
-            }
+        for field, other in (("to_best", best), ("to_full", full)):
+            if method["quality"] and other is not None:
+                method[field] = {
+                    name: _difference(counts[method["name"]][name], counts[other][name], of_totals)
+                    for name, of_totals in measures.items()
+                }
     base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
     base_counts = _counts(comparison, [base_lines])
     return {
@@ -76,7 +77,7 @@ def make_figures(
         "data": {name: _path(getattr(comparison, name), comparison.out) for name in ("train", "validation", "test")},
         "test_rows": len(rows), "seeds": comparison.seeds,
         "budget": {"steps": comparison.steps, "seconds": comparison.seconds},
-        "primary": primary, "units": units, "best": best,
+        "primary": primary, "units": units, "best": best, "full": full,
         "untuned": {name: _figure(base_counts[name], of) for name, of in measures.items()},
         "untuned_general": base.get("general", {}).get("loss"),
         "methods": methods,
@@ -160,6 +161,11 @@ def _curve(folder: Path) -> list[list[float | None]]:
 def better(primary: str, a: float, b: float) -> bool:
     """Whether a is better than b: less of a loss, more of anything else."""
     return a < b if primary == "loss" else a > b
+
+
+def _full(methods: Sequence[Figures]) -> str | None:
+    """Full fine-tuning is what the others are held against, where it is among them."""
+    return next((str(m["name"]) for m in methods if m["quality"] and m["settings"]["name"] == "full"), None)
 
 
 def _best(methods: Sequence[Figures], primary: str) -> str | None:
