@@ -159,7 +159,7 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
     V, D = 13, 6
     table, A, B, magnitude = draw(V, D), draw(R, V), draw(D, R), draw(D) + 2
     table[:, 4] = B[4] = 0  # no length: its factor stays 1
-    base = TransposedLinear(table, None)
+    base = TransposedLinear(torch.nn.Embedding.from_pretrained(table))
     layer = DoRALayer(LoRALayer("embedding", A, B, alpha=R * SCALING, rslora=False), base)
     assert layer.magnitude.shape == (D,) and layer.parts().keys() == {"A", "B", "magnitude"}
     torch.testing.assert_close(layer.magnitude, (table + SCALING * (B @ A).T).norm(dim=0).float())

@@ -12,6 +12,7 @@ from veneer.kernels.dropout import drop_out, drop_out_reference, keep_mask, row_
 from veneer.kernels.layout import Layout
 from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
+from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
 from veneer.linear import DenseLinear, SliceLinear, frozen_linear
 
@@ -180,18 +181,29 @@ def test_a_dropout_mask_follows_the_document_wherever_it_lies():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-@pytest.mark.parametrize("size", [(1, 1), (7, 33), (65, 64), (200, 130)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (7, 33), (65, 64), (200, 130), (1000, 576)]
+)  # the last: by two threads
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(level() < 0, reason="the kernels are not compiled here")
 def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
     torch.manual_seed(3)
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     x = (torch.randn(size) * torch.logspace(-30, 30, size[1])).to(dtype)
     rows = row_keys(torch.arange(size[0]) * 7919, torch.arange(size[0]))
     layered = (123 << 32) + 77 * 0x9E3779B1  # as a layer gives it: module above, step below, past 32 bits
     for key in (0, layered):
         found = drop_out(x, rows, key=key, dropout=share)
-        assert torch.equal(found, drop_out_reference(x, rows, key=key, dropout=share))
+        expected = drop_out_reference(x, rows, key=key, dropout=share)
+        assert torch.equal(found.view(bits), expected.view(bits))
     assert found.data_ptr() != x.data_ptr()
     assert torch.equal(drop_out(x.T.contiguous().T, rows, key=key, dropout=share), found)
+
+
+def test_dropout_wants_one_key_a_row():
+    for rows in (torch.arange(3), torch.arange(5), torch.arange(4, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="one int64 key a row"):
+            drop_out(torch.zeros(4, 8), rows, key=0, dropout=0.5)
 
 
 def test_the_compiled_dropout_keeps_what_is_not_finite():

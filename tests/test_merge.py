@@ -12,7 +12,7 @@ from tests.helpers import fill
 from tests.parity.test_peft_files import answers, every_row, logits, ours
 from tests.tiny import save_tiny, tiny_base
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.merge.fold import stored_tensors, wanted_weights
@@ -81,6 +81,25 @@ def test_merging_in_memory_and_back_leaves_every_bit_and_every_object(row):
     assert torch.equal(logits(base.model), plain)
 
 
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_the_change_of_an_embedding_comes_on_top_of_one_that_another_adapter_trained_in_full(
+    method, tmp_path
+):
+    import veneer
+
+    base = veneer.load(str(save_tiny(tmp_path / "base", "llama_untied")))
+    trained = base.attach(LoRA(rank=2, targets=["q_proj"], train_modules=["embed_tokens"]), name="a")
+    changed = base.attach(method(rank=3, alpha=5, targets=["embed_tokens"]), name="b")
+    for attachment in (trained, changed):
+        for seed, parameter in enumerate(attachment.parameters().values()):
+            generator = torch.Generator().manual_seed(seed)
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    base.use(["a", "b"])
+    expected = logits(base.model)
+    base.merge(["a", "b"])
+    assert (logits(base.model) - expected).abs().max() <= RELATIVE * expected.abs().max()
+
+
 def test_a_base_merges_and_unmerges_by_name(tmp_path):
     import veneer
 
@@ -96,6 +115,10 @@ def test_a_base_merges_and_unmerges_by_name(tmp_path):
         base.use("a")
     with pytest.raises(ConfigError, match=r"unmerge\(\)"):
         base.merge("a")
+    with pytest.raises(ConfigError, match=r"unmerge\(\)"):
+        base.attach(LoRA(rank=2), name="b")  # its start could rest on the merged weights
+    with pytest.raises(ConfigError, match=r"unmerge\(\)"):
+        base.load_adapter(tmp_path / "nowhere")
     base.unmerge()
     base.unmerge()
     assert torch.equal(logits(base.model), plain)

@@ -13,6 +13,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
+from veneer.kernels import loss as loss_kernel
 from veneer.kernels.layout import STEP
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_loss, evaluation_loss, prepare
@@ -120,8 +121,10 @@ def test_checkpointing_changes_no_bit(family, dropout):
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 
-def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch():
-    model, paths, routing, attachment = adapted("llama", dropout=0.4)
+@pytest.mark.parametrize("settings", [{}, {"targets": ["lm_head", "down_proj"]}], ids=["layers", "head"])
+def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(settings, monkeypatch):
+    monkeypatch.setattr(loss_kernel, "CHUNK", 5)  # the head sees its rows in parts
+    model, paths, routing, attachment = adapted("llama", dropout=0.4, **settings)
     examples = make_examples(4)
     without = loss_and_gradients(model, paths, routing, attachment, examples, share=False)[0]
 

@@ -86,6 +86,7 @@ class Base(models_base.Base):
 
     def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
+        self._unmerged()
         _ = self.paths
         return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed).attachment)
 
@@ -94,6 +95,7 @@ class Base(models_base.Base):
 
         AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
         """
+        self._unmerged()
         _ = self.paths
         chosen = Path(folder).name if name is None else name
         self._pool.adopt(lambda: load_adapter(self, folder, name=chosen, force_base=force_base))
@@ -126,13 +128,18 @@ class Base(models_base.Base):
 
     def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
         names = [] if name is None else [name] if isinstance(name, str) else list(name)
-        if names and self._merged is not None:
-            raise ConfigError(
-                "an adapter is merged into the base's weights", next_step="Call unmerge() first."
-            )
+        if names:
+            self._unmerged()
         if weights is not None and len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
         return tuple(zip(names, weights or [1.0] * len(names), strict=True))
+
+    def _unmerged(self) -> None:
+        """ConfigError while an adapter is merged: what is put beside the base then would take its weights for the base's."""
+        if self._merged is not None:
+            raise ConfigError(
+                "an adapter is merged into the base's weights", next_step="Call unmerge() first."
+            )
 
     def merge(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
         """Fold adapters into the weights, for inference without their cost; the originals are kept for unmerge().

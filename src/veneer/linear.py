@@ -66,11 +66,19 @@ class DenseLinear:
 
 
 class TransposedLinear:
-    """W stored as (I, O): GPT-2's Conv1D; an embedding's table too, a linear layer whose rows x have a single one."""
+    """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero but for a single one."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.in_features, self.out_features = weight.shape
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.in_features, self.out_features = self.weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
 
     @property
     def device(self) -> torch.device:
@@ -233,6 +241,4 @@ def frozen_linear(module: nn.Module) -> FrozenLinear | None:
         return module
     if isinstance(module, nn.Linear):
         return DenseLinear(module)
-    if not is_transposed_linear(module):
-        return None
-    return TransposedLinear(module.get_parameter("weight"), module.get_parameter("bias"))
+    return TransposedLinear(module) if is_transposed_linear(module) else None

@@ -178,19 +178,17 @@ class AdaptedEmbedding(AdaptedModule):
 
     def __init__(self, base: nn.Module, routing: Routing) -> None:
         super().__init__(base, routing)
-        self.table = TransposedLinear(base.get_parameter("weight"), None)
+        self.table = TransposedLinear(base)
 
     @property
     def weight(self) -> Tensor:
         return self.base.get_parameter("weight")
 
     def forward(self, ids: Tensor) -> Tensor:
-        values = self.replaced()
-        plain: Tensor = (
-            torch.func.functional_call(self.base, dict(values), (ids,)) if values else self.base(ids)
-        )
+        values, plain = self.replaced(), self.base(ids)
+        # One adapter trained the table in full; the changes of others, which are changes of the base's, come on top.
+        y: Tensor = torch.func.functional_call(self.base, dict(values), (ids,)) if values else plain
         scale = getattr(self.base, "embed_scale", 1.0)
-        y = plain
         for layer, weight in self.acting():
             y = y + weight * layer.looked_up(ids, plain, self.table, scale=scale)
         return y

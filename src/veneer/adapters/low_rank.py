@@ -77,7 +77,7 @@ def build_dora(site: Site, config: DoRA) -> None:
         made, frozen = _linear_layer(site, config, path)
         site.put(path, AdaptedLinear, DoRALayer(made, frozen))
     for path in targets.embeddings:
-        table = TransposedLinear(site.modules[path].get_parameter("weight"), None)
+        table = TransposedLinear(site.modules[path])
         site.put(path, AdaptedEmbedding, DoRALayer(_embedding_layer(site, config, path), table))
     _train_in_full(site, targets)
 

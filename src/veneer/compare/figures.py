@@ -135,7 +135,8 @@ def _method(
 
 
 def _path(path: Path, out: Path) -> str:
-    """From the comparison's own folder where it lies inside: the folder may be moved, and its figures published."""
+    """From the comparison's own folder where it lies inside, so that the folder may be moved; else absolute."""
+    path, out = path.resolve(), out.resolve()
     return str(path.relative_to(out) if path.is_relative_to(out) else path)
 
 

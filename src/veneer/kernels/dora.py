@@ -211,7 +211,7 @@ def dora_linear_reference(
 ) -> Tensor:  # fmt: skip
     """The same under torch's own autograd, W dense: the meaning of dora_linear."""
     x_MI = x.reshape(-1, x.shape[-1])
-    dropped = x_MI if dropout is None else dropout.apply(x_MI)
+    dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)
     y_MO = x_MI @ base.dense_weight(x.dtype).T + scaling * (dropped @ A.to(x.dtype).T) @ B.to(x.dtype).T
     y_MO = y_MO * row_factor(magnitude, norm).to(x.dtype)
     y_MO = y_MO if bias is None else y_MO + bias

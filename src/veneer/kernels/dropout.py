@@ -51,7 +51,14 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
-    """x (N, I), rows (N) row keys -> x / (1 - dropout) where keep_mask keeps, 0 elsewhere; a fresh tensor of x's type."""
+    """x (N, I), rows (N) row keys -> x / (1 - dropout) where keep_mask keeps, 0 elsewhere; a fresh tensor of x's type.
+
+    No gradient: a node of the graph calls it again on the gradient. ValueError: not one key a row.
+    """
+    if rows.dtype != torch.int64 or rows.shape != x.shape[:1] or rows.device != x.device:
+        raise ValueError(
+            f"dropout wants one int64 key a row: {tuple(rows.shape)} keys, {tuple(x.shape)} values"
+        )
     dense = x.is_contiguous() and rows.is_contiguous()
     native = library() if x.dtype in _TYPES and on_cpu(x) and dense else None
     if native is None or not hasattr(native, "veneer_dropout"):
@@ -66,6 +73,6 @@ def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
 
 
 def drop_out_reference(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
-    """The same in torch: the meaning of drop_out."""
+    """The same under torch's own autograd: the meaning of drop_out."""
     keep = keep_mask(rows, x.shape[1], key=key, dropout=dropout)
-    return x * keep.to(x.dtype) / (1 - dropout)
+    return torch.where(keep, x / (1 - dropout), 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import rank
-from veneer.kernels.dropout import drop_out
+from veneer.kernels.dropout import drop_out, drop_out_reference
 from veneer.linear import FrozenLinear
 
 
@@ -31,6 +31,9 @@ class Dropout:
 
     def apply(self, x_MI: Tensor) -> Tensor:
         return drop_out(x_MI, self.rows, key=self.key, dropout=self.share)
+
+    def apply_reference(self, x_MI: Tensor) -> Tensor:
+        return drop_out_reference(x_MI, self.rows, key=self.key, dropout=self.share)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -92,7 +95,7 @@ def lora_linear_reference(
 ) -> Tensor:  # fmt: skip
     """The same under torch's own autograd, W dense: the meaning of lora_linear."""
     x_MI = x.reshape(-1, x.shape[-1])
-    dropped = x_MI if dropout is None else dropout.apply(x_MI)
+    dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)
     y_MO = x_MI @ base.dense_weight(x.dtype).T + scaling * (dropped @ A.to(x.dtype).T) @ B.to(x.dtype).T
     y_MO = y_MO if bias is None else y_MO + bias
     return y_MO.view(*x.shape[:-1], -1)

@@ -38,6 +38,10 @@ class Head:
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
+    def of(self, rows: slice) -> "Head":
+        """The head for some of the rows: itself, unless what it computes depends on which they are."""
+        return self
+
     def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
         """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more is paged in anew."""
         if self.bias is None:
@@ -132,6 +136,6 @@ def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> T
     for start in range(0, h.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
         loss = loss + checkpoint(
-            head_loss_reference, h[rows], targets[rows], head, total, use_reentrant=False
+            head_loss_reference, h[rows], targets[rows], head.of(rows), total, use_reentrant=False
         )
     return loss

@@ -7,7 +7,7 @@ What cannot be proven takes transformers' own path: slower, never wrong, and `Pa
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ def batch_loss(
         hidden = padded_hidden(model, batch.ids, batch.positions, batch.mask)
     rows = hidden.index_select(0, batch.loss_rows)
     linear = loss_head(model, paths)
+    if isinstance(linear, _AdaptedHead) and routing.rows is not None:
+        linear = replace(linear, keys=routing.rows.index_select(0, batch.loss_rows))
     trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
     chunked = isinstance(linear, _AdaptedHead) or (trains and torch.is_grad_enabled())
     loss = trained_head_loss if chunked else frozen_head_loss
@@ -120,20 +122,28 @@ def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
     head: Any = model.get_output_embeddings()
     if isinstance(head, AdaptedModule) and (head.acting() or head.replaced()):
         weight: Any = head.weight
-        return _AdaptedHead(weight, None, paths.scale, paths.softcap, head)
+        return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head)
     plain: Any = unwrapped(head)
     return Head(plain.weight, plain.bias, paths.scale, paths.softcap)
 
 
 @dataclass(frozen=True)
 class _AdaptedHead(Head):
-    """A head that is itself adapted: its logits come from the wrapper."""
+    """A head that is itself adapted: its logits come from the wrapper. keys: dropout's, of the rows it is given."""
 
-    module: nn.Module | None = None
+    module: AdaptedModule = field(kw_only=True)
+    keys: Tensor | None = field(default=None, kw_only=True)
+
+    def of(self, rows: slice) -> "Head":
+        return self if self.keys is None else replace(self, keys=self.keys[rows])
 
     def logits(self, h: Tensor) -> Tensor:
-        assert self.module is not None
-        z = self.module(h)
+        routing = self.module.routing
+        of_the_batch, routing.rows = routing.rows, self.keys
+        try:
+            z = self.module(h)
+        finally:
+            routing.rows = of_the_batch
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
