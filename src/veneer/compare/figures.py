@@ -198,7 +198,7 @@ def _disagreements(
     order = sorted(range(len(rows)), key=lambda n: apart[n], reverse=True)[:DISAGREEMENTS]
     return [
         {
-            "row": str(rows[n].ref), "prompt": _question(rows[n]), "expected": _expected(rows[n]),
+            "row": f"{_path(comparison.test, comparison.out)}:{rows[n].ref.line}", "prompt": _question(rows[n]), "expected": _expected(rows[n]),
             "answers": {
                 name: {
                     "text": side[n].get(field),
