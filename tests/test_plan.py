@@ -255,6 +255,7 @@ def test_default_rates_fall_with_the_width_and_for_starts_that_are_as_large_as_t
     for method, narrow, wide in [
         (LoRA(), 1.3e-3, 2.9e-4), (DoRA(), 1.3e-3, 2.9e-4), (Full(), 1.3e-4, 2.9e-5), (Bottleneck(), 2.6e-3, 5.7e-4),
         (LoRA(init="pissa"), 3.3e-4, 7.1e-5), (LoRA(init="olora"), 3.3e-4, 7.1e-5), (LoRA(init="eva"), 1.3e-3, 2.9e-4),
+        (LoRA(lr_ratio=16), 3.3e-4, 7.1e-5), (LoRA(lr_ratio=4, init="pissa"), 1.7e-4, 3.6e-5),
         (Prefix(), 1.5e-2, 1.5e-2), (Prefix(projection=64), 5e-4, 5e-4),
     ]:  # fmt: skip
         assert method.default_learning_rate(576) == narrow

@@ -94,7 +94,8 @@ class LowRank(AdapterConfig):
     train_modules: list[str] = Field(default_factory=list)
     """Modules (names or endings) trained in full beside the update, for instance lm_head."""
     lr_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of B over that of A (LoRA+; its authors take 16, with a lower learning_rate); 1: off."""
+    """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by default lower by the square
+    root of this; 1: off."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "LowRank":
@@ -115,6 +116,11 @@ class LowRank(AdapterConfig):
     @property
     def drops_out(self) -> bool:
         return self.dropout > 0
+
+    @property
+    def share_of_rate(self) -> float:
+        """LoRA+: the geometric mean of A's rate and B's stays the method's."""
+        return float(self.lr_ratio**-0.5)
 
     def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha that the file says of a layer: the same scaling, whatever rank is stored."""
@@ -139,7 +145,7 @@ class LoRA(LowRank):
     @property
     def share_of_rate(self) -> float:
         """A quarter where the factors start as large as the weight: OLoRA fell far behind at the whole (docs/benchmarks.md)."""
-        return 0.25 if self.init in ("pissa", "olora") else 1.0
+        return super().share_of_rate * (0.25 if self.init in ("pissa", "olora") else 1.0)
 
     @property
     def starts_as_base(self) -> bool:
