@@ -24,6 +24,7 @@ from veneer.data.sources import read_rows
 from veneer.errors import ConfigError, DataError
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.train.config import RunConfig
+from veneer.train.records import read_records
 
 
 def write_rows(file: Path, count: int, start: int = 0) -> Path:
@@ -66,6 +67,10 @@ def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> No
         assert method["forgetting"]["value"] != 0
         assert all((folder / "out" / run / "summary.json").is_file() for run in method["runs"])
         assert not any(Path(run).is_absolute() for run in method["runs"])
+        records = read_records(folder / "out" / method["runs"][0] / "metrics.jsonl")
+        assert not any(
+            r["sample"] for r in records if r["kind"] == "evaluation"
+        )  # answers cost, and nobody reads them
         for cost in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes", "seconds"):
             assert method[cost] > 0
     full, lora = figures["methods"]

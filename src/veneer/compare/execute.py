@@ -65,7 +65,7 @@ class Worker:
             update={"learning_rate": rate, "seed": seed, "steps": steps, "epochs": None, "keep": 1, "log": []}
         )
         folder = self.comparison.out / "runs" / f"{candidate.name}-{self._key(config)}"
-        config = config.model_copy(update={"out": str(folder)})
+        config = config.model_copy(update={"out": str(folder), "show_answers": False})
         what = f"{candidate.name}, learning rate {rate:g}, seed {seed}"
         found = self._finished(folder, config, with_result)
         if found is not None:
@@ -146,7 +146,9 @@ class Worker:
 
     def _key(self, config: RunConfig) -> str:
         """Over the settings, but where the rows lie and where the run goes, and the rows themselves."""
-        settings = config.model_dump(mode="json", exclude={"out": True, "data": {"train", "validation"}})
+        settings = config.model_dump(
+            mode="json", exclude={"out": True, "show_answers": True, "data": {"train", "validation"}}
+        )
         rows = [_file_hash(self.comparison.train), _file_hash(self.comparison.validation)]
         return _hash([settings, rows])
 

@@ -80,6 +80,8 @@ class RunConfig(Settings):
     """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves little with adapters."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out rows; default: five times a run."""
+    show_answers: bool = True
+    """Answer the first held-out question at every evaluation, so that progress can be read; takes seconds on a CPU."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; default: at every evaluation."""
     keep: int = Field(default=2, ge=1)

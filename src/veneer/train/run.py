@@ -189,13 +189,14 @@ def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatP
     per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
     epochs = 3.0 if config.epochs is None else config.epochs
     row = next((row for row in data.validation_rows if row.messages), None)
+    asked = row if config.show_answers and base.tokenizer.chat_template is not None else None
     return Job(
         model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
         config=config, learning_rate=config.peak_learning_rate(hidden_size(base.config)),
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
         # With dropout every row wants a mask of its own, also where rows begin alike.
         share_prompt=config.share_prompt and not config.method.drops_out, out=Path(config.out),
-        answer=None if row is None or base.tokenizer.chat_template is None else _sampler(base, row),
+        answer=None if asked is None else _sampler(base, asked),
     )  # fmt: skip
 
 
