@@ -56,6 +56,7 @@ OTHER_VALUES = {
     "optimizer": "adamw8bit",
     "evaluate_every": 4,
     "save_every": 5,
+    "show_answers": False,
     "keep": 3,
     "patience": 2,
     "seed": 9,
