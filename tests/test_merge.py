@@ -119,6 +119,8 @@ def test_a_base_merges_and_unmerges_by_name(tmp_path):
         base.attach(LoRA(rank=2), name="b")  # its start could rest on the merged weights
     with pytest.raises(ConfigError, match=r"unmerge\(\)"):
         base.load_adapter(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"unmerge\(\)"):
+        base.pin("of_the_library")
     base.unmerge()
     base.unmerge()
     assert torch.equal(logits(base.model), plain)

@@ -72,7 +72,7 @@ class Base(models_base.Base):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._pool = Pool(self, lambda: self.library)
+        self._pool = Pool(self, lambda: self.library, self._unmerged)
 
     @property
     def adapter_budget_bytes(self) -> int | None:
@@ -86,7 +86,6 @@ class Base(models_base.Base):
 
     def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
-        self._unmerged()
         _ = self.paths
         return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed).attachment)
 
@@ -95,7 +94,6 @@ class Base(models_base.Base):
 
         AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
         """
-        self._unmerged()
         _ = self.paths
         chosen = Path(folder).name if name is None else name
         self._pool.adopt(lambda: load_adapter(self, folder, name=chosen, force_base=force_base))

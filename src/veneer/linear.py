@@ -69,12 +69,13 @@ class TransposedLinear:
     """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero but for a single one."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
         self.in_features, self.out_features = self.weight.shape
 
     @property
     def weight(self) -> Tensor:
-        return self.module.get_parameter("weight")
+        weight: Tensor = self.module.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -185,11 +185,14 @@ class AdaptedEmbedding(AdaptedModule):
         return self.base.get_parameter("weight")
 
     def forward(self, ids: Tensor) -> Tensor:
-        values, plain = self.replaced(), self.base(ids)
+        values, acting = self.replaced(), self.acting()
+        y: Tensor = torch.func.functional_call(self.base, dict(values), (ids,)) if values else self.base(ids)
+        if not acting:
+            return y
         # One adapter trained the table in full; the changes of others, which are changes of the base's, come on top.
-        y: Tensor = torch.func.functional_call(self.base, dict(values), (ids,)) if values else plain
+        plain = self.base(ids) if values else y
         scale = getattr(self.base, "embed_scale", 1.0)
-        for layer, weight in self.acting():
+        for layer, weight in acting:
             y = y + weight * layer.looked_up(ids, plain, self.table, scale=scale)
         return y
 

@@ -63,13 +63,13 @@ def make_figures(
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
     methods = [_method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished]
     best, full = _best(methods, primary), _full(methods)
-    for method in methods:
-        for field, other in (("to_best", best), ("to_full", full)):
-            if method["quality"] and other is not None:
-                method[field] = {
-                    name: _difference(counts[method["name"]][name], counts[other][name], of_totals)
-                    for name, of_totals in measures.items()
-                }
+    for method in [m for m in methods if m["quality"]]:
+        assert best is not None
+        ours = counts[method["name"]]
+        method["to_best"] = _differences(ours, counts[best], measures)
+        if full is not None:
+            same = full == best
+            method["to_full"] = method["to_best"] if same else _differences(ours, counts[full], measures)
     base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
     base_counts = _counts(comparison, [base_lines])
     return {
@@ -99,9 +99,14 @@ def _figure(counts: Counts, of_totals: OfTotals) -> Figures:
     }  # fmt: skip
 
 
-def _difference(ours: Counts, theirs: Counts, of_totals: OfTotals) -> Figures:
-    difference, low, high = paired_difference(ours, theirs, of_totals)
-    return {"difference": difference, "interval": [low, high]}
+def _differences(
+    ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, OfTotals]
+) -> Figures:
+    found = {}
+    for name, of_totals in measures.items():
+        difference, low, high = paired_difference(ours[name], theirs[name], of_totals)
+        found[name] = {"difference": difference, "interval": [low, high]}
+    return found
 
 
 def _method(

@@ -36,12 +36,13 @@ class Pool:
     """base.attachments, with what is needed to load, order and remove them.
 
     library       says where names that are not loaded are looked for; None: nowhere
+    refuse        raises while nothing may be put on the base
     budget_bytes  of all adapters on the base; None: no bound
     """
 
-    def __init__(self, base: Base, library: Callable[[], Library | None]) -> None:
+    def __init__(self, base: Base, library: Callable[[], Library | None], refuse: Callable[[], None]) -> None:
         self.base = base
-        self._library = library
+        self._library, self._refuse = library, refuse
         self.budget_bytes: int | None = None
         self._loaded: dict[str, _Loaded] = {}  # the least recently used first
         self._changing = threading.RLock()
@@ -81,6 +82,7 @@ class Pool:
                         self._fetch(name, keep=wanted)
 
     def _fetch(self, name: str, *, keep: list[str]) -> None:
+        self._refuse()
         library = self._library()
         if library is None or not library.has(name):
             raise self._unknown(name)
@@ -100,6 +102,7 @@ class Pool:
 
     def adopt(self, make: Callable[[], Attachment]) -> Attachment:
         """An adapter that `make` puts on the base; never thrown out, for it may not be anywhere else."""
+        self._refuse()
         with self._changing:
             made = make()
             self._enter(made, from_library=False)

@@ -1,7 +1,7 @@
 /* Dropout by a hash of row and column: kernels/dropout.py says what is computed and is equal to the bit. One pass, the
    mask never stored. Written in plain C that compilers turn into vectors, for each set of instructions. */
+#include "bits.h"
 #include "parallel.h"
-#include <string.h>
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { ROWS = 64, COLUMNS = 64 }; /* of a block: the columns' keys are computed once for its rows */
@@ -16,26 +16,11 @@ struct dropout {
     int type;
 };
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* lowbias32, Wellons 2018. */
 INLINE uint32_t mix(uint32_t value) {
     value = (value ^ (value >> 16)) * 0x7FEB352Du;
     value = (value ^ (value >> 15)) * 0x846CA68Bu;
     return value ^ (value >> 16);
-}
-
-INLINE float as_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint16_t as_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
 INLINE void drop(const struct dropout *a, int64_t from, int64_t to) {
@@ -59,7 +44,8 @@ INLINE void drop(const struct dropout *a, int64_t from, int64_t to) {
                     const uint16_t *x = (const uint16_t *)a->x + place;
                     uint16_t *out = (uint16_t *)a->out + place;
                     for (int64_t i = 0; i < columns; i++) {
-                        uint16_t value = as_bf16(as_float((uint32_t)x[i] << 16) / a->kept);
+                        float wide = float_of_bits((uint32_t)x[i] << 16) / a->kept;
+                        uint16_t value = wide == wide ? bf16_of_float(wide) : 0x7FC0;
                         out[i] = mix(row[r] ^ column[i]) >= a->threshold ? value : 0;
                     }
                 }

@@ -2,9 +2,8 @@
 #ifndef VENEER_NF4_H
 #define VENEER_NF4_H
 
+#include "bits.h"
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +14,6 @@
 #else
 #define X86 0
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 enum { FP32 = 0, BF16 = 1, FP16 = 2 };
 
@@ -48,24 +46,6 @@ INLINE float nf4_scale(const struct nf4_weights *w, int64_t block) {
     if (w->nested_table == NULL) return ((const float *)w->scales)[block];
     float part = w->nested_table[((const uint8_t *)w->scales)[block]] * w->nested_scales[block >> __builtin_ctzll((uint64_t)w->nested_block)];
     return part + w->offset;
-}
-
-INLINE float float_of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-/* Nearest bf16, ties to even; for finite values. */
-INLINE uint16_t bf16_of_float(float value) {
-    uint32_t bits = bits_of_float(value);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 INLINE float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
