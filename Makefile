@@ -1,5 +1,6 @@
 # make demo    fine-tune a small real model here, see before and after
 # make test    checks and tests     make check   the checks alone
+# make soak    the loops of tests/soak at their full counts (hours)
 # make bench   benchmarks/run.py
 #
 # PYTHON=python3.12 picks an interpreter, VENV=/some/where another virtual environment.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check soak bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/veneer demo
@@ -21,6 +22,9 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+soak: $(VENV)/.ready-dev
+	VENEER_SOAK=1 $(BIN)/python -m pytest tests/soak
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/run.py
