@@ -81,6 +81,19 @@ def test_each_error_has_its_exit_code_and_no_traceback(error, code, monkeypatch,
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=str,
+)  # fmt: skip
+def test_out_of_memory_in_any_command_exits_3_without_a_traceback(fault, monkeypatch, capsys):
+    fail_with(fault, monkeypatch)
+    assert main.main(["doctor"]) == 3
+    err = capsys.readouterr().err
+    assert "out of memory" in err and "Traceback" not in err
+
+
 def test_a_bug_shows_its_traceback_and_how_to_report_it(monkeypatch, capsys):
     fail_with(ZeroDivisionError("ours"), monkeypatch)
     assert main.main(["doctor"]) == 1

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from tests.helpers import make_examples
+from tests.helpers import FailAt, make_examples
 from tests.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
@@ -206,14 +206,63 @@ def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
 
 def test_out_of_memory_says_which_batch_and_what_to_do(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"
-        )
+        raise RuntimeError(NO_MEMORY)
 
     monkeypatch.setattr(loop, "batch_loss", refuse)
     with pytest.raises(DoesNotFitError, match="--checkpointing") as caught:
         run(make_job(tmp_path))
     assert caught.value.exit_code == 3
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+def test_the_moments_are_there_before_the_longest_batch_is_said_to_fit(tmp_path, monkeypatch):
+    kept = []
+    own = Loop._longest_batch
+    monkeypatch.setattr(Loop, "_longest_batch", lambda self: kept.append(self.optimizer.state()) or own(self))
+    made, _ = run(make_job(tmp_path, steps=1))
+    (before,) = kept
+    after = made.optimizer.state()
+    for name in ("exp_avg", "exp_avg_sq"):  # the same memory: the first step allocated none
+        assert before[name].data_ptr() == after[name].data_ptr()
+
+
+OUT_OF_MEMORY = [
+    (loop, "make_optimizer", 1, "the optimizer's moments"),
+    *[(AdamW, "step", call, "the optimizer's step") for call in (1, 5)],
+    *[(loop, "evaluation_loss", call, "the evaluation") for call in (1, 5)],
+    *[(loop, "save_checkpoint", call, "the checkpoint") for call in (1, 5)],
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "doing"), OUT_OF_MEMORY)
+def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpoints(
+    owner, name, call, doing, tmp_path, monkeypatch
+):
+    often = {"save_every": 1, "evaluate_every": 1, "keep": 20}
+    with monkeypatch.context() as patch:
+        FailAt(patch, [(owner, name)], call, RuntimeError(NO_MEMORY))
+        with pytest.raises(DoesNotFitError, match=doing) as caught:
+            run(make_job(tmp_path, **often))
+    assert caught.value.exit_code == 3
+    path, faults = newest_valid(tmp_path / "checkpoints")
+    assert not faults
+    assert (path is not None) == (call == 5) == ("--resume" in str(caught.value))
+    if path is not None:
+        resumed, reason = run(make_job(tmp_path, **often), resume=True)
+        assert (reason, resumed.progress.step) == ("done", 9)
+
+
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
+    asked = []
+    own = loop.evaluation_loss
+    monkeypatch.setattr(
+        loop, "evaluation_loss", lambda *a, batch: asked.append(batch) or own(*a, batch=batch)
+    )
+    run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
+    run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
+    assert set(asked) == {2, 4}
 
 
 def test_an_interrupt_finishes_the_step_saves_and_resumes_to_the_same_bits(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@
 An `assert` is for what only we can break; everything here is for what a user meets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class VeneerError(Exception):
@@ -73,3 +74,31 @@ class DivergedError(VeneerError):
 
 class Interrupted(VeneerError):
     exit_code = 130
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+)
+
+
+def is_out_of_memory(fault: Exception) -> bool:
+    """torch has a class of its own for this on some devices only; elsewhere, and in safetensors, the text says so."""
+    text = str(fault).lower()
+    return isinstance(fault, MemoryError) or any(said in text for said in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def fits_memory(doing: str, faults: Sequence[str] = (), next_step: str = "") -> Iterator[None]:
+    """What does not fit within the block as a DoesNotFitError: out of memory `doing` this."""
+    try:
+        yield
+    except VeneerError:
+        raise
+    except Exception as fault:
+        if not is_out_of_memory(fault):
+            raise
+        raise DoesNotFitError(f"out of memory {doing}", faults, next_step) from fault

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import NoReturn, TextIO
 
 from veneer import __version__
-from veneer.errors import VeneerError
+from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.train.wording import shown
 
 COMMANDS = {
@@ -68,7 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough (`veneer ... | head`). What is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            print_error(
+                f"out of memory: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}\n"
+                "Free memory, or ask for less at once: a smaller base, fewer or shorter rows, --quantize nf4."
+            )
+            return DoesNotFitError.exit_code
         traceback.print_exc()
         print_error(
             "This is a bug in Veneer, not in what you typed. Please report it to the project's issue"

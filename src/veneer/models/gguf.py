@@ -45,9 +45,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError
+from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
 from veneer.models.base import stop_token_ids
-from veneer.models.quiet import is_out_of_memory, quiet
+from veneer.models.quiet import quiet
 from veneer.models.wheel import cache_folder, disk_error, file_sha256, publish
 
 _log = logging.getLogger(__name__)

@@ -36,13 +36,14 @@ from veneer.errors import (
     SourceError,
     UnsafeFileError,
     VeneerError,
+    is_out_of_memory,
 )
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.bnb_files import stored_book
 from veneer.models.builders import builder_for
 from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.loaded import NEXT_DOWNLOAD, check_loaded
-from veneer.models.quiet import is_out_of_memory, quiet
+from veneer.models.quiet import quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.models.streaming import build_packed, holds_experts_apart
 from veneer.models.tensor_files import stored_tensors

@@ -1,5 +1,5 @@
 """transformers without its progress bars and warnings (what they say is checked and raised by load.py and
-gguf.py), and one question about what it raises."""
+gguf.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from transformers.utils import logging
 
 
@@ -25,11 +24,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def is_out_of_memory(fault: Exception) -> bool:
-    """torch has a class of its own for this on CUDA only; on a CPU it is a RuntimeError that says so."""
-    texts = ("can't allocate memory", "not enough memory")
-    return isinstance(fault, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(fault) for text in texts
-    )

@@ -226,7 +226,7 @@ def _run(
         flat = FlatParameters(parameters)
         tracker.relabel(flat.gradient, GRADIENTS)
         tracker.enter("prepare", label=MOMENTS)
-        # Either optimizer allocates its moments at its first step and nothing else, ever.
+        # Either optimizer allocates its moments when it is made and nothing else, ever.
         moments = torch.empty(
             moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
         )

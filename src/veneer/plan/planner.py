@@ -151,7 +151,7 @@ class Planner:
         """Products that are compiled: every shape of the step for each size of its batches, the forward's for evaluations."""
         epoch = self.epoch(choice)
         sizes = epoch.sizes
-        looked_at = evaluated_sizes(self.held_out, choice.batch) - sizes
+        looked_at = evaluated_sizes(self.held_out, choice.rows_at_once) - sizes
         answered = SAMPLE_SIZES if self.held_out else 0
         layers = self.blueprint.config.get_text_config().num_hidden_layers
         draws = (epoch.taken + 1) * layers * run.experts  # and the costliest, before the first

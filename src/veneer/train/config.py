@@ -55,7 +55,7 @@ class RunConfig(Settings):
     batch: int = Field(default=8, ge=1)
     """Rows per optimizer step."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Rows computed at once; gradients are summed until `batch` is reached. Default: batch."""
+    """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached. Default: batch."""
     length: int = Field(default=2048, ge=2)
     """Longest row kept, tokens."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
@@ -94,6 +94,11 @@ class RunConfig(Settings):
     """Also send the records there; needs the extra of that name. Nothing is sent unless asked."""
     out: str
     """Folder of the run; must not exist, or hold the run that --resume continues."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """In training and at its evaluations."""
+        return self.micro_batch or self.batch
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """On a base of this hidden size: its own, else the method's."""

@@ -1,7 +1,8 @@
 """The training loop: batches in, an adapter's values out, nothing lost on the way.
 
-    before step 1   the longest batch runs forward and backward once, its gradient thrown away: what does not
-                    fit says so now; the held-out rows are evaluated once, for the comparison afterwards
+    before step 1   the optimizer's moments are made and the longest batch runs forward and backward once, its
+                    gradient thrown away: what does not fit says so now; the held-out rows are evaluated once,
+                    for the comparison afterwards
     a step          micro-batches summed with one normaliser, the norm checked, then clip, AdamW, publish
     an evaluation   loss on the held-out rows, a sample answer, a checkpoint; the best one stays
 
@@ -13,6 +14,7 @@ Knows nothing of methods: it trains the tensors it is given.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,16 @@ from transformers import PreTrainedModel
 from veneer.adapters.routing import Routing
 from veneer.data.batching import Batch, make_batch, plan_epoch, used_length
 from veneer.data.examples import Example
-from veneer.errors import DivergedError, DoesNotFitError, Interrupted
-from veneer.models.quiet import is_out_of_memory
+from veneer.errors import DivergedError, Interrupted, fits_memory
 from veneer.models.step import Paths, batch_loss, evaluation_loss
-from veneer.train.checkpoint import checkpoint_path, load_checkpoint, load_values, prune, save_checkpoint
+from veneer.train.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    load_values,
+    numbers,
+    prune,
+    save_checkpoint,
+)
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
@@ -34,6 +42,11 @@ from veneer.train.optim import FlatParameters, learning_rate_at
 from veneer.train.optimizers import make_optimizer
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes
 from veneer.train.screen import Screen
+
+FEWER_VALUES = (
+    "Train fewer values (an adapter instead of full, a smaller --rank), or --set optimizer=adamw8bit."
+)
+FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
 
 
 @dataclass
@@ -89,7 +102,10 @@ class Job:
 class Loop:
     def __init__(self, job: Job, records: Records, screen: Screen, *, resume_from: Path | None) -> None:
         self.job, self.records, self.screen = job, records, screen
-        self.optimizer = make_optimizer(job.config.optimizer, job.flat, weight_decay=job.config.weight_decay)
+        with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
+            self.optimizer = make_optimizer(
+                job.config.optimizer, job.flat, weight_decay=job.config.weight_decay
+            )
         self.progress = Progress()
         self.longest_batch_bytes = 0
         self.device = job.flat.values.device
@@ -98,8 +114,9 @@ class Loop:
         self._lengths = [used_length(e) for e in job.train]
         self._epoch_plan: tuple[int, list[list[int]]] | None = None
         if resume_from is not None:
-            tensors, state = load_checkpoint(resume_from)
-            self.optimizer.load(tensors)
+            with fits_memory(f"on reading {resume_from}", next_step="Free memory, then resume again."):
+                tensors, state = load_checkpoint(resume_from)
+                self.optimizer.load(tensors)
             self.progress = Progress(**state)
 
     def run(self) -> str:
@@ -154,7 +171,7 @@ class Loop:
         return rows
 
     def _micro_batches(self, rows: list[int]) -> Iterator[Batch]:
-        size = self.job.config.micro_batch or self.job.config.batch
+        size = self.job.config.rows_at_once
         for start in range(0, len(rows), size):
             chosen = [self.job.train[i] for i in rows[start : start + size]]
             yield make_batch(
@@ -193,15 +210,13 @@ class Loop:
             schedule=job.config.schedule,
         )
         rows = self._next_rows()
-        try:
+        with self._fits(rows):
             loss, batches = self._backward(rows)
-        except (MemoryError, RuntimeError) as fault:
-            self._explain_memory(fault, rows)
-            raise
-        norm = self.optimizer.gradient_norm()
-        if not math.isfinite(norm):
-            raise self._diverged("gradient norm", norm, batches)
-        self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
+        with fits_memory(f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)):
+            norm = self.optimizer.gradient_norm()
+            if not math.isfinite(norm):
+                raise self._diverged("gradient norm", norm, batches)
+            self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
         seconds = time.perf_counter() - start
         at.step += 1
         at.first_loss = loss if at.first_loss is None else at.first_loss
@@ -226,13 +241,9 @@ class Loop:
         """Run the costliest batch of the first epoch once and forget it: too large shows now, not in hour three."""
         plan = self._plan(self.progress.epoch)
         costliest = max(plan, key=lambda rows: sum(self._lengths[i] for i in rows))
-        try:
+        # What diverges is told again, with its step, when the batch's turn comes.
+        with self._fits(costliest), suppress(DivergedError):
             self._backward(costliest)
-        except DivergedError:
-            pass  # told again, with its step, when the batch's turn comes
-        except (MemoryError, RuntimeError) as fault:
-            self._explain_memory(fault, costliest)
-            raise
         self.job.flat.gradient.zero_()
         self.longest_batch_bytes = peak_memory_bytes(str(self.device))
         longest = max(self._lengths[i] for i in costliest)
@@ -240,16 +251,19 @@ class Loop:
             f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {self.longest_batch_bytes / 1e9:.2f} GB"
         )
 
-    def _explain_memory(self, fault: Exception, rows: list[int]) -> None:
-        """Raises DoesNotFitError if that is what happened: torch tells of memory on a CPU by a RuntimeError."""
-        if not is_out_of_memory(fault):
-            return
+    def _fits(self, rows: list[int]) -> AbstractContextManager[None]:
         tokens = sum(self._lengths[i] for i in rows)
-        raise DoesNotFitError(
-            f"out of memory on a batch of {len(rows)} rows, {tokens} tokens",
+        return fits_memory(
+            f"on a batch of {len(rows)} rows, {tokens} tokens",
             [str(self.job.train[i].ref) for i in rows][:8],
             "Try --checkpointing, a smaller --set micro_batch=N, or a smaller --length.",
-        ) from fault
+        )
+
+    def _freed(self, otherwise: str) -> str:
+        """What to do: a run that has a checkpoint goes on from there, with its own settings."""
+        if not numbers(self.job.out / "checkpoints"):
+            return otherwise
+        return f"Free memory, then continue from the last checkpoint: veneer train --resume {self.job.out}"
 
     def _diverged(self, what: str, value: float, batches: Sequence[Batch]) -> DivergedError:
         self.job.flat.gradient.zero_()
@@ -266,12 +280,13 @@ class Loop:
         job, at = self.job, self.progress
         start = time.perf_counter()
         loss = None
-        if job.validation:
-            nats, tokens = evaluation_loss(
-                job.model, job.paths, job.routing, job.validation, batch=job.config.batch
-            )
-            loss = nats / tokens
-        sample = job.answer() if job.answer is not None else None
+        with fits_memory(f"on the evaluation at step {at.step}", next_step=self._freed(FEWER_ROWS)):
+            if job.validation:
+                nats, tokens = evaluation_loss(
+                    job.model, job.paths, job.routing, job.validation, batch=job.config.rows_at_once
+                )
+                loss = nats / tokens
+            sample = job.answer() if job.answer is not None else None
         if sample is not None:
             if at.step == 0:
                 at.sample = {"before": sample["answer"]}
@@ -294,7 +309,10 @@ class Loop:
 
     def _save(self) -> None:
         folder = self.job.out / "checkpoints"
-        save_checkpoint(folder, self.progress.step, self._tensors(), _json_state(self.progress))
+        with fits_memory(
+            f"on the checkpoint of step {self.progress.step}", next_step=self._freed(FEWER_VALUES)
+        ):
+            save_checkpoint(folder, self.progress.step, self._tensors(), _json_state(self.progress))
         prune(folder, keep=self.job.config.keep, best=self.progress.best_step)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -91,6 +91,8 @@ class AdamW:
             part.grad = flat.gradient[place]
         groups = [{"params": [part]} for part in self.parts]
         self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+        # torch makes them at the first step: too large must be known before.
+        self.inner.state.update({part: _no_moments(part) for part in self.parts})
 
     def gradient_norm(self) -> float:
         """Of the whole gradient; nan or inf if any part is not finite."""
@@ -107,7 +109,7 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """values, first and second moments, step count: what a checkpoint keeps."""
-        own = [self.inner.state[part] or _no_moments(part) for part in self.parts]
+        own = [self.inner.state[part] for part in self.parts]
         moments = {
             name: own[0][name] if len(own) == 1 else torch.cat([each[name] for each in own])
             for name in ("exp_avg", "exp_avg_sq")
@@ -117,16 +119,18 @@ class AdamW:
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.flat.values.data.copy_(state["values"])
         self.flat.publish()
-        device = self.flat.values.device
         for part, (_, place) in zip(self.parts, self.flat.groups, strict=True):
-            moments = {k: state[k][place].to(device).clone() for k in ("exp_avg", "exp_avg_sq")}
-            self.inner.state[part] = {**moments, "step": state["step"].to(device).clone()}
+            own = self.inner.state[part]
+            for name in ("exp_avg", "exp_avg_sq"):
+                own[name].copy_(state[name][place])
+            own["step"].copy_(state["step"])
 
 
 def _no_moments(part: Tensor) -> dict[str, Tensor]:
     """AdamW's state before its first step."""
     zeros = torch.zeros_like(part.data)
-    return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.float32)}
+    step = torch.zeros((), dtype=torch.float32, device=part.device)
+    return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": step}
 
 
 def learning_rate_at(

@@ -24,7 +24,7 @@ from veneer.data.batching import plan_epoch, used_length
 from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
-from veneer.errors import ConfigError, CorruptFileError
+from veneer.errors import ConfigError, CorruptFileError, fits_memory
 from veneer.linear import num_parameters
 from veneer.models.base import Base, hidden_size
 from veneer.models.checkpointing import checkpointed
@@ -41,7 +41,7 @@ from veneer.store.strict_json import read_json
 from veneer.train.checkpoint import newest_valid
 from veneer.train.config import RunConfig
 from veneer.train.loggers import open_loggers
-from veneer.train.loop import Job, Loop
+from veneer.train.loop import FEWER_VALUES, Job, Loop
 from veneer.train.optim import FlatParameters
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
@@ -91,10 +91,11 @@ def run_training(
     if attachment is not None:
         config = config.model_copy(update={"method": attachment.config})
     one_pass = replacements(base.model)
-    if attachment is None:
-        flat = FlatParameters(dict(base.model.named_parameters()))
-    else:
-        flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
+    with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
+        if attachment is None:
+            flat = FlatParameters(dict(base.model.named_parameters()))
+        else:
+            flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
     job = _job(config, base, data, paths, flat)
     if not resume:
         _write_run_file(config)
