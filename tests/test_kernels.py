@@ -15,6 +15,7 @@ from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, tra
 from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
 from veneer.linear import DenseLinear, SliceLinear, frozen_linear
+from veneer.plan.tracker import Tracker
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,25 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def live_bytes(rows, **options):
+    """(most during packed attention, what stays after it) for one document, 8 query heads a key head."""
+    q, k = (torch.empty(rows, heads, 16, device="meta") for heads in (16, 2))
+    tracker, layout = Tracker(), Layout(0, (rows,), torch.device("meta"))
+    with torch.no_grad(), tracker:
+        tracker.enter("attention", label="other")
+        out = packed_attention(q, k, k, layout, scale=0.25, **options)
+        tracker.enter("after", label="other")
+    assert out.shape == q.shape
+    return tracker.phases[0].peak_bytes, tracker.phases[0].end_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 300}, {"softcap": 5.0}], ids=str)
+def test_what_attention_holds_grows_with_a_row_and_not_with_its_square(options):
+    (short_peak, short_kept), (peak, kept) = live_bytes(2048, **options), live_bytes(8192, **options)
+    assert kept == 4 * short_kept  # the result
+    assert peak < 5 * short_peak
 
 
 @pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (1, 7, 3)], ids=str)

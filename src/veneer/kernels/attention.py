@@ -31,37 +31,36 @@ class _Scores:
     def __init__(self, scale: float, window: int | None, softcap: float | None) -> None:
         self.scale, self.window, self.softcap = scale, window, softcap
 
-    def mask(
-        self, layout: Layout, start: int, stop: int, prompt: int, groups: int, dtype: torch.dtype
-    ) -> Tensor:
-        """(1, G * rows, keys) additive; query row i stands at place prompt + i of the keys."""
-        keys = round_up(prompt + stop)
-        key = (start, stop, prompt, groups, self.window, dtype)
-        if key not in layout.masks:
-            place = torch.arange(start, stop, device=layout.device)[:, None] + prompt
-            other = torch.arange(keys, device=layout.device)[None]
-            seen = other <= place
-            if self.window is not None:
-                seen &= other > place - self.window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=layout.device).masked_fill_(
-                ~seen, float("-inf")
-            )
-            layout.masks[key] = mask.repeat(groups, 1)[None]
-        return layout.masks[key]
-
     def probabilities(
-        self, q: Tensor, k: Tensor, mask: Tensor, sinks: Tensor | None
+        self, q: Tensor, k: Tensor, sinks: Tensor | None, *, first: int, place: int, groups: int
     ) -> tuple[Tensor, Tensor | None]:
-        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys [+ 1 with sinks]), tanh part."""
+        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys [+ 1 with sinks]), tanh part.
+
+        Row i of every group stands at place + i, the keys at first and after.
+        """
         bent = None
         if self.softcap is None:
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=self.scale)
+            nothing = q.new_empty(1, 1, 1)  # beta 0: not read
+            scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=self.scale)
         else:
             bent = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
-            scores = torch.add(mask, bent, alpha=self.softcap)
+            scores = bent * self.softcap
+        self._hide(scores.unflatten(1, (groups, -1)), place - first)
         if sinks is not None:  # one more column that takes mass and gives nothing
             scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, 1)], dim=-1)
         return torch.softmax(scores, dim=-1), bent
+
+    def _hide(self, scores: Tensor, own: int) -> None:
+        """(B, G, rows, keys), in place: -inf where row i, whose own key is number own + i, does not see.
+
+        Most keys are seen by every row of a block: what is masked are the triangles at both ends.
+        """
+        rows, keys = scores.shape[-2:]
+        later = torch.ones(rows, keys - own - 1, dtype=torch.bool, device=scores.device).triu_()
+        scores[..., own + 1 :].masked_fill_(later, float("-inf"))
+        if self.window is not None and (width := rows + own - self.window) > 0:
+            before = torch.ones(rows, width, dtype=torch.bool, device=scores.device).tril_(own - self.window)
+            scores[..., :width].masked_fill_(before, float("-inf"))
 
 
 def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
@@ -129,10 +128,8 @@ def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
 class _Part:
     """One rectangle of attention: either the prompt with itself, or all documents with prompt and selves."""
 
-    def __init__(
-        self, layout: Layout, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
-    ) -> None:
-        self.layout, self.scores, self.prompt, self.groups = layout, scores, prompt, groups
+    def __init__(self, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int) -> None:
+        self.scores, self.prompt, self.groups = scores, prompt, groups
         self.q, self.k, self.v = q, k, v
         self.length = q.shape[1] // groups
 
@@ -147,12 +144,13 @@ class _Part:
         first, last = self._window_start(start), round_up(self.prompt + stop)
         q = _rows(self.q, self.groups, start, stop)
         k, v = self.k[:, first:last], self.v[:, first:last]
-        mask = self.scores.mask(self.layout, start, stop, self.prompt, self.groups, q.dtype)[:, :, first:]
         if sinks is not None:
             rows = stop - start
             heads = sinks.view(-1, self.groups).repeat(q.shape[0] * self.groups // sinks.numel(), 1)
             sinks = heads.repeat_interleave(rows, dim=1)[..., None]
-        probabilities, bent = self.scores.probabilities(q, k, mask, sinks)
+        probabilities, bent = self.scores.probabilities(
+            q, k, sinks, first=first, place=self.prompt + start, groups=self.groups
+        )
         return q, k, v, probabilities, bent
 
     def forward(self, sinks: Tensor | None) -> Tensor:
@@ -198,9 +196,9 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: _Scores) -> 
     parts = []
     if P := layout.prompt:
         own_k, own_v = _prompt_keys(k, layout), _prompt_keys(v, layout)
-        parts.append(_Part(layout, scores, _grouped(q[None, :P], kv_heads), own_k, own_v, 0, groups))
+        parts.append(_Part(scores, _grouped(q[None, :P], kv_heads), own_k, own_v, 0, groups))
     square_q = _grouped(_square(q, layout), kv_heads)
-    parts.append(_Part(layout, scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
+    parts.append(_Part(scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
     return parts
 
 

@@ -37,8 +37,6 @@ class Layout:
     """(sum of L): place of every packed row in the square."""
     starts: Tensor = field(init=False)
     """(docs + 1) int64 on the CPU: first row of every document, counted after the prompt; then the sum of L."""
-    masks: dict[tuple[object, ...], Tensor] = field(init=False, default_factory=dict)
-    """Additive masks already built for this layout, by block; used by every layer."""
     _behind: dict[int, "Layout"] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
