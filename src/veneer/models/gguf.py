@@ -47,6 +47,7 @@ from transformers import (
 
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
 from veneer.models.base import stop_token_ids
+from veneer.models.gguf_layout import LayoutError, check_layout
 from veneer.models.quiet import quiet
 from veneer.models.wheel import cache_folder, disk_error, file_sha256, publish
 
@@ -316,16 +317,17 @@ def rebuilt_tokenizer(folder: Path, header: Header) -> PreTrainedTokenizerFast:
 def read_header(path: Path) -> Header:
     """Raises CorruptFileError for what is no whole GGUF file, SourceError for what is not convertible."""
     try:
+        check_layout(path)
         reader = GGUFReader(path)
         fields = {
             name: field.contents()
             for name, field in reader.fields.items()
             if not name.startswith("tokenizer.ggml.") or name.endswith((".pre", ".model"))
         }
-    except Exception as fault:  # the reader follows whatever offsets a damaged file holds
+    except Exception as fault:  # names that are not UTF-8, values that are not what their key says
         raise CorruptFileError(
             f"{path} is not a whole .gguf file",
-            [f"{type(fault).__name__}: {fault}"],
+            [str(fault) if isinstance(fault, LayoutError) else f"{type(fault).__name__}: {fault}"],
             "Download it again; the earlier download may have been interrupted.",
         ) from fault
     architecture = str(fields.get("general.architecture", "not named"))
