@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from veneer.child import environment_for, module_command
 from veneer.compare.plan import Candidate, Comparison
 from veneer.errors import Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
@@ -180,9 +181,9 @@ class Worker:
         In a session of its own: Ctrl-C would reach it twice otherwise, and twice means at once.
         """
         child = subprocess.Popen(
-            [sys.executable, "-m", "veneer.cli.main", *arguments],
+            [*module_command("veneer.cli.main"), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
-            start_new_session=True,
+            env=environment_for(os.environ), start_new_session=True,
         )  # fmt: skip
         try:
             while True:

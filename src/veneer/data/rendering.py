@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -20,10 +19,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
-import veneer
+from veneer.child import environment_for, module_command
 from veneer.data.sandbox import TemplateFault
 from veneer.data.template_worker import SECONDS, decoded, encoded
 
@@ -212,13 +210,12 @@ def _write(process: subprocess.Popen[bytes], outgoing: bytes) -> None:
 def _start() -> subprocess.Popen[bytes]:
     # Of the environment only what a program needs to start: keys and tokens are no template's business.
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    environment["PYTHONPATH"] = str(Path(veneer.__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "veneer.data.template_worker"],
+        module_command("veneer.data.template_worker"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=environment_for(environment),
         start_new_session=True,
     )
 

