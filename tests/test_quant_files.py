@@ -11,8 +11,10 @@ from tests.tiny import save_tiny
 from veneer.adapters.config import LoRA
 from veneer.api import load, write_quantized
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, SourceError
+from veneer.models.bnb_files import file_tensors
 from veneer.models.load import load_base
 from veneer.models.weights import weight_line, weight_table
+from veneer.quant.nf4 import quantize
 from veneer.quant.nf4_linear import NF4Linear
 from veneer.store.adapter import manifest_for, write_adapter
 from veneer.store.packed import write_packed
@@ -122,6 +124,65 @@ def test_parts_that_do_not_belong_together_are_refused(part, value, says, tmp_pa
     with pytest.raises(CorruptFileError) as caught:
         load_base(str(folder))
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("nested_blocksize", 2**64, "nested block size 18446744073709551616"),  # 0 to C, which then divides by it
+        ("nested_blocksize", 2**63, "nested block size"),
+        ("nested_blocksize", 2**32, "nested block size"),
+        ("nested_blocksize", 0, "nested block size 0"),
+        ("nested_blocksize", -256, "nested block size -256"),
+        ("nested_blocksize", 255, "nested block size 255"),
+        ("nested_blocksize", True, "nested block size True"),
+        ("nested_blocksize", 256.0, "nested block size 256.0"),
+        ("nested_blocksize", [256], "nested block size [256]"),
+        ("nested_offset", 10**400, "nested offset 1000"),
+        ("nested_offset", float("nan"), "nested offset nan"),
+        ("nested_offset", float("inf"), "nested offset inf"),
+        ("nested_offset", "0.1", "nested offset '0.1'"),
+        ("blocksize", 64.0, "block size 64.0"),
+        ("blocksize", 2**64 + 64, "block size 18446744073709551680"),
+        ("blocksize", {"a": 1}, "block size {'a': 1}"),
+        ("dtype", ["float32"], "type ['float32']"),
+        ("dtype", "float8_e4m3fn", "type 'float8_e4m3fn'"),
+        ("shape", [2**64, 32], "shape [18446744073709551616, 32]"),
+        ("shape", [-48, -32], "shape [-48, -32]"),
+        ("shape", [48, 32, 1.0], "shape [48, 32, 1.0]"),
+        ("shape", [1] * 9_000, "shape [1, 1"),
+        ("shape", [2**39] * 8, "weight has 768 bytes of U8"),
+        ("quant_type", {"nf4": 1}, "quant_type {'nf4': 1} under 'nf4'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_state_whose_numbers_are_not_those_of_a_weight_is_refused(field, value, says, tmp_path):
+    folder = save_tiny(tmp_path / "dense", "llama", torch.bfloat16)
+    weights = load_file(folder / "model.safetensors")
+    name = STATE.split(".quant_state")[0]
+    packed = file_tensors(name, quantize(weights.pop(name), book="nf4", double=True, name=name))
+    state = json.loads(bytes(packed[STATE].numpy())) | {field: value}
+    packed[STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(weights | packed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFileError) as caught:
+        load_base(str(folder))
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_state_nested_too_deep_is_refused(tmp_path):
+    _, folder = saved(tmp_path)
+    edit(folder, lambda w: w.update({STATE: torch.frombuffer(bytearray(b"[" * 60_000), dtype=torch.uint8)}))
+    with pytest.raises(CorruptFileError, match="nested too deep"):
+        load_base(str(folder))
+
+
+def test_parts_of_a_type_that_is_not_read_are_named(tmp_path):
+    _, folder = saved(tmp_path)
+    name = STATE.split(".quant_state")[0] + ".absmax"
+    edit(folder, lambda w: w.update({name: w[name].view(torch.float8_e8m0fnu)}))
+    with pytest.raises(SourceError, match="of type F8_E8M0"):
+        load_base(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEXT = "Download the model again; if it stays, ask its author."
+_MOST_AXES = 8
+_MOST_NESTED_BLOCK = 2**20  # bitsandbytes writes 256
+_MOST_OFFSET = 3e38  # what float32 holds
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def stored_weights(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
         try:
             state = _read_state(tensors[key])
             wrong = _faults(key.split(_STATE)[1], state, parts)
+        except RecursionError:
+            wrong = ["its state is nested too deep"]
         except (ValueError, OSError) as fault:
             wrong = [str(fault)]
         if wrong:
@@ -136,26 +141,27 @@ def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTenso
     wrong += [f"its state holds {key}, which is unknown" for key in sorted(state.keys() - known)]
     if wrong:
         return wrong
-    shape, block = state["shape"], state["blocksize"]
+    shape, block, offset = state["shape"], state["blocksize"], state.get("nested_offset", 0.0)
     if book not in ("nf4", "fp4") or state["quant_type"] != book:
         wrong.append(f"quant_type {state['quant_type']!r} under {book!r}")
-    if block not in BLOCK_SIZES:
+    if type(block) is not int or block not in BLOCK_SIZES:
         wrong.append(f"block size {block!r}")
-    if state["dtype"] not in _TYPES:
+    if not isinstance(state["dtype"], str) or state["dtype"] not in _TYPES:
         wrong.append(f"type {state['dtype']!r}")
-    if not (isinstance(shape, list) and shape and all(type(n) is int and 0 < n < 2**40 for n in shape)):
+    if not (isinstance(shape, list) and 0 < len(shape) <= _MOST_AXES and all(map(_is_size, shape))):
         wrong.append(f"shape {shape!r}")
+    # An integer may be too large for a float, and one too large for C would come out there as another number.
+    outer = state.get("nested_blocksize", 1)
+    if not (_is_size(outer) and outer <= _MOST_NESTED_BLOCK and outer & (outer - 1) == 0):
+        wrong.append(f"nested block size {outer!r}")
+    if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:
+        wrong.append(f"nested offset {offset!r}")
     if wrong:
-        return wrong
+        return [line[:200] for line in wrong]
     count = math.prod(shape)
     blocks = -(-count // block)
     sizes = {"": (count + 1) // 2, "absmax": blocks * (1 if nested else 4), "quant_map": 64}
     if nested:
-        outer = state["nested_blocksize"]
-        if not (isinstance(outer, int) and outer > 0 and outer & (outer - 1) == 0):
-            return [f"nested block size {outer!r}"]
-        if not isinstance(state["nested_offset"], int | float) or not math.isfinite(state["nested_offset"]):
-            return [f"nested offset {state['nested_offset']!r}"]
         sizes |= {"nested_absmax": -(-blocks // outer) * 4, "nested_quant_map": 1024}
     kinds = {
         "absmax": "U8" if nested else "F32",
@@ -168,6 +174,10 @@ def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTenso
             name = part or "weight"
             wrong.append(f"{name} has {parts[part].bytes:,} bytes of {parts[part].kind}, not {size:,}")
     return wrong
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
 
 
 def file_tensors(name: str, weight: Packed) -> dict[str, Tensor]:

@@ -13,8 +13,11 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from veneer.errors import SourceError
+
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
@@ -30,6 +33,12 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Raises SourceError for a type that is not read."""
+        if self.kind not in TYPES:
+            raise SourceError(
+                f"{self.path} holds values of type {self.kind}, which are not read",
+                next_step="Take a version of the model in bf16, f16 or f32.",
+            )
         return TYPES[self.kind]
 
     @property
