@@ -29,7 +29,7 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
     layout = Layout(prompt, lengths, CPU)
     N = layout.rows + 3
     q, k, v = (torch.randn(N, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
-    if not attention_native.usable(q):
+    if not attention_native.usable(q, k, v, None):
         pytest.skip("no compiled kernel for this processor")
     fast = packed_attention(q, k, v, layout, scale=0.3, window=window)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -39,10 +39,56 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
         assert (ours.float() - theirs).abs().max() < BF16_ATOL * theirs.abs().max().clamp_min(0.1)
 
 
+def test_what_the_kernel_does_not_compute_never_reaches_it():
+    """It reads as many values behind a pointer as q's shape says: another k or v would be read past its end."""
+    N, options = 9, {"dtype": torch.bfloat16}
+    q, k, v = (
+        torch.randn(N, 4, 32, **options),
+        torch.randn(N, 2, 32, **options),
+        torch.randn(N, 2, 32, **options),
+    )
+    if not attention_native.usable(q, k, v, None):
+        pytest.skip("no compiled kernel for this processor")
+    assert attention_native.usable(q, k, v, 1)
+    for others in [
+        (q, k, v[..., :16], None),  # multi-head latent attention
+        (q, k[..., :16], v[..., :16], None),
+        (q, k[:, :1], v, None),
+        (q, k[:5], v[:5], None),
+        (q, k.float(), v.float(), None),
+        (q, k, v.half(), None),
+        (q[:, :3], k, v, None),
+        (q, k, v, 0),
+        (q, k, v, -3),
+        (q[..., :0], k[..., :0], v[..., :0], None),
+        (q, k[:, :0], v[:, :0], None),
+        (q[None], k[None], v[None], None),
+    ]:
+        assert not attention_native.usable(*others)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("prompt", [0, 7])
+@pytest.mark.parametrize("size", [16, 48])
+def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
+    torch.manual_seed(0)
+    layout = Layout(prompt, (9, 4), CPU)
+    N = layout.rows + 3
+    q, k, v = (torch.randn(N, h, d, dtype=dtype).requires_grad_() for h, d in ((4, 32), (2, 32), (2, size)))
+    fast = packed_attention(q, k, v, layout, scale=0.3)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    slow = packed_attention_reference(*wide, layout, scale=0.3)
+    assert fast.shape == (N, 4, size)
+    bound = BF16_ATOL if dtype == torch.bfloat16 else 1e-11
+    pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
+    for ours, theirs in pairs:
+        assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max().clamp_min(0.1)
+
+
 def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
     layout = Layout(20, (90, 64, 7), CPU)
     q, k, v = (torch.randn(layout.rows, h, 32).bfloat16().requires_grad_() for h in (4, 2, 2))
-    if not attention_native.usable(q):
+    if not attention_native.usable(q, k, v, None):
         pytest.skip("no compiled kernel for this processor")
     before, found = torch.get_num_threads(), []
     try:

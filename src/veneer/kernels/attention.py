@@ -9,7 +9,8 @@ needs no repetition of keys for grouped query heads, and expresses windows, soft
 On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py).
 Only q, k and v are kept for backward; the probabilities of one block at a time are computed again.
 
-Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size, L longest document, P prompt.
+Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values, where it is another),
+L longest document, P prompt.
 """
 
 from typing import Any
@@ -154,7 +155,7 @@ class _Part:
         return q, k, v, probabilities, bent
 
     def forward(self, sinks: Tensor | None) -> Tensor:
-        out = torch.empty_like(self.q)
+        out = self.q.new_empty(*self.q.shape[:2], self.v.shape[2])
         view = out.view(out.shape[0], self.groups, self.length, -1)
         for start, stop in _blocks(self.length):
             _, _, v, probabilities, _ = self._block(start, stop, sinks)
@@ -209,7 +210,7 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)
         ctx.layout, ctx.scores = layout, scores
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
         parts = _parts(q, k, v, layout, scores)
         documents = parts[-1].forward(sinks)
         out[layout.rows :] = 0
@@ -259,8 +260,8 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """q (N, H, D), k and v (N, K, D) -> (N, H, D). window: keys seen, the row's own included; sinks: (H)."""
-    if softcap is None and sinks is None and usable(q):
+    """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E). window: keys seen, the row's own included; sinks: (H)."""
+    if softcap is None and sinks is None and usable(q, k, v, window):
         return native_attention(q, k, v, layout, scale=scale, window=window)
     apply: Any = _PackedAttention.apply
     return apply(q, k, v, sinks, layout, _Scores(scale, window, softcap))
@@ -294,5 +295,5 @@ def packed_attention_reference(
     for length in layout.lengths:
         out.append(one(torch.cat([prompt, torch.arange(start, start + length)]), P))
         start += length
-    filler = q.new_zeros(q.shape[0] - layout.rows, *q.shape[1:])
+    filler = q.new_zeros(q.shape[0] - layout.rows, q.shape[1], v.shape[2])
     return torch.cat([*out, filler])

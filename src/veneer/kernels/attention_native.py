@@ -70,9 +70,14 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def usable(q: Tensor) -> bool:
-    """Whether the kernel computes this tensor's type on this processor."""
-    if q.dtype != torch.bfloat16 or not on_cpu(q) or q.shape[-1] % 16:
+def usable(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
+    """Whether the kernel computes what these are: bf16 on this processor, one head size, whole groups of heads."""
+    if any(x.dtype != torch.bfloat16 or not on_cpu(x) or x.dim() != 3 for x in (q, k, v)):
+        return False
+    rows, heads, size = q.shape
+    if size % 16 or not k.numel() or k.shape != v.shape or (k.shape[0], k.shape[2]) != (rows, size):
+        return False
+    if heads % k.shape[1] or (window is not None and window < 1):
         return False
     found = library()
     return found is not None and hasattr(found, "veneer_attention_forward") and bool(found.veneer_has_bf16())
@@ -237,6 +242,6 @@ def _parts(
 def native_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None
 ) -> Tensor:
-    """packed_attention of kernels/attention.py where `usable(q)`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+    """packed_attention of kernels/attention.py where it is `usable`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
     apply: Any = _NativeAttention.apply
     return apply(q, k, v, layout, scale, window)
