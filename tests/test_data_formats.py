@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
 
-from veneer.data.examples import Format, RowRef
-from veneer.data.formats import RowFault, detect, to_row
+from veneer.data.examples import Format, RowFault, RowRef
+from veneer.data.formats import detect, to_row
 
 REF = RowRef("rows.jsonl", 1)
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -107,6 +108,23 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "call without a name": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"function": {}}]}, RESULT, ANSWER]}),
     "arguments that are not JSON": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "{a"}]}]}),
     "arguments that are a list": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}),
+    "a tool whose function is a word": ("D113", {"messages": [ASK, ANSWER], "tools": [{"function": "x"}]}),
+    "a tool whose name is a number": ("D113", {"messages": [ASK, ANSWER], "tools": [{"function": {"name": 3}}]}),
+    "half a character in a call": ("D102", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}]}),
+    "half a character in a key": ("D102", {"messages": [ASK, {**ANSWER, "more": {"\udc00": 1}}]}),
+    "half a character in a tool": ("D102", {"messages": [ASK, ANSWER], "tools": [{"name": "\ud83d"}]}),
+    "half a character in escaped arguments": (
+        "D102", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}]},
+    ),
+    "half a character in the system column": ("D102", {"messages": [ASK, ANSWER], "system": "\ud83d"}),
+    "messages that are brackets": ("D103", {"messages": "[" * 100_000}),
+    "messages nested in text": ("D103", {"messages": "[" * 600 + "]" * 600}),
+    "NaN in messages that are text": ("D103", {"messages": '[{"role": "user", "content": "a", "n": NaN}]'}),
+    "arguments nested in text": (
+        "D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}]}]},
+    ),
+    "tools nested in text": ("D113", {"messages": [ASK, ANSWER], "tools": "[" * 600 + "]" * 600}),
+    "a value that is no JSON": ("D109", {"messages": [ASK, {**ANSWER, "at": date(2026, 1, 1)}]}),
     "tools that are no list": ("D113", {"messages": [ASK, ANSWER], "tools": {"name": "f"}}),
     "an image part": ("D114", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),
     "an images column": ("D114", {"messages": [ASK, ANSWER], "images": ["a.png"]}),

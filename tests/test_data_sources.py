@@ -33,6 +33,12 @@ BROKEN = {
     "NaN": (b'{"score": NaN, ' + GOOD[1:], "D103"),
     "a number of 5,000 digits": (b'{"n": ' + b"9" * 5000 + b", " + GOOD[1:], "D103"),
     "deep nesting": (b"[" * 100_000, "D103"),
+    "keys nested 600 deep": (b'{"score": ' + b'{"a":' * 600 + b"1" + b"}" * 600 + b", " + GOOD[1:], "D103"),
+    "a number beyond all": (b'{"score": 1e999, ' + GOOD[1:], "D103"),
+    "half a surrogate pair beside the text": (
+        GOOD.replace(b'"role"', b'"na\\udc00me": 1, "role"', 1),
+        "D102",
+    ),
     "a key twice": (b'{"messages": [], ' + GOOD[1:], "D104"),
     "an inner key twice": (GOOD.replace(b'"role": "user"', b'"role": "user", "role": "system"'), "D104"),
     "a list": (b"[1, 2]", "D105"),
@@ -222,3 +228,9 @@ def test_a_file_of_several_layouts_is_refused_with_lines_of_each(tmp_path: Path)
         read_rows(write(tmp_path / "rows.jsonl", GOOD, text, GOOD, text, text))
     assert "rows.jsonl:1, 3 (2 rows)  2 rows are chat" in str(error.value)
     assert "rows.jsonl:2, 4-5 (3 rows)  3 rows are text" in str(error.value)
+
+
+def test_a_key_that_stands_there_a_hundred_thousand_times_costs_no_more_than_others(tmp_path: Path) -> None:
+    twice = b"{" + b", ".join(b'"k%d": 1' % (number // 2) for number in range(100_000)) + b"}"
+    _, problems = scan_rows(write(tmp_path / "rows.jsonl", twice))  # compared one by one, it takes minutes
+    assert found(problems) == {1: "D104"} and len(problems[0].message) < 200

@@ -35,8 +35,9 @@ from veneer.errors import (
 )
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
+from veneer.nesting import MAX_JSON_DEPTH
 from veneer.store import adapter as store
-from veneer.store import safe, strict_json
+from veneer.store import safe
 from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
 from veneer.store.peft_config import CONFIG_NAME, MAX_REPETITIONS
@@ -300,7 +301,7 @@ def test_the_format_document_names_every_field_and_every_refusal():
     assert [name for name in fields if f"`{name}`" not in text] == []
     for limit in (
         f"{safe.MAX_TENSORS:,} tensors",
-        f"{strict_json.MAX_JSON_DEPTH} levels",
+        f"{MAX_JSON_DEPTH} levels",
         f"{MAX_REPETITIONS} repetitions",
     ):
         assert limit in text

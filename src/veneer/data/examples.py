@@ -131,6 +131,17 @@ class Problem:
         }
 
 
+class RowFault(Exception):
+    """What is wrong with one row; becomes a Problem with its file and line."""
+
+    def __init__(self, code: str, message: str, next_step: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.next_step = code, message, next_step
+
+    def at(self, ref: RowRef) -> Problem:
+        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step)
+
+
 def _ranges(numbers: Sequence[int]) -> str:
     """Rising numbers as "1-3, 7", the first SHOWN stretches of them."""
     stretches: list[list[int]] = []

@@ -16,12 +16,13 @@ Knows nothing of files or tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, get_args
 
-from veneer.data.examples import Format, Problem, Row, RowRef
+from veneer.data.examples import Format, Problem, Row, RowFault, RowRef
+from veneer.data.json_text import whole_value
+from veneer.nesting import walk
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 NEEDS: dict[Format, tuple[str, ...]] = {
@@ -62,20 +63,10 @@ _ANSWER_LIKE = (
     "summary",
     "ref",
 )
+_SHOWN = 40  # characters of a value in a message
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
 LAYOUTS = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in NEEDS.items())
-
-
-class RowFault(Exception):
-    """What is wrong with one row; becomes a Problem with its file and line."""
-
-    def __init__(self, code: str, message: str, next_step: str = "") -> None:
-        super().__init__(message)
-        self.code, self.message, self.next_step = code, message, next_step
-
-    def at(self, ref: RowRef) -> Problem:
-        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step)
 
 
 @lru_cache(maxsize=4096)
@@ -145,9 +136,9 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
             raise RowFault("D111", "there is a system message and a 'system' column too: keep one")
         messages = [{"role": "system", "content": system}, *messages]
     check_order(messages)
-    return Row(
-        ref, messages, _tools(record.get("tools")), None, format, _references(record.get("references"))
-    )
+    tools, references = _tools(record.get("tools")), _references(record.get("references"))
+    _check_values(messages, tools)
+    return Row(ref, messages, tools, None, format, references)
 
 
 def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
@@ -194,6 +185,30 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
+def _read(text: str, code: str, what: str) -> Any:
+    """The JSON value that a text in a row consists of. what: begins the sentence that says why there is none."""
+    try:
+        return whole_value(text)
+    except RowFault as fault:
+        raise RowFault(code, f"{what} {fault.message}") from None
+
+
+def _check_values(*parts: Any) -> None:
+    """Raises RowFault for what lies deeper in a row than its layout says and cannot become tokens."""
+    for value, _ in walk(list(parts)):
+        if isinstance(value, str):
+            if not value.isascii():
+                _string(value, _brief(value))
+        elif not (value is None or isinstance(value, list | dict | bool | int | float)):
+            raise RowFault("D109", f"holds a value of type {type(value).__name__}, which is no JSON")
+
+
+def _brief(value: Any) -> str:
+    """Its beginning, for a message."""
+    text = str(value)
+    return repr(text[:_SHOWN])[1:-1] + ("…" if len(text) > _SHOWN else "")
+
+
 def _text(value: Any, name: str) -> str:
     """A string that says something."""
     if not _string(value, name).strip():
@@ -211,10 +226,7 @@ def _kind(value: Any) -> str:
 
 def _message_list(value: Any, name: str, *, sharegpt: bool = False) -> list[dict[str, Any]]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowFault("D103", f"'{name}' is text that is not JSON: {error}") from None
+        value = _read(value, "D103", f"'{name}' is text that")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowFault("D109", f"'{name}' is {_kind(value)}, not a list of objects")
     if not value:
@@ -240,7 +252,7 @@ def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any
         raise RowFault("D115", f"user turn is empty (message {number})")
     weight = item.get("weight", 1)
     if weight not in (0, 1) or isinstance(weight, bool):
-        raise RowFault("D109", f"weight of message {number} is {weight!r}; 0 and 1 are read")
+        raise RowFault("D109", f"weight of message {number} is {_brief(weight)}; 0 and 1 are read")
     message = {**item, "role": role, "content": content}
     return {**message, "tool_calls": calls} if calls else message
 
@@ -255,7 +267,8 @@ def _content(value: Any, number: int) -> str:
     for part in value:
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise RowFault(
-                "D114", f"message {number} has a part of type {part['type']!r}: Veneer trains on text only"
+                "D114",
+                f"message {number} has a part of type {_brief(part['type'])}: Veneer trains on text only",
             )
         text = part.get("text") if isinstance(part, dict) else part
         parts.append(_string(text, f"part of message {number}"))
@@ -274,16 +287,13 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
             raise RowFault("D113", f"a tool call of message {number} has no function name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):  # as the OpenAI API sends it; templates want the object
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise RowFault(
-                    "D113", f"arguments of {function['name']} in message {number} are not JSON: {error}"
-                ) from None
+            arguments = _read(
+                arguments, "D113", f"the text of {_brief(function['name'])}'s arguments in message {number}"
+            )
         if not isinstance(arguments, dict):
             raise RowFault(
                 "D113",
-                f"arguments of {function['name']} in message {number} are {_kind(arguments)}, not an object",
+                f"arguments of {_brief(function['name'])} in message {number} are {_kind(arguments)}, not an object",
             )
         function = {**function, "arguments": arguments}
         calls.append(
@@ -296,14 +306,17 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowFault("D113", f"'tools' is text that is not JSON: {error}") from None
+        value = _read(value, "D113", "'tools' is text that")
     if value in (None, "", []):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowFault("D113", f"'tools' is {_kind(value)}, not a list of objects")
+    for number, tool in enumerate(value, 1):
+        function = tool.get("function", tool)
+        if not isinstance(function, dict):
+            raise RowFault("D113", f"the function of tool {number} is {_kind(function)}, not an object")
+        if not isinstance(function.get("name", ""), str):
+            raise RowFault("D113", f"the name of tool {number} is {_kind(function['name'])}, not text")
     return value
 
 

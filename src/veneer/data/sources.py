@@ -8,15 +8,15 @@ without being held in memory; a .json file is read whole. Knows nothing of token
 from __future__ import annotations
 
 import csv
-import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from veneer.data.examples import Format, Problem, Row, RowRef, grouped, refusal
-from veneer.data.formats import FORMATS, RowFault, detect, mixed_layouts, to_row
+from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
+from veneer.data.formats import FORMATS, detect, mixed_layouts, to_row
+from veneer.data.json_text import JSONText, whole_value
 from veneer.errors import DataError
+from veneer.nesting import TOO_DEEP, too_deep
 
 MAX_LINE_BYTES = 16 * 2**20
 READ = '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a header), .parquet'
@@ -124,64 +124,9 @@ def _utf8(line: bytes) -> str:
         ) from None
 
 
-class _Decoder:
-    """JSON values from a text. What json.loads lets pass (a key twice, NaN) is a fault here, found without
-    losing the place where the value ends."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.faults: list[RowFault] = []
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
-
-    def value(self, at: int) -> tuple[Any, int]:
-        """The value that begins at `at`, and where it ends. Raises RowFault where there is no value."""
-        try:
-            return self._decoder.raw_decode(self.text, at)
-        except json.JSONDecodeError as error:
-            message = f"is not JSON: {error.msg} at column {error.colno}"
-            raise RowFault(
-                "D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")
-            ) from None
-        except RecursionError:
-            raise RowFault("D103", "is nested too deeply") from None
-        except ValueError as error:  # a number of thousands of digits
-            raise RowFault("D103", f"is not JSON that can be read: {error}") from None
-
-    def skip(self, at: int) -> int:
-        """Where the next thing after white space begins."""
-        match = _SPACE.match(self.text, at)
-        assert match is not None
-        return match.end()
-
-    def after(self, at: int) -> str:
-        """The character at `at`; empty at the end."""
-        return self.text[at : at + 1]
-
-    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = ", ".join(sorted({repr(name) for name in names if names.count(name) > 1}))
-            self.faults.append(RowFault("D104", f"key {twice} stands twice in one object"))
-        return values
-
-    def _constant(self, name: str) -> float:
-        self.faults.append(RowFault("D103", f"{name} is not JSON"))
-        return 0.0
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
 def _object(text: str) -> dict[str, Any]:
     """The object that a line consists of. Raises RowFault."""
-    json_text = _Decoder(text)
-    value, end = json_text.value(json_text.skip(0))
-    end = json_text.skip(end)
-    if end < len(text):
-        raise RowFault("D103", f"is not JSON: something follows the value at column {end + 1}")
-    if json_text.faults:
-        raise json_text.faults[0]
+    value = whole_value(text)
     if not isinstance(value, dict):
         raise RowFault("D105", f"is {_kind(value)}, not an object")
     return value
@@ -195,7 +140,7 @@ def _kind(value: Any) -> str:
 def _json(path: Path, file: str) -> Records:
     number = 0
     try:
-        json_text = _Decoder(_utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf")))
+        json_text = JSONText(_utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf")))
         at = json_text.skip(0)
         if json_text.after(at) == "{":
             at = _find_data(json_text, at)
@@ -229,7 +174,7 @@ def _json(path: Path, file: str) -> Records:
         yield Problem(fault.code, file, message, lines, fault.next_step)
 
 
-def _find_data(json_text: _Decoder, at: int) -> int:
+def _find_data(json_text: JSONText, at: int) -> int:
     """Where the list under the key "data" of the object at `at` begins. Raises RowFault."""
     keys = []
     at = json_text.skip(at + 1)
@@ -307,7 +252,10 @@ def _parquet(path: Path, file: str) -> Records:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 number += 1
-                yield number, _without_nulls(record)
+                if too_deep(record):
+                    yield Problem("D103", file, TOO_DEEP, (number,))
+                else:
+                    yield number, _without_nulls(record)
     except (pyarrow.ArrowException, ValueError) as error:
         yield Problem("D100", file, f"is not Parquet that can be read: {error}")
 

@@ -13,11 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
+from veneer.nesting import TOO_DEEP, text_too_deep
 
 MAX_JSON_BYTES = 4_000_000
-MAX_JSON_DEPTH = 32
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)  # matches at every quote: linear on any text
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
 FOREIGN = (
@@ -50,8 +49,8 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
         raise UnsafeFileError(f"{path} holds more than {max_bytes:,} bytes of JSON, the limit", [], FOREIGN)
     try:
         decoded = text.decode("utf-8")
-        if _depth(decoded) > MAX_JSON_DEPTH:
-            raise UnsafeFileError(f"{path}: JSON nested deeper than {MAX_JSON_DEPTH} levels", [], FOREIGN)
+        if text_too_deep(decoded):
+            raise UnsafeFileError(f"{path} {TOO_DEEP}", [], FOREIGN)
         value = json.loads(
             decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
         )
@@ -62,15 +61,6 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object", [], RESTORE)
     return value
-
-
-def _depth(text: str) -> int:
-    """Deepest nesting, without recursion; brackets inside strings do not count."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""JSON in rows, whole files and texts inside rows, read strictly: no key twice, no NaN, no infinity, bounded nesting."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from veneer.data.examples import RowFault
+from veneer.nesting import MAX_JSON_DEPTH, TOO_DEEP, too_deep
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NAMED_KEYS = 5
+
+
+class JSONText:
+    """JSON values from a text. What json.loads lets pass (a key twice, NaN) is a fault here, found without
+    losing the place where the value ends."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.faults: list[RowFault] = []
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._pairs, parse_constant=self._constant, parse_float=self._float
+        )
+
+    def value(self, at: int) -> tuple[Any, int]:
+        """The value that begins at `at`, and where it ends. Raises RowFault where there is no value."""
+        try:
+            value, end = self._decoder.raw_decode(self.text, at)
+        except json.JSONDecodeError as error:
+            message = f"is not JSON: {error.msg} at column {error.colno}"
+            raise RowFault(
+                "D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")
+            ) from None
+        except RecursionError:
+            raise RowFault("D103", TOO_DEEP) from None
+        except ValueError as error:  # a number of thousands of digits
+            raise RowFault("D103", f"is not JSON that can be read: {error}") from None
+        opened = self.text.count("[", at, end) + self.text.count("{", at, end)
+        if opened > MAX_JSON_DEPTH and too_deep(value):
+            raise RowFault("D103", TOO_DEEP)
+        return value, end
+
+    def skip(self, at: int) -> int:
+        """Where the next thing after white space begins."""
+        match = _SPACE.match(self.text, at)
+        assert match is not None
+        return match.end()
+
+    def after(self, at: int) -> str:
+        """The character at `at`; empty at the end."""
+        return self.text[at : at + 1]
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            found = Counter(name for name, _ in pairs)
+            twice = sorted(name for name, times in found.items() if times > 1)[:_NAMED_KEYS]
+            named = ", ".join(repr(name[:40]) for name in twice)
+            self.faults.append(RowFault("D104", f"key {named} stands twice in one object"))
+        return values
+
+    def _constant(self, name: str) -> float:
+        self.faults.append(RowFault("D103", f"{name} is not JSON"))
+        return 0.0
+
+    def _float(self, text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            self.faults.append(RowFault("D103", f"{text[:40]} is too large for a number"))
+        return value
+
+
+def whole_value(text: str) -> Any:
+    """The value that a text consists of, with nothing behind it. Raises RowFault."""
+    read = JSONText(text)
+    value, end = read.value(read.skip(0))
+    end = read.skip(end)
+    if end < len(text):
+        raise RowFault("D103", f"is not JSON: something follows the value at column {end + 1}")
+    if read.faults:
+        raise read.faults[0]
+    return value
