@@ -21,7 +21,7 @@ from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, prepare_rows
 from veneer.compare.search import search
 from veneer.data.sources import read_rows
-from veneer.errors import ConfigError, DataError
+from veneer.errors import DataError, InputError
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
@@ -121,6 +121,8 @@ def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -
         ({"steps": 5, "seconds": 5.0}, "either steps or seconds"),
         ({"rates": (0.0, 1.0)}, "positive"),
         ({"metrics": ("blue",)}, "unknown metrics"),
+        ({"labels": "one"}, "1 labels"),
+        ({"general": "not there.txt"}, "cannot be read"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -128,7 +130,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any],
     arguments = {
         "candidates": ["lora", "full"], "base": "b", "data": rows, "validation": rows, "test": rows, "out": tmp_path / "out",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         veneer.compare(**{**arguments, **changed})
     assert not (tmp_path / "out").exists()
 

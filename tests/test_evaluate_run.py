@@ -292,6 +292,22 @@ def test_labels_come_from_a_file_a_list_or_the_rows(tmp_path: Path) -> None:
             labels_of(bad)
 
 
+def test_labels_may_be_longer_than_a_files_name_and_a_file_of_them_may_be_anything(tmp_path: Path) -> None:
+    many = [f"label {number}" for number in range(2000)]
+    assert read_labels(",".join(many)) == many
+    with pytest.raises(ConfigError, match="1 labels"):
+        read_labels("\0")
+    for name, content in {"cp1252": b"caf\xe9\nb\n", "empty": b"", "one": b"a\na\n", "NUL": b"\0"}.items():
+        file = tmp_path / name
+        file.write_bytes(content)
+        with pytest.raises(ConfigError):
+            read_labels(str(file))
+    (tmp_path / "bom").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert read_labels(str(tmp_path / "bom")) == ["a", "b"]
+    with pytest.raises(ConfigError):  # a folder is no file of labels: its name is one label
+        read_labels(str(tmp_path))
+
+
 # --- two evaluations of the same rows ---
 
 

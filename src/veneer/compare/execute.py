@@ -24,6 +24,7 @@ from veneer.child import environment_for, module_command
 from veneer.compare.plan import Candidate, Comparison
 from veneer.errors import Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
+from veneer.evaluate.labels import labels_file
 from veneer.store.atomic import atomic_file
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
@@ -117,7 +118,9 @@ class Worker:
             wanted += ["--labels", c.labels]
         if c.general is not None:
             wanted += ["--general"] if c.general == BUILT_IN else ["--general", c.general]
-        files = [c.test, *(Path(f) for f in (c.general, c.labels) if f is not None and Path(f).is_file())]
+        labels = None if c.labels is None else labels_file(c.labels)
+        general = None if c.general in (None, BUILT_IN) else Path(c.general)
+        files = [file for file in (c.test, labels, general) if file is not None]
         key = _hash([wanted, [_file_hash(file) for file in files]])
         kept = folder / "evaluation.json"
         if kept.is_file():

@@ -12,7 +12,8 @@ from veneer.data.examples import Row
 from veneer.data.sources import read_rows
 from veneer.data.split import split
 from veneer.errors import ConfigError, DataError
-from veneer.evaluate.general import BUILT_IN
+from veneer.evaluate.general import BUILT_IN, general_documents
+from veneer.evaluate.labels import read_labels
 from veneer.evaluate.metric import Metric
 from veneer.evaluate.registry import find_metrics
 from veneer.store.atomic import atomic_file
@@ -76,6 +77,10 @@ class Comparison:
         if faults:
             raise ConfigError("this comparison cannot be run", faults)
         object.__setattr__(self, "found", find_metrics(self.metrics))
+        if self.labels is not None:
+            read_labels(self.labels)
+        if self.general is not None:
+            general_documents(self.general)
 
 
 def prepare_rows(

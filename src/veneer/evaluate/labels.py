@@ -28,12 +28,22 @@ Nats = Callable[[Sequence[Example]], Counts]
 
 def read_labels(named: str) -> list[str]:
     """The labels in a file, one a line, or those that stand here, divided by commas. Raises ConfigError."""
-    path = Path(named)
-    if path.is_file():
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        found = [label.strip() for label in named.split(",") if label.strip()]
-    return checked_labels(found)
+    path = labels_file(named)
+    if path is None:
+        return checked_labels([label.strip() for label in named.split(",") if label.strip()])
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path} cannot be read: {fault}", [], "Give a UTF-8 text file.") from None
+    return checked_labels([line.strip() for line in text.splitlines() if line.strip()])
+
+
+def labels_file(named: str) -> Path | None:
+    """The file that `named` is; None where it is the labels themselves, which may be longer than any file's name."""
+    try:
+        return path if (path := Path(named)).is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def checked_labels(labels: Sequence[str]) -> list[str]:
