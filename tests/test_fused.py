@@ -81,6 +81,24 @@ def test_the_entropy_of_bf16_logits_is_its_reference(vocabulary, softcap):
     near(ours_h, theirs_h.float(), 2**-5)
 
 
+@pytest.mark.parametrize("target", [-1, 40, 2**40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_target_beyond_the_vocabulary_is_an_error_and_no_memory_of_others(target, dtype):
+    head = Head(torch.randn(40, 24).to(dtype))
+    h = torch.randn(3, 24).to(dtype)
+    with pytest.raises(IndexError, match=str(target)):
+        frozen_head_loss(h, torch.tensor([1, target, 2]), head, 3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_operands_of_unlike_shapes_are_an_error(dtype):
+    wide, narrow = torch.randn(4, 32).to(dtype), torch.randn(2, 16).to(dtype)
+    with pytest.raises(RuntimeError):
+        kernels.silu_gate(wide, narrow)
+    with pytest.raises(RuntimeError):
+        kernels.rms_norm(wide, narrow[0], 1e-6)
+
+
 @pytest.mark.parametrize(
     ("family", "norms", "gates"),
     [

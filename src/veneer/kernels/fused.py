@@ -45,7 +45,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
-        if (native := compiled(x, weight)) is not None:
+        native = compiled(x, weight) if weight.shape == x.shape[-1:] else None
+        if native is not None:
             out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
             given = _Norm(
                 x.data_ptr(), weight.data_ptr(), None, out.data_ptr(), scale.data_ptr(), x.shape[-1], epsilon
@@ -67,7 +68,8 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             normal = (x.view(-1, width) * scale[:, None]).to(x.dtype)
             grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
-        if (native := compiled(x, weight, grad)) is not None:
+        native = compiled(x, weight, grad) if weight.shape == x.shape[-1:] else None
+        if native is not None:
             out = torch.empty_like(x)
             given = _Norm(
                 x.data_ptr(), weight.data_ptr(), grad.data_ptr(), out.data_ptr(), scale.data_ptr(), width, 0.0
@@ -86,7 +88,7 @@ class _SiluGate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        native = compiled(gate, up) if gate.numel() % 16 == 0 else None
+        native = compiled(gate, up) if gate.shape == up.shape and gate.numel() % 16 == 0 else None
         if native is None:
             return F.silu(gate) * up
         out = torch.empty_like(gate)

@@ -70,7 +70,11 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     z (at least len(targets), V) is overwritten; rows of the gradient beyond the targets are not to be read.
     """
     count = len(targets)
-    if (native := compiled(z)) is not None and targets.is_contiguous():
+    if (
+        z.device.type == "cpu"
+    ):  # elsewhere a look at values would wait for the device, which checks them itself
+        _check_targets(z, targets)
+    if (native := compiled(z)) is not None and targets.is_contiguous() and targets.dtype == torch.int64:
         each = torch.empty(count, dtype=torch.float32, device=z.device)
         given = _Entropy(z.data_ptr(), targets.data_ptr(), each.data_ptr(), z.shape[1])
         native.veneer_entropy(ctypes.byref(given), ctypes.c_int64(count))
@@ -85,6 +89,15 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     p.mul_(mass.reciprocal_())
     p[place, targets] -= 1
     return loss, p.to(z.dtype)
+
+
+def _check_targets(z: Tensor, targets: Tensor) -> None:
+    """IndexError for what the compiled loop would read and write outside of z, and torch take from z's end."""
+    if len(targets) > len(z):
+        raise IndexError(f"{len(targets)} targets for {len(z)} rows of logits")
+    if len(targets) and not 0 <= targets.min() <= targets.max() < z.shape[1]:
+        wrong = int(targets.max()) if targets.min() >= 0 else int(targets.min())
+        raise IndexError(f"target {wrong} is outside of {z.shape[1]} logits")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
