@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from tests.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
 from veneer.errors import ConfigError
 from veneer.models import decode as loop
+from veneer.models import generate as answers
 from veneer.models.cache import ROOM
 from veneer.models.decode import decode, prefill, prove_decoding, step
 from veneer.models.generate import generate
@@ -145,6 +146,32 @@ def test_a_small_top_p_is_greedy():
     assert generate(base, PROMPTS, max_new_tokens=8, temperature=1.0, top_p=1e-6) == greedy
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_where_nothing_is_left_to_draw_from_the_likeliest_token_is_drawn(family):
+    base = tiny_base(family)
+    greedy = generate(base, PROMPTS, max_new_tokens=4)
+    for edge in ({"top_p": 0.0}, {"top_p": 1e-30}, {"temperature": 1e-38}, {"temperature": 5e-324}):
+        assert generate(base, PROMPTS, max_new_tokens=4, **{"temperature": 1.0, **edge}) == greedy, edge
+    generate(base, PROMPTS[:1], max_new_tokens=4, temperature=1e38, top_p=1.0, seed=2**70)
+
+
+def test_a_draw_that_rounds_up_to_the_very_end_takes_a_token_that_was_kept(monkeypatch):
+    """0.5000001 times the largest draw is rounded to 0.5000001."""
+    choose = answers._sampler(1, 1.0, 0.4, 0)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.ones(1))
+    assert choose(torch.tensor([[0.0, 3.0, 1.0, -2.0]]), [0]) == [1]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_new_tokens"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_mean_nothing_are_refused(name, value):
+    if name == "max_new_tokens" and value != -1:
+        value = 0
+    with pytest.raises(ConfigError, match=name) as caught:
+        generate(tiny_base("llama"), PROMPTS, **{"max_new_tokens": 2, name: value})
+    assert caught.value.exit_code == 2
+
+
 def test_an_adapter_that_acts_is_not_part_of_the_proof_and_changes_answers():
     from tests.helpers import filled_lora
 
@@ -167,10 +194,41 @@ def test_tokens_stream_with_the_stop_token_and_prompts_are_counted_as_they_finis
     assert done[-1] == len(PROMPTS)
 
 
-def test_prompts_without_room_are_refused():
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_an_answer_ends_where_the_models_positions_end(family):
+    """GPT-2 and OPT have a table of positions: one more is an IndexError. The other rows go on."""
+    base = tiny_base(family, **({} if family == "bloom" else {"max_position_embeddings": 32}))
+    prompts = [[9] * 30, *PROMPTS[:3], [7] * 29]
+    found = generate(base, prompts, max_new_tokens=6)
+    whole = generate(tiny_base(family), prompts, max_new_tokens=6) if family == "llama" else found
+    limits = [6] * 5 if family == "bloom" else [2, 6, 6, 6, 3]
+    assert all(len(answer) <= limit for answer, limit in zip(found, limits, strict=True))
+    assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
+    assert base.decodes_packed == (family != "bloom")
+
+
+def test_what_takes_transformers_loop_ends_there_too(monkeypatch):
+    base = tiny_base("gpt2", max_position_embeddings=32)
+    prompts = [[9] * 30, *PROMPTS[:3], [7] * 29, [5] * 29]
+    expected = generate(base, prompts, max_new_tokens=6)
+    base.decodes_packed = False
+    done: list[int] = []
+    assert generate(base, prompts, max_new_tokens=6, on_done=done.append) == expected
+    assert done[-1] == len(prompts)
+
+
+def test_padding_that_the_model_has_no_row_for_is_not_used():
+    base = tiny_base("bloom", vocab_size=258)  # the tokenizer's own padding is 258
+    assert generate(base, PROMPTS, max_new_tokens=3) == [
+        generate(base, [prompt], max_new_tokens=3)[0] for prompt in PROMPTS
+    ]
+
+
+def test_prompts_that_are_empty_too_long_or_of_unknown_ids_are_refused_together():
     with pytest.raises(ConfigError, match="cannot be answered") as caught:
-        generate(tiny_base("llama"), [[], [1] * 1020], max_new_tokens=10)
-    assert len(caught.value.faults) == 2
+        generate(tiny_base("llama"), [[], [1] * 1024, [5, 272], [1] * 1023], max_new_tokens=10)
+    assert [fault.split(" ")[1] for fault in caught.value.faults] == ["1", "2", "3"]
+    assert "token 272" in caught.value.faults[2]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])

@@ -29,6 +29,18 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """What a model can take; None: no bound.
+
+    positions   tokens of a text, all of it together
+    tokens      ids from 0 up to this have a row in the model's embeddings and its head
+    """
+
+    positions: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class RowRef:
     """Where a row stands: line counts from 1; in .json and .parquet files it is the record's number."""
 

@@ -44,12 +44,13 @@ def decode(
     prompts: Sequence[Sequence[int]],
     *,
     stops: set[int],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     choose: Choose = greedy,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """New ids for each prompt (none empty), the stop token left out.
 
+    max_new_tokens  of each prompt, or one number for all: where an answer that has not stopped is cut
     on_token   called with the prompt's number and each new id as it comes, the stop token included
     """
     answers: list[list[int]] = [[] for _ in prompts]
@@ -58,7 +59,8 @@ def decode(
     active: list[int] = []
     last: list[int] = []
     cache: Cache | None = None
-    most = _rows_at_once(prompts, shared, max_new_tokens)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    most = _rows_at_once(prompts, shared, max(limits, default=0))
 
     def take(numbers: Sequence[int], tokens: Sequence[int]) -> list[bool]:
         """Note each row's new token; which rows go on."""
@@ -68,7 +70,7 @@ def decode(
                 on_token(number, token)
             if token not in stops:
                 answers[number].append(token)
-            goes_on.append(token not in stops and len(answers[number]) < max_new_tokens)
+            goes_on.append(token not in stops and len(answers[number]) < limits[number])
         return goes_on
 
     alive: list[bool] = []
