@@ -7,6 +7,8 @@ transformers does not know stands in the model as a `PackedLinear` (or `PackedEx
 Shapes: M rows (batch times tokens), I in_features, O out_features.
 """
 
+import functools
+import math
 from typing import Any, Protocol
 
 import torch
@@ -236,10 +238,60 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """nn.Linear, or a class made of it that still computes x W^T + bias: Llama 4's router is one and routes."""
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and bool(_is_product(kind))
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """nn.Embedding, or a class made of it that still looks rows up, and at most scales them by its `embed_scale`."""
+    kind: Any = type(module)
+    return isinstance(module, nn.Embedding) and bool(_is_lookup(kind))
+
+
+@functools.cache
+def _is_product(kind: Any) -> bool:
+    """A forward of its own is tried on a small one."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    small = kind.__new__(kind)
+    nn.Linear.__init__(small, 3, 2, device="meta")  # draws nothing
+    small.weight = nn.Parameter(_numbers(2, 3))
+    small.bias = nn.Parameter(_numbers(2))
+    x = _numbers(4, 3)
+    return _gives(small, x, F.linear(x, small.weight, small.bias))
+
+
+@functools.cache
+def _is_lookup(kind: Any) -> bool:
+    if kind.forward is nn.Embedding.forward:
+        return True
+    small = kind.__new__(kind)
+    nn.Embedding.__init__(small, 5, 3, _weight=_numbers(5, 3))
+    small.embed_scale = torch.tensor(2.0, device="cpu")
+    ids = torch.tensor([[3, 1, 4]], device="cpu")
+    plain = F.embedding(ids, small.weight)
+    return _gives(small, ids, plain) or _gives(small, ids, plain * 2)
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape), device="cpu").view(shape)
+
+
+@torch.no_grad()
+def _gives(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
+    try:
+        y = module(x)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
+
+
 def frozen_linear(module: nn.Module) -> FrozenLinear | None:
     """The frozen view of a module, or None where it is no linear layer."""
     if isinstance(module, PackedLinear):
         return module
     if isinstance(module, nn.Linear):
-        return DenseLinear(module)
+        return DenseLinear(module) if is_plain_linear(module) else None
     return TransposedLinear(module) if is_transposed_linear(module) else None

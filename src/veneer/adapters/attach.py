@@ -3,7 +3,7 @@
 Wrapping changes no output bit; when the last adapter leaves, the original modules stand in their old places.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
 
 def attach(
     model: nn.Module, config: AdapterConfig, *, name: str, routing: Routing, head: nn.Module | None, seed: int = 0,
-    values_follow: bool = False,
+    values_follow: bool = False, read_past: Collection[str] | None = None,
 ) -> Attachment:  # fmt: skip
     """A fresh adapter beside `model`, not yet active: no output changes. head: the output head, never in all-linear.
 
     values_follow: the caller gives every trained value before anything is computed; none is drawn then.
+    read_past: the weights that the model takes past their modules (reads.py); None: the model is asked, where it matters.
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
@@ -45,7 +46,7 @@ def attach(
     site = Site(
         model=model, modules=plain_modules(model), head=None if head is None else unwrapped(head),
         routing=routing, attachment=attachment, generator=torch.Generator().manual_seed(seed),
-        values_follow=values_follow,
+        values_follow=values_follow, read_past=read_past,
     )  # fmt: skip
     try:
         _BUILDERS[type(config)](site, config)

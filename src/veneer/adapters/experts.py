@@ -8,6 +8,7 @@ A module of another build is adapted by adding the update to its parameter, whic
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,13 @@ class AdaptedExperts(AdaptedModule):
         super().forget(name)
         self.stacks.pop(name, None)
 
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base is called; a gated stack with (M, D) rows, (M, top_k) numbers of experts and their weights."""
         acting = [(self.stacks[n], w) for n, w in self.routing.active if n in self.stacks]
         if not acting and not self.replaced():
-            return self.base(hidden, top_k_index, top_k_weights)
+            return self.base(*args, **kwargs)
         if acting and not self.replaced() and is_gated_stack(self.base):
+            hidden, top_k_index, top_k_weights = (*args, *kwargs.values())
             return by_expert(
                 self.base, hidden, top_k_index, top_k_weights,
                 lambda x, name, expert: self._product(x, name, expert, acting),
@@ -52,7 +55,7 @@ class AdaptedExperts(AdaptedModule):
                 delta = layer.scaling * weight * (layer.B @ layer.A)
                 delta = delta.transpose(1, 2) if is_transposed(self.base) else delta
                 parameters[name] = own + delta.to(own.dtype)
-        return torch.func.functional_call(self.base, parameters, (hidden, top_k_index, top_k_weights))
+        return torch.func.functional_call(self.base, parameters, args, kwargs)
 
     def _product(
         self, x: Tensor, name: str, expert: int, acting: list[tuple[dict[str, LoRALayer], float]]
@@ -118,6 +121,12 @@ def is_transposed(experts: nn.Module) -> bool:
     return bool(getattr(experts, "is_transposed", False))
 
 
+def is_expert_stack(module: nn.Module) -> bool:
+    """Told by what transformers gives every such module: the attributes of its decorator, or a class called Experts."""
+    decorated = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    return decorated or type(module).__name__.endswith("Experts")
+
+
 def is_gated_stack(experts: nn.Module) -> bool:
     names = {name for name, _ in experts.named_parameters(recurse=False)}
     gated = {"gate_up_proj", "down_proj"} <= names and hasattr(experts, "_apply_gate")
@@ -125,11 +134,16 @@ def is_gated_stack(experts: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """name -> (E, O, I) of every 3-D floating (or packed) parameter that stands directly on a module."""
+    """name -> (E, O, I) of every 3-D floating (or packed) parameter of a stack of experts; of another module none.
+
+    A convolution, a recurrent gate or a mixing vector of three axes is no stack of matrices that tokens go through.
+    """
     if isinstance(module, PackedExperts):
         shapes = module.packed_shapes().items()
         return {n: (E, I, O) if is_transposed(module) else (E, O, I) for n, (E, O, I) in shapes}
-    found = {}
+    found: dict[str, tuple[int, int, int]] = {}
+    if not is_expert_stack(module):
+        return found
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and parameter.is_floating_point():
             E, O, I = parameter.shape

@@ -9,12 +9,13 @@ from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters
 from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer
+from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Site
 from veneer.adapters.starts import Factors, olora_start, pissa_start
 from veneer.adapters.targets import Targets, find_targets, pattern_value
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
-from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear
+from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, is_plain_embedding
 
 
 def build_lora(site: Site, config: LoRA) -> None:
@@ -83,7 +84,10 @@ def build_dora(site: Site, config: DoRA) -> None:
 
 
 def _targets(site: Site, config: LowRank) -> Targets:
-    targets = find_targets(site.modules, config, head=site.head)
+    if (read_past := site.read_past) is None:
+        with site.routing.none():
+            read_past = weights_read_past(site.model)
+    targets = find_targets(site.modules, config, head=site.head, read_past=read_past)
     site.attachment.trained = targets.trained
     site.attachment.adaptable = targets.adaptable
     return targets
@@ -132,6 +136,6 @@ def _train_in_full(site: Site, targets: Targets) -> None:
 def _kind(module: nn.Module) -> type[AdaptedModule]:
     if frozen_linear(module) is not None:
         return AdaptedLinear
-    if isinstance(module, nn.Embedding):
+    if is_plain_embedding(module):
         return AdaptedEmbedding
     return AdaptedExperts if expert_parameters(module) else SwappedModule

@@ -1,6 +1,7 @@
 """A base on which one adapter is being put, and the adapter as it grows: what a method's builder works on."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +73,8 @@ class Site:
     """Draws the starting values, so that they come from the run's seed."""
     values_follow: bool = False
     """Whoever attaches gives every value at once: what a builder would draw is left unset."""
+    read_past: Collection[str] | None = None
+    """Weights that the model takes past their modules; None: not asked yet."""
 
     @property
     def name(self) -> str:

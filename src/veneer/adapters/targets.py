@@ -7,7 +7,8 @@ A rank or alpha pattern matches at the end of a path, from a dot on; the first t
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from torch import nn
 from veneer.adapters.config import LowRank
 from veneer.adapters.experts import expert_parameters
 from veneer.errors import ConfigError
-from veneer.linear import PackedModule, frozen_linear
+from veneer.linear import PackedModule, frozen_linear, is_plain_embedding
 
 Number = TypeVar("Number", int, float)
 
@@ -62,16 +63,42 @@ def _names(entry: str, paths: list[str]) -> list[str]:
     return [p for p in paths if ends_with(p, entry) or re.fullmatch(entry, p)]
 
 
-def find_targets(modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None) -> Targets:
+def _weight(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The parameter that a place's update belongs to: experts' places are parameters already."""
+    return f"{path}.weight" if path in modules else path
+
+
+def _read_past_faults(
+    chosen: Sequence[str],
+    trained: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    read_past: Collection[str],
+) -> list[str]:
+    """What is named and would not act, places of one name as one."""
+    held = [f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()]
+    named = [weight for weight in [*(_weight(p, modules) for p in chosen), *held] if weight in read_past]
+    kinds = Counter(".".join(weight.split(".")[-2:]) for weight in named)
+    return [
+        f"{kind}, {count} {'place' if count == 1 else 'places'}: the model takes this weight itself, past the module, "
+        "so what stands beside the module would not act; leave it out (exclude)"
+        for kind, count in kinds.items()
+    ]
+
+
+def find_targets(
+    modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None, read_past: Collection[str]
+) -> Targets:
     """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
 
-    ConfigError lists every entry that matches nothing.
+    read_past: weights that the model takes past their modules (reads.py); all-linear leaves them out.
+    ConfigError lists every entry that matches nothing, and every one that names such a weight.
     """
     head_path = next((path for path, module in modules.items() if module is head), None)
     linears = [path for path, module in modules.items() if frozen_linear(module) is not None]
-    embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+    embeddings = [path for path, module in modules.items() if is_plain_embedding(module)]
     experts = [f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)]
-    body = [path for path in linears if path != head_path]
+    past = {path for path in [*linears, *embeddings, *experts] if _weight(path, modules) in read_past}
+    body = [path for path in linears if path != head_path and path not in past]
     everything = [*linears, *embeddings, *experts]
     faults: list[str] = []
 
@@ -97,7 +124,7 @@ def find_targets(modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.
         if isinstance(modules[path], PackedModule):
             faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
     if config.targets == "all-linear":
-        chosen = [*body, *experts]
+        chosen = [*body, *(path for path in experts if path not in past)]
     elif isinstance(config.targets, str):
         chosen = [path for path in everything if re.fullmatch(config.targets, path)]
         if not chosen:
@@ -123,6 +150,7 @@ def find_targets(modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.
         for pattern in patterns:
             if chosen and not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
                 faults.append(f"{field} {pattern!r} matches no targeted module; {near(pattern, chosen)}")
+    faults += _read_past_faults(chosen, trained, modules, read_past)
     if not chosen and not faults:
         faults.append("after exclude and layers nothing is left to adapt")
     if faults:
@@ -130,7 +158,11 @@ def find_targets(modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.
             "the adapter's settings do not fit the model", faults, "Correct the names and start again."
         )
     biases = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[config.bias]
-    with_bias = [p for p in biases if "bias" in dict(modules[p].named_parameters(recurse=False))]
+    with_bias = [
+        p
+        for p in biases
+        if "bias" in dict(modules[p].named_parameters(recurse=False)) and f"{p}.bias" not in read_past
+    ]
     taken = set(chosen)
     return Targets(
         linears=[p for p in linears if p in taken],

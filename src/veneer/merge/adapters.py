@@ -6,12 +6,14 @@ Not known here: what is done with the updates (combine.py, extract.py, export.py
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from pydantic import JsonValue
 from torch import Tensor, nn
 
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import Kind, LoRALayer
+from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, RefusedError
@@ -59,7 +61,8 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
             f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
             next_step=stored.config.instead_of_folding,
         )
-    found = stored.file.fit(stored.tensors, model, model.get_output_embeddings())  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    found = stored.file.fit(stored.tensors, model, head, weights_read_past(model))
     if found.faults or found.settings is None:
         raise AdapterMismatchError(
             f"{stored.folder} does not fit the base",

@@ -90,14 +90,14 @@ def extract_adapter(
     if rank is not None and rank < 1:
         raise ConfigError(f"rank {rank} is below 1")
     old, new = load_base(base, device=device), load_base(tuned, device=device)
-    found = _differences(old.model, new.model, rank=rank, energy=energy)
+    found = _differences(old, new.model, rank=rank, energy=energy)
     if not found.cuts:
         raise RefusedError(
             f"no linear layer of {tuned} differs from {base}: there is no adapter in it",
             [f"{name} differs" for name in list(found.others)[:6]],
             "Is it the base itself, or a model in which only norms or embeddings were trained?",
         )
-    trained, values, settings = _kept_values(old.model, new.model, found, keep=keep)
+    trained, values, settings = _kept_values(old, new.model, found, keep=keep)
     made = attachment_of({p: Update(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model)
     made.config = made.config.model_copy(update=settings)
     recipe: dict[str, Any] = {
@@ -114,7 +114,8 @@ def extract_adapter(
     )
 
 
-def _differences(old: nn.Module, new: nn.Module, *, rank: int | None, energy: float | None) -> _Found:
+def _differences(base: Base, new: nn.Module, *, rank: int | None, energy: float | None) -> _Found:
+    old = base.model
     before, after = stored_tensors(old), stored_tensors(new)
     faults = [f"{name} is in the base alone" for name in before if name not in after]
     faults += [f"{name} is in the model alone" for name in after if name not in before]
@@ -130,7 +131,7 @@ def _differences(old: nn.Module, new: nn.Module, *, rank: int | None, energy: fl
             "Name the base that it was trained from; a resized vocabulary has no low-rank difference.",
         )
     modules = plain_modules(old)
-    head: Any = old.get_output_embeddings()  # type: ignore[operator]
+    head: Any = old.get_output_embeddings()
     tied = tied_names(old) if tied_names(new).keys() == tied_names(old).keys() else {}
     found = _Found()
     for name in before:
@@ -140,7 +141,7 @@ def _differences(old: nn.Module, new: nn.Module, *, rank: int | None, energy: fl
         change = change - own
         if not bool(change.any()):
             continue
-        where, turned = _place(modules, name, head)
+        where, turned = (None, False) if name in base.read_past else _place(modules, name, head)
         size = float(own.square().sum())
         if where is None:
             found.others[name] = relative_error(float(change.square().sum()), size)
@@ -163,13 +164,14 @@ def _place(modules: Mapping[str, nn.Module], name: str, head: nn.Module | None) 
 
 
 def _kept_values(
-    old: nn.Module, new: nn.Module, found: _Found, *, keep: bool
+    base: Base, new: nn.Module, found: _Found, *, keep: bool
 ) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
     """Modules trained in full, the values, and what the settings must say of them."""
     if not keep or not found.others:
         return [], {}, {}
+    old = base.model
     modules = plain_modules(old)
-    head: Any = old.get_output_embeddings()  # type: ignore[operator]
+    head: Any = old.get_output_embeddings()
     changed = {name.rpartition(".")[0] for name in found.others}
     trained = sorted(path for path in changed if path not in found.cuts)
     for alias, source in tied_names(old).items():  # one tensor under two names: training it moved both
@@ -178,7 +180,7 @@ def _kept_values(
     bias: Literal["all", "none"] = "all" if any(path in found.cuts for path in changed) else "none"
     settings: dict[str, Any] = {"bias": bias}
     probe = LoRA(targets=sorted(found.cuts), train_modules=trained, bias=bias)
-    targets = find_targets(modules, probe, head=head)
+    targets = find_targets(modules, probe, head=head, read_past=base.read_past)
     names = [f"{path}.bias" for path in targets.biases]
     names += [f"{path}.{n}" for path in trained for n, _ in modules[path].named_parameters()]
     after = stored_tensors(new)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.data.template import ChatTemplate
 from veneer.errors import VeneerError
@@ -49,6 +50,7 @@ class Base:
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _paths: Paths | None = field(default=None, init=False, repr=False)
+    _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._fingerprint = fingerprint(self.model)
@@ -95,6 +97,14 @@ class Base:
             with self.routing.none():
                 self._paths = prepare(self.model)
         return self._paths
+
+    @property
+    def read_past(self) -> frozenset[str]:
+        """Weights that the model takes past their modules; asked of it once, with no adapter acting."""
+        if self._read_past is None:
+            with self.routing.none():
+                self._read_past = weights_read_past(self.model)
+        return self._read_past
 
 
 def hidden_size(config: PreTrainedConfig) -> int:

@@ -58,7 +58,9 @@ def begin(
         _check_room(base, start.tokens, examples)
         config = config.model_copy(update={"tokens": start.tokens})
     head = base.model.get_output_embeddings()
-    attachment = attach(base.model, config, name=name, routing=base.routing, head=head, seed=seed)
+    attachment = attach(
+        base.model, config, name=name, routing=base.routing, head=head, seed=seed, read_past=base.read_past
+    )
     try:
         line = start_informed(base, attachment, examples, seed=seed) if start is None else start.line
         if start is not None and start.ids:

@@ -21,9 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from veneer.adapters.experts import is_gated_stack
+from veneer.adapters.reads import weights_read_past
 from veneer.adapters.targets import ends_with
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.linear import is_transposed_linear
+from veneer.linear import is_plain_linear, is_transposed_linear
 from veneer.models.bnb_files import Moving, stored_weights
 from veneer.models.loaded import check_loaded
 from veneer.models.sources import Found, weight_files
@@ -87,6 +88,8 @@ class _Quantizer(HfQuantizer):
         self.kept = {
             target for target, path in self.wanted.items() if any(_names(k, path, target) for k in keep)
         }
+        self.read_past = self.wanted.keys() & weights_read_past(model)
+        self.kept |= self.read_past
         return model
 
     @property
@@ -122,6 +125,9 @@ class _Quantizer(HfQuantizer):
         if found != expected:
             self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
             return True
+        if packed is not None and target in self.read_past:
+            self.faults.append(f"packed     {target}: the model multiplies by it itself, which takes dense values")
+            return True
         if stays:
             return False
         if isinstance(value, Tensor):
@@ -144,7 +150,7 @@ def _packable(model: PreTrainedModel) -> dict[str, str]:
     head = model.get_output_embeddings()
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        if is_plain_linear(module) or is_transposed_linear(module):
             if module is not head and path.rsplit(".", 1)[-1] not in ROUTERS:
                 found[f"{path}.weight"] = path
         elif is_gated_stack(module):

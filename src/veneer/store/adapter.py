@@ -250,7 +250,7 @@ def load_adapter(
     if stored.config.through_attention:
         _ = base.paths  # proves it, and hands attention over
     head = base.model.get_output_embeddings()
-    found = stored.file.fit(stored.tensors, base.model, head)
+    found = stored.file.fit(stored.tensors, base.model, head, base.read_past)
     if found.faults:
         raise AdapterMismatchError(
             f"adapter {name!r} does not fit {base.source}" + _share(found.concerned, stored),
@@ -274,8 +274,9 @@ def load_adapter(
     _check_scaling(stored, found.scaling)
     assert found.settings is not None
     attachment = attach(
-        base.model, found.settings, name=name, routing=base.routing, head=head, values_follow=True
-    )
+        base.model, found.settings, name=name, routing=base.routing, head=head, values_follow=True,
+        read_past=base.read_past,
+    )  # fmt: skip
     live = attachment.parameters()
     assert live.keys() == found.values.keys()
     take = take or stored is not source  # nobody else holds what was read here

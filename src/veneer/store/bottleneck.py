@@ -6,7 +6,7 @@
 Shapes: D hidden size, S size of the bottleneck.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -70,7 +70,13 @@ class BottleneckFile:
         apart = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
         return Bottleneck(**self.fields.model_dump(exclude=apart))
 
-    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+    def fit(
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
+    ) -> Fit:
         settings = self.settings(tensors)
         try:
             paths = find_blocks(plain_modules(model), settings)

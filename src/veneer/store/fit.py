@@ -5,7 +5,7 @@ Not known here: folders, fingerprints.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,16 @@ from veneer.store.old_experts import fuse_old_experts
 from veneer.store.peft_config import PeftLoRA
 
 
-def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+def fit(
+    config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None,
+    read_past: Collection[str],
+) -> Fit:  # fmt: skip
     """Where a low-rank file goes on a base: layout.FileSettings.fit."""
     modules = plain_modules(model)
     own_head = None if head is None else unwrapped(head)
     head_path = next((path for path, module in modules.items() if module is own_head), None)
     config, tensors = fuse_old_experts(config, tensors, modules)
-    slots = _slots(config, tensors, modules, head_path)
+    slots, tensors = _without_idle(_slots(config, tensors, modules, head_path), tensors, modules, read_past)
     trained, faults = _trained(config, modules)
     if not slots and not faults:
         faults = ["its targets match nothing in this model"]
@@ -49,7 +52,7 @@ def fit(config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head:
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:
-        targets = find_targets(modules, settings, head=own_head)
+        targets = find_targets(modules, settings, head=own_head, read_past=read_past)
     except ConfigError as fault:
         return Fit(None, faults=fault.faults)
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
@@ -83,6 +86,22 @@ def _slots(config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules, he
         named = (slot_of(path, modules) for path in adapted_modules(tensors) if path not in known)
         slots += [slot for slot in named if slot is not None]
     return slots
+
+
+def _without_idle(
+    slots: list[Slot], tensors: Mapping[str, Tensor], modules: Modules, read_past: Collection[str]
+) -> tuple[list[Slot], Mapping[str, Tensor]]:
+    """Without the zero updates of weights that the model takes past their modules.
+
+    PEFT's all-linear puts factors there which no gradient ever reaches, so they are as they began: B is zero.
+    """
+    names = tensor_names(slots, modules)
+    past = [s for s in slots if (s.key if s.parameter else f"{s.path}.weight") in read_past]
+    pairs = {slot.path: [tensors[name] for name in names[slot.path] if name in tensors] for slot in past}
+    idle = {path for path, pair in pairs.items() if len(pair) == 2 and not all(bool(t.any()) for t in pair)}
+    gone = {name for path in idle for name in names[path]}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    return [slot for slot in slots if slot.path not in idle], kept
 
 
 def _trained(config: PeftLoRA, modules: Modules) -> tuple[list[str], list[str]]:

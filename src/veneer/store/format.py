@@ -28,7 +28,7 @@ from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import Kind, LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
-from veneer.linear import frozen_linear
+from veneer.linear import frozen_linear, is_plain_embedding
 
 PREFIX = "base_model.model."
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -72,7 +72,8 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
         if (linear := frozen_linear(module)) is not None:
             parameter = "weight" if as_parameter else None
             return Slot(path, "linear", path, parameter, linear.in_features, linear.out_features)
-        if isinstance(module, nn.Embedding):
+        if is_plain_embedding(module):
+            assert isinstance(module, nn.Embedding)
             return Slot(path, "embedding", path, None, module.num_embeddings, module.embedding_dim)
         return None
     owner, _, name = path.rpartition(".")

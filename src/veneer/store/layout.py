@@ -7,7 +7,7 @@
 Not known here: which methods there are (layouts.py), folders (adapter.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,8 +50,15 @@ class FileSettings(Protocol):
         settings make no adapter.
         """
 
-    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
-        """tensors: by bare names; model: with or without other adapters; head: its output head."""
+    def fit(
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
+    ) -> Fit:
+        """tensors: by bare names; model: with or without other adapters; head: its output head; read_past: the weights
+        that the model takes past their modules (adapters/reads.py)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """LoRA and its variants in PEFT's files: composes names and shapes (format.py), settings (peft_config.py, matching.py)
 and the check against a base (fit.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,14 @@ class LowRankFile:
             )
         return self.peft.low_rank(adapted)
 
-    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
-        return fit(self.peft, tensors, model, head)
+    def fit(
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
+    ) -> Fit:
+        return fit(self.peft, tensors, model, head, read_past)
 
 
 def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:

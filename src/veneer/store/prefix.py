@@ -6,7 +6,7 @@ they were trained, and changes nothing.
 Shapes: M tokens, L layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2, peft/tuners/prefix_tuning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +73,13 @@ class PrefixFile:
             )
         return Prefix(tokens=self.peft.num_virtual_tokens, layers=self.peft.layers or [])
 
-    def fit(self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None) -> Fit:
+    def fit(
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
+    ) -> Fit:
         settings = self.settings(tensors)
         path, _ = decoder_of(model)
         own = key_shape(model)

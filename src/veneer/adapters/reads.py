@@ -1,0 +1,93 @@
+"""Which weights a model takes from the modules that hold them, instead of calling those modules.
+
+What stands beside a module acts where the module is called. Mamba's mixers multiply by `dt_proj.weight` themselves, and
+some models use the embedding's table as their head: a layer beside such a module would act in no forward, or in a part of
+it, and merged into the weight it would. Found by watching one forward: every operation that is given a parameter while
+no module that holds it is at work. What holds of one layer holds of all: not every expert sees a token.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from veneer.adapters.wrapping import plain_modules
+
+_SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
+"""Operations that may take an argument for its shape or type."""
+
+
+def weights_read_past(model: nn.Module) -> frozenset[str]:
+    """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without calling their module.
+
+    Three tokens are run. A model without values (meta device) may not get to the end, as nothing says which expert a
+    token goes to: it is watched up to there.
+    """
+    modules = plain_modules(model)
+    watch = _Watch(modules)
+    device = next(model.parameters()).device
+    with torch.no_grad(), _at_work(modules, watch), watch:
+        try:
+            # With a cache: without one transformers looks into the positions, which have no values there.
+            model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=True)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            if device.type != "meta":
+                raise
+    seen = {_in_any_layer(path) for path in watch.past}
+    held = (f"{path}.{name}" for path, m in modules.items() for name, _ in m.named_parameters(recurse=False))
+    return frozenset(path for path in held if _in_any_layer(path) in seen)
+
+
+def _in_any_layer(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", path)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        for path, module in modules.items():
+            for name, parameter in module.named_parameters(recurse=False):
+                self.holders.setdefault(id(parameter), []).append((module, f"{path}.{name}"))
+        self.at_work: list[nn.Module] = []
+        self.past: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor | tuple | list) and not _SHAPE_ALONE.fullmatch(func.__name__):
+            for given in _tensors([*args, *(kwargs or {}).values()]):
+                holders = self.holders.get(id(given), [])
+                if not any(module is each for module, _ in holders for each in self.at_work):
+                    self.past.update(path for _, path in holders)
+        return out
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@contextmanager
+def _at_work(modules: dict[str, nn.Module], watch: _Watch) -> Iterator[None]:
+    """Within the block `watch` knows which modules are being called."""
+
+    def begin(module: nn.Module, args: Any) -> None:
+        watch.at_work.append(module)
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        watch.at_work.pop()
+
+    handles = [module.register_forward_pre_hook(begin, prepend=True) for module in modules.values()]
+    handles += [module.register_forward_hook(end, always_call=True) for module in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,171 @@
+"""Which places of a model are adapted: its linear layers and its experts, where a layer beside them would act."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.helpers import fill
+from tests.tiny import tiny_model, tiny_tokenizer
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.experts import expert_parameters
+from veneer.adapters.lora import delta_weight
+from veneer.adapters.reads import weights_read_past
+from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import plain_modules
+from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.models.base import Base
+from veneer.models.load import load_base
+from veneer.store.adapter import load_adapter, manifest_for, write_adapter
+
+IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
+_COMMON = {
+    "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "tie_word_embeddings": False, "initializer_range": 0.2,
+}  # fmt: skip
+_SSM = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXERS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    },
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"], shared_intermediate_size=24, **_SSM, **_MOE),
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4,
+        "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4,
+    },
+    "bamba": dict(attn_layer_indices=[1], **_SSM),
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "mamba_d_state": 8, "n_mamba_heads": 4,
+        "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 16,
+    },
+    "falcon_h1": {**_SSM, "mamba_d_head": 8, "mamba_d_ssm": 32, "head_dim": 8},
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "attention"], "head_dim": 8, "lru_width": 32, "attention_window_size": 16
+    },
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "jetmoe": dict(kv_channels=8, **{**_MOE, "num_key_value_heads": 4}),
+    "llama4_text": {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "moe_layers": [0, 1]
+    },
+}  # fmt: skip
+"""Families that mix tokens by convolutions, recurrences or gates of three axes, or whose experts are built otherwise."""
+
+
+def mixer(family, device="cpu"):
+    config = AutoConfig.for_model(family, **{**_COMMON, **MIXERS[family]})
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def mixer_base(family):
+    return Base(mixer(family), tiny_tokenizer(), source=family, name_or_path=family)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def put(model, routing, **settings):
+    config = LoRA(**{"rank": 3, "alpha": 5.0, **settings})
+    return attach(model, config, name="a", routing=routing, head=model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_default_targets_of_a_mixer_act_as_if_added_into_its_weights(family):
+    model, routing = mixer(family), Routing()
+    before = logits(model)
+    attachment = put(model, routing)
+    fill(attachment.parameters().values(), scale=0.2)
+    routing.active = (("a", 1.0),)
+    adapted = logits(model)
+    routing.active = ()
+    assert torch.equal(logits(model), before) and not torch.allclose(adapted, before, rtol=1e-2)
+    modules = plain_modules(model)
+    for path, layer in attachment.layers.items():
+        owner, _, name = path.rpartition(".")
+        in_experts = path not in modules
+        weight = modules[owner].get_parameter(name) if in_experts else modules[path].weight
+        delta = delta_weight(layer)
+        weight.data += delta.transpose(-1, -2) if delta.shape != weight.shape else delta
+        assert in_experts == (owner in modules and name in expert_parameters(modules[owner]))
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["jamba", "mamba"])
+def test_a_weight_that_the_model_multiplies_itself_is_left_out_and_refused_by_name(family):
+    model = mixer(family)
+    assert not any("dt_proj" in path for path in put(model, Routing()).layers)
+    for named in (
+        {"targets": ["dt_proj"]},
+        {"targets": ".*dt_proj"},
+        {"targets": ["in_proj"], "train_modules": ["dt_proj"]},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            put(mixer(family), Routing(), **named)
+        assert "dt_proj.weight" in str(caught.value.faults), named
+    assert put(mixer(family), Routing(), targets=".*proj", exclude=["dt_proj"]).layers
+
+
+def test_biases_that_the_model_takes_itself_do_not_train():
+    attachment = put(mixer("mamba"), Routing(), bias="all")
+    assert not any("dt_proj" in path or "conv1d" in path for path in attachment.values)
+
+
+def test_a_module_made_of_linear_or_embedding_that_computes_something_else_is_no_place():
+    assert not any("router" in path for path in put(mixer("llama4_text"), Routing()).layers)
+    assert any("query_key_value" in path for path in put(tiny_model("falcon"), Routing()).layers)
+    with pytest.raises(ConfigError, match="matches no module"):
+        put(tiny_model("opt"), Routing(), targets=["embed_positions"])
+
+
+def test_quantising_leaves_dense_what_the_model_multiplies_by_itself(tmp_path):
+    mixer("mamba").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), quantize="nf4", device="cpu").model
+    kinds = {path.rpartition(".")[2]: type(module).__name__ for path, module in model.named_modules()}
+    assert (kinds["in_proj"], kinds["dt_proj"]) == ("NF4Linear", "Linear")
+    assert logits(model).isfinite().all()
+
+
+def test_what_a_model_takes_itself_is_known_without_its_values_too():
+    for family in ("jamba", "mamba", "lfm2"):
+        assert weights_read_past(mixer(family, "meta")) == weights_read_past(mixer(family)) != frozenset()
+    assert weights_read_past(tiny_model("llama")) == weights_read_past(tiny_model("mixtral")) == frozenset()
+
+
+def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_zero_update_is_not(tmp_path):
+    """PEFT's all-linear puts factors beside dt_proj that no gradient reaches: B is zero in every such file."""
+    base = mixer_base("mamba")
+    made = attach(
+        base.model, LoRA(rank=2, targets=["in_proj", "dt_proj"]), name="a", routing=base.routing, head=None, read_past=()
+    )  # fmt: skip
+    fill(made.parameters().values())
+    folder = tmp_path / "a"
+    write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)
+    (folder / "veneer.json").unlink()
+    fresh = mixer_base("mamba")
+    with pytest.raises(AdapterMismatchError, match=r"dt_proj\.weight, 2 places"):
+        load_adapter(fresh, folder, name="a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "dt_proj.lora_B" in name:
+            tensor.zero_()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    loaded = load_adapter(fresh, folder, name="a")
+    assert {path.rpartition(".")[2] for path in loaded.layers} == {"in_proj"}
