@@ -177,7 +177,7 @@ def test_generate_json_has_prompt_and_answer(api, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--temperature", "nan"], ["--temperature", "3"], ["--temperature", "-1"], ["--max-tokens", "0"]],
+    [["--temperature", "nan"], ["--temperature", "101"], ["--temperature", "-1"], ["--max-tokens", "0"]],
 )
 def test_generate_refuses_numbers_out_of_range(api, capsys, arguments):
     assert main.main(["generate", "--base", "b", "hello", *arguments]) == 2

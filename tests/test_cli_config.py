@@ -152,7 +152,7 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
             "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?",
         ),
         ("1: 2", "run.yaml:1 1 is"),
-        ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be greater than or equal to 1"),
+        ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be a whole number from 1 to 1,048,576"),
         ("seed: 1\nseed: 2", "run.yaml:2 'seed' stands there twice, first in line 1"),
         ("method: lroa", "method is 'lroa', not one of lora, "),
         ("method: {rank: 3}", "'method.name' is missing"),

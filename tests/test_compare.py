@@ -119,7 +119,7 @@ def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -
     [
         ({"candidates": ["lora"]}, "at least two"),
         ({"steps": 5, "seconds": 5.0}, "either steps or seconds"),
-        ({"rates": (0.0, 1.0)}, "positive"),
+        ({"rates": (0.0, 1.0)}, "factor is"),
         ({"metrics": ("blue",)}, "unknown metrics"),
         ({"labels": "one"}, "1 labels"),
         ({"general": "not there.txt"}, "cannot be read"),

@@ -18,6 +18,7 @@ from typing import Any
 from veneer.adapters.config import AdapterConfig, LoRA, Method
 from veneer.adapters.routing import Active
 from veneer.adapters.site import Attachment
+from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, SEED, check_numbers, check_weights
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.compare.run import run_comparison
 from veneer.data.examples import DataSet, Example
@@ -86,6 +87,7 @@ class Base(models_base.Base):
 
     def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
         """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
+        check_numbers(seed=(SEED, seed))
         _ = self.paths
         return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed).attachment)
 
@@ -128,6 +130,7 @@ class Base(models_base.Base):
         names = [] if name is None else [name] if isinstance(name, str) else list(name)
         if names:
             self._unmerged()
+        check_weights(weights or ())
         if weights is not None and len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
         return tuple(zip(names, weights or [1.0] * len(names), strict=True))
@@ -293,6 +296,7 @@ def evaluate(
     What else can be asked, and what comes back: evaluate/run.py. A metric is a name, `regex:PATTERN`, or a function
     (answer, references) -> number.
     """
+    check_numbers(length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch))
     choices = Choices(
         metrics=find_metrics(metrics), max_new_tokens=max_new_tokens, labels=list(labels),
         length_normalised=length_normalised, predictions=predictions, against=against, general=general,
@@ -368,7 +372,7 @@ def compare(
         first.data.train, validation or first.data.validation, test, first.data.format, Path(out)
     )
     comparison = Comparison(
-        chosen, first.base, *rows, Path(out), steps=steps or (None if seconds else DEFAULT_STEPS), seconds=seconds,
+        chosen, first.base, *rows, Path(out), steps=DEFAULT_STEPS if steps is None and seconds is None else steps, seconds=seconds,
         factors=rates, extend=extend, seeds=seeds, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens,
         general=general or BUILT_IN,
     )  # fmt: skip

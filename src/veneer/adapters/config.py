@@ -9,6 +9,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from veneer.bounds import ALPHA, LAYER, PLACES, POWER_ITERATIONS, RANK, RATIO, SCALING, SHARE, WIDTH
+
 USUAL_WIDTH = 2000
 
 
@@ -70,11 +72,11 @@ class AdapterConfig(MethodConfig):
 class LowRank(AdapterConfig):
     """Settings that LoRA and its variants share."""
 
-    rank: int = Field(default=16, ge=1, le=4096)
+    rank: Annotated[int, RANK] = 16
     """R, the width of the update; a linear layer trains rank * (in + out) parameters."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: Annotated[float, ALPHA] = 32.0
     """Numerator of the scaling; no unit."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Annotated[float, SHARE] = 0.0
     """Share of the inputs of A set to zero while training; 0 trains fastest."""
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
@@ -84,17 +86,17 @@ class LowRank(AdapterConfig):
     module names or name endings, or one regular expression that matches the whole module path."""
     exclude: list[str] = Field(default_factory=list)
     """Module names, name endings or regular expressions that are left alone though `targets` names them."""
-    layers: list[int] = Field(default_factory=list)
+    layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Only these layer numbers (0 is the first); empty: all. Has no effect on a module outside the layers."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, RANK]] = Field(default_factory=dict)
     """Regular expression of the end of a module path -> rank; the first that matches wins."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, ALPHA]] = Field(default_factory=dict)
     """Regular expression of the end of a module path -> alpha; the first that matches wins."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Train the base's biases too: of every module (all) or of the targeted ones (lora_only)."""
     train_modules: list[str] = Field(default_factory=list)
     """Modules (names or endings) trained in full beside the update, for instance lm_head."""
-    lr_ratio: float = Field(default=1.0, gt=0)
+    lr_ratio: Annotated[float, RATIO] = 1.0
     """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by default lower by the square
     root of this; 1: off."""
 
@@ -110,8 +112,6 @@ class LowRank(AdapterConfig):
                 raise ValueError(f"{source!r} is not a regular expression: {fault}") from None
         if isinstance(self.targets, list) and not self.targets:
             raise ValueError("targets is empty: nothing would be trained")
-        if bad := [r for r in self.rank_pattern.values() if r < 1]:
-            raise ValueError(f"rank_pattern holds ranks below 1: {bad}")
         return self
 
     @property
@@ -140,7 +140,7 @@ class LoRA(LowRank):
     init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
     """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left as it is and the file
     twice the rank; eva: A from what the layers see of the rows; loftq: from what 4 bits lost of the weight."""
-    svd_iterations: int | None = Field(default=None, ge=0)
+    svd_iterations: Annotated[int, POWER_ITERATIONS] | None = None
     """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the exact SVD. No effect with another init."""
 
     @property
@@ -179,19 +179,19 @@ class Bottleneck(AdapterConfig):
     name: Literal["bottleneck"] = "bottleneck"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "parallel"
     """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel: beside it."""
-    size: int | None = Field(default=None, ge=1)
+    size: Annotated[int, WIDTH] | None = None
     """S, width of the small network; a block of width D trains 2 * S * D + S + D. Default: D / reduction."""
-    reduction: int | None = Field(default=None, ge=1)
+    reduction: Annotated[int, WIDTH] | None = None
     """D / S instead of `size`; 16 if neither is given."""
     activation: Literal["relu", "gelu", "swish", "tanh"] = "relu"
     """Between the two layers; swish is also called SiLU."""
     norm: bool = False
     """Begin with a trained layer norm."""
-    scaling: float | None = Field(default=None, gt=0)
+    scaling: Annotated[float, SCALING] | None = None
     """Factor of what is added; 4 with placement parallel if not given, else 1."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Annotated[float, SHARE] = 0.0
     """Share of the inputs set to zero while training; 0 trains fastest."""
-    layers: list[int] = Field(default_factory=list)
+    layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Only these layers (0 is the first); empty: all."""
 
     @property
@@ -227,16 +227,16 @@ class Prefix(AdapterConfig):
     rate_falls = 0.0
 
     name: Literal["prefix"] = "prefix"
-    tokens: int | None = Field(default=None, ge=1, le=4096)
+    tokens: Annotated[int, PLACES] | None = None
     """M, places before every document; trains tokens * 2 * K * D parameters a layer (K key/value heads of D).
     Default: as many as the prompt it starts from has, at most 64; 30 with start: random."""
     start: Literal["prompt", "random"] = "prompt"
     """prompt: the keys and values that the base computes for a real prompt; random: normal values as widely spread."""
     prompt: str | None = None
     """Text it starts from; default: what all training rows begin with, or a plain instruction where that is little."""
-    projection: int | None = Field(default=None, ge=1)
+    projection: Annotated[int, WIDTH] | None = None
     """Width of an MLP through which the prefix is trained; only what it computes is stored. Default: none."""
-    layers: list[int] = Field(default_factory=list)
+    layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
 
     @property

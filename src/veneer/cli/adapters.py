@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.bounds import COUNT
 from veneer.cli.common import add_json, add_library, held_as, make_console, print_json
 from veneer.errors import ConfigError
 from veneer.train.wording import shown, size
@@ -77,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://")
     pull.add_argument("--name", metavar="NAME", help="what to call it here; default: as there")
     gc = action("gc", _gc, "show what nobody needs; with --yes, remove it")
-    gc.add_argument(
-        "--keep", type=_positive, default=1, metavar="N", help="newest versions to keep; default: 1"
-    )
+    gc.add_argument("--keep", type=COUNT, default=1, metavar="N", help="newest versions to keep; default: 1")
     gc.add_argument("--yes", action="store_true", help="remove it")
 
 
@@ -258,10 +257,3 @@ def _gc(args: argparse.Namespace, library: Library) -> int:
     if not args.yes and (left.versions or left.objects or left.remains):
         say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from veneer.bounds import LENGTH
 from veneer.errors import ConfigError, SourceError
 from veneer.quant.config import FORMATS, Quantize
 from veneer.store.strict_json import finite_or_null, read_json
@@ -73,7 +74,7 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
 
     length = RunConfig.model_fields["length"].default
     parser.add_argument(
-        "--length", type=int, default=length, metavar="N", help=f"longest row, tokens; default: {length}"
+        "--length", type=LENGTH, default=length, metavar="N", help=f"longest row, tokens; default: {length}"
     )
     for name in ("format", "train_on", *others):
         field = DataConfig.model_fields[name]

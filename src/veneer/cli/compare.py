@@ -17,9 +17,9 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
 from veneer.cli.common import add_json, make_console, print_json
 from veneer.cli.config_file import read_run_config
-from veneer.cli.generate import at_least_one
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
 from veneer.train.wording import shown
@@ -40,13 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation", metavar="V", help="rows to choose the learning rate by; default: split off"
     )
     parser.add_argument("--test", metavar="T", help="rows to judge by; default: split off")
+    parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of each run; default: 100")
     parser.add_argument(
-        "--steps", type=at_least_one, metavar="N", help="optimizer steps of each run; default: 100"
+        "--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps"
     )
-    parser.add_argument(
-        "--seconds", type=float, metavar="S", help="training time of each run, instead of --steps"
-    )
-    parser.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="runs of each; default: 3")
+    parser.add_argument("--seeds", type=SEEDS, default=3, metavar="N", help="runs of each; default: 3")
     parser.add_argument(
         "--rates",
         default="1/3,1,3",
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--extend",
-        type=int,
+        type=EXTENSIONS,
         default=1,
         metavar="N",
         help="search further so often where the best rate is at an end",
@@ -65,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--labels", metavar="L", help="for accuracy: A,B,C or a file with one label a line")
     parser.add_argument(
-        "--max-tokens", type=at_least_one, default=128, metavar="N", help="longest answer, tokens"
+        "--max-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens"
     )
     parser.add_argument(
         "--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own"
@@ -162,9 +160,10 @@ def _names(text: str) -> list[str]:
 
 
 def _factors(text: str) -> list[float]:
+    parts = [each.partition("/") for each in _names(text)]
     try:
-        return [float(a) / float(b or 1) for a, _, b in (each.partition("/") for each in _names(text))]
-    except (ValueError, ZeroDivisionError):
+        return [RATIO(a) / RATIO(b or "1") for a, _, b in parts]
+    except argparse.ArgumentTypeError as fault:
         raise ConfigError(
-            f"--rates {text!r} is not a list of numbers", next_step="For instance 1/3,1,3."
+            f"--rates {text!r} is not a list of numbers", [str(fault)], "For instance 1/3,1,3."
         ) from None

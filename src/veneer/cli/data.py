@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from veneer.bounds import LINE
 from veneer.cli.common import add_data, add_json, make_console, print_json
 from veneer.errors import InputError
 from veneer.train.wording import folded, percent, shown
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", metavar="V", help="held-out rows; also looked through for rows of D")
     add_data(parser, "long_rows")
     parser.add_argument(
-        "--row", type=int, metavar="LINE", help="show the row of this line; default: the first"
+        "--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first"
     )
     add_json(parser)
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.bounds import NEW_TOKENS, ROWS
 from veneer.cli.common import add_base, add_data, add_json, load_base, make_console, print_json
-from veneer.cli.generate import at_least_one
 from veneer.train.wording import number, shown
 
 UNITS = {"loss": "nats per trained token", "tokens": "trained tokens"}
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data(parser)
     parser.add_argument(
-        "--max-tokens", type=at_least_one, default=256, metavar="N", help="longest answer, tokens"
+        "--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens"
     )
-    parser.add_argument("--batch", type=at_least_one, default=16, metavar="N", help="rows computed at once")
+    parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
     parser.add_argument(
         "--predictions",
         type=Path,

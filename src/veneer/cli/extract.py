@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from veneer.bounds import ENERGY, RANK
 from veneer.cli.common import add_json, make_console, print_json
 from veneer.train.wording import size
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="B", help="what the model was trained from")
     parser.add_argument("--model", required=True, metavar="DIR", help="the fine-tuned model's folder")
-    parser.add_argument("--rank", type=int, metavar="R", help="rank of every update")
+    parser.add_argument("--rank", type=RANK, metavar="R", help="rank of every update")
     parser.add_argument(
-        "--energy", type=float, metavar="E", help="or: share of the squared difference to keep, each module"
+        "--energy", type=ENERGY, metavar="E", help="or: share of the squared difference to keep, each module"
     )
     parser.add_argument(
         "--keep", action="store_true", help="keep norms, embeddings, head and biases as trained in full"

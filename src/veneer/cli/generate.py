@@ -12,6 +12,7 @@ import argparse
 import sys
 from typing import Any
 
+from veneer.bounds import NEW_TOKENS, TEMPERATURE
 from veneer.cli.common import add_base, add_json, load_base, print_json
 from veneer.errors import InputError
 from veneer.train.wording import shown
@@ -29,17 +30,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """--max-tokens and --temperature, with their limits."""
     parser.add_argument(
         "--max-tokens",
-        type=at_least_one,
+        type=NEW_TOKENS,
         default=256,
         metavar="N",
         help="longest answer, tokens; default: 256",
     )
     parser.add_argument(
         "--temperature",
-        type=_temperature,
+        type=TEMPERATURE,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token each time (default); up to 2, higher is more varied",
+        help="0 takes the likeliest token each time (default); 1 draws as the model was trained, higher is more varied",
     )
 
 
@@ -68,18 +69,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_piece(text: str) -> None:
     print(shown(text), end="", flush=True)
-
-
-def at_least_one(text: str) -> int:
-    """An argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 2.0:  # also refuses nan
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2")
-    return value

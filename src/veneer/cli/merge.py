@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from veneer.bounds import SEED, WEIGHT
 from veneer.cli.common import (
     add_json,
     add_library,
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names in the library, folders of adapters or of runs",
     )
     parser.add_argument(
-        "--weights", nargs="+", type=float, metavar="W", help="one for each adapter; default: 1"
+        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument(
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stochastic", action="store_true", help="round at random, so that weights are right on average"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --stochastic; default: 0")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of --stochastic; default: 0")
     parser.add_argument(
         "--quantize",
         choices=FORMATS,

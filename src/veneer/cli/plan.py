@@ -19,6 +19,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, RANK, ROWS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.errors import ConfigError
 from veneer.train.wording import clock, folded, millions, number, shown, size
@@ -53,23 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="lora", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
     )
-    parser.add_argument("--rank", type=int, metavar="R", help="rank of lora; alpha becomes twice that")
+    parser.add_argument("--rank", type=RANK, metavar="R", help="rank of lora; alpha becomes twice that")
     parser.add_argument("--quantize", choices=["nf4", "fp4", "gguf"], help="hold the base in 4 bits")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="rows per optimizer step; default: 8"
+        "--batch", type=ROWS, default=8, metavar="N", help="rows per optimizer step; default: 8"
     )
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="rows computed at once; default: batch")
+    parser.add_argument("--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: batch")
     parser.add_argument(
-        "--length", type=int, default=2048, metavar="N", help="longest row, tokens; default: 2048"
+        "--length", type=LENGTH, default=2048, metavar="N", help="longest row, tokens; default: 2048"
     )
     parser.add_argument("--checkpointing", action="store_true", help="keep only each layer's input")
     parser.add_argument(
         "--data", metavar="D", help="rows to plan with; without it rows of --length, all tokens trained"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of the run")
+    parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
     parser.add_argument(
-        "--epochs", type=float, default=3.0, metavar="E", help="passes over --data; default: 3"
+        "--epochs", type=EPOCHS, default=3.0, metavar="E", help="passes over --data; default: 3"
     )
     parser.add_argument(
         "--memory", metavar="M", help="what must suffice, for instance 24GiB; default: the machine's own"
@@ -77,12 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", metavar="NAME", help="a named GPU's published figures instead of this machine"
     )
-    parser.add_argument("--price", type=float, metavar="P", help="price of an hour, for the cost of the run")
+    parser.add_argument("--price", type=PRICE, metavar="P", help="price of an hour, for the cost of the run")
     parser.add_argument("--compare", action="store_true", help="all methods side by side")
     parser.add_argument(
         "--kind", choices=["style", "format", "task", "instructions", "knowledge"], help="what is learnt: gives advice"
     )  # fmt: skip
-    parser.add_argument("--variants", type=int, default=1, metavar="N", help="adapters wanted over one base")
+    parser.add_argument(
+        "--variants", type=COUNT, default=1, metavar="N", help="adapters wanted over one base"
+    )
     parser.add_argument("--merge", action="store_true", help="the result is to be merged into plain weights")
     parser.add_argument(
         "--write", metavar="RUN.yaml", help="write the advised (or planned) run as a run file"
@@ -127,11 +130,12 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else "?"
     unit = unit if unit in UNITS else unit + "B"
-    if match is None or unit not in UNITS or float(match[1]) <= 0:
+    found = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
+    if not BYTES.least <= found <= BYTES.most:
         raise ConfigError(
             f"{text!r} is no size of memory", next_step="Write for instance 24GiB, 24GB or 512MiB."
         )
-    return int(float(match[1]) * UNITS[unit])
+    return int(found)
 
 
 def _question(args: argparse.Namespace) -> Question:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, number_faults
 from veneer.data.examples import Row
 from veneer.data.sources import read_rows
 from veneer.data.split import split
@@ -60,7 +61,11 @@ class Comparison:
     found: Sequence[Metric] = field(init=False)
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = number_faults(
+            steps=(COUNT, self.steps), seconds=(SECONDS, self.seconds), seeds=(SEEDS, self.seeds),
+            extend=(EXTENSIONS, self.extend), max_new_tokens=(NEW_TOKENS, self.max_new_tokens),
+        )  # fmt: skip
+        faults += [fault for factor in self.factors for fault in number_faults(factor=(RATIO, factor))]
         if len({c.name for c in self.candidates}) < max(2, len(self.candidates)):
             names = ", ".join(c.name for c in self.candidates) or "none"
             faults.append(f"at least two different candidates are compared; here: {names}")
@@ -70,10 +75,8 @@ class Comparison:
             )
         if (self.steps is None) == (self.seconds is None):
             faults.append("the budget is either steps or seconds: give one")
-        if not self.factors or min(self.factors) <= 0:
-            faults.append("the factors of the learning rate are positive numbers")
-        if self.seeds < 1:
-            faults.append("at least one seed runs")
+        if not self.factors:
+            faults.append("no factor of the learning rate is tried")
         if faults:
             raise ConfigError("this comparison cannot be run", faults)
         object.__setattr__(self, "found", find_metrics(self.metrics))

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from veneer.bounds import PART, RANK, SEED, number_faults
 from veneer.errors import ConfigError
 from veneer.merge.low_rank import Cut, cut_dense, cut_factors, relative_error
 
@@ -53,17 +54,13 @@ class Recipe:
     seed: int | None = None
 
     def check(self) -> None:
-        faults = []
+        faults = number_faults(rank=(RANK, self.rank), density=(PART, self.density), seed=(SEED, self.seed))
         if self.rank is not None and self.how not in _CHOOSES_RANK:
             faults.append(f"rank {self.rank}: {self.how} keeps the exact sum; --how svd has a rank")
         if self.density is not None and self.how not in _PRUNES:
             faults.append(f"density {self.density:g}: {self.how} prunes nothing")
-        if self.density is not None and not 0 < self.density <= 1:
-            faults.append(f"density {self.density:g} is not above 0 and at most 1")
         if self.seed is not None and self.how != "dare":
             faults.append(f"seed {self.seed}: {self.how} draws nothing at random")
-        if self.rank is not None and self.rank < 1:
-            faults.append(f"rank {self.rank} is below 1")
         if faults:
             raise ConfigError(
                 f"these settings do not go with --how {self.how}", faults, "Leave them out or change them."

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.bounds import check_weights
 from veneer.errors import ConfigError
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended, place, refuse_biases
 from veneer.merge.combine import Recipe, Update, combine_updates, total_error
@@ -40,6 +41,7 @@ def combine_adapters(
     its config is read. Raises what reading raises, AdapterMismatchError (different bases), RefusedError (methods or
     values that do not add up), ConfigError (settings)."""
     recipe.check()
+    check_weights([weight for _, weight in adapters])
     if len(adapters) < 2 and recipe.how == "cat":
         raise ConfigError(
             "one adapter alone is nothing to put together", next_step="Name two or more, or take --how svd."

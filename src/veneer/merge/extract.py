@@ -17,6 +17,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.experts import expert_parameters, is_transposed
 from veneer.adapters.targets import find_targets
 from veneer.adapters.wrapping import plain_modules
+from veneer.bounds import ENERGY, RANK, check_numbers
 from veneer.data.template import ChatTemplate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
 from veneer.linear import frozen_linear, is_transposed_linear
@@ -85,10 +86,7 @@ def extract_adapter(
         raise ConfigError(
             "give either a rank or an energy share", next_step="For instance --rank 16, or --energy 0.9."
         )
-    if energy is not None and not 0 < energy < 1:
-        raise ConfigError(f"energy {energy:g} is not between 0 and 1", next_step="For instance --energy 0.9.")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank {rank} is below 1")
+    check_numbers(rank=(RANK, rank), energy=(ENERGY, energy))
     old, new = load_base(base, device=device), load_base(tuned, device=device)
     found = _differences(old, new.model, rank=rank, energy=energy)
     if not found.cuts:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.errors import ConfigError
 from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
@@ -54,6 +55,7 @@ def open_merge(
                               into, and where the original weights are (None: in `base` itself)
     asked                     gives the rows of as_trained; None: it is not computed
     """
+    check_weights([weight for _, weight in adapters])
     refuse_unclear(base, quantize, into, original)
     stored = [(read_adapter(folder), weight) for folder, weight in adapters]
     refuse_unfoldable({str(adapter.folder): adapter.config for adapter, _ in stored})
@@ -83,6 +85,8 @@ def merge_adapters(
 ) -> MergeReport:  # fmt: skip
     """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge and
     merge_into_folder."""
+
+    check_numbers(seed=(SEED, seed))
 
     def asked(loaded: Base) -> list[list[int]]:
         return text_rows(loaded.tokenizer) if rows is None else limited(rows)

@@ -4,7 +4,6 @@ Says what stops an answer, how tokens are drawn, and which loop decodes: our own
 proven on the model, else transformers'. Knows nothing of chats or templates.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
 from veneer.errors import ConfigError
 from veneer.models.base import Base, stop_token_ids
@@ -49,7 +49,12 @@ def generate(
     for; numbers outside of what they mean.
     """
     capacity = capacity_of(base)
-    _check_numbers(max_new_tokens, temperature, top_p)
+    check_numbers(
+        max_new_tokens=(NEW_TOKENS, max_new_tokens),
+        temperature=(TEMPERATURE, temperature),
+        top_p=(TOP_P, top_p),
+        seed=(SEED, seed),
+    )
     _check_prompts(prompts, capacity)
     limits = [
         max_new_tokens if capacity.positions is None else min(max_new_tokens, capacity.positions - len(ids))
@@ -84,20 +89,6 @@ def _decodes_packed(base: Base) -> bool:
         with base.routing.none():
             base.decodes_packed = prove_decoding(base.model) is None
     return base.decodes_packed
-
-
-def _check_numbers(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    faults = []
-    if max_new_tokens < 1:
-        faults.append(f"max_new_tokens is {max_new_tokens}: at least 1")
-    if not 0 <= temperature < math.inf:  # also refuses nan
-        faults.append(f"temperature is {temperature}: a number from 0, which takes the likeliest token")
-    if not 0 <= top_p <= 1:
-        faults.append(
-            f"top_p is {top_p}: a share from 0, which takes the likeliest token, to 1, which takes all"
-        )
-    if faults:
-        raise ConfigError("these answers cannot be drawn", faults)
 
 
 def _sampler(rows: int, temperature: float, top_p: float, seed: int) -> Choose:

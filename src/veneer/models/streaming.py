@@ -126,7 +126,9 @@ class _Quantizer(HfQuantizer):
             self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
             return True
         if packed is not None and target in self.read_past:
-            self.faults.append(f"packed     {target}: the model multiplies by it itself, which takes dense values")
+            self.faults.append(
+                f"packed     {target}: the model multiplies by it itself, which takes dense values"
+            )
             return True
         if stays:
             return False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from veneer.adapters.config import METHODS, LoRA, MethodConfig
+from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
@@ -26,6 +27,9 @@ from veneer.plan.planner import Choice, Planner
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.quant.config import Quantize
 from veneer.train.records import process_memory_bytes
+
+MOST_TOKENS = 2**22
+"""Computed at once in a planned step: its rows are made, and a step beyond this runs on no machine."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,18 @@ def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quan
 
 def answer(question: Question) -> Answer:
     """Raises SourceError for a base that is not found, ConfigError where nothing of the question fits a base."""
+    choice = question.choice
+    check_numbers(
+        batch=(ROWS, choice.batch), micro_batch=(ROWS, choice.micro_batch), length=(LENGTH, choice.length),
+        steps=(COUNT, question.steps), epochs=(EPOCHS, question.epochs), price=(PRICE, question.price_per_hour),
+        variants=(COUNT, question.variants), memory=(BYTES, question.memory),
+    )  # fmt: skip
+    if (tokens := choice.rows_at_once * choice.length) > MOST_TOKENS:
+        raise ConfigError(
+            f"{choice.rows_at_once:,} rows of {choice.length:,} tokens at once are not planned:"
+            f" {tokens:,} tokens, at most {MOST_TOKENS:,}",
+            next_step="Give a smaller --micro-batch, --batch or --length.",
+        )
     blueprints = [blueprint(base) for base in question.bases]
     planners = [_planner(each, question) for each in blueprints]
     choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]

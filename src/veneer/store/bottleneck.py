@@ -9,15 +9,16 @@ Shapes: D hidden size, S size of the bottleneck.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.adapters.bottleneck import find_blocks, hidden_size
 from veneer.adapters.config import Bottleneck
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules, unwrapped
+from veneer.bounds import LAYER, SCALING, SHARE, WIDTH
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.store.fit import grouped
 from veneer.store.format import PREFIX
@@ -42,12 +43,12 @@ class BottleneckFields(BaseModel):
     peft_type: Literal["VENEER_BOTTLENECK"]
     task_type: Literal["CAUSAL_LM"]
     placement: Literal["houlsby", "pfeiffer", "parallel"]
-    size: int = Field(ge=1)
+    size: Annotated[int, WIDTH]
     activation: Literal["relu", "gelu", "swish", "tanh"]
     norm: bool
-    scaling: float = Field(gt=0)
-    dropout: float = Field(ge=0, lt=1)
-    layers: list[int]
+    scaling: Annotated[float, SCALING]
+    dropout: Annotated[float, SHARE]
+    layers: list[Annotated[int, LAYER]]
     """Layer numbers; empty: all."""
     base_model_name_or_path: str | None
     revision: str | None

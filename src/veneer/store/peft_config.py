@@ -10,18 +10,18 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from veneer.adapters.config import DoRA, LoRA, LowRank
+from veneer.bounds import ALPHA, RANK, SHARE
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
 from veneer.store.strict_json import field_faults
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_LAYOUT = "0.21.2"
 """Version of PEFT whose layout is written: `peft_version` in the file."""
-MAX_RANK = 4096
 MAX_PATTERN = 4000
 MAX_REPETITIONS = 6
 MAX_ENTRIES = 10_000
@@ -53,18 +53,18 @@ class PeftLoRA(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
-    r: int = Field(default=8, ge=1, le=MAX_RANK)
-    lora_alpha: float = Field(default=8, gt=0)
+    r: Annotated[int, RANK] = 8
+    lora_alpha: Annotated[float, ALPHA] = 8
     use_rslora: bool = False
     use_dora: bool = False
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, Annotated[int, RANK]] | None = None
+    alpha_pattern: dict[str, Annotated[float, ALPHA]] | None = None
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_dropout: Annotated[float, SHARE] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False
@@ -138,16 +138,7 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[s
 
 
 def _value_faults(config: PeftLoRA) -> list[str]:
-    faults = [
-        f"rank_pattern.{key}: {rank} is not between 1 and {MAX_RANK}"
-        for key, rank in (config.rank_pattern or {}).items()
-        if not 1 <= rank <= MAX_RANK
-    ]
-    faults += [
-        f"alpha_pattern.{key}: {alpha} is not above 0"
-        for key, alpha in (config.alpha_pattern or {}).items()
-        if alpha <= 0
-    ]
+    faults = []
     if isinstance(config.target_modules, list) and not (config.target_modules or config.target_parameters):
         faults.append("target_modules and target_parameters are empty: nothing is adapted")
     for name in PeftLoRA.model_fields:

@@ -9,14 +9,15 @@ Shapes: M tokens, L layers with a prefix, t = key/value heads * head size. Facts
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.adapters.config import Prefix
 from veneer.adapters.prefix import PART, PrefixLayer, decoder_of, key_shape
 from veneer.adapters.site import Attachment
+from veneer.bounds import LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.store.layout import Fit, Layout
 from veneer.store.manifest import BaseIdentity
@@ -36,13 +37,13 @@ class PeftPrefix(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
-    num_virtual_tokens: int = Field(ge=1, le=4096)
-    num_layers: int = Field(ge=1, le=4096)
-    num_attention_heads: int = Field(ge=1)
+    num_virtual_tokens: Annotated[int, PLACES]
+    num_layers: Annotated[int, LAYER]
+    num_attention_heads: Annotated[int, WIDTH]
     """Of the keys and values."""
-    token_dim: int = Field(ge=1)
+    token_dim: Annotated[int, WIDTH]
     num_transformer_submodules: Literal[1] = 1
-    layers: list[int] | None = None
+    layers: list[Annotated[int, LAYER]] | None = None
     """Numbers of the layers that have a prefix; None: all."""
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None

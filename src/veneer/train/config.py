@@ -1,11 +1,12 @@
 """What a run does: the run file's fields, each with its unit. No torch here: `--help` reads this."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from veneer.adapters.config import Full, LoRA, Method
+from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
 from veneer.quant.config import Quantize
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -23,7 +24,7 @@ class DataConfig(Settings):
     """File with the training rows: .jsonl, .json, .csv or .parquet."""
     validation: str | None = None
     """File with the held-out rows; without it, `validation_share` of the training rows is held out."""
-    validation_share: float = Field(default=0.05, ge=0.0, lt=1.0)
+    validation_share: Annotated[float, SHARE] = 0.05
     """Share of rows held out, chosen by a hash of their content; 0 holds nothing out."""
     format: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
     """How a row is laid out; auto looks at the columns."""
@@ -48,47 +49,47 @@ class RunConfig(Settings):
     """Type of the base's weights; auto keeps the type they are stored in."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: Annotated[int, COUNT] | None = None
     """Optimizer steps; instead of `epochs`."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Annotated[float, EPOCHS] | None = None
     """Passes over the training rows; 3 if neither this nor `steps` is given."""
-    batch: int = Field(default=8, ge=1)
+    batch: Annotated[int, ROWS] = 8
     """Rows per optimizer step."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: Annotated[int, ROWS] | None = None
     """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached. Default: batch."""
-    length: int = Field(default=2048, ge=2)
+    length: Annotated[int, LENGTH] = 2048
     """Longest row kept, tokens."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
     """Rows of like length together (fastest), fully shuffled, or as they stand in the file."""
     share_prompt: bool = True
     """Compute the tokens that all rows of a batch begin with once; off with dropout."""
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: Annotated[float, LEARNING_RATE] | None = None
     """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3, full 1.3e-4; 4096: 2.9e-4, 2.9e-5)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rate after warm-up; cosine and linear end at 0."""
-    warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
+    warmup: Annotated[float, SHARE] = 0.03
     """Share of the steps in which the rate rises to its peak."""
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    weight_decay: Annotated[float, WEIGHT_DECAY] = 0.0
     """Decoupled weight decay of AdamW."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    clip: Annotated[float, CLIP] | None = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it. null: none are."""
     checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward: less memory, more time."""
     offload: bool = False
     """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
     optimizer: OptimizerName = "adamw"
     """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves little with adapters."""
-    evaluate_every: int | None = Field(default=None, ge=1)
+    evaluate_every: Annotated[int, COUNT] | None = None
     """Steps between evaluations on the held-out rows; default: five times a run."""
     show_answers: bool = True
     """Answer the first held-out question at every evaluation, so that progress can be read; takes seconds on a CPU."""
-    save_every: int | None = Field(default=None, ge=1)
+    save_every: Annotated[int, COUNT] | None = None
     """Steps between checkpoints; default: at every evaluation."""
-    keep: int = Field(default=2, ge=1)
+    keep: Annotated[int, COUNT] = 2
     """Checkpoints kept beside the best one; the newest valid one always stays."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: Annotated[int, COUNT] | None = None
     """Stop after this many evaluations without a better held-out loss; default: never."""
-    seed: int = Field(default=0, ge=0)
+    seed: Annotated[int, SEED] = 0
     """Starts the adapter's values, the order of the rows and dropout."""
     log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Also send the records there; needs the extra of that name. Nothing is sent unless asked."""

@@ -98,8 +98,8 @@ class AdamW:
         """Of the whole gradient; nan or inf if any part is not finite."""
         return torch.linalg.vector_norm(self.flat.gradient).item()
 
-    def step(self, *, learning_rate: float, clip: float, norm: float) -> None:
-        if norm > clip:
+    def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
+        if clip is not None and norm > clip:
             self.flat.gradient.mul_(clip / norm)
         for group, (factor, _) in zip(self.inner.param_groups, self.flat.groups, strict=True):
             group["lr"] = learning_rate * factor

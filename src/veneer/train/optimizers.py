@@ -41,8 +41,8 @@ class AdamW8bit:
         """Of the whole gradient; nan or inf if any part is not finite."""
         return torch.linalg.vector_norm(self.flat.gradient).item()
 
-    def step(self, *, learning_rate: float, clip: float, norm: float) -> None:
-        if norm > clip:
+    def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
+        if clip is not None and norm > clip:
             self.flat.gradient.mul_(clip / norm)
         self.inner.param_groups[0]["lr"] = learning_rate
         self.inner.step()

@@ -1,0 +1,145 @@
+"""The bounds of every number that a person gives: run files, flags and Python arguments all read them here.
+
+    field: Annotated[int, RANK] = 16              in a pydantic model: a number outside is one fault, in words
+    parser.add_argument("--rank", type=RANK)      on the command line
+    check_numbers(rank=(RANK, rank), seed=(SEED, seed))   in a function
+
+Nothing is infinite, nothing is not a number, and True is no 1. The ends are generous: they refuse what cannot be meant
+(a slip of the keyboard, an overflow), not what is unusual. Loads neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+import operator
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+
+@dataclass(frozen=True)
+class Number:
+    """A whole number or a real one between two ends, which belong to it unless `above` or `below` leaves one out."""
+
+    kind: type[int] | type[float]
+    least: float
+    most: float
+    above: bool = False
+    below: bool = False
+
+    @property
+    def said(self) -> str:
+        """a whole number from 1 to 4,096; a number above 0 and at most 1"""
+        what = "a whole number" if self.kind is int else "a number"
+        if not self.above and not self.below:
+            return f"{what} from {_shown(self.least)} to {_shown(self.most)}"
+        low = f"above {_shown(self.least)}" if self.above else f"at least {_shown(self.least)}"
+        return f"{what} {low} and {'below' if self.below else 'at most'} {_shown(self.most)}"
+
+    def holds(self, value: object) -> bool:
+        """Whether `value` is such a number. Those of numpy are numbers too."""
+        if isinstance(value, bool | str | bytes) or type(value).__name__ == "bool":
+            return False
+        try:
+            number = operator.index(value) if self.kind is int else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            return False
+        low = self.least < number if self.above else self.least <= number  # nan is on neither side
+        return low and (number < self.most if self.below else number <= self.most)
+
+    def __call__(self, text: str) -> Any:
+        """An argparse type."""
+        try:
+            value = self.kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if not self.holds(value):
+            raise ArgumentTypeError(f"{text[:40]!r} is not {self.said}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import PydanticCustomError, ValidationError, core_schema
+
+        def validate(value: Any, inner: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            try:
+                number = None if isinstance(value, bool) else inner(value)
+            except ValidationError:
+                number = None
+            if not self.holds(number):
+                raise PydanticCustomError("number", "Input should be {said}", {"said": self.said})
+            return number
+
+        return core_schema.no_info_wrap_validator_function(validate, handler(source))
+
+
+def check_numbers(**numbers: tuple[Number, object]) -> None:
+    """name=(its bounds, the value that was given); None was not given. Raises ConfigError with every fault."""
+    if found := number_faults(**numbers):
+        raise ConfigError("a number is out of bounds", found)
+
+
+def check_weights(weights: Sequence[object]) -> None:
+    """One for each of several adapters. Raises ConfigError with every one that is out of bounds."""
+    check_numbers(**{f"weight {number}": (WEIGHT, weight) for number, weight in enumerate(weights, 1)})
+
+
+def number_faults(**numbers: tuple[Number, object]) -> list[str]:
+    """What `check_numbers` would refuse, one line each."""
+    return [
+        f"{name} is {str(value)[:40]}: should be {bounds.said}"
+        for name, (bounds, value) in numbers.items()
+        if value is not None and not bounds.holds(value)
+    ]
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if value < 10**12 and value == int(value) else f"{value:g}"
+
+
+COUNT = Number(int, 1, 10**9)
+"""Steps, evaluations, checkpoints, variants: how often or how many."""
+ROWS = Number(int, 1, 2**20)
+"""Rows computed together."""
+LENGTH = Number(int, 2, 2**24)
+"""Tokens of a row: a token is trained only where another stands before it."""
+NEW_TOKENS = Number(int, 1, 2**24)
+EPOCHS = Number(float, 0, 10**6, above=True)
+LEARNING_RATE = Number(float, 0, 1000, above=True)
+SHARE = Number(float, 0, 1, below=True)
+"""Warm-up, rows held out, dropout: a part that is never the whole."""
+PART = Number(float, 0, 1, above=True)
+"""Density: a part that is never nothing."""
+ENERGY = Number(float, 0, 1, above=True, below=True)
+WEIGHT_DECAY = Number(float, 0, 1000)
+CLIP = Number(float, 0, 10**12, above=True)
+SEED = Number(int, 0, 2**32 - 1)
+RANK = Number(int, 1, 4096)
+ALPHA = Number(float, 0, 10**6, above=True)
+SCALING = Number(float, 0, 10**6, above=True)
+RATIO = Number(float, 0, 10**6, above=True)
+"""Of two learning rates."""
+POWER_ITERATIONS = Number(int, 0, 1000)
+LAYER = Number(int, 0, 10**5)
+"""The number of a layer, counted from 0."""
+WIDTH = Number(int, 1, 2**20)
+"""Of a small network, and what it is smaller by."""
+PLACES = Number(int, 1, 4096)
+"""Tokens of a prefix."""
+WEIGHT = Number(float, -(10**6), 10**6)
+"""Of an adapter among several; below 0 it is subtracted."""
+TEMPERATURE = Number(float, 0, 100)
+TOP_P = Number(float, 0, 1)
+"""0 takes the likeliest token, 1 all of them."""
+SEEDS = Number(int, 1, 1000)
+EXTENSIONS = Number(int, 0, 100)
+SECONDS = Number(float, 0, 10**9, above=True)
+PRICE = Number(float, 0, 10**9)
+LINE = Number(int, 1, 2**53)
+"""Of a file, counted from 1."""
+BYTES = Number(int, 1, 2**60)
