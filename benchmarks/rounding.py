@@ -17,6 +17,7 @@ from veneer.adapters.routing import Routing
 from veneer.data.examples import Example
 from veneer.data.load import load_data
 from veneer.models.base import Base
+from veneer.models.capacity import capacity_of
 from veneer.models.fused import fused, replacements
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, batches_of
@@ -53,7 +54,13 @@ def main() -> None:
         ):
             base = load_base(args.base, dtype=dtype)
             settings = DataConfig(train=file, validation_share=0.0).model_dump()
-            data = load_data(**settings, length=8192, tokenizer=base.tokenizer, today=date.today())
+            data = load_data(
+                **settings,
+                length=8192,
+                capacity=capacity_of(base),
+                tokenizer=base.tokenizer,
+                today=date.today(),
+            )
             found[name] = losses(base, list(data.train), args.batch, own=own)
         exact = found.pop("float32")
         print(f"{file}: {len(exact)} batches of {args.batch}, float32 loss {statistics.mean(exact):.4f}")

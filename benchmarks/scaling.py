@@ -26,7 +26,7 @@ TARGETS = (
 
 def write_rows(path: Path, base: str, length: int, count: int) -> None:
     """Text rows whose ids, the end-of-text token included, are `length` tokens."""
-    tokenizer = load_tokenizer(base)
+    tokenizer, _ = load_tokenizer(base)
     word = tokenizer.decode(tokenizer(" river", add_special_tokens=False)["input_ids"][:1])
     texts = []
     for number in range(count):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import CHATML, tiny_tokenizer
 from veneer.data.check import render_sample
-from veneer.data.examples import DataSet, Row, RowRef, row_key
+from veneer.data.examples import Capacity, DataSet, Row, RowRef, row_key
 from veneer.data.load import examine_data, load_data
 from veneer.data.split import split
 from veneer.errors import DataError
@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "train_on": "assistant",
     "long_rows": "refuse",
     "length": 2048,
+    "capacity": Capacity(),
 }
 
 
@@ -146,6 +147,48 @@ def test_rows_that_would_lose_their_whole_answer_are_refused_and_left_out_only_o
     ):
         load(file, length=60, long_rows="cut")
     assert len(load(file, length=60, long_rows="drop").train) == 2
+
+
+def test_rows_longer_than_the_models_positions_are_a_problem_of_their_own(tmp_path: Path) -> None:
+    """Whatever `length` says: 2,048 is more than GPT-2 has, and a model with rotary positions computes on in silence."""
+    file = write(tmp_path / "rows.jsonl", *(pair("q", "a" * n) for n in (1, 90, 80, 5)))
+    room = Capacity(positions=100)
+    with pytest.raises(DataError, match=r"D217 .*:2-3 .*longer than the model's 100 positions") as caught:
+        load(file, capacity=room)
+    assert "rows.jsonl:2: 112 tokens; " in str(caught.value) and ":3: 102 tokens" in str(caught.value)
+    assert caught.value.next_step.startswith("Take a base with more positions, or say")
+    for length in (100, 101, 2048):
+        assert codes(examine(file, capacity=room, length=length))["D203" if length == 100 else "D217"] == (
+            2,
+            3,
+        )
+    dropped, cut = (load(file, capacity=room, long_rows=way) for way in ("drop", "cut"))
+    assert [len(e.ids) for e in dropped.train] == [23, 27]
+    assert [len(e.ids) for e in cut.train] == [23, 100, 100, 27]
+    assert cut.report.length == 100 and codes(cut)["D217"] == (2, 3)
+    assert load(file, capacity=room, long_rows="cut", length=50).report.length == 50
+
+
+def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path: Path) -> None:
+    """A token that was added to the tokenizer alone: `vocab_size` leaves it out, and the loss reads beside its row."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("Tools:", "<new>")
+    file = write(tmp_path / "rows.jsonl", pair("a"), *({**pair(q), "tools": [{"name": q}]} for q in "bc"))
+    known = Capacity(tokens=259)
+    with pytest.raises(
+        DataError, match=r"D218 .*:2-3 \(2 rows\)  token 259 \('<new>'\) is none of the model's 259"
+    ):
+        load(file, tokenizer=tokenizer, capacity=known)
+    assert "D218" not in codes(examine(file, tokenizer=tokenizer, capacity=Capacity(tokens=260)))
+    with pytest.raises(DataError, match="D218"):
+        load(write(tmp_path / "first.jsonl", pair("a")), validation=file, tokenizer=tokenizer, capacity=known)
+
+
+def test_held_out_rows_without_a_trained_token_are_refused_too(tmp_path: Path) -> None:
+    train = write(tmp_path / "rows.jsonl", pair("a"))
+    with pytest.raises(DataError, match=r"D205 .*held\.jsonl:2"):
+        load(train, validation=write(tmp_path / "held.jsonl", pair("b"), pair("c", weight=0)))
 
 
 def test_rows_without_a_trained_token_are_refused(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_a_file_that_holds_no_predictions_is_refused_first(base: Base, tmp_path:
 def test_the_text_that_ships_is_varied_and_whole(base: Base) -> None:
     documents = general_documents(BUILT_IN)
     assert len(documents) >= 10 and 6000 < sum(map(len, documents)) < 9000
-    examples, owners = general_examples(documents, base.tokenizer)
+    examples, owners = general_examples(documents, base.tokenizer, None)
     assert sorted(set(owners)) == list(range(len(documents)))
     assert max(len(e.ids) for e in examples) <= WINDOW
     lost = sum(len(e.ids) for e in examples) - sum(len(base.tokenizer(d)["input_ids"]) for d in documents)

@@ -296,6 +296,12 @@ def test_the_command_answers_in_json_and_exits_3_where_it_does_not_fit(tmp_path,
     assert main([*line, "--memory", "600MB"]) == 3
 
 
+def test_a_plan_is_of_no_longer_rows_than_the_model_has_positions_for(tmp_path, capsys):
+    base = save_tiny(tmp_path / "base", "gpt2", max_position_embeddings=64)
+    assert main(["plan", "--base", str(base), "--method", "lora", "--json"]) in (0, 3)
+    assert [plan["length"] for plan in json.loads(capsys.readouterr().out)["plans"]] == [64]
+
+
 def test_the_run_file_that_it_writes_is_one(tmp_path, capsys):
     folder = save_tiny(tmp_path / "base")
     target = tmp_path / "run.yaml"

@@ -21,6 +21,7 @@ from veneer.adapters.site import Attachment
 from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, SEED, check_numbers, check_weights
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.compare.run import run_comparison
+from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Example
 from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
@@ -41,6 +42,7 @@ from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merge_in_memory
 from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
+from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
 from veneer.models.load import DtypeName, load_base, load_tokenizer
@@ -263,7 +265,10 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
     Raises DoesNotFitError where no change helps.
     """
     fields = config.data.model_dump() | {"long_rows": "cut"}
-    data = examine_data(**fields, length=config.length, tokenizer=load_tokenizer(config.base))
+    tokenizer, model_config = load_tokenizer(config.base)
+    data = examine_data(
+        **fields, length=config.length, capacity=configured_capacity(model_config), tokenizer=tokenizer
+    )
     return fitted(config, data, memory_bytes)
 
 
@@ -272,7 +277,7 @@ def check_data(
     long_rows: str = "refuse", validation: str | None = None,
 ) -> tuple[DataSet, Any]:  # fmt: skip
     """What would be trained on and held out, with its report, and the tokenizer to show it with. Loads no weights."""
-    tokenizer = load_tokenizer(base)
+    tokenizer, config = load_tokenizer(base)
     fields = DataConfig.model_validate(
         {
             "train": data,
@@ -282,7 +287,10 @@ def check_data(
             "validation": validation,
         }
     )
-    return examine_data(**fields.model_dump(), length=length, tokenizer=tokenizer), tokenizer
+    found = examine_data(
+        **fields.model_dump(), length=length, capacity=configured_capacity(config), tokenizer=tokenizer
+    )
+    return found, tokenizer
 
 
 def evaluate(
@@ -304,10 +312,12 @@ def evaluate(
     fields = DataConfig.model_validate(
         {"train": data, "validation_share": 0.0, "format": format, "train_on": train_on}
     )
-    loaded = load_data(**fields.model_dump(), length=length, tokenizer=base.tokenizer)
+    capacity = capacity_of(base)
+    loaded = load_data(**fields.model_dump(), length=length, capacity=capacity, tokenizer=base.tokenizer)
     paths = base.paths
 
     def nats(examples: Sequence[Example]) -> Counts:
+        refuse_beyond("this cannot be computed", examples, capacity, base.tokenizer)
         return example_nats(base.model, paths, examples, batch=batch)
 
     with base.routing.held():
@@ -323,7 +333,9 @@ def merge(
     rows = None
     if data is not None:
         fields = DataConfig.model_validate({"train": data, "validation_share": 0.0})
-        loaded = load_data(**fields.model_dump(), length=2048, tokenizer=load_tokenizer(base))
+        tokenizer, config = load_tokenizer(base)
+        capacity = configured_capacity(config)
+        loaded = load_data(**fields.model_dump(), length=2048, capacity=capacity, tokenizer=tokenizer)
         rows = [example.ids.tolist() for example in loaded.train]
     return merge_adapters(
         base, adapters, out=out, dtype=dtype, stochastic=stochastic, seed=seed, quantize=quantize, keep_dense=keep_dense, into=into,

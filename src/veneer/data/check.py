@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from veneer.data.examples import Example, LongRows, Problem, Row, grouped, prompt_key, refusal
+from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, prompt_key, refusal
 
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspect."""
+_SHOWN_LENGTHS = 5
 _STOP_REACH = 4  # tokens from the end of an answer within which its stop token is looked for
 
 
@@ -32,7 +33,7 @@ class CheckReport:
     too_long            rows longer than `length`, held-out rows included; of these, truncated are kept cut (or
                         refused, if the whole answer is cut off) and dropped are left out
     duplicates          rows that repeat an earlier row
-    fully_masked        rows without a trained token
+    fully_masked        rows without a trained token, held-out rows included
     answers             trained spans; answers_stopped of them end in one of the stop tokens, the rest were cut or
                         the template writes none
     control_rows        rows, held-out ones included, whose text holds the name of a control token (it is learnt as text)
@@ -110,15 +111,17 @@ def check(
     validation_rows: Sequence[Row],
     findings: Findings,
     length: int,
+    by_model: bool,
     long_rows: LongRows,
     stop_ids: Sequence[int],
     stop_tokens: Sequence[str],
 ) -> CheckReport:
-    """The report on a data set. file: what the set as a whole is called in problems."""
+    """The report on a data set. file: what the set as a whole is called in problems; by_model: `length` is all the
+    model's positions, and less than was asked for."""
     lengths = np.array([len(example.ids) for example in train], dtype=np.int64)
     tokens, trained = int(lengths.sum()), sum(int(example.trained.sum()) for example in train)
     by_role, trained_by_role = _roles(train)
-    masked = [example for example in train if not example.trained.any()]
+    masked = [example for example in [*train, *validation] if not example.trained.any()]
     answers, stopped = _stops(train, frozenset(stop_ids))
     keys = Counter(example.key for example in train)
     asked = {prompt_key(row) for row in train_rows}
@@ -146,7 +149,7 @@ def check(
         control_rows=len(findings.control),
         leaked=len(leaked),
     )
-    problems = [*findings.problems, *_length_problems(findings, length, long_rows)]
+    problems = [*findings.problems, *_length_problems(findings, length, by_model, long_rows)]
     problems += _row_problems(masked, train, findings.control, leaked)
     problems += _set_problems(report, file, bool(problems))
     report.problems.extend(grouped(problems))
@@ -160,20 +163,49 @@ def refuse(report: CheckReport, file: str) -> None:
         raise refusal(f"{file} cannot be trained on", fatal)
 
 
-def _length_problems(findings: Findings, length: int, long_rows: LongRows) -> list[Problem]:
+def _length_problems(findings: Findings, length: int, by_model: bool, long_rows: LongRows) -> list[Problem]:
     if not findings.too_long:
         return []
     longest = max(size for _, size in findings.too_long)
+    raised = "Take a base with more positions" if by_model else f"Raise length (length: {longest})"
     verb = {"refuse": "longer than", "drop": "left out: longer than", "cut": "cut: longer than"}[long_rows]
-    message = f"{verb} {length:,} tokens (the longest: {longest:,})"
-    step = f"Raise length (length: {longest}), or say what happens to them: long_rows: drop or long_rows: cut"
+    limit = f"the model's {length:,} positions" if by_model else f"{length:,} tokens"
+    message = f"{verb} {limit} (the longest: {longest:,})"
+    step = f"{raised}, or say what happens to them: long_rows: drop or long_rows: cut"
+    sizes = sorted(((size, row.ref) for row, size in findings.too_long), key=lambda each: -each[0])
+    detail = "; ".join(f"{ref}: {size:,} tokens" for size, ref in sizes[:_SHOWN_LENGTHS])
+    detail += "; …" if len(sizes) > _SHOWN_LENGTHS else ""
+    code = "D217" if by_model else "D203"
     problems = [
-        Problem("D203", row.ref.file, message, (row.ref.line,), step, fatal=long_rows == "refuse")
+        Problem(code, row.ref.file, message, (row.ref.line,), step, long_rows == "refuse", detail)
         for row, _ in findings.too_long
     ]
-    step = f"Raise length (length: {longest}), or leave long rows out: long_rows: drop"
+    step = f"{raised}, or leave long rows out: long_rows: drop"
     message = f"cut at {length:,} tokens, the row loses its whole answer"
     return problems + [Problem("D204", row.ref.file, message, (row.ref.line,), step) for row in findings.lost]
+
+
+def unknown_tokens(examples: Sequence[Example], capacity: Capacity, tokenizer: Any) -> list[Problem]:
+    """Rows with ids that the model has no row for: tokens that were added to its tokenizer alone."""
+    if (known := capacity.tokens) is None:
+        return []
+    problems = []
+    step = "Take them out of the rows, or a base whose embeddings were extended with its tokenizer."
+    for example in examples:
+        for number in sorted(set(example.ids[example.ids >= known].tolist())):
+            message = f"token {number} ({tokenizer.decode([number])!r}) is none of the model's {known:,}"
+            problems.append(Problem("D218", example.ref.file, message, (example.ref.line,), step))
+    return problems
+
+
+def refuse_beyond(headline: str, examples: Sequence[Example], capacity: Capacity, tokenizer: Any) -> None:
+    """Raises DataError for examples that the model cannot compute; returns if there are none."""
+    places = capacity.positions
+    long = [example for example in examples if places is not None and len(example.ids) > places]
+    findings = Findings(too_long=[(Row(example.ref, []), len(example.ids)) for example in long])
+    problems = _length_problems(findings, places or 0, True, "refuse")
+    if problems := [*problems, *unknown_tokens(examples, capacity, tokenizer)]:
+        raise refusal(headline, problems)
 
 
 def _row_problems(

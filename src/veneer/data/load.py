@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from veneer.data.check import Findings, check, refuse
-from veneer.data.examples import DataSet, Example, LongRows, Problem, Row, TrainOn, row_key
+from veneer.data.check import Findings, check, refuse, unknown_tokens
+from veneer.data.examples import Capacity, DataSet, Example, LongRows, Problem, Row, TrainOn, row_key
 from veneer.data.sources import scan_rows
 from veneer.data.split import split
 from veneer.data.template import ChatTemplate, Encoded
@@ -30,6 +30,7 @@ def load_data(
     train_on: TrainOn,
     long_rows: LongRows,
     length: int,
+    capacity: Capacity,
     tokenizer: Any,
     today: date | None = None,
 ) -> DataSet:
@@ -38,6 +39,7 @@ def load_data(
     train, validation   files; without the second, `validation_share` of the first is held out
     format              a layout's name (formats.py), or auto
     length              longest row, tokens; long_rows says what happens to longer ones
+    capacity            of the model: no row is longer than its positions, whatever `length` says
     today               the date that chat templates may write: the same date, the same tokens
     """
     data = examine_data(
@@ -48,6 +50,7 @@ def load_data(
         train_on=train_on,
         long_rows=long_rows,
         length=length,
+        capacity=capacity,
         tokenizer=tokenizer,
         today=today,
     )
@@ -64,6 +67,7 @@ def examine_data(
     train_on: TrainOn,
     long_rows: LongRows,
     length: int,
+    capacity: Capacity,
     tokenizer: Any,
     today: date | None = None,
 ) -> DataSet:
@@ -73,6 +77,7 @@ def examine_data(
     """
     template = ChatTemplate(tokenizer, today=today)
     findings = Findings()
+    asked, length = length, min(length, capacity.positions or length)
     rows = _scan(train, format, findings)
     if validation is None:
         rows, held_out = split(rows, validation_share)
@@ -90,6 +95,7 @@ def examine_data(
     if template.writes_date and any(row.messages for row in rows):
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", train, message, fatal=False))
+    findings.problems += unknown_tokens([*kept.examples, *held.examples], capacity, tokenizer)
     report = check(
         train,
         kept.examples,
@@ -98,6 +104,7 @@ def examine_data(
         validation_rows=held.rows,
         findings=findings,
         length=length,
+        by_model=length < asked,
         long_rows=long_rows,
         stop_ids=template.stop_ids,
         stop_tokens=[tokenizer.decode([number]) for number in template.stop_ids],

@@ -23,7 +23,7 @@ BUILT_IN = "built-in"
 DIVIDER = "---"
 """A line that holds this alone divides documents."""
 WINDOW = 512
-"""Tokens of a document that are seen together; longer documents are cut, without overlap."""
+"""Tokens of a document that are seen together; longer documents are cut, without overlap. Fewer where the model ends before."""
 
 
 def general_documents(source: str) -> list[str]:
@@ -47,13 +47,19 @@ def general_documents(source: str) -> list[str]:
     return found
 
 
-def general_examples(documents: Sequence[str], tokenizer: Any) -> tuple[list[Example], list[int]]:
-    """Windows of the documents, every token but the first one predicted; and the document of each window."""
+def general_examples(
+    documents: Sequence[str], tokenizer: Any, positions: int | None
+) -> tuple[list[Example], list[int]]:
+    """Windows of the documents, every token but the first one predicted; and the document of each window.
+
+    positions   of the model, where it has fewer than WINDOW
+    """
     examples, owners = [], []
+    size = min(WINDOW, positions or WINDOW)
     for number, text in enumerate(documents):
         ids = tokenizer(text)["input_ids"]
-        for start in range(0, len(ids), WINDOW):
-            window = np.array(ids[start : start + WINDOW], dtype=np.int32)
+        for start in range(0, len(ids), size):
+            window = np.array(ids[start : start + size], dtype=np.int32)
             if len(window) < 2:
                 continue
             trained = np.ones(len(window), dtype=np.bool_)

@@ -27,6 +27,7 @@ from veneer.evaluate.predictions import (
     write_predictions,
 )
 from veneer.models.base import Base
+from veneer.models.capacity import capacity_of
 
 Progress = Callable[[str, int, int], None]
 """(what is done, rows done, rows in all)."""
@@ -167,7 +168,7 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
 
 def _general(base: Base, documents: Sequence[str], nats: Nats) -> dict[str, Any]:
     """With an adapter at work, also the base without it."""
-    examples, owners = general_examples(documents, base.tokenizer)
+    examples, owners = general_examples(documents, base.tokenizer, capacity_of(base).positions)
     after = by_document(nats(examples), owners)
     before = None
     if base.routing.active:

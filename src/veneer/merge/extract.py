@@ -203,7 +203,7 @@ def _by_kind(found: _Found) -> dict[str, Part]:
 @torch.no_grad()
 def _check(old: Base, new: Base, out: str | Path) -> LogitCheck:
     """The written adapter on its base against the tuned model; effect: tuned against base."""
-    rows = text_rows(old.tokenizer)
+    rows = text_rows(old)
     expected = [logits(new, row) for row in rows]
     gaps = [(said - logits(old, row)).abs() for said, row in zip(expected, rows, strict=True)]
     asked = Reference(rows, expected, max_effect=max(float(gap.max()) for gap in gaps))

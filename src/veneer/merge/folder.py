@@ -106,7 +106,7 @@ def merge_into_folder(
     refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
     asked = None
     if check_logits:
-        asked = reference(base, names, text_rows(base.tokenizer) if rows is None else limited(rows))
+        asked = reference(base, names, text_rows(base) if rows is None else limited(rows))
     wanted = wanted_weights(base.model, applied)
     base.routing.active = ()
     for name, _ in names:

@@ -89,7 +89,7 @@ def merge_adapters(
     check_numbers(seed=(SEED, seed))
 
     def asked(loaded: Base) -> list[list[int]]:
-        return text_rows(loaded.tokenizer) if rows is None else limited(rows)
+        return text_rows(loaded) if rows is None else limited(rows)
 
     opened = open_merge(
         base, adapters, quantize=quantize, keep_dense=keep_dense, into=into, original=original, force_base=force_base,

@@ -11,13 +11,13 @@ A merge that loses the adapter differs by as much as the adapter moves the logit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.models.base import Base
+from veneer.models.capacity import capacity_of
 
 TEXTS = (
     "The capital of France is Paris, and the river through it is the Seine.",
@@ -65,9 +65,11 @@ class Reference:
         self.tokens = sum(map(len, self.rows))
 
 
-def text_rows(tokenizer: Any) -> list[list[int]]:
-    """The built-in texts as ids."""
-    return limited([list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS])
+def text_rows(base: Base) -> list[list[int]]:
+    """The built-in texts as the base's ids, no longer than its positions."""
+    places = capacity_of(base).positions
+    rows = [list(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    return limited([row[:places] for row in rows])
 
 
 def limited(rows: Sequence[list[int]]) -> list[list[int]]:

@@ -126,12 +126,12 @@ def load_base(
     )
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base that `source` names, without its weights. Raises as load_base does."""
+def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """The tokenizer and the config of the base that `source` names, without its weights. Raises as load_base does."""
     found = locate(source)
     with quiet():
-        checked_config(found.folder)
-        return _tokenizer(found.folder)
+        config = checked_config(found.folder)
+        return _tokenizer(found.folder), config
 
 
 def stored_dtypes(folder: Path) -> Counter[str]:

@@ -18,6 +18,7 @@ from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.base import Base
+from veneer.models.capacity import configured_capacity
 from veneer.models.informed import informed_faults, start_informed
 
 INSTRUCTION = (
@@ -109,7 +110,7 @@ def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> Pre
 
 def _check_room(base: Base, tokens: int, examples: Sequence[Example]) -> None:
     """The rows stand behind the prefix: both must find places in the model."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    limit = configured_capacity(base.config).positions
     longest = max((len(e.ids) for e in examples), default=0)
     if limit is not None and longest + tokens > limit:
         raise ConfigError(

@@ -19,6 +19,7 @@ from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.base import hidden_size
 from veneer.models.blueprint import Blueprint, blueprint
+from veneer.models.capacity import configured_capacity
 from veneer.plan.advise import Advice, Job, Kind, advise
 from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
@@ -107,7 +108,9 @@ def answer(question: Question) -> Answer:
     memory = question.memory or machine.memory_bytes
     rows, faults = [], []
     for planner in planners:
-        for choice in choices:
+        places = configured_capacity(planner.blueprint.config).positions
+        for asked in choices:
+            choice = replace(asked, length=min(asked.length, places or asked.length))  # as a run does
             try:
                 rows.append(
                     plan_row(

@@ -58,7 +58,7 @@ class RunConfig(Settings):
     micro_batch: Annotated[int, ROWS] | None = None
     """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached. Default: batch."""
     length: Annotated[int, LENGTH] = 2048
-    """Longest row kept, tokens."""
+    """Longest row kept, tokens; never more than the model has positions."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
     """Rows of like length together (fastest), fully shuffled, or as they stand in the file."""
     share_prompt: bool = True

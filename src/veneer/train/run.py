@@ -8,7 +8,7 @@
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +21,14 @@ from transformers import PreTrainedConfig
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.data.batching import plan_epoch, used_length
+from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
-from veneer.errors import ConfigError, CorruptFileError, fits_memory
+from veneer.errors import ConfigError, CorruptFileError, DataError, fits_memory
 from veneer.linear import num_parameters
 from veneer.models.base import Base, hidden_size
+from veneer.models.capacity import capacity_of
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.generate import generate
@@ -78,7 +80,14 @@ def run_training(
     state = {} if resume_from is None else read_json(resume_from / "state.json")
     # A chat template may write the date: a resumed run keeps the day it started on.
     day = date.fromisoformat(state["date"]) if state else date.today()
-    data = load_data(**config.data.model_dump(), length=config.length, tokenizer=base.tokenizer, today=day)
+    data = load_data(
+        **config.data.model_dump(),
+        length=config.length,
+        capacity=capacity_of(base),
+        tokenizer=base.tokenizer,
+        today=day,
+    )
+    config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
     if state and state["data"] != data.fingerprint:
         raise ConfigError(
             f"the rows of {config.data.train} are not those the run in {out} started with",
@@ -87,6 +96,7 @@ def run_training(
         )
     paths = base.paths
     begun = _begin(base, config, data)
+    refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
     attachment = None if begun is None else begun.attachment
     if attachment is not None:
         config = config.model_copy(update={"method": attachment.config})
@@ -189,22 +199,25 @@ def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatP
     lengths = [used_length(e) for e in data.train]
     per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
     epochs = 3.0 if config.epochs is None else config.epochs
-    row = next((row for row in data.validation_rows if row.messages), None)
-    asked = row if config.show_answers and base.tokenizer.chat_template is not None else None
+    shows = config.show_answers and base.tokenizer.chat_template is not None
     return Job(
         model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
         config=config, learning_rate=config.peak_learning_rate(hidden_size(base.config)),
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
         # With dropout every row wants a mask of its own, also where rows begin alike.
         share_prompt=config.share_prompt and not config.method.drops_out, out=Path(config.out),
-        answer=None if asked is None else _sampler(base, asked),
+        answer=_sampler(base, data.validation_rows) if shows else None,
     )  # fmt: skip
 
 
-def _sampler(base: Base, row: Row) -> Callable[[], dict[str, Any]]:
+def _sampler(base: Base, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | None:
+    """Answers the first of the rows whose question leaves room for an answer; None where there is none."""
     template = ChatTemplate(base.tokenizer)
+    found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
+    if found is None:
+        return None
+    row, ids = found
     asked = row.messages[:-1]
-    ids = template.encode_prompt(asked, tools=row.tools)
     expected = row.messages[-1].get("content") or json.dumps(row.messages[-1].get("tool_calls"))
     question = next((m["content"] for m in reversed(asked) if m.get("role") == "user"), "")
 
@@ -217,6 +230,18 @@ def _sampler(base: Base, row: Row) -> Callable[[], dict[str, Any]]:
         }
 
     return answer
+
+
+def _question_ids(base: Base, template: ChatTemplate, row: Row) -> list[int]:
+    """Of what comes before the row's last turn; none where that cannot be asked on this base."""
+    if not row.messages:
+        return []
+    try:
+        ids = template.encode_prompt(row.messages[:-1], tools=row.tools)
+    except DataError:
+        return []
+    places = capacity_of(base).positions
+    return ids if places is None or len(ids) < places else []
 
 
 def _start_record(
