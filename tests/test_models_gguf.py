@@ -192,7 +192,7 @@ def test_a_full_disk_is_exit_code_3_and_leaves_nothing_behind(
 
     for fault in (
         OSError(errno.ENOSPC, "No space left"),
-        SafetensorError("I/O error: No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(PreTrainedModel, "save_pretrained", full(fault))

@@ -16,6 +16,7 @@ from typing import NoReturn, TextIO
 
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.system_errors import refusal
 from veneer.train.wording import shown
 
 COMMANDS = {
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Free memory, or ask for less at once: a smaller base, fewer or shorter rows, --quantize nf4."
             )
             return DoesNotFitError.exit_code
+        if (told := refusal(fault)) is not None:  # what the system refuses is no bug, wherever it shows
+            print_error(str(told))
+            return told.exit_code
         traceback.print_exc()
         print_error(
             "This is a bug in Veneer, not in what you typed. Please report it to the project's issue"

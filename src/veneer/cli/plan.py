@@ -113,10 +113,12 @@ def run(args: argparse.Namespace) -> int:
         _show(console, found, question)
     if args.html:
         from veneer.report.plan_page import plan_page
+        from veneer.store.atomic import atomic_file
 
         title = f"Plan for {', '.join(question.bases)}"
         page = plan_page(title, found.rows, memory_bytes=found.memory or None, notes=found.notes)
-        Path(args.html).write_text(page, encoding="utf-8")
+        with atomic_file(args.html, replace=True) as partial:
+            partial.write_text(page, encoding="utf-8")
         console.print(f"wrote {args.html}")
     if args.write:
         _write(args, found)
@@ -255,6 +257,8 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
     """The run file: what was advised, else what was planned, with the changes that make it fit."""
     import yaml
 
+    from veneer.store.atomic import atomic_file
+
     row = found.rows[0]
     choice = row.choice if row.way is None else row.way.choice
     rate = None
@@ -273,8 +277,5 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
         if value is not None:
             settings[name] = value
     settings["out"] = "runs/" + Path(args.data or "run").stem
-    if Path(args.write).exists():
-        raise ConfigError(f"{args.write} exists: nothing is overwritten", next_step="Name another file.")
-    Path(args.write).write_text(
-        yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    with atomic_file(args.write) as partial:
+        partial.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
-from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -49,7 +48,7 @@ from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, Veneer
 from veneer.models.base import stop_token_ids
 from veneer.models.gguf_layout import LayoutError, check_layout
 from veneer.models.quiet import quiet
-from veneer.models.wheel import cache_folder, disk_error, file_sha256, publish
+from veneer.models.wheel import cache_folder, file_sha256, making, publish
 
 _log = logging.getLogger(__name__)
 
@@ -165,18 +164,11 @@ def publish_from(path: Path, target: Path, write: Writer) -> Path:
             next_step="pip install accelerate",
         )
     _log.info("converting %s (once)", path.name)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-            alone, folder = _alone(path, Path(scratch)), Path(scratch) / "model"
-            with (
-                quiet(),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):  # one progress bar there heeds no setting
-                write(alone, header, folder)
-            publish(folder, target)
-    except (OSError, SafetensorError) as fault:
-        raise disk_error(fault, target.parent) from fault
+    with making(target.parent) as scratch:
+        alone, folder = _alone(path, scratch), scratch / "model"
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # one progress bar there heeds no setting
+            write(alone, header, folder)
+        publish(folder, target)
     return target
 
 

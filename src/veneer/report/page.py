@@ -8,7 +8,6 @@ adapter/veneer.json; what an interrupted run did not write is left out of the pa
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from veneer.adapters.config import METHODS
 from veneer.errors import SourceError
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.style import STYLE
+from veneer.store.atomic import atomic_file
 from veneer.store.manifest import MANIFEST_NAME, read_manifest
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.loggers import flat
@@ -50,9 +50,9 @@ def write_report(run_folder: str | Path) -> Path:
         raise SourceError(f"{folder} cannot be read: {fault}") from None
     hashes = _hashes(folder / "adapter" / MANIFEST_NAME)
     page = make_page(folder, settings, read_records(needed[1]), summary, hashes)
-    beside = folder / f"{NAME}.partial-{os.getpid()}"
-    beside.write_text(page, encoding="utf-8")
-    return beside.replace(folder / NAME)
+    with atomic_file(folder / NAME, replace=True) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return folder / NAME
 
 
 def make_page(

@@ -1,31 +1,29 @@
 """Folders and files that appear whole or not at all, and a manifest that proves they still are.
 
-A folder is written beside its place as `.partial-<pid>-<n>`, every file is synced to disk, then one rename
-makes it visible and the parent folder is synced. What is not renamed was never there. Where a folder is
-replaced, the old one is moved aside first and deleted last; if the process dies between, the next write to
-the same place puts it back.
+A folder is written beside its place under the name of an unfinished one (partial.py), every file is synced to disk,
+then one rename makes it visible and the parent folder is synced. What is not renamed was never there. Where a folder
+is replaced, the old one is moved aside first and deleted last; if the process dies between, the next write to the
+same place puts it back. What appears has the rights that the umask gives, whoever wrote its files.
 
 Not known here: what the folders hold (adapters, checkpoints, models).
 """
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from veneer.errors import ConfigError, DoesNotFitError, InputError, VeneerError
+from veneer.errors import ConfigError, VeneerError
+from veneer.partial import scratch_folder, share_and_sync, sweep, sync_folder, unfinished
 from veneer.store.strict_json import read_json
+from veneer.system_errors import explained, free_bytes
 
 MANIFEST = "MANIFEST.json"
-_COUNTER = itertools.count()
 
 
 @contextmanager
@@ -37,71 +35,65 @@ def atomic_folder(
     replace       a folder that stands at `path` gives way, but only once the new one is complete
     needed_bytes  what will be written, if known: refused at once where the disk has less
 
-    Raises ConfigError if `path` exists and may not be replaced, DoesNotFitError if the disk is full,
-    InputError if the place cannot be written.
+    Raises ConfigError if `path` exists and may not be replaced, DoesNotFitError if the disk is full (or takes no
+    file that large), InputError if the system refuses the place otherwise, within the block too.
     """
     path = Path(path).absolute()
     aside = path.with_name(f".replaced-{path.name}")
-    with _explained(path, needed_bytes):
+    with explained(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         _put_back(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
         if not replace:
             _refuse_existing(path)
-        if needed_bytes is not None and needed_bytes > (free := free_bytes(path)):
-            raise _does_not_fit(path, needed_bytes, free)
-        partial = _new_partial(path.parent)
-    try:
-        with _full_disk_explained(path, needed_bytes):
-            yield partial
-        with _explained(path, needed_bytes):
-            for folder, _, names in os.walk(partial):
-                for name in names:
-                    _sync(Path(folder) / name)
-                _sync(Path(folder))
-            if not replace:
-                _refuse_existing(path)
-            elif os.path.lexists(path):
-                path.rename(aside)
-            partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        _put_back(path, aside)
-        raise
-    with _explained(path, needed_bytes):
-        _sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        if needed_bytes is not None and needed_bytes > free_bytes(path):
+            raise OSError(errno.ENOSPC, "what is to be written is more than is free")
+        try:
+            with scratch_folder(path.parent) as partial:
+                mode = partial.stat().st_mode
+                yield partial
+                share_and_sync(partial, mode)
+                if not replace:
+                    _refuse_existing(path)
+                elif os.path.lexists(path):
+                    path.rename(aside)
+                partial.rename(path)
+                with _undone(path, partial):
+                    sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):  # what failed first is told, and the next write puts it back
+                _put_back(path, aside)
+            raise
+        if os.path.lexists(aside):
+            # Under the name of an unfinished one any command may remove it. If not even that is
+            # possible: the new folder stands, and the next write tries again.
+            with unfinished(path.parent) as gone, suppress(OSError):
+                aside.rename(gone)
 
 
 @contextmanager
 def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a path beside `path` to write one file to; on success it stands at `path`. Raises alike."""
     path = Path(path).absolute()
-    with _explained(path, None):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         if not replace:
             _refuse_existing(path)
-    partial = path.with_name(f".partial-{os.getpid()}-{next(_COUNTER)}")
-    try:
-        with _full_disk_explained(path, None):
+        with unfinished(path.parent) as partial:
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode
             yield partial
-        with _explained(path, None):
-            _sync(partial)
+            share_and_sync(partial, mode)
             if not replace:
                 _refuse_existing(path)
-            partial.replace(path)
-            _sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def free_bytes(path: str | Path) -> int:
-    """Bytes free for this user on the file system that holds `path` or will hold it."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+                partial.rename(path)
+                with _undone(path, partial):
+                    sync_folder(path.parent)
+            else:
+                partial.replace(path)
+                sync_folder(path.parent)
 
 
 def write_manifest(folder: str | Path) -> None:
@@ -166,60 +158,18 @@ def _refuse_existing(path: Path) -> None:
         )
 
 
-def _new_partial(parent: Path) -> Path:
-    while True:
-        partial = parent / f".partial-{os.getpid()}-{next(_COUNTER)}"
-        try:
-            partial.mkdir(mode=0o700)
-        except FileExistsError:  # left by a dead process that had our number
-            continue
-        return partial
+@contextmanager
+def _undone(path: Path, partial: Path) -> Iterator[None]:
+    """What cannot be said to be on the disk for good takes its unfinished name again, and is removed under it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.rename(partial)
+        raise
 
 
 def _put_back(path: Path, aside: Path) -> None:
     """Whoever failed or died between the two renames left the old folder aside and nothing in its place."""
     if os.path.lexists(aside) and not os.path.lexists(path):
         aside.rename(path)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _full_disk_explained(path: Path, needed_bytes: int | None) -> Iterator[None]:
-    """A full disk is told as such, whoever met it; every other exception passes."""
-    try:
-        yield
-    except (OSError, SafetensorError) as fault:
-        full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and f"(os error {errno.ENOSPC})" not in str(fault):  # how safetensors says it
-            raise
-        raise _does_not_fit(path, needed_bytes, free_bytes(path)) from fault
-
-
-@contextmanager
-def _explained(path: Path, needed_bytes: int | None) -> Iterator[None]:
-    """What the file system refuses to us, told as an error of the place the user gave."""
-    try:
-        with _full_disk_explained(path, needed_bytes):
-            yield
-    except OSError as fault:
-        raise InputError(
-            f"{path} cannot be written: {fault.strerror}", [], "Give a folder that you may write to."
-        ) from fault
-
-
-def _does_not_fit(path: Path, needed_bytes: int | None, free: int) -> DoesNotFitError:
-    needed = "" if needed_bytes is None else f": {needed_bytes:,} bytes are needed"
-    return DoesNotFitError(
-        f"the disk is full, {path} was not written{needed}, {free:,} are free",
-        [],
-        "Free some space or give a place on another disk; nothing that was complete before is lost.",
-    )

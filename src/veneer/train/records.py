@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.errors import CorruptFileError
+from veneer.store.atomic import atomic_file
 from veneer.store.strict_json import finite_or_null
+from veneer.system_errors import explained
 
 Record = dict[str, Any]
 
@@ -43,7 +45,8 @@ class Records:
         self.path, self._listeners = Path(path), listeners
         if resumed_step is not None:
             _keep_until(self.path, resumed_step)
-        self._file = self.path.open("w" if resumed_step is None else "a", encoding="utf-8")
+        with explained(self.path):
+            self._file = self.path.open("w" if resumed_step is None else "a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record and flushes it: what the file shows is never behind the run.
@@ -52,16 +55,20 @@ class Records:
         """
         if record["kind"] == "start":
             record = {**record, "time": time.time()}
-        self._file.write(_line(record))
-        self._file.flush()
+        with explained(self.path):
+            self._file.write(_line(record))
+            self._file.flush()
         for listener in self._listeners:
             listener(record)
 
     def close(self) -> None:
         """Closes the file and ends the run of every listener."""
-        self._file.close()
-        for listener in self._listeners:
-            listener.close()
+        try:
+            with explained(self.path):
+                self._file.close()
+        finally:
+            for listener in self._listeners:
+                listener.close()
 
     def __enter__(self) -> Records:
         return self
@@ -97,9 +104,8 @@ def read_records(path: str | Path) -> list[Record]:
 def _keep_until(path: Path, step: int) -> None:
     """Rewrites the file with the records of steps up to `step`, beside it and then renamed."""
     kept = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
-    beside = path.with_name(path.name + f".partial-{os.getpid()}")
-    beside.write_text("".join(map(_line, kept)), encoding="utf-8")
-    beside.replace(path)
+    with atomic_file(path, replace=True) as partial:
+        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
 
 
 def _line(record: Mapping[str, Any]) -> str:
