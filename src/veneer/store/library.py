@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.partial import PREFIX, lives, sweep, unfinished
 from veneer.store.atomic import atomic_file
 from veneer.store.foreign import adapter_folder, holds_adapter
 from veneer.store.index import INDEX, indexed_records
@@ -38,11 +39,14 @@ from veneer.store.names import (
 from veneer.store.objects import folder_bytes, object_faults, put, stored_ids
 from veneer.store.records import Facts, Record, Version, known_version, read_record, write_record
 from veneer.store.strict_json import read_json
+from veneer.system_errors import explained
 
 if TYPE_CHECKING:
     from veneer.models.base import Base
 
 MARKER = "library.json"
+COLLECT_WAIT_SECONDS = 60.0
+REMAINS = (PREFIX, ".broken-", ".replaced-")
 SortKey = Literal["name", "added", "size", "method", "base"]
 
 
@@ -108,6 +112,7 @@ class Library:
         of its fingerprint's digest. tag: one that the version bears. sort: added and size begin with the largest.
         """
         self._require()
+        self._sweep()
         found = []
         for each, stored in indexed_records(self.names, self.folder / INDEX).items():
             if not fnmatchcase(each, name):
@@ -203,7 +208,9 @@ class Library:
     def receiving(self) -> Iterator[None]:
         """Objects written within the block are safe from a collection until names point to them."""
         self._make()
-        with locked(self.folder / ".objects.lock", shared=True):
+        with ExitStack() as held, explained(self.folder):
+            with locked(self.folder / ".turn.lock"):  # where a collection waits, it is next
+                held.enter_context(locked(self.folder / ".objects.lock", shared=True))
             yield
 
     def point(
@@ -289,35 +296,60 @@ class Library:
         return Entry(wanted.name, chosen)
 
     def collect(self, *, keep: int = 1, apply: bool = True) -> Leftovers:
-        """Removes what nobody needs; apply=False only tells. Of every name the newest `keep` versions stay, and
-        every version that bears a tag."""
+        """Removes what nobody needs; apply=False only tells, and changes nothing: neither files nor locks. Of every
+        name the newest `keep` versions stay, and every version that bears a tag.
+
+        It waits for the adds that have begun, for COLLECT_WAIT_SECONDS at most, and those that begin then wait for it.
+        """
         self._require()
-        with locked(self.folder / ".objects.lock"), self._changing():
-            records = {name: self.record(name) for name in self.all_names()}
-            old: list[str] = []
-            needed: set[str] = set()
-            for name, record in records.items():
-                last = record.versions[-max(keep, 1) :]
-                kept = [version for version in record.versions if version.tags or version in last]
-                needed.update(version.object for version in kept)
-                old += [f"{name}@{version.version}" for version in record.versions if version not in kept]
-                if apply and len(kept) < len(record.versions):
-                    write_record(self._file(name), record.model_copy(update={"versions": kept}))
-            unneeded = [each for each in stored_ids(self.objects) if each not in needed]
-            remains = [
-                path for place in (self.objects, self.names) for path in place.glob(".*") if _is_remains(path)
-            ]
-            remains += list((self.folder / "incoming").glob("*"))
-            doomed = [self.objects / each for each in unneeded] + remains
-            freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
-            for path in doomed if apply else []:
+        if not apply:
+            return self._leftovers(keep, alone=False)[0]
+        with (
+            locked(self.folder / ".turn.lock"),
+            locked(self.folder / ".objects.lock", wait_seconds=COLLECT_WAIT_SECONDS),
+            self._changing(),
+        ):
+            left, changed, doomed = self._leftovers(keep, alone=True)
+            for name, record in changed.items():
+                write_record(self._file(name), record)
+            for path in doomed:
                 if path.is_dir():  # out of sight whole, before its files go one by one
-                    hidden = path.with_name(f".partial-{os.getpid()}-gone-{path.name}")
-                    path.rename(hidden)
-                    shutil.rmtree(hidden)
+                    with unfinished(path.parent) as hidden:
+                        path.rename(hidden)
+                        shutil.rmtree(hidden)
                 else:
                     path.unlink(missing_ok=True)
-            return Leftovers(old, unneeded, [path.name for path in remains], freed)
+            return left
+
+    def _leftovers(self, keep: int, *, alone: bool) -> tuple[Leftovers, dict[str, Record], list[Path]]:
+        """What a collection removes, the records it changes and the paths that go. alone: nobody else writes now."""
+        old: list[str] = []
+        needed: set[str] = set()
+        changed: dict[str, Record] = {}
+        for name in self.all_names():
+            try:
+                record = self.record(name)
+            except ConfigError:
+                if (self.names / f"{name}.json").exists():
+                    raise
+                continue  # removed while we looked: only where nothing is locked
+            last = record.versions[-max(keep, 1) :]
+            kept = [version for version in record.versions if version.tags or version in last]
+            needed.update(version.object for version in kept)
+            old += [f"{name}@{version.version}" for version in record.versions if version not in kept]
+            if len(kept) < len(record.versions):
+                changed[name] = record.model_copy(update={"versions": kept})
+        unneeded = [each for each in stored_ids(self.objects) if each not in needed]
+        remains = [
+            path
+            for place in (self.folder, self.objects, self.names)
+            for path in place.glob(".*")
+            if path.name.startswith(REMAINS) and (alone or not lives(path.name))
+        ]
+        remains += list((self.folder / "incoming").glob("*"))
+        doomed = [self.objects / each for each in unneeded] + remains
+        freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
+        return Leftovers(old, unneeded, [path.name for path in remains], freed), changed, doomed
 
     def verify(
         self, reference: str | None = None, *, base: Callable[[Path], Base] | None = None
@@ -365,8 +397,13 @@ class Library:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        with locked(self.folder / ".names.lock"):
+        with explained(self.folder), locked(self.folder / ".names.lock"):
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        for place in (self.folder, self.names, self.objects):
+            sweep(place)
 
     def _require(self) -> None:
         """SourceError where the folder is no library; the user's own may not be there yet."""
@@ -393,10 +430,10 @@ class Library:
             raise ConfigError(
                 f"{self.folder} holds other things and is no library", [], "Give an empty or a new folder."
             )
-        with locked(self.folder / ".names.lock"):
+        with explained(self.folder), locked(self.folder / ".names.lock"):
             if not (self.folder / MARKER).is_file():
-                self.names.mkdir(mode=0o700, exist_ok=True)
-                self.objects.mkdir(mode=0o700, exist_ok=True)
+                self.names.mkdir(exist_ok=True)
+                self.objects.mkdir(exist_ok=True)
                 with atomic_file(self.folder / MARKER) as partial:
                     partial.write_text('{"format_version": 1}\n', encoding="utf-8")
         return None
@@ -435,7 +472,3 @@ def _checked_note(note: str) -> str:
     if len(note) > MAX_NOTE or not note.isprintable():
         raise ConfigError(f"a note is one line of up to {MAX_NOTE} printable characters")
     return note
-
-
-def _is_remains(path: Path) -> bool:
-    return path.name.startswith((".partial-", ".broken-", ".replaced-"))

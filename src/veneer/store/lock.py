@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from veneer.errors import InputError
+from veneer.system_errors import explained
 
 if sys.platform == "win32":
     import msvcrt
@@ -27,13 +28,9 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECON
 
     Raises InputError when others hold it for longer than wait_seconds, or the place cannot be written.
     """
-    try:
+    with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as fault:
-        raise InputError(
-            f"{path.parent} cannot be written: {fault.strerror}", [], "Give a folder that you may write to."
-        ) from fault
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         deadline = time.monotonic() + wait_seconds
         while not _try(descriptor, shared=shared):

@@ -123,7 +123,6 @@ def put(objects: Path, files: Mapping[str, Content]) -> str:
                     (partial / name).write_bytes(content)
                 else:
                     shutil.copyfile(content, partial / name)
-                (partial / name).chmod(0o600)
             (partial / MANIFEST).write_text(manifest, encoding="utf-8")
     return wanted
 

@@ -114,7 +114,7 @@ def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
         return
     incoming = library.folder / "incoming" / wanted
     with locked(incoming.with_name(f".{wanted}.lock"), wait_seconds=3600):
-        incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
+        incoming.mkdir(parents=True, exist_ok=True)
         manifest = b"".join(_limited(remote.read(f"objects/{wanted}/{MANIFEST}", 0), MAX_MANIFEST_BYTES))
         if (found := object_id(manifest)) != wanted:
             raise CorruptFileError(
