@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
-from veneer.partial import PREFIX, lives, sweep, unfinished
+from veneer.partial import sweep, unfinished
 from veneer.store.atomic import atomic_file
 from veneer.store.foreign import adapter_folder, holds_adapter
 from veneer.store.index import INDEX, indexed_records
+from veneer.store.leftovers import Leftovers, find_leftovers
 from veneer.store.lock import locked
 from veneer.store.names import (
     MAX_NOTE,
@@ -36,7 +37,7 @@ from veneer.store.names import (
     nearest,
     parse_reference,
 )
-from veneer.store.objects import folder_bytes, object_faults, put, stored_ids
+from veneer.store.objects import object_faults, put
 from veneer.store.records import Facts, Record, Version, known_version, read_record, write_record
 from veneer.store.strict_json import read_json
 from veneer.system_errors import explained
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 MARKER = "library.json"
 COLLECT_WAIT_SECONDS = 60.0
-REMAINS = (PREFIX, ".broken-", ".replaced-")
 SortKey = Literal["name", "added", "size", "method", "base"]
 
 
@@ -65,16 +65,6 @@ class Entry:
         fields = self.version.model_dump(mode="json")
         facts = fields.pop("facts")
         return {"name": self.name, "reference": self.reference, **fields, **facts}
-
-
-@dataclass(frozen=True)
-class Leftovers:
-    """What a collection removes: old versions, objects that no name leads to, and remains of dead writers."""
-
-    versions: list[str]
-    objects: list[str]
-    remains: list[str]
-    bytes: int
 
 
 def default_folder() -> Path:
@@ -303,53 +293,34 @@ class Library:
         """
         self._require()
         if not apply:
-            return self._leftovers(keep, alone=False)[0]
+            return find_leftovers(self.folder, self._records(), keep=keep, alone=False).left
         with (
             locked(self.folder / ".turn.lock"),
             locked(self.folder / ".objects.lock", wait_seconds=COLLECT_WAIT_SECONDS),
             self._changing(),
         ):
-            left, changed, doomed = self._leftovers(keep, alone=True)
-            for name, record in changed.items():
+            found = find_leftovers(self.folder, self._records(), keep=keep, alone=True)
+            for name, record in found.changed.items():
                 write_record(self._file(name), record)
-            for path in doomed:
+            for path in found.doomed:
                 if path.is_dir():  # out of sight whole, before its files go one by one
                     with unfinished(path.parent) as hidden:
                         path.rename(hidden)
                         shutil.rmtree(hidden)
                 else:
                     path.unlink(missing_ok=True)
-            return left
+            return found.left
 
-    def _leftovers(self, keep: int, *, alone: bool) -> tuple[Leftovers, dict[str, Record], list[Path]]:
-        """What a collection removes, the records it changes and the paths that go. alone: nobody else writes now."""
-        old: list[str] = []
-        needed: set[str] = set()
-        changed: dict[str, Record] = {}
+    def _records(self) -> dict[str, Record]:
+        found = {}
         for name in self.all_names():
             try:
-                record = self.record(name)
+                found[name] = self.record(name)
             except ConfigError:
                 if (self.names / f"{name}.json").exists():
                     raise
                 continue  # removed while we looked: only where nothing is locked
-            last = record.versions[-max(keep, 1) :]
-            kept = [version for version in record.versions if version.tags or version in last]
-            needed.update(version.object for version in kept)
-            old += [f"{name}@{version.version}" for version in record.versions if version not in kept]
-            if len(kept) < len(record.versions):
-                changed[name] = record.model_copy(update={"versions": kept})
-        unneeded = [each for each in stored_ids(self.objects) if each not in needed]
-        remains = [
-            path
-            for place in (self.folder, self.objects, self.names)
-            for path in place.glob(".*")
-            if path.name.startswith(REMAINS) and (alone or not lives(path.name))
-        ]
-        remains += list((self.folder / "incoming").glob("*"))
-        doomed = [self.objects / each for each in unneeded] + remains
-        freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
-        return Leftovers(old, unneeded, [path.name for path in remains], freed), changed, doomed
+        return found
 
     def verify(
         self, reference: str | None = None, *, base: Callable[[Path], Base] | None = None

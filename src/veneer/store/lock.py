@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from veneer.errors import InputError
@@ -43,7 +43,8 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECON
             time.sleep(_POLL_SECONDS)
         yield
     finally:
-        os.close(descriptor)  # which unlocks
+        with suppress(OSError):  # nothing was written through it, and closed it is in any case
+            os.close(descriptor)  # which unlocks
 
 
 def _try(descriptor: int, *, shared: bool) -> bool:
