@@ -8,12 +8,14 @@ import torch
 from tests.helpers import fill, make_examples
 from tests.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.routing import Routing
+from veneer.adapters.wrapping import AdaptedModule, plain_modules
 from veneer.data.batching import make_batch
 from veneer.kernels import fused as kernels
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
 from veneer.models.blueprint import build
+from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
@@ -144,6 +146,54 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
         ours = measured()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7)
+
+
+NORMS = ["norm", "input_layernorm", "post_attention_layernorm"]
+
+
+@pytest.mark.parametrize(
+    ("family", "trained"),
+    [
+        ("llama", NORMS), ("qwen2", ["norm"]), ("qwen3", [*NORMS, "q_norm", "k_norm"]), ("mixtral", NORMS),
+        ("olmo2", ["q_norm", "post_feedforward_layernorm"]), ("gemma2", NORMS), ("gpt2", ["ln_f", "ln_1"]),
+        ("llama_untied", ["lm_head", "norm"]), ("llama", ["lm_head", "embed_tokens", "norm"]), ("opt", ["embed_positions"]),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_modules_trained_in_full_are_computed_with_their_trained_values(family, trained, method):
+    """Fused, plain, and on a base that holds these values itself: the same losses, and the same gradients of them."""
+    model, routing = tiny_model(family), Routing()
+    paths, head = prepare(model), model.get_output_embeddings()
+    linear = {"gpt2": "c_attn"}.get(family, "q_proj")
+    settings = method(rank=3, alpha=5.0, targets=[linear], train_modules=trained)
+    attachment = attach(model, settings, name="a", routing=routing, head=head)
+    fill(attachment.parameters().values(), scale=0.2)
+    routing.active = (("a", 1.0),)
+    batch = make_batch(
+        make_examples(4), packed=paths.packed, share_prompt=paths.packed, device=torch.device("cpu")
+    )
+    parameters = attachment.parameters()
+
+    def measured(*given):
+        loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+        return [loss, *torch.autograd.grad(loss, given)]
+
+    plain = measured(*parameters.values())
+    with fused(model, replacements(model)), checkpointed(model, on=True):
+        ours = measured(*parameters.values())
+    assert set(attachment.values) and all(gradient.abs().max() > 0 for gradient in ours[1:])
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    for path, value in attachment.values.items():
+        owner, _, name = path.rpartition(".")
+        plain_modules(model)[owner]._parameters[name] = value
+    for wrapper in model.modules():
+        if isinstance(wrapper, AdaptedModule):
+            wrapper.values.clear()
+    own = measured(*attachment.values.values())
+    for a, b in zip(own, [ours[0], *ours[-len(attachment.values) :]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.wrapping import AdaptedModule, unwrapped
+from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
 from veneer.models.stand_in import StandIn
@@ -24,12 +24,16 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, t
 
 
 class FusedNorm(StandIn):
+    """base: the norm, or the wrapper around one whose weight an adapter trains."""
+
     def __init__(self, base: nn.Module, epsilon: float) -> None:
         super().__init__(base)
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.base.get_parameter("weight"), self.epsilon)
+        trained = self.base.replaced() if isinstance(self.base, SwappedModule) else {}
+        weight = trained.get("weight", unwrapped(self.base).get_parameter("weight"))
+        return rms_norm(x, weight, self.epsilon)
 
 
 class FusedGate(StandIn):
@@ -40,12 +44,13 @@ class FusedGate(StandIn):
         return base.down_proj(silu_gate(base.gate_proj(x), base.up_proj(x)))
 
 
-def _norm(module: nn.Module) -> FusedNorm | None:
+def _norm(wrapped: nn.Module) -> FusedNorm | None:
+    module = wrapped.base if isinstance(wrapped, SwappedModule) else wrapped
     names = [name for name, _ in module.named_parameters(recurse=False)]
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
         return None
-    return FusedNorm(module, epsilon) if type(module).__name__.endswith("RMSNorm") else None
+    return FusedNorm(wrapped, epsilon) if type(module).__name__.endswith("RMSNorm") else None
 
 
 def _gate(module: nn.Module) -> FusedGate | None:
@@ -54,6 +59,13 @@ def _gate(module: nn.Module) -> FusedGate | None:
     if not wanted <= set(names) or not isinstance(getattr(module, "act_fn", None), nn.Module):
         return None
     return FusedGate(module) if set(names) - wanted <= {"act_fn"} else None
+
+
+def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
+    """What may stand at this place: of a norm around the wrapper that trains it, of a gate inside of wrappers."""
+    if isinstance(place, AdaptedModule):
+        return _norm(place) if isinstance(place, SwappedModule) else None
+    return _norm(place) or _gate(place)
 
 
 @torch.no_grad()
@@ -91,10 +103,13 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
     """Path -> what may stand there, one for every module that agrees with it."""
     found: dict[str, StandIn] = {}
     agreed: dict[tuple[object, ...], bool] = {}
-    for path, module in model.named_modules():
-        made = None if isinstance(module, AdaptedModule) else _norm(module) or _gate(module)
+    inside: set[nn.Module] = set()
+    for path, place in model.named_modules():
+        made = None if place in inside else _candidate(place)
         if made is None:
             continue
+        module = unwrapped(place)
+        inside.add(module)
         width, dtype, device = _rows(module, made)
         activation = type(getattr(module, "act_fn", None))
         kind = (type(module), activation, width, dtype, getattr(made, "epsilon", None))
