@@ -5,16 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.helpers import fill, make_examples
 from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
-from veneer.adapters.routing import Routing
+from veneer.adapters.config import DoRA, LoRA
+from veneer.adapters.lora import LoRALayer, low_rank_product
+from veneer.adapters.routing import Routing, TokenKeys
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
+from veneer.errors import ConfigError
 from veneer.kernels import loss as loss_kernel
 from veneer.kernels.layout import STEP
+from veneer.linear import DenseLinear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_loss, evaluation_loss, prepare
 
@@ -100,8 +104,6 @@ def test_accumulation_is_token_exact_on_ragged_rows(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "qwen3_moe", "bloom"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_checkpointing_changes_no_bit(family, dropout):
-    if family in ("qwen3_moe",) and dropout:
-        pytest.skip("dropout acts on linear layers only")
     model, paths, routing, attachment = adapted(family, dropout=dropout)
     examples = make_examples(4)
     routing.step = 3
@@ -121,10 +123,18 @@ def test_checkpointing_changes_no_bit(family, dropout):
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{}, {"targets": ["lm_head", "down_proj"]}], ids=["layers", "head"])
-def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(settings, monkeypatch):
+DROPPED = {
+    "layers": ("llama", {}),
+    "head": ("llama", {"targets": ["lm_head", "down_proj"]}),
+    "experts": ("qwen3_moe", {"targets": ["gate_up_proj", "down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(case, monkeypatch):
     monkeypatch.setattr(loss_kernel, "CHUNK", 5)  # the head sees its rows in parts
-    model, paths, routing, attachment = adapted("llama", dropout=0.4, **settings)
+    family, settings = DROPPED[case]
+    model, paths, routing, attachment = adapted(family, dropout=0.4, **settings)
     examples = make_examples(4)
     without = loss_and_gradients(model, paths, routing, attachment, examples, share=False)[0]
 
@@ -141,6 +151,53 @@ def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(settings
     assert together == pytest.approx(sum(loss_of([e]) for e in reversed(examples)), rel=FP32)
     routing.step += 1
     assert loss_of(examples) != pytest.approx(together, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", [*DROPPED, "dora"])
+def test_adapters_that_train_together_keep_their_dropout(case):
+    family, settings = DROPPED.get(case, ("llama", {}))
+    model, routing = tiny_model(family), Routing()
+    paths, head = prepare(model), model.get_output_embeddings()
+    method = DoRA if case == "dora" else LoRA
+    for number, name in enumerate("ab"):
+        config = method(rank=3, alpha=5.0, dropout=0.5, **settings)
+        fill(attach(model, config, name=name, routing=routing, head=head).parameters().values(), seed=number)
+    routing.active = (("a", 1.0), ("b", -0.5))
+    batch = make_batch(make_examples(4), packed=True, share_prompt=False, device=CPU)
+    plain = batch_loss(model, paths, routing, batch, total=1.0).item()
+    routing.rows = batch.dropout_rows
+    assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(plain, rel=1e-3)
+
+
+def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_their_own():
+    torch.manual_seed(0)
+    base, x, keys = DenseLinear(nn.Linear(6, 5)), torch.randn(7, 6), TokenKeys(torch.arange(7) * 977, 3)
+    acting = [
+        (LoRALayer("linear", torch.randn(2, 6), torch.randn(5, 2), alpha=3.0, rslora=False, dropout=share), weight)
+        for share, weight in ((0.5, 1.0), (0.5, -2.0), (0.0, 0.5))
+    ]  # fmt: skip
+    seen = [layer.active_dropout(x, keys, among=among) for among, (layer, _) in enumerate(acting)]
+    masks = [drop.apply_reference(x) == 0 for drop in seen[:2]]
+    assert not torch.equal(*masks) and seen[2] is None
+    expected = base.module(x)
+    for (layer, weight), drop in zip(acting, seen, strict=True):
+        given = x if drop is None else drop.apply_reference(x)
+        expected = expected + weight * layer.scaling * given @ layer.A.T @ layer.B.T
+    found = low_rank_product(x, base.own_bias(), base, acting, keys)
+    parameters = [parameter for layer, _ in acting for parameter in layer.parts().values()]
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_over_a_module_that_sees_other_rows_than_the_batch_is_an_error():
+    layer = LoRALayer("linear", torch.zeros(2, 4), torch.zeros(3, 2), alpha=1.0, rslora=False, dropout=0.5)
+    with pytest.raises(ConfigError, match="gets 3 rows, the batch has 5"):
+        layer.active_dropout(torch.zeros(3, 4), TokenKeys(torch.arange(5), 0))
 
 
 def test_full_training_gives_every_weight_the_gradient_of_the_models_own_forward():

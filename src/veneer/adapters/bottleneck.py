@@ -25,7 +25,7 @@ from veneer.adapters.site import Site
 from veneer.adapters.targets import layer_number
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
-from veneer.kernels.lora import Dropout
+from veneer.kernels.lora import Dropout, dropped
 from veneer.linear import frozen_linear
 
 ATTENTION = ("self_attn", "attn", "self_attention", "attention")
@@ -77,28 +77,9 @@ class BottleneckLayer:
             x = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
         if self.dropout and routing.rows is not None:
             mask = Dropout(routing.rows, (self.key << 32) + routing.step * 0x9E3779B1, self.dropout)
-            x = _dropped(x.reshape(-1, x.shape[-1]), mask).view(x.shape)
+            x = dropped(x, mask)
         down = F.linear(x, part["down"].to(x.dtype), part["down_bias"].to(x.dtype))
         return F.linear(self.activation(down), part["up"].to(x.dtype), part["up_bias"].to(x.dtype))
-
-
-class _Drop(torch.autograd.Function):
-    """The mask is computed again in backward, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, dropout: Dropout) -> Tensor:
-        ctx.dropout = dropout
-        return dropout.apply(x_MD)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.dropout.apply(grad), None
-
-
-def _dropped(x_MD: Tensor, dropout: Dropout) -> Tensor:
-    apply: Any = _Drop.apply
-    return apply(x_MD, dropout)
 
 
 class AdaptedBlock(AdaptedModule):

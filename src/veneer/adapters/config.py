@@ -77,7 +77,7 @@ class LowRank(AdapterConfig):
     alpha: Annotated[float, ALPHA] = 32.0
     """Numerator of the scaling; no unit."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Share of the inputs of A set to zero while training; 0 trains fastest."""
+    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids, none. 0 trains fastest."""
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
     targets: str | list[str] = "all-linear"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.lora import Kind, LoRALayer, delta_weight
-from veneer.adapters.routing import Routing
+from veneer.adapters.routing import TokenKeys
 from veneer.kernels.dora import dora_linear, row_factor, row_norms, row_squares
 from veneer.linear import FrozenLinear, frozen_product
 
@@ -71,20 +71,22 @@ class DoRALayer:
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], routing: Routing
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], keys: TokenKeys | None
     ) -> Tensor:  # fmt: skip
         (first, weight), *others = acting
         if not others and weight == 1:
-            return first._alone(x, bias, base, routing)
+            return first._alone(x, bias, base, keys)
         plain = frozen_product(x, None, base)
         y = plain if bias is None else frozen_product(x, bias, base)
-        for layer, weight in acting:
-            y = y + weight * (layer._alone(x, None, base, routing) - plain)
+        for among, (layer, weight) in enumerate(acting):
+            y = y + weight * (layer._alone(x, None, base, keys, among=among) - plain)
         return y
 
-    def _alone(self, x: Tensor, bias: Tensor | None, base: FrozenLinear, routing: Routing) -> Tensor:
+    def _alone(
+        self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None, *, among: int = 0
+    ) -> Tensor:
         low = self.low_rank
         return dora_linear(
             x, low.A, low.B, self.magnitude, self.norm(base), bias, base,
-            scaling=self.scaling, dropout=low.active_dropout(routing),
+            scaling=self.scaling, dropout=low.active_dropout(x, keys, among=among),
         )  # fmt: skip

@@ -8,18 +8,43 @@ A module of another build is adapted by adding the update to its parameter, whic
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.adapters.lora import LoRALayer
-from veneer.adapters.routing import Routing
+from veneer.adapters.lora import LoRALayer, low_rank_product
+from veneer.adapters.routing import Routing, TokenKeys
+from veneer.adapters.starts import Factors
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.kernels.layout import round_up
-from veneer.kernels.lora import lora_linear
+from veneer.kernels.lora import Dropout
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
+
+
+@dataclass(frozen=True)
+class _OneExpert:
+    """The factors of one expert, as a linear layer has them."""
+
+    stack: LoRALayer
+    number: int
+
+    @property
+    def scaling(self) -> float:
+        return self.stack.scaling
+
+    @property
+    def dropout(self) -> float:
+        return self.stack.dropout
+
+    def factors(self) -> Factors:
+        A, B = self.stack.factors()
+        return A[self.number], B[self.number]
+
+    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0) -> Dropout | None:
+        return self.stack.active_dropout(x, keys, among=among, expert=self.number)
 
 
 class AdaptedExperts(AdaptedModule):
@@ -46,7 +71,7 @@ class AdaptedExperts(AdaptedModule):
             hidden, top_k_index, top_k_weights = (*args, *kwargs.values())
             return by_expert(
                 self.base, hidden, top_k_index, top_k_weights,
-                lambda x, name, expert: self._product(x, name, expert, acting),
+                lambda x, name, expert, rows: self._product(x, name, expert, rows, acting),
             )  # fmt: skip
         parameters: dict[str, Tensor] = dict(self.replaced())
         for layers, weight in acting:
@@ -58,29 +83,32 @@ class AdaptedExperts(AdaptedModule):
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
     def _product(
-        self, x: Tensor, name: str, expert: int, acting: list[tuple[dict[str, LoRALayer], float]]
+        self,
+        x: Tensor,
+        name: str,
+        expert: int,
+        rows: Tensor,
+        acting: list[tuple[dict[str, LoRALayer], float]],
     ) -> Tensor:
-        """x (M, I) -> (M, O); factors of several adapters stand next to each other as one of higher rank."""
+        """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack."""
         frozen, bias = expert_linear(self.base, name, expert), expert_bias(self.base, name, expert)
-        updates = [(layers[name], weight) for layers, weight in acting if name in layers]
+        updates = [(_OneExpert(layers[name], expert), weight) for layers, weight in acting if name in layers]
         if not updates:
             return frozen_product(x, bias, frozen)
-        if len(updates) == 1:
-            layer, weight = updates[0]
-            A, B = layer.A[expert], layer.B[expert]
-            return lora_linear(x, A, B, bias, frozen, scaling=layer.scaling * weight)
-        A = torch.cat([layer.A[expert] for layer, _ in updates])
-        B = torch.cat([layer.B[expert] * (layer.scaling * weight) for layer, weight in updates], dim=1)
-        return lora_linear(x, A, B, bias, frozen, scaling=1.0)
+        keys = self.routing.keys
+        if keys is not None:  # the rows of zeros below those that the expert was given want a key too
+            keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
+        return low_rank_product(x, bias, frozen, updates, keys)
 
 
 def by_expert(
     experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
-    product: Callable[[Tensor, str, int], Tensor],
+    product: Callable[[Tensor, str, int, Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
     """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), one expert after another.
 
-    product(x, name, expert): x times one matrix of the stack called `name`.
+    product(x, name, expert, rows): x times one matrix of the stack called `name`. x begins with what became of
+    hidden[rows], and goes on with rows of zeros.
     """
     gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
     num_experts = next(iter(expert_parameters(experts).values()))[0]
@@ -89,8 +117,8 @@ def by_expert(
         if expert >= num_experts:
             continue  # transformers marks a dropped token with a number past the last expert
         row, choice = (top_k_index == expert).nonzero(as_tuple=True)
-        x = gate(product(_few_shapes(hidden[row]), "gate_up_proj", expert))
-        x = product(x, "down_proj", expert)[: len(row)]
+        x = gate(product(_few_shapes(hidden[row]), "gate_up_proj", expert, row))
+        x = product(x, "down_proj", expert, row)[: len(row)]
         out = out.index_add(0, row, (x * top_k_weights[row, choice, None]).to(out.dtype))
     return out
 

@@ -1,6 +1,7 @@
 """LoRA beside frozen modules: the trained layers, and the wrappers of linear layers and embeddings.
 
-Several LoRAs that act together stand next to each other as one of higher rank: one product each. Methods that act
+Several LoRAs that act together stand next to each other as one of higher rank: one product each; with dropout, where
+each sees the inputs through a mask of its own, one after another. Methods that act
 together on one linear layer add their changes to its weight, whatever the methods are.
 Knows nothing of weight formats (the base decodes itself), file names, or which modules are wrapped.
 Shapes: M rows, I in_features, O out_features, R rank, V vocabulary, D hidden.
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.layer import Layer
-from veneer.adapters.routing import Routing
+from veneer.adapters.routing import Routing, TokenKeys
 from veneer.adapters.starts import Factors
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
-from veneer.kernels.lora import Dropout, lora_linear
+from veneer.kernels.lora import Dropout, dropped, lora_linear
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
 Kind = Literal["linear", "embedding", "experts"]
@@ -57,10 +58,22 @@ class LoRALayer:
         self.key = key
         """Number of the module: two modules never share a dropout mask."""
 
-    def active_dropout(self, routing: Routing) -> Dropout | None:
-        if self.dropout == 0.0 or routing.rows is None:
+    def active_dropout(
+        self, x: Tensor, keys: TokenKeys | None, *, among: int = 0, expert: int = 0
+    ) -> Dropout | None:
+        """The mask of x, a row for every key; none outside of training.
+
+        among: place among the adapters that act together, expert: of a stack; each draws a mask of its own.
+        """
+        if self.dropout == 0.0 or keys is None:
             return None
-        return Dropout(routing.rows, (self.key << 32) + routing.step * 0x9E3779B1, self.dropout)
+        if len(keys.rows) != (given := x.numel() // x.shape[-1]):
+            raise ConfigError(
+                f"dropout draws a mask for every token: a targeted module gets {given} rows, the batch has {len(keys.rows)}",
+                next_step="Set method.dropout: 0, or leave the modules that see other rows out (method.exclude).",
+            )
+        step = keys.step * 0x9E3779B1 + expert * 0xC2B2AE35
+        return Dropout(keys.rows, (self.key + among * 0x10001 << 32) + step, self.dropout)
 
     def parts(self) -> dict[str, nn.Parameter]:
         return {"A": self.A, "B": self.B}
@@ -96,19 +109,9 @@ class LoRALayer:
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], routing: Routing
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], keys: TokenKeys | None
     ) -> Tensor:  # fmt: skip
-        if len(acting) == 1:
-            layer, weight = acting[0]
-            A, B = layer.factors()
-            return lora_linear(
-                x, A, B, bias, base,
-                scaling=layer.scaling * weight, dropout=layer.active_dropout(routing),
-            )  # fmt: skip
-        pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight in acting]
-        A = torch.cat([A for A, _, _ in pairs])
-        B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
-        return lora_linear(x, A, B, bias, base, scaling=1.0)
+        return low_rank_product(x, bias, base, acting, keys)
 
     def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
         """scaling * (A^T)[ids] B^T: EmbeddingLayer."""
@@ -116,12 +119,49 @@ class LoRALayer:
         return update * (self.scaling * scale)
 
 
+class Factored(Protocol):
+    """What the product of LoRA needs of a layer."""
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+    def factors(self) -> Factors: ...
+
+    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0) -> Dropout | None: ...
+
+
+def low_rank_product(
+    x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Factored, float]], keys: TokenKeys | None
+) -> Tensor:  # fmt: skip
+    """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
+    if len(acting) == 1:
+        layer, weight = acting[0]
+        A, B = layer.factors()
+        return lora_linear(
+            x, A, B, bias, base, scaling=layer.scaling * weight, dropout=layer.active_dropout(x, keys)
+        )
+    if keys is not None and any(layer.dropout for layer, _ in acting):
+        y = frozen_product(x, bias, base)
+        for among, (layer, weight) in enumerate(acting):
+            A, B = (factor.to(x.dtype) for factor in layer.factors())
+            seen = dropped(x, layer.active_dropout(x, keys, among=among))
+            y = y + layer.scaling * weight * F.linear(F.linear(seen, A), B)
+        return y
+    pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight in acting]
+    A = torch.cat([A for A, _, _ in pairs])
+    B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
+    return lora_linear(x, A, B, bias, base, scaling=1.0)
+
+
 class LinearLayer(Layer, Protocol):
     """A layer of a linear module."""
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], routing: Routing
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], keys: TokenKeys | None
     ) -> Tensor:  # fmt: skip
         """x (..., I) through the base with the weighted changes of all `acting` layers of this class: (..., O)."""
 
@@ -156,13 +196,13 @@ class AdaptedLinear(AdaptedModule):
             y: Tensor = torch.func.functional_call(self.base, dict(values), (x,))
         elif by_class:
             kind, acting = by_class.popitem()
-            y = kind.product(x, bias, self.frozen, acting, self.routing)
+            y = kind.product(x, bias, self.frozen, acting, self.routing.keys)
         else:
             return self.base(x) if bias is self.frozen.own_bias() else frozen_product(x, bias, self.frozen)
         if by_class:
             plain = frozen_product(x, None, self.frozen)
             for kind, acting in by_class.items():
-                y = y + (kind.product(x, None, self.frozen, acting, self.routing) - plain)
+                y = y + (kind.product(x, None, self.frozen, acting, self.routing.keys) - plain)
         return y
 
 

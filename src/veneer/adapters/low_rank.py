@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.dora import DoRALayer
-from veneer.adapters.experts import AdaptedExperts, expert_parameters
+from veneer.adapters.experts import AdaptedExperts, expert_parameters, is_gated_stack
 from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Site
@@ -28,6 +28,13 @@ def build_lora(site: Site, config: LoRA) -> None:
             others,
             "List the linear layers in `targets`, or leave init at default.",
         )
+    whole = [p for p in targets.experts if not is_gated_stack(site.modules[p.rpartition(".")[0]])]
+    if config.dropout and whole:
+        raise ConfigError(
+            "dropout wants to see the inputs of every expert; these are computed in one piece, their update added",
+            whole,
+            "Set method.dropout: 0, or leave them out (method.exclude).",
+        )
     for path in targets.linears:
         made, frozen = _linear_layer(site, config, path)
         if (start := _START.get(config.init)) is not None:
@@ -42,7 +49,7 @@ def build_lora(site: Site, config: LoRA) -> None:
         r = pattern_value(config.rank_pattern, path, config.rank)
         device = site.modules[owner].get_parameter(parameter).device
         A, B = site.kaiming(E, r, I), torch.zeros(E, O, r)
-        made = _layer(site, config, "experts", path, A, B, device=device)
+        made = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
         site.attachment.layers[path] = made
         site.wrap(owner, AdaptedExperts).stacks.setdefault(site.name, {})[parameter] = made
     _train_in_full(site, targets)

@@ -7,6 +7,7 @@ one after the other, so a forward that must not see a switch of another thread h
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -14,6 +15,14 @@ import torch
 from torch import Tensor, nn
 
 Active = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class TokenKeys:
+    """What dropout draws from: rows (M), a key for every row of a module's input, and the step."""
+
+    rows: Tensor
+    step: int
 
 
 class Attached(Protocol):
@@ -52,6 +61,11 @@ class Routing:
         self.lock = threading.RLock()
         self.attached: WeakValueDictionary[str, Attached] = WeakValueDictionary()
         self._acting: Acting = ()
+
+    @property
+    def keys(self) -> TokenKeys | None:
+        """Of the forward in progress; None while not training."""
+        return None if self.rows is None else TokenKeys(self.rows, self.step)
 
     @property
     def active(self) -> Active:

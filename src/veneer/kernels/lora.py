@@ -36,6 +36,29 @@ class Dropout:
         return drop_out_reference(x_MI, self.rows, key=self.key, dropout=self.share)
 
 
+class _Dropped(torch.autograd.Function):
+    """The mask is computed again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, dropout: Dropout) -> Tensor:
+        ctx.dropout = dropout
+        return dropout.apply(x_MI)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.dropout.apply(grad), None
+
+
+def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """x (..., I) with the mask on it; a fresh tensor, or x itself without one."""
+    if dropout is None:
+        return x
+    apply: Any = _Dropped.apply
+    y: Tensor = apply(x.reshape(-1, x.shape[-1]), dropout)
+    return y.view(x.shape)
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -159,7 +159,7 @@ class NF4Experts(_Holder, PackedExperts):
         return found
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        def product(x: Tensor, name: str, expert: int) -> Tensor:
+        def product(x: Tensor, name: str, expert: int, rows: Tensor) -> Tensor:
             return frozen_product(x, expert_bias(self, name, expert), self.expert(name, expert))
 
         return by_expert(self, hidden, top_k_index, top_k_weights, product)
