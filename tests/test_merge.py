@@ -9,19 +9,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import fill
-from tests.parity.test_peft_files import answers, every_row, logits, ours
+from tests.parity.test_peft_files import ROWS, answers, every_row, logits, ours
 from tests.tiny import save_tiny, tiny_base
 from veneer.adapters.attach import attach
-from veneer.adapters.config import DoRA, LoRA
+from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.merge.fold import stored_tensors, wanted_weights
 from veneer.merge.folder import merge_into_folder
-from veneer.merge.in_memory import merge_in_memory
+from veneer.merge.in_memory import merge_in_memory, merged_weights
 from veneer.merge.rounding import stochastic, survival
 from veneer.merge.run import merge_adapters
 from veneer.merge.verify import in_float32
 from veneer.models.load import load_base
+from veneer.store import adapter as adapter_module
 from veneer.store.adapter import manifest_for, write_adapter
 
 RELATIVE = 2e-5  # float32: W + D multiplied once against W and D multiplied apart, through two layers
@@ -121,11 +122,90 @@ def test_a_base_merges_and_unmerges_by_name(tmp_path):
         base.load_adapter(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"unmerge\(\)"):
         base.pin("of_the_library")
+    with pytest.raises(ConfigError, match="no adapter is named"):
+        base.merge([])  # it would forget the originals
     base.unmerge()
     base.unmerge()
     assert torch.equal(logits(base.model), plain)
     base.use("a")
     assert torch.equal(logits(base.model), expected)
+
+
+def test_what_is_refused_changes_nothing_of_what_acts(tmp_path, monkeypatch):
+    import veneer
+
+    base = veneer.load(str(save_tiny(tmp_path / "base", "llama")))
+    for name in "abc":
+        method = Bottleneck(size=4) if name == "c" else LoRA(rank=4, alpha=7)
+        fill(base.attach(method, name=name).parameters().values(), scale=0.2)
+    stored = tmp_path / "b"
+    write_adapter(stored, base.attachments["b"], manifest_for(base, method="lora"), model=base.model)
+    with torch.no_grad():
+        next(iter(base.attachments["b"].layers.values())).B.fill_(3e38)
+    base.use(["a", "c"], [1.0, 0.5])
+    expected, active = logits(base.model), base.routing.active
+    modules = dict(base.model.named_modules())
+
+    def broken(*_args, **_names):
+        raise MemoryError
+
+    refused = [
+        (RefusedError, lambda: base.merge(["a", "c"])),  # no change of weights
+        (RefusedError, lambda: base.merge(["a", "b"])),  # not finite
+        (ConfigError, lambda: base.merge(["a", "nobody"])),
+        (ConfigError, lambda: base.merge("a", [1.0, 2.0])),
+        (ConfigError, lambda: base.use("a", [float("nan")])),
+        (ConfigError, lambda: base.use(["b", "nobody"])),
+        (ConfigError, lambda: base.detach("nobody")),
+        (ConfigError, lambda: base.pin("a", "nobody")),
+        (ConfigError, lambda: base.attach(LoRA(rank=2), name="a")),
+        (ConfigError, lambda: base.attach(LoRA(rank=2, targets=["nothing"]), name="d")),
+        (ConfigError, lambda: base.load_adapter(stored, name="a")),
+    ]
+    for error, attempt in refused:
+        with pytest.raises(error):
+            attempt()
+        assert base.routing.active == active and torch.equal(logits(base.model), expected)
+    with base.using("a"), pytest.raises(ConfigError, match="is in use"):
+        base.merge("a")  # behind the block what acted before would act on merged weights
+    with base.using("a"), base.using("b"), pytest.raises(ConfigError, match="a block around"):
+        base.detach("a")
+    monkeypatch.setattr(adapter_module, "_fill", broken)
+    with pytest.raises(MemoryError):
+        base.load_adapter(stored, name="d")
+    assert dict(base.model.named_modules()) == modules and set(base.attachments) == set("abc")
+    assert not base._pool._loaded["a"].pinned and torch.equal(logits(base.model), expected)
+
+
+def test_an_adapter_that_is_detached_within_a_block_does_not_act_again_under_its_name_behind_it(tmp_path):
+    import veneer
+
+    base = veneer.load(str(save_tiny(tmp_path / "base", "llama")))
+    for name in "ab":
+        base.attach(LoRA(rank=2), name=name)
+    base.use("a")
+    with base.using("b"):
+        base.detach("a")
+    fill(base.attach(LoRA(rank=2), name="a").parameters().values())
+    assert base.routing.active == ()
+
+
+def test_a_merge_that_is_interrupted_leaves_the_base():
+    base, attachment = ours(ROWS[next(iter(ROWS))])
+    plain = logits(base.model)
+    merged = merged_weights(base.model, [(attachment, 1.0)])
+
+    class Stop(dict):
+        def __setitem__(self, name, value):
+            if value is merged.changed[-1][2]:
+                raise KeyboardInterrupt
+            super().__setitem__(name, value)
+
+    last = merged.changed[-1][0]
+    last._parameters = Stop(last._parameters)
+    with pytest.raises(KeyboardInterrupt):
+        merged.install()
+    assert torch.equal(logits(base.model), plain)
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])

@@ -9,6 +9,7 @@ print(base.generate("Where is my parcel?"))
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
 from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
-from veneer.merge.in_memory import Merged, merge_in_memory
+from veneer.merge.in_memory import Merged, merged_weights
 from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.capacity import capacity_of, configured_capacity
@@ -121,12 +122,11 @@ class Base(models_base.Base):
 
     def pin(self, *names: str) -> None:
         """Keep these loaded whatever the budget, loading them from the library where they are not."""
-        for name in names:
-            self._pool.pin(name, pinned=True)
+        self._pool.ready(names)
+        self._pool.pin(names, pinned=True)
 
     def unpin(self, *names: str) -> None:
-        for name in names:
-            self._pool.pin(name, pinned=False)
+        self._pool.pin(names, pinned=False)
 
     def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
         names = [] if name is None else [name] if isinstance(name, str) else list(name)
@@ -135,6 +135,8 @@ class Base(models_base.Base):
         check_weights(weights or ())
         if weights is not None and len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
+        if odd := [weight for weight in weights or () if not math.isfinite(weight)]:
+            raise ConfigError(f"a weight of {odd[0]} is none: every answer would be")
         return tuple(zip(names, weights or [1.0] * len(names), strict=True))
 
     def _unmerged(self) -> None:
@@ -147,17 +149,38 @@ class Base(models_base.Base):
     def merge(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
         """Fold adapters into the weights, for inference without their cost; the originals are kept for unmerge().
 
-        Until then no adapter acts beside the base. RefusedError over quantised weights: nothing has changed then.
+        Until then no adapter acts beside the base. RefusedError over quantised weights, ConfigError while the base is in
+        use: everything is as it was then, and what acted acts.
         """
-        self.use(name, weights)
-        acting, self.routing.active = self.routing.active, ()
-        self._merged = merge_in_memory(self.model, [(self.attachments[n], weight) for n, weight in acting])
+        wanted = self._active(name, weights)
+        if not wanted:
+            raise ConfigError(
+                "no adapter is named that could be merged", next_step="For instance merge('name')."
+            )
+        self._pool.ready(n for n, _ in wanted)
+        self._idle("merge")
+        merged = merged_weights(self.model, [(self.attachments[n], weight) for n, weight in wanted])
+        with self.routing.lock:
+            self._idle("merge")
+            merged.install()
+            self.routing.active, self._merged = (), merged
+
+    def _idle(self, what: str) -> None:
+        """ConfigError while anything computes with the base: weights must not change under it."""
+        if self.routing.is_held:
+            raise ConfigError(
+                f"the base is in use, and {what} changes its weights",
+                ["a forward or an answer is in progress, or a `using` block is open"],
+                "Call it when that is done.",
+            )
 
     def unmerge(self) -> None:
         """Put the base's own weights back: the same tensors, so every bit. Nothing happens where none is merged."""
         if self._merged is not None:
-            self._merged.restore()
-            self._merged = None
+            with self.routing.lock:
+                self._idle("unmerge")
+                self._merged.restore()
+                self._merged = None
 
     def detach(self, name: str) -> None:
         """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit."""

@@ -105,12 +105,34 @@ class Routing:
         """Within the block the base acts alone, for this thread."""
         return self.held(())
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a forward or a block of any thread holds a state. Ask with the lock taken."""
+        return bool(self._held)
+
     def in_use(self, *, by_others: bool = False) -> set[str]:
         """Names that act or are held; by_others: held by other threads alone. Ask with the lock taken."""
         holding = [
             h for t, held in self._held.items() if not by_others or t != threading.get_ident() for h in held
         ]
         return {name for active in [*holding, *(() if by_others else (self._active,))] for name, _ in active}
+
+    def drop(self, name: str) -> bool:
+        """Let this one act no more. False, and nothing changes: another thread or a block around this one holds it."""
+
+        def without(active: Active) -> Active:
+            return tuple((n, weight) for n, weight in active if n != name)
+
+        with self.lock:
+            mine = self._held.get(threading.get_ident(), [])
+            if name in self.in_use(by_others=True) or any(name == n for a in mine[:-1] for n, _ in a):
+                return False
+            self._active = without(self._active)
+            self._acting = self._found(self._active)
+            if mine:
+                mine[-1] = self._of_thread.active = without(mine[-1])
+                self._of_thread.acting = self._found(mine[-1])
+        return True
 
     def _hold(self, active: Active) -> None:
         with self.lock:

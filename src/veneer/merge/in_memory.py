@@ -4,7 +4,7 @@ The originals are kept, not computed back: subtracting the update would leave ab
 Memory: the changed weights twice. A quantised weight has no dense place to be merged into and is refused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,22 +14,42 @@ from veneer.errors import RefusedError
 from veneer.merge.fold import Applied, stored_tensors, wanted_weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class Merged:
-    """The parameters that stood in the model before, by module and name; `restore` puts those very objects back."""
+    """The merged parameters by module and name; `install` puts them into the model, `restore` the very objects back that
+    stood there before."""
 
-    originals: list[tuple[nn.Module, str, nn.Parameter]]
+    changed: list[tuple[nn.Module, str, nn.Parameter]]
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+
+    def install(self) -> None:
+        """All of them or, where it is interrupted, none."""
+        self.originals = [(module, name, module.get_parameter(name)) for module, name, _ in self.changed]
+        try:
+            for module, name, parameter in self.changed:
+                module._parameters[name] = parameter
+        except BaseException:
+            self.restore()
+            raise
+        self.changed = []
 
     def restore(self) -> None:
         for module, name, parameter in self.originals:
             module._parameters[name] = parameter
 
 
-@torch.no_grad()
 def merge_in_memory(model: nn.Module, applied: Applied) -> Merged:
-    """Every changed weight becomes W + D, summed in float32 and rounded to its own type; tied ones part.
+    """merged_weights, installed."""
+    merged = merged_weights(model, applied)
+    merged.install()
+    return merged
 
-    RefusedError: a method that does not fold, quantised weights, values not finite; nothing has changed then.
+
+@torch.no_grad()
+def merged_weights(model: nn.Module, applied: Applied) -> Merged:
+    """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part. The model stays as it is.
+
+    RefusedError: a method that does not fold, quantised weights, values not finite.
     """
     wanted = wanted_weights(model, applied)
     stored = stored_tensors(model)
@@ -39,19 +59,14 @@ def merge_in_memory(model: nn.Module, applied: Applied) -> Merged:
             packed[:6] + ([f"and {len(packed) - 6} more"] if len(packed) > 6 else []),
             "Let the adapter act beside the base, or write a merged folder: veneer merge --into dequantised.",
         )
-    changed = {}
+    modules = plain_modules(model)
+    changed = []
     for name, new in wanted.items():
         value = new(stored[name].read().float()).to(stored[name].dtype)
         if not bool(torch.isfinite(value).all()):
             raise RefusedError(
                 f"{name} would hold values that are not finite", next_step="Nothing was changed."
             )
-        changed[name] = value
-    modules = plain_modules(model)
-    originals = []
-    for name, value in changed.items():
         path, _, parameter = name.rpartition(".")
-        module = modules[path]
-        originals.append((module, parameter, module.get_parameter(parameter)))
-        module._parameters[parameter] = nn.Parameter(value, requires_grad=False)
-    return Merged(originals)
+        changed.append((modules[path], parameter, nn.Parameter(value, requires_grad=False)))
+    return Merged(changed)

@@ -16,7 +16,7 @@ from pydantic import JsonValue, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapters.attach import attach
+from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
@@ -277,19 +277,28 @@ def load_adapter(
         base.model, found.settings, name=name, routing=base.routing, head=head, values_follow=True,
         read_past=base.read_past,
     )  # fmt: skip
-    live = attachment.parameters()
-    assert live.keys() == found.values.keys()
-    take = take or stored is not source  # nobody else holds what was read here
-    with torch.no_grad():
-        for path, value in found.values.items():
-            parameter = live[path]
-            if take and (value.dtype, value.device) == (parameter.dtype, parameter.device):
-                assert value.shape == parameter.shape
-                parameter.data = value
-            else:
-                parameter.copy_(value)
+    try:
+        _fill(
+            attachment, found.values, take=take or stored is not source
+        )  # nobody else holds what was read here
+    except BaseException:
+        detach(base.model, name)
+        raise
     base.attachments[name] = attachment
     return attachment
+
+
+@torch.no_grad()
+def _fill(attachment: Attachment, values: Mapping[str, Tensor], *, take: bool) -> None:
+    live = attachment.parameters()
+    assert live.keys() == values.keys()
+    for path, value in values.items():
+        parameter = live[path]
+        if take and (value.dtype, value.device) == (parameter.dtype, parameter.device):
+            assert value.shape == parameter.shape
+            parameter.data = value
+        else:
+            parameter.copy_(value)
 
 
 def _next_step(stored: StoredAdapter, base: Base) -> str:

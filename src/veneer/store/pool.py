@@ -117,21 +117,25 @@ class Pool:
         """Throws out the least recently used until `needed` more bytes fit. DoesNotFitError says what is in the way."""
         if self.budget_bytes is None:
             return
-        while (used := self.used_bytes()) + needed > self.budget_bytes:
-            with self.base.routing.lock:
-                staying = {*self.base.routing.in_use(), *keep}
-                victim = next((n for n in self._loaded if self._may_go(n) and n not in staying), None)
-                if victim is not None:
-                    attachment = self.base.attachments.pop(victim)
-            if victim is None:
+        with self.base.routing.lock:
+            staying = {*self.base.routing.in_use(), *keep}
+            used, gone = self.used_bytes(), list[Attachment]()
+            for each, loaded in self._loaded.items():
+                if used + needed > self.budget_bytes and self._may_go(each) and each not in staying:
+                    gone.append(self.base.attachments[each])
+                    used -= loaded.bytes
+            if used + needed > self.budget_bytes:
                 raise DoesNotFitError(
-                    f"adapter {name!r} takes {needed:,} bytes; {used:,} of {self.budget_bytes:,} are taken",
+                    f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of {self.budget_bytes:,} are taken",
                     [
                         f"{n}: {each.bytes:,} bytes, {self._why_it_stays(n, staying)}"
                         for n, each in self._loaded.items()
                     ],
                     "Detach or unpin some, or raise base.adapter_budget_bytes.",
                 )
+            for attachment in gone:
+                del self.base.attachments[attachment.name]
+        for attachment in gone:
             self._drop(attachment.name)
 
     def _may_go(self, name: str) -> bool:
@@ -144,31 +148,35 @@ class Pool:
             return "pinned"
         if name in staying:
             return "acting"
+        if self._may_go(name):
+            return "could go"
         return "changed since it was loaded" if each.from_library else "not from the library"
 
     def used_bytes(self) -> int:
         return sum(each.bytes for each in list(self._loaded.values()))
 
-    def pin(self, name: str, *, pinned: bool) -> None:
-        if pinned:
-            self.ready([name])
+    def pin(self, names: Iterable[str], *, pinned: bool) -> None:
+        """ConfigError: one of them is not loaded; none has changed then."""
+        wanted = list(names)
         with self._changing:
-            if name not in self._loaded:
-                raise self._unknown(name)
-            self._loaded[name].pinned = pinned
+            for name in wanted:
+                if name not in self._loaded:
+                    raise self._unknown(name)
+            for name in wanted:
+                self._loaded[name].pinned = pinned
 
     def detach(self, name: str) -> None:
-        """ConfigError: unknown, or another thread's forward is using it."""
+        """ConfigError: unknown, or in use elsewhere; it stays then."""
         with self._changing:
             routing = self.base.routing
             with routing.lock:
                 if name not in self.base.attachments:
                     raise self._unknown(name)
-                if name in routing.in_use(by_others=True):
+                if not routing.drop(name):
                     raise ConfigError(
-                        f"adapter {name!r} is in use by another thread", [], "Detach it when that is done."
+                        f"adapter {name!r} is in use by another thread or by a block around this one",
+                        next_step="Detach it when that is done.",
                     )
-                routing.active = tuple((n, w) for n, w in routing.active if n != name)
                 del self.base.attachments[name]
             self._drop(name)
 
