@@ -6,7 +6,7 @@ import torch
 
 from tests import tiny_gguf
 from veneer.kernels import gguf as kernels
-from veneer.kernels import native
+from veneer.kernels import native, packed_calls
 
 KINDS = list(kernels.FORMATS)
 LEVELS = [3, 2, 0]  # AVX-512, AVX2, plain: a processor takes the best it has up to this
@@ -32,6 +32,7 @@ def test_sizes_and_numbers_are_those_of_the_format():
     for kind, layout in kernels.FORMATS.items():
         theirs = gguf.GGMLQuantizationType[kind]
         assert (layout.number, layout.size, layout.bytes) == (theirs.value, *gguf.GGML_QUANT_SIZES[theirs])
+        assert packed_calls.BLOCKS[layout.number] == (layout.size, layout.bytes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +112,7 @@ def test_a_scale_that_is_not_finite_is_found(kind):
 
 
 def test_without_the_compiled_kernel_the_reference_runs(monkeypatch):
-    monkeypatch.setattr(kernels, "_native", lambda: None)
+    monkeypatch.setattr(kernels, "is_compiled", lambda: False)
     blocks = random_blocks("Q6_K", 3, 2)
     out = kernels.dequantise(blocks, "Q6_K", torch.empty(3, 512, dtype=torch.bfloat16))
     assert torch.equal(out, theirs(blocks, "Q6_K").bfloat16())

@@ -6,68 +6,21 @@ float32 a row and head. Each part is one call: the prompt with itself; the docum
 Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen whole.
 """
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.kernels import calls
+from veneer.kernels.arguments import has_bf16
 from veneer.kernels.layout import Layout
-from veneer.kernels.native import library, note_flops, on_cpu
+from veneer.kernels.native import note_flops, on_cpu
 
 TASKS = 16
 """Fewer documents times key heads than this are split by query rows, so that all threads have work."""
 HELD_BYTES = 64 * 2**20
 """Most memory for the gradients of shared keys, one per document, before they are summed."""
-
-_POINTERS = [
-    "q",
-    "k",
-    "v",
-    "before_k",
-    "before_v",
-    "grad",
-    "out",
-    "lse",
-    "grad_k",
-    "grad_v",
-    "grad_before_k",
-    "grad_before_v",
-    "starts",
-]
-_NUMBERS = [
-    "q_row",
-    "q_head",
-    "k_row",
-    "k_head",
-    "v_row",
-    "v_head",
-    "bk_row",
-    "bk_head",
-    "bv_row",
-    "bv_head",
-    "grad_row",
-    "grad_head",
-    "rows",
-    "docs",
-    "heads",
-    "kv_heads",
-    "size",
-    "before",
-    "window",
-    "splits",
-]
-
-
-class _Arguments(ctypes.Structure):
-    """struct attention of native/attention.c, field by field."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(name, ctypes.c_int64) for name in _NUMBERS]
-        + [("scale", ctypes.c_float)]
-    )
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
@@ -79,8 +32,7 @@ def usable(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
         return False
     if heads % k.shape[1] or (window is not None and window < 1):
         return False
-    found = library()
-    return found is not None and hasattr(found, "veneer_attention_forward") and bool(found.veneer_has_bf16())
+    return has_bf16()
 
 
 @dataclass(frozen=True)
@@ -113,32 +65,17 @@ class Part:
             pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
         return 2 * pairs * self.q.shape[1] * self.q.shape[2]
 
-    def _arguments(self, **tensors: Tensor) -> _Arguments:
-        """Pointers and strides of the part's own tensors and of `tensors`, which has contiguous results."""
-        given = _Arguments(scale=self.scale, window=self.window or 0)
-        given.rows, given.heads, given.size = self.q.shape
-        given.kv_heads = self.k.shape[1]
-        named = {"q": self.q, "k": self.k, "v": self.v, "starts": self.starts, **tensors}
-        if self.before_k is not None and self.before_v is not None:
-            named |= {"before_k": self.before_k, "before_v": self.before_v}
-            given.before = self.before_k.shape[0]
-        for name, tensor in named.items():
-            setattr(given, name, tensor.data_ptr())
-        strided = {"q": "q", "k": "k", "v": "v", "bk": "before_k", "bv": "before_v", "grad": "grad"}
-        for short, name in strided.items():
-            if name in named:
-                setattr(given, f"{short}_row", named[name].stride(0))
-                setattr(given, f"{short}_head", named[name].stride(1))
-        return given
+    def _before(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.before_k is None or self.before_v is None else (self.before_k, self.before_v)
 
     def forward(self, out: Tensor) -> Tensor:
         """Write (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32, for backward."""
         lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
-        docs = len(self.starts) - 1
-        given = self._arguments(out=out, lse=lse)
-        given.docs, given.splits = docs, self._splits(docs)
         note_flops(lambda: 2 * self._product_flops())
-        _call("veneer_attention_forward", given)
+        calls.attention_forward(
+            self.q, self.k, self.v, self._before(), self.starts, out, lse,
+            scale=self.scale, window=self.window, splits=self._splits(len(self.starts) - 1),
+        )  # fmt: skip
         return lse
 
     def backward(
@@ -157,13 +94,10 @@ class Part:
         for start in range(0, docs, most):
             stop = min(start + most, docs)
             held = torch.empty(2, stop - start, splits, K, P, D, device=device)
-            given = self._arguments(
-                grad=grad, out=grad_q, lse=lse, grad_k=own[0], grad_v=own[1],
-                grad_before_k=held[0], grad_before_v=held[1],
+            calls.attention_backward(
+                self.q, self.k, self.v, self._before(), self.starts[start : stop + 1], grad, lse,
+                grad_q=grad_q, own=own, shared=held, scale=self.scale, window=self.window, splits=splits,
             )  # fmt: skip
-            given.starts = self.starts[start:].data_ptr()
-            given.docs, given.splits = stop - start, splits
-            _call("veneer_attention_backward", given)
             if P:
                 shared += held.sum(dim=(1, 2)).transpose(1, 2)
         summed = own[:, 0] if splits == 1 else own.sum(dim=1)
@@ -172,16 +106,13 @@ class Part:
 
 def aligned(x: Tensor) -> Tensor:
     """x as the kernel reads it: pairs of neighbouring values in one word."""
-    even = x.stride(-1) == 1 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % 4 == 0
+    even = (
+        x.stride(-1) == 1
+        and x.stride(0) % 2 == 0
+        and x.stride(1) % 2 == 0
+        and x.data_ptr() % calls.PAIR_BYTES == 0
+    )
     return x if even else x.contiguous()
-
-
-def _call(name: str, arguments: _Arguments) -> None:
-    found = library()
-    assert found is not None
-    function = getattr(found, name)
-    function.restype = None
-    function(ctypes.byref(arguments))
 
 
 class _NativeAttention(torch.autograd.Function):

@@ -15,49 +15,14 @@ over g and y gives g', its product with B and the magnitude's sums.
 Shapes: M rows, I in_features, O out_features, R rank. Source: Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
 """
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import rank
+from veneer.kernels import calls, rank
 from veneer.kernels.lora import Dropout
 from veneer.linear import DenseLinear, FrozenLinear
-
-
-class _DoRA(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "y", "bias", "pairs", "magnitude", "norm", "out", "turned", "partial")
-        ),
-        *((name, ctypes.c_int64) for name in ("rows", "width", "rank")),
-        ("scale", ctypes.c_float),
-    ]
-
-
-class _Magnitudes(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "magnitude", "norm", "grad")),
-        *((name, ctypes.c_int64) for name in ("blocks", "width")),
-    ]
-
-
-class _Norms(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("cross", "B", "gram", "squares", "norm")),
-        *((name, ctypes.c_int64) for name in ("width", "rank")),
-        ("scale", ctypes.c_float),
-    ]
-
-
-BLOCK = 48
-"""Rows whose sums stay together in native/dora.c: native/rank.h names the same number."""
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scaling: float) -> Tensor:
@@ -69,14 +34,9 @@ def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scal
     A_RI, B_OR = A.to(base.dtype), B.to(base.dtype)
     dense = isinstance(base, DenseLinear)
     cross_OR = rank.down(base.dense_weight(base.dtype), A_RI) if dense else base.product(A_RI, None).T
-    if (native := rank.library_for(A.shape[0], len(squares), B_OR)) is not None:
-        cross_OR, wide = cross_OR.contiguous(), A.to(torch.float32)
-        gram, norm = wide @ wide.T, torch.empty_like(squares)
-        given = _Norms(
-            cross_OR.data_ptr(), B_OR.data_ptr(), gram.data_ptr(), squares.data_ptr(), norm.data_ptr(),
-            len(squares), A.shape[0], scaling,
-        )  # fmt: skip
-        native.veneer_dora_norms(ctypes.byref(given))
+    if rank.is_compiled(A.shape[0], len(squares), B_OR):
+        wide, norm = A.to(torch.float32), torch.empty_like(squares)
+        calls.dora_norms(cross_OR.contiguous(), B_OR, wide @ wide.T, squares, norm, scaling)
         return norm
     cross_OR, A_RI, B_OR = (t.to(squares.dtype) for t in (cross_OR, A_RI, B_OR))
     inner = 2 * scaling * (cross_OR * B_OR).sum(1) + scaling**2 * ((B_OR @ (A_RI @ A_RI.T)) * B_OR).sum(1)
@@ -105,13 +65,8 @@ def _turn_forward(
     """
     width, size = B_OR.shape
     given = [y_MO, down_MR, *([] if bias is None else [bias])]
-    if (native := rank.library_for(size, width, *given)) is not None:
-        pairs = rank.across(B_OR)
-        call = _DoRA(
-            down_MR.data_ptr(), None, _address(bias), pairs.data_ptr(), magnitude.data_ptr(), norm.data_ptr(),
-            y_MO.data_ptr(), None, None, len(y_MO), width, size, scaling,
-        )  # fmt: skip
-        native.veneer_dora_forward(ctypes.byref(call))
+    if rank.is_compiled(size, width, *given):
+        calls.dora_forward(y_MO, down_MR, rank.across(B_OR), bias, magnitude, norm, scaling)
         return
     factor = row_factor(magnitude, norm)
     if bias is None:
@@ -128,20 +83,23 @@ def _turn_backward(
     magnitude 0 wiped it out of y, and its gradient is still to be computed. Rows of length 0 have none."""
     width, size = B_OR.shape
     given = [g_MO, y_MO, *([] if bias is None else [bias])]
-    if (native := rank.library_for(size, width, *given)) is not None:
-        pairs = rank.across(B_OR.T)
+    if rank.is_compiled(size, width, *given):
         turned, up = torch.empty_like(g_MO), g_MO.new_empty(len(g_MO), size)
-        blocks, grad = -(-len(g_MO) // BLOCK), torch.empty_like(magnitude)
+        blocks, grad = calls.dora_blocks(len(g_MO)), torch.empty_like(magnitude)
         partial = torch.empty(blocks, width, dtype=torch.float32, device=g_MO.device)
-        call = _DoRA(
-            g_MO.data_ptr(), y_MO.data_ptr(), _address(bias), pairs.data_ptr(), magnitude.data_ptr(), norm.data_ptr(),
-            up.data_ptr(), turned.data_ptr(), partial.data_ptr(), len(g_MO), width, size, scaling,
-        )  # fmt: skip
-        native.veneer_dora_backward(ctypes.byref(call))
-        last = _Magnitudes(
-            partial.data_ptr(), magnitude.data_ptr(), norm.data_ptr(), grad.data_ptr(), blocks, width
+        calls.dora_backward(
+            g_MO,
+            y_MO,
+            rank.across(B_OR.T),
+            bias,
+            magnitude,
+            norm,
+            scaling,
+            up=up,
+            turned=turned,
+            partial=partial,
         )
-        return turned, up, grad, bool(native.veneer_dora_magnitudes(ctypes.byref(last)))
+        return turned, up, grad, bool(calls.dora_magnitudes(partial, magnitude, norm, grad))
     turned = g_MO * row_factor(magnitude, norm).to(g_MO.dtype)
     without_bias = y_MO if bias is None else y_MO - bias
     total = (g_MO * without_bias).sum(0, dtype=norm.dtype)

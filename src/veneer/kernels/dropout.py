@@ -7,14 +7,15 @@ gradient checkpointing, and after a resume. Two rounds of the 32-bit integer fin
 On a CPU one compiled pass does it all (native/dropout.c): a dozen passes over 64-bit integers cost more than the layer.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import library, on_cpu
+from veneer.kernels import calls
+from veneer.kernels.arguments import available
+from veneer.kernels.native import on_cpu
 
 _MASK32 = 0xFFFFFFFF
+_COMPILED = (torch.float32, torch.bfloat16)
 
 
 def _mix(value: Tensor) -> Tensor:
@@ -37,19 +38,6 @@ def keep_mask(rows: Tensor, columns: int, *, key: int, dropout: float) -> Tensor
     return _mix(row[:, None] ^ column[None]) >= int(dropout * 2**32)
 
 
-class _Dropout(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "out", "rows")),
-        ("width", ctypes.c_int64),
-        *((name, ctypes.c_uint32) for name in ("row_key", "column_key", "threshold")),
-        ("kept", ctypes.c_float),
-        ("type", ctypes.c_int),
-    ]
-
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-
 def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
     """x (N, I), rows (N) row keys -> x / (1 - dropout) where keep_mask keeps, 0 elsewhere; a fresh tensor of x's type.
 
@@ -59,16 +47,12 @@ def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
         raise ValueError(
             f"dropout wants one int64 key a row: {tuple(rows.shape)} keys, {tuple(x.shape)} values"
         )
-    dense = x.is_contiguous() and rows.is_contiguous()
-    native = library() if x.dtype in _TYPES and on_cpu(x) and dense else None
-    if native is None or not hasattr(native, "veneer_dropout"):
+    if x.dtype not in _COMPILED or not on_cpu(x) or not (x.is_contiguous() and rows.is_contiguous()):
+        return drop_out_reference(x, rows, key=key, dropout=dropout)
+    if not available("veneer_dropout"):
         return drop_out_reference(x, rows, key=key, dropout=dropout)
     out = torch.empty_like(x)
-    given = _Dropout(
-        x.data_ptr(), out.data_ptr(), rows.data_ptr(), x.shape[1],
-        key & _MASK32, key >> 32 & _MASK32, int(dropout * 2**32), 1 - dropout, _TYPES[x.dtype],
-    )  # fmt: skip
-    native.veneer_dropout(ctypes.byref(given), ctypes.c_int64(len(x)))
+    calls.dropout(x, out, rows, row_key=key & _MASK32, column_key=key >> 32 & _MASK32, share=dropout)
     return out
 
 

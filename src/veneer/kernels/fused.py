@@ -8,36 +8,22 @@ for bf16 on processors that have it (native/fused.c); elsewhere the same steps i
 models round: after the normalisation, after the activation. Shapes: M rows, D width.
 """
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.native import library, on_cpu
+from veneer.kernels import calls
+from veneer.kernels.arguments import has_bf16
+from veneer.kernels.native import on_cpu
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "grad", "out", "scale")),
-        ("width", ctypes.c_int64),
-        ("epsilon", ctypes.c_float),
-    ]
-
-
-class _Gate(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("gate", "up", "grad", "out", "grad_gate", "grad_up")]
-
-
-def compiled(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where it computes these tensors: contiguous bf16 on a processor that has bf16 arithmetic."""
+def compiled(*tensors: Tensor) -> bool:
+    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that has bf16 arithmetic."""
     if any(t.dtype != torch.bfloat16 or not on_cpu(t) or not t.is_contiguous() for t in tensors):
-        return None
-    found = library()
-    if found is None or not hasattr(found, "veneer_entropy") or not found.veneer_has_bf16():
-        return None
-    return found
+        return False
+    return has_bf16() and all(t.data_ptr() % calls.PAIR_BYTES == 0 for t in tensors)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -45,13 +31,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
-        native = compiled(x, weight) if weight.shape == x.shape[-1:] else None
-        if native is not None:
+        if weight.shape == x.shape[-1:] and compiled(x, weight):
             out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-            given = _Norm(
-                x.data_ptr(), weight.data_ptr(), None, out.data_ptr(), scale.data_ptr(), x.shape[-1], epsilon
-            )
-            native.veneer_rms_norm_forward(ctypes.byref(given), ctypes.c_int64(rows))
+            calls.rms_norm_forward(x, weight, out, scale, epsilon)
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -68,13 +50,9 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             normal = (x.view(-1, width) * scale[:, None]).to(x.dtype)
             grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
-        native = compiled(x, weight, grad) if weight.shape == x.shape[-1:] else None
-        if native is not None:
+        if weight.shape == x.shape[-1:] and compiled(x, weight, grad):
             out = torch.empty_like(x)
-            given = _Norm(
-                x.data_ptr(), weight.data_ptr(), grad.data_ptr(), out.data_ptr(), scale.data_ptr(), width, 0.0
-            )
-            native.veneer_rms_norm_backward(ctypes.byref(given), ctypes.c_int64(len(scale)))
+            calls.rms_norm_backward(x, weight, grad, out, scale)
             return out, grad_weight, None
         inverse = scale.view(*x.shape[:-1], 1)
         normal = x.to(scale.dtype) * inverse
@@ -88,12 +66,10 @@ class _SiluGate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        native = compiled(gate, up) if gate.shape == up.shape and gate.numel() % 16 == 0 else None
-        if native is None:
+        if gate.shape != up.shape or gate.numel() % 16 or not compiled(gate, up):
             return F.silu(gate) * up
         out = torch.empty_like(gate)
-        given = _Gate(gate.data_ptr(), up.data_ptr(), None, out.data_ptr(), None, None)
-        native.veneer_silu_gate_forward(ctypes.byref(given), ctypes.c_int64(gate.numel() // 16))
+        calls.silu_gate_forward(gate, up, out)
         return out
 
     @staticmethod
@@ -101,15 +77,11 @@ class _SiluGate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad = grad.contiguous()
-        native = compiled(gate, up, grad) if gate.numel() % 16 == 0 else None
-        if native is None:
+        if gate.numel() % 16 or not compiled(gate, up, grad):
             share = torch.sigmoid(gate)
             return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
-        given = _Gate(
-            gate.data_ptr(), up.data_ptr(), grad.data_ptr(), None, grad_gate.data_ptr(), grad_up.data_ptr()
-        )
-        native.veneer_silu_gate_backward(ctypes.byref(given), ctypes.c_int64(gate.numel() // 16))
+        calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
         return grad_gate, grad_up
 
 

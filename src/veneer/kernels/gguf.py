@@ -9,16 +9,15 @@ Shapes: M rows of x, I in_features, O out_features.
 Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import library
+from veneer.kernels import packed_calls
+from veneer.kernels.arguments import available
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -47,7 +46,6 @@ FORMATS: dict[Kind, Format] = {
     "Q5_K": Format(13, 256, 176, (0, 2)),
     "Q6_K": Format(14, 256, 210, (208,)),
 }
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 MOST_INSTRUCTIONS = 3
 """As native.level() counts them; tests lower it."""
@@ -62,33 +60,22 @@ def in_features(blocks: Tensor, kind: Kind) -> int:
 
 def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = MOST_INSTRUCTIONS) -> Tensor:
     """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
-    kernel = _native()
-    if kernel is None or blocks.device.type != "cpu":
+    if blocks.device.type != "cpu" or not is_compiled():
         return out.copy_(dequantise_reference(blocks, kind))
-    _check(blocks, kind, out)
-    status = kernel.veneer_gguf_dequantise(
-        FORMATS[kind].number, blocks.data_ptr(), *out.shape, out.data_ptr(), _TYPES[out.dtype], most
-    )
-    assert status == 0
+    packed_calls.gguf_dequantise(FORMATS[kind].number, blocks, out, most)
     return out
 
 
 def has_small_product(x_MI: Tensor) -> bool:
     """Whether `small_product` exists for this x: few rows, on the CPU, with the compiled kernel."""
-    return x_MI.shape[0] <= FEW_ROWS and x_MI.device.type == "cpu" and _native() is not None
+    return x_MI.shape[0] <= FEW_ROWS and x_MI.device.type == "cpu" and is_compiled()
 
 
 def small_product(x_MI: Tensor, blocks: Tensor, kind: Kind, *, most: int = MOST_INSTRUCTIONS) -> Tensor:
     """x W^T (M, O) in x's type, summed in float32; W is read once, as blocks, and never written out."""
-    kernel = _native()
-    assert kernel is not None
     x = x_MI.to(torch.float32).contiguous()
     y_MO = torch.empty(len(x), len(blocks), dtype=torch.float32)
-    assert blocks.is_contiguous() and x.shape[1] == in_features(blocks, kind)
-    status = kernel.veneer_gguf_product(
-        FORMATS[kind].number, blocks.data_ptr(), len(blocks), x.shape[1], x.data_ptr(), len(x), y_MO.data_ptr(), most
-    )  # fmt: skip
-    assert status == 0
+    packed_calls.gguf_product(FORMATS[kind].number, blocks, x, y_MO, most)
     return y_MO.to(x_MI.dtype)
 
 
@@ -104,21 +91,8 @@ def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:
     return None
 
 
-@cache
-def _native() -> ctypes.CDLL | None:
-    found = library()
-    if found is None or not hasattr(found, "veneer_gguf_dequantise"):
-        return None
-    number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    found.veneer_gguf_dequantise.argtypes = [flag, address, number, number, address, flag, flag]
-    found.veneer_gguf_product.argtypes = [flag, address, number, number, address, number, address, flag]
-    return found
-
-
-def _check(blocks: Tensor, kind: Kind, out: Tensor) -> None:
-    assert blocks.is_contiguous() and blocks.dtype == torch.uint8 and blocks.dim() == 2
-    assert out.is_contiguous() and out.device == blocks.device and out.dtype in _TYPES
-    assert out.shape == (len(blocks), in_features(blocks, kind))
+def is_compiled() -> bool:
+    return available("veneer_gguf_dequantise")
 
 
 def dequantise_reference(blocks: Tensor, kind: Kind) -> Tensor:

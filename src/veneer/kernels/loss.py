@@ -9,7 +9,6 @@ Logits are rounded to h's type as in the model itself; log-sum-exp and the loss 
 Shapes: M rows, D hidden, V vocabulary.
 """
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels import calls
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
 
@@ -57,27 +57,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Entropy(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("logits", "targets", "loss")),
-        ("vocabulary", ctypes.c_int64),
-    ]
-
-
 def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(z)[target] over the first len(targets) rows of z, and softmax - onehot rounded to z's type.
 
     z (at least len(targets), V) is overwritten; rows of the gradient beyond the targets are not to be read.
     """
     count = len(targets)
-    if (
-        z.device.type == "cpu"
-    ):  # elsewhere a look at values would wait for the device, which checks them itself
+    # Elsewhere a look at values would wait for the device, which checks them itself.
+    if z.device.type == "cpu":
         _check_targets(z, targets)
-    if (native := compiled(z)) is not None and targets.is_contiguous() and targets.dtype == torch.int64:
+    if compiled(z) and targets.is_contiguous() and targets.dtype == torch.int64:
         each = torch.empty(count, dtype=torch.float32, device=z.device)
-        given = _Entropy(z.data_ptr(), targets.data_ptr(), each.data_ptr(), z.shape[1])
-        native.veneer_entropy(ctypes.byref(given), ctypes.c_int64(count))
+        calls.entropy(z, targets, each)
         return each.sum(), z
     place = torch.arange(count, device=z.device)
     p = z.to(_wide(z.dtype))

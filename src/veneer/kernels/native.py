@@ -1,7 +1,7 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
-Every caller keeps a plain torch path beside its kernel and takes it when `library()` is None. Tensors are handed over
-by address: a caller checks device, type and contiguity first, because C does not.
+Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py and
+packed_calls.py alone, which check what they hand over (arguments.py): C does not look.
 """
 
 import ctypes
@@ -16,7 +16,38 @@ from typing import Any
 
 OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
+BUILT_ELSEWHERE = "VENEER_NATIVE"
+"""Environment variable: the file of another build of the kernels, for one with sanitizers (tests/test_sanitized.py)."""
 
+_POINTER, _NUMBER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ONE_STRUCT = (
+    *("veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
+    *("veneer_dora_forward", "veneer_dora_backward", "veneer_dora_norms"),
+    *("veneer_attention_forward", "veneer_attention_backward"),
+)
+_STRUCT_AND_COUNT = (
+    *(
+        "veneer_rms_norm_forward",
+        "veneer_rms_norm_backward",
+        "veneer_silu_gate_forward",
+        "veneer_silu_gate_backward",
+    ),
+    *("veneer_entropy", "veneer_dropout"),
+)
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "veneer_use_openmp": (None, [_POINTER] * 4),
+    "veneer_level": (_INT, []),
+    "veneer_has_bf16": (_INT, []),
+    **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
+    **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
+    "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
+    "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
+    "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_gguf_product": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]),
+}
+"""Every function of the library that is called: (what it returns, what it takes)."""
 
 _planning: ContextVar[list[int] | None] = ContextVar("planning", default=None)
 """FLOP that compiled functions would have spent, while planning."""
@@ -80,15 +111,19 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get(OFF):
         return None
     here = Path(__file__).parent
-    files = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").is_file()]
+    elsewhere = os.environ.get(BUILT_ELSEWHERE)
+    names = [elsewhere] if elsewhere else [f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    files = [path for name in names if (path := here / name).is_file()]
     if not files:
         return None
     try:
         loaded = ctypes.CDLL(str(files[0]))
     except OSError:
         return None
-    loaded.veneer_use_openmp.argtypes = [ctypes.c_void_p] * 4
-    loaded.veneer_use_openmp.restype = None
+    for name, (returns, takes) in SIGNATURES.items():
+        if hasattr(loaded, name):  # those for bf16 exist on one kind of processor
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = returns, takes
     functions = _openmp()
     if functions is not None:
         loaded.veneer_use_openmp(*functions)

@@ -5,7 +5,6 @@ give the bits of nf4_reference.py, on every processor; CUDA tensors go to triton
 Knows nothing of modules, code books or shapes: a weight is flat, and a matrix is a run of it.
 """
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
@@ -16,27 +15,12 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import nf4_reference as reference
-from veneer.kernels.native import library
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Types of values that go in and come out, and their numbers in C."""
+from veneer.kernels import packed_calls
+from veneer.kernels.arguments import TYPES, available
+from veneer.kernels.packed_calls import NF4Weights
 
 FUSED_ROWS = 8
 """Rows of x up to which the fused product reads the packed weight once instead of decoding it."""
-
-
-class _Struct(ctypes.Structure):
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("nested_table", ctypes.c_void_p),
-        ("nested_scales", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("nested_block", ctypes.c_int64),
-        ("offset", ctypes.c_float),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +50,8 @@ class Blocks:
     def __post_init__(self) -> None:
         assert self.packed.dtype == torch.uint8 and self.packed.numel() == (self.count + 1) // 2
         assert self.scales.numel() == -(-self.count // self.block)
-        assert self.scales.dtype == (torch.float32 if self.nested is None else torch.uint8)
-        assert self.block >= 32 and self.block & (self.block - 1) == 0
         tensors = [self.packed, self.scales, self.table]
         if (nested := self.nested) is not None:
-            assert nested.block & (nested.block - 1) == 0
             assert nested.scales.numel() == -(-self.scales.numel() // nested.block)
             tensors += [nested.table, nested.scales]
         assert all(t.is_contiguous() and t.device == self.packed.device for t in tensors)
@@ -84,38 +65,17 @@ class Blocks:
         )
 
     @cached_property
-    def struct(self) -> Any:
+    def checked(self) -> NF4Weights:
         """The addresses, for C; the tensors stay where they are for as long as this object lives."""
-        nested = self.nested
-        return ctypes.byref(
-            _Struct(
-                self.packed.data_ptr(), self.scales.data_ptr(), self.table.data_ptr(),
-                None if nested is None else nested.table.data_ptr(),
-                None if nested is None else nested.scales.data_ptr(),
-                self.count, self.block, 1 if nested is None else nested.block,
-                0.0 if nested is None else nested.offset,
-            )
+        inner = self.nested
+        return packed_calls.nf4_weights(
+            self.packed, self.scales, self.table, count=self.count, block=self.block,
+            nested=None if inner is None else (inner.table, inner.scales, inner.block, inner.offset),
         )  # fmt: skip
 
 
-@cache
-def _native() -> Any:
-    """The library with its signatures, or None."""
-    found = library()
-    if found is None:
-        return None
-    pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.veneer_nf4_quantize.argtypes = [
-        pointer, integer, number, number, pointer, pointer, pointer, pointer, integer,
-    ]  # fmt: skip
-    found.veneer_nf4_quantize.restype = None
-    found.veneer_nf4_dequantize.argtypes = [pointer, number, number, pointer, integer, integer]
-    found.veneer_nf4_dequantize.restype = None
-    found.veneer_nf4_product.argtypes = [
-        pointer, number, number, number, pointer, number, pointer, integer, integer,
-    ]  # fmt: skip
-    found.veneer_nf4_product.restype = integer
-    return found
+def is_compiled() -> bool:
+    return available("veneer_nf4_product")
 
 
 @cache
@@ -132,19 +92,14 @@ def quantize(
     values: any shape, contiguous or not; thresholds (15) ascending, codes (16) int32. level: -1, or the highest
     instruction set used (3 AVX-512, 2 AVX2, 0 plain C).
     """
-    native = _native()
-    if native is None or values.device.type != "cpu" or values.dtype not in TYPES:
+    if values.device.type != "cpu" or values.dtype not in TYPES or not is_compiled():
         return reference.quantize(values, thresholds, codes, block)
     flat = values.detach().reshape(-1).contiguous()
     count = flat.numel()
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-count // block), dtype=torch.float32)
     limits = torch.cat([thresholds, thresholds.new_tensor([float("inf")])])
-    numbers = codes.to(torch.int32)
-    native.veneer_nf4_quantize(
-        flat.data_ptr(), TYPES[flat.dtype], count, block, limits.data_ptr(), numbers.data_ptr(), packed.data_ptr(),
-        absmax.data_ptr(), level,
-    )  # fmt: skip
+    packed_calls.nf4_quantize(flat, limits, codes.to(torch.int32), block, packed, absmax, level)
     return packed, absmax
 
 
@@ -159,14 +114,13 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
         return out
     if out.is_cuda and out.dtype in TYPES and (triton := _triton()) is not None:
         return triton.dequantize(weights, out, start=start)
-    native = _native()
-    if native is None or out.device.type != "cpu" or out.dtype not in TYPES:
+    if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
         flat = reference.dequantize(
             weights.packed, weights.float_scales(), weights.table, weights.block,
             start=start, count=count, dtype=out.dtype,
         )  # fmt: skip
         return out.copy_(flat.view(out.shape))
-    native.veneer_nf4_dequantize(weights.struct, start, count, out.data_ptr(), TYPES[out.dtype], level)
+    packed_calls.nf4_dequantize(weights.checked, out, start=start, level=level)
     return out
 
 
@@ -174,7 +128,7 @@ def has_product(weights: Blocks, x: Tensor) -> bool:
     """Whether `product` is the fast way for x (M, I)."""
     if x.shape[0] > FUSED_ROWS or x.dtype not in TYPES:
         return False
-    return (x.device.type == "cpu" and _native() is not None) or (x.is_cuda and _triton() is not None)
+    return (x.device.type == "cpu" and is_compiled()) or (x.is_cuda and _triton() is not None)
 
 
 def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
@@ -190,9 +144,5 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
         return y
     if x.is_cuda:
         return _triton().product(weights, x, outs, start=start)
-    failed = _native().veneer_nf4_product(
-        weights.struct, start, outs, x.shape[1], x.data_ptr(), x.shape[0], y.data_ptr(), TYPES[x.dtype], level
-    )
-    if failed:
-        raise MemoryError("no memory for one row of a packed weight")
+    packed_calls.nf4_product(weights.checked, x, y, start=start, level=level)
     return y

@@ -1,0 +1,249 @@
+"""A valid call of every function of kernels/calls.py and packed_calls.py, and ways to make it wrong.
+
+`fuzz_calls` spoils one argument or two of a random valid call: it must be refused before C sees it, or compute within
+its tensors. The second is watched by words around every tensor that C writes, and by the sanitizers of
+test_sanitized.py, which run the same calls.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import calls, packed_calls
+from veneer.kernels.arguments import CallError
+from veneer.kernels.gguf import FORMATS
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+BF16 = torch.bfloat16
+MARGIN = 32
+REFUSED = (CallError, ValueError, IndexError, TypeError)  # a shape of another rank does not even unpack
+NUMBERS = (-1, 0, 1, 3, 7, 33, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 2**64 + 64, -(2**64), True, 1.0, None)
+TYPES = (torch.float32, BF16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
+
+
+def filled(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Random values between two margins of one buffer, whose every byte is 0x5A."""
+    count = 1
+    for size in shape:
+        count *= size
+    values = torch.randn(count)
+    if dtype in (torch.uint8, torch.int32, torch.int64):
+        values = (values.abs() * 3).clamp_max(15)
+    inner = values.to(dtype)
+    margin = torch.full((MARGIN * dtype.itemsize,), 0x5A, dtype=torch.uint8).view(dtype)
+    return torch.cat([margin, inner, margin])[MARGIN : MARGIN + count].view(shape)
+
+
+def margins(tensor: Tensor) -> bool:
+    """Whether what stands around a tensor of `filled` is as it was."""
+    raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    if len(raw) < 2 * MARGIN * tensor.element_size():
+        return True
+    edge = MARGIN * tensor.element_size()
+    return bool((raw[:edge] == 0x5A).all() and (raw[-edge:] == 0x5A).all())
+
+
+def _rank(rng: random.Random) -> list[Call]:
+    rows, width, rank = 2 * rng.randint(1, 60), 16 * rng.randint(1, 9), 16 * rng.randint(1, 4)
+    x, d, y = filled(BF16, rows, width), filled(BF16, rows, rank), filled(BF16, rows, width)
+    magnitude, norm = filled(torch.float32, width), filled(torch.float32, width)
+    blocks = calls.dora_blocks(rows)
+    partial = filled(torch.float32, blocks, width)
+    bias = rng.choice([None, filled(BF16, width)])
+
+    def pairs(*shape: int) -> Tensor:
+        return filled(torch.int32, *shape)
+
+    shared = {"bias": bias, "magnitude": magnitude, "norm": norm, "scale": 0.5}
+    return [
+        (calls.rank_down, {"x": x, "pairs": pairs(width // 2, rank), "out": d, "scale": 0.5}),
+        (calls.rank_up, {"d": d, "pairs": pairs(rank // 2, width), "y": y, "scale": 0.5}),
+        (calls.rank_gradient, {"pairs": pairs(rows // 2, rank), "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0}),
+        (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
+        (
+            calls.dora_backward,
+            {"g": x, "y": y, "pairs": pairs(width // 2, rank), **shared, "up": d, "turned": filled(BF16, rows, width), "partial": partial},
+        ),
+        (calls.dora_magnitudes, {"partial": partial, "magnitude": magnitude, "norm": norm, "grad": filled(torch.float32, width)}),
+        (
+            calls.dora_norms,
+            {"cross": filled(BF16, width, rank), "B": filled(BF16, width, rank), "gram": filled(torch.float32, rank, rank),
+             "squares": filled(torch.float32, width), "norm": norm, "scale": 0.5},
+        ),
+    ]  # fmt: skip
+
+
+def _rows(rng: random.Random) -> list[Call]:
+    rows, width, vocabulary = rng.randint(1, 40), rng.randint(1, 70), rng.randint(16, 90)
+    x, out, scale = filled(BF16, rows, width), filled(BF16, rows, width), filled(torch.float32, rows)
+    weight = filled(BF16, width)
+    gates = [filled(BF16, rows, 16) for _ in range(5)]
+    dtype = rng.choice([torch.float32, BF16])
+    return [
+        (calls.rms_norm_forward, {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5}),
+        (calls.rms_norm_backward, {"x": x, "weight": weight, "grad": filled(BF16, rows, width), "out": out, "scale": scale}),
+        (calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
+        (calls.silu_gate_backward, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True))),
+        (calls.entropy, {"logits": filled(BF16, rows + rng.randint(0, 3), vocabulary), "targets": filled(torch.int64, rows), "loss": scale}),
+        (
+            calls.dropout,
+            {"x": filled(dtype, rows, width), "out": filled(dtype, rows, width), "rows": filled(torch.int64, rows),
+             "row_key": 2**32 - 1, "column_key": 7, "share": 0.3},
+        ),
+    ]  # fmt: skip
+
+
+def _attention(rng: random.Random) -> list[Call]:
+    lengths = [rng.randint(0, 70) for _ in range(rng.randint(1, 4))]
+    rows, size, kv_heads, splits = (
+        sum(lengths) + rng.randint(1, 3),
+        16 * rng.randint(1, 4),
+        rng.randint(1, 3),
+        rng.randint(1, 3),
+    )
+    heads, docs, P = kv_heads * rng.randint(1, 3), len(lengths), rng.choice([0, 1, 40])
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    q, grad, grad_q = (filled(BF16, rows, heads, size) for _ in range(3))
+    k, v = (filled(BF16, rows, kv_heads, size) for _ in range(2))
+    before = None if P == 0 else (filled(BF16, P, kv_heads, size), filled(BF16, P, kv_heads, size))
+    lse = filled(torch.float32, rows, heads)
+    own, shared = (
+        filled(torch.float32, 2, splits, rows, kv_heads, size),
+        filled(torch.float32, 2, docs, splits, kv_heads, P, size),
+    )
+    given = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "before": before,
+        "starts": starts,
+        "lse": lse,
+        "scale": 0.2,
+        "window": rng.choice([None, 1, 20]),
+        "splits": splits,
+    }
+    return [
+        (calls.attention_forward, {**given, "out": filled(BF16, rows, heads, size)}),
+        (calls.attention_backward, {**given, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared}),
+    ]  # fmt: skip
+
+
+def _packed(rng: random.Random) -> list[Call]:
+    outs, width, rows = rng.randint(1, 9), rng.choice([64, 192, rng.randint(1, 300)]), rng.randint(1, 8)
+    count, block, nested_block = (
+        outs * width + rng.randint(0, 80),
+        rng.choice([32, 64, 256]),
+        rng.choice([1, 4, 64, 256]),
+    )
+    blocks, dtype, level = (
+        -(-count // block),
+        rng.choice([torch.float32, BF16, torch.float16]),
+        rng.choice([-1, 0, 2, 3, 4]),
+    )
+    packed, table = filled(torch.uint8, (count + 1) // 2), filled(torch.float32, 16)
+    nested = rng.choice(
+        [
+            None,
+            (
+                filled(torch.float32, 256),
+                filled(torch.float32, -(-blocks // nested_block)),
+                nested_block,
+                0.1,
+            ),
+        ]
+    )
+    scales = filled(torch.float32 if nested is None else torch.uint8, blocks)
+    weight = {
+        "packed": packed,
+        "scales": scales,
+        "table": table,
+        "count": count,
+        "block": block,
+        "nested": nested,
+    }
+    layout = rng.choice(list(FORMATS.values()))
+    columns = layout.size * rng.randint(1, 3)
+    gguf = {
+        "kind": layout.number,
+        "blocks": filled(torch.uint8, outs, columns // layout.size * layout.bytes),
+        "level": rng.choice([0, 2, 3]),
+    }
+
+    def dequantize(out: Tensor, start: int, level: int, **given: Any) -> None:
+        packed_calls.nf4_dequantize(packed_calls.nf4_weights(**given), out, start=start, level=level)
+
+    def product(x: Tensor, y: Tensor, start: int, level: int, **given: Any) -> None:
+        packed_calls.nf4_product(packed_calls.nf4_weights(**given), x, y, start=start, level=level)
+
+    some = rng.randint(0, count)
+    return [
+        (
+            packed_calls.nf4_quantize,
+            {"values": filled(dtype, count), "limits": filled(torch.float32, 16), "codes": filled(torch.int32, 16), "block": block,
+             "packed": packed, "absmax": filled(torch.float32, blocks), "level": level},
+        ),
+        (dequantize, {**weight, "out": filled(dtype, count - some), "start": some, "level": level}),
+        (product, {**weight, "x": filled(dtype, rows, width), "y": filled(dtype, rows, outs), "start": rng.randint(0, count - outs * width), "level": level}),
+        (packed_calls.gguf_dequantise, {**gguf, "out": filled(dtype, outs, columns)}),
+        (packed_calls.gguf_product, {**gguf, "x": filled(torch.float32, rows, columns), "y": filled(torch.float32, rows, outs)}),
+    ]  # fmt: skip
+
+
+def valid_calls(seed: int) -> list[Call]:
+    """One of each, of random sizes."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng)]
+
+
+def spoiled(value: Any, rng: random.Random) -> Any:
+    """Something else in an argument's place; where it is a fresh tensor its margins are gone, or keep their place."""
+    if isinstance(value, tuple):
+        at = rng.randrange(len(value))
+        return tuple(spoiled(each, rng) if i == at else each for i, each in enumerate(value))
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return rng.choice(NUMBERS) if isinstance(value, int) else rng.choice([value, float("nan"), 1e30])
+    axis = rng.randrange(value.dim())
+    size = value.shape[axis]
+    ways: list[Callable[[], Tensor]] = [
+        lambda: value.narrow(axis, 0, max(0, size - 1)),
+        lambda: value.narrow(axis, min(1, size), max(0, size - 1)),
+        lambda: torch.cat([value, value.narrow(axis, 0, min(1, size))], dim=axis),
+        lambda: value.to(rng.choice(TYPES)),
+        lambda: value.transpose(0, -1),
+        lambda: value.unsqueeze(0),
+        lambda: value.narrow(axis, 0, min(1, size)).expand_as(value),
+        lambda: value.repeat_interleave(2, -1)[..., ::2],
+        lambda: value.flip(axis)[..., : max(1, value.shape[-1] - 1)],
+        lambda: value.to("meta"),
+        lambda: torch.cat([value.flatten()[:1], value.flatten()])[1:].view(value.shape),  # another address
+        lambda: value.new_empty(0).expand(0),
+    ]
+    if not value.is_floating_point():
+        ways += [lambda: value - 2**20, lambda: value + rng.choice([1, 2**40]) * torch.ones_like(value)]
+    return rng.choice(ways)()
+
+
+def fuzz_calls(seed: int) -> tuple[int, int]:
+    """(refused, computed) of the calls of one seed, each spoiled in one place or two."""
+    rng = random.Random(seed)
+    refused = computed = 0
+    for function, arguments in valid_calls(seed):
+        given = dict(arguments)
+        for name in rng.sample(sorted(given), rng.choice([1, 1, 2])):
+            given[name] = spoiled(given[name], rng)
+        try:
+            function(**given)
+            computed += 1
+        except REFUSED:
+            refused += 1
+        for name, value in arguments.items():
+            assert not isinstance(value, Tensor) or margins(value), (function.__name__, name, seed)
+    return refused, computed

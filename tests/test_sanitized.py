@@ -1,0 +1,93 @@
+"""The kernels' tests once more, over a library that is built with the address and undefined-behaviour sanitizers.
+
+A read or write of one value too many, a shift too far or a misaligned word ends the process that the tests run in.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veneer.kernels import native
+
+SOURCES = Path(native.__file__).parent / "native"
+TESTS = Path(__file__).parent
+FLAGS = (
+    *(
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-shared",
+    ),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+)
+RUN = (
+    *("test_native_calls.py", "test_native.py", "test_rank.py", "test_attention_native.py"),
+    *("test_kernels_gguf.py", "test_quant_nf4.py"),
+    "test_kernels.py::test_the_compiled_dropout_is_its_reference_to_the_bit",
+    "test_kernels.py::test_the_compiled_dropout_keeps_what_is_not_finite",
+    *(
+        "test_dora.py::test_a_bf16_layer_is_near_its_reference",
+        "test_dora.py::test_the_bits_do_not_depend_on_the_threads",
+    ),
+    *("test_fused.py::test_the_norm_is_its_reference", "test_fused.py::test_the_gate_is_its_reference"),
+    "test_fused.py::test_the_entropy_of_bf16_logits_is_its_reference",
+)
+
+
+def sanitizer() -> str:
+    """The library that must be loaded before all others; skips where there is none."""
+    compiler = shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no gcc here, whose sanitizers this uses")
+    done = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    if not Path(done.stdout.strip()).is_file():
+        pytest.skip("gcc without its address sanitizer")
+    return str(Path(done.stdout.strip()).resolve())
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    preload = sanitizer()
+    built = tmp_path_factory.mktemp("sanitized") / "native.so"
+    sources = sorted(map(str, SOURCES.glob("*.c")))
+    done = subprocess.run(["gcc", *FLAGS, *sources, "-o", str(built), "-lm"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        **os.environ,
+        native.BUILT_ELSEWHERE: str(built),
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # what Python keeps to its end is no leak of ours
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+def test_the_sanitizers_see_a_read_past_the_end(environment):
+    code = (
+        "import ctypes, torch; from veneer.kernels import native; x = torch.zeros(64, dtype=torch.uint8);"
+        "y = torch.zeros(512); native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", *(str(TESTS / name) for name in RUN)],
+        env=environment, capture_output=True, text=True, cwd=TESTS.parent,
+    )  # fmt: skip
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, said
+    assert "runtime error" not in said and " passed" in said
