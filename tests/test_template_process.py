@@ -39,6 +39,7 @@ TOO_LARGE = {
     "a deep indent": "{{ messages | tojson(indent=2000000000) }}",
     "a long list": "{{ [1] * (10 ** 10) }}",
     "more than the output may hold": "{{ 'a' * (20000000 * (messages | length)) }}",
+    "more than a short row can need": "{{ 'a' * 100000 }}",
 }
 REFUSED = {
     "a long range": "{% for i in range(10 ** 9) %}x{% endfor %}",
@@ -125,6 +126,38 @@ def test_a_conversation_renders_as_it_does_in_this_process():
         assert conversation.text(count, add_generation_prompt=prompt) == render(
             messages[:count], None, prompt
         )
+
+
+def test_what_comes_back_is_bounded_by_what_was_asked_and_held_once(one_worker, monkeypatch):
+    """A thousand rows are held at once: each beginning of a long conversation would be a copy of it."""
+    turn = [{"role": "user", "content": "ask " * 5000}, {"role": "assistant", "content": "say " * 5000}]
+    messages = turn * 10
+    lines = []
+    own = one_worker._line
+    monkeypatch.setattr(one_worker, "_line", lambda process: lines.append(own(process)) or lines[-1])
+    conversation = Conversation(Template(PLAIN, {}, date.today()), messages, None)
+    render_all([(conversation, beginnings(messages))])
+    asked = sum(len(m["content"]) for m in messages)
+    assert [len(line) < 1.1 * asked for line in lines] == [True]
+    held = {
+        id(text): len(text) for known in conversation.known.values() for text in (known.first, known.rest)
+    }
+    assert sum(held.values()) < 1.1 * asked
+    for count, prompt in conversation.known:
+        expected = "".join(f"[{m['role']}]{m['content']}" for m in messages[:count])
+        assert conversation.text(count, add_generation_prompt=prompt) == expected + "[assistant]" * prompt
+
+
+def test_texts_that_differ_from_the_first_character_on_count_together(one_worker):
+    """A conversation of 40 messages has 40 beginnings."""
+    source = "{{ messages | length }}" + "{{ 'a' * 30000 }}"
+    messages = MESSAGES * 20
+    conversation = Conversation(Template(source, {}, date.today()), messages, None)
+    render_all([(conversation, beginnings(messages))])
+    kept = [known for known in conversation.known.values() if not isinstance(known, TemplateFault)]
+    assert 1 < len(kept) < 10
+    refused = [str(known) for known in conversation.known.values() if isinstance(known, TemplateFault)]
+    assert refused and all("characters of this conversation" in each for each in refused)
 
 
 def test_many_conversations_are_under_way_at_once_and_a_hostile_one_costs_only_its_own(one_worker):

@@ -48,6 +48,18 @@ class Template:
         self.number = _worker().number(self.definition)
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A text as so many characters of another one, which many share, and what follows them."""
+
+    first: str
+    shared: int
+    rest: str
+
+    def __str__(self) -> str:
+        return self.first[: self.shared] + self.rest
+
+
 @dataclass(eq=False)
 class Conversation:
     """Messages, as `sandbox.prepared` leaves them, whose beginnings are rendered."""
@@ -55,7 +67,7 @@ class Conversation:
     template: Template
     messages: Sequence[dict[str, Any]]
     tools: list[dict[str, Any]] | None
-    known: dict[Cut, str | TemplateFault] = field(default_factory=dict)
+    known: dict[Cut, Rendered | TemplateFault] = field(default_factory=dict)
 
     def text(self, count: int, *, add_generation_prompt: bool) -> str:
         """The first `count` messages. Raises TemplateFault: the template does not compile, refuses, or is stopped."""
@@ -65,7 +77,7 @@ class Conversation:
         found = self.known[cut]
         if isinstance(found, TemplateFault):
             raise found
-        return found
+        return str(found)
 
     def request(self, cuts: Sequence[Cut]) -> bytes:
         whole = {"messages": list(self.messages), "tools": self.tools, "cuts": cuts}
@@ -97,8 +109,15 @@ def render_all(wanted: Iterable[tuple[Conversation, Sequence[Cut]]]) -> None:
         if isinstance(answer, TemplateFault):
             conversation.known |= dict.fromkeys(cuts, answer)
             continue
+        first = next((text[1] for text in answer["texts"] if text is not None), "")
         for cut, text, reason in zip(cuts, answer["texts"], answer["faults"], strict=True):
-            conversation.known[cut] = TemplateFault(reason) if text is None else text
+            if text is None:
+                conversation.known[cut] = TemplateFault(reason)
+            else:
+                shared, rest = text
+                conversation.known[cut] = (
+                    Rendered(first, shared, rest) if rest is not first else Rendered(first, len(first), "")
+                )
 
 
 class Worker:
@@ -111,7 +130,7 @@ class Worker:
         self._definitions: list[bytes] = []
         self._told: set[int] = set()
         self._refused: set[int] = set()
-        self._received = b""
+        self._received = bytearray()
 
     def number(self, definition: dict[str, Any]) -> int:
         """The template's number; the same template has the same one."""
@@ -161,7 +180,9 @@ class Worker:
     def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
         """The next line from the process; None if it ended, or is ended because it takes too long."""
         assert process.stdout is not None
-        while b"\n" not in self._received:
+        seen = 0  # bytes that hold no end of a line
+        while (end := self._received.find(b"\n", seen)) < 0:
+            seen = len(self._received)
             if os.name == "nt":  # select knows no pipes there
                 timer = threading.Timer(CLOCK_SECONDS, process.kill)
                 timer.start()
@@ -174,7 +195,8 @@ class Worker:
             if not part:
                 return None
             self._received += part
-        line, _, self._received = self._received.partition(b"\n")
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
         return line
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -187,7 +209,7 @@ class Worker:
     def close(self) -> None:
         if self._process is not None:
             _end(self._process, self._owner)
-        self._process, self._received = None, b""
+        self._process, self._received = None, bytearray()
         self._told.clear()
 
 

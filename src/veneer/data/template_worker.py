@@ -7,7 +7,11 @@ time limit and that of the output hold). It writes no files and reads none.
 
     <- {"template": 7, "source": ..., "special_tokens": {...}, "today": "2026-01-31"}    keeps it, answers nothing
     <- {"template": 7, "messages": [...], "tools": [...] or null, "cuts": [[2, true], [3, false]]}
-    -> {"texts": [..., null], "faults": [null, "why"]}    for each cut: so many messages, with the generation prompt or not
+    -> {"texts": [[0, "..."], [117, "..."], null], "faults": [null, null, "why"]}
+
+Each cut is so many messages, with the generation prompt or not. Its text is as many characters of the answer's first text
+and what follows them: beginnings of one conversation are mostly beginnings of its text, and whoever asked holds them for
+a thousand rows at once. So what comes back is bounded by what was asked.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from veneer.data.sandbox import Render, TemplateFault, compile_template
 
 SECONDS = 2.0
 MEMORY_BYTES = 2**30
-OUTPUT_CHARACTERS = 2**24
-"""Longest rendering: 16 M characters."""
+OUTPUT_CHARACTERS = 2**15
+OUTPUT_FACTOR = 16
+"""All the text of an answer: so many characters, and so many times those of the request (JSON may be indented)."""
 
 _FAULT_CHARACTERS = 2000
 
@@ -39,10 +44,12 @@ def main() -> None:
         if "source" in request:
             sources[number] = request
             continue
-        texts: list[str | None] = []
+        texts: list[tuple[int, str] | None] = []
         faults: list[str | None] = []
+        first: str | None = None
+        left = most = OUTPUT_CHARACTERS + OUTPUT_FACTOR * len(line)
         for count, add_generation_prompt in request["cuts"]:
-            text, fault = None, None
+            given, fault = None, None
             _limit_time(SECONDS)
             try:
                 if number not in compiled:
@@ -51,19 +58,39 @@ def main() -> None:
                         own["source"], own["special_tokens"], date.fromisoformat(own["today"])
                     )
                 text = compiled[number](request["messages"][:count], request["tools"], add_generation_prompt)
-                if len(text) > OUTPUT_CHARACTERS:
-                    raise TemplateFault(
-                        f"the chat template writes more than {OUTPUT_CHARACTERS:,} characters"
-                    )
+                if len(text) > most:
+                    raise TemplateFault(_too_much(most))
+                shared = 0 if first is None else _shared(first, text)
+                left -= len(text) - shared
+                if left < 0:
+                    raise TemplateFault(_too_much(most))
+                first = text if first is None else first
+                given = shared, text[shared:]
             except TemplateFault as refusal:
-                text, fault = None, str(refusal)[:_FAULT_CHARACTERS]
+                fault = str(refusal)[:_FAULT_CHARACTERS]
             except MemoryError:
-                text, fault = None, "the chat template needs more memory than it is given"
+                fault = "the chat template needs more memory than it is given"
             _limit_time(0.0)
-            texts.append(text)
+            texts.append(given)
             faults.append(fault)
         sys.stdout.buffer.write(encoded({"texts": texts, "faults": faults}))
         sys.stdout.buffer.flush()
+
+
+def _too_much(most: int) -> str:
+    return f"the chat template writes more than {most:,} characters of this conversation"
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def encoded(value: dict[str, Any]) -> bytes:
