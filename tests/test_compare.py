@@ -137,13 +137,79 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any],
 
 def test_rows_without_files_of_their_own_are_divided_by_their_prompts(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 200)
-    files = prepare_rows(str(data), None, None, "auto", tmp_path / "out")
+    prepared = prepare_rows(str(data), None, None, "auto", tmp_path / "out")
+    files = [prepared.train, prepared.validation, prepared.test]
     sides = [{row.messages[0]["content"] for row in read_rows(file)} for file in files]
     assert sum(map(len, sides)) == 200 == len(set.union(*sides))
     assert len(sides[0]) > 100 and all(15 <= len(side) <= 50 for side in sides[1:])
     assert read_rows(files[2])[0].references == ("seven",)
     with pytest.raises(DataError, match="too small"):
         prepare_rows(str(write_rows(tmp_path / "few.jsonl", 2)), None, None, "auto", tmp_path / "out")
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "say {}", "output": "it is {}", "prompt": "x", "completion": "y"},
+    "prompt_completion": {"prompt": "say {}", "completion": "it is {}", "system": "Be brief."},
+    "chat": {
+        "messages": [{"role": "user", "content": "say {}"}, {"role": "assistant", "content": "it is {}"}]
+    },
+    "text": {"text": "number {}"},
+}
+
+
+@pytest.mark.parametrize("given", [(), ("validation",), ("test",)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_are_split_off_are_read_again_as_what_they_were(
+    tmp_path: Path, layout: Any, given: tuple[str, ...]
+) -> None:
+    """Written as chat under a format that says alpaca, they could not be read; nor as chat without a chat template."""
+    lines = [json.dumps(LAYOUTS[layout]).replace("{}", str(n)) for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    named = {name: str(tmp_path / "rows.jsonl") if name in given else None for name in ("validation", "test")}
+    files = prepare_rows(str(tmp_path / "rows.jsonl"), format=layout, out=tmp_path / "out", **named)
+    candidate = Candidate("lora", RunConfig(base="b", data={"train": "x", "format": layout}, out="o")).over(
+        files
+    )  # type: ignore[arg-type]
+    data = candidate.config.data
+    assert (data.train, data.validation, data.format) == (str(files.train), str(files.validation), "auto")
+    expected = {json.dumps(row.messages or row.text) for row in read_rows(tmp_path / "rows.jsonl", layout)}
+    found = [read_rows(file, data.format) for file in (files.train, files.validation, files.test)]
+    assert {json.dumps(row.messages or row.text) for side in found for row in side} == expected
+    assert {row.format for side in found for row in side} == {"chat" if layout == "alpaca" else layout}
+
+
+def test_what_a_prompt_says_is_not_learnt_after_it_was_split_off_either(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"prompt": [*turns, {"role": "user", "content": "{}"}], "completion": [turns[1]]}
+    lines = [json.dumps(row).replace("{}", str(n)) for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    files = prepare_rows(str(tmp_path / "rows.jsonl"), None, None, "auto", tmp_path / "out")
+    weights = [[m.get("weight", 1) for m in row.messages] for row in read_rows(files.train)]
+    assert weights == [[1, 0, 1, 1]] * len(weights)
+
+
+def test_rows_are_never_split_off_over_the_file_that_they_are_in(tmp_path: Path) -> None:
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    data = write_rows(tmp_path / "out" / "data" / "train.jsonl", 60)
+    before = data.read_bytes()
+    with pytest.raises(DataError, match="written over"):
+        prepare_rows(str(data), None, None, "auto", tmp_path / "out")
+    assert data.read_bytes() == before
+
+
+def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
+    """All held-out rows may be too long, and left out as the settings say."""
+    base = save_tiny(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "q" * 200, "completion": "a"}) + "\n")
+    config = {"base": str(base), "data": {"train": str(rows), "long_rows": "drop"}, "length": 100, "out": "o"}
+    with pytest.raises(DataError, match=r"lora, learning rate .* no held-out loss"):
+        veneer.compare(
+            [("lora", RunConfig(**config)), ("full", RunConfig(**config, method="full"))],  # type: ignore[arg-type]
+            validation=str(long), test=str(rows), steps=1, seeds=1, out=tmp_path / "out",
+            general=str(rows),
+        )  # fmt: skip
 
 
 # --- the search ---

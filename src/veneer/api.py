@@ -407,7 +407,7 @@ def compare(
         first.data.train, validation or first.data.validation, test, first.data.format, Path(out)
     )
     comparison = Comparison(
-        chosen, first.base, *rows, Path(out), steps=DEFAULT_STEPS if steps is None and seconds is None else steps, seconds=seconds,
+        [each.over(rows) for each in chosen], first.base, rows.train, rows.validation, rows.test, Path(out), steps=DEFAULT_STEPS if steps is None and seconds is None else steps, seconds=seconds,
         factors=rates, extend=extend, seeds=seeds, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens,
         general=general or BUILT_IN,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import yaml
 
 from veneer.child import environment_for, module_command
 from veneer.compare.plan import Candidate, Comparison
-from veneer.errors import Interrupted, VeneerError
+from veneer.errors import DataError, Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.labels import labels_file
 from veneer.store.atomic import atomic_file
@@ -71,7 +71,7 @@ class Worker:
         what = f"{candidate.name}, learning rate {rate:g}, seed {seed}"
         found = self._finished(folder, config, with_result)
         if found is not None:
-            return found
+            return _with_loss(what, found)
         self.ran.append(folder)
         resumable = any((folder / "checkpoints").glob("[0-9]*")) and not (folder / "summary.json").exists()
         if resumable:
@@ -92,7 +92,7 @@ class Worker:
             raise _failed(what, code, talk, f"veneer {' '.join(arguments)}")
         done = self._finished(folder, config, with_result)
         assert done is not None
-        self.say(f"{what}: {done.failure or _told(done)}")
+        self.say(f"{what}: {done.failure or _told(_with_loss(what, done))}")
         return done
 
     def evaluate(self, name: str, done: Done | None) -> dict[str, Any]:
@@ -210,10 +210,15 @@ class Worker:
         )
 
 
-def with_rows(candidate: Candidate, train: Path, validation: Path) -> Candidate:
-    """The candidate over these files."""
-    data = candidate.config.data.model_copy(update={"train": str(train), "validation": str(validation)})
-    return replace(candidate, config=candidate.config.model_copy(update={"data": data}))
+def _with_loss(what: str, done: Done) -> Done:
+    """The run, which has a held-out loss unless it failed. Raises DataError: nothing could choose its learning rate."""
+    if done.failure is None and done.loss is None:
+        raise DataError(
+            f"{what}: there is no held-out loss to choose the learning rate by",
+            [f"the run is in {done.folder}"],
+            "See which held-out rows are left: veneer data check. Rows that are too long may have been left out.",
+        )
+    return done
 
 
 def _told(done: Done) -> str:

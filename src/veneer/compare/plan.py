@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, number_faults
-from veneer.data.examples import Row
+from veneer.data.examples import Layout, Row
 from veneer.data.sources import read_rows
 from veneer.data.split import split
 from veneer.errors import ConfigError, DataError
@@ -31,6 +31,12 @@ class Candidate:
 
     name: str
     config: RunConfig
+
+    def over(self, files: Files) -> Candidate:
+        """The candidate over these files."""
+        rows = {"train": str(files.train), "validation": str(files.validation), "format": files.format}
+        data = self.config.data.model_copy(update=rows)
+        return replace(self, config=self.config.model_copy(update={"data": data}))
 
 
 @dataclass(frozen=True)
@@ -86,54 +92,83 @@ class Comparison:
             general_documents(self.general)
 
 
-def prepare_rows(
-    data: str, validation: str | None, test: str | None, format: str, out: Path
-) -> tuple[Path, Path, Path]:
-    """Files of the rows to train on, to choose the learning rate by, and to judge by.
+@dataclass(frozen=True)
+class Files:
+    """Rows to train on, to choose the learning rate by, and to judge by, and how they are laid out."""
+
+    train: Path
+    validation: Path
+    test: Path
+    format: Layout
+
+
+def prepare_rows(data: str, validation: str | None, test: str | None, format: Layout, out: Path) -> Files:
+    """The files of a comparison.
 
     What is not given is split off `data` by a hash of each row's prompt, so that the same prompt never stands on
-    two sides, and written to out/data.
+    two sides, and written to out/data: as chat, prompt and completion, or text, whatever it was. Where a format is
+    named, the files that are given are written there in the same way, as all three are read alike.
     """
     if validation is not None and test is not None:
-        return Path(data), Path(validation), Path(test)
-    rows = read_rows(data, format)
-    tested: list[Row] = []
-    held: list[Row] = []
-    if validation is None:
-        rows, held = split(rows, VALIDATION_SHARE)
-    if test is None:
-        # Counted from the rest: the hash of every row left is above the first share already.
-        above = VALIDATION_SHARE if validation is None else 0.0
-        rows, tested = split(rows, above + TEST_SHARE)
-    few = [name for name, side in (("train", rows), ("validation", held), ("test", tested)) if len(side) < 2]
-    few = [
-        name for name in few if not (name == "validation" and validation) and not (name == "test" and test)
-    ]
+        return Files(Path(data), Path(validation), Path(test), format)
+    given = {"validation": validation, "test": test}
+    names = [data, *(name for name in given.values() if name is not None)]
+    folder = out / "data"
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    overwritten = [name for name in names if Path(name).resolve() in {p.resolve() for p in paths.values()}]
+    if overwritten:
+        raise DataError(
+            "the rows that are split off would be written over what they are split from",
+            overwritten,
+            "Take another --out, or move the file.",
+        )
+    sides = dict(zip(paths, _divided(data, given, format), strict=True))
+    few = [name for name, side in sides.items() if given.get(name) is None and len(side) < 2]
     if few:
         raise DataError(
             f"{data} is too small to be divided: {', '.join(few)} would get fewer than two rows",
             next_step="Give --validation and --test.",
         )
-    folder = out / "data"
+    for name, file in given.items():
+        if file is not None and format != "auto":
+            sides[name] = read_rows(file, format)
+        elif file is not None:
+            paths[name] = Path(file)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "train.jsonl", folder / "validation.jsonl", folder / "test.jsonl"]
-    sides = [rows, held, tested]
-    for path, side in zip(paths, sides, strict=True):
+    for name, side in sides.items():
         if side:
             text = "".join(json.dumps(_record(row), ensure_ascii=False) + "\n" for row in side)
-            with atomic_file(path, replace=True) as partial:
+            with atomic_file(paths[name], replace=True) as partial:
                 partial.write_text(text, encoding="utf-8")
-    return (
-        paths[0],
-        Path(validation) if validation is not None else paths[1],
-        Path(test) if test is not None else paths[2],
-    )
+    return Files(paths["train"], paths["validation"], paths["test"], "auto")
+
+
+def _divided(
+    data: str, given: Mapping[str, str | None], format: Layout
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows for training, validation and test; none where a file is given."""
+    rows = read_rows(data, format)
+    tested: list[Row] = []
+    held: list[Row] = []
+    if given["validation"] is None:
+        rows, held = split(rows, VALIDATION_SHARE)
+    if given["test"] is None:
+        # Counted from the rest: the hash of every row left is above the first share already.
+        above = VALIDATION_SHARE if given["validation"] is None else 0.0
+        rows, tested = split(rows, above + TEST_SHARE)
+    return rows, held, tested
 
 
 def _record(row: Row) -> dict[str, Any]:
     if row.text is not None:
         return {"text": row.text}
     record: dict[str, Any] = {"messages": row.messages}
+    if (
+        row.format == "prompt_completion"
+    ):  # which a base without a chat template can take, and messages it cannot
+        learnt = (n for n, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0)
+        answer = next(learnt, len(row.messages) - 1)
+        record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}
     if row.tools:
         record["tools"] = row.tools
     if row.references:

@@ -9,11 +9,10 @@ comparison.json    the figures; comparison.html, the same for people
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 from veneer.compare.conclusion import conclude
-from veneer.compare.execute import Say, Worker, with_rows
+from veneer.compare.execute import Say, Worker
 from veneer.compare.figures import Finished, make_figures
 from veneer.compare.page import make_page
 from veneer.compare.plan import Comparison
@@ -31,10 +30,6 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
     not fitting, which are results.
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
-    comparison = replace(
-        comparison,
-        candidates=[with_rows(c, comparison.train, comparison.validation) for c in comparison.candidates],
-    )
     format = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, format)
     worker = Worker(comparison, hidden_size(load_skeleton(comparison.base).model.config), say, ran=[])

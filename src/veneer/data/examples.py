@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from veneer.data.check import CheckReport
 
 Format = Literal["chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+Layout = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
 TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]
 
