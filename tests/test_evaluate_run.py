@@ -22,6 +22,7 @@ from veneer.evaluate.answers import evaluate_answers
 from veneer.evaluate.bootstrap import Counts
 from veneer.evaluate.general import BUILT_IN, WINDOW, general_documents, general_examples
 from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, read_labels
+from veneer.evaluate.predictions import read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
 from veneer.evaluate.run import Choices, evaluate
 from veneer.models.base import Base
@@ -329,6 +330,18 @@ def test_two_evaluations_are_compared_row_by_row(base: Base, tmp_path: Path) -> 
     assert found["loss"]["difference"] == pytest.approx(-sum(tokens[:3]) / sum(tokens))
 
 
+def test_predictions_hold_any_answer(tmp_path: Path) -> None:
+    line = {
+        "row": "x",
+        "key": "k",
+        "references": ["\x85 \u2028\u2029 \x0b\x0c\x1c\x00"],
+        "nats": 1.0,
+        "tokens": 2,
+    }
+    write_predictions(tmp_path / "a.jsonl", [line, {**line, "answer": "\r\n\u2028"}])
+    assert read_predictions(tmp_path / "a.jsonl") == [line, {**line, "answer": "\r\n\u2028"}]
+
+
 def test_predictions_of_other_rows_are_refused_by_name(base: Base, tmp_path: Path) -> None:
     run(base, rows(["a"] * 3), [], predictions=tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="other rows: 1 do not match") as caught:
@@ -339,9 +352,21 @@ def test_predictions_of_other_rows_are_refused_by_name(base: Base, tmp_path: Pat
 
 
 def test_a_file_that_holds_no_predictions_is_refused_first(base: Base, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"row": "x"}\n')
-    with pytest.raises(DataError, match="no predictions"):
-        run(base, rows(["a"]), [], against=tmp_path / "a.jsonl", nats=nothing_computed)
+    good = {"row": "x", "key": "k", "references": ["a"], "nats": 1.0, "tokens": 2}
+    wrong = [
+        {"references": [1]},
+        {"references": "a"},
+        {"nats": True},
+        {"nats": 10**400},
+        {"tokens": -1},
+        {"tokens": 1.5},
+    ]
+    lines = [json.dumps({**good, **each}) for each in wrong]
+    lines += ['{"row": "x"}', "[" * 600 + "]" * 600, json.dumps({**good, "nats": float("nan")}), "\0", "7"]
+    for content in [*(line.encode() for line in lines), b"", b"\xff"]:
+        (tmp_path / "a.jsonl").write_bytes(content + b"\n")
+        with pytest.raises(DataError, match=r"no predictions|cannot be read"):
+            run(base, rows(["a"]), [], against=tmp_path / "a.jsonl", nats=nothing_computed)
 
 
 # --- forgetting ---

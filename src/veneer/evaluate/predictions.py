@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from veneer.data.examples import RowFault
+from veneer.data.json_text import whole_value
 from veneer.errors import DataError
 from veneer.evaluate.bootstrap import Counts, OfTotals, paired_difference
 from veneer.evaluate.metric import Metric, ratio
@@ -37,21 +39,23 @@ def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def read_predictions(path: Path) -> list[Line]:
     """Raises DataError where the file is not one of predictions."""
     try:
-        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
-    except (OSError, ValueError, RecursionError) as fault:
+        texts = path.read_text(encoding="utf-8").split("\n")  # an answer may hold other ends of lines
+    except (OSError, UnicodeDecodeError) as fault:
         raise DataError(f"{path} cannot be read: {fault}") from None
-    needed: dict[str, type | tuple[type, ...]] = {
-        "row": str,
-        "key": str,
-        "references": list,
-        "nats": (int, float),
-        "tokens": int,
-    }
-    bad = [
-        f"line {number}"
-        for number, line in enumerate(lines, 1)
-        if not isinstance(line, dict) or any(not isinstance(line.get(k), t) for k, t in needed.items())
-    ]
+    lines: list[Line] = []
+    bad = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = whole_value(text)
+        except RowFault as fault:
+            bad.append(f"line {number} {fault}")
+            continue
+        if _is_prediction(line):
+            lines.append(line)
+        else:
+            bad.append(f"line {number}")
     if bad or not lines:
         raise DataError(
             f"{path} holds no predictions",
@@ -59,6 +63,23 @@ def read_predictions(path: Path) -> list[Line]:
             "Make it with veneer evaluate --predictions FILE.",
         )
     return lines
+
+
+def _is_prediction(line: Any) -> bool:
+    if not isinstance(line, dict):
+        return False
+    nats: Any = line.get("nats")
+    tokens, references = line.get("tokens"), line.get("references")
+    return (
+        isinstance(line.get("row"), str)
+        and isinstance(line.get("key"), str)
+        and isinstance(references, list)
+        and all(isinstance(each, str) for each in references)
+        and type(nats) in (int, float)
+        and type(tokens) is int
+        and 0 <= tokens < 2**53
+        and -(2**53) < nats < 2**53
+    )
 
 
 def matched(ours: Sequence[Line], theirs: Sequence[Line], file: str) -> list[Line]:
