@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 
 import numpy as np
 import torch
 
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.cli import main
 from veneer.data.examples import Example, RowRef
 
 
@@ -63,3 +65,29 @@ def filled_lora(base, **settings):
     made = attach(base.model, LoRA(rank=3, alpha=5, **settings), name="a", routing=base.routing, head=head)
     fill(made.parameters().values())
     return made
+
+
+def start_veneer(arguments, *, stdout, stderr):
+    """`veneer ...` in a fork of this process, which has imported everything; stdout and stderr: descriptors. Its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        code = main.main([str(each) for each in arguments])
+        sys.stdout.flush()
+    except BaseException:  # what the interpreter says of a stream that fails as it ends
+        code = 120
+    finally:
+        os._exit(code)
+
+
+def veneer(arguments, *, stdout, stderr):
+    """The exit code of `veneer ...`; minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(start_veneer(arguments, stdout=stdout, stderr=stderr), 0)[1])

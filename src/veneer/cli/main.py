@@ -11,17 +11,21 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import NoReturn, TextIO
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.system_errors import refusal
+from veneer.train.streams import Result, Talk, silence
 from veneer.train.wording import shown
 
 COMMANDS = {
     "demo": "fine-tune a small real model in a few minutes and see before and after",
     "train": "train an adapter (or every weight) from a run file or from flags",
+    "report": "the page of a run (report.html) anew, also of one that was stopped",
     "plan": "what fits, how long it takes, which method: before anything runs",
     "data": "look at training data as the model will see it: veneer data check",
     "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
@@ -38,8 +42,11 @@ COMMANDS = {
     "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
 }
 
+READER_GONE = 128 + 13
+"""As of a program that SIGPIPE ended: whoever read our stdout has left (`veneer ... | head`)."""
+
 EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it does not fit (memory, disk),
-4 a check refused, 5 training diverged, 130 interrupted with a checkpoint saved"""
+4 a check refused, 5 training diverged, 130 interrupted with a checkpoint saved, 141 nobody read on"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,12 +58,41 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit code."""
+    """Runs one command line; returns its exit code. What it was asked for is written by then, or the code says so."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page has no ▼: print ? rather than fail
             stream.reconfigure(errors="replace")
+    result: Any = Result(sys.stdout)
+    talk: Any = Talk(sys.stderr)
+    sys.stdout, sys.stderr = result, talk
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        code = _code(list(sys.argv[1:] if argv is None else argv), result)
+        with suppress(OSError, ValueError):
+            result.flush()
+        talk.flush()
+        unwritten = _told(result) if result.fault is not None else 0
+        return code or unwritten
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _told(result: Result) -> int:
+    """Says that stdout could not be written, unless nobody reads there."""
+    fault = result.fault
+    silence(result.stream)  # or the interpreter tries once more as it ends, and says so
+    if isinstance(fault, BrokenPipeError):
+        return READER_GONE
+    print_error(
+        f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nSend it to another place."
+    )
+    return DoesNotFitError.exit_code
+
+
+def _code(argv: list[str], result: Result) -> int:
+    try:
+        return _run(argv)
     except VeneerError as error:
         print_error(str(error))
         return error.exit_code
@@ -65,11 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader has seen enough (`veneer ... | head`). What is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as fault:
+        if fault is result.fault or (isinstance(fault, BrokenPipeError) and result.fault is not None):
+            return 0  # main tells it
         if is_out_of_memory(fault):
             print_error(
                 f"out of memory: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}\n"
@@ -85,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             " tracker, with the lines above and what `veneer doctor --json` prints."
         )
         return 1
+
+
+def _nowhere() -> TextIO:
+    """Instead of a stream that was closed before we began (`veneer ... >&-`)."""
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _run(argv: list[str]) -> int:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
+from veneer.train.talk import talking_console
 from veneer.train.wording import clock, cut, folded, millions, number, percent, shown, size
 
 Facts = Mapping[str, Any]
@@ -219,7 +220,7 @@ def make_screen(*, json: bool = False, quiet: bool = False) -> LiveScreen | Plai
     """The screen that fits: live on a terminal, plain lines elsewhere; on stderr when stdout is data."""
     if quiet:
         return QuietScreen()
-    console = Console(stderr=json, highlight=False)
+    console = talking_console(stderr=json)
     return (
         LiveScreen(console) if console.is_terminal and not console.is_dumb_terminal else PlainScreen(console)
     )
