@@ -24,9 +24,11 @@ from veneer.train.checkpoint import load_checkpoint, newest_valid, numbers, prun
 from veneer.train.config import RunConfig
 from veneer.train.loop import Job, Loop
 from veneer.train.optim import AdamW, FlatParameters, learning_rate_at
+from veneer.train.origin import Origin
 from veneer.train.records import Records, read_records
 from veneer.train.screen import QuietScreen
 
+ORIGIN = Origin("2026-01-31", base={}, tokenizer="", template=None, settings={})
 ADAPTERS = {
     "lora": LoRA(rank=2, alpha=6.0),
     "lora+": LoRA(rank=2, alpha=6.0, lr_ratio=8.0),
@@ -73,7 +75,7 @@ def run(job, *, resume=False):
         Records(job.out / "metrics.jsonl", resumed_step=step) as records,
         checkpointed(job.model, on=job.config.checkpointing),
     ):
-        made = Loop(job, records, QuietScreen(), resume_from=path)
+        made = Loop(job, records, QuietScreen(), origin=ORIGIN, resume_from=path)
         reason = made.run()
     return made, reason
 

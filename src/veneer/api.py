@@ -56,7 +56,7 @@ from veneer.store.library import Library
 from veneer.store.packed import WrittenBase, write_packed
 from veneer.store.pool import Pool
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.run import resume_config as resume_config
+from veneer.train.folder import resume_config as resume_config
 from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen, Screen
 

@@ -51,7 +51,7 @@ def write_report(run_folder: str | Path) -> Path:
     hashes = _hashes(folder / "adapter" / MANIFEST_NAME)
     page = make_page(folder, settings, read_records(needed[1]), summary, hashes)
     with atomic_file(folder / NAME, replace=True) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="replace")
     return folder / NAME
 
 

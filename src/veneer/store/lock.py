@@ -22,29 +22,47 @@ WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.005
 
 
+class BusyError(InputError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
     """Holds the lock file `path` within the block; shared: beside other shared holders (not on Windows).
 
-    Raises InputError when others hold it for longer than wait_seconds, or the place cannot be written.
+    Raises BusyError when others hold it for longer than wait_seconds, InputError where the place cannot be written.
+    Who holds it alone may remove the file before letting go of it: nobody else has locked it then.
     """
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        with explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            while not _try(descriptor, shared=shared):
+                if time.monotonic() >= deadline:
+                    waited = f" for {wait_seconds:.0f} s" if wait_seconds else ""
+                    raise BusyError(
+                        f"{path.parent} is busy: another process has been changing it{waited}",
+                        [],
+                        "Wait until it is done, then try again.",
+                    )
+                time.sleep(_POLL_SECONDS)
+            if not _stands(path, descriptor):
+                continue
+            yield
+            return
+        finally:
+            with suppress(OSError):  # nothing was written through it, and closed it is in any case
+                os.close(descriptor)  # which unlocks
+
+
+def _stands(path: Path, descriptor: int) -> bool:
+    """Whether the locked file is still the one at `path`: its last holder may have removed it."""
     try:
-        deadline = time.monotonic() + wait_seconds
-        while not _try(descriptor, shared=shared):
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"{path.parent} is busy: another process has been changing it for {wait_seconds:.0f} s",
-                    [],
-                    "Wait until it is done, then try again.",
-                )
-            time.sleep(_POLL_SECONDS)
-        yield
-    finally:
-        with suppress(OSError):  # nothing was written through it, and closed it is in any case
-            os.close(descriptor)  # which unlocks
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _try(descriptor: int, *, shared: bool) -> bool:

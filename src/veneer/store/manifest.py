@@ -11,14 +11,15 @@ Not known here: how a fingerprint is computed (models/fingerprint.py), what the 
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from veneer.errors import CorruptFileError
+from veneer.errors import ConfigError, CorruptFileError, VeneerError
 from veneer.store.atomic import file_hash
-from veneer.store.strict_json import field_faults, read_json
+from veneer.store.strict_json import MAX_JSON_BYTES, field_faults, parse_json, read_json
 
 MANIFEST_NAME = "veneer.json"
 FORMAT_VERSION = 1
@@ -80,6 +81,21 @@ class Manifest(_Strict):
     def to_json(self) -> str:
         """The file's text: sorted keys, ASCII, two spaces, one newline at the end."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def readable(make: Callable[[], Manifest]) -> Manifest:
+    """The manifest that is made, if it can be, and can be read again once it is written; else ConfigError says why not."""
+    try:
+        manifest = make()
+        text = manifest.to_json().encode()
+        Manifest.model_validate(parse_json(text, Path(MANIFEST_NAME), max_bytes=MAX_JSON_BYTES))
+    except (ValidationError, VeneerError) as fault:
+        raise ConfigError(
+            f"{MANIFEST_NAME} cannot be written with these settings",
+            field_faults(fault) if isinstance(fault, ValidationError) else [str(fault)],
+            "Change them: a result could not say how it was made.",
+        ) from fault
+    return manifest
 
 
 def read_manifest(path: Path) -> Manifest:

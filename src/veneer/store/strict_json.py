@@ -1,4 +1,4 @@
-"""Reads JSON that anyone may have written: strictly, within limits, no torch loaded.
+"""Reads JSON that anyone may have written: strictly, within limits, no torch loaded; writes what can be read so.
 
 Not known here: what the object should hold.
 """
@@ -102,3 +102,33 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_null(each) for each in value]
     return value
+
+
+def legible(value: Any) -> Any:
+    """JSON data as parse_json takes it: what is not finite is null, a NUL or half a surrogate pair in a text is U+FFFD.
+
+    For what models and data say. A name that a user gave is not changed but refused: `illegible`.
+    """
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {legible(str(key)): legible(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [legible(each) for each in value]
+    return finite_or_null(value)
+
+
+def illegible(value: Any, name: str = "") -> list[str]:
+    """`name: text` of every text in JSON data, keys too, that parse_json would refuse."""
+    if isinstance(value, Mapping):
+        keys = [fault for key in value for fault in illegible(str(key), name or "a key")]
+        return keys + [f for key, each in value.items() for f in illegible(each, f"{name}.{key}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [fault for each in value for fault in illegible(each, name)]
+    return [f"{name}: {value!r}"] if isinstance(value, str) and _UNPRINTABLE.search(value) else []
+
+
+def json_text(value: Mapping[str, Any], *, indent: int | None = 2, sort_keys: bool = True) -> str:
+    """A file's text, which parse_json reads back; with a newline at its end."""
+    made = json.dumps(legible(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
+    return made + "\n"

@@ -4,10 +4,10 @@
                           MANIFEST.json (sizes and SHA-256, written last)
 
 The newest valid one is used; one that is damaged is reported and skipped. Pruning never touches the newest
-valid one or the best.
+valid one or the best, and looks at the bytes before it removes another.
 """
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from veneer.errors import CorruptFileError
-from veneer.store.atomic import atomic_folder, verify_manifest, write_manifest
-from veneer.store.strict_json import read_json
+from veneer.store.atomic import MANIFEST, atomic_folder, verify_manifest, write_manifest
+from veneer.store.strict_json import json_text, read_json
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -32,8 +32,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         save_file(
             {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial / "state.safetensors"
         )
-        text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (partial / "state.json").write_text(text, encoding="utf-8")
+        (partial / "state.json").write_text(json_text(state), encoding="utf-8")
         write_manifest(partial)
     return path
 
@@ -71,18 +70,23 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(folder: Path, *, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` and the best; never the newest valid one. A damaged one does not count."""
-    # The manifest is written last: where it stands, the checkpoint was whole when it was made.
-    valid = [step for step in numbers(folder) if (checkpoint_path(folder, step) / "MANIFEST.json").is_file()]
-    stays = {*valid[-max(keep, 1) :], best}
-    for step in valid:
-        if step not in stays:
-            _remove(checkpoint_path(folder, step))
+    """Remove what lies before the newest `keep` that are whole, but the best; and what a removal left half-way.
+
+    Whole is what the hashes say, read anew: a damaged one does not count, so nothing goes that could be needed.
+    """
+    whole = 0
+    for step in reversed(numbers(folder)):
+        path = checkpoint_path(folder, step)
+        if whole >= max(keep, 1):
+            if step != best:
+                _remove(path)
+        elif not verify_manifest(path):
+            whole += 1
+        elif step != best and not (path / MANIFEST).is_file():
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
     """The manifest first: what is removed half-way is no checkpoint any more."""
-    (path / "MANIFEST.json").unlink(missing_ok=True)
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from veneer.adapters.config import Full, LoRA, Method
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
 from veneer.quant.config import Quantize
+from veneer.store.strict_json import illegible
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
@@ -17,6 +18,15 @@ MOMENT_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw8bit": 2 + 2 * 4 /
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _legible(cls, value: Any, info: ValidationInfo) -> Any:
+        """What a run's files could not hold, or not give back, is refused before there is a run."""
+        said = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        if faults := illegible(said, info.field_name or ""):
+            raise ValueError(f"{'; '.join(faults)} holds a NUL or is not UTF-8: give another name")
+        return value
 
 
 class DataConfig(Settings):

@@ -1,9 +1,15 @@
-"""Ctrl-C and SIGTERM: the first one asks, and the loop stops after the step in hand; the second stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first one asks, and the loop stops after the step in hand.
+
+A second Ctrl-C stops at once: somebody sits there. The others come twice by themselves (a shell that ends hands
+SIGHUP on, `timeout` signals its group too), so they only ask. What was told to be ignored stays so: `nohup`.
+"""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupt:
@@ -15,12 +21,13 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in ASKING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 

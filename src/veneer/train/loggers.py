@@ -8,7 +8,7 @@ nothing is sent, unless `log` names it. Each logger is a function (record) -> No
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ class Logger:
 
     send: Callable[[dict[str, float], int], None]
     close: Callable[[], None]
+    name: str = "logger"
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         if values := numbers_of(record):
@@ -43,7 +44,8 @@ def open_loggers(names: Sequence[Name], *, out: Path, settings: Mapping[str, Any
     loggers: list[Logger] = []
     for name in names:
         try:
-            loggers.append(_OPENERS[name](import_module(name), out, flat(settings)))
+            opened = _OPENERS[name](import_module(name), out, flat(settings))
+            loggers.append(replace(opened, name=name))
         except Exception as fault:  # theirs: no key, no server, a version that does not fit
             for each in loggers:
                 each.close()

@@ -13,7 +13,7 @@ Knows nothing of methods: it trains the tensors it is given.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from veneer.adapters.routing import Routing
 from veneer.data.batching import Batch, make_batch, plan_epoch, used_length
 from veneer.data.examples import Example
-from veneer.errors import DivergedError, Interrupted, fits_memory
+from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.models.step import Paths, batch_loss, evaluation_loss
+from veneer.store.strict_json import read_json
 from veneer.train.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -40,6 +41,7 @@ from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
 from veneer.train.optim import FlatParameters, learning_rate_at
 from veneer.train.optimizers import make_optimizer
+from veneer.train.origin import Origin
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes
 from veneer.train.screen import Screen
 
@@ -68,10 +70,8 @@ class Progress:
     timed_tokens: int = 0
     total_seconds: float = 0.0
     trained_tokens: int = 0
-    date: str = ""
-    """Day the run started on, which a chat template may have written into the rows."""
-    data: str = ""
-    """Fingerprint of the rows."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Held-out loss of each checkpoint that there is, by its step, and of this one."""
     sample: dict[str, Any] = field(default_factory=dict)
     """The sample row's answer before training."""
 
@@ -99,9 +99,21 @@ class Job:
         return self.config.evaluate_every or max(1, math.ceil(self.steps / 5))
 
 
+@dataclass(frozen=True)
+class State:
+    """What state.json holds."""
+
+    origin: Origin
+    progress: Progress
+
+
 class Loop:
-    def __init__(self, job: Job, records: Records, screen: Screen, *, resume_from: Path | None) -> None:
-        self.job, self.records, self.screen = job, records, screen
+    def __init__(
+        self, job: Job, records: Records, screen: Screen, *, origin: Origin, resume_from: Path | None
+    ) -> None:
+        self.job, self.records, self.screen, self.origin = job, records, screen, origin
+        self.damaged_best: dict[str, Any] | None = None
+        """The best checkpoint, where it was damaged and another had to be taken."""
         with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
             self.optimizer = make_optimizer(
                 job.config.optimizer, job.flat, weight_decay=job.config.weight_decay
@@ -115,9 +127,9 @@ class Loop:
         self._epoch_plan: tuple[int, list[list[int]]] | None = None
         if resume_from is not None:
             with fits_memory(f"on reading {resume_from}", next_step="Free memory, then resume again."):
-                tensors, state = load_checkpoint(resume_from)
+                tensors, _ = load_checkpoint(resume_from)
                 self.optimizer.load(tensors)
-            self.progress = Progress(**state)
+            self.progress = load_state(resume_from).progress
 
     def run(self) -> str:
         """Train to the end; 'done' or 'early_stop'. Raises Interrupted after saving, DivergedError, DoesNotFitError."""
@@ -125,10 +137,9 @@ class Loop:
         self._longest_batch()
         if at.step == 0:
             self._evaluate()
-        reason = "done"
         first = True
         with Interrupt() as interrupt:
-            while at.step < job.steps:
+            while at.step < job.steps and not self._out_of_patience():
                 seconds = self._step(timed=not first)
                 at.total_seconds += seconds
                 first = False
@@ -142,11 +153,12 @@ class Loop:
                         f"stopped at step {at.step} of {job.steps}; checkpoint saved",
                         next_step=f"Continue with: veneer train --resume {job.out}",
                     )
-                if job.config.patience is not None and at.evaluations_without_better >= job.config.patience:
-                    reason = "early_stop"
-                    break
         self._take_best()
-        return reason
+        return "early_stop" if self._out_of_patience() else "done"
+
+    def _out_of_patience(self) -> bool:
+        patience = self.job.config.patience
+        return patience is not None and self.progress.evaluations_without_better >= patience
 
     def release(self) -> None:
         """Drop the optimizer and the gradient, which take more than the values; no further step can be taken."""
@@ -294,6 +306,8 @@ class Loop:
         # Not (loss < best) would let a NaN be the best for ever: only a finite loss can be better.
         better = loss is not None and math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         better = better and at.step > 0  # the untrained base is no checkpoint
+        if loss is not None and math.isfinite(loss) and at.step > 0:
+            at.losses[str(at.step)] = loss
         if better:
             at.best_loss, at.best_step, at.evaluations_without_better = loss, at.step, 0
         elif at.step > 0 and loss is not None:
@@ -308,28 +322,64 @@ class Loop:
         self.screen.evaluation(record)
 
     def _save(self) -> None:
-        folder = self.job.out / "checkpoints"
-        with fits_memory(
-            f"on the checkpoint of step {self.progress.step}", next_step=self._freed(FEWER_VALUES)
-        ):
-            save_checkpoint(folder, self.progress.step, self._tensors(), _json_state(self.progress))
-        prune(folder, keep=self.job.config.keep, best=self.progress.best_step)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return self.optimizer.state()
+        at, folder = self.progress, self.job.out / "checkpoints"
+        there = {str(step) for step in (*numbers(folder), at.step)}
+        at.losses = {step: loss for step, loss in at.losses.items() if step in there}
+        self.records.sync()  # a checkpoint on the disk never knows of steps that the records there do not
+        state = {"origin": self.origin.to_dict(), "progress": vars(at)}
+        with fits_memory(f"on the checkpoint of step {at.step}", next_step=self._freed(FEWER_VALUES)):
+            save_checkpoint(folder, at.step, self.optimizer.state(), state)
+        prune(folder, keep=self.job.config.keep, best=at.best_step)
 
     def _take_best(self) -> None:
+        """The values with the lowest held-out loss; where their checkpoint is damaged, the next best that is whole."""
         at = self.progress
-        if at.best_step is not None and at.best_step != at.step:
-            # The values alone: the moments, twice as large, are of no use any more.
-            path = checkpoint_path(self.job.out / "checkpoints", at.best_step)
-            self.job.flat.values.data.copy_(load_values(path))
-            self.job.flat.publish()
-            self.screen.message(
-                f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}"
-            )
+        if at.best_step is None or at.best_step == at.step:
+            return
+        folder = self.job.out / "checkpoints"
+        # The values alone: the moments, twice as large, are of no use any more.
+        try:
+            values = load_values(checkpoint_path(folder, at.best_step))
+        except CorruptFileError as fault:
+            self._take_next_best(fault)
+            return
+        self._take(values)
+        self.screen.message(
+            f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}"
+        )
+
+    def _take_next_best(self, fault: CorruptFileError) -> None:
+        at = self.progress
+        self.damaged_best = {"step": at.best_step, "loss": at.best_loss, "faults": fault.faults}
+        self.screen.message(f"{fault.headline}, the best one: {'; '.join(fault.faults)}")
+        del at.losses[str(at.best_step)]
+        at.best_step = at.best_loss = None
+        for loss, step in sorted((loss, int(step)) for step, loss in at.losses.items()):
+            if step != at.step:
+                try:
+                    self._take(load_values(checkpoint_path(self.job.out / "checkpoints", step)))
+                except CorruptFileError:
+                    continue
+            at.best_step, at.best_loss = step, loss
+            break
+        kept = (
+            f"those of step {at.best_step}, held-out loss {at.best_loss:.4f}," if at.best_step else "the last"
+        )
+        self.screen.message(f"instead of the values of that step {kept} are kept")
+
+    def _take(self, values: Tensor) -> None:
+        self.job.flat.values.data.copy_(values)
+        self.job.flat.publish()
 
 
-def _json_state(progress: Progress) -> dict[str, Any]:
-    values: Mapping[str, Any] = vars(progress)
-    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+def load_state(path: Path) -> State:
+    """What a checkpoint says beside its tensors. CorruptFileError: another version of Veneer wrote it."""
+    stored = read_json(path / "state.json")
+    try:
+        return State(Origin(**stored["origin"]), Progress(**stored["progress"]))
+    except (KeyError, TypeError) as fault:
+        raise CorruptFileError(
+            f"the checkpoint {path} is not of this version of Veneer",
+            [f"state.json: {fault}"],
+            "Continue it with the version that wrote it, or start a new run.",
+        ) from fault

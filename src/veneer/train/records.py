@@ -1,7 +1,8 @@
 """What a run wrote down while it ran (metrics.jsonl), and how much memory the process holds.
 
 One JSON object a line, flushed line by line; "kind" is start, step, evaluation or end. A number that
-is not finite is written as null: JSON has no NaN. Screens, loggers and the report read these records;
+is not finite is written as null: JSON has no NaN. A listener that fails is left out from then on: what others do
+with the records ends no run. Screens, loggers and the report read these records;
 nothing here knows what a step computes.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from veneer.errors import CorruptFileError
 from veneer.store.atomic import atomic_file
-from veneer.store.strict_json import finite_or_null
+from veneer.store.strict_json import json_text
 from veneer.system_errors import explained
 
 Record = dict[str, Any]
@@ -28,6 +29,9 @@ class Listener(Protocol):
     """What hears every record, and the end of the run (loggers.py)."""
 
     def __call__(self, record: Mapping[str, Any]) -> None: ...
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def close(self) -> Callable[[], None]: ...
@@ -40,9 +44,16 @@ class Records:
     """
 
     def __init__(
-        self, path: str | Path, *, resumed_step: int | None = None, listeners: Sequence[Listener] = ()
+        self,
+        path: str | Path,
+        *,
+        resumed_step: int | None = None,
+        listeners: Sequence[Listener] = (),
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.path, self._listeners = Path(path), listeners
+        self.path, self._listeners, self._say = Path(path), list(listeners), say
+        self.failed: list[str] = []
+        """What listeners failed with, one line each."""
         if resumed_step is not None:
             _keep_until(self.path, resumed_step)
         with explained(self.path):
@@ -58,8 +69,17 @@ class Records:
         with explained(self.path):
             self._file.write(_line(record))
             self._file.flush()
-        for listener in self._listeners:
-            listener(record)
+        for listener in tuple(self._listeners):
+            try:
+                listener(record)
+            except Exception as fault:  # theirs: no connection, no room, a bug
+                self._listeners.remove(listener)
+                self._told(listener, fault)
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        with explained(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file and ends the run of every listener."""
@@ -68,7 +88,14 @@ class Records:
                 self._file.close()
         finally:
             for listener in self._listeners:
-                listener.close()
+                try:
+                    listener.close()
+                except Exception as fault:
+                    self._told(listener, fault)
+
+    def _told(self, listener: Listener, fault: Exception) -> None:
+        self.failed.append(f"{listener.name}: {type(fault).__name__}: {fault}"[:500])
+        self._say(f"{self.failed[-1]}: nothing more is sent there")
 
     def __enter__(self) -> Records:
         return self
@@ -102,14 +129,19 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Rewrites the file with the records of steps up to `step`, beside it and then renamed."""
+    """Rewrites the file with the records of steps up to `step`. CorruptFileError where there is none."""
+    if not path.is_file():
+        raise CorruptFileError(
+            f"{path} is gone, which holds the records of the steps up to {step}",
+            next_step=f"Restore it. To go on without them, make an empty file there: touch {path}",
+        )
     kept = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
     with atomic_file(path, replace=True) as partial:
         partial.write_text("".join(map(_line, kept)), encoding="utf-8")
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(record, indent=None, sort_keys=False)
 
 
 def process_memory_bytes() -> int:

@@ -1,21 +1,19 @@
 """One run, from its settings to its folder: base, data, method, loop, adapter, summary.
 
-    run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json  report.html
-
-`run.yaml` is written resolved, so that a resumed run needs nothing but the folder.
+run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json  report.html
 """
 
 import json
 import math
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from transformers import PreTrainedConfig
 
 from veneer.adapters.config import AdapterConfig
@@ -25,7 +23,7 @@ from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
-from veneer.errors import ConfigError, CorruptFileError, DataError, fits_memory
+from veneer.errors import DataError, fits_memory
 from veneer.linear import num_parameters
 from veneer.models.base import Base, hidden_size
 from veneer.models.capacity import capacity_of
@@ -39,18 +37,23 @@ from veneer.models.step import Paths
 from veneer.models.weights import weight_line
 from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
 from veneer.store.atomic import atomic_file, atomic_folder
-from veneer.store.strict_json import read_json
-from veneer.train.checkpoint import newest_valid
+from veneer.store.manifest import Manifest, readable
+from veneer.store.strict_json import json_text
 from veneer.train.config import RunConfig
+from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
-from veneer.train.loop import FEWER_VALUES, Job, Loop
+from veneer.train.loop import FEWER_VALUES, Job, Loop, load_state
 from veneer.train.optim import FlatParameters
+from veneer.train.origin import check_base, check_rows, check_settings, origin_of
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
+from veneer.train.wording import cut
 
 ADAPTER_NAME = "trained"
 SAMPLE_TOKENS = 96
 """New tokens of a sample answer at most: it is a glance, not an evaluation."""
+SAMPLE_CHARACTERS = 20_000
+"""Of its question and answers: they stand in every record of an evaluation, the first answer in every checkpoint."""
 
 
 class MemoryPlan(Protocol):
@@ -67,7 +70,26 @@ def run_training(
 ) -> dict[str, Any]:
     """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole."""
     out = Path(config.out)
-    resume_from = _open_folder(config, resume=resume, screen=screen)
+    if not resume:
+        refuse_unless_new(out)  # before a lock is put among somebody's files
+    with held(out):
+        if not resume:
+            refuse_unless_new(out)
+        sweep(out)
+        return _run(config, out, resume_point(out, screen.message) if resume else None, resume, screen, plan)
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    resume_from: Path | None,
+    resume: bool,
+    screen: Screen,
+    plan: MemoryPlan | None,
+) -> dict[str, Any]:
+    then = None if resume_from is None else load_state(resume_from).origin
+    if then is not None:
+        check_settings(then, config)
     idle = process_memory_bytes()
     base = load_base(
         config.base,
@@ -77,9 +99,10 @@ def run_training(
         keep_dense=config.keep_dense,
     )
     reset_peak_memory(str(base.device))
-    state = {} if resume_from is None else read_json(resume_from / "state.json")
     # A chat template may write the date: a resumed run keeps the day it started on.
-    day = date.fromisoformat(state["date"]) if state else date.today()
+    day = date.today() if then is None else date.fromisoformat(then.date)
+    if then is not None:
+        check_base(then, origin_of(config, base, day), config)
     data = load_data(
         **config.data.model_dump(),
         length=config.length,
@@ -88,18 +111,16 @@ def run_training(
         today=day,
     )
     config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
-    if state and state["data"] != data.fingerprint:
-        raise ConfigError(
-            f"the rows of {config.data.train} are not those the run in {out} started with",
-            [f"fingerprint then {state['data']}, now {data.fingerprint}"],
-            "Restore the file, or start a new run.",
-        )
+    if then is not None:
+        check_rows(then, data.fingerprint, config)
     paths = base.paths
     begun = _begin(base, config, data)
     refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
     attachment = None if begun is None else begun.attachment
     if attachment is not None:
         config = config.model_copy(update={"method": attachment.config})
+    origin = then or replace(origin_of(config, base, day), data=data.fingerprint)
+    _manifest(config, base, data, best=None)
     one_pass = replacements(base.model)
     with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
         if attachment is None:
@@ -108,10 +129,12 @@ def run_training(
             flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
     job = _job(config, base, data, paths, flat)
     if not resume:
-        _write_run_file(config)
+        write_run_file(config)
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
-    with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners) as records:
+    with Records(
+        out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message
+    ) as records:
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
         start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen)
         if one_pass:
@@ -119,18 +142,16 @@ def run_training(
         if step is None:
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
-        loop = Loop(job, records, screen, resume_from=resume_from)
-        loop.progress.date, loop.progress.data = day.isoformat(), data.fingerprint
+        loop = Loop(job, records, screen, origin=origin, resume_from=resume_from)
         with fused(base.model, one_pass), checkpointed(base.model, on=config.checkpointing):
             reason = loop.run()
         loop.release()
         result = _write_result(out, config, base, data, attachment, loop)
         summary = {**_summary(config, base, start, loop, reason), **result}
         records.write({"kind": "end", "reason": reason, "step": loop.progress.step})
+    summary["failed_loggers"] = records.failed
     with atomic_file(out / "summary.json", replace=True) as partial:
-        partial.write_text(
-            json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        partial.write_text(json_text(summary), encoding="utf-8")
     return summary
 
 
@@ -148,42 +169,6 @@ def _planned(
     ) as fault:  # a model that looks at values: it trains all the same
         screen.message(f"no plan of its memory: {type(fault).__name__}: {str(fault)[:80]}")
         return None
-
-
-def resume_config(folder: str | Path) -> RunConfig:
-    """The settings of the run in `folder`, as it resolved them."""
-    path = Path(folder) / "run.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named."
-        )
-    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return RunConfig.model_validate({**stored, "out": str(folder)})
-
-
-def _open_folder(config: RunConfig, *, resume: bool, screen: Screen) -> Path | None:
-    """The checkpoint to continue from; a new run's folder must be new."""
-    out = Path(config.out)
-    if resume:
-        if (out / "summary.json").is_file():
-            raise ConfigError(
-                f"the run in {out} is finished", next_step="Start a new run with another --out."
-            )
-        path, faults = newest_valid(out / "checkpoints")
-        for fault in faults:
-            screen.message(f"skipped a damaged checkpoint: {fault}")
-        if path is None:
-            raise CorruptFileError(f"no checkpoint in {out} can be resumed", faults, "Start the run again.")
-        return path
-    if out.exists() and any(out.iterdir()):
-        unfinished = (out / "run.yaml").is_file() and not (out / "summary.json").is_file()
-        hint = (
-            f"Continue it with --resume {out}, or take another --out."
-            if unfinished
-            else "Take another --out."
-        )
-        raise ConfigError(f"{out} exists and is not empty: nothing is overwritten", next_step=hint)
-    return None
 
 
 def _begin(base: Base, config: RunConfig, data: DataSet) -> Begun | None:
@@ -218,16 +203,13 @@ def _sampler(base: Base, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | 
         return None
     row, ids = found
     asked = row.messages[:-1]
-    expected = row.messages[-1].get("content") or json.dumps(row.messages[-1].get("tool_calls"))
-    question = next((m["content"] for m in reversed(asked) if m.get("role") == "user"), "")
+    expected = _told(row.messages[-1].get("content") or row.messages[-1].get("tool_calls"))
+    question = _told(next((m["content"] for m in reversed(asked) if m.get("role") == "user"), ""))
 
     def answer() -> dict[str, Any]:
         (new,) = generate(base, [ids], max_new_tokens=SAMPLE_TOKENS)
-        return {
-            "prompt": question,
-            "expected": expected,
-            "answer": base.tokenizer.decode(new, skip_special_tokens=True),
-        }
+        told = str(base.tokenizer.decode(new, skip_special_tokens=True))
+        return {"prompt": question, "expected": expected, "answer": cut(told, SAMPLE_CHARACTERS)}
 
     return answer
 
@@ -242,6 +224,11 @@ def _question_ids(base: Base, template: ChatTemplate, row: Row) -> list[int]:
         return []
     places = capacity_of(base).positions
     return ids if places is None or len(ids) < places else []
+
+
+def _told(content: object) -> str:
+    """A message's content as text that stands in every record of an evaluation."""
+    return cut(content if isinstance(content, str) else json.dumps(content), SAMPLE_CHARACTERS)
 
 
 def _start_record(
@@ -277,24 +264,23 @@ def _start_record(
     }  # fmt: skip
 
 
-def _write_run_file(config: RunConfig) -> None:
-    with atomic_file(Path(config.out) / "run.yaml") as partial:
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        partial.write_text(text, encoding="utf-8")
+def _manifest(config: RunConfig, base: Base, data: DataSet, best: float | None) -> Manifest:
+    """What veneer.json will say. Made before step 1 too: what cannot be written must not show after the last one."""
+    return readable(
+        lambda: manifest_for(
+            base, method=config.method.name, data_fingerprint=data.fingerprint,
+            recipe=config.model_dump(mode="json"), template_hash=base.template_hash(),
+            metrics={} if best is None else {"validation_loss": best},
+        )
+    )  # fmt: skip
 
 
 def _write_result(
     out: Path, config: RunConfig, base: Base, data: DataSet, attachment: Attachment | None, loop: Loop
 ) -> dict[str, Any]:
     """The adapter, or the model folder; what summary.json says of it."""
-    best = loop.progress.best_loss
     if attachment is not None:
-        recipe = config.model_dump(mode="json")
-        manifest = manifest_for(
-            base, method=config.method.name, data_fingerprint=data.fingerprint, recipe=recipe,
-            template_hash=base.template_hash(),
-            metrics={} if best is None else {"validation_loss": best},
-        )  # fmt: skip
+        manifest = _manifest(config, base, data, loop.progress.best_loss)
         written = write_adapter(out / "adapter", attachment, manifest, model=base.model, replace=True)
         return {
             "adapter": str(written.path),
@@ -321,6 +307,7 @@ def _summary(config: RunConfig, base: Base, start: dict[str, Any], loop: Loop, r
         "planned_memory_bytes": start["planned_memory_bytes"],
         "trainable_parameters": start["trainable_parameters"], "total_parameters": start["total_parameters"],
         "first_loss": at.first_loss, "last_loss": at.last_loss, "validation_loss": at.best_loss, "best_step": at.best_step,
+        "damaged_best": loop.damaged_best,
         "base_fingerprint": base.fingerprint().digest, "method": config.method.name, "base": config.base,
         "versions": {
             "veneer": version("veneer"), "torch": torch.__version__, "transformers": version("transformers"),

@@ -1,0 +1,29 @@
+"""The page of a run (report.html) anew, from what its folder holds; a run that was stopped has one, too.
+
+For instance:
+
+  veneer report runs/tickets
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from veneer.cli.common import add_json, make_console, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer.report.page import write_report
+
+    written = write_report(args.run)
+    if args.json:
+        print_json({"report": str(written)})
+    else:
+        make_console(json=False).print(str(written), soft_wrap=True)
+    return 0

@@ -1,0 +1,96 @@
+"""A run's folder: one process at a time, a new run only where nothing is, and where a resumed one begins."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from veneer.errors import ConfigError, CorruptFileError
+from veneer.partial import PREFIX, remove
+from veneer.store.atomic import atomic_file
+from veneer.store.lock import locked
+from veneer.train.checkpoint import newest_valid, numbers
+from veneer.train.config import RunConfig
+
+LOCK = ".lock"
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """The folder is this process's alone within the block. Raises BusyError, or InputError where nothing can be written.
+
+    A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing behind.
+    """
+    made = not out.exists()
+    with locked(out / LOCK, wait_seconds=0):
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            if made and not any(out.iterdir()):
+                out.rmdir()
+
+
+def refuse_unless_new(out: Path) -> None:
+    """ConfigError where a new run would stand among other files; remains of a write that was never done are none."""
+    if not out.exists() or all(_remains(path.name) for path in out.iterdir()):
+        return
+    unfinished = (out / "run.yaml").is_file() and not (out / "summary.json").is_file()
+    hint = f"Continue it with --resume {out}, or take another --out." if unfinished else "Take another --out."
+    raise ConfigError(f"{out} exists and is not empty: nothing is overwritten", next_step=hint)
+
+
+def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to continue from; None where the run ended before its first: it begins again.
+
+    Raises ConfigError for a finished run, CorruptFileError where every checkpoint is damaged.
+    """
+    if (out / "summary.json").is_file():
+        raise ConfigError(
+            f"the run in {out} is finished",
+            next_step=f"Start a new run with another --out; its page again: veneer report {out}",
+        )
+    folder = out / "checkpoints"
+    if not numbers(folder):
+        say("stopped before its first checkpoint: it begins again")
+        return None
+    path, faults = newest_valid(folder)
+    for fault in faults:
+        say(f"skipped a damaged checkpoint: {fault}")
+    if path is None:
+        raise CorruptFileError(
+            f"no checkpoint in {out} can be resumed",
+            faults,
+            f"Restore one, or remove {folder} to begin again.",
+        )
+    return path
+
+
+def write_run_file(config: RunConfig) -> None:
+    """Resolved, so that a resumed run needs nothing but the folder."""
+    with atomic_file(Path(config.out) / "run.yaml") as partial:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        partial.write_text(text, encoding="utf-8")
+
+
+def resume_config(folder: str | Path) -> RunConfig:
+    """The settings of the run in `folder`, as it resolved them."""
+    path = Path(folder) / "run.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named."
+        )
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return RunConfig.model_validate({**stored, "out": str(folder)})
+
+
+def sweep(out: Path) -> None:
+    """Removes what a process that died left unfinished in the folder and among its checkpoints."""
+    for folder in (out, out / "checkpoints"):
+        for path in folder.glob(f"{PREFIX}*"):  # of whatever machine: we hold the lock
+            remove(path)
+
+
+def _remains(name: str) -> bool:
+    return name == LOCK or name.startswith(PREFIX)

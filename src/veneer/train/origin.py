@@ -1,0 +1,102 @@
+"""What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has the same, or stops."""
+
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.models.base import Base
+from veneer.models.fingerprint import Fingerprint
+from veneer.train.config import RunConfig
+from veneer.train.loggers import flat
+
+MAY_CHANGE = (
+    "out",
+    "base",
+    "device",
+    "log",
+    "keep",
+    "checkpointing",
+    "offload",
+    "micro_batch",
+    "show_answers",
+)
+"""Settings that say where things are and how they are computed, not what. The base and the rows are compared as such."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Kept in every checkpoint's state.json."""
+
+    date: str
+    """Day the run started on, which a chat template may have written into the rows."""
+    base: dict[str, str | int]
+    """Fingerprint of the base."""
+    tokenizer: str
+    template: str | None
+    settings: dict[str, Any]
+    data: str = ""
+    """Fingerprint of the rows."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def origin_of(config: RunConfig, base: Base, day: date) -> Origin:
+    return Origin(
+        date=day.isoformat(), base=base.fingerprint().to_dict(), tokenizer=base.tokenizer_hash(),
+        template=base.template_hash(), settings=_settings(config),
+    )  # fmt: skip
+
+
+def check_settings(then: Origin, config: RunConfig) -> None:
+    """Raises ConfigError with every setting that is another one now."""
+    ours, theirs = flat(_settings(config)), flat(then.settings)
+    faults = [
+        f"{name}: then {theirs.get(name)!r}, now {ours.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if faults:
+        raise ConfigError(
+            f"run.yaml in {config.out} is not what the run started with",
+            faults,
+            "Write these settings as they were, or start a new run with others.",
+        )
+
+
+def check_base(then: Origin, now: Origin, config: RunConfig) -> None:
+    """Raises AdapterMismatchError if the weights, the tokenizer or the chat template are not those of the start."""
+    faults = Fingerprint.from_dict(then.base).differences(Fingerprint.from_dict(now.base))
+    for what, was, found in (
+        ("tokenizer", then.tokenizer, now.tokenizer),
+        ("chat template", then.template, now.template),
+    ):
+        if was != found:
+            faults.append(f"{what}: {_short(was)} against {_short(found)}")
+    if faults:
+        raise AdapterMismatchError(
+            f"{config.base} is not the base that the run in {config.out} started on (then against now)",
+            faults,
+            "Put that base in its place again, or start a new run with another --out.",
+        )
+
+
+def check_rows(then: Origin, now: str, config: RunConfig) -> None:
+    """Raises ConfigError if the fingerprint of the rows is another one."""
+    if then.data != now:
+        raise ConfigError(
+            f"the rows of {config.data.train} are not those the run in {config.out} started with",
+            [f"fingerprint then {then.data}, now {now}"],
+            "Restore the file, or start a new run.",
+        )
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(
+        mode="json", exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation"}}
+    )
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"{digest[:12]}…"

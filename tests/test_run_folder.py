@@ -1,0 +1,434 @@
+"""A run's folder: what another process, a damaged file, another base or a dead reader can and cannot do to it."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.tiny import save_tiny, tiny_tokenizer
+from veneer.cli import main
+from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted
+from veneer.store.lock import BusyError
+from veneer.store.safe import read_tensors
+from veneer.store.strict_json import read_json
+from veneer.train import checkpoint, loop
+from veneer.train.checkpoint import newest_valid, numbers, save_checkpoint
+from veneer.train.config import RunConfig
+from veneer.train.folder import held, resume_config
+from veneer.train.loggers import Logger
+from veneer.train.loop import Loop
+from veneer.train.records import Records, read_records
+from veneer.train.run import run_training
+from veneer.train.screen import QuietScreen
+
+
+class Hearing(QuietScreen):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a base and rows."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "base")
+    lines = [json.dumps({"prompt": f"number {n}", "completion": f"it is {n}"}) for n in range(14)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config(world, out, **settings):
+    fields = {
+        "base": str(world / "base"),
+        "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2},
+    }
+    fields |= {"method": {"name": "lora", "rank": 2}, "steps": 6, "batch": 3, "evaluate_every": 2}
+    return RunConfig.model_validate({**fields, "out": str(out), **settings})
+
+
+def train(world, out, **settings):
+    return run_training(config(world, out, **settings), resume=False, screen=QuietScreen())
+
+
+def resume(out, screen=None):
+    return run_training(resume_config(out), resume=True, screen=screen or QuietScreen())
+
+
+class Death(BaseException):
+    """The process is gone: nothing of ours catches it."""
+
+
+def train_and_die(world, out, *, at, monkeypatch, **settings):
+    """The process dies after the checkpoint of step `at`; None: before the first step."""
+    own, own_step = Loop._save, Loop._step
+
+    def save(self):
+        own(self)
+        if self.progress.step == at:
+            raise Death
+
+    def step(self, *, timed):
+        if at is None:
+            raise Death
+        return own_step(self, timed=timed)
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(Loop, "_save", save)
+        patch.setattr(Loop, "_step", step)
+        train(world, out, **settings)
+
+
+def names(out):
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+
+
+# where a run begins
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again_by_resume(world, tmp_path, monkeypatch):
+    train(world, tmp_path / "whole")
+    train_and_die(world, tmp_path / "died", at=None, monkeypatch=monkeypatch)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(world, tmp_path / "died")
+    resume(tmp_path / "died")
+    ours, theirs = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("died", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert [r["kind"] for r in read_records(tmp_path / "died" / "metrics.jsonl")].count("start") == 1
+
+
+def test_what_a_process_left_before_it_wrote_anything_whole_does_not_forbid_a_run(world, tmp_path):
+    out = tmp_path / "out"
+    (out / ".partial-1-0").mkdir(parents=True)
+    (out / ".lock").touch()
+    train(world, out, steps=1)
+    assert not [name for name in names(out) if ".partial" in name or ".lock" in name]
+
+
+def test_a_run_that_is_refused_leaves_nothing_behind(world, tmp_path):
+    with pytest.raises(InputError):
+        train(world, tmp_path / "out", base=str(tmp_path / "no base"))
+    assert names(tmp_path) == []
+
+
+def test_remains_of_a_process_that_died_go_when_the_run_is_resumed(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    for place in (tmp_path / ".partial-1-0", tmp_path / "checkpoints" / ".partial-1-0"):
+        place.mkdir()
+        (place / "state.safetensors").write_bytes(b"half")
+    resume(tmp_path)
+    assert not [name for name in names(tmp_path) if "partial" in name]
+
+
+def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_result(
+    world, tmp_path, monkeypatch
+):
+    losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 0.5, 0.4])
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(losses), 1))
+    train_and_die(world, tmp_path, at=6, monkeypatch=monkeypatch, steps=20, patience=2)
+    summary = resume(tmp_path)
+    assert (summary["reason"], summary["steps"], summary["best_step"]) == ("early_stop", 6, 2)
+
+
+# what it must find again
+
+
+def test_another_base_in_the_same_place_is_refused_with_both_sides(world, tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    train_and_die(world, tmp_path / "out", at=2, monkeypatch=monkeypatch, base=str(base))
+    save_tiny(base, seed=1)
+    with pytest.raises(AdapterMismatchError, match=r"values of the weights: \w+… against \w+…"):
+        resume(tmp_path / "out")
+    save_tiny(base)
+    assert resume(tmp_path / "out")["steps"] == 6
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "chat template"])
+def test_another_tokenizer_or_template_is_refused(what, world, tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    train_and_die(world, tmp_path / "out", at=2, monkeypatch=monkeypatch, base=str(base))
+    tokenizer = tiny_tokenizer()
+    if what == "tokenizer":
+        tokenizer.add_tokens(["number"])
+    else:
+        tokenizer.chat_template += " "
+    tokenizer.save_pretrained(base)
+    with pytest.raises(AdapterMismatchError, match=what):
+        resume(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("steps", 9), ("learning_rate", 0.5), ("method", {"name": "lora", "rank": 4})],
+    ids=str,
+)
+def test_settings_that_were_changed_in_run_yaml_are_refused_with_both_sides(
+    setting, value, world, tmp_path, monkeypatch
+):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    file = tmp_path / "run.yaml"
+    stored = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**stored, setting: value}))
+    with pytest.raises(ConfigError, match="not what the run started with") as caught:
+        resume(tmp_path)
+    assert any(
+        fault.startswith(setting) and "then" in fault and "now" in fault for fault in caught.value.faults
+    )
+    file.write_text(
+        yaml.safe_dump({**stored, "keep": 5, "checkpointing": True})
+    )  # changes nothing that is learnt
+    assert resume(tmp_path)["steps"] == 6
+
+
+def test_a_state_of_another_version_is_refused_by_name(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    path = tmp_path / "checkpoints" / "000002"
+    state = read_json(path / "state.json")
+    del state["origin"]["base"]
+    save_checkpoint(tmp_path / "checkpoints", 4, checkpoint.load_checkpoint(path)[0], state)
+    with pytest.raises(CorruptFileError, match="version"):
+        resume(tmp_path)
+
+
+def test_records_that_are_gone_are_an_error_and_an_empty_file_is_the_way_on(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(CorruptFileError, match="touch"):
+        resume(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    resume(tmp_path)
+    steps = [r["step"] for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps == [3, 4, 5, 6]
+
+
+# one process at a time
+
+
+def test_a_second_process_in_one_run_is_refused(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    context = multiprocessing.get_context("fork")
+    holds, over = context.Event(), context.Event()
+
+    def hold():
+        with held(tmp_path):
+            holds.set()
+            over.wait(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    try:
+        assert holds.wait(60)
+        with pytest.raises(BusyError, match="busy"):
+            resume(tmp_path)
+    finally:
+        over.set()
+        other.join()
+    resume(tmp_path)
+    steps = [r["step"] for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert ".lock" not in names(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_an_error(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            resume(tmp_path)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_many_processes_lock_in_turn_although_each_removes_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    file = tmp_path / "count"
+    file.write_text("0")
+
+    def add():
+        for _ in range(30):
+            while True:
+                with contextlib.suppress(BusyError), held(tmp_path):
+                    file.write_text(str(int(file.read_text()) + 1))
+                    break
+
+    others = [context.Process(target=add) for _ in range(4)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert file.read_text() == "120"
+
+
+# checkpoints
+
+
+def tensors(seed=0):
+    return {"values": torch.randn(5, generator=torch.Generator().manual_seed(seed))}
+
+
+def test_pruning_takes_nothing_for_a_damaged_checkpoint(tmp_path):
+    for step in range(1, 5):
+        save_checkpoint(tmp_path, step, tensors(step), {})
+    for step in (3, 4):
+        damage(tmp_path / f"{step:06d}" / "state.safetensors")
+    checkpoint.prune(tmp_path, keep=2, best=None)
+    assert numbers(tmp_path) == [1, 2, 3, 4]
+    save_checkpoint(tmp_path, 5, tensors(5), {})
+    checkpoint.prune(tmp_path, keep=2, best=None)
+    assert numbers(tmp_path) == [2, 3, 4, 5]
+    assert newest_valid(tmp_path)[0].name == "000005"
+    save_checkpoint(tmp_path, 6, tensors(6), {})
+    checkpoint.prune(tmp_path, keep=2, best=2)
+    assert numbers(tmp_path) == [2, 5, 6]
+
+
+def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, tensors(step), {})
+    (tmp_path / "000001" / "MANIFEST.json").unlink()
+    checkpoint.prune(tmp_path, keep=5, best=2)
+    assert numbers(tmp_path) == [2, 3]
+
+
+def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_path, monkeypatch):
+    losses = iter([9.0, 1.0, 3.0, 2.0, 5.0, 4.0])
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(losses), 1))
+    own = Loop._take_best
+
+    def after_damage(self):
+        damage(self.job.out / "checkpoints" / "000002" / "state.safetensors")
+        own(self)
+
+    monkeypatch.setattr(Loop, "_take_best", after_damage)
+    screen = Hearing()
+    made = config(world, tmp_path, steps=10, keep=3)
+    summary = run_training(made, resume=False, screen=screen)
+    assert (summary["best_step"], summary["validation_loss"]) == (6, 2.0)
+    assert (
+        summary["damaged_best"]["step"] == 2 and "state.safetensors" in summary["damaged_best"]["faults"][0]
+    )
+    assert any("000002" in text and "damaged" in text for text in screen.said)
+    assert any("step 6" in text for text in screen.said)
+    values = checkpoint.load_values(tmp_path / "checkpoints" / "000006")
+    assert values.norm() > 0 and read_tensors(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+# what is written can be read
+
+
+def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_path, monkeypatch):
+    def save(self):
+        self.progress.sample = {"before": "a\0b\ud800 \x1b[0m" + "x" * 10}
+        own(self)
+        raise Death
+
+    own = Loop._save
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(Loop, "_save", save)
+        train(world, tmp_path)
+    assert loop.load_state(newest_valid(tmp_path / "checkpoints")[0]).progress.sample == {
+        "before": "a\ufffdb\ufffd \x1b[0m" + "x" * 10
+    }
+    assert resume(tmp_path)["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["clip=.inf"], ["data.train=a\udcff.jsonl"], ['data.train="a\\0"'], ["out=a\udcff"]],
+    ids=ascii,
+)
+def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(
+    settings, world, tmp_path, capsys
+):
+    arguments = [f"--set={each}" for each in settings]
+    given = [
+        "--base",
+        str(world / "base"),
+        "--data",
+        str(world / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main.main(["train", *given, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert settings[0].partition("=")[0] in err and "Traceback" not in err
+    assert names(tmp_path) == []
+
+
+# who listens
+
+
+def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path):
+    sent, said = [], []
+
+    def fail(values, step):
+        raise ConnectionError("gone")
+
+    bad = Logger(fail, lambda: None, "wandb")
+    good = Logger(lambda values, step: sent.append(step), lambda: 1 / 0, "mlflow")
+    with Records(tmp_path / "m.jsonl", listeners=[bad, good], say=said.append) as records:
+        for step in (1, 2):
+            records.write({"kind": "step", "step": step, "loss": 1.0})
+    assert sent == [1, 2] and len(read_records(tmp_path / "m.jsonl")) == 2
+    assert [text.split(":")[0] for text in records.failed] == ["wandb", "mlflow"]
+    assert "gone" in said[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_and_a_polite_end_save_a_checkpoint_even_when_told_twice(
+    number, world, tmp_path, monkeypatch
+):
+    own = Loop._step
+
+    def step(self, *, timed):
+        if self.progress.step == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return own(self, timed=timed)
+
+    monkeypatch.setattr(Loop, "_step", step)
+    with pytest.raises(Interrupted):
+        train(world, tmp_path)
+    assert numbers(tmp_path / "checkpoints")[-1] == 3
+
+
+def test_a_signal_that_was_to_be_ignored_is_ignored(world, tmp_path, monkeypatch):
+    """As under nohup."""
+    own = Loop._step
+
+    def step(self, *, timed):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return own(self, timed=timed)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(Loop, "_step", step)
+        assert train(world, tmp_path)["steps"] == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# its page
+
+
+def test_a_page_that_was_not_written_is_written_by_report(world, tmp_path, monkeypatch, capsys):
+    train_and_die(world, tmp_path / "a", at=2, monkeypatch=monkeypatch)
+    assert main.main(["report", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "report.html")
+    assert "not finished" in (tmp_path / "a" / "report.html").read_text()
+    assert main.main(["report", str(tmp_path)]) == 2
