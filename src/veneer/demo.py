@@ -193,7 +193,7 @@ def _trained(
             )
             return summary
         if any((run / "checkpoints").glob("[0-9]*")):
-            return _run(config, resume=True)
+            return _run(api.resume_config(run), resume=True)
     shutil.rmtree(run, ignore_errors=True)
     with atomic_file(note, replace=True) as partial:
         partial.write_text(json.dumps({"run": key}), "utf-8")
