@@ -17,7 +17,7 @@ CASES = {
     "conv1d": ("gpt2", {"rank_pattern": {}, "train_modules": [], "targets": ["c_attn", "c_proj"]}),
     "experts": (
         "mixtral",
-        {"rank_pattern": {}, "train_modules": [], "targets": ["experts.down_proj", "q_proj"]},
+        {"rank_pattern": {}, "train_modules": [], "targets": ["experts.down_proj", "q_proj", "mlp.gate"]},
     ),
 }
 
@@ -58,6 +58,7 @@ def test_norms_and_angles_are_those_of_the_dense_updates(tmp_path: Path, case):
     assert found.total == pytest.approx(dot / (sizes[0] * sizes[1]), abs=1e-5)
     assert 0 < abs(found.total) < 0.999 and found.in_both == len(whole)
     assert len(rest) == len(one.values)
+    assert set(base_norms(base, first)) == {path for path in first if "experts" not in path}
     assert angle(first, first).total == pytest.approx(1.0)
 
 

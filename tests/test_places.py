@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.helpers import fill
 from tests.tiny import tiny_model, tiny_tokenizer
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.reads import weights_read_past
@@ -120,6 +120,57 @@ def test_a_weight_that_the_model_multiplies_itself_is_left_out_and_refused_by_na
             put(mixer(family), Routing(), **named)
         assert "dt_proj.weight" in str(caught.value.faults), named
     assert put(mixer(family), Routing(), targets=".*proj", exclude=["dt_proj"]).layers
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
+def test_a_router_that_is_named_trains_with_the_gradient_of_its_weight(family):
+    model, routing = tiny_model(family), Routing()
+    before = logits(model)
+    assert not any(path.endswith("gate") for path in put(tiny_model(family), Routing()).layers)
+    attachment = put(model, routing, targets=["mlp.gate"])
+    routing.active = (("a", 1.0),)
+    assert torch.equal(logits(model), before)  # a fresh one changes no bit
+    fill(attachment.parameters().values(), scale=0.2)
+    parameters = attachment.parameters()
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    ours = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    routing.active = ()
+    for path, layer in attachment.layers.items():
+        weight = plain_modules(model)[path].weight
+        weight.data += delta_weight(layer).detach()
+        weight.requires_grad_()
+    plain = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    torch.testing.assert_close(plain, loss, rtol=1e-5, atol=1e-6)
+    plain.backward()
+    for path, layer in attachment.layers.items():
+        grad = plain_modules(model)[path].weight.grad * layer.scaling
+        torch.testing.assert_close(ours[f"{path}.B"], grad @ layer.A.T, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours[f"{path}.A"], layer.B.T @ grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (LoRA(targets=["gate"], dropout=0.1), "dropout"),
+        (LoRA(targets=["gate"], init="pissa"), "routers"),
+        (DoRA(targets=["gate"]), "routers"),
+    ],
+    ids=str,
+)
+def test_what_a_router_cannot_take_is_refused_by_name(settings, said):
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ConfigError, match=said) as caught:
+        attach(model, settings, name="a", routing=Routing(), head=None)
+    assert "model.layers.0.mlp.gate" in caught.value.faults
+
+
+def test_a_norm_whose_type_the_model_reads_is_trained_as_any_other():
+    model, routing = mixer("mamba"), Routing()
+    attachment = put(model, routing, targets=["in_proj"], train_modules=["norm"])
+    routing.active = (("a", 1.0),)
+    before = logits(model)
+    attachment.values["backbone.layers.0.norm.weight"].data.mul_(2.0)
+    assert not torch.allclose(logits(model), before)
 
 
 def test_biases_that_the_model_takes_itself_do_not_train():

@@ -250,6 +250,17 @@ def is_plain_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and bool(_is_lookup(kind))
 
 
+def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(O, I) of the `weight` of a module without others below it that is no linear layer and has a matrix all the same:
+    a router, which multiplies by it and then chooses. None: it is another kind of module."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or any(module.children()):
+        return None
+    if isinstance(module, nn.Embedding | PackedModule) or frozen_linear(module) is not None:
+        return None
+    return weight.shape[0], weight.shape[1]
+
+
 @functools.cache
 def _is_product(kind: Any) -> bool:
     """A forward of its own is tried on a small one."""

@@ -40,6 +40,7 @@ class Row:
 
 
 SHARED_EXPERTS = {"mlp_only_layers": [0]}
+GQA = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS = {
     "all-linear": Row(ours={}, theirs={"target_modules": "all-linear"}),
     "rslora": Row(ours={"rslora": True}, theirs={"use_rslora": True, "target_modules": "all-linear"}),
@@ -222,6 +223,37 @@ ROWS = {
         ours={"targets": ["mlp.gate_proj"], "bias": "lora_only"},
         theirs={"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []},
     ),
+    "router alone": Row(
+        family="qwen3_moe",
+        ours={
+            "targets": ["gate"],
+            "rank_pattern": {"layers.0.mlp.gate": 2},
+            "alpha_pattern": {"layers.0.mlp.gate": 5},
+        },
+        theirs={
+            "target_parameters": ["gate.weight"],
+            "target_modules": [],
+            "rank_pattern": {"layers.0.mlp.gate.weight": 2},
+            "alpha_pattern": {"layers.0.mlp.gate.weight": 5},
+        },
+    ),
+    **{
+        f"all-linear of PEFT: {family}": Row(
+            family=family,
+            ours={
+                "targets": [*attention, "gate_up_proj", "experts.down_proj", "gate"],
+                "rank_pattern": {"gate_up_proj": 8},
+                "alpha_pattern": {"gate_up_proj": 14},
+            },
+            theirs={"target_modules": "all-linear"},
+        )
+        for family, attention in {
+            "qwen3_moe": GQA,
+            "mixtral": GQA,
+            "olmoe": GQA,
+            "deepseek_v3": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        }.items()
+    },
 }
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 

@@ -83,13 +83,7 @@ class BottleneckLayer:
 
 
 class AdaptedBlock(AdaptedModule):
-    """An attention or feed-forward block; models read its other attributes as if the wrapper were not there."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+    """An attention or feed-forward block."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)

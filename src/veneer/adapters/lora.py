@@ -10,7 +10,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -235,6 +235,19 @@ class AdaptedEmbedding(AdaptedModule):
         for layer, weight in acting:
             y = y + weight * layer.looked_up(ids, plain, self.table, scale=scale)
         return y
+
+
+class AdaptedMatrix(AdaptedModule):
+    """A router, or another module that multiplies by its `weight` itself: it is computed with W + the changes, in W's type."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values: dict[str, Tensor] = dict(self.replaced())
+        for layer, weight in self.acting():
+            own = values.get("weight", self.base.get_parameter("weight"))
+            values["weight"] = own + (layer.scaling * weight * (layer.B @ layer.A)).to(own.dtype)
+        if not values:
+            return self.base(*args, **kwargs)
+        return torch.func.functional_call(self.base, values, args, kwargs)
 
 
 def delta_weight(layer: LoRALayer) -> Tensor:

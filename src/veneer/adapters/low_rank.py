@@ -8,30 +8,31 @@ from torch import Tensor, nn
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters, is_gated_stack
-from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, Kind, LoRALayer
+from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, AdaptedMatrix, Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Site
 from veneer.adapters.starts import Factors, olora_start, pissa_start
 from veneer.adapters.targets import Targets, find_targets, pattern_value
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
-from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, is_plain_embedding
+from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, is_plain_embedding, matrix_shape
 
 
 def build_lora(site: Site, config: LoRA) -> None:
     """Raises ConfigError where the settings match nothing."""
     targets = _targets(site, config)
-    others = [*targets.embeddings, *targets.experts]
+    others = [*targets.embeddings, *targets.experts, *targets.routers]
     if config.init != "default" and others:
         raise ConfigError(
-            f"init {config.init} takes linear layers; these targets are embeddings or fused experts",
+            f"init {config.init} takes linear layers; these targets are embeddings, fused experts or routers",
             others,
             "List the linear layers in `targets`, or leave init at default.",
         )
     whole = [p for p in targets.experts if not is_gated_stack(site.modules[p.rpartition(".")[0]])]
+    whole += targets.routers
     if config.dropout and whole:
         raise ConfigError(
-            "dropout wants to see the inputs of every expert; these are computed in one piece, their update added",
+            "dropout wants to see what a weight is multiplied with; the update of these is added to the weight itself",
             whole,
             "Set method.dropout: 0, or leave them out (method.exclude).",
         )
@@ -52,6 +53,15 @@ def build_lora(site: Site, config: LoRA) -> None:
         made = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
         site.attachment.layers[path] = made
         site.wrap(owner, AdaptedExperts).stacks.setdefault(site.name, {})[parameter] = made
+    for path in targets.routers:
+        router = site.modules[path]
+        (O, I), r = (
+            router.get_parameter("weight").shape,
+            pattern_value(config.rank_pattern, path, config.rank),
+        )
+        A, B = site.kaiming(r, I), torch.zeros(O, r)
+        made = _layer(site, config, "linear", path, A, B, device=router.get_parameter("weight").device)
+        site.put(path, AdaptedMatrix, made)
     _train_in_full(site, targets)
 
 
@@ -75,10 +85,10 @@ _START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]]
 def build_dora(site: Site, config: DoRA) -> None:
     """Raises ConfigError where the settings match nothing, or fused experts."""
     targets = _targets(site, config)
-    if targets.experts:
+    if others := [*targets.experts, *targets.routers]:
         raise ConfigError(
-            "DoRA takes linear layers and embeddings; these targets are fused experts",
-            targets.experts,
+            "DoRA takes linear layers and embeddings; these targets are fused experts or routers",
+            others,
             "List the other layers in `targets`, or take method lora.",
         )
     for path in targets.linears:
@@ -145,4 +155,6 @@ def _kind(module: nn.Module) -> type[AdaptedModule]:
         return AdaptedLinear
     if is_plain_embedding(module):
         return AdaptedEmbedding
+    if matrix_shape(module) is not None:
+        return AdaptedMatrix
     return AdaptedExperts if expert_parameters(module) else SwappedModule

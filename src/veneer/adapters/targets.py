@@ -1,7 +1,8 @@
 """Which modules a method's settings name: the matching rules of PEFT, and an error where it is silent.
 
 A list entry t matches a path p if p == t or p ends with "." + t. A string is one regular expression that
-matches the whole path. `all-linear` is every linear layer but the output head, fused experts included.
+matches the whole path. `all-linear` is every linear layer but the output head, fused experts included; a router that
+multiplies by its weight itself is adapted where it is named.
 A rank or alpha pattern matches at the end of a path, from a dot on; the first that matches wins.
 """
 
@@ -17,18 +18,19 @@ from torch import nn
 from veneer.adapters.config import LowRank
 from veneer.adapters.experts import expert_parameters
 from veneer.errors import ConfigError
-from veneer.linear import PackedModule, frozen_linear, is_plain_embedding
+from veneer.linear import PackedModule, frozen_linear, is_plain_embedding, matrix_shape
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, fully trained modules, biases."""
+    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, routers, fully trained modules, biases."""
 
     linears: list[str]
     embeddings: list[str]
     experts: list[str]
+    routers: list[str]
     trained: list[str]
     biases: list[str]
     adaptable: int
@@ -97,9 +99,10 @@ def find_targets(
     linears = [path for path, module in modules.items() if frozen_linear(module) is not None]
     embeddings = [path for path, module in modules.items() if is_plain_embedding(module)]
     experts = [f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)]
-    past = {path for path in [*linears, *embeddings, *experts] if _weight(path, modules) in read_past}
+    routers = [path for path, module in modules.items() if matrix_shape(module) is not None]
+    everything = [*linears, *embeddings, *experts, *routers]
+    past = {path for path in everything if _weight(path, modules) in read_past}
     body = [path for path in linears if path != head_path and path not in past]
-    everything = [*linears, *embeddings, *experts]
     faults: list[str] = []
 
     def by_entries(entries: list[str], what: str, among: list[str]) -> list[str]:
@@ -168,6 +171,7 @@ def find_targets(
         linears=[p for p in linears if p in taken],
         embeddings=[p for p in embeddings if p in taken],
         experts=[p for p in experts if p in taken],
+        routers=[p for p in routers if p in taken],
         trained=trained,
         biases=[p for p in with_bias if not any(p == t or p.startswith(t + ".") for t in trained)],
         adaptable=len({*body, *experts, *chosen}),

@@ -27,6 +27,15 @@ class AdaptedModule(nn.Module):
         """Adapter name -> the base's own parameters (by name) that this adapter replaces by trained ones."""
         self.training = base.training
 
+    def __getattr__(self, name: str) -> Any:
+        """Models read a module's other attributes as if the wrapper were not there: a norm's weight for its type."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
     path = ""
     """The base's own path of the module that it stands at."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.adapters.targets import find_targets
 from veneer.adapters.wrapping import plain_modules, unwrapped
 from veneer.errors import ConfigError
+from veneer.linear import matrix_shape
 from veneer.store.format import (
     Modules,
     Slot,
@@ -47,8 +48,10 @@ def fit(
         faults = ["its targets match nothing in this model"]
     if faults:
         return Fit(None, faults=faults)
-    if config.use_dora and (others := [slot.key for slot in slots if slot.kind == "experts"]):
-        return Fit(None, faults=[f"DoRA of {path}, which is a stack of experts" for path in others])
+    if config.use_dora and (others := [slot.key for slot in slots if _is_no_linear(slot, modules)]):
+        return Fit(
+            None, faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others]
+        )
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:
@@ -86,6 +89,10 @@ def _slots(config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules, he
         named = (slot_of(path, modules) for path in adapted_modules(tensors) if path not in known)
         slots += [slot for slot in named if slot is not None]
     return slots
+
+
+def _is_no_linear(slot: Slot, modules: Modules) -> bool:
+    return slot.kind == "experts" or matrix_shape(modules[slot.owner]) is not None
 
 
 def _without_idle(

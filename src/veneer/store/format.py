@@ -28,7 +28,7 @@ from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import Kind, LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
-from veneer.linear import frozen_linear, is_plain_embedding
+from veneer.linear import frozen_linear, is_plain_embedding, matrix_shape
 
 PREFIX = "base_model.model."
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -66,7 +66,7 @@ class Slot:
 def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot | None:
     """The slot at a module's or a 3-D parameter's path; None where Veneer adapts nothing.
 
-    as_parameter: the weight of a linear module is told to PEFT as a parameter.
+    as_parameter: the weight of a linear module or a router is told to PEFT as a parameter.
     """
     if (module := modules.get(path)) is not None:
         if (linear := frozen_linear(module)) is not None:
@@ -75,6 +75,8 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
         if is_plain_embedding(module):
             assert isinstance(module, nn.Embedding)
             return Slot(path, "embedding", path, None, module.num_embeddings, module.embedding_dim)
+        if (shape := matrix_shape(module)) is not None:
+            return Slot(path, "linear", path, "weight" if as_parameter else None, shape[1], shape[0])
         return None
     owner, _, name = path.rpartition(".")
     if owner in modules and name in (stacks := expert_parameters(modules[owner])):
@@ -93,7 +95,8 @@ def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
     slots = []
     for path in attachment.layers:
         rewritten = fused and path.rsplit(".", 1)[-1] in _OLD_EXPERT_NAMES
-        slot = slot_of(path, modules, as_parameter=rewritten)
+        router = path in modules and matrix_shape(modules[path]) is not None
+        slot = slot_of(path, modules, as_parameter=rewritten or router)
         assert slot is not None, f"{path} is adapted but no slot of this model"
         slots.append(slot)
     return slots

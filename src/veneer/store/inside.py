@@ -86,9 +86,9 @@ def base_norms(base: Base, paths: Iterable[str]) -> dict[str, float]:
     found = {}
     for path in paths:
         module = modules.get(path)
-        if module is None:
-            continue
-        linear = frozen_linear(module)
+        linear = None if module is None else frozen_linear(module)
+        if module is None or (linear is None and "weight" not in module._parameters):
+            continue  # experts: the file does not say which of their parameters it means
         weight = (
             linear.dense_weight(torch.float32)
             if linear is not None
