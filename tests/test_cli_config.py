@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.config import Bottleneck, Full, LoRA
 from veneer.cli.config_file import FLAGS, KNOWN_ELSEWHERE, field_help, read_run_config, setting_paths
 from veneer.errors import ConfigError
 from veneer.train.config import DataConfig, RunConfig
@@ -123,6 +123,31 @@ def test_a_method_named_by_a_flag_replaces_the_files_method_with_its_settings(tm
     file.write_text("base: b\ndata: d\nmethod: {name: lora, rank: 4}\nout: o\n")
     assert read_run_config(file, {"method": "full"}).method == Full()
     assert read_run_config(file, {"method": "lora"}).method == LoRA(rank=4)
+
+
+def test_a_method_flag_takes_the_method_with_its_settings_as_its_help_says(tmp_path):
+    (tmp_path / "run.yaml").write_text("base: b\ndata: d\nout: o\nmethod: {name: dora, alpha: 3}\n")
+    for file in (None, tmp_path / "run.yaml"):
+        flags = {**NEEDED, "method": "{name: lora, rank: 8, targets: [q_proj]}", "alpha": "5"}
+        assert read_run_config(file, flags).method == LoRA(rank=8, targets=["q_proj"], alpha=5)
+    assert read_run_config(None, {**NEEDED, "method": "{name: bottleneck, size: 3}"}).method == Bottleneck(
+        size=3
+    )
+    qlora = read_run_config(None, {**NEEDED, "method": "{name: qlora, rank: 3}"})
+    assert (qlora.method, qlora.quantize) == (LoRA(rank=3), "nf4")
+    for wrong, said in (
+        ("{name: lora, rank", "--method"),
+        ("{name: lora, rnak: 3}", "rank"),
+        ("{name: lore}", "lora"),
+        ("{rank: 3}", "method.name"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read_run_config(None, {**NEEDED, "method": wrong})
+        assert (
+            len(caught.value.faults) == 1
+            and said in caught.value.faults[0]
+            and "--method" in caught.value.faults[0]
+        )
 
 
 def test_a_setting_of_another_method_is_refused():

@@ -112,7 +112,11 @@ def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Seq
         _read_file(settings, Path(file))
     for name in FLAGS:  # in this order: a method is named before its settings are given
         if (value := flags.get(name)) is not None:
-            settings.put(FLAGS[name], value, "--" + name.replace("_", "-"))
+            flag = "--" + name.replace("_", "-")
+            if name == "method" and value.lstrip().startswith("{"):
+                _put_yaml(settings, ("method",), value, flag)  # a method with its settings, in place of the file's
+            else:
+                settings.put(FLAGS[name], value, flag)
     for each in sets:
         _read_set(settings, each)
     config, faults = _validated(settings)
@@ -203,12 +207,16 @@ def _read_set(settings: Settings, each: str) -> None:
             f"C314 --set {each}: write --set path=value, for instance --set data.long_rows=drop"
         )
         return
+    _put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
+
+
+def _put_yaml(settings: Settings, path: KeyPath, text: str, origin: str) -> None:
     try:
-        value = parse_yaml(text, f"--set {path}", Settings())
+        value = parse_yaml(text, origin, Settings())
     except ConfigError as fault:
         settings.faults.append(f"C314 {fault.headline}")
         return
-    settings.put(tuple(path.split(".")), value, f"--set {path}")
+    settings.put(path, value, origin)
 
 
 def _opened(path: KeyPath, value: Any) -> dict[str, Any]:
