@@ -41,7 +41,7 @@ from veneer.store import adapter as store
 from veneer.store import safe
 from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
-from veneer.store.peft_config import CONFIG_NAME, MAX_REPETITIONS
+from veneer.store.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 
 WEIGHTS = store.WEIGHTS_NAME
 SETTINGS = {"rank": 4, "alpha": 7, "rank_pattern": {"v_proj": 2}, "train_modules": ["model.norm"]}
@@ -303,7 +303,8 @@ def test_the_format_document_names_every_field_and_every_refusal():
     for limit in (
         f"{safe.MAX_TENSORS:,} tensors",
         f"{MAX_JSON_DEPTH} levels",
-        f"{MAX_REPETITIONS} repetitions",
+        f"{MAX_PATTERN:,} characters",
+        f"{MAX_EXPRESSIONS} expressions",
     ):
         assert limit in text
 

@@ -4,12 +4,12 @@ Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arX
 arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li and Liang 2021, arXiv:2101.00190.
 """
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from veneer.bounds import ALPHA, LAYER, PLACES, POWER_ITERATIONS, RANK, RATIO, SCALING, SHARE, WIDTH
+from veneer.patterns import pattern
 
 USUAL_WIDTH = 2000
 
@@ -106,10 +106,9 @@ class LowRank(AdapterConfig):
         if isinstance(self.targets, str) and self.targets != "all-linear":
             sources.append(self.targets)
         for source in sources:
-            try:
-                re.compile(source)
-            except re.error as fault:
-                raise ValueError(f"{source!r} is not a regular expression: {fault}") from None
+            pattern(source)  # raises a ValueError that says why
+        for source in (*self.rank_pattern, *self.alpha_pattern):
+            pattern(source).ends("")
         if isinstance(self.targets, list) and not self.targets:
             raise ValueError("targets is empty: nothing would be trained")
         return self

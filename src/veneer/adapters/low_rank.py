@@ -12,10 +12,11 @@ from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, AdaptedMatrix,
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Site
 from veneer.adapters.starts import Factors, olora_start, pissa_start
-from veneer.adapters.targets import Targets, find_targets, pattern_value
+from veneer.adapters.targets import Targets, find_targets
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, is_plain_embedding, matrix_shape
+from veneer.patterns import first_match
 
 
 def build_lora(site: Site, config: LoRA) -> None:
@@ -47,7 +48,7 @@ def build_lora(site: Site, config: LoRA) -> None:
     for path in targets.experts:
         owner, _, parameter = path.rpartition(".")
         E, O, I = expert_parameters(site.modules[owner])[parameter]
-        r = pattern_value(config.rank_pattern, path, config.rank)
+        r = first_match(config.rank_pattern, path, config.rank)
         device = site.modules[owner].get_parameter(parameter).device
         A, B = site.kaiming(E, r, I), torch.zeros(E, O, r)
         made = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
@@ -57,7 +58,7 @@ def build_lora(site: Site, config: LoRA) -> None:
         router = site.modules[path]
         (O, I), r = (
             router.get_parameter("weight").shape,
-            pattern_value(config.rank_pattern, path, config.rank),
+            first_match(config.rank_pattern, path, config.rank),
         )
         A, B = site.kaiming(r, I), torch.zeros(O, r)
         made = _layer(site, config, "linear", path, A, B, device=router.get_parameter("weight").device)
@@ -113,7 +114,7 @@ def _targets(site: Site, config: LowRank) -> Targets:
 def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, FrozenLinear]:
     frozen = frozen_linear(site.modules[path])
     assert frozen is not None
-    r = pattern_value(config.rank_pattern, path, config.rank)
+    r = first_match(config.rank_pattern, path, config.rank)
     A, B = site.kaiming(r, frozen.in_features), torch.zeros(frozen.out_features, r)
     made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
     return made, frozen
@@ -122,7 +123,7 @@ def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, Fr
 def _embedding_layer(site: Site, config: LowRank, path: str) -> LoRALayer:
     """The other way round, as PEFT: rows of A are looked up, B mixes them."""
     table = site.modules[path].get_parameter("weight")
-    r = pattern_value(config.rank_pattern, path, config.rank)
+    r = first_match(config.rank_pattern, path, config.rank)
     A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
     return _layer(site, config, "embedding", path, A, B, device=table.device)
 
@@ -131,7 +132,7 @@ def _layer(
     site: Site, config: LowRank, kind: Kind, path: str, A: Tensor, B: Tensor, *, device: torch.device, dropout: float = 0.0,
 ) -> LoRALayer:  # fmt: skip
     """The next layer of the attachment, A and B on the base's device."""
-    alpha = pattern_value(config.alpha_pattern, path, config.alpha)
+    alpha = first_match(config.alpha_pattern, path, config.alpha)
     key = len(site.attachment.layers)
     return LoRALayer(
         kind, A.to(device), B.to(device), alpha=alpha, rslora=config.rslora, dropout=dropout, key=key

@@ -7,11 +7,9 @@ A rank or alpha pattern matches at the end of a path, from a dot on; the first t
 """
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import nn
 
@@ -19,8 +17,7 @@ from veneer.adapters.config import LowRank
 from veneer.adapters.experts import expert_parameters
 from veneer.errors import ConfigError
 from veneer.linear import PackedModule, frozen_linear, is_plain_embedding, matrix_shape
-
-Number = TypeVar("Number", int, float)
+from veneer.patterns import pattern
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,6 @@ def ends_with(path: str, entry: str) -> bool:
     return path == entry or path.endswith("." + entry)
 
 
-def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
-
-
 def layer_number(path: str) -> int | None:
     """The first number among a path's segments: which layer the module belongs to."""
     return next((int(segment) for segment in path.split(".") if segment.isdigit()), None)
@@ -62,7 +52,7 @@ def near(name: str, names: list[str]) -> str:
 
 def _names(entry: str, paths: list[str]) -> list[str]:
     """Paths that an exclude entry names: exactly, by ending, or as a regular expression of the whole path."""
-    return [p for p in paths if ends_with(p, entry) or re.fullmatch(entry, p)]
+    return [p for p in paths if ends_with(p, entry) or pattern(entry).full(p)]
 
 
 def _weight(path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -129,7 +119,7 @@ def find_targets(
     if config.targets == "all-linear":
         chosen = [*body, *(path for path in experts if path not in past)]
     elif isinstance(config.targets, str):
-        chosen = [path for path in everything if re.fullmatch(config.targets, path)]
+        chosen = [path for path in everything if pattern(config.targets).full(path)]
         if not chosen:
             faults.append(
                 f"targets {config.targets!r} is a regular expression and matches no whole path; "
@@ -150,9 +140,9 @@ def find_targets(
             faults.append(f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}")
         chosen = [path for path in chosen if layer_number(path) in config.layers]
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            if chosen and not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
-                faults.append(f"{field} {pattern!r} matches no targeted module; {near(pattern, chosen)}")
+        for source in patterns:
+            if chosen and not any(pattern(source).ends(path) for path in chosen):
+                faults.append(f"{field} {source!r} matches no targeted module; {near(source, chosen)}")
     faults += _read_past_faults(chosen, trained, modules, read_past)
     if not chosen and not faults:
         faults.append("after exclude and layers nothing is left to adapt")

@@ -114,7 +114,9 @@ def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Seq
         if (value := flags.get(name)) is not None:
             flag = "--" + name.replace("_", "-")
             if name == "method" and value.lstrip().startswith("{"):
-                _put_yaml(settings, ("method",), value, flag)  # a method with its settings, in place of the file's
+                _put_yaml(
+                    settings, ("method",), value, flag
+                )  # a method with its settings, in place of the file's
             else:
                 settings.put(FLAGS[name], value, flag)
     for each in sets:

@@ -21,6 +21,7 @@ from veneer.adapters.lora import LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear, is_transposed_linear
+from veneer.patterns import FirstMatch, compiled, pattern
 from veneer.store.format import Modules, Slot, slot_of, written_slots
 from veneer.store.peft_config import PeftLoRA
 
@@ -120,7 +121,7 @@ def matched_slots(config: PeftLoRA, modules: Modules, *, head: str | None) -> li
 def _names(entries: list[str] | str | None) -> Callable[[str], bool]:
     """Does a path bear one of the names? A list holds names and endings, a string one regular expression."""
     if isinstance(entries, str):
-        return lambda path, pattern=re.compile(entries): pattern.fullmatch(path) is not None  # type: ignore[misc]
+        return pattern(entries).full
     if not entries:
         return lambda path: False
     known = frozenset(entries)
@@ -151,9 +152,9 @@ def _layer_number(config: PeftLoRA, path: str) -> int | None:
     the layer pattern."""
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    searches = [rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\." for pattern in patterns]
+    searches = [rf"(?:^|.*?\.){each}\.(?P<number>\d+)\." for each in patterns]
     for search in searches or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
-        if (match := re.match(search, path)) is not None:
+        if (match := compiled(search).match(path)) is not None:
             return int(match["number"])
     return None
 
@@ -169,19 +170,11 @@ class Strength:
 
 def strengths(config: PeftLoRA, slots: Sequence[Slot]) -> dict[str, Strength]:
     """Path -> rank and alpha. Patterns match at the end of a slot's key; the first in the file's order wins."""
-    ranks = [(_at_the_end(pattern), rank) for pattern, rank in (config.rank_pattern or {}).items()]
-    alphas = [(_at_the_end(pattern), alpha) for pattern, alpha in (config.alpha_pattern or {}).items()]
+    ranks, alphas = FirstMatch(config.rank_pattern or {}), FirstMatch(config.alpha_pattern or {})
     return {
-        slot.path: Strength(
-            next((rank for pattern, rank in ranks if pattern.match(slot.key)), config.r),
-            next((alpha for pattern, alpha in alphas if pattern.match(slot.key)), config.lora_alpha),
-        )
+        slot.path: Strength(ranks.of(slot.key, config.r), alphas.of(slot.key, config.lora_alpha))
         for slot in slots
     }
-
-
-def _at_the_end(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Sequence[str]) -> LowRank:

@@ -7,7 +7,6 @@ Not known here: tensors, models. Facts: PEFT 0.21.2, peft/tuners/lora/config.py.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,13 +16,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.bounds import ALPHA, RANK, SHARE
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
+from veneer.patterns import PatternError, is_name, pattern
 from veneer.store.strict_json import field_faults
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_LAYOUT = "0.21.2"
 """Version of PEFT whose layout is written: `peft_version` in the file."""
 MAX_PATTERN = 4000
-MAX_REPETITIONS = 6
+MAX_EXPRESSIONS = 500
+"""Patterns that are more than a name; names are looked up, however many."""
 MAX_ENTRIES = 10_000
 
 _CHANGES_THE_MATHS = {
@@ -105,10 +106,9 @@ class PeftLoRA(BaseModel):
     def method(self) -> type[LowRank]:
         return DoRA if self.use_dora else LoRA
 
-    def patterns(self) -> list[str]:
-        """Every string of the file that is used as a regular expression."""
-        found = [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]
-        found += [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+    def whole_patterns(self) -> list[str]:
+        """Every string of the file that is used as a regular expression of whole paths or of the list of layers."""
+        found = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
         layers = self.layers_pattern or []
         return found + ([layers] if isinstance(layers, str) else layers)
 
@@ -117,7 +117,7 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[s
     """The settings, and the names of unknown fields that are off and so ignored. stored: what the file holds.
 
     Raises CorruptFileError (every field with a wrong value), RefusedError (every field that is not
-    implemented), UnsafeFileError (regular expressions that could run for ever).
+    implemented), UnsafeFileError (regular expressions that are not matched in linear time).
     """
     refused, ignored = _refused_fields(stored)
     if refused:
@@ -130,7 +130,7 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[s
         ) from fault
     if faults := _value_faults(config):
         raise CorruptFileError(f"{path} has fields of a wrong kind", faults, "Restore the file.")
-    if unsafe := [why for pattern in config.patterns() if (why := _pattern_fault(pattern)) is not None]:
+    if unsafe := _pattern_faults(config):
         raise UnsafeFileError(
             f"{path} holds regular expressions that are not run", unsafe, "List the names instead."
         )
@@ -177,21 +177,24 @@ def _way_out(stored: Mapping[str, Any]) -> str:
     return "Merge the adapter with the library that made it, or train it again as LoRA."
 
 
-def _pattern_fault(pattern: str) -> str | None:
-    """Why a pattern of an untrusted file is not run: a repeated group can take exponential time."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as fault:
-        return f"{pattern[:80]!r} is not a regular expression: {fault}"
-    bare = re.sub(r"\\.", "_", pattern)
-    bare = re.sub(r"\[\^?\]?[^\]]*\]", "_", bare)
-    if len(pattern) > MAX_PATTERN:
-        return f"{pattern[:80]!r}… has {len(pattern):,} characters, the limit is {MAX_PATTERN:,}"
-    if re.search(r"\)[*+{]", bare):
-        return f"{pattern[:80]!r} repeats a group: matching it can take for ever"
-    if (repeated := len(re.findall(r"[*+{]", bare))) > MAX_REPETITIONS:
-        return f"{pattern[:80]!r} repeats {repeated} times, the limit is {MAX_REPETITIONS}"
-    return None
+def _pattern_faults(config: PeftLoRA) -> list[str]:
+    """Why patterns of an untrusted file are not run."""
+    faults, expressions = [], 0
+    ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    for number, source in enumerate([*ends, *config.whole_patterns()]):
+        if len(source) > MAX_PATTERN:
+            faults.append(f"{source[:80]!r}… has {len(source):,} characters, the limit is {MAX_PATTERN:,}")
+            continue
+        expressions += not is_name(source)
+        try:
+            found = pattern(source)
+            if number < len(ends):
+                found.ends("")
+        except PatternError as fault:
+            faults.append(str(fault))
+    if expressions > MAX_EXPRESSIONS:
+        faults.append(f"there are {expressions:,} of them, the limit is {MAX_EXPRESSIONS:,}")
+    return faults
 
 
 def config_json(config: PeftLoRA) -> dict[str, Any]:
