@@ -49,14 +49,48 @@ def test_everything_in_a_library_has_the_rights_that_the_umask_gives(
         assert path.stat().st_mode & 0o777 == (folders if path.is_dir() else files), path
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Made under a umask that lets the group read, and others not at all."""
+    before = os.umask(0o027)
+    try:
+        return make_world(tmp_path_factory.mktemp("shared") / "world")
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_umask_gives(world, tmp_path):
+    before = os.umask(0o027)
+    try:
+        for line in (
+            "quantize --base {w}/base --out {o}/nf4",
+            "export {w}/a --to vllm --base {w}/base --out {o}/vllm",
+            "export {w}/a --to gguf --merged --base {w}/base --out {o}/whole.gguf",
+            "extract --base {w}/base --model {w}/tuned --rank 2 --out {o}/extracted",
+        ):
+            assert main(line.format(w=world, o=tmp_path / "o").split()) == 0
+    finally:
+        os.umask(before)
+    ours = [
+        *(path for path in world.iterdir() if path.name != "base"),
+        tmp_path / "o",
+    ]  # transformers wrote it
+    found = [path for place in ours for path in (place, *place.rglob("*"))]
+    assert {"report.html", "state.safetensors", "metrics.jsonl", "whole.gguf"} <= {
+        path.name for path in found
+    }
+    wrong = [path for path in found if path.stat().st_mode & 0o777 != (0o750 if path.is_dir() else 0o640)]
+    assert not wrong
+
+
 def _read_only(folder: Path, argument: str) -> list[str]:
     """A command line that runs Python code in a space of its own where `folder` may only be read."""
     mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}" && exec "$@"'
     return ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", argument]
 
 
-def test_every_command_that_reads_works_on_a_library_that_may_only_be_read(tmp_path):
-    world = make_world(tmp_path / "world")
+def test_every_command_that_reads_works_on_a_library_that_may_only_be_read(world, tmp_path):
     (world / "library" / INDEX).unlink(missing_ok=True)  # so that every listing wants to write it
     (tmp_path / "o").mkdir()
     lines = [line.format(w=world, o=tmp_path / "o").split() for line in (READING | FROM_LIBRARY).values()]

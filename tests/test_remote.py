@@ -1,6 +1,7 @@
 """Versions go to other places and come back to the byte; what arrives otherwise never appears."""
 
 import base64
+import errno
 import functools
 import http.server
 import json
@@ -14,6 +15,7 @@ from veneer.cli.main import main
 from veneer.errors import (
     ConfigError,
     CorruptFileError,
+    DoesNotFitError,
     SourceError,
     UnsafeFileError,
     VeneerError,
@@ -364,3 +366,14 @@ def test_the_commands_say_where_it_went(library, tmp_path, capsys):
     assert main(["adapters", "pull", str(tmp_path / "t"), "x", "--name", "y", "--json", *folder]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] == "y@1"
     assert main(["adapters", "pull", str(tmp_path / "t"), *folder]) == 2
+
+
+def test_a_disk_that_is_full_while_the_hub_gives_is_told_as_such(hub, library, tmp_path, monkeypatch):
+    push(library, "x", "hf://org/repo")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(DoesNotFitError, match="the disk is full"):
+        pull(Library(tmp_path / "other"), "hf://org/repo")

@@ -15,6 +15,7 @@ from veneer.store.library import Entry, Library
 from veneer.store.names import check_name
 from veneer.store.objects import ADAPTER_FILES, put
 from veneer.store.remote import Moved
+from veneer.system_errors import refusal
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000
@@ -75,6 +76,8 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
             try:  # resumes what was cut off, and compares with the commit's own hashes
                 hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
             except Exception as fault:
+                if (told := refusal(fault, folder)) is not None:
+                    raise told from fault
                 raise SourceError(
                     f"{address}: {file} did not arrive: {_said(fault)}",
                     [],
