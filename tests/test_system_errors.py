@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 
 from veneer.cli import main as cli
 from veneer.errors import ConfigError, DoesNotFitError, InputError
-from veneer.store.atomic import atomic_folder
+from veneer.store.atomic import atomic_file, atomic_folder
 from veneer.system_errors import explained, refusal
 from veneer.train.records import Records
 
@@ -87,3 +89,36 @@ def test_a_full_disk_while_records_are_written_is_told_as_such(tmp_path):
         Records(tmp_path / "metrics.jsonl") as records,
     ):
         records.write({"kind": "step", "step": 1})
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_name_that_no_file_can_bear_is_told_before_anything_is_written(tmp_path, write, replace):
+    with pytest.raises(InputError, match="too long") as told, write(tmp_path / ("x" * 300), replace=replace):
+        pytest.fail("must not be reached")
+    assert "shorter" in told.value.next_step
+
+
+def test_where_a_file_stands_there_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
+        pytest.fail("must not be reached")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of this kind is Linux's")
+def test_a_limit_on_the_size_of_files_is_told_also_of_what_safetensors_writes(tmp_path):
+    code = (
+        "import resource, sys, torch\n"
+        "from safetensors.torch import save_file\n"
+        "from veneer.store.atomic import atomic_file, atomic_folder\n"
+        "from veneer.errors import DoesNotFitError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    with atomic_folder(sys.argv[1]) as partial:\n"
+        "        save_file({'a': torch.zeros(9999)}, partial / 'a')\n"
+        "except DoesNotFitError as fault:\n"
+        "    sys.exit(0 if 'no file that large' in str(fault) else 3)\n"
+        "sys.exit(4)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False).returncode == 0
+    assert list(tmp_path.iterdir()) == []

@@ -121,10 +121,8 @@ def free_bytes(path: str | Path) -> int:
     for folder in (place, *place.parents):
         try:
             return shutil.disk_usage(folder).free
-        except (FileNotFoundError, NotADirectoryError):
-            continue
         except OSError:
-            return 0
+            continue
     return 0
 
 

@@ -13,7 +13,7 @@ from veneer.cli.main import main
 from veneer.compare import run  # noqa: F401
 from veneer.merge import export_run, gguf_model  # noqa: F401
 
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 1200
 
 
 def _command(argv: list[str], log: str) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,7 @@ def atomic_folder(
         sweep(path.parent)
         _put_back(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
-        if not replace:
-            _refuse_existing(path)
+        _refuse_existing(path, unless=replace)
         if needed_bytes is not None and needed_bytes > free_bytes(path):
             raise OSError(errno.ENOSPC, "what is to be written is more than is free")
         try:
@@ -54,9 +53,8 @@ def atomic_folder(
                 mode = partial.stat().st_mode
                 yield partial
                 share_and_sync(partial, mode)
-                if not replace:
-                    _refuse_existing(path)
-                elif os.path.lexists(path):
+                _refuse_existing(path, unless=replace)
+                if replace and _stands(path):
                     path.rename(aside)
                 partial.rename(path)
                 with _undone(path, partial):
@@ -79,20 +77,15 @@ def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        if not replace:
-            _refuse_existing(path)
+        _refuse_existing(path, unless=replace)
         with unfinished(path.parent) as partial:
             partial.touch(exist_ok=False)
             mode = partial.stat().st_mode
             yield partial
             share_and_sync(partial, mode)
-            if not replace:
-                _refuse_existing(path)
-                partial.rename(path)
-                with _undone(path, partial):
-                    sync_folder(path.parent)
-            else:
-                partial.replace(path)
+            _refuse_existing(path, unless=replace)
+            (partial.replace if replace else partial.rename)(path)
+            with nullcontext() if replace else _undone(path, partial):
                 sync_folder(path.parent)
 
 
@@ -151,11 +144,20 @@ def _files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
+def _refuse_existing(path: Path, *, unless: bool) -> None:
+    if _stands(path) and not unless:
         raise ConfigError(
             f"{path} exists and is not overwritten", [], "Give another place, or remove it first."
         )
+
+
+def _stands(path: Path) -> bool:
+    """Whether anything is at `path`. OSError where nothing can be: the name is too long, say."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
