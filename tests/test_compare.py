@@ -21,7 +21,7 @@ from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, prepare_rows
 from veneer.compare.search import search
 from veneer.data.sources import read_rows
-from veneer.errors import DataError, InputError
+from veneer.errors import DataError, InputError, VeneerError
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
@@ -101,6 +101,23 @@ def test_what_is_finished_is_found_again_and_only_what_is_new_runs(compared: Any
     lora = next(m for m in figures["methods"] if m["name"] == "lora")
     (folder / "out" / lora["runs"][0] / "summary.json").unlink()  # as if it had been stopped
     assert veneer.compare(["full", "lora"], **arguments)["new_runs"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of this kind is Linux's")
+def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: Any) -> None:
+    """Exit code 3 is memory, which is a result, and the disk, which is none. Checkpoints are above the limit here."""
+    import resource
+
+    folder, arguments, _ = compared
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        with pytest.raises(VeneerError, match="no file that large") as told:
+            veneer.compare(["lora", "full"], **{**arguments, "steps": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.exit_code == 3
+    assert not list((folder / "out").rglob("failure.json"))
 
 
 def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -> None:

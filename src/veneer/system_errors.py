@@ -23,6 +23,7 @@ _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota on this disk is used up",
 }
+_TOO_LARGE = "takes no file that large"
 _NETWORK = {
     getattr(errno, name)
     for name in dir(errno)
@@ -87,7 +88,7 @@ def refusal(
         )
     if number == errno.EFBIG:
         return DoesNotFitError(
-            f"{subject} was not written: its file system, or a limit of yours, takes no file that large",
+            f"{subject} was not written: its file system, or a limit of yours, {_TOO_LARGE}",
             [],
             next_step
             or f"Give a place on another disk (FAT takes 4 GB a file; your limit: ulimit -f); {_KEPT}",
@@ -101,6 +102,11 @@ def refusal(
         [f"{named}: {said}"] if other else [],
         next_step or _NEXT_STEPS.get(number, _MEND),
     )
+
+
+def tells_of_the_disk(said: str) -> bool:
+    """Whether what a command printed as it ended with code 3 is about the disk, not about memory."""
+    return any(words in said for words in (*_NO_ROOM.values(), _TOO_LARGE))
 
 
 @contextmanager

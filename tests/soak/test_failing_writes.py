@@ -71,7 +71,8 @@ TIMED = (".html", "metrics.jsonl", "summary.json", "state.json", "evaluation.jso
 """They hold times: whether they are there and whole counts, not what they hold."""
 PASSING = re.compile(r"/checkpoints/|/incoming/")
 """Where a run goes on, and a transfer."""
-MAY_MISS = ("index.json", ".lock")
+MAY_MISS = re.compile(r"index\.json$|\.lock$|/runs/.*/report\.html$")
+"""Made again when it is wanted; a comparison needs no page of its runs."""
 
 
 FURTHER = {r"--resume (\S+),": "train --quiet --resume", r"veneer report (\S+)": "report"}
@@ -155,7 +156,7 @@ class Commands:
         found = {}
         for path in sorted(self.case.rglob("*")):
             name = path.relative_to(self.case).as_posix()
-            if path.is_dir() or path.name.endswith(MAY_MISS) or hidden(name):
+            if path.is_dir() or MAY_MISS.search(name) or hidden(name):
                 continue
             found[name] = hashlib.sha256(_stable(name, path.read_bytes())).hexdigest()
         return found

@@ -26,6 +26,7 @@ from veneer.errors import DataError, Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.labels import labels_file
 from veneer.store.atomic import atomic_file
+from veneer.system_errors import tells_of_the_disk
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
 
@@ -84,7 +85,7 @@ class Worker:
         if code == 0:
             # What a comparison goes on from is whole runs: their checkpoints would fill the disk.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        elif code in (DIVERGED, DOES_NOT_FIT):
+        elif code == DIVERGED or (code == DOES_NOT_FIT and not tells_of_the_disk(talk)):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             _write_json(folder / FAILURE, {"exit_code": code, "message": talk.strip()})
