@@ -7,7 +7,6 @@ What load.py refuses about a config is refused here too.
 
 from __future__ import annotations
 
-import copy
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import SourceError, VeneerError
+from veneer.models.announced import without_storage
 from veneer.models.gguf import converted_folder, header_config
 from veneer.models.load import DTYPES, DtypeName, checked_config, most_common_dtype, stored_dtypes
 from veneer.models.quiet import quiet
@@ -48,8 +48,8 @@ class Blueprint:
 
 def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model without storage. Attention as load_base leaves it."""
-    with quiet(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    with quiet():
+        model = without_storage(config, dtype)
     return model.eval().requires_grad_(False)
 
 

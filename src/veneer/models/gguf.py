@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
+from veneer.models.announced import announced_faults, built_faults
 from veneer.models.base import stop_token_ids
 from veneer.models.gguf_layout import LayoutError, check_layout
 from veneer.models.quiet import quiet
@@ -131,12 +132,27 @@ def header_config(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
     """
     header = read_header(path)
     with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
-        alone = _alone(path, Path(scratch))
-        try:
-            config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True)
-        except Exception as fault:  # whatever a file makes transformers trip over is about that file
-            raise SourceError(f"transformers cannot read the header of {path.name}: {fault}") from fault
-    return repaired_config(config, header), header.dtype
+        return file_config(_alone(path, Path(scratch)), header), header.dtype
+
+
+def file_config(alone: Path, header: Header) -> PreTrainedConfig:
+    """The config that the header describes, repaired. Raises SourceError, CorruptFileError if it is another model's."""
+    try:
+        config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True)
+        config = repaired_config(config, header)
+    except VeneerError:
+        raise
+    except Exception as fault:  # whatever a file makes transformers trip over is about that file
+        raise SourceError(
+            "transformers cannot read the header of the .gguf file",
+            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]],
+            "Download the file again; if it stays, take the model's safetensors version.",
+        ) from fault
+    if faults := built_faults(config, num_tensors=len(header.tensors), num_values=header.num_values):
+        raise CorruptFileError(
+            "the header of the .gguf file does not describe its tensors", faults, "Download the file again."
+        )
+    return config
 
 
 def _alone(path: Path, scratch: Path) -> Path:
@@ -194,6 +210,7 @@ def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Gener
 
 def _model(folder: Path, header: Header) -> PreTrainedModel:
     """The dense model, on the CPU, in header.dtype."""
+    file_config(folder, header)  # before anything is built from it
     try:
         loader: Any = AutoModelForCausalLM  # annotated as if it always returned the model alone
         loaded, info = loader.from_pretrained(
@@ -332,6 +349,13 @@ def read_header(path: Path) -> Header:
             f"{path.name} cannot be converted",
             faults,
             "Take the model's safetensors version (a hub id or a folder).",
+        )
+    shapes = {name: tuple(int(size) for size in tensor.shape) for name, tensor in tensors.items()}
+    if faults := announced_faults(fields.items(), shapes):
+        raise CorruptFileError(
+            f"the header of {path.name} does not describe its tensors",
+            faults[:20],
+            "Download the file again.",
         )
     # A file's norms are f32 whatever its matrices are, so the matrices say what kind of file it is.
     kinds = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}

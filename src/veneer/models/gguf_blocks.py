@@ -25,7 +25,6 @@ from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -39,10 +38,10 @@ from veneer.linear import is_transposed_linear
 from veneer.models.gguf import (
     CONVERTER_VERSION,
     Header,
+    file_config,
     matched,
     publish_from,
     rebuilt_tokenizer,
-    repaired_config,
 )
 from veneer.models.sources import Found, locate_gguf, read_json
 from veneer.models.wheel import cache_folder, file_sha256
@@ -147,9 +146,7 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
             _DENSE,
         )
     tokenizer = rebuilt_tokenizer(alone, header)
-    config = repaired_config(
-        AutoConfig.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True), header
-    )
+    config = file_config(alone, header)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=header.dtype)
     layers, dense = _sorted_out(model, header)

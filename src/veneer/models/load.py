@@ -9,15 +9,15 @@ Not known here: where models come from (sources.py), attention beyond transforme
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -38,11 +38,12 @@ from veneer.errors import (
     VeneerError,
     is_out_of_memory,
 )
+from veneer.models.announced import announced_faults, built_faults
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.bnb_files import stored_book
 from veneer.models.builders import builder_for
 from veneer.models.gguf_blocks import locate_blocks
-from veneer.models.loaded import NEXT_DOWNLOAD, check_loaded
+from veneer.models.loaded import NEXT_DOWNLOAD, check_finite, check_generation, check_loaded, tokenizer_faults
 from veneer.models.quiet import quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.models.streaming import build_packed, holds_experts_apart
@@ -108,11 +109,16 @@ def load_base(
         config = checked_config(found.folder)
         tokenizer = _tokenizer(found.folder)
         with _explained(found, wanted, sum(stored.values())):
+            if quantize != "gguf":
+                _check_size(found.folder, config, stored, len(tensors))
             if build is not None:
                 model = build(found, config, wanted, place)
             else:
                 model = _model(found.folder, config, wanted)
                 torch.nn.Module.to(model, place)
+            if model.generation_config is not None:
+                check_generation(found.folder, model.generation_config)
+            check_finite(found.folder, model.eval())
     _check_vocabulary(found.folder, tokenizer, model)
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
@@ -137,20 +143,11 @@ def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConf
 def stored_dtypes(folder: Path) -> Counter[str]:
     """Number of values per safetensors dtype name, from the headers of a folder's weight files.
 
-    Raises CorruptFileError for files that are truncated or no safetensors.
+    Raises as stored_tensors does.
     """
     counts: Counter[str] = Counter()
-    faults = []
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    view = file.get_slice(name)
-                    counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
-        except (SafetensorError, OSError) as fault:
-            faults.append(f"{path.name}: {fault}")
-    if faults:
-        raise CorruptFileError(f"weights in {folder} cannot be read", faults, NEXT_DOWNLOAD)
+    for tensor in stored_tensors(weight_files(folder)).values():
+        counts[tensor.kind] += math.prod(tensor.shape)
     return counts
 
 
@@ -184,6 +181,7 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             f"model type {kind!r} in {path} is not known to the installed transformers",
             next_step="Is the model newer than transformers? pip install --upgrade transformers",
         )
+    _check_announced(folder, raw)
     if unsafe := [fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)]:
         raise UnsafeFileError(
             f"{path} asks for more than a model's settings",
@@ -206,6 +204,31 @@ def checked_config(folder: Path) -> PreTrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # read by us (models/bnb_files.py), not by transformers
     return config
+
+
+def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
+    """Raises CorruptFileError for what is no list of names, and for numbers that the files beside it cannot hold."""
+    try:
+        shapes = {name: tensor.shape for name, tensor in stored_tensors(weight_files(folder)).items()}
+    except SourceError:  # a plan needs no weights
+        shapes = None
+    faults = announced_faults(_walk(raw, ""), shapes)
+    names = raw.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        faults.append(f"architectures: {str(names)[:60]} is no list of names")
+    if faults:
+        raise CorruptFileError(
+            f"{folder / 'config.json'} does not describe the weights beside it", faults[:20], NEXT_DOWNLOAD
+        )
+
+
+def _check_size(folder: Path, config: PreTrainedConfig, stored: Mapping[str, int], num_tensors: int) -> None:
+    # Weights of 4 bits lie two in a byte.
+    num_values = sum(count * (2 if kind in ("U8", "I8") else 1) for kind, count in stored.items())
+    if faults := built_faults(config, num_tensors=num_tensors, num_values=num_values):
+        raise CorruptFileError(
+            f"{folder / 'config.json'} does not describe the weights beside it", faults, NEXT_DOWNLOAD
+        )
 
 
 def _check_quantized(folder: Path, settings: dict[str, Any]) -> None:
@@ -274,6 +297,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("A text.\n1 \u00e9 \U0001f642")  # some faults show only then
     except Exception as fault:  # the tokenizers library raises plain Exception for a broken file
         faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
         if "tokenizer.json" in names:
@@ -285,6 +309,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             faults,
             "Take a version of the model with a tokenizer.json, or install the package that is named above.",
         ) from fault
+    if faults := tokenizer_faults(tokenizer):
+        raise CorruptFileError(f"the tokenizer in {folder} cannot be used", faults, NEXT_DOWNLOAD)
     if not tokenizer.is_fast:
         raise SourceError(
             f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form (tokenizer.json)",

@@ -1,15 +1,40 @@
-"""What transformers says about a load, as an error that names every weight that is not what it should be."""
+"""What there is to say against a base that was just loaded: weights that are not what they should be, settings of the
+wrong kind beside them, values that are not finite."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import CorruptFileError
 
 NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
+MOST_BEAMS = 64
+_NUMBERS = (
+    *(
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+    ),
+    *(
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "num_return_sequences",
+        "max_length",
+        "min_length",
+    ),
+)
+"""What a model's own loop would compute with."""
+_MASK = re.compile(r"mask|bias")
 
 
 def check_loaded(
@@ -36,6 +61,75 @@ def check_loaded(
             faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else []),
             NEXT_DOWNLOAD,
         )
+
+
+def check_generation(folder: Path, settings: GenerationConfig) -> None:
+    """Raises CorruptFileError for stop tokens that are no ids, and numbers that are none, in a model's settings."""
+    stops = settings.eos_token_id
+    faults = [
+        f"eos_token_id {str(stop)[:40]} is no token"
+        for stop in (stops if isinstance(stops, list) else [stops])
+        if stop is not None and (type(stop) is not int or not 0 <= stop < 2**31)
+    ]
+    for name in _NUMBERS:
+        value = getattr(settings, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            faults.append(f"{name} {str(value)[:40]} is no number")
+    for name in ("num_beams", "num_return_sequences"):
+        value = getattr(settings, name, None)
+        if isinstance(value, int | float) and not 1 <= value <= MOST_BEAMS:
+            faults.append(f"{name} {str(value)[:40]} is not between 1 and {MOST_BEAMS}")
+    if faults:
+        raise CorruptFileError(f"generation_config.json in {folder} cannot be used", faults, NEXT_DOWNLOAD)
+
+
+def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Settings of tokenizer_config.json that are of the wrong kind, which only shows when a text is cut."""
+    faults = []
+    most, template = tokenizer.model_max_length, tokenizer.chat_template
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:
+        faults.append(f"model_max_length {str(most)[:40]} is no length")
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        faults.append(f"chat_template is {type(template).__name__}, no text")
+    return faults
+
+
+@torch.no_grad()
+def check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a rope_theta of 0.
+
+    Logits alone do not tell: a fused attention leaves scores out that are no numbers.
+    """
+    if not (faults := [f"{name} holds values that are not finite" for name in _not_finite(model)]):
+        run: Any = model
+        ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+        logits: torch.Tensor = run(input_ids=ids).logits
+        if not torch.isfinite(logits).all():
+            wrong = int((~torch.isfinite(logits)).sum())
+            faults = [f"{wrong:,} of {logits.numel():,} logits of three tokens, in {model.dtype}"]
+    if faults:
+        raise CorruptFileError(
+            f"the model in {folder} does not compute finite values",
+            faults[:12],
+            f"Try another dtype (float32). {NEXT_DOWNLOAD}",
+        )
+
+
+def _not_finite(model: PreTrainedModel) -> list[str]:
+    """Names of such weights and tables; a mask may hold infinities."""
+    buffers = [(name, b) for name, b in model.named_buffers() if not _MASK.search(name)]
+    named = [
+        (name, tensor.detach())
+        for name, tensor in [*model.named_parameters(), *buffers]
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
+    ]
+    # The extremes are NaN if one value is; read from the device once for all.
+    extremes = [torch.stack(torch.aminmax(tensor)).double() for _, tensor in named]
+    if not extremes:
+        return []
+    finite = torch.isfinite(torch.stack([each.to(model.device) for each in extremes])).all(dim=1).tolist()
+    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
 
 
 def _without_numbers(name: str) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from veneer.models.announced import without_storage
 from veneer.models.load import checked_config
 from veneer.models.quiet import quiet
 from veneer.models.sources import locate
@@ -30,6 +30,5 @@ def load_skeleton(source: str) -> Skeleton:
     found = locate(source)
     with quiet():
         config = checked_config(found.folder)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model = without_storage(config)
     return Skeleton(model.eval().requires_grad_(False), found.name_or_path, found.revision)

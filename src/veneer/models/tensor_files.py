@@ -1,8 +1,8 @@
 """The tensors of safetensors files, each read when it is asked for and kept by nobody.
 
 By plain reads, not by mapping the file: mapped pages count as this process's memory for as long as the file is open,
-and the point of reading one by one is that they do not add up. The files were opened by safetensors before, which
-checks that their headers are sound.
+and the point of reading one by one is that they do not add up. safetensors itself opens each file first: it refuses headers
+that are longer than their file, and ranges that overlap, leave holes or do not fit a shape.
 """
 
 import json
@@ -11,9 +11,11 @@ from pathlib import Path
 from types import EllipsisType
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from veneer.errors import SourceError
+from veneer.errors import CorruptFileError, SourceError
+from veneer.models.loaded import NEXT_DOWNLOAD
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -66,14 +68,21 @@ class StoredTensor:
 
 
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
-    """Name -> tensor, of all files."""
+    """Name -> tensor, of all files. Raises CorruptFileError for those that are truncated or no safetensors."""
     found: dict[str, StoredTensor] = {}
+    faults = []
     for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+        try:
+            with safe_open(path, framework="pt"), path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError, RecursionError) as fault:
+            faults.append(f"{path.name}: {str(fault)[:200]}")
+            continue
         for name, entry in header.items():
             if name != "__metadata__":
                 start = 8 + length + entry["data_offsets"][0]
                 found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
+    if faults:
+        raise CorruptFileError(f"weights in {files[0].parent} cannot be read", faults, NEXT_DOWNLOAD)
     return found
