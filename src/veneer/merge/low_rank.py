@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.kernels.wide import wide
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -36,8 +38,8 @@ def relative_error(lost: float, whole: float) -> float:
 def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
     """The best B' A' of that rank; None: of the numerical rank, singular values above 1e-7 of ||A|| ||B||: what is
     below is rounding, also where the sum cancels."""
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().transpose(-1, -2))
+    Q_B, R_B = torch.linalg.qr(wide(B))
+    Q_A, R_A = torch.linalg.qr(wide(A).transpose(-1, -2))
     U, S, Vh = torch.linalg.svd(R_B @ R_A.transpose(-1, -2), full_matrices=False)
     floor = 1e-7 * torch.linalg.matrix_norm(R_A, 2) * torch.linalg.matrix_norm(R_B, 2)
     numerical = max(1, int((floor[..., None] < S).sum(-1).max()))
@@ -54,9 +56,9 @@ def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
 def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None) -> Cut:
     """The best approximation at a rank, or at the lowest rank that keeps `energy` of ||D||^2 (of every matrix)."""
     assert (rank is None) != (energy is None)
-    D = D.double()
-    wide = D.shape[-2] <= D.shape[-1]
-    gram = D @ D.transpose(-1, -2) if wide else D.transpose(-1, -2) @ D
+    D = wide(D)
+    lies = D.shape[-2] <= D.shape[-1]
+    gram = D @ D.transpose(-1, -2) if lies else D.transpose(-1, -2) @ D
     values, vectors = torch.linalg.eigh(gram)
     squares, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
     if rank is None:
@@ -68,8 +70,8 @@ def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None
     vectors = vectors[..., :kept]
     # D = V V^T D: both factors get the root of the singular values, so that neither dwarfs the other
     root = squares[..., :kept].sqrt().sqrt().clamp_min(1e-150)
-    other = (vectors.transpose(-1, -2) @ D) if wide else (D @ vectors)
-    if wide:
+    other = (vectors.transpose(-1, -2) @ D) if lies else (D @ vectors)
+    if lies:
         A, B = other / root[..., :, None], vectors * root[..., None, :]
     else:
         A, B = vectors.transpose(-1, -2) * root[..., :, None], other / root[..., None, :]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.targets import layer_number
+from veneer.kernels.wide import wide
 
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
@@ -47,14 +48,14 @@ class Survival:
 
 def survival(own: Tensor, wanted: Tensor, stored: Tensor) -> Survival:
     """own: the base's weight, wanted: what it should become, both float32; stored: what it became."""
-    change = (wanted - own).double()
-    missing = (stored.float() - wanted).double()
+    change = wide(wanted - own)
+    missing = wide(stored.float() - wanted)
     squared = float(change.square().sum())
     return Survival(
         along=squared + float((missing * change).sum()),
         wanted=squared,
         lost=float(missing.square().sum()),
-        weight=float(own.double().square().sum()),
+        weight=float(wide(own).square().sum()),
     )
 
 
@@ -92,7 +93,8 @@ class OverWeights:
 def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """float32 -> bf16 or fp16, up or down with the probability that keeps every value right on average.
 
-    A value that the type holds exactly stays. float32 is returned as it is.
+    A value that the type holds exactly stays. float32 is returned as it is. generator: of the CPU, wherever the values
+    are, so that a merge gives the same bits on every device.
     """
     if dtype not in MANTISSA_BITS:
         return values.to(dtype)
@@ -102,5 +104,5 @@ def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -
     )
     steps = values / step
     below = torch.floor(steps)
-    up = torch.rand(values.shape, generator=generator) < steps - below
+    up = torch.rand(values.shape, generator=generator).to(values.device) < steps - below
     return ((below + up) * step).to(dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from veneer.errors import CorruptFileError
 from veneer.kernels import nf4 as kernels
 from veneer.kernels.nf4 import Blocks, Nested
+from veneer.kernels.wide import wide
 
 BookName = Literal["nf4", "fp4"]
 
@@ -153,10 +154,10 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Nested]:
     padded = torch.nn.functional.pad(residual, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     outer = padded.abs().amax(1)
     scaled = (padded / outer.clamp(min=1e-38).unsqueeze(1)).view(-1)[:count].clamp(-1, 1)
-    table = nested_map().to(absmax.device)
+    table, values = nested_map(), wide(scaled)
     middles = (table[:-1].double() + table[1:].double()) / 2  # exact, so the nearest is the nearest
-    index = torch.bucketize(scaled.double(), middles).to(torch.uint8)
-    return index, Nested(table, outer, NESTED_BLOCK, float(offset))
+    index = torch.bucketize(values, middles.to(values.device)).to(absmax.device, torch.uint8)
+    return index, Nested(table.to(absmax.device), outer, NESTED_BLOCK, float(offset))
 
 
 def _not_finite(weight: Tensor, absmax: Tensor, block: int, name: str) -> CorruptFileError:
