@@ -113,7 +113,8 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
         )
         return out
     if out.is_cuda and out.dtype in TYPES and (triton := _triton()) is not None:
-        return triton.dequantize(weights, out, start=start)
+        with torch.cuda.device_of(out):  # a launch goes to the current device, whichever holds the tensors
+            return triton.dequantize(weights, out, start=start)
     if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
         flat = reference.dequantize(
             weights.packed, weights.float_scales(), weights.table, weights.block,
@@ -143,6 +144,7 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
     if x.shape[0] == 0:
         return y
     if x.is_cuda:
-        return _triton().product(weights, x, outs, start=start)
+        with torch.cuda.device_of(x):
+            return _triton().product(weights, x, outs, start=start)
     packed_calls.nf4_product(weights.checked, x, y, start=start, level=level)
     return y

@@ -28,7 +28,7 @@ class _Away:
     device: torch.device
 
     def back(self) -> Tensor:
-        return self.host.to(self.device, non_blocking=True)
+        return _copied(self.host, self.device)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Offload:
         known = self._known.get(key)
         if known is not None and not known.storage.expired() and (away := known.away()) is not None:
             return away
-        away = _Away(_to_host(tensor), tensor.device)
+        away = _Away(_copied(tensor.detach(), torch.device("cpu")), tensor.device)
         self._known[key] = _Known(weak, ref(away))
         return away
 
@@ -74,12 +74,13 @@ class Offload:
         self._known.clear()
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def _copied(tensor: Tensor, to: torch.device) -> Tensor:
     """The same values in the same strides: kernels choose by layout, and another choice may round otherwise."""
-    host = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+    pinned = tensor.device.type == "cuda" and to.type == "cpu"
+    there = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=to, pin_memory=pinned
     )
-    return host.copy_(tensor.detach(), non_blocking=True)
+    return there.copy_(tensor, non_blocking=True)
 
 
 @contextmanager
