@@ -111,22 +111,23 @@ def make_batch(
         positions.append(np.zeros(filler, dtype=np.int64))
         keys.append(np.zeros(filler, dtype=np.int64))
 
-    def joined(parts: list[Any]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
-
+    # One copy to the device: the host waits for each.
+    parts = [np.concatenate(each).astype(np.int64) for each in (ids, positions, keys, loss_rows, targets)]
+    parts.append(np.asarray([] if packed else lengths, dtype=np.int64))
+    moved = torch.from_numpy(np.concatenate(parts)).to(device)
+    flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split(
+        [len(part) for part in parts]
+    )
     shape = (1, -1) if packed else (len(examples), longest)
-    flat_positions = joined(positions)
-    mask = None
-    if not packed:
-        mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long().to(device)
+    mask = None if packed else (torch.arange(longest, device=device)[None] < real[:, None]).long()
     return Batch(
-        ids=joined(ids).view(shape),
+        ids=flat_ids.view(shape),
         positions=flat_positions.view(shape),
         layout=Layout(prompt, tuple(n - prompt for n in lengths), device) if packed else None,
         mask=mask,
-        loss_rows=joined(loss_rows),
-        targets=joined(targets),
-        dropout_rows=row_keys(joined(keys), flat_positions),
+        loss_rows=flat_rows,
+        targets=flat_targets,
+        dropout_rows=row_keys(flat_keys, flat_positions),
         tokens=sum(len(e.ids) for e in examples),
         examples=list(examples),
     )

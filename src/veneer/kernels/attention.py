@@ -230,10 +230,8 @@ class _PackedAttention(torch.autograd.Function):
         parts = _parts(q, k, v, layout, ctx.scores)
         square = _square(grad, layout)
         if layout.from_square is not None:  # padding repeats a real row: its gradient must not count twice
-            square = square.clone()
-            padding = torch.ones(square.shape[0] * square.shape[1], dtype=torch.bool, device=grad.device)
-            padding[layout.from_square] = False
-            square.view(-1, *square.shape[2:])[padding] = 0
+            square = torch.zeros_like(square)
+            square.flatten(0, 1).index_copy_(0, layout.from_square, grad[P : layout.rows])
         d_q, d_k, d_v, d_sinks = parts[-1].backward(_grouped(square, kv_heads), sinks)
         grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         grad_q[P : layout.rows] = _square_gradient(_ungrouped(d_q, docs, kv_heads, layout.longest), layout)

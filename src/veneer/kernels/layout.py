@@ -49,8 +49,9 @@ class Layout:
             # A padded place repeats the document's last row: any finite value serves, nobody reads it.
             square = starts[:, None] + torch.minimum(within[None], lengths[:, None] - 1)
             real = within[None] < lengths[:, None]
-            self.to_square = square.reshape(-1).to(self.device)
-            self.from_square = real.reshape(-1).nonzero()[:, 0].to(self.device)
+            places = square.reshape(-1), real.reshape(-1).nonzero()[:, 0]
+            moved = torch.cat(places).to(self.device)  # one copy: the host waits for each
+            self.to_square, self.from_square = moved.split([len(each) for each in places])
 
     @property
     def longest(self) -> int:

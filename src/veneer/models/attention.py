@@ -144,8 +144,9 @@ class Traced:
     cache: Cache | None = None
 
 
-UNUSED_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-"""Any 4-D mask is handed through as it is; the packed attention does not look at it."""
+def unused_mask(device: torch.device) -> Tensor:
+    """Any 4-D mask is handed through as it is; the packed attention does not look at it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -157,7 +158,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 def packed_hidden(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """(1, N) ids and positions of a layout -> (N, D) last hidden states."""
     out = decoder(model)(
-        input_ids=ids, position_ids=positions, attention_mask=UNUSED_MASK.to(ids.device),
+        input_ids=ids, position_ids=positions, attention_mask=unused_mask(ids.device),
         use_cache=False, veneer_layout=Traced(layout),
     )  # fmt: skip
     return out.last_hidden_state[0]
@@ -195,7 +196,7 @@ def takes_packing(model: PreTrainedModel) -> str | None:
     try:
         model.set_attn_implementation(NAME)
         decoder(model)(
-            input_ids=ids, position_ids=ids, attention_mask=UNUSED_MASK.to(device), use_cache=False, veneer_layout=traced
+            input_ids=ids, position_ids=ids, attention_mask=unused_mask(device), use_cache=False, veneer_layout=traced
         )  # fmt: skip
     except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as fault:
         model.set_attn_implementation(before)
@@ -230,7 +231,7 @@ def prove_packing(model: PreTrainedModel) -> str | None:
     try:
         model.set_attn_implementation(NAME)
         out = decoder(model)(
-            input_ids=ids[None], position_ids=positions[None], attention_mask=UNUSED_MASK.to(device),
+            input_ids=ids[None], position_ids=positions[None], attention_mask=unused_mask(device),
             use_cache=False, veneer_layout=traced,
         ).last_hidden_state[0]  # fmt: skip
     except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as fault:

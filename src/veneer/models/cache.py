@@ -41,11 +41,12 @@ class Held:
 
 @dataclass
 class Cache:
-    """lengths (B) int64: tokens of each row, the shared ones included, a prefix not."""
+    """lengths (B) int64, on the CPU: tokens of each row, the shared ones included, a prefix not."""
 
     lengths: Tensor
     shared: int
     layers: list[Held] = field(default_factory=list)
+    _place: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -62,10 +63,12 @@ class Cache:
 
         prefix   (M, K, D) each: what the layer sees in front of everything
         """
-        lengths = torch.tensor(layout.lengths)
-        starts = layout.prompt + lengths.cumsum(0) - lengths
-        within = torch.minimum(torch.arange(int(lengths.max()))[None], lengths[:, None] - 1)
-        place = (starts[:, None] + within).to(key_NKD.device)  # (B, T)
+        if self._place is None:  # (B, T), the same in every layer
+            lengths = torch.tensor(layout.lengths)
+            starts = layout.prompt + lengths.cumsum(0) - lengths
+            within = torch.minimum(torch.arange(int(lengths.max()))[None], lengths[:, None] - 1)
+            self._place = (starts[:, None] + within).to(key_NKD.device)
+        place = self._place
         shared = [x[: layout.prompt] for x in (key_NKD, value_NKD)]
         if prefix is not None:
             shared = [torch.cat([first.to(x.dtype), x]) for first, x in zip(prefix, shared, strict=True)]
@@ -81,8 +84,9 @@ class Cache:
                 held.grow(places)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (int64), in this order."""
+        """Only these rows (int64, on the CPU), in this order."""
         self.lengths = self.lengths[rows]
+        rows = rows.to(self.layers[0].key.device)
         for held in self.layers:
             held.key, held.value = held.key[rows], held.value[rows]
 
@@ -99,15 +103,19 @@ class Cache:
 
 @dataclass
 class CachedStep:
-    """One more token for every row, on its way through the layers; `calls` counts those it has passed."""
+    """One more token for every row, on its way through the layers; `calls` counts those it has passed.
+
+    positions (B): the cache's lengths, where its keys and values are
+    """
 
     cache: Cache
+    positions: Tensor
     calls: int = 0
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.places = self.cache.lengths - self.cache.shared
-        self.own = int(self.places.max()) + 1
+        self.places = self.positions - self.cache.shared
+        self.own = int(self.cache.lengths.max()) - self.cache.shared + 1
         self.cache.reserve(self.own)
         self.rows = torch.arange(self.cache.rows, device=self.places.device)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.kernels.layout import Layout, round_up
-from veneer.models.attention import NAME, TOLERANCE, UNUSED_MASK, Traced, prove_packing
+from veneer.models.attention import NAME, TOLERANCE, Traced, prove_packing, unused_mask
 from veneer.models.cache import Cache, CachedStep
 
 ROWS = 64
@@ -95,7 +95,7 @@ def decode(
             assert cache is not None
         tokens = choose(step(model, cache, last), active)
         # A row that has stopped is computed until it is dropped, at the place where it stopped.
-        cache.lengths += torch.tensor(alive, device=cache.lengths.device)
+        cache.lengths += torch.tensor(alive)
         going = [row for row, on in enumerate(alive) if on]
         goes_on = take([active[row] for row in going], [tokens[row] for row in going])
         for row, on in zip(going, goes_on, strict=True):
@@ -111,7 +111,7 @@ def _drop(
     if not rows:
         return None, [], [], []
     if len(rows) < len(active):
-        cache.keep(torch.tensor(rows, device=cache.lengths.device))
+        cache.keep(torch.tensor(rows))
     return cache, [active[row] for row in rows], [last[row] for row in rows], [True] * len(rows)
 
 
@@ -154,22 +154,17 @@ def prefill(
         positions += range(shared, len(prompt))
         ends.append(len(ids) - 1)
     filler = round_up(len(ids)) - len(ids)  # few shapes (kernels/layout.py)
-    cache = Cache(torch.tensor([len(p) for p in prompts], device=device), shared)
+    cache = Cache(torch.tensor([len(p) for p in prompts]), shared)
     traced = Traced(Layout(shared, lengths, device), cache=cache)
-    logits = _logits(
-        model,
-        torch.tensor([ids + [0] * filler], device=device),
-        torch.tensor([positions + [0] * filler], device=device),
-        traced,
-        logits_to_keep=torch.tensor(ends, device=device),
-    )
+    rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
+    logits = _logits(model, rows[:1], rows[1:], traced, logits_to_keep=torch.tensor(ends, device=device))
     return cache, logits
 
 
 def step(model: PreTrainedModel, cache: Cache, tokens: Sequence[int]) -> Tensor:
     """One more token of every row: the logits (B, V) that follow it. The caller then counts it in cache.lengths."""
-    ids = torch.tensor([tokens], device=model.device)
-    return _logits(model, ids, cache.lengths[None], CachedStep(cache), logits_to_keep=0)
+    rows = torch.tensor([list(tokens), cache.lengths.tolist()], device=model.device)  # one copy to the device
+    return _logits(model, rows[:1], rows[1:], CachedStep(cache, rows[1]), logits_to_keep=0)
 
 
 def _logits(
@@ -178,7 +173,7 @@ def _logits(
     """(1, N) ids -> (kept, V)."""
     call: Any = model
     out = call(
-        input_ids=ids, position_ids=positions, attention_mask=UNUSED_MASK.to(ids.device), use_cache=False,
+        input_ids=ids, position_ids=positions, attention_mask=unused_mask(ids.device), use_cache=False,
         veneer_layout=layout, logits_to_keep=logits_to_keep,
     )  # fmt: skip
     return out.logits[0]

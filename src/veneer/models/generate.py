@@ -105,12 +105,12 @@ def _sampler(rows: int, temperature: float, top_p: float, seed: int) -> Choose:
         reach = chances.cumsum(dim=-1)
         left_out = reach - chances >= top_p
         left_out[:, 0] = False
-        reach = chances.masked_fill_(left_out, 0.0).cumsum(dim=-1).cpu()
-        drawn = torch.cat([torch.rand(1, generator=random[number]) for number in numbers])
+        reach = chances.masked_fill_(left_out, 0.0).cumsum(dim=-1)
+        drawn = torch.cat([torch.rand(1, generator=random[number]) for number in numbers]).to(reach.device)
         places = torch.searchsorted(reach, (drawn * reach[:, -1])[:, None], right=True)
         # rounding can put a draw on the very end, behind which stand the tokens that were left out
-        last = (chances > 0).sum(dim=-1, keepdim=True).cpu() - 1
-        places = torch.minimum(places, last).to(tokens.device)
+        last = (chances > 0).sum(dim=-1, keepdim=True) - 1
+        places = torch.minimum(places, last)
         return tokens.gather(1, places)[:, 0].tolist()
 
     return choose

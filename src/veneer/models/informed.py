@@ -60,17 +60,17 @@ def _start_eva(base: Base, layers: Mapping[str, LoRALayer], examples: Sequence[E
     modules = plain_modules(base.model)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
-    # The rows are kept with what they gave: memory that is used again must not pass for the same rows.
+    # The rows are kept with what they gave: an object made later in their place must not pass for them.
     seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def hook(path: str, rank: int) -> Any:
         def look(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
             rows = given[0].flatten(0, -2)
-            key = rows.data_ptr(), rank  # q, k and v of a layer see the same rows
+            key = id(given[0]), rank  # q, k and v of a layer see the same rows
             if key not in seen:  # more directions than are asked for, or the order of the rows would matter
                 kept = min(4 * rank + 16, rows.shape[1])
                 directions = leading_directions(rows, found.get(path), rank=kept, generator=generator)
-                seen[key] = rows, directions
+                seen[key] = given[0], directions
             found[path] = seen[key][1]
 
         return look

@@ -17,6 +17,7 @@ from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
 from veneer.kernels.layout import round_up
 from veneer.kernels.loss import CHUNK
+from veneer.kernels.wide import wide
 from veneer.models.attention import packed_hidden, padded_hidden
 from veneer.models.step import Paths, loss_head, whole_logits
 
@@ -41,13 +42,13 @@ def example_nats(
             [examples[i] for i in numbers], packed=paths.packed, share_prompt=True, device=model.device
         )
         counts = [int(examples[i].trained.sum()) for i in numbers]
-        sums = [part.sum().item() for part in token_nats(model, paths, one).split(counts)]
+        sums = [float(part.sum()) for part in token_nats(model, paths, one).cpu().split(counts)]
         found[numbers] = np.stack([sums, counts], axis=1)
     return found
 
 
 def token_nats(model: PreTrainedModel, paths: Paths, batch: Batch) -> Tensor:
-    """(T) float64: -log p of every target of the batch."""
+    """(T) float64: -log p of every target of the batch; on the CPU where the device has no float64."""
     if paths.head_reason is not None:
         return _nats(whole_logits(model, batch), batch.targets)
     if batch.layout is not None:
@@ -65,5 +66,5 @@ def token_nats(model: PreTrainedModel, paths: Paths, batch: Batch) -> Tensor:
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, targets, reduction="none").double()
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return wide(F.cross_entropy(precise, targets, reduction="none"))

@@ -21,13 +21,13 @@ from veneer.data.examples import Example
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
 from veneer.models.attention import (
     NAME,
-    UNUSED_MASK,
     Traced,
     decoder,
     packed_hidden,
     padded_hidden,
     prove_packing,
     takes_packing,
+    unused_mask,
 )
 
 
@@ -159,7 +159,7 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     own: dict[str, Any] = {"attention_mask": batch.mask}
     if batch.layout is not None:
         own = {
-            "attention_mask": UNUSED_MASK.to(batch.ids.device),
+            "attention_mask": unused_mask(batch.ids.device),
             "position_ids": batch.positions,
             "veneer_layout": Traced(batch.layout),
         }
@@ -186,9 +186,9 @@ def evaluation_loss(
 ) -> tuple[float, int]:
     """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
     rows = by_length(examples, batch)
-    nats, tokens = 0.0, 0
+    nats, tokens = [], 0
     device = next(model.parameters()).device
     for one in batches_of(examples, rows, paths, share_prompt=True, device=device):
-        nats += batch_loss(model, paths, routing, one, total=1.0).item()
+        nats.append(batch_loss(model, paths, routing, one, total=1.0))
         tokens += one.trained_tokens
-    return nats, tokens
+    return sum(torch.stack(nats).tolist()), tokens  # one wait for the device, after the last batch
