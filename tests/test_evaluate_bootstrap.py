@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from veneer.evaluate.bootstrap import Counts, interval, paired_difference
+from veneer.evaluate.bootstrap import Counts, _ends, interval, paired_difference
 from veneer.evaluate.metric import ratio
 
 
@@ -20,6 +20,17 @@ def test_the_interval_holds_the_mean_and_has_the_width_of_theory() -> None:
     width = 2 * 1.96 * math.sqrt(0.4 * 0.6 / 100)
     assert low < 0.4 < high
     assert math.isclose(high - low, width, rel_tol=0.15)  # 1000 draws place each end to about 5%
+
+
+def test_each_end_leaves_half_of_what_the_level_leaves_on_its_side() -> None:
+    figures = [float(place) for place in range(1001)]
+    for level in (0.5, 0.9, 0.95, 0.99):
+        outside = (1 - level) / 2 * 1000
+        assert _ends(figures, level) == pytest.approx((outside, 1000 - outside))
+    values = np.random.default_rng(0).exponential(size=400)
+    low, high = interval(shares(*values), ratio)
+    for end in (low - values.mean(), values.mean() - high):
+        assert math.isclose(-end, 1.96 * values.std() / 20, rel_tol=0.12)
 
 
 def test_a_higher_level_gives_a_wider_interval() -> None:

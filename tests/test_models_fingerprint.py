@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -116,11 +117,28 @@ def test_a_fingerprint_survives_json_and_hides_no_fault() -> None:
         assert word in str(raised.value)
 
 
-def test_the_digest_covers_every_field() -> None:
+def test_the_digest_covers_every_field_and_so_do_the_differences() -> None:
     one = fingerprint(tiny_model("gpt2"))
     for name, value in one.to_dict().items():
         other = replace(one, **{name: value + 1 if isinstance(value, int) else value + "x"})
         assert other.digest != one.digest, name
+        assert one.differences(other) and one.differences(one) == [], name
+
+
+def test_every_field_says_what_the_model_is() -> None:
+    model = tiny_model("llama_untied", torch.bfloat16)
+    weights = dict(sorted(model.state_dict().items()))
+    shapes = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in weights.items())
+    values = b"".join(f"{name} bfloat16\n".encode() + _sample(tensor) for name, tensor in weights.items())
+    assert fingerprint(model) == Fingerprint(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        dtype="bfloat16",
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
+        vocab_size=272,
+        shapes_hash=hashlib.sha256(shapes.encode()).hexdigest(),
+        weights_hash=hashlib.sha256(values).hexdigest(),
+    )
 
 
 def test_a_tokenizer_hash_follows_what_the_tokenizer_does(tmp_path: Path) -> None:

@@ -34,6 +34,24 @@ def steps(optimizer, first, last, clip=1e9):
         optimizer.step(learning_rate=0.01 / (number + 1), clip=clip, norm=optimizer.gradient_norm())
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", [AdamW, pytest.param(AdamW8bit, marks=needs_library)])
+def test_a_gradient_longer_than_clip_is_cut_to_clip_and_a_shorter_one_is_left(kind, size):
+    def stepped_with(clip):
+        optimizer, seen = kind(flat_of(size), weight_decay=0.0), []
+        gradient = optimizer.flat.gradient
+        gradient.copy_(given)
+        optimizer.inner.register_step_pre_hook(lambda *_: seen.append(gradient.clone()))
+        optimizer.step(learning_rate=0.01, clip=clip, norm=optimizer.gradient_norm())
+        assert (gradient == 0).all()
+        return seen[0]
+
+    given = torch.randn(flat_of(size).gradient.shape, generator=torch.Generator().manual_seed(1))
+    norm = given.norm().item()
+    torch.testing.assert_close(stepped_with(clip=0.5), given * (0.5 / norm), rtol=1e-6, atol=0)
+    assert torch.equal(stepped_with(clip=2 * norm), given)
+
+
 @needs_library
 @pytest.mark.parametrize("parts", [2**30, 4096])
 @pytest.mark.parametrize("size", SIZES, ids=str)
