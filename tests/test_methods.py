@@ -118,7 +118,7 @@ def move(attachment, *, seed=1, scale=0.15):
     """Every trained value away from its start, so that nothing hides behind a zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in attachment.parameters().values():
-        parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator))
+        parameter.data.add_((scale * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
 
 
 def untie(model):

@@ -1,0 +1,27 @@
+"""Every cell of method x weight format x family, on either pretended device: a few at random, or all of them."""
+
+import random
+
+import pytest
+
+from tests.soak.counts import count
+from tests.test_accelerator import DEVICES, base_on, on, trains_evaluates_and_decodes
+from tests.test_accelerator import _whatever_this_machine_has as _no_kernels  # noqa: F401
+from tests.test_methods import BASES, METHODS
+from tests.tiny import FAMILIES
+from veneer.errors import ConfigError
+
+FORMATS = {**BASES, **{family: (family, BASES["llama float32"][1]) for family in FAMILIES}}
+CELLS = [(device, method, base) for device in DEVICES for base in FORMATS for method in METHODS]
+CHOSEN = random.Random(0).sample(CELLS, min(count("accelerator", ci=5, soak=10_000), len(CELLS)))
+
+
+@pytest.mark.parametrize(("device", "method", "base"), CHOSEN, ids=map("-".join, CHOSEN))
+def test_it_trains_evaluates_and_decodes_there(device, method, base):
+    with on(device) as there:
+        family, dtype = FORMATS[base]
+        base = base_on(there, family, dtype)
+        try:
+            trains_evaluates_and_decodes(there, base, METHODS[method].config, family)
+        except ConfigError as refused:  # a method that does not fit this family says so by name
+            pytest.skip(str(refused).splitlines()[0])
