@@ -230,6 +230,9 @@ def test_missing_settings_are_explained_by_their_own_docstring():
         ("base: [", "is not YAML"),
         ("[" * 1500 + "]" * 1500, "nested too deep"),
         ("out: 2024-13-45", "is not YAML"),
+        ('base: "\\ud83d"', "half a character"),
+        ('"\\udc00\\ud83d": 1\nbase: b\ndata: d\nout: o', "half a character"),
+        ("data: " + "[" * 100 + "]" * 100, "nested deeper than 64 levels"),
         ("- a\n- b", "not a mapping"),
     ],
 )

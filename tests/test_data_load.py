@@ -185,6 +185,12 @@ def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path: P
         load(write(tmp_path / "first.jsonl", pair("a")), validation=file, tokenizer=tokenizer, capacity=known)
 
 
+def test_a_set_whose_rows_are_all_left_out_as_too_long_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", pair("a"), pair("b"))
+    with pytest.raises(DataError, match=r"D205 .*all are left out as too long"):
+        load(file, length=10, long_rows="drop")
+
+
 def test_held_out_rows_without_a_trained_token_are_refused_too(tmp_path: Path) -> None:
     train = write(tmp_path / "rows.jsonl", pair("a"))
     with pytest.raises(DataError, match=r"D205 .*held\.jsonl:2"):

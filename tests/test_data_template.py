@@ -297,6 +297,25 @@ LAST_DIFFERS = (
 )
 
 
+@pytest.mark.parametrize("wrong", [3, 0.5, ["a"], {"default": 3}, {"default": None}])
+def test_a_template_that_is_no_text_is_refused_by_what_it_is(wrong: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = wrong
+    with pytest.raises(DataError, match="is no text"):
+        ChatTemplate(tokenizer)
+
+
+def test_a_template_that_writes_half_a_character_is_refused() -> None:
+    half = with_template(CHATML + "{{ '\\ud83d' }}")
+    for ask in (
+        lambda: half.encode_row(row(user("a"), assistant("b")), train_on="last"),
+        lambda: half.encode_prompt([user("a")]),
+        lambda: half.render([user("a")]),
+    ):
+        with pytest.raises(DataError, match="half a character"):
+            ask()
+
+
 def test_a_template_that_changes_earlier_answers_is_refused_with_both_renderings_unless_the_last_is_learnt() -> (
     None
 ):

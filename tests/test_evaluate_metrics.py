@@ -166,6 +166,8 @@ def test_a_users_function_from_a_file_is_averaged(tmp_path: Path) -> None:
     ("text", "name", "message"),
     [
         ("def f(a, r): return 1", "g", "no function 'g'"),
+        ("exit('no')", "f", "SystemExit: no"),
+        ("def f(a, r): exit(0)", "f", "SystemExit"),
         ("import nowhere_at_all", "f", "cannot be run: ModuleNotFoundError"),
         ("def f(a, r): return float('nan')", "f", "gave nan"),
         ("def f(a, r): return a.missing", "f", "failed: AttributeError"),

@@ -397,6 +397,12 @@ def test_forgetting_is_the_loss_after_minus_before_on_the_users_own_text(tmp_pat
     assert base.routing.active == (("a", 1.0),)
 
 
+def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("a\n---\nb")
+    with pytest.raises(DataError, match="nothing to predict"):
+        run(base, rows(["a"]), [], general=str(tmp_path / "general.txt"), nats=nothing_computed)
+
+
 def test_a_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("---\n")
     for name in ("empty.txt", "missing.txt"):

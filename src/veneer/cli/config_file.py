@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
+from veneer.nesting import TOO_DEEP, too_deep, walk
 from veneer.train.config import DataConfig, RunConfig
 
 KeyPath = tuple[str, ...]  # ("method", "rank")
@@ -171,7 +172,7 @@ def parse_yaml(text: str, name: str, settings: Settings) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
             _walk(node, (), name, settings)
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.MarkedYAMLError as fault:
         where = f"{name}:{fault.problem_mark.line + 1}" if fault.problem_mark else name
         raise ConfigError(f"{where} is not YAML: {fault.problem}") from None
@@ -179,6 +180,16 @@ def parse_yaml(text: str, name: str, settings: Settings) -> Any:
         raise ConfigError(f"{name} is not YAML that can be read: it is nested too deep") from None
     except (yaml.YAMLError, ValueError) as fault:  # ValueError: 2024-13-45 looks like a date and is none
         raise ConfigError(f"{name} is not YAML that can be read: {fault}") from None
+    if too_deep(value):
+        raise ConfigError(f"{name} {TOO_DEEP}")
+    for word in (inner for inner, _ in walk(value) if isinstance(inner, str)):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{name} holds half a character in {word[:40]!r}: cut off in an escape"
+            ) from None
+    return value
 
 
 def _walk(node: yaml.Node, path: KeyPath, name: str, settings: Settings) -> None:
@@ -266,7 +277,8 @@ def _path(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
 def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
     """Takes the faulty value out; where one is needed, puts one that passes."""
     if not path:  # a check across fields of the run: it has no cause without those that are optional
-        for name in [name for name in values if not RunConfig.model_fields[name].is_required()]:
+        required = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
+        for name in [name for name in values if name not in required]:
             del values[name]
         return
     node = values

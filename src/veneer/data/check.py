@@ -151,7 +151,7 @@ def check(
     )
     problems = [*findings.problems, *_length_problems(findings, length, by_model, long_rows)]
     problems += _row_problems(masked, train, findings.control, leaked)
-    problems += _set_problems(report, file, bool(problems))
+    problems += _set_problems(report, file, any(problem.fatal for problem in problems))
     report.problems.extend(grouped(problems))
     return report
 
@@ -242,12 +242,16 @@ def _row_problems(
 
 
 def _set_problems(report: CheckReport, file: str, others: bool) -> list[Problem]:
-    """What is wrong with the set as a whole. others: problems of rows were found, which may explain an empty set."""
+    """What is wrong with the set as a whole. others: problems of rows were found that explain an empty set."""
     if not report.rows:
         if others:
             return []
-        step = "Give more rows, a file with the held-out rows (validation: FILE), or validation_share: 0."
-        return [Problem("D205", file, "no rows are left to train on: all are held out", next_step=step)]
+        if report.dropped:
+            message, step = "all are left out as too long", "Raise length, or cut them: long_rows: cut"
+        else:
+            message = "all are held out"
+            step = "Give more rows, a file with the held-out rows (validation: FILE), or validation_share: 0."
+        return [Problem("D205", file, f"no rows are left to train on: {message}", next_step=step)]
     problems = []
     if not report.trained_tokens:
         step = "See which tokens are trained: veneer data check"

@@ -26,11 +26,10 @@ from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
 from veneer.data.rendering import Conversation, Template, beginnings, render_all
 from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import ControlNames, Cut, TextTokens, TokenFault, Tokens
+from veneer.data.unfit import Unfit, check_contents, check_text, parting, unfit
 from veneer.errors import DataError
 
 _CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
-_WINDOW = 160  # characters of a rendering shown around the place where two part
-_TAIL = 16  # characters of a message that must stand in the rendering
 _USE_LAST = "Train on the last answer only: train_on: last"
 
 Messages = Sequence[dict[str, Any]]
@@ -63,17 +62,6 @@ class _Plan:
     end: tuple[int, ...] = ()  # ids behind, trained
 
 
-class _Unfit(Exception):
-    """Why a row cannot be encoded; becomes a Problem."""
-
-    def __init__(self, code: str, message: str, next_step: str = "", detail: str = "") -> None:
-        super().__init__(message)
-        self.code, self.message, self.next_step, self.detail = code, message, next_step, detail
-
-    def at(self, ref: RowRef) -> Problem:
-        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step, detail=self.detail)
-
-
 class ChatTemplate:
     """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers library).
 
@@ -89,6 +77,12 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.today = today or date.today()
         template = tokenizer.chat_template
+        named = [*template.values()] if isinstance(template, dict) else [template or ""]
+        if kinds := sorted({type(text).__name__ for text in named if not isinstance(text, str)}):
+            raise DataError(
+                f"the tokenizer's chat template is no text ({', '.join(kinds)})",
+                next_step="Mend chat_template in tokenizer_config.json, or take it from where the base was made.",
+            )
         self.source: str = (
             json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
         )
@@ -117,8 +111,10 @@ class ChatTemplate:
         """The conversation as text. Raises DataError with what the template says if it refuses."""
         try:
             conversation = self._conversation([prepared(message) for message in messages], tools)
-            return conversation.text(len(messages), add_generation_prompt=add_generation_prompt)
-        except TemplateFault as fault:
+            text = conversation.text(len(messages), add_generation_prompt=add_generation_prompt)
+            check_text(text)
+            return text
+        except (TemplateFault, TokenFault) as fault:
             raise DataError(str(fault)) from None
 
     def encode_prompt(self, messages: Messages, *, tools: Tools = None) -> list[int]:
@@ -133,10 +129,10 @@ class ChatTemplate:
             conversation = self._conversation(hidden, hidden_tools)
             render_all([(conversation, beginnings(hidden, prompt=True))])
             text = conversation.text(len(hidden), add_generation_prompt=True)
-            _check_sentinels(text)
+            check_text(text)
             borders = self._borders(conversation, text)
             return self._encoded(Cut(text, borders)).ids
-        except (_Unfit, TemplateFault, TokenFault) as fault:
+        except (Unfit, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
 
     def encode_row(self, row: Row, *, train_on: TrainOn) -> tuple[list[int], list[bool]]:
@@ -161,37 +157,37 @@ class ChatTemplate:
         tokens = iter(self._tokens.encode([plan.cut for plan in plans if isinstance(plan, _Plan)]))
         results: list[Encoded | Problem] = []
         for row, plan in zip(rows, plans, strict=True):
-            if isinstance(plan, _Unfit):
+            if isinstance(plan, Unfit):
                 results.append(plan.at(row.ref))
                 continue
             found = next(tokens)
             if isinstance(found, TokenFault):
-                results.append(_Unfit("D202", str(found)).at(row.ref))
+                results.append(Unfit("D202", str(found)).at(row.ref))
             else:
                 results.append(_masked(found, plan))
         return results
 
-    def _begun(self, row: Row) -> tuple[Conversation, int] | _Unfit | None:
+    def _begun(self, row: Row) -> tuple[Conversation, int] | Unfit | None:
         """What the template is to render, and how many control tokens' names are hidden in it; None: no template."""
         if row.text is not None or not self.source:
             return None
         try:
             messages, tools, control = self._hide(row.messages, row.tools)
             return self._conversation(messages, tools), control
-        except (_Unfit, TemplateFault, TokenFault) as fault:
-            return _unfit(fault)
+        except (Unfit, TemplateFault, TokenFault) as fault:
+            return unfit(fault)
 
     def _planned(
-        self, row: Row, chat: tuple[Conversation, int] | _Unfit | None, train_on: TrainOn
-    ) -> _Plan | _Unfit:
+        self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn
+    ) -> _Plan | Unfit:
         try:
-            if isinstance(chat, _Unfit):
+            if isinstance(chat, Unfit):
                 return chat
             if row.text is not None:
                 return self._plan_text(row.text)
             return self._plan_joined(row, train_on) if chat is None else self._plan_chat(row, *chat, train_on)
-        except (_Unfit, TemplateFault, TokenFault) as fault:
-            return _unfit(fault)
+        except (Unfit, TemplateFault, TokenFault) as fault:
+            return unfit(fault)
 
     def _plan_text(self, text: str) -> _Plan:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
@@ -203,7 +199,7 @@ class ChatTemplate:
     def _plan_joined(self, row: Row, train_on: TrainOn) -> _Plan:
         """Prompt and completion without a template."""
         if row.format != "prompt_completion":
-            raise _Unfit(
+            raise Unfit(
                 "D201",
                 f"format {row.format} needs a chat template, and this tokenizer has none",
                 "Use format text, or prompt_completion with strings (joined as they are, with the end token behind), "
@@ -211,7 +207,7 @@ class ChatTemplate:
             )
         hidden, tools, control = self._hide(row.messages, row.tools)
         if row.messages[-1].get("weight") == 0 or hidden[-1]["role"] != "assistant":
-            raise _Unfit("D205", "the last message is not one to learn")
+            raise Unfit("D205", "the last message is not one to learn")
         prompt, completion = self._alone(hidden[:-1], tools), hidden[-1]["content"]
         text = prompt + completion
         span = (0 if train_on == "all" else len(prompt), len(text))
@@ -223,7 +219,7 @@ class ChatTemplate:
     def _alone(self, messages: Messages, tools: Tools) -> str:
         """The text of a single user message, which is all that can be asked without a template."""
         if len(messages) != 1 or messages[0]["role"] != "user" or tools:
-            raise _Unfit(
+            raise Unfit(
                 "D201",
                 "a conversation of several messages needs a chat template, and this tokenizer has none",
             )
@@ -232,9 +228,9 @@ class ChatTemplate:
     def _plan_chat(self, row: Row, chat: Conversation, control: int, train_on: TrainOn) -> _Plan:
         messages = chat.messages
         text = chat.text(len(messages), add_generation_prompt=False)
-        _check_sentinels(text)
+        check_text(text)
         self._check_tools(row, text)
-        _check_contents(messages, text)
+        check_contents(messages, text)
         last = len(messages) - 1
         spans: list[tuple[int, int]] = []
         borders: list[int] = []
@@ -251,7 +247,7 @@ class ChatTemplate:
             turn = self._turn(chat, number, text, must=learnt)
             if turn is None or (borders and turn[0] < borders[-1]):
                 if learnt:
-                    raise _Unfit(
+                    raise Unfit(
                         "D202", f"message {number + 1} overlaps the answer before it as rendered", _USE_LAST
                     )
                 continue
@@ -283,17 +279,17 @@ class ChatTemplate:
             return None
         show = self._tokens.show
         if not upto.startswith(prompt):
-            raise _Unfit(
+            raise Unfit(
                 "D202",
                 "what the chat template renders before an answer is not the beginning of what it renders with it",
                 "The answers must begin as the template's generation prompt does.",
-                _parting("before", show(prompt), "with it", show(upto)),
+                parting("before", show(prompt), "with it", show(upto)),
             )
-        raise _Unfit(
+        raise Unfit(
             "D202",
             "the chat template renders an earlier answer differently once messages follow it",
             _USE_LAST,
-            _parting("as last", show(upto), "earlier", show(text)),
+            parting("as last", show(upto), "earlier", show(text)),
         )
 
     def _borders(self, chat: Conversation, text: str) -> tuple[int, ...]:
@@ -313,7 +309,7 @@ class ChatTemplate:
             wanted += [call.get("function", call).get("name") for call in message.get("tool_calls", [])]
         text = self._tokens.show(text) if wanted else ""
         if lost := sorted({name for name in wanted if isinstance(name, str) and name not in text}):
-            raise _Unfit(
+            raise Unfit(
                 "D214",
                 f"the chat template does not render tools: {', '.join(lost[:5])} left out",
                 "Write the tools into the system message and the calls into the answers, or use a base whose "
@@ -383,13 +379,6 @@ class ChatTemplate:
         return tuple(dict.fromkeys(stops))
 
 
-def _unfit(fault: Exception) -> _Unfit:
-    """Why a row cannot be encoded, whoever says it."""
-    if isinstance(fault, _Unfit):
-        return fault
-    return _Unfit("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
-
-
 def _end_of(chat: Conversation, count: int, text: str) -> int | None:
     """Where what these messages render to ends, if the text begins with it."""
     try:
@@ -397,22 +386,6 @@ def _end_of(chat: Conversation, count: int, text: str) -> int | None:
     except TemplateFault:  # some templates refuse what does not end in a user's message
         return None
     return len(part) if text.startswith(part) else None
-
-
-def _check_contents(messages: Messages, text: str) -> None:
-    """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
-    for number, message in enumerate(messages, 1):
-        # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
-        end = message["content"].rpartition("</think>")[2].strip()[-_TAIL:]
-        if message["role"] != "tool" and end not in text:
-            raise _Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
-
-
-def _check_sentinels(text: str) -> None:
-    if "\\udbff" in text.lower():
-        raise TokenFault(
-            "the chat template escapes characters, which breaks control tokens' names in it: remove them"
-        )
 
 
 def _cuts(borders: Sequence[int], text: str) -> tuple[int, ...]:
@@ -433,13 +406,3 @@ def _masked(tokens: Tokens, plan: _Plan) -> Encoded:
     if runs:
         runs[-1] = RoleRun(runs[-1].role, len(ids))
     return Encoded(ids, trained, tuple(runs), plan.control)
-
-
-def _parting(first: str, a: str, second: str, b: str) -> str:
-    """Two texts around the place where they part, one under the other."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    start = max(0, at - _WINDOW // 2)
-    lines = [f"the same for {at:,} characters, then:"]
-    for name, text in ((first, a), (second, b)):
-        lines.append(f"{name:>8}  {'…' if start else ''}{text[start:at]!r} >>> {text[at : at + _WINDOW]!r}")
-    return "\n".join(lines)

@@ -53,6 +53,7 @@ def general_examples(
     """Windows of the documents, every token but the first one predicted; and the document of each window.
 
     positions   of the model, where it has fewer than WINDOW
+    Raises DataError where there is not one window.
     """
     examples, owners = [], []
     size = min(WINDOW, positions or WINDOW)
@@ -66,6 +67,8 @@ def general_examples(
             trained[0] = False
             examples.append(Example(window, trained, RowRef("general text", number + 1), key=number))
             owners.append(number)
+    if not examples:
+        raise DataError("no general text has two tokens: there is nothing to predict", [], "Give more of it.")
     return examples, owners
 
 

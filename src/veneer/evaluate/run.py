@@ -81,7 +81,10 @@ def evaluate(
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)
     other = None if choices.against is None else read_predictions(choices.against)
-    documents = None if choices.general is None else general_documents(choices.general)
+    general = None
+    if choices.general is not None:
+        documents, places = general_documents(choices.general), capacity_of(base).positions
+        general = general_examples(documents, base.tokenizer, places)
 
     losses = nats(examples)
     if not losses[:, 1].sum():
@@ -92,8 +95,8 @@ def evaluate(
     ]
     _answer(base, rows, references, labels, choices, nats, lines, report)
     result = _figures(losses, lines, choices.metrics)
-    if documents is not None:
-        result["general"] = _general(base, documents, nats)
+    if general is not None:
+        result["general"] = _general(base, *general, nats)
     if other is not None:
         theirs = matched(lines, other, str(choices.against))
         result["against"] = {"file": str(choices.against), **differences(lines, theirs, choices.metrics)}
@@ -166,9 +169,8 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
     return result
 
 
-def _general(base: Base, documents: Sequence[str], nats: Nats) -> dict[str, Any]:
+def _general(base: Base, examples: Sequence[Example], owners: Sequence[int], nats: Nats) -> dict[str, Any]:
     """With an adapter at work, also the base without it."""
-    examples, owners = general_examples(documents, base.tokenizer, capacity_of(base).positions)
     after = by_document(nats(examples), owners)
     before = None
     if base.routing.active:

@@ -31,7 +31,7 @@ def function_from_file(named: str) -> UserFunction:
     module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as fault:
+    except (Exception, SystemExit) as fault:
         raise ConfigError(f"{path} cannot be run: {type(fault).__name__}: {fault}") from fault
     found: Any = getattr(module, name, None)
     if not callable(found):
@@ -50,7 +50,7 @@ def user_metric(name: str, function: UserFunction) -> Metric:
     def value(answer: str, references: Sequence[str]) -> float:
         try:
             number = float(function(answer, list(references)))
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             raise ConfigError(
                 f"{name} failed: {type(fault).__name__}: {fault}", [f"answer: {answer[:200]!r}"]
             ) from fault

@@ -1,0 +1,63 @@
+"""Why a row cannot be encoded: what its template leaves out or writes, and how that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.data.examples import Problem, RowRef
+from veneer.data.sandbox import TemplateFault
+from veneer.data.tokens import TokenFault
+
+_WINDOW = 160  # characters of a rendering shown around the place where two part
+_TAIL = 16  # characters of a message that must stand in the rendering
+
+
+class Unfit(Exception):
+    """Why a row cannot be encoded; becomes a Problem."""
+
+    def __init__(self, code: str, message: str, next_step: str = "", detail: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.next_step, self.detail = code, message, next_step, detail
+
+    def at(self, ref: RowRef) -> Problem:
+        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step, detail=self.detail)
+
+
+def unfit(fault: Exception) -> Unfit:
+    """Why a row cannot be encoded, whoever says it."""
+    if isinstance(fault, Unfit):
+        return fault
+    return Unfit("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
+
+
+def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
+    """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
+    for number, message in enumerate(messages, 1):
+        # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
+        end = message["content"].rpartition("</think>")[2].strip()[-_TAIL:]
+        if message["role"] != "tool" and end not in text:
+            raise Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
+
+
+def check_text(text: str) -> None:
+    """Raises unless the text can be tokenised."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TemplateFault("the chat template writes half a character") from None
+    if "\\udbff" in text.lower():
+        raise TokenFault(
+            "the chat template escapes characters, which breaks control tokens' names in it: remove them"
+        )
+
+
+def parting(first: str, a: str, second: str, b: str) -> str:
+    """Two texts around the place where they part, one under the other."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    start = max(0, at - _WINDOW // 2)
+    lines = [f"the same for {at:,} characters, then:"]
+    for name, text in ((first, a), (second, b)):
+        lines.append(f"{name:>8}  {'…' if start else ''}{text[start:at]!r} >>> {text[at : at + _WINDOW]!r}")
+    return "\n".join(lines)
