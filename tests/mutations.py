@@ -1,0 +1,388 @@
+"""Do the tests notice? Small changes of central lines, one at a time, in a copy: each should fail a test of its module.
+
+    python tests/mutations.py                         150 mutations drawn by seed; the report as a table and as JSON
+    python tests/mutations.py --number 40 --only train/ --out found.json
+
+A mutation is one edit of the text: another comparison, operator or constant, a negated condition, a statement left out,
+two arguments exchanged. Drawn from the functions of the modules below; annotations, messages, asserts and constants of
+a module (sizes that change speed alone) are left out. The tests of a module are few, so that a mutation takes seconds;
+a survivor is to be read: a missing test, or a change that means the same. Not part of `make test`: it takes an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS: dict[str, tuple[str, ...]] = {
+    "kernels/attention.py": ("test_kernels.py",),
+    "kernels/attention_native.py": ("test_attention_native.py",),
+    "kernels/layout.py": ("test_kernels.py", "test_step.py"),
+    "kernels/lora.py": ("test_kernels.py",),
+    "kernels/dora.py": ("test_dora.py",),
+    "kernels/loss.py": ("test_kernels.py", "test_step.py"),
+    "kernels/dropout.py": ("test_kernels.py", "test_native.py"),
+    "kernels/rank.py": ("test_rank.py",),
+    "kernels/nf4_reference.py": ("test_quant_nf4.py",),
+    "quant/nf4.py": ("test_quant_nf4.py", "test_quant_files.py"),
+    "quant/matrix.py": ("test_quant_methods.py",),
+    "adapters/lora.py": ("test_methods.py", "test_attach.py"),
+    "adapters/low_rank.py": ("test_attach.py", "test_methods.py"),
+    "adapters/dora.py": ("test_dora.py",),
+    "adapters/bottleneck.py": ("test_bottleneck.py",),
+    "adapters/prefix.py": ("test_prefix.py",),
+    "adapters/routing.py": ("test_attach.py", "test_swap.py"),
+    "adapters/starts.py": ("test_starts.py",),
+    "adapters/targets.py": ("test_attach.py", "test_starts.py"),
+    "adapters/wrapping.py": ("test_attach.py", "test_trained_modules.py", "test_swap.py"),
+    "data/batching.py": ("test_data_load.py", "test_step.py"),
+    "data/check.py": ("test_data_load.py",),
+    "data/formats.py": ("test_data_formats.py",),
+    "data/split.py": ("test_data_load.py",),
+    "data/tokens.py": ("test_data_template.py",),
+    "models/cache.py": ("test_decode.py",),
+    "models/decode.py": ("test_decode.py",),
+    "models/likelihood.py": ("test_evaluate_run.py", "test_decode.py"),
+    "models/fingerprint.py": ("test_models_fingerprint.py",),
+    "models/step.py": ("test_step.py",),
+    "train/optim.py": ("test_optimizers.py", "test_loop.py"),
+    "train/loop.py": ("test_loop.py",),
+    "train/checkpoint.py": ("test_loop.py",),
+    "train/offload.py": ("test_offload.py",),
+    "evaluate/bootstrap.py": ("test_evaluate_bootstrap.py",),
+    "evaluate/exact.py": ("test_evaluate_metrics.py",),
+    "evaluate/json_fields.py": ("test_evaluate_metrics.py",),
+    "evaluate/overlap.py": ("test_evaluate_metrics.py",),
+    "evaluate/rouge.py": ("test_evaluate_metrics.py",),
+    "evaluate/metric.py": ("test_evaluate_metrics.py", "test_evaluate_run.py"),
+    "evaluate/predictions.py": ("test_evaluate_run.py",),
+    "merge/fold.py": ("test_merge.py",),
+    "merge/low_rank.py": ("test_combine.py",),
+    "merge/combine.py": ("test_combine.py",),
+    "merge/rounding.py": ("test_merge.py",),
+    "merge/folder.py": ("test_merge.py",),
+    "store/format.py": ("test_store_format.py", "test_store_adapter.py"),
+    "store/fit.py": ("test_store_adapter.py",),
+    "store/identity.py": ("test_store_identity.py",),
+    "store/manifest.py": ("test_store_adapter.py",),
+    "store/matching.py": ("test_store_format.py", "test_store_adapter.py"),
+    "store/safe.py": ("test_store_safe.py",),
+    "store/inside.py": ("test_inside.py",),
+    "kernels/native/attention.c": ("test_attention_native.py",),
+    "kernels/native/rank.c": ("test_rank.py",),
+    "kernels/native/dora.c": ("test_dora.py",),
+    "kernels/native/dropout.c": ("test_native.py", "test_kernels.py"),
+    "kernels/native/fused.c": ("test_fused.py", "test_kernels.py"),
+    "kernels/native/gguf.c": ("test_kernels_gguf.py",),
+    "kernels/native/nf4_dequantize.c": ("test_quant_nf4.py",),
+    "kernels/native/nf4_quantize.c": ("test_quant_nf4.py",),
+    "kernels/native/nf4_product.c": ("test_quant_nf4.py", "test_native_calls.py"),
+}
+"""Central modules, and the test files that should notice a change in each."""
+
+SECONDS = 300
+"""A test that has not ended then hangs: the change was noticed."""
+COMPARISONS = {
+    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
+    "in": "not in", "not in": "in", "is": "is not", "is not": "is",
+}  # fmt: skip
+OPERATORS = {
+    "+": "-",
+    "-": "+",
+    "*": "/",
+    "/": "*",
+    "//": "*",
+    "%": "*",
+    "**": "*",
+    "&": "|",
+    "|": "&",
+    "@": "*",
+}
+LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit: bytes start to end of the file become `after`."""
+
+    file: str
+    line: int
+    kind: str
+    start: int
+    end: int
+    before: str
+    after: str
+
+    def of(self, text: bytes) -> bytes:
+        return text[: self.start] + self.after.encode() + text[self.end :]
+
+    def __str__(self) -> str:
+        short = " ".join(self.before.split())
+        return f"{self.file}:{self.line} {self.kind}: {short[:60]} -> {' '.join(self.after.split())[:60] or 'nothing'}"
+
+
+class _Python(ast.NodeVisitor):
+    """Every mutation within the functions of one file."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.text, self.found = file, text, []  # type: tuple[str, str, list[Mutation]]
+        self.data = text.encode()
+        self.lines = [0]
+        for line in self.data.splitlines(keepends=True):
+            self.lines.append(self.lines[-1] + len(line))
+        self.in_function = False
+        self.visit(ast.parse(text))
+
+    def place(self, node: ast.AST) -> tuple[int, int]:
+        """Bytes of a node in the file."""
+        start = self.lines[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+        return start, self.lines[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+
+    def add(self, node: ast.AST, kind: str, start: int, end: int, after: str) -> None:
+        if self.in_function:
+            before = self.data[start:end].decode()
+            self.found.append(Mutation(self.file, node.lineno, kind, start, end, before, after))  # type: ignore[attr-defined]
+
+    def between(self, node: ast.AST, left: ast.AST, right: ast.AST, kind: str, table: dict[str, str]) -> None:
+        """The operator that stands between two operands."""
+        start, end = self.place(left)[1], self.place(right)[0]
+        gap = self.data[start:end].decode()
+        for symbol in sorted(table, key=len, reverse=True):
+            if (at := gap.find(symbol)) >= 0:
+                self.add(node, kind, start + at, start + at + len(symbol), table[symbol])
+                return
+
+    def visit(self, node: ast.AST) -> None:
+        if isinstance(node, LEFT_OUT):
+            return
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            start, end = self.place(node.test)
+            self.add(node, "condition", start, end, f"not ({self.data[start:end].decode()})")
+        super().visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        before, self.in_function = self.in_function, True
+        for child in node.body:
+            self.visit(child)
+        self.in_function = before
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        operands = [node.left, *node.comparators]
+        for left, right in itertools.pairwise(operands):
+            self.between(node, left, right, "comparison", COMPARISONS)
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.between(node, node.left, node.right, "operator", OPERATORS)
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        self.between(node, node.values[0], node.values[1], "and, or", {"and": "or", "or": "and"})
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, ast.Not | ast.USub):
+            start, end = self.place(node)
+            self.add(node, "sign", start, end, self.data[slice(*self.place(node.operand))].decode())
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        start, end = self.place(node)
+        if isinstance(node.value, bool):
+            self.add(node, "constant", start, end, str(not node.value))
+        elif isinstance(node.value, int):
+            self.add(node, "constant", start, end, str(node.value + 1))
+        elif isinstance(node.value, float):
+            self.add(node, "constant", start, end, repr(node.value * 2 if node.value else 1.0))
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Constant):
+            return  # a docstring
+        if isinstance(node.value, ast.Call):
+            self.add(node, "left out", *self.place(node), "pass")
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.add(node, "left out", *self.place(node), "pass")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        simple = [a for a in node.args if isinstance(a, ast.Name | ast.Attribute)]
+        if len(node.args) >= 2 and simple[:2] == node.args[:2] and ast.dump(simple[0]) != ast.dump(simple[1]):
+            (start, middle), (after, end) = self.place(simple[0]), self.place(simple[1])
+            one, gap, other = (
+                self.data[a:b].decode() for a, b in ((start, middle), (middle, after), (after, end))
+            )
+            self.add(node, "exchanged", start, end, other + gap + one)
+        self.generic_visit(node)
+
+
+def of_c(file: str, text: str) -> Iterator[Mutation]:
+    """Mutations of C, by its text: comparisons, signs with spaces around them, small numbers; comments left out."""
+    bare = re.sub(
+        r"/\*.*?\*/|//[^\n]*|\"[^\"\n]*\"|^#[^\n]*", lambda m: " " * len(m.group()), text, flags=re.S | re.M
+    )
+    assert text.isascii()  # places are in bytes
+
+    def line(match: re.Match[str]) -> int:
+        return text.count("\n", 0, match.start()) + 1
+
+    swaps = {" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " + ": " - ", " - ": " + ",
+             " * ": " + ", " += ": " -= ", " && ": " || ", " / ": " * ", " >> ": " << "}  # fmt: skip
+    for before, after in swaps.items():
+        for match in re.finditer(re.escape(before), bare):
+            yield Mutation(file, line(match), "operator", *match.span(), before, after)
+    for match in re.finditer(r"(?<![\w.])[1-9]\d?(?![\w.])", bare):
+        number = str(int(match.group()) + 1)
+        yield Mutation(file, line(match), "constant", *match.span(), match.group(), number)
+
+
+def all_mutations(source: Path, only: str) -> dict[str, list[Mutation]]:
+    found = {}
+    for file in TESTS:
+        if re.search(only, file):
+            text = (source / file).read_text(encoding="utf-8")
+            found[file] = list(of_c(file, text)) if file.endswith(".c") else _Python(file, text).found
+    return found
+
+
+def chosen(found: dict[str, list[Mutation]], number: int, seed: int) -> list[Mutation]:
+    """The files in turn, each mutation of a file as likely as any other of it."""
+    randoms = random.Random(seed)
+    order = {file: randoms.sample(all_of_it, len(all_of_it)) for file, all_of_it in found.items()}
+    taken: list[Mutation] = []
+    while len(taken) < number and any(order.values()):
+        for file in randoms.sample(sorted(order), len(order)):
+            if order[file] and len(taken) < number:
+                taken.append(order[file].pop())
+    return taken
+
+
+class Copy:
+    """The project in a folder of its own; what is mutated there is put back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        skip = shutil.ignore_patterns("__pycache__", "*.o", "build")
+        for name in ("src", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=skip)
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder / name)
+        self.libraries = {
+            path: path.read_bytes() for path in (folder / "src/veneer/kernels").glob("_native*.so")
+        }
+        self.sound: set[str] = set()
+        """Tests that are known to pass without a mutation."""
+
+    def tried(self, mutation: Mutation) -> tuple[bool, str]:
+        """(whether the tests pass all the same, what noticed the change)."""
+        path = self.root / "src" / "veneer" / mutation.file
+        own = path.read_bytes()
+        path.write_bytes(mutation.of(own))
+        try:
+            if mutation.file.endswith(".c") and not self.built():
+                return False, "does not compile"
+            passed, by = self.tested([f"tests/{name}" for name in TESTS[mutation.file]])
+        finally:
+            path.write_bytes(own)
+            for path, library in self.libraries.items():
+                path.write_bytes(library)
+        if not passed and "::" in by and by not in self.sound:
+            if not self.tested([by])[0]:
+                raise SystemExit(f"{by} fails without any mutation")
+            self.sound.add(by)
+        return passed, by
+
+    def built(self) -> bool:
+        build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        return subprocess.run(build, cwd=self.root, capture_output=True).returncode == 0
+
+    def tested(self, tests: list[str]) -> tuple[bool, str]:
+        """Whether these pass, and the first that does not: in a fork, which has torch and transformers already."""
+        log, end = self.root / "tests.log", time.monotonic() + SECONDS
+        if (child := os.fork()) == 0:
+            self._run(tests, log)
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return False, f"no end after {SECONDS} s"
+            time.sleep(0.05)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
+        code = os.waitstatus_to_exitcode(status)
+        return code == 0, failed.group(1) if failed else f"exit code {code}"
+
+    def _run(self, tests: list[str], log: Path) -> None:
+        code = 1
+        try:
+            os.setsid()
+            os.chdir(self.root)
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            paths = [str(self.root / "src"), str(self.root)]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+            sys.path[:] = [*paths, *(path for path in sys.path if not path.startswith(str(ROOT)))]
+            import pytest
+
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--number", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", default="", help="expression for the modules to mutate, for instance train/ or py$"
+    )
+    parser.add_argument("--out", type=Path, default=Path("mutations.json"))
+    parser.add_argument("--list", action="store_true", help="say which mutations would be tried")
+    args = parser.parse_args()
+    mutations = chosen(all_mutations(ROOT / "src" / "veneer", args.only), args.number, args.seed)
+    if args.list:
+        print(*mutations, sep="\n")
+        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    import pytest  # noqa: F401  # what every fork then has: seconds of each
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    results: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder))
+        for number, mutation in enumerate(mutations, 1):
+            passed, by = copy.tried(mutation)
+            results.append({**asdict(mutation), "survived": passed, "caught_by": None if passed else by})
+            print(f"{number:4} {'SURVIVED' if passed else 'caught  '} {mutation}", flush=True)
+            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    survivors = [each for each in results if each["survived"]]
+    print(f"\n{len(results) - len(survivors)} of {len(results)} caught; {args.out} has all of it")
+
+
+if __name__ == "__main__":
+    main()
