@@ -72,6 +72,7 @@ class Worker:
         what = f"{candidate.name}, learning rate {rate:g}, seed {seed}"
         found = self._finished(folder, config, with_result)
         if found is not None:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # where its page could not be written
             return _with_loss(what, found)
         self.ran.append(folder)
         resumable = any((folder / "checkpoints").glob("[0-9]*")) and not (folder / "summary.json").exists()

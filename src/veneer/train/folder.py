@@ -1,7 +1,7 @@
 """A run's folder: one process at a time, a new run only where nothing is, and where a resumed one begins."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -27,17 +27,21 @@ def held(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (out / LOCK).unlink(missing_ok=True)
-            if made and not any(out.iterdir()):
-                out.rmdir()
+            with suppress(OSError):  # what ended the run is told, and a lock file that stays locks nothing
+                (out / LOCK).unlink(missing_ok=True)
+                if made and not any(out.iterdir()):
+                    out.rmdir()
 
 
 def refuse_unless_new(out: Path) -> None:
     """ConfigError where a new run would stand among other files; remains of a write that was never done are none."""
     if not out.exists() or all(_remains(path.name) for path in out.iterdir()):
         return
-    unfinished = (out / "run.yaml").is_file() and not (out / "summary.json").is_file()
-    hint = f"Continue it with --resume {out}, or take another --out." if unfinished else "Take another --out."
+    hint = "Take another --out."
+    if (out / "summary.json").is_file():
+        hint = f"The run in it is finished; its page again: veneer report {out}. {hint}"
+    elif (out / "run.yaml").is_file():
+        hint = f"Continue it with --resume {out}, or take another --out."
     raise ConfigError(f"{out} exists and is not empty: nothing is overwritten", next_step=hint)
 
 
