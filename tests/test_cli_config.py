@@ -140,6 +140,7 @@ def test_a_method_flag_takes_the_method_with_its_settings_as_its_help_says(tmp_p
         ("{name: lora, rnak: 3}", "rank"),
         ("{name: lore}", "lora"),
         ("{rank: 3}", "method.name"),
+        ("{name: " * 9_000, "nested"),
     ):
         with pytest.raises(ConfigError) as caught:
             read_run_config(None, {**NEEDED, "method": wrong})
@@ -228,7 +229,9 @@ def test_missing_settings_are_explained_by_their_own_docstring():
         ("a: &x [1]\nbase: *x", "alias"),
         ("base: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("base: [", "is not YAML"),
-        ("[" * 1500 + "]" * 1500, "nested too deep"),
+        ("[" * 1500 + "]" * 1500, "nested deeper than 64 levels"),
+        ("[" * 20_000, "nested deeper than 64 levels"),
+        ("method:" + " {name:" * 20_000, "nested deeper than 64 levels"),
         ("out: 2024-13-45", "is not YAML"),
         ('base: "\\ud83d"', "half a character"),
         ('"\\udc00\\ud83d": 1\nbase: b\ndata: d\nout: o', "half a character"),

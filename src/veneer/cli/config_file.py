@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
-from veneer.nesting import TOO_DEEP, too_deep, walk
+from veneer.nesting import MAX_JSON_DEPTH, TOO_DEEP, walk
 from veneer.train.config import DataConfig, RunConfig
 
 KeyPath = tuple[str, ...]  # ("method", "rank")
@@ -163,8 +163,13 @@ def _read_file(settings: Settings, file: Path) -> None:
 
 def parse_yaml(text: str, name: str, settings: Settings) -> Any:
     """yaml.safe_load, with duplicate keys and aliases refused and the lines of the keys remembered."""
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_JSON_DEPTH:  # what reads it recurses, and the parser takes minutes over thousands
+                raise ConfigError(f"{name} {TOO_DEEP}")
             if isinstance(event, yaml.AliasEvent):
                 assert event.start_mark, "the parser marks every event"
                 line = event.start_mark.line + 1
@@ -180,8 +185,6 @@ def parse_yaml(text: str, name: str, settings: Settings) -> Any:
         raise ConfigError(f"{name} is not YAML that can be read: it is nested too deep") from None
     except (yaml.YAMLError, ValueError) as fault:  # ValueError: 2024-13-45 looks like a date and is none
         raise ConfigError(f"{name} is not YAML that can be read: {fault}") from None
-    if too_deep(value):
-        raise ConfigError(f"{name} {TOO_DEEP}")
     for word in (inner for inner, _ in walk(value) if isinstance(inner, str)):
         try:
             word.encode()
