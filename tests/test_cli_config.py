@@ -22,6 +22,7 @@ OTHER_VALUES = {
     "data.long_rows": "drop",
     "method.lr_ratio": 4.0,
     "method.init": "olora",
+    "method.lora_bias": True,
     "method.svd_iterations": 16,
     "method.name": "full",
     "quantize": "nf4",

@@ -42,7 +42,6 @@ def test_missing_fields_take_peft_s_defaults(read):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("lora_bias", True),
         ("use_qalora", True),
         ("alora_invocation_tokens", [1, 2]),
         ("layer_replication", [[0, 4], [2, 5]]),
@@ -72,7 +71,7 @@ def test_what_changes_the_arithmetic_is_refused_by_name(read, field, value):
 
 def test_all_refusals_are_told_at_once(read):
     with pytest.raises(RefusedError) as caught:
-        read({**MINIMAL, "lora_bias": True, "init_lora_weights": "pissa", "new": 1})
+        read({**MINIMAL, "use_qalora": True, "init_lora_weights": "pissa", "new": 1})
     assert len(caught.value.faults) == 3
 
 

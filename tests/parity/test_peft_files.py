@@ -94,6 +94,21 @@ ROWS = {
         ours={"targets": ["q_proj", "fc2"], "bias": "lora_only"},
         theirs={"target_modules": ["q_proj", "fc2"], "bias": "lora_only"},
     ),
+    "lora_bias": Row(
+        family="phi",
+        ours={"targets": ["q_proj", "fc2"], "lora_bias": True, "rslora": True},
+        theirs={"target_modules": ["q_proj", "fc2"], "lora_bias": True, "use_rslora": True},
+    ),
+    "lora_bias beside trained biases": Row(
+        family="gpt2",
+        ours={"targets": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only"},
+        theirs={
+            "target_modules": ["c_attn", "c_proj"],
+            "lora_bias": True,
+            "bias": "lora_only",
+            "fan_in_fan_out": True,
+        },
+    ),
     "trained head": Row(
         ours={"targets": ["q_proj"], "train_modules": ["lm_head"]},
         theirs={"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},

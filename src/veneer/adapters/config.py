@@ -139,6 +139,8 @@ class LoRA(LowRank):
     init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
     """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left as it is and the file
     twice the rank; eva: A from what the layers see of the rows; loftq: from what 4 bits lost of the weight."""
+    lora_bias: bool = False
+    """Train a vector c beside B, as PEFT's lora_bias: scaling * (B A x + c). Linear layers only; merging wants layers with a bias."""
     svd_iterations: Annotated[int, POWER_ITERATIONS] | None = None
     """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the exact SVD. No effect with another init."""
 

@@ -39,6 +39,10 @@ class _OneExpert:
     def dropout(self) -> float:
         return self.stack.dropout
 
+    @property
+    def offset(self) -> None:
+        return None
+
     def factors(self) -> Factors:
         A, B = self.stack.factors()
         return A[self.number], B[self.number]

@@ -41,6 +41,8 @@ class LoRALayer:
     linear     A (R, I), B (O, R)
     embedding  A (R, V), B (D, R)
     experts    A (E, R, I), B (E, O, R)
+
+    offset (O) or None: PEFT's lora_bias, added to B A x before the scaling; of linear layers alone.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class LoRALayer:
     ) -> None:  # fmt: skip
         self.kind: Kind = kind
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.offset: nn.Parameter | None = None
         self.rank = B.shape[-1]
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(self.rank) if rslora else alpha / self.rank
@@ -76,7 +79,7 @@ class LoRALayer:
         return Dropout(keys.rows, (self.key + among * 0x10001 << 32) + step, self.dropout)
 
     def parts(self) -> dict[str, nn.Parameter]:
-        return {"A": self.A, "B": self.B}
+        return {"A": self.A, "B": self.B} | ({} if self.offset is None else {"offset": self.offset})
 
     @torch.no_grad()
     def begin_at(self, A: Tensor, B: Tensor, *, taken_out: bool = True) -> None:
@@ -102,7 +105,8 @@ class LoRALayer:
 
     def stored(self) -> dict[str, Tensor]:
         A, B = self.factors()
-        return {"A": A.detach(), "B": B.detach()}
+        offset = {} if self.offset is None else {"offset": self.offset.detach()}
+        return {"A": A.detach(), "B": B.detach(), **offset}
 
     def folded(self, weight: Tensor) -> Tensor:
         return weight + delta_weight(self)
@@ -128,6 +132,9 @@ class Factored(Protocol):
     @property
     def dropout(self) -> float: ...
 
+    @property
+    def offset(self) -> Tensor | None: ...
+
     def factors(self) -> Factors: ...
 
     def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0) -> Dropout | None: ...
@@ -137,6 +144,10 @@ def low_rank_product(
     x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Factored, float]], keys: TokenKeys | None
 ) -> Tensor:  # fmt: skip
     """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
+    offsets = [layer.scaling * weight * layer.offset for layer, weight in acting if layer.offset is not None]
+    if offsets:
+        together = torch.stack(offsets).sum(0)
+        bias = (together if bias is None else bias + together).to(x.dtype)
     if len(acting) == 1:
         layer, weight = acting[0]
         A, B = layer.factors()

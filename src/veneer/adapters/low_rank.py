@@ -29,6 +29,12 @@ def build_lora(site: Site, config: LoRA) -> None:
             others,
             "List the linear layers in `targets`, or leave init at default.",
         )
+    if config.lora_bias and others:
+        raise ConfigError(
+            "lora_bias takes linear layers; these targets are embeddings, fused experts or routers",
+            others,
+            "List the linear layers in `targets`, or leave lora_bias out.",
+        )
     whole = [p for p in targets.experts if not is_gated_stack(site.modules[p.rpartition(".")[0]])]
     whole += targets.routers
     if config.dropout and whole:
@@ -42,6 +48,8 @@ def build_lora(site: Site, config: LoRA) -> None:
         if (start := _START.get(config.init)) is not None:
             A0, B0 = start(frozen.dense_weight(torch.float32), made, config, site.generator)
             made.begin_at(A0.to(frozen.device), B0.to(frozen.device))
+        if config.lora_bias:
+            made.offset = nn.Parameter(torch.zeros(frozen.out_features, device=frozen.device))
         site.put(path, AdaptedLinear, made)
     for path in targets.embeddings:
         site.put(path, AdaptedEmbedding, _embedding_layer(site, config, path))

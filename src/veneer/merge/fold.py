@@ -93,16 +93,28 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
     refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
     modules = plain_modules(model)
     parts: dict[str, list[_Part]] = {}
+    offsets: dict[str, list[Tensor]] = {}
     for attachment, weight in applied:
         for path, layer in attachment.layers.items():
             module = modules.get(path)
             if module is not None:
                 part = _Part(layer, _turned(module), weight)
                 parts.setdefault(f"{path}.weight", []).append(part)
+                if (offset := layer.stored().get("offset")) is not None:
+                    offsets.setdefault(f"{path}.bias", []).append(layer.scaling * weight * offset)
             else:  # the path of a 3-D parameter
                 owner = modules[path.rpartition(".")[0]]
                 parts.setdefault(path, []).append(_Part(layer, is_transposed(owner), weight))
     found: dict[str, Callable[[Tensor], Tensor]] = {name: _sum_of(group) for name, group in parts.items()}
+    found |= {name: _plus(group) for name, group in offsets.items()}
+    if missing := [
+        name for name in offsets if modules[name.removesuffix(".bias")]._parameters.get("bias") is None
+    ]:
+        raise RefusedError(
+            "lora_bias has no place in these layers, which have no bias of their own",
+            missing[:6] + ([f"and {len(missing) - 6} more"] if len(missing) > 6 else []),
+            "Let the adapter act beside the base.",
+        )
     in_full = trained_values([(each.name, each.values, weight) for each, weight in applied])
     for name, value in in_full.items():
         found[name] = _then(value, found.get(name))
@@ -132,6 +144,13 @@ def _sum_of(group: Sequence[_Part]) -> Callable[[Tensor], Tensor]:
         for part in group:
             changed += part.weight * (part.folded(own) - own)
         return changed
+
+    return wanted
+
+
+def _plus(offsets: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    def wanted(own: Tensor) -> Tensor:
+        return own + torch.stack(list(offsets)).sum(0).to(own)
 
     return wanted
 

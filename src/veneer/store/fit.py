@@ -21,6 +21,7 @@ from veneer.store.format import (
     factor_shapes,
     from_file,
     magnitude_name,
+    offset_name,
     slot_of,
     tables,
     tensor_names,
@@ -52,6 +53,10 @@ def fit(
         return Fit(
             None, faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others]
         )
+    if config.lora_bias and (
+        others := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]
+    ):
+        return Fit(None, faults=[f"lora_bias of {path}, which is no linear layer" for path in others])
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:
@@ -67,6 +72,7 @@ def fit(
     for slot in slots:
         expected |= dict(zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True))
         expected |= {magnitude_name(slot): (slot.out_features,)} if config.use_dora else {}
+        expected |= {offset_name(factors[slot.path]): (slot.out_features,)} if config.lora_bias else {}
     expected |= {name: tuple(_parameter(modules, path).shape) for path, name in copies.items()}
     faults, concerned = _tensor_faults(tensors, expected, slots, modules, head_path)
     if faults:
@@ -77,6 +83,8 @@ def fit(
         name_A, name_B = factors[slot.path]
         A, B = from_file(tensors[name_A], tensors[name_B], slot)
         values |= {f"{slot.path}.A": A, f"{slot.path}.B": B}
+        if config.lora_bias:
+            values[f"{slot.path}.offset"] = tensors[offset_name(factors[slot.path])].float()
         if config.use_dora:
             values[f"{slot.path}.magnitude"] = tensors[magnitude_name(slot)].float()
     return Fit(settings, values, scaling)

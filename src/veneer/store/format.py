@@ -2,6 +2,7 @@
 
     base_model.model.<module>[.base_layer].lora_A.weight            (R, I)      linear
     base_model.model.<module>[.base_layer].lora_B.weight            (O, R)
+    base_model.model.<module>[.base_layer].lora_B.bias              (O)         linear: lora_bias
     base_model.model.<module>.lora_magnitude_vector                 (O), (D)    linear, embedding: DoRA
     base_model.model.<module>.lora_embedding_A / _B                 (R, V) / (D, R)
     base_model.model.<experts>[.base_layer].lora_A.weight           (E*R, I)    expert e owns rows e*R ...
@@ -23,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.config import DoRA
+from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import Kind, LowRankLayer
 from veneer.adapters.site import Attachment
@@ -88,10 +89,11 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
 def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
     """The slots of an attachment's layers, told to PEFT in a way that it does not rewrite.
 
-    PEFT has no DoRA of parameters: there a module keeps its name whatever it is called.
+    PEFT has no DoRA and no lora_bias of parameters: there a module keeps its name whatever it is called.
     """
+    config = attachment.config
     fused = any(expert_parameters(module) for module in modules.values())
-    fused = fused and not isinstance(attachment.config, DoRA)
+    fused = fused and not isinstance(config, DoRA) and not (isinstance(config, LoRA) and config.lora_bias)
     slots = []
     for path in attachment.layers:
         rewritten = fused and path.rsplit(".", 1)[-1] in _OLD_EXPERT_NAMES
@@ -134,6 +136,11 @@ def magnitude_name(slot: Slot) -> str:
     return f"{slot.owner}.lora_magnitude_vector"
 
 
+def offset_name(factors: tuple[str, str]) -> str:
+    """The file's name of lora_bias, from those of A and B."""
+    return factors[1].removesuffix("weight") + "bias"
+
+
 def value_name(path: str, trained: Sequence[str], depth: Mapping[str, int]) -> str:
     """The file's name of a parameter trained in full, without the prefix.
 
@@ -156,7 +163,12 @@ def bare_name(name: str) -> tuple[str, bool]:
     """A name without the prefix, and without an adapter's name where a third party left one in: repaired?"""
     parts = name.removeprefix(PREFIX).split(".")
     markers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    if len(parts) > 2 and parts[-3] in markers[:2] and parts[-1] == "weight" and parts[-2] not in markers:
+    if (
+        len(parts) > 2
+        and parts[-3] in markers[:2]
+        and parts[-1] in ("weight", "bias")
+        and parts[-2] not in markers
+    ):
         return ".".join([*parts[:-2], parts[-1]]), True
     if len(parts) > 2 and parts[-2] in markers[2:] and parts[-1] not in markers:
         return ".".join(parts[:-1]), True
@@ -212,6 +224,8 @@ def file_tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
         layer = cast(LowRankLayer, attachment.layers[slot.path])
         for name, factor in zip(names[slot.path], to_file(layer), strict=True):
             found[PREFIX + name] = factor
+        if (offset := layer.stored().get("offset")) is not None:
+            found[PREFIX + offset_name(names[slot.path])] = offset.contiguous().cpu()
         if (magnitude := layer.stored().get("magnitude")) is not None:
             found[PREFIX + magnitude_name(slot)] = magnitude.contiguous().cpu()
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}

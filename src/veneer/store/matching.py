@@ -16,7 +16,7 @@ from typing import cast
 
 from torch import nn
 
-from veneer.adapters.config import DoRA, LowRank
+from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.lora import LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
@@ -44,6 +44,7 @@ def peft_config(
         lora_alpha=alpha,
         use_rslora=config.rslora,
         use_dora=isinstance(config, DoRA),
+        lora_bias=isinstance(config, LoRA) and config.lora_bias,
         rank_pattern={
             f"^{re.escape(slot.key)}": strong[slot.path][0] for slot in slots if strong[slot.path][0] != rank
         },
@@ -184,7 +185,7 @@ def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Se
     for path, strength in strong.items():
         ranks.setdefault(strength.rank, []).append(path)
         alphas.setdefault(strength.alpha, []).append(path)
-    return config.method(
+    settings = config.method(
         rank=config.r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -197,6 +198,7 @@ def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Se
         bias=config.bias,
         train_modules=list(trained),
     )
+    return config.with_own(settings)
 
 
 def _any_of(paths: Sequence[str]) -> str:

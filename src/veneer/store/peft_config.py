@@ -28,7 +28,6 @@ MAX_EXPRESSIONS = 500
 MAX_ENTRIES = 10_000
 
 _CHANGES_THE_MATHS = {
-    "lora_bias": "a bias beside lora_B is not supported",
     "use_qalora": "QALoRA pools the inputs of A: not supported",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
     "layer_replication": "the stack of layers is rebuilt first: not supported",
@@ -58,6 +57,7 @@ class PeftLoRA(BaseModel):
     lora_alpha: Annotated[float, ALPHA] = 8
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     rank_pattern: dict[str, Annotated[int, RANK]] | None = None
     alpha_pattern: dict[str, Annotated[float, ALPHA]] | None = None
     target_modules: list[str] | str | None = None
@@ -89,7 +89,7 @@ class PeftLoRA(BaseModel):
         if isinstance(targets, str) and targets.lower() == "all-linear":
             targets = "all-linear"
         exclude = self.exclude_modules or []
-        return self.method(
+        settings = self.method(
             rank=self.r,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
@@ -101,6 +101,11 @@ class PeftLoRA(BaseModel):
             bias=self.bias,
             train_modules=self.modules_to_save or [],
         )
+        return self.with_own(settings)
+
+    def with_own(self, settings: LowRank) -> LowRank:
+        """With what LoRA has and its variants have not, where it is on."""
+        return settings.model_copy(update={"lora_bias": True}) if self.lora_bias else settings
 
     @property
     def method(self) -> type[LowRank]:
@@ -141,6 +146,8 @@ def _value_faults(config: PeftLoRA) -> list[str]:
     faults = []
     if isinstance(config.target_modules, list) and not (config.target_modules or config.target_parameters):
         faults.append("target_modules and target_parameters are empty: nothing is adapted")
+    if config.lora_bias and config.use_dora:
+        faults.append("lora_bias and use_dora exclude each other")
     for name in PeftLoRA.model_fields:
         entries = getattr(config, name)
         if isinstance(entries, (list, dict)):
@@ -210,7 +217,6 @@ def config_json(config: PeftLoRA) -> dict[str, Any]:
         "init_lora_weights": True,
         "layer_replication": None,
         "loftq_config": {},
-        "lora_bias": False,
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "peft_type": "LORA",
