@@ -130,3 +130,15 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         raise error
 
     monkeypatch.setattr(doctor, "run", run)
+
+
+def test_a_base_is_looked_for_in_nested_files_of_strangers(tmp_path, capsys):
+    """YAML recurses: what names the base of an adapter is read as JSON, and a run's settings within limits."""
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    deep = '{"a":' * 600 + "1" + "}" * 600
+    for file in (adapter / "adapter_config.json", adapter.parent / "run.yaml"):
+        file.write_text(deep)
+        assert main.main(["generate", "--adapter", str(adapter), "x"]) in (2, 4)
+        said = capsys.readouterr().err
+        assert f"{file.name} is nested deeper than 64 levels" in said

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from veneer.errors import CorruptFileError, SourceError
+from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
 from veneer.train.config import RunConfig
@@ -195,6 +195,29 @@ def test_broken_records_are_refused(tmp_path):
         file.write("nonsense\n")
     with pytest.raises(CorruptFileError):
         write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.yaml", "- a"),
+        ("run.yaml", "a: " + "[" * 600 + "]" * 600),
+        ("run.yaml", "a: " + "[" * 6000),
+        ("run.yaml", "a: 2024-13-45"),
+        ("run.yaml", "\x00"),
+        ("summary.json", "[]"),
+        ("summary.json", '{"versions": 3, "seconds": "x"}'),
+        ("metrics.jsonl", '{"kind": "step"}\n'),
+        ("metrics.jsonl", '{"kind": "step", "step": "a", "loss": {}, "seconds": []}\n'),
+        ("metrics.jsonl", '{"kind": "start", "paths": 3, "steps": "x"}\n'),
+    ],
+)
+def test_a_folder_that_somebody_changed_is_refused_and_no_bug_of_ours(tmp_path, file, content):
+    folder = run_folder(tmp_path)
+    (folder / file).write_text(content)
+    with pytest.raises(VeneerError) as caught:
+        write_report(folder)
+    assert caught.value.exit_code in (2, 4)
 
 
 def test_the_same_run_gives_the_same_page_and_leaves_no_other_file(tmp_path):

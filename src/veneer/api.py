@@ -8,7 +8,6 @@ base.use("tickets")
 print(base.generate("Where is my parcel?"))
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +54,7 @@ from veneer.store.adapter import load_adapter
 from veneer.store.library import Library
 from veneer.store.packed import WrittenBase, write_packed
 from veneer.store.pool import Pool
+from veneer.store.strict_json import read_json
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import resume_config as resume_config
 from veneer.train.run import run_training
@@ -416,5 +416,4 @@ def compare(
 
 def read_summary(run: str | Path) -> dict[str, Any]:
     """summary.json of a finished run."""
-    found: dict[str, Any] = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
-    return found
+    return read_json(Path(run) / "summary.json")

@@ -12,11 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
-
-from tests.soak.inputs_adapters import adapters
+from tests.soak.inputs_adapters import adapters, run_folders
 from tests.soak.inputs_rows import base_of, rows, templates
-from tests.soak.odd import as_json, mutated, odd, spoken, times, torn
+from tests.soak.odd import as_json, mutated, odd, spoken, times, torn, yaml_of
 
 Kind = Callable[[Random, Path, Path], list[str]]
 
@@ -110,13 +108,6 @@ def run_files(random: Random, folder: Path, world: Path) -> list[str]:
     if not trains:
         return ["train", str(file), "--base", str(folder / "missing"), *odd_sets(random)]
     return [*f"train {file} --base {base_of(random, world)} --out {folder}/out --quiet".split(), *CAPS]
-
-
-def yaml_of(values: Any) -> bytes:
-    try:
-        return yaml.safe_dump(values, allow_unicode=False).encode("utf-8", "surrogatepass")
-    except (RecursionError, yaml.YAMLError, UnicodeError):
-        return json.dumps(values).encode("utf-8", "surrogatepass")
 
 
 def odd_sets(random: Random) -> list[str]:
@@ -229,6 +220,7 @@ KINDS: dict[str, Kind] = {
     "templates": templates,
     "run files": run_files,
     "adapters": adapters,
+    "run folders": run_folders,
     "files beside": files_beside,
     "flags": flags,
 }

@@ -8,8 +8,11 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from tests.soak.odd import as_json, mutated, times, torn
+import yaml
+
+from tests.soak.odd import as_json, mutated, times, torn, yaml_of
 from veneer.store.manifest import MANIFEST_NAME, content_hash
 
 ADAPTER_WORDS = """
@@ -63,10 +66,45 @@ def adapters(random: Random, folder: Path, world: Path) -> list[str]:
     return random.choice(lines)
 
 
+RUN_FILES = ["run.yaml", "metrics.jsonl", "summary.json", "adapter/adapter_config.json"]
+RECORD_WORDS = """
+    kind step evaluation start end loss best_step sample before answer prompt seconds tokens rows validation_loss versions base method
+    learning_rate peak_memory_bytes planned_memory_bytes paths reason trainable_parameters data train
+""".split()  # noqa: SIM905
+
+
+def run_folders(random: Random, folder: Path, world: Path) -> list[str]:
+    """A run that somebody sent along."""
+    run = Path(shutil.copytree(world / "run", folder / "run"))
+    file = run / random.choice(RUN_FILES)
+    data = file.read_bytes()
+    if random.random() < 0.2:
+        file.write_bytes(torn(random, data))
+    elif file.suffix == ".yaml":
+        file.write_bytes(yaml_of(mutated(random, yaml.safe_load(data), RECORD_WORDS)))
+    elif file.suffix == ".json":
+        file.write_bytes(as_json(random, mutated(random, json.loads(data), RECORD_WORDS)))
+    else:
+        records: list[Any] = [json.loads(line) for line in data.splitlines()]
+        for at in random.choices(range(len(records)), k=max(1, times(random))):
+            records[at] = mutated(random, records[at], RECORD_WORDS)
+        file.write_bytes(b"".join(as_json(random, record) + b"\n" for record in records))
+    if random.random() < 0.3 and file.name != "summary.json":
+        (run / "summary.json").unlink()
+    lines = [
+        ["report", str(run)],
+        ["report", str(run)],
+        ["train", "--resume", str(run), "--quiet"],
+        ["generate", "--adapter", str(run), "--max-tokens", "1", "x"],
+        ["adapters", "add", str(run), "--library", str(folder / "library")],
+    ]
+    return random.choice(lines)
+
+
 def _made_consistent(random: Random, adapter: Path) -> None:
     """As one that another program wrote, or with a manifest that knows what was changed: else its hash tells."""
     manifest, config = adapter / MANIFEST_NAME, adapter / "adapter_config.json"
-    if config.is_file() and random.random() < 0.5:
+    if config.is_file() and not manifest.is_dir() and random.random() < 0.5:
         manifest.unlink(missing_ok=True)
         return
     with suppress(OSError, ValueError, TypeError, StopIteration):
@@ -86,8 +124,8 @@ def _reads(data: bytes) -> bool:
 
 
 def torn_tensors(random: Random, data: bytes) -> bytes:
-    (length,) = struct.unpack("<Q", data[:8])
-    what = random.random()
+    length = int.from_bytes(data[:8], "little")
+    what = random.random() if 8 + length < len(data) - 4 else 1.0
     if what < 0.5:
         try:
             header = mutated(random, json.loads(data[8 : 8 + length]), ADAPTER_WORDS)

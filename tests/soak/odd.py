@@ -9,6 +9,8 @@ import json
 from random import Random
 from typing import Any
 
+import yaml
+
 
 def nested(depth: int, key: str | None = None) -> Any:
     value: Any = 1
@@ -126,3 +128,10 @@ def times(random: Random) -> int:
 def spoken(text: str) -> str:
     """As a system hands it over: no NUL, and half a character as the bytes that it came from."""
     return text.replace("\x00", "").encode("utf-8", "replace").decode()[:100_000]
+
+
+def yaml_of(values: Any) -> bytes:
+    try:
+        return yaml.safe_dump(values, allow_unicode=False).encode("utf-8", "surrogatepass")
+    except (RecursionError, yaml.YAMLError, UnicodeError):
+        return json.dumps(values).encode("utf-8", "surrogatepass")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from veneer.bounds import LENGTH
 from veneer.errors import ConfigError, SourceError
 from veneer.quant.config import FORMATS, Quantize
-from veneer.store.strict_json import finite_or_null, read_json
+from veneer.store.strict_json import finite_or_null, read_json, read_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,19 +126,12 @@ def adapter_folder(named: str, library: str | None = None) -> Path:
 
 def _trained_on(folder: Path) -> str | None:
     """The base as the run named it, else as adapter_config.json does."""
-    for file, key in (
-        (folder.parent / "run.yaml", "base"),
-        (folder / "adapter_config.json", "base_model_name_or_path"),
+    for read, file, key in (
+        (read_yaml, folder.parent / "run.yaml", "base"),
+        (read_json, folder / "adapter_config.json", "base_model_name_or_path"),
     ):
-        if not file.is_file():
-            continue
-        import yaml
-
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
-        except (OSError, ValueError, yaml.YAMLError) as fault:
-            raise SourceError(f"cannot read {file}: {fault}", [], "Name the base: --base B.") from None
-        if isinstance(values, dict) and isinstance(values.get(key), str) and values[key]:
+        values = read(file) if file.is_file() else {}
+        if isinstance(values.get(key), str) and values[key]:
             return str(values[key])
     return None
 

@@ -26,6 +26,7 @@ from veneer.errors import DataError, Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.labels import labels_file
 from veneer.store.atomic import atomic_file
+from veneer.store.strict_json import read_json
 from veneer.system_errors import tells_of_the_disk
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
@@ -126,8 +127,8 @@ class Worker:
         key = _hash([wanted, [_file_hash(file) for file in files]])
         kept = folder / "evaluation.json"
         if kept.is_file():
-            found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-            if found["key"] == key and (folder / "predictions.jsonl").is_file():
+            found = read_json(kept)
+            if found.get("key") == key and (folder / "predictions.jsonl").is_file():
                 return found
         folder.mkdir(parents=True, exist_ok=True)
         self.ran.append(kept)
@@ -160,8 +161,8 @@ class Worker:
 
     def _finished(self, folder: Path, config: RunConfig, with_result: bool) -> Done | None:
         if (folder / FAILURE).is_file():
-            told = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
-            if told["exit_code"] == DIVERGED:
+            told = read_json(folder / FAILURE)
+            if told.get("exit_code") == DIVERGED:
                 return Done(folder, config, {}, "diverged")
             if folder in self.ran:
                 return Done(folder, config, {}, "does not fit")
@@ -170,7 +171,7 @@ class Worker:
             return None
         if with_result and not any((folder / name).is_dir() for name in ("adapter", "model")):
             return None
-        return Done(folder, config, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        return Done(folder, config, read_json(folder / "summary.json"))
 
     def _run_file(self, config: RunConfig) -> Path:
         file = self.comparison.out / "runs" / f"{Path(config.out).name}.yaml"

@@ -18,11 +18,12 @@ from typing import Any
 import yaml
 
 from veneer.adapters.config import METHODS
-from veneer.errors import SourceError
+from veneer.errors import CorruptFileError, SourceError
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.style import STYLE
 from veneer.store.atomic import atomic_file
 from veneer.store.manifest import MANIFEST_NAME, read_manifest
+from veneer.store.strict_json import read_json, read_yaml
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.loggers import flat
 from veneer.train.records import Record, read_records
@@ -42,14 +43,19 @@ def write_report(run_folder: str | Path) -> Path:
     needed = [folder / "run.yaml", folder / "metrics.jsonl"]
     if missing := [f"{file} is not there" for file in needed if not file.is_file()]:
         raise SourceError(f"{folder} is not the folder of a run", missing)
-    try:
-        settings = yaml.safe_load(needed[0].read_text(encoding="utf-8")) or {}
-        file = folder / "summary.json"
-        summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, yaml.YAMLError) as fault:
-        raise SourceError(f"{folder} cannot be read: {fault}") from None
+    settings = read_yaml(needed[0])
+    file = folder / "summary.json"
+    summary = read_json(file) if file.is_file() else {}
     hashes = _hashes(folder / "adapter" / MANIFEST_NAME)
-    page = make_page(folder, settings, read_records(needed[1]), summary, hashes)
+    records = read_records(needed[1])
+    try:
+        page = make_page(folder, settings, records, summary, hashes)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
+        raise CorruptFileError(
+            f"what {folder} holds is not what a run writes",
+            [f"{type(fault).__name__}: {fault}"],
+            "Copy the folder again from where the run was.",
+        ) from fault
     with atomic_file(folder / NAME, replace=True) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")
     return folder / NAME

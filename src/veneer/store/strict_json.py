@@ -1,4 +1,4 @@
-"""Reads JSON that anyone may have written: strictly, within limits, no torch loaded; writes what can be read so.
+"""Reads JSON and YAML that anyone may have written: strictly, within limits, no torch loaded; writes what can be read so.
 
 Not known here: what the object should hold.
 """
@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
-from veneer.nesting import TOO_DEEP, text_too_deep
+from veneer.nesting import TOO_DEEP, text_too_deep, too_deep
 
 MAX_JSON_BYTES = 4_000_000
+MAX_YAML_BYTES = 1_000_000
 
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
@@ -37,6 +38,27 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
     return parse_json(text, path, max_bytes=max_bytes)
+
+
+def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
+    """The mapping in a YAML file, a run's settings for instance. Raises SourceError."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(max_bytes + 1)
+        if len(text) > max_bytes:
+            raise SourceError(f"{path} holds more than {max_bytes:,} bytes of YAML, the limit")
+        value = yaml.safe_load(text.decode("utf-8"))
+    except OSError as fault:
+        raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
+    except RecursionError:
+        raise SourceError(f"{path} {TOO_DEEP}") from None
+    except (ValueError, yaml.YAMLError) as fault:  # a ValueError: not UTF-8, or a date that is none
+        raise SourceError(f"{path} is not YAML that can be read: {fault}") from None
+    if not isinstance(value, dict) or too_deep(value):
+        raise SourceError(f"{path} {'is no mapping' if not isinstance(value, dict) else TOO_DEEP}")
+    return value
 
 
 def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
