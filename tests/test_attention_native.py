@@ -85,6 +85,33 @@ def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
         assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max().clamp_min(0.1)
 
 
+@pytest.mark.parametrize("way", ["an odd address", "odd strides", "gaps"])
+def test_what_does_not_lie_in_pairs_is_copied_first(way):
+    """The kernel reads two neighbours as one word."""
+    torch.manual_seed(0)
+    layout = Layout(3, (9, 4), CPU)
+    plain = [torch.randn(layout.rows, h, 32).bfloat16() for h in (4, 2, 2)]
+
+    def moved(x):
+        if way == "an odd address":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        wide = torch.zeros(*x.shape[:2], 33 if way == "odd strides" else 40, dtype=x.dtype)
+        wide[..., :32] = x
+        return wide[..., :32]
+
+    found = [packed_attention(*x, layout, scale=0.3) for x in (plain, [moved(x) for x in plain])]
+    assert torch.equal(*found)
+    tracked = [[x.requires_grad_() for x in each] for each in (plain, [moved(x).detach() for x in plain])]
+    outs = [packed_attention(*each, layout, scale=0.3) for each in tracked]
+    grad = torch.randn(outs[0].shape).bfloat16()
+    pairs = zip(
+        torch.autograd.grad(outs[0], tracked[0], grad),
+        torch.autograd.grad(outs[1], tracked[1], moved(grad)),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
     layout = Layout(20, (90, 64, 7), CPU)
     q, k, v = (torch.randn(layout.rows, h, 32).bfloat16().requires_grad_() for h in (4, 2, 2))

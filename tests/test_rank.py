@@ -28,6 +28,15 @@ def test_each_product_is_torchs(rows, width, size):
     near(y, expected)
 
 
+def test_a_matrix_at_an_odd_address_is_left_to_torch():
+    x, A = torch.randn(32, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+    odd = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    near(rank.down(odd, A), x.double() @ A.double().T)
+    near(rank.gradient(A.new_ones(32, 16), odd), torch.ones(16, 32).double() @ x.double())
+    rank.add_up(odd, A.new_ones(32, 16), A.T)
+    near(odd, x.double() + torch.ones(32, 16).double() @ A.double())
+
+
 def test_the_bits_do_not_depend_on_the_threads():
     x, A, d = (
         torch.randn(200, 320).bfloat16(),

@@ -28,13 +28,14 @@ from veneer.errors import CorruptFileError, InputError, RefusedError
 from veneer.models.bnb_files import file_tensors
 from veneer.models.gguf import read_header
 from veneer.models.load import load_base
+from veneer.quant.config import Quantize
 from veneer.quant.nf4 import quantize
 
 VALUES: list[Any] = [
     *("wide", "", -1, 0, 1, 1.5, -5, 3, 63, 20_000, 2**31, 2**32, 2**40, 2**63, 2**64, 10**30, 10**400, 1e308),
     *(float("nan"), float("inf"), None, True, False, [], [1], ["a"], [[]], {}, {"a": 1}, [10**9] * 3, "\ud800", "a" * 5000),
 ]  # fmt: skip
-SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "qwen3")
 
 
@@ -78,10 +79,10 @@ def spoiled_bytes(content: bytes, rng: random.Random, most: int) -> bytes:
     return bytes(raw)
 
 
-def read(source: Path) -> bool:
+def read(source: Path, quantize: Quantize | None = None) -> bool:
     """Whether a base came out; it then computes, and its template renders or is refused."""
     try:
-        base = load_base(str(source))
+        base = load_base(str(source), quantize=quantize)
         with torch.no_grad():
             logits = base.model(torch.tensor([[1, 2, 3, 4]])).logits
         assert torch.isfinite(logits).all()
@@ -99,7 +100,7 @@ def test_settings_of_any_kind_and_size_are_read_or_refused(tmp_path: Path) -> No
     came_out = refused = 0
     for number in range(count("settings", ci=120, soak=20_000)):
         folder = folders[FAMILIES[number % len(FAMILIES)]]
-        file = folder / SETTINGS[rng.choice([0, 0, 0, 1, 2])]
+        file = folder / SETTINGS[rng.choice([0, 0, 0, 1, 2, 3])]
         good = file.read_text()
         value = json.loads(good)
         try:
@@ -169,17 +170,16 @@ def test_spoiled_gguf_files_become_a_base_or_an_error(
 ) -> None:
     rng = random.Random(4)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
     good = path.read_bytes()
-    with path.open("rb"):
-        fields = [field.offset for field in gguf.GGUFReader(path).fields.values()]
+    fields = [field.offset for field in gguf.GGUFReader(path).fields.values()]
     for _ in range(count("gguf_bases", ci=25, soak=3000)):
         raw = bytearray(good)
         at = rng.choice(fields)  # a key's name, type or value
         at += rng.randrange(8, 60)
         raw[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 2, 3, 7, 100, 2**20, 2**31, 2**32 - 1]))
         path.write_bytes(raw)
-        read(path)
+        read(path, rng.choice([None, "gguf"]))
 
 
 def test_layers_that_the_files_do_not_hold_are_refused_before_they_are_built(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def aligned(x: Tensor) -> Tensor:
         and x.stride(1) % 2 == 0
         and x.data_ptr() % calls.PAIR_BYTES == 0
     )
-    return x if even else x.contiguous()
+    return x if even else x.clone(memory_format=torch.contiguous_format)
 
 
 class _NativeAttention(torch.autograd.Function):
