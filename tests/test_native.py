@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from veneer.errors import ConfigError
 from veneer.kernels import native
 
 
@@ -38,3 +39,33 @@ def test_switched_off_there_are_none(monkeypatch):
         assert native.level() == -1
     finally:
         native._library.cache_clear()
+
+
+@pytest.fixture
+def limited_to(monkeypatch):
+    """The compiled kernels loaded anew under a limit, and without it afterwards."""
+
+    def load(name):
+        monkeypatch.setenv(native.MAX_ISA, name)
+        native._library.cache_clear()
+        return native.library()
+
+    yield load
+    monkeypatch.undo()
+    native._library.cache_clear()
+    if (found := native.library()) is not None:
+        found.veneer_limit(4)
+
+
+@pytest.mark.skipif(native.level() < 0, reason="the kernels are not compiled here")
+def test_a_newer_processor_acts_as_an_older_one(limited_to):
+    before = native.level()
+    for name, level in native.LIMITS.items():
+        limited_to(name)
+        assert native.level() == min(before, level) and not native.has_bf16()
+
+
+def test_an_unknown_limit_of_the_processor_is_refused(limited_to):
+    if native.level() >= 0:
+        with pytest.raises(ConfigError, match="plain, avx2, avx512"):
+            limited_to("sse9")

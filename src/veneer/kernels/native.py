@@ -14,10 +14,20 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import ConfigError
+
 OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
 BUILT_ELSEWHERE = "VENEER_NATIVE"
 """Environment variable: the file of another build of the kernels, for one with sanitizers (tests/test_sanitized.py)."""
+
+
+MAX_ISA = "VENEER_MAX_CPU_ISA"
+"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read once, with the library.
+torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all three a processor acts as an older one."""
+
+LIMITS = {"plain": 0, "avx2": 2, "avx512": 3}
+"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it."""
 
 _POINTER, _NUMBER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ONE_STRUCT = (
@@ -36,6 +46,7 @@ _STRUCT_AND_COUNT = (
 )
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_use_openmp": (None, [_POINTER] * 4),
+    "veneer_limit": (None, [_INT]),
     "veneer_level": (_INT, []),
     "veneer_has_bf16": (_INT, []),
     **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
@@ -48,6 +59,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_gguf_product": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""
+
 
 _planning: ContextVar[list[int] | None] = ContextVar("planning", default=None)
 """FLOP that compiled functions would have spent, while planning."""
@@ -124,6 +136,12 @@ def _library() -> ctypes.CDLL | None:
         if hasattr(loaded, name):  # those for bf16 exist on one kind of processor
             function = getattr(loaded, name)
             function.restype, function.argtypes = returns, takes
+    if named := os.environ.get(MAX_ISA):
+        if named not in LIMITS:
+            raise ConfigError(
+                f"{MAX_ISA} is {named!r}", next_step=f"One of {', '.join(LIMITS)}; or leave it unset."
+            )
+        loaded.veneer_limit(LIMITS[named])
     functions = _openmp()
     if functions is not None:
         loaded.veneer_use_openmp(*functions)
@@ -134,6 +152,12 @@ def level() -> int:
     """3 AVX-512, 2 AVX2, 0 plain C; -1 without the library."""
     found = library()
     return -1 if found is None else int(found.veneer_level())
+
+
+def has_bf16() -> bool:
+    """Whether compiled functions multiply bf16 pairs."""
+    found = library()
+    return found is not None and bool(found.veneer_has_bf16())
 
 
 def _openmp() -> tuple[int, ...] | None:
