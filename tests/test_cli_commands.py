@@ -29,6 +29,7 @@ class StandInBase:
     """Answers with the prompt in capital letters, in two pieces; keeps what it was asked."""
 
     source = "b"
+    compute = SimpleNamespace(widens=False, line=None)
 
     def __init__(self) -> None:
         self.asked: list[object] = []

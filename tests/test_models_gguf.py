@@ -59,7 +59,7 @@ def test_float_files_keep_their_dtype_and_quantised_ones_become_bf16(
     kind: gguf.GGMLQuantizationType, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = tiny("llama")
-    base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)))
+    base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)), dtype="stored")
     assert base.dtype == dtype
     weight = model.model.layers[1].mlp.down_proj.weight
     rounded = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind)).to(dtype)

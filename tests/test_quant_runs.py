@@ -12,8 +12,8 @@ from veneer.cli import main
 from veneer.models.load import load_base
 from veneer.train import run as train_run_module
 from veneer.train.config import RunConfig
+from veneer.train.folder import resume_config
 from veneer.train.loop import Loop
-from veneer.train.run import resume_config
 from veneer.train.screen import QuietScreen
 
 

@@ -43,9 +43,10 @@ from veneer.merge.in_memory import Merged, merged_weights
 from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.capacity import capacity_of, configured_capacity
+from veneer.models.compute import HeldAs
 from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
-from veneer.models.load import DtypeName, load_base, load_tokenizer
+from veneer.models.load import load_base, load_tokenizer
 from veneer.models.starting import begin
 from veneer.plan.probe import fitted, planned_memory_bytes
 from veneer.quant.config import Quantize
@@ -241,12 +242,13 @@ class _TextStream:
 
 
 def load(
-    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None,
+    source: str, *, dtype: HeldAs = "auto", device: str = "auto", quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (), library: Library | str | Path | None = None,
 ) -> Base:  # fmt: skip
     """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named default.
 
-    dtype auto keeps the type the weights are stored in; device auto takes a GPU if there is one.
+    dtype auto keeps the type the weights are stored in, or takes float32 on a CPU whose products in that type are slow
+    (base.compute says which and why); stored keeps it always. device auto takes a GPU if there is one.
     quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); keep_dense names
     modules that stay as they are stored.
     library is where Base.use finds adapters that are not loaded yet.
@@ -259,12 +261,19 @@ def load(
         name_or_path=loaded.name_or_path,
         revision=loaded.revision,
         quantize=loaded.quantize,
+        compute=loaded.compute,
+        identity=loaded.identity,
         library=Library(library) if isinstance(library, str | Path) else library,
     )
 
 
 def write_quantized(base: Base, out: str | Path) -> WrittenBase:
     """A base held as nf4 or fp4 as a folder that transformers with bitsandbytes loads. ConfigError for another base."""
+    if base.compute.widens and base.compute.times is not None:
+        raise ConfigError(
+            f"{base.source} was widened to float32 for speed: what stays dense would be written in twice the bytes",
+            next_step="Load it with dtype stored to write it.",
+        )
     return write_packed(base, out)
 
 

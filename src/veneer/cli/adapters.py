@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
-from veneer.cli.common import add_json, add_library, held_as, make_console, print_json
+from veneer.cli.common import add_json, add_library, as_stored, held_as, make_console, print_json
 from veneer.errors import ConfigError
 from veneer.train.wording import shown, size
 
@@ -100,7 +100,7 @@ def load_plain_base(args: argparse.Namespace) -> Base | None:
         return None
     from veneer.models.load import load_base
 
-    return load_base(args.base, dtype=args.dtype, device="cpu")
+    return load_base(args.base, dtype=as_stored(args.dtype), device="cpu")
 
 
 def _add(args: argparse.Namespace, library: Library) -> int:
@@ -230,7 +230,9 @@ def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], Base]:
 
     @lru_cache(maxsize=1)
     def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> Base:
-        return load_base(args.base, dtype=args.dtype, device="cpu", quantize=quantize, keep_dense=keep_dense)
+        return load_base(
+            args.base, dtype=as_stored(args.dtype), device="cpu", quantize=quantize, keep_dense=keep_dense
+        )
 
     def base_of(folder: Path) -> Base:
         quantize, keep_dense = held_as(None, folder, force_base=False)

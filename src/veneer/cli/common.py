@@ -93,6 +93,10 @@ def load_base(args: argparse.Namespace) -> Base:
     source, adapter = base_and_adapter(args.base, args.adapter, args.library)
     quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
     base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
+    if base.compute.widens and base.compute.line is not None:
+        make_console(json=True).print(
+            base.compute.line, style="dim", soft_wrap=True
+        )  # talk, wherever data goes
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
     return base
@@ -134,6 +138,11 @@ def _trained_on(folder: Path) -> str | None:
         if isinstance(values.get(key), str) and values[key]:
             return str(values[key])
     return None
+
+
+def as_stored(dtype: str) -> Any:
+    """--dtype of a command that writes weights or compares them: auto is the type they are stored in."""
+    return "stored" if dtype == "auto" else dtype
 
 
 def held_as(

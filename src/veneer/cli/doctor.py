@@ -57,6 +57,8 @@ def find_facts() -> dict[str, dict[str, Any]]:
     """Facts by part; a number whose name ends in _bytes is in bytes, None is "not there"."""
     import torch
 
+    from veneer.models.compute import DTYPES, choose
+
     memory = _memory()
     cache = Path(
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
@@ -81,6 +83,12 @@ def find_facts() -> dict[str, dict[str, Any]]:
             ],
             "torch uses": torch.backends.cpu.get_cpu_capability(),
             "torch threads": torch.get_num_threads(),
+            "our kernels use": _kernels(),
+        },
+        "products": {
+            f"{name} takes": f"{found.times:.2g} times float32's time: held as {found.name}"
+            for name in ("bfloat16", "float16")
+            if (found := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
         },
         "memory": {"total_bytes": memory.get("MemTotal"), "available_bytes": memory.get("MemAvailable")},
         "gpu": {
@@ -100,6 +108,14 @@ def find_facts() -> dict[str, dict[str, Any]]:
         },
         "extras": {name: util.find_spec(module) is not None for name, module in EXTRAS.items()},
     }
+
+
+def _kernels() -> str:
+    """The instructions that the compiled kernels take (kernels/native.py)."""
+    from veneer.kernels.native import has_bf16, level
+
+    names = {-1: "not compiled, or switched off", 0: "plain C", 2: "AVX2", 3: "AVX-512"}
+    return names[level()] + (" with bf16 products" if has_bf16() else "")
 
 
 def _shown(name: str, value: Any) -> str:

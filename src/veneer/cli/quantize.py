@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.common import add_json, as_stored, make_console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,11 @@ def run(args: argparse.Namespace) -> int:
     from veneer.models.weights import weight_table
 
     base = api.load(
-        args.base, dtype=args.dtype, device="cpu", quantize=args.quantize, keep_dense=args.keep_dense
+        args.base,
+        dtype=as_stored(args.dtype),
+        device="cpu",
+        quantize=args.quantize,
+        keep_dense=args.keep_dense,
     )
     written = api.write_quantized(base, args.out)
     table = weight_table(base.model)

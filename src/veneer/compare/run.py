@@ -9,16 +9,19 @@ comparison.json    the figures; comparison.html, the same for people
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Say, Worker
 from veneer.compare.figures import Finished, make_figures
 from veneer.compare.page import make_page
-from veneer.compare.plan import Comparison
+from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
 from veneer.data.sources import read_rows
 from veneer.models.base import hidden_size
+from veneer.models.compute import Compute, DtypeName
+from veneer.models.load import compute_of
 from veneer.models.skeleton import load_skeleton
 from veneer.store.atomic import atomic_file
 
@@ -30,6 +33,11 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
     not fitting, which are results.
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
+    computes = [compute_of_candidate(c) for c in comparison.candidates]
+    for line in dict.fromkeys(each.line for each in computes if each.line is not None):
+        say(line)
+    pairs = zip(comparison.candidates, computes, strict=True)
+    comparison = replace(comparison, candidates=[with_dtype(c, each.name) for c, each in pairs])
     format = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, format)
     worker = Worker(comparison, hidden_size(load_skeleton(comparison.base).model.config), say, ran=[])
@@ -45,6 +53,16 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
         with atomic_file(comparison.out / name, replace=True) as partial:
             partial.write_text(text, encoding="utf-8")
     return figures
+
+
+def compute_of_candidate(candidate: Candidate) -> Compute:
+    c = candidate.config
+    return compute_of(c.base, dtype=c.dtype, device=c.device, quantize=c.quantize)
+
+
+def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:
+    """The candidate with the type of its base named: each process would choose it anew."""
+    return replace(candidate, config=candidate.config.model_copy(update={"dtype": dtype}))
 
 
 def _candidate(worker: Worker, place: int) -> Finished:

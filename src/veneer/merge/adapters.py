@@ -160,7 +160,7 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
         identity = manifest.base
         tokenizer, template = manifest.tokenizer_hash, manifest.template_hash
     else:
-        found = load_base(source, device="cpu").fingerprint().to_dict()
+        found = load_base(source, dtype="stored", device="cpu").fingerprint().to_dict()
         identity = BaseIdentity(name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found)
         tokenizer = template = None
     return Manifest(

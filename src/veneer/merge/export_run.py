@@ -54,7 +54,7 @@ def export_merged_gguf(
         )  # fmt: skip
         loaded, acting = opened.base, opened.acting
     else:
-        loaded, acting = load_base(base, device="cpu", quantize=quantize), []
+        loaded, acting = load_base(base, dtype="stored", device="cpu", quantize=quantize), []
     source = Path(loaded.source).expanduser() if loaded.source.endswith(".gguf") else None
     return write_gguf_model(loaded, acting, out, type=type, source_file=source)
 

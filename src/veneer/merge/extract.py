@@ -87,7 +87,7 @@ def extract_adapter(
             "give either a rank or an energy share", next_step="For instance --rank 16, or --energy 0.9."
         )
     check_numbers(rank=(RANK, rank), energy=(ENERGY, energy))
-    old, new = load_base(base, device=device), load_base(tuned, device=device)
+    old, new = (load_base(each, dtype="stored", device=device) for each in (base, tuned))
     found = _differences(old, new.model, rank=rank, energy=energy)
     if not found.cuts:
         raise RefusedError(

@@ -281,7 +281,7 @@ def _checked(
     """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the adapter on its base."""
     if asked is None:
         return None, None
-    merged = load_base(str(folder), device=str(base.device))
+    merged = load_base(str(folder), dtype="stored", device=str(base.device))
     if tokenizer_hash(merged.tokenizer) != tokenizer_hash(base.tokenizer) or (
         merged.tokenizer.chat_template != base.tokenizer.chat_template
     ):

@@ -61,7 +61,7 @@ def open_merge(
     refuse_unfoldable({str(adapter.folder): adapter.config for adapter, _ in stored})
     names = _names([adapter.folder for adapter, _ in stored])
     acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
-    loaded = load_base(base, device=device, quantize=quantize, keep_dense=keep_dense)
+    loaded = load_base(base, dtype="stored", device=device, quantize=quantize, keep_dense=keep_dense)
     refuse_unclear(base, loaded.quantize, into, original, loaded=True)
     for name, (adapter, _) in zip(names, stored, strict=True):
         load_adapter(loaded, adapter, name=name, force_base=force_base)
@@ -70,7 +70,7 @@ def open_merge(
         as_trained = None if asked is None else reference(loaded, acting, asked(loaded))
         del loaded
         gc.collect()
-        loaded = load_base(original or base, device=device)
+        loaded = load_base(original or base, dtype="stored", device=device)
         for name, (adapter, _) in zip(names, stored, strict=True):
             # its fingerprint is the quantised base's
             load_adapter(loaded, adapter, name=name, force_base=True)

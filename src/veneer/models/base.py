@@ -16,6 +16,7 @@ from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.data.template import ChatTemplate
 from veneer.errors import VeneerError
+from veneer.models.compute import Compute
 from veneer.models.fingerprint import Fingerprint, fingerprint, tokenizer_hash
 from veneer.models.step import Paths, prepare
 from veneer.quant.config import Quantize
@@ -32,6 +33,8 @@ class Base:
     name_or_path  hub id or local folder: what an adapter's base_model_name_or_path says
     revision      the commit of a hub base; None for a local one
     quantize      the format its linear layers are held in; None: dense
+    compute       the type its values are stored in, and the one they are held and multiplied in; by default the model's
+    identity      its fingerprint as it was read, before anything was widened; by default the model's as it stands
     attachments   the adapters on this base, by name
     routing       which of them is active
     decodes_packed  whether our own decoding loop gives what the model gives (models/decode.py); None: not asked yet
@@ -43,17 +46,19 @@ class Base:
     name_or_path: str
     revision: str | None = None
     quantize: Quantize | None = None
+    compute: Compute = None  # type: ignore[assignment]
+    identity: Fingerprint = field(default=None, repr=False)  # type: ignore[assignment]
     attachments: dict[str, Attachment] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
     decodes_packed: bool | None = field(default=None, init=False, repr=False)
-    _fingerprint: Fingerprint = field(init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _paths: Paths | None = field(default=None, init=False, repr=False)
     _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._fingerprint = fingerprint(self.model)
+        self.identity = self.identity or fingerprint(self.model)
+        self.compute = self.compute or Compute(self.model.dtype, self.model.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -68,12 +73,12 @@ class Base:
         return self.model.config
 
     def fingerprint(self) -> Fingerprint:
-        """Which weights these are, taken when the base was made.
+        """Which weights these are, taken when the base was made, in the type they are stored in.
 
-        Adapters add modules and full fine-tuning changes weights in place: the answer stays that of the
-        base the user loaded.
+        Adapters add modules, full fine-tuning changes weights in place, and widening to float32 keeps every
+        value: the answer stays that of the base the user loaded.
         """
-        return self._fingerprint
+        return self.identity
 
     def tokenizer_hash(self) -> str:
         """Of what its tokenizer does, taken once: it reads the whole vocabulary."""

@@ -18,8 +18,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import SourceError, VeneerError
 from veneer.models.announced import without_storage
+from veneer.models.compute import DTYPES, DtypeName
 from veneer.models.gguf import converted_folder, header_config
-from veneer.models.load import DTYPES, DtypeName, checked_config, most_common_dtype, stored_dtypes
+from veneer.models.load import checked_config, most_common_dtype, stored_dtypes
 from veneer.models.quiet import quiet
 from veneer.models.shapes import SHAPES, shape_of
 from veneer.models.sources import (

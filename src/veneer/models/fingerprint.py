@@ -3,7 +3,8 @@
 An adapter is only right on the base it was trained on; a name is no proof of that. The fingerprint is
 the same wherever the same weights were loaded from, on any device, in whatever file layout; tied weights
 count once. In another dtype the bytes differ, so the fingerprint does too: `differences` then names the
-dtype rather than the weights. It must be taken before adapters are attached: they add parameters.
+dtype rather than the weights. It must be taken in the type that the weights are stored in, before they are widened
+(load.py), and before adapters are attached: they add parameters.
 
 Not known here: where the base came from, adapters, the chat template (data/template.py hashes that).
 """
@@ -102,8 +103,8 @@ class Fingerprint:
                 lines.append(f"{label}: {_shown(mine[name])} against {_shown(theirs[name])}")
         if self.dtype != other.dtype and self.shapes_hash == other.shapes_hash:
             lines.append(
-                "another dtype is another fingerprint: load the base in the same dtype, with the same quantize, "
-                "to compare weights"
+                "weights stored in another dtype, rounded to one or quantized otherwise are another base: load the "
+                "base in the same dtype, with the same quantize, to compare weights"
             )
         return lines
 

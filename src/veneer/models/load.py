@@ -1,8 +1,9 @@
 """From a source that the user named to a Base: found, checked, loaded, frozen, fingerprinted.
 
 No code that comes with a model is ever run: its config is checked against what transformers itself
-knows before transformers sees it, and custom code is never trusted. Weights keep the dtype in which
-they are stored. Whatever would leave a weight at random values is refused, not reported.
+knows before transformers sees it, and custom code is never trusted. Weights are read in the dtype in which
+they are stored, and then widened where that computes faster (compute.py): which base it is rests on the stored
+values. Whatever would leave a weight at random values is refused, not reported.
 
 Not known here: where models come from (sources.py), attention beyond transformers' own (attention.py).
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -42,17 +43,17 @@ from veneer.models.announced import announced_faults, built_faults
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.bnb_files import stored_book
 from veneer.models.builders import builder_for
+from veneer.models.compute import DTYPES, Compute, HeldAs, choose
+from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.loaded import NEXT_DOWNLOAD, check_finite, check_generation, check_loaded, tokenizer_faults
 from veneer.models.quiet import quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.models.streaming import build_packed, holds_experts_apart
 from veneer.models.tensor_files import stored_tensors
+from veneer.models.widen import widen
 from veneer.quant.config import Quantize
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 ATTENTION_NAMES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -65,12 +66,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_base(
-    source: str, *, dtype: DtypeName = "auto", device: str = "auto", quantize: Quantize | None = None,
+    source: str, *, dtype: HeldAs = "auto", device: str = "auto", quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (),
 ) -> Base:  # fmt: skip
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
-    dtype   auto: as stored; else the weights are converted, which is another fingerprint
+    dtype   auto: as stored, or float32 on a CPU whose products in the stored type are slow; stored: as stored.
+            Widening to float32 keeps the fingerprint; a type that rounds the stored values is another base's
     device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
     quantize  the format its linear layers are held in (models/builders.py); None: as they are stored, which may be
               in 4 bits: a folder that bitsandbytes quantised is read as it is, whatever `quantize` says
@@ -82,17 +84,17 @@ def load_base(
     """
     build = builder_for(quantize, keep_dense)
     place = _device(device)
-    if dtype != "auto" and dtype not in DTYPES:
+    if dtype not in ("auto", "stored", *DTYPES):
         raise ConfigError(
             f"unknown dtype {dtype!r}",
-            next_step=f"One of auto, {', '.join(DTYPES)}; auto keeps the stored one.",
+            next_step=f"One of auto, {', '.join(DTYPES)}; auto takes the stored one, or float32 where that is slow.",
         )
     found = locate_blocks(source) if quantize == "gguf" else locate(source)
     stored = stored_dtypes(found.folder)
     tensors = stored_tensors(weight_files(found.folder))
     held = None if quantize == "gguf" else stored_book(found.folder, tensors)
     if held is not None:
-        book, stored_as = held
+        book, _ = held
         if quantize not in (None, book):
             raise ConfigError(
                 f"{found.folder} holds its weights as {book}, not as {quantize}",
@@ -101,21 +103,22 @@ def load_base(
         quantize, build = book, partial(build_packed, book=None)
     elif build is None and holds_experts_apart(tensors):
         build = partial(build_packed, book=None)
-    if dtype != "auto":
-        wanted = DTYPES[dtype]
-    else:
-        wanted = stored_as if held is not None else most_common_dtype(found.folder, stored)
+    compute = choose(_stored_type(found.folder, stored, held, dtype), dtype, place)
     with quiet():
         config = checked_config(found.folder)
         tokenizer = _tokenizer(found.folder)
-        with _explained(found, wanted, sum(stored.values())):
+        with _explained(found, compute.held, sum(stored.values())):
             if quantize != "gguf":
                 _check_size(found.folder, config, stored, len(tensors))
+            read_as = compute.stored if compute.widens else compute.held
             if build is not None:
-                model = build(found, config, wanted, place)
+                model = build(found, config, read_as, place)
             else:
-                model = _model(found.folder, config, wanted)
+                model = _model(found.folder, config, read_as)
                 torch.nn.Module.to(model, place)
+            identity = fingerprint(model)
+            if compute.widens:
+                widen(model, compute.held)
             if model.generation_config is not None:
                 check_generation(found.folder, model.generation_config)
             check_finite(found.folder, model.eval())
@@ -129,7 +132,32 @@ def load_base(
         name_or_path=found.name_or_path,
         revision=found.revision,
         quantize=quantize,
+        compute=compute,
+        identity=identity,
     )
+
+
+def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | None) -> Compute:
+    """What load_base would hold the weights in; only headers are read. Raises as load_base does."""
+    found = locate_blocks(source) if quantize == "gguf" else locate(source)
+    stored = stored_dtypes(found.folder)
+    tensors = stored_tensors(weight_files(found.folder))
+    held = None if quantize == "gguf" else stored_book(found.folder, tensors)
+    return choose(_stored_type(found.folder, stored, held, dtype), dtype, _device(device))
+
+
+def _stored_type(
+    folder: Path, stored: Counter[str], held: tuple[str, torch.dtype] | None, asked: HeldAs
+) -> torch.dtype:
+    """Of a folder that holds its weights in 4 bits, the type that they were quantised from.
+
+    Of types that are none of ours, such as F64, what is asked for.
+    """
+    if held is not None:
+        return held[1]
+    if asked in DTYPES and not any(name in _STORED for name, _ in stored.most_common(1)):
+        return DTYPES[asked]
+    return most_common_dtype(folder, stored)
 
 
 def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:

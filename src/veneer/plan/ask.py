@@ -178,4 +178,5 @@ def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
         if machine.measured
         else f"Time: published figures of the {machine.name}, half of its product rate assumed: not measured."
     )
-    return [memory, time]
+    line = planner.compute(question.choice).line
+    return [memory, *([] if line is None else [f"Weights: {line}."]), time]

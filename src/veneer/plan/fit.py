@@ -13,6 +13,7 @@ from itertools import combinations
 import torch
 
 from veneer.adapters.config import Full, LoRA
+from veneer.models.compute import choose
 from veneer.plan.planner import Choice, Planner
 from veneer.train.wording import size
 
@@ -203,9 +204,10 @@ def _four_bits(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _bfloat16(planner: Planner, choice: Choice) -> Change | None:
-    if planner.dtype(choice) != torch.float32:
-        return None
     changed = replace(choice, dtype="bfloat16")
+    quick = choose(torch.bfloat16, "auto", torch.device(planner.device)).held == torch.bfloat16
+    if planner.dtype(choice) != torch.float32 or not quick:
+        return None
     if planner.estimate(changed).needed_bytes >= planner.estimate(choice).needed_bytes:
         return None  # of a tiny base the kernels that bf16 products compile outweigh its weights
     return Change("dtype=bfloat16", "the base in bfloat16", changed)

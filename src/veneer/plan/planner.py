@@ -16,7 +16,7 @@ from veneer.adapters.config import MethodConfig
 from veneer.data.batching import by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.models.blueprint import Blueprint
-from veneer.models.load import DTYPES, DtypeName
+from veneer.models.compute import Compute, DtypeName, choose
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import (
     KERNEL_BYTES,
@@ -112,8 +112,12 @@ class Planner:
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
 
+    def compute(self, choice: Choice) -> Compute:
+        """The type that the base would be held in, as loading it chooses."""
+        return choose(self.blueprint.dtype, choice.dtype, torch.device(self.device))
+
     def dtype(self, choice: Choice) -> torch.dtype:
-        return self.blueprint.dtype if choice.dtype == "auto" else DTYPES[choice.dtype]
+        return self.compute(choice).held
 
     def estimate(self, choice: Choice) -> Estimate:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""

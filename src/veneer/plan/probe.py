@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from veneer.data.examples import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.models.blueprint import Blueprint, blueprint
+from veneer.models.compute import NAMES
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
@@ -27,7 +28,7 @@ def estimate_of_run(
         idle_bytes=idle_bytes, rows=data.train, held_out=data.validation, seed=config.seed, order=config.order,
         steps=config.steps,
     )  # fmt: skip
-    return planner.estimate(choice_of(config).with_dtype("auto"))
+    return planner.estimate(choice_of(config).with_dtype(NAMES[dtype]))
 
 
 def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConfig, list[str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.adapters.config import METHODS, Full
+from veneer.models.compute import DtypeName
 from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, nearest, ways
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
@@ -17,7 +18,7 @@ from veneer.plan.planner import Choice, Planner
 
 @dataclass(frozen=True)
 class PlanRow:
-    """base: as named. choice: what was asked. fits: None where no memory was named. way: None where it fits or nothing helps.
+    """base: as named. choice: what was asked. dtype: what the base is held in. fits: None where no memory was named. way: None where it fits or nothing helps.
     nearest: None but where it was looked for and nothing helps.
 
     largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that fit of a
@@ -26,6 +27,7 @@ class PlanRow:
 
     base: str
     choice: Choice
+    dtype: DtypeName
     packed: bool
     peak_bytes: int
     needed_bytes: int
@@ -64,7 +66,7 @@ class PlanRow:
         choice, way = self.choice, self.way
         return {
             "base": self.base, "method": choice.label, "settings": choice.method.model_dump(mode="json"),
-            "quantize": choice.quantize, "batch": choice.batch, "micro_batch": choice.micro_batch, "length": choice.length,
+            "quantize": choice.quantize, "dtype": self.dtype, "batch": choice.batch, "micro_batch": choice.micro_batch, "length": choice.length,
             "checkpointing": choice.checkpointing, "peak_memory_bytes": self.peak_bytes,
             "needed_memory_bytes": self.needed_bytes, "peak_phase": self.phase, "parts": self.parts, "phases": self.phases,
             "trainable_parameters": self.trainable_parameters, "total_parameters": self.total_parameters,
@@ -90,7 +92,7 @@ def plan_row(
     per_epoch = planner.steps_per_epoch(choice)
     tokens = sum(len(row.ids) for row in usual)
     row = PlanRow(
-        base=planner.blueprint.source, choice=choice, packed=run.packed, peak_bytes=found.peak_bytes,
+        base=planner.blueprint.source, choice=choice, dtype=planner.compute(choice).name, packed=run.packed, peak_bytes=found.peak_bytes,
         needed_bytes=found.needed_bytes, phase=found.phase, parts=found.parts, phases=found.phases,
         trainable_parameters=run.trainable_parameters, total_parameters=run.total_parameters, file_bytes=run.file_bytes,
         flops_per_token=run.work.flops / tokens, step_seconds=planner.seconds_per_step(choice, machine),

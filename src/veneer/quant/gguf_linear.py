@@ -5,6 +5,8 @@ the scratch buffer in x's type; few rows of x are multiplied straight from the b
 Shapes: M rows, I in_features, O out_features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,12 @@ class GGUFLinear(PackedLinear):
         self.kind = kind
         self.out_features, self.in_features = len(blocks), in_features(blocks, kind)
         self._dtype = dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GGUFLinear":
+        """Products follow the model to another type; the blocks are bytes and stay."""
+        super()._apply(fn, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
+        return self
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.out_features, self.in_features)}

@@ -56,7 +56,7 @@ class RunConfig(Settings):
     keep_dense: list[str] = Field(default_factory=list)
     """Modules (names or endings) that stay dense under nf4 and fp4; head, embeddings, norms and routers always do."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights; auto keeps the type they are stored in."""
+    """Type of the base's weights; auto keeps the stored one, or takes float32 on a CPU whose products in it are slow."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     steps: Annotated[int, COUNT] | None = None

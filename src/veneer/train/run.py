@@ -98,6 +98,7 @@ def _run(
         quantize=config.quantize,
         keep_dense=config.keep_dense,
     )
+    config = config.model_copy(update={"dtype": base.compute.name})
     reset_peak_memory(str(base.device))
     # A chat template may write the date: a resumed run keeps the day it started on.
     day = date.today() if then is None else date.fromisoformat(then.date)
@@ -238,7 +239,8 @@ def _start_record(
     trained = sum(p.numel() for p in flat.parameters.values())
     total = num_parameters(base.model)
     attachment = None if begun is None else begun.attachment
-    lines = [*paths.lines, *([] if begun is None else begun.lines)]
+    lines = [] if base.compute.line is None else [base.compute.line]
+    lines += [*paths.lines, *([] if begun is None else begun.lines)]
     if base.quantize is not None:
         lines.append(weight_line(base.model))
     if job.share_prompt and paths.packed:
