@@ -45,14 +45,15 @@ COMMANDS = """
 import json, sys
 from veneer.cli.main import main
 base, data, out = sys.argv[1:]
-codes = [
-    main(["train", "--base", base, "--data", data, "--out", out, "--set", "steps=2", "--set", "show_answers=false"]),
-    main(["generate", "--adapter", out, "--max-tokens", "2", "hello"]),
-    main(["evaluate", "--adapter", out, "--data", data]),
-    main(["plan", "--base", base, "--length", "64", "--json"]),
-    main(["doctor"]),
-]
-print(codes)
+for command in (
+    ["train", "--base", base, "--data", data, "--out", out, "--set", "steps=2", "--set", "show_answers=false"],
+    ["generate", "--adapter", out, "--max-tokens", "2", "hello"],
+    ["evaluate", "--adapter", out, "--data", data],
+    ["plan", "--base", base, "--length", "64", "--json"],
+    ["doctor"],
+):
+    assert main(command) == 0
+    print("=====", flush=True)
 """
 
 
@@ -64,7 +65,8 @@ def slow(monkeypatch):
 
 def has_bf16_products() -> bool:
     flags = Path("/proc/cpuinfo")
-    return flags.is_file() and "avx512_bf16" in flags.read_text()
+    limited = os.environ.keys() & AS_AN_OLDER_PROCESSOR.keys()
+    return flags.is_file() and "avx512_bf16" in flags.read_text() and not limited
 
 
 def test_without_bf16_products_float32_is_chosen_said_planned_and_kept(tmp_path):
@@ -74,19 +76,17 @@ def test_without_bf16_products_float32_is_chosen_said_planned_and_kept(tmp_path)
         [sys.executable, "-P", "-W", "ignore", "-c", COMMANDS, *arguments], capture_output=True, text=True, check=True,
         env={**os.environ, **AS_AN_OLDER_PROCESSOR},
     )  # fmt: skip
-    trained, planned = done.stdout.split("\n{\n", 1)
+    trained, _, _, planned, doctor, _ = done.stdout.split("=====\n")
     assert (
         "dtype float32, twice the bytes of the stored bfloat16: in bfloat16 a product takes about" in trained
     )
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["dtype"] == "float32"
     assert done.stderr.count("dtype float32") == 2  # generate and evaluate
-    plan, _, doctor = planned.partition("\n}\n")
-    plan = json.loads("{" + plan + "}")
+    plan = json.loads(planned)
     assert plan["plans"][0]["dtype"] == "float32"
     assert any("twice the bytes" in note for note in plan["notes"])
     assert "held as float32" in doctor
     assert "AVX2" in doctor.partition("our kernels use")[2].split("\n")[0] or native.level() < 0
-    assert done.stdout.rstrip().endswith("[0, 0, 0, 0, 0]")
 
 
 @pytest.mark.skipif(not has_bf16_products(), reason="this processor has no bf16 products")

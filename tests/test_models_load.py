@@ -58,7 +58,7 @@ def refusal(kind: type[VeneerError], folder: Path) -> str:
 def test_every_family_loads_frozen_and_gives_the_outputs_it_was_saved_with(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    base = load_base(str(save_tiny(tmp_path, family, dtype)))
+    base = load_base(str(save_tiny(tmp_path, family, dtype)), dtype="stored")
     assert torch.equal(base.model(IDS).logits, tiny_model(family, dtype)(IDS).logits)
     assert base.dtype == dtype
     assert base.device == torch.device("cpu")
@@ -71,7 +71,7 @@ def test_every_family_loads_frozen_and_gives_the_outputs_it_was_saved_with(
 
 def test_weights_keep_their_dtype_whatever_the_config_says(tmp_path: Path) -> None:
     folder = edit_config(save_tiny(tmp_path, "llama", torch.bfloat16), dtype="float32", torch_dtype="float32")
-    assert load_base(str(folder)).dtype == torch.bfloat16
+    assert load_base(str(folder), dtype="stored").dtype == torch.bfloat16
     assert load_base(str(folder), dtype="float32").dtype == torch.float32
     assert load_base(str(folder), dtype="float16").dtype == torch.float16
 

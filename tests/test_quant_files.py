@@ -25,7 +25,10 @@ STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
 
 def saved(tmp_path, family="llama", quantize="nf4", **settings):
     base = load_base(
-        str(save_tiny(tmp_path / "dense", family, torch.bfloat16)), quantize=quantize, **settings
+        str(save_tiny(tmp_path / "dense", family, torch.bfloat16)),
+        dtype="stored",
+        quantize=quantize,
+        **settings,
     )
     return base, write_packed(base, tmp_path / "packed").path
 
@@ -40,7 +43,7 @@ def edit(folder, change):
 @pytest.mark.parametrize("quantize", ["nf4", "fp4"])
 def test_a_written_folder_is_the_same_base_and_writes_the_same_bytes(family, quantize, tmp_path):
     base, folder = saved(tmp_path, family, quantize)
-    again = load_base(str(folder))
+    again = load_base(str(folder), dtype="stored")
     assert again.quantize == quantize
     assert again.dtype == torch.bfloat16
     assert again.fingerprint() == base.fingerprint()
@@ -244,7 +247,7 @@ def test_an_adapter_says_which_quantize_its_base_was_held_in(tmp_path):
 
 
 def test_the_table_of_weights_adds_up_and_tells_what_is_not_packed(tmp_path):
-    base = load_base(str(save_tiny(tmp_path, "mixtral", torch.bfloat16)), quantize="nf4")
+    base = load_base(str(save_tiny(tmp_path, "mixtral", torch.bfloat16)), dtype="stored", quantize="nf4")
     table = {(g.what, g.held): g for g in weight_table(base.model)}
     assert sum(g.values for g in table.values()) == base.fingerprint().num_parameters
     layers = [m for m in packed_modules(base.model).values() if isinstance(m, NF4Linear)]
