@@ -107,6 +107,18 @@ def test_default_targets_of_a_mixer_act_as_if_added_into_its_weights(family):
     torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["jetmoe", "llama4_text", "jamba", "qwen3_next"])
+def test_an_adapter_of_a_mixer_is_written_and_read_to_the_bit(family, tmp_path):
+    base = mixer_base(family)
+    made = put(base.model, base.routing)
+    fill(made.parameters().values(), scale=0.2)
+    write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
+    fresh = mixer_base(family)
+    loaded = load_adapter(fresh, tmp_path / "a", name="b")
+    base.routing.active, fresh.routing.active = (("a", 1.0),), (("b", 1.0),)
+    assert loaded.layers.keys() == made.layers.keys() and torch.equal(logits(fresh.model), logits(base.model))
+
+
 @pytest.mark.parametrize("family", ["jamba", "mamba"])
 def test_a_weight_that_the_model_multiplies_itself_is_left_out_and_refused_by_name(family):
     model = mixer(family)

@@ -113,8 +113,8 @@ def matched_slots(config: PeftLoRA, modules: Modules, *, head: str | None) -> li
             slots.append(slot)
     for path in filter(parameters, _parameter_paths(modules)):
         owner, _, name = path.rpartition(".")
-        found = slot_of(owner, modules, as_parameter=True) if name == "weight" else slot_of(path, modules)
-        if found is not None:
+        found = slot_of(owner, modules, as_parameter=True) if name == "weight" else None
+        if (found := found or slot_of(path, modules)) is not None:
             slots.append(found)
     return _in_order(slots, modules)
 
