@@ -36,7 +36,7 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands_of_a_comparison_do_not(trapped: Path) -> None:
-    worker = Worker(None, 32, lambda text: None, [])  # type: ignore[arg-type]
+    worker = Worker(None, 32, {}, lambda text: None, [])  # type: ignore[arg-type]
     code, out, _ = worker._command(["--version"], lambda: "")
     assert (code, out.split()[0]) == (0, "veneer")
     code, _, talk = worker._command(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: "")

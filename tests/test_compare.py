@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,18 @@ from rich.console import Console
 import veneer
 from tests.tiny import save_tiny
 from veneer.cli.compare import _table
+from veneer.compare import circumstances
 from veneer.compare.conclusion import conclude
+from veneer.compare.execute import Worker
 from veneer.compare.page import make_page
-from veneer.compare.plan import Candidate, prepare_rows
+from veneer.compare.plan import Candidate, Comparison, prepare_rows
 from veneer.compare.search import search
 from veneer.data.sources import read_rows
 from veneer.errors import DataError, InputError, VeneerError
 from veneer.report.scatter import Mark, scatter_chart
+from veneer.store.lock import BusyError
 from veneer.train.config import RunConfig
+from veneer.train.folder import held
 from veneer.train.records import read_records
 
 
@@ -118,6 +123,62 @@ def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: An
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert told.value.exit_code == 3
     assert not list((folder / "out").rglob("failure.json"))
+
+
+def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(compared: Any, tmp_path: Path) -> None:
+    _, arguments, _ = compared
+    base, test = save_tiny(tmp_path / "base"), Path(arguments["test"])
+    candidates = [
+        Candidate(name, RunConfig(base=str(base), data=str(test), method=name, out="o"))  # type: ignore[arg-type]
+        for name in ("lora", "full")
+    ]
+    asked = Comparison(candidates, str(base), test, test, test, tmp_path / "out", general=None)
+
+    def worker() -> Worker:
+        return Worker(asked, 32, circumstances.circumstances(str(base)), lambda text: None, [])
+
+    first, key = worker().evaluate("the base", None), worker()._key(candidates[0].config)
+    assert worker().evaluate("the base", None) == first  # found
+    save_tiny(base, seed=1)
+    assert worker().evaluate("the base", None)["loss"] != first["loss"]
+    assert worker()._key(candidates[0].config) != key
+    save_tiny(base)
+    assert worker()._key(candidates[0].config) == key
+
+
+def test_what_figures_depend_on_is_told_apart(compared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, arguments, _ = compared
+    here = circumstances.circumstances(arguments["base"])
+    assert here == circumstances.circumstances(arguments["base"])
+    monkeypatch.setattr(circumstances, "version", lambda name: "99")
+    assert circumstances.circumstances(arguments["base"]) != here
+
+
+def test_a_second_comparison_in_one_folder_and_a_run_that_outlived_its_own_are_refused(compared: Any) -> None:
+    folder, arguments, figures = compared
+    run = folder / "out" / figures["methods"][1]["runs"][0]
+    summary = (run / "summary.json").read_text()
+    context = multiprocessing.get_context("fork")
+    for place in (folder / "out", run):
+        (run / "summary.json").unlink(missing_ok=True)
+        holds, over = context.Event(), context.Event()
+
+        def hold(place: Path = place, holds: Any = holds, over: Any = over) -> None:
+            with held(place):
+                holds.set()
+                over.wait(60)
+
+        other = context.Process(target=hold)
+        other.start()
+        try:
+            assert holds.wait(60)
+            with pytest.raises(BusyError, match="busy"):
+                veneer.compare(["full", "lora"], **arguments)
+        finally:
+            over.set()
+            other.join()
+    assert (run / "adapter").is_dir()
+    (run / "summary.json").write_text(summary)
 
 
 def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -> None:

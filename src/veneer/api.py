@@ -57,6 +57,7 @@ from veneer.store.packed import WrittenBase, write_packed
 from veneer.store.pool import Pool
 from veneer.store.strict_json import read_json
 from veneer.train.config import DataConfig, RunConfig
+from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config
 from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen, Screen
@@ -412,15 +413,16 @@ def compare(
     if not chosen:
         raise ConfigError("nothing to compare", next_step="Name methods, or give settings.")
     first = chosen[0].config
-    rows = prepare_rows(
-        first.data.train, validation or first.data.validation, test, first.data.format, Path(out)
-    )
-    comparison = Comparison(
-        [each.over(rows) for each in chosen], first.base, rows.train, rows.validation, rows.test, Path(out), steps=DEFAULT_STEPS if steps is None and seconds is None else steps, seconds=seconds,
-        factors=rates, extend=extend, seeds=seeds, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens,
-        general=general or BUILT_IN,
-    )  # fmt: skip
-    return run_comparison(comparison, say or (lambda text: None))
+    with held(Path(out)):  # one comparison at a time: two would take each other's rows and runs
+        rows = prepare_rows(
+            first.data.train, validation or first.data.validation, test, first.data.format, Path(out)
+        )
+        comparison = Comparison(
+            [each.over(rows) for each in chosen], first.base, rows.train, rows.validation, rows.test, Path(out), steps=DEFAULT_STEPS if steps is None and seconds is None else steps, seconds=seconds,
+            factors=rates, extend=extend, seeds=seeds, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens,
+            general=general or BUILT_IN,
+        )  # fmt: skip
+        return run_comparison(comparison, say or (lambda text: None))
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

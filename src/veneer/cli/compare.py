@@ -22,6 +22,7 @@ from veneer.cli.common import add_json, make_console, print_json
 from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
+from veneer.train.interrupt import ASKING
 from veneer.train.wording import shown
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ def run(args: argparse.Namespace) -> int:
     def terminate(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {
+        each: signal.signal(each, terminate)
+        for each in ASKING
+        if signal.getsignal(each) is not signal.SIG_IGN
+    }
     try:
         with console.status("") as status:
 
@@ -102,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
                 general=args.general, say=say,
             )  # fmt: skip
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if args.json:
         print_json(figures)
         return 0

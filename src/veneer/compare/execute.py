@@ -1,8 +1,8 @@
 """One run, one evaluation: each in a process of its own, found again when it is asked for a second time.
 
-A process of its own makes its peak memory its own. The folder of a run is named by a hash of its settings and of
-the rows, so a comparison that is started again finds what is finished, continues what has a checkpoint, and a
-comparison with other candidates or more seeds re-uses the rest.
+A process of its own makes its peak memory its own. The folder of a run is named by a hash of all that its figures
+depend on (settings, rows, the base's files, programs, machine), so a comparison that is started again finds what is
+finished, continues what has a checkpoint, and a comparison with other candidates or more seeds re-uses the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from veneer.child import environment_for, module_command
+from veneer.compare.circumstances import file_hash, folder_hash
 from veneer.compare.plan import Candidate, Comparison
 from veneer.errors import DataError, Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
@@ -28,7 +29,9 @@ from veneer.evaluate.labels import labels_file
 from veneer.store.atomic import atomic_file
 from veneer.store.strict_json import read_json
 from veneer.system_errors import tells_of_the_disk
+from veneer.train.checkpoint import newest_valid
 from veneer.train.config import RunConfig
+from veneer.train.folder import held
 from veneer.train.records import read_records
 
 Say = Callable[[str], None]
@@ -55,11 +58,12 @@ class Done:
 class Worker:
     """Runs commands of Veneer. `say` hears what goes on; `ran` counts what was not found finished.
 
-    hidden_size: of the base; default learning rates depend on it.
+    hidden_size: of the base; default learning rates depend on it. circumstances: see circumstances.py.
     """
 
     comparison: Comparison
     hidden_size: int
+    circumstances: Mapping[str, str]
     say: Say
     ran: list[Path]
 
@@ -76,8 +80,11 @@ class Worker:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # where its page could not be written
             return _with_loss(what, found)
         self.ran.append(folder)
-        resumable = any((folder / "checkpoints").glob("[0-9]*")) and not (folder / "summary.json").exists()
-        if resumable:
+        if folder.exists():
+            with held(folder):  # or its process outlived a comparison that was killed: BusyError
+                pass
+        path, _ = newest_valid(folder / "checkpoints")
+        if path is not None and not (folder / "summary.json").exists():
             arguments = ["train", "--resume", str(folder), "--json", "--quiet"]
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -124,13 +131,15 @@ class Worker:
         labels = None if c.labels is None else labels_file(c.labels)
         general = None if c.general in (None, BUILT_IN) else Path(c.general)
         files = [file for file in (c.test, labels, general) if file is not None]
-        key = _hash([wanted, [_file_hash(file) for file in files]])
+        judged = "" if done is None else folder_hash(model if model.is_dir() else folder / "adapter")
+        key = _hash([wanted, [file_hash(file) for file in files], dict(self.circumstances), judged])
         kept = folder / "evaluation.json"
         if kept.is_file():
             found = read_json(kept)
             if found.get("key") == key and (folder / "predictions.jsonl").is_file():
                 return found
         folder.mkdir(parents=True, exist_ok=True)
+        kept.unlink(missing_ok=True)  # before its predictions give way to others
         self.ran.append(kept)
         arguments = [
             "evaluate",
@@ -152,12 +161,12 @@ class Worker:
         shutil.rmtree(done.folder / "model", ignore_errors=True)
 
     def _key(self, config: RunConfig) -> str:
-        """Over the settings, but where the rows lie and where the run goes, and the rows themselves."""
+        """Over the settings, but where the rows lie and where the run goes; the rows themselves; the circumstances."""
         settings = config.model_dump(
             mode="json", exclude={"out": True, "show_answers": True, "data": {"train", "validation"}}
         )
-        rows = [_file_hash(self.comparison.train), _file_hash(self.comparison.validation)]
-        return _hash([settings, rows])
+        rows = [file_hash(self.comparison.train), file_hash(self.comparison.validation)]
+        return _hash([settings, rows, dict(self.circumstances)])
 
     def _finished(self, folder: Path, config: RunConfig, with_result: bool) -> Done | None:
         if (folder / FAILURE).is_file():
@@ -198,11 +207,13 @@ class Worker:
                     break
                 except subprocess.TimeoutExpired:
                     self.say(progress())
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
+        except BaseException as fault:
+            child.send_signal(signal.SIGTERM)  # SIGINT may be ignored there: a shell starts jobs so
             child.communicate()
-            raise self._interrupted() from None
-        if child.returncode in (INTERRUPTED, -signal.SIGINT):
+            if isinstance(fault, KeyboardInterrupt):
+                raise self._interrupted() from None
+            raise
+        if child.returncode in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
             raise self._interrupted()
         return child.returncode, out, talk
 
@@ -246,10 +257,6 @@ def _failed(what: str, code: int, talk: str, command: str) -> VeneerError:
 def _hash(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from veneer.compare.circumstances import circumstances
 from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Say, Worker
 from veneer.compare.figures import Finished, make_figures
@@ -40,7 +41,8 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
     comparison = replace(comparison, candidates=[with_dtype(c, each.name) for c, each in pairs])
     format = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, format)
-    worker = Worker(comparison, hidden_size(load_skeleton(comparison.base).model.config), say, ran=[])
+    width = hidden_size(load_skeleton(comparison.base).model.config)
+    worker = Worker(comparison, width, circumstances(comparison.base), say, ran=[])
     base = worker.evaluate("the base", None)
     finished = [_candidate(worker, place) for place in range(len(comparison.candidates))]
     figures = make_figures(comparison, finished, base, rows)

@@ -1,0 +1,52 @@
+"""What figures depend on beside settings and rows: the base's own files, the programs, the machine.
+
+A name of a base proves nothing: the folder may hold another model by now, the hub another commit.
+"""
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from veneer.models.sources import locate
+
+READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+"""Files of a base that something of it is read from."""
+
+
+def circumstances(base: str) -> dict[str, str]:
+    """Of figures that are made here and now with this base."""
+    return {
+        "base": base_hash(base),
+        **{name: version(name) for name in ("veneer", "torch", "transformers")},
+        "processor": f"{platform.machine()} {_processor()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+
+
+def base_hash(base: str) -> str:
+    """SHA-256, in hex, over the files that the base is read from, by name."""
+    file = Path(base).expanduser()
+    return file_hash(file) if file.is_file() else folder_hash(locate(base).folder)
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256, in hex, over the model's or the adapter's files in the folder, by name."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file()):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
