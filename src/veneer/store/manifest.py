@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from veneer.errors import ConfigError, CorruptFileError, VeneerError
 from veneer.store.atomic import file_hash
-from veneer.store.strict_json import MAX_JSON_BYTES, field_faults, parse_json, read_json
+from veneer.store.strict_json import MAX_JSON_BYTES, field_faults, illegible, parse_json, read_json
 
 MANIFEST_NAME = "veneer.json"
 FORMAT_VERSION = 1
@@ -79,8 +79,11 @@ class Manifest(_Strict):
     """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
 
     def to_json(self) -> str:
-        """The file's text: sorted keys, ASCII, two spaces, one newline at the end."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it could not be read."""
+        stored = self.model_dump(mode="json")
+        if faults := illegible(stored):
+            raise ConfigError("what holds a NUL or is not UTF-8 is not kept", faults, "Give another name.")
+        return json.dumps(stored, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def readable(make: Callable[[], Manifest]) -> Manifest:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from veneer.errors import CorruptFileError
+from veneer.errors import CorruptFileError, InputError
 from veneer.store.atomic import atomic_file
-from veneer.store.strict_json import field_faults, read_json
+from veneer.store.strict_json import field_faults, illegible, read_json
 
 FORMAT_VERSION = 1
 
@@ -113,6 +113,10 @@ def read_record(path: Path) -> Record:
 
 
 def write_record(path: Path, record: Record) -> None:
+    """Raises InputError for a text that read_record would refuse."""
+    stored = record.model_dump(mode="json")
+    if faults := illegible(stored):
+        raise InputError("what holds a NUL or is not UTF-8 is not kept", faults, "Give another text.")
     with atomic_file(path, replace=True) as partial:
-        text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(stored, indent=1, sort_keys=True, allow_nan=False) + "\n"
         partial.write_text(text, encoding="utf-8")

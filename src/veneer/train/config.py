@@ -23,7 +23,7 @@ class Settings(BaseModel):
     @classmethod
     def _legible(cls, value: Any, info: ValidationInfo) -> Any:
         """What a run's files could not hold, or not give back, is refused before there is a run."""
-        said = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        said = value.model_dump() if isinstance(value, BaseModel) else value
         if faults := illegible(said, info.field_name or ""):
             raise ValueError(f"{'; '.join(faults)} holds a NUL or is not UTF-8: give another name")
         return value
