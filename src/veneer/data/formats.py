@@ -186,11 +186,11 @@ def _string(value: Any, name: str) -> str:
 
 
 def _read(text: str, code: str, what: str) -> Any:
-    """The JSON value that a text in a row consists of. what: begins the sentence that says why there is none."""
+    """The JSON value that a text in a row consists of. what: the text's name in a fault."""
     try:
         return whole_value(text)
     except RowFault as fault:
-        raise RowFault(code, f"{what} {fault.message}") from None
+        raise RowFault(code, f"the text of {what}: {fault.message}") from None
 
 
 def _check_values(*parts: Any) -> None:
@@ -226,7 +226,7 @@ def _kind(value: Any) -> str:
 
 def _message_list(value: Any, name: str, *, sharegpt: bool = False) -> list[dict[str, Any]]:
     if isinstance(value, str):
-        value = _read(value, "D103", f"'{name}' is text that")
+        value = _read(value, "D103", f"'{name}'")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowFault("D109", f"'{name}' is {_kind(value)}, not a list of objects")
     if not value:
@@ -287,9 +287,8 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
             raise RowFault("D113", f"a tool call of message {number} has no function name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):  # as the OpenAI API sends it; templates want the object
-            arguments = _read(
-                arguments, "D113", f"the text of {_brief(function['name'])}'s arguments in message {number}"
-            )
+            what = f"{_brief(function['name'])}'s arguments in message {number}"
+            arguments = _read(arguments, "D113", what)
         if not isinstance(arguments, dict):
             raise RowFault(
                 "D113",
@@ -306,7 +305,7 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str) and value.strip():
-        value = _read(value, "D113", "'tools' is text that")
+        value = _read(value, "D113", "'tools'")
     if value in (None, "", []):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
