@@ -1,5 +1,6 @@
 """What a model can take: positions and ids, asked of it before it computes anything."""
 
+import io
 import json
 
 import pytest
@@ -136,3 +137,15 @@ def test_held_out_rows_must_find_room_behind_a_prefix_too(folder, tmp_path):
     method = Prefix(tokens=30, start="random")
     with pytest.raises(DataError, match=r"D217 .*the model's 34 positions"):
         veneer.train(str(folder / "llama"), {**data, "train_on": "all"}, out=tmp_path / "a", method=method)
+
+
+def test_a_prompt_that_is_no_utf_8_is_refused_where_it_is_asked(folder, monkeypatch, capsys):
+    base = ["--base", str(folder / "llama"), "--max-tokens", "2"]
+    assert main.main(["generate", *base, "caf\udce9"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+    assert main.main(["generate", *base, "--system", "caf\udce9", "x"]) == 2
+    for command, code in (("generate", 2), ("chat", 0)):  # a conversation goes on without it
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+        capsys.readouterr()
+        assert main.main([command, *base]) == code
+        assert "not UTF-8" in capsys.readouterr().err

@@ -305,6 +305,8 @@ def test_labels_may_be_longer_than_a_files_name_and_a_file_of_them_may_be_anythi
             read_labels(str(file))
     (tmp_path / "bom").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
     assert read_labels(str(tmp_path / "bom")) == ["a", "b"]
+    with pytest.raises(ConfigError, match="not UTF-8"):  # as the words of a command line come
+        read_labels("caf\udce9,b")
     with pytest.raises(ConfigError):  # a folder is no file of labels: its name is one label
         read_labels(str(tmp_path))
 

@@ -48,6 +48,7 @@ from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base, load_tokenizer
 from veneer.models.starting import begin
+from veneer.nesting import is_text, walk
 from veneer.plan.probe import fitted, planned_memory_bytes
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
@@ -205,6 +206,9 @@ class Base(models_base.Base):
         return _text(self.tokenizer, answer)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+        if not all(is_text(inner) for inner, _ in walk(messages) if isinstance(inner, str)):
+            raise ConfigError("the prompt is not UTF-8", next_step="Give it as UTF-8 text.")
         if self.tokenizer.chat_template is None:
             if not isinstance(prompt, str):
                 raise ConfigError("this base has no chat template: give the prompt as a string")

@@ -1,4 +1,4 @@
-"""How deep JSON may be nested that anyone may have written: one limit for rows, configs and adapters.
+"""How deep JSON may be nested that anyone may have written, one limit for rows, configs and adapters; and what is text.
 
 What reads such values recurses (json, pydantic, jinja's filters, our own walks), and Python ends a recursion at about
 a thousand calls, wherever it then is. So the depth is bounded where a value comes in; what is found here does not recurse.
@@ -38,6 +38,17 @@ def walk(value: Any) -> Iterator[tuple[Any, int]]:
             waiting += [(each, depth + 1) for pair in value.items() for each in pair]
         elif isinstance(value, list):
             waiting += [(each, depth + 1) for each in value]
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: half a character, of a cut escape or another encoding, cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def too_deep(value: Any) -> bool:

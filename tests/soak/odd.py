@@ -6,6 +6,7 @@ Mostly one or two stand in something that is otherwise right: what is wrong ever
 from __future__ import annotations
 
 import json
+import os
 from random import Random
 from typing import Any
 
@@ -126,8 +127,8 @@ def times(random: Random) -> int:
 
 
 def spoken(text: str) -> str:
-    """As a system hands it over: no NUL, and half a character as the bytes that it came from."""
-    return text.replace("\x00", "").encode("utf-8", "replace").decode()[:100_000]
+    """As a system hands it over: no NUL, and what is no UTF-8 as Python then shows its bytes."""
+    return os.fsdecode(text.replace("\x00", "").encode("utf-8", "surrogatepass"))[:100_000]
 
 
 def yaml_of(values: Any) -> bytes:

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
-from veneer.nesting import MAX_JSON_DEPTH, TOO_DEEP, walk
+from veneer.nesting import MAX_JSON_DEPTH, TOO_DEEP, is_text, walk
 from veneer.train.config import DataConfig, RunConfig
 
 KeyPath = tuple[str, ...]  # ("method", "rank")
@@ -185,13 +185,8 @@ def parse_yaml(text: str, name: str, settings: Settings) -> Any:
         raise ConfigError(f"{name} is not YAML that can be read: it is nested too deep") from None
     except (yaml.YAMLError, ValueError) as fault:  # ValueError: 2024-13-45 looks like a date and is none
         raise ConfigError(f"{name} is not YAML that can be read: {fault}") from None
-    for word in (inner for inner, _ in walk(value) if isinstance(inner, str)):
-        try:
-            word.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"{name} holds half a character in {word[:40]!r}: cut off in an escape"
-            ) from None
+    if half := [inner for inner, _ in walk(value) if isinstance(inner, str) and not is_text(inner)]:
+        raise ConfigError(f"{name} holds half a character in {half[0][:40]!r}: cut off in an escape")
     return value
 
 

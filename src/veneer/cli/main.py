@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code. What it was asked for is written by then, or the code says so."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
+    if hasattr(sys.stdin, "reconfigure"):  # as arguments come: what reads text says what is wrong with it
+        sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page has no ▼: print ? rather than fail
             stream.reconfigure(errors="replace")

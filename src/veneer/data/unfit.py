@@ -8,6 +8,7 @@ from typing import Any
 from veneer.data.examples import Problem, RowRef
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import TokenFault
+from veneer.nesting import is_text
 
 _WINDOW = 160  # characters of a rendering shown around the place where two part
 _TAIL = 16  # characters of a message that must stand in the rendering
@@ -42,11 +43,8 @@ def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
 
 def check_text(text: str) -> None:
     """Raises unless the text can be tokenised."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise TemplateFault("the chat template writes half a character") from None
+    if not is_text(text):
+        raise TemplateFault("the chat template writes half a character")
     if "\\udbff" in text.lower():
         raise TokenFault(
             "the chat template escapes characters, which breaks control tokens' names in it: remove them"

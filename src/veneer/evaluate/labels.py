@@ -18,6 +18,7 @@ from veneer.data.examples import Example, Problem, Row, refusal, row_key
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.bootstrap import Counts
+from veneer.nesting import is_text
 
 MOST_LABELS = 200
 """Distinct answers that are taken for labels where none are given: more look like free text."""
@@ -49,6 +50,8 @@ def labels_file(named: str) -> Path | None:
 def checked_labels(labels: Sequence[str]) -> list[str]:
     """The labels, each once. Raises ConfigError unless there are two."""
     distinct = list(dict.fromkeys(labels))
+    if half := [ascii(label[:40]) for label in distinct if not is_text(label)]:
+        raise ConfigError("labels that are not UTF-8", half)
     if len(distinct) < 2:
         raise ConfigError(
             f"{len(distinct)} labels: there is nothing to choose from",
