@@ -59,6 +59,23 @@ def world(tmp_path_factory) -> Path:
         os.umask(before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of this kind is Linux's")
+@pytest.mark.parametrize("limit", [16, 3_000, 20_000])
+def test_a_gguf_model_that_finds_no_room_is_told_as_such(world, tmp_path, capsys, limit):
+    """numpy's own way to a file gives no reason."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        out = tmp_path / "o.gguf"
+        line = f"export {world}/a --to gguf --merged --base {world}/base --out {out}"
+        assert main(line.split()) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "no file that large" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_umask_gives(world, tmp_path):
     before = os.umask(0o027)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from veneer.errors import RefusedError
 from veneer.merge.adapters import Placed
 from veneer.merge.combine import Update
+from veneer.merge.gguf_bytes import written
 from veneer.merge.gguf_names import Names, names_of
 
 AdapterType = Literal["f32", "f16"]
@@ -71,7 +72,7 @@ def write_gguf_adapter(
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, tensor in adapter_tensors(placed.updates, names, alpha).items():
-        writer.add_tensor(name, tensor.numpy().astype(np.float16 if dtype == "f16" else np.float32))
+        writer.add_tensor(name, written(tensor.numpy().astype(np.float16 if dtype == "f16" else np.float32)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -29,6 +29,7 @@ from veneer.adapters.attach import detach
 from veneer.errors import RefusedError
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
 from veneer.merge.folder import LEAST_SURVIVAL
+from veneer.merge.gguf_bytes import written
 from veneer.merge.gguf_names import Names, names_of
 from veneer.merge.gguf_tokenizer import write_tokenizer
 from veneer.merge.rounding import OverWeights, Survival, survival, total
@@ -92,10 +93,10 @@ def write_gguf_model(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for extra in _rope_factors(base.config):
-            writer.write_tensor_data(extra)
+            writer.write_tensor_data(written(extra))
         for name, s in stored.items():
             data, left = _encoded(s.read(), wanted.get(name), kinds[name], where, str(where.of(name)))
-            writer.write_tensor_data(data)
+            writer.write_tensor_data(written(data))
             if left is not None:
                 kept[name] = left
         writer.close()
