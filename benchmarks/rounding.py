@@ -32,7 +32,7 @@ def losses(base: Base, examples: list[Example], batch: int, *, own: bool) -> lis
     if own:
         base.model.set_attn_implementation("sdpa")
     with fused(base.model, {} if own else replacements(base.model)):
-        made = batches_of(examples, rows, paths, share_prompt=not own, device=base.device)
+        made = batches_of(base.model, paths, examples, rows, share_prompt=not own)
         return [
             batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item()
             for one in made

@@ -11,7 +11,8 @@ from veneer.errors import ConfigError
 from veneer.models import decode as loop
 from veneer.models import generate as answers
 from veneer.models.cache import ROOM
-from veneer.models.decode import decode, prefill, prove_decoding, step
+from veneer.models.checks import prove_decoding
+from veneer.models.decode import decode, prefill, step
 from veneer.models.generate import generate
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface
@@ -157,7 +158,7 @@ def test_where_nothing_is_left_to_draw_from_the_likeliest_token_is_drawn(family)
 
 def test_a_draw_that_rounds_up_to_the_very_end_takes_a_token_that_was_kept(monkeypatch):
     """0.5000001 times the largest draw is rounded to 0.5000001."""
-    choose = answers._sampler(1, 1.0, 0.4, 0)
+    choose = answers._sampler([0], answers._Draw(1.0, 0.4, 0))
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.ones(1))
     assert choose(torch.tensor([[0.0, 3.0, 1.0, -2.0]]), [0]) == [1]
 

@@ -15,6 +15,7 @@ from tests.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.routing import Routing
+from veneer.data.batching import make_batch
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Interrupted
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
@@ -195,8 +196,9 @@ def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, mon
 
 def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch):
     seen = []
-    own = loop.make_batch
-    monkeypatch.setattr(loop, "make_batch", lambda rows, **k: seen.append(list(rows)) or own(rows, **k))
+    monkeypatch.setattr(
+        "veneer.models.step.make_batch", lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k)
+    )
     made, _ = run(make_job(tmp_path / "a", steps=1, micro_batch=4))
     plan = made._plan(0)
     costs = [sum(made._lengths[i] for i in rows) for rows in plan]

@@ -2,10 +2,12 @@
 
 `AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword of the
 model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through untouched, so no mask is
-built. A trained prefix (adapters/prefix.py) reaches it the same way. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or answers
-differently when packed, `prove_packing` says why, and batches are padded for transformers' own attention.
+built. A trained prefix (adapters/prefix.py) reaches it the same way. Where a model does not go through the interface,
+mixes tokens elsewhere than in attention, or answers differently when packed, models/proof.py and models/checks.py
+say why, and batches are padded for transformers' own attention.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from veneer.adapters.prefix import KeyRecorder, PrefixKeys
+from veneer.data.batching import Batch
 from veneer.kernels.attention import packed_attention
 from veneer.kernels.layout import Layout
 from veneer.kernels.prefix import prefixed_attention
 from veneer.models.cache import Cache, CachedStep
+from veneer.models.switches import forget_lengths
 
 NAME = "veneer"
 
@@ -149,99 +153,46 @@ def unused_mask(device: torch.device) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def decoder(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: ids in, hidden states out."""
-    found: nn.Module | None = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if found is None or found is model else found
+def decoder(model: PreTrainedModel) -> nn.Module | None:
+    """The model without its head: ids in, hidden states out. None where no part of it is that."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def holds(part: nn.Module, wanted: nn.Module | None) -> bool:
+        return any(module is wanted for module in part.modules())
+
+    named = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    for part in (*named, model.base_model, *model.children()):
+        if part is not None and part is not table and holds(part, table) and not holds(part, head):
+            return part
+    return None
 
 
-def packed_hidden(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    """(1, N) ids and positions of a layout -> (N, D) last hidden states."""
-    out = decoder(model)(
+def packed_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout
+) -> tuple[Tensor, int]:
+    """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were reached."""
+    inner, traced = decoder(model), Traced(layout)
+    assert inner is not None
+    out = inner(
         input_ids=ids, position_ids=positions, attention_mask=unused_mask(ids.device),
-        use_cache=False, veneer_layout=Traced(layout),
+        use_cache=False, veneer_layout=traced,
     )  # fmt: skip
-    return out.last_hidden_state[0]
+    return out.last_hidden_state[0], traced.calls
 
 
-def padded_hidden(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """(B, L) right-padded ids -> (B * L, D) last hidden states, by transformers' own attention."""
-    own: dict[str, Any] = {"position_ids": positions} if _takes_positions(model) else {}
-    out = decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False, **own)
-    return out.last_hidden_state.flatten(0, 1)
+def padded_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """(B, L) right-padded ids -> (B, L, D) last hidden states, by transformers' own attention."""
+    inner = decoder(model)
+    assert inner is not None
+    takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+    own: dict[str, Any] = {"position_ids": positions} if takes_positions else {}
+    return inner(input_ids=ids, attention_mask=mask, use_cache=False, **own).last_hidden_state
 
 
-def _takes_positions(model: PreTrainedModel) -> bool:
-    import inspect
-
-    return "position_ids" in inspect.signature(decoder(model).forward).parameters
-
-
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference of hidden states, relative to their largest value, that rounding explains."""
-
-
-@torch.no_grad()
-def takes_packing(model: PreTrainedModel) -> str | None:
-    """Switch a model without storage (meta device) to packed attention if every layer takes it; else say why not.
-
-    What prove_packing compares, the values, is not there to be compared.
-    """
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not offer transformers' attention interface"
-    device = next(model.parameters()).device
-    before = model.config._attn_implementation
-    traced = Traced(Layout(0, (4,), device))
-    ids = torch.zeros(1, 32, dtype=torch.int64, device=device)
-    try:
-        model.set_attn_implementation(NAME)
-        decoder(model)(
-            input_ids=ids, position_ids=ids, attention_mask=unused_mask(device), use_cache=False, veneer_layout=traced
-        )  # fmt: skip
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as fault:
-        model.set_attn_implementation(before)
-        return f"{type(model).__name__} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
-    layers = model.config.get_text_config().num_hidden_layers
-    if traced.calls == layers:
-        return None
-    model.set_attn_implementation(before)
-    return f"only {traced.calls} of {layers} layers of {type(model).__name__} mix tokens by attention"
-
-
-@torch.no_grad()
-def prove_packing(model: PreTrainedModel) -> str | None:
-    """Switch the model to packed attention if it gives what the model gives alone; else say why not.
-
-    Two short documents with a shared prompt are run packed and one by one, before any adapter is attached.
-    """
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not offer transformers' attention interface"
-    device = next(model.parameters()).device
-    vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-    ids = torch.randint(0, min(vocabulary, 1000), (12,), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
-    layout = Layout(3, (4, 5), device)
-    documents = [torch.cat([ids[:3], ids[3:7]]), torch.cat([ids[:3], ids[7:]])]
-    alone = [decoder(model)(input_ids=d[None], use_cache=False).last_hidden_state[0] for d in documents]
-    expected = torch.cat([alone[0][:3], alone[0][3:], alone[1][3:]])
-    before = model.config._attn_implementation
-    positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
-    traced = Traced(layout)
-    try:
-        model.set_attn_implementation(NAME)
-        out = decoder(model)(
-            input_ids=ids[None], position_ids=positions[None], attention_mask=unused_mask(device),
-            use_cache=False, veneer_layout=traced,
-        ).last_hidden_state[0]  # fmt: skip
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as fault:
-        model.set_attn_implementation(before)
-        return f"{type(model).__name__} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
-    layers = model.config.get_text_config().num_hidden_layers
-    difference = ((out - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-    if traced.calls == layers and difference <= TOLERANCE[expected.dtype]:
-        return None
-    model.set_attn_implementation(before)
-    if traced.calls != layers:
-        return f"only {traced.calls} of {layers} layers of {type(model).__name__} mix tokens by attention"
-    return f"{type(model).__name__} packed differs from one by one by {difference:.1e}"
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(rows of the batch, D) last hidden states."""
+    forget_lengths(model)
+    if batch.layout is not None:
+        return packed_states(model, batch.ids, batch.positions, batch.layout)[0]
+    assert batch.mask is not None
+    return padded_states(model, batch.ids, batch.positions, batch.mask).flatten(0, 1)

@@ -56,7 +56,7 @@ def checkpointed(model: PreTrainedModel, *, on: bool) -> Iterator[None]:
         )
     own = list(layers or ())
     on_cpu = next(model.parameters()).device.type == "cpu"
-    hook = decoder(model).register_forward_hook(_give_back) if own and on_cpu else None
+    hook = (decoder(model) or model).register_forward_hook(_give_back) if own and on_cpu else None
     try:
         for index, layer in enumerate(own):
             assert layers is not None

@@ -5,7 +5,7 @@
     rows      like lengths together; rows that stopped are dropped, waiting prompts take their place
 
 transformers' own loop pads on the left, copies the whole cache at every token, and computes rows that have
-stopped until the last one has. `prove_decoding` runs both on the model before this loop is used; where they differ, or
+stopped until the last one has. Both are run (models/proof.py, models/checks.py) before this loop is used; where they differ, or
 where a model cannot be packed, models/generate.py takes transformers' loop.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.kernels.layout import Layout, round_up
-from veneer.models.attention import NAME, TOLERANCE, Traced, prove_packing, unused_mask
+from veneer.models.attention import Traced, unused_mask
 from veneer.models.cache import Cache, CachedStep
 
 ROWS = 64
@@ -180,36 +180,13 @@ def _logits(
 
 
 @torch.no_grad()
-def prove_decoding(model: PreTrainedModel) -> str | None:
-    """None if this loop gives what the model gives on whole texts; else why transformers' own is taken.
-
-    Two short prompts are read and continued by two given tokens each, and the logits compared.
-    """
-    if model.config._attn_implementation != NAME and (reason := prove_packing(model)) is not None:
-        return reason
-    vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-    ids = torch.randint(0, min(vocabulary, 1000), (14,), generator=torch.Generator().manual_seed(2)).tolist()
-    texts = [ids[:9], ids[:3] + ids[9:]]  # 9 and 8 tokens, the first 3 shared, the last 2 decoded
-    whole: Any = model
-    expected = [
-        whole(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts
-    ]
-    scale = max(e.abs().max().item() for e in expected) or 1.0
-    try:
-        cache, logits = prefill(model, [t[:-2] for t in texts], 3)
-        found = [logits]
-        for back in (-2, -1):
-            found.append(step(model, cache, [t[back] for t in texts]))
-            cache.lengths += 1
-    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as fault:
-        return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
-    if any(logits.shape != (2, expected[0].shape[-1]) for logits in found):
-        return f"{type(model).__name__} does not say which logits to keep"
-    worst = max(
-        (found[2 + at][row] - expected[row][at - 1]).abs().max().item()
-        for at in (-2, -1, 0)
-        for row in (0, 1)
-    )
-    if worst / scale > TOLERANCE[expected[0].dtype]:
-        return f"{type(model).__name__} decoded with a packed cache differs by {worst / scale:.1e}"
-    return None
+def continued(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]], shared: int
+) -> Tensor:
+    """Prompts that begin with the same `shared` tokens, continued by as many given tokens each: (1 + given, B, V) logits."""
+    cache, logits = prefill(model, prompts, shared)
+    found = [logits]
+    for tokens in zip(*given, strict=True):
+        found.append(step(model, cache, tokens))
+        cache.lengths += 1
+    return torch.stack(found)

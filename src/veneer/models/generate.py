@@ -1,10 +1,13 @@
 """Answers: token ids in, token ids out, many rows at once with a cache.
 
 Says what stops an answer, how tokens are drawn, and which loop decodes: our own (models/decode.py) where it is
-proven on the model, else transformers'. Knows nothing of chats or templates.
+proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one. Prompts
+whose answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
+transformers' loop one by one. Knows nothing of chats or templates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +21,9 @@ from veneer.data.examples import Capacity
 from veneer.errors import ConfigError
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.capacity import capacity_of
-from veneer.models.decode import Choose, decode, greedy, prove_decoding
+from veneer.models.checks import in_front, prove_decoding, structure
+from veneer.models.decode import Choose, decode, greedy
+from veneer.models.switches import forget_lengths, switches
 
 PADDED_ROWS = 32
 """Prompts that transformers' loop decodes together, padded on the left to the longest of them."""
@@ -60,27 +65,84 @@ def generate(
         max_new_tokens if capacity.positions is None else min(max_new_tokens, capacity.positions - len(ids))
         for ids in prompts
     ]
-    draws = temperature > _COLDEST and top_p > 0
-    stops = list(stop_token_ids(base.tokenizer, base.model.generation_config))
-    stream = on_token if len(prompts) == 1 else None
-    if _decodes_packed(base):
-        seen: set[int] = set()
-        counts: dict[int, int] = {}
+    draw = _Draw(temperature, top_p, seed) if temperature > _COLDEST and top_p > 0 else None
+    asked = _Asked(
+        base, prompts, limits, list(stop_token_ids(base.tokenizer, base.model.generation_config)), draw,
+        on_token if len(prompts) == 1 else None, on_done,
+    )  # fmt: skip
+    packed = _decodes_packed(base)
+    plain, crossing = _by_switch(asked)
+    if packed and plain:
+        _by_our_loop(asked, plain)
+    elif plain:
+        beside = structure(base.model).beside is None
+        _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
+    _by_transformers(asked, ([number] for number in crossing))
+    return asked.answers
 
-        def token(number: int, new: int) -> None:
-            if stream is not None:
-                stream(new)
-            counts[number] = counts.get(number, 0) + 1
-            if on_done is not None and (new in stops or counts[number] == limits[number]):
-                seen.add(number)
-                on_done(len(seen))
 
-        choose = _sampler(len(prompts), temperature, top_p, seed) if draws else greedy
-        return decode(
-            base.model, prompts, stops=set(stops), max_new_tokens=limits, choose=choose, on_token=token
-        )
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if draws else {}
-    return _by_transformers(base, prompts, stops, limits, sampling, seed, stream, on_done)
+@dataclass(frozen=True)
+class _Draw:
+    """How tokens are drawn."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+    def of_row(self, number: int) -> int:
+        """The seed of a prompt's own draws."""
+        return (self.seed * 1_000_003 + number) % 2**63
+
+
+@dataclass
+class _Asked:
+    """Prompts with the new tokens each may get, and the answers as they come. draw: None takes the likeliest token."""
+
+    base: Base
+    prompts: Sequence[list[int]]
+    limits: Sequence[int]
+    stops: list[int]
+    draw: _Draw | None
+    on_token: Callable[[int], None] | None
+    on_done: Callable[[int], None] | None
+    answers: list[list[int]] = field(init=False)
+    done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.answers = [[] for _ in self.prompts]
+
+    def finished(self, rows: int) -> None:
+        self.done += rows
+        if self.on_done is not None:
+            self.on_done(self.done)
+
+
+def _by_switch(asked: _Asked) -> tuple[list[int], list[int]]:
+    """Numbers of the prompts whose longest answer is read like their first token, and of the others."""
+    known, before = switches(asked.base.config), in_front(asked.base.model)
+    first = known.side(0)
+    reach = [before + len(ids) + limit for ids, limit in zip(asked.prompts, asked.limits, strict=True)]
+    plain = [i for i, length in enumerate(reach) if known.side(length) == first]
+    return plain, [i for i, length in enumerate(reach) if known.side(length) != first]
+
+
+def _by_our_loop(asked: _Asked, numbers: Sequence[int]) -> None:
+    counts = [0] * len(numbers)
+    limits = [asked.limits[i] for i in numbers]
+
+    def token(place: int, new: int) -> None:
+        if asked.on_token is not None:
+            asked.on_token(new)
+        counts[place] += 1
+        if new in asked.stops or counts[place] == limits[place]:
+            asked.finished(1)
+
+    new = decode(
+        asked.base.model, [asked.prompts[i] for i in numbers], stops=set(asked.stops), max_new_tokens=limits,
+        choose=greedy if asked.draw is None else _sampler(numbers, asked.draw), on_token=token,
+    )  # fmt: skip
+    for number, answer in zip(numbers, new, strict=True):
+        asked.answers[number] = answer
 
 
 def _decodes_packed(base: Base) -> bool:
@@ -91,19 +153,19 @@ def _decodes_packed(base: Base) -> bool:
     return base.decodes_packed
 
 
-def _sampler(rows: int, temperature: float, top_p: float, seed: int) -> Choose:
+def _sampler(rows: Sequence[int], draw: _Draw) -> Choose:
     """Draws from the likeliest tokens that together have `top_p`, the first of them at least; a row's draws do not
-    depend on the other rows."""
-    random = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(rows)]
+    depend on the other rows. rows: the numbers of the prompts among all."""
+    random = [torch.Generator().manual_seed(draw.of_row(row)) for row in rows]
 
     def choose(logits: Tensor, numbers: Sequence[int]) -> list[int]:
         wide = logits.float()
         below = (
             wide - wide.amax(dim=-1, keepdim=True)
-        ) / temperature  # the shift keeps the quotient finite at the top
+        ) / draw.temperature  # the shift keeps the quotient finite at the top
         chances, tokens = torch.softmax(below, dim=-1).sort(dim=-1, descending=True)
         reach = chances.cumsum(dim=-1)
-        left_out = reach - chances >= top_p
+        left_out = reach - chances >= draw.top_p
         left_out[:, 0] = False
         reach = chances.masked_fill_(left_out, 0.0).cumsum(dim=-1)
         drawn = torch.cat([torch.rand(1, generator=random[number]) for number in numbers]).to(reach.device)
@@ -131,49 +193,47 @@ class _Tokens(BaseStreamer):
     def end(self) -> None: ...
 
 
-def _by_transformers(
-    base: Base, prompts: Sequence[list[int]], stops: list[int], limits: Sequence[int], sampling: dict[str, float],
-    seed: int, on_token: Callable[[int], None] | None, on_done: Callable[[int], None] | None,
-) -> list[list[int]]:  # fmt: skip
-    """transformers' own loop, on batches padded on the left: for models whose attention cannot be reached."""
-    pad = _padding(base, stops)
-    answers: list[list[int]] = [[] for _ in prompts]
-    done = 0
+def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
+    """transformers' own loop, the prompts of a group at once, padded on the left to the longest of them."""
+    base, draw = asked.base, asked.draw
+    pad = _padding(base, asked.stops)
+    sampling = {} if draw is None else {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(seed % 2**63)
-        for rows in _like_rows(prompts, limits):
+        torch.manual_seed(0 if draw is None else draw.seed % 2**63)
+        for rows in groups:
+            if draw is not None and len(rows) == 1:
+                torch.manual_seed(draw.of_row(rows[0]))
             settings = GenerationConfig(
-                max_new_tokens=limits[rows[0]], do_sample=bool(sampling), eos_token_id=stops or None, pad_token_id=pad,
-                use_cache=True, **sampling,
+                max_new_tokens=asked.limits[rows[0]], do_sample=bool(sampling), eos_token_id=asked.stops or None,
+                pad_token_id=pad, use_cache=True, **sampling,
             )  # fmt: skip
-            longest = max(len(prompts[i]) for i in rows)
+            longest = max(len(asked.prompts[i]) for i in rows)
             ids = torch.full((len(rows), longest), pad)
             mask = torch.zeros((len(rows), longest), dtype=torch.long)
             for place, i in enumerate(rows):
-                ids[place, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[place, longest - len(prompts[i]) :] = 1
+                ids[place, longest - len(asked.prompts[i]) :] = torch.tensor(asked.prompts[i])
+                mask[place, longest - len(asked.prompts[i]) :] = 1
+            forget_lengths(base.model)
             run: Any = base.model.generate
             out = run(
                 ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=settings,
-                streamer=_Tokens(on_token) if on_token is not None else None,
+                streamer=_Tokens(asked.on_token) if asked.on_token is not None else None,
             )
             for place, i in enumerate(rows):
-                answers[i] = _until_stop(out[place, longest:].tolist(), set(stops))
-            done += len(rows)
-            if on_done is not None:
-                on_done(done)
-    return answers
+                asked.answers[i] = _until_stop(out[place, longest:].tolist(), set(asked.stops))
+            asked.finished(len(rows))
 
 
-def _like_rows(prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[list[int]]:
+def _like_rows(asked: _Asked, numbers: Sequence[int], together: int) -> Iterator[list[int]]:
     """Prompts that go together: of like length, and with the same number of new tokens at most."""
-    order = sorted(range(len(prompts)), key=lambda i: (-limits[i], len(prompts[i])))
+    limits = asked.limits
+    order = sorted(numbers, key=lambda i: (-limits[i], len(asked.prompts[i])))
     for _, some in groupby(order, key=lambda i: limits[i]):
         rows = list(some)
-        for start in range(0, len(rows), PADDED_ROWS):
-            yield rows[start : start + PADDED_ROWS]
+        for start in range(0, len(rows), together):
+            yield rows[start : start + together]
 
 
 def _padding(base: Base, stops: list[int]) -> int:

@@ -83,7 +83,7 @@ def _start_eva(base: Base, layers: Mapping[str, LoRALayer], examples: Sequence[E
         with torch.no_grad(), base.routing.none():
             for example in examples:
                 ids = torch.as_tensor(example.ids, dtype=torch.long, device=base.device)[None]
-                decoder(base.model)(input_ids=ids, use_cache=False)
+                (decoder(base.model) or base.model)(input_ids=ids, use_cache=False)
                 seen.clear()
                 tokens += ids.shape[1]
                 if tokens >= EVA_TOKENS:

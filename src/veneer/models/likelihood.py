@@ -18,7 +18,8 @@ from veneer.data.examples import Example
 from veneer.kernels.layout import round_up
 from veneer.kernels.loss import CHUNK
 from veneer.kernels.wide import wide
-from veneer.models.attention import packed_hidden, padded_hidden
+from veneer.models.attention import hidden_states
+from veneer.models.checks import in_front
 from veneer.models.step import Paths, loss_head, whole_logits
 
 SHORT_TOKENS = 8192
@@ -37,13 +38,15 @@ def example_nats(
     found = np.zeros((len(examples), 2))
     longest = max((len(e.ids) for e in examples), default=1)
     batch = max(batch, SHORT_TOKENS // longest)
-    for numbers in by_length(examples, batch):
-        one = make_batch(
-            [examples[i] for i in numbers], packed=paths.packed, share_prompt=True, device=model.device
-        )
-        counts = [int(examples[i].trained.sum()) for i in numbers]
-        sums = [float(part.sum()) for part in token_nats(model, paths, one).cpu().split(counts)]
-        found[numbers] = np.stack([sums, counts], axis=1)
+    for rows in by_length(examples, batch):
+        groups = paths.together([examples[i] for i in rows], in_front(model))
+        for numbers in ([rows[i] for i in group] for group in groups):
+            one = make_batch(
+                [examples[i] for i in numbers], packed=paths.packed, share_prompt=True, device=model.device
+            )
+            counts = [int(examples[i].trained.sum()) for i in numbers]
+            sums = [float(part.sum()) for part in token_nats(model, paths, one).cpu().split(counts)]
+            found[numbers] = np.stack([sums, counts], axis=1)
     return found
 
 
@@ -51,12 +54,7 @@ def token_nats(model: PreTrainedModel, paths: Paths, batch: Batch) -> Tensor:
     """(T) float64: -log p of every target of the batch; on the CPU where the device has no float64."""
     if paths.head_reason is not None:
         return _nats(whole_logits(model, batch), batch.targets)
-    if batch.layout is not None:
-        hidden = packed_hidden(model, batch.ids, batch.positions, batch.layout)
-    else:
-        assert batch.mask is not None
-        hidden = padded_hidden(model, batch.ids, batch.positions, batch.mask)
-    rows, head = hidden.index_select(0, batch.loss_rows), loss_head(model, paths)
+    rows, head = hidden_states(model, batch).index_select(0, batch.loss_rows), loss_head(model, paths)
     parts = []
     for start in range(0, len(rows), CHUNK):
         some, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]

@@ -1,12 +1,14 @@
 """From a batch to its loss: the forward of a training step, and the loss of an evaluation.
 
-`prepare` finds out once, by running the model, which fast paths give what the model itself gives:
+`prepare` finds out once, by running a small copy and the model (models/proof.py, models/checks.py), which fast paths
+give what the model itself gives:
     packed   documents end to end, the shared prompt once, attention per document (models/attention.py)
     head     logits only where a token is trained, in chunks, the gradient formed beside them (kernels/loss.py)
-What cannot be proven takes transformers' own path: slower, never wrong, and `Paths.lines` says so by name.
+What cannot be proven takes transformers' own path: padded rows, or where these differ too one row at a time; whole
+logits. Slower, never wrong, and `Paths.lines` says so by name.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,53 +18,80 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
-from veneer.data.batching import Batch, by_length, make_batch
+from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
-from veneer.models.attention import (
-    NAME,
-    Traced,
-    decoder,
-    packed_hidden,
-    padded_hidden,
-    prove_packing,
-    takes_packing,
-    unused_mask,
-)
+from veneer.models.attention import NAME, Traced, hidden_states, unused_mask
+from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
+from veneer.models.switches import Switches, forget_lengths, sides, switches
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Which path each part takes; a reason where it is not the fast one."""
+    """Which path each part takes; a reason where it is not the fast one.
+
+    padded_reason   why rows go one by one where they are not packed
+    switches        the lengths that change how a whole batch is read: rows go together on one side of them only
+    """
 
     packed: bool
     packed_reason: str | None
     scale: float
     softcap: float | None
     head_reason: str | None
+    padded_reason: str | None = None
+    switches: Switches = field(default_factory=Switches)
 
     @property
     def lines(self) -> list[str]:
-        rows = "packed rows, attention per document" if self.packed else f"padded rows: {self.packed_reason}"
-        head = self.head_reason or "logits only where a token is trained, in chunks"
-        return [rows, head if self.head_reason is None else f"whole logits: {head}"]
+        if self.packed:
+            rows = "packed rows, attention per document"
+        elif self.padded_reason is None:
+            rows = f"padded rows: {self.packed_reason}"
+        else:
+            rows = f"rows one by one: {self.packed_reason}; {self.padded_reason}"
+        words = self.switches.words
+        head = "logits only where a token is trained, in chunks"
+        return [
+            rows if words is None else f"{rows}; {words}",
+            head if self.head_reason is None else f"whole logits: {self.head_reason}",
+        ]
+
+    def together(self, examples: Sequence[Example], in_front: int) -> list[list[int]]:
+        """Numbers of the examples that are computed in one forward, so that each gets what it gets alone.
+
+        in_front   places before every row: a prefix that acts
+        """
+        if not self.packed and self.padded_reason is not None:
+            return [[number] for number in range(len(examples))]
+        return sides([in_front + used_length(e) for e in examples], self.switches)
 
 
 def prepare(model: PreTrainedModel) -> Paths:
-    """Prove the fast paths on a model without adapters; the packed one stays switched on."""
+    """Prove the fast paths on a model without adapters; the packed one stays switched on.
+
+    SourceError: the model sees what it is to predict.
+    """
     packed_reason = prove_packing(model)
-    scale, softcap, head_reason = _prove_head(model)
-    return Paths(packed_reason is None, packed_reason, scale, softcap, head_reason)
+    scale, softcap, head_reason = prove_head(model)
+    padded_reason = structure(model).padded
+    return Paths(
+        packed_reason is None,
+        packed_reason,
+        scale,
+        softcap,
+        head_reason,
+        padded_reason,
+        switches(model.config),
+    )
 
 
-@torch.no_grad()
 def assume_paths(model: PreTrainedModel) -> Paths:
-    """What `prepare` would find on a model without storage (meta device): what shows in the structure, values unseen."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    reason = None if isinstance(head, nn.Linear) else f"the output head is {type(head).__name__}"
-    softcap = getattr(config, "final_logit_softcapping", None)
-    packed_reason = takes_packing(model)
-    return Paths(packed_reason is None, packed_reason, 1.0, None if reason else softcap, reason)
+    """What `prepare` would find on a model without storage (meta device): what holds for its structure."""
+    packed_reason, found = takes_packing(model), structure(model)
+    return Paths(
+        packed_reason is None, packed_reason, found.scale, found.softcap, found.head, found.padded, switches(model.config)
+    )  # fmt: skip
 
 
 def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
@@ -71,43 +100,13 @@ def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
         model.set_attn_implementation(NAME)
 
 
-@torch.no_grad()
-def _prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]:
-    """(scale, softcap, reason): what the model does between its head and the logits, checked on one forward."""
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    device = head.weight.device
-    ids = torch.randint(
-        0, min(head.weight.shape[0], 1000), (1, 6), generator=torch.Generator().manual_seed(1)
-    ).to(device)
-    ours = Head(head.weight, head.bias, scale, softcap).logits(
-        decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-    )
-    theirs = model(input_ids=ids, use_cache=False).logits
-    difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
-    if ours.shape != theirs.shape or difference > 0.02:
-        return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
-    return scale, softcap, None
-
-
 def batch_loss(
     model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float
 ) -> Tensor:
     """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the whole step."""
     if paths.head_reason is not None:
         return _whole_logits_loss(model, batch, total)
-    if batch.layout is not None:
-        hidden = packed_hidden(model, batch.ids, batch.positions, batch.layout)
-    else:
-        assert batch.mask is not None
-        hidden = padded_hidden(model, batch.ids, batch.positions, batch.mask)
-    rows = hidden.index_select(0, batch.loss_rows)
+    rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
     linear = loss_head(model, paths)
     if isinstance(linear, _AdaptedHead) and routing.rows is not None:
         linear = replace(linear, keys=routing.rows.index_select(0, batch.loss_rows))
@@ -156,6 +155,7 @@ def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Te
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, V) of the rows that predict a trained token, from the model's own head."""
+    forget_lengths(model)
     own: dict[str, Any] = {"attention_mask": batch.mask}
     if batch.layout is not None:
         own = {
@@ -168,16 +168,16 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def batches_of(
-    examples: Sequence[Example],
-    rows: Iterable[list[int]],
-    paths: Paths,
-    *,
-    share_prompt: bool,
-    device: torch.device,
-) -> Iterable[Batch]:
+    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], rows: Iterable[list[int]], *, share_prompt: bool
+) -> Iterator[Batch]:  # fmt: skip
+    """The rows as they may be computed: those of each list in one forward, or in as many as the paths ask for."""
+    device = next(model.parameters()).device
     for numbers in rows:
         chosen = [examples[i] for i in numbers]
-        yield make_batch(chosen, packed=paths.packed, share_prompt=share_prompt, device=device)
+        for group in paths.together(chosen, in_front(model)):
+            yield make_batch(
+                [chosen[i] for i in group], packed=paths.packed, share_prompt=share_prompt, device=device
+            )
 
 
 @torch.no_grad()
@@ -186,9 +186,9 @@ def evaluation_loss(
 ) -> tuple[float, int]:
     """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
     rows = by_length(examples, batch)
-    nats, tokens = [], 0
-    device = next(model.parameters()).device
-    for one in batches_of(examples, rows, paths, share_prompt=True, device=device):
+    nats: list[Tensor] = []
+    tokens = 0
+    for one in batches_of(model, paths, examples, rows, share_prompt=True):
         nats.append(batch_loss(model, paths, routing, one, total=1.0))
         tokens += one.trained_tokens
     return sum(torch.stack(nats).tolist()), tokens  # one wait for the device, after the last batch

@@ -35,6 +35,7 @@ from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.blueprint import build
 from veneer.models.checkpointing import checkpointed, decoder_layers
+from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths
 from veneer.plan.away import PlannedOffload
@@ -185,8 +186,10 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
     """
     period = _period(model, {})
     few = None if period is None or depth <= 4 * period else _shallow(step, 2 * period)
+    asked = model if few is None else few
+    structure(asked)  # runs a small copy, which is no part of the plan
     with Tracker(experts=experts):
-        paths = assume_paths(model if few is None else few)
+        paths = assume_paths(asked)
     if few is not None:
         keep_paths(model, paths)
     return paths
@@ -212,6 +215,7 @@ def _run(
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.hold(tensor)
     if paths is None:
+        structure(model)
         with tracker:
             paths = assume_paths(model)
     else:
@@ -234,7 +238,7 @@ def _run(
         routing.rows = batch.dropout_rows
         weights = (*model.parameters(), *model.buffers(), flat.values)
         away = PlannedOffload(weights) if step.offload else None
-        hook = decoder(model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
+        hook = (decoder(model) or model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
         try:
             with fused(model, one_pass), checkpointed(model, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.routing import Routing
-from veneer.data.batching import Batch, make_batch, plan_epoch, used_length
+from veneer.data.batching import Batch, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
-from veneer.models.step import Paths, batch_loss, evaluation_loss
+from veneer.models.step import Paths, batch_loss, batches_of, evaluation_loss
 from veneer.store.strict_json import read_json
 from veneer.train.checkpoint import (
     checkpoint_path,
@@ -183,12 +183,9 @@ class Loop:
         return rows
 
     def _micro_batches(self, rows: list[int]) -> Iterator[Batch]:
-        size = self.job.config.rows_at_once
-        for start in range(0, len(rows), size):
-            chosen = [self.job.train[i] for i in rows[start : start + size]]
-            yield make_batch(
-                chosen, packed=self.job.paths.packed, share_prompt=self.job.share_prompt, device=self.device
-            )
+        job, size = self.job, self.job.config.rows_at_once
+        parts = (rows[start : start + size] for start in range(0, len(rows), size))
+        yield from batches_of(job.model, job.paths, job.train, parts, share_prompt=job.share_prompt)
 
     def _backward(self, rows: list[int]) -> tuple[float, list[Batch]]:
         """Gradient of the mean over the step's trained tokens, into the flat buffer; the loss; its batches."""

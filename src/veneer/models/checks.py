@@ -1,0 +1,150 @@
+"""Which fast paths a model takes: what holds for its structure (models/proof.py), tried once more on the model itself.
+
+The proof runs on a small copy in float32. Here the real weights, in their own type and on their own device, read two
+short texts both ways, before any adapter is attached: what a kernel or a weight format does wrong shows here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.prefix import PrefixedDecoder, tokens_in_front
+from veneer.errors import SourceError
+from veneer.kernels.layout import Layout
+from veneer.kernels.loss import Head
+from veneer.models.attention import NAME, decoder, packed_states
+from veneer.models.decode import continued
+from veneer.models.proof import Proven, no_seam, proven, unreached
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest difference of hidden states, relative to their largest value, that rounding explains in a whole model."""
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.02, torch.float16: 0.005}
+"""The same of the logits that one product makes of them."""
+REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError, ImportError)
+"""What modelling code raises at what it does not take."""
+
+
+def structure(model: PreTrainedModel) -> Proven:
+    """What holds for the model's structure. SourceError: it sees what it is to predict."""
+    found = proven(model.config)
+    if found.causal is not None:
+        raise SourceError(
+            f"{type(model).__name__} does not predict each token from those before it alone",
+            [found.causal],
+            "Take a base that generates text: a decoder, without bidirectional attention.",
+        )
+    return found
+
+
+def in_front(model: PreTrainedModel) -> int:
+    """Places that a prefix which acts takes before every text."""
+    inner = decoder(model)
+    layers = [layer for layer, _ in inner.acting()] if isinstance(inner, PrefixedDecoder) else []
+    return tokens_in_front(layers)
+
+
+def _some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
+    vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, min(vocabulary, 1000), (count,), generator=draw).to(model.device)
+
+
+@torch.no_grad()
+def takes_packing(model: PreTrainedModel) -> str | None:
+    """Switch a model without storage (meta device) to packed attention if its structure takes it; else say why not.
+
+    What prove_packing tries beyond that, the values, is not there to be tried.
+    """
+    if (reason := no_seam(model) or structure(model).packed) is not None:
+        return reason
+    return _tried(model, None)
+
+
+@torch.no_grad()
+def prove_packing(model: PreTrainedModel) -> str | None:
+    """Switch the model to packed attention if it gives what the model gives alone; else say why not.
+
+    Two short documents with a shared prompt are run packed and one by one, before any adapter is attached.
+    """
+    if (reason := no_seam(model) or structure(model).packed) is not None:
+        return reason
+    ids = _some_ids(model, 12, 0)
+    inner = decoder(model)
+    assert inner is not None
+    documents = [torch.cat([ids[:3], ids[3:7]]), torch.cat([ids[:3], ids[7:]])]
+    alone = [inner(input_ids=d[None], use_cache=False).last_hidden_state[0] for d in documents]
+    return _tried(model, torch.cat([alone[0][:3], alone[0][3:], alone[1][3:]]))
+
+
+def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
+    name, before = type(model).__name__, model.config._attn_implementation
+    device = next(model.parameters()).device
+    layout = Layout(3, (4, 5), device)
+    positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
+    ids = torch.zeros(12, dtype=torch.int64, device=device) if expected is None else _some_ids(model, 12, 0)
+    try:
+        model.set_attn_implementation(NAME)
+        states, calls = packed_states(model, ids[None], positions[None], layout)
+    except REFUSALS as fault:
+        model.set_attn_implementation(before)
+        return f"{name} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
+    reason = unreached(model, calls)
+    if reason is None and expected is not None:
+        difference = _apart(states, expected)
+        if not difference <= TOLERANCE[expected.dtype]:
+            reason = f"{name} packed differs from one by one by {difference:.1e}"
+    if reason is not None:
+        model.set_attn_implementation(before)
+    return reason
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+
+
+@torch.no_grad()
+def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]:
+    """(scale, softcap, reason): what the model does between its head and the logits, tried on one forward."""
+    found, head, inner = structure(model), model.get_output_embeddings(), decoder(model)
+    if found.head is not None:
+        return 1.0, None, found.head
+    if not isinstance(head, nn.Linear) or inner is None:
+        return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
+    ids = _some_ids(model, 6, 1)[None]
+    ours = Head(head.weight, head.bias, found.scale, found.softcap).logits(
+        inner(input_ids=ids, use_cache=False).last_hidden_state
+    )
+    theirs = model(input_ids=ids, use_cache=False).logits
+    if ours.shape != theirs.shape or not _apart(ours, theirs) <= HEAD_TOLERANCE[theirs.dtype]:
+        return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
+    return found.scale, found.softcap, None
+
+
+@torch.no_grad()
+def prove_decoding(model: PreTrainedModel) -> str | None:
+    """None if our loop gives what the model gives on whole texts; else why transformers' own is taken.
+
+    Two short prompts are read and continued by two given tokens each, and the logits compared.
+    """
+    if (reason := structure(model).decoding) is not None:
+        return reason
+    if model.config._attn_implementation != NAME and (reason := prove_packing(model)) is not None:
+        return reason
+    ids = _some_ids(model, 14, 2).tolist()
+    texts = [ids[:9], ids[:3] + ids[9:]]  # 9 and 8 tokens, the first 3 shared, the last 2 decoded
+    whole = [
+        model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts
+    ]
+    expected = torch.stack([torch.stack([own[len(own) - 3 + at] for own in whole]) for at in range(3)])
+    try:
+        found = continued(model, [t[:-2] for t in texts], [t[-2:] for t in texts], 3)
+    except REFUSALS as fault:
+        return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
+    if found.shape != expected.shape:
+        return f"{type(model).__name__} does not say which logits to keep"
+    worst = _apart(found, expected)
+    if not worst <= TOLERANCE[expected.dtype]:
+        return f"{type(model).__name__} decoded with a packed cache differs by {worst:.1e}"
+    return None

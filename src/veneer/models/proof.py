@@ -1,0 +1,291 @@
+"""What holds for a model's structure, found by running a small float32 copy of it (models/structure.py).
+
+    causal    what stands behind a token does not change it; else nothing can be trained or answered
+    packed    documents end to end with a shared prompt give what each gives alone (models/attention.py)
+    padded    rows padded on the right give what each gives alone; else they are computed one by one
+    head      what lies between the head and the logits (kernels/loss.py)
+    decoding  our own loop gives the logits of whole texts (models/decode.py)
+    beside    transformers' loop over prompts padded on the left gives what each gives alone
+
+The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what float32's rounding
+explains: a window that is lost, a selection that is ignored or a cap on logits that is not known shows a hundred times
+larger. What cannot be copied is not assumed: rows one by one, through the model's own head and loop.
+A config is proven once in a process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from veneer.kernels.layout import Layout
+from veneer.kernels.loss import Head
+from veneer.models.attention import NAME, decoder, packed_states, padded_states
+from veneer.models.decode import continued
+from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
+from veneer.models.switches import forget_lengths, sides, switches
+
+FP32 = 1e-4
+"""Largest difference relative to the largest value: float32 sums in another order through a few layers."""
+SHARED = 3
+LENGTHS = (20, 11, SWITCH + 7, SWITCH + 18)
+"""Tokens of the texts: on both sides of the switch, all longer than a window."""
+
+
+@dataclass(frozen=True)
+class Proven:
+    """None where it holds, else why not. scale, softcap: of the logits, where `head` is None."""
+
+    causal: str | None = None
+    packed: str | None = None
+    padded: str | None = None
+    head: str | None = None
+    decoding: str | None = None
+    beside: str | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+_KNOWN: dict[str, Proven] = {}
+
+
+def proven(config: PreTrainedConfig) -> Proven:
+    """What holds for models of this config."""
+    key = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
+    if key not in _KNOWN:
+        _KNOWN[key] = _prove(config)
+    return _KNOWN[key]
+
+
+@torch.no_grad()
+def _prove(config: PreTrainedConfig) -> Proven:
+    try:
+        copy = small_copy(config)
+    except NoCopyError as fault:
+        reason = str(fault).splitlines()[0]
+        return Proven(packed=reason, padded=reason, head=reason, decoding=reason, beside=reason)
+    texts = _texts(copy)
+    found = Proven(causal=_causal(copy, texts[0]))
+    scale, softcap, head = _head(copy, texts[0])
+    found = replace(found, padded=_padded(copy, texts), scale=scale, softcap=softcap, head=head)
+    found = replace(found, beside=_beside(copy))
+    packed = _packed(copy, texts)
+    return replace(found, packed=packed, decoding=packed or _decoding(copy))
+
+
+def _texts(model: PreTrainedModel) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY - 4, (len(LENGTHS), max(LENGTHS)), generator=draw)
+    ids[:, :SHARED] = ids[0, :SHARED]
+    return [row[:length].tolist() for row, length in zip(ids, LENGTHS, strict=True)]
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    if found.shape != expected.shape:
+        return float("inf")
+    worst = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    return worst if worst == worst else float("inf")
+
+
+def _logits(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
+    """(T, V) of one text alone: what everything here is held against."""
+    forget_lengths(model)
+    return model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+
+
+def _tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str | None:
+    """None where `run` tells a difference that rounding explains."""
+    name = type(model).__name__
+    try:
+        worst = run()
+    except Exception as fault:  # modelling code may refuse what it does not know with anything
+        return f"{name} does not take {what} ({type(fault).__name__}: {str(fault).strip()[:80]})"
+    return None if worst <= FP32 else f"{name} with {what} differs from each alone by {worst:.1e}"
+
+
+def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
+    part = len(text) - 3
+    other = [*text[:part], *reversed(text[part:])]
+    worst = max(_apart(_logits(model, t)[:part], _logits(model, text)[:part]) for t in (text[:part], other))
+    if worst <= FP32:
+        return None
+    return f"{type(model).__name__} lets a token see what stands behind it (its logits change by {worst:.1e})"
+
+
+def _by_side(
+    model: PreTrainedModel, texts: list[list[int]], run: Callable[[list[list[int]]], float]
+) -> float:
+    found = switches(model.config)
+    groups = sides([len(t) for t in texts], found)
+    return max(run([texts[i] for i in group]) for group in groups)
+
+
+def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
+    def run(rows: list[list[int]]) -> float:
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        positions = torch.arange(longest).expand(len(rows), -1)
+        expected = [_logits(model, row) for row in rows]
+        forget_lengths(model)
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        worst = max(_apart(whole[i, : len(row)], expected[i]) for i, row in enumerate(rows))
+        if decoder(model) is None:
+            return worst
+        states = [_states(model, row) for row in rows]
+        forget_lengths(model)
+        hidden = padded_states(model, ids, positions, mask)
+        return max(worst, *(_apart(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows)))
+
+    return _tried(model, "padded rows", lambda: _by_side(model, texts, run))
+
+
+def _states(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
+    forget_lengths(model)
+    inner: Any = decoder(model)
+    return inner(input_ids=torch.tensor([text]), use_cache=False).last_hidden_state[0]
+
+
+def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
+    """Also switches the copy to packed attention, where that holds."""
+    if (reason := no_seam(model)) is not None:
+        return reason
+    device = torch.device("cpu")
+    calls: list[int] = []
+
+    def run(rows: list[list[int]]) -> float:
+        # The model's own attention gives what is expected, ours what is found.
+        model.set_attn_implementation(before)
+        alone = [_states(model, row) for row in rows]
+        model.set_attn_implementation(NAME)
+        forget_lengths(model)
+        shared = SHARED if len(rows) > 1 else 0
+        ids, positions = [*rows[0][:shared]], [*range(shared)]
+        for row in rows:
+            ids += row[shared:]
+            positions += range(shared, len(row))
+        layout = Layout(shared, tuple(len(row) - shared for row in rows), device)
+        states, layers = packed_states(model, torch.tensor([ids]), torch.tensor([positions]), layout)
+        calls.append(layers)
+        expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])
+        return _apart(states, expected)
+
+    before = model.config._attn_implementation
+    reason = _tried(model, "packed rows", lambda: _by_side(model, texts, run))
+    if reason is None:
+        reason = unreached(model, calls[0])
+    if reason is not None:
+        model.set_attn_implementation(before)
+    return reason
+
+
+def no_seam(model: PreTrainedModel) -> str | None:
+    """Why packed rows cannot reach the model's attention, as far as its class says."""
+    name = type(model).__name__
+    if decoder(model) is None:
+        return f"{name} has no part that gives its hidden states"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{name} does not offer transformers' attention interface"
+    return None
+
+
+def unreached(model: PreTrainedModel, calls: int) -> str | None:
+    """Why not, if packed attention was called for fewer layers than mix tokens."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if calls == layers:
+        return None
+    return f"only {calls} of {layers} layers of {type(model).__name__} mix tokens by attention"
+
+
+def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None, str | None]:
+    """(scale, softcap, reason): what the model does between its head and the logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
+    if decoder(model) is None:
+        return 1.0, None, f"{type(model).__name__} has no part that gives its hidden states"
+    config = model.config.get_text_config()
+    try:
+        states, expected = _states(model, text), _logits(model, text)
+    except Exception as fault:  # as in _tried
+        return 1.0, None, f"{type(model).__name__} does not give its hidden states ({type(fault).__name__})"
+    for scale in _scales(config):
+        for softcap in _softcaps(config):
+            if _apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
+                return scale, softcap, None
+    return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
+
+
+def _scales(config: PreTrainedConfig) -> list[float]:
+    """What logits may be multiplied by: a field that speaks of it, as it stands or as a divisor."""
+    own = [
+        float(value)
+        for name, value in vars(config).items()
+        if "logit" in name and "scal" in name and isinstance(value, int | float) and value
+    ]
+    return list(dict.fromkeys([1.0, *own, *(1.0 / value for value in own)]))
+
+
+def _softcaps(config: PreTrainedConfig) -> list[float | None]:
+    own = [
+        float(value)
+        for name, value in vars(config).items()
+        if "logit" in name
+        and "cap" in name
+        and "attn" not in name
+        and isinstance(value, int | float)
+        and value
+    ]
+    return list(dict.fromkeys([None, *own]))
+
+
+def _decoding(model: PreTrainedModel) -> str | None:
+    """Prompts read together and continued by given tokens, on a copy that is switched to packed attention."""
+    texts = [text[: SWITCH - 1 - 3 * i] for i, text in enumerate(_texts(model)[2:])]
+    new = 9
+
+    def run() -> float:
+        model.set_attn_implementation(before)
+        whole = [_logits(model, t) for t in texts]
+        model.set_attn_implementation(NAME)
+        forget_lengths(model)
+        steps = continued(model, [t[:-new] for t in texts], [t[-new:] for t in texts], SHARED)
+        expected = torch.stack(
+            [torch.stack([w[len(w) - new - 1 + at] for w in whole]) for at in range(new + 1)]
+        )
+        return _apart(steps, expected)
+
+    before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    return _tried(model, "a packed cache", run)
+
+
+def _beside(model: PreTrainedModel) -> str | None:
+    """transformers' own loop over two prompts padded on the left, against each alone."""
+    texts = [text[:length] for text, length in zip(_texts(model), (13, 8), strict=False)]
+
+    def run() -> float:
+        together = generated(model, texts)
+        return max(_apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts))
+
+    return _tried(model, "prompts padded on the left", run)
+
+
+def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
+    """(new, B, V): the logits of a greedy answer by transformers' loop."""
+    forget_lengths(model)
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*[0] * (longest - len(t)), *t] for t in texts])
+    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts])
+    settings = GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    run: Any = model.generate
+    return torch.stack(run(ids, attention_mask=mask, generation_config=settings).logits)

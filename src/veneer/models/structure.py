@@ -1,0 +1,308 @@
+"""A small model of the same structure as a large one: what its code does, without its weights.
+
+Kept are every kind of layer and every choice of the config. Fewer are the layers, heads, experts and widths; windows,
+chunks and the positions at which something changes stand below the length of a short text. So what shows on the
+real model after 4096 tokens shows here after ten, in float32, in milliseconds (models/proof.py).
+No list of families: fields are known by the words in their names, and a copy counts only if every kind of module
+of the original is in it. What cannot be copied so is said by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from veneer.errors import VeneerError
+from veneer.models.quiet import quiet
+from veneer.models.switches import switches
+
+WINDOW = 6
+"""Tokens of every window and chunk in the copy."""
+SWITCH = 24
+"""Positions at which rotary frequencies change in the copy, where they follow the length of a text."""
+VOCABULARY = 128
+EXPERTS = 16  # a square, and a multiple of the groups
+MAX_PARAMETERS = 200_000_000
+"""0.8 GB in float32: a structure that cannot be made smaller is not proven."""
+
+
+class NoCopyError(VeneerError):
+    """The structure cannot be made small; the message says why."""
+
+
+_SPAN = re.compile(r"window|chunk|block_size|local_attention|floor|index_topk|compress_rate")
+_NOT_SPAN = re.compile(r"layer|pattern|feed_forward|lm_head|num_|_seconds|inference|length")
+_STACK = re.compile(r"^(num_)?(en|de)coder_layers$|^num_blocks$")
+_PLACES = re.compile(
+    r"^(n_positions|n_ctx|context_length|max_seq_len|max_(position_embeddings|\w+_positions))$"
+)
+_HEADS = re.compile(r"(^|_)(n_head|heads|heads_per_layer|query_groups)$")
+_WIDTH = re.compile(
+    r"hidden_size|n_embd|d_model|embed_proj|embedding_size|lru_width|emb_dim|dim_model|d_ssm|^embedding_dim$"
+)
+_INNER = re.compile(r"intermediate|ffn|dff|dim_ff|feed_forward_size|n_inner|d_inner")
+_EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")
+_CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_k$")
+_DEPTH = re.compile(
+    r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)"
+)
+
+
+def small_copy(config: PreTrainedConfig, *, window: int = WINDOW, switch: int = SWITCH) -> PreTrainedModel:
+    """A float32 model on the CPU, in eval mode, its weights drawn wide. NoCopyError says why there is none.
+
+    window   tokens of every window and chunk;  switch   positions at which rotary frequencies change
+    """
+    faults = []
+    with quiet():
+        wanted = _kinds(_on_meta(_plain(config)))
+        for narrow, thin in ((True, True), (True, False), (False, False)):
+            try:
+                return _made(config, wanted, _Aim(window, switch, narrow, thin))
+            except Exception as refusal:  # modelling code may refuse a size with anything
+                faults.append(f"{type(refusal).__name__}: {str(refusal).strip()[:80]}")
+    raise NoCopyError(f"no small copy of its structure could be made ({faults[0]})")
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """Tokens of windows, positions of rotary switches; narrow: fewer heads; thin: small feed-forward blocks."""
+
+    window: int
+    switch: int
+    narrow: bool
+    thin: bool
+
+
+def _made(config: PreTrainedConfig, wanted: set[tuple[object, ...]], aim: _Aim) -> PreTrainedModel:
+    """Of the fewest layers that hold every kind of module."""
+    missing = wanted
+    for layers in _choices_of_layers(config):
+        small = _plain(config)
+        _shrink(small, layers, aim)
+        made = _on_meta(small)
+        missing = wanted - _kinds(made)
+        if missing:
+            continue
+        if sum(p.numel() for p in made.parameters()) > MAX_PARAMETERS:
+            raise ValueError("even few layers of it are too large")
+        model = _drawn(small)
+        _run(model)
+        return model
+    raise ValueError(f"no few layers hold every kind of its modules ({_words(missing)})")
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel) -> None:
+    ids = torch.arange(2 * SWITCH)[None] % VOCABULARY
+    logits = model(input_ids=ids, use_cache=False).logits
+    if not bool(logits.isfinite().all()):
+        raise ValueError("its logits are not finite")
+
+
+def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
+    own = copy.deepcopy(config)
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config
+    own._attn_implementation = None
+    return own
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+
+
+def _kinds(model: nn.Module) -> set[tuple[object, ...]]:
+    """What modules there are: their class and every choice (a flag, a word, present or not) that they hold."""
+    kinds = set()
+    for module in model.modules():
+        choices = [
+            (name, value if isinstance(value, bool | str) else value is None)
+            for name, value in vars(module).items()
+            if not name.startswith("_") and (value is None or isinstance(value, bool | str | int | float))
+        ]
+        kinds.add((type(module), *sorted(choices, key=str)))
+    return kinds
+
+
+def _words(kinds: set[tuple[object, ...]]) -> str:
+    return ", ".join(sorted({getattr(kind[0], "__name__", "?") for kind in kinds})[:3])
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    """A field under its own name in this config; None where it has none."""
+    return vars(config).get(config.attribute_map.get(name, name))
+
+
+def _depth(config: PreTrainedConfig) -> int:
+    return int(_value(config, "num_hidden_layers") or 0)
+
+
+def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
+    """Which layers may stand for all, fewest first: one of each kind that lists tell, then the first few, then all."""
+    text = config.get_text_config()
+    depth = _depth(text)
+    lists = [v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth]
+    first: dict[str, int] = {}
+    for layer in range(depth):
+        first.setdefault(repr([own[layer] for own in lists]), layer)
+    told = sorted(first.values())
+    if lists and len(told) < depth:
+        yield told if len(told) > 1 else [told[0], told[0] + 1]
+    seen = set()
+    for count in (2, 3, 4, 6, 8, 12, 24, depth):
+        if 0 < count <= depth and count <= 48 and count not in seen:
+            seen.add(count)
+            yield list(range(count))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """heads, key_heads: before and after; factor: by which heads and widths are divided; depth: layers afterwards."""
+
+    depth: int
+    heads: tuple[int, int] = (0, 0)
+    key_heads: tuple[int, int] = (0, 0)
+    factor: int = 1
+    aim: _Aim = field(kw_only=True)
+
+
+def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
+    for part in _parts(config):
+        depth = _depth(part)
+        own = layers if part is config.get_text_config() or part is config else list(range(min(2, depth)))
+        sizes = _sizes(part, len(own), aim) if aim.narrow else _Sizes(len(own), aim=aim)
+        count = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        if switches(part).each is not None:
+            part.max_position_embeddings = aim.switch
+        for name, value in list(vars(part).items()):
+            if name.startswith("_") or isinstance(value, bool) or name in ("id2label", "label2id"):
+                continue
+            if depth and (name == count or (_STACK.search(name) and value == depth)):
+                setattr(part, name, len(own))
+            elif isinstance(value, int):
+                setattr(part, name, _number(name, value, sizes))
+            elif isinstance(value, list | tuple | dict):
+                setattr(part, name, _listed(name, value, own, depth, sizes))
+
+
+def _sizes(config: PreTrainedConfig, depth: int, aim: _Aim) -> _Sizes:
+    """Few heads, two key heads where there were more, the size of a head as it was."""
+    heads = _value(config, "num_attention_heads") or _value(config, "num_heads")
+    hidden = _value(config, "hidden_size")
+    if not isinstance(hidden, int):
+        return _Sizes(depth, aim=aim)
+    if not isinstance(heads, int):
+        return _Sizes(depth, factor=max(1, hidden // 64), aim=aim)
+    kv = _value(config, "num_key_value_heads")
+    kv = kv if isinstance(kv, int) and 0 < kv <= heads else heads
+    few_kv = 2 if kv % 2 == 0 else kv
+    for few in range(4 if 1 < kv < heads else 2, heads):
+        factor, rest = divmod(heads, few)
+        new_kv = few if kv == heads else few_kv
+        if rest == 0 and hidden % factor == 0 and few % new_kv == 0 and hidden // factor >= 32:
+            return _Sizes(depth, (heads, few), (kv, new_kv), factor, aim=aim)
+    return _Sizes(depth, aim=aim)
+
+
+def _number(name: str, value: int, sizes: _Sizes) -> int:
+    if value <= 0:
+        return value
+    if name.endswith("token_id"):
+        return min(value, VOCABULARY - 1)
+    if "vocab" in name and name.endswith(("vocab_size", "per_layer_input")):
+        return min(value, VOCABULARY)
+    if name == "original_max_position_embeddings":
+        return sizes.aim.switch
+    if _PLACES.search(name):
+        return max(value, 4 * SWITCH)
+    if _is_span(name):
+        return min(value, sizes.aim.window)
+    if _DEPTH.search(name):
+        return min(value, max(sizes.depth - 1, 1))
+    if _CHOSEN.search(name) or name in ("n_group", "num_expert_group", "topk_group"):
+        return min(value, 2)
+    if _EXPERTS.search(name) and "shared" not in name:
+        return min(value, EXPERTS)
+    # Few heads that choose keys would all score zero at once, and ties are broken by the length of the text.
+    if (_HEADS.search(name) or "num_key_value" in name) and "index" not in name:
+        for before, after in (sizes.heads, sizes.key_heads):
+            if value == before:
+                return after
+        return _divided(value, sizes.factor)
+    if _INNER.search(name):
+        small = _divided(value, sizes.factor)
+        return min(small, 64) if sizes.aim.thin else small
+    return _divided(value, sizes.factor) if _WIDTH.search(name) else value
+
+
+def _divided(value: int, factor: int) -> int:
+    return value // factor if value % factor == 0 else value
+
+
+def _is_span(name: str) -> bool:
+    return bool(_SPAN.search(name)) and not _NOT_SPAN.search(name)
+
+
+def _listed(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
+    """Lists by layer lose what is left out; numbers of layers are counted anew."""
+    if isinstance(value, dict):
+        if value and all(str(key).isdigit() for key in value):
+            return {k: _within(name, v, layers, depth, sizes) for k, v in _renumbered(value, layers).items()}
+        inside = name if _is_span(name) else ""
+        return {key: _within(str(key) + inside, own, layers, depth, sizes) for key, own in value.items()}
+    if depth and len(value) == depth:
+        return type(value)(_within(name, value[old], layers, depth, sizes) for old in layers)
+    if value and all(type(v) is int and 0 <= v < depth for v in value) and re.search(r"layer|idx|ids", name):
+        return type(value)(new for new, old in enumerate(layers) if old in value)
+    return value
+
+
+def _renumbered(value: dict[Any, Any], layers: Sequence[int]) -> dict[Any, Any]:
+    """By number of the layer, which some write with zeros in front."""
+    new = {}
+    for key, own in value.items():
+        if int(key) in layers:
+            place = layers.index(int(key))
+            new[str(place).zfill(len(key)) if isinstance(key, str) else place] = own
+    return new
+
+
+def _within(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
+    if isinstance(value, dict):
+        return _listed(name, value, layers, depth, sizes)
+    return _number(name, value, sizes) if type(value) is int else value
+
+
+def _drawn(config: PreTrainedConfig) -> PreTrainedModel:
+    """Weights drawn so wide that tokens differ strongly and a wrong mask, position or scale shows."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in tables:
+                    parameter.data.normal_(0.0, 0.3)
+                elif parameter.dim() == 1:
+                    parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+                elif parameter.dim() == 2 and not isinstance(module, nn.Conv1d):
+                    parameter.data.normal_(0.0, 1.5 * max(parameter.shape[-1], 1) ** -0.5)
+                elif parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+                    parameter.data.normal_(0.0, 1.5 * min(parameter.shape[1:]) ** -0.5)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,227 @@
+"""What is proven on a small copy of a model's structure: windows and switches longer than any quick look at the model."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+
+from tests.helpers import make_examples
+from tests.tiny import tiny_base, tiny_model
+from veneer.adapters.routing import Routing
+from veneer.errors import SourceError
+from veneer.models import proof, structure
+from veneer.models.attention import decoder
+from veneer.models.base import Base
+from veneer.models.checks import prove_head
+from veneer.models.generate import generate
+from veneer.models.likelihood import example_nats
+from veneer.models.proof import proven
+from veneer.models.step import batch_loss, batches_of, evaluation_loss, prepare
+from veneer.models.structure import NoCopyError, small_copy
+from veneer.models.switches import Switches, sides, switches
+
+CPU = torch.device("cpu")
+LONG = 16
+"""Tokens of windows and chunks in these tests: more than the look at the model itself reads."""
+FP32 = 1e-4
+SMALL = {
+    "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+MASKED = {
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": LONG,
+                  "max_window_layers": 2},
+    "phimoe": {"num_local_experts": 4, "sliding_window": LONG},
+    "doge": {"sliding_window": LONG, "keep_window_size": LONG},
+    "llama4_text": {"attention_chunk_size": LONG, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
+                    "attn_temperature_tuning": False},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "sliding_window": LONG},
+}  # fmt: skip
+"""Windows and chunks that the mask alone knows, and one that no mask of transformers obeys."""
+FACTORS = {"short_factor": [1.0, 1.3, 2.0, 4.0], "long_factor": [2.0, 3.0, 5.0, 9.0]}
+ROTARY = {
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        **FACTORS,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}
+
+
+def made(kind, **fields):
+    """A small random model of a family that tests/tiny.py does not have."""
+    config = CONFIG_MAPPING[kind](**{**SMALL, **fields})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def rotary(kind):
+    """A llama whose rotary frequencies change at 16 tokens."""
+    positions = 16 if kind == "dynamic" else 64
+    return tiny_model("llama", rope_parameters=ROTARY[kind], max_position_embeddings=positions)
+
+
+def based(model):
+    base = tiny_base()
+    return Base(model, base.tokenizer, "tiny", "tiny")
+
+
+def fresh(model):
+    """As if it had read no text yet: a model of dynamic RoPE keeps the frequencies of its longest."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq.copy_(module.original_inv_freq)
+
+
+def alone(model, examples):
+    """Nats of each row alone, by the model's own forward; read anew each time, as a fresh process would."""
+    nats = []
+    for e in examples:
+        ids, rows = torch.from_numpy(e.ids.astype(np.int64))[None], np.flatnonzero(e.trained)
+        fresh(model)
+        logits = model(input_ids=ids[:, : rows[-1]], use_cache=False).logits[0]
+        nats.append(F.cross_entropy(logits[rows - 1], ids[0, rows], reduction="sum").item())
+    return nats
+
+
+def answered(model, prompt, new):
+    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=257, pad_token_id=258)
+    fresh(model)
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return [token for token in out[0, len(prompt) :].tolist() if token != 257]
+
+
+PROMPTS = [[(7 * i + j * j) % 250 for j in range(4 + 9 * i)] for i in range(4)]  # 4 to 31 tokens
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_a_window_that_the_mask_alone_knows_is_never_lost(kind):
+    model, examples = made(kind, **MASKED[kind]), make_examples(4, longest=50)
+    expected = alone(model, examples)
+    paths = prepare(model)
+    assert not paths.packed and "differs" in paths.packed_reason
+    found = example_nats(model, paths, examples, batch=4)[:, 0]
+    assert found == pytest.approx(expected, rel=FP32)
+    answers = generate(based(model), PROMPTS, max_new_tokens=8)
+    assert answers == [answered(model, prompt, 8) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_a_window_that_the_interface_hands_on_stays_packed_whatever_its_length(family):
+    model, examples = tiny_model(family, sliding_window=LONG), make_examples(4, longest=50)
+    expected, paths = alone(model, examples), prepare(model)
+    assert paths.packed
+    assert example_nats(model, paths, examples, batch=4)[:, 0] == pytest.approx(expected, rel=FP32)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(kind):
+    model, examples = rotary(kind), make_examples(8, longest=40)
+    expected = alone(model, examples)
+    paths, routing = prepare(model), Routing()
+    assert paths.packed and kind in paths.lines[0].lower().replace("dynamic rope", "dynamic")
+    for batch in (1, 3, 8):
+        assert example_nats(model, paths, examples, batch=batch)[:, 0] == pytest.approx(expected, rel=FP32)
+        nats, _ = evaluation_loss(model, paths, routing, examples, batch=batch)
+        assert nats == pytest.approx(sum(expected), rel=FP32)
+    trained = batches_of(model, paths, examples, [[3, 0, 5], [1, 2]], share_prompt=True)
+    loss = sum(batch_loss(model, paths, routing, one, total=1.0).item() for one in trained)
+    assert loss == pytest.approx(sum(expected[i] for i in (3, 0, 5, 1, 2)), rel=FP32)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_an_answer_that_crosses_the_switch_is_the_one_given_alone(kind):
+    base = based(rotary(kind))
+    expected = [answered(base.model, prompt, 8) for prompt in PROMPTS]
+    assert generate(base, PROMPTS, max_new_tokens=8) == expected
+    assert [generate(base, [prompt], max_new_tokens=8)[0] for prompt in reversed(PROMPTS)] == expected[::-1]
+
+
+def test_rows_go_together_on_one_side_of_a_switch():
+    assert sides([5, 20, 16, 17], Switches(at=(16,))) == [[0, 2], [1, 3]]
+    assert sides([5, 20, 16, 17, 20], Switches(each=16)) == [[0, 2], [1, 4], [3]]
+    assert sides([5, 20], switches(tiny_model("llama").config)) == [[0, 1]]
+
+
+def test_a_cap_on_logits_is_found_under_any_name_and_an_unknown_one_takes_whole_logits(monkeypatch):
+    model = made("xlstm", num_heads=2, output_logit_soft_cap=7.0, qk_dim_factor=0.5, chunk_size=8)
+    paths = prepare(model)
+    assert (paths.softcap, paths.head_reason) == (7.0, None)
+    expected, examples = alone(model, make_examples(3)), make_examples(3)
+    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(expected, rel=FP32)
+    monkeypatch.setattr(proof, "_KNOWN", {})
+    monkeypatch.setattr(proof, "_softcaps", lambda _: [None])
+    assert "not known" in prove_head(model)[2]
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "mllama_text_model"])
+def test_the_decoder_is_a_part_of_the_model_and_gives_hidden_states(kind):
+    fields = {**MASKED["llama4_text"]} if kind == "llama4_text" else {"cross_attention_layers": []}
+    config = CONFIG_MAPPING[kind](**{**SMALL, **fields})
+    if kind == "llama4_text":
+        model = made(kind, **fields)
+    else:
+        from transformers import MllamaForCausalLM
+
+        model = MllamaForCausalLM(config).eval()
+    assert decoder(model) is not None and decoder(model) is not model
+    assert decoder(model)(input_ids=torch.tensor([[1, 2]]), use_cache=False).last_hidden_state.shape[-1] == 32
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "bert"])
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind):
+    model = tiny_model("gemma3", use_bidirectional_attention=True) if kind == "gemma3" else made("bert")
+    with pytest.raises(SourceError, match="before it alone"):
+        prepare(model)
+    with pytest.raises(SourceError, match="before it alone"):
+        generate(based(model), PROMPTS[:1], max_new_tokens=2)
+
+
+def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkeypatch):
+    def none(config):
+        raise NoCopyError("no small copy of its structure could be made (a reason)")
+
+    monkeypatch.setattr(proof, "small_copy", none)
+    monkeypatch.setattr(proof, "_KNOWN", {})
+    model, examples = tiny_model("qwen2"), make_examples(3)
+    paths = prepare(model)
+    assert paths.lines[0].startswith("rows one by one: no small copy") and "whole logits" in paths.lines[1]
+    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(
+        alone(model, examples), rel=FP32
+    )
+    assert len(generate(based(model), PROMPTS, max_new_tokens=3)) == len(PROMPTS)
+
+
+def test_prompts_go_one_by_one_where_padding_on_the_left_changes_answers():
+    model = made("rwkv", attention_hidden_size=32, num_hidden_layers=2)
+    assert proven(model.config).beside is not None
+    answers = generate(based(model), PROMPTS, max_new_tokens=6)
+    assert answers == [answered(model, prompt, 6) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2_moe", "jamba", "llama4_text"])
+def test_the_copy_holds_every_kind_of_module_in_little(kind):
+    config = CONFIG_MAPPING[kind]()
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    copy = small_copy(config)
+    assert {type(m) for m in whole.modules()} == {type(m) for m in copy.modules()}
+    assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_neo", "recurrent_gemma", "llama4_text"])
+def test_windows_of_the_copy_act_within_a_short_text(kind):
+    config = CONFIG_MAPPING[kind]()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        short, long = (small_copy(config, window=window)(ids).logits for window in (structure.WINDOW, 64))
+    assert torch.allclose(short[:, : structure.WINDOW - 1], long[:, : structure.WINDOW - 1], atol=1e-4)
+    assert not torch.allclose(short[:, 20:], long[:, 20:], atol=1e-2)
