@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
 
 from tests.helpers import make_examples
 from tests.tiny import tiny_base, tiny_model
@@ -186,7 +191,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind):
 
 
 def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkeypatch):
-    def none(config):
+    def none(kind, config):
         raise NoCopyError("no small copy of its structure could be made (a reason)")
 
     monkeypatch.setattr(proof, "small_copy", none)
@@ -202,7 +207,7 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
 
 def test_prompts_go_one_by_one_where_padding_on_the_left_changes_answers():
     model = made("rwkv", attention_hidden_size=32, num_hidden_layers=2)
-    assert proven(model.config).beside is not None
+    assert proven(type(model), model.config).beside is not None
     answers = generate(based(model), PROMPTS, max_new_tokens=6)
     assert answers == [answered(model, prompt, 6) for prompt in PROMPTS]
 
@@ -212,7 +217,7 @@ def test_the_copy_holds_every_kind_of_module_in_little(kind):
     config = CONFIG_MAPPING[kind]()
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
-    copy = small_copy(config)
+    copy = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
     assert {type(m) for m in whole.modules()} == {type(m) for m in copy.modules()}
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
 
@@ -222,6 +227,9 @@ def test_windows_of_the_copy_act_within_a_short_text(kind):
     config = CONFIG_MAPPING[kind]()
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        short, long = (small_copy(config, window=window)(ids).logits for window in (structure.WINDOW, 64))
+        short, long = (
+            small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, window=window)(ids).logits
+            for window in (structure.WINDOW, 64)
+        )
     assert torch.allclose(short[:, : structure.WINDOW - 1], long[:, : structure.WINDOW - 1], atol=1e-4)
     assert not torch.allclose(short[:, 20:], long[:, 20:], atol=1e-2)

@@ -28,7 +28,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, Not
 
 def structure(model: PreTrainedModel) -> Proven:
     """What holds for the model's structure. SourceError: it sees what it is to predict."""
-    found = proven(model.config)
+    found = proven(type(model), model.config)
     if found.causal is not None:
         raise SourceError(
             f"{type(model).__name__} does not predict each token from those before it alone",

@@ -28,6 +28,7 @@ from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
 from veneer.models.decode import continued
+from veneer.models.quiet import quiet
 from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths, sides, switches
 
@@ -55,18 +56,19 @@ class Proven:
 _KNOWN: dict[str, Proven] = {}
 
 
-def proven(config: PreTrainedConfig) -> Proven:
-    """What holds for models of this config."""
-    key = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
+def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
+    """What holds for models of this class and config."""
+    key = json.dumps([kind.__name__, type(config).__name__, config.to_dict()], sort_keys=True, default=str)
     if key not in _KNOWN:
-        _KNOWN[key] = _prove(config)
+        with quiet():
+            _KNOWN[key] = _prove(kind, config)
     return _KNOWN[key]
 
 
 @torch.no_grad()
-def _prove(config: PreTrainedConfig) -> Proven:
+def _prove(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     try:
-        copy = small_copy(config)
+        copy = small_copy(kind, config)
     except NoCopyError as fault:
         reason = str(fault).splitlines()[0]
         return Proven(packed=reason, padded=reason, head=reason, decoding=reason, beside=reason)
@@ -212,14 +214,15 @@ def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None,
     if decoder(model) is None:
         return 1.0, None, f"{type(model).__name__} has no part that gives its hidden states"
     config = model.config.get_text_config()
+    expected = _logits(model, text)
     try:
-        states, expected = _states(model, text), _logits(model, text)
+        states = _states(model, text)
+        for scale in _scales(config):
+            for softcap in _softcaps(config):
+                if _apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
+                    return scale, softcap, None
     except Exception as fault:  # as in _tried
-        return 1.0, None, f"{type(model).__name__} does not give its hidden states ({type(fault).__name__})"
-    for scale in _scales(config):
-        for softcap in _softcaps(config):
-            if _apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
-                return scale, softcap, None
+        return 1.0, None, f"{type(model).__name__} does not give what its head takes ({type(fault).__name__})"
     return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
 
 

@@ -10,6 +10,7 @@ of the original is in it. What cannot be copied so is said by name.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import VeneerError
 from veneer.models.quiet import quiet
@@ -39,7 +40,8 @@ class NoCopyError(VeneerError):
 
 _SPAN = re.compile(r"window|chunk|block_size|local_attention|floor|index_topk|compress_rate")
 _NOT_SPAN = re.compile(r"layer|pattern|feed_forward|lm_head|num_|_seconds|inference|length")
-_STACK = re.compile(r"^(num_)?(en|de)coder_layers$|^num_blocks$")
+_STACK = re.compile(r"^(num_)?((en|de)coder_)?layers$|^num_blocks$")
+_GROUPS = re.compile(r"(^|_)n?groups$")
 _PLACES = re.compile(
     r"^(n_positions|n_ctx|context_length|max_seq_len|max_(position_embeddings|\w+_positions))$"
 )
@@ -55,17 +57,19 @@ _DEPTH = re.compile(
 )
 
 
-def small_copy(config: PreTrainedConfig, *, window: int = WINDOW, switch: int = SWITCH) -> PreTrainedModel:
-    """A float32 model on the CPU, in eval mode, its weights drawn wide. NoCopyError says why there is none.
+def small_copy(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, *, window: int = WINDOW, switch: int = SWITCH
+) -> PreTrainedModel:
+    """Of models of class `kind` with this config: a float32 model on the CPU, in eval mode, its weights drawn wide. NoCopyError says why there is none.
 
     window   tokens of every window and chunk;  switch   positions at which rotary frequencies change
     """
     faults = []
     with quiet():
-        wanted = _kinds(_on_meta(_plain(config)))
-        for narrow, thin in ((True, True), (True, False), (False, False)):
+        for narrow, thin in _SIZES:
             try:
-                return _made(config, wanted, _Aim(window, switch, narrow, thin))
+                wanted = _kinds(_on_meta(kind, _plain(config)))
+                return _made(kind, config, wanted, _Aim(window, switch, narrow, thin))
             except Exception as refusal:  # modelling code may refuse a size with anything
                 faults.append(f"{type(refusal).__name__}: {str(refusal).strip()[:80]}")
     raise NoCopyError(f"no small copy of its structure could be made ({faults[0]})")
@@ -73,29 +77,42 @@ def small_copy(config: PreTrainedConfig, *, window: int = WINDOW, switch: int = 
 
 @dataclass(frozen=True)
 class _Aim:
-    """Tokens of windows, positions of rotary switches; narrow: fewer heads; thin: small feed-forward blocks."""
+    """Tokens of windows, positions of rotary switches; narrow: fewest heads (1), the next few,
+    or all (0); thin: small feed-forward blocks."""
 
     window: int
     switch: int
-    narrow: bool
+    narrow: int
     thin: bool
 
 
-def _made(config: PreTrainedConfig, wanted: set[tuple[object, ...]], aim: _Aim) -> PreTrainedModel:
+_SIZES = ((1, True), (1, False), (2, True), (3, True), (4, True), (0, True), (0, False))
+"""Tried in this order: what some code refuses at one size it takes at another."""
+
+
+def _made(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, wanted: set[tuple[object, ...]], aim: _Aim
+) -> PreTrainedModel:
     """Of the fewest layers that hold every kind of module."""
-    missing = wanted
+    missing, fault = wanted, None
     for layers in _choices_of_layers(config):
         small = _plain(config)
         _shrink(small, layers, aim)
-        made = _on_meta(small)
-        missing = wanted - _kinds(made)
+        try:
+            made = _on_meta(kind, small)
+        except Exception as refusal:  # too few layers for what ties or shares them
+            missing, fault = wanted, refusal
+            continue
+        missing, fault = wanted - _kinds(made), None
         if missing:
             continue
         if sum(p.numel() for p in made.parameters()) > MAX_PARAMETERS:
             raise ValueError("even few layers of it are too large")
-        model = _drawn(small)
+        model = _drawn(kind, small)
         _run(model)
         return model
+    if fault is not None:
+        raise fault
     raise ValueError(f"no few layers hold every kind of its modules ({_words(missing)})")
 
 
@@ -115,9 +132,14 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
     return own
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+def _on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        return _built(kind, copy.deepcopy(config))
+
+
+def _built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    build: Any = kind._from_config  # as AutoModelForCausalLM.from_config builds it
+    return build(config, dtype=torch.float32)
 
 
 def _kinds(model: nn.Module) -> set[tuple[object, ...]]:
@@ -150,7 +172,10 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
 
 
 def _depth(config: PreTrainedConfig) -> int:
-    return int(_value(config, "num_hidden_layers") or 0)
+    told = _value(config, "num_hidden_layers")
+    if not isinstance(told, int):  # some count a list
+        told = getattr(config, "num_hidden_layers", None)
+    return told if isinstance(told, int) else 0
 
 
 def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
@@ -193,8 +218,10 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
         for name, value in list(vars(part).items()):
             if name.startswith("_") or isinstance(value, bool) or name in ("id2label", "label2id"):
                 continue
-            if depth and (name == count or (_STACK.search(name) and value == depth)):
+            if depth and name == count:
                 setattr(part, name, len(own))
+            elif depth and isinstance(value, int) and _STACK.search(name):
+                setattr(part, name, max(1, value * len(own) // depth))
             elif isinstance(value, int):
                 setattr(part, name, _number(name, value, sizes))
             elif isinstance(value, list | tuple | dict):
@@ -208,14 +235,18 @@ def _sizes(config: PreTrainedConfig, depth: int, aim: _Aim) -> _Sizes:
     if not isinstance(hidden, int):
         return _Sizes(depth, aim=aim)
     if not isinstance(heads, int):
-        return _Sizes(depth, factor=max(1, hidden // 64), aim=aim)
+        return _Sizes(depth, factor=max(1, hidden // (64 * aim.narrow)), aim=aim)
     kv = _value(config, "num_key_value_heads")
     kv = kv if isinstance(kv, int) and 0 < kv <= heads else heads
     few_kv = 2 if kv % 2 == 0 else kv
+    skipped = 1
     for few in range(4 if 1 < kv < heads else 2, heads):
         factor, rest = divmod(heads, few)
         new_kv = few if kv == heads else few_kv
-        if rest == 0 and hidden % factor == 0 and few % new_kv == 0 and hidden // factor >= 32:
+        fits = rest == 0 and hidden % factor == 0 and few % new_kv == 0 and hidden // factor >= 32
+        if fits and skipped < aim.narrow:
+            skipped += 1
+        elif fits:
             return _Sizes(depth, (heads, few), (kv, new_kv), factor, aim=aim)
     return _Sizes(depth, aim=aim)
 
@@ -239,6 +270,8 @@ def _number(name: str, value: int, sizes: _Sizes) -> int:
         return min(value, 2)
     if _EXPERTS.search(name) and "shared" not in name:
         return min(value, EXPERTS)
+    if _GROUPS.search(name):
+        return math.gcd(value, sizes.heads[1]) if sizes.heads[1] else value
     # Few heads that choose keys would all score zero at once, and ties are broken by the length of the text.
     if (_HEADS.search(name) or "num_key_value" in name) and "index" not in name:
         for before, after in (sizes.heads, sizes.key_heads):
@@ -289,11 +322,11 @@ def _within(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Si
     return _number(name, value, sizes) if type(value) is int else value
 
 
-def _drawn(config: PreTrainedConfig) -> PreTrainedModel:
+def _drawn(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Weights drawn so wide that tokens differ strongly and a wrong mask, position or scale shows."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _built(kind, config)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):

@@ -1,0 +1,415 @@
+"""Every causal LM of transformers that can be built small, held against transformers and PEFT: the table of families.
+
+    python -m tests.families              all of them; writes docs/families.md (an hour on two cores)
+    python -m tests.families mamba jamba  these, on the screen
+
+For each a small random model: an adapter of Veneer's beside it, its file in PEFT on the same weights.
+    path       what models/proof.py found: how rows are computed, and why not packed
+    loss       of a batch with a shared prompt, rows on both sides of every window and rotary switch: ours, and the
+               sum of PEFT's rows one by one
+    gradient   of every trained value: ours, and torch's through the model's own forward, one row at a time
+    to PEFT    our file in PEFT: the same logits;  from PEFT: PEFT's own "all-linear" file here: the same logits
+    answers    greedy, prompts of four lengths at once, and transformers' own loop in PEFT, one at a time
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.helpers import fill, make_examples
+from tests.tiny import tiny_tokenizer
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.errors import VeneerError
+from veneer.models.base import Base
+from veneer.models.generate import generate
+from veneer.models.quiet import quiet
+from veneer.models.step import batch_loss, batches_of
+from veneer.models.structure import small_copy
+from veneer.models.switches import forget_lengths
+from veneer.store.adapter import load_adapter, manifest_for, write_adapter
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+WINDOW, SWITCH = 16, 32
+"""Longer than what the proof's copies have, shorter than the rows and prompts here."""
+LOSS, GRADIENT, LOGITS = 1e-4, 1e-3, 1e-4
+"""Relative to the largest value; float32 in another order. A gradient sums over rows and layers."""
+IDS = 120
+"""Token ids used: below every special one of a small copy."""
+DECODER = {"is_decoder": True}
+HEADS = {"head_dim": 32}
+FIELDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+         "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+         "xlm-roberta-xl", "xmod"), DECODER,
+    ),
+    "bamba": {"attn_layer_indices": [1, 5]},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "hunyuan_v1_dense": HEADS, "hunyuan_v1_moe": HEADS, "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128}, "lfm2_moe": {"num_experts_per_tok": 4},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+}  # fmt: skip
+"""What a default config lacks to be a decoder, or to be built at all."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16}),
+    "qwen2_moe, window": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16}),
+    "phimoe, window": ("phimoe", {"sliding_window": 64}),
+    "doge, window": ("doge", {"sliding_window": 64}),
+    "olmoe, window": ("olmoe", {"sliding_window": 64}),
+    "mixtral, window": ("mixtral", {"sliding_window": 64}),
+    "phi3, longrope": ("phi3", {
+        "original_max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
+                            "short_factor": [1.0 + 0.1 * i for i in range(48)],
+                            "long_factor": [2.0 + 0.5 * i for i in range(48)]}}),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+}  # fmt: skip
+"""Settings that change the path, beside the defaults."""
+SAMPLE = (
+    "qwen2_moe, window", "llama4_text", "phi3, longrope", "granite", "deepseek_v3", "mamba", "jamba", "lfm2", "rwkv",
+)  # fmt: skip
+"""Held in CI; the rest by `make soak`."""
+
+
+def names() -> list[str]:
+    return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
+
+
+def family_config(name: str) -> PreTrainedConfig:
+    kind, own = VARIANTS.get(name, (name, {}))
+    return CONFIG_MAPPING[kind](**{**FIELDS.get(kind, {}), **own})
+
+
+def family_model(name: str) -> PreTrainedModel:
+    """Small and random, the same at every call; raises what transformers raises where it cannot be built."""
+    with quiet():
+        config = family_config(name)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if kind.config_class is not type(config):  # the text's part of a model that sees or hears
+            config = config.get_text_config()
+        model = small_copy(kind, config, window=WINDOW, switch=SWITCH)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = None
+    return model
+
+
+def family_base(name: str) -> Base:
+    return Base(family_model(name), tiny_tokenizer(), name, name)
+
+
+@dataclass
+class Result:
+    """One family: text where something is told, a number where it was compared."""
+
+    name: str
+    built: str | None = None
+    path: str = ""
+    cells: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def row(self) -> str:
+        """Of the page. The same at every run: a number only where it is too large."""
+        if self.built is not None:
+            return f"| {self.name} | {self.built} | | | | | |"
+        shown = [_shown(self.cells.get(cell, "?"), limit) for cell, limit in LIMITS.items()]
+        return f"| {self.name} | {self.path} | {' | '.join(shown)} |"
+
+    @property
+    def wrong(self) -> list[str]:
+        """Cells that hold neither agreement nor a refusal in words."""
+        return [
+            f"{self.name}, {cell}: {value}"
+            for cell, value in self.cells.items()
+            if (isinstance(value, float) and not value <= LIMITS[cell])
+            or (isinstance(value, str) and value.startswith("FAULT"))
+        ]
+
+
+LIMITS = {"loss": LOSS, "gradient": GRADIENT, "to PEFT": LOGITS, "from PEFT": LOGITS, "answers": 0.0}
+
+
+def _shown(value: float | str, limit: float) -> str:
+    if isinstance(value, str):
+        return value
+    return "yes" if value <= limit else f"**no: {value:.0e}**"
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    value = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    return value if value == value else float("inf")
+
+
+def _tried(run: Callable[[], float]) -> float | str:
+    """A number, or in words why there is none."""
+    try:
+        return run()
+    except Exception as fault:
+        return _told(fault)
+
+
+def _told(fault: Exception) -> str:
+    if isinstance(fault, VeneerError):
+        return "refused: " + _words(str(fault))
+    if isinstance(fault, _NotInPeft):
+        return "not in PEFT: " + _words(str(fault))
+    return f"FAULT {type(fault).__name__}: {_words(str(fault))}"
+
+
+def _words(text: str) -> str:
+    return text.strip().split("\n")[0].replace("|", "/")[:110]
+
+
+class _NotInPeft(Exception):
+    """PEFT or transformers itself does not do this."""
+
+
+def _alone(model: Any, ids: np.ndarray) -> Tensor:
+    """(T, V) of one text through the model's own forward."""
+    forget_lengths(model)
+    return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
+
+
+def _nats(model: Any, examples: list[Any]) -> Tensor:
+    """Cross-entropy of the trained tokens of every row alone, summed. What no loss depends on is left out, as in a step."""
+    total = torch.zeros(())
+    for example in examples:
+        rows = np.flatnonzero(example.trained)
+        logits = _alone(model, example.ids[: rows[-1]])
+        targets = torch.from_numpy(example.ids[rows].astype(np.int64))
+        total = total + F.cross_entropy(logits[rows - 1], targets, reduction="sum")
+    return total
+
+
+def _in_peft(name: str, folder: Path) -> Any:
+    import peft
+
+    model = family_model(name)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = peft.PeftModel.from_pretrained(model, folder).eval()
+    except Exception as fault:
+        raise _NotInPeft(f"{type(fault).__name__}: {fault}") from fault
+    lost = [str(w.message) for w in caught if "missing" in str(w.message) or "nexpected" in str(w.message)]
+    if lost:
+        raise ValueError(lost[0])
+    return loaded
+
+
+def _randomise(model: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * _scale(parameter))
+
+
+def _scale(parameter: Tensor) -> float:
+    return 0.3 * max(1, parameter.shape[-1]) ** -0.5
+
+
+def measure(name: str) -> Result:
+    """The row of one family."""
+    result = Result(name)
+    try:
+        base = family_base(name)
+    except Exception as fault:
+        result.built = f"not built: {type(fault).__name__}: {_words(str(fault))}"
+        return result
+    try:
+        with quiet():
+            paths = base.paths
+    except VeneerError as refusal:
+        result.built = _told(refusal)
+        return result
+    result.path = "; ".join(line for line in paths.lines if not line.startswith("logits only"))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        _compare(base, result, Path(folder))
+    return result
+
+
+def _compare(base: Base, result: Result, folder: Path) -> None:
+    name, cells = result.name, result.cells
+    examples = make_examples(5, vocab=IDS, prompt=5, longest=44)
+    total = float(sum(e.trained.sum() for e in examples))
+    head = base.model.get_output_embeddings()
+    try:
+        made = attach(base.model, LoRA(rank=3, alpha=5), name="a", routing=base.routing, head=head)
+    except Exception as fault:
+        cells.update(dict.fromkeys(LIMITS, _told(fault)))
+        return
+    for parameter in made.parameters().values():
+        fill([parameter], seed=parameter.numel(), scale=_scale(parameter))
+    base.routing.active = (("a", 1.0),)
+    plain = base.model
+    write_adapter(folder / "ours", made, manifest_for(base, method="lora"), model=plain)
+    twin, reason = None, ""
+    try:
+        twin = _in_peft(name, folder / "ours")
+    except Exception as fault:
+        reason = _told(fault)
+
+    def loss() -> float:
+        batches = batches_of(base.model, base.paths, examples, [list(range(5))], share_prompt=True)
+        for parameter in made.parameters().values():
+            parameter.requires_grad_(True).grad = None
+        found = torch.zeros(())
+        for batch in batches:
+            part = batch_loss(base.model, base.paths, base.routing, batch, total=total)
+            part.backward()
+            found = found + part.detach()
+        with torch.no_grad():
+            expected = _nats(twin if twin is not None else _own().model, examples) / total
+        return abs(found.item() - expected.item()) / expected.item()
+
+    def _own() -> Any:
+        """The same adapter of ours through the model's own forward."""
+        other = family_base(name)
+        load_adapter(other, folder / "ours", name="a")
+        other.routing.active = (("a", 1.0),)
+        return other
+
+    def gradient() -> float:
+        other = _own()
+        twins = other.attachments["a"].parameters()
+        for parameter in twins.values():
+            parameter.requires_grad_(True)
+        (_nats(other.model, examples) / total).backward()
+        worst = 0.0
+        for key, parameter in made.parameters().items():
+            # None: the text alone does not pass here (a vision tower, attention to an encoder)
+            ours, theirs = (torch.zeros(1) if p.grad is None else p.grad for p in (parameter, twins[key]))
+            if ours.any() or theirs.any():
+                worst = max(worst, _apart(ours, theirs))
+        return worst
+
+    def to_peft() -> float:
+        with torch.no_grad():
+            return max(_apart(_alone(base.model, e.ids), _alone(twin, e.ids)) for e in examples[:2])
+
+    def from_peft() -> float:
+        return _from_peft(name, folder / "theirs", [e.ids for e in examples[:2]])
+
+    def answers() -> float:
+        return _answers(base, twin)
+
+    cells["loss"] = _tried(loss)
+    cells["gradient"] = _tried(gradient) if isinstance(cells["loss"], float) else cells["loss"]
+    cells["to PEFT"] = _tried(to_peft) if twin is not None else reason
+    cells["from PEFT"] = _tried(from_peft)
+    cells["answers"] = _tried(answers) if twin is not None else reason
+
+
+def _from_peft(name: str, folder: Path, texts: list[np.ndarray]) -> float:
+    import peft
+
+    try:
+        config = peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", target_modules="all-linear")
+        theirs = peft.get_peft_model(family_model(name), config).eval()
+        _randomise(theirs)
+        with torch.no_grad():
+            expected = [_alone(theirs, ids) for ids in texts]
+        theirs.save_pretrained(folder)
+    except Exception as fault:
+        raise _NotInPeft(f"{type(fault).__name__}: {fault}") from fault
+    base = family_base(name)
+    load_adapter(base, folder, name="x")
+    base.routing.active = (("x", 1.0),)
+    with torch.no_grad():
+        return max(_apart(_alone(base.model, ids), own) for ids, own in zip(texts, expected, strict=True))
+
+
+def _answers(base: Base, twin: Any) -> float:
+    """The share of answers that differ."""
+    prompts = [[(7 * i + j * j) % IDS for j in range(length)] for i, length in enumerate((27, 4, 19, 38))]
+    settings = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        forget_lengths(twin)
+        try:
+            out = twin.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
+        except Exception as fault:
+            raise _NotInPeft(f"generate: {type(fault).__name__}: {fault}") from fault
+        expected.append(out[0, len(prompt) :].tolist())
+    found = generate(base, prompts, max_new_tokens=10)
+    return sum(a != b for a, b in zip(found, expected, strict=True)) / len(prompts)
+
+
+def page(results: list[Result]) -> str:
+    import peft
+    import transformers
+
+    built = [r for r in results if r.built is None]
+    packed = sum(r.path.startswith("packed") for r in built)
+    clean = sum(all(isinstance(v, float) and v <= LIMITS[c] for c, v in r.cells.items()) for r in built)
+    lines = [
+        "# Families",
+        "",
+        "Written by `python -m tests.families`; a sample is held in CI, the whole by `make soak`. Every causal LM that "
+        f"transformers {transformers.__version__} names, small and random in float32, beside PEFT {peft.__version__}.",
+        "",
+        "- **rows**: how a batch is computed and, where documents are not packed, why. Padded and one by one are slower, "
+        "not less exact.",
+        f"- **loss**, **gradient**: of a batch with a shared prompt, against PEFT and the model's own forward one row at "
+        f"a time; yes: within {LOSS:g} and {GRADIENT:g} of the largest value.",
+        "- **to PEFT**: our adapter's file in PEFT; **from PEFT**: PEFT's `all-linear` file here; yes: the same logits.",
+        "- **answers**: four greedy ones at once against transformers' loop in PEFT one at a time, all the same.",
+        "",
+        f"{len(built)} families are built, {packed} of them packed, {clean} agree in every column.",
+        "",
+        "| family | rows | loss | gradient | to PEFT | from PEFT | answers |",
+        "|---|---|---|---|---|---|---|",
+        *[r.row for r in built],
+        "",
+        "Not compared:",
+        "",
+        *[f"- {r.name}: {r.built}" for r in results if r.built is not None],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(asked: list[str]) -> None:
+    results = []
+    for name in asked or names():
+        start = time.perf_counter()
+        result = measure(name)
+        results.append(result)
+        numbers = {k: f"{v:.1e}" if isinstance(v, float) else v for k, v in result.cells.items()}
+        print(
+            f"{name}  {time.perf_counter() - start:.1f} s  {result.built or result.path}\n    {numbers}",
+            flush=True,
+        )
+    if not asked:
+        PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
