@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.families import SAMPLE, measure
+from tests.families import PAGE, SAMPLE, measure, rows_of
 
 pytest.importorskip("peft")
 
@@ -11,3 +11,4 @@ pytest.importorskip("peft")
 def test_a_family_agrees_with_transformers_and_peft(name):
     found = measure(name)
     assert found.built is None and not found.wrong
+    assert rows_of(PAGE.read_text())[name] == found.row, f"python -m tests.families '{name}' writes it anew"

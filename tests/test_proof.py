@@ -119,6 +119,22 @@ def test_a_window_that_the_mask_alone_knows_is_never_lost(kind):
     assert answers == [answered(model, prompt, 8) for prompt in PROMPTS]
 
 
+def test_a_selection_of_keys_is_not_taken_for_attention_to_all():
+    fields = {"num_hidden_layers": 2, "index_topk": 512, "mlp_layer_types": ["dense", "dense"]}
+    config = CONFIG_MAPPING["glm_moe_dsa"](**fields, indexer_types=["full", "full"])
+    found = proven(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    assert "differs" in found.packed and (found.causal, found.padded, found.head) == (None, None, None)
+
+
+def test_a_structure_is_proven_once_whatever_the_type_and_the_path(monkeypatch):
+    monkeypatch.setattr(proof, "_KNOWN", {})
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama", dtype)
+        prepare(model)
+        prepare(model)
+    assert len(proof._KNOWN) == 1
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
 def test_a_window_that_the_interface_hands_on_stays_packed_whatever_its_length(family):
     model, examples = tiny_model(family, sliding_window=LONG), make_examples(4, longest=50)
@@ -148,6 +164,14 @@ def test_an_answer_that_crosses_the_switch_is_the_one_given_alone(kind):
     expected = [answered(base.model, prompt, 8) for prompt in PROMPTS]
     assert generate(base, PROMPTS, max_new_tokens=8) == expected
     assert [generate(base, [prompt], max_new_tokens=8)[0] for prompt in reversed(PROMPTS)] == expected[::-1]
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_the_switch_of_the_copy_lies_within_its_texts(kind):
+    model = rotary(kind)
+    found = switches(small_copy(type(model), model.config).config)
+    assert {*found.at, found.each} - {None} == {structure.SWITCH}
+    assert min(proof.LENGTHS) < structure.SWITCH < max(proof.LENGTHS)
 
 
 def test_rows_go_together_on_one_side_of_a_switch():

@@ -32,8 +32,8 @@ def weights_read_past(model: nn.Module) -> frozenset[str]:
     device = next(model.parameters()).device
     with torch.no_grad(), _at_work(modules, watch), watch:
         try:
-            # With a cache: without one transformers looks into the positions, which have no values there.
-            model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=True)
+            # Without values only with a cache: else transformers looks into the positions, which have none there.
+            model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta")
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             if device.type != "meta":
                 raise

@@ -53,12 +53,14 @@ class Proven:
     softcap: float | None = None
 
 
+_NO_STRUCTURE = ("dtype", "_name_or_path", "quantization_config", "transformers_version", "architectures")
 _KNOWN: dict[str, Proven] = {}
 
 
 def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     """What holds for models of this class and config."""
-    key = json.dumps([kind.__name__, type(config).__name__, config.to_dict()], sort_keys=True, default=str)
+    fields = {name: value for name, value in config.to_dict().items() if name not in _NO_STRUCTURE}
+    key = json.dumps([kind.__name__, type(config).__name__, fields], sort_keys=True, default=str)
     if key not in _KNOWN:
         with quiet():
             _KNOWN[key] = _prove(kind, config)

@@ -108,7 +108,7 @@ def _made(
             continue
         if sum(p.numel() for p in made.parameters()) > MAX_PARAMETERS:
             raise ValueError("even few layers of it are too large")
-        model = _drawn(kind, small)
+        model = drawn(kind, small)
         _run(model)
         return model
     if fault is not None:
@@ -213,8 +213,7 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
         own = layers if part is config.get_text_config() or part is config else list(range(min(2, depth)))
         sizes = _sizes(part, len(own), aim) if aim.narrow else _Sizes(len(own), aim=aim)
         count = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        if switches(part).each is not None:
-            part.max_position_embeddings = aim.switch
+        follows_length = switches(part).each is not None
         for name, value in list(vars(part).items()):
             if name.startswith("_") or isinstance(value, bool) or name in ("id2label", "label2id"):
                 continue
@@ -226,6 +225,8 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
                 setattr(part, name, _number(name, value, sizes))
             elif isinstance(value, list | tuple | dict):
                 setattr(part, name, _listed(name, value, own, depth, sizes))
+        if follows_length:
+            part.max_position_embeddings = aim.switch
 
 
 def _sizes(config: PreTrainedConfig, depth: int, aim: _Aim) -> _Sizes:
@@ -322,10 +323,10 @@ def _within(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Si
     return _number(name, value, sizes) if type(value) is int else value
 
 
-def _drawn(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def drawn(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Weights drawn so wide that tokens differ strongly and a wrong mask, position or scale shows."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's alone: nothing else is put back
         model = _built(kind, config)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for module in model.modules():
