@@ -26,7 +26,7 @@ from veneer.merge.folder import merge_into_folder
 from veneer.merge.in_memory import merge_in_memory
 from veneer.models.checkpointing import checkpointed
 from veneer.models.decode import decode
-from veneer.models.generate import _sampler, generate
+from veneer.models.generate import _Draw, _sampler, generate
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
 from veneer.models.starting import begin
@@ -108,7 +108,7 @@ def a_loop(base, parameters, factors=None, **settings):
         train=EXAMPLES, validation=EXAMPLES, config=config, learning_rate=0.01, steps=5, share_prompt=True,
         out=Path("nowhere"), answer=None,
     )  # fmt: skip
-    return Loop(job, SimpleNamespace(write=lambda record: None), QuietScreen(), resume_from=None)
+    return Loop(job, SimpleNamespace(write=lambda record: None), QuietScreen(), origin=None, resume_from=None)
 
 
 def step_waits(there, loop):
@@ -157,7 +157,7 @@ def evaluates_and_decodes(there, base, attachment, family):
         if there.device.type == "cuda":  # transformers' loop asks torch itself for a stream of mps
             generate(base, PROMPTS, max_new_tokens=3)
         return
-    for choose, expected in (({}, (1, 1)), ({"choose": _sampler(2, 0.7, 0.9, 0)}, (1, 2))):
+    for choose, expected in (({}, (1, 1)), ({"choose": _sampler(range(2), _Draw(0.7, 0.9, 0))}, (1, 2))):
         found = []
         for tokens in (3, 4):
             with there.counting() as waits:

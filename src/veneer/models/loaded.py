@@ -125,11 +125,11 @@ def _not_finite(model: PreTrainedModel) -> list[str]:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
     ]
     # The extremes are NaN if one value is; read from the device once for all.
-    extremes = [torch.stack(torch.aminmax(tensor)).double() for _, tensor in named]
-    if not extremes:
+    good = [torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for _, tensor in named]
+    if not good:
         return []
-    finite = torch.isfinite(torch.stack([each.to(model.device) for each in extremes])).all(dim=1).tolist()
-    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
+    finite = torch.stack([each.to(model.device) for each in good]).tolist()
+    return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
 
 
 def _without_numbers(name: str) -> str:
