@@ -185,6 +185,19 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
     assert grown.work == whole.work
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(
+    "method", [Full(), Prefix(tokens=3), lora(3, ["q_proj"])], ids=["full", "prefix", "lora"]
+)
+def test_experts_that_are_not_adapted_are_planned_in_float32_as_in_bf16(family, method):
+    rows = make_examples(2)
+    runs = [
+        dry_run(step_of(tiny_model(family, dtype), method, rows)) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    shapes = [{shape for shape in run.work.products if any(shape)} for run in runs]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("method", [lora(3), Full()], ids=["lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_stays_is_what_the_flat_buffer_and_the_optimizer_hold(method, dtype):

@@ -113,6 +113,8 @@ class Tracker(TorchDispatchMode):
         aten = torch.ops.aten
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return None
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped_product(*args, **kwargs)
         if func is aten._unique2.default:
             return torch.arange(self.experts), None, None
         if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
@@ -160,6 +162,22 @@ class Tracker(TorchDispatchMode):
             self.work.operations += 1
             touched = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
             self.work.moved_bytes += sum(t.numel() * t.element_size() for t in touched)
+
+
+def _grouped_product(
+    rows: Tensor,
+    others: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: Any = None,
+) -> Tensor | None:
+    """What torch makes of it on a CPU in any type, and refuses without storage in every type but bf16: rows (S, I) and
+    stacks (E, I, O) -> (S, O), or the gradient of the stacks from (I, S) and (S, O)."""
+    if rows.dim() == 2 and others.dim() == 3:
+        return rows.new_empty(rows.shape[0], others.shape[2])
+    if rows.dim() == others.dim() == 2 and offs is not None:
+        return rows.new_empty(offs.numel(), rows.shape[0], others.shape[1])
+    return None
 
 
 _FREE = {
