@@ -22,7 +22,7 @@ from veneer.train.checkpoint import newest_valid, numbers, save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, resume_config
 from veneer.train.loggers import Logger
-from veneer.train.loop import Loop
+from veneer.train.loop import Loop, load_state
 from veneer.train.records import Records, read_records
 from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen
@@ -202,6 +202,73 @@ def test_a_state_of_another_version_is_refused_by_name(world, tmp_path, monkeypa
     save_checkpoint(tmp_path / "checkpoints", 4, checkpoint.load_checkpoint(path)[0], state)
     with pytest.raises(CorruptFileError, match="version"):
         resume(tmp_path)
+
+
+def as_the_first_layout_had_it(out, step):
+    """The checkpoint as versions wrote it that kept the progress, the day and the rows alone; and their run.yaml."""
+    folder = out / "checkpoints"
+    tensors, state = checkpoint.load_checkpoint(folder / f"{step:06d}")
+    origin, progress = state["origin"], state["progress"]
+    del progress["losses"]
+    save_checkpoint(folder, step, tensors, {**progress, "date": origin["date"], "data": origin["data"]})
+    stored = yaml.safe_load((out / "run.yaml").read_text())
+    (out / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))
+
+
+def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(
+    world, tmp_path, monkeypatch
+):
+    train(world, tmp_path / "whole")
+    train_and_die(world, tmp_path / "died", at=2, monkeypatch=monkeypatch)
+    as_the_first_layout_had_it(tmp_path / "died", 2)
+    hearing = Hearing()
+    resume(tmp_path / "died", hearing)
+    assert any("is not compared" in each for each in hearing.said)
+    ours, theirs = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("died", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    as_the_first_layout_had_it(tmp_path, 2)
+    own = Loop._save
+
+    def save(self):
+        own(self)
+        raise Death
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(Loop, "_save", save)
+        resume(tmp_path)
+    assert load_state(tmp_path / "checkpoints" / "000004").origin.base is not None
+    assert resume(tmp_path)["steps"] == 6
+
+
+def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_and_later(
+    world, tmp_path, monkeypatch
+):
+    train_and_die(world, tmp_path, at=None, monkeypatch=monkeypatch)
+    stored = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))  # as it was once written
+    own = Loop._save
+
+    def save(self):
+        own(self)
+        raise Death
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(Loop, "_save", save)
+        resume(tmp_path)
+    assert resume(tmp_path)["steps"] == 6
+
+
+def test_a_setting_that_the_starting_version_did_not_know_had_its_default(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    path = tmp_path / "checkpoints" / "000002"
+    tensors, state = checkpoint.load_checkpoint(path)
+    del state["origin"]["settings"]["patience"]
+    save_checkpoint(tmp_path / "checkpoints", 2, tensors, state)
+    assert resume(tmp_path)["steps"] == 6
 
 
 def test_records_that_are_gone_are_an_error_and_an_empty_file_is_the_way_on(world, tmp_path, monkeypatch):

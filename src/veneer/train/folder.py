@@ -73,7 +73,7 @@ def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
 
 def write_run_file(config: RunConfig) -> None:
     """Resolved, so that a resumed run needs nothing but the folder."""
-    with atomic_file(Path(config.out) / "run.yaml") as partial:
+    with atomic_file(Path(config.out) / "run.yaml", replace=True) as partial:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         partial.write_text(text, encoding="utf-8")
 

@@ -372,6 +372,8 @@ class Loop:
 def load_state(path: Path) -> State:
     """What a checkpoint says beside its tensors. CorruptFileError: another version of Veneer wrote it."""
     stored = read_json(path / "state.json")
+    if "progress" not in stored and "date" in stored and "data" in stored:
+        stored = _of_first_layout(stored)
     try:
         return State(Origin(**stored["origin"]), Progress(**stored["progress"]))
     except (KeyError, TypeError) as fault:
@@ -380,3 +382,13 @@ def load_state(path: Path) -> State:
             [f"state.json: {fault}"],
             "Continue it with the version that wrote it, or start a new run.",
         ) from fault
+
+
+def _of_first_layout(stored: dict[str, Any]) -> dict[str, Any]:
+    """A state of the first layout, in which the progress stood alone, as one of today's."""
+    progress = dict(stored)
+    origin = dict.fromkeys(("base", "tokenizer", "template", "settings"))
+    origin |= {name: progress.pop(name) for name in ("date", "data")}
+    if progress.get("best_step") is not None:
+        progress["losses"] = {str(progress["best_step"]): progress.get("best_loss")}
+    return {"origin": origin, "progress": progress}

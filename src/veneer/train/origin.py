@@ -30,11 +30,11 @@ class Origin:
 
     date: str
     """Day the run started on, which a chat template may have written into the rows."""
-    base: dict[str, str | int]
-    """Fingerprint of the base."""
-    tokenizer: str
+    base: dict[str, str | int] | None
+    """Fingerprint of the base. None here and in the settings: of a version that kept only the day and the rows."""
+    tokenizer: str | None
     template: str | None
-    settings: dict[str, Any]
+    settings: dict[str, Any] | None
     data: str = ""
     """Fingerprint of the rows."""
 
@@ -50,8 +50,12 @@ def origin_of(config: RunConfig, base: Base, day: date) -> Origin:
 
 
 def check_settings(then: Origin, config: RunConfig) -> None:
-    """Raises ConfigError with every setting that is another one now."""
-    ours, theirs = flat(_settings(config)), flat(then.settings)
+    """Raises ConfigError with every setting that is another one now; one that did not exist then had its default."""
+    if then.settings is None:
+        return
+    defaults = {**config.model_dump(include={"base", "out"}), "data": {"train": config.data.train}}
+    stored = {**defaults, **then.settings, "data": {**defaults["data"], **then.settings.get("data", {})}}
+    ours, theirs = flat(_settings(config)), flat(_settings(RunConfig.model_validate(stored)))
     faults = [
         f"{name}: then {theirs.get(name)!r}, now {ours.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
@@ -67,6 +71,8 @@ def check_settings(then: Origin, config: RunConfig) -> None:
 
 def check_base(then: Origin, now: Origin, config: RunConfig) -> None:
     """Raises AdapterMismatchError if the weights, the tokenizer or the chat template are not those of the start."""
+    if then.base is None or now.base is None:
+        return
     faults = Fingerprint.from_dict(then.base).differences(Fingerprint.from_dict(now.base))
     for what, was, found in (
         ("tokenizer", then.tokenizer, now.tokenizer),

@@ -90,10 +90,16 @@ def _run(
     then = None if resume_from is None else load_state(resume_from).origin
     if then is not None:
         check_settings(then, config)
+    known = then is not None and then.settings is not None
+    if then is not None and not known:
+        screen.message(
+            "an earlier version began this run and kept no fingerprint of its base: it is not compared"
+        )
     idle = process_memory_bytes()
     base = load_base(
         config.base,
-        dtype=config.dtype,
+        # That version trained in the stored type, whatever is faster here.
+        dtype="stored" if then is not None and not known and config.dtype == "auto" else config.dtype,
         device=config.device,
         quantize=config.quantize,
         keep_dense=config.keep_dense,
@@ -120,7 +126,7 @@ def _run(
     attachment = None if begun is None else begun.attachment
     if attachment is not None:
         config = config.model_copy(update={"method": attachment.config})
-    origin = then or replace(origin_of(config, base, day), data=data.fingerprint)
+    origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
     _manifest(config, base, data, best=None)
     one_pass = replacements(base.model)
     with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
@@ -129,7 +135,7 @@ def _run(
         else:
             flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
     job = _job(config, base, data, paths, flat)
-    if not resume:
+    if not known:  # else it is what the run started with
         write_run_file(config)
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
