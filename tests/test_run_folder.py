@@ -1,6 +1,8 @@
 """A run's folder: what another process, a damaged file, another base or a dead reader can and cannot do to it."""
 
 import contextlib
+import errno
+import importlib
 import json
 import multiprocessing
 import os
@@ -26,6 +28,8 @@ from veneer.train.loop import Loop, load_state
 from veneer.train.records import Records, read_records
 from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen
+
+fcntl = None if os.name == "nt" else importlib.import_module("fcntl")
 
 
 class Hearing(QuietScreen):
@@ -319,6 +323,18 @@ def test_a_folder_that_cannot_be_written_is_an_error(world, tmp_path, monkeypatc
             resume(tmp_path)
     finally:
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks every file system alike")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_as_one_and_not_as_another_process(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match="cannot be locked") as told, held(tmp_path / "out"):
+        pass
+    assert not isinstance(told.value, BusyError) and told.value.next_step
 
 
 def test_many_processes_lock_in_turn_although_each_removes_the_lock(tmp_path):

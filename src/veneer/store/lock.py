@@ -3,6 +3,7 @@
 The lock is on an open file, not in its existence: a file left behind locks nothing.
 """
 
+import errno
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ else:
 
 WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.005
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+"""What the system says where another holds the lock, Windows included; anything else is no answer to that."""
 
 
 class BusyError(InputError):
@@ -30,7 +33,8 @@ class BusyError(InputError):
 def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
     """Holds the lock file `path` within the block; shared: beside other shared holders (not on Windows).
 
-    Raises BusyError when others hold it for longer than wait_seconds, InputError where the place cannot be written.
+    Raises BusyError when others hold it for longer than wait_seconds, InputError where the place cannot be written
+    or its file system has no locks.
     Who holds it alone may remove the file before letting go of it: nobody else has locked it then.
     """
     deadline = time.monotonic() + wait_seconds
@@ -39,7 +43,7 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECON
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            while not _try(descriptor, shared=shared):
+            while not _locks(path, descriptor, shared=shared):
                 if time.monotonic() >= deadline:
                     waited = f" for {wait_seconds:.0f} s" if wait_seconds else ""
                     raise BusyError(
@@ -65,12 +69,19 @@ def _stands(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _try(descriptor: int, *, shared: bool) -> bool:
+def _locks(path: Path, descriptor: int, *, shared: bool) -> bool:
+    """Whether it is ours now; False: another's."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as fault:
+        if fault.errno in _HELD:
+            return False
+        raise InputError(
+            f"{path.parent} cannot be locked: {fault.strerror}",
+            ["its file system has no locks, so that two commands could change it at once"],
+            "Take a folder on another one, or mount it with them (Lustre: -o flock; NFS: without nolock).",
+        ) from fault
     return True
