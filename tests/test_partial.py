@@ -101,6 +101,19 @@ def test_what_cannot_be_judged_here_stays(tmp_path, writer, change):
     assert strange.exists()
 
 
+def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_another_one(
+    tmp_path, writer, monkeypatch
+):
+    _, left = writer
+    other = tmp_path / "id"
+    other.write_text("another machine, or another start of the one that the containers run on")
+    monkeypatch.setattr(partial, "_MACHINE", other)
+    monkeypatch.setattr(partial, "_START", other)
+    assert lives(left.name) is None
+    partial.sweep(tmp_path)
+    assert left.exists()
+
+
 def test_another_process_with_the_same_number_is_not_the_writer(writer):
     _, left = writer
     *start, began, number = left.name.split("-")

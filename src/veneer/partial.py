@@ -3,8 +3,9 @@
     .partial-<machine>-<pid>-<start>-<n>
 
 A process is its number and the time it started; `machine` is a hash of the host and its space of process numbers
-(containers have their own). What another machine writes cannot be judged from here and is left alone, as is
-everything on Windows.
+(containers have their own). Neither a host's name nor a container's number is one of its kind: the machine's own id
+stands beside them, for a container, which ends with it, that of the machine's start. What another machine writes
+cannot be judged from here and is left alone, as is everything on Windows.
 """
 
 import calendar
@@ -23,6 +24,9 @@ from pathlib import Path
 
 PREFIX = ".partial-"
 _NAME = re.compile(r"\.partial-([0-9a-f]{8})-(\d+)-(\d+)-\d+")
+_MACHINE, _START = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
+_WHOLE_MACHINE = "pid:[4026531836]"
+"""Linux gives its first space of process numbers this number, on every machine."""
 _COUNTER = itertools.count()
 _OPEN: set[str] = set()
 """What this process is writing now."""
@@ -121,7 +125,10 @@ def _machine() -> str:
         space = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         space = ""
-    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+    identity = ""
+    with suppress(OSError):  # not every system says
+        identity = (_MACHINE if space == _WHOLE_MACHINE else _START).read_text()
+    return hashlib.sha256(f"{platform.node()} {identity} {space}".encode()).hexdigest()[:8]
 
 
 def _started(pid: int) -> int | None:
