@@ -38,7 +38,7 @@ class NoCopyError(VeneerError):
     """The structure cannot be made small; the message says why."""
 
 
-_SPAN = re.compile(r"window|chunk|block_size|local_attention|floor|index_topk|compress_rate")
+_SPAN = re.compile(r"window|chunk|block_size|local_attention|floor|index_topk|budget|compress_rat")
 _NOT_SPAN = re.compile(r"layer|pattern|feed_forward|lm_head|num_|_seconds|inference|length")
 _STACK = re.compile(r"^(num_)?((en|de)coder_)?layers$|^num_blocks$")
 _GROUPS = re.compile(r"(^|_)n?groups$")
