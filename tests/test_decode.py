@@ -10,7 +10,7 @@ from tests.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
 from veneer.errors import ConfigError
 from veneer.models import decode as loop
 from veneer.models import generate as answers
-from veneer.models.cache import ROOM
+from veneer.models.cache import ROOM, Cache, CachedStep, Held
 from veneer.models.checks import prove_decoding
 from veneer.models.decode import decode, prefill, step
 from veneer.models.generate import generate
@@ -95,6 +95,22 @@ def test_a_step_gives_the_logits_of_the_whole_text():
     torch.testing.assert_close(logits, torch.stack([w[-2] for w in whole]), **close)
     found = step(model, cache, [p[-1] for p in SHARED])
     torch.testing.assert_close(found, torch.stack([w[-1] for w in whole]), **close)
+
+
+def test_chances_of_a_step_are_as_precise_as_its_type():
+    """In float64 a softmax rounded to float32 would show; in bf16 one that was not widened."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 5, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = torch.softmax(query[:, :, 4:] @ key.mT * 3, dim=-1) @ value
+    for dtype, close in ((torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        q, k, v = (each.to(dtype) for each in (query, key, value))
+        nothing = torch.empty(2, 0, 8, dtype=dtype)
+        cache = Cache(torch.tensor([4]), 0, [Held(nothing, nothing, k[:, :, :4], v[:, :, :4])])
+        found = CachedStep(cache, cache.lengths).attend(
+            q[:, :, 4], k[:, :, 4], v[:, :, 4], scale=3.0, window=None, softcap=None, sinks=None
+        )
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected[:, :, 0], rtol=close, atol=close)
 
 
 def test_a_model_that_answers_differently_packed_is_found_out(monkeypatch):
