@@ -101,6 +101,19 @@ def test_adapted_experts_are_the_experts_with_the_update_added_to_their_weights(
     torch.testing.assert_close(logits(model), by_expert, rtol=1e-4, atol=1e-4)
 
 
+def test_the_update_is_alpha_over_the_rank_times_the_product_of_the_factors_whatever_the_kind_of_layer():
+    for rslora, scaling in ((False, 5 / 3), (True, 5 / 3**0.5)):
+        model = tiny_model("mixtral")
+        attachment = put(model, Routing(), rslora=rslora, targets=["q_proj", "gate_up_proj", "embed_tokens"])
+        fill(attachment.parameters().values())
+        assert {layer.kind for layer in attachment.layers.values()} == {"linear", "experts", "embedding"}
+        for layer in attachment.layers.values():
+            product = layer.B.detach() @ layer.A.detach()
+            expected = scaling * (product.mT if layer.kind == "embedding" else product)
+            weight = torch.zeros_like(expected)
+            torch.testing.assert_close(layer.folded(weight), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_trained_head_leaves_the_tied_embedding_alone():
     model, routing = tiny_model("llama"), Routing()
     assert model.lm_head.weight is model.model.embed_tokens.weight

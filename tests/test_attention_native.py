@@ -8,6 +8,9 @@ from veneer.kernels import attention_native
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.layout import Layout
 
+needs_kernel = pytest.mark.skipif(
+    not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+)
 BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest value
 
 
@@ -22,6 +25,7 @@ BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest val
     ],
     ids=str,
 )
+@needs_kernel
 @pytest.mark.parametrize("window", [None, 1, 17, 64])
 def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, window, monkeypatch):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)  # one document at a time
@@ -29,8 +33,7 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
     layout = Layout(prompt, lengths, CPU)
     N = layout.rows + 3
     q, k, v = (torch.randn(N, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
-    if not attention_native.usable(q, k, v, None):
-        pytest.skip("no compiled kernel for this processor")
+    assert attention_native.usable(q, k, v, None)
     fast = packed_attention(q, k, v, layout, scale=0.3, window=window)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     slow = packed_attention_reference(*wide, layout, scale=0.3, window=window)
@@ -39,6 +42,7 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
         assert (ours.float() - theirs).abs().max() < BF16_ATOL * theirs.abs().max().clamp_min(0.1)
 
 
+@needs_kernel
 def test_what_the_kernel_does_not_compute_never_reaches_it():
     """It reads as many values behind a pointer as q's shape says: another k or v would be read past its end."""
     N, options = 9, {"dtype": torch.bfloat16}
@@ -47,8 +51,7 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
         torch.randn(N, 2, 32, **options),
         torch.randn(N, 2, 32, **options),
     )
-    if not attention_native.usable(q, k, v, None):
-        pytest.skip("no compiled kernel for this processor")
+    assert attention_native.usable(q, k, v, None)
     assert attention_native.usable(q, k, v, 1)
     for others in [
         (q, k, v[..., :16], None),  # multi-head latent attention
@@ -112,11 +115,11 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@needs_kernel
 def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
     layout = Layout(20, (90, 64, 7), CPU)
     q, k, v = (torch.randn(layout.rows, h, 32).bfloat16().requires_grad_() for h in (4, 2, 2))
-    if not attention_native.usable(q, k, v, None):
-        pytest.skip("no compiled kernel for this processor")
+    assert attention_native.usable(q, k, v, None)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
