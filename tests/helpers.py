@@ -1,8 +1,10 @@
 """What several tests make: rows (random ids with a shared start, the answer's tokens trained), adapters, failures."""
 
+import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import reduction
 
 import numpy as np
 import torch
@@ -67,11 +69,36 @@ def filled_lora(base, **settings):
     return made
 
 
+CLEAN = multiprocessing.get_context("forkserver")
+"""Forks of a process that has imported everything and computed nothing: a fork of this one, whose OpenMP threads have
+worked, would wait for threads that it does not have, or crash."""
+CLEAN.set_forkserver_preload(["tests.helpers", "veneer.api", "veneer.cli.main"])
+
+
 def start_veneer(arguments, *, stdout, stderr):
-    """`veneer ...` in a fork of this process, which has imported everything; stdout and stderr: descriptors. Its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
+    """`veneer ...` in a process of its own, which costs no imports; stdout and stderr: descriptors. The process."""
+    process = CLEAN.Process(
+        target=_be_veneer, args=([str(each) for each in arguments], _Descriptor(stdout), _Descriptor(stderr))
+    )
+    process.start()
+    return process
+
+
+class _Descriptor:
+    """A descriptor that a process is started with."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        return _detached, (reduction.DupFd(self.number),)
+
+
+def _detached(sent):
+    return sent.detach()
+
+
+def _be_veneer(arguments, stdout, stderr):
     code = 99
     try:
         os.setpgid(0, 0)
@@ -80,7 +107,7 @@ def start_veneer(arguments, *, stdout, stderr):
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        code = main.main([str(each) for each in arguments])
+        code = main.main(arguments)
         sys.stdout.flush()
     except BaseException:  # what the interpreter says of a stream that fails as it ends
         code = 120
@@ -90,4 +117,6 @@ def start_veneer(arguments, *, stdout, stderr):
 
 def veneer(arguments, *, stdout, stderr):
     """The exit code of `veneer ...`; minus the number of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_veneer(arguments, stdout=stdout, stderr=stderr), 0)[1])
+    process = start_veneer(arguments, stdout=stdout, stderr=stderr)
+    process.join()
+    return process.exitcode

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,17 @@ def whole(world, tmp_path_factory):
 
 
 def run(line, world, out, *, kill_after=None, number=signal.SIGKILL):
-    """(exit code, stderr) of the command in a fork of this process, killed after so many seconds."""
+    """(exit code, stderr) of the command in a process of its own, killed after so many seconds."""
     arguments = line.format(w=world, o=out).split()
     said = out.parent / f"{out.name}.said"
     with said.open("w") as err, Path(os.devnull).open("w") as nowhere:
-        pid = start_veneer(arguments, stdout=nowhere.fileno(), stderr=err.fileno())
+        process = start_veneer(arguments, stdout=nowhere.fileno(), stderr=err.fileno())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(process.pid, number)
+        process.join()
+        code = process.exitcode
     text = said.read_text()
     assert "Traceback" not in text, text
     return code, text
