@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError
+from veneer.nesting import MAX_JSON_DEPTH
 from veneer.store.safe import MAX_HEADER_BYTES, read_header, read_tensors
 from veneer.store.strict_json import read_json
 
@@ -189,7 +190,7 @@ def parse(tmp_path):
         ("[1]", CorruptFileError, "a JSON list"),
         ("", CorruptFileError, "not valid JSON"),
         ('{"a": 1} x', CorruptFileError, "not valid JSON"),
-        ('{"a": ' * 33 + "1" + "}" * 33, UnsafeFileError, "deeper"),
+        ('{"a": ' * (MAX_JSON_DEPTH + 1) + "1" + "}" * (MAX_JSON_DEPTH + 1), UnsafeFileError, "deeper"),
         ('{"a": ' + "[" * 1_000_000, UnsafeFileError, "deeper"),
         ('{"a": "' + "x" * 5_000_000 + '"}', UnsafeFileError, "more than"),
     ],
