@@ -17,6 +17,8 @@ from veneer import demo
 from veneer.cli.main import main
 from veneer.data.bfcl import Call, parse_calls
 from veneer.errors import ConfigError, SourceError
+from veneer.store.lock import BusyError
+from veneer.train.folder import held
 
 TRAINED, HELD_OUT = 12, 11
 
@@ -119,6 +121,19 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_anew(
     shutil.rmtree(tmp_path / "demo" / "run" / "checkpoints")
     run()
     assert trainings == ["new", "new"]
+
+
+def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(
+    run: Demo, tmp_path: Path
+) -> None:
+    run()
+    folder = tmp_path / "demo" / "run"
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    for place in (tmp_path / "demo", folder):
+        with held(place), pytest.raises(BusyError):
+            run()
+        assert (folder / "run.yaml").is_file()
 
 
 def test_damaged_answers_are_made_anew(run: Demo, tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ import yaml
 
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.cli import main
-from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted
+from veneer.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    CorruptFileError,
+    InputError,
+    Interrupted,
+    SourceError,
+)
+from veneer.store.atomic import write_manifest
 from veneer.store.lock import BusyError
 from veneer.store.safe import read_tensors
 from veneer.store.strict_json import read_json
@@ -214,7 +222,11 @@ def as_the_first_layout_had_it(out, step):
     tensors, state = checkpoint.load_checkpoint(folder / f"{step:06d}")
     origin, progress = state["origin"], state["progress"]
     del progress["losses"]
-    save_checkpoint(folder, step, tensors, {**progress, "date": origin["date"], "data": origin["data"]})
+    progress["sample"] = {"before": "as it was: \0"}
+    save_checkpoint(folder, step, tensors, {})
+    text = json.dumps({**progress, "date": origin["date"], "data": origin["data"]})
+    (folder / f"{step:06d}" / "state.json").write_text(text)
+    write_manifest(folder / f"{step:06d}")
     stored = yaml.safe_load((out / "run.yaml").read_text())
     (out / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))
 
@@ -246,6 +258,15 @@ def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_pat
         resume(tmp_path)
     assert load_state(tmp_path / "checkpoints" / "000004").origin.base is not None
     assert resume(tmp_path)["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("a: [", SourceError), ("- 1", SourceError), ("steps: 0\nbatsh: 3", ConfigError)]
+)
+def test_a_run_file_that_describes_no_run_is_an_error_from_python_too(text, error, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(error, match=r"run\.yaml"):
+        resume_config(tmp_path)
 
 
 def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_and_later(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from veneer.models.compute import DtypeName
 from veneer.models.wheel import fetch_wheel
 from veneer.store.atomic import atomic_file
 from veneer.train.config import DataConfig, RunConfig
+from veneer.train.folder import held, remove_run
 from veneer.train.screen import make_screen
 from veneer.train.talk import talking_console
 from veneer.train.wording import cut, shown, size
@@ -68,8 +68,13 @@ def run_demo(out: Path, *, again: bool = False, base: str = BASE, epochs: float 
     out     folder of the demo; made if absent
     again   train anew although a finished run is there
     base    what is trained: a hub id, a folder, a .gguf file or a named default
-    Raises SourceError, with what to do, where a download fails.
+    Raises SourceError, with what to do, where a download fails; BusyError while another demo runs there.
     """
+    with held(out):
+        return _demo(out, again=again, base=base, epochs=epochs)
+
+
+def _demo(out: Path, *, again: bool, base: str, epochs: float) -> dict[str, Any]:
     console = talking_console(stderr=False)
     _say(console, "Teaching a small language model to answer with function calls, on this machine.")
     held_out = _prepare_rows(out, console)
@@ -204,7 +209,7 @@ def _trained(
             return summary
         if any((run / "checkpoints").glob("[0-9]*")):
             return _run(api.resume_config(run), resume=True)
-    shutil.rmtree(run, ignore_errors=True)
+    remove_run(run)
     with atomic_file(note, replace=True) as partial:
         partial.write_text(json.dumps({"run": key}), "utf-8")
     return _run(config, resume=False)

@@ -18,6 +18,7 @@ from veneer.nesting import TOO_DEEP, text_too_deep, too_deep
 MAX_JSON_BYTES = 4_000_000
 MAX_YAML_BYTES = 1_000_000
 
+_SHOWN = 60  # characters of a text in a message
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
 FOREIGN = (
@@ -30,14 +31,14 @@ def field_faults(fault: ValidationError) -> list[str]:
     return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, mend: bool = False) -> dict[str, Any]:
     """The JSON object in a file of at most max_bytes. Raises SourceError or what parse_json raises."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
-    return parse_json(text, path, max_bytes=max_bytes)
+    return parse_json(text, path, max_bytes=max_bytes, mend=mend)
 
 
 def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
@@ -61,11 +62,12 @@ def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
+def parse_json(text: bytes, path: Path, *, max_bytes: int, mend: bool = False) -> dict[str, Any]:
     """The object that `text` holds; `path` only names it in errors.
 
     Stricter than json.loads: no duplicate keys, no NaN or infinity (nor 1e999), no lone surrogates, no
-    NUL, bounded size and depth. Raises UnsafeFileError beyond the limits, else CorruptFileError.
+    NUL (mend: they are made legible, for what earlier versions wrote), bounded size and depth. Raises UnsafeFileError
+    beyond the limits, else CorruptFileError.
     """
     if len(text) > max_bytes:
         raise UnsafeFileError(f"{path} holds more than {max_bytes:,} bytes of JSON, the limit", [], FOREIGN)
@@ -74,7 +76,10 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int) -> dict[str, Any]:
         if text_too_deep(decoded):
             raise UnsafeFileError(f"{path} {TOO_DEEP}", [], FOREIGN)
         value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+            decoded,
+            object_pairs_hook=_mended if mend else _unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except VeneerError:
         raise
@@ -89,12 +94,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {_brief(key)} stands there twice")
         for text in (key, *_strings(value)):
             if _UNPRINTABLE.search(text):
-                raise ValueError(f"{text!r} holds a NUL or half a surrogate pair")
+                raise ValueError(f"{_brief(text)} holds a NUL or half a surrogate pair")
         table[key] = value
     return table
+
+
+def _mended(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return _unique([(legible(key), legible(value)) for key, value in pairs])
+
+
+def _brief(text: str) -> str:
+    return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _strings(value: Any) -> list[str]:

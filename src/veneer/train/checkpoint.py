@@ -41,7 +41,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state); CorruptFileError lists what is wrong."""
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
-    return load_file(path / "state.safetensors"), read_json(path / "state.json")
+    return load_file(path / "state.safetensors"), read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The checkpoint's state.json. Earlier versions wrote what a model answered as it was, a NUL with it."""
+    return read_json(path / "state.json", mend=True)
 
 
 def load_values(path: Path) -> Tensor:

@@ -1,15 +1,18 @@
 """A run's folder: one process at a time, a new run only where nothing is, and where a resumed one begins."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.partial import PREFIX, remove
 from veneer.store.atomic import atomic_file
 from veneer.store.lock import locked
+from veneer.store.strict_json import field_faults, read_yaml
 from veneer.train.checkpoint import newest_valid, numbers
 from veneer.train.config import RunConfig
 
@@ -79,14 +82,27 @@ def write_run_file(config: RunConfig) -> None:
 
 
 def resume_config(folder: str | Path) -> RunConfig:
-    """The settings of the run in `folder`, as it resolved them."""
+    """The settings of the run in `folder`, as it resolved them. Raises ConfigError, or SourceError for no YAML."""
     path = Path(folder) / "run.yaml"
     if not path.is_file():
         raise ConfigError(
             f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named."
         )
-    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return RunConfig.model_validate({**stored, "out": str(folder)})
+    try:
+        return RunConfig.model_validate({**read_yaml(path), "out": str(folder)})
+    except ValidationError as fault:
+        raise ConfigError(
+            f"{path} does not describe a run",
+            field_faults(fault),
+            "`veneer train --help` lists the settings.",
+        ) from fault
+
+
+def remove_run(folder: Path) -> None:
+    """The run goes, if no process works in it: BusyError."""
+    if folder.exists():
+        with held(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(out: Path) -> None:

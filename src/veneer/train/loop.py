@@ -27,13 +27,13 @@ from veneer.data.batching import Batch, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.models.step import Paths, batch_loss, batches_of, evaluation_loss
-from veneer.store.strict_json import read_json
 from veneer.train.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_values,
     numbers,
     prune,
+    read_state,
     save_checkpoint,
 )
 from veneer.train.config import RunConfig
@@ -371,7 +371,7 @@ class Loop:
 
 def load_state(path: Path) -> State:
     """What a checkpoint says beside its tensors. CorruptFileError: another version of Veneer wrote it."""
-    stored = read_json(path / "state.json")
+    stored = read_state(path)
     if "progress" not in stored and "date" in stored and "data" in stored:
         stored = _of_first_layout(stored)
     try:
