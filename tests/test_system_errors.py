@@ -2,6 +2,8 @@
 
 import errno
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,18 @@ from veneer.system_errors import explained, refusal
 from veneer.train.records import Records
 
 IN_RUST = "Error while serializing: I/O error: {} (os error {})"
+FOREIGN = [
+    ssl.SSLCertVerificationError(1, "certificate verify failed"),
+    socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+]
+
+
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_what_a_network_says_is_nothing_about_a_file_whatever_its_number(fault):
+    assert refusal(fault) is None
+
+
 NUMBERS = {
     errno.ENOSPC: (DoesNotFitError, "disk is full", "another disk"),
     errno.EDQUOT: (DoesNotFitError, "quota", "another disk"),

@@ -52,6 +52,8 @@ def system_errno(fault: BaseException) -> int | None:
     """The number of the error of the file system that `fault` is, or carries in its text; None if it is none."""
     if isinstance(fault, VeneerError | ChildProcessError | InterruptedError):
         return None
+    if type(fault).__module__ in ("socket", "ssl"):  # theirs are OSErrors, too, with numbers of their own
+        return None
     number = fault.errno if isinstance(fault, OSError) else None
     if number is None and (found := _IN_TEXT.search(str(fault))):
         number = int(found[1])
