@@ -63,7 +63,7 @@ def _rank(rng: random.Random) -> list[Call]:
     return [
         (calls.rank_down, {"x": x, "pairs": pairs(width // 2, rank), "out": d, "scale": 0.5}),
         (calls.rank_up, {"d": d, "pairs": pairs(rank // 2, width), "y": y, "scale": 0.5}),
-        (calls.rank_gradient, {"pairs": pairs(rows // 2, rank), "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0}),
+        (calls.rank_gradient, {"pairs": filled(BF16, rows // 2, rank, 2), "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0}),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
             calls.dora_backward,

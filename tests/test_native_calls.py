@@ -11,14 +11,14 @@ from torch import Tensor
 from tests.native_cases import REFUSED, fuzz_calls, margins, valid_calls
 from tests.soak.counts import count
 from veneer.kernels import calls, native, nf4, packed_calls
-from veneer.kernels.arguments import CallError, has_bf16
+from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
 KERNELS = Path(native.__file__).parent
 CALLING = ("native.py", "arguments.py", "calls.py", "packed_calls.py")
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
-needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this processor multiplies no bf16 pairs")
+needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
 
 
 def functions(module):

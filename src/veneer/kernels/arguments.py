@@ -29,22 +29,19 @@ def available(name: str) -> bool:
     return found is not None and hasattr(found, name)
 
 
-def has_bf16() -> bool:
-    """Whether it has those that compute in bf16."""
-    found = library()
-    return found is not None and hasattr(found, "veneer_entropy") and bool(found.veneer_has_bf16())
-
-
 def reachable(tensor: Tensor) -> bool:
     """On the CPU; while planning, when nothing is called, also where it only stands for that."""
-    return tensor.device.type == "cpu" or on_cpu(tensor)
+    return tensor.is_cpu or on_cpu(tensor)
 
 
 def call(name: str, *arguments: Any) -> int:
-    found = library()
-    if found is None or not hasattr(found, name):
+    function = getattr(library(), name, None)
+    if function is None:
         raise CallError(f"{name} is not compiled here")
-    return int(getattr(found, name)(*arguments) or 0)
+    return function(*arguments) or 0
+
+
+# A training step asks the next two some five thousand times: what passes takes the shortest way.
 
 
 def at(tensor: Tensor, dtype: torch.dtype, *shape: int, words: int = 1) -> int:
@@ -62,13 +59,17 @@ def whole(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
 
 
 def _start(tensor: Tensor, dtype: torch.dtype, words: int) -> int:
-    if tensor.dtype != dtype or not reachable(tensor) or not tensor.is_contiguous():
-        said = f"{tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ' with gaps'}"
-        raise CallError(f"{said} where C takes {dtype} on the CPU without gaps")
+    if tensor.dtype is not dtype or not tensor.is_contiguous() or not (tensor.is_cpu or on_cpu(tensor)):
+        raise _unfit(tensor, dtype)
     address = tensor.data_ptr()
-    if address % max(words, tensor.element_size()):
+    if address % dtype.itemsize or address % words:
         raise CallError(f"values at an odd address where C reads {words} bytes at once")
     return address
+
+
+def _unfit(tensor: Tensor, dtype: torch.dtype) -> CallError:
+    said = f"{tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ' with gaps'}"
+    return CallError(f"{said} where C takes {dtype} on the CPU without gaps")
 
 
 def number(value: int, least: int = 0, most: int = 2**62) -> int:

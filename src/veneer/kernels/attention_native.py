@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import calls
-from veneer.kernels.arguments import has_bf16
 from veneer.kernels.layout import Layout
-from veneer.kernels.native import note_flops, on_cpu
+from veneer.kernels.native import has_bf16, note_flops, on_cpu
 
 TASKS = 16
 """Fewer documents times key heads than this are split by query rows, so that all threads have work."""

@@ -50,40 +50,39 @@ def _registers(*sizes: int) -> None:
 
 
 def _ranked(width: int, rank: int) -> None:
-    _registers(width, rank)
-    number(rank, 1, MOST_RANK)
+    if width % 16 or rank % 16 or not 0 < rank <= MOST_RANK:
+        raise CallError(
+            f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}"
+        )
 
 
 def rank_down(x: Tensor, pairs: Tensor, out: Tensor, scale: float) -> None:
     """out (M, R) = scale * x (M, I) W; pairs (I / 2, R) int32: two neighbours of a row of W^T in a word."""
     (rows, width), rank = x.shape, pairs.shape[1]
     _ranked(width, rank)
-    given = _Rank(rows=rows, width=width, rank=rank, scale=scale)
-    given.x = at(x, BF16, rows, width, words=PAIR_BYTES)
-    given.pairs, given.out = at(pairs, INT32, width // 2, rank), at(out, BF16, rows, rank)
-    call("veneer_rank_down", ctypes.byref(given))
+    given = at(x, BF16, rows, width, words=PAIR_BYTES), at(pairs, INT32, width // 2, rank)
+    made = at(out, BF16, rows, rank)
+    call("veneer_rank_down", ctypes.byref(_Rank(*given, made, None, rows, width, rank, scale)))
 
 
 def rank_up(d: Tensor, pairs: Tensor, y: Tensor, scale: float) -> None:
     """y (M, O) += scale * d (M, R) W; pairs (R / 2, O)."""
     (rows, rank), width = d.shape, y.shape[1]
     _ranked(width, rank)
-    given = _Rank(rows=rows, width=width, rank=rank, scale=scale)
-    given.x = at(d, BF16, rows, rank, words=PAIR_BYTES)
-    given.pairs, given.out = at(pairs, INT32, rank // 2, width), at(y, BF16, rows, width)
-    call("veneer_rank_up", ctypes.byref(given))
+    given = at(d, BF16, rows, rank, words=PAIR_BYTES), at(pairs, INT32, rank // 2, width)
+    made = at(y, BF16, rows, width)
+    call("veneer_rank_up", ctypes.byref(_Rank(*given, made, None, rows, width, rank, scale)))
 
 
 def rank_gradient(pairs: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
-    """out (R, I) float32 = scale * u^T x (M, I); pairs (M / 2, R) of u's rows, M even."""
+    """out (R, I) float32 = scale * u^T x (M, I); pairs (M / 2, R, 2) of u's rows, M even."""
     (rows, width), rank = x.shape, pairs.shape[1]
     _ranked(width, rank)
     if rows == 0 or rows % 2:
         raise CallError(f"{rows} rows where C takes pairs of them")
-    given = _Rank(rows=rows, width=width, rank=rank, scale=scale)
-    given.x, given.pairs = at(x, BF16, rows, width), at(pairs, INT32, rows // 2, rank)
-    given.grad = at(out, FP32, rank, width)
-    call("veneer_rank_gradient", ctypes.byref(given))
+    given = at(x, BF16, rows, width), at(pairs, BF16, rows // 2, rank, 2, words=PAIR_BYTES)
+    made = at(out, FP32, rank, width)
+    call("veneer_rank_gradient", ctypes.byref(_Rank(*given, None, made, rows, width, rank, scale)))
 
 
 # -- a row of trained length: dora.c ---------------------------------------------------------------------------------
@@ -208,33 +207,32 @@ class _Dropout(ctypes.Structure):
 def rms_norm_forward(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, epsilon: float) -> None:
     """out = weight * x * scale, scale (rows of x) float32 = 1 / root mean square; x (..., D), weight (D)."""
     (rows,), (width,) = scale.shape, weight.shape
-    given = _Norm(width=number(width, 1), epsilon=epsilon)
-    given.x, given.out = whole(x, BF16, rows * width), whole(out, BF16, rows * width)
-    given.weight, given.scale = at(weight, BF16, width), at(scale, FP32, rows)
+    read = whole(x, BF16, rows * width), at(weight, BF16, width)
+    made = whole(out, BF16, rows * width), at(scale, FP32, rows)
+    given = _Norm(*read, None, *made, number(width, 1), epsilon)
     call("veneer_rms_norm_forward", ctypes.byref(given), rows)
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scale: Tensor) -> None:
     """out: the gradient of x."""
     (rows,), (width,) = scale.shape, weight.shape
-    given = _Norm(width=number(width, 1))
-    given.x, given.out = whole(x, BF16, rows * width), whole(out, BF16, rows * width)
-    given.weight, given.scale = at(weight, BF16, width), at(scale, FP32, rows)
-    given.grad = whole(grad, BF16, rows * width)
+    read = whole(x, BF16, rows * width), at(weight, BF16, width), whole(grad, BF16, rows * width)
+    made = whole(out, BF16, rows * width), at(scale, FP32, rows)
+    given = _Norm(*read, *made, number(width, 1))
     call("veneer_rms_norm_backward", ctypes.byref(given), rows)
 
 
 def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up, a multiple of 16 values."""
     _registers(count := gate.numel())
-    given = _Gate(gate=whole(gate, BF16, count), up=whole(up, BF16, count), out=whole(out, BF16, count))
+    given = _Gate(whole(gate, BF16, count), whole(up, BF16, count), None, whole(out, BF16, count))
     call("veneer_silu_gate_forward", ctypes.byref(given), count // 16)
 
 
 def silu_gate_backward(gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
     _registers(count := gate.numel())
-    given = _Gate(gate=whole(gate, BF16, count), up=whole(up, BF16, count), grad=whole(grad, BF16, count))
-    given.grad_gate, given.grad_up = whole(grad_gate, BF16, count), whole(grad_up, BF16, count)
+    read = whole(gate, BF16, count), whole(up, BF16, count), whole(grad, BF16, count)
+    given = _Gate(*read, None, whole(grad_gate, BF16, count), whole(grad_up, BF16, count))
     call("veneer_silu_gate_backward", ctypes.byref(given), count // 16)
 
 

@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import calls
-from veneer.kernels.arguments import has_bf16
-from veneer.kernels.native import on_cpu
+from veneer.kernels.native import has_bf16, on_cpu
 
 
 def compiled(*tensors: Tensor) -> bool:
     """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that has bf16 arithmetic."""
-    if any(t.dtype != torch.bfloat16 or not on_cpu(t) or not t.is_contiguous() for t in tensors):
-        return False
-    return has_bf16() and all(t.data_ptr() % calls.PAIR_BYTES == 0 for t in tensors)
+    for t in tensors:
+        if t.dtype is not torch.bfloat16 or not on_cpu(t) or not t.is_contiguous():
+            return False
+        if t.data_ptr() % calls.PAIR_BYTES:
+            return False
+    return has_bf16()
 
 
 class _RMSNorm(torch.autograd.Function):

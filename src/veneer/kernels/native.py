@@ -92,7 +92,7 @@ def take_noted_flops() -> int:
 
 def on_cpu(tensor: Any) -> bool:
     """Whether a tensor lies where compiled functions may be called on it; while planning, whether it is planned to."""
-    return bool(tensor.is_meta) if _planning.get() is not None else tensor.device.type == "cpu"
+    return bool(tensor.is_cpu if _planning.get() is None else tensor.is_meta)
 
 
 class _Silent:
@@ -119,7 +119,7 @@ def library() -> Any:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
     if os.environ.get(OFF):
         return None
     here = Path(__file__).parent
@@ -142,6 +142,7 @@ def _library() -> ctypes.CDLL | None:
                 f"{MAX_ISA} is {named!r}", next_step=f"One of {', '.join(LIMITS)}; or leave it unset."
             )
         loaded.veneer_limit(LIMITS[named])
+    loaded.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
     functions = _openmp()
     if functions is not None:
         loaded.veneer_use_openmp(*functions)
@@ -156,8 +157,8 @@ def level() -> int:
 
 def has_bf16() -> bool:
     """Whether compiled functions multiply bf16 pairs."""
-    found = library()
-    return found is not None and bool(found.veneer_has_bf16())
+    found = _library()
+    return found is not None and found.multiplies_bf16  # asked thousands of times a step: C was asked once
 
 
 def _openmp() -> tuple[int, ...] | None:

@@ -52,6 +52,6 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
         found = u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    pairs = u.view(rows // 2, 2, rank).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+    pairs = u.view(rows // 2, 2, rank).transpose(1, 2).contiguous()
     calls.rank_gradient(pairs, x, out, scale)
     return out
