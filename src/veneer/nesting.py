@@ -1,4 +1,4 @@
-"""How deep JSON may be nested that anyone may have written, one limit for rows, configs and adapters; and what is text.
+"""How deep JSON and YAML may be nested that anyone may have written, one limit for rows, configs and adapters; what is text.
 
 What reads such values recurses (json, pydantic, jinja's filters, our own walks), and Python ends a recursion at about
 a thousand calls, wherever it then is. So the depth is bounded where a value comes in; what is found here does not recurse.
@@ -54,3 +54,23 @@ def is_text(text: str) -> bool:
 def too_deep(value: Any) -> bool:
     """As text_too_deep, of a value that was read already."""
     return any(depth > MAX_JSON_DEPTH and isinstance(inner, list | Mapping) for inner, depth in walk(value))
+
+
+def yaml_fault(text: str) -> str | None:
+    """Why a YAML text is not read, or None: before it is, by its events. Raises yaml.YAMLError for what is no YAML.
+
+    Aliases make a few lines stand for a value of 2^60 parts, and of one that holds itself; the parser takes minutes
+    over thousands of levels.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_JSON_DEPTH:
+            return f" {TOO_DEEP}"
+        if isinstance(event, yaml.AliasEvent):
+            assert event.start_mark, "the parser marks every event"
+            return f":{event.start_mark.line + 1} *{event.anchor} is an alias: write the value out"
+    return None

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
-from veneer.nesting import MAX_JSON_DEPTH, TOO_DEEP, is_text, walk
+from veneer.nesting import is_text, walk, yaml_fault
 from veneer.train.config import DataConfig, RunConfig
 
 KeyPath = tuple[str, ...]  # ("method", "rank")
@@ -163,17 +163,9 @@ def _read_file(settings: Settings, file: Path) -> None:
 
 def parse_yaml(text: str, name: str, settings: Settings) -> Any:
     """yaml.safe_load, with duplicate keys and aliases refused and the lines of the keys remembered."""
-    depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_JSON_DEPTH:  # what reads it recurses, and the parser takes minutes over thousands
-                raise ConfigError(f"{name} {TOO_DEEP}")
-            if isinstance(event, yaml.AliasEvent):
-                assert event.start_mark, "the parser marks every event"
-                line = event.start_mark.line + 1
-                raise ConfigError(f"{name}:{line} *{event.anchor} is an alias: write the value out")
+        if fault := yaml_fault(text):
+            raise ConfigError(f"{name}{fault}")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
             _walk(node, (), name, settings)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
-from veneer.nesting import TOO_DEEP, text_too_deep, too_deep
+from veneer.nesting import TOO_DEEP, text_too_deep, yaml_fault
 
 MAX_JSON_BYTES = 4_000_000
 MAX_YAML_BYTES = 1_000_000
@@ -50,15 +50,18 @@ def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
             text = file.read(max_bytes + 1)
         if len(text) > max_bytes:
             raise SourceError(f"{path} holds more than {max_bytes:,} bytes of YAML, the limit")
-        value = yaml.safe_load(text.decode("utf-8"))
+        decoded = text.decode("utf-8")
+        if told := yaml_fault(decoded):
+            raise SourceError(f"{path}{told}")
+        value = yaml.safe_load(decoded)
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
     except RecursionError:
         raise SourceError(f"{path} {TOO_DEEP}") from None
     except (ValueError, yaml.YAMLError) as fault:  # a ValueError: not UTF-8, or a date that is none
         raise SourceError(f"{path} is not YAML that can be read: {fault}") from None
-    if not isinstance(value, dict) or too_deep(value):
-        raise SourceError(f"{path} {'is no mapping' if not isinstance(value, dict) else TOO_DEEP}")
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} is no mapping")
     return value
 
 
