@@ -8,7 +8,6 @@ base.use("tickets")
 print(base.generate("Where is my parcel?"))
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,8 +137,6 @@ class Base(models_base.Base):
         check_weights(weights or ())
         if weights is not None and len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
-        if odd := [weight for weight in weights or () if not math.isfinite(weight)]:
-            raise ConfigError(f"a weight of {odd[0]} is none: every answer would be")
         return tuple(zip(names, weights or [1.0] * len(names), strict=True))
 
     def _unmerged(self) -> None:
