@@ -203,7 +203,10 @@ def test_broken_records_are_refused(tmp_path):
         ("run.yaml", "- a"),
         ("run.yaml", "a: " + "[" * 600 + "]" * 600),
         ("run.yaml", "a: " + "[" * 6000),
-        ("run.yaml", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))),
+        (
+            "run.yaml",
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
+        ),
         ("run.yaml", "a: &a [*a]"),
         ("run.yaml", "a: 2024-13-45"),
         ("run.yaml", "\x00"),
