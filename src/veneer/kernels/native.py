@@ -142,11 +142,12 @@ def _library() -> Any:
                 f"{MAX_ISA} is {named!r}", next_step=f"One of {', '.join(LIMITS)}; or leave it unset."
             )
         loaded.veneer_limit(LIMITS[named])
-    loaded.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
+    found: Any = loaded
+    found.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
     functions = _openmp()
     if functions is not None:
         loaded.veneer_use_openmp(*functions)
-    return loaded
+    return found
 
 
 def level() -> int:
