@@ -1,8 +1,11 @@
 """Which places of a model are adapted: its linear layers and its experts, where a layer beside them would act."""
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import fill
@@ -232,3 +235,38 @@ def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_ze
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     loaded = load_adapter(fresh, folder, name="a")
     assert {path.rpartition(".")[2] for path in loaded.layers} == {"in_proj"}
+
+
+class AnsweringElsewhere(nn.Module):
+    """Multiplies by a weight itself while another thread is inside the module that holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = nn.Linear(2, 2)
+        self.held.forward = self._inside
+        self.entered, self.left = threading.Event(), threading.Event()
+
+    def _inside(self, x):
+        self.entered.set()
+        assert self.left.wait(10)
+        return x
+
+    def forward(self, input_ids, use_cache):
+        x = torch.ones(1, 2)
+        other = threading.Thread(target=self.held, args=(x,))
+        other.start()
+        assert self.entered.wait(10)
+        y = x @ self.held.weight
+        self.left.set()
+        other.join()
+        return y
+
+
+def test_a_module_at_work_in_another_thread_hides_no_weight_that_is_read_past_it():
+    assert weights_read_past(AnsweringElsewhere()) == {"held.weight"}
+
+
+def test_whatever_a_model_without_values_trips_over_it_is_watched_up_to_there():
+    model = AnsweringElsewhere().to("meta")
+    model.forward = lambda **_: (torch.ones(1, 2, device="meta") @ model.held.weight, {}["missing"])
+    assert weights_read_past(model) == {"held.weight"}

@@ -7,6 +7,7 @@ no module that holds it is at work. What holds of one layer holds of all: not ev
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ def weights_read_past(model: nn.Module) -> frozenset[str]:
         try:
             # Without values only with a cache: else transformers looks into the positions, which have none there.
             model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta")
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        except Exception:  # every model trips in its own way
             if device.type != "meta":
                 raise
     seen = {_in_any_layer(path) for path in watch.past}
@@ -76,13 +77,16 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _at_work(modules: dict[str, nn.Module], watch: _Watch) -> Iterator[None]:
-    """Within the block `watch` knows which modules are being called."""
+    """Within the block `watch` knows which modules are being called; by this thread, others may be answering."""
+    watched = threading.get_ident()
 
     def begin(module: nn.Module, args: Any) -> None:
-        watch.at_work.append(module)
+        if threading.get_ident() == watched:
+            watch.at_work.append(module)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        watch.at_work.pop()
+        if threading.get_ident() == watched:
+            watch.at_work.pop()
 
     handles = [module.register_forward_pre_hook(begin, prepend=True) for module in modules.values()]
     handles += [module.register_forward_hook(end, always_call=True) for module in modules.values()]
