@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,10 @@ def sides(lengths: Sequence[int], found: Switches) -> list[list[int]]:
     return list(groups.values())
 
 
-def forget_lengths(model: nn.Module) -> None:
+def forget_lengths(model: PreTrainedModel) -> None:
     """Frequencies as no text had been read: dynamic scaling keeps those of the longest one so far."""
+    if switches(model.config) == Switches():
+        return  # most models, before every forward: looking at every module takes longer than a narrow layer
     for module in model.modules():
         own = vars(module)
         for name in [n for n in own if n.endswith("max_seq_len_cached")]:
