@@ -23,6 +23,7 @@ from veneer.errors import (
     Interrupted,
     SourceError,
 )
+from veneer.store import atomic
 from veneer.store.atomic import write_manifest
 from veneer.store.lock import BusyError
 from veneer.store.safe import read_tensors
@@ -399,6 +400,23 @@ def test_pruning_takes_nothing_for_a_damaged_checkpoint(tmp_path):
     save_checkpoint(tmp_path, 6, tensors(6), {})
     checkpoint.prune(tmp_path, keep=2, best=2)
     assert numbers(tmp_path) == [2, 5, 6]
+
+
+def test_a_checkpoint_on_a_bad_sector_is_skipped_and_told(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(step), {})
+    own = atomic.file_hash
+
+    def bad(path):
+        if path.parent.name == "000002" and path.name == "state.safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return own(path)
+
+    monkeypatch.setattr(atomic, "file_hash", bad)
+    path, faults = newest_valid(tmp_path)
+    assert path.name == "000001" and faults == [
+        "000002: state.safetensors cannot be read: Input/output error"
+    ]
 
 
 def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):

@@ -47,7 +47,8 @@ def settings(chance, world):
         "bottleneck": ("bloom",),
         "prefix": ("gpt2", "gemma2", "mixtral", "bloom"),
     }
-    family = chance.choice([each for each in FAMILIES if each not in refuse.get(name, ())])
+    refused = ("mixtral",) if method.get("init") == "olora" else refuse.get(name, ())
+    family = chance.choice([each for each in FAMILIES if each not in refused])
     batch = chance.choice([1, 2, 3, 5])
     return {
         "base": str(world / family), "method": method, "steps": chance.randrange(3, 9), "batch": batch,

@@ -115,7 +115,10 @@ def verify_manifest(folder: str | Path) -> list[str]:
     faults = [f"{name} is missing" for name in sorted(set(listed) - set(present))]
     faults += [f"{name} is not listed in {MANIFEST}" for name in sorted(set(present) - set(listed))]
     for name in sorted(set(listed) & set(present)):
-        faults += _file_faults(name, present[name], listed[name])
+        try:
+            faults += _file_faults(name, present[name], listed[name])
+        except OSError as fault:
+            faults.append(f"{name} cannot be read: {fault.strerror}")
     return faults
 
 
