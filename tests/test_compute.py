@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,12 @@ from veneer.kernels import native
 from veneer.models import compute
 from veneer.models.blueprint import Blueprint
 from veneer.models.compute import choose
+from veneer.models.fingerprint import fingerprint
 from veneer.models.load import compute_of, load_base
 from veneer.models.quiet import quiet
 from veneer.plan.dry_run import WEIGHTS
 from veneer.plan.planner import Choice, Planner
+from veneer.store.adapter import manifest_for, write_adapter
 from veneer.train.folder import resume_config
 from veneer.train.loop import Loop
 
@@ -167,6 +170,30 @@ def test_an_adapter_goes_from_either_type_to_the_other(method, slow, tmp_path, m
     assert recipe["dtype"] == "float32"
     with pytest.raises(AdapterMismatchError):
         api.load(str(tmp_path / "base"), dtype="float16").load_adapter(tmp_path / "wide" / "adapter")
+
+
+@pytest.mark.parametrize("quantize", HELD)
+def test_an_adapter_of_a_version_that_read_the_base_as_float32_finds_it_there(quantize, tmp_path):
+    """It kept the fingerprint of the float32 values."""
+    folder, kept = save_tiny(tmp_path / "base", "llama", torch.bfloat16), tmp_path / "adapter"
+    wide = api.load(str(folder), dtype="float32", quantize=quantize)
+    mine = wide.attach(LORA, name="mine")
+    write_adapter(kept, mine, manifest_for(wide, method="lora"), model=wide.model)
+    manifest = json.loads((kept / "veneer.json").read_text())
+    manifest["base"]["fingerprint"] = fingerprint(as_read_in_float32(folder, quantize)).to_dict()
+    (kept / "veneer.json").write_text(json.dumps(manifest))
+    api.load(str(folder), dtype="float32", quantize=quantize).load_adapter(kept, name="mine")
+    with pytest.raises(AdapterMismatchError, match="float32"):
+        api.load(str(folder), dtype="stored", quantize=quantize).load_adapter(kept, name="mine")
+
+
+def as_read_in_float32(folder, quantize):
+    with quiet():
+        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dense.save_pretrained(folder.parent / "float32")
+    for file in folder.glob("token*"):
+        shutil.copy(file, folder.parent / "float32")
+    return load_base(str(folder.parent / "float32"), quantize=quantize).model
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])

@@ -265,6 +265,7 @@ def load(
         quantize=loaded.quantize,
         compute=loaded.compute,
         identity=loaded.identity,
+        as_held=loaded.as_held,
         library=Library(library) if isinstance(library, str | Path) else library,
     )
 

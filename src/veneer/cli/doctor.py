@@ -23,6 +23,7 @@ PACKAGES = (
     "numpy",
     "gguf",
     "jinja2",
+    "google-re2",
     "peft",
 )
 EXTRAS = {

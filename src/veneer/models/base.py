@@ -35,6 +35,7 @@ class Base:
     quantize      the format its linear layers are held in; None: dense
     compute       the type its values are stored in, and the one they are held and multiplied in; by default the model's
     identity      its fingerprint as it was read, before anything was widened; by default the model's as it stands
+    as_held       the same of the values as they are held: what versions that did not widen called a base loaded in float32
     attachments   the adapters on this base, by name
     routing       which of them is active
     decodes_packed  whether our own decoding loop gives what the model gives (models/decode.py); None: not asked yet
@@ -48,6 +49,7 @@ class Base:
     quantize: Quantize | None = None
     compute: Compute = None  # type: ignore[assignment]
     identity: Fingerprint = field(default=None, repr=False)  # type: ignore[assignment]
+    as_held: Fingerprint | None = field(default=None, repr=False)
     attachments: dict[str, Attachment] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
     decodes_packed: bool | None = field(default=None, init=False, repr=False)

@@ -116,9 +116,10 @@ def load_base(
             else:
                 model = _model(found.folder, config, read_as)
                 torch.nn.Module.to(model, place)
-            identity = fingerprint(model)
+            identity = as_held = fingerprint(model)
             if compute.widens:
                 widen(model, compute.held)
+                as_held = fingerprint(model)
             if model.generation_config is not None:
                 check_generation(found.folder, model.generation_config)
             check_finite(found.folder, model.eval())
@@ -134,6 +135,7 @@ def load_base(
         quantize=quantize,
         compute=compute,
         identity=identity,
+        as_held=as_held,
     )
 
 
