@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -451,6 +452,20 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_p
 
 
 # what is written can be read
+
+
+def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_path, monkeypatch):
+    losses = iter([9.0, 1.0, 2.0, 3.0])
+    own = Loop._save
+
+    def save(self):
+        own(self)
+        shutil.rmtree(self.job.out / "checkpoints" / "000002", ignore_errors=True)  # there was no room left
+
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(losses), 1))
+    monkeypatch.setattr(Loop, "_save", save)
+    summary = train(world, tmp_path / "out")
+    assert summary["damaged_best"]["step"] == 2 and summary["best_step"] == 4
 
 
 def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_path, monkeypatch):

@@ -349,7 +349,7 @@ class Loop:
         at = self.progress
         self.damaged_best = {"step": at.best_step, "loss": at.best_loss, "faults": fault.faults}
         self.screen.message(f"{fault.headline}, the best one: {'; '.join(fault.faults)}")
-        del at.losses[str(at.best_step)]
+        at.losses.pop(str(at.best_step), None)
         at.best_step = at.best_loss = None
         for loss, step in sorted((loss, int(step)) for step, loss in at.losses.items()):
             if step != at.step:
