@@ -1,8 +1,10 @@
 """What a dead writer left goes with the next command; what a living one writes stays."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -112,6 +114,25 @@ def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_anoth
     assert lives(left.name) is None
     partial.sweep(tmp_path)
     assert left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_rights_or_synced_folders_is_written_to(tmp_path, monkeypatch, number):
+    own = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        own(descriptor)
+
+    def chmod(path, mode, **_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "chmod", chmod)
+    with atomic_folder(tmp_path / "folder") as path:
+        (path / "a").touch(mode=0o600)
+    assert (tmp_path / "folder" / "a").is_file()
 
 
 def test_another_process_with_the_same_number_is_not_the_writer(writer):

@@ -9,6 +9,7 @@ cannot be judged from here and is left alone, as is everything on Windows.
 """
 
 import calendar
+import errno
 import hashlib
 import itertools
 import os
@@ -27,6 +28,7 @@ _NAME = re.compile(r"\.partial-([0-9a-f]{8})-(\d+)-(\d+)-\d+")
 _MACHINE, _START = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
 _WHOLE_MACHINE = "pid:[4026531836]"
 """Linux gives its first space of process numbers this number, on every machine."""
+_THERE_IS_NONE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _COUNTER = itertools.count()
 _OPEN: set[str] = set()
 """What this process is writing now."""
@@ -96,18 +98,29 @@ def share_and_sync(path: Path, mode: int) -> None:
         for folder, _, names in os.walk(path):
             for name in names:
                 share_and_sync(Path(folder) / name, mode)
-            _sync(Path(folder))
+            sync_folder(Path(folder))
         return
     missing = mode & 0o666 & ~path.stat().st_mode
     if missing and not path.is_symlink():
-        with suppress(PermissionError):  # a file system without modes
+        with _where_there_is_one():  # a file system without modes
             path.chmod(path.stat().st_mode & 0o777 | missing)
     _sync(path)
 
 
 def sync_folder(path: Path) -> None:
-    """After it, a rename in this folder outlives a power cut."""
-    _sync(path)
+    """After it, a rename in this folder outlives a power cut, where the file system can promise that."""
+    with _where_there_is_one():
+        _sync(path)
+
+
+@contextmanager
+def _where_there_is_one() -> Iterator[None]:
+    """For what a file system may be without: rights, and syncing a folder."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in _THERE_IS_NONE:
+            raise
 
 
 def _sync(path: Path) -> None:
