@@ -1,5 +1,6 @@
 """The command line's frame: light help, exit codes, errors."""
 
+import io
 import subprocess
 import sys
 
@@ -49,6 +50,14 @@ def test_help_names_every_command(capsys):
 def test_version_is_the_packages(capsys):
     assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"veneer {__version__}\n"
+
+
+def test_a_program_that_has_read_from_stdin_can_call_a_command(monkeypatch, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"a\nb\n"))
+    assert stdin.readline() == "a\n"
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
 
 
 def test_an_unknown_command_names_the_nearest_and_exits_2(capsys):

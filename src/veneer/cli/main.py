@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     if hasattr(sys.stdin, "reconfigure"):  # as arguments come: what reads text says what is wrong with it
-        sys.stdin.reconfigure(errors="surrogateescape")
+        with suppress(OSError):  # who called us has read from it already
+            sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page has no ▼: print ? rather than fail
             stream.reconfigure(errors="replace")
