@@ -21,6 +21,7 @@ def _command(argv: list[str], log: str) -> None:
     signal.alarm(LIMIT_SECONDS)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
+    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115  # the server's is for commands
     code = 120
     try:
         code = main(argv)
