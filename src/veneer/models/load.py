@@ -10,7 +10,6 @@ Not known here: where models come from (sources.py), attention beyond transforme
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,9 +49,10 @@ from veneer.models.loaded import NEXT_DOWNLOAD, check_finite, check_generation, 
 from veneer.models.quiet import quiet
 from veneer.models.sources import Found, locate, read_json, weight_files
 from veneer.models.streaming import build_packed, holds_experts_apart
-from veneer.models.tensor_files import stored_tensors
+from veneer.models.tensor_files import StoredTensor, counted, stored_tensors
 from veneer.models.widen import widen
 from veneer.quant.config import Quantize
+from veneer.quant.nf4 import BookName
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -89,10 +89,8 @@ def load_base(
             f"unknown dtype {dtype!r}",
             next_step=f"One of auto, {', '.join(DTYPES)}; auto takes the stored one, or float32 where that is slow.",
         )
-    found = locate_blocks(source) if quantize == "gguf" else locate(source)
-    stored = stored_dtypes(found.folder)
-    tensors = stored_tensors(weight_files(found.folder))
-    held = None if quantize == "gguf" else stored_book(found.folder, tensors)
+    found, tensors, held = _files(source, quantize)
+    stored = counted(tensors)
     if held is not None:
         book, _ = held
         if quantize not in (None, book):
@@ -141,11 +139,18 @@ def load_base(
 
 def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | None) -> Compute:
     """What load_base would hold the weights in; only headers are read. Raises as load_base does."""
-    found = locate_blocks(source) if quantize == "gguf" else locate(source)
-    stored = stored_dtypes(found.folder)
-    tensors = stored_tensors(weight_files(found.folder))
-    held = None if quantize == "gguf" else stored_book(found.folder, tensors)
+    found, tensors, held = _files(source, quantize)
+    stored = counted(tensors)
     return choose(_stored_type(found.folder, stored, held, dtype), dtype, _device(device))
+
+
+def _files(
+    source: str, quantize: Quantize | None
+) -> tuple[Found, dict[str, StoredTensor], tuple[BookName, torch.dtype] | None]:
+    """Where the base is, what its files hold, and of weights that are packed in them the code book and the type before."""
+    found = locate_blocks(source) if quantize == "gguf" else locate(source)
+    tensors = stored_tensors(weight_files(found.folder))
+    return found, tensors, None if quantize == "gguf" else stored_book(found.folder, tensors)
 
 
 def _stored_type(
@@ -175,10 +180,7 @@ def stored_dtypes(folder: Path) -> Counter[str]:
 
     Raises as stored_tensors does.
     """
-    counts: Counter[str] = Counter()
-    for tensor in stored_tensors(weight_files(folder)).values():
-        counts[tensor.kind] += math.prod(tensor.shape)
-    return counts
+    return counted(stored_tensors(weight_files(folder)))
 
 
 def most_common_dtype(folder: Path, counts: Counter[str]) -> torch.dtype:

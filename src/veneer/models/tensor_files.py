@@ -6,6 +6,9 @@ that are longer than their file, and ranges that overlap, leave holes or do not 
 """
 
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -86,3 +89,11 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     if faults:
         raise CorruptFileError(f"weights in {files[0].parent} cannot be read", faults, NEXT_DOWNLOAD)
     return found
+
+
+def counted(tensors: Mapping[str, StoredTensor]) -> Counter[str]:
+    """Number of values per safetensors dtype name."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.kind] += math.prod(tensor.shape)
+    return counts
