@@ -298,6 +298,15 @@ def test_a_setting_that_the_starting_version_did_not_know_had_its_default(world,
     assert resume(tmp_path)["steps"] == 6
 
 
+def test_a_setting_that_only_the_starting_version_knows_is_refused_by_name(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    tensors, state = checkpoint.load_checkpoint(tmp_path / "checkpoints" / "000002")
+    state["origin"]["settings"]["momentum"] = 0.9
+    save_checkpoint(tmp_path / "checkpoints", 2, tensors, state)
+    with pytest.raises(ConfigError, match="momentum"):
+        resume(tmp_path)
+
+
 def test_records_that_are_gone_are_an_error_and_an_empty_file_is_the_way_on(world, tmp_path, monkeypatch):
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     (tmp_path / "metrics.jsonl").unlink()

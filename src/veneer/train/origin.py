@@ -4,9 +4,12 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
 
+from pydantic import ValidationError
+
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
+from veneer.store.strict_json import field_faults
 from veneer.train.config import RunConfig
 from veneer.train.loggers import flat
 
@@ -55,7 +58,15 @@ def check_settings(then: Origin, config: RunConfig) -> None:
         return
     defaults = {**config.model_dump(include={"base", "out"}), "data": {"train": config.data.train}}
     stored = {**defaults, **then.settings, "data": {**defaults["data"], **then.settings.get("data", {})}}
-    ours, theirs = flat(_settings(config)), flat(_settings(RunConfig.model_validate(stored)))
+    try:
+        started = RunConfig.model_validate(stored)
+    except ValidationError as fault:
+        raise ConfigError(
+            f"another version of Veneer began the run in {config.out}",
+            field_faults(fault),
+            "Continue it with the version that began it, or start a new run.",
+        ) from fault
+    ours, theirs = flat(_settings(config)), flat(_settings(started))
     faults = [
         f"{name}: then {theirs.get(name)!r}, now {ours.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
