@@ -185,15 +185,16 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [15, 48, 130])
 def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
-    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows that are full and not) and one they leave."""
+    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows and of columns that are full and not) and one they
+    leave."""
     torch.manual_seed(4)
     base, exact = (
-        DenseLinear(nn.Linear(96, 144, dtype=t).requires_grad_(False))
+        DenseLinear(nn.Linear(96, 176, dtype=t).requires_grad_(False))
         for t in (torch.bfloat16, torch.float64)
     )
     exact.module.weight.data = base.module.weight.double()
-    x, own = torch.randn(rows, 96).bfloat16(), torch.randn(144).bfloat16() if bias else None
-    A, B, magnitude = torch.randn(size, 96) / 10, torch.randn(144, size), torch.randn(144) + 3
+    x, own = torch.randn(rows, 96).bfloat16(), torch.randn(176).bfloat16() if bias else None
+    A, B, magnitude = torch.randn(size, 96) / 10, torch.randn(176, size), torch.randn(176) + 3
     magnitude[5], base.module.weight.data[7], B[7], exact.module.weight.data[7] = 0, 0, 0, 0
     squares = row_squares(base)
     norm = row_norms(A, B, squares, base, scaling=0.3)
@@ -206,7 +207,7 @@ def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
         t.detach().double().requires_grad_()
         for t in (x, A.detach().bfloat16(), B.detach().bfloat16(), magnitude)
     ]
-    grad = torch.randn(rows, 144).bfloat16()
+    grad = torch.randn(rows, 176).bfloat16()
     ours = dora_linear(*inputs, norm, own, base, scaling=0.3)
     plain = dora_linear_reference(
         *theirs, norm.double(), None if own is None else own.double(), exact, scaling=0.3

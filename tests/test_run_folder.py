@@ -437,6 +437,20 @@ def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):
     assert numbers(tmp_path) == [2, 3]
 
 
+def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(step), {})
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", fails)
+    with pytest.raises(OSError):
+        checkpoint.prune(tmp_path, keep=1, best=None)
+    assert (tmp_path / "000001" / "state.safetensors").is_file()
+    assert not (tmp_path / "000001" / "MANIFEST.json").exists()
+
+
 def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 3.0, 2.0, 5.0, 4.0])
     monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(losses), 1))

@@ -10,6 +10,7 @@ import torch
 from tests.test_store_adapter import IDS, write
 from tests.tiny import tiny_base
 from veneer.adapters.config import LoRA
+from veneer.adapters.routing import Routing
 from veneer.api import Base
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
 from veneer.store.library import Library
@@ -279,6 +280,18 @@ def test_an_adapter_in_use_by_another_thread_is_not_detached(library):
     leave.set()
     thread.join()
     base.detach("alpha")
+
+
+def test_blocks_within_blocks_end_one_by_one():
+    routing = Routing()
+    routing.active = (("a", 1.0),)
+    with routing.held((("b", 1.0),)):
+        with routing.held((("c", 1.0),)):
+            routing.active = (("d", 2.0),)
+            assert routing.active == (("d", 2.0),)
+            assert routing.in_use() == {"a", "b", "d"}
+        assert routing.active == (("b", 1.0),) and routing.in_use() == {"a", "b"}
+    assert routing.active == (("a", 1.0),) and routing.in_use() == {"a"} and not routing.is_held
 
 
 def test_a_failing_forward_lets_go_of_what_it_held(library):
