@@ -267,8 +267,10 @@ def test_a_row_that_finds_no_place_behind_the_prefix_is_refused():
         begin(base, Prefix(tokens=1000, start="random"), name="a", examples=examples)
     begin(base, Prefix(tokens=20, start="random"), name="a")
     base.routing.active = (("a", 1.0),)
-    with pytest.raises(ConfigError, match="20 of the prefix"):
-        generate(base, [[1, 2, 3]], max_new_tokens=MAX_POSITIONS - 20)
+    with pytest.raises(ConfigError, match=f"{MAX_POSITIONS - 20:,} positions"):
+        generate(base, [[1] * (MAX_POSITIONS - 20)], max_new_tokens=1)
+    (answer,) = generate(base, [[1] * (MAX_POSITIONS - 24)], max_new_tokens=50)
+    assert len(answer) <= 4
 
 
 @pytest.mark.parametrize("start", ["prompt", "random"])
