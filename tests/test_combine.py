@@ -342,3 +342,7 @@ def test_weights_of_the_base_are_not_read(bases, tmp_path):
     )
     assert len(report.ranks) == 6
     assert tiny_base("llama_untied").model.config.num_hidden_layers == 2
+
+
+def test_pruning_keeps_half_of_the_entries_where_nothing_is_said():
+    assert Recipe("ties").kept == 0.5 and Recipe("ties", density=0.2).kept == 0.2

@@ -437,6 +437,12 @@ def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):
     assert numbers(tmp_path) == [2, 3]
 
 
+def test_the_summary_counts_the_tokens_of_every_step(world, tmp_path):
+    summary = run_training(config(world, tmp_path, steps=3), resume=False, screen=QuietScreen())
+    steps = [each for each in read_records(tmp_path / "metrics.jsonl") if each["kind"] == "step"]
+    assert summary["trained_tokens"] == sum(each["trained_tokens"] for each in steps) > 0
+
+
 def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, tensors(step), {})

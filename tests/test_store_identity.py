@@ -8,6 +8,7 @@ from veneer.adapters.config import LoRA
 from veneer.errors import AdapterMismatchError
 from veneer.models.starting import begin
 from veneer.store.adapter import load_adapter, manifest_for, write_adapter
+from veneer.store.identity import other_base
 
 OTHER = CHATML.replace("assistant", "helper")
 
@@ -75,3 +76,11 @@ def test_what_an_adapter_does_not_record_is_not_compared(tmp_path):
     another_template(other)
     load_adapter(other, path, name="b")
     assert list(other.attachments) == ["b"]
+
+
+def test_another_base_is_named_with_its_revision_where_it_has_one():
+    there, here = tiny_base(seed=1), tiny_base(seed=2)
+    there.name_or_path, there.revision, here.name_or_path = "org/there", "0123abc", "org/here"
+    manifest = manifest_for(there, method="lora", template_hash=there.template_hash())
+    assert other_base(manifest, here)[0] == "base: org/there at 0123abc against org/here"
+    assert other_base(manifest, there) == []

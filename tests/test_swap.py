@@ -304,6 +304,13 @@ def test_a_failing_forward_lets_go_of_what_it_held(library):
     assert base.routing.in_use() == set()
 
 
+def test_a_forward_lets_go_of_what_it_held(library):
+    base = make_base(library)
+    base.use("alpha")
+    base.model(torch.tensor([[1, 2]]))
+    assert not base.routing.is_held
+
+
 def test_switching_touches_no_module(library, monkeypatch):
     base = make_base(library)
     base.use(list(NAMES))
