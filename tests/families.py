@@ -417,8 +417,7 @@ def page(rows: dict[str, str]) -> str:
         "",
         "Not compared:",
         "",
-        *[row for _, row in sorted(rows.items()) if not row.startswith("|")],
-        "",
+        *[part for _, row in sorted(rows.items()) if not row.startswith("|") for part in (row, "")],
     ]
     return "\n".join(lines)
 
