@@ -13,6 +13,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli import main
 from veneer.data.examples import Example, RowRef
+from veneer.merge.in_memory import merged_weights
 
 
 def make_examples(count, *, vocab=272, prompt=5, longest=24, seed=0):
@@ -67,6 +68,13 @@ def filled_lora(base, **settings):
     made = attach(base.model, LoRA(rank=3, alpha=5, **settings), name="a", routing=base.routing, head=head)
     fill(made.parameters().values())
     return made
+
+
+def merge_in_memory(model, applied):
+    """merged_weights, installed."""
+    merged = merged_weights(model, applied)
+    merged.install()
+    return merged
 
 
 CLEAN = multiprocessing.get_context("forkserver")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.accelerator import Accelerator, Mixed
-from tests.helpers import make_examples
+from tests.helpers import make_examples, merge_in_memory
 from tests.test_methods import BASES, METHODS, move, written
 from veneer.adapters.attach import detach
 from veneer.adapters.config import LoRA
@@ -23,7 +23,6 @@ from veneer.data.batching import make_batch
 from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
-from veneer.merge.in_memory import merge_in_memory
 from veneer.models.checkpointing import checkpointed
 from veneer.models.decode import decode
 from veneer.models.generate import _Draw, _sampler, generate

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import fill
+from tests.helpers import fill, merge_in_memory
 from tests.tiny import tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -11,7 +11,6 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, RefusedError
 from veneer.merge.adapters import place
-from veneer.merge.in_memory import merge_in_memory
 from veneer.store.adapter import manifest_for, read_adapter, write_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import fill
+from tests.helpers import fill, merge_in_memory
 from tests.parity.test_peft_files import ROWS, answers, every_row, logits, ours
 from tests.tiny import save_tiny, tiny_base
 from veneer.adapters.attach import attach
@@ -17,7 +17,7 @@ from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.merge.fold import stored_tensors, wanted_weights
 from veneer.merge.folder import merge_into_folder
-from veneer.merge.in_memory import merge_in_memory, merged_weights
+from veneer.merge.in_memory import merged_weights
 from veneer.merge.rounding import stochastic, survival
 from veneer.merge.run import merge_adapters
 from veneer.merge.verify import in_float32

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import fill
+from tests.helpers import fill, merge_in_memory
 from tests.parity.test_peft_files import logits
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.tiny_gguf import tiny, with_merges, write_gguf
@@ -17,7 +17,6 @@ from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.errors import ConfigError, RefusedError
 from veneer.merge.export_run import export_merged_gguf
-from veneer.merge.in_memory import merge_in_memory
 from veneer.merge.run import merge_adapters
 from veneer.models.load import load_base
 from veneer.store.adapter import manifest_for, write_adapter

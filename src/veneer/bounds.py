@@ -44,7 +44,7 @@ class Number:
 
     def holds(self, value: object) -> bool:
         """Whether `value` is such a number. Those of numpy are numbers too."""
-        if isinstance(value, bool | str | bytes) or type(value).__name__ == "bool":
+        if isinstance(value, bool | str | bytes) or type(value).__name__.startswith("bool"):
             return False
         try:
             number = operator.index(value) if self.kind is int else float(value)  # type: ignore[arg-type]

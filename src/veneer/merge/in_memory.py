@@ -38,13 +38,6 @@ class Merged:
             module._parameters[name] = parameter
 
 
-def merge_in_memory(model: nn.Module, applied: Applied) -> Merged:
-    """merged_weights, installed."""
-    merged = merged_weights(model, applied)
-    merged.install()
-    return merged
-
-
 @torch.no_grad()
 def merged_weights(model: nn.Module, applied: Applied) -> Merged:
     """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part. The model stays as it is.
