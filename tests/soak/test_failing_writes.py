@@ -142,7 +142,9 @@ class Commands:
 
     def run(self, line: str, *, k: int = 2**40, number: int = 0, mode: int = 0) -> Outcome:
         control = Control(0, k, number, mode, 0, str(self.case).encode(), b"", b"")
-        self.control.write_bytes(bytes(control))
+        # never shorter for a moment: the server has it mapped, and may still be starting
+        with self.control.open("r+b") as file:
+            file.write(bytes(control))
         argv = line.format(w=self.world, o=self.out).split()
         assert self.server.stdin is not None and self.server.stdout is not None
         print(json.dumps({"argv": argv, "log": str(self.log)}), file=self.server.stdin, flush=True)

@@ -86,9 +86,10 @@ def _check_targets(z: Tensor, targets: Tensor) -> None:
     """IndexError for what the compiled loop would read and write outside of z, and torch take from z's end."""
     if len(targets) > len(z):
         raise IndexError(f"{len(targets)} targets for {len(z)} rows of logits")
-    if len(targets) and not 0 <= targets.min() <= targets.max() < z.shape[1]:
-        wrong = int(targets.max()) if targets.min() >= 0 else int(targets.min())
-        raise IndexError(f"target {wrong} is outside of {z.shape[1]} logits")
+    if len(targets):
+        low, high = (int(extreme) for extreme in targets.aminmax())
+        if low < 0 or high >= z.shape[1]:
+            raise IndexError(f"target {high if low >= 0 else low} is outside of {z.shape[1]} logits")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

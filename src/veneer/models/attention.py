@@ -10,6 +10,7 @@ say why, and batches are padded for transformers' own attention.
 import inspect
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -153,8 +154,22 @@ def unused_mask(device: torch.device) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+_DECODERS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+"""Model -> the path of its decoder: every forward asks, and to look for it is to walk all modules. What stands there
+may be exchanged, the path stays."""
+
+
 def decoder(model: PreTrainedModel) -> nn.Module | None:
     """The model without its head: ids in, hidden states out. None where no part of it is that."""
+    if model not in _DECODERS:
+        part = _find_decoder(model)
+        paths = (path for path, module in model.named_modules() if module is part)
+        _DECODERS[model] = next(paths, None)
+    path = _DECODERS[model]
+    return None if path is None else model.get_submodule(path)
+
+
+def _find_decoder(model: PreTrainedModel) -> nn.Module | None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
 
     def holds(part: nn.Module, wanted: nn.Module | None) -> bool:

@@ -16,7 +16,7 @@ from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states
 from veneer.models.decode import continued
-from veneer.models.proof import Proven, no_seam, proven, unreached
+from veneer.models.proof import Proven, apart, no_seam, proven, unreached
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
 """Largest difference of hidden states, relative to their largest value, that rounding explains in a whole model."""
@@ -92,16 +92,12 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
         return f"{name} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
     reason = unreached(model, calls)
     if reason is None and expected is not None:
-        difference = _apart(states, expected)
-        if not difference <= TOLERANCE[expected.dtype]:
+        difference = apart(states, expected)
+        if difference > TOLERANCE[expected.dtype]:
             reason = f"{name} packed differs from one by one by {difference:.1e}"
     if reason is not None:
         model.set_attn_implementation(before)
     return reason
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
 
 
 @torch.no_grad()
@@ -117,7 +113,7 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
         inner(input_ids=ids, use_cache=False).last_hidden_state
     )
     theirs = model(input_ids=ids, use_cache=False).logits
-    if ours.shape != theirs.shape or not _apart(ours, theirs) <= HEAD_TOLERANCE[theirs.dtype]:
+    if apart(ours, theirs) > HEAD_TOLERANCE[theirs.dtype]:
         return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
     return found.scale, found.softcap, None
 
@@ -144,7 +140,7 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
     if found.shape != expected.shape:
         return f"{type(model).__name__} does not say which logits to keep"
-    worst = _apart(found, expected)
-    if not worst <= TOLERANCE[expected.dtype]:
+    worst = apart(found, expected)
+    if worst > TOLERANCE[expected.dtype]:
         return f"{type(model).__name__} decoded with a packed cache differs by {worst:.1e}"
     return None

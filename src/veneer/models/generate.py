@@ -28,9 +28,8 @@ from veneer.models.switches import forget_lengths, switches
 PADDED_ROWS = 32
 """Prompts that transformers' loop decodes together, padded on the left to the longest of them."""
 
-_COLDEST = (
-    1e-9  # from here on any two logits that differ are infinitely far apart: the likeliest token is taken
-)
+_COLDEST = 1e-9
+"""From here on any two logits that differ are infinitely far apart: the likeliest token is taken."""
 
 
 @torch.no_grad()
@@ -160,9 +159,8 @@ def _sampler(rows: Sequence[int], draw: _Draw) -> Choose:
 
     def choose(logits: Tensor, numbers: Sequence[int]) -> list[int]:
         wide = logits.float()
-        below = (
-            wide - wide.amax(dim=-1, keepdim=True)
-        ) / draw.temperature  # the shift keeps the quotient finite at the top
+        # the shift keeps the quotient finite at the top
+        below = (wide - wide.amax(dim=-1, keepdim=True)) / draw.temperature
         chances, tokens = torch.softmax(below, dim=-1).sort(dim=-1, descending=True)
         reach = chances.cumsum(dim=-1)
         left_out = reach - chances >= draw.top_p

@@ -90,7 +90,7 @@ def _texts(model: PreTrainedModel) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(ids, LENGTHS, strict=True)]
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
+def apart(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest value."""
     if found.shape != expected.shape:
         return float("inf")
@@ -117,7 +117,7 @@ def _tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str |
 def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
     part = len(text) - 3
     other = [*text[:part], *reversed(text[part:])]
-    worst = max(_apart(_logits(model, t)[:part], _logits(model, text)[:part]) for t in (text[:part], other))
+    worst = max(apart(_logits(model, t)[:part], _logits(model, text)[:part]) for t in (text[:part], other))
     if worst <= FP32:
         return None
     return f"{type(model).__name__} lets a token see what stands behind it (its logits change by {worst:.1e})"
@@ -140,13 +140,13 @@ def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         expected = [_logits(model, row) for row in rows]
         forget_lengths(model)
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        worst = max(_apart(whole[i, : len(row)], expected[i]) for i, row in enumerate(rows))
+        worst = max(apart(whole[i, : len(row)], expected[i]) for i, row in enumerate(rows))
         if decoder(model) is None:
             return worst
         states = [_states(model, row) for row in rows]
         forget_lengths(model)
         hidden = padded_states(model, ids, positions, mask)
-        return max(worst, *(_apart(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows)))
+        return max(worst, *(apart(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows)))
 
     return _tried(model, "padded rows", lambda: _by_side(model, texts, run))
 
@@ -179,7 +179,7 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         states, layers = packed_states(model, torch.tensor([ids]), torch.tensor([positions]), layout)
         calls.append(layers)
         expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])
-        return _apart(states, expected)
+        return apart(states, expected)
 
     before = model.config._attn_implementation
     reason = _tried(model, "packed rows", lambda: _by_side(model, texts, run))
@@ -221,7 +221,7 @@ def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None,
         states = _states(model, text)
         for scale in _scales(config):
             for softcap in _softcaps(config):
-                if _apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
+                if apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
                     return scale, softcap, None
     except Exception as fault:  # as in _tried
         return 1.0, None, f"{type(model).__name__} does not give what its head takes ({type(fault).__name__})"
@@ -265,7 +265,7 @@ def _decoding(model: PreTrainedModel) -> str | None:
         expected = torch.stack(
             [torch.stack([w[len(w) - new - 1 + at] for w in whole]) for at in range(new + 1)]
         )
-        return _apart(steps, expected)
+        return apart(steps, expected)
 
     before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     return _tried(model, "a packed cache", run)
@@ -277,7 +277,7 @@ def _beside(model: PreTrainedModel) -> str | None:
 
     def run() -> float:
         together = generated(model, texts)
-        return max(_apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts))
+        return max(apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts))
 
     return _tried(model, "prompts padded on the left", run)
 
