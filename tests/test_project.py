@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import textwrap
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,3 +135,85 @@ def test_commands_import_by_the_names_that_help_shows():
         assert callable(command.add_arguments)
         assert callable(command.run)
         assert command.__doc__
+
+
+# The README invites: it is read in one sitting. Figures and their caveats stand in docs/benchmarks.md.
+MOST_PARAGRAPH_LINES, COLUMNS = 4, 110
+MOST_CELL_WORDS = 12
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/*.md")]
+
+
+def prose(text: str) -> list[str]:
+    """Paragraphs and items of lists, one string each; without fences, tables, headings and pictures."""
+    kept = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    kept = re.sub(r"^(#|\||!\[).*$", "", kept, flags=re.MULTILINE)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", kept)
+    return [" ".join(block.split()) for block in blocks if block.strip()]
+
+
+def cells(text: str) -> list[str]:
+    rows = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
+    return [cell for row in rows for cell in row.split("|")]
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def long_paragraphs(text: str) -> list[str]:
+    return [p for p in prose(text) if len(textwrap.wrap(p, COLUMNS)) > MOST_PARAGRAPH_LINES]
+
+
+def long_cells(text: str) -> list[str]:
+    return [cell for cell in cells(text) if len(cell.split()) > MOST_CELL_WORDS]
+
+
+def commit_ids(text: str) -> list[str]:
+    found = re.findall(r"\b[0-9a-f]{7,40}\b", text)
+    return [each for each in found if not each.isdigit() and not each.isalpha()]  # a number, a word
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("rule", [long_paragraphs, long_cells, commit_ids], ids=lambda rule: rule.__name__)
+def test_the_readme_is_read_in_one_sitting(rule):
+    assert not rule((ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_every_link_between_pages_leads_somewhere(page):
+    assert not dead_links(page, page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (long_paragraphs, "word " * 100),
+        (long_paragraphs, "- short\n- " + "word\n  " * 100),
+        (long_cells, "| a | " + "word " * 13 + "|"),
+        (commit_ids, "Code: a09453f unless named."),
+    ],
+)
+def test_the_rules_of_prose_would_find_each(rule, text):
+    assert rule(text)
+    assert not rule(
+        "# T\n\nShort.\n\n```\n" + "word " * 200 + "\n```\n\n| a | b c |\n\n- one\n- two 1234567\n"
+    )
+
+
+def test_a_dead_link_would_be_found():
+    readme = ROOT / "README.md"
+    text = "[a](docs/none.md) [b](#no-such) [c](docs/plan.md#nor-this) [d](docs/plan.md) [e](https://example.org)"
+    assert dead_links(readme, text) == ["docs/none.md", "#no-such", "docs/plan.md#nor-this"]

@@ -4,7 +4,7 @@
     rows 0..i of its own document. softmax(softcap(scale q k^T) + mask, sink) v
 
 Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows this is
-several times faster on a CPU than the fused flash kernel (its backward most of all; docs/benchmarks.md),
+several times faster on a CPU than the fused flash kernel (its backward most of all; docs/log.md),
 needs no repetition of keys for grouped query heads, and expresses windows, soft caps and sinks.
 On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py).
 Only q, k and v are kept for backward; the probabilities of one block at a time are computed again.
