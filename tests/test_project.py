@@ -1,5 +1,6 @@
 """Decisions about the whole project, held: public names, file sizes, and what must never stand in the source."""
 
+import json
 import re
 import subprocess
 import sys
@@ -217,3 +218,31 @@ def test_a_dead_link_would_be_found():
     readme = ROOT / "README.md"
     text = "[a](docs/none.md) [b](#no-such) [c](docs/plan.md#nor-this) [d](docs/plan.md) [e](https://example.org)"
     assert dead_links(readme, text) == ["docs/none.md", "#no-such", "docs/plan.md#nor-this"]
+
+
+RESULTS = sorted(ROOT.glob("docs/results/*.json"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=names)
+def test_every_result_says_where_it_comes_from(file):
+    for measurement in json.loads(file.read_text())["measurements"]:
+        missing = [
+            key for key in ("what", "machine", "commit", "command", "values") if not measurement.get(key)
+        ]
+        assert not missing, measurement
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=names)
+def test_every_result_is_behind_a_page(file):
+    assert any(f"results/{file.name})" in page.read_text() for page in PAGES)
+
+
+def test_every_claim_has_figure_machine_command_and_commit():
+    """In the table of docs/benchmarks.md; a row in bold names a topic."""
+    head = "| claim | figure | machine | command | commit |"
+    rows = (
+        (ROOT / "docs" / "benchmarks.md").read_text().partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    )
+    claims = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "| **" not in row[:5]]
+    assert len(claims) > 50
+    assert [claim for claim in claims if len(claim) != 5 or not all(claim)] == []
