@@ -81,7 +81,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "store/identity.py": ("test_store_identity.py",),
     "store/manifest.py": ("test_store_adapter.py",),
     "store/matching.py": ("test_store_format.py", "test_store_adapter.py"),
-    "store/safe.py": ("test_store_safe.py",),
+    "files/strict_tensors.py": ("test_store_safe.py",),
     "store/inside.py": ("test_inside.py",),
     "kernels/native/attention.c": ("test_attention_native.py",),
     "kernels/native/rank.c": ("test_rank.py",),

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from veneer.train.screen import LiveScreen, PlainScreen, Progress, end_lines, make_screen, start_lines
-from veneer.train.wording import clock, cut, folded, millions, number, percent, shown, size
+from veneer.wording import clock, cut, folded, millions, number, percent, shown, size
 
 INFO = {
     "base": "smollm2-135m",

@@ -25,8 +25,8 @@ from veneer.compare.plan import Candidate, Comparison, prepare_rows
 from veneer.compare.search import search
 from veneer.data.sources import read_rows
 from veneer.errors import DataError, InputError, VeneerError
+from veneer.files.lock import BusyError
 from veneer.report.scatter import Mark, scatter_chart
-from veneer.store.lock import BusyError
 from veneer.train.config import RunConfig
 from veneer.train.folder import held
 from veneer.train.records import read_records

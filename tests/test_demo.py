@@ -17,7 +17,7 @@ from veneer import demo
 from veneer.cli.main import main
 from veneer.data.bfcl import Call, parse_calls
 from veneer.errors import ConfigError, SourceError
-from veneer.store.lock import BusyError
+from veneer.files.lock import BusyError
 from veneer.train.folder import held
 
 TRAINED, HELD_OUT = 12, 11

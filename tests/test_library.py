@@ -21,9 +21,9 @@ from veneer.errors import (
     UnsafeFileError,
     VeneerError,
 )
+from veneer.files.atomic import MANIFEST
 from veneer.models.load import load_base
 from veneer.store.adapter import WEIGHTS_NAME, load_adapter, manifest_for, read_adapter, write_adapter
-from veneer.store.atomic import MANIFEST
 from veneer.store.index import INDEX
 from veneer.store.library import Library
 from veneer.store.manifest import MANIFEST_NAME, read_manifest

@@ -16,7 +16,7 @@ import pytest
 from tests.soak.world import FROM_LIBRARY, READING, make_world
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.cli.main import main
-from veneer.partial import unfinished
+from veneer.files.partial import unfinished
 from veneer.store.index import INDEX
 from veneer.store.library import Library
 

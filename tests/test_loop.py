@@ -17,9 +17,9 @@ from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Interrupted
+from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
-from veneer.store import atomic
 from veneer.train import loop
 from veneer.train.checkpoint import load_checkpoint, newest_valid, numbers, prune, save_checkpoint
 from veneer.train.config import RunConfig

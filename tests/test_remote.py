@@ -20,8 +20,8 @@ from veneer.errors import (
     UnsafeFileError,
     VeneerError,
 )
+from veneer.files.atomic import MANIFEST
 from veneer.store.adapter import WEIGHTS_NAME
-from veneer.store.atomic import MANIFEST
 from veneer.store.library import Library
 from veneer.store.remote import FolderRemote, pull, push, remote_at
 

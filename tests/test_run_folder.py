@@ -24,11 +24,11 @@ from veneer.errors import (
     Interrupted,
     SourceError,
 )
-from veneer.store import atomic
-from veneer.store.atomic import write_manifest
-from veneer.store.lock import BusyError
-from veneer.store.safe import read_tensors
-from veneer.store.strict_json import read_json
+from veneer.files import atomic
+from veneer.files.atomic import write_manifest
+from veneer.files.lock import BusyError
+from veneer.files.strict_json import read_json
+from veneer.files.strict_tensors import read_tensors
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import newest_valid, numbers, save_checkpoint
 from veneer.train.config import RunConfig

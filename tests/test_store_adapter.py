@@ -33,12 +33,12 @@ from veneer.errors import (
     UnsafeFileError,
     VeneerError,
 )
+from veneer.files import strict_tensors
+from veneer.files.nesting import MAX_JSON_DEPTH
+from veneer.files.partial import sweep
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
-from veneer.nesting import MAX_JSON_DEPTH
-from veneer.partial import sweep
 from veneer.store import adapter as store
-from veneer.store import safe
 from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
 from veneer.store.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
@@ -301,7 +301,7 @@ def test_the_format_document_names_every_field_and_every_refusal():
     fields = [*Manifest.model_fields, *BaseIdentity.model_fields, *Fingerprint.__dataclass_fields__]
     assert [name for name in fields if f"`{name}`" not in text] == []
     for limit in (
-        f"{safe.MAX_TENSORS:,} tensors",
+        f"{strict_tensors.MAX_TENSORS:,} tensors",
         f"{MAX_JSON_DEPTH} levels",
         f"{MAX_PATTERN:,} characters",
         f"{MAX_EXPRESSIONS} expressions",

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from tests.helpers import FailAt
 from veneer.errors import ConfigError, DoesNotFitError, InputError
-from veneer.store import atomic
-from veneer.store.atomic import atomic_file, atomic_folder, verify_manifest, write_manifest
-from veneer.system_errors import free_bytes
+from veneer.files import atomic
+from veneer.files.atomic import atomic_file, atomic_folder, verify_manifest, write_manifest
+from veneer.files.system_errors import free_bytes
 
 WRITE_CALLS = [(os, name) for name in ("rename", "replace", "fsync", "open", "mkdir")]
 

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError
-from veneer.nesting import MAX_JSON_DEPTH
-from veneer.store.safe import MAX_HEADER_BYTES, read_header, read_tensors
-from veneer.store.strict_json import read_json
+from veneer.files.nesting import MAX_JSON_DEPTH
+from veneer.files.strict_json import read_json
+from veneer.files.strict_tensors import MAX_HEADER_BYTES, read_header, read_tensors
 
 SMALL = save(
     {

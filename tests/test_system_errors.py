@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from veneer.cli import main as cli
 from veneer.errors import ConfigError, DoesNotFitError, InputError
-from veneer.store.atomic import atomic_file, atomic_folder
-from veneer.system_errors import explained, refusal
+from veneer.files.atomic import atomic_file, atomic_folder
+from veneer.files.system_errors import explained, refusal
 from veneer.train.records import Records
 
 IN_RUST = "Error while serializing: I/O error: {} (os error {})"
@@ -124,7 +124,7 @@ def test_a_limit_on_the_size_of_files_is_told_also_of_what_safetensors_writes(tm
     code = (
         "import resource, sys, torch\n"
         "from safetensors.torch import save_file\n"
-        "from veneer.store.atomic import atomic_file, atomic_folder\n"
+        "from veneer.files.atomic import atomic_file, atomic_folder\n"
         "from veneer.errors import DoesNotFitError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"

@@ -32,14 +32,14 @@ from veneer.data.examples import Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.answers import evaluate_answers
+from veneer.files.atomic import atomic_file
 from veneer.models.compute import DtypeName
 from veneer.models.wheel import fetch_wheel
-from veneer.store.atomic import atomic_file
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import held, remove_run
 from veneer.train.screen import make_screen
 from veneer.train.talk import talking_console
-from veneer.train.wording import cut, shown, size
+from veneer.wording import cut, shown, size
 
 BASE = "smollm2-135m"
 EPOCHS = 4

@@ -26,7 +26,7 @@ import pytest
 
 from tests.soak.counts import count
 from tests.soak.world import FROM_LIBRARY, READING, copy_world, make_world, run, train
-from veneer.store.atomic import verify_manifest
+from veneer.files.atomic import verify_manifest
 from veneer.store.library import Library
 
 HERE = Path(__file__).parent

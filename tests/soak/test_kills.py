@@ -17,7 +17,7 @@ import pytest
 from tests.helpers import start_veneer
 from tests.soak.counts import count
 from tests.soak.world import FROM_LIBRARY, make_world
-from veneer.store.atomic import verify_manifest
+from veneer.files.atomic import verify_manifest
 from veneer.store.library import Library
 from veneer.train.checkpoint import checkpoint_path, numbers
 from veneer.train.records import read_records

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import COUNT
 from veneer.cli.common import add_json, add_library, as_stored, held_as, make_console, print_json
 from veneer.errors import ConfigError
-from veneer.train.wording import shown, size
+from veneer.wording import shown, size
 
 if TYPE_CHECKING:
     from veneer.models.base import Base

@@ -10,7 +10,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import print_json
-from veneer.train.wording import cut, number, shown, size
+from veneer.wording import cut, number, shown, size
 
 if TYPE_CHECKING:
     from veneer.store.library import Entry, Library

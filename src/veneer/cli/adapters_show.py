@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.adapters_ls import age, table
 from veneer.cli.common import make_console, print_json
-from veneer.train.wording import folded, millions, number, shown, size
+from veneer.wording import folded, millions, number, shown, size
 
 if TYPE_CHECKING:
     from veneer.store.adapter import StoredAdapter

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.cli.common import add_base, load_base
 from veneer.cli.generate import add_sampling
 from veneer.errors import VeneerError
-from veneer.train.wording import shown
+from veneer.wording import shown
 
 if TYPE_CHECKING:
     from veneer.api import Base

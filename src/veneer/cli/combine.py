@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import PART, RANK, SEED, WEIGHT
 from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json, weighted
-from veneer.train.wording import size
+from veneer.wording import size
 
 if TYPE_CHECKING:
     from veneer.merge.combine_run import CombineReport

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from veneer.bounds import LENGTH
 from veneer.errors import ConfigError, SourceError
+from veneer.files.strict_json import finite_or_null, read_json, read_yaml
 from veneer.quant.config import FORMATS, Quantize
-from veneer.store.strict_json import finite_or_null, read_json, read_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console

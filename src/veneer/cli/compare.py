@@ -23,7 +23,7 @@ from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import ASKING
-from veneer.train.wording import shown
+from veneer.wording import shown
 
 if TYPE_CHECKING:
     from rich.table import Table

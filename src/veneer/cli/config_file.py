@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
-from veneer.nesting import is_text, walk, yaml_fault
+from veneer.files.nesting import is_text, walk, yaml_fault
 from veneer.train.config import DataConfig, RunConfig
 
 KeyPath = tuple[str, ...]  # ("method", "rank")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import LINE
 from veneer.cli.common import add_data, add_json, make_console, print_json
 from veneer.errors import InputError
-from veneer.train.wording import folded, percent, shown
+from veneer.wording import folded, percent, shown
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer import __version__
 from veneer.cli.common import add_json, make_console, print_json
-from veneer.train.wording import size
+from veneer.wording import size
 
 PACKAGES = (
     "torch",

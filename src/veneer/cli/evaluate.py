@@ -22,7 +22,7 @@ from typing import Any
 
 from veneer.bounds import NEW_TOKENS, ROWS
 from veneer.cli.common import add_base, add_data, add_json, load_base, make_console, print_json
-from veneer.train.wording import number, shown
+from veneer.wording import number, shown
 
 UNITS = {"loss": "nats per trained token", "tokens": "trained tokens"}
 

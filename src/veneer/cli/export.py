@@ -25,7 +25,7 @@ from veneer.cli.common import (
     print_json,
 )
 from veneer.errors import ConfigError
-from veneer.train.wording import size
+from veneer.wording import size
 
 if TYPE_CHECKING:
     from veneer.merge.gguf_model import GGUFReport

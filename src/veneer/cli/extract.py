@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import ENERGY, RANK
 from veneer.cli.common import add_json, make_console, print_json
-from veneer.train.wording import size
+from veneer.wording import size
 
 if TYPE_CHECKING:
     from veneer.merge.extract import ExtractReport

@@ -15,7 +15,7 @@ from typing import Any
 from veneer.bounds import NEW_TOKENS, TEMPERATURE
 from veneer.cli.common import add_base, add_json, load_base, print_json
 from veneer.errors import InputError
-from veneer.train.wording import shown
+from veneer.wording import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

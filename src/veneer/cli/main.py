@@ -18,9 +18,9 @@ from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
-from veneer.system_errors import refusal
+from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
-from veneer.train.wording import shown
+from veneer.wording import shown
 
 COMMANDS = {
     "demo": "fine-tune a small real model in a few minutes and see before and after",

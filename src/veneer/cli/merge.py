@@ -26,7 +26,7 @@ from veneer.cli.common import (
     weighted,
 )
 from veneer.quant.config import FORMATS
-from veneer.train.wording import number, size
+from veneer.wording import number, size
 
 if TYPE_CHECKING:
     from rich.console import Console

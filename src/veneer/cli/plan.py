@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, RANK, ROWS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.errors import ConfigError
-from veneer.train.wording import clock, folded, millions, number, shown, size
+from veneer.wording import clock, folded, millions, number, shown, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         _show(console, found, question)
     if args.html:
+        from veneer.files.atomic import atomic_file
         from veneer.report.plan_page import plan_page
-        from veneer.store.atomic import atomic_file
 
         title = f"Plan for {', '.join(question.bases)}"
         page = plan_page(title, found.rows, memory_bytes=found.memory or None, notes=found.notes)
@@ -257,7 +257,7 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
     """The run file: what was advised, else what was planned, with the changes that make it fit."""
     import yaml
 
-    from veneer.store.atomic import atomic_file
+    from veneer.files.atomic import atomic_file
 
     row = found.rows[0]
     choice = row.choice if row.way is None else row.way.choice

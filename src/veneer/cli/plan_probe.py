@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.cli.common import make_console, print_json
 from veneer.errors import ConfigError
-from veneer.train.wording import size
+from veneer.wording import size
 
 
 def run_probe(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from veneer.files.hashes import file_hash
 from veneer.models.sources import locate
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
@@ -38,11 +39,6 @@ def folder_hash(folder: Path) -> str:
     for path in sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file()):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _processor() -> str:

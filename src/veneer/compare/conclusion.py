@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from veneer.train.wording import clock, millions, size
+from veneer.wording import clock, millions, size
 
 Method = dict[str, Any]
 

@@ -21,14 +21,15 @@ from typing import Any
 import yaml
 
 from veneer.child import environment_for, module_command
-from veneer.compare.circumstances import file_hash, folder_hash
+from veneer.compare.circumstances import folder_hash
 from veneer.compare.plan import Candidate, Comparison
 from veneer.errors import DataError, Interrupted, VeneerError
 from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.labels import labels_file
-from veneer.store.atomic import atomic_file
-from veneer.store.strict_json import read_json
-from veneer.system_errors import tells_of_the_disk
+from veneer.files.atomic import atomic_file
+from veneer.files.hashes import file_hash
+from veneer.files.strict_json import read_json
+from veneer.files.system_errors import tells_of_the_disk
 from veneer.train.checkpoint import newest_valid
 from veneer.train.config import RunConfig
 from veneer.train.folder import held

@@ -14,7 +14,7 @@ from veneer.compare.conclusion import HEAD, facts, measure, quantity
 from veneer.report.plots import Series, bars, line_chart
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.report.style import STYLE
-from veneer.train.wording import clock, millions, percent, size
+from veneer.wording import clock, millions, percent, size
 
 COLOURS = ("#2456d6", "#c2580a", "#1f8a4c", "#8a3fc2", "#b3261e", "#0e7f93", "#8a6d00", "#5f6470")
 DARK = ("#7aa2ff", "#f0a052", "#5fd08a", "#c99af5", "#ff8a80", "#5fc9dc", "#dcc050", "#a8adb8")

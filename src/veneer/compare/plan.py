@@ -17,7 +17,7 @@ from veneer.evaluate.general import BUILT_IN, general_documents
 from veneer.evaluate.labels import read_labels
 from veneer.evaluate.metric import Metric
 from veneer.evaluate.registry import find_metrics
-from veneer.store.atomic import atomic_file
+from veneer.files.atomic import atomic_file
 from veneer.train.config import RunConfig
 
 DEFAULT_STEPS = 100

@@ -20,11 +20,11 @@ from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
 from veneer.data.sources import read_rows
+from veneer.files.atomic import atomic_file
 from veneer.models.base import hidden_size
 from veneer.models.compute import Compute, DtypeName
 from veneer.models.load import compute_of
 from veneer.models.skeleton import load_skeleton
-from veneer.store.atomic import atomic_file
 
 
 def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:

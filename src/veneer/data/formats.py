@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef
 from veneer.data.json_text import whole_value
-from veneer.nesting import walk
+from veneer.files.nesting import walk
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 NEEDS: dict[Format, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from veneer.data.examples import RowFault
-from veneer.nesting import MAX_JSON_DEPTH, TOO_DEEP, too_deep
+from veneer.files.nesting import MAX_JSON_DEPTH, TOO_DEEP, too_deep
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NAMED_KEYS = 5

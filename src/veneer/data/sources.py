@@ -16,7 +16,7 @@ from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped
 from veneer.data.formats import FORMATS, detect, mixed_layouts, to_row
 from veneer.data.json_text import JSONText, whole_value
 from veneer.errors import DataError
-from veneer.nesting import TOO_DEEP, too_deep
+from veneer.files.nesting import TOO_DEEP, too_deep
 
 MAX_LINE_BYTES = 16 * 2**20
 READ = '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a header), .parquet'

@@ -8,7 +8,7 @@ from typing import Any
 from veneer.data.examples import Problem, RowRef
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import TokenFault
-from veneer.nesting import is_text
+from veneer.files.nesting import is_text
 
 _WINDOW = 160  # characters of a rendering shown around the place where two part
 _TAIL = 16  # characters of a message that must stand in the rendering

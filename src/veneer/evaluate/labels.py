@@ -18,7 +18,7 @@ from veneer.data.examples import Example, Problem, Row, refusal, row_key
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.bootstrap import Counts
-from veneer.nesting import is_text
+from veneer.files.nesting import is_text
 
 MOST_LABELS = 200
 """Distinct answers that are taken for labels where none are given: more look like free text."""

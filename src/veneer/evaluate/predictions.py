@@ -24,7 +24,7 @@ from veneer.data.json_text import whole_value
 from veneer.errors import DataError
 from veneer.evaluate.bootstrap import Counts, OfTotals, paired_difference
 from veneer.evaluate.metric import Metric, ratio
-from veneer.store.atomic import atomic_file
+from veneer.files.atomic import atomic_file
 
 Line = dict[str, Any]
 NAMED_ROWS = 10

@@ -17,6 +17,7 @@ from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, RefusedError
+from veneer.files.strict_json import read_json
 from veneer.merge.combine import Update
 from veneer.models.fingerprint import Fingerprint
 from veneer.models.load import load_base
@@ -26,7 +27,6 @@ from veneer.store.manifest import BaseIdentity, Manifest, Parent, content_hash
 from veneer.store.matching import Strength, exact_settings
 from veneer.store.names import said_of
 from veneer.store.peft_config import CONFIG_NAME, PeftLoRA
-from veneer.store.strict_json import read_json
 
 
 @dataclass(frozen=True)

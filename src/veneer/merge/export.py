@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from veneer.errors import RefusedError
+from veneer.files.atomic import atomic_folder
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended
 from veneer.merge.combine import Update
 from veneer.models.skeleton import Skeleton
 from veneer.store.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
-from veneer.store.atomic import atomic_folder
 from veneer.store.manifest import MANIFEST_NAME
 from veneer.store.peft_config import CONFIG_NAME
 

@@ -25,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from veneer.adapters.attach import detach
 from veneer.adapters.targets import layer_number
 from veneer.errors import ConfigError, RefusedError
+from veneer.files.atomic import atomic_folder
 from veneer.merge.fold import (
     Stored,
     parting,
@@ -39,7 +40,6 @@ from veneer.merge.verify import LogitCheck, Reference, compare, limited, referen
 from veneer.models.base import Base
 from veneer.models.fingerprint import tokenizer_hash
 from veneer.models.load import load_base
-from veneer.store.atomic import atomic_folder
 
 RECORD_NAME = "veneer_merge.json"
 LEAST_SURVIVAL = 0.9

@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.attach import detach
 from veneer.errors import RefusedError
+from veneer.files.atomic import atomic_file
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
 from veneer.merge.folder import LEAST_SURVIVAL
 from veneer.merge.gguf_bytes import written
@@ -34,7 +35,6 @@ from veneer.merge.gguf_names import Names, names_of
 from veneer.merge.gguf_tokenizer import write_tokenizer
 from veneer.merge.rounding import OverWeights, Survival, survival, total
 from veneer.models.base import Base
-from veneer.store.atomic import atomic_file
 
 ModelType = Literal["f16", "q8_0"]
 _FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}

@@ -45,11 +45,12 @@ from transformers import (
 )
 
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
+from veneer.files.hashes import file_hash
 from veneer.models.announced import announced_faults, built_faults
 from veneer.models.base import stop_token_ids
 from veneer.models.gguf_layout import LayoutError, check_layout
 from veneer.models.quiet import quiet
-from veneer.models.wheel import cache_folder, file_sha256, making, publish
+from veneer.models.wheel import cache_folder, making, publish
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def convert(path: Path) -> Path:
     Raises SourceError if the file holds what cannot be converted faithfully, CorruptFileError if it is
     damaged, DoesNotFitError if memory or disk do not suffice.
     """
-    target = converted_folder(file_sha256(path))
+    target = converted_folder(file_hash(path))
     return target if target.is_dir() else publish_from(path, target, _write)
 
 

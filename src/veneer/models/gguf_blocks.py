@@ -33,6 +33,7 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from veneer.errors import CorruptFileError, SourceError
+from veneer.files.hashes import file_hash
 from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
 from veneer.linear import is_transposed_linear
 from veneer.models.gguf import (
@@ -44,7 +45,7 @@ from veneer.models.gguf import (
     rebuilt_tokenizer,
 )
 from veneer.models.sources import Found, locate_gguf, read_json
-from veneer.models.wheel import cache_folder, file_sha256
+from veneer.models.wheel import cache_folder
 from veneer.quant.gguf_linear import GGUFLinear
 
 ARCHITECTURES = (
@@ -87,7 +88,7 @@ def locate_blocks(source: str) -> Found:
     Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as models/gguf.py does.
     """
     path, name = locate_gguf(source)
-    target = cache_folder() / "gguf" / f"{file_sha256(path)}-blocks-v{CONVERTER_VERSION}"
+    target = cache_folder() / "gguf" / f"{file_hash(path)}-blocks-v{CONVERTER_VERSION}"
     folder = target if target.is_dir() else publish_from(path, target, _write)
     return Found(folder, name, file=path)
 

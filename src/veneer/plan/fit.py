@@ -15,7 +15,7 @@ import torch
 from veneer.adapters.config import Full, LoRA
 from veneer.models.compute import choose
 from veneer.plan.planner import Choice, Planner
-from veneer.train.wording import size
+from veneer.wording import size
 
 MOST_ROWS = 256
 MOST_TOKENS = 2**17

@@ -15,7 +15,7 @@ from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.train.config import RunConfig
 from veneer.train.records import process_memory_bytes
-from veneer.train.wording import size
+from veneer.wording import size
 
 
 def estimate_of_run(

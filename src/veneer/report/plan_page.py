@@ -7,7 +7,7 @@ from html import escape
 
 from veneer.plan.table import PlanRow
 from veneer.report.style import STYLE
-from veneer.train.wording import clock, millions, number, size
+from veneer.wording import clock, millions, number, size
 
 COLOURS = (
     "#2456d6",

@@ -20,9 +20,12 @@ from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
+from veneer.files.atomic import atomic_folder
+from veneer.files.hashes import file_hash
+from veneer.files.strict_json import field_faults, read_json
+from veneer.files.strict_tensors import read_tensor_file
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
-from veneer.store.atomic import atomic_folder, file_hash
 from veneer.store.format import bare_name, tensor_file_bytes
 from veneer.store.identity import other_base, other_text
 from veneer.store.layout import FileSettings
@@ -36,8 +39,6 @@ from veneer.store.manifest import (
     read_manifest,
 )
 from veneer.store.peft_config import CONFIG_NAME, config_text
-from veneer.store.safe import read_tensor_file
-from veneer.store.strict_json import field_faults, read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -63,7 +63,7 @@ def _refused_file(path: Path) -> VeneerError:
         )
     if path.suffix != ".safetensors":
         return SourceError(f"{path} is no adapter", [], "Give the folder of an adapter, or of a run.")
-    from veneer.store.safe import read_header  # loads torch
+    from veneer.files.strict_tensors import read_header  # loads torch
 
     names = read_header(path)
     if (kind := _program(names)) is not None:

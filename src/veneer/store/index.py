@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import VeneerError
-from veneer.store.atomic import atomic_file
+from veneer.files.atomic import atomic_file
+from veneer.files.strict_json import read_json
 from veneer.store.names import is_name
 from veneer.store.records import parse_record
-from veneer.store.strict_json import read_json
 
 INDEX = "index.json"
 _VERSION = 1

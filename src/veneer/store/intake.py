@@ -10,10 +10,10 @@ from pathlib import Path
 from veneer.adapters.attach import detach
 from veneer.adapters.site import Attachment
 from veneer.errors import VeneerError
+from veneer.files.atomic import MANIFEST
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
 from veneer.store.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
-from veneer.store.atomic import MANIFEST
 from veneer.store.foreign import adapter_folder
 from veneer.store.manifest import MANIFEST_NAME
 from veneer.store.names import said_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.partial import PREFIX, lives
+from veneer.files.partial import PREFIX, lives
 from veneer.store.objects import folder_bytes, stored_ids
 from veneer.store.records import Record
 

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
-from veneer.partial import sweep, unfinished
-from veneer.store.atomic import atomic_file
+from veneer.files.atomic import atomic_file
+from veneer.files.lock import locked
+from veneer.files.partial import sweep, unfinished
+from veneer.files.strict_json import read_json
+from veneer.files.system_errors import explained
 from veneer.store.foreign import adapter_folder, holds_adapter
 from veneer.store.index import INDEX, indexed_records
 from veneer.store.leftovers import Leftovers, find_leftovers
-from veneer.store.lock import locked
 from veneer.store.names import (
     MAX_NOTE,
     Reference,
@@ -39,8 +41,6 @@ from veneer.store.names import (
 )
 from veneer.store.objects import object_faults, put
 from veneer.store.records import Facts, Record, Version, known_version, read_record, write_record
-from veneer.store.strict_json import read_json
-from veneer.system_errors import explained
 
 if TYPE_CHECKING:
     from veneer.models.base import Base

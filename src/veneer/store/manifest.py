@@ -18,8 +18,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from veneer.errors import ConfigError, CorruptFileError, VeneerError
-from veneer.store.atomic import file_hash
-from veneer.store.strict_json import MAX_JSON_BYTES, field_faults, illegible, parse_json, read_json
+from veneer.files.hashes import file_hash
+from veneer.files.strict_json import MAX_JSON_BYTES, field_faults, illegible, parse_json, read_json
 
 MANIFEST_NAME = "veneer.json"
 FORMAT_VERSION = 1

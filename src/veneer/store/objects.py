@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, CorruptFileError, InputError
-from veneer.store.atomic import MANIFEST, atomic_folder, file_hash, verify_manifest
-from veneer.store.strict_json import parse_json
+from veneer.files.atomic import MANIFEST, atomic_folder, verify_manifest
+from veneer.files.hashes import file_hash
+from veneer.files.strict_json import parse_json
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json")
 MAX_MANIFEST_BYTES = 100_000

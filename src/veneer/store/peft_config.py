@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.bounds import ALPHA, RANK, SHARE
 from veneer.errors import CorruptFileError, RefusedError, UnsafeFileError
+from veneer.files.strict_json import field_faults
 from veneer.patterns import PatternError, is_name, pattern
-from veneer.store.strict_json import field_faults
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_LAYOUT = "0.21.2"

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import CorruptFileError, InputError
-from veneer.store.atomic import atomic_file
-from veneer.store.strict_json import field_faults, illegible, read_json
+from veneer.files.atomic import atomic_file
+from veneer.files.strict_json import field_faults, illegible, read_json
 
 FORMAT_VERSION = 1
 

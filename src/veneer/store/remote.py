@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
-from veneer.store.atomic import MANIFEST, file_hash
+from veneer.files.atomic import MANIFEST
+from veneer.files.hashes import file_hash
+from veneer.files.lock import locked
 from veneer.store.library import Entry, Library, chosen_version
-from veneer.store.lock import locked
 from veneer.store.names import Reference, check_name, parse_reference
 from veneer.store.objects import MAX_MANIFEST_BYTES, listed_files, object_faults, object_id, receiving
 from veneer.store.records import Record, Version

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, CorruptFileError, RefusedError, SourceError, UnsafeFileError
-from veneer.store.atomic import MANIFEST, verify_manifest
+from veneer.files.atomic import MANIFEST, verify_manifest
+from veneer.files.system_errors import refusal
 from veneer.store.library import Entry, Library
 from veneer.store.names import check_name
 from veneer.store.objects import ADAPTER_FILES, put
 from veneer.store.remote import Moved
-from veneer.system_errors import refusal
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from veneer.errors import CorruptFileError
-from veneer.store.atomic import MANIFEST, atomic_folder, verify_manifest, write_manifest
-from veneer.store.strict_json import json_text, read_json
+from veneer.files.atomic import MANIFEST, atomic_folder, verify_manifest, write_manifest
+from veneer.files.strict_json import json_text, read_json
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

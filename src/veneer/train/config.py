@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from veneer.adapters.config import Full, LoRA, Method
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
+from veneer.files.strict_json import illegible
 from veneer.quant.config import Quantize
-from veneer.store.strict_json import illegible
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 

@@ -9,10 +9,10 @@ import yaml
 from pydantic import ValidationError
 
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.partial import PREFIX, remove
-from veneer.store.atomic import atomic_file
-from veneer.store.lock import locked
-from veneer.store.strict_json import field_faults, read_yaml
+from veneer.files.atomic import atomic_file
+from veneer.files.lock import locked
+from veneer.files.partial import PREFIX, remove
+from veneer.files.strict_json import field_faults, read_yaml
 from veneer.train.checkpoint import newest_valid, numbers
 from veneer.train.config import RunConfig
 

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.files.strict_json import field_faults
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
-from veneer.store.strict_json import field_faults
 from veneer.train.config import RunConfig
 from veneer.train.loggers import flat
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.errors import CorruptFileError
-from veneer.store.atomic import atomic_file
-from veneer.store.strict_json import json_text
-from veneer.system_errors import explained
+from veneer.files.atomic import atomic_file
+from veneer.files.strict_json import json_text
+from veneer.files.system_errors import explained
 
 Record = dict[str, Any]
 

@@ -24,6 +24,8 @@ from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
 from veneer.errors import DataError, fits_memory
+from veneer.files.atomic import atomic_file, atomic_folder
+from veneer.files.strict_json import json_text
 from veneer.linear import num_parameters
 from veneer.models.base import Base, hidden_size
 from veneer.models.capacity import capacity_of
@@ -36,9 +38,7 @@ from veneer.models.starting import Begun, begin
 from veneer.models.step import Paths
 from veneer.models.weights import weight_line
 from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
-from veneer.store.atomic import atomic_file, atomic_folder
 from veneer.store.manifest import Manifest, readable
-from veneer.store.strict_json import json_text
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
@@ -47,7 +47,7 @@ from veneer.train.optim import FlatParameters
 from veneer.train.origin import check_base, check_rows, check_settings, origin_of
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
-from veneer.train.wording import cut
+from veneer.wording import cut
 
 ADAPTER_NAME = "trained"
 SAMPLE_TOKENS = 96

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
 from veneer.train.talk import talking_console
-from veneer.train.wording import clock, cut, folded, millions, number, percent, shown, size
+from veneer.wording import clock, cut, folded, millions, number, percent, shown, size
 
 Facts = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from veneer.errors import InputError
-from veneer.system_errors import explained
+from veneer.files.system_errors import explained
 
 if sys.platform == "win32":
     import msvcrt

@@ -1,6 +1,6 @@
 """Folders and files that appear whole or not at all, and a manifest that proves they still are.
 
-A folder is written beside its place under the name of an unfinished one (partial.py), every file is synced to disk,
+A folder is written beside its place under the name of an unfinished one (files/partial.py), every file is synced to disk,
 then one rename makes it visible and the parent folder is synced. What is not renamed was never there. Where a folder
 is replaced, the old one is moved aside first and deleted last; if the process dies between, the next write to the
 same place puts it back. What appears has the rights that the umask gives, whoever wrote its files.
@@ -9,7 +9,6 @@ Not known here: what the folders hold (adapters, checkpoints, models).
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.partial import scratch_folder, share_and_sync, sweep, sync_folder, unfinished
-from veneer.store.strict_json import read_json
-from veneer.system_errors import explained, free_bytes
+from veneer.files.hashes import file_hash
+from veneer.files.partial import scratch_folder, share_and_sync, sweep, sync_folder, unfinished
+from veneer.files.strict_json import read_json
+from veneer.files.system_errors import explained, free_bytes
 
 MANIFEST = "MANIFEST.json"
 
@@ -120,12 +120,6 @@ def verify_manifest(folder: str | Path) -> list[str]:
         except OSError as fault:
             faults.append(f"{name} cannot be read: {fault.strerror}")
     return faults
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_faults(name: str, path: Path, listed: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
-from veneer.nesting import TOO_DEEP, text_too_deep, yaml_fault
+from veneer.files.nesting import TOO_DEEP, text_too_deep, yaml_fault
 
 MAX_JSON_BYTES = 4_000_000
 MAX_YAML_BYTES = 1_000_000

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
-from veneer.store.strict_json import FOREIGN, RESTORE, parse_json
+from veneer.files.strict_json import FOREIGN, RESTORE, parse_json
 
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 10_000
