@@ -29,6 +29,7 @@ import torch
 from veneer.adapters.attach import detach
 from veneer.adapters.wrapping import plain_modules
 from veneer.cli.common import adapter_folder
+from veneer.formats.adapter import load_adapter
 from veneer.merge.fold import stored_tensors, wanted_weights
 from veneer.merge.folder import merge_into_folder
 from veneer.merge.rounding import Survival, survival, total
@@ -37,7 +38,6 @@ from veneer.models.base import Base
 from veneer.models.load import load_base
 from veneer.quant import nf4
 from veneer.quant.nf4_linear import NF4Linear
-from veneer.store.adapter import load_adapter
 
 DENSE = {
     "fp32": {"dtype": "fp32"}, "bf16": {"dtype": "bf16"},

@@ -23,8 +23,8 @@ import torch
 import veneer
 from veneer.adapters.config import LoRA
 from veneer.api import Base
-from veneer.store.adapter import manifest_for, write_adapter
-from veneer.store.library import Library
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.library.library import Library
 
 
 def median_us(call, turns: int) -> float:

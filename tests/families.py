@@ -43,13 +43,13 @@ from tests.tiny import tiny_tokenizer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.errors import VeneerError
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.models.base import Base
 from veneer.models.generate import generate
 from veneer.models.quiet import quiet
 from veneer.models.step import batch_loss, batches_of
 from veneer.models.structure import drawn, small_copy
 from veneer.models.switches import forget_lengths
-from veneer.store.adapter import load_adapter, manifest_for, write_adapter
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 WINDOW, SWITCH = 16, 32

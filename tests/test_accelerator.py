@@ -20,6 +20,7 @@ from tests.test_methods import BASES, METHODS, move, written
 from veneer.adapters.attach import detach
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
@@ -31,7 +32,6 @@ from veneer.models.load import load_base
 from veneer.models.starting import begin
 from veneer.models.step import batch_loss, evaluation_loss
 from veneer.quant import nf4
-from veneer.store.adapter import load_adapter, manifest_for, write_adapter
 from veneer.train import offload
 from veneer.train.config import RunConfig
 from veneer.train.loop import Job, Loop

@@ -12,7 +12,7 @@ from veneer.adapters.bottleneck import AdaptedBlock
 from veneer.adapters.config import Bottleneck, LoRA
 from veneer.adapters.routing import Routing
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError
-from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 REFUSED = {"opt": "OPTDecoderLayer has no feed-forward block", "bloom": "BloomMLP adds the residual itself"}

@@ -17,12 +17,12 @@ from veneer.bounds import COUNT, ENERGY, PART, SEED, SHARE, TEMPERATURE, WEIGHT,
 from veneer.cli.config_file import FLAGS, read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
 from veneer.errors import ConfigError
+from veneer.formats.bottleneck import BottleneckFields
+from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.prefix import PeftPrefix
 from veneer.merge.combine import Recipe
 from veneer.plan.ask import Question, answer
 from veneer.plan.planner import Choice
-from veneer.store.bottleneck import BottleneckFields
-from veneer.store.peft_config import PeftLoRA
-from veneer.store.prefix import PeftPrefix
 from veneer.train.config import DataConfig, RunConfig
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}

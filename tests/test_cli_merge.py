@@ -9,8 +9,8 @@ from tests.tiny import save_tiny
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models.load import load_base
-from veneer.store.adapter import manifest_for, write_adapter
 
 
 @pytest.fixture

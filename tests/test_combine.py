@@ -14,11 +14,11 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import delta_weight
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
+from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.merge.combine import Recipe, largest_entries
 from veneer.merge.combine_run import combine_adapters
 from veneer.merge.low_rank import cut_dense, cut_factors, relative_error
 from veneer.models.load import load_base
-from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 
 EXACT = 1e-6  # float32 storage of factors computed in float64
 

@@ -21,6 +21,7 @@ from veneer.adapters.config import LoRA
 from veneer.compare.plan import Candidate
 from veneer.compare.run import compute_of_candidate, with_dtype
 from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels import native
 from veneer.models import compute
 from veneer.models.blueprint import Blueprint
@@ -30,7 +31,6 @@ from veneer.models.load import compute_of, load_base
 from veneer.models.quiet import quiet
 from veneer.plan.dry_run import WEIGHTS
 from veneer.plan.planner import Choice, Planner
-from veneer.store.adapter import manifest_for, write_adapter
 from veneer.train.folder import resume_config
 from veneer.train.loop import Loop
 

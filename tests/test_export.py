@@ -16,11 +16,11 @@ from tests.tiny_gguf import with_merges
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.errors import ConfigError, RefusedError
+from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.merge.export_run import export_adapter, export_merged_gguf, lint_adapter
 from veneer.merge.gguf_names import names_of
 from veneer.merge.gguf_tokenizer import word_rule
 from veneer.models.load import load_base
-from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import delta_weight
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
+from veneer.formats.adapter import load_adapter, read_adapter
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
 from veneer.models.load import load_base
-from veneer.store.adapter import load_adapter, read_adapter
 
 SETTINGS = {
     "llama_untied": {"rank": 3, "alpha": 7, "targets": ["q_proj", "down_proj"]},

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.test_store_adapter import adapted, write
-from veneer.store.adapter import read_adapter
-from veneer.store.inside import angle, base_norms, updates
+from veneer.formats.adapter import read_adapter
+from veneer.formats.norms import angle, base_norms, updates
 
 CASES = {
     "patterns": ("llama_untied", {}),

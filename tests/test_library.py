@@ -22,12 +22,12 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.files.atomic import MANIFEST
+from veneer.formats.adapter import WEIGHTS_NAME, load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.manifest import MANIFEST_NAME, read_manifest
+from veneer.library.index import INDEX
+from veneer.library.library import Library
+from veneer.library.names import check_name, parse_reference
 from veneer.models.load import load_base
-from veneer.store.adapter import WEIGHTS_NAME, load_adapter, manifest_for, read_adapter, write_adapter
-from veneer.store.index import INDEX
-from veneer.store.library import Library
-from veneer.store.manifest import MANIFEST_NAME, read_manifest
-from veneer.store.names import check_name, parse_reference
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ def test_a_broken_object_is_replaced_when_the_same_adapter_is_added_again(librar
 
 
 def test_the_index_may_vanish_break_or_lie_and_the_listing_is_the_same(library, sources, monkeypatch):
-    from veneer.store import index
+    from veneer.library import index
 
     monkeypatch.setattr(index, "_SETTLED_NS", -(10**18))
     library.add(sources / "a", name="x")
@@ -337,7 +337,7 @@ def test_the_index_may_vanish_break_or_lie_and_the_listing_is_the_same(library, 
 
 
 def test_a_listing_of_many_reads_one_file(library, sources, monkeypatch):
-    from veneer.store import index
+    from veneer.library import index
 
     monkeypatch.setattr(index, "_SETTLED_NS", -(10**18))
     library.add(sources / "a", name="x0")

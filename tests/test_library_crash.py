@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import FailAt
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.errors import VeneerError
-from veneer.store.library import Library
+from veneer.library.library import Library
 
 MANY = int(os.environ.get("VENEER_MANY_PROCESSES", "50"))
 FORK = multiprocessing.get_context("fork")

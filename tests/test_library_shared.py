@@ -17,8 +17,8 @@ from tests.soak.world import FROM_LIBRARY, READING, make_world
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.cli.main import main
 from veneer.files.partial import unfinished
-from veneer.store.index import INDEX
-from veneer.store.library import Library
+from veneer.library.index import INDEX
+from veneer.library.library import Library
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parent.parent
@@ -222,7 +222,7 @@ def test_what_a_collection_would_remove_is_told_while_others_add(sources, tmp_pa
 
 
 def test_a_collection_that_cannot_begin_says_so(sources, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("veneer.store.library.COLLECT_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("veneer.library.library.COLLECT_WAIT_SECONDS", 0.05)
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="x")
     with library.receiving():

@@ -10,8 +10,8 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, RefusedError
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.merge.adapters import place
-from veneer.store.adapter import manifest_for, read_adapter, write_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 

@@ -15,6 +15,8 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
+from veneer.formats import adapter as adapter_module
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.fold import stored_tensors, wanted_weights
 from veneer.merge.folder import merge_into_folder
 from veneer.merge.in_memory import merged_weights
@@ -22,8 +24,6 @@ from veneer.merge.rounding import stochastic, survival
 from veneer.merge.run import merge_adapters
 from veneer.merge.verify import in_float32
 from veneer.models.load import load_base
-from veneer.store import adapter as adapter_module
-from veneer.store.adapter import manifest_for, write_adapter
 
 RELATIVE = 2e-5  # float32: W + D multiplied once against W and D multiplied apart, through two layers
 NAME = "lora.weight"

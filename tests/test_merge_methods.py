@@ -10,6 +10,7 @@ from tests.tiny import save_tiny
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.errors import RefusedError
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import combine_adapters
 from veneer.merge.export_run import export_adapter, export_merged_gguf
@@ -17,7 +18,6 @@ from veneer.merge.extract import extract_adapter
 from veneer.merge.run import merge_adapters
 from veneer.models.load import load_base
 from veneer.models.step import prepare
-from veneer.store.adapter import load_adapter, manifest_for, write_adapter
 
 RELATIVE = 2e-5
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}

@@ -16,10 +16,10 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.errors import ConfigError, RefusedError
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.export_run import export_merged_gguf
 from veneer.merge.run import merge_adapters
 from veneer.models.load import load_base
-from veneer.store.adapter import manifest_for, write_adapter
 
 RELATIVE = 2e-5
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}

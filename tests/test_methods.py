@@ -23,11 +23,11 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
+from veneer.formats.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
-from veneer.store.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])

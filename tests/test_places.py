@@ -18,9 +18,9 @@ from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.models.base import Base
 from veneer.models.load import load_base
-from veneer.store.adapter import load_adapter, manifest_for, write_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 _COMMON = {

@@ -11,13 +11,13 @@ from tests.tiny import save_tiny
 from veneer.adapters.config import LoRA
 from veneer.api import load, write_quantized
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, SourceError
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.packed_base import write_packed
 from veneer.models.bnb_files import file_tensors
 from veneer.models.load import load_base
 from veneer.models.weights import weight_line, weight_table
 from veneer.quant.nf4 import quantize
 from veneer.quant.nf4_linear import NF4Linear
-from veneer.store.adapter import manifest_for, write_adapter
-from veneer.store.packed import write_packed
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"

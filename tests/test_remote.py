@@ -21,9 +21,10 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.files.atomic import MANIFEST
-from veneer.store.adapter import WEIGHTS_NAME
-from veneer.store.library import Library
-from veneer.store.remote import FolderRemote, pull, push, remote_at
+from veneer.formats.adapter import WEIGHTS_NAME
+from veneer.library.library import Library
+from veneer.library.remote import FolderRemote
+from veneer.library.transfer import pull, push, remote_at
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -36,12 +36,12 @@ from veneer.errors import (
 from veneer.files import strict_tensors
 from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.files.partial import sweep
+from veneer.formats import adapter as store
+from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
+from veneer.formats.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
-from veneer.store import adapter as store
-from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter
-from veneer.store.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
-from veneer.store.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 
 WEIGHTS = store.WEIGHTS_NAME
 SETTINGS = {"rank": 4, "alpha": 7, "rank_pattern": {"v_proj": 2}, "train_modules": ["model.norm"]}

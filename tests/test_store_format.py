@@ -12,8 +12,10 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
-from veneer.store.adapter import adapter_file_bytes
-from veneer.store.format import (
+from veneer.formats.adapter import adapter_file_bytes
+from veneer.formats.matching import compact, matched_slots, peft_config, strengths
+from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.peft_tensors import (
     PREFIX,
     adapted_modules,
     bare_name,
@@ -23,8 +25,6 @@ from veneer.store.format import (
     tensor_file_bytes,
     to_file,
 )
-from veneer.store.matching import compact, matched_slots, peft_config, strengths
-from veneer.store.peft_config import PeftLoRA
 
 
 def llama_3b(rank: int, names: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:

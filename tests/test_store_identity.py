@@ -6,9 +6,9 @@ from tests.helpers import fill
 from tests.tiny import CHATML, tiny_base
 from veneer.adapters.config import LoRA
 from veneer.errors import AdapterMismatchError
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.same_base import other_base
 from veneer.models.starting import begin
-from veneer.store.adapter import load_adapter, manifest_for, write_adapter
-from veneer.store.identity import other_base
 
 OTHER = CHATML.replace("assistant", "helper")
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError, VeneerError
 from veneer.files.strict_json import read_json
-from veneer.store.layouts import layout_in
-from veneer.store.low_rank import LowRankFile
-from veneer.store.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text
+from veneer.formats.low_rank import LowRankFile
+from veneer.formats.peft_config import CONFIG_NAME, PeftLoRA, config_json, config_text
+from veneer.formats.registry import layout_in
 
 MINIMAL = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 

@@ -10,9 +10,9 @@ from tests.helpers import fill
 from tests.tiny import tiny_base
 from veneer.adapters.config import Prefix
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, RefusedError
+from veneer.formats.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.models.starting import begin
 from veneer.models.step import prepare
-from veneer.store.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
 
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230], [1, 90, 31, 7, 255, 12, 80]])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

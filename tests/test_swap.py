@@ -13,7 +13,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
 from veneer.api import Base
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
-from veneer.store.library import Library
+from veneer.library.library import Library
 
 NAMES = ("alpha", "beta", "gamma")
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import save_tiny
 from veneer import api
-from veneer.store.adapter import read_adapter
+from veneer.formats.adapter import read_adapter
 from veneer.train.config import RunConfig
 from veneer.train.loop import Loop
 from veneer.train.screen import QuietScreen

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from veneer.cli.config_file import read_run_config
 from veneer.errors import InputError
 from veneer.files.strict_json import illegible, json_text, legible, parse_json
-from veneer.store.manifest import BaseIdentity, Manifest, read_manifest, readable
-from veneer.store.records import Facts, Record, Version, read_record, write_record
+from veneer.formats.manifest import BaseIdentity, Manifest, read_manifest, readable
+from veneer.library.records import Facts, Record, Version, read_record, write_record
 from veneer.train.checkpoint import save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config, write_run_file

@@ -16,7 +16,7 @@ _HOMES = {
     "Bottleneck": "veneer.adapters.config",
     "DoRA": "veneer.adapters.config",
     "Full": "veneer.adapters.config",
-    "Library": "veneer.store.library",
+    "Library": "veneer.library.library",
     "LoRA": "veneer.adapters.config",
     "Prefix": "veneer.adapters.config",
     "RunConfig": "veneer.train.config",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.api import load as load
     from veneer.api import train as train
     from veneer.errors import VeneerError as VeneerError
-    from veneer.store.library import Library as Library
+    from veneer.library.library import Library as Library
     from veneer.train.config import RunConfig as RunConfig
 
 

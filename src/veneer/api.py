@@ -33,6 +33,10 @@ from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.evaluate.user_function import UserFunction
 from veneer.files.nesting import is_text, walk
 from veneer.files.strict_json import read_json
+from veneer.formats.adapter import load_adapter
+from veneer.formats.packed_base import WrittenBase, write_packed
+from veneer.library.library import Library
+from veneer.library.pool import Pool
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
 from veneer.merge.export_run import export_adapter as export_adapter
@@ -52,10 +56,6 @@ from veneer.models.starting import begin
 from veneer.plan.probe import fitted, planned_memory_bytes
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
-from veneer.store.adapter import load_adapter
-from veneer.store.library import Library
-from veneer.store.packed import WrittenBase, write_packed
-from veneer.store.pool import Pool
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config

@@ -7,10 +7,10 @@ import torch
 
 from tests.packed import packed_and_dense, packed_modules
 from tests.tiny import save_tiny
+from veneer.formats.packed_base import write_packed
 from veneer.kernels import nf4 as kernels
 from veneer.models.load import load_base
 from veneer.quant import nf4
-from veneer.store.packed import write_packed
 
 warnings.filterwarnings("ignore")
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")

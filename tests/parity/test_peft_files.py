@@ -22,8 +22,8 @@ from veneer.adapters.attach import attach  # noqa: E402
 from veneer.adapters.config import DoRA, LoRA, LowRank  # noqa: E402
 from veneer.adapters.site import Attachment  # noqa: E402
 from veneer.errors import AdapterMismatchError  # noqa: E402
+from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter  # noqa: E402
 from veneer.models.base import Base  # noqa: E402
-from veneer.store.adapter import load_adapter, manifest_for, read_adapter, write_adapter  # noqa: E402
 
 RELATIVE = 1e-5  # float32 against float32: other orders of summation, nothing else
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230], [1, 90, 31, 7, 255, 12, 80]])

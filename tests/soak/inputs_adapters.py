@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tests.soak.odd import as_json, mutated, times, torn, yaml_of
-from veneer.store.manifest import MANIFEST_NAME, content_hash
+from veneer.formats.manifest import MANIFEST_NAME, content_hash
 
 ADAPTER_WORDS = """
     r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora bias modules_to_save all-linear

@@ -27,7 +27,7 @@ import pytest
 from tests.soak.counts import count
 from tests.soak.world import FROM_LIBRARY, READING, copy_world, make_world, run, train
 from veneer.files.atomic import verify_manifest
-from veneer.store.library import Library
+from veneer.library.library import Library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

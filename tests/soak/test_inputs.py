@@ -32,8 +32,8 @@ from tests.tiny import save_tiny
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, Prefix
 from veneer.cli.main import main
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models.load import load_base
-from veneer.store.adapter import manifest_for, write_adapter
 
 CONTRACT = {0, 2, 3, 4, 5, 130}
 SECONDS = 60

@@ -18,7 +18,7 @@ from tests.helpers import start_veneer
 from tests.soak.counts import count
 from tests.soak.world import FROM_LIBRARY, make_world
 from veneer.files.atomic import verify_manifest
-from veneer.store.library import Library
+from veneer.library.library import Library
 from veneer.train.checkpoint import checkpoint_path, numbers
 from veneer.train.records import read_records
 

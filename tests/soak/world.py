@@ -11,9 +11,9 @@ from tests.tiny import save_tiny
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.library.library import Library
 from veneer.models.load import load_base
-from veneer.store.adapter import manifest_for, write_adapter
-from veneer.store.library import Library
 
 READING = {
     "ls": "adapters ls --library {w}/library",

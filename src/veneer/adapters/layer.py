@@ -1,7 +1,7 @@
 """What one adapter puts at one place of a base: the contract that attaching, training, storing and merging need.
 
 A new method brings a settings class (config.py), a layer that keeps this contract, a builder (attach.py) that puts
-layers in their places, and a file layout (store/layouts.py). Nothing else asks which method it is.
+layers in their places, and a file layout (formats/registry.py). Nothing else asks which method it is.
 """
 
 from typing import Protocol

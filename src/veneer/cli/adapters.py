@@ -22,9 +22,9 @@ from veneer.errors import ConfigError
 from veneer.wording import shown, size
 
 if TYPE_CHECKING:
+    from veneer.library.library import Entry, Library
     from veneer.models.base import Base
     from veneer.quant.config import Quantize
-    from veneer.store.library import Entry, Library
 
 PLACES = "a folder, hf://org/name, or an address such as s3://bucket/folder; https:// to read"
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from veneer.store.library import Library
+    from veneer.library.library import Library
 
     code: int = args.act(args, Library(args.library))
     return code
@@ -104,7 +104,7 @@ def load_plain_base(args: argparse.Namespace) -> Base | None:
 
 
 def _add(args: argparse.Namespace, library: Library) -> int:
-    from veneer.store.names import is_reference
+    from veneer.library.names import is_reference
 
     name = args.name
     if name is None:
@@ -141,7 +141,7 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
 
 
 def _push(args: argparse.Namespace, library: Library) -> int:
-    from veneer.store.remote import push
+    from veneer.library.transfer import push
 
     moved = push(library, args.adapter, args.to)
     if args.json:
@@ -162,7 +162,7 @@ def _push(args: argparse.Namespace, library: Library) -> int:
 
 
 def _pull(args: argparse.Namespace, library: Library) -> int:
-    from veneer.store.remote import pull
+    from veneer.library.transfer import pull
 
     entry = pull(library, args.place, args.adapter, name=args.name)
     again = f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"

@@ -13,7 +13,7 @@ from veneer.cli.common import print_json
 from veneer.wording import cut, number, shown, size
 
 if TYPE_CHECKING:
-    from veneer.store.library import Entry, Library
+    from veneer.library.library import Entry, Library
 
 HEAD = ("NAME", "BASE", "METHOD", "SIZE", "METRIC", "AGE", "TAGS")
 _RIGHT = {"SIZE", "AGE"}
@@ -22,7 +22,7 @@ _SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC": 9}
 
 
 def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
-    from veneer.store.library import SortKey
+    from veneer.library.library import SortKey
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
     ls.add_argument("--name", default="*", metavar="GLOB", help='names like this, for instance "support-*"')

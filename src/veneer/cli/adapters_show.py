@@ -12,9 +12,9 @@ from veneer.cli.common import make_console, print_json
 from veneer.wording import folded, millions, number, shown, size
 
 if TYPE_CHECKING:
-    from veneer.store.adapter import StoredAdapter
-    from veneer.store.inside import Update
-    from veneer.store.library import Entry, Library
+    from veneer.formats.adapter import StoredAdapter
+    from veneer.formats.norms import Update
+    from veneer.library.library import Entry, Library
 
 _BARS = "▁▂▃▄▅▆▇█"
 MAX_CELLS = 48  # layers side by side; of a deeper model neighbours share a cell
@@ -39,9 +39,9 @@ def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _show(args: argparse.Namespace, library: Library) -> int:
     from veneer.cli.adapters import load_plain_base
-    from veneer.store.adapter import read_adapter
-    from veneer.store.inside import base_norms, updates
-    from veneer.store.intake import facts_of
+    from veneer.formats.adapter import read_adapter
+    from veneer.formats.norms import base_norms, updates
+    from veneer.library.examination import facts_of
 
     folder = library.locate(args.adapter)
     stored = read_adapter(folder)
@@ -102,7 +102,7 @@ def _weights(stored: StoredAdapter) -> str:
 def _head(
     named: str, entry: Entry | None, stored: StoredAdapter, found: Mapping[str, Update], others: int
 ) -> list[str]:
-    from veneer.store.intake import facts_of
+    from veneer.library.examination import facts_of
 
     facts = facts_of(stored)
     title = named if entry is None else entry.reference
@@ -192,8 +192,8 @@ def _flat(values: Mapping[str, Any], above: str = "") -> list[str]:
 
 
 def _diff(args: argparse.Namespace, library: Library) -> int:
-    from veneer.store.adapter import read_adapter
-    from veneer.store.inside import angle, updates
+    from veneer.formats.adapter import read_adapter
+    from veneer.formats.norms import angle, updates
 
     one, other = (read_adapter(library.locate(named)) for named in (args.one, args.other))
     settings = _differences(_settings(one), _settings(other))

@@ -123,7 +123,7 @@ def base_and_adapter(
 
 def adapter_folder(named: str, library: str | None = None) -> Path:
     """The adapter's own folder: of a name in the library, a run's folder, or an adapter's."""
-    from veneer.store.library import Library
+    from veneer.library.library import Library
 
     return Library(library).locate(named)
 

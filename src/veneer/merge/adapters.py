@@ -18,15 +18,15 @@ from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, RefusedError
 from veneer.files.strict_json import read_json
+from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter
+from veneer.formats.manifest import BaseIdentity, Manifest, Parent, content_hash
+from veneer.formats.matching import Strength, exact_settings
+from veneer.formats.peft_config import CONFIG_NAME, PeftLoRA
+from veneer.library.names import said_of
 from veneer.merge.combine import Update
 from veneer.models.fingerprint import Fingerprint
 from veneer.models.load import load_base
 from veneer.models.skeleton import Skeleton
-from veneer.store.adapter import WEIGHTS_NAME, StoredAdapter
-from veneer.store.manifest import BaseIdentity, Manifest, Parent, content_hash
-from veneer.store.matching import Strength, exact_settings
-from veneer.store.names import said_of
-from veneer.store.peft_config import CONFIG_NAME, PeftLoRA
 
 
 @dataclass(frozen=True)

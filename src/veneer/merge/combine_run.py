@@ -7,13 +7,13 @@ from typing import Any
 
 from veneer.bounds import check_weights
 from veneer.errors import ConfigError
+from veneer.formats.adapter import read_adapter, write_adapter
+from veneer.library.names import said_of
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended, place, refuse_biases
 from veneer.merge.combine import Recipe, Update, combine_updates, total_error
 from veneer.merge.fold import trained_values
 from veneer.merge.low_rank import relative_error
 from veneer.models.skeleton import load_skeleton
-from veneer.store.adapter import read_adapter, write_adapter
-from veneer.store.names import said_of
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_folder
+from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
+from veneer.formats.manifest import MANIFEST_NAME
+from veneer.formats.peft_config import CONFIG_NAME
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended
 from veneer.merge.combine import Update
 from veneer.models.skeleton import Skeleton
-from veneer.store.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
-from veneer.store.manifest import MANIFEST_NAME
-from veneer.store.peft_config import CONFIG_NAME
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes; 16 where it is not given."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_file
+from veneer.formats.adapter import read_adapter
 from veneer.merge.adapters import place
 from veneer.merge.export import ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
@@ -15,7 +16,6 @@ from veneer.merge.run import Into, open_merge
 from veneer.models.load import load_base
 from veneer.models.skeleton import load_skeleton
 from veneer.quant.config import Quantize
-from veneer.store.adapter import read_adapter
 
 Target = Literal["peft", "vllm", "gguf"]
 

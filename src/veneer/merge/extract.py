@@ -20,6 +20,7 @@ from veneer.adapters.wrapping import plain_modules
 from veneer.bounds import ENERGY, RANK, check_numbers
 from veneer.data.template import ChatTemplate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.linear import frozen_linear, is_transposed_linear
 from veneer.merge.adapters import attachment_of
 from veneer.merge.combine import Update
@@ -29,7 +30,6 @@ from veneer.merge.verify import LogitCheck, Reference, compare, logits, text_row
 from veneer.models.base import Base
 from veneer.models.fingerprint import tokenizer_hash
 from veneer.models.load import load_base
-from veneer.store.adapter import load_adapter, manifest_for, write_adapter
 
 
 @dataclass(frozen=True)

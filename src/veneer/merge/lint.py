@@ -11,10 +11,10 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from veneer.errors import VeneerError
+from veneer.formats.adapter import StoredAdapter
 from veneer.merge.adapters import Placed, place
 from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf_adapter import gguf_adapter_faults
-from veneer.store.adapter import StoredAdapter
 
 Consumer = Literal["vllm", "llamacpp", "transformers", "peft"]
 

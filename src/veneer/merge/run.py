@@ -15,6 +15,8 @@ from typing import Literal
 
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.errors import ConfigError
+from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
+from veneer.library.names import said_of
 from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
@@ -22,8 +24,6 @@ from veneer.models.base import Base
 from veneer.models.gguf import read_header
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
-from veneer.store.adapter import StoredAdapter, load_adapter, read_adapter
-from veneer.store.names import said_of
 
 Into = Literal["original", "dequantised"]
 

@@ -29,6 +29,8 @@ from veneer.adapters.site import Attachment
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
+from veneer.formats.adapter import adapter_file_bytes
+from veneer.formats.peft_tensors import tensor_file_bytes
 from veneer.kernels.layout import round_up
 from veneer.kernels.native import planning, take_noted_flops
 from veneer.linear import frozen_linear
@@ -40,8 +42,6 @@ from veneer.models.fused import fused, replacements
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths
 from veneer.plan.away import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work
-from veneer.store.adapter import adapter_file_bytes
-from veneer.store.format import tensor_file_bytes
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
 

@@ -21,9 +21,9 @@ from veneer.adapters.config import METHODS
 from veneer.errors import CorruptFileError, SourceError
 from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import read_json, read_yaml
+from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.style import STYLE
-from veneer.store.manifest import MANIFEST_NAME, read_manifest
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.loggers import flat
 from veneer.train.records import Record, read_records

@@ -26,6 +26,8 @@ from veneer.data.template import ChatTemplate
 from veneer.errors import DataError, fits_memory
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
+from veneer.formats.adapter import adapter_file_bytes, manifest_for, write_adapter
+from veneer.formats.manifest import Manifest, readable
 from veneer.linear import num_parameters
 from veneer.models.base import Base, hidden_size
 from veneer.models.capacity import capacity_of
@@ -37,8 +39,6 @@ from veneer.models.quiet import quiet
 from veneer.models.starting import Begun, begin
 from veneer.models.step import Paths
 from veneer.models.weights import weight_line
-from veneer.store.adapter import adapter_file_bytes, manifest_for, write_adapter
-from veneer.store.manifest import Manifest, readable
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers

@@ -20,9 +20,9 @@ from veneer.adapters.site import Attachment
 from veneer.bounds import LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.files.strict_json import field_faults
-from veneer.store.layout import Fit, Layout
-from veneer.store.manifest import BaseIdentity
-from veneer.store.peft_config import PEFT_LAYOUT
+from veneer.formats.layout import Fit, Layout
+from veneer.formats.manifest import BaseIdentity
+from veneer.formats.peft_config import PEFT_LAYOUT
 
 PEFT_TYPE, PARTIAL_TYPE = "PREFIX_TUNING", "VENEER_PREFIX"
 _INERT = {

@@ -15,8 +15,8 @@ from typing import Any
 from veneer.errors import VeneerError
 from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import read_json
-from veneer.store.names import is_name
-from veneer.store.records import parse_record
+from veneer.library.names import is_name
+from veneer.library.records import parse_record
 
 INDEX = "index.json"
 _VERSION = 1

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.files.partial import PREFIX, lives
-from veneer.store.objects import folder_bytes, stored_ids
-from veneer.store.records import Record
+from veneer.library.objects import folder_bytes, stored_ids
+from veneer.library.records import Record
 
 REMAINS = (PREFIX, ".broken-", ".replaced-")
 

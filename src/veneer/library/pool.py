@@ -15,10 +15,10 @@ from veneer.adapters.attach import detach
 from veneer.adapters.routing import Active
 from veneer.adapters.site import Attachment
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
+from veneer.formats.adapter import load_adapter, read_adapter
+from veneer.library.library import Library
+from veneer.library.names import nearest
 from veneer.models.base import Base
-from veneer.store.adapter import load_adapter, read_adapter
-from veneer.store.library import Library
-from veneer.store.names import nearest
 
 
 @dataclass

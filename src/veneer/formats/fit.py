@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from veneer.adapters.targets import find_targets
 from veneer.adapters.wrapping import plain_modules, unwrapped
 from veneer.errors import ConfigError
-from veneer.linear import matrix_shape
-from veneer.store.format import (
+from veneer.formats.layout import Fit
+from veneer.formats.matching import exact_settings, matched_slots, strengths
+from veneer.formats.old_experts import fuse_old_experts
+from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.peft_tensors import (
     Modules,
     Slot,
     adapted_modules,
@@ -28,10 +31,7 @@ from veneer.store.format import (
     value_name,
     wrappers,
 )
-from veneer.store.layout import Fit
-from veneer.store.matching import exact_settings, matched_slots, strengths
-from veneer.store.old_experts import fuse_old_experts
-from veneer.store.peft_config import PeftLoRA
+from veneer.linear import matrix_shape
 
 
 def fit(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from veneer.errors import RefusedError, SourceError, UnsafeFileError, VeneerError
-from veneer.store.objects import ADAPTER_FILES
+from veneer.library.objects import ADAPTER_FILES
 
 CONFIG_NAME, WEIGHTS_NAME, _ = ADAPTER_FILES
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -6,10 +6,10 @@ from typing import Any
 
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.errors import CorruptFileError, RefusedError
-from veneer.store.bottleneck import BOTTLENECK
-from veneer.store.layout import Layout
-from veneer.store.low_rank import LOW_RANK
-from veneer.store.prefix import PARTIAL_PREFIX, PREFIX
+from veneer.formats.bottleneck import BOTTLENECK
+from veneer.formats.layout import Layout
+from veneer.formats.low_rank import LOW_RANK
+from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
 
 _BY_METHOD: dict[type[AdapterConfig], Layout] = {
     LoRA: LOW_RANK,

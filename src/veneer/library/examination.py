@@ -11,14 +11,14 @@ from veneer.adapters.attach import detach
 from veneer.adapters.site import Attachment
 from veneer.errors import VeneerError
 from veneer.files.atomic import MANIFEST
+from veneer.formats.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
+from veneer.formats.manifest import MANIFEST_NAME
+from veneer.library.adapter_folder import adapter_folder
+from veneer.library.names import said_of
+from veneer.library.objects import ADAPTER_FILES, Content, object_faults
+from veneer.library.records import Facts
 from veneer.models.base import Base
 from veneer.models.fingerprint import Fingerprint
-from veneer.store.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
-from veneer.store.foreign import adapter_folder
-from veneer.store.manifest import MANIFEST_NAME
-from veneer.store.names import said_of
-from veneer.store.objects import ADAPTER_FILES, Content, object_faults
-from veneer.store.records import Facts
 
 
 def examined(source: Path, base: Base | None) -> tuple[dict[str, Content], Facts]:

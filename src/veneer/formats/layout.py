@@ -4,7 +4,7 @@
     read    the file's settings, strictly, without a model
     fit     what of the file goes where on a base, and why not
 
-Not known here: which methods there are (layouts.py), folders (adapter.py).
+Not known here: which methods there are (registry.py), folders (adapter.py).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
-from veneer.store.manifest import BaseIdentity
+from veneer.formats.manifest import BaseIdentity
 
 
 @dataclass(frozen=True)

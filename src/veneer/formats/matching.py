@@ -20,10 +20,10 @@ from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.lora import LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
+from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.peft_tensors import Modules, Slot, slot_of, written_slots
 from veneer.linear import frozen_linear, is_transposed_linear
 from veneer.patterns import FirstMatch, compiled, pattern
-from veneer.store.format import Modules, Slot, slot_of, written_slots
-from veneer.store.peft_config import PeftLoRA
 
 
 def peft_config(

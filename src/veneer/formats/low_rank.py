@@ -1,4 +1,4 @@
-"""LoRA and its variants in PEFT's files: composes names and shapes (format.py), settings (peft_config.py, matching.py)
+"""LoRA and its variants in PEFT's files: composes names and shapes (peft_tensors.py), settings (peft_config.py, matching.py)
 and the check against a base (fit.py)."""
 
 from collections.abc import Collection, Mapping
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from veneer.adapters.config import LowRank
 from veneer.adapters.site import Attachment
 from veneer.errors import CorruptFileError
-from veneer.store.fit import fit
-from veneer.store.format import adapted_modules, file_tensors
-from veneer.store.layout import Fit, Layout
-from veneer.store.manifest import BaseIdentity
-from veneer.store.matching import peft_config
-from veneer.store.peft_config import PeftLoRA, config_json, read_config
+from veneer.formats.fit import fit
+from veneer.formats.layout import Fit, Layout
+from veneer.formats.manifest import BaseIdentity
+from veneer.formats.matching import peft_config
+from veneer.formats.peft_config import PeftLoRA, config_json, read_config
+from veneer.formats.peft_tensors import adapted_modules, file_tensors
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Adapter folders: written whole and read back, read strictly, put on a base only where they fit.
 
-    adapter_config.json  adapter_model.safetensors     in the layout of the method (store/layouts.py)
-    veneer.json                                        what they cannot say (store/manifest.py)
+    adapter_config.json  adapter_model.safetensors     in the layout of the method (formats/registry.py)
+    veneer.json                                        what they cannot say (formats/manifest.py)
 
 An adapter's name never enters its files. Not known here: runs, checkpoints, libraries.
 """
@@ -24,13 +24,8 @@ from veneer.files.atomic import atomic_folder
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import field_faults, read_json
 from veneer.files.strict_tensors import read_tensor_file
-from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint
-from veneer.store.format import bare_name, tensor_file_bytes
-from veneer.store.identity import other_base, other_text
-from veneer.store.layout import FileSettings
-from veneer.store.layouts import layout_in, layout_of
-from veneer.store.manifest import (
+from veneer.formats.layout import FileSettings
+from veneer.formats.manifest import (
     MANIFEST_NAME,
     BaseIdentity,
     Manifest,
@@ -38,7 +33,12 @@ from veneer.store.manifest import (
     content_hash_of,
     read_manifest,
 )
-from veneer.store.peft_config import CONFIG_NAME, config_text
+from veneer.formats.peft_config import CONFIG_NAME, config_text
+from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
+from veneer.formats.registry import layout_in, layout_of
+from veneer.formats.same_base import other_base, other_text
+from veneer.models.base import Base
+from veneer.models.fingerprint import Fingerprint
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

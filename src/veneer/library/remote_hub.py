@@ -12,10 +12,10 @@ from typing import Any
 from veneer.errors import ConfigError, CorruptFileError, RefusedError, SourceError, UnsafeFileError
 from veneer.files.atomic import MANIFEST, verify_manifest
 from veneer.files.system_errors import refusal
-from veneer.store.library import Entry, Library
-from veneer.store.names import check_name
-from veneer.store.objects import ADAPTER_FILES, put
-from veneer.store.remote import Moved
+from veneer.library.library import Entry, Library
+from veneer.library.names import check_name
+from veneer.library.objects import ADAPTER_FILES, put
+from veneer.library.remote import Moved
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000
@@ -57,7 +57,7 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
     """Raises SourceError, UnsafeFileError (only a pickle there), RefusedError (too large), and what `add` raises."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    from veneer.store.intake import examined  # loads torch
+    from veneer.library.examination import examined  # loads torch
 
     repository, revision = _parsed(address)
     chosen = check_name(name or _default_name(repository))

@@ -1,9 +1,9 @@
 """A library: a folder of adapters by name and version. No server, no database.
 
     library.json              the layout's version
-    names/<name>.json         versions of a name, with tags, notes and facts (store/records.py)
-    objects/<id>/             the adapters' files, called by their content (store/objects.py)
-    index.json                built from names/; may be deleted at any time (store/index.py)
+    names/<name>.json         versions of a name, with tags, notes and facts (library/records.py)
+    objects/<id>/             the adapters' files, called by their content (library/objects.py)
+    index.json                built from names/; may be deleted at any time (library/index.py)
 
 A name changes under one lock, by one rename. Objects are written before a name points to them and go only in a
 collection, which waits until nobody adds. Loads torch only to add, verify or load.
@@ -27,10 +27,10 @@ from veneer.files.lock import locked
 from veneer.files.partial import sweep, unfinished
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import explained
-from veneer.store.foreign import adapter_folder, holds_adapter
-from veneer.store.index import INDEX, indexed_records
-from veneer.store.leftovers import Leftovers, find_leftovers
-from veneer.store.names import (
+from veneer.library.adapter_folder import adapter_folder, holds_adapter
+from veneer.library.index import INDEX, indexed_records
+from veneer.library.leftovers import Leftovers, find_leftovers
+from veneer.library.names import (
     MAX_NOTE,
     Reference,
     check_name,
@@ -39,8 +39,8 @@ from veneer.store.names import (
     nearest,
     parse_reference,
 )
-from veneer.store.objects import object_faults, put
-from veneer.store.records import Facts, Record, Version, known_version, read_record, write_record
+from veneer.library.objects import object_faults, put
+from veneer.library.records import Facts, Record, Version, known_version, read_record, write_record
 
 if TYPE_CHECKING:
     from veneer.models.base import Base
@@ -186,7 +186,7 @@ class Library:
         such an adapter is marked as unverified. The same bytes as the newest version are no new version.
         Raises SourceError, UnsafeFileError, CorruptFileError, RefusedError, AdapterMismatchError.
         """
-        from veneer.store.intake import examined  # loads torch
+        from veneer.library.examination import examined  # loads torch
 
         check_name(name)
         tags, note = [check_tag(tag) for tag in tags], _checked_note(note)
@@ -330,7 +330,7 @@ class Library:
         Hashes of every file, shapes and finite values of every tensor, nothing extra, the facts that listing
         shows; and whether it fits what `base`, if given, returns for its folder.
         """
-        from veneer.store.intake import entry_faults  # loads torch
+        from veneer.library.examination import entry_faults  # loads torch
 
         entries = self.entries(every_version=True) if reference is None else [self.get(reference)]
         return {

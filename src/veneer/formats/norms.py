@@ -16,12 +16,12 @@ from torch import Tensor
 
 from veneer.adapters.targets import layer_number
 from veneer.adapters.wrapping import plain_modules
+from veneer.formats.adapter import StoredAdapter
+from veneer.formats.low_rank import LowRankFile
+from veneer.formats.matching import strengths
+from veneer.formats.peft_tensors import Slot
 from veneer.linear import frozen_linear
 from veneer.models.base import Base
-from veneer.store.adapter import StoredAdapter
-from veneer.store.format import Slot
-from veneer.store.low_rank import LowRankFile
-from veneer.store.matching import strengths
 
 _ENDS = (".lora_A.weight", ".lora_embedding_A")
 

@@ -13,8 +13,8 @@ from uuid import uuid4
 from veneer.errors import ConfigError, CorruptFileError, InputError, SourceError, VeneerError
 from veneer.files.atomic import MANIFEST
 from veneer.files.strict_json import MAX_JSON_BYTES, parse_json
-from veneer.store.records import Record, Version, parse_record
-from veneer.store.remote import CHUNK_BYTES
+from veneer.library.records import Record, Version, parse_record
+from veneer.library.remote import CHUNK_BYTES
 
 _ATTEMPTS = 8
 _READ_ONLY = ("http", "https")

@@ -21,10 +21,10 @@ from veneer.adapters.wrapping import plain_modules, unwrapped
 from veneer.bounds import LAYER, SCALING, SHARE, WIDTH
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.strict_json import field_faults
-from veneer.store.fit import grouped
-from veneer.store.format import PREFIX
-from veneer.store.layout import Fit, Layout
-from veneer.store.manifest import BaseIdentity
+from veneer.formats.fit import grouped
+from veneer.formats.layout import Fit, Layout
+from veneer.formats.manifest import BaseIdentity
+from veneer.formats.peft_tensors import PREFIX
 
 PEFT_TYPE: Final = "VENEER_BOTTLENECK"
 _ENDINGS = {

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.store.format import Modules, Slot, flat_factors, slot_of, tensor_names
-from veneer.store.matching import strengths
-from veneer.store.peft_config import PeftLoRA
+from veneer.formats.matching import strengths
+from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.peft_tensors import Modules, Slot, flat_factors, slot_of, tensor_names
 
 _OLD_NAME = re.compile(
     r"(?P<module>(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<part>w[123]|gate_proj|up_proj|down_proj))"

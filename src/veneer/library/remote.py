@@ -1,12 +1,7 @@
-"""Whole versions to another library and back: a folder, any address that fsspec knows, a repository of the hub.
-
-    /folder, file://...          another library, under its own locks
-    s3://, gcs://, ssh://, ...   the same layout at that address; http(s):// for reading
-    hf://org/name[@revision]     one adapter, in the repository's root, as PEFT reads it (store/remote_hub.py)
+"""A library elsewhere: what it must answer, and how an object comes from there.
 
 What arrives is compared with the hashes that its id vouches for, byte by byte, before it appears; a transfer that was
-cut off goes on where it stopped, and files that are there and whole are not fetched again. What a record says of an
-object is not believed: the facts are read from the object.
+cut off goes on where it stopped, and files that are there and whole are not fetched again.
 """
 
 import shutil
@@ -15,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.errors import CorruptFileError, SourceError
 from veneer.files.atomic import MANIFEST
 from veneer.files.hashes import file_hash
 from veneer.files.lock import locked
-from veneer.store.library import Entry, Library, chosen_version
-from veneer.store.names import Reference, check_name, parse_reference
-from veneer.store.objects import MAX_MANIFEST_BYTES, listed_files, object_faults, object_id, receiving
-from veneer.store.records import Record, Version
+from veneer.library.library import Library
+from veneer.library.objects import MAX_MANIFEST_BYTES, listed_files, object_faults, object_id, receiving
+from veneer.library.records import Record, Version
 
 CHUNK_BYTES = 1 << 20
 
@@ -53,60 +47,6 @@ class Moved:
     address: str
     bytes: int
     skipped: bool
-
-
-def remote_at(address: str) -> Remote:
-    """ConfigError: an address of a kind that nothing here reads."""
-    scheme, separator, rest = address.partition("://")
-    if not separator or scheme == "file":
-        return FolderRemote(Library(rest if separator else address))
-    from veneer.store.remote_fsspec import FsspecRemote
-
-    return FsspecRemote(address)
-
-
-def push(library: Library, reference: str, address: str) -> Moved:
-    """Copies a version to another library, under its own name. The same bytes there are not sent again."""
-    entry = library.get(reference)
-    folder = library.whole(entry.reference)
-    if address.startswith("hf://"):
-        from veneer.store.remote_hub import push_to_hub
-
-        return push_to_hub(entry, folder, address)
-    remote = remote_at(address)
-    there = remote.record(entry.name)
-    skipped = there is not None and any(v.object == entry.version.object for v in there.versions)
-    known = remote.publish(entry.name, entry.version, folder)
-    return Moved(known, address, entry.version.facts.bytes, skipped)
-
-
-def pull(library: Library, address: str, reference: str | None = None, *, name: str | None = None) -> Entry:
-    """Fetches a version and makes it the newest of `name` (default: as it is called there)."""
-    if address.startswith("hf://"):
-        from veneer.store.remote_hub import pull_from_hub
-
-        return pull_from_hub(library, address, name=name)
-    if reference is None:
-        raise ConfigError("which adapter is meant?", [], "Name it: NAME, NAME@2 or NAME@tag.")
-    wanted, remote = parse_reference(reference), remote_at(address)
-    version = _wanted(remote, wanted)
-    check_name(name or wanted.name)
-    with library.receiving():
-        fetch_object(library, remote, version.object)
-        from veneer.store.adapter import read_adapter  # loads torch
-        from veneer.store.intake import facts_of
-
-        facts = facts_of(read_adapter(library.objects / version.object))
-        return library.point(name or wanted.name, version.object, facts, tags=version.tags, note=version.note)
-
-
-def _wanted(remote: Remote, wanted: Reference) -> Version:
-    record = remote.record(wanted.name)
-    if record is None:
-        there = remote.names()
-        listed = "" if there is None else f"There is: {', '.join(there[:12]) or 'nothing'}."
-        raise SourceError(f"no adapter {wanted.name!r} at {remote.address}", [], listed)
-    return chosen_version(wanted, record)
 
 
 def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
