@@ -31,7 +31,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """In this process: load, decode, then train on the same base anew."""
     from veneer import api
     from veneer.adapters.config import LoRA
-    from veneer.models.generate import generate
+    from veneer.decoding.generate import generate
     from veneer.models.quiet import quiet
     from veneer.train.config import DataConfig, RunConfig
     from veneer.train.records import read_records

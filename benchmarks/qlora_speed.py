@@ -20,7 +20,7 @@ import torch
 from random_llama import write_random_llama
 
 from veneer import api
-from veneer.models.generate import generate
+from veneer.decoding.generate import generate
 from veneer.models.weights import weight_table
 
 HERE = Path(__file__).parent

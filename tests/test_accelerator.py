@@ -20,16 +20,16 @@ from tests.test_methods import BASES, METHODS, move, written
 from veneer.adapters.attach import detach
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
+from veneer.decoding.decode import decode
+from veneer.decoding.generate import _Draw, _sampler, generate
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
 from veneer.models.checkpointing import checkpointed
-from veneer.models.decode import decode
-from veneer.models.generate import _Draw, _sampler, generate
+from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
-from veneer.models.starting import begin
 from veneer.models.step import batch_loss, evaluation_loss
 from veneer.quant import nf4
 from veneer.train import offload

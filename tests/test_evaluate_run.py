@@ -17,6 +17,7 @@ from tests.tiny import tiny_base
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example, Row, RowRef
 from veneer.data.template import ChatTemplate
+from veneer.decoding.generate import generate
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.answers import evaluate_answers
 from veneer.evaluate.bootstrap import Counts
@@ -26,7 +27,6 @@ from veneer.evaluate.predictions import read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
 from veneer.evaluate.run import Choices, evaluate
 from veneer.models.base import Base
-from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
 from veneer.models.step import prepare
 

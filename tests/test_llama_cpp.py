@@ -10,9 +10,9 @@ from tests.tiny import save_tiny
 from tests.tiny_gguf import with_merges
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.decoding.generate import generate
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.export_run import export_adapter, export_merged_gguf
-from veneer.models.generate import generate
 from veneer.models.load import load_base
 
 llama_cpp = pytest.importorskip("llama_cpp")

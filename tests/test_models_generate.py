@@ -3,7 +3,7 @@
 import pytest
 
 from tests.tiny import FAMILIES, tiny_base
-from veneer.models.generate import generate
+from veneer.decoding.generate import generate
 from veneer.models.step import prepare
 
 PROMPTS = [[5, 9, 30, 7], [61, 2, 8, 44, 10, 11, 12, 90, 5, 4, 3, 61, 2, 8, 44, 10, 11, 12, 90, 5, 4], [1, 2]]

@@ -12,11 +12,11 @@ from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.prefix import PrefixLayer, decoder_of
 from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch
+from veneer.decoding.generate import generate
 from veneer.errors import ConfigError
 from veneer.models.checkpointing import checkpointed
-from veneer.models.generate import generate
+from veneer.models.initial_values import INSTRUCTION, begin, prefix_start
 from veneer.models.load import load_base
-from veneer.models.starting import INSTRUCTION, begin, prefix_start
 from veneer.models.step import batch_loss, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")

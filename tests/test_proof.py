@@ -14,12 +14,13 @@ from transformers import (
 from tests.helpers import make_examples
 from tests.tiny import tiny_base, tiny_model
 from veneer.adapters.routing import Routing
+from veneer.decoding.generate import generate
+from veneer.decoding.proof import loops
 from veneer.errors import SourceError
 from veneer.models import proof, structure
 from veneer.models.attention import decoder
 from veneer.models.base import Base
 from veneer.models.checks import prove_head
-from veneer.models.generate import generate
 from veneer.models.likelihood import example_nats
 from veneer.models.proof import proven
 from veneer.models.step import batch_loss, batches_of, evaluation_loss, prepare
@@ -231,7 +232,7 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
 
 def test_prompts_go_one_by_one_where_padding_on_the_left_changes_answers():
     model = made("rwkv", attention_hidden_size=32, num_hidden_layers=2)
-    assert proven(type(model), model.config).beside is not None
+    assert loops(model).beside is not None
     answers = generate(based(model), PROMPTS, max_new_tokens=6)
     assert answers == [answered(model, prompt, 6) for prompt in PROMPTS]
 

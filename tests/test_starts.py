@@ -8,14 +8,14 @@ from tests.helpers import make_examples
 from tests.tiny import save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.adapters.initial_factors import loftq_start, olora_start, pissa_start, randomised_svd
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.routing import Routing
-from veneer.adapters.starts import loftq_start, olora_start, pissa_start, randomised_svd
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
+from veneer.models.initial_values import begin
 from veneer.models.load import load_base
-from veneer.models.starting import begin
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 

@@ -8,7 +8,7 @@ from veneer.adapters.config import LoRA
 from veneer.errors import AdapterMismatchError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.formats.same_base import other_base
-from veneer.models.starting import begin
+from veneer.models.initial_values import begin
 
 OTHER = CHATML.replace("assistant", "helper")
 

@@ -24,6 +24,7 @@ from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Example
 from veneer.data.load import examine_data, load_data
 from veneer.data.template import ChatTemplate
+from veneer.decoding.generate import generate
 from veneer.errors import ConfigError
 from veneer.evaluate.bootstrap import Counts
 from veneer.evaluate.general import BUILT_IN
@@ -49,10 +50,9 @@ from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.compute import HeldAs
-from veneer.models.generate import generate
+from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base, load_tokenizer
-from veneer.models.starting import begin
 from veneer.plan.probe import fitted, planned_memory_bytes
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report

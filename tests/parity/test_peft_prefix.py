@@ -10,8 +10,8 @@ from tests.tiny import tiny_base, tiny_model
 
 peft = pytest.importorskip("peft")
 
+from veneer.decoding.generate import generate  # noqa: E402
 from veneer.formats.adapter import load_adapter  # noqa: E402
-from veneer.models.generate import generate  # noqa: E402
 from veneer.models.step import prepare  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.initial_factors import Factors
 from veneer.adapters.lora import LoRALayer, low_rank_product
 from veneer.adapters.routing import Routing, TokenKeys
-from veneer.adapters.starts import Factors
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.kernels.layout import round_up
 from veneer.kernels.lora import Dropout

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.initial_factors import Factors
 from veneer.adapters.layer import Layer
 from veneer.adapters.routing import Routing, TokenKeys
-from veneer.adapters.starts import Factors
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.lora import Dropout, dropped, lora_linear

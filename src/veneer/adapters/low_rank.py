@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from veneer.adapters.config import DoRA, LoRA, LowRank
 from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters, is_gated_stack
+from veneer.adapters.initial_factors import Factors, olora_start, pissa_start
 from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, AdaptedMatrix, Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Site
-from veneer.adapters.starts import Factors, olora_start, pissa_start
 from veneer.adapters.targets import Targets, find_targets
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
@@ -88,7 +88,7 @@ _START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]]
     "pissa": _pissa,
     "olora": _olora,
 }
-"""Starts that the weight alone decides; models/starting.py brings those that need rows or the original weight."""
+"""Starts that the weight alone decides; models/initial_values.py brings those that need rows or the original weight."""
 
 
 def build_dora(site: Site, config: DoRA) -> None:

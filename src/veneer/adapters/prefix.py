@@ -288,7 +288,7 @@ def _device(decoder: nn.Module) -> torch.device:
 def build_prefix(site: Site, config: Prefix) -> None:
     """One layer beside the decoder, its keys and values random with the spread of the base's own.
 
-    models/starting.py then starts it from a prompt. ConfigError: the model, or `layers`, does not fit.
+    models/initial_values.py then starts it from a prompt. ConfigError: the model, or `layers`, does not fit.
     """
     path, decoder = decoder_of(site.model)
     shape = key_shape(site.model)

@@ -8,9 +8,9 @@ from typing import Any
 
 from veneer.data.examples import Row, RowRef
 from veneer.data.template import ChatTemplate
+from veneer.decoding.generate import generate
 from veneer.errors import DataError
 from veneer.models.base import Base
-from veneer.models.generate import generate
 
 NAMED_ROWS = 10
 """How many rows an error names before it counts the rest."""

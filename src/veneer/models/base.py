@@ -38,7 +38,7 @@ class Base:
     as_held       the same of the values as they are held: what versions that did not widen called a base loaded in float32
     attachments   the adapters on this base, by name
     routing       which of them is active
-    decodes_packed  whether our own decoding loop gives what the model gives (models/decode.py); None: not asked yet
+    decodes_packed  whether our own decoding loop gives what the model gives (decoding/decode.py); None: not asked yet
     """
 
     model: PreTrainedModel

@@ -15,7 +15,6 @@ from veneer.errors import SourceError
 from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states
-from veneer.models.decode import continued
 from veneer.models.proof import Proven, apart, no_seam, proven, unreached
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -45,7 +44,8 @@ def in_front(model: PreTrainedModel) -> int:
     return tokens_in_front(layers)
 
 
-def _some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
+def some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
+    """(count) ids that the model has, drawn by seed."""
     vocabulary = int(model.get_input_embeddings().get_parameter("weight").shape[0])
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, min(vocabulary, 1000), (count,), generator=draw).to(model.device)
@@ -70,7 +70,7 @@ def prove_packing(model: PreTrainedModel) -> str | None:
     """
     if (reason := no_seam(model) or structure(model).packed) is not None:
         return reason
-    ids = _some_ids(model, 12, 0)
+    ids = some_ids(model, 12, 0)
     inner = decoder(model)
     assert inner is not None
     documents = [torch.cat([ids[:3], ids[3:7]]), torch.cat([ids[:3], ids[7:]])]
@@ -83,7 +83,7 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
     device = next(model.parameters()).device
     layout = Layout(3, (4, 5), device)
     positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
-    ids = torch.zeros(12, dtype=torch.int64, device=device) if expected is None else _some_ids(model, 12, 0)
+    ids = torch.zeros(12, dtype=torch.int64, device=device) if expected is None else some_ids(model, 12, 0)
     try:
         model.set_attn_implementation(NAME)
         states, calls = packed_states(model, ids[None], positions[None], layout)
@@ -108,7 +108,7 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
         return 1.0, None, found.head
     if not isinstance(head, nn.Linear) or inner is None:
         return 1.0, None, f"the output head is {type(head).__name__}, not a linear layer"
-    ids = _some_ids(model, 6, 1)[None]
+    ids = some_ids(model, 6, 1)[None]
     ours = Head(head.weight, head.bias, found.scale, found.softcap).logits(
         inner(input_ids=ids, use_cache=False).last_hidden_state
     )
@@ -116,31 +116,3 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
     if apart(ours, theirs) > HEAD_TOLERANCE[theirs.dtype]:
         return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
     return found.scale, found.softcap, None
-
-
-@torch.no_grad()
-def prove_decoding(model: PreTrainedModel) -> str | None:
-    """None if our loop gives what the model gives on whole texts; else why transformers' own is taken.
-
-    Two short prompts are read and continued by two given tokens each, and the logits compared.
-    """
-    if (reason := structure(model).decoding) is not None:
-        return reason
-    if model.config._attn_implementation != NAME and (reason := prove_packing(model)) is not None:
-        return reason
-    ids = _some_ids(model, 14, 2).tolist()
-    texts = [ids[:9], ids[:3] + ids[9:]]  # 9 and 8 tokens, the first 3 shared, the last 2 decoded
-    whole = [
-        model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts
-    ]
-    expected = torch.stack([torch.stack([own[len(own) - 3 + at] for own in whole]) for at in range(3)])
-    try:
-        found = continued(model, [t[:-2] for t in texts], [t[-2:] for t in texts], 3)
-    except REFUSALS as fault:
-        return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
-    if found.shape != expected.shape:
-        return f"{type(model).__name__} does not say which logits to keep"
-    worst = apart(found, expected)
-    if worst > TOLERANCE[expected.dtype]:
-        return f"{type(model).__name__} decoded with a packed cache differs by {worst:.1e}"
-    return None

@@ -4,8 +4,6 @@
     packed    documents end to end with a shared prompt give what each gives alone (models/attention.py)
     padded    rows padded on the right give what each gives alone; else they are computed one by one
     head      what lies between the head and the logits (kernels/loss.py)
-    decoding  our own loop gives the logits of whole texts (models/decode.py)
-    beside    transformers' loop over prompts padded on the left gives what each gives alone
 
 The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what float32's rounding
 explains: a window that is lost, a selection that is ignored or a cap on logits that is not known shows a hundred times
@@ -22,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
-from veneer.models.decode import continued
 from veneer.models.quiet import quiet
 from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths, sides, switches
@@ -47,8 +44,6 @@ class Proven:
     packed: str | None = None
     padded: str | None = None
     head: str | None = None
-    decoding: str | None = None
-    beside: str | None = None
     scale: float = 1.0
     softcap: float | None = None
 
@@ -59,12 +54,17 @@ _KNOWN: dict[str, Proven] = {}
 
 def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     """What holds for models of this class and config."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _NO_STRUCTURE}
-    key = json.dumps([kind.__name__, type(config).__name__, fields], sort_keys=True, default=str)
+    key = structure_key(kind, config)
     if key not in _KNOWN:
         with quiet():
             _KNOWN[key] = _prove(kind, config)
     return _KNOWN[key]
+
+
+def structure_key(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """The same for models of the same structure, whatever their type and path."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _NO_STRUCTURE}
+    return json.dumps([kind.__name__, type(config).__name__, fields], sort_keys=True, default=str)
 
 
 @torch.no_grad()
@@ -73,17 +73,16 @@ def _prove(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
         copy = small_copy(kind, config)
     except NoCopyError as fault:
         reason = str(fault).splitlines()[0]
-        return Proven(packed=reason, padded=reason, head=reason, decoding=reason, beside=reason)
-    texts = _texts(copy)
+        return Proven(packed=reason, padded=reason, head=reason)
+    texts = sample_texts(copy)
     found = Proven(causal=_causal(copy, texts[0]))
     scale, softcap, head = _head(copy, texts[0])
     found = replace(found, padded=_padded(copy, texts), scale=scale, softcap=softcap, head=head)
-    found = replace(found, beside=_beside(copy))
-    packed = _packed(copy, texts)
-    return replace(found, packed=packed, decoding=packed or _decoding(copy))
+    return replace(found, packed=_packed(copy, texts))
 
 
-def _texts(model: PreTrainedModel) -> list[list[int]]:
+def sample_texts(model: PreTrainedModel) -> list[list[int]]:
+    """The texts that everything is tried on; all begin with the same SHARED tokens."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(4, VOCABULARY - 4, (len(LENGTHS), max(LENGTHS)), generator=draw)
     ids[:, :SHARED] = ids[0, :SHARED]
@@ -98,13 +97,13 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _logits(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
+def logits_alone(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
     """(T, V) of one text alone: what everything here is held against."""
     forget_lengths(model)
     return model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
 
 
-def _tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str | None:
+def tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str | None:
     """None where `run` tells a difference that rounding explains."""
     name = type(model).__name__
     try:
@@ -117,7 +116,9 @@ def _tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str |
 def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
     part = len(text) - 3
     other = [*text[:part], *reversed(text[part:])]
-    worst = max(apart(_logits(model, t)[:part], _logits(model, text)[:part]) for t in (text[:part], other))
+    worst = max(
+        apart(logits_alone(model, t)[:part], logits_alone(model, text)[:part]) for t in (text[:part], other)
+    )
     if worst <= FP32:
         return None
     return f"{type(model).__name__} lets a token see what stands behind it (its logits change by {worst:.1e})"
@@ -137,7 +138,7 @@ def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         positions = torch.arange(longest).expand(len(rows), -1)
-        expected = [_logits(model, row) for row in rows]
+        expected = [logits_alone(model, row) for row in rows]
         forget_lengths(model)
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         worst = max(apart(whole[i, : len(row)], expected[i]) for i, row in enumerate(rows))
@@ -148,7 +149,7 @@ def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         hidden = padded_states(model, ids, positions, mask)
         return max(worst, *(apart(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows)))
 
-    return _tried(model, "padded rows", lambda: _by_side(model, texts, run))
+    return tried(model, "padded rows", lambda: _by_side(model, texts, run))
 
 
 def _states(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
@@ -182,7 +183,7 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         return apart(states, expected)
 
     before = model.config._attn_implementation
-    reason = _tried(model, "packed rows", lambda: _by_side(model, texts, run))
+    reason = tried(model, "packed rows", lambda: _by_side(model, texts, run))
     if reason is None:
         reason = unreached(model, calls[0])
     if reason is not None:
@@ -216,14 +217,14 @@ def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None,
     if decoder(model) is None:
         return 1.0, None, f"{type(model).__name__} has no part that gives its hidden states"
     config = model.config.get_text_config()
-    expected = _logits(model, text)
+    expected = logits_alone(model, text)
     try:
         states = _states(model, text)
         for scale in _scales(config):
             for softcap in _softcaps(config):
                 if apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
                     return scale, softcap, None
-    except Exception as fault:  # as in _tried
+    except Exception as fault:  # as in tried
         return 1.0, None, f"{type(model).__name__} does not give what its head takes ({type(fault).__name__})"
     return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
 
@@ -249,48 +250,3 @@ def _softcaps(config: PreTrainedConfig) -> list[float | None]:
         and value
     ]
     return list(dict.fromkeys([None, *own]))
-
-
-def _decoding(model: PreTrainedModel) -> str | None:
-    """Prompts read together and continued by given tokens, on a copy that is switched to packed attention."""
-    texts = [text[: SWITCH - 1 - 3 * i] for i, text in enumerate(_texts(model)[2:])]
-    new = 9
-
-    def run() -> float:
-        model.set_attn_implementation(before)
-        whole = [_logits(model, t) for t in texts]
-        model.set_attn_implementation(NAME)
-        forget_lengths(model)
-        steps = continued(model, [t[:-new] for t in texts], [t[-new:] for t in texts], SHARED)
-        expected = torch.stack(
-            [torch.stack([w[len(w) - new - 1 + at] for w in whole]) for at in range(new + 1)]
-        )
-        return apart(steps, expected)
-
-    before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-    return _tried(model, "a packed cache", run)
-
-
-def _beside(model: PreTrainedModel) -> str | None:
-    """transformers' own loop over two prompts padded on the left, against each alone."""
-    texts = [text[:length] for text, length in zip(_texts(model), (13, 8), strict=False)]
-
-    def run() -> float:
-        together = generated(model, texts)
-        return max(apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts))
-
-    return _tried(model, "prompts padded on the left", run)
-
-
-def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
-    """(new, B, V): the logits of a greedy answer by transformers' loop."""
-    forget_lengths(model)
-    longest = max(map(len, texts))
-    ids = torch.tensor([[*[0] * (longest - len(t)), *t] for t in texts])
-    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts])
-    settings = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    run: Any = model.generate
-    return torch.stack(run(ids, attention_mask=mask, generation_config=settings).logits)

@@ -23,6 +23,7 @@ from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Row
 from veneer.data.load import load_data
 from veneer.data.template import ChatTemplate
+from veneer.decoding.generate import generate
 from veneer.errors import DataError, fits_memory
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
@@ -33,10 +34,9 @@ from veneer.models.base import Base, hidden_size
 from veneer.models.capacity import capacity_of
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
-from veneer.models.generate import generate
+from veneer.models.initial_values import Begun, begin
 from veneer.models.load import load_base
 from veneer.models.quiet import quiet
-from veneer.models.starting import Begun, begin
 from veneer.models.step import Paths
 from veneer.models.weights import weight_line
 from veneer.train.config import RunConfig

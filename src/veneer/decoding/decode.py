@@ -5,8 +5,8 @@
     rows      like lengths together; rows that stopped are dropped, waiting prompts take their place
 
 transformers' own loop pads on the left, copies the whole cache at every token, and computes rows that have
-stopped until the last one has. Both are run (models/proof.py, models/checks.py) before this loop is used; where they differ, or
-where a model cannot be packed, models/generate.py takes transformers' loop.
+stopped until the last one has. Both are run (decoding/proof.py) before this loop is used; where they differ, or
+where a model cannot be packed, decoding/generate.py takes transformers' loop.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.config import AdapterConfig, LoRA
+from veneer.adapters.initial_factors import leading_directions, loftq_start
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.site import Attachment
-from veneer.adapters.starts import leading_directions, loftq_start
 from veneer.adapters.wrapping import plain_modules
 from veneer.data.examples import Example
 from veneer.errors import ConfigError

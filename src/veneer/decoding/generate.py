@@ -1,6 +1,6 @@
 """Answers: token ids in, token ids out, many rows at once with a cache.
 
-Says what stops an answer, how tokens are drawn, and which loop decodes: our own (models/decode.py) where it is
+Says what stops an answer, how tokens are drawn, and which loop decodes: our own (decoding/decode.py) where it is
 proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one. Prompts
 whose answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
 transformers' loop one by one. Knows nothing of chats or templates.
@@ -18,11 +18,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
+from veneer.decoding.decode import Choose, decode, greedy
+from veneer.decoding.proof import loops, prove_decoding
 from veneer.errors import ConfigError
 from veneer.models.base import Base, stop_token_ids
 from veneer.models.capacity import capacity_of
-from veneer.models.checks import in_front, prove_decoding, structure
-from veneer.models.decode import Choose, decode, greedy
+from veneer.models.checks import in_front
 from veneer.models.switches import forget_lengths, switches
 
 PADDED_ROWS = 32
@@ -74,7 +75,7 @@ def generate(
     if packed and plain:
         _by_our_loop(asked, plain)
     elif plain:
-        beside = structure(base.model).beside is None
+        beside = loops(base.model).beside is None
         _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
     _by_transformers(asked, ([number] for number in crossing))
     return asked.answers

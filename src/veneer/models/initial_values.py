@@ -19,7 +19,7 @@ from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.base import Base
 from veneer.models.capacity import configured_capacity
-from veneer.models.informed import informed_faults, start_informed
+from veneer.models.eva_loftq import informed_faults, start_informed
 
 INSTRUCTION = (
     "Read the text below with care and give the answer that it asks for, in exactly the form in which such "

@@ -1,0 +1,129 @@
+"""Which loop gives a model's answers: ours and transformers', each held against whole texts.
+
+    packed    our own loop gives the logits of whole texts (decoding/decode.py)
+    beside    transformers' loop over prompts padded on the left gives what each gives alone
+
+First on a small copy of the model's structure (models/structure.py), once in a process for a config; our own then once
+more on the model itself, before any adapter is attached. What is not proven goes prompt by prompt through transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from veneer.decoding.decode import continued
+from veneer.models.attention import NAME
+from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure
+from veneer.models.proof import SHARED, apart, logits_alone, sample_texts, structure_key, tried
+from veneer.models.quiet import quiet
+from veneer.models.structure import SWITCH, NoCopyError, small_copy
+from veneer.models.switches import forget_lengths
+
+
+@dataclass(frozen=True)
+class Loops:
+    """None where it gives what whole texts give, else why not."""
+
+    packed: str | None
+    beside: str | None
+
+
+_KNOWN: dict[str, Loops] = {}
+
+
+def loops(model: PreTrainedModel) -> Loops:
+    """What holds for the model's structure. SourceError: it sees what it is to predict."""
+    found, key = structure(model), structure_key(type(model), model.config)
+    if key not in _KNOWN:
+        with quiet():
+            _KNOWN[key] = _prove(model, found.packed)
+    return _KNOWN[key]
+
+
+@torch.no_grad()
+def _prove(model: PreTrainedModel, not_packed: str | None) -> Loops:
+    try:
+        copy = small_copy(type(model), model.config)
+    except NoCopyError as fault:
+        reason = str(fault).splitlines()[0]
+        return Loops(reason, reason)
+    beside = _beside(copy)
+    return Loops(not_packed or _decoding(copy), beside)
+
+
+def _decoding(model: PreTrainedModel) -> str | None:
+    """Prompts read together and continued by given tokens, on a copy that is switched to packed attention."""
+    texts = [text[: SWITCH - 1 - 3 * i] for i, text in enumerate(sample_texts(model)[2:])]
+    new = 9
+
+    def run() -> float:
+        model.set_attn_implementation(before)
+        whole = [logits_alone(model, t) for t in texts]
+        model.set_attn_implementation(NAME)
+        forget_lengths(model)
+        steps = continued(model, [t[:-new] for t in texts], [t[-new:] for t in texts], SHARED)
+        expected = torch.stack(
+            [torch.stack([w[len(w) - new - 1 + at] for w in whole]) for at in range(new + 1)]
+        )
+        return apart(steps, expected)
+
+    before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    return tried(model, "a packed cache", run)
+
+
+def _beside(model: PreTrainedModel) -> str | None:
+    """transformers' own loop over two prompts padded on the left, against each alone."""
+    texts = [text[:length] for text, length in zip(sample_texts(model), (13, 8), strict=False)]
+
+    def run() -> float:
+        together = generated(model, texts)
+        return max(apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts))
+
+    return tried(model, "prompts padded on the left", run)
+
+
+def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
+    """(new, B, V): the logits of a greedy answer by transformers' loop."""
+    forget_lengths(model)
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*[0] * (longest - len(t)), *t] for t in texts])
+    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts])
+    settings = GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    run: Any = model.generate
+    return torch.stack(run(ids, attention_mask=mask, generation_config=settings).logits)
+
+
+@torch.no_grad()
+def prove_decoding(model: PreTrainedModel) -> str | None:
+    """None if our loop gives what the model gives on whole texts; else why transformers' own is taken.
+
+    Two short prompts are read and continued by two given tokens each, and the logits compared.
+    """
+    if (reason := loops(model).packed) is not None:
+        return reason
+    if model.config._attn_implementation != NAME and (reason := prove_packing(model)) is not None:
+        return reason
+    ids = some_ids(model, 14, 2).tolist()
+    texts = [ids[:9], ids[:3] + ids[9:]]  # 9 and 8 tokens, the first 3 shared, the last 2 decoded
+    whole = [
+        model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts
+    ]
+    expected = torch.stack([torch.stack([own[len(own) - 3 + at] for own in whole]) for at in range(3)])
+    try:
+        found = continued(model, [t[:-2] for t in texts], [t[-2:] for t in texts], 3)
+    except REFUSALS as fault:
+        return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
+    if found.shape != expected.shape:
+        return f"{type(model).__name__} does not say which logits to keep"
+    worst = apart(found, expected)
+    if worst > TOLERANCE[expected.dtype]:
+        return f"{type(model).__name__} decoded with a packed cache differs by {worst:.1e}"
+    return None
