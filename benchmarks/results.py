@@ -11,7 +11,9 @@ DATA holds e2e/, viggo/, banking77/ and wikisql_mlx/ as their authors publish th
 
 Finished runs are found again, also after Ctrl-C. Quality may be computed on a busy machine; what a step costs is
 timed by method_cost.py on the same rows and wants a quiet one (--only quality, --only cost). docs/results.md is written
-from the JSON of whatever is finished and what OUT/about.md says of machine and commit; --only write runs nothing. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
+from the JSON of whatever is finished and what OUT/about.md says of machine and commit. --only write runs nothing:
+`--data . --out docs/results --only write` writes the page anew. Rows are drawn with one seed, never two times, and no
+prompt stands on two sides.
 """
 
 import argparse
@@ -189,39 +191,50 @@ def cost(task: str, args: argparse.Namespace) -> None:
         sys.exit(f"{task}: method_cost.py failed")
 
 
-def table(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
+def ranged(value: dict[str, Any], unit: str) -> str:
+    return f"{quantity(value['value'], unit)} ({' to '.join(quantity(x, unit) for x in value['interval'])})"
+
+
+def rows(head: list[str], *lines: list[str]) -> list[str]:
+    """A table of markdown."""
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def quality(figures: dict[str, Any]) -> list[str]:
     units = figures["units"]
-    head = [
-        "method",
-        *units,
-        "trained",
-        "file, MB",
-        "peak memory, GB",
-        "ms a step",
-        "forgetting, nats",
-        "rate",
+    lines = [
+        [
+            "base, untrained",
+            *(quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items()),
+        ]
     ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    cells = [quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items()]
-    lines.append("| " + " | ".join(["base, untrained", *cells, *["–"] * 6]) + " |")
+    for m in figures["methods"]:
+        told = [m["failure"] if n == 0 else "" for n in range(len(units))]
+        if not m["failure"]:
+            told = [ranged(m["quality"][name], unit) for name, unit in units.items()]
+        lines.append([m["name"], *told])
+    return rows(["method", *units], *lines)
+
+
+def prices(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
+    lines = []
     for m in figures["methods"]:
         if m["failure"]:
-            lines.append(f"| {m['name']} | {m['failure']} " + "| " * (len(head) - 2) + "|")
             continue
-        cells = []
-        for name, unit in units.items():
-            q = m["quality"][name]
-            cells.append(
-                f"{quantity(q['value'], unit)} ({' to '.join(quantity(x, unit) for x in q['interval'])})"
-            )
-        forgot = m["forgetting"]
-        step = costs.get(COSTS.get(m["name"], ""))
-        cells += [
-            f"{m['trainable_parameters']:,}", f"{m['adapter_bytes'] / 1e6:.2f}", f"{m['peak_memory_bytes'] / 1e9:.2f}",
-            f"{1000 * step['step_seconds']:.0f}" if step else "–", f"{forgot['value']:+.3f}" if forgot else "–", f"{m['learning_rate']:g}",
-        ]  # fmt: skip
-        lines.append(f"| {m['name']} | " + " | ".join(cells) + " |")
-    return lines
+        step, forgot = costs.get(COSTS.get(m["name"], "")), m["forgetting"]
+        lines.append(
+            [
+                m["name"],
+                f"{m['trainable_parameters']:,}",
+                f"{m['adapter_bytes'] / 1e6:.2f}",
+                f"{m['peak_memory_bytes'] / 1e9:.2f}",
+                f"{1000 * step['step_seconds']:.0f}" if step else "–",
+                f"{forgot['value']:+.3f}" if forgot else "–",
+                f"{m['learning_rate']:g}",
+            ]
+        )
+    head = ["method", "trained", "file, MB", "peak memory, GB", "ms a step", "forgetting, nats", "rate"]
+    return rows(head, *lines)
 
 
 def searches(figures: dict[str, Any]) -> list[str]:
@@ -236,52 +249,65 @@ def searches(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def claims(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
-    """What people say of LoRA, as measured here against full fine-tuning."""
-    methods = {m["name"]: m for m in figures["methods"] if m["quality"]}
-    if not {"full", "lora"} <= set(methods):
-        return []
-    full, lora = methods["full"], methods["lora"]
-    primary = figures["primary"]
-    unit = figures["units"][primary]
-    found = lora["to_full"][primary]
-    difference, low, high = (signed(x, unit) for x in (found["difference"], *found["interval"]))
-    gap = f"LoRA minus full: {difference} ({low} to {high})"
-    speed = {name: costs[name]["step_seconds"] for name in ("lora", "full")} if costs else {}
-    return [
-        "| claim | measured: LoRA beside full fine-tuning |", "|---|---|",
-        f"| fewer trained parameters | {full['trainable_parameters'] / lora['trainable_parameters']:.0f} times fewer |",
-        f"| small files | {lora['adapter_bytes'] / 1e6:.1f} MB beside {full['adapter_bytes'] / 1e6:.0f} MB |",
-        f"| as good ({primary}) | {gap} |",
-        f"| less memory | {lora['peak_memory_bytes'] / 1e9:.2f} GB beside {full['peak_memory_bytes'] / 1e9:.2f} GB |",
-        *([f"| faster | a step takes {speed['lora']:.2f} s beside {speed['full']:.2f} s |"] if speed else []),
-    ]  # fmt: skip
+def glance(found: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """What people say of LoRA, as measured here against full fine-tuning: a row a task."""
+    lines = []
+    for task, (figures, costs) in found.items():
+        methods = {m["name"]: m for m in figures["methods"] if m["quality"]}
+        if not {"full", "lora"} <= set(methods):
+            continue
+        full, lora = methods["full"], methods["lora"]
+        primary = figures["primary"]
+        unit = figures["units"][primary]
+        gap = lora["to_full"][primary]
+        difference, low, high = (signed(x, unit) for x in (gap["difference"], *gap["interval"]))
+        memory = [m["peak_memory_bytes"] / 1e9 for m in (lora, full)]
+        speed = [costs[name]["step_seconds"] for name in ("lora", "full")] if costs else []
+        lines.append(
+            [
+                f"[{task}](#{task})",
+                primary,
+                *(quantity(m["quality"][primary]["value"], unit) for m in (lora, full)),
+                f"{difference} ({low} to {high})",
+                "{:.2f} beside {:.2f} GB".format(*memory),
+                "{:.2f} beside {:.2f} s".format(*speed) if speed else "–",
+            ]
+        )
+    head = ["data", "measure", "LoRA", "full", "LoRA minus full", "peak memory", "a step"]
+    return rows(head, *lines) if lines else []
+
+
+def load(file: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return loaded
 
 
 def write(args: argparse.Namespace) -> None:
-    parts = [
-        "# Results", "",
-        "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer compare`.",
-        "Intervals are 95%, over test rows and seeds. Quality is over all seeds; memory is the peak of",
-        "a whole training process; a step is timed by `benchmarks/method_cost.py` on the same rows, the methods in turn.",
-    ]  # fmt: skip
-    about = args.out / "about.md"
-    parts += ["", about.read_text(encoding="utf-8").strip()] if about.is_file() else []
+    found = {}
     for task in TASKS:
-        file = args.out / task / "comparison.json"
-        if not file.is_file():
-            continue
-        figures = json.loads(file.read_text(encoding="utf-8"))
-        budget = figures["budget"]
-        parts += ["", f"## {task}", ""]
-        parts += [
-            f"{figures['base']}, {budget['steps']:,} steps, {figures['seeds']} seeds, {figures['test_rows']:,} test rows."
-        ]
-        timed = args.out / task / "cost.json"
-        costs = json.loads(timed.read_text(encoding="utf-8"))["methods"] if timed.is_file() else {}
+        folder = args.out / task
+        if (folder / "comparison.json").is_file():
+            timed = folder / "cost.json"
+            costs = load(timed)["methods"] if timed.is_file() else {}
+            found[task] = (load(folder / "comparison.json"), costs)
+    about = args.out / "about.md"
+    parts = [
+        "# Methods compared",
+        "",
+        "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer compare`.",
+        "",
+        *([about.read_text(encoding="utf-8").strip(), ""] if about.is_file() else []),
+        "## LoRA beside full fine-tuning",
+        "",
+        *glance(found),
+    ]
+    for task, (figures, costs) in found.items():
         # Its sentence on time rests on how busy the machine was; the steps are timed beside it.
-        said = " ".join(s for s in conclude(figures) if "must be quick" not in s)
-        parts += ["", *table(figures, costs), "", *claims(figures, costs), "", *searches(figures), "", said]
+        said = [f"- {sentence}" for sentence in conclude(figures) if "must be quick" not in sentence]
+        steps, seeds, tested = figures["budget"]["steps"], figures["seeds"], figures["test_rows"]
+        intro = f"{figures['base']}, {steps:,} steps, {seeds} seeds, {tested:,} test rows."
+        parts += ["", f"## {task}", "", intro, "", *quality(figures), "", *prices(figures, costs), ""]
+        parts += [*searches(figures), "", "What follows:", "", *said]
     args.doc.write_text("\n".join(parts) + "\n", encoding="utf-8")
     print(args.doc)
 
