@@ -31,8 +31,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """In this process: load, decode, then train on the same base anew."""
     from veneer import api
     from veneer.adapters.config import LoRA
+    from veneer.bases.quiet_transformers import quiet
     from veneer.decoding.generate import generate
-    from veneer.models.quiet import quiet
     from veneer.train.config import DataConfig, RunConfig
     from veneer.train.records import read_records
     from veneer.train.screen import QuietScreen

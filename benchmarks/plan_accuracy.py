@@ -79,7 +79,7 @@ def one(folder: Path, case: str) -> dict[str, int]:
 
     from tests.tiny import tiny_tokenizer
     from veneer import api
-    from veneer.models.blueprint import config_from
+    from veneer.bases.from_config import config_from
 
     base, dtype, method, batch, _, length, *kept = case.split()
     source, fields = base, BASES[base]

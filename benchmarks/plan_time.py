@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from veneer import api
-from veneer.models.blueprint import blueprint
+from veneer.bases.from_config import blueprint
 from veneer.plan.ask import method_named
 from veneer.plan.machine import this_machine
 from veneer.plan.planner import Choice, Planner

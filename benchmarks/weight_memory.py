@@ -10,8 +10,8 @@ what its authors give for the model in 4 bits; cited from memory.
 import torch
 from torch import nn
 
-from veneer.models.blueprint import build, config_from
-from veneer.models.shapes import SHAPES
+from veneer.bases.from_config import build, config_from
+from veneer.bases.shapes import SHAPES
 from veneer.plan.dry_run import packing
 
 LLAMA = SHAPES["llama-2-7b"]

@@ -42,11 +42,11 @@ from tests.helpers import fill, make_examples
 from tests.tiny import tiny_tokenizer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
 from veneer.errors import VeneerError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.models.base import Base
-from veneer.models.quiet import quiet
 from veneer.models.step import batch_loss, batches_of
 from veneer.models.structure import drawn, small_copy
 from veneer.models.switches import forget_lengths

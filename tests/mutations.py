@@ -58,7 +58,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "models/cache.py": ("test_decode.py",),
     "decoding/decode.py": ("test_decode.py",),
     "models/likelihood.py": ("test_evaluate_run.py", "test_decode.py"),
-    "models/fingerprint.py": ("test_models_fingerprint.py",),
+    "bases/fingerprint.py": ("test_models_fingerprint.py",),
     "models/step.py": ("test_step.py",),
     "train/optim.py": ("test_optimizers.py", "test_loop.py"),
     "train/loop.py": ("test_loop.py", "test_run_folder.py"),

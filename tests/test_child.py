@@ -14,11 +14,11 @@ import pytest
 import veneer
 from tests.test_models_sources import REQUIREMENT
 from veneer import child
+from veneer.bases.packages import fetch_wheel
 from veneer.compare.execute import Worker
 from veneer.data.rendering import Conversation, Template
 from veneer.data.rendering import Worker as Renderer
 from veneer.errors import SourceError
-from veneer.models.wheel import fetch_wheel
 
 SOURCES = sorted(Path(veneer.__file__).parent.rglob("*.py"))
 

@@ -18,17 +18,17 @@ from tests.tiny import save_tiny, tiny_model
 from tests.tiny_gguf import tiny, write_gguf
 from veneer import api
 from veneer.adapters.config import LoRA
+from veneer.bases import compute
+from veneer.bases.compute import choose
+from veneer.bases.fingerprint import fingerprint
+from veneer.bases.from_config import Blueprint
+from veneer.bases.quiet_transformers import quiet
 from veneer.compare.plan import Candidate
 from veneer.compare.run import compute_of_candidate, with_dtype
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels import native
-from veneer.models import compute
-from veneer.models.blueprint import Blueprint
-from veneer.models.compute import choose
-from veneer.models.fingerprint import fingerprint
 from veneer.models.load import compute_of, load_base
-from veneer.models.quiet import quiet
 from veneer.plan.dry_run import WEIGHTS
 from veneer.plan.planner import Choice, Planner
 from veneer.train.folder import resume_config

@@ -11,10 +11,10 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule, plain_modules
+from veneer.bases.from_config import build
 from veneer.data.batching import make_batch
 from veneer.kernels import fused as kernels
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
-from veneer.models.blueprint import build
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.load import load_base

@@ -12,12 +12,12 @@ import torch
 from tests.test_models_load import edit_config, edit_weights, refusal
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 from tests.tiny_gguf import tiny, write_gguf
+from veneer.bases.announced import BUILT_BESIDE, announced_faults, built_faults
+from veneer.bases.from_config import blueprint
+from veneer.bases.gguf import read_header
+from veneer.bases.without_weights import load_skeleton
 from veneer.errors import CorruptFileError, SourceError, VeneerError
-from veneer.models.announced import BUILT_BESIDE, announced_faults, built_faults
-from veneer.models.blueprint import blueprint
-from veneer.models.gguf import read_header
 from veneer.models.load import load_base
-from veneer.models.skeleton import load_skeleton
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 

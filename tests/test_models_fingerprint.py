@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from veneer.bases.fingerprint import SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
+from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
-from veneer.models.fingerprint import SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
 from veneer.models.load import load_base
-from veneer.models.quiet import quiet
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,10 +16,10 @@ from tests.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer import api
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
+from veneer.bases.gguf_blocks import locate_blocks
 from veneer.errors import ConfigError, CorruptFileError, SourceError
 from veneer.kernels.gguf import FORMATS
 from veneer.models.base import Base
-from veneer.models.gguf_blocks import locate_blocks
 from veneer.models.load import load_base
 from veneer.models.step import prepare
 from veneer.quant.gguf_linear import GGUFLinear

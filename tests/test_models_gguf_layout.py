@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.tiny_gguf import tiny, write_gguf
+from veneer.bases.gguf import read_header
+from veneer.bases.gguf_layout import LayoutError, check_layout
 from veneer.errors import CorruptFileError
-from veneer.models.gguf import read_header
-from veneer.models.gguf_layout import LayoutError, check_layout
 
 TEXT, ARRAY, UINT32 = 8, 9, 4
 

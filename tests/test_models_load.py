@@ -251,7 +251,7 @@ def test_running_out_of_memory_is_exit_code_3(tmp_path: Path, monkeypatch: pytes
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         )
 
-    monkeypatch.setattr(load, "_model", full)
+    monkeypatch.setattr(load, "build_dense", full)
     with pytest.raises(DoesNotFitError, match="GiB") as raised:
         load_base(str(folder))
     assert raised.value.exit_code == 3

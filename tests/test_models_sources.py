@@ -20,11 +20,12 @@ from huggingface_hub import HfApi, constants
 
 from tests.test_models_gguf import tiny, write_gguf
 from tests.tiny import save_tiny
+from veneer.bases import sources
+from veneer.bases.kept import cache_folder, publish
+from veneer.bases.packages import fetch_wheel, fetch_wheel_member
+from veneer.bases.sources import NamedBase, locate
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
 from veneer.files.hashes import file_hash
-from veneer.models import sources
-from veneer.models.sources import NamedBase, locate
-from veneer.models.wheel import cache_folder, fetch_wheel, fetch_wheel_member, publish
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REQUIREMENT = "veneer-test.wheel==1.2"
@@ -252,7 +253,7 @@ def test_only_allowed_files_are_downloaded_and_the_commit_is_pinned(hub: str, tm
     Hub.files = {**wanted, **dict.fromkeys(unwanted, b"{}")}
     Hub.requested = []
     script = (
-        "from veneer.models.sources import locate; from veneer.errors import SourceError\n"
+        "from veneer.bases.sources import locate; from veneer.errors import SourceError\n"
         "found = locate('org/name'); print(found.folder); print(found.name_or_path, found.revision)\n"
         "try: locate('org/absent')\n"
         "except SourceError as fault: print(fault)\n"

@@ -15,13 +15,13 @@ from tests.test_report import Tags
 from tests.tiny import save_tiny, tiny_model
 from veneer import api
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
+from veneer.bases.from_config import Blueprint, blueprint
+from veneer.bases.shapes import SHAPES
 from veneer.cli import plan as command
 from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
-from veneer.models.blueprint import Blueprint, blueprint
-from veneer.models.shapes import SHAPES
 from veneer.plan import planner as planner_module
 from veneer.plan.advise import Job, advise
 from veneer.plan.dry_run import dry_run

@@ -8,9 +8,9 @@ from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
 from veneer.adapters.routing import Routing
+from veneer.bases.from_config import Blueprint, blueprint, build
 from veneer.data.batching import used_length
 from veneer.kernels import native
-from veneer.models.blueprint import Blueprint, blueprint, build
 from veneer.models.step import assume_paths, prepare
 from veneer.plan import dry_run as module
 from veneer.plan.dry_run import Step, dry_run

@@ -10,12 +10,12 @@ from tests.packed import packed_modules
 from tests.tiny import save_tiny
 from veneer.adapters.config import LoRA
 from veneer.api import load, write_quantized
+from veneer.bases.bnb_files import file_tensors
+from veneer.bases.weight_table import weight_line, weight_table
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, SourceError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.packed_base import write_packed
-from veneer.models.bnb_files import file_tensors
 from veneer.models.load import load_base
-from veneer.models.weights import weight_line, weight_table
 from veneer.quant.nf4 import quantize
 from veneer.quant.nf4_linear import NF4Linear
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from veneer.bases.builders import builder_for
 from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
-from veneer.models.builders import builder_for
 from veneer.train.config import RunConfig
 
 NEEDED = {"base": "b", "data": "rows.jsonl", "out": "out"}

@@ -23,6 +23,7 @@ from tests.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.site import Attachment
+from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -41,7 +42,6 @@ from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, wri
 from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
 from veneer.formats.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint
 
 WEIGHTS = store.WEIGHTS_NAME
 SETTINGS = {"rank": 4, "alpha": 7, "rank_pattern": {"v_proj": 2}, "train_modules": ["model.norm"]}

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError
 from veneer.files.nesting import MAX_JSON_DEPTH
-from veneer.files.strict_json import read_json
+from veneer.files.strict_json import read_json, read_model_json
 from veneer.files.strict_tensors import MAX_HEADER_BYTES, read_header, read_tensors
 
 SMALL = save(
@@ -203,6 +203,17 @@ def test_json_beyond_the_limits_is_refused(parse, text, error, words):
 def test_json_within_the_limits_is_read(parse):
     text = '{"a": "[[[[\\"{{{\\ud83d\\ude00", "b": {"r": [1, 2.5e-3, null, true]}}'
     assert parse(text) == json.loads(text)
+
+
+def test_a_models_config_may_hold_infinity_and_a_key_twice_but_no_depth(tmp_path):
+    """time_step_limit of Mamba 2's published configs is (0, Infinity); transformers takes the later of two."""
+    path = tmp_path / "config.json"
+    path.write_text('{"time_step_limit": [0.0, Infinity], "use_cache": false, "use_cache": true}')
+    assert read_model_json(path) == {"time_step_limit": [0.0, float("inf")], "use_cache": True}
+    for text in ("[1]", '{"a": 1} x', '{"a": ' + "[" * 100_000, '{"a": "\xff"}'.encode("latin-1")):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(CorruptFileError, match="config"):
+            read_model_json(path)
 
 
 def test_hostile_text_takes_no_longer_than_its_size_warrants(parse):

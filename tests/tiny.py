@@ -239,7 +239,7 @@ def save_tiny(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> Path:
     """Write tiny_model and tiny_tokenizer as a folder that load_base reads; returns the folder."""
-    from veneer.models.quiet import quiet
+    from veneer.bases.quiet_transformers import quiet
 
     with quiet():
         tiny_model(family, dtype, seed, **overrides).save_pretrained(folder)

@@ -17,6 +17,8 @@ from typing import Any
 from veneer.adapters.config import AdapterConfig, LoRA, Method
 from veneer.adapters.routing import Active
 from veneer.adapters.site import Attachment
+from veneer.bases.compute import HeldAs
+from veneer.bases.tokenizer import load_tokenizer
 from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, SEED, check_numbers, check_weights
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.compare.run import run_comparison
@@ -49,10 +51,9 @@ from veneer.merge.in_memory import Merged, merged_weights
 from veneer.merge.run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.capacity import capacity_of, configured_capacity
-from veneer.models.compute import HeldAs
 from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
-from veneer.models.load import load_base, load_tokenizer
+from veneer.models.load import load_base
 from veneer.plan.probe import fitted, planned_memory_bytes
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report

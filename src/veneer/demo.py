@@ -26,6 +26,8 @@ from rich.text import Text
 
 from veneer import api
 from veneer.adapters.config import LoRA
+from veneer.bases.compute import DtypeName
+from veneer.bases.packages import fetch_wheel
 from veneer.data import bfcl
 from veneer.data.bfcl import Call, Score
 from veneer.data.examples import Row, RowRef
@@ -33,8 +35,6 @@ from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.answers import evaluate_answers
 from veneer.files.atomic import atomic_file
-from veneer.models.compute import DtypeName
-from veneer.models.wheel import fetch_wheel
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import held, remove_run
 from veneer.train.screen import make_screen

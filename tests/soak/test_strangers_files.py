@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from tests.soak.counts import count
 from tests.tiny import save_tiny
 from tests.tiny_gguf import tiny, write_gguf
+from veneer.bases.bnb_files import file_tensors
+from veneer.bases.gguf import read_header
 from veneer.data.template import ChatTemplate
 from veneer.errors import CorruptFileError, InputError, RefusedError
-from veneer.models.bnb_files import file_tensors
-from veneer.models.gguf import read_header
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 from veneer.quant.nf4 import quantize

@@ -58,7 +58,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
     """Facts by part; a number whose name ends in _bytes is in bytes, None is "not there"."""
     import torch
 
-    from veneer.models.compute import DTYPES, choose
+    from veneer.bases.compute import DTYPES, choose
 
     memory = _memory()
     cache = Path(

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from veneer import api
-    from veneer.models.weights import weight_table
+    from veneer.bases.weight_table import weight_table
 
     base = api.load(
         args.base,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from veneer.bases.sources import locate
 from veneer.files.hashes import file_hash
-from veneer.models.sources import locate
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 """Files of a base that something of it is read from."""

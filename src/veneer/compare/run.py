@@ -12,6 +12,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from veneer.bases.compute import Compute, DtypeName
+from veneer.bases.without_weights import load_skeleton
 from veneer.compare.circumstances import circumstances
 from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Say, Worker
@@ -22,9 +24,7 @@ from veneer.compare.search import search, steps_within
 from veneer.data.sources import read_rows
 from veneer.files.atomic import atomic_file
 from veneer.models.base import hidden_size
-from veneer.models.compute import Compute, DtypeName
 from veneer.models.load import compute_of
-from veneer.models.skeleton import load_skeleton
 
 
 def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:

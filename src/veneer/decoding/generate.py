@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
 from veneer.decoding.decode import Choose, decode, greedy
 from veneer.decoding.proof import loops, prove_decoding
 from veneer.errors import ConfigError
-from veneer.models.base import Base, stop_token_ids
+from veneer.models.base import Base
 from veneer.models.capacity import capacity_of
 from veneer.models.checks import in_front
 from veneer.models.switches import forget_lengths, switches

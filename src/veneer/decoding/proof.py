@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.decode import continued
 from veneer.models.attention import NAME
 from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure
 from veneer.models.proof import SHARED, apart, logits_alone, sample_texts, structure_key, tried
-from veneer.models.quiet import quiet
 from veneer.models.structure import SWITCH, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths
 

@@ -16,11 +16,13 @@ from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, Veneer
 from veneer.files.nesting import TOO_DEEP, text_too_deep, yaml_fault
 
 MAX_JSON_BYTES = 4_000_000
+MAX_MODEL_JSON_BYTES = 100_000_000
 MAX_YAML_BYTES = 1_000_000
 
 _SHOWN = 60  # characters of a text in a message
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
+DOWNLOAD_AGAIN = "Download the model again."
 FOREIGN = (
     "An adapter file holds a few thousand named matrices of floats and nothing else: do not use this one."
 )
@@ -39,6 +41,28 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, mend: bool = False
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
     return parse_json(text, path, max_bytes=max_bytes, mend=mend)
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder, taken as transformers takes it.
+
+    A key may stand there twice and a number be infinite (Mamba 2's configs hold one); an index of many shards is long.
+    Depth is bounded as everywhere. Raises CorruptFileError.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_MODEL_JSON_BYTES + 1)
+        if len(text) > MAX_MODEL_JSON_BYTES:
+            raise ValueError(f"more than {MAX_MODEL_JSON_BYTES:,} bytes of JSON, the limit")
+        decoded = text.decode("utf-8")
+        if text_too_deep(decoded):
+            raise ValueError(f"it {TOO_DEEP}")
+        value = json.loads(decoded)
+    except (OSError, ValueError) as fault:
+        raise CorruptFileError(f"{path} cannot be read: {fault}", next_step=DOWNLOAD_AGAIN) from fault
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path} is not a JSON object", next_step=DOWNLOAD_AGAIN)
+    return value
 
 
 def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
+from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.atomic import atomic_folder
 from veneer.files.hashes import file_hash
@@ -38,7 +39,6 @@ from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
 from veneer.formats.same_base import other_base, other_text
 from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -6,7 +6,7 @@
     content_hash  SHA-256 over the tensor file and the config: changes if either does
 
 No time, host or user stands in it: the same adapter written twice is the same to the byte.
-Not known here: how a fingerprint is computed (models/fingerprint.py), what the tensors are (peft_tensors.py).
+Not known here: how a fingerprint is computed (bases/fingerprint.py), what the tensors are (peft_tensors.py).
 """
 
 import hashlib

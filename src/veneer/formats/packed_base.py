@@ -11,12 +11,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from veneer.bases.bnb_files import file_tensors
+from veneer.bases.quiet_transformers import quiet
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_folder
 from veneer.linear import PackedModule
 from veneer.models.base import Base
-from veneer.models.bnb_files import file_tensors
-from veneer.models.quiet import quiet
 from veneer.quant.nf4_linear import NF4Experts, NF4Linear
 
 

@@ -3,9 +3,9 @@
 An adapter without veneer.json says neither: then there is nothing to compare.
 """
 
+from veneer.bases.fingerprint import Fingerprint
 from veneer.formats.manifest import Manifest
 from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint
 
 
 def other_base(manifest: Manifest | None, base: Base) -> list[str]:

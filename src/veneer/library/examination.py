@@ -9,6 +9,7 @@ from pathlib import Path
 
 from veneer.adapters.attach import detach
 from veneer.adapters.site import Attachment
+from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import VeneerError
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
@@ -18,7 +19,6 @@ from veneer.library.names import said_of
 from veneer.library.objects import ADAPTER_FILES, Content, object_faults
 from veneer.library.records import Facts
 from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint
 
 
 def examined(source: Path, base: Base | None) -> tuple[dict[str, Content], Facts]:

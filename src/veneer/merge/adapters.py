@@ -16,6 +16,8 @@ from veneer.adapters.lora import Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
+from veneer.bases.fingerprint import Fingerprint
+from veneer.bases.without_weights import Skeleton
 from veneer.errors import AdapterMismatchError, RefusedError
 from veneer.files.strict_json import read_json
 from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter
@@ -24,9 +26,7 @@ from veneer.formats.matching import Strength, exact_settings
 from veneer.formats.peft_config import CONFIG_NAME, PeftLoRA
 from veneer.library.names import said_of
 from veneer.merge.combine import Update
-from veneer.models.fingerprint import Fingerprint
 from veneer.models.load import load_base
-from veneer.models.skeleton import Skeleton
 
 
 @dataclass(frozen=True)

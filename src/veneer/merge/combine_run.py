@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.bases.without_weights import load_skeleton
 from veneer.bounds import check_weights
 from veneer.errors import ConfigError
 from veneer.formats.adapter import read_adapter, write_adapter
@@ -13,7 +14,6 @@ from veneer.merge.adapters import Placed, attachment_of, common_base, descended,
 from veneer.merge.combine import Recipe, Update, combine_updates, total_error
 from veneer.merge.fold import trained_values
 from veneer.merge.low_rank import relative_error
-from veneer.models.skeleton import load_skeleton
 
 
 @dataclass(frozen=True)

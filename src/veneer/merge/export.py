@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from veneer.bases.without_weights import Skeleton
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_folder
 from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
@@ -20,7 +21,6 @@ from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft_config import CONFIG_NAME
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended
 from veneer.merge.combine import Update
-from veneer.models.skeleton import Skeleton
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes; 16 where it is not given."""

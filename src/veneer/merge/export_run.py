@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from veneer.bases.without_weights import load_skeleton
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_file
 from veneer.formats.adapter import read_adapter
@@ -14,7 +15,6 @@ from veneer.merge.gguf_model import GGUFReport, ModelType, write_gguf_model
 from veneer.merge.lint import Consumer, Finding, lint
 from veneer.merge.run import Into, open_merge
 from veneer.models.load import load_base
-from veneer.models.skeleton import load_skeleton
 from veneer.quant.config import Quantize
 
 Target = Literal["peft", "vllm", "gguf"]

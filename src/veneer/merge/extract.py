@@ -17,6 +17,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.experts import expert_parameters, is_transposed
 from veneer.adapters.targets import find_targets
 from veneer.adapters.wrapping import plain_modules
+from veneer.bases.fingerprint import tokenizer_hash
 from veneer.bounds import ENERGY, RANK, check_numbers
 from veneer.data.template import ChatTemplate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
@@ -28,7 +29,6 @@ from veneer.merge.fold import stored_tensors, tied_names
 from veneer.merge.low_rank import Cut, cut_dense, relative_error
 from veneer.merge.verify import LogitCheck, Reference, compare, logits, text_rows
 from veneer.models.base import Base
-from veneer.models.fingerprint import tokenizer_hash
 from veneer.models.load import load_base
 
 

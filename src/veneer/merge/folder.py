@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from veneer.adapters.attach import detach
 from veneer.adapters.targets import layer_number
+from veneer.bases.fingerprint import tokenizer_hash
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_folder
 from veneer.merge.fold import (
@@ -38,7 +39,6 @@ from veneer.merge.rounding import OverWeights, Survival, by_layer, stochastic, s
 from veneer.merge.shards import MAX_SHARD_BYTES, ShardWriter
 from veneer.merge.verify import LogitCheck, Reference, compare, limited, reference, text_rows
 from veneer.models.base import Base
-from veneer.models.fingerprint import tokenizer_hash
 from veneer.models.load import load_base
 
 RECORD_NAME = "veneer_merge.json"

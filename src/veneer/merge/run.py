@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from veneer.bases.gguf import read_header
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.errors import ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
@@ -21,7 +22,6 @@ from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
 from veneer.models.base import Base
-from veneer.models.gguf import read_header
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 

@@ -1,6 +1,6 @@
 """A Base: a frozen causal LM with its tokenizer, its name, and its fingerprint.
 
-It knows nothing of how it was found (models/sources.py) or of what an adapter computes (adapters/):
+It knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/):
 it only holds the adapters that sit on it, by name, and which of them is active.
 """
 
@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
+from veneer.bases.compute import Compute
+from veneer.bases.fingerprint import Fingerprint, fingerprint, tokenizer_hash
 from veneer.data.template import ChatTemplate
-from veneer.errors import VeneerError
-from veneer.models.compute import Compute
-from veneer.models.fingerprint import Fingerprint, fingerprint, tokenizer_hash
 from veneer.models.step import Paths, prepare
 from veneer.quant.config import Quantize
 
@@ -117,25 +116,3 @@ class Base:
 def hidden_size(config: PreTrainedConfig) -> int:
     """Width of what the decoder layers of such a base hand on."""
     return int(config.get_text_config().hidden_size)
-
-
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
-) -> tuple[int, ...]:
-    """Sorted ids of every token that ends an answer: the model's eos tokens and the template's end of turn.
-
-    The last is what the chat template writes after an assistant's text, if that is a special token; many
-    checkpoints name only their end-of-document token as eos and would talk on past their turn.
-    """
-    named = generation_config.eos_token_id if generation_config else None
-    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    if tokenizer.chat_template:
-        marker = "An answer."
-        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": marker}]
-        try:
-            tail = ChatTemplate(tokenizer).render(turns).rpartition(marker)[2]
-        except VeneerError:
-            tail = ""  # a template that cannot render a plain exchange names no end of turn
-        first = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"][:1]
-        stops |= set(first) & set(tokenizer.added_tokens_decoder)
-    return tuple(sorted(stops))

@@ -17,13 +17,13 @@ from veneer.adapters.initial_factors import leading_directions, loftq_start
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
+from veneer.bases.sources import locate, weight_files
+from veneer.bases.tensor_files import StoredTensor, stored_tensors
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.base import Base
-from veneer.models.sources import locate, weight_files
-from veneer.models.tensor_files import StoredTensor, stored_tensors
 
 EVA_TOKENS = 4096
 """Tokens of the training rows that are looked at: the directions hardly move after that."""

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.bases.quiet_transformers import quiet
 from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
-from veneer.models.quiet import quiet
 from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths, sides, switches
 

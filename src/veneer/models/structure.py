@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.bases.quiet_transformers import quiet
 from veneer.errors import VeneerError
-from veneer.models.quiet import quiet
 from veneer.models.switches import switches
 
 WINDOW = 6

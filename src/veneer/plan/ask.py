@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from veneer.adapters.config import METHODS, LoRA, MethodConfig
+from veneer.bases.from_config import Blueprint, blueprint
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.base import hidden_size
-from veneer.models.blueprint import Blueprint, blueprint
 from veneer.models.capacity import configured_capacity
 from veneer.plan.advise import Advice, Job, Kind, advise
 from veneer.plan.estimate import Device

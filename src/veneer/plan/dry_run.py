@@ -26,6 +26,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig, MethodConfig
 from veneer.adapters.routing import Routing
 from veneer.adapters.site import Attachment
+from veneer.bases.from_config import build
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
@@ -35,7 +36,6 @@ from veneer.kernels.layout import round_up
 from veneer.kernels.native import planning, take_noted_flops
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
-from veneer.models.blueprint import build
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements

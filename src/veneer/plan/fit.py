@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 
 from veneer.adapters.config import Full, LoRA
-from veneer.models.compute import choose
+from veneer.bases.compute import choose
 from veneer.plan.planner import Choice, Planner
 from veneer.wording import size
 

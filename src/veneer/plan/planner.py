@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from veneer.adapters.config import MethodConfig
+from veneer.bases.compute import Compute, DtypeName, choose
+from veneer.bases.from_config import Blueprint
 from veneer.data.batching import by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
-from veneer.models.blueprint import Blueprint
-from veneer.models.compute import Compute, DtypeName, choose
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import (
     KERNEL_BYTES,

@@ -6,10 +6,10 @@ Units: bytes.
 import torch
 from transformers import PreTrainedConfig
 
+from veneer.bases.compute import NAMES
+from veneer.bases.from_config import Blueprint, blueprint
 from veneer.data.examples import DataSet
 from veneer.errors import DoesNotFitError
-from veneer.models.blueprint import Blueprint, blueprint
-from veneer.models.compute import NAMES
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.adapters.config import METHODS, Full
-from veneer.models.compute import DtypeName
+from veneer.bases.compute import DtypeName
 from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, nearest, ways
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.files.strict_json import field_faults
 from veneer.models.base import Base
-from veneer.models.fingerprint import Fingerprint
 from veneer.train.config import RunConfig
 from veneer.train.loggers import flat
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.site import Attachment
+from veneer.bases.quiet_transformers import quiet
+from veneer.bases.weight_table import weight_line
 from veneer.data.batching import plan_epoch, used_length
 from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Row
@@ -36,9 +38,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun, begin
 from veneer.models.load import load_base
-from veneer.models.quiet import quiet
 from veneer.models.step import Paths
-from veneer.models.weights import weight_line
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers

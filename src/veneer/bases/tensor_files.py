@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from veneer.bases.faults import NEXT_DOWNLOAD
 from veneer.errors import CorruptFileError, SourceError
-from veneer.models.loaded import NEXT_DOWNLOAD
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -23,12 +23,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from veneer.adapters.experts import is_gated_stack
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.targets import ends_with
+from veneer.bases.bnb_files import Moving, stored_weights
+from veneer.bases.faults import check_loaded
+from veneer.bases.sources import Found, weight_files
+from veneer.bases.tensor_files import stored_tensors
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import is_plain_linear, is_transposed_linear
-from veneer.models.bnb_files import Moving, stored_weights
-from veneer.models.loaded import check_loaded
-from veneer.models.sources import Found, weight_files
-from veneer.models.tensor_files import stored_tensors
 from veneer.quant.nf4 import BookName, Packed, quantize
 from veneer.quant.nf4_linear import NF4Experts, NF4Linear
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.bases.tensor_files import StoredTensor
 from veneer.errors import CorruptFileError
 from veneer.kernels.nf4 import Nested
-from veneer.models.tensor_files import StoredTensor
 from veneer.quant.nf4 import BLOCK_SIZES, BookName, Packed
 
 _STATE = ".quant_state.bitsandbytes__"

@@ -2,7 +2,7 @@
 
 The config comes from a folder, a .gguf file's header, the hub (config.json alone is fetched), or a named size
 (shapes.py). The model is built on the meta device: a 70 B one takes a few megabytes.
-What load.py refuses about a config is refused here too.
+What model_config.py refuses about a config is refused here too.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from veneer.errors import SourceError, VeneerError
-from veneer.models.announced import without_storage
-from veneer.models.compute import DTYPES, DtypeName
-from veneer.models.gguf import converted_folder, header_config
-from veneer.models.load import checked_config, most_common_dtype, stored_dtypes
-from veneer.models.quiet import quiet
-from veneer.models.shapes import SHAPES, shape_of
-from veneer.models.sources import (
+from veneer.bases.announced import without_storage
+from veneer.bases.compute import DTYPES, DtypeName
+from veneer.bases.gguf import converted_folder, header_config
+from veneer.bases.model_config import checked_config
+from veneer.bases.quiet_transformers import quiet
+from veneer.bases.shapes import SHAPES, shape_of
+from veneer.bases.sources import (
     HUB_ID,
     HUB_PATIENCE_SECONDS,
     NAMED,
@@ -31,6 +30,8 @@ from veneer.models.sources import (
     weight_files,
     within,
 )
+from veneer.bases.stored_type import most_common_dtype, stored_dtypes
+from veneer.errors import SourceError, VeneerError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ An adapter is only right on the base it was trained on; a name is no proof of th
 the same wherever the same weights were loaded from, on any device, in whatever file layout; tied weights
 count once. In another dtype the bytes differ, so the fingerprint does too: `differences` then names the
 dtype rather than the weights. It must be taken in the type that the weights are stored in, before they are widened
-(load.py), and before adapters are attached: they add parameters.
+(models/load.py), and before adapters are attached: they add parameters.
 
 Not known here: where the base came from, adapters, the chat template (data/template.py hashes that).
 """

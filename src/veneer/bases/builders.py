@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.bases import gguf_blocks
+from veneer.bases.sources import Found
+from veneer.bases.streaming import build_packed
 from veneer.errors import ConfigError
-from veneer.models import gguf_blocks
-from veneer.models.sources import Found
-from veneer.models.streaming import build_packed
 from veneer.quant.config import Quantize
 
 Builder = Callable[[Found, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]

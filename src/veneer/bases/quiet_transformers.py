@@ -1,5 +1,4 @@
-"""transformers without its progress bars and warnings (what they say is checked and raised by load.py and
-gguf.py)."""
+"""transformers without its progress bars and warnings (what they say is checked and raised by those who read)."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from veneer.models.announced import without_storage
-from veneer.models.load import checked_config
-from veneer.models.quiet import quiet
-from veneer.models.sources import locate
+from veneer.bases.announced import without_storage
+from veneer.bases.model_config import checked_config
+from veneer.bases.quiet_transformers import quiet
+from veneer.bases.sources import locate
 
 
 @dataclass(frozen=True)

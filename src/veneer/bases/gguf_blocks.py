@@ -4,7 +4,7 @@ Read once per file: config, tokenizer and everything that is no linear layer (no
 a folder in the cache, with a list of where each layer's blocks lie. The base then maps the file itself: its blocks take
 no memory of their own, but for q and k of llama-family files, whose rows the file holds in another order.
 
-    config.json, tokenizer, generation_config.json   as for a converted file (models/gguf.py)
+    config.json, tokenizer, generation_config.json   as for a converted file (bases/gguf.py)
     model.safetensors                                what is held dense
     blocks.json                                      module -> kind, offset, rows, columns, heads of the row order
 """
@@ -32,11 +32,7 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-from veneer.errors import CorruptFileError, SourceError
-from veneer.files.hashes import file_hash
-from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
-from veneer.linear import is_transposed_linear
-from veneer.models.gguf import (
+from veneer.bases.gguf import (
     CONVERTER_VERSION,
     Header,
     file_config,
@@ -44,15 +40,20 @@ from veneer.models.gguf import (
     publish_from,
     rebuilt_tokenizer,
 )
-from veneer.models.sources import Found, locate_gguf, read_json
-from veneer.models.wheel import cache_folder
+from veneer.bases.kept import cache_folder
+from veneer.bases.sources import Found, locate_gguf
+from veneer.errors import CorruptFileError, SourceError
+from veneer.files.hashes import file_hash
+from veneer.files.strict_json import read_model_json
+from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
+from veneer.linear import is_transposed_linear
 from veneer.quant.gguf_linear import GGUFLinear
 
 ARCHITECTURES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
     *("falcon", "stablelm", "starcoder2", "nemotron"),
 )
-"""Those of models/gguf.py whose linear layers are the file's matrices, row for row (llama: in another order)."""
+"""Those of bases/gguf.py whose linear layers are the file's matrices, row for row (llama: in another order)."""
 
 _HELD: dict[str, Kind] = {kind: kind for kind in FORMATS}
 _FLOATS = ("F32", "F16", "BF16")
@@ -85,7 +86,7 @@ class Layer:
 def locate_blocks(source: str) -> Found:
     """The folder beside the .gguf file that `source` names, made on the first call.
 
-    Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as models/gguf.py does.
+    Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as bases/gguf.py does.
     """
     path, name = locate_gguf(source)
     target = cache_folder() / "gguf" / f"{file_hash(path)}-blocks-v{CONVERTER_VERSION}"
@@ -128,7 +129,7 @@ def build(
 
 def _read_layers(folder: Path, size: int) -> dict[str, Layer]:
     """blocks.json, checked against the size of the file: the kernels do not look where they read."""
-    layers = {path: Layer(**fields) for path, fields in read_json(folder / "blocks.json").items()}
+    layers = {path: Layer(**fields) for path, fields in read_model_json(folder / "blocks.json").items()}
     for path, layer in layers.items():
         inside = layer.kind in FORMATS and 0 <= layer.offset <= size - layer.rows * layer.row_bytes
         if not inside or min(layer.rows, layer.row_bytes) <= 0:
