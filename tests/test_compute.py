@@ -23,8 +23,8 @@ from veneer.bases.compute import choose
 from veneer.bases.fingerprint import fingerprint
 from veneer.bases.from_config import Blueprint
 from veneer.bases.quiet_transformers import quiet
+from veneer.compare.comparison import compute_of_candidate, with_dtype
 from veneer.compare.plan import Candidate
-from veneer.compare.run import compute_of_candidate, with_dtype
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels import native

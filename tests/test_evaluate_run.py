@@ -21,11 +21,11 @@ from veneer.decoding.generate import generate
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.answers import evaluate_answers
 from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.evaluation import Choices, evaluate
 from veneer.evaluate.general import BUILT_IN, WINDOW, general_documents, general_examples
 from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, read_labels
 from veneer.evaluate.predictions import read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
-from veneer.evaluate.run import Choices, evaluate
 from veneer.models.base import Base
 from veneer.models.likelihood import example_nats
 from veneer.models.step import prepare

@@ -20,8 +20,8 @@ from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.fold import stored_tensors, wanted_weights
 from veneer.merge.folder import merge_into_folder
 from veneer.merge.in_memory import merged_weights
+from veneer.merge.merge_run import merge_adapters
 from veneer.merge.rounding import stochastic, survival
-from veneer.merge.run import merge_adapters
 from veneer.merge.verify import in_float32
 from veneer.models.load import load_base
 

@@ -15,7 +15,7 @@ from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import combine_adapters
 from veneer.merge.export_run import export_adapter, export_merged_gguf
 from veneer.merge.extract import extract_adapter
-from veneer.merge.run import merge_adapters
+from veneer.merge.merge_run import merge_adapters
 from veneer.models.load import load_base
 from veneer.models.step import prepare
 

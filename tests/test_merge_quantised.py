@@ -18,7 +18,7 @@ from veneer.cli.main import main
 from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.export_run import export_merged_gguf
-from veneer.merge.run import merge_adapters
+from veneer.merge.merge_run import merge_adapters
 from veneer.models.load import load_base
 
 RELATIVE = 2e-5

@@ -47,7 +47,7 @@ def test_every_public_name_is_there(name):
 
 def test_public_functions_win_over_packages_of_the_same_name():
     import_module("veneer.train.config")
-    import_module("veneer.evaluate.run")
+    import_module("veneer.evaluate.evaluation")
     assert not isinstance(veneer.train, ModuleType)
     assert not isinstance(veneer.evaluate, ModuleType)
     from veneer.train.config import RunConfig

@@ -10,7 +10,7 @@ from tests.tiny import save_tiny
 from veneer import api
 from veneer.cli import main
 from veneer.models.load import load_base
-from veneer.train import run as train_run_module
+from veneer.train import training as train_run_module
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config
 from veneer.train.loop import Loop

@@ -36,8 +36,8 @@ from veneer.train.folder import held, resume_config
 from veneer.train.loggers import Logger
 from veneer.train.loop import Loop, load_state
 from veneer.train.records import Records, read_records
-from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen
+from veneer.train.training import run_training
 
 fcntl = None if os.name == "nt" else importlib.import_module("fcntl")
 

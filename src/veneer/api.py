@@ -20,8 +20,8 @@ from veneer.adapters.site import Attachment
 from veneer.bases.compute import HeldAs
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, SEED, check_numbers, check_weights
+from veneer.compare.comparison import run_comparison
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
-from veneer.compare.run import run_comparison
 from veneer.data.check import refuse_beyond
 from veneer.data.examples import DataSet, Example
 from veneer.data.load import examine_data, load_data
@@ -29,10 +29,10 @@ from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.errors import ConfigError
 from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.evaluation import Choices, Progress
+from veneer.evaluate.evaluation import evaluate as evaluate_rows
 from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.registry import find_metrics
-from veneer.evaluate.run import Choices, Progress
-from veneer.evaluate.run import evaluate as evaluate_rows
 from veneer.evaluate.user_function import UserFunction
 from veneer.files.nesting import is_text, walk
 from veneer.files.strict_json import read_json
@@ -48,7 +48,7 @@ from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merged_weights
-from veneer.merge.run import Into, merge_adapters
+from veneer.merge.merge_run import Into, merge_adapters
 from veneer.models import base as models_base
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.initial_values import begin
@@ -60,8 +60,8 @@ from veneer.report.page import write_report
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config
-from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen, Screen
+from veneer.train.training import run_training
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -337,7 +337,7 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
 
-    What else can be asked, and what comes back: evaluate/run.py. A metric is a name, `regex:PATTERN`, or a function
+    What else can be asked, and what comes back: evaluate/evaluation.py. A metric is a name, `regex:PATTERN`, or a function
     (answer, references) -> number.
     """
     check_numbers(length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch))

@@ -11,8 +11,8 @@ from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config
 from veneer.train.loop import Loop
 from veneer.train.records import read_records
-from veneer.train.run import run_training
 from veneer.train.screen import QuietScreen
+from veneer.train.training import run_training
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "mixtral", "bloom")
 METHODS = (

@@ -13,7 +13,7 @@ from veneer.merge.export import ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
 from veneer.merge.gguf_model import GGUFReport, ModelType, write_gguf_model
 from veneer.merge.lint import Consumer, Finding, lint
-from veneer.merge.run import Into, open_merge
+from veneer.merge.merge_run import Into, open_merge
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 
@@ -44,7 +44,7 @@ def export_merged_gguf(
 ) -> GGUFReport:  # fmt: skip
     """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file.
 
-    quantize, keep_dense, into, original: for adapters trained over a quantised base, see run.py's open_merge.
+    quantize, keep_dense, into, original: for adapters trained over a quantised base, see merge_run.py's open_merge.
     """
     _named_gguf(out)
     if adapters:

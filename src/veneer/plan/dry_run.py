@@ -40,7 +40,7 @@ from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths
-from veneer.plan.away import PlannedOffload
+from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
@@ -198,7 +198,7 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
 def _install(
     model: PreTrainedModel, method: MethodConfig, routing: Routing
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
-    """What trains, as train/run.py has it."""
+    """What trains, as train/training.py has it."""
     if not isinstance(method, AdapterConfig):
         return None, dict(model.named_parameters())
     attachment = attach(model, method, name="planned", routing=routing, head=model.get_output_embeddings())

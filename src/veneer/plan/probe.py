@@ -72,6 +72,6 @@ def planned_memory_bytes(
     config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
     idle_bytes: int, device: str,
 ) -> int:  # fmt: skip
-    """The peak alone: what train/run.py records beside the measured one."""
+    """The peak alone: what train/training.py records beside the measured one."""
     found = estimate_of_run(config, model_config, dtype, data, idle_bytes=idle_bytes, device=device)
     return found.peak_bytes
