@@ -17,7 +17,8 @@ import yaml
 import veneer
 from veneer.cli import chat, doctor, main
 from veneer.data.check import CheckReport
-from veneer.data.examples import DataSet, Example, Problem, RowRef
+from veneer.data.examples import Example, Problem, RowRef
+from veneer.data.load import DataSet
 from veneer.errors import InputError
 from veneer.train.config import RunConfig
 

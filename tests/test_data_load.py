@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import CHATML, tiny_tokenizer
 from veneer.data.check import render_sample
-from veneer.data.examples import Capacity, DataSet, Row, RowRef, row_key
-from veneer.data.load import examine_data, load_data
+from veneer.data.examples import Capacity, Row, RowRef, row_key
+from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.split import split
 from veneer.errors import DataError
 

@@ -23,8 +23,8 @@ from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, SEED, check_numbers, check_w
 from veneer.compare.comparison import run_comparison
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.check import refuse_beyond
-from veneer.data.examples import DataSet, Example
-from veneer.data.load import examine_data, load_data
+from veneer.data.examples import Example
+from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.errors import ConfigError

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
-from veneer.cli.common import add_json, add_library, as_stored, held_as, make_console, print_json
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    as_stored,
+    held_as,
+    load_plain_base,
+    make_console,
+    print_json,
+)
 from veneer.errors import ConfigError
 from veneer.wording import shown, size
 
@@ -92,15 +100,6 @@ def run(args: argparse.Namespace) -> int:
 def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--base", metavar="B", help=help)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-
-
-def load_plain_base(args: argparse.Namespace) -> Base | None:
-    """The base of --base, on the CPU, where one is given."""
-    if not args.base:
-        return None
-    from veneer.models.load import load_base
-
-    return load_base(args.base, dtype=as_stored(args.dtype), device="cpu")
 
 
 def _add(args: argparse.Namespace, library: Library) -> int:

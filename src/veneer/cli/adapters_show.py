@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli.adapters_ls import age, table
-from veneer.cli.common import make_console, print_json
+from veneer.cli.common import load_plain_base, make_console, print_json
 from veneer.wording import folded, millions, number, shown, size
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _show(args: argparse.Namespace, library: Library) -> int:
-    from veneer.cli.adapters import load_plain_base
     from veneer.formats.adapter import read_adapter
     from veneer.formats.norms import base_norms, updates
     from veneer.library.examination import facts_of

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from veneer.api import Base
+    from veneer.models.base import Base as PlainBase
 
 
 @contextmanager
@@ -143,6 +144,15 @@ def _trained_on(folder: Path) -> str | None:
 def as_stored(dtype: str) -> Any:
     """--dtype of a command that writes weights or compares them: auto is the type they are stored in."""
     return "stored" if dtype == "auto" else dtype
+
+
+def load_plain_base(args: argparse.Namespace) -> PlainBase | None:
+    """The base of --base, on the CPU, where one is given."""
+    if not args.base:
+        return None
+    from veneer.models import load
+
+    return load.load_base(args.base, dtype=as_stored(args.dtype), device="cpu")
 
 
 def held_as(

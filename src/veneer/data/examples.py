@@ -10,15 +10,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from veneer.errors import DataError
-
-if TYPE_CHECKING:
-    from veneer.data.check import CheckReport
 
 Format = Literal["chat", "prompt_completion", "alpaca", "sharegpt", "text"]
 Layout = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
@@ -93,21 +90,6 @@ class Example:
     ref: RowRef
     key: int
     roles: tuple[RoleRun, ...] = ()
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order.
-
-    fingerprint   over ids and masks in order: equal only if a run would see the same tokens
-    """
-
-    train: list[Example]
-    validation: list[Example]
-    train_rows: list[Row]
-    validation_rows: list[Row]
-    report: CheckReport
-    fingerprint: str
 
 
 @dataclass(frozen=True)

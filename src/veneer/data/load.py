@@ -14,11 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from veneer.data.check import Findings, check, refuse, unknown_tokens
-from veneer.data.examples import Capacity, DataSet, Example, LongRows, Problem, Row, TrainOn, row_key
+from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
+from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, TrainOn, row_key
 from veneer.data.sources import scan_rows
 from veneer.data.split import split
 from veneer.data.template import ChatTemplate, Encoded
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order.
+
+    fingerprint   over ids and masks in order: equal only if a run would see the same tokens
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    train_rows: list[Row]
+    validation_rows: list[Row]
+    report: CheckReport
+    fingerprint: str
 
 
 def load_data(

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from veneer.bases.compute import NAMES
 from veneer.bases.from_config import Blueprint, blueprint
-from veneer.data.examples import DataSet
+from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways

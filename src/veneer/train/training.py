@@ -22,8 +22,8 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
 from veneer.data.batching import plan_epoch, used_length
 from veneer.data.check import refuse_beyond
-from veneer.data.examples import DataSet, Row
-from veneer.data.load import load_data
+from veneer.data.examples import Row
+from veneer.data.load import DataSet, load_data
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.errors import DataError, fits_memory
