@@ -75,6 +75,18 @@ def test_no_file_grows_beyond_what_a_reader_can_hold(path):
     assert len(path.read_text().splitlines()) < MOST_LINES
 
 
+def test_the_architecture_names_every_room_and_file_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.split(r"\n(?=\w)", page.partition("## Rooms")[2].partition("```\n")[2].partition("```")[0])
+    for room in rooms:
+        name, files = room.split()[0], set(re.findall(r"[\w.]+\.py\b", room))
+        folder = ROOT / "src" / "veneer" / name
+        there = {path.name for path in folder.glob("*.py")} - {"__init__.py"} if folder.is_dir() else {name}
+        assert files == there or (name == "cli/" and files < there), name
+    beside = {path.name + "/" * path.is_dir() for path in (ROOT / "src" / "veneer").glob("[a-z]*")}
+    assert {room.split()[0] for room in rooms} == beside - {"py.typed"}
+
+
 @pytest.mark.parametrize("what", BANNED)
 def test_the_source_never_runs_what_a_stranger_wrote(what):
     found = [
