@@ -1,4 +1,4 @@
-"""How one family of methods lies in an adapter's two files: the contract between a method and the store.
+"""How one family of methods lies in an adapter's two files: what a method owes whoever reads and writes it.
 
     write   tensors and settings of a live adapter, in the file's terms
     read    the file's settings, strictly, without a model
