@@ -216,6 +216,19 @@ def test_no_page_has_a_long_paragraph(page):
     assert not long_paragraphs(page.read_text())
 
 
+def missing_files(text: str) -> list[str]:
+    """Files of ours that are named in backticks with their folder and are not there."""
+    named = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|c|md))\b", text)
+    return [file for file in named if not any((ROOT / at / file).exists() for at in ("", "src/veneer"))]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in SHORT if page.name not in ("CHANGELOG.md", "log.md")], ids=names
+)
+def test_every_file_that_a_page_names_is_there(page):
+    assert not missing_files(page.read_text())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_every_link_between_pages_leads_somewhere(page):
     assert not dead_links(page, page.read_text())
@@ -228,6 +241,7 @@ def test_every_link_between_pages_leads_somewhere(page):
         (long_paragraphs, "- short\n- " + "word\n  " * 100),
         (long_cells, "| a | " + "word " * 13 + "|"),
         (commit_ids, "Code: a09453f unless named."),
+        (missing_files, "`models/none.py` says so"),
     ],
 )
 def test_the_rules_of_prose_would_find_each(rule, text):
