@@ -10,7 +10,7 @@ from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.routing import Routing
-from veneer.adapters.wrapping import plain_modules
+from veneer.adapters.wrapping import adapter_names, plain_modules
 from veneer.errors import ConfigError
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
@@ -144,6 +144,18 @@ def test_trained_biases_take_the_place_of_the_bases(bias):
         owner, _, _ = path.rpartition(".")
         modules[owner].bias.data.copy_(value)
     torch.testing.assert_close(logits(model), changed)
+
+
+def test_detaching_what_trained_modules_in_full_gives_every_place_back_to_the_base():
+    model, routing = tiny_model("llama_untied"), Routing()
+    before = {path: type(module) for path, module in model.named_modules()}
+    put(model, routing, "a", targets=["q_proj"], train_modules=["norm", "lm_head"])
+    put(model, routing, "b", targets=["v_proj"], train_modules=["norm"])
+    assert adapter_names(model) == {"a", "b"}
+    detach(model, "a")
+    assert adapter_names(model) == {"b"}
+    detach(model, "b")
+    assert {path: type(module) for path, module in model.named_modules()} == before
 
 
 def test_ranks_alphas_layers_and_excludes_are_those_asked_for():

@@ -143,3 +143,75 @@ def test_what_cannot_be_learnt_from_is_a_fault(code: str, record: dict[str, Any]
 def test_a_named_format_says_which_column_is_missing() -> None:
     with pytest.raises(RowFault, match="format alpaca needs instruction, output; here output is missing"):
         to_row({"instruction": "a"}, REF, "alpaca")
+
+
+def bad_call(function: Any) -> dict[str, Any]:
+    return {"messages": [ASK, {**CALLS, "tool_calls": [CALL, function]}, RESULT, ANSWER]}
+
+
+SAID: list[tuple[str, dict[str, Any]]] = [
+    ("message 2 has a role that is unknown", {"messages": [ASK, {**ANSWER, "role": "bot"}]}),
+    ("assistant turn is empty (message 2): nothing to learn", {"messages": [ASK, {**ANSWER, "content": " "}]}),
+    ("user turn is empty (message 1)", {"messages": [{**ASK, "content": ""}, ANSWER]}),
+    ("weight of message 2 is 0.5; 0 and 1 are read", {"messages": [ASK, {**ANSWER, "weight": 0.5}]}),
+    ("weight of message 2 is True; 0 and 1 are read", {"messages": [ASK, {**ANSWER, "weight": True}]}),
+    ("'content of message 2' is a number, not text", {"messages": [ASK, {**ANSWER, "content": 4}]}),
+    ("'part of message 1' is null, not text", {"messages": [{**ASK, "content": [{"type": "text"}]}, ANSWER]}),
+    ("tool_calls of message 2 is an object, not a list", {"messages": [ASK, {**CALLS, "tool_calls": CALL}]}),
+    ("a tool call of message 2 has no function name", bad_call({"function": {}})),
+    ("a tool call of message 2 has no function name", bad_call("add")),
+    ("arguments of f in message 2 are a list, not an object", bad_call({"name": "f", "arguments": [1]})),
+    ("'tools' is an object, not a list of objects", {"messages": [ASK, ANSWER], "tools": {"name": "f"}}),
+    ("'tools' is a list, not a list of objects", {"messages": [ASK, ANSWER], "tools": [*TOOLS, "f"]}),
+    ("the function of tool 2 is of type str, not an object", {"messages": [ASK, ANSWER], "tools": [*TOOLS, {"function": "f"}]}),
+    ("the name of tool 2 is a number, not text", {"messages": [ASK, ANSWER], "tools": [*TOOLS, {"name": 3}]}),
+    ("'references' is of type str, not a list of texts", {"messages": [ASK, ANSWER], "references": "4"}),
+    ("'references' is a list, not a list of texts", {"messages": [ASK, ANSWER], "references": ["4", 4]}),
+    ("message 2 is a system message, which can only come first", {"messages": [ASK, SYSTEM, ANSWER]}),
+    ("message 2 is the assistant's, with nothing asked before it", {"messages": [SYSTEM, ANSWER]}),
+    ("messages 2 and 3 are both the assistant's", {"messages": [ASK, ANSWER, ANSWER]}),
+    ("message 3 is a tool's, with no tool call before it", {"messages": [ASK, ANSWER, RESULT, ANSWER]}),
+    ("the last message is the user's, not the assistant's: nothing to learn", {"messages": [ASK, ANSWER, ASK]}),
+    ("'output' is empty: nothing to learn", {"instruction": "2 + 2?", "output": " "}),
+    ("'instruction' is empty", {"instruction": "", "output": "4"}),
+    ("format prompt_completion needs prompt, completion; here completion is missing or null", {"prompt": "a", "completion": None}),
+    ("'text' holds half a character (U+D83D): cut off in an escape", {"text": "é\ud83d"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "record"), SAID)
+def test_a_fault_names_its_place_counted_from_one_and_what_stands_there(
+    said: str, record: dict[str, Any]
+) -> None:
+    with pytest.raises(RowFault) as fault:
+        to_row(record, REF, detect(frozenset(record)))
+    assert fault.value.message == said
+
+
+def test_tool_results_may_follow_one_another_and_a_weight_of_0_or_1_is_kept() -> None:
+    calls = {**CALLS, "tool_calls": [CALL, CALL]}
+    for weight in (0, 1):
+        messages = [ASK, calls, RESULT, RESULT, {**ANSWER, "weight": weight}]
+        assert to_row({"messages": messages}, REF, "chat").messages == messages
+
+
+def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> None:
+    with pytest.raises(RowFault) as fault:
+        detect(frozenset({"question", "answer"}))
+    assert "rename column 'question' to 'prompt' and 'answer' to 'completion'" in str(fault.value.next_step)
+    with pytest.raises(RowFault) as fault:
+        detect(frozenset({"prompt", "answer"}))
+    assert "rename column 'answer' to 'completion'." in str(fault.value.next_step)
+    with pytest.raises(RowFault) as fault:
+        detect(frozenset({"anything", "output"}))
+    assert "rename column 'anything' to 'prompt' and 'output' to 'completion'" in str(fault.value.next_step)
+    with pytest.raises(RowFault) as fault:
+        detect(frozenset({"anything", "something", "output"}))
+    assert str(fault.value.next_step).startswith("Name the column with the question 'prompt'")
+    columns = [f"{number:02d}" + "x" * 50 for number in range(13)]
+    with pytest.raises(RowFault) as fault:
+        detect(frozenset(columns))
+    assert f"columns {', '.join(name[:40] for name in columns[:12])}, … are no layout" in fault.value.message
+    with pytest.raises(RowFault) as fault:
+        detect(frozenset(columns[:12]))
+    assert f", {columns[11][:40]} are no layout" in fault.value.message

@@ -439,3 +439,13 @@ def test_a_begin_token_is_put_in_front_of_text_once_and_never_of_a_rendered_chat
 def test_the_fingerprint_is_of_the_templates_text() -> None:
     first, second = ChatTemplate(tiny_tokenizer()), with_template(CHATML + " ")
     assert first.fingerprint() == ChatTemplate(tiny_tokenizer()).fingerprint() != second.fingerprint()
+
+
+def test_a_border_is_looked_up_from_the_last_control_token_on_so_long_conversations_cost_no_square() -> None:
+    coded = ChatTemplate(tiny_tokenizer())
+    messages = [user("a" * 50), assistant("b" * 50)] * 30
+    given: list[int] = []
+    own = coded._tokens.ids
+    coded._tokens.ids = lambda texts: given.extend(map(len, texts)) or own(texts)  # type: ignore[func-returns-value]
+    coded.encode_row(row(*messages), train_on="assistant")
+    assert sum(given) < 4 * len(coded.render(messages))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from veneer.errors import ConfigError
 from veneer.evaluate.exact import exact_match
 from veneer.evaluate.json_fields import FieldCounts, field_counts, field_f1, field_line, json_validity
-from veneer.evaluate.metric import Metric
+from veneer.evaluate.metric import Metric, ratio
 from veneer.evaluate.registry import METRICS, find_metrics
 from veneer.evaluate.rouge import common_subsequence
 from veneer.evaluate.user_function import function_from_file
@@ -245,3 +245,8 @@ def test_the_common_subsequence_is_the_longest_there_is(a: list[str], b: list[st
         (len(part) for n in range(len(a) + 1) for part in combinations(a, n) if is_within(part, b)), default=0
     )
     assert common_subsequence(a, b) == longest
+
+
+def test_a_ratio_is_the_first_sum_by_the_second_and_0_of_nothing() -> None:
+    assert ratio(np.array([3.0, 4.0, 9.0])) == 0.75
+    assert ratio(np.array([3.0, 0.0])) == 0.0

@@ -24,7 +24,7 @@ from veneer.evaluate.bootstrap import Counts
 from veneer.evaluate.evaluation import Choices, evaluate
 from veneer.evaluate.general import BUILT_IN, WINDOW, general_documents, general_examples
 from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, read_labels
-from veneer.evaluate.predictions import read_predictions, write_predictions
+from veneer.evaluate.predictions import matched, read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
 from veneer.models.base import Base
 from veneer.models.likelihood import example_nats
@@ -351,6 +351,42 @@ def test_predictions_of_other_rows_are_refused_by_name(base: Base, tmp_path: Pat
     assert "rows.jsonl:3 is only in" in caught.value.faults[0]
     with pytest.raises(DataError, match="no answers"):
         run(base, rows(["a"] * 3), ["exact_match"], against=tmp_path / "a.jsonl")
+
+
+def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers_are_exact(
+    tmp_path: Path,
+) -> None:
+    file, good = tmp_path / "a.jsonl", {"row": "x", "key": "k", "references": [], "nats": 1.0, "tokens": 2}
+
+    def read(*changes: dict[str, Any] | str) -> list[Any]:
+        lines = [each if isinstance(each, str) else json.dumps({**good, **each}) for each in changes]
+        file.write_text("\n".join(lines) + "\n")
+        return read_predictions(file)
+
+    within = [{"tokens": 0}, {"tokens": 2**53 - 1}, {"nats": 2**53 - 1}, {"nats": 1 - 2**53}]
+    assert read(*within) == [{**good, **each} for each in within]
+    for beyond in ({"tokens": -1}, {"tokens": 2**53}, {"nats": 2**53}, {"nats": -(2**53)}):
+        with pytest.raises(DataError) as caught:
+            read({}, "{", beyond)
+        assert caught.value.faults[0].startswith("line 2 ") and caught.value.faults[1:] == ["line 3"]
+    with pytest.raises(DataError) as caught:
+        read(*[{"row": 1}] * 11)
+    assert caught.value.faults == [f"line {number}" for number in range(1, 11)]
+
+
+def test_rows_that_do_not_match_are_named_up_to_ten(tmp_path: Path) -> None:
+    def lines(*keys: int) -> list[dict[str, Any]]:
+        return [{"row": f"rows:{key}", "key": str(key)} for key in keys]
+
+    assert matched(lines(2, 1, 1), lines(1, 2, 1), "b") == lines(2, 1, 1)
+    for ours, theirs, faults in (
+        (lines(1, 2), lines(2, 3), ["rows:1 is not in b", "rows:3 is only in b"]),
+        (lines(1, *range(2, 11)), lines(), [f"rows:{n} is not in b" for n in range(1, 11)]),
+        (lines(), lines(*range(12)), [*(f"rows:{n} is only in b" for n in range(10)), "and 2 more"]),
+    ):
+        with pytest.raises(DataError) as caught:
+            matched(ours, theirs, "b")
+        assert caught.value.faults == faults
 
 
 def test_a_file_that_holds_no_predictions_is_refused_first(base: Base, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tests.test_store_adapter import adapted, write
 from veneer.formats.adapter import read_adapter
-from veneer.formats.norms import angle, base_norms, updates
+from veneer.formats.norms import Update, angle, base_norms, updates
 
 CASES = {
     "patterns": ("llama_untied", {}),
@@ -78,3 +78,40 @@ def test_norms_of_the_base_are_those_of_its_weights():
     path = "model.layers.0.mlp.down_proj"
     expected = float(base.model.get_submodule(path).base.weight.norm())
     assert base_norms(base, [path, "nowhere"]) == {path: pytest.approx(expected)}
+
+
+def update(scaling: float, *, width: int = 2, experts: int = 1) -> Update:
+    return Update(
+        torch.ones(experts, 1, width, dtype=torch.float64),
+        torch.ones(experts, 2, 1, dtype=torch.float64),
+        scaling,
+    )
+
+
+def test_angles_are_by_layer_in_the_order_of_the_layers_and_what_lies_outside_comes_last():
+    paths = ["lm_head", "model.layers.10.q", "model.layers.0.q", "model.embed", "model.layers.2.q"]
+    one = {path: update(1.0) for path in paths}
+    other = {path: update(-1.0 if ".2." in path else 2.0) for path in paths}
+    found = angle(one, other).by_layer
+    assert list(found) == ["layer 0", "layer 2", "layer 10", "lm_head", "model.embed"]
+    assert found == {name: pytest.approx(-1.0 if name == "layer 2" else 1.0) for name in found}
+
+
+@pytest.mark.parametrize("shape", [{"width": 3}, {"experts": 2}])
+def test_updates_of_other_shapes_have_no_angle_and_one_that_either_lacks_is_named(shape):
+    one = {"a": update(1.0), "b": update(1.0), "c": update(1.0)}
+    other = {"a": update(1.0), "b": update(1.0, **shape), "d": update(1.0)}
+    found = angle(one, other)
+    assert (found.in_both, found.only_one, found.only_other) == (1, ["c"], ["d"])
+    assert found.by_layer == {"a": pytest.approx(1.0), "b": 0.0, "c": None, "d": None}
+
+
+def test_modules_without_a_weight_of_their_own_have_no_norm():
+    base, _ = adapted()
+    norm = base.model.get_submodule("model.norm").weight
+    found = base_norms(base, ["model.norm", "model.layers.0", "model.embed_tokens"])
+    table = base.model.get_input_embeddings().weight
+    assert found == {
+        "model.norm": pytest.approx(float(norm.norm())),
+        "model.embed_tokens": pytest.approx(float(table.norm())),
+    }

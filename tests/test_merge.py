@@ -1,6 +1,7 @@
 """Merging: the written folder answers as the adapter on its base did, for every option an adapter can have."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.formats import adapter as adapter_module
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.fold import stored_tensors, wanted_weights
-from veneer.merge.folder import merge_into_folder
+from veneer.merge.folder import _refuse_lost, merge_into_folder
 from veneer.merge.in_memory import merged_weights
 from veneer.merge.merge_run import merge_adapters
-from veneer.merge.rounding import stochastic, survival
+from veneer.merge.rounding import Survival, by_layer, stochastic, survival
 from veneer.merge.verify import in_float32
 from veneer.models.load import load_base
 
@@ -317,6 +318,36 @@ def test_an_update_that_rounding_would_lose_is_refused_and_nothing_is_left(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stochastic", "advice"),
+    [
+        (
+            "bf16",
+            False,
+            "Take --dtype fp16 or --dtype fp32 or --stochastic (right on average, noisier); or keep",
+        ),
+        ("bf16", True, "Take --dtype fp16 or --dtype fp32; or keep"),
+        ("fp16", False, "Take --dtype fp32 or --stochastic (right on average, noisier); or keep"),
+        ("fp32", False, "Take --dtype fp16; or keep"),
+    ],
+)
+def test_a_refusal_for_what_is_lost_names_the_worst_layers_and_the_other_ways(dtype, stochastic, advice):
+    kept = {f"model.layers.{n}.q.weight": Survival(0.1 * n, 1.0, 0.0, 4.0) for n in range(4)}
+    kept["lm_head.weight"] = Survival(0.15, 1.0, 0.0, 4.0)
+    with pytest.raises(RefusedError) as caught:
+        _refuse_lost(kept, dtype, stochastic, 0.5)
+    assert caught.value.faults[0].startswith("the update is 0.5 of the weights' size; ")
+    assert caught.value.faults[1:] == ["layer 0: 0%", "layer 1: 10%", "lm_head.weight: 15%"]
+    assert "15% of the update is left" in str(caught.value) and "below 50%" in str(caught.value)
+    assert str(caught.value.next_step).startswith(advice)
+
+
+@pytest.mark.parametrize(("along", "refused"), [(0.5, False), (0.49, True), (1.5, False), (1.51, True)])
+def test_an_update_may_become_as_much_too_large_as_too_small(along, refused):
+    with pytest.raises(RefusedError) if refused else nullcontext():
+        _refuse_lost({"a": Survival(along, 1.0, 0.0, 1.0)}, "bf16", False, 0.5)
+
+
 @pytest.mark.parametrize("choice", [{"dtype": "fp32"}, {"stochastic": True}])
 def test_what_the_refusal_advises_works(choice, tmp_path):
     base = adapted("llama", torch.bfloat16, scale=0.003)
@@ -413,6 +444,15 @@ def test_survival_is_the_projection_of_what_was_obtained():
     half = survival(own, own + update, own + 0.5 * update)
     assert (half.share, half.error) == (pytest.approx(0.5, abs=1e-5), pytest.approx(0.5, abs=1e-5))
     assert half.relative_size == pytest.approx(float(update.norm() / own.norm()), rel=1e-5)
+
+
+def test_of_a_change_of_nothing_nothing_is_lost_and_sums_are_over_a_layer():
+    nothing = Survival(0.0, 0.0, 0.0, 0.0)
+    assert (nothing.share, nothing.error, nothing.relative_size) == (1.0, 0.0, 0.0)
+    part = Survival(1.0, 4.0, 16.0, 64.0)
+    assert (part.share, part.error, part.relative_size) == (0.25, 2.0, 0.25)
+    layers = by_layer({"layers.3.a": part, "layers.3.b": part, "layers.10.a": part, "head": nothing})
+    assert layers == {"3": Survival(2.0, 8.0, 32.0, 128.0), "10": part, "head": nothing}
 
 
 # the check's own arithmetic

@@ -8,7 +8,13 @@ from tests.helpers import make_examples
 from tests.tiny import save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.initial_factors import loftq_start, olora_start, pissa_start, randomised_svd
+from veneer.adapters.initial_factors import (
+    leading_directions,
+    loftq_start,
+    olora_start,
+    pissa_start,
+    randomised_svd,
+)
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
@@ -156,3 +162,15 @@ def test_loftq_names_the_weights_that_it_does_not_find(tmp_path):
     with pytest.raises(ConfigError, match="does not find the original weight of 14 layers"):
         begin(base, LoRA(init="loftq"), name="a")
     assert not base.attachments
+
+
+def test_directions_that_the_rows_do_not_have_are_zero_and_more_rows_fill_them():
+    generator = torch.Generator().manual_seed(0)
+    few = random(2, 12)
+    found = leading_directions(few, None, rank=4, generator=generator)
+    assert found.shape == (4, 12) and not found[2:].any()
+    torch.testing.assert_close(found.T @ found, few.T @ few, rtol=1e-4, atol=1e-5)
+    more = random(2, 12, seed=1)
+    both = leading_directions(more, found, rank=4, generator=generator)
+    rows = torch.cat([few, more])
+    torch.testing.assert_close(both.T @ both, rows.T @ rows, rtol=1e-4, atol=1e-5)

@@ -276,3 +276,14 @@ def test_an_adapted_head_trains_through_the_chunked_loss():
     examples = make_examples(4)
     ours = loss_and_gradients(model, paths, routing, attachment, examples)
     assert_same(ours, own_loss_and_gradients(model, attachment, examples))
+
+
+def test_the_screen_says_which_road_rows_and_logits_take():
+    paths = prepare(tiny_model("llama"))
+    assert paths.lines == [
+        "packed rows, attention per document",
+        "logits only where a token is trained, in chunks",
+    ]
+    padded = replace(paths, packed=False, packed_reason="P", head_reason="H")
+    assert padded.lines == ["padded rows: P", "whole logits: H"]
+    assert replace(padded, padded_reason="Q").lines[0] == "rows one by one: P; Q"

@@ -13,6 +13,7 @@ Shapes: O out_features, I in_features, R rank.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Factors = tuple[Tensor, Tensor]
 """A (R, I), B (O, R)."""
@@ -64,5 +65,4 @@ def leading_directions(rows: Tensor, kept: Tensor | None, *, rank: int, generato
     together = rows.float() if kept is None else torch.cat([kept, rows.float()])
     _, S, Vh = randomised_svd(together, rank=rank, iterations=2, generator=generator)
     found = S[:, None] * Vh
-    missing = rank - len(found)  # fewer rows than directions asked for
-    return torch.cat([found, found.new_zeros(missing, rows.shape[1])]) if missing > 0 else found
+    return F.pad(found, (0, 0, 0, rank - len(found)))  # fewer rows than directions asked for

@@ -167,8 +167,8 @@ def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...
             weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
             parts |= {
                 f"{path}.{name}": part
-                for name, part in module.named_buffers(recurse=False, remove_duplicate=False)
-                if part.numel()
+                for name, part in module._buffers.items()
+                if part is not None and part.numel()
             }
             parts |= {f"{path}.{name}": number for name, number in module.packed_numbers().items()}
     return weights, parts
