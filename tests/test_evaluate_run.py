@@ -27,7 +27,7 @@ from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, 
 from veneer.evaluate.predictions import matched, read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
 from veneer.models.base import Base
-from veneer.models.likelihood import example_nats
+from veneer.models.likelihood import _nats, example_nats
 from veneer.models.step import prepare
 
 NEW_TOKENS = 6
@@ -157,6 +157,18 @@ def test_the_result_is_the_same_every_time_and_goes_into_json(base: Base) -> Non
     asked = rows(['{"a": 1}', "2", "3", "4"])
     first, second = (run(base, asked, list(METRICS)) for _ in range(2))
     assert json.loads(json.dumps(first)) == second
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near"),
+    [(torch.bfloat16, 1e-6), (torch.float16, 1e-6), (torch.float32, 1e-6), (torch.float64, 1e-14)],
+    ids=str,
+)
+def test_the_nats_of_given_logits_are_at_least_as_precise_as_float32(dtype: torch.dtype, near: float) -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    targets = torch.arange(7)
+    expected = -torch.log_softmax(logits.double(), dim=1)[targets, targets]
+    torch.testing.assert_close(_nats(logits, targets), expected, rtol=near, atol=near)
 
 
 def test_predictions_are_written_row_by_row(base: Base, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from torch import nn
 
 from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
+from veneer.kernels.dora import dora_linear
 from veneer.kernels.dropout import drop_out, drop_out_reference, keep_mask, row_keys
 from veneer.kernels.layout import Layout
 from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
 from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
-from veneer.linear import DenseLinear, SliceLinear, frozen_linear
+from veneer.linear import DenseLinear, SliceLinear, frozen_linear, frozen_product
 from veneer.plan.tracker import Tracker
 
 CPU = torch.device("cpu")
@@ -169,6 +170,32 @@ def test_lora_keeps_x_itself_and_nothing_of_the_size_of_the_weight():
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
     others = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() != x.data_ptr())
     assert others == 2 * (4 * 96 + 64 * 4 + 10 * 4)  # A, B and x A^T in bf16
+
+
+PRODUCTS = {
+    "frozen": lambda x, A, B, bias, base: frozen_product(x, bias, base),
+    "lora": lambda x, A, B, bias, base: lora_linear(x, A, B, bias, base, scaling=2.0),
+    "dora": lambda x, A, B, bias, base: dora_linear(
+        x, A, B, torch.ones(5), torch.ones(5), bias, base, scaling=2.0
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "bias"])
+def test_the_weight_is_multiplied_in_backward_only_where_x_wants_a_gradient(kind, wanted, monkeypatch):
+    """Right behind frozen embeddings nothing does, and no weight is decoded there."""
+    if kind == "frozen" and wanted in ("A", "B"):
+        pytest.skip("it has none")
+    base, asked = frozen_linear(nn.Linear(7, 5).requires_grad_(False)), []
+    own = DenseLinear.input_gradient
+    monkeypatch.setattr(DenseLinear, "input_gradient", lambda self, g: asked.append(self) or own(self, g))
+    inputs = {"x": torch.randn(3, 7), "A": torch.randn(4, 7), "B": torch.randn(5, 4), "bias": torch.randn(5)}
+    inputs[wanted].requires_grad_()
+    out = PRODUCTS[kind](*inputs.values(), base)
+    out.backward(torch.ones_like(out))
+    assert len(asked) == (wanted == "x")
+    assert {name for name, tensor in inputs.items() if tensor.grad is not None} == {wanted}
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -7,15 +7,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from torch import nn
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from veneer.bases.fingerprint import SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
+from veneer.linear import PackedModule
 from veneer.models.load import load_base
 
 
@@ -139,6 +142,57 @@ def test_every_field_says_what_the_model_is() -> None:
         shapes_hash=hashlib.sha256(shapes.encode()).hexdigest(),
         weights_hash=hashlib.sha256(values).hexdigest(),
     )
+
+
+class Half(PackedModule):
+    """A packed weight with what belongs to a format: scales, an empty place, a table that two share, a number."""
+
+    packed_format = "nf4"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(6, dtype=torch.uint8), requires_grad=False)
+        self.bias = nn.Parameter(torch.arange(3.0))
+        self.register_buffer("scales", torch.tensor([0.5, 2.0]))
+        self.register_buffer("like", torch.empty(0), persistent=False)
+        self.register_buffer("table", self.scales)
+
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (3, 4)}
+
+    def packed_numbers(self) -> dict[str, torch.Tensor]:
+        return {"offset": torch.tensor([7.0])}
+
+
+def test_of_a_packed_weight_the_dense_shape_counts_and_every_value_that_belongs_to_its_format() -> None:
+    model = tiny_model("llama_untied")
+    model.model.layers = nn.ModuleList([Half()])
+    half, dense = model.model.layers[0], dict(model.named_parameters())
+    place = "model.layers.0."
+    packed = {f"{place}weight": ("nf4", (3, 4))}
+    shapes = values = b""
+    for name in sorted(dense):
+        dtype, shape = packed.get(name, ("float32", tuple(dense[name].shape)))
+        shapes += f"{name} {shape}\n".encode()
+        values += f"{name} {dtype}\n".encode() + _sample(dense[name])
+    parts = {"scales": half.scales, "table": half.scales, "offset": torch.tensor([7.0])}
+    for name in sorted(parts):
+        values += f"{place}{name}\n".encode() + _sample(parts[name])
+    found = fingerprint(model)
+    assert (found.dtype, found.quantize) == ("float32+nf4", "nf4")
+    assert found.num_parameters == 3 * 4 + sum(t.numel() for n, t in dense.items() if n not in packed)
+    assert found.shapes_hash == hashlib.sha256(shapes).hexdigest()
+    assert found.weights_hash == hashlib.sha256(values).hexdigest()
+
+
+def test_the_sampled_places_are_those_that_adapters_on_disk_were_made_with() -> None:
+    """hashlib.sha256(_sample(torch.arange(20_000, dtype=torch.int32))), when the first adapters were written."""
+    places = _sample(torch.arange(20_000, dtype=torch.int32))
+    assert (
+        hashlib.sha256(places).hexdigest()
+        == "704ef91ca35ee337c1f0d53021208db005fbb1419a259e748fcd61e8d95709f5"
+    )
+    assert _sample(torch.arange(4096, dtype=torch.int16)) == bytes(np.arange(4096, dtype="<i2"))
 
 
 def test_a_tokenizer_hash_follows_what_the_tokenizer_does(tmp_path: Path) -> None:
