@@ -176,23 +176,32 @@ def test_ranks_alphas_layers_and_excludes_are_those_asked_for():
     assert set(only.layers) == {"model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.o_proj"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"targets": ["q_prj", "v_proj"]}, "nearest: q_proj"),
-        ({"targets": "q_proj"}, "regular expression"),
-        ({"exclude": ["o_projj"]}, "o_proj"),
-        ({"layers": [0, 9]}, "the model has layers 0-1"),
-        ({"rank_pattern": {"self_attn": 4}}, "rank_pattern 'self_attn' matches no targeted module"),
-        ({"train_modules": ["lm_haed"]}, "lm_head"),
-        ({"train_modules": ["self_attn"]}, "holds other modules"),
-    ],
-    ids=str,
+EXISTING = "the model has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+HOLDS = (
+    "train_modules: model.layers.{}.self_attn holds other modules; name those (a head, a norm, an embedding)"
 )
-def test_settings_that_match_nothing_are_an_error_that_lists_what_exists(settings, says):
+NAMED_WRONGLY = [
+    ({"targets": ["q_prj", "v_proj"]}, ["targets 'q_prj' matches no module; nearest: q_proj, v_proj, o_proj"]),
+    ({"targets": "q_proj"}, [
+        "targets 'q_proj' is a regular expression and matches no whole path; for instance '.*lm_head' would; "
+        "nearest: q_proj, v_proj, o_proj"
+    ]),
+    ({"exclude": ["o_projj"]}, ["exclude 'o_projj' matches no module; nearest: o_proj, v_proj, q_proj"]),
+    ({"layers": [0, 9, 7]}, ["layers [7, 9] do not exist; the model has layers 0-1"]),
+    ({"rank_pattern": {"self_attn": 4}}, [f"rank_pattern 'self_attn' matches no targeted module; {EXISTING}"]),
+    ({"alpha_pattern": {"x": 1.0}}, [f"alpha_pattern 'x' matches no targeted module; {EXISTING}"]),
+    ({"train_modules": ["lm_haed"]}, ["train_modules 'lm_haed' matches no module; nearest: lm_head"]),
+    ({"train_modules": ["self_attn"]}, [HOLDS.format(0), HOLDS.format(1)]),
+    ({"targets": ["q_proj"], "exclude": ["q_proj"]}, ["after exclude and layers nothing is left to adapt"]),
+    ({"targets": ["q_proj"], "train_modules": ["q_proj"]}, ["after exclude and layers nothing is left to adapt"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "faults"), NAMED_WRONGLY, ids=str)
+def test_settings_that_match_nothing_are_an_error_that_lists_what_exists(settings, faults):
     with pytest.raises(ConfigError, match="do not fit the model") as caught:
         put(tiny_model("llama"), Routing(), **settings)
-    assert says in str(caught.value)
+    assert caught.value.faults == faults
 
 
 def test_all_faults_are_told_at_once_and_a_taken_name_is_refused():

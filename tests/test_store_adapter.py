@@ -39,6 +39,7 @@ from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.files.partial import sweep
 from veneer.formats import adapter as store
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.fit import grouped
 from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
 from veneer.formats.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 from veneer.models.base import Base
@@ -389,6 +390,16 @@ def test_every_tensor_that_does_not_fit_is_told_at_once_and_grouped(copy):
     assert base.attachments == {} and not any(
         "base" in name.split(".") for name, _ in base.model.named_modules()
     )
+
+
+def test_tensors_that_differ_in_the_layer_alone_are_one_line_in_columns():
+    lines = [(f"layers.{layer}.a", "x", "y") for layer in (7, 1, 0, 2, 5)]
+    assert grouped([*lines, ("layers.0.b", "x", "z"), ("head", "pp", "q")]) == [
+        "head               adapter pp   model q   1 tensor",
+        "layers.0-2,5,7.a   adapter x    model y   5 tensors",
+        "layers.0.b         adapter x    model z   1 tensor",
+    ]
+    assert grouped([]) == []
 
 
 def test_transposed_factors_are_misshapen_not_silently_wrong(copy):
