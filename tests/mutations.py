@@ -5,8 +5,10 @@
 
 A mutation is one edit of the text: another comparison, operator or constant, a negated condition, a statement left out,
 two arguments exchanged. Drawn from the functions of the modules below; annotations, messages, asserts and constants of
-a module (sizes that change speed alone) are left out. The tests of a module are few, so that a mutation takes seconds;
-a survivor is to be read: a missing test, or a change that means the same. Not part of `make test`: it takes an hour.
+a module (sizes that change speed alone) are left out. First run those tests of a module that call the changed function,
+then those of others that do (callers.py; `--callers FILE` keeps which these are), the shortest first and a minute of
+them, then all tests of the module: for C these alone. A survivor is to be read: a missing test, or a change that means
+the same. Not part of `make test`: it takes an hour.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script
+from tests.callers import Callers, Calls  # noqa: E402
+
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/attention.py": ("test_kernels.py",),
     "kernels/attention_native.py": ("test_attention_native.py",),
@@ -46,12 +51,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "adapters/dora.py": ("test_dora.py", "test_methods.py"),
     "adapters/bottleneck.py": ("test_bottleneck.py", "test_methods.py"),
     "adapters/prefix.py": ("test_prefix.py", "test_methods.py"),
-    "adapters/routing.py": ("test_attach.py", "test_swap.py"),
+    "adapters/routing.py": ("test_routing.py", "test_attach.py", "test_swap.py"),
     "adapters/initial_factors.py": ("test_starts.py",),
     "adapters/targets.py": ("test_attach.py", "test_starts.py"),
     "adapters/wrapping.py": ("test_attach.py", "test_trained_modules.py", "test_swap.py"),
     "data/batching.py": ("test_data_load.py", "test_step.py"),
-    "data/check.py": ("test_data_load.py",),
+    "data/check.py": ("test_data_check.py", "test_data_load.py"),
     "data/formats.py": ("test_data_formats.py",),
     "data/split.py": ("test_data_load.py",),
     "data/tokens.py": ("test_data_template.py",),
@@ -97,6 +102,8 @@ TESTS: dict[str, tuple[str, ...]] = {
 
 SECONDS = 300
 """A test that has not ended then hangs: the change was noticed."""
+SECONDS_OF_CALLERS = SECONDS_WATCHED = 60
+"""Of tests that call a function; and of a test file, watched for what it calls."""
 COMPARISONS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
     "in": "not in", "not in": "in", "is": "is not", "is not": "is",
@@ -127,6 +134,8 @@ class Mutation:
     end: int
     before: str
     after: str
+    function: str = ""
+    """Its qualified name, in Python."""
 
     def of(self, text: bytes) -> bytes:
         return text[: self.start] + self.after.encode() + text[self.end :]
@@ -145,6 +154,7 @@ class _Python(ast.NodeVisitor):
         self.lines = [0]
         for line in self.data.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
+        self.names: list[str] = []
         self.in_function = False
         self.visit(ast.parse(text))
 
@@ -156,7 +166,9 @@ class _Python(ast.NodeVisitor):
     def add(self, node: ast.AST, kind: str, start: int, end: int, after: str) -> None:
         if self.in_function:
             before = self.data[start:end].decode()
-            self.found.append(Mutation(self.file, node.lineno, kind, start, end, before, after))  # type: ignore[attr-defined]
+            line: int = node.lineno  # type: ignore[attr-defined]
+            function = ".".join(self.names).removesuffix(".<locals>")
+            self.found.append(Mutation(self.file, line, kind, start, end, before, after, function))
 
     def between(self, node: ast.AST, left: ast.AST, right: ast.AST, kind: str, table: dict[str, str]) -> None:
         """The operator that stands between two operands."""
@@ -177,9 +189,16 @@ class _Python(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         before, self.in_function = self.in_function, True
+        self.names += [node.name, "<locals>"]
         for child in node.body:
             self.visit(child)
+        del self.names[-2:]
         self.in_function = before
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self.names.append(node.name)
+        self.generic_visit(node)
+        self.names.pop()
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -246,6 +265,10 @@ def of_c(file: str, text: str) -> Iterator[Mutation]:
         r"/\*.*?\*/|//[^\n]*|\"[^\"\n]*\"|^#[^\n]*", lambda m: " " * len(m.group()), text, flags=re.S | re.M
     )
     assert text.isascii()  # places are in bytes
+    for same in (r"veneer_parallel\(.*(, [^,]*)\);", r"(?:= |return )([^=;?]+?)( < )([^;?]+?) \? \1 : \3;"):
+        for match in list(re.finditer(same, bare)):  # how many items a thread takes; the smaller of two
+            start, end = match.span(2 if match.lastindex == 3 else 1)
+            bare = bare[:start] + " " * (end - start) + bare[end:]
 
     def line(match: re.Match[str]) -> int:
         return text.count("\n", 0, match.start()) + 1
@@ -287,7 +310,7 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.root = folder
         skip = shutil.ignore_patterns("__pycache__", "*.o", "build")
-        for name in ("src", "tests"):
+        for name in ("src", "tests", "docs"):
             shutil.copytree(ROOT / name, folder / name, ignore=skip)
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder / name)
@@ -295,6 +318,16 @@ class Copy:
             path: path.read_bytes() for path in (folder / "src/veneer/kernels").glob("_native*.so")
         }
         self.sound: set[str] = set()  # tests that are known to pass without a mutation
+        self.callers = Callers([])
+
+    def with_callers(self, file: Path) -> None:
+        """Which tests call what; they run once for it, unless the file says it already."""
+        if not file.exists():
+            for path in sorted((self.root / "tests").glob("test_*.py")):
+                calls = Calls(file.absolute(), self.root / "src" / "veneer")
+                self.tested([f"tests/{path.name}"], calls, seconds=SECONDS_WATCHED)
+                print(f"     {path.name} was watched", flush=True)
+        self.callers = Callers(file.read_text().splitlines())
 
     def tried(self, mutation: Mutation) -> tuple[bool | None, str]:
         """(whether the tests pass all the same, what noticed the change); None: they do not pass without it."""
@@ -304,7 +337,12 @@ class Copy:
         try:
             if mutation.file.endswith(".c") and not self.built():
                 return False, "does not compile"
-            passed, by = self.tested([f"tests/{name}" for name in TESTS[mutation.file]])
+            files = [f"tests/{name}" for name in TESTS[mutation.file]]
+            near, far = self.callers.of(f"{mutation.file}:{mutation.function}", files, SECONDS_OF_CALLERS)
+            for tests in filter(None, (near, far, files)):
+                passed, by = self.tested(tests)
+                if not passed:
+                    break
         finally:
             path.write_bytes(own)
             for path, library in self.libraries.items():
@@ -319,11 +357,11 @@ class Copy:
         build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         return subprocess.run(build, cwd=self.root, capture_output=True).returncode == 0
 
-    def tested(self, tests: list[str]) -> tuple[bool, str]:
+    def tested(self, tests: list[str], *plugins: object, seconds: float = SECONDS) -> tuple[bool, str]:
         """Whether these pass, and the first that does not: in a fork, which has torch and transformers already."""
-        log, end = self.root / "tests.log", time.monotonic() + SECONDS
+        log, end = self.root / "tests.log", time.monotonic() + seconds
         if (child := os.fork()) == 0:
-            self._run(tests, log)
+            self._run(tests, log, plugins)
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -331,13 +369,13 @@ class Copy:
             if time.monotonic() > end:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return False, f"no end after {SECONDS} s"
+                return False, f"no end after {seconds} s"
             time.sleep(0.05)
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
         code = os.waitstatus_to_exitcode(status)
         return code == 0, failed.group(1) if failed else f"exit code {code}"
 
-    def _run(self, tests: list[str], log: Path) -> None:
+    def _run(self, tests: list[str], log: Path, plugins: Sequence[object]) -> None:
         code = 1
         try:
             os.setsid()
@@ -348,9 +386,12 @@ class Copy:
             paths = [str(self.root / "src"), str(self.root)]
             os.environ["PYTHONPATH"] = os.pathsep.join(paths)
             sys.path[:] = [*paths, *(path for path in sys.path if not path.startswith(str(ROOT)))]
+            for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+                del sys.modules[name]  # the copy's own
             import pytest
 
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests]))
+            flags = ["-q", "-p", "no:cacheprovider", "-W", "ignore", *([] if plugins else ["-x"])]
+            code = int(pytest.main([*flags, *tests], plugins=plugins))
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -364,6 +405,7 @@ def main() -> None:
         "--only", default="", help="expression for the modules to mutate, for instance train/ or py$"
     )
     parser.add_argument("--out", type=Path, default=Path("mutations.json"))
+    parser.add_argument("--callers", type=Path, help="which tests call what; made where it is not there")
     parser.add_argument("--list", action="store_true", help="say which mutations would be tried")
     args = parser.parse_args()
     mutations = chosen(all_mutations(ROOT / "src" / "veneer", args.only), args.number, args.seed)
@@ -381,6 +423,7 @@ def main() -> None:
     results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
+        copy.with_callers(args.callers or Path(folder) / "callers.jsonl")
         for number, mutation in enumerate(mutations, 1):
             passed, by = copy.tried(mutation)
             word = {True: "SURVIVED", False: "caught", None: "unknown"}[passed]
