@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import CHATML, tiny_tokenizer
 from veneer.data.examples import Row, RowRef, TrainOn
 from veneer.data.template import ChatTemplate
-from veneer.data.tokens import ControlNames
+from veneer.data.tokens import ControlNames, _difference
 from veneer.errors import DataError
 
 START, END, PAD = 256, 257, 258
@@ -56,14 +57,14 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return dressed(backend)
 
 
-def spaced_tokenizer() -> PreTrainedTokenizerFast:
+def spaced_tokenizer(prepend: str = "first") -> PreTrainedTokenizerFast:
     """As sentencepiece does: a space in front of the text's first word, spaces as ▁, rare characters as bytes."""
     tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *map(chr, range(33, 127)), "\n"]
     merges = [("▁", "a"), ("a", "b"), ("▁", "▁"), ("\n", "\n")]
     tokens += [a + b for a, b in merges]
     vocabulary = {token: n for n, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
     return dressed(backend)
@@ -441,11 +442,34 @@ def test_the_fingerprint_is_of_the_templates_text() -> None:
     assert first.fingerprint() == ChatTemplate(tiny_tokenizer()).fingerprint() != second.fingerprint()
 
 
-def test_a_border_is_looked_up_from_the_last_control_token_on_so_long_conversations_cost_no_square() -> None:
+def test_a_border_is_looked_up_from_the_last_control_token_on_so_long_conversations_cost_no_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     coded = ChatTemplate(tiny_tokenizer())
+    own, lengths = coded._tokens.ids, list[int]()
+
+    def ids(texts: Sequence[str]) -> list[list[int]]:
+        lengths.extend(map(len, texts))
+        return own(texts)
+
+    monkeypatch.setattr(coded._tokens, "ids", ids)
     messages = [user("a" * 50), assistant("b" * 50)] * 30
-    given: list[int] = []
-    own = coded._tokens.ids
-    coded._tokens.ids = lambda texts: given.extend(map(len, texts)) or own(texts)  # type: ignore[func-returns-value]
     coded.encode_row(row(*messages), train_on="assistant")
-    assert sum(given) < 4 * len(coded.render(messages))
+    assert sum(lengths) < 4 * len(coded.render(messages))
+
+
+def test_a_row_that_a_tokenizer_cannot_write_in_pieces_is_refused_with_both_texts_where_they_part() -> None:
+    """It puts a space in front of every piece, whatever stands before it."""
+    coded = ChatTemplate(spaced_tokenizer("always"))
+    with pytest.raises(DataError) as caught:
+        coded.encode_row(row(user("<|im_end|>"), assistant("b")), train_on="assistant")
+    assert "in pieces: '<|im_start|>user\\n<|im_end|><|im_' comes back as '<|im_start|> user\\n" in str(
+        caught.value
+    )
+
+
+def test_two_texts_are_shown_twenty_characters_around_where_they_part() -> None:
+    one = "x" * 30 + "abcdefghijklmnopqrstuvwxyz"
+    other = one[:30] + "A" + one[31:]
+    assert _difference(one, other) == f"{one[10:50]!r} comes back as {other[10:50]!r}"
+    assert _difference("ab", "abc") == "'ab' comes back as 'abc'"
