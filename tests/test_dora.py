@@ -100,6 +100,14 @@ def test_a_magnitude_of_zero_still_gets_its_gradient():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_model_that_writes_into_what_it_gave_is_refused_by_name():
+    (x, A, B, magnitude, norm, own), base = pieces(torch.float32, bias=True)
+    y = dora_linear(x[None], A, B, magnitude.requires_grad_(True), norm, own, base, scaling=SCALING)
+    y += 1.0
+    with pytest.raises(ConfigError, match=f"one of {I} to {O} features"):
+        y.sum().backward()
+
+
 def test_it_saves_x_once_its_own_output_and_what_is_small():
     tensors, base = pieces(torch.bfloat16, bias=True)
     x = torch.randn(400, I, dtype=torch.bfloat16, requires_grad=True)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
@@ -153,6 +154,32 @@ def test_lora_linear_is_its_reference_and_its_gradients_are_right(kind, share, t
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     if share == 0 and not trained_bias:
         assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, None, base, scaling=1.75), (x, A, B))
+
+
+class Viewed(DenseLinear):
+    """As packed weights hand out a product: a view of one of two axes."""
+
+    def product(self, x, bias):
+        return super().product(x.flatten(0, -2), bias).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv1d", "viewed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_model_may_write_into_what_an_adapted_layer_gave_it(kind, bias):
+    """RoCBert adds its positions into the output of a projection; torch forbids that where it is a view."""
+    module = (Conv1D(5, 7) if kind == "conv1d" else nn.Linear(7, 5)).double().requires_grad_(False)
+    base = Viewed(module) if kind == "viewed" else frozen_linear(module)
+    x, A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 7), (4, 7), (5, 4)))
+    own = base.own_bias() if bias else None
+    for function in (
+        lambda: lora_linear(x, A, B, own, base, scaling=2.0),
+        lambda: frozen_product(x, own, base),
+    ):
+        (expected,) = gradients((function() + 1.0).square(), x)
+        y = function()
+        y += 1.0
+        (found,) = gradients(y.square(), x)
+        torch.testing.assert_close(found, expected)
 
 
 def test_lora_keeps_x_itself_and_nothing_of_the_size_of_the_weight():

@@ -198,12 +198,18 @@ class PackedExperts(PackedModule):
         raise NotImplementedError
 
 
+def writable(y: Tensor) -> Tensor:
+    """A fresh y as a function of its own hands it out: models add into what a linear layer gave them, which torch forbids
+    where that is a view made within such a function (products of three axes are views of one of two)."""
+    return y.detach()
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
         ctx.base, ctx.shape = base, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return base.product(x, bias)
+        return writable(base.product(x, bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.errors import ConfigError
 from veneer.kernels import calls, rank
 from veneer.kernels.lora import Dropout
-from veneer.linear import DenseLinear, FrozenLinear
+from veneer.linear import DenseLinear, FrozenLinear, writable
 
 
 def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scaling: float) -> Tensor:
@@ -116,7 +117,7 @@ class _DoRALinear(torch.autograd.Function):
         base: FrozenLinear, scaling: float, dropout: Dropout | None,
     ) -> Tensor:  # fmt: skip
         A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
-        y = base.product(x, bias)
+        y = writable(base.product(x, bias))
         x_MI = x.reshape(-1, base.in_features)
         down_MR = rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI)
         _turn_forward(y.view(-1, base.out_features), down_MR, B_OR, bias, magnitude, norm, scaling)
@@ -128,7 +129,7 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A_RI, B_OR, down_MR, y, bias, magnitude, norm = ctx.saved_tensors
+        x, A_RI, B_OR, down_MR, y, bias, magnitude, norm = _saved(ctx)
         base, scaling = ctx.base, ctx.scaling
         x_MI, y_MO = x.reshape(-1, base.in_features), y.reshape(-1, base.out_features)
         g_MO = grad.reshape(-1, base.out_features)
@@ -152,6 +153,21 @@ class _DoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_bias = g_MO.sum(0, dtype=norm.dtype).to(bias.dtype)
         return grad_x, grad_A, grad_B, grad_m, None, grad_bias, None, None, None
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """ConfigError where the model added into y, which belongs to backward too."""
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as fault:
+        if "modified by an inplace operation" not in str(fault):
+            raise
+        raise ConfigError(
+            f"DoRA keeps what a layer gives for backward, and the model writes into what one of {ctx.base.in_features} to"
+            f" {ctx.base.out_features} features gave it",
+            next_step="Take method lora, or leave that layer out (method.exclude).",
+        ) from fault
+    return saved
 
 
 def dora_linear(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import drop_out, drop_out_reference
-from veneer.linear import FrozenLinear
+from veneer.linear import FrozenLinear, writable
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(x, A_RI, B_OR, down_MR)
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
         ctx.types = A.dtype, B.dtype, None if bias is None else bias.dtype
-        return y
+        return writable(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
