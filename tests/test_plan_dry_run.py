@@ -11,7 +11,7 @@ from veneer.adapters.routing import Routing
 from veneer.bases.from_config import Blueprint, blueprint, build
 from veneer.data.batching import used_length
 from veneer.kernels import native
-from veneer.models.step import assume_paths, prepare
+from veneer.models.step import Paths, assume_paths, prepare
 from veneer.plan import dry_run as module
 from veneer.plan.dry_run import Step, dry_run
 from veneer.plan.estimate import estimate, synthetic_rows
@@ -175,7 +175,7 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
     experts = module._num_experts(config)
     model = build(config, torch.bfloat16)
     with torch.device("meta"):
-        _, parameters = module._install(model, method, Routing())
+        _, parameters = module._install(model, method, Routing(), Paths(False, None, 1.0, None, None))
     grown = module._extrapolated(step, depth, module._period(model, parameters), experts)
     whole = module._run(step, build(config, torch.bfloat16), experts)
     assert grown is not None

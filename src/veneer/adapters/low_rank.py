@@ -113,7 +113,7 @@ def _targets(site: Site, config: LowRank) -> Targets:
     if (read_past := site.read_past) is None:
         with site.routing.none():
             read_past = weights_read_past(site.model)
-    targets = find_targets(site.modules, config, head=site.head, read_past=read_past)
+    targets = find_targets(site.modules, config, head=site.head, read_past=read_past, idle=site.idle)
     site.attachment.trained = targets.trained
     site.attachment.adaptable = targets.adaptable
     return targets

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from veneer.adapters.idle import in_any_layer
 from veneer.adapters.wrapping import plain_modules
 
 _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
@@ -38,13 +39,9 @@ def weights_read_past(model: nn.Module) -> frozenset[str]:
         except Exception:  # every model trips in its own way
             if device.type != "meta":
                 raise
-    seen = {_in_any_layer(path) for path in watch.past}
+    seen = {in_any_layer(path) for path in watch.past}
     held = (f"{path}.{name}" for path, m in modules.items() for name, _ in m.named_parameters(recurse=False))
-    return frozenset(path for path in held if _in_any_layer(path) in seen)
-
-
-def _in_any_layer(path: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", path)
+    return frozenset(path for path in held if in_any_layer(path) in seen)
 
 
 class _Watch(TorchFunctionMode):

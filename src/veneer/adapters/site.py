@@ -75,6 +75,8 @@ class Site:
     """Whoever attaches gives every value at once: what a builder would draw is left unset."""
     read_past: Collection[str] | None = None
     """Weights that the model takes past their modules; None: not asked yet."""
+    idle: Collection[str] = ()
+    """Places that no gradient reaches (idle.py): what trains stands elsewhere."""
 
     @property
     def name(self) -> str:

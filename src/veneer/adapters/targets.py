@@ -15,6 +15,7 @@ from torch import nn
 
 from veneer.adapters.config import LowRank
 from veneer.adapters.experts import expert_parameters
+from veneer.adapters.idle import in_any_layer
 from veneer.errors import ConfigError
 from veneer.linear import PackedModule, frozen_linear, is_plain_embedding, matrix_shape
 from veneer.patterns import pattern
@@ -60,30 +61,41 @@ def _weight(path: str, modules: Mapping[str, nn.Module]) -> str:
     return f"{path}.weight" if path in modules else path
 
 
-def _read_past_faults(
-    chosen: Sequence[str],
-    trained: Sequence[str],
-    modules: Mapping[str, nn.Module],
-    read_past: Collection[str],
-) -> list[str]:
-    """What is named and would not act, places of one name as one."""
+def _is_idle(path: str, modules: Mapping[str, nn.Module], idle: Collection[str]) -> bool:
+    return in_any_layer(path if path in modules else path.rpartition(".")[0]) in idle
+
+
+def _unfit_faults(
+    chosen: Sequence[str], trained: Sequence[str], modules: Mapping[str, nn.Module], *,
+    read_past: Collection[str], idle: Collection[str],
+) -> list[str]:  # fmt: skip
+    """What is named and would not act or not train, places of one name as one."""
     held = [f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()]
     named = [weight for weight in [*(_weight(p, modules) for p in chosen), *held] if weight in read_past]
-    kinds = Counter(".".join(weight.split(".")[-2:]) for weight in named)
+    past = (
+        "the model takes this weight itself, past the module, so what stands beside the module would not act"
+    )
+    still = "no gradient of what the model predicts comes back here (an index picks by number), so it would not train"
+    without = [path for path in [*chosen, *trained] if _is_idle(path, modules, idle)]
+    return [*_by_kind(named, past), *_by_kind(without, still)]
+
+
+def _by_kind(paths: Sequence[str], fault: str) -> list[str]:
+    kinds = Counter(".".join(path.split(".")[-2:]) for path in paths)
     return [
-        f"{kind}, {count} {'place' if count == 1 else 'places'}: the model takes this weight itself, past the module, "
-        "so what stands beside the module would not act; leave it out (exclude)"
+        f"{kind}, {count} {'place' if count == 1 else 'places'}: {fault}; leave it out (exclude)"
         for kind, count in kinds.items()
     ]
 
 
 def find_targets(
-    modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None, read_past: Collection[str]
-) -> Targets:
+    modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None, read_past: Collection[str],
+    idle: Collection[str] = (),
+) -> Targets:  # fmt: skip
     """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
 
-    read_past: weights that the model takes past their modules (reads.py); all-linear leaves them out.
-    ConfigError lists every entry that matches nothing, and every one that names such a weight.
+    read_past: weights that the model takes past their modules (reads.py); idle: places that no gradient reaches
+    (idle.py). all-linear leaves both out; ConfigError lists every entry that names one, and every one that matches nothing.
     """
     head_path = next((path for path, module in modules.items() if module is head), None)
     linears = [path for path, module in modules.items() if frozen_linear(module) is not None]
@@ -91,8 +103,10 @@ def find_targets(
     experts = [f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)]
     routers = [path for path, module in modules.items() if matrix_shape(module) is not None]
     everything = [*linears, *embeddings, *experts, *routers]
-    past = {path for path in everything if _weight(path, modules) in read_past}
-    body = [path for path in linears if path != head_path and path not in past]
+    unfit = {
+        path for path in everything if _weight(path, modules) in read_past or _is_idle(path, modules, idle)
+    }
+    body = [path for path in linears if path != head_path and path not in unfit]
     faults: list[str] = []
 
     def by_entries(entries: list[str], what: str, among: list[str]) -> list[str]:
@@ -117,7 +131,7 @@ def find_targets(
         if isinstance(modules[path], PackedModule):
             faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
     if config.targets == "all-linear":
-        chosen = [*body, *(path for path in experts if path not in past)]
+        chosen = [*body, *(path for path in experts if path not in unfit)]
     elif isinstance(config.targets, str):
         chosen = [path for path in everything if pattern(config.targets).full(path)]
         if not chosen:
@@ -143,7 +157,7 @@ def find_targets(
         for source in patterns:
             if chosen and not any(pattern(source).ends(path) for path in chosen):
                 faults.append(f"{field} {source!r} matches no targeted module; {near(source, chosen)}")
-    faults += _read_past_faults(chosen, trained, modules, read_past)
+    faults += _unfit_faults(chosen, trained, modules, read_past=read_past, idle=idle)
     if not chosen and not faults:
         faults.append("after exclude and layers nothing is left to adapt")
     if faults:

@@ -20,6 +20,7 @@ from veneer.errors import ConfigError
 from veneer.models.base import Base
 from veneer.models.capacity import configured_capacity
 from veneer.models.eva_loftq import informed_faults, start_informed
+from veneer.models.step import refuse_untrainable
 
 INSTRUCTION = (
     "Read the text below with care and give the answer that it asks for, in exactly the form in which such "
@@ -48,10 +49,11 @@ def begin(
 ) -> Begun:
     """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the training rows, if any.
 
-    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
+    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then. RefusedError: the
+    model cannot be trained.
     """
-    if config.through_attention:
-        _ = base.paths  # proves it, and hands attention over
+    paths = base.paths  # proves them, and hands attention over
+    refuse_untrainable(base.model, paths)
     if faults := informed_faults(config, base, examples):
         raise ConfigError("the adapter cannot start as its settings ask", faults)
     start = prefix_start(config, base, examples) if isinstance(config, Prefix) else None
@@ -60,8 +62,9 @@ def begin(
         config = config.model_copy(update={"tokens": start.tokens})
     head = base.model.get_output_embeddings()
     attachment = attach(
-        base.model, config, name=name, routing=base.routing, head=head, seed=seed, read_past=base.read_past
-    )
+        base.model, config, name=name, routing=base.routing, head=head, seed=seed,
+        read_past=base.read_past, idle=paths.idle,
+    )  # fmt: skip
     try:
         line = start_informed(base, attachment, examples, seed=seed) if start is None else start.line
         if start is not None and start.ids:

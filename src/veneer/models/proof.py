@@ -4,6 +4,7 @@
     packed    documents end to end with a shared prompt give what each gives alone (models/attention.py)
     padded    rows padded on the right give what each gives alone; else they are computed one by one
     head      what lies between the head and the logits (kernels/loss.py)
+    gradient  it can be trained as it stands, in eval mode; idle: the places that no gradient reaches (adapters/idle.py)
 
 The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what float32's rounding
 explains: a window that is lost, a selection that is ignored or a cap on logits that is not known shows a hundred times
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.adapters.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
 from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
@@ -44,6 +46,8 @@ class Proven:
     packed: str | None = None
     padded: str | None = None
     head: str | None = None
+    gradient: str | None = None
+    idle: frozenset[str] = frozenset()
     scale: float = 1.0
     softcap: float | None = None
 
@@ -78,6 +82,9 @@ def _prove(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     found = Proven(causal=_causal(copy, texts[0]))
     scale, softcap, head = _head(copy, texts[0])
     found = replace(found, padded=_padded(copy, texts), scale=scale, softcap=softcap, head=head)
+    found = replace(found, gradient=_gradient(copy, texts[0]))
+    if found.gradient is None:
+        found = replace(found, idle=places_without_gradient(copy, torch.tensor([texts[-1]])))
     return replace(found, packed=_packed(copy, texts))
 
 
@@ -156,6 +163,19 @@ def _states(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
     forget_lengths(model)
     inner: Any = decoder(model)
     return inner(input_ids=torch.tensor([text]), use_cache=False).last_hidden_state[0]
+
+
+@torch.enable_grad()
+def _gradient(model: PreTrainedModel, text: list[int]) -> str | None:
+    """From the logits back to the embeddings, and so through every layer."""
+    table = model.get_input_embeddings().get_parameter("weight").requires_grad_(True)
+    try:
+        torch.autograd.grad(logits_alone(model, text).square().sum(), table, allow_unused=True)
+    except Exception as fault:  # as in tried
+        return f"its backward pass stops ({type(fault).__name__}: {str(fault).strip()[:160]})"
+    finally:
+        table.requires_grad_(False)
+    return None
 
 
 def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:

@@ -20,6 +20,7 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
+from veneer.errors import RefusedError
 from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
 from veneer.models.attention import NAME, Traced, hidden_states, unused_mask
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
@@ -32,6 +33,8 @@ class Paths:
 
     padded_reason   why rows go one by one where they are not packed
     switches        the lengths that change how a whole batch is read: rows go together on one side of them only
+    untrainable     why nothing of the model can be trained
+    idle            the places that no gradient reaches (adapters/idle.py)
     """
 
     packed: bool
@@ -41,6 +44,8 @@ class Paths:
     head_reason: str | None
     padded_reason: str | None = None
     switches: Switches = field(default_factory=Switches)
+    untrainable: str | None = None
+    idle: frozenset[str] = frozenset()
 
     @property
     def lines(self) -> list[str]:
@@ -74,24 +79,32 @@ def prepare(model: PreTrainedModel) -> Paths:
     """
     packed_reason = prove_packing(model)
     scale, softcap, head_reason = prove_head(model)
-    padded_reason = structure(model).padded
-    return Paths(
-        packed_reason is None,
-        packed_reason,
-        scale,
-        softcap,
-        head_reason,
-        padded_reason,
-        switches(model.config),
-    )
+    return _paths(model, packed_reason, scale, softcap, head_reason)
 
 
 def assume_paths(model: PreTrainedModel) -> Paths:
     """What `prepare` would find on a model without storage (meta device): what holds for its structure."""
     packed_reason, found = takes_packing(model), structure(model)
+    return _paths(model, packed_reason, found.scale, found.softcap, found.head)
+
+
+def _paths(
+    model: PreTrainedModel, packed: str | None, scale: float, softcap: float | None, head: str | None
+) -> Paths:
+    found = structure(model)
     return Paths(
-        packed_reason is None, packed_reason, found.scale, found.softcap, found.head, found.padded, switches(model.config)
+        packed is None, packed, scale, softcap, head, found.padded, switches(model.config),
+        untrainable=found.gradient, idle=found.idle,
     )  # fmt: skip
+
+
+def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
+    if paths.untrainable is not None:
+        raise RefusedError(
+            f"{type(model).__name__} cannot be trained here",
+            [paths.untrainable],
+            "Take another base; this one still answers and evaluates, with the adapters that it has.",
+        )
 
 
 def keep_paths(model: PreTrainedModel, paths: Paths) -> None:

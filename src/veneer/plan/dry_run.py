@@ -39,9 +39,9 @@ from veneer.models.attention import decoder
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
-from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths
+from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refuse_untrainable
 from veneer.plan.planned_offload import PlannedOffload
-from veneer.plan.tracker import META, Parts, Phase, Tracker, Work
+from veneer.plan.tracker import META, Parts, Phase, Tracker, Work, without_values
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
 
@@ -148,7 +148,7 @@ def whole(step: Step) -> Whole:
         paths = _paths(step, model, depth, experts)
         packable = packing(model)
         with META, Tracker(experts=experts):
-            attachment, parameters = _install(model, step.method, Routing())
+            attachment, parameters = _install(model, step.method, Routing(), paths)
         period = _period(model, parameters)
         static = _static(model, parameters, step.optimizer)
         return Whole(
@@ -196,12 +196,14 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
 
 
 def _install(
-    model: PreTrainedModel, method: MethodConfig, routing: Routing
+    model: PreTrainedModel, method: MethodConfig, routing: Routing, paths: Paths
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
     """What trains, as train/training.py has it."""
+    refuse_untrainable(model, paths)
     if not isinstance(method, AdapterConfig):
         return None, dict(model.named_parameters())
-    attachment = attach(model, method, name="planned", routing=routing, head=model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    attachment = attach(model, method, name="planned", routing=routing, head=head, idle=paths.idle)
     routing.active = (("planned", 1.0),)
     return attachment, attachment.parameters()
 
@@ -221,7 +223,7 @@ def _run(
     else:
         keep_paths(model, paths)
     with device, Tracker(experts=experts) if device == META else nullcontext():
-        _, parameters = _install(model, step.method, routing)
+        _, parameters = _install(model, step.method, routing, paths)
     one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
@@ -244,7 +246,7 @@ def _run(
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
                 take_noted_flops()
-                with _offloading(away):
+                with _offloading(away), without_values(type(model).__name__):
                     loss = batch_loss(model, paths, routing, batch, total=1.0)
                 forward_shapes = sum(all(shape) for shape in tracker.work.products)
                 tracker.enter("backward", label=BACKWARD)

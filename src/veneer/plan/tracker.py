@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from veneer.errors import ConfigError, VeneerError
+
 META = torch.device("meta")
 Parts = dict[str, int]
 
@@ -162,6 +164,21 @@ class Tracker(TorchDispatchMode):
             self.work.operations += 1
             touched = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
             self.work.moved_bytes += sum(t.numel() * t.element_size() for t in touched)
+
+
+@contextmanager
+def without_values(name: str) -> Iterator[None]:
+    """ConfigError where the code of the model called `name` asks, within the block, for what only real values could answer."""
+    try:
+        yield
+    except VeneerError:
+        raise
+    except Exception as fault:  # every model trips in its own way
+        raise ConfigError(
+            f"{name} cannot be planned: its code looks at values, and a plan is made without any",
+            [f"{type(fault).__name__}: {str(fault).strip()[:160]}"],
+            "Train a few steps (veneer train --steps 5): the report shows what they hold and how long they take.",
+        ) from fault
 
 
 def _grouped_product(

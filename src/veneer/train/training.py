@@ -26,7 +26,7 @@ from veneer.data.examples import Row
 from veneer.data.load import DataSet, load_data
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
-from veneer.errors import DataError, fits_memory
+from veneer.errors import ConfigError, DataError, fits_memory
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, write_adapter
@@ -38,7 +38,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun, begin
 from veneer.models.load import load_base
-from veneer.models.step import Paths
+from veneer.models.step import Paths, refuse_untrainable
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
@@ -121,6 +121,7 @@ def _run(
     if then is not None:
         check_rows(then, data.fingerprint, config)
     paths = base.paths
+    refuse_untrainable(base.model, paths)
     begun = _begin(base, config, data)
     refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
     attachment = None if begun is None else begun.attachment
@@ -169,13 +170,11 @@ def _planned(
         return None
     try:
         return plan(config, base.model.config, base.dtype, data, idle_bytes=idle, device=str(base.device))
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-    ) as fault:  # a model that looks at values: it trains all the same
+    except ConfigError as fault:  # a model that looks at values: it trains all the same
+        screen.message(f"no plan of its memory: {fault.headline}")
+    except (RuntimeError, NotImplementedError, TypeError) as fault:
         screen.message(f"no plan of its memory: {type(fault).__name__}: {str(fault)[:80]}")
-        return None
+    return None
 
 
 def _begin(base: Base, config: RunConfig, data: DataSet) -> Begun | None:
