@@ -59,8 +59,11 @@ MIXERS = {
     "recurrent_gemma": {
         "block_types": ["recurrent", "attention"], "head_dim": 8, "lru_width": 32, "attention_window_size": 16
     },
-    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 1},
     "jetmoe": dict(kv_channels=8, **{**_MOE, "num_key_value_heads": 4}),
+    "ernie4_5_moe": {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1, "moe_layer_start_index": 0
+    },
     "llama4_text": {
         "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "moe_layers": [0, 1]
     },
@@ -110,7 +113,7 @@ def test_default_targets_of_a_mixer_act_as_if_added_into_its_weights(family):
     torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["jetmoe", "llama4_text", "jamba", "qwen3_next"])
+@pytest.mark.parametrize("family", ["jetmoe", "llama4_text", "jamba", "qwen3_next", "rwkv"])
 def test_an_adapter_of_a_mixer_is_written_and_read_to_the_bit(family, tmp_path):
     base = mixer_base(family)
     made = put(base.model, base.routing)
@@ -137,11 +140,12 @@ def test_a_weight_that_the_model_multiplies_itself_is_left_out_and_refused_by_na
     assert put(mixer(family), Routing(), targets=".*proj", exclude=["dt_proj"]).layers
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "ernie4_5_moe"])
 def test_a_router_that_is_named_trains_with_the_gradient_of_its_weight(family):
-    model, routing = tiny_model(family), Routing()
+    made = mixer if family in MIXERS else tiny_model
+    model, routing = made(family), Routing()
     before = logits(model)
-    assert not any(path.endswith("gate") for path in put(tiny_model(family), Routing()).layers)
+    assert not any(path.endswith("gate") for path in put(made(family), Routing()).layers)
     attachment = put(model, routing, targets=["mlp.gate"])
     routing.active = (("a", 1.0),)
     assert torch.equal(logits(model), before)  # a fresh one changes no bit
@@ -213,6 +217,12 @@ def test_what_a_model_takes_itself_is_known_without_its_values_too():
     for family in ("jamba", "mamba", "lfm2"):
         assert weights_read_past(mixer(family, "meta")) == weights_read_past(mixer(family)) != frozenset()
     assert weights_read_past(tiny_model("llama")) == weights_read_past(tiny_model("mixtral")) == frozenset()
+
+
+def test_a_weight_that_the_model_rescales_before_its_first_answer_is_read_by_its_module_all_the_same():
+    model = mixer("rwkv")
+    for _ in ("before the first answer", "after it"):
+        assert weights_read_past(model) == frozenset()
 
 
 def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_zero_update_is_not(tmp_path):

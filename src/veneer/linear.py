@@ -257,10 +257,10 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(O, I) of the `weight` of a module without others below it that is no linear layer and has a matrix all the same:
-    a router, which multiplies by it and then chooses. None: it is another kind of module."""
+    """(O, I) of the `weight` of a module that is no linear layer and has a matrix of its own all the same: a router, which
+    multiplies by it and then chooses, by what modules below it may hold. None: it is another kind of module."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or any(module.children()):
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None
     if isinstance(module, nn.Embedding | PackedModule) or frozen_linear(module) is not None:
         return None

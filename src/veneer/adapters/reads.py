@@ -26,7 +26,7 @@ _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
 def weights_read_past(model: nn.Module) -> frozenset[str]:
     """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without calling their module.
 
-    Three tokens are run. A model without values (meta device) may not get to the end, as nothing says which expert a
+    What writes into a weight (RWKV divides some before its first answer) does not read it. Three tokens are run. A model without values (meta device) may not get to the end, as nothing says which expert a
     token goes to: it is watched up to there.
     """
     modules = plain_modules(model)
@@ -59,7 +59,9 @@ class _Watch(TorchFunctionMode):
         if isinstance(out, Tensor | tuple | list) and not _SHAPE_ALONE.fullmatch(func.__name__):
             for given in _tensors([*args, *(kwargs or {}).values()]):
                 holders = self.holders.get(id(given), [])
-                if not any(module is each for module, _ in holders for each in self.at_work):
+                if given is not out and not any(
+                    module is each for module, _ in holders for each in self.at_work
+                ):
                     self.past.update(path for _, path in holders)
         return out
 
