@@ -6,9 +6,9 @@
 A mutation is one edit of the text: another comparison, operator or constant, a negated condition, a statement left out,
 two arguments exchanged. Drawn from the functions of the modules below; annotations, messages, asserts and constants of
 a module (sizes that change speed alone) are left out. First run those tests of a module that call the changed function,
-then those of others that do (callers.py; `--callers FILE` keeps which these are), the shortest first and a minute of
-them, then all tests of the module: for C these alone. A survivor is to be read: a missing test, or a change that means
-the same. Not part of `make test`: it takes an hour.
+then those of others that do (callers.py; `--callers FILE` keeps which these are), the shortest first and half a minute
+of either; for C all tests of the module. A survivor is to be read: a missing test, or a change that means the same.
+Not part of `make test`: it takes an hour.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 
 SECONDS = 300
 """A test that has not ended then hangs: the change was noticed."""
-SECONDS_OF_CALLERS = SECONDS_WATCHED = 60
+SECONDS_OF_CALLERS, SECONDS_WATCHED = 30, 60
 """Of tests that call a function; and of a test file, watched for what it calls."""
 COMPARISONS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
@@ -339,7 +339,7 @@ class Copy:
                 return False, "does not compile"
             files = [f"tests/{name}" for name in TESTS[mutation.file]]
             near, far = self.callers.of(f"{mutation.file}:{mutation.function}", files, SECONDS_OF_CALLERS)
-            for tests in filter(None, (near, far, files)):
+            for tests in filter(None, (near or files, far)):
                 passed, by = self.tested(tests)
                 if not passed:
                     break
@@ -379,6 +379,7 @@ class Copy:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell put us behind
             os.chdir(self.root)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)

@@ -143,3 +143,42 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
     part = attention_native.Part(q, k, k, seen, seen, starts, 1.0, window)
     keys = [min(before + i + 1, window or 10**6) for length in lengths for i in range(length)]
     assert part._product_flops() == 2 * sum(keys) * heads * size
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kv_heads", "splits"),
+    [
+        ((640,), 2, 8), ((640,), 1, 10), ((2000,), 1, 16), ((127,), 1, 1), ((128,), 1, 2), ((64, 128), 2, 2),
+        ((30,), 1, 1), ((200,) * 20, 1, 1), ((500,), 16, 1), ((500,), 8, 2),
+    ],
+)  # fmt: skip
+def test_few_long_documents_are_split_so_that_sixteen_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    rows = torch.zeros(sum(lengths), kv_heads, 16)
+    part = attention_native.Part(rows, rows, rows, None, None, starts, 1.0, None)
+    assert part._splits(len(lengths)) == splits
+
+
+@needs_kernel
+@pytest.mark.parametrize(("held", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])])
+def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_allows(
+    held, sizes, monkeypatch
+):
+    layout, (heads, size) = Layout(6, (3,) * 5, CPU), (2, 16)
+    monkeypatch.setattr(attention_native, "HELD_BYTES", held * 2 * 4 * heads * 6 * size)
+    own, seen = attention_native.calls.attention_backward, []
+
+    def counted(*given, shared, **more):
+        seen.append(tuple(shared.shape))
+        own(*given, shared=shared, **more)
+
+    monkeypatch.setattr(attention_native.calls, "attention_backward", counted)
+    q, k, v = (torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for _ in range(3))
+    packed_attention(q, k, v, layout, scale=0.3).float().sum().backward()
+    assert [shape[1] for shape in seen if shape[4]] == sizes
+
+
+def test_what_lies_in_pairs_is_not_copied():
+    x = torch.zeros(5, 2, 32).bfloat16()
+    for lying in (x, x[1:], x[:, 1:], torch.zeros(5, 2, 40).bfloat16()[..., 2:34]):
+        assert attention_native.aligned(lying) is lying

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import CHATML, tiny_tokenizer
 from veneer.data.examples import Row, RowRef, TrainOn
 from veneer.data.template import ChatTemplate
-from veneer.data.tokens import ControlNames, _difference
+from veneer.data.tokens import ControlNames, TokenFault, _difference
 from veneer.errors import DataError
 
 START, END, PAD = 256, 257, 258
@@ -473,3 +473,15 @@ def test_two_texts_are_shown_twenty_characters_around_where_they_part() -> None:
     other = one[:30] + "A" + one[31:]
     assert _difference(one, other) == f"{one[10:50]!r} comes back as {other[10:50]!r}"
     assert _difference("ab", "abc") == "'ab' comes back as 'abc'"
+
+
+def test_a_name_that_is_typed_is_spelled_in_two_parts_the_first_as_short_as_no_control_token_allows() -> None:
+    tokens = ChatTemplate(merging_tokenizer())._tokens  # it has a token for <|
+    assert tokens._text_of("<|im_end|>") == [*tokens.ids(["<"])[0], *tokens.ids(["|im_end|>"])[0]]
+    tokenizer = merging_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("[x", "[", "~", "ab}", "b}")])
+    tokens = ChatTemplate(tokenizer)._tokens
+    assert tokens._text_of("ab}") == [*tokens.ids(["ab"])[0], *tokens.ids(["}"])[0]]
+    for name in ("~", "[x"):  # of one character; of two, one of which is a control token itself
+        with pytest.raises(TokenFault, match="cannot be written as text"):
+            tokens._text_of(name)

@@ -245,6 +245,15 @@ def test_the_chunked_loss_is_its_reference(softcap, scale, with_bias, rows):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def test_a_head_that_trains_fetches_no_random_state_for_its_chunks(monkeypatch):
+    """Nothing in them is drawn, and on an accelerator to fetch it is to wait."""
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("fetched"))
+    head = Head(torch.randn(41, 6, requires_grad=True))
+    h = torch.randn(200, 6, requires_grad=True)
+    trained_head_loss(h, torch.randint(0, 41, (200,)), head, 200.0).backward()
+    assert head.weight.grad is not None
+
+
 def test_a_dropout_mask_follows_the_document_wherever_it_lies():
     documents, positions = torch.tensor([11, 11, 11, 42, 42]), torch.tensor([0, 1, 2, 0, 1])
     order = torch.tensor([3, 4, 0, 1, 2])

@@ -15,7 +15,7 @@ from tests.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.routing import Routing
-from veneer.data.batching import make_batch
+from veneer.data.batching import make_batch, used_length
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Interrupted
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
@@ -199,8 +199,12 @@ def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(
         "veneer.models.step.make_batch", lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k)
     )
+    monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: 1_234_000_000)
+    said = []
+    monkeypatch.setattr(QuietScreen, "message", lambda self, text: said.append(text))
     made, _ = run(make_job(tmp_path / "a", steps=1, micro_batch=4))
     plan = made._plan(0)
+    assert f"longest batch ok: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB" in said
     costs = [sum(made._lengths[i] for i in rows) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
     monkeypatch.setattr(Loop, "_longest_batch", lambda self: None)

@@ -6,6 +6,7 @@ from torch import nn
 
 from veneer.kernels import rank
 from veneer.kernels.lora import lora_linear, lora_linear_reference
+from veneer.kernels.native import has_bf16
 from veneer.linear import DenseLinear
 
 BF16 = 2**-7  # two roundings of a value near 1
@@ -26,6 +27,20 @@ def test_each_product_is_torchs(rows, width, size):
     expected = y.double() + 2.0 * d.double() @ A.double()
     rank.add_up(y, d, A.T, 2.0)
     near(y, expected)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
+@pytest.mark.parametrize(
+    ("size", "width", "rows", "taken"),
+    [
+        (16, 16, 16, True), (256, 16, 16, True), (48, 144, 17, True),
+        (0, 16, 16, False), (8, 16, 16, False), (24, 16, 16, False), (272, 16, 16, False),
+        (16, 8, 16, False), (16, 24, 16, False), (16, 16, 15, False),
+    ],
+)  # fmt: skip
+def test_a_kernel_takes_ranks_and_widths_that_fill_registers_and_sixteen_rows(size, width, rows, taken):
+    assert rank.is_compiled(size, width, torch.zeros(rows, width).bfloat16()) == taken
+    assert not rank.is_compiled(size, width, torch.zeros(rows, width))
 
 
 def test_a_matrix_at_an_odd_address_is_left_to_torch():

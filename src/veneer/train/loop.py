@@ -119,7 +119,6 @@ class Loop:
                 job.config.optimizer, job.flat, weight_decay=job.config.weight_decay
             )
         self.progress = Progress()
-        self.longest_batch_bytes = 0
         self.device = job.flat.values.device
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
         self.offload = offload_for(self.device, weights) if job.config.offload else None
@@ -254,10 +253,10 @@ class Loop:
         with self._fits(costliest), suppress(DivergedError):
             self._backward(costliest)
         self.job.flat.gradient.zero_()
-        self.longest_batch_bytes = peak_memory_bytes(str(self.device))
+        gigabytes = peak_memory_bytes(str(self.device)) / 1e9
         longest = max(self._lengths[i] for i in costliest)
         self.screen.message(
-            f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {self.longest_batch_bytes / 1e9:.2f} GB"
+            f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
         )
 
     def _fits(self, rows: list[int]) -> AbstractContextManager[None]:
