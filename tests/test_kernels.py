@@ -11,7 +11,7 @@ from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.dora import dora_linear
 from veneer.kernels.dropout import drop_out, drop_out_reference, keep_mask, row_keys
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import Layout, round_up
 from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
 from veneer.kernels.native import level
@@ -71,6 +71,24 @@ def test_what_attention_holds_grows_with_a_row_and_not_with_its_square(options):
     (short_peak, short_kept), (peak, kept) = live_bytes(2048, **options), live_bytes(8192, **options)
     assert kept == 4 * short_kept  # the result
     assert peak < 5 * short_peak
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 5, 40])
+def test_keys_that_no_row_of_a_block_sees_are_not_multiplied(window, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 32)
+    own, seen = attention._Scores.probabilities, []
+
+    def noted(self, q, k, sinks, *, first, **more):
+        seen.append((first, k.shape[1]))
+        return own(self, q, k, sinks, first=first, **more)
+
+    monkeypatch.setattr(attention._Scores, "probabilities", noted)
+    layout = Layout(3, (96,), CPU)
+    rows = torch.randn(99, 1, 4, dtype=torch.float64)
+    packed_attention(rows, rows, rows, layout, scale=1.0, window=window)
+    firsts = [0 if window is None else max(0, 3 + start - window + 1) for start in (0, 32, 64)]
+    widths = [round_up(3 + stop) - first for stop, first in zip((32, 64, 96), firsts, strict=True)]
+    assert seen == [*zip(firsts, widths, strict=True), (0, round_up(3))]
 
 
 @pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (1, 7, 3)], ids=str)

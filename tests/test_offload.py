@@ -109,6 +109,14 @@ def test_layouts_come_back_as_they_were_and_repeated_values_stay():
     assert hooks.pack(torch.zeros(3)).shape == (3,)
 
 
+def test_tensors_leave_from_a_size_on_and_those_of_another_device_stay():
+    hooks = Offload([], moves="cpu")
+    large, small = torch.zeros(512, dtype=torch.uint8), torch.zeros(511, dtype=torch.uint8)
+    assert hooks.pack(large) is not large and hooks.pack(small) is small
+    assert hooks.unpack(small) is small and torch.equal(hooks.unpack(hooks.pack(large)), large)
+    assert Offload([]).pack(large) is large
+
+
 def test_on_a_cpu_it_is_refused_because_it_would_save_nothing():
     with pytest.raises(ConfigError, match="host memory"):
         offload_for(torch.device("cpu"), [])
