@@ -15,7 +15,14 @@ from tokenizers import AddedToken
 from torch import nn
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
-from veneer.bases.fingerprint import SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
+from veneer.bases.fingerprint import (
+    _PROBES,
+    SAMPLES_PER_TENSOR,
+    Fingerprint,
+    _sample,
+    fingerprint,
+    tokenizer_hash,
+)
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule
@@ -210,3 +217,21 @@ def test_a_tokenizer_hash_follows_what_the_tokenizer_does(tmp_path: Path) -> Non
     other_role = tiny_tokenizer()
     other_role.eos_token = "<|endoftext|>"
     assert tokenizer_hash(other_role) != one
+
+
+def test_a_tokenizer_hash_and_a_digest_are_over_sorted_ascii_json() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<ü>", special=True)])
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    probes = [*_PROBES, *(f"a {content} b" for content in sorted(added))]
+    behaviour = {
+        "vocabulary": dict(sorted(tokenizer.get_vocab().items())),
+        "added": dict(sorted(added.items())),
+        "roles": dict(sorted(tokenizer.special_tokens_map.items())),
+        "probes": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in probes],
+    }
+    text = json.dumps(dict(sorted(behaviour.items())), default=str)
+    assert tokenizer_hash(tokenizer) == hashlib.sha256(text.encode("ascii")).hexdigest()
+    one = fingerprint(tiny_model("gpt2"))
+    text = json.dumps(dict(sorted(one.to_dict().items())))
+    assert one.digest == hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -16,7 +16,9 @@ def near(ours, theirs):
     assert (ours.double() - theirs).abs().max() <= BF16 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 31, 96, 130, 600])  # the last: more pairs of rows than one pass takes
+@pytest.mark.parametrize(
+    "rows", [1, 16, 31, 96, 130, 600]
+)  # the last: more pairs of rows than one pass takes
 @pytest.mark.parametrize(("width", "size"), [(16, 16), (80, 16), (144, 48), (64, 8), (70, 16), (48, 256)])
 def test_each_product_is_torchs(rows, width, size):
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
+from veneer.merge.low_rank import cut_factors
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 
@@ -174,3 +175,15 @@ def test_directions_that_the_rows_do_not_have_are_zero_and_more_rows_fill_them()
     both = leading_directions(more, found, rank=4, generator=generator)
     rows = torch.cat([few, more])
     torch.testing.assert_close(both.T @ both, rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_no_start_forms_a_square_of_the_weights_width(monkeypatch):
+    own, seen = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: seen.append(own(*a, **k)) or seen[-1])
+    weight, generator = random(24, 60), torch.Generator().manual_seed(1)
+    pissa_start(weight, rank=3, scaling=2.0, iterations=None, generator=generator)
+    pissa_start(weight, rank=3, scaling=2.0, iterations=1, generator=generator)
+    loftq_start(weight, weight.round(), rank=3, scaling=2.0)
+    cut_factors(random(3, 60), random(24, 3), 2)
+    assert len(seen) == 4
+    assert all(U.shape[-1] == S.shape[-1] == Vh.shape[-2] for U, S, Vh in seen)

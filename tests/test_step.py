@@ -7,20 +7,25 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama import modeling_llama
 
 from tests.helpers import fill, make_examples
 from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.lora import LoRALayer, low_rank_product
+from veneer.adapters.prefix import record_keys
 from veneer.adapters.routing import Routing, TokenKeys
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
+from veneer.decoding.decode import continued
 from veneer.errors import ConfigError
 from veneer.kernels import loss as loss_kernel
 from veneer.kernels.layout import STEP
 from veneer.linear import DenseLinear
+from veneer.models import likelihood
+from veneer.models import step as step_module
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import batch_loss, evaluation_loss, prepare
+from veneer.models.step import batch_loss, evaluation_loss, prepare, whole_logits
 
 CPU = torch.device("cpu")
 UNPACKED = {"bloom": "interface", "falcon": "interface"}
@@ -286,4 +291,34 @@ def test_the_screen_says_which_road_rows_and_logits_take():
     ]
     padded = replace(paths, packed=False, packed_reason="P", head_reason="H")
     assert padded.lines == ["padded rows: P", "whole logits: H"]
-    assert replace(padded, padded_reason="Q").lines[0] == "rows one by one: P; Q"
+    alone = replace(padded, padded_reason="Q")
+    assert alone.lines[0] == "rows one by one: P; Q"
+    examples = make_examples(3)
+    assert alone.together(examples, 0) == [[0], [1], [2]]
+    for together in (paths, padded, replace(paths, padded_reason="Q")):
+        assert together.together(examples, 0) == [[0, 1, 2]]
+
+
+def test_no_cache_is_filled_where_nobody_reads_one(monkeypatch):
+    model = tiny_model("llama")
+    paths = prepare(model)
+    batch = make_batch(make_examples(3), packed=paths.packed, share_prompt=True, device=CPU)
+    monkeypatch.setattr(modeling_llama, "DynamicCache", lambda *a, **k: pytest.fail("a cache was made"))
+    whole_logits(model, batch)
+    continued(model, [[1, 2, 3], [1, 2, 4]], [[5], [6]], 2)
+    record_keys(model.model, torch.arange(5))
+
+
+def test_evaluation_computes_a_prompt_that_rows_share_once(monkeypatch):
+    model, asked = tiny_model("llama"), []
+    for module in (step_module, likelihood):
+        monkeypatch.setattr(
+            module, "make_batch", lambda rows, **more: asked.append(make_batch(rows, **more)) or asked[-1]
+        )
+    paths, examples = prepare(model), make_examples(4)
+    asked.clear()
+    evaluation_loss(model, paths, Routing(), examples, batch=4)
+    likelihood.example_nats(model, paths, examples, batch=4)
+    assert len(asked) == 2
+    for batch in asked:
+        assert batch.computed_tokens < sum(len(e.ids) - 1 for e in examples)
