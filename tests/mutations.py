@@ -88,14 +88,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "formats/matching.py": ("test_store_format.py", "test_store_adapter.py"),
     "files/strict_tensors.py": ("test_store_safe.py",),
     "formats/norms.py": ("test_inside.py",),
-    "kernels/native/attention.c": ("test_attention_native.py",),
-    "kernels/native/rank.c": ("test_rank.py",),
-    "kernels/native/dora.c": ("test_dora.py",),
-    "kernels/native/dropout.c": ("test_native.py", "test_kernels.py"),
-    "kernels/native/fused.c": ("test_fused.py", "test_kernels.py"),
-    "kernels/native/gguf.c": ("test_kernels_gguf.py",),
-    "kernels/native/nf4_dequantize.c": ("test_quant_nf4.py",),
-    "kernels/native/nf4_quantize.c": ("test_quant_nf4.py",),
+    "kernels/native/attention.c": ("test_attention_native.py", "test_native_calls.py"),
+    "kernels/native/rank.c": ("test_rank.py", "test_native_calls.py"),
+    "kernels/native/dora.c": ("test_dora.py", "test_native_calls.py"),
+    "kernels/native/dropout.c": ("test_native.py", "test_kernels.py", "test_native_calls.py"),
+    "kernels/native/fused.c": ("test_fused.py", "test_kernels.py", "test_native_calls.py"),
+    "kernels/native/gguf.c": ("test_kernels_gguf.py", "test_native_calls.py"),
+    "kernels/native/nf4_dequantize.c": ("test_quant_nf4.py", "test_native_calls.py"),
+    "kernels/native/nf4_quantize.c": ("test_quant_nf4.py", "test_native_calls.py"),
     "kernels/native/nf4_product.c": ("test_quant_nf4.py", "test_native_calls.py"),
 }
 """Central modules, and the test files that should notice a change in each."""
@@ -265,10 +265,11 @@ def of_c(file: str, text: str) -> Iterator[Mutation]:
         r"/\*.*?\*/|//[^\n]*|\"[^\"\n]*\"|^#[^\n]*", lambda m: " " * len(m.group()), text, flags=re.S | re.M
     )
     assert text.isascii()  # places are in bytes
-    for same in (r"veneer_parallel\(.*(, [^,]*)\);", r"(?:= |return )([^=;?]+?)( < )([^;?]+?) \? \1 : \3;"):
-        for match in list(re.finditer(same, bare)):  # how many items a thread takes; the smaller of two
-            start, end = match.span(2 if match.lastindex == 3 else 1)
-            bare = bare[:start] + " " * (end - start) + bare[end:]
+    grain = r"veneer_parallel\(.*,(?P<out>[^,]*)\);"  # items that a thread takes at least
+    smaller_or_larger = r"((?!\d)[\w.>-]+(?: - \w+)?)(?P<out> [<>] )(-?[\w.]+) \? (?:\1 : \3|\3 : \1)\b"
+    for match in [*re.finditer(grain, bare), *re.finditer(smaller_or_larger, bare)]:
+        start, end = match.span("out")
+        bare = bare[:start] + " " * (end - start) + bare[end:]
 
     def line(match: re.Match[str]) -> int:
         return text.count("\n", 0, match.start()) + 1

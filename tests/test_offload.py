@@ -4,6 +4,7 @@ On a CPU the hooks are told that "cpu" is the device to leave: the copies are th
 """
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,18 @@ def test_tensors_leave_from_a_size_on_and_those_of_another_device_stay():
     assert hooks.pack(large) is not large and hooks.pack(small) is small
     assert hooks.unpack(small) is small and torch.equal(hooks.unpack(hooks.pack(large)), large)
     assert Offload([]).pack(large) is large
+
+
+@pytest.mark.parametrize(
+    ("own", "to", "pinned"), [("cuda", "cpu", True), ("cpu", "cuda", False), ("cpu", "cpu", False)]
+)
+def test_memory_of_the_host_is_pinned_where_a_gpu_copies_into_it(own, to, pinned, monkeypatch):
+    given = {}
+    there = SimpleNamespace(copy_=lambda tensor, non_blocking: non_blocking)
+    monkeypatch.setattr(torch, "empty_strided", lambda *shape, **more: given.update(more) or there)
+    tensor = SimpleNamespace(shape=(2,), stride=lambda: (1,), dtype=torch.float32, device=torch.device(own))
+    assert offload._copied(tensor, torch.device(to)) is True  # the copy does not wait
+    assert (given["device"].type, given["pin_memory"]) == (to, pinned)
 
 
 def test_on_a_cpu_it_is_refused_because_it_would_save_nothing():
