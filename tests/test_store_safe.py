@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFileError
+from veneer.files import strict_tensors
 from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.files.strict_json import read_json, read_model_json
 from veneer.files.strict_tensors import MAX_HEADER_BYTES, read_header, read_tensors
@@ -110,6 +111,47 @@ def test_a_header_longer_than_the_limit_is_refused_unread(read):
         read(struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{")
     with pytest.raises(UnsafeFileError, match="the limit is"):
         read(struct.pack("<Q", 2**64 - 1) + b"{")
+
+
+def test_what_lies_exactly_at_a_limit_is_read(read, monkeypatch):
+    one = file_of({"a" * 500: entry(shape=[1] * 8)}, struct.pack("<f", 2.5))
+    assert read(one)["a" * 500].shape == (1,) * 8
+    three = file_of({name: entry(begin=4 * n, end=4 * n + 4) for n, name in enumerate("abc")}, bytes(12))
+    (header_bytes,) = struct.unpack("<Q", three[:8])
+    for name, limit in (("MAX_TENSORS", 3), ("MAX_HEADER_BYTES", header_bytes)):
+        monkeypatch.setattr(strict_tensors, name, limit)
+        assert list(read(three)) == ["a", "b", "c"]
+        monkeypatch.setattr(strict_tensors, name, limit - 1)
+        with pytest.raises(UnsafeFileError, match="the limit is"):
+            read(three)
+        monkeypatch.setattr(strict_tensors, name, limit)
+
+
+def test_values_at_offsets_that_are_no_multiple_of_their_size_are_read(read):
+    halves = struct.pack("<e", 1.5), struct.pack("<f", 2.5), struct.pack("<d", 3.5)
+    header = {"a": entry("F16", end=2), "b": entry(begin=2, end=6), "c": entry("F64", begin=6, end=14)}
+    assert [float(t) for t in read(file_of(header, b"".join(halves))).values()] == [1.5, 2.5, 3.5]
+
+
+def test_where_faults_are_is_said_in_bytes(read):
+    header = {"a": entry(), "b": entry(begin=2, end=6), "c": entry(begin=9, end=13)}
+    with pytest.raises(CorruptFileError) as caught:
+        read(file_of(header, bytes(13)))
+    assert caught.value.faults == [
+        "b: begins at 2, expected 4: overlaps the one before it",
+        "c: begins at 9, expected 6: leaves a hole before it",
+    ]
+    with pytest.raises(CorruptFileError) as caught:
+        read(file_of({"a": entry()}, bytes(7)))
+    assert caught.value.faults == ["the tensors end at byte 4 of the data, the file at 7"]
+    with pytest.raises(CorruptFileError, match="has 7 bytes: too short"):
+        read(bytes(7))
+    with pytest.raises(UnsafeFileError) as caught:
+        read(file_of({"/" + "a" * 100: entry(), "b": 1}, bytes(4)))
+    assert caught.value.faults == [
+        f"{'/' + 'a' * 79!r} is not a name of a tensor",
+        "b: not {dtype, shape, data_offsets}",
+    ]
 
 
 def test_every_fault_of_a_file_is_told_at_once(read):
