@@ -1,5 +1,6 @@
 """Decisions about the whole project, held: public names, file sizes, and what must never stand in the source."""
 
+import ast
 import json
 import re
 import subprocess
@@ -116,6 +117,65 @@ def test_the_source_never_runs_what_a_stranger_wrote(what):
 def test_the_search_would_find_each(what, line):
     assert re.search(BANNED[what], line)
     assert not re.search(BANNED[what], "model.eval(); re.exec_module; yaml.safe_load(text); retrieval(x)")
+
+
+# What a weight format means is declared in quant/config.py and read there: nobody compares its name.
+ROOMS_OF_FORMATS = ("quant",)
+
+
+def compared(source: str) -> list[tuple[int, object]]:
+    """(line, text) of every text that something is compared with: ==, in a list, a case, the beginning or end of one.
+
+    A text that is looked for within another is no comparison.
+    """
+    found: list[ast.expr] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            within = isinstance(node.ops[0], ast.In | ast.NotIn)
+            found += [*([] if within else [node.left]), *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            found.append(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            found += node.args if node.func.attr in ("startswith", "endswith") else []
+    flat = [
+        each
+        for operand in found
+        for each in (operand.elts if isinstance(operand, ast.Tuple | ast.List | ast.Set) else [operand])
+    ]
+    return [(each.lineno, each.value) for each in flat if isinstance(each, ast.Constant)]
+
+
+def outside(rooms: tuple[str, ...]) -> list[Path]:
+    source = ROOT / "src" / "veneer"
+    return [path for path in SOURCES if not path.relative_to(source).as_posix().startswith(rooms)]
+
+
+def test_nobody_asks_which_weight_format_it_is():
+    from veneer.quant.config import FORMATS
+
+    found = [
+        f"{names(path)}:{line} {text!r}"
+        for path in outside(ROOMS_OF_FORMATS)
+        for line, text in compared(path.read_text())
+        if text in FORMATS
+    ]
+    assert not found, "declare it in quant/config.py"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'x == "nf4"',
+        '"nf4" != x',
+        'x in ("fp4", "nf4")',
+        'x not in ["nf4"]',
+        'x.startswith("nf4")',
+        "match x:\n    case 'nf4': pass",
+    ],
+)
+def test_a_comparison_would_be_found(line):
+    assert "nf4" in [text for _, text in compared(line)]
+    assert not compared('found["nf4"]; "nf4" in text; f(x="nf4"); x = "nf4"')
 
 
 def test_every_module_imports_alone():

@@ -5,6 +5,7 @@ import pytest
 from veneer.bases.builders import builder_for
 from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
+from veneer.quant.config import DENSE, FORMATS, weight_format
 from veneer.train.config import RunConfig
 
 NEEDED = {"base": "b", "data": "rows.jsonl", "out": "out"}
@@ -32,3 +33,19 @@ def test_full_fine_tuning_of_packed_weights_is_refused():
 def test_an_unknown_format_is_refused_before_anything_is_read():
     with pytest.raises(ConfigError, match="int3"):
         builder_for("int3")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_builder_and_keeps_what_it_declares(name):
+    declared = weight_format(name)
+    assert builder_for(name) is not None
+    if declared.keeps_dense:
+        assert builder_for(name, ["lm_head"]) is not None
+    else:
+        with pytest.raises(ConfigError, match="keep_dense means nothing"):
+            builder_for(name, ["lm_head"])
+
+
+def test_what_no_format_declares_a_dense_base_is():
+    assert weight_format(None) == DENSE
+    assert builder_for(None) is None

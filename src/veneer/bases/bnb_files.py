@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.bases.tensor_files import StoredTensor
 from veneer.errors import CorruptFileError
 from veneer.kernels.nf4 import Nested
-from veneer.quant.nf4 import BLOCK_SIZES, BookName, Packed
+from veneer.quant.nf4 import BLOCK_SIZES, BOOKS, BookName, Packed
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -142,7 +142,7 @@ def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTenso
     if wrong:
         return wrong
     shape, block, offset = state["shape"], state["blocksize"], state.get("nested_offset", 0.0)
-    if book not in ("nf4", "fp4") or state["quant_type"] != book:
+    if book not in BOOKS or state["quant_type"] != book:
         wrong.append(f"quant_type {state['quant_type']!r} under {book!r}")
     if type(block) is not int or block not in BLOCK_SIZES:
         wrong.append(f"block size {block!r}")

@@ -2,7 +2,7 @@
 
 A builder turns a folder that is found and checked into a model whose linear layers hold their weights in that
 format: modules that are their own `FrozenLinear` (linear.py), so that no method knows which format it trains over.
-A new format adds its builder to BUILDERS; `load_base` calls nothing else.
+A new format says in quant/config.py what it is, and adds its builder to BUILDERS; `load_base` calls nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veneer.bases import gguf_blocks
 from veneer.bases.sources import Found
 from veneer.bases.streaming import build_packed
 from veneer.errors import ConfigError
-from veneer.quant.config import Quantize
+from veneer.quant.config import Quantize, formats_that, weight_format
 
 Builder = Callable[[Found, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]
 """(found, its checked config, dtype of what is not packed and of the products, device) -> the model there."""
@@ -32,18 +32,12 @@ BUILDERS: Mapping[Quantize, Builder] = {
 
 def builder_for(quantize: Quantize | None, keep_dense: Sequence[str] = ()) -> Builder | None:
     """None: dense. Raises ConfigError for a format that cannot be loaded, or one in which nothing can stay dense."""
-    if keep_dense and quantize not in ("nf4", "fp4"):
+    if not weight_format(quantize).keeps_dense and keep_dense:
         raise ConfigError(
             f"keep_dense means nothing with quantize {quantize}: {', '.join(keep_dense)}",
-            next_step="It leaves modules out of quantize nf4 and fp4.",
+            next_step=f"It leaves modules out of quantize {' and '.join(formats_that('keeps_dense'))}.",
         )
     if quantize is None:
         return None
-    known: Mapping[Any, Builder] = BUILDERS
-    if quantize not in known:
-        raise ConfigError(
-            f"a base cannot be loaded as {quantize!r}",
-            next_step=f"One of {', '.join(BUILDERS)}; or leave it out." if BUILDERS else "Leave it out.",
-        )
-    found: Any = known[quantize]
+    found: Any = BUILDERS[quantize]
     return partial(found, keep_dense=tuple(keep_dense)) if keep_dense else found

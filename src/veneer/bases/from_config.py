@@ -27,6 +27,7 @@ from veneer.bases.sources import (
     HUB_PATIENCE_SECONDS,
     NAMED,
     HubUnreachableError,
+    gguf_file,
     weight_files,
     within,
 )
@@ -62,9 +63,9 @@ def blueprint(source: str) -> Blueprint:
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():
         return _from_folder(source, path)
-    if path.is_file() and path.suffix == ".gguf":
+    if (file := gguf_file(source)) is not None and file.is_file():
         with quiet():
-            config, dtype = header_config(path)
+            config, dtype = header_config(file)
         return Blueprint(source, config, dtype)
     if (fields := shape_of(source)) is not None:
         return Blueprint(source, config_from(fields), DTYPES[fields["dtype"]])

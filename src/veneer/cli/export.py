@@ -30,12 +30,15 @@ from veneer.wording import size
 if TYPE_CHECKING:
     from veneer.merge.gguf_model import GGUFReport
 
+ONE_FILE = ("gguf",)
+"""Targets that are one file, in a type of its own, and a whole model where it is merged; the others are folders."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
     )
-    parser.add_argument("--to", required=True, choices=["peft", "vllm", "gguf"])
+    parser.add_argument("--to", required=True, choices=["peft", "vllm", *ONE_FILE])
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="folder (gguf: file) to write; it must not exist"
     )
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     faults = []
-    if args.to != "gguf":
+    if args.to not in ONE_FILE:
         faults += ["--merged: a merged folder is made by veneer merge"] if args.merged else []
         faults += [f"--type {args.type}: only .gguf files have one"] if args.type else []
     elif args.type == ("f32" if args.merged else "q8_0"):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, RANK, ROWS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.errors import ConfigError
+from veneer.quant.config import FORMATS
 from veneer.wording import clock, folded, millions, number, shown, size
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", default="lora", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
     )
     parser.add_argument("--rank", type=RANK, metavar="R", help="rank of lora; alpha becomes twice that")
-    parser.add_argument("--quantize", choices=["nf4", "fp4", "gguf"], help="hold the base in 4 bits")
+    parser.add_argument("--quantize", choices=FORMATS, help="hold the base in 4 bits")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument(
         "--batch", type=ROWS, default=8, metavar="N", help="rows per optimizer step; default: 8"

@@ -15,13 +15,17 @@ import argparse
 from dataclasses import asdict
 
 from veneer.cli.common import add_json, as_stored, make_console, print_json
+from veneer.quant.config import FOUR_BITS, formats_that
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="B", help="hub id, folder or named default")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     parser.add_argument(
-        "--quantize", choices=["nf4", "fp4"], default="nf4", help="the code book; default: nf4"
+        "--quantize",
+        choices=formats_that("writes_folder"),
+        default=FOUR_BITS,
+        help=f"the code book; default: {FOUR_BITS}",
     )
     parser.add_argument(
         "--keep-dense",

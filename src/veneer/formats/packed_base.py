@@ -17,6 +17,7 @@ from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_folder
 from veneer.linear import PackedModule
 from veneer.models.base import Base
+from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.quant.nf4_linear import NF4Experts, NF4Linear
 
 
@@ -31,10 +32,10 @@ class WrittenBase:
 
 def write_packed(base: Base, folder: str | Path) -> WrittenBase:
     """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError: the disk is full."""
-    if base.quantize not in ("nf4", "fp4"):
+    if not weight_format(base.quantize).writes_folder:
         raise ConfigError(
             f"{base.source} is not held in 4 bits: there is nothing to write in this layout",
-            next_step="Load it with quantize nf4.",
+            next_step=f"Load it with quantize {FOUR_BITS}.",
         )
     tensors = _tensors(base.model)
     size = sum(t.numel() * t.element_size() for t in tensors.values())

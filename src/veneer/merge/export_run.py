@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from veneer.bases.sources import gguf_file
 from veneer.bases.without_weights import load_skeleton
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_file
@@ -55,8 +56,7 @@ def export_merged_gguf(
         loaded, acting = opened.base, opened.acting
     else:
         loaded, acting = load_base(base, dtype="stored", device="cpu", quantize=quantize), []
-    source = Path(loaded.source).expanduser() if loaded.source.endswith(".gguf") else None
-    return write_gguf_model(loaded, acting, out, type=type, source_file=source)
+    return write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source))
 
 
 def lint_adapter(folder: str | Path, consumer: Consumer, *, base: str) -> list[Finding]:
@@ -65,7 +65,7 @@ def lint_adapter(folder: str | Path, consumer: Consumer, *, base: str) -> list[F
 
 
 def _named_gguf(out: str | Path) -> None:
-    if Path(out).suffix != ".gguf":
+    if gguf_file(str(out)) is None:
         raise ConfigError(
             f"{out} is to be a file called ….gguf", next_step=f"Give --out {Path(out).with_suffix('.gguf')}."
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from veneer.bases.gguf import read_header
+from veneer.bases.sources import gguf_file
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.errors import ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
@@ -23,7 +24,7 @@ from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
 from veneer.models.base import Base
 from veneer.models.load import load_base
-from veneer.quant.config import Quantize
+from veneer.quant.config import Quantize, weight_format
 
 Into = Literal["original", "dequantised"]
 
@@ -123,9 +124,8 @@ def refuse_unclear(
 
     quantize: how the base is held; loaded: that is certain, a folder may hold packed weights by itself.
     """
-    from_file = quantize == "gguf" or (
-        base.endswith(".gguf") and read_header(Path(base).expanduser()).quantised
-    )
+    file = gguf_file(base)
+    from_file = weight_format(quantize).from_gguf or (file is not None and read_header(file).quantised)
     packed = from_file or quantize is not None
     faults = []
     if packed and into is None:

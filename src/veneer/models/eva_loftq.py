@@ -24,6 +24,7 @@ from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.base import Base
+from veneer.quant.config import FOUR_BITS, weight_format
 
 EVA_TOKENS = 4096
 """Tokens of the training rows that are looked at: the directions hardly move after that."""
@@ -35,9 +36,11 @@ def informed_faults(config: AdapterConfig, base: Base, examples: Sequence[Exampl
         return []
     if config.init == "eva" and not examples:
         return ["init eva starts from training rows, and there are none: train with it, or take another init"]
-    if config.init == "loftq" and base.quantize not in ("nf4", "fp4"):
+    if config.init == "loftq" and not weight_format(base.quantize).has_original:
         held = "dense" if base.quantize is None else base.quantize
-        return [f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize: nf4"]
+        return [
+            f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize: {FOUR_BITS}"
+        ]
     return []
 
 

@@ -33,7 +33,7 @@ from veneer.bases.tokenizer import check_vocabulary, read_tokenizer
 from veneer.bases.widen import widen
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.models.base import Base
-from veneer.quant.config import Quantize
+from veneer.quant.config import Quantize, weight_format
 from veneer.quant.nf4 import BookName
 
 
@@ -78,7 +78,7 @@ def load_base(
         config = checked_config(found.folder)
         tokenizer = read_tokenizer(found.folder)
         with _explained(found, compute.held, sum(stored.values())):
-            if quantize != "gguf":
+            if not weight_format(quantize).from_gguf:
                 check_size(found.folder, config, stored, len(tensors))
             read_as = compute.stored if compute.widens else compute.held
             if build is not None:
@@ -120,9 +120,10 @@ def _files(
     source: str, quantize: Quantize | None
 ) -> tuple[Found, dict[str, StoredTensor], tuple[BookName, torch.dtype] | None]:
     """Where the base is, what its files hold, and of weights that are packed in them the code book and the type before."""
-    found = locate_blocks(source) if quantize == "gguf" else locate(source)
+    blocks = weight_format(quantize).from_gguf
+    found = locate_blocks(source) if blocks else locate(source)
     tensors = stored_tensors(weight_files(found.folder))
-    return found, tensors, None if quantize == "gguf" else stored_book(found.folder, tensors)
+    return found, tensors, None if blocks else stored_book(found.folder, tensors)
 
 
 @contextmanager

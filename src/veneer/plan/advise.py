@@ -11,6 +11,7 @@ from typing import Literal
 
 from veneer.adapters.config import Full, LoRA, MethodConfig, Prefix
 from veneer.plan.planner import Choice
+from veneer.quant.config import FOUR_BITS
 
 Kind = Literal["style", "format", "task", "instructions", "knowledge"]
 
@@ -87,7 +88,7 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
         )
         chosen = plain
     if not fits(chosen):
-        packed = replace(chosen, quantize="nf4")
+        packed = replace(chosen, quantize=FOUR_BITS)
         if fits(packed) or choice.quantize is None:
             reasons.append(
                 "The base does not fit in 16 bits: held in 4 (NF4), 4.1 bits a weight; MMLU stays (53.1 against 53.0;"

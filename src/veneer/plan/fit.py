@@ -15,6 +15,7 @@ import torch
 from veneer.adapters.config import Full, LoRA
 from veneer.bases.compute import choose
 from veneer.plan.planner import Choice, Planner
+from veneer.quant.config import FOUR_BITS
 from veneer.wording import size
 
 MOST_ROWS = 256
@@ -200,7 +201,7 @@ def _offload(planner: Planner, choice: Choice) -> Change | None:
 def _four_bits(planner: Planner, choice: Choice) -> Change | None:
     if choice.quantize is not None or isinstance(choice.method, Full):
         return None
-    return Change("quantize=nf4", "the base in 4 bits", replace(choice, quantize="nf4"))
+    return Change(f"quantize={FOUR_BITS}", "the base in 4 bits", replace(choice, quantize=FOUR_BITS))
 
 
 def _bfloat16(planner: Planner, choice: Choice) -> Change | None:

@@ -28,7 +28,7 @@ from veneer.plan.estimate import (
     synthetic_rows,
 )
 from veneer.plan.machine import Machine
-from veneer.quant.config import Quantize
+from veneer.quant.config import Quantize, weight_format
 from veneer.train.config import OptimizerName, RunConfig
 
 SAMPLE_SIZES = 2
@@ -64,7 +64,7 @@ class Choice:
     @property
     def label(self) -> str:
         """qlora for lora over 4 bits, as the command line calls it."""
-        return f"q{self.method.name}" if self.quantize in ("nf4", "fp4") else self.method.name
+        return weight_format(self.quantize).before_method + self.method.name
 
 
 def choice_of(config: RunConfig) -> Choice:

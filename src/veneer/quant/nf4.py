@@ -39,6 +39,8 @@ _FP4 = (
     "80000000 BBAAAAAB BF2AAAAB BF800000 BEAAAAAB BF000000 BE2AAAAB BE800000"
 )
 
+BOOKS: dict[BookName, str] = {"nf4": _NF4, "fp4": _FP4}
+
 
 def _floats(bits: str) -> Tensor:
     words = bytes.fromhex("".join(bits.split()))
@@ -57,7 +59,7 @@ class CodeBook:
 
 @cache
 def code_book(name: BookName) -> CodeBook:
-    values = _floats(_NF4 if name == "nf4" else _FP4)
+    values = _floats(BOOKS[name])
     order = torch.argsort(values, stable=True)  # the identity for NF4
     ascending = values[order]
     return CodeBook(name, values, (ascending[:-1] + ascending[1:]) / 2, order.to(torch.int32))
