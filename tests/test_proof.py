@@ -258,3 +258,23 @@ def test_windows_of_the_copy_act_within_a_short_text(kind):
         )
     assert torch.allclose(short[:, : structure.WINDOW - 1], long[:, : structure.WINDOW - 1], atol=1e-4)
     assert not torch.allclose(short[:, 20:], long[:, 20:], atol=1e-2)
+
+
+def test_a_model_whose_cache_transformers_builds_wrongly_answers_without_one():
+    """Blenderbot's decoder has more layers than its cache: transformers' loop stops at the second token."""
+    kind = {
+        "encoder_layers": 1,
+        "num_hidden_layers": 1,
+        "decoder_layers": 2,
+        "d_model": 32,
+        "decoder_ffn_dim": 48,
+    }
+    model = made("blenderbot", is_decoder=True, is_encoder_decoder=False, **kind)
+    model.generation_config = GenerationConfig(eos_token_id=257)
+    assert "does not take a cache" in loops(model).cached and loops(tiny_model("bloom")).cached is None
+    (found,) = generate(based(model), [PROMPTS[1]], max_new_tokens=5)
+    ids = list(PROMPTS[1])
+    for token in found:
+        assert token == int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        ids.append(token)
+    assert found

@@ -196,7 +196,7 @@ class _Tokens(BaseStreamer):
 def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
     """transformers' own loop, the prompts of a group at once, padded on the left to the longest of them."""
     base, draw = asked.base, asked.draw
-    pad = _padding(base, asked.stops)
+    pad, cached = _padding(base, asked.stops), loops(base.model).cached is None
     sampling = {} if draw is None else {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(0 if draw is None else draw.seed % 2**63)
@@ -205,7 +205,7 @@ def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
                 torch.manual_seed(draw.of_row(rows[0]))
             settings = GenerationConfig(
                 max_new_tokens=asked.limits[rows[0]], do_sample=bool(sampling), eos_token_id=asked.stops or None,
-                pad_token_id=pad, use_cache=True, **sampling,
+                pad_token_id=pad, use_cache=cached, **sampling,
             )  # fmt: skip
             longest = max(len(asked.prompts[i]) for i in rows)
             ids = torch.full((len(rows), longest), pad)

@@ -2,6 +2,7 @@
 
     packed    our own loop gives the logits of whole texts (decoding/decode.py)
     beside    transformers' loop over prompts padded on the left gives what each gives alone
+    cached    that loop over one prompt, with a cache, gives the logits of whole texts; else it does without
 
 First on a small copy of the model's structure (models/structure.py), once in a process for a config; our own then once
 more on the model itself, before any adapter is attached. What is not proven goes prompt by prompt through transformers.
@@ -31,6 +32,7 @@ class Loops:
 
     packed: str | None
     beside: str | None
+    cached: str | None
 
 
 _KNOWN: dict[str, Loops] = {}
@@ -51,9 +53,9 @@ def _prove(model: PreTrainedModel, not_packed: str | None) -> Loops:
         copy = small_copy(type(model), model.config)
     except NoCopyError as fault:
         reason = str(fault).splitlines()[0]
-        return Loops(reason, reason)
-    beside = _beside(copy)
-    return Loops(not_packed or _decoding(copy), beside)
+        return Loops(reason, reason, None)
+    beside, cached = _beside(copy), _cached(copy)
+    return Loops(not_packed or _decoding(copy), beside, cached)
 
 
 def _decoding(model: PreTrainedModel) -> str | None:
@@ -87,8 +89,24 @@ def _beside(model: PreTrainedModel) -> str | None:
     return tried(model, "prompts padded on the left", run)
 
 
+def _cached(model: PreTrainedModel) -> str | None:
+    """transformers' own loop over one prompt, against its whole answer read at once."""
+    text = sample_texts(model)[0][:13]
+
+    def run() -> float:
+        found = _answered(model, [text], 9)
+        whole = logits_alone(model, found.sequences[0].tolist())
+        return apart(torch.stack(found.logits)[:, 0], whole[len(text) - 1 : -1])
+
+    return tried(model, "a cache", run)
+
+
 def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
     """(new, B, V): the logits of a greedy answer by transformers' loop."""
+    return torch.stack(_answered(model, texts, new).logits)
+
+
+def _answered(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
     forget_lengths(model)
     longest = max(map(len, texts))
     ids = torch.tensor([[*[0] * (longest - len(t)), *t] for t in texts])
@@ -98,7 +116,7 @@ def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> T
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     run: Any = model.generate
-    return torch.stack(run(ids, attention_mask=mask, generation_config=settings).logits)
+    return run(ids, attention_mask=mask, generation_config=settings)
 
 
 @torch.no_grad()
