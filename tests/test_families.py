@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.families import PAGE, SAMPLE, measure, rows_of
+from tests.families import SAMPLE, measure, names
+from tests.families_declared import DECLARED, NOT_COMPARED
+from tests.families_page import LIMITS, PAGE, Result, rows_of
 
 pytest.importorskip("peft")
 
@@ -12,3 +14,34 @@ def test_a_family_agrees_with_transformers_and_peft(name):
     found = measure(name)
     assert found.built is None and not found.wrong
     assert rows_of(PAGE.read_text())[name] == found.row, f"python -m tests.families '{name}' writes it anew"
+
+
+def test_the_page_says_yes_or_what_is_declared_and_nothing_else():
+    rows = rows_of(PAGE.read_text())
+    assert rows.keys() == set(names()) and DECLARED.keys() | NOT_COMPARED.keys() <= rows.keys()
+    for name, row in rows.items():
+        if name in NOT_COMPARED:
+            assert row == f"- {name}: {NOT_COMPARED[name]}"
+            continue
+        cells = dict(zip(LIMITS, row.removesuffix(" |").split(" | ")[2:], strict=True))
+        assert cells == {cell: DECLARED.get(name, {}).get(cell, "yes") for cell in LIMITS}, name
+
+
+def test_a_cell_is_a_fault_unless_it_agrees_or_is_refused_as_declared():
+    cells = {
+        "loss": 0.0,
+        "gradient": 0.0,
+        "to PEFT": "not in PEFT: so",
+        "from PEFT": "not in PEFT: so",
+        "answers": 0.0,
+    }
+    assert not Result("mamba", cells=cells).wrong and Result("llama", cells=cells).wrong
+    for cell, value in (
+        ("to PEFT", 0.0),
+        ("to PEFT", 0.5),
+        ("to PEFT", "FAULT"),
+        ("answers", 0.5),
+        ("loss", "refused: so"),
+    ):
+        assert Result("mamba", cells={**cells, cell: value}).wrong, (cell, value)
+    assert Result("llama", built="not built").wrong and not Result("xlnet", built="not built").wrong
