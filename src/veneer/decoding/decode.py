@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from veneer.kernels.layout import Layout, round_up
 from veneer.models.attention import Traced, unused_mask
 from veneer.models.cache import Cache, CachedStep
+from veneer.models.switches import forget_lengths
 
 ROWS = 64
 """Rows decoded together. A step reads every weight once, whatever the rows."""
@@ -31,6 +32,28 @@ CACHE_TOKENS = 65536
 
 Choose = Callable[[Tensor, Sequence[int]], list[int]]
 """(logits (B, V), the prompts' numbers (B)) -> a token for each row."""
+
+
+@torch.no_grad()
+def decode_rereading(
+    model: PreTrainedModel, prompt: Sequence[int], *, stops: set[int], max_new_tokens: int, choose: Callable[[Tensor], int],
+    on_token: Callable[[int], None] | None = None,
+) -> list[int]:  # fmt: skip
+    """New ids for one prompt, the stop token left out; the whole text is read for every token, as in training.
+
+    choose: from the logits (1, V) of the next token. on_token: called with each new id, the stop token included.
+    """
+    ids, new = list(prompt), 0
+    while new < max_new_tokens:
+        forget_lengths(model)
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[:, -1]
+        token, new = choose(logits), new + 1
+        if on_token is not None:
+            on_token(token)
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
 
 
 def greedy(logits: Tensor, _: Sequence[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Answers: token ids in, token ids out, many rows at once with a cache.
 
 Says what stops an answer, how tokens are drawn, and which loop decodes: our own (decoding/decode.py) where it is
-proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one. Prompts
-whose answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
+proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one; where even
+that is not what the model gives on whole texts, the whole text is read for every token. Prompts whose answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
 transformers' loop one by one. Knows nothing of chats or templates.
 """
 
@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
-from veneer.decoding.decode import Choose, decode, greedy
+from veneer.decoding.decode import Choose, decode, decode_rereading, greedy
 from veneer.decoding.proof import loops, prove_decoding
 from veneer.errors import ConfigError
 from veneer.models.base import Base
@@ -72,6 +72,9 @@ def generate(
         on_token if len(prompts) == 1 else None, on_done,
     )  # fmt: skip
     packed = _decodes_packed(base)
+    if not packed and loops(base.model).cached is not None:
+        _by_rereading(asked)
+        return asked.answers
     plain, crossing = _by_switch(asked)
     if packed and plain:
         _by_our_loop(asked, plain)
@@ -146,6 +149,16 @@ def _by_our_loop(asked: _Asked, numbers: Sequence[int]) -> None:
         asked.answers[number] = answer
 
 
+def _by_rereading(asked: _Asked) -> None:
+    for number, prompt in enumerate(asked.prompts):
+        choose = greedy if asked.draw is None else _sampler([number], asked.draw)
+        asked.answers[number] = decode_rereading(
+            asked.base.model, prompt, stops=set(asked.stops), max_new_tokens=asked.limits[number],
+            choose=lambda logits, choose=choose: choose(logits, [0])[0], on_token=asked.on_token,  # type: ignore[misc]
+        )  # fmt: skip
+        asked.finished(1)
+
+
 def _decodes_packed(base: Base) -> bool:
     """Whether our own loop is proven on this base: with no adapter acting, once."""
     if base.decodes_packed is None:
@@ -196,7 +209,7 @@ class _Tokens(BaseStreamer):
 def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
     """transformers' own loop, the prompts of a group at once, padded on the left to the longest of them."""
     base, draw = asked.base, asked.draw
-    pad, cached = _padding(base, asked.stops), loops(base.model).cached is None
+    pad = _padding(base, asked.stops)
     sampling = {} if draw is None else {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(0 if draw is None else draw.seed % 2**63)
@@ -205,7 +218,7 @@ def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
                 torch.manual_seed(draw.of_row(rows[0]))
             settings = GenerationConfig(
                 max_new_tokens=asked.limits[rows[0]], do_sample=bool(sampling), eos_token_id=asked.stops or None,
-                pad_token_id=pad, use_cache=cached, **sampling,
+                pad_token_id=pad, use_cache=True, **sampling,
             )  # fmt: skip
             longest = max(len(asked.prompts[i]) for i in rows)
             ids = torch.full((len(rows), longest), pad)

@@ -2,7 +2,8 @@
 
     packed    our own loop gives the logits of whole texts (decoding/decode.py)
     beside    transformers' loop over prompts padded on the left gives what each gives alone
-    cached    that loop over one prompt, with a cache, gives the logits of whole texts; else it does without
+    cached    that loop over one prompt gives the logits of whole texts: some caches are built wrongly, and RoBERTa's
+              positions begin elsewhere; else the whole text is read for every token
 
 First on a small copy of the model's structure (models/structure.py), once in a process for a config; our own then once
 more on the model itself, before any adapter is attached. What is not proven goes prompt by prompt through transformers.
@@ -113,7 +114,7 @@ def _answered(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
     mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts])
     settings = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True,
-        output_logits=True, return_dict_in_generate=True,
+        suppress_tokens=[0, 1, 2, 3], output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     run: Any = model.generate
     return run(ids, attention_mask=mask, generation_config=settings)
