@@ -16,6 +16,11 @@ DECLARED: dict[str, dict[str, str]] = {
     **{key: {"to PEFT": _RENAMES} for key in ("inkling2_loop_text", "inkling2_text", "laguna")},
     **{key: {"from PEFT": _TUPLES} for key in ("llama4", "llama4_text", "phimoe", "phimoe, window")},
     **{key: {"answers": _STOPS} for key in ("blenderbot", "dory")},
+    **{
+        key: {"answers": "as the model reads a whole text; transformers' own loop tells it other positions"}
+        for key in ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+    },
+    "olmoe, window": {"answers": "as the model reads a whole text; transformers' cache obeys a window that its masks ignore"},
     "hrm_text": {"answers": _STOPS + " (in the small model, which has fewer layers than its cycles count)"},
     **{key: {"answers": _OTHERWISE} for key in ("moshi", "phi4_multimodal")},
     "deepseek_v4": {"from PEFT": "PEFT's all-linear takes a grouped projection for a linear layer: its forward stops"},
