@@ -14,12 +14,13 @@ from tests.test_combine import EXACT, SETTINGS, assert_equal_updates, changes, m
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.tiny_gguf import with_merges
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.merge.export_run import export_adapter, export_merged_gguf, lint_adapter
 from veneer.merge.gguf_names import names_of
 from veneer.merge.gguf_tokenizer import word_rule
+from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 
 
@@ -285,3 +286,47 @@ def test_lint_tells_what_each_consumer_would_get_wrong(consumer, fields, said, u
     assert len(told) == len(said) or (said and len(told) >= len(said))
     assert all(any(part in line for line in told) for part in said)
     assert all(finding.mended for finding in findings)
+
+
+METHODS = {
+    "dora": DoRA(rank=2),
+    "prefix": Prefix(tokens=3),
+    "prefix of layer 0": Prefix(tokens=3, layers=[0]),
+    "bottleneck": Bottleneck(size=4),
+    "lora_bias": LoRA(rank=2, lora_bias=True),
+}
+
+
+def make_of(method, place, base):
+    held = load_base(str(base))
+    made = begin(held, method, name="x").attachment
+    write_adapter(place, made, manifest_for(held, method=method.name), model=held.model)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("method", "reads", "says"),
+    [
+        ("dora", ["peft"], "magnitudes"),
+        ("prefix", ["peft"], "load_adapter"),
+        ("prefix of layer 0", [], "no layout"),
+        ("bottleneck", [], "no layout"),
+        ("lora_bias", ["peft"], "no product of two factors"),
+    ],
+)
+def test_lint_tells_who_reads_a_method_that_is_more_than_two_factors(method, reads, says, untied, tmp_path):
+    adapter = make_of(METHODS[method], tmp_path / "a", untied)
+    found = {
+        consumer: lint_adapter(adapter, consumer, base=untied)
+        for consumer in ("vllm", "llamacpp", "transformers", "peft")
+    }
+    assert [consumer for consumer, findings in found.items() if not findings] == reads
+    assert says in found["transformers"][0].what
+    assert all(finding.mended for findings in found.values() for finding in findings)
+
+
+@pytest.mark.parametrize("consumer", ["peft", "transformers", "vllm", "llamacpp"])
+def test_lint_tells_that_an_adapter_is_another_bases(consumer, folders, untied, tmp_path):
+    adapter = make(tmp_path / "a", untied, {"rank": 2}, seed=1)
+    (finding,) = lint_adapter(adapter, consumer, base=str(folders["gpt2"]))
+    assert "does not fit" in finding.what and not finding.silent

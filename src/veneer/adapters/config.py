@@ -4,7 +4,7 @@ Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arX
 arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li and Liang 2021, arXiv:2101.00190.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,7 @@ USUAL_WIDTH = 2000
 class MethodConfig(BaseModel):
     """What every method declares, beside its settings.
 
+    trains_base            it trains the base's own weights, which must be dense; its result is a model, not an adapter
     folds                  its update can be added into the base's dense weights
     instead_of_folding     what to do where it cannot: the end of an error message
     usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names none
@@ -27,6 +28,7 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    trains_base: ClassVar[bool] = False
     folds: ClassVar[bool] = True
     instead_of_folding: ClassVar[str] = ""
     usual_rate: ClassVar[float]
@@ -54,6 +56,20 @@ class MethodConfig(BaseModel):
     def drops_out(self) -> bool:
         """Whether training draws masks: every row then wants masks of its own."""
         return False
+
+    @property
+    def two_factors(self) -> bool:
+        """Whether what it adds at a place is scaling * B A and nothing else: others then take it apart and write it anew."""
+        return False
+
+    @property
+    def update_rank(self) -> int | None:
+        """Of its updates; None: they have none."""
+        return None
+
+    def of_rank(self, rank: int) -> Self:
+        """The same with updates of another rank, alpha in proportion; as it is where they have none."""
+        return self
 
     def rate_of(self, part: str) -> float:
         """What the learning rate of a layer's trained tensor `part` is multiplied with."""
@@ -122,6 +138,13 @@ class LowRank(AdapterConfig):
         """LoRA+: the geometric mean of A's rate and B's stays the method's."""
         return float(self.lr_ratio**-0.5)
 
+    @property
+    def update_rank(self) -> int | None:
+        return self.rank
+
+    def of_rank(self, rank: int) -> Self:
+        return self.model_copy(update={"rank": rank, "alpha": self.alpha * rank / self.rank})
+
     def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha that the file says of a layer: the same scaling, whatever rank is stored."""
         return rank, alpha
@@ -152,6 +175,10 @@ class LoRA(LowRank):
     @property
     def starts_as_base(self) -> bool:
         return self.init != "loftq"
+
+    @property
+    def two_factors(self) -> bool:
+        return not self.lora_bias
 
     def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
         if self.init not in ("pissa", "olora"):
@@ -259,6 +286,7 @@ class Prefix(AdapterConfig):
 class Full(MethodConfig):
     """Every weight of the base trains; the result is a model folder, not an adapter."""
 
+    trains_base = True
     usual_rate = 5e-5
 
     name: Literal["full"] = "full"

@@ -25,7 +25,7 @@ from veneer.files.atomic import atomic_folder
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import field_faults, read_json
 from veneer.files.strict_tensors import read_tensor_file
-from veneer.formats.layout import FileSettings
+from veneer.formats.layout import FileSettings, Layout
 from veneer.formats.manifest import (
     MANIFEST_NAME,
     BaseIdentity,
@@ -58,6 +58,7 @@ class StoredAdapter:
     """An adapter as its folder holds it; no base is needed to read one.
 
     config    the settings in Veneer's terms (exact for what Veneer wrote)
+    layout    what its files are laid out as
     file      the settings in the file's terms
     tensors   by name, without PEFT's prefix
     content_hash  of the files as they were read, by the rule of veneer.json
@@ -67,6 +68,7 @@ class StoredAdapter:
 
     folder: Path
     config: AdapterConfig
+    layout: Layout
     file: FileSettings
     tensors: Mapping[str, Tensor]
     content_hash: str
@@ -177,7 +179,8 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     folder = Path(folder)
     _require_files(folder)
     stored = read_json(folder / CONFIG_NAME)
-    file, ignored = layout_in(folder / CONFIG_NAME, stored).read(folder / CONFIG_NAME, stored)
+    layout = layout_in(folder / CONFIG_NAME, stored)
+    file, ignored = layout.read(folder / CONFIG_NAME, stored)
     notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
     tensors: dict[str, Tensor] = {}
     twice, repaired = [], 0
@@ -209,7 +212,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         raise CorruptFileError(
             f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
         ) from fault
-    return StoredAdapter(folder, settings, file, tensors, found, manifest, notes)
+    return StoredAdapter(folder, settings, layout, file, tensors, found, manifest, notes)
 
 
 def _require_files(folder: Path) -> None:

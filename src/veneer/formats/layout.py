@@ -73,3 +73,7 @@ class Layout:
     tensors: Callable[[Attachment, nn.Module], dict[str, Tensor]]
     config: Callable[[Attachment, nn.Module, BaseIdentity], dict[str, Any]]
     read: Callable[[Path, Mapping[str, Any]], tuple[FileSettings, list[str]]]
+
+    @property
+    def peft_reads(self) -> bool:
+        return not self.peft_type.startswith("VENEER_")

@@ -16,11 +16,11 @@ from typing import cast
 
 from torch import nn
 
-from veneer.adapters.config import DoRA, LoRA, LowRank
+from veneer.adapters.config import LowRank
 from veneer.adapters.lora import LowRankLayer
 from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
-from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.peft_config import PeftLoRA, variant_of
 from veneer.formats.peft_tensors import Modules, Slot, slot_of, written_slots
 from veneer.linear import frozen_linear, is_transposed_linear
 from veneer.patterns import FirstMatch, compiled, pattern
@@ -39,12 +39,13 @@ def peft_config(
     layers = {path: cast(LowRankLayer, layer) for path, layer in attachment.layers.items()}
     rank, alpha = config.stored_strength(config.rank, config.alpha)
     strong = {path: config.stored_strength(layer.rank, layer.alpha) for path, layer in layers.items()}
+    use_dora, lora_bias = variant_of(config)
     written = PeftLoRA(
         r=rank,
         lora_alpha=alpha,
         use_rslora=config.rslora,
-        use_dora=isinstance(config, DoRA),
-        lora_bias=isinstance(config, LoRA) and config.lora_bias,
+        use_dora=use_dora,
+        lora_bias=lora_bias,
         rank_pattern={
             f"^{re.escape(slot.key)}": strong[slot.path][0] for slot in slots if strong[slot.path][0] != rank
         },

@@ -118,6 +118,11 @@ class PeftLoRA(BaseModel):
         return found + ([layers] if isinstance(layers, str) else layers)
 
 
+def variant_of(settings: LowRank) -> tuple[bool, bool]:
+    """(use_dora, lora_bias): what tells LoRA and its variants apart in the file; read back by `method` and `with_own`."""
+    return isinstance(settings, DoRA), isinstance(settings, LoRA) and settings.lora_bias
+
+
 def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[str]]:
     """The settings, and the names of unknown fields that are off and so ignored. stored: what the file holds.
 

@@ -24,7 +24,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import Kind, LowRankLayer
 from veneer.adapters.site import Attachment
@@ -91,9 +90,7 @@ def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
 
     PEFT has no DoRA and no lora_bias of parameters: there a module keeps its name whatever it is called.
     """
-    config = attachment.config
-    fused = any(expert_parameters(module) for module in modules.values())
-    fused = fused and not isinstance(config, DoRA) and not (isinstance(config, LoRA) and config.lora_bias)
+    fused = attachment.config.two_factors and any(expert_parameters(module) for module in modules.values())
     slots = []
     for path in attachment.layers:
         rewritten = fused and path.rsplit(".", 1)[-1] in _OLD_EXPERT_NAMES

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import LowRank
 from veneer.adapters.lora import Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.site import Attachment
@@ -21,6 +21,7 @@ from veneer.bases.without_weights import Skeleton
 from veneer.errors import AdapterMismatchError, RefusedError
 from veneer.files.strict_json import read_json
 from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter
+from veneer.formats.layout import Fit
 from veneer.formats.manifest import BaseIdentity, Manifest, Parent, content_hash
 from veneer.formats.matching import Strength, exact_settings
 from veneer.formats.peft_config import CONFIG_NAME, PeftLoRA
@@ -43,7 +44,7 @@ class Placed:
     updates: dict[str, Update]
     values: dict[str, Tensor]
     trained: list[str]
-    settings: LoRA
+    settings: LowRank
 
     @property
     def parent_hash(self) -> str:
@@ -54,13 +55,8 @@ class Placed:
         return content_hash(folder / WEIGHTS_NAME, read_json(folder / CONFIG_NAME))
 
 
-def place(stored: StoredAdapter, model: nn.Module) -> Placed:
-    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
-    if not stored.config.folds:
-        raise RefusedError(
-            f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
-            next_step=stored.config.instead_of_folding,
-        )
+def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
+    """What of its files goes where on a base. model: the base or its skeleton. AdapterMismatchError: it does not fit."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     found = stored.file.fit(stored.tensors, model, head, weights_read_past(model))
     if found.faults or found.settings is None:
@@ -69,6 +65,19 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
             found.faults,
             f"It was made for {stored.name_or_path}: name that base.",
         )
+    return found
+
+
+def place(stored: StoredAdapter, model: nn.Module) -> Placed:
+    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
+    if not stored.config.folds:
+        raise RefusedError(
+            f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
+            next_step=stored.config.instead_of_folding,
+        )
+    found = fitted(stored, model)
+    settings = found.settings
+    assert settings is not None
     modules = plain_modules(model)
     updates: dict[str, Update] = {}
     values: dict[str, Tensor] = {}
@@ -79,14 +88,14 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
             factors.setdefault(where, {})[part] = tensor
         else:
             values[name] = tensor
-    settings = found.settings
     odd = sorted({part for parts in factors.values() for part in parts} - {"A", "B"})
-    if odd or not isinstance(settings, LoRA):
+    if odd or not settings.two_factors:
         raise RefusedError(
             f"{stored.folder} is of method {settings.name}: its update is no product of two factors",
             [f"beside A and B it trains {', '.join(odd)}"] if odd else [],
             "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the difference.",
         )
+    assert isinstance(settings, LowRank)
     for where, parts in factors.items():
         updates[where] = Update(parts["A"].double(), parts["B"].double() * found.scaling[where])
     assert all(_kind(modules, where) for where in updates)

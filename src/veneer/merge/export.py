@@ -4,9 +4,7 @@ vLLM reads one rank and one alpha for all modules and passes over patterns in si
 with zeros to one rank that vLLM allows and has scaling 1: nothing is left for it to misread.
 """
 
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,11 +71,10 @@ def padded(update: Update, rank: int) -> Update:
 
 def export_peft(stored: StoredAdapter, out: str | Path) -> ExportReport:
     """PEFT's two files as they are, byte for byte. RefusedError for methods that PEFT has no layout for."""
-    config: Mapping[str, Any] = json.loads((stored.folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    if str(config.get("peft_type", "")).startswith("VENEER"):
+    if not stored.layout.peft_reads:
         raise RefusedError(
-            f"PEFT has no method {config['peft_type']}: only Veneer computes this adapter",
-            next_step="Keep it as it is, or serve it with veneer serve.",
+            f"PEFT has no method {stored.layout.peft_type}: only Veneer computes this adapter",
+            next_step="Keep it as it is: veneer generate --adapter computes it beside its base.",
         )
     needed = (stored.folder / WEIGHTS_NAME).stat().st_size
     with atomic_folder(out, needed_bytes=needed) as partial:

@@ -10,9 +10,10 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from veneer.adapters.config import AdapterConfig, DoRA, Prefix
 from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
-from veneer.merge.adapters import Placed, place
+from veneer.merge.adapters import Placed, fitted, place
 from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf_adapter import gguf_adapter_faults
 
@@ -30,13 +31,18 @@ class Finding:
 
 def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Consumer) -> list[Finding]:
     """Everything that stands in the way; empty: it is applied as it was trained. model: the base or its skeleton."""
-    kind = stored.config.name
-    if kind.startswith("bottleneck"):
-        return [Finding(False, f"method {kind}: no layout that anyone else reads", "veneer serve runs it")]
+    if not stored.layout.peft_reads:
+        what = f"method {stored.config.name}: no layout that anyone else reads"
+        return [Finding(False, what, "veneer generate --adapter computes it beside its base")]
     try:
+        fitted(stored, model)
+        if consumer in READS_EVERY_LAYOUT:
+            return []
+        if (known := _OF_METHOD.get(type(stored.config), {}).get(consumer)) is not None:
+            return [known]
         placed = place(stored, model)
     except VeneerError as fault:
-        return [*_BEYOND_LORA[consumer](stored, fault)]
+        return [Finding(False, fault.headline, fault.next_step)]
     return [*_LORA[consumer](placed, model)]
 
 
@@ -88,27 +94,21 @@ def _nothing(placed: Placed, model: PreTrainedModel) -> list[Finding]:
 
 
 _LORA: Mapping[Consumer, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
-    "vllm": _vllm, "llamacpp": _llamacpp, "transformers": _nothing, "peft": _nothing,
+    "vllm": _vllm, "llamacpp": _llamacpp, "transformers": _nothing,
 }  # fmt: skip
-
-
-def _not_read(stored: StoredAdapter, fault: VeneerError) -> list[Finding]:
-    return [Finding(False, fault.headline, "veneer merge, then use the merged model")]
-
-
-def _by_transformers(stored: StoredAdapter, fault: VeneerError) -> list[Finding]:
-    if stored.config.name == "dora":
-        what = "DoRA: transformers drops its magnitudes and starts new ones"
-        return [Finding(True, what, "load it with PEFT, or veneer merge")]
-    if stored.config.name == "prefix":
-        return [Finding(False, "prefix tuning: transformers' load_adapter refuses it", "load it with PEFT")]
-    return _not_read(stored, fault)
-
-
-def _by_peft(stored: StoredAdapter, fault: VeneerError) -> list[Finding]:
-    return [] if stored.config.folds or stored.config.name == "prefix" else _not_read(stored, fault)
-
-
-_BEYOND_LORA: Mapping[Consumer, Callable[[StoredAdapter, VeneerError], list[Finding]]] = {
-    "vllm": _not_read, "llamacpp": _not_read, "transformers": _by_transformers, "peft": _by_peft,
-}  # fmt: skip
+READS_EVERY_LAYOUT: tuple[Consumer, ...] = ("peft",)
+_OF_METHOD: Mapping[type[AdapterConfig], Mapping[Consumer, Finding]] = {
+    DoRA: {
+        "transformers": Finding(
+            True,
+            "DoRA: transformers drops its magnitudes and starts new ones",
+            "load it with PEFT, or veneer merge",
+        ),
+    },
+    Prefix: {
+        "transformers": Finding(
+            False, "prefix tuning: transformers' load_adapter refuses it", "load it with PEFT"
+        ),
+    },
+}
+"""What a consumer does of its own with a method; one that is not named here takes LoRA alone."""
