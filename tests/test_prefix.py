@@ -15,8 +15,9 @@ from veneer.data.batching import make_batch
 from veneer.decoding.generate import generate
 from veneer.errors import ConfigError
 from veneer.models.checkpointing import checkpointed
-from veneer.models.initial_values import INSTRUCTION, begin, prefix_start
+from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.models.prefix_start import INSTRUCTION, prefix_start
 from veneer.models.step import batch_loss, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.config import AdapterConfig, LoRA
+from veneer.adapters.config import LoRA
 from veneer.adapters.initial_factors import leading_directions, loftq_start
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.site import Attachment
@@ -24,16 +24,32 @@ from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.base import Base
+from veneer.models.start import Start
 from veneer.quant.config import FOUR_BITS, weight_format
 
 EVA_TOKENS = 4096
 """Tokens of the training rows that are looked at: the directions hardly move after that."""
 
 
-def informed_faults(config: AdapterConfig, base: Base, examples: Sequence[Example]) -> list[str]:
-    """Why the start that the settings ask for cannot be made here."""
-    if not isinstance(config, LoRA):
-        return []
+def start_lora(config: LoRA, base: Base, examples: Sequence[Example], *, seed: int) -> Start:
+    """ConfigError: the start that the settings ask for cannot be made here."""
+    if faults := _faults(config, base, examples):
+        raise ConfigError("the adapter cannot start as its settings ask", faults)
+
+    def put(attachment: Attachment) -> str | None:
+        layers = {path: cast(LoRALayer, layer) for path, layer in attachment.layers.items()}
+        if config.init == "eva":
+            tokens = _start_eva(base, layers, examples, seed=seed)
+            return f"A starts from what each layer sees of {tokens:,} tokens of the rows"
+        if config.init == "loftq":
+            left = _start_loftq(base, layers)
+            return f"A and B start where {left:.0%} of what 4 bits lost of the weights is left"
+        return None
+
+    return Start(config, put)
+
+
+def _faults(config: LoRA, base: Base, examples: Sequence[Example]) -> list[str]:
     if config.init == "eva" and not examples:
         return ["init eva starts from training rows, and there are none: train with it, or take another init"]
     if config.init == "loftq" and not weight_format(base.quantize).has_original:
@@ -42,21 +58,6 @@ def informed_faults(config: AdapterConfig, base: Base, examples: Sequence[Exampl
             f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize: {FOUR_BITS}"
         ]
     return []
-
-
-def start_informed(
-    base: Base, attachment: Attachment, examples: Sequence[Example], *, seed: int
-) -> str | None:
-    """Moves the factors of a fresh LoRA to the start its settings ask for; a line that says so, for the screen."""
-    config = attachment.config
-    if not isinstance(config, LoRA) or config.init not in ("eva", "loftq"):
-        return None
-    layers = {path: cast(LoRALayer, layer) for path, layer in attachment.layers.items()}
-    if config.init == "eva":
-        tokens = _start_eva(base, layers, examples, seed=seed)
-        return f"A starts from what each layer sees of {tokens:,} tokens of the rows"
-    left = _start_loftq(base, layers)
-    return f"A and B start where {left:.0%} of what 4 bits lost of the weights is left"
 
 
 def _start_eva(base: Base, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int) -> int:

@@ -1,37 +1,20 @@
-"""Attaching with what an adapter starts from: values that the base itself computes, where a method wants such.
+"""Attaching with what an adapter starts from: values that the base itself computes, where a method wants such."""
 
-A prefix starts from the keys and values of a real prompt: by far the best start there is (from random values it
-learns a fraction in the same steps). Which prompt, in this order: the one the settings name; what all training
-rows begin with; a plain instruction.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from veneer.adapters.attach import attach, detach
-from veneer.adapters.config import AdapterConfig, Prefix
-from veneer.adapters.prefix import DEFAULT_TOKENS, PrefixLayer, decoder_of, put_start, record_keys
+from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.adapters.site import Attachment
-from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
-from veneer.errors import ConfigError
 from veneer.models.base import Base
-from veneer.models.capacity import configured_capacity
-from veneer.models.eva_loftq import informed_faults, start_informed
+from veneer.models.eva_loftq import start_lora
+from veneer.models.prefix_start import start_prefix
+from veneer.models.start import Start
 from veneer.models.step import refuse_untrainable
 
-INSTRUCTION = (
-    "Read the text below with care and give the answer that it asks for, in exactly the form in which such "
-    "answers are given, and nothing besides."
-)
-MIN_SHARED_TOKENS = 8
-"""What rows begin with counts as a prompt from here on; fewer tokens are only a template's markers."""
-MAX_START_TOKENS = 64
-"""Length of a prefix that nobody gave a length: the end of a longer prompt, which says more of the task."""
-SHOWN = 60
-"""Characters of the prompt on the screen, its end; the start record has all of it."""
+_STARTS: dict[type[AdapterConfig], Callable[..., Start]] = {LoRA: start_lora, Prefix: start_prefix}
+"""Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start where their builder puts them."""
 
 
 @dataclass(frozen=True)
@@ -54,78 +37,17 @@ def begin(
     """
     paths = base.paths  # proves them, and hands attention over
     refuse_untrainable(base.model, paths)
-    if faults := informed_faults(config, base, examples):
-        raise ConfigError("the adapter cannot start as its settings ask", faults)
-    start = prefix_start(config, base, examples) if isinstance(config, Prefix) else None
-    if start is not None:
-        _check_room(base, start.tokens, examples)
-        config = config.model_copy(update={"tokens": start.tokens})
+    start_of = _STARTS.get(type(config))
+    start = None if start_of is None else start_of(config, base, examples, seed=seed)
     head = base.model.get_output_embeddings()
     attachment = attach(
-        base.model, config, name=name, routing=base.routing, head=head, seed=seed,
+        base.model, config if start is None else start.config, name=name, routing=base.routing, head=head, seed=seed,
         read_past=base.read_past, idle=paths.idle,
     )  # fmt: skip
     try:
-        line = start_informed(base, attachment, examples, seed=seed) if start is None else start.line
-        if start is not None and start.ids:
-            _start_from(base, attachment, start.ids)
+        line = None if start is None else start.put(attachment)
     except BaseException:
         detach(base.model, name)
         raise
     base.attachments[name] = attachment
-    return Begun(attachment, None if start is None else start.text, [] if line is None else [line])
-
-
-@dataclass(frozen=True)
-class PrefixStart:
-    """ids: the prompt's, one for each token of the prefix, and its text; none: random values. origin: in words."""
-
-    ids: list[int]
-    text: str | None
-    tokens: int
-    origin: str
-
-    @property
-    def line(self) -> str:
-        told = f"prefix of {self.tokens} tokens, starting from {self.origin}"
-        if self.text is None:
-            return told
-        words = " ".join(self.text.split())
-        return told + f": “{words if len(words) <= SHOWN else '…' + words[-SHOWN:]}”"
-
-
-def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> PrefixStart:
-    """What a prefix of these settings starts from on this base, with these rows."""
-    if config.start == "random":
-        tokens = config.tokens or DEFAULT_TOKENS
-        return PrefixStart([], None, tokens, "random keys and values")
-    shared = shared_prompt(examples) if len(examples) > 1 else 0
-    if config.prompt is not None:
-        ids, origin = list(base.tokenizer(config.prompt)["input_ids"]), "the prompt given"
-    elif shared >= MIN_SHARED_TOKENS:
-        ids, origin = examples[0].ids[:shared].tolist(), "what all rows begin with"
-    else:
-        ids, origin = list(base.tokenizer(INSTRUCTION)["input_ids"]), "an instruction, as the rows share none"
-    tokens = config.tokens or min(len(ids), MAX_START_TOKENS)
-    chosen = (ids * (tokens // len(ids) + 1))[:tokens] if tokens > len(ids) else ids[-tokens:]
-    return PrefixStart(chosen, str(base.tokenizer.decode(chosen, skip_special_tokens=False)), tokens, origin)
-
-
-def _check_room(base: Base, tokens: int, examples: Sequence[Example]) -> None:
-    """The rows stand behind the prefix: both must find places in the model."""
-    limit = configured_capacity(base.config).positions
-    longest = max((len(e.ids) for e in examples), default=0)
-    if limit is not None and longest + tokens > limit:
-        raise ConfigError(
-            f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the model's {limit} places",
-            next_step=f"Take method.tokens below {max(limit - longest, 0) + 1}, or shorter rows (length).",
-        )
-
-
-def _start_from(base: Base, attachment: Attachment, ids: Sequence[int]) -> None:
-    _, decoder = decoder_of(base.model)
-    with base.routing.none():
-        pairs = record_keys(decoder, torch.tensor(list(ids), device=base.device))
-    for layer in attachment.layers.values():
-        assert isinstance(layer, PrefixLayer)
-        put_start(layer, pairs)
+    return Begun(attachment, None if start is None else start.prompt, [] if line is None else [line])
