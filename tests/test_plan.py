@@ -14,7 +14,7 @@ import yaml
 from tests.test_report import Tags
 from tests.tiny import save_tiny, tiny_model
 from veneer import api
-from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
+from veneer.adapters.config import METHODS, Bottleneck, DoRA, Full, LoRA, Prefix
 from veneer.bases.from_config import Blueprint, blueprint
 from veneer.bases.shapes import SHAPES
 from veneer.cli import plan as command
@@ -24,9 +24,10 @@ from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan import planner as planner_module
 from veneer.plan.advise import Job, advise
+from veneer.plan.ask import method_named
 from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import KERNEL_BYTES, MOST_KERNELS, compiled_kernels, estimate
-from veneer.plan.fit import _largest, _offload, fits, largest_batch, ways
+from veneer.plan.fit import _largest, _lower_rank, _offload, fits, largest_batch, ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
 from veneer.plan.table import all_methods, plan_row
@@ -294,6 +295,24 @@ def test_the_command_answers_in_json_and_exits_3_where_it_does_not_fit(tmp_path,
     found = json.loads(capsys.readouterr().out)
     assert found["plans"][0]["method"] == "lora" and found["plans"][0]["fits"]
     assert main([*line, "--memory", "600MB"]) == 3
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "dora"])
+def test_a_rank_is_planned_with_every_method_that_has_one(name):
+    method, held = method_named(name, 8)
+    assert (method.rank, method.alpha, held) == (8, 16.0, "nf4" if name == "qlora" else None)
+
+
+@pytest.mark.parametrize("name", ["prefix", "bottleneck", "full"])
+def test_a_rank_of_a_method_without_one_is_refused(name):
+    with pytest.raises(ConfigError, match="has no rank"):
+        method_named(name, 8)
+
+
+def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):
+    found = {kind.__name__: _lower_rank(planner, replace(TINY, method=kind())) for kind in METHODS.values()}
+    assert [name for name, change in found.items() if change] == ["LoRA", "DoRA"]
+    assert found["DoRA"].choice.method == DoRA(rank=4, alpha=8.0)
 
 
 def test_a_plan_is_of_no_longer_rows_than_the_model_has_positions_for(tmp_path, capsys):

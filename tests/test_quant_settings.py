@@ -24,6 +24,12 @@ def test_qlora_keeps_the_format_that_is_named_beside_it():
     assert read_run_config(None, NEEDED | {"method": "qlora", "rank": "3"}).method.rank == 3
 
 
+def test_a_method_whose_name_is_no_text_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("method: {name: [qlora]}")
+    with pytest.raises(ConfigError, match="method"):
+        read_run_config(tmp_path / "run.yaml", NEEDED)
+
+
 def test_full_fine_tuning_of_packed_weights_is_refused():
     with pytest.raises(ConfigError) as caught:
         read_run_config(None, NEEDED | {"method": "full", "quantize": "nf4"})

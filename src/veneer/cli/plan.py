@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="lora", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
     )
-    parser.add_argument("--rank", type=RANK, metavar="R", help="rank of lora; alpha becomes twice that")
+    parser.add_argument(
+        "--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice that"
+    )
     parser.add_argument("--quantize", choices=FORMATS, help="hold the base in 4 bits")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument(

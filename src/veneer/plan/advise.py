@@ -111,4 +111,4 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
 def _rate(method: MethodConfig, job: Job) -> float:
     """Start of a search, by halves and doubles: a wrong rate costs more than a wrong rank."""
     rate = method.default_learning_rate(job.hidden_size)
-    return rate / 2 if getattr(method, "rank", 0) >= 128 else rate
+    return rate / 2 if (method.update_rank or 0) >= 128 else rate

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from veneer.adapters.config import METHODS, LoRA, MethodConfig
+from veneer.adapters.config import METHODS, MethodConfig
 from veneer.bases.from_config import Blueprint, blueprint
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
@@ -27,6 +27,7 @@ from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.quant.config import Quantize
+from veneer.train.config import SHORT_FORMS
 from veneer.train.records import process_memory_bytes
 
 MOST_TOKENS = 2**22
@@ -77,14 +78,23 @@ class Answer:
 
 
 def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quantize | None]:
-    """(settings, weight format) of a method as the command line spells it. ConfigError for an unknown one."""
-    quantize: Quantize | None = "nf4" if name == "qlora" else None
-    kind = METHODS.get("lora" if name == "qlora" else name)
-    if kind is None:
-        raise ConfigError(f"unknown method {name!r}", next_step=f"One of {', '.join(METHODS)}, qlora.")
-    if rank is not None and issubclass(kind, LoRA):
-        return kind(rank=rank, alpha=2.0 * rank), quantize
-    return kind(), quantize
+    """(settings, weight format) of a method as the command line spells it.
+
+    ConfigError for an unknown one, and where a rank is given to one whose updates have none.
+    """
+    of, quantize = SHORT_FORMS.get(name, (name, None))
+    if of not in METHODS:
+        raise ConfigError(
+            f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}."
+        )
+    method = METHODS[of]()
+    if rank is None:
+        return method, quantize
+    if method.update_rank is None:
+        raise ConfigError(
+            f"method {name} has no rank, and rank {rank} is asked for", next_step="Leave the rank out."
+        )
+    return method.of_rank(rank), quantize
 
 
 def answer(question: Question) -> Answer:

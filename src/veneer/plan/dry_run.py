@@ -200,8 +200,9 @@ def _install(
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
     """What trains, as train/training.py has it."""
     refuse_untrainable(model, paths)
-    if not isinstance(method, AdapterConfig):
+    if method.trains_base:
         return None, dict(model.named_parameters())
+    assert isinstance(method, AdapterConfig)
     head = model.get_output_embeddings()
     attachment = attach(model, method, name="planned", routing=routing, head=head, idle=paths.idle)
     routing.active = (("planned", 1.0),)

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import torch
 
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.config import LoRA
 from veneer.bases.compute import choose
 from veneer.plan.planner import Choice, Planner
 from veneer.quant.config import FOUR_BITS
@@ -199,7 +199,7 @@ def _offload(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _four_bits(planner: Planner, choice: Choice) -> Change | None:
-    if choice.quantize is not None or isinstance(choice.method, Full):
+    if choice.quantize is not None or choice.method.trains_base:
         return None
     return Change(f"quantize={FOUR_BITS}", "the base in 4 bits", replace(choice, quantize=FOUR_BITS))
 
@@ -215,16 +215,16 @@ def _bfloat16(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _lora_instead(planner: Planner, choice: Choice) -> Change | None:
-    if not isinstance(choice.method, Full):
+    if not choice.method.trains_base:
         return None
     return Change("method=lora", "LoRA instead of every weight", replace(choice, method=LoRA()))
 
 
 def _lower_rank(planner: Planner, choice: Choice) -> Change | None:
-    method = choice.method
-    if not isinstance(method, LoRA) or method.rank <= LOWEST_RANK:
+    rank = choice.method.update_rank
+    if rank is None or rank <= LOWEST_RANK:
         return None
-    lower = method.model_copy(update={"rank": LOWEST_RANK, "alpha": method.alpha * LOWEST_RANK / method.rank})
+    lower = choice.method.of_rank(LOWEST_RANK)
     return Change(f"method.rank={LOWEST_RANK}", f"rank {LOWEST_RANK}", replace(choice, method=lower))
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from veneer.adapters.config import METHODS, Full
+from veneer.adapters.config import METHODS
 from veneer.bases.compute import DtypeName
 from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, nearest, ways
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
+from veneer.train.config import SHORT_FORMS
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,10 @@ def all_methods(choice: Choice) -> list[Choice]:
     for name, kind in METHODS.items():
         method = choice.method if choice.method.name == name else kind(name=name)
         made.append(replace(choice, method=method, quantize=None))
-        if name == "lora":
-            made.append(replace(choice, method=method, quantize="nf4"))
-    return sorted(made, key=lambda c: isinstance(c.method, Full))
+        made += [
+            replace(choice, method=method, quantize=held) for of, held in SHORT_FORMS.values() if of == name
+        ]
+    return sorted(made, key=lambda c: c.method.trains_base)
 
 
 def cheapest(rows: Sequence[PlanRow]) -> PlanRow | None:

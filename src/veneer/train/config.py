@@ -5,15 +5,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from veneer.adapters.config import Full, LoRA, Method
+from veneer.adapters.config import LoRA, Method
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
 from veneer.files.strict_json import illegible
-from veneer.quant.config import Quantize
+from veneer.quant.config import FOUR_BITS, Quantize
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 MOMENT_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}
 """Bytes that an optimizer keeps of each trained value, beside the value and its gradient."""
+
+SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
+"""Names that a run file may give for a method over a weight format."""
 
 
 class Settings(BaseModel):
@@ -125,10 +128,12 @@ class RunConfig(Settings):
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
             method = values.get("method")
-            if isinstance(method, dict) and method.get("name") == "qlora":
-                values["method"] = {**method, "name": "lora"}
+            name = method.get("name") if isinstance(method, dict) else None
+            if isinstance(name, str) and name in SHORT_FORMS:
+                of, held = SHORT_FORMS[name]
+                values["method"] = {**method, "name": of}
                 if values.get("quantize") is None:
-                    values["quantize"] = "nf4"
+                    values["quantize"] = held
         return values
 
     @model_validator(mode="after")
@@ -139,9 +144,9 @@ class RunConfig(Settings):
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
         if self.offload and self.checkpointing:
             raise ValueError("checkpointing keeps so little that offload finds nothing to move: give one")
-        if self.quantize is not None and isinstance(self.method, Full):
+        if self.quantize is not None and self.method.trains_base:
             raise ValueError(
-                f"method full trains every weight, and weights held as {self.quantize} cannot train: "
+                f"method {self.method.name} trains every weight, and weights held as {self.quantize} cannot train: "
                 "leave quantize out, or take method lora"
             )
         return self
