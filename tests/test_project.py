@@ -119,8 +119,15 @@ def test_the_search_would_find_each(what, line):
     assert not re.search(BANNED[what], "model.eval(); re.exec_module; yaml.safe_load(text); retrieval(x)")
 
 
-# What a weight format means is declared in quant/config.py and read there: nobody compares its name.
-ROOMS_OF_FORMATS = ("quant",)
+# What a weight format means is declared in quant/config.py, what a method is in adapters/config.py: others read that.
+# Nobody compares names or classes; a method's own file layout knows its settings, and an assert only tells what is known.
+ROOMS_OF_FORMATS = ("quant/",)
+ROOMS_OF_METHODS = (
+    "adapters/",
+    "formats/bottleneck.py",
+    "formats/peft_config.py",
+    "formats/prefix.py",
+)
 
 
 def compared(source: str) -> list[tuple[int, object]]:
@@ -160,6 +167,60 @@ def test_nobody_asks_which_weight_format_it_is():
         if text in FORMATS
     ]
     assert not found, "declare it in quant/config.py"
+
+
+def classes_asked(source: str) -> list[tuple[int, str]]:
+    """(line, name) of every class that something is asked for, outside asserts: isinstance, issubclass, type(x) is C."""
+    tree = ast.parse(source)
+    asserted = {
+        id(each) for node in ast.walk(tree) if isinstance(node, ast.Assert) for each in ast.walk(node)
+    }
+    found: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if id(node) in asserted:
+            continue
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            found += node.args[1:]
+        elif isinstance(node, ast.Compare):
+            found += [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchClass):
+            found.append(node.cls)
+    named = [each for operand in found for each in ast.walk(operand)]
+    return [(n.lineno, getattr(n, "id", getattr(n, "attr", ""))) for n in named if isinstance(n, ast.expr)]
+
+
+def test_nobody_asks_which_method_it_is():
+    from veneer.adapters import config
+    from veneer.adapters.config import METHODS, MethodConfig
+
+    settings = {name for name, value in vars(config).items() if isinstance(value, type(MethodConfig))}
+    classes = {name for name in settings if issubclass(getattr(config, name), MethodConfig)}
+    assert classes > {"LoRA", "AdapterConfig", "MethodConfig"}
+    found = [
+        f"{names(path)}:{line} {asked!r}"
+        for path in outside(ROOMS_OF_METHODS)
+        for asked_in, asked_for in ((compared, set(METHODS)), (classes_asked, classes))
+        for line, asked in asked_in(path.read_text())
+        if asked in asked_for
+    ]
+    assert not found, "declare it in adapters/config.py, or in a table by method where it belongs"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(x, LoRA)",
+        "issubclass(x, (DoRA, LoRA))",
+        "isinstance(x, DoRA | LoRA)",
+        "isinstance(x, config.LoRA)",
+        "type(x) is LoRA",
+        "x in (LoRA, DoRA)",
+        "match x:\n    case LoRA(): pass",
+    ],
+)
+def test_a_question_for_a_class_would_be_found(line):
+    assert "LoRA" in [name for _, name in classes_asked(line)]
+    assert not classes_asked("assert isinstance(x, LoRA); y = LoRA(); table = {LoRA: 1}; table[LoRA]")
 
 
 @pytest.mark.parametrize(

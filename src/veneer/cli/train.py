@@ -111,6 +111,6 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 def _next(config: RunConfig) -> str:
     """The commands that come after a run."""
-    made = f"--base {config.out}/model" if config.method.name == "full" else f"--adapter {config.out}"
+    made = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
     held_out = f" --data {config.data.validation}" if config.data.validation else " --data HELD_OUT.jsonl"
     return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}"

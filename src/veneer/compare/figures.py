@@ -62,7 +62,7 @@ def make_figures(
     primary = comparison.found[0].name if comparison.found else "loss"
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
     methods = [_method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished]
-    best, full = _best(methods, primary), _full(methods)
+    best, full = _best(methods, primary), _full(finished, methods)
     for method in [m for m in methods if m["quality"]]:
         assert best is not None
         ours = counts[method["name"]]
@@ -169,9 +169,12 @@ def better(primary: str, a: float, b: float) -> bool:
     return a < b if primary == "loss" else a > b
 
 
-def _full(methods: Sequence[Figures]) -> str | None:
+def _full(finished: Sequence[Finished], methods: Sequence[Figures]) -> str | None:
     """Full fine-tuning is what the others are held against, where it is among them."""
-    return next((str(m["name"]) for m in methods if m["quality"] and m["settings"]["name"] == "full"), None)
+    for f, figures in zip(finished, methods, strict=True):
+        if f.candidate.config.method.trains_base and figures["quality"]:
+            return f.candidate.name
+    return None
 
 
 def _best(methods: Sequence[Figures], primary: str) -> str | None:

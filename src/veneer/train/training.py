@@ -179,8 +179,9 @@ def _planned(
 
 def _begin(base: Base, config: RunConfig, data: DataSet) -> Begun | None:
     """The adapter that trains beside the base; None where every weight of the base trains."""
-    if not isinstance(config.method, AdapterConfig):
+    if config.method.trains_base:
         return None
+    assert isinstance(config.method, AdapterConfig)
     begun = begin(base, config.method, name=ADAPTER_NAME, seed=config.seed, examples=data.train)
     base.routing.active = ((ADAPTER_NAME, 1.0),)
     return begun
