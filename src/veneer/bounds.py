@@ -143,3 +143,14 @@ PRICE = Number(float, 0, 10**9)
 LINE = Number(int, 1, 2**53)
 """Of a file, counted from 1."""
 BYTES = Number(int, 1, 2**60)
+BLOCK = Number(int, 1, 4096)
+"""Tokens of a block of keys and values."""
+TOKEN = Number(int, 0, 2**31 - 1)
+"""An id."""
+CHOICES = Number(int, 1, 128)
+"""Answers to one prompt."""
+PRIORITY = Number(int, -1000, 1000)
+WAITS = Number(int, 0, 10**9)
+"""Waiting requests, and those that may overtake one."""
+TIME = Number(float, -(10**12), 10**12)
+"""Seconds on some clock."""

@@ -7,6 +7,7 @@
     │  └─ SourceError                    a base or an adapter that cannot be found or read
     ├─ DoesNotFitError              3    memory or disk
     ├─ RefusedError                 4    a check said no
+    │  ├─ QueueFullError                 as many requests wait as may
     │  ├─ AdapterMismatchError           this adapter was made for another base
     │  ├─ UnsafeFileError                pickles, code from models, paths that climb
     │  └─ CorruptFileError               hashes, shapes, non-finite values, truncated files
@@ -57,6 +58,14 @@ class DoesNotFitError(VeneerError):
 
 class RefusedError(VeneerError):
     exit_code = 4
+
+
+class QueueFullError(RefusedError):
+    """waiting: requests that wait; most: that may."""
+
+    def __init__(self, waiting: int, most: int) -> None:
+        self.waiting, self.most = waiting, most
+        super().__init__(f"{waiting:,} requests wait, {most:,} may", next_step="Ask again in a moment.")
 
 
 class AdapterMismatchError(RefusedError): ...

@@ -1,0 +1,355 @@
+"""Which sequences compute which of their tokens in the next step, until all have ended.
+
+    add, cancel     between steps or during one
+    step(now)       a plan: spans of tokens, the rows of one adapter beside each other; what to write and copy first
+    finish_step     the token that each drew; stops and limits are applied
+    undo_step       the plan was not computed (no memory, say): the same again, or a smaller one
+
+Within a step: sequences that decode get their token each, then prompts are read in chunks, the oldest first, then
+waiting ones are let in by priority and age. One that waits for its adapter's file blocks nobody. One that waits for
+one of the places for adapters is overtaken a bounded number of times, then the adapter that is done soonest gets no
+new sequences. Where blocks run out, the youngest goes back and is read again later.
+
+Deterministic: no clock, no random numbers; one thread calls. Models, tensors and texts are not known.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from veneer.bounds import COUNT, ROWS, TIME, WAITS, check_numbers
+from veneer.decoding.adapter_places import AdapterPlaces
+from veneer.decoding.blocks import BlockManager, Identity
+from veneer.decoding.sequence import Reason, Request, Sequence, State
+from veneer.decoding.step_plan import Drawn, Last, Plan, Span
+from veneer.errors import ConfigError, DoesNotFitError, QueueFullError, VeneerError
+
+Ready = Callable[[Identity], int | None]
+"""Places of the trained prefix of an adapter that can act now, 0 if it has none; None: not yet. Raises a VeneerError
+if it never will. Asked once a step for each adapter that a sequence waits for, never for the base; it does not wait."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of a step and of the queue. ConfigError: out of bounds, or fewer tokens a step than rows.
+
+    rows           sequences that run at once
+    step_tokens    tokens computed in a step, all sequences together
+    chunk_tokens   of one prompt in a step, so that a long one leaves room to others
+    max_waiting    sequences that wait and have never run
+    max_adapters   different adapters (by content) that run at once; the base is none
+    max_overtaken  younger sequences that may go ahead of one that waits for one of these places
+    """
+
+    rows: int = 64
+    step_tokens: int = 512
+    chunk_tokens: int = 256
+    max_waiting: int = 256
+    max_adapters: int = 64
+    max_overtaken: int = 16
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            rows=(ROWS, self.rows),
+            step_tokens=(COUNT, self.step_tokens),
+            chunk_tokens=(COUNT, self.chunk_tokens),
+            max_waiting=(COUNT, self.max_waiting),
+            max_adapters=(COUNT, self.max_adapters),
+            max_overtaken=(WAITS, self.max_overtaken),
+        )
+        if self.step_tokens < self.rows:
+            raise ConfigError(
+                "a step has no token for every row",
+                [f"rows {self.rows:,}, step_tokens {self.step_tokens:,}"],
+                "Give a step at least as many tokens as rows.",
+            )
+
+
+class Scheduler:
+    """blocks: for its sequences alone. ready: what is known of adapters."""
+
+    def __init__(self, blocks: BlockManager, limits: Limits, ready: Ready) -> None:
+        self.blocks, self.limits, self._ready = blocks, limits, ready
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._others: dict[
+            int, list[Sequence]
+        ] = {}  # first choice -> those that wait for it to read the prompt
+        self._cancelled: list[Sequence] = []
+        self._plan: Plan | None = None
+        self._count = 0
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Those that have blocks, the first to go on first."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Those that have none yet or any more, the next first, each request's other choices behind."""
+        return (*self._waiting, *(other for others in self._others.values() for other in others))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do or to report."""
+        return not (self._waiting or self._running or self._others or self._cancelled)
+
+    def wanted(self) -> list[Identity]:
+        """Adapters of waiting sequences in the order in which they are needed: what to load ahead."""
+        return list(dict.fromkeys(s.request.adapter for s in self._waiting if s.request.adapter))
+
+    def in_use(self) -> Counter[Identity]:
+        """Adapters of all sequences that have not ended, the base among them, with the number of these."""
+        return Counter(s.request.adapter for s in (*self._running, *self.waiting))
+
+    def add(self, request: Request) -> tuple[Sequence, ...]:
+        """One sequence for each choice, which wait from now on.
+
+        DoesNotFitError: it can never run: too long for all blocks together, or more adapters than may run at once.
+        QueueFullError: too many wait.
+        """
+        self._check_fits(request, front_places=0)
+        if (most := self.limits.max_adapters) < len(request.adapter):
+            raise DoesNotFitError(f"{len(request.adapter)} adapters are to act together, {most} may")
+        waiting = sum(s.state is State.WAITING for s in self.waiting)
+        if waiting + request.choices > self.limits.max_waiting:
+            raise QueueFullError(waiting, self.limits.max_waiting)
+        made = []
+        for choice in range(request.choices):
+            made.append(
+                Sequence(self._count, request, choice, self.blocks.chain(request.adapter, request.salt))
+            )
+            self._count += 1
+        self._wait(made[0], made[1:])
+        return tuple(made)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """It is in no later plan; the next `step` or `finish_step` reports its end. One that has ended stays as it is."""
+        if sequence.state is not State.FINISHED and not sequence.cancelled:
+            sequence.cancelled = True
+            self._cancelled.append(sequence)
+
+    def step(self, now: float, *, most_tokens: int | None = None) -> Plan:
+        """What to compute next; no spans while all wait for their adapters, or nothing is left.
+
+        now          seconds on the clock of arrivals and deadlines
+        most_tokens  fewer than the limit, once
+        """
+        check_numbers(now=(TIME, now), most_tokens=(COUNT, most_tokens))
+        assert self._plan is None, "the last step has not been finished"
+        ended = self._sweep(now)
+        places, broken = self._ask_adapters()
+        ended += broken
+        tokens = min(self.limits.step_tokens, most_tokens or self.limits.step_tokens)
+        takes: dict[Sequence, int] = {}
+        left = self._go_on(tokens, takes)
+        ended += self._let_in(left, takes, places)
+        order = sorted(takes, key=lambda s: (s.request.adapter, takes[s] > 1, s.order))
+        spans = tuple(self._span(s, takes[s]) for s in order)
+        self._plan = Plan(spans, self.blocks.fronts, self.blocks.copies, tuple(ended))
+        return self._plan
+
+    def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
+        """The plan has been computed. results: what each sequence drew that the plan names in `draws`, by its number.
+
+        Returns those that have ended. A sequence that was cancelled meanwhile gets no token.
+        """
+        assert self._plan is not None, "no step is under way"
+        plan, self._plan = self._plan, None
+        self.blocks.done()
+        ended: list[Sequence] = []
+        for span in plan.spans:
+            assert span.sequence.table is not None
+            span.sequence.computed = span.stop
+            self.blocks.filled(span.sequence.table, span.stop, span.sequence.between)
+            if span.draws:
+                self._others.pop(span.sequence.number, None)
+            for sequence in reversed(
+                span.draws
+            ):  # others fork before the first, which may end, lets its blocks go
+                ended += self._draw(sequence, span, results[sequence.number])
+        return (*ended, *self._sweep(None))
+
+    def undo_step(self) -> None:
+        """The plan has not been computed, or not to its end: nothing of it counts but what it says of ends. The next
+        plan says the rest again."""
+        assert self._plan is not None, "no step is under way"
+        self._plan = None
+
+    def _check_fits(self, request: Request, *, front_places: int) -> None:
+        blocks = self.blocks
+        if blocks.blocks_for(front_places) + blocks.blocks_for(request.most_places) > blocks.num_blocks:
+            front = blocks.blocks_for(front_places) * blocks.tokens_per_block
+            prefix = f", its adapter's prefix for {front:,}" if front else ""
+            raise DoesNotFitError(
+                f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones need room for "
+                f"{request.most_places:,}{prefix}; there is room for {blocks.capacity:,}",
+                next_step="Shorten the prompt, ask for fewer new tokens, or give keys and values more bytes.",
+            )
+
+    def _wait(self, sequence: Sequence, others: list[Sequence]) -> None:
+        insort(self._waiting, sequence, key=lambda s: s.order)
+        if others:
+            self._others[sequence.number] = others
+
+    def _sweep(self, now: float | None) -> list[Sequence]:
+        """Ends what was cancelled, and what is late if `now` is given."""
+        ended = [self._end(sequence, Reason.CANCELLED) for sequence in self._cancelled]
+        self._cancelled = []
+        if now is not None:
+            for s in (*self._running, *self.waiting):
+                if s.request.deadline is not None and s.request.deadline <= now:
+                    ended.append(self._end(s, Reason.DEADLINE))
+        return ended
+
+    def _end(self, sequence: Sequence, reason: Reason, error: VeneerError | None = None) -> Sequence:
+        """Takes it out of wherever it is. If other choices wait for it, the first of them goes on in its place."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        for first, others in list(self._others.items()):
+            if sequence in others:
+                others.remove(sequence)
+                if not others:
+                    del self._others[first]
+        if others := self._others.pop(sequence.number, []):
+            self._wait(others[0], others[1:])
+        self._let_go(sequence)
+        sequence.state, sequence.reason, sequence.error = State.FINISHED, reason, error
+        return sequence
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self.blocks.close(sequence.table)
+            sequence.table, sequence.computed = None, 0
+
+    def _ask_adapters(self) -> tuple[dict[Identity, int], list[Sequence]]:
+        """Prefix places of the adapters that can act, and the sequences that ended because theirs never will."""
+        places: dict[Identity, int] = {(): 0}
+        ended = []
+        for adapter in self.wanted():
+            try:
+                found = self._ready(adapter)
+            except VeneerError as fault:
+                own = [s for s in self.waiting if s.request.adapter == adapter]
+                ended += [self._end(s, Reason.ERROR, fault) for s in reversed(own)]
+                continue
+            if found is not None:
+                places[adapter] = found
+        return places, ended
+
+    def _go_on(self, tokens: int, takes: dict[Sequence, int]) -> int:
+        """What running sequences compute; the tokens that are left for new ones."""
+        decoding = min(tokens, sum(s.length - s.computed == 1 for s in self._running))
+        reading, place = tokens - decoding, 0
+        while place < len(self._running):
+            s = self._running[place]
+            wants = s.length - s.computed
+            take = min(wants, decoding) if wants == 1 else min(wants, self.limits.chunk_tokens, reading)
+            if take and not self._has_room(s, takes):
+                break  # it was the youngest, and went back itself
+            if wants == 1:
+                decoding -= take
+            else:
+                reading -= take
+            if take:
+                takes[s] = take
+            place += 1
+        return reading + decoding
+
+    def _has_room(self, sequence: Sequence, takes: dict[Sequence, int]) -> bool:
+        """Blocks for all of its tokens, the youngest going back until there are; False: it went back itself."""
+        assert sequence.table is not None
+        while not self.blocks.grow(sequence.table, sequence.length):
+            youngest = self._running.pop()
+            takes.pop(youngest, None)
+            self._let_go(youngest)
+            youngest.state = State.PREEMPTED
+            self._wait(youngest, [])
+            if youngest is sequence:
+                return False
+        return True
+
+    def _let_in(self, left: int, takes: dict[Sequence, int], places: dict[Identity, int]) -> list[Sequence]:
+        """Starts waiting sequences, the first first. Returns those that ended because they can never run."""
+        ended: list[Sequence] = []
+        adapters = AdapterPlaces(self._running, self.limits.max_adapters, self.limits.max_overtaken)
+        read = {name for s in self._running for name in self._to_read(s)}
+        for s in list(self._waiting):
+            if left <= 0 or len(self._running) >= self.limits.rows:
+                break
+            adapter = s.request.adapter
+            if adapter not in places or self._others_read(s, read) or not adapters.allow(s):
+                continue
+            try:
+                self._check_fits(s.request, front_places=places[adapter])
+            except DoesNotFitError as fault:
+                ended.append(self._end(s, Reason.ERROR, fault))
+                continue
+            if not self._start(s, places[adapter]):
+                break  # younger ones that are shorter would keep it out for ever
+            adapters.started(s)
+            takes[s] = min(s.length - s.computed, self.limits.chunk_tokens, left)
+            left -= takes[s]
+            read.update(self._to_read(s))
+        return ended
+
+    def _start(self, sequence: Sequence, front_places: int) -> bool:
+        """Blocks for all that it has to read; one more for every running sequence stays free, so that none goes back
+        at once. False: there are not enough."""
+        table = self.blocks.open(
+            sequence.chain, sequence.length, front_places=front_places, spare=len(self._running)
+        )
+        if table is None:
+            return False
+        self._waiting.remove(sequence)
+        sequence.table, sequence.computed, sequence.state = table, table.cached, State.RUNNING
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = table.cached
+        insort(self._running, sequence, key=lambda s: s.order)
+        return True
+
+    def _to_read(self, s: Sequence) -> list[bytes]:
+        """Names of the full blocks that a running sequence is about to compute."""
+        return s.chain.names[s.computed // self.blocks.tokens_per_block :]
+
+    def _others_read(self, s: Sequence, read: set[bytes]) -> bool:
+        """Whether a running sequence is about to compute what this one would have to, and it could find that soon."""
+        s.chain.reach(s.length, s.between)
+        usable = s.chain.names[: (s.length - 1) // self.blocks.tokens_per_block]
+        missing = next((name for name in usable if not self.blocks.knows(name)), None)
+        return missing in read
+
+    def _span(self, s: Sequence, take: int) -> Span:
+        stop = s.computed + take
+        draws = (s, *self._others.get(s.number, ())) if stop == s.length else ()
+        return Span(s, s.computed, stop, draws)
+
+    def _draw(self, s: Sequence, span: Span, drawn: Drawn) -> list[Sequence]:
+        """Applies what it drew. Another choice that goes on gets blocks that begin with the first one's."""
+        if s.cancelled:
+            return []  # the sweep ends it
+        if isinstance(drawn, VeneerError):
+            return [self._end(s, Reason.ERROR, drawn)]
+        s.new.append(drawn.token if isinstance(drawn, Last) else drawn)
+        reason = Reason.STOP if isinstance(drawn, Last) else s.ended_by(s.new[-1])
+        first = span.sequence
+        if s is not first:
+            s.cached_tokens = first.cached_tokens
+        if reason is not None:
+            return [self._end(s, reason)]
+        if s is not first:
+            assert first.table is not None
+            room = len(self._running) < self.limits.rows
+            s.table = self.blocks.fork(first.table, span.stop) if room else None
+            if s.table is None:
+                s.state = State.PREEMPTED
+                self._wait(s, [])
+            else:
+                s.state, s.computed, s.chain = State.RUNNING, span.stop, s.table.chain
+                insort(self._running, s, key=lambda each: each.order)
+        return []

@@ -1,0 +1,61 @@
+"""What a step computes, as the scheduler says it, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.decoding.blocks import Copy, Front, Identity
+from veneer.decoding.sequence import Sequence
+from veneer.errors import VeneerError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens start to stop - 1 of a sequence, computed in this step.
+
+    draws   who draws a token from what follows the last of them: nobody while the prompt is not all read, else the
+            sequence itself, and after a prompt the request's other choices too
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    draws: tuple[Sequence, ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.between(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. First `fronts` are written and `copies` made, in any order; then the spans are computed.
+
+    spans   the base's first, then adapter by adapter; within one, single tokens before chunks, the oldest first
+    ended   sequences that ended since the last call, without a new token
+    """
+
+    spans: tuple[Span, ...]
+    fronts: tuple[Front, ...]
+    copies: tuple[Copy, ...]
+    ended: tuple[Sequence, ...]
+
+    @property
+    def parts(self) -> tuple[tuple[Identity, int], ...]:
+        """Each adapter with its number of tokens, in the order of the spans."""
+        counts: dict[Identity, int] = {}
+        for span in self.spans:
+            adapter = span.sequence.request.adapter
+            counts[adapter] = counts.get(adapter, 0) + span.stop - span.start
+        return tuple(counts.items())
+
+
+@dataclass(frozen=True)
+class Last:
+    """A token with which its sequence stops, as the caller has found: a stop string, the end of a grammar."""
+
+    token: int
+
+
+Drawn = int | Last | VeneerError
+"""A token; the last one; why there is none, which ends this sequence alone."""
