@@ -1,14 +1,15 @@
-"""Blocks of keys and values. A place's contents are pretended: (base, salt, adapter, all tokens up to it)."""
+"""Blocks of keys and values, whose contents are pretended."""
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.pretended_memory import PretendedMemory, contents
 from veneer.decoding.blocks import BlockManager, Copy, Identity, Table
 from veneer.errors import ConfigError, DoesNotFitError
 
@@ -36,15 +37,14 @@ class Text:
         return self.tokens[start:stop]
 
     def contents(self, place: int) -> tuple:
-        return (self.salt, self.adapter, tuple(self.tokens[: place + 1]))
+        return contents(self.salt, self.adapter, self.tokens[: place + 1])
 
 
-@dataclass
 class Memory:
     """What each place of each block holds, and the manager that says where."""
 
-    blocks: BlockManager
-    places: dict[tuple[int, int], tuple] = field(default_factory=dict)
+    def __init__(self, blocks: BlockManager) -> None:
+        self.blocks, self.places = blocks, PretendedMemory(SIZE)
 
     def open(self, text: Text, *, spare: int = 0) -> bool:
         chain = self.blocks.chain(text.adapter, text.salt)
@@ -54,33 +54,21 @@ class Memory:
             text.computed = text.table.cached
         return text.table is not None
 
-    def prepare(self) -> None:
-        for front in self.blocks.fronts:
-            for place in range(front.places):
-                self.places[front.blocks[place // SIZE], place % SIZE] = ("front", front.adapter, place)
-        for copy in self.blocks.copies:
-            for place in range(copy.tokens):
-                self.places[copy.target, place] = self.places[copy.source, place]
-        self.blocks.done()
-
     def compute(self, text: Text, tokens: int | None = None) -> None:
-        self.prepare()
+        self.places.prepare(self.blocks.fronts, self.blocks.copies)
+        self.blocks.done()
         stop = len(text.tokens) if tokens is None else min(text.computed + tokens, len(text.tokens))
         for place in range(text.computed, stop):
-            self.places[text.table.blocks[place // SIZE], place % SIZE] = text.contents(place)
+            self.places.write(text.table, place, text.contents(place))
         text.computed = stop
         self.blocks.filled(text.table, stop, text.between)
 
     def holds(self, text: Text) -> None:
-        """Every place of its table holds what it should: nothing that is unwritten is looked at."""
+        """Every place of its table holds what it should."""
         copied = {copy.target: copy.source for copy in self.blocks.copies}
         for place in range(text.computed):
-            block = text.table.blocks[place // SIZE]
-            assert self.places[copied.get(block, block), place % SIZE] == text.contents(place)
-        unwritten = {block for front in self.blocks.fronts for block in front.blocks}
-        for place in range(text.front):
-            block = text.table.front[place // SIZE]
-            assert block in unwritten or self.places[block, place % SIZE] == ("front", text.adapter, place)
+            assert self.places.read(text.table, place, copied) == text.contents(place)
+        assert self.places.front_holds(text.table, self.blocks.fronts)
 
     def run(self, tokens: list[int], adapter: Identity = (), *, salt: str = "", front: int = 0) -> Text:
         text = Text(list(tokens), adapter, salt, front=front)

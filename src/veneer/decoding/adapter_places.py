@@ -1,8 +1,8 @@
-"""The places for different adapters that may run at once: who gets one in this step, and who has waited enough.
+"""How many different adapters run at once: who gets a place in this step, and who has waited enough.
 
-A sequence whose adapters all run needs none, nor does one of the base. Where all places are taken, younger sequences
-go ahead, a bounded number of times. Then the running adapters that are done soonest get no new sequences, and no
-place goes to a younger one, until there is room.
+A sequence whose adapters all run needs no place, nor does one of the base. Where all are taken, younger
+sequences go ahead, a bounded number of times. Then the running adapters that are done soonest get no new
+sequences, and no place goes to a younger one, until there is room.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AdapterPlaces:
             self._count(sequence)
 
     def allow(self, sequence: Sequence) -> bool:
-        """Whether it may start now. If not for want of a place, what `started` is told of from now on went ahead."""
+        """Whether it may start now. If it lacks a place, those that `started` is told of go ahead of it."""
         own = {content for content, _ in sequence.request.adapter}
         missing, free = len(own - self._left.keys()), self._most - len(self._left)
         if missing and (self._leaving is not None or missing > free):

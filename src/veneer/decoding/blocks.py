@@ -1,13 +1,14 @@
-"""Where the keys and values of sequences lie: blocks of as many tokens each, under a byte budget, shared where equal.
+"""Where keys and values lie: in blocks of as many tokens each, under a byte budget, shared where equal.
 
-    chain      every full block of a text has a name, a hash over (base, salt, adapter contents and weights, all tokens
-               up to its end): equal names mean equal keys and values
-    table      the blocks of one sequence, in the order of its tokens; behind a trained prefix, if its adapter has one
-    references a block is held by tables. One that nobody holds stays findable by its name until its room is needed,
-               the least recently used first, the end of a text before its beginning.
+    chain       every full block of a text has a name, a hash over (base, salt, contents and weights of
+                adapters, all tokens up to its end): equal names mean equal keys and values
+    table       the blocks of one sequence in the order of its tokens, behind its adapter's trained prefix
+    references  tables hold a block. One that nobody holds stays findable by its name until its room is
+                needed, the least recently used first, the end of a text before its beginning.
 
-Only full blocks are found and shared, so nobody writes where another reads. Blocks are numbers here: tensors, layers
-and sequences are not known; one thread calls. It does what `fronts` and `copies` say, computes, then calls `done`.
+Only full blocks are found and shared, so nobody writes where another reads. Blocks are numbers here: tensors,
+layers and sequences are not known. One thread calls; it does what `fronts` and `copies` say, computes, and
+then calls `done`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from veneer.bounds import BLOCK, BYTES, check_numbers
 from veneer.errors import DoesNotFitError
 
 Identity = tuple[tuple[str, float], ...]
-"""The adapters that act on a sequence, in their order: (content hash, weight) of each; empty: the base alone."""
+"""The adapters that act on a sequence, in order: (content hash, weight) of each; empty: the base alone."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Front:
-    """The trained prefix of an adapter, `places` of it, is wanted in these blocks (the last may stay partly empty)."""
+    """The trained prefix of an adapter, `places` long, is wanted in these blocks, the last filled in part."""
 
     adapter: Identity
     blocks: tuple[int, ...]
@@ -55,7 +56,7 @@ class Chain:
         self.names: list[bytes] = []
 
     def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
-        """Name the full blocks among the first `places` tokens; between(start, stop) gives tokens of the text."""
+        """Name the full blocks among the first `places` tokens. between(start, stop): tokens of the text."""
         size = self.tokens_per_block
         while (len(self.names) + 1) * size <= places:
             start = len(self.names) * size
@@ -112,7 +113,8 @@ class BlockManager:
         self.num_blocks = budget_bytes // self.block_bytes
         if not self.num_blocks:
             raise DoesNotFitError(
-                f"a block of {tokens_per_block} tokens takes {self.block_bytes:,} bytes, {budget_bytes:,} are given",
+                f"a block of {tokens_per_block} tokens takes {self.block_bytes:,} bytes, "
+                f"{budget_bytes:,} are given",
                 next_step="Give keys and values more bytes.",
             )
         self._free = list(reversed(range(self.num_blocks)))
@@ -209,9 +211,9 @@ class BlockManager:
         return True
 
     def filled(self, table: Table, computed: int, between: Callable[[int, int], Sequence[int]]) -> None:
-        """The first `computed` tokens have their keys and values: the blocks that they fill can be found from now on.
+        """The first `computed` tokens have their keys and values: the blocks that they fill can be found now.
 
-        between(start, stop) gives tokens of the text. Where another table was first with the same text, its blocks
+        between(start, stop): tokens of the text. Where another table was first with the same text, its blocks
         keep the name.
         """
         full = computed // self.tokens_per_block
@@ -224,8 +226,11 @@ class BlockManager:
         table.full = max(table.full, full)
 
     def fork(self, table: Table, computed: int) -> Table | None:
-        """Another table that begins with the first `computed` tokens, all computed: full blocks are shared, a block
-        that they fill in part is to be copied (`copies`). None: there is no room, and nothing has changed."""
+        """Another table that begins with the first `computed` tokens, all computed.
+
+        Full blocks are shared; a block that they fill in part is to be copied (`copies`). None: there is no
+        room, and nothing has changed.
+        """
         full, rest = divmod(computed, self.tokens_per_block)
         assert full <= table.full, "only what is computed is shared"
         if rest and not self.available:
@@ -266,7 +271,7 @@ class BlockManager:
         self._copies.clear()
 
     def forget(self, content: str) -> int:
-        """Nothing of the adapter with this content hash can be found any more; blocks that nobody holds are free.
+        """Nothing of the adapter of this content hash can be found any more; what nobody holds of it is free.
 
         What running sequences complete afterwards can be found again: call it once more when they have ended.
         Returns the bytes that became free.

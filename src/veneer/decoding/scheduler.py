@@ -1,14 +1,14 @@
 """Which sequences compute which of their tokens in the next step, until all have ended.
 
     add, cancel     between steps or during one
-    step(now)       a plan: spans of tokens, the rows of one adapter beside each other; what to write and copy first
+    step(now)       a plan: spans of tokens, the rows of one adapter beside each other; what to copy before
     finish_step     the token that each drew; stops and limits are applied
     undo_step       the plan was not computed (no memory, say): the same again, or a smaller one
 
-Within a step: sequences that decode get their token each, then prompts are read in chunks, the oldest first, then
-waiting ones are let in by priority and age. One that waits for its adapter's file blocks nobody. One that waits for
-one of the places for adapters is overtaken a bounded number of times, then the adapter that is done soonest gets no
-new sequences. Where blocks run out, the youngest goes back and is read again later.
+Within a step: sequences that decode get their token each, then prompts are read in chunks, the oldest first,
+then waiting ones are let in by priority and age. One whose adapter is not there yet blocks nobody; one
+without a place for its adapter is overtaken a bounded number of times (adapter_places.py). Where blocks run
+out, the youngest goes back and is read again later.
 
 Deterministic: no clock, no random numbers; one thread calls. Models, tensors and texts are not known.
 """
@@ -28,8 +28,9 @@ from veneer.decoding.step_plan import Drawn, Last, Plan, Span
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError, VeneerError
 
 Ready = Callable[[Identity], int | None]
-"""Places of the trained prefix of an adapter that can act now, 0 if it has none; None: not yet. Raises a VeneerError
-if it never will. Asked once a step for each adapter that a sequence waits for, never for the base; it does not wait."""
+"""Places of the trained prefix of an adapter that can act now, 0 if it has none; None: not yet. Raises a
+VeneerError if it never will. Asked once a step for each adapter that a sequence waits for; never for the
+base. It must not wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class Scheduler:
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """One sequence for each choice, which wait from now on.
 
-        DoesNotFitError: it can never run: too long for all blocks together, or more adapters than may run at once.
+        DoesNotFitError: it can never run, being too long for all blocks, or of more adapters than may run.
         QueueFullError: too many wait.
         """
         self._check_fits(request, front_places=0)
@@ -127,7 +128,7 @@ class Scheduler:
         return tuple(made)
 
     def cancel(self, sequence: Sequence) -> None:
-        """It is in no later plan; the next `step` or `finish_step` reports its end. One that has ended stays as it is."""
+        """In no later plan; the next `step` or `finish_step` reports its end, unless it has ended."""
         if sequence.state is not State.FINISHED and not sequence.cancelled:
             sequence.cancelled = True
             self._cancelled.append(sequence)
@@ -153,11 +154,14 @@ class Scheduler:
         return self._plan
 
     def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
-        """The plan has been computed. results: what each sequence drew that the plan names in `draws`, by its number.
+        """The plan has been computed. Returns the sequences that have ended.
 
-        Returns those that have ended. A sequence that was cancelled meanwhile gets no token.
+        results   by number: what each sequence drew that the plan names in `draws`, and nothing else. One
+                  that was cancelled meanwhile gets no token.
         """
         assert self._plan is not None, "no step is under way"
+        drawing = {s.number for span in self._plan.spans for s in span.draws}
+        assert results.keys() == drawing, f"of {sorted(drawing)}, not of {sorted(results)}"
         plan, self._plan = self._plan, None
         self.blocks.done()
         ended: list[Sequence] = []
@@ -167,15 +171,16 @@ class Scheduler:
             self.blocks.filled(span.sequence.table, span.stop, span.sequence.between)
             if span.draws:
                 self._others.pop(span.sequence.number, None)
-            for sequence in reversed(
-                span.draws
-            ):  # others fork before the first, which may end, lets its blocks go
+            others = span.draws[1:]  # they fork before the first, which may end, lets its blocks go
+            for sequence in (*others, *span.draws[:1]):
                 ended += self._draw(sequence, span, results[sequence.number])
         return (*ended, *self._sweep(None))
 
     def undo_step(self) -> None:
-        """The plan has not been computed, or not to its end: nothing of it counts but what it says of ends. The next
-        plan says the rest again."""
+        """The plan has not been computed, or not to its end: only the ends that it told of count.
+
+        The next plan says again what is to be written and copied.
+        """
         assert self._plan is not None, "no step is under way"
         self._plan = None
 
@@ -206,7 +211,7 @@ class Scheduler:
         return ended
 
     def _end(self, sequence: Sequence, reason: Reason, error: VeneerError | None = None) -> Sequence:
-        """Takes it out of wherever it is. If other choices wait for it, the first of them goes on in its place."""
+        """Takes it out of wherever it is. If other choices wait for it, the first of them takes its place."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -228,7 +233,7 @@ class Scheduler:
             sequence.table, sequence.computed = None, 0
 
     def _ask_adapters(self) -> tuple[dict[Identity, int], list[Sequence]]:
-        """Prefix places of the adapters that can act, and the sequences that ended because theirs never will."""
+        """Prefix places of the adapters that can act; the sequences that ended because theirs never will."""
         places: dict[Identity, int] = {(): 0}
         ended = []
         for adapter in self.wanted():
@@ -262,7 +267,7 @@ class Scheduler:
         return reading + decoding
 
     def _has_room(self, sequence: Sequence, takes: dict[Sequence, int]) -> bool:
-        """Blocks for all of its tokens, the youngest going back until there are; False: it went back itself."""
+        """Blocks for all of its tokens, the youngest going back until then. False: it went back itself."""
         assert sequence.table is not None
         while not self.blocks.grow(sequence.table, sequence.length):
             youngest = self._running.pop()
@@ -299,8 +304,10 @@ class Scheduler:
         return ended
 
     def _start(self, sequence: Sequence, front_places: int) -> bool:
-        """Blocks for all that it has to read; one more for every running sequence stays free, so that none goes back
-        at once. False: there are not enough."""
+        """Blocks for all that it has to read. False: there are not enough.
+
+        One more for every running sequence stays free, so that none has to go back at once.
+        """
         table = self.blocks.open(
             sequence.chain, sequence.length, front_places=front_places, spare=len(self._running)
         )
@@ -318,7 +325,7 @@ class Scheduler:
         return s.chain.names[s.computed // self.blocks.tokens_per_block :]
 
     def _others_read(self, s: Sequence, read: set[bytes]) -> bool:
-        """Whether a running sequence is about to compute what this one would have to, and it could find that soon."""
+        """Whether a running sequence is about to compute what this one lacks, and could find soon."""
         s.chain.reach(s.length, s.between)
         usable = s.chain.names[: (s.length - 1) // self.blocks.tokens_per_block]
         missing = next((name for name in usable if not self.blocks.knows(name)), None)

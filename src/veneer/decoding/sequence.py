@@ -45,7 +45,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked. ConfigError: with every number that is out of bounds, an empty prompt, an adapter named twice.
+    """What is asked. ConfigError: all that is wrong: numbers, an empty prompt, an adapter named twice.
 
     prompt          ids, at least one
     adapter         (content hash, weight) of each that acts; empty: the base
@@ -81,7 +81,7 @@ class Request:
             arrival=(TIME, self.arrival),
             deadline=(TIME, self.deadline),
             priority=(PRIORITY, self.priority),
-            **{f"the weight of adapter {own[:12]}": (WEIGHT, weight) for own, weight in self.adapter},
+            **{f"weight {place}": (WEIGHT, weight) for place, (_, weight) in enumerate(self.adapter, 1)},
         )
         if not self.prompt:
             faults.append("the prompt is empty")

@@ -13,8 +13,8 @@ from veneer.errors import VeneerError
 class Span:
     """Tokens start to stop - 1 of a sequence, computed in this step.
 
-    draws   who draws a token from what follows the last of them: nobody while the prompt is not all read, else the
-            sequence itself, and after a prompt the request's other choices too
+    draws   who draws a token from what follows the last of them: nobody while the prompt is not all read,
+            then the sequence itself, and the first time the request's other choices too
     """
 
     sequence: Sequence
@@ -31,7 +31,7 @@ class Span:
 class Plan:
     """One step. First `fronts` are written and `copies` made, in any order; then the spans are computed.
 
-    spans   the base's first, then adapter by adapter; within one, single tokens before chunks, the oldest first
+    spans   the base's first, then adapter by adapter; of each, single tokens before chunks, the oldest first
     ended   sequences that ended since the last call, without a new token
     """
 
