@@ -421,6 +421,18 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [1, 2, 3, 3, 3]), ("linear", [1, 2, 3, 2, 1]), ("cosine", [1, 2, 3, 2.25, 0.75])],
+)
+def test_the_rate_rises_in_equal_steps_and_falls_as_its_schedule_says(schedule, rates):
+    found = [learning_rate_at(s, steps=5, peak=3.0, warmup=0.4, schedule=schedule) for s in range(5)]
+    assert found == pytest.approx(rates)
+    assert learning_rate_at(0, steps=5, peak=3.0, warmup=0.0, schedule=schedule) == 3.0
+    all_rising = [learning_rate_at(s, steps=2, peak=3.0, warmup=1.0, schedule=schedule) for s in range(2)]
+    assert all_rising == pytest.approx([1, 2])
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_rises_and_then_falls_to_nothing_or_stays(schedule):
     rates = [learning_rate_at(s, steps=100, peak=2.0, warmup=0.1, schedule=schedule) for s in range(100)]
