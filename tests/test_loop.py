@@ -294,6 +294,19 @@ def test_an_interrupt_finishes_the_step_saves_and_resumes_to_the_same_bits(tmp_p
     assert torch.equal(whole.job.flat.values.data, resumed.job.flat.values.data)
 
 
+def test_an_interrupt_within_the_last_step_finds_a_run_that_is_done(tmp_path, monkeypatch):
+    own = Loop._step
+
+    def step(self, *, timed):
+        if self.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return own(self, timed=timed)
+
+    monkeypatch.setattr(Loop, "_step", step)
+    assert run(make_job(tmp_path, steps=2))[1] == "done"
+    assert numbers(tmp_path / "checkpoints")[-1] == 2
+
+
 def test_a_run_outside_the_main_thread_works_without_signals(tmp_path):
     done = []
     thread = threading.Thread(target=lambda: done.append(run(make_job(tmp_path, steps=2))[1]))
