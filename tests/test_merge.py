@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.formats import adapter as adapter_module
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.fold import stored_tensors, wanted_weights
-from veneer.merge.folder import _refuse_lost, merge_into_folder
+from veneer.merge.folder import _Plan, _refuse_lost, merge_into_folder
 from veneer.merge.in_memory import merged_weights
 from veneer.merge.merge_run import merge_adapters
 from veneer.merge.rounding import Survival, by_layer, stochastic, survival
@@ -275,6 +276,14 @@ def test_experts_are_written_one_by_one_as_transformers_stores_them(tmp_path):
     names = load_file(tmp_path / "m" / "model.safetensors")
     tiny_base("mixtral").model.save_pretrained(tmp_path / "theirs")
     assert names.keys() == load_file(tmp_path / "theirs" / "model.safetensors").keys()
+
+
+def test_weights_are_written_a_layer_at_a_time_and_what_is_in_no_layer_alone():
+    names = ["embed", "a.layers.1.q", "b.layers.1.q", "a.layers.10.q", "a.layers.1.mlp.3.up", "norm"]
+    plan = SimpleNamespace(stored=dict.fromkeys(names))
+    assert list(_Plan._layers(plan)) == [
+        ["embed"], ["a.layers.1.q", "a.layers.1.mlp.3.up"], ["b.layers.1.q"], ["a.layers.10.q"], ["norm"],
+    ]  # fmt: skip
 
 
 def test_several_adapters_add_up_with_their_weights(tmp_path):
