@@ -326,3 +326,15 @@ def test_dropout_drops_its_share_without_a_pattern_along_rows_or_columns(share):
     centred = keep - (1 - share)
     assert (centred[1:] * centred[:-1]).mean().abs().item() < 0.006
     assert (centred[:, 1:] * centred[:, :-1]).mean().abs().item() < 0.006
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_every_gradient_has_the_type_of_what_it_belongs_to(kind):
+    base = frozen_linear(nn.Linear(7, 5, dtype=torch.bfloat16).requires_grad_(False))
+    shapes = {"x": (3, 7), "A": (4, 7), "B": (5, 4), "bias": (5,)}
+    types = {"x": torch.bfloat16, "A": torch.float32, "B": torch.float64, "bias": torch.bfloat16}
+    inputs = {name: torch.randn(shapes[name], dtype=types[name], requires_grad=True) for name in shapes}
+    out = PRODUCTS[kind](*inputs.values(), base)
+    out.backward(torch.ones_like(out))
+    for name, tensor in inputs.items():
+        assert tensor.grad is not None and tensor.grad.dtype == types[name], name
