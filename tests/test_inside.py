@@ -89,11 +89,18 @@ def update(scaling: float, *, width: int = 2, experts: int = 1) -> Update:
 
 
 def test_angles_are_by_layer_in_the_order_of_the_layers_and_what_lies_outside_comes_last():
-    paths = ["lm_head", "model.layers.10.q", "model.layers.0.q", "model.embed", "model.layers.2.q"]
+    paths = [
+        "lm_head",
+        "model.layers.10.q",
+        "model.layers.0.q",
+        "a.layers.1.q",
+        "model.embed",
+        "model.layers.2.q",
+    ]
     one = {path: update(1.0) for path in paths}
     other = {path: update(-1.0 if ".2." in path else 2.0) for path in paths}
     found = angle(one, other).by_layer
-    assert list(found) == ["layer 0", "layer 2", "layer 10", "lm_head", "model.embed"]
+    assert list(found) == ["layer 0", "layer 1", "layer 2", "layer 10", "lm_head", "model.embed"]
     assert found == {name: pytest.approx(-1.0 if name == "layer 2" else 1.0) for name in found}
 
 

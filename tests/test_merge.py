@@ -458,10 +458,10 @@ def test_survival_is_the_projection_of_what_was_obtained():
 def test_of_a_change_of_nothing_nothing_is_lost_and_sums_are_over_a_layer():
     nothing = Survival(0.0, 0.0, 0.0, 0.0)
     assert (nothing.share, nothing.error, nothing.relative_size) == (1.0, 0.0, 0.0)
-    part = Survival(1.0, 4.0, 16.0, 64.0)
-    assert (part.share, part.error, part.relative_size) == (0.25, 2.0, 0.25)
+    part = Survival(1.0, 4.0, 36.0, 64.0)
+    assert (part.share, part.error, part.relative_size) == (0.25, 3.0, 0.25)
     layers = by_layer({"layers.3.a": part, "layers.3.b": part, "layers.10.a": part, "head": nothing})
-    assert layers == {"3": Survival(2.0, 8.0, 32.0, 128.0), "10": part, "head": nothing}
+    assert layers == {"3": Survival(2.0, 8.0, 72.0, 128.0), "10": part, "head": nothing}
 
 
 # the check's own arithmetic

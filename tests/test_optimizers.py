@@ -105,3 +105,13 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
 
 def test_the_names_are_those_of_the_settings():
     assert isinstance(make_optimizer("adamw", flat_of((10, 7)), weight_decay=0.0), AdamW)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_released_keeps_its_gradient_when_somebody_else_trains_it(dtype):
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    flat = FlatParameters({"a": parameter})
+    flat.release()
+    parameter.requires_grad_(True)
+    parameter.sum().backward()
+    assert torch.equal(parameter.grad, torch.ones(3, dtype=dtype))

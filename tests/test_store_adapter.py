@@ -40,7 +40,7 @@ from veneer.files.partial import sweep
 from veneer.formats import adapter as store
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.formats.fit import grouped
-from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, read_manifest
+from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash_of, read_manifest
 from veneer.formats.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 from veneer.models.base import Base
 
@@ -286,6 +286,11 @@ def test_manifests_are_strict_and_their_text_is_fixed(written):
     for change in ({"metrics": {"loss": float("nan")}}, {"time": "now"}, {"scaling": {"a": "x"}}):
         with pytest.raises(ValueError):
             Manifest.model_validate(manifest.model_dump() | change)
+
+
+def test_a_config_that_json_cannot_say_has_no_content_hash():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        content_hash_of("", {"alpha": float("nan")})
 
 
 def test_the_content_hash_is_what_the_format_document_says(written):
