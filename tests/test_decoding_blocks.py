@@ -181,6 +181,19 @@ def test_a_fork_shares_full_blocks_and_says_what_is_to_be_copied():
     assert memory.blocks.available == 8 - 3
 
 
+def test_forks_that_go_on_otherwise_are_each_found_by_what_they_hold():
+    memory = Memory(manager(20))
+    text = memory.run(TOKENS)
+    fork = Text(list(TOKENS), table=memory.blocks.fork(text.table, 10), computed=10)
+    for each, own in ((text, [1, 2, 3]), (fork, [4, 5, 6])):
+        each.tokens += own
+        memory.blocks.grow(each.table, 13)
+        memory.compute(each)
+        memory.holds(each)
+    assert memory.cached([*TOKENS, 1, 2, 9]) == memory.cached([*TOKENS, 4, 5, 9]) == 12
+    assert memory.cached([*TOKENS, 1, 5, 9]) == 8
+
+
 def test_a_fork_that_is_closed_before_its_copy_is_made_leaves_nothing_to_copy():
     memory = Memory(manager())
     text = memory.run(TOKENS)

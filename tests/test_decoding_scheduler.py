@@ -303,9 +303,13 @@ def test_a_full_queue_says_how_many_wait():
 
 def test_choices_count_one_by_one():
     toy = Toy(max_waiting=3)
-    with pytest.raises(QueueFullError, match="0 requests wait"):
+    with pytest.raises(DoesNotFitError, match="4 choices are asked for, 3 may wait"):
         toy.add([1], 1, choices=4)
     assert toy.scheduler.idle
+    toy.add([1], 1, choices=2)
+    with pytest.raises(QueueFullError, match="2 requests wait, 3 may"):
+        toy.add([1], 1, choices=2)
+    toy.finish_all()
 
 
 def test_a_cancelled_request_is_in_no_later_step():
@@ -317,8 +321,13 @@ def test_a_cancelled_request_is_in_no_later_step():
     plan = toy.step()
     assert [span.sequence for span in plan.spans] == [two]
     toy.scheduler.cancel(one)
+    three = toy.add([5], 9)
+    toy.scheduler.cancel(two)
+    assert two.table is None, "between steps, its blocks are free at once"
+    assert toy.step().ended == (two,)
+    toy.scheduler.cancel(three)
     toy.finish_all()
-    assert toy.ended == [one, two]
+    assert toy.ended == [one, two, three]
 
 
 def test_a_deadline_ends_what_runs_and_what_waits():

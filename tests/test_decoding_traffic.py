@@ -60,7 +60,7 @@ class Traffic(RuleBasedStateMachine):
         try:
             made = self.toy.scheduler.add(request)
         except QueueFullError as fault:
-            assert fault.waiting + request.choices > 12
+            assert fault.waiting + request.choices > 12 >= fault.waiting
         except DoesNotFitError:
             needed = math.ceil(request.most_places / SIZE)
             assert (

@@ -217,13 +217,15 @@ class BlockManager:
         keep the name.
         """
         full = computed // self.tokens_per_block
+        if full <= table.full:
+            return
         table.chain.reach(full * self.tokens_per_block, between)
         for place in range(table.full, full):
             name, block = table.chain.names[place], table.blocks[place]
             if name not in self._found:
                 self._found[name] = block
                 self._names[block] = (name, table.chain.adapter)
-        table.full = max(table.full, full)
+        table.full = full
 
     def fork(self, table: Table, computed: int) -> Table | None:
         """Another table that begins with the first `computed` tokens, all computed.

@@ -79,7 +79,8 @@ class Scheduler:
         self._others: dict[
             int, list[Sequence]
         ] = {}  # first choice -> those that wait for it to read the prompt
-        self._cancelled: list[Sequence] = []
+        self._cancelled: list[Sequence] = []  # during the step that is under way
+        self._ended: list[Sequence] = []  # and not yet told
         self._plan: Plan | None = None
         self._count = 0
 
@@ -96,7 +97,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do or to report."""
-        return not (self._waiting or self._running or self._others or self._cancelled)
+        return not (self._waiting or self._running or self._others or self._ended)
 
     def wanted(self) -> list[Identity]:
         """Adapters of waiting sequences in the order in which they are needed: what to load ahead."""
@@ -109,12 +110,14 @@ class Scheduler:
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """One sequence for each choice, which wait from now on.
 
-        DoesNotFitError: it can never run, being too long for all blocks, or of more adapters than may run.
+        DoesNotFitError: it can never run: too long for all blocks, too many adapters or choices.
         QueueFullError: too many wait.
         """
         self._check_fits(request, front_places=0)
         if (most := self.limits.max_adapters) < len(request.adapter):
             raise DoesNotFitError(f"{len(request.adapter)} adapters are to act together, {most} may")
+        if (most := self.limits.max_waiting) < request.choices:
+            raise DoesNotFitError(f"{request.choices} choices are asked for, {most} may wait")
         waiting = sum(s.state is State.WAITING for s in self.waiting)
         if waiting + request.choices > self.limits.max_waiting:
             raise QueueFullError(waiting, self.limits.max_waiting)
@@ -128,29 +131,36 @@ class Scheduler:
         return tuple(made)
 
     def cancel(self, sequence: Sequence) -> None:
-        """In no later plan; the next `step` or `finish_step` reports its end, unless it has ended."""
-        if sequence.state is not State.FINISHED and not sequence.cancelled:
-            sequence.cancelled = True
+        """It ends at once, or with the step that is under way. The next `step` or `finish_step` tells."""
+        if sequence.state is State.FINISHED or sequence.cancelled:
+            return
+        sequence.cancelled = True
+        if self._plan is None:
+            self._end(sequence, Reason.CANCELLED)
+        else:
             self._cancelled.append(sequence)
 
     def step(self, now: float, *, most_tokens: int | None = None) -> Plan:
         """What to compute next; no spans while all wait for their adapters, or nothing is left.
+
+        Before the next call comes `finish_step` or `undo_step`.
 
         now          seconds on the clock of arrivals and deadlines
         most_tokens  fewer than the limit, once
         """
         check_numbers(now=(TIME, now), most_tokens=(COUNT, most_tokens))
         assert self._plan is None, "the last step has not been finished"
-        ended = self._sweep(now)
-        places, broken = self._ask_adapters()
-        ended += broken
+        self._end_late(now)
+        places = self._ask_adapters()
         tokens = min(self.limits.step_tokens, most_tokens or self.limits.step_tokens)
         takes: dict[Sequence, int] = {}
         left = self._go_on(tokens, takes)
-        ended += self._let_in(left, takes, places)
-        order = sorted(takes, key=lambda s: (s.request.adapter, takes[s] > 1, s.order))
+        if left and len(self._running) < self.limits.rows:
+            self._let_in(left, takes, places)
+        order = [s for s in self._running if s in takes]
+        order.sort(key=lambda s: (s.request.adapter, takes[s] > 1))
         spans = tuple(self._span(s, takes[s]) for s in order)
-        self._plan = Plan(spans, self.blocks.fronts, self.blocks.copies, tuple(ended))
+        self._plan = Plan(spans, self.blocks.fronts, self.blocks.copies, self._told())
         return self._plan
 
     def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
@@ -164,7 +174,6 @@ class Scheduler:
         assert results.keys() == drawing, f"of {sorted(drawing)}, not of {sorted(results)}"
         plan, self._plan = self._plan, None
         self.blocks.done()
-        ended: list[Sequence] = []
         for span in plan.spans:
             assert span.sequence.table is not None
             span.sequence.computed = span.stop
@@ -173,8 +182,9 @@ class Scheduler:
                 self._others.pop(span.sequence.number, None)
             others = span.draws[1:]  # they fork before the first, which may end, lets its blocks go
             for sequence in (*others, *span.draws[:1]):
-                ended += self._draw(sequence, span, results[sequence.number])
-        return (*ended, *self._sweep(None))
+                self._draw(sequence, span, results[sequence.number])
+        self._end_cancelled()
+        return self._told()
 
     def undo_step(self) -> None:
         """The plan has not been computed, or not to its end: only the ends that it told of count.
@@ -183,6 +193,7 @@ class Scheduler:
         """
         assert self._plan is not None, "no step is under way"
         self._plan = None
+        self._end_cancelled()
 
     def _check_fits(self, request: Request, *, front_places: int) -> None:
         blocks = self.blocks
@@ -200,17 +211,21 @@ class Scheduler:
         if others:
             self._others[sequence.number] = others
 
-    def _sweep(self, now: float | None) -> list[Sequence]:
-        """Ends what was cancelled, and what is late if `now` is given."""
-        ended = [self._end(sequence, Reason.CANCELLED) for sequence in self._cancelled]
-        self._cancelled = []
-        if now is not None:
-            for s in (*self._running, *self.waiting):
-                if s.request.deadline is not None and s.request.deadline <= now:
-                    ended.append(self._end(s, Reason.DEADLINE))
+    def _told(self) -> tuple[Sequence, ...]:
+        ended, self._ended = tuple(self._ended), []
         return ended
 
-    def _end(self, sequence: Sequence, reason: Reason, error: VeneerError | None = None) -> Sequence:
+    def _end_cancelled(self) -> None:
+        for sequence in self._cancelled:
+            self._end(sequence, Reason.CANCELLED)
+        self._cancelled = []
+
+    def _end_late(self, now: float) -> None:
+        for s in (*self._running, *self.waiting):
+            if s.request.deadline is not None and s.request.deadline <= now:
+                self._end(s, Reason.DEADLINE)
+
+    def _end(self, sequence: Sequence, reason: Reason, error: VeneerError | None = None) -> None:
         """Takes it out of wherever it is. If other choices wait for it, the first of them takes its place."""
         if sequence in self._running:
             self._running.remove(sequence)
@@ -225,27 +240,30 @@ class Scheduler:
             self._wait(others[0], others[1:])
         self._let_go(sequence)
         sequence.state, sequence.reason, sequence.error = State.FINISHED, reason, error
-        return sequence
+        self._ended.append(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             self.blocks.close(sequence.table)
             sequence.table, sequence.computed = None, 0
 
-    def _ask_adapters(self) -> tuple[dict[Identity, int], list[Sequence]]:
-        """Prefix places of the adapters that can act; the sequences that ended because theirs never will."""
+    def _ask_adapters(self) -> dict[Identity, int]:
+        """Prefix places of the adapters that can act. Sequences end here whose adapter never will."""
         places: dict[Identity, int] = {(): 0}
-        ended = []
         for adapter in self.wanted():
             try:
                 found = self._ready(adapter)
             except VeneerError as fault:
-                own = [s for s in self.waiting if s.request.adapter == adapter]
-                ended += [self._end(s, Reason.ERROR, fault) for s in reversed(own)]
+                self._end_waiting(adapter, fault)
                 continue
             if found is not None:
                 places[adapter] = found
-        return places, ended
+        return places
+
+    def _end_waiting(self, adapter: Identity, fault: VeneerError) -> None:
+        for s in reversed(self.waiting):  # the others of a request before its first
+            if s.request.adapter == adapter:
+                self._end(s, Reason.ERROR, fault)
 
     def _go_on(self, tokens: int, takes: dict[Sequence, int]) -> int:
         """What running sequences compute; the tokens that are left for new ones."""
@@ -279,9 +297,8 @@ class Scheduler:
                 return False
         return True
 
-    def _let_in(self, left: int, takes: dict[Sequence, int], places: dict[Identity, int]) -> list[Sequence]:
-        """Starts waiting sequences, the first first. Returns those that ended because they can never run."""
-        ended: list[Sequence] = []
+    def _let_in(self, left: int, takes: dict[Sequence, int], places: dict[Identity, int]) -> None:
+        """Starts waiting sequences, the first first. Those end that can never run, as their prefix shows."""
         adapters = AdapterPlaces(self._running, self.limits.max_adapters, self.limits.max_overtaken)
         read = {name for s in self._running for name in self._to_read(s)}
         for s in list(self._waiting):
@@ -293,7 +310,7 @@ class Scheduler:
             try:
                 self._check_fits(s.request, front_places=places[adapter])
             except DoesNotFitError as fault:
-                ended.append(self._end(s, Reason.ERROR, fault))
+                self._end(s, Reason.ERROR, fault)
                 continue
             if not self._start(s, places[adapter]):
                 break  # younger ones that are shorter would keep it out for ever
@@ -301,7 +318,6 @@ class Scheduler:
             takes[s] = min(s.length - s.computed, self.limits.chunk_tokens, left)
             left -= takes[s]
             read.update(self._to_read(s))
-        return ended
 
     def _start(self, sequence: Sequence, front_places: int) -> bool:
         """Blocks for all that it has to read. False: there are not enough.
@@ -336,27 +352,31 @@ class Scheduler:
         draws = (s, *self._others.get(s.number, ())) if stop == s.length else ()
         return Span(s, s.computed, stop, draws)
 
-    def _draw(self, s: Sequence, span: Span, drawn: Drawn) -> list[Sequence]:
-        """Applies what it drew. Another choice that goes on gets blocks that begin with the first one's."""
+    def _draw(self, s: Sequence, span: Span, drawn: Drawn) -> None:
+        """Applies what it drew from what follows the span."""
         if s.cancelled:
-            return []  # the sweep ends it
+            return  # finish_step ends it
         if isinstance(drawn, VeneerError):
-            return [self._end(s, Reason.ERROR, drawn)]
+            self._end(s, Reason.ERROR, drawn)
+            return
         s.new.append(drawn.token if isinstance(drawn, Last) else drawn)
         reason = Reason.STOP if isinstance(drawn, Last) else s.ended_by(s.new[-1])
         first = span.sequence
         if s is not first:
             s.cached_tokens = first.cached_tokens
         if reason is not None:
-            return [self._end(s, reason)]
-        if s is not first:
-            assert first.table is not None
-            room = len(self._running) < self.limits.rows
-            s.table = self.blocks.fork(first.table, span.stop) if room else None
-            if s.table is None:
-                s.state = State.PREEMPTED
-                self._wait(s, [])
-            else:
-                s.state, s.computed, s.chain = State.RUNNING, span.stop, s.table.chain
-                insort(self._running, s, key=lambda each: each.order)
-        return []
+            self._end(s, reason)
+        elif s is not first:
+            self._branch(s, first)
+
+    def _branch(self, s: Sequence, first: Sequence) -> None:
+        """Another choice goes on from the prompt that the first has read, or waits where there is no room."""
+        assert first.table is not None
+        room = len(self._running) < self.limits.rows
+        s.table = self.blocks.fork(first.table, first.computed) if room else None
+        if s.table is None:
+            s.state = State.PREEMPTED
+            self._wait(s, [])
+        else:
+            s.state, s.computed, s.chain = State.RUNNING, first.computed, s.table.chain
+            insort(self._running, s, key=lambda each: each.order)

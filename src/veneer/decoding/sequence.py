@@ -110,6 +110,7 @@ class Sequence:
 
     number         of its scheduler, from 0 on; later ones are higher
     choice         which of the request's choices, from 0 on
+    order          lower goes first: priority, then age
     new            ids drawn so far, a stop token included
     computed       tokens of prompt and new ones whose keys and values are in its blocks
     cached_tokens  of the prompt, found and not computed when it first ran; for usage
@@ -119,6 +120,7 @@ class Sequence:
 
     def __init__(self, number: int, request: Request, choice: int, chain: Chain) -> None:
         self.number, self.request, self.choice, self.chain = number, request, choice, chain
+        self.order = (-request.priority, request.arrival, number)
         self.state = State.WAITING
         self.reason: Reason | None = None
         self.error: VeneerError | None = None
@@ -148,11 +150,6 @@ class Sequence:
         """The new ids without the stop token."""
         stopped = self.new and self.reason is Reason.STOP and self.new[-1] in self.request.stops
         return self.new[:-1] if stopped else list(self.new)
-
-    @property
-    def order(self) -> tuple[int, float, int]:
-        """Lower goes first: priority, then age."""
-        return -self.request.priority, self.request.arrival, self.number
 
     def between(self, start: int, stop: int) -> list[int]:
         """Its tokens start to stop - 1, the prompt's first."""
