@@ -89,6 +89,16 @@ def test_decoding_goes_on_while_a_long_prompt_is_read():
     toy.finish_all()
 
 
+def test_of_one_adapter_single_tokens_come_before_chunks():
+    toy = Toy()
+    one = toy.add(range(4), 9)
+    toy.step()
+    urgent, two = toy.add(range(10, 14), 9, priority=1), toy.add(range(20, 23), 9, B)
+    plan = toy.step()
+    assert [span.sequence for span in plan.spans] == [one, urgent, two]
+    toy.finish_all()
+
+
 def test_a_long_prompt_leaves_room_to_short_ones_behind_it():
     toy = Toy(step_tokens=16, chunk_tokens=8)
     long, short = toy.add(range(60), 2), toy.add([1, 2, 3], 2)
@@ -161,6 +171,8 @@ def test_choices_read_their_prompt_once_and_go_on_alone():
     plan = toy.step()
     assert plan.spans[0].draws == choices
     assert len(toy.blocks.copies) == 3
+    assert len(toy.step().copies) == 3
+    assert toy.step().copies == (), "once is enough"
     toy.finish_all()
     assert toy.computed == 10 + 4 * 4
     assert [s.new for s in choices] == [alone(request, i) for i in range(4)]
@@ -236,6 +248,16 @@ def test_the_youngest_goes_back_where_room_runs_out_and_says_what_it_would_have_
     assert toy.ended == [old, young]
 
 
+def test_nobody_is_let_in_into_the_room_that_others_need_next():
+    toy = Toy(blocks=4, rows=4)
+    one, two = toy.add(range(7), 6), toy.add(range(100, 107), 2)
+    three = toy.add([1], 2)
+    toy.step()
+    assert (one.state, two.state, three.state) == (State.RUNNING, State.WAITING, State.WAITING)
+    toy.finish_all()
+    assert toy.ended == [one, two, three]
+
+
 def test_a_sequence_that_comes_back_finds_what_is_left_of_its_blocks():
     toy = Toy(blocks=8, rows=4)
     old, young = toy.add(range(8), 13), toy.add(range(100, 108), 13)
@@ -298,6 +320,18 @@ def test_a_full_queue_says_how_many_wait():
     toy.scheduler.cancel(running)
     toy.step()
     toy.add([9], 1)
+    toy.finish_all()
+
+
+def test_those_that_went_back_do_not_fill_the_queue():
+    toy = Toy(blocks=8, rows=4, max_waiting=2)
+    toy.add(range(8), 20)
+    young = toy.add(range(100, 108), 20)
+    steps_until(toy, young, State.PREEMPTED)
+    toy.add([1], 1)
+    toy.add([2], 1)
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        toy.add([3], 1)
     toy.finish_all()
 
 

@@ -52,7 +52,7 @@ class Chain:
         acting = [part for own, weight in adapter for part in (own.encode(), struct.pack("<d", weight))]
         self.front = _name(base.encode(), *acting)
         """Of the adapter's trained prefix."""
-        self.root = _name(self.front, salt.encode(), struct.pack("<I", tokens_per_block))
+        self.root = _name(self.front, salt.encode())
         self.names: list[bytes] = []
 
     def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:

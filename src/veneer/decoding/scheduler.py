@@ -261,7 +261,7 @@ class Scheduler:
         return places
 
     def _end_waiting(self, adapter: Identity, fault: VeneerError) -> None:
-        for s in reversed(self.waiting):  # the others of a request before its first
+        for s in self.waiting:
             if s.request.adapter == adapter:
                 self._end(s, Reason.ERROR, fault)
 
@@ -273,7 +273,7 @@ class Scheduler:
             s = self._running[place]
             wants = s.length - s.computed
             take = min(wants, decoding) if wants == 1 else min(wants, self.limits.chunk_tokens, reading)
-            if take and not self._has_room(s, takes):
+            if take and not self._has_room(s):
                 break  # it was the youngest, and went back itself
             if wants == 1:
                 decoding -= take
@@ -282,14 +282,13 @@ class Scheduler:
             if take:
                 takes[s] = take
             place += 1
-        return reading + decoding
+        return reading
 
-    def _has_room(self, sequence: Sequence, takes: dict[Sequence, int]) -> bool:
+    def _has_room(self, sequence: Sequence) -> bool:
         """Blocks for all of its tokens, the youngest going back until then. False: it went back itself."""
         assert sequence.table is not None
         while not self.blocks.grow(sequence.table, sequence.length):
             youngest = self._running.pop()
-            takes.pop(youngest, None)
             self._let_go(youngest)
             youngest.state = State.PREEMPTED
             self._wait(youngest, [])
