@@ -9,7 +9,7 @@ A rank or alpha pattern matches at the end of a path, from a dot on; the first t
 import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -44,11 +44,194 @@ def layer_number(path: str) -> int | None:
     return next((int(segment) for segment in path.split(".") if segment.isdigit()), None)
 
 
-def near(name: str, names: list[str]) -> str:
+def near(name: str, names: Sequence[str]) -> str:
     """What exists and resembles a name that does not: by last segments, so a message stays short."""
     endings = sorted({n.rsplit(".", 1)[-1] for n in names})
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3, cutoff=0.5)
     return f"nearest: {', '.join(close)}" if close else f"the model has: {', '.join(endings)}"
+
+
+def find_targets(
+    modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None, read_past: Collection[str],
+    idle: Collection[str] = (),
+) -> Targets:  # fmt: skip
+    """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
+
+    read_past: weights that the model takes past their modules (reads.py); idle: places that no gradient reaches
+    (idle.py). all-linear leaves both out; ConfigError lists every entry that names one, and every one that matches nothing.
+    """
+    places = _places(modules, head=head, read_past=read_past, idle=idle)
+    faults: list[str] = []
+    trained = _trained(modules, config, faults)
+    chosen = _left(places, config, _named(places, config, faults), trained, faults)
+    faults += _pattern_faults(chosen, config)
+    faults += _unfit_faults(chosen, trained, modules, read_past=read_past, idle=idle)
+    if not chosen and not faults:
+        faults.append("after exclude and layers nothing is left to adapt")
+    if faults:
+        raise ConfigError(
+            "the adapter's settings do not fit the model", faults, "Correct the names and start again."
+        )
+    taken = set(chosen)
+    return Targets(
+        linears=[p for p in places.linears if p in taken],
+        embeddings=[p for p in places.embeddings if p in taken],
+        experts=[p for p in places.experts if p in taken],
+        routers=[p for p in places.routers if p in taken],
+        trained=trained,
+        biases=[p for p in _biases(modules, config, chosen, read_past) if not _within(p, trained)],
+        adaptable=places.adaptable(chosen),
+    )
+
+
+# what the model has
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a low-rank update could stand, by kind, and where it would not act or not train.
+
+    head     the output head's path
+    unfit    of all of them, those whose weight the model takes past its module, or that no gradient reaches
+    """
+
+    linears: list[str]
+    embeddings: list[str]
+    experts: list[str]
+    routers: list[str]
+    head: str | None
+    unfit: frozenset[str]
+
+    @property
+    def everything(self) -> list[str]:
+        return [*self.linears, *self.embeddings, *self.experts, *self.routers]
+
+    @property
+    def all_linear(self) -> list[str]:
+        """Linear layers but the head, and fused experts; nothing that would not train."""
+        return [p for p in (*self.linears, *self.experts) if p != self.head and p not in self.unfit]
+
+    def adaptable(self, chosen: Sequence[str]) -> int:
+        """How many could be: the head, and a linear layer that is unfit, only where they are chosen."""
+        return len({*self.all_linear, *self.experts, *chosen})
+
+
+def _places(
+    modules: Mapping[str, nn.Module],
+    *,
+    head: nn.Module | None,
+    read_past: Collection[str],
+    idle: Collection[str],
+) -> _Places:
+    """What the model has."""
+    found = _Places(
+        linears=[path for path, module in modules.items() if frozen_linear(module) is not None],
+        embeddings=[path for path, module in modules.items() if is_plain_embedding(module)],
+        experts=[f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)],
+        routers=[path for path, module in modules.items() if matrix_shape(module) is not None],
+        head=next((path for path, module in modules.items() if module is head), None),
+        unfit=frozenset(),
+    )
+    unfit = (p for p in found.everything if _weight(p, modules) in read_past or _is_idle(p, modules, idle))
+    return replace(found, unfit=frozenset(unfit))
+
+
+# what the settings name
+
+
+def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str]) -> list[str]:
+    """Modules that the settings train in full."""
+    trained = _by_entries(config.train_modules, "train_modules", [path for path in modules if path], faults)
+    for path in trained:
+        if any(modules[path].children()):
+            faults.append(
+                f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)"
+            )
+        if isinstance(modules[path], PackedModule):
+            faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
+    return trained
+
+
+def _named(places: _Places, config: LowRank, faults: list[str]) -> list[str]:
+    """What `targets` names, before anything is left out."""
+    if config.targets == "all-linear":
+        return places.all_linear
+    if not isinstance(config.targets, str):
+        return _by_entries(config.targets, "targets", places.everything, faults)
+    chosen = [path for path in places.everything if pattern(config.targets).full(path)]
+    if not chosen:
+        faults.append(
+            f"targets {config.targets!r} is a regular expression and matches no whole path; "
+            f"for instance '.*{places.linears[-1].rsplit('.', 1)[-1]}' would; {near(config.targets, places.everything)}"
+        )
+    return chosen
+
+
+def _by_entries(entries: Sequence[str], what: str, among: Sequence[str], faults: list[str]) -> list[str]:
+    """Paths that entries name, exactly or by their ending; `what`: the setting that lists them."""
+    found: set[str] = set()
+    by_ending: dict[str, list[str]] = {}  # an adapter from a file lists every module: no loop in a loop
+    for path in among if entries else ():
+        for start in (0, *(i + 1 for i, c in enumerate(path) if c == ".")):
+            by_ending.setdefault(path[start:], []).append(path)
+    for entry in entries:
+        hits = by_ending.get(entry, [])
+        if not hits:
+            faults.append(f"{what} {entry!r} matches no module; {near(entry, among)}")
+        found.update(hits)
+    return [path for path in among if path in found]
+
+
+# what is left out, and why
+
+
+def _left(
+    places: _Places, config: LowRank, named: Sequence[str], trained: Sequence[str], faults: list[str]
+) -> list[str]:
+    """What stays of it: not what `exclude` names, nor what trains in full, nor another layer than `layers` has."""
+    excluded: set[str] = set()
+    for entry in config.exclude:
+        hits = _names(entry, places.everything)
+        if not hits:
+            faults.append(f"exclude {entry!r} matches no module; {near(entry, places.everything)}")
+        excluded.update(hits)
+    left = [path for path in named if path not in excluded and not _within(path, trained)]
+    if not config.layers:
+        return left
+    numbers = {number for path in places.everything if (number := layer_number(path)) is not None}
+    if unknown := sorted(set(config.layers) - numbers):
+        faults.append(f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}")
+    return [path for path in left if layer_number(path) in config.layers]
+
+
+def _pattern_faults(chosen: Sequence[str], config: LowRank) -> list[str]:
+    """Ranks and alphas of places that are not adapted."""
+    return [
+        f"{field} {source!r} matches no targeted module; {near(source, chosen)}"
+        for field, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        )
+        for source in patterns
+        if chosen and not any(pattern(source).ends(path) for path in chosen)
+    ]
+
+
+def _biases(
+    modules: Mapping[str, nn.Module], config: LowRank, chosen: Sequence[str], read_past: Collection[str]
+) -> list[str]:
+    """Modules whose biases the settings train."""
+    meant = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[config.bias]
+    return [
+        path
+        for path in meant
+        if "bias" in dict(modules[path].named_parameters(recurse=False)) and f"{path}.bias" not in read_past
+    ]
+
+
+def _within(path: str, modules: Sequence[str]) -> bool:
+    """Whether a path is one of the modules, or lies in one."""
+    return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def _names(entry: str, paths: list[str]) -> list[str]:
@@ -86,97 +269,3 @@ def _by_kind(paths: Sequence[str], fault: str) -> list[str]:
         f"{kind}, {count} {'place' if count == 1 else 'places'}: {fault}; leave it out (exclude)"
         for kind, count in kinds.items()
     ]
-
-
-def find_targets(
-    modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None, read_past: Collection[str],
-    idle: Collection[str] = (),
-) -> Targets:  # fmt: skip
-    """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
-
-    read_past: weights that the model takes past their modules (reads.py); idle: places that no gradient reaches
-    (idle.py). all-linear leaves both out; ConfigError lists every entry that names one, and every one that matches nothing.
-    """
-    head_path = next((path for path, module in modules.items() if module is head), None)
-    linears = [path for path, module in modules.items() if frozen_linear(module) is not None]
-    embeddings = [path for path, module in modules.items() if is_plain_embedding(module)]
-    experts = [f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)]
-    routers = [path for path, module in modules.items() if matrix_shape(module) is not None]
-    everything = [*linears, *embeddings, *experts, *routers]
-    unfit = {
-        path for path in everything if _weight(path, modules) in read_past or _is_idle(path, modules, idle)
-    }
-    body = [path for path in linears if path != head_path and path not in unfit]
-    faults: list[str] = []
-
-    def by_entries(entries: list[str], what: str, among: list[str]) -> list[str]:
-        found: set[str] = set()
-        by_ending: dict[str, list[str]] = {}  # an adapter from a file lists every module: no loop in a loop
-        for path in among if entries else ():
-            for start in (0, *(i + 1 for i, c in enumerate(path) if c == ".")):
-                by_ending.setdefault(path[start:], []).append(path)
-        for entry in entries:
-            hits = by_ending.get(entry, [])
-            if not hits:
-                faults.append(f"{what} {entry!r} matches no module; {near(entry, among)}")
-            found.update(hits)
-        return [path for path in among if path in found]
-
-    trained = by_entries(config.train_modules, "train_modules", [path for path in modules if path])
-    for path in trained:
-        if any(modules[path].children()):
-            faults.append(
-                f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)"
-            )
-        if isinstance(modules[path], PackedModule):
-            faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
-    if config.targets == "all-linear":
-        chosen = [*body, *(path for path in experts if path not in unfit)]
-    elif isinstance(config.targets, str):
-        chosen = [path for path in everything if pattern(config.targets).full(path)]
-        if not chosen:
-            faults.append(
-                f"targets {config.targets!r} is a regular expression and matches no whole path; "
-                f"for instance '.*{linears[-1].rsplit('.', 1)[-1]}' would; {near(config.targets, everything)}"
-            )
-    else:
-        chosen = by_entries(config.targets, "targets", everything)
-    for entry in config.exclude:
-        if not _names(entry, everything):
-            faults.append(f"exclude {entry!r} matches no module; {near(entry, everything)}")
-    excluded = {path for entry in config.exclude for path in _names(entry, everything)}
-    chosen = [
-        p for p in chosen if p not in excluded and not any(p == t or p.startswith(t + ".") for t in trained)
-    ]
-    if config.layers:
-        numbers = {number for path in everything if (number := layer_number(path)) is not None}
-        if unknown := sorted(set(config.layers) - numbers):
-            faults.append(f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}")
-        chosen = [path for path in chosen if layer_number(path) in config.layers]
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for source in patterns:
-            if chosen and not any(pattern(source).ends(path) for path in chosen):
-                faults.append(f"{field} {source!r} matches no targeted module; {near(source, chosen)}")
-    faults += _unfit_faults(chosen, trained, modules, read_past=read_past, idle=idle)
-    if not chosen and not faults:
-        faults.append("after exclude and layers nothing is left to adapt")
-    if faults:
-        raise ConfigError(
-            "the adapter's settings do not fit the model", faults, "Correct the names and start again."
-        )
-    biases = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[config.bias]
-    with_bias = [
-        p
-        for p in biases
-        if "bias" in dict(modules[p].named_parameters(recurse=False)) and f"{p}.bias" not in read_past
-    ]
-    taken = set(chosen)
-    return Targets(
-        linears=[p for p in linears if p in taken],
-        embeddings=[p for p in embeddings if p in taken],
-        experts=[p for p in experts if p in taken],
-        routers=[p for p in routers if p in taken],
-        trained=trained,
-        biases=[p for p in with_bias if not any(p == t or p.startswith(t + ".") for t in trained)],
-        adaptable=len({*body, *experts, *chosen}),
-    )
