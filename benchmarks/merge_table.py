@@ -34,7 +34,7 @@ from veneer.merge.fold import stored_tensors, wanted_weights
 from veneer.merge.folder import merge_into_folder
 from veneer.merge.rounding import Survival, survival, total
 from veneer.merge.verify import LogitCheck, compare, limited, reference, text_rows
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant import nf4
 from veneer.quant.nf4_linear import NF4Linear
@@ -54,13 +54,13 @@ def row(tool: str, kind: str, left: Survival, check: LogitCheck, seconds: float)
     }  # fmt: skip
 
 
-def loaded(base: str, adapter: Path, *, quantize: Any = None) -> Base:
+def loaded(base: str, adapter: Path, *, quantize: Any = None) -> FrozenBase:
     found = load_base(base, device="cpu", quantize=quantize)
     load_adapter(found, adapter, name="a", force_base=True)  # one adapter over bases in several formats
     return found
 
 
-def rows_of(base: Base, file: Path | None) -> list[list[int]]:
+def rows_of(base: FrozenBase, file: Path | None) -> list[list[int]]:
     if file is None:
         return text_rows(base.tokenizer)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:8]]
@@ -69,7 +69,7 @@ def rows_of(base: Base, file: Path | None) -> list[list[int]]:
     )
 
 
-def into_folder(base: Base, rows: list[list[int]], kind: str, **choice: Any) -> dict[str, Any]:
+def into_folder(base: FrozenBase, rows: list[list[int]], kind: str, **choice: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
         report = merge_into_folder(
@@ -79,7 +79,7 @@ def into_folder(base: Base, rows: list[list[int]], kind: str, **choice: Any) -> 
         return row("veneer", kind, report.total, report.logits, time.perf_counter() - start)
 
 
-def requantised(base: Base, rows: list[list[int]]) -> dict[str, Any]:
+def requantised(base: FrozenBase, rows: list[list[int]]) -> dict[str, Any]:
     """Every changed weight decoded, updated and quantised again, in the model itself."""
     asked = reference(base, [("a", 1.0)], rows)
     start = time.perf_counter()

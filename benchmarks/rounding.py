@@ -16,8 +16,8 @@ import torch
 from veneer.adapters.routing import Routing
 from veneer.data.examples import Example
 from veneer.data.load import load_data
-from veneer.models.base import Base
 from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.fused import fused, replacements
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, batches_of
@@ -25,7 +25,7 @@ from veneer.train.config import DataConfig
 
 
 @torch.no_grad()
-def losses(base: Base, examples: list[Example], batch: int, *, own: bool) -> list[float]:
+def losses(base: FrozenBase, examples: list[Example], batch: int, *, own: bool) -> list[float]:
     """Mean nats per trained token of every batch, in file order. own: transformers' padded forward in our place."""
     paths = dataclasses.replace(base.paths, packed=False) if own else base.paths
     rows = [list(range(i, min(i + batch, len(examples)))) for i in range(0, len(examples), batch)]

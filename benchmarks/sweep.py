@@ -17,7 +17,7 @@ from veneer import api
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
 from veneer.bases.from_config import blueprint
 from veneer.errors import DivergedError
-from veneer.models.base import hidden_size
+from veneer.models.frozen_base import hidden_size
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import QuietScreen
 

@@ -49,7 +49,7 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
 from veneer.errors import RefusedError, VeneerError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.models.step import batch_loss, batches_of
 from veneer.models.structure import drawn, small_copy
@@ -137,8 +137,8 @@ def family_model(name: str) -> PreTrainedModel:
     return model
 
 
-def family_base(name: str) -> Base:
-    return Base(family_model(name), tiny_tokenizer(), name, name)
+def family_base(name: str) -> FrozenBase:
+    return FrozenBase(family_model(name), tiny_tokenizer(), name, name)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
@@ -272,7 +272,7 @@ def measure(name: str) -> Result:
     return result
 
 
-def _compare(base: Base, result: Result, folder: Path) -> None:
+def _compare(base: FrozenBase, result: Result, folder: Path) -> None:
     name, cells = result.name, result.cells
     examples = make_examples(5, vocab=IDS, prompt=5, longest=44)
     total = float(sum(e.trained.sum() for e in examples))
@@ -366,7 +366,7 @@ def _from_peft(name: str, folder: Path, texts: list[np.ndarray]) -> float:
         return max(_logits_apart(base.model, theirs, ids) for ids in texts)
 
 
-def _answers(base: Base, twin: Any) -> float:
+def _answers(base: FrozenBase, twin: Any) -> float:
     """The share of answers that differ."""
     prompts = [[(7 * i + j * j) % IDS for j in range(length)] for i, length in enumerate((27, 4, 19, 38))]
     settings = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)

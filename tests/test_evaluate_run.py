@@ -26,7 +26,7 @@ from veneer.evaluate.general import BUILT_IN, WINDOW, general_documents, general
 from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, read_labels
 from veneer.evaluate.predictions import matched, read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import _nats, example_nats
 from veneer.models.step import prepare
 
@@ -34,7 +34,7 @@ NEW_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
+def base() -> FrozenBase:
     return tiny_base("llama")
 
 
@@ -48,7 +48,7 @@ def rows(expected: Sequence[str]) -> list[Row]:
     return [row(i + 1, "q" * (1 + 7 * i % 5) + str(i), text) for i, text in enumerate(expected)]
 
 
-def own_answers(base: Base, of: Sequence[Row]) -> list[str]:
+def own_answers(base: FrozenBase, of: Sequence[Row]) -> list[str]:
     """One row at a time, straight from generate."""
     template = ChatTemplate(base.tokenizer)
     texts = []
@@ -67,14 +67,14 @@ def half_a_nat(examples: Sequence[Example]) -> Counts:
     return np.array([[0.5 * e.trained.sum(), e.trained.sum()] for e in examples], dtype=np.float64)
 
 
-def run(base: Base, of: Sequence[Row], metrics: Sequence[str], **options: Any) -> dict[str, Any]:
+def run(base: FrozenBase, of: Sequence[Row], metrics: Sequence[str], **options: Any) -> dict[str, Any]:
     examples = [example(2 + 4 * i, i + 1) for i in range(len(of))]
     nats = options.pop("nats", half_a_nat)
     choices = Choices(metrics=find_metrics(metrics), max_new_tokens=NEW_TOKENS, **options)
     return evaluate(base, of, examples, choices, nats=nats)
 
 
-def own_nats(base: Base) -> Any:
+def own_nats(base: FrozenBase) -> Any:
     paths = prepare(base.model)
     return lambda examples: example_nats(base.model, paths, examples, batch=4)
 
@@ -82,7 +82,7 @@ def own_nats(base: Base) -> Any:
 # --- answers ---
 
 
-def test_answers_come_in_the_rows_order(base: Base) -> None:
+def test_answers_come_in_the_rows_order(base: FrozenBase) -> None:
     asked = rows(["x"] * 7)
     answers = evaluate_answers(base, asked, max_new_tokens=NEW_TOKENS)
     assert [a.row for a in answers] == asked
@@ -90,13 +90,13 @@ def test_answers_come_in_the_rows_order(base: Base) -> None:
     assert len({a.answer for a in answers}) > 3  # or the order could not be seen
 
 
-def test_expected_answers_are_the_last_turns_without_white_space_around_them(base: Base) -> None:
+def test_expected_answers_are_the_last_turns_without_white_space_around_them(base: FrozenBase) -> None:
     asked = rows([" one \n", "two"])
     answers = evaluate_answers(base, asked, max_new_tokens=1)
     assert [a.expected for a in answers] == ["one", "two"]
 
 
-def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: Base) -> None:
+def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: FrozenBase) -> None:
     call = {"type": "function", "function": {"name": "book", "arguments": {"nights": 3}}}
     messages = [
         {"role": "user", "content": "Three nights"},
@@ -108,7 +108,7 @@ def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: Base) ->
     assert "im_end" not in answer.expected
 
 
-def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: Base) -> None:
+def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: FrozenBase) -> None:
     unanswered = [
         Row(RowRef("rows.jsonl", line), [{"role": "user", "content": "?"}], None, None)
         for line in range(2, 20)
@@ -120,7 +120,7 @@ def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: Base) 
     assert caught.value.faults[-1] == "and 9 more"
 
 
-def test_progress_counts_rows_up_to_all_of_them(base: Base) -> None:
+def test_progress_counts_rows_up_to_all_of_them(base: FrozenBase) -> None:
     seen: list[tuple[int, int]] = []
     evaluate_answers(base, rows(["x"] * 5), max_new_tokens=1, progress=lambda *counts: seen.append(counts))
     assert seen == [(n, 5) for n in range(1, 6)]
@@ -129,14 +129,14 @@ def test_progress_counts_rows_up_to_all_of_them(base: Base) -> None:
 # --- evaluation ---
 
 
-def test_the_loss_is_per_token_and_needs_no_answers(base: Base) -> None:
+def test_the_loss_is_per_token_and_needs_no_answers(base: FrozenBase) -> None:
     without_answers = Row(RowRef("rows.jsonl", 1), [], None, "plain text")
     found = run(base, [without_answers] * 2, [])
     assert found.pop("perplexity") == pytest.approx(np.exp(0.5))
     assert found == {"rows": 2, "loss": 0.5, "tokens": 8, "intervals": {"loss": [0.5, 0.5]}, "units": {}}
 
 
-def test_every_metric_is_what_the_answers_give(base: Base) -> None:
+def test_every_metric_is_what_the_answers_give(base: FrozenBase) -> None:
     asked = rows(["not it"] * 8)
     for one, text in list(zip(asked, own_answers(base, asked), strict=True))[:2]:
         one.messages[-1]["content"] = text
@@ -148,12 +148,12 @@ def test_every_metric_is_what_the_answers_give(base: Base) -> None:
     assert result["loss"] == 0.5
 
 
-def test_field_f1_counts_the_fields_of_answers_that_are_no_json_as_missed(base: Base) -> None:
+def test_field_f1_counts_the_fields_of_answers_that_are_no_json_as_missed(base: FrozenBase) -> None:
     result = run(base, rows(['{"a": 1, "b": 2}'] * 3), ["field_f1"])
     assert result["field_f1"] == 0.0 and result["intervals"]["field_f1"] == [0.0, 0.0]
 
 
-def test_the_result_is_the_same_every_time_and_goes_into_json(base: Base) -> None:
+def test_the_result_is_the_same_every_time_and_goes_into_json(base: FrozenBase) -> None:
     asked = rows(['{"a": 1}', "2", "3", "4"])
     first, second = (run(base, asked, list(METRICS)) for _ in range(2))
     assert json.loads(json.dumps(first)) == second
@@ -171,7 +171,7 @@ def test_the_nats_of_given_logits_are_at_least_as_precise_as_float32(dtype: torc
     torch.testing.assert_close(_nats(logits, targets), expected, rtol=near, atol=near)
 
 
-def test_predictions_are_written_row_by_row(base: Base, tmp_path: Path) -> None:
+def test_predictions_are_written_row_by_row(base: FrozenBase, tmp_path: Path) -> None:
     path = tmp_path / "new" / "predictions.jsonl"
     asked = rows(["not it", '"né"', "[1]"])
     run(base, asked, ["exact_match", "json_validity"], predictions=path)
@@ -183,7 +183,7 @@ def test_predictions_are_written_row_by_row(base: Base, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["predictions.jsonl"]
 
 
-def test_an_unknown_metric_is_refused_with_the_names_there_are(base: Base) -> None:
+def test_an_unknown_metric_is_refused_with_the_names_there_are(base: FrozenBase) -> None:
     with pytest.raises(ConfigError, match="blue") as caught:
         run(base, rows(["x"]), ["exact_match", "blue"])
     assert all(metric in str(caught.value) for metric in METRICS)
@@ -194,7 +194,7 @@ def nothing_computed(_: Sequence[Example]) -> Counts:
 
 
 def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_is_computed(
-    base: Base,
+    base: FrozenBase,
 ) -> None:
     asked = rows(['{"a": 1}', "plain", '{"a": 2}', "{'a': 3}"])
     with pytest.raises(DataError) as caught:
@@ -202,12 +202,12 @@ def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_
     assert caught.value.faults == ["rows.jsonl:2", "rows.jsonl:4"]
 
 
-def test_nothing_to_evaluate_is_an_error_not_a_loss_of_zero(base: Base) -> None:
+def test_nothing_to_evaluate_is_an_error_not_a_loss_of_zero(base: FrozenBase) -> None:
     with pytest.raises(DataError, match="no token"):
         evaluate(base, [], [], Choices(), nats=lambda examples: np.zeros((0, 2)))
 
 
-def test_further_references_of_a_row_count_too(base: Base) -> None:
+def test_further_references_of_a_row_count_too(base: FrozenBase) -> None:
     asked = rows(["not it"] * 3)
     (second,) = own_answers(base, asked[1:2])
     asked[1] = replace(asked[1], references=("nor this", f" {second} "))
@@ -235,7 +235,7 @@ def test_nats_of_each_example_are_those_of_the_model_alone(family: str, batch: i
 LABELS = ["card", "card_lost", "refund", "a refund that is late"]
 
 
-def slow_choice(base: Base, row: Row, label_list: Sequence[str], *, per_token: bool) -> str:
+def slow_choice(base: FrozenBase, row: Row, label_list: Sequence[str], *, per_token: bool) -> str:
     """Every label alone, from the model's own logits."""
     template = ChatTemplate(base.tokenizer)
     prompt = template.encode_prompt(row.messages[:-1])
@@ -259,7 +259,7 @@ def test_the_label_chosen_is_that_of_a_slow_reference(family: str, per_token: bo
     assert likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=per_token) == expected
 
 
-def test_length_normalisation_can_change_the_choice(base: Base) -> None:
+def test_length_normalisation_can_change_the_choice(base: FrozenBase) -> None:
     asked = rows(["card"] * 8)
     nats = own_nats(base)
     plain, normal = (
@@ -268,7 +268,7 @@ def test_length_normalisation_can_change_the_choice(base: Base) -> None:
     assert plain != normal
 
 
-def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: Base) -> None:
+def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: FrozenBase) -> None:
     asked = rows(["card"] * 6)
     chosen = likeliest_labels(base.tokenizer, asked, LABELS, nats=own_nats(base))
     for one, label in list(zip(asked, chosen, strict=True))[:2]:
@@ -279,7 +279,7 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: Base) -> None:
     assert found["accuracy"] == pytest.approx(2 / 6)
 
 
-def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: Base) -> None:
+def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: FrozenBase) -> None:
     template = ChatTemplate(base.tokenizer)
     asked = row(1, "a question that is long enough to matter", "card")
     examples = label_examples(template, asked, LABELS)
@@ -288,7 +288,7 @@ def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: Base) -> None:
     assert batch.layout.prompt >= len(template.encode_prompt(asked.messages[:-1])) - 1
 
 
-def test_a_right_answer_that_is_no_label_is_refused_by_row(base: Base) -> None:
+def test_a_right_answer_that_is_no_label_is_refused_by_row(base: FrozenBase) -> None:
     with pytest.raises(DataError, match="none of the labels") as caught:
         run(base, rows(["card", "other"]), ["accuracy"], labels=LABELS, nats=nothing_computed)
     assert caught.value.faults == ["rows.jsonl:2"]
@@ -326,7 +326,7 @@ def test_labels_may_be_longer_than_a_files_name_and_a_file_of_them_may_be_anythi
 # --- two evaluations of the same rows ---
 
 
-def test_two_evaluations_are_compared_row_by_row(base: Base, tmp_path: Path) -> None:
+def test_two_evaluations_are_compared_row_by_row(base: FrozenBase, tmp_path: Path) -> None:
     asked = rows(["not it"] * 6)
     run(base, asked, ["exact_match"], predictions=tmp_path / "a.jsonl")
     text = (tmp_path / "a.jsonl").read_text("utf-8")
@@ -356,7 +356,7 @@ def test_predictions_hold_any_answer(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "a.jsonl") == [line, {**line, "answer": "\r\n\u2028"}]
 
 
-def test_predictions_of_other_rows_are_refused_by_name(base: Base, tmp_path: Path) -> None:
+def test_predictions_of_other_rows_are_refused_by_name(base: FrozenBase, tmp_path: Path) -> None:
     run(base, rows(["a"] * 3), [], predictions=tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="other rows: 1 do not match") as caught:
         run(base, rows(["a"] * 2), [], against=tmp_path / "a.jsonl")
@@ -401,7 +401,7 @@ def test_rows_that_do_not_match_are_named_up_to_ten(tmp_path: Path) -> None:
         assert caught.value.faults == faults
 
 
-def test_a_file_that_holds_no_predictions_is_refused_first(base: Base, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_predictions_is_refused_first(base: FrozenBase, tmp_path: Path) -> None:
     good = {"row": "x", "key": "k", "references": ["a"], "nats": 1.0, "tokens": 2}
     wrong = [
         {"references": [1]},
@@ -422,7 +422,7 @@ def test_a_file_that_holds_no_predictions_is_refused_first(base: Base, tmp_path:
 # --- forgetting ---
 
 
-def test_the_text_that_ships_is_varied_and_whole(base: Base) -> None:
+def test_the_text_that_ships_is_varied_and_whole(base: FrozenBase) -> None:
     documents = general_documents(BUILT_IN)
     assert len(documents) >= 10 and 6000 < sum(map(len, documents)) < 9000
     examples, owners = general_examples(documents, base.tokenizer, None)
@@ -447,7 +447,9 @@ def test_forgetting_is_the_loss_after_minus_before_on_the_users_own_text(tmp_pat
     assert base.routing.active == (("a", 1.0),)
 
 
-def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(base: Base, tmp_path: Path) -> None:
+def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(
+    base: FrozenBase, tmp_path: Path
+) -> None:
     (tmp_path / "general.txt").write_text("a\n---\nb")
     with pytest.raises(DataError, match="nothing to predict"):
         run(base, rows(["a"]), [], general=str(tmp_path / "general.txt"), nats=nothing_computed)

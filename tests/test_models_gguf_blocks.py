@@ -19,7 +19,7 @@ from veneer.adapters.config import LoRA
 from veneer.bases.gguf_blocks import locate_blocks
 from veneer.errors import ConfigError, CorruptFileError, SourceError
 from veneer.kernels.gguf import FORMATS
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.models.step import prepare
 from veneer.quant.gguf_linear import GGUFLinear
@@ -37,17 +37,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def both(path: Path) -> tuple[Base, Base]:
+def both(path: Path) -> tuple[FrozenBase, FrozenBase]:
     """Converted and as blocks, both in bf16: in float32 blocks are decoded without its rounding."""
     dense, blocks = (load_base(str(path), dtype="stored", quantize=quantize) for quantize in (None, "gguf"))
     return dense, blocks
 
 
-def packed(base: Base) -> dict[str, GGUFLinear]:
+def packed(base: FrozenBase) -> dict[str, GGUFLinear]:
     return {path: m for path, m in base.model.named_modules() if isinstance(m, GGUFLinear)}
 
 
-def step(base: Base, **settings: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(base: FrozenBase, **settings: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one step of a LoRA adapter that is not at its start."""
     config = LoRA(rank=4, alpha=6, **settings)
     attachment = attach(base.model, config, name="a", routing=base.routing, head=base.model.lm_head)

@@ -19,7 +19,7 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
@@ -79,7 +79,7 @@ def mixer(family, device="cpu"):
 
 
 def mixer_base(family):
-    return Base(mixer(family), tiny_tokenizer(), source=family, name_or_path=family)
+    return FrozenBase(mixer(family), tiny_tokenizer(), source=family, name_or_path=family)
 
 
 def logits(model):

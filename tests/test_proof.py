@@ -20,8 +20,8 @@ from veneer.decoding.proof import loops
 from veneer.errors import SourceError
 from veneer.models import proof, structure
 from veneer.models.attention import decoder
-from veneer.models.base import Base
 from veneer.models.checks import prove_head
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
 from veneer.models.proof import proven
 from veneer.models.step import batch_loss, batches_of, evaluation_loss, prepare
@@ -76,7 +76,7 @@ def rotary(kind):
 
 def based(model):
     base = tiny_base()
-    return Base(model, base.tokenizer, "tiny", "tiny")
+    return FrozenBase(model, base.tokenizer, "tiny", "tiny")
 
 
 def fresh(model):

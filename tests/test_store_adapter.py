@@ -42,14 +42,14 @@ from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, wri
 from veneer.formats.fit import grouped
 from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash_of, read_manifest
 from veneer.formats.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 WEIGHTS = store.WEIGHTS_NAME
 SETTINGS = {"rank": 4, "alpha": 7, "rank_pattern": {"v_proj": 2}, "train_modules": ["model.norm"]}
 IDS = torch.tensor([[5, 200, 17, 99, 3]])
 
 
-def adapted(family: str = "llama_untied", *, name: str = "x", **fields) -> tuple[Base, Attachment]:
+def adapted(family: str = "llama_untied", *, name: str = "x", **fields) -> tuple[FrozenBase, Attachment]:
     base = tiny_base(family)
     base.fingerprint()
     settings = LoRA(**{**SETTINGS, **fields})
@@ -61,12 +61,12 @@ def adapted(family: str = "llama_untied", *, name: str = "x", **fields) -> tuple
     return base, attachment
 
 
-def write(folder: Path, base: Base, attachment: Attachment, **fields):
+def write(folder: Path, base: FrozenBase, attachment: Attachment, **fields):
     manifest = manifest_for(base, method="lora", **fields)
     return write_adapter(folder, attachment, manifest, model=base.model)
 
 
-def answers(base: Base, name: str) -> torch.Tensor:
+def answers(base: FrozenBase, name: str) -> torch.Tensor:
     base.routing.active = ((name, 1.0),)
     with torch.no_grad():
         logits = base.model(IDS).logits

@@ -11,7 +11,7 @@ from veneer.adapters.config import DoRA, Full, LoRA
 from veneer.adapters.idle import places_without_gradient
 from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.plan.dry_run import Step, dry_run
 from veneer.plan.estimate import synthetic_rows
@@ -42,7 +42,7 @@ def base(family):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config(family)).eval().requires_grad_(False)
-    return Base(model, tiny_tokenizer(), source=family, name_or_path=family)
+    return FrozenBase(model, tiny_tokenizer(), source=family, name_or_path=family)
 
 
 class Indexed(nn.Module):

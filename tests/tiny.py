@@ -39,7 +39,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from veneer.models.base import Base
+    from veneer.models.frozen_base import FrozenBase
 
 VOCAB_SIZE = 272  # 256 bytes, 3 special tokens, and a few rows that no token uses, as real models have
 SLIDING_WINDOW = 8
@@ -222,11 +222,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_base(
     family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
-) -> Base:
+) -> FrozenBase:
     """A Base over tiny_model and tiny_tokenizer, as load_base would return it."""
-    from veneer.models.base import Base  # here, so that tests of lower layers load no more than they test
+    from veneer.models.frozen_base import (
+        FrozenBase,  # here, so that tests of lower layers load no more than they test
+    )
 
-    return Base(
+    return FrozenBase(
         model=tiny_model(family, dtype, seed, **overrides),
         tokenizer=tiny_tokenizer(),
         source=f"tiny-{family}",

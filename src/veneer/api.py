@@ -49,8 +49,8 @@ from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.in_memory import Merged, merged_weights
 from veneer.merge.merge_run import Into, merge_adapters
-from veneer.models import base as models_base
 from veneer.models.capacity import capacity_of, configured_capacity
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
@@ -67,7 +67,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass
-class Base(models_base.Base):
+class Base(FrozenBase):
     """A frozen causal LM that adapters sit on. Made by `load`.
 
     library   where `use` finds names that are not loaded yet; None: nowhere

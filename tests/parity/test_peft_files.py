@@ -23,7 +23,7 @@ from veneer.adapters.config import DoRA, LoRA, LowRank  # noqa: E402
 from veneer.adapters.site import Attachment  # noqa: E402
 from veneer.errors import AdapterMismatchError  # noqa: E402
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter  # noqa: E402
-from veneer.models.base import Base  # noqa: E402
+from veneer.models.frozen_base import FrozenBase  # noqa: E402
 
 RELATIVE = 1e-5  # float32 against float32: other orders of summation, nothing else
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230], [1, 90, 31, 7, 255, 12, 80]])
@@ -280,7 +280,7 @@ def randomise(parameters: dict[str, torch.nn.Parameter]) -> None:
         parameter.data.add_(0.2 * noise)
 
 
-def ours(row: Row) -> tuple[Base, Attachment]:
+def ours(row: Row) -> tuple[FrozenBase, Attachment]:
     base = tiny_base(row.family, **row.model)
     base.fingerprint()
     settings = row.method(**{"rank": 4, "alpha": 7, **row.ours})
@@ -304,7 +304,7 @@ def logits(model: Callable[..., Any]) -> Tensor:
     return model(IDS).logits
 
 
-def answers(base: Base, name: str) -> Tensor:
+def answers(base: FrozenBase, name: str) -> Tensor:
     base.routing.active = ((name, 1.0),)
     try:
         return logits(base.model)

@@ -18,7 +18,7 @@ from veneer.bases.sources import locate
 
 @dataclass(frozen=True)
 class Skeleton:
-    """model: on the meta device; name_or_path, revision: as models.base.Base has them."""
+    """model: on the meta device; name_or_path, revision: as FrozenBase (models) has them."""
 
     model: PreTrainedModel
     name_or_path: str

@@ -31,7 +31,7 @@ from veneer.wording import shown, size
 
 if TYPE_CHECKING:
     from veneer.library.library import Entry, Library
-    from veneer.models.base import Base
+    from veneer.models.frozen_base import FrozenBase
     from veneer.quant.config import Quantize
 
 PLACES = "a folder, hf://org/name, or an address such as s3://bucket/folder; https:// to read"
@@ -221,19 +221,19 @@ def _verify(args: argparse.Namespace, library: Library) -> int:
     return 4 if bad else 0
 
 
-def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], Base]:
+def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
     """--base, held as the adapter of a folder was trained over it; the last one is kept for the next adapter."""
     from functools import lru_cache
 
     from veneer.models.load import load_base
 
     @lru_cache(maxsize=1)
-    def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> Base:
+    def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> FrozenBase:
         return load_base(
             args.base, dtype=as_stored(args.dtype), device="cpu", quantize=quantize, keep_dense=keep_dense
         )
 
-    def base_of(folder: Path) -> Base:
+    def base_of(folder: Path) -> FrozenBase:
         quantize, keep_dense = held_as(None, folder, force_base=False)
         return loaded(quantize, tuple(keep_dense))
 

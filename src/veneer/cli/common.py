@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from veneer.api import Base
-    from veneer.models.base import Base as PlainBase
+    from veneer.models.frozen_base import FrozenBase
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def as_stored(dtype: str) -> Any:
     return "stored" if dtype == "auto" else dtype
 
 
-def load_plain_base(args: argparse.Namespace) -> PlainBase | None:
+def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
     """The base of --base, on the CPU, where one is given."""
     if not args.base:
         return None

@@ -23,7 +23,7 @@ from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
 from veneer.data.sources import read_rows
 from veneer.files.atomic import atomic_file
-from veneer.models.base import hidden_size
+from veneer.models.frozen_base import hidden_size
 from veneer.models.load import compute_of
 
 

@@ -22,9 +22,9 @@ from veneer.data.examples import Capacity
 from veneer.decoding.decode import Choose, decode, decode_rereading, greedy
 from veneer.decoding.proof import loops, prove_decoding
 from veneer.errors import ConfigError
-from veneer.models.base import Base
 from veneer.models.capacity import capacity_of
 from veneer.models.checks import in_front
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.switches import forget_lengths, switches
 
 PADDED_ROWS = 32
@@ -36,7 +36,7 @@ _COLDEST = 1e-9
 
 @torch.no_grad()
 def generate(
-    base: Base,
+    base: FrozenBase,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
@@ -102,7 +102,7 @@ class _Draw:
 class _Asked:
     """Prompts with the new tokens each may get, and the answers as they come. draw: None takes the likeliest token."""
 
-    base: Base
+    base: FrozenBase
     prompts: Sequence[list[int]]
     limits: Sequence[int]
     stops: list[int]
@@ -159,7 +159,7 @@ def _by_rereading(asked: _Asked) -> None:
         asked.finished(1)
 
 
-def _decodes_packed(base: Base) -> bool:
+def _decodes_packed(base: FrozenBase) -> bool:
     """Whether our own loop is proven on this base: with no adapter acting, once."""
     if base.decodes_packed is None:
         with base.routing.none():
@@ -249,7 +249,7 @@ def _like_rows(asked: _Asked, numbers: Sequence[int], together: int) -> Iterator
             yield rows[start : start + together]
 
 
-def _padding(base: Base, stops: list[int]) -> int:
+def _padding(base: FrozenBase, stops: list[int]) -> int:
     """An id that the model has a row for: tokenizers name padding that was added to them alone."""
     known = capacity_of(base).tokens
     named = [base.tokenizer.pad_token_id, *stops]

@@ -10,7 +10,7 @@ from veneer.data.examples import Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.errors import DataError
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 NAMED_ROWS = 10
 """How many rows an error names before it counts the rest."""
@@ -26,7 +26,7 @@ class Answer:
 
 
 def evaluate_answers(
-    base: Base,
+    base: FrozenBase,
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
@@ -51,7 +51,7 @@ def evaluate_answers(
     return [Answer(*fields) for fields in zip(rows, expected, answers, strict=True)]
 
 
-def expected_answers(base: Base, rows: Sequence[Row]) -> list[str]:
+def expected_answers(base: FrozenBase, rows: Sequence[Row]) -> list[str]:
     """The text of each row's last turn; raises DataError, naming the rows, where it is no assistant turn."""
     refuse_rows(
         "answers can only be compared with an assistant turn at the end of each row",
@@ -62,7 +62,7 @@ def expected_answers(base: Base, rows: Sequence[Row]) -> list[str]:
     return [_expected(base, template, row) for row in rows]
 
 
-def references_of(base: Base, rows: Sequence[Row]) -> list[list[str]]:
+def references_of(base: FrozenBase, rows: Sequence[Row]) -> list[list[str]]:
     """Every right answer of each row: its last turn first, then its `references`."""
     return [
         [expected, *(text.strip() for text in row.references)]
@@ -70,7 +70,7 @@ def references_of(base: Base, rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
-def _expected(base: Base, template: ChatTemplate, row: Row) -> str:
+def _expected(base: FrozenBase, template: ChatTemplate, row: Row) -> str:
     last: dict[str, Any] = row.messages[-1]
     if not last.get("tool_calls"):
         return str(last["content"]).strip()
@@ -79,7 +79,7 @@ def _expected(base: Base, template: ChatTemplate, row: Row) -> str:
     return _text(base, [token for token, learnt in zip(ids, trained, strict=True) if learnt])
 
 
-def _text(base: Base, ids: list[int]) -> str:
+def _text(base: FrozenBase, ids: list[int]) -> str:
     return str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 

@@ -26,8 +26,8 @@ from veneer.evaluate.predictions import (
     read_predictions,
     write_predictions,
 )
-from veneer.models.base import Base
 from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
 
 Progress = Callable[[str, int, int], None]
 """(what is done, rows done, rows in all)."""
@@ -56,7 +56,7 @@ class Choices:
 
 
 def evaluate(
-    base: Base,
+    base: FrozenBase,
     rows: Sequence[Row],
     examples: Sequence[Example],
     choices: Choices,
@@ -131,7 +131,7 @@ def _labels(choices: Choices, rows: Sequence[Row], references: list[list[str]]) 
 
 
 def _answer(
-    base: Base, rows: Sequence[Row], references: list[list[str]], labels: list[str], choices: Choices, nats: Nats,
+    base: FrozenBase, rows: Sequence[Row], references: list[list[str]], labels: list[str], choices: Choices, nats: Nats,
     lines: list[Line], report: Progress,
 ) -> None:  # fmt: skip
     """Adds to each line what the metrics need: references, the label chosen, the answer written."""
@@ -169,7 +169,9 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
     return result
 
 
-def _general(base: Base, examples: Sequence[Example], owners: Sequence[int], nats: Nats) -> dict[str, Any]:
+def _general(
+    base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
+) -> dict[str, Any]:
     """With an adapter at work, also the base without it."""
     after = by_document(nats(examples), owners)
     before = None

@@ -38,7 +38,7 @@ from veneer.formats.peft_config import CONFIG_NAME, config_text
 from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
 from veneer.formats.same_base import other_base, other_text
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -93,7 +93,7 @@ def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
 
 
 def manifest_for(
-    base: Base,
+    base: FrozenBase,
     *,
     method: str,
     template_hash: str | None = None,
@@ -238,7 +238,12 @@ def _require_files(folder: Path) -> None:
 
 
 def load_adapter(
-    base: Base, source: str | Path | StoredAdapter, *, name: str, force_base: bool = False, take: bool = False
+    base: FrozenBase,
+    source: str | Path | StoredAdapter,
+    *,
+    name: str,
+    force_base: bool = False,
+    take: bool = False,
 ) -> Attachment:
     """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in base.attachments.
 
@@ -305,7 +310,7 @@ def _fill(attachment: Attachment, values: Mapping[str, Tensor], *, take: bool) -
             parameter.copy_(value)
 
 
-def _next_step(stored: StoredAdapter, base: Base) -> str:
+def _next_step(stored: StoredAdapter, base: FrozenBase) -> str:
     assert stored.manifest is not None
     held = Fingerprint.from_dict(stored.manifest.base.fingerprint).quantize
     otherwise = "or, if you know better, use --force-base."

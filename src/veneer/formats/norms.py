@@ -21,7 +21,7 @@ from veneer.formats.low_rank import LowRankFile
 from veneer.formats.matching import strengths
 from veneer.formats.peft_tensors import Slot
 from veneer.linear import frozen_linear
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 _ENDS = (".lora_A.weight", ".lora_embedding_A")
 
@@ -80,7 +80,7 @@ def updates(stored: StoredAdapter) -> tuple[dict[str, Update], dict[str, Tensor]
     return found, rest
 
 
-def base_norms(base: Base, paths: Iterable[str]) -> dict[str, float]:
+def base_norms(base: FrozenBase, paths: Iterable[str]) -> dict[str, float]:
     """Frobenius norm of the base's own weight at each path, float32, one matrix at a time."""
     modules = plain_modules(base.model)
     found = {}

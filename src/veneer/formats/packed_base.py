@@ -16,7 +16,7 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_folder
 from veneer.linear import PackedModule
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.quant.nf4_linear import NF4Experts, NF4Linear
 
@@ -30,7 +30,7 @@ class WrittenBase:
     others_read: bool
 
 
-def write_packed(base: Base, folder: str | Path) -> WrittenBase:
+def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
     """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError: the disk is full."""
     if not weight_format(base.quantize).writes_folder:
         raise ConfigError(
@@ -76,7 +76,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _settings(base: Base) -> dict[str, object]:
+def _settings(base: FrozenBase) -> dict[str, object]:
     """What transformers wants to find; it leaves dense what llm_int8_skip_modules names."""
     dense = [path for path, module in base.model.named_modules() if isinstance(module, nn.Linear)]
     double = [m.packed().nested is not None for m in base.model.modules() if isinstance(m, NF4Linear)]

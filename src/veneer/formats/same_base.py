@@ -5,10 +5,10 @@ An adapter without veneer.json says neither: then there is nothing to compare.
 
 from veneer.bases.fingerprint import Fingerprint
 from veneer.formats.manifest import Manifest
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 
-def other_base(manifest: Manifest | None, base: Base) -> list[str]:
+def other_base(manifest: Manifest | None, base: FrozenBase) -> list[str]:
     """What differs between the base it was trained on and this one, the adapter's side first."""
     if manifest is None:
         return []
@@ -22,7 +22,7 @@ def other_base(manifest: Manifest | None, base: Base) -> list[str]:
     return names + theirs.differences(ours)
 
 
-def other_text(manifest: Manifest | None, base: Base) -> list[str]:
+def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
     """What of its text differs: other token ids, or another layout of a conversation, mean another input."""
     if manifest is None:
         return []

@@ -18,10 +18,10 @@ from veneer.library.adapter_folder import adapter_folder
 from veneer.library.names import said_of
 from veneer.library.objects import ADAPTER_FILES, Content, object_faults
 from veneer.library.records import Facts
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 
-def examined(source: Path, base: Base | None) -> tuple[dict[str, Content], Facts]:
+def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content], Facts]:
     """The adapter's own files and no others, read once in full, and the facts of them.
 
     base: an adapter that vouches for no base is given this one's fingerprint, if it fits.
@@ -62,7 +62,7 @@ def facts_of(stored: StoredAdapter) -> Facts:
     )  # fmt: skip
 
 
-def _with_base(stored: StoredAdapter, base: Base) -> bytes:
+def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
     """veneer.json for an adapter from elsewhere that fits this base. AdapterMismatchError says why it does not."""
     with _on_trial(base, stored) as attachment:
         scaling = {path: layer.scaling for path, layer in sorted(attachment.layers.items())}
@@ -78,7 +78,7 @@ def _with_base(stored: StoredAdapter, base: Base) -> bytes:
 
 
 @contextmanager
-def _on_trial(base: Base, stored: StoredAdapter) -> Iterator[Attachment]:
+def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
     """The adapter on the base, within the block."""
     name = f"{said_of(stored.folder)} (on trial)"
     attachment = load_adapter(base, stored, name=name)
@@ -89,7 +89,7 @@ def _on_trial(base: Base, stored: StoredAdapter) -> Iterator[Attachment]:
         del base.attachments[name]
 
 
-def entry_faults(folder: Path, facts: Facts, base: Callable[[Path], Base] | None) -> list[str]:
+def entry_faults(folder: Path, facts: Facts, base: Callable[[Path], FrozenBase] | None) -> list[str]:
     """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on its base."""
     if faults := object_faults(folder):
         return faults

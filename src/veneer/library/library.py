@@ -43,7 +43,7 @@ from veneer.library.objects import object_faults, put
 from veneer.library.records import Facts, Record, Version, known_version, read_record, write_record
 
 if TYPE_CHECKING:
-    from veneer.models.base import Base
+    from veneer.models.frozen_base import FrozenBase
 
 MARKER = "library.json"
 COLLECT_WAIT_SECONDS = 60.0
@@ -178,7 +178,7 @@ class Library:
         name: str,
         tags: Sequence[str] = (),
         note: str = "",
-        base: Base | None = None,
+        base: FrozenBase | None = None,
     ) -> Entry:
         """Copies an adapter's folder, or a run's result, in as the next version of `name`.
 
@@ -323,7 +323,7 @@ class Library:
         return found
 
     def verify(
-        self, reference: str | None = None, *, base: Callable[[Path], Base] | None = None
+        self, reference: str | None = None, *, base: Callable[[Path], FrozenBase] | None = None
     ) -> dict[str, list[str]]:
         """Reference -> what is wrong with it; every version where none is named. Empty lists: all is well.
 

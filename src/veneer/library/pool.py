@@ -18,7 +18,7 @@ from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
 from veneer.formats.adapter import load_adapter, read_adapter
 from veneer.library.library import Library
 from veneer.library.names import nearest
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Pool:
     budget_bytes  of all adapters on the base; None: no bound
     """
 
-    def __init__(self, base: Base, library: Callable[[], Library | None], refuse: Callable[[], None]) -> None:
+    def __init__(
+        self, base: FrozenBase, library: Callable[[], Library | None], refuse: Callable[[], None]
+    ) -> None:
         self.base = base
         self._library, self._refuse = library, refuse
         self.budget_bytes: int | None = None

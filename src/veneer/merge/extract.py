@@ -28,7 +28,7 @@ from veneer.merge.combine import Update
 from veneer.merge.fold import stored_tensors, tied_names
 from veneer.merge.low_rank import Cut, cut_dense, relative_error
 from veneer.merge.verify import LogitCheck, Reference, compare, logits, text_rows
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
 
@@ -112,7 +112,7 @@ def extract_adapter(
     )
 
 
-def _differences(base: Base, new: nn.Module, *, rank: int | None, energy: float | None) -> _Found:
+def _differences(base: FrozenBase, new: nn.Module, *, rank: int | None, energy: float | None) -> _Found:
     old = base.model
     before, after = stored_tensors(old), stored_tensors(new)
     faults = [f"{name} is in the base alone" for name in before if name not in after]
@@ -162,7 +162,7 @@ def _place(modules: Mapping[str, nn.Module], name: str, head: nn.Module | None) 
 
 
 def _kept_values(
-    base: Base, new: nn.Module, found: _Found, *, keep: bool
+    base: FrozenBase, new: nn.Module, found: _Found, *, keep: bool
 ) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
     """Modules trained in full, the values, and what the settings must say of them."""
     if not keep or not found.others:
@@ -201,7 +201,7 @@ def _by_kind(found: _Found) -> dict[str, Part]:
 
 
 @torch.no_grad()
-def _check(old: Base, new: Base, out: str | Path) -> LogitCheck:
+def _check(old: FrozenBase, new: FrozenBase, out: str | Path) -> LogitCheck:
     """The written adapter on its base against the tuned model; effect: tuned against base."""
     rows = text_rows(old)
     expected = [logits(new, row) for row in rows]
@@ -213,7 +213,7 @@ def _check(old: Base, new: Base, out: str | Path) -> LogitCheck:
     return compare(old, asked)
 
 
-def _notes(old: Base, new: Base) -> list[str]:
+def _notes(old: FrozenBase, new: FrozenBase) -> list[str]:
     notes = []
     if tokenizer_hash(old.tokenizer) != tokenizer_hash(new.tokenizer):
         notes.append(
@@ -226,5 +226,5 @@ def _notes(old: Base, new: Base) -> list[str]:
     return notes
 
 
-def _template(base: Base) -> str | None:
+def _template(base: FrozenBase) -> str | None:
     return ChatTemplate(base.tokenizer).fingerprint() if base.tokenizer.chat_template else None

@@ -38,7 +38,7 @@ from veneer.merge.fold import (
 from veneer.merge.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
 from veneer.merge.shards import MAX_SHARD_BYTES, ShardWriter
 from veneer.merge.verify import LogitCheck, Reference, compare, limited, reference, text_rows
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
 RECORD_NAME = "veneer_merge.json"
@@ -83,7 +83,7 @@ def _numbers(part: Survival) -> dict[str, float]:
 
 
 def merge_into_folder(
-    base: Base, names: Sequence[tuple[str, float]], out: str | Path, *, dtype: DtypeChoice | None = None,
+    base: FrozenBase, names: Sequence[tuple[str, float]], out: str | Path, *, dtype: DtypeChoice | None = None,
     stochastic: bool = False, seed: int = 0, rows: Sequence[list[int]] | None = None, check_logits: bool = True,
     least_survival: float = LEAST_SURVIVAL, max_shard_bytes: int = MAX_SHARD_BYTES,
     as_trained: Reference | None = None, record: Mapping[str, Any] | None = None,
@@ -259,7 +259,7 @@ def _refuse_lost(weights: Mapping[str, Survival], dtype: str, stochastic: bool, 
     )
 
 
-def write_surroundings(folder: Path, base: Base, *, dtype: torch.dtype, untied: bool) -> None:
+def write_surroundings(folder: Path, base: FrozenBase, *, dtype: torch.dtype, untied: bool) -> None:
     """config.json, generation_config.json, the tokenizer and its chat template."""
     config = copy.deepcopy(base.model.config)
     if hasattr(config, "quantization_config"):
@@ -276,7 +276,7 @@ def write_surroundings(folder: Path, base: Base, *, dtype: torch.dtype, untied: 
 
 
 def _checked(
-    folder: Path, base: Base, asked: Reference | None, as_trained: Reference | None
+    folder: Path, base: FrozenBase, asked: Reference | None, as_trained: Reference | None
 ) -> tuple[LogitCheck | None, LogitCheck | None]:
     """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the adapter on its base."""
     if asked is None:

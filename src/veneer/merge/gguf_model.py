@@ -34,7 +34,7 @@ from veneer.merge.gguf_bytes import written
 from veneer.merge.gguf_names import Names, names_of
 from veneer.merge.gguf_tokenizer import write_tokenizer
 from veneer.merge.rounding import OverWeights, Survival, survival, total
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 ModelType = Literal["f16", "q8_0"]
 _FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
@@ -54,7 +54,7 @@ class GGUFReport(OverWeights):
 
 
 def write_gguf_model(
-    base: Base, names: Sequence[tuple[str, float]], out: str | Path, *, type: ModelType, source_file: Path | None = None,
+    base: FrozenBase, names: Sequence[tuple[str, float]], out: str | Path, *, type: ModelType, source_file: Path | None = None,
     least_survival: float = LEAST_SURVIVAL,
 ) -> GGUFReport:  # fmt: skip
     """Merges loaded adapters (none: the base alone) into a new file. The base is left without these adapters.

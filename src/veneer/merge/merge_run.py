@@ -22,7 +22,7 @@ from veneer.library.names import said_of
 from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize, weight_format
 
@@ -38,7 +38,7 @@ class Opened:
     as_trained  what they said over the quantised base, where other weights are merged into
     """
 
-    base: Base
+    base: FrozenBase
     acting: list[tuple[str, float]]
     stored: list[StoredAdapter]
     as_trained: Reference | None
@@ -47,7 +47,7 @@ class Opened:
 def open_merge(
     base: str, adapters: Sequence[tuple[str | Path, float]], *, quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (), into: Into | None = None, original: str | None = None, force_base: bool = False,
-    device: str = "cpu", asked: Callable[[Base], list[list[int]]] | None = None,
+    device: str = "cpu", asked: Callable[[FrozenBase], list[list[int]]] | None = None,
 ) -> Opened:  # fmt: skip
     """Loads the weights that are merged into, and on them the adapters, which are checked against the base they were
     trained on in either case.
@@ -89,7 +89,7 @@ def merge_adapters(
 
     check_numbers(seed=(SEED, seed))
 
-    def asked(loaded: Base) -> list[list[int]]:
+    def asked(loaded: FrozenBase) -> list[list[int]]:
         return text_rows(loaded) if rows is None else limited(rows)
 
     opened = open_merge(

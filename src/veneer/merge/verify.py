@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
-from veneer.models.base import Base
 from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
 
 TEXTS = (
     "The capital of France is Paris, and the river through it is the Seine.",
@@ -65,7 +65,7 @@ class Reference:
         self.tokens = sum(map(len, self.rows))
 
 
-def text_rows(base: Base) -> list[list[int]]:
+def text_rows(base: FrozenBase) -> list[list[int]]:
     """The built-in texts as the base's ids, no longer than its positions."""
     places = capacity_of(base).positions
     rows = [list(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
@@ -83,7 +83,7 @@ def limited(rows: Sequence[list[int]]) -> list[list[int]]:
     return found
 
 
-def reference(base: Base, names: Sequence[tuple[str, float]], rows: list[list[int]]) -> Reference:
+def reference(base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[list[int]]) -> Reference:
     """The logits with the adapters acting, and how far they are from the base's own."""
     before = base.routing.active
     said, effects, largest = [], 0.0, 0.0
@@ -100,7 +100,7 @@ def reference(base: Base, names: Sequence[tuple[str, float]], rows: list[list[in
     return found
 
 
-def compare(merged: Base, with_adapter: Reference) -> LogitCheck:
+def compare(merged: FrozenBase, with_adapter: Reference) -> LogitCheck:
     """The merged model's logits against the reference's."""
     largest = difference = kl = same = 0.0
     for row, expected in zip(with_adapter.rows, with_adapter.logits, strict=True):
@@ -118,7 +118,7 @@ def compare(merged: Base, with_adapter: Reference) -> LogitCheck:
 
 
 @torch.no_grad()
-def logits(base: Base, row: list[int]) -> Tensor:
+def logits(base: FrozenBase, row: list[int]) -> Tensor:
     """(T, V) float32, on the CPU."""
     ids = torch.tensor([row], device=base.device)
     with in_float32(base.model):

@@ -16,7 +16,7 @@ from veneer.adapters.prefix import tokens_in_front
 from veneer.adapters.wrapping import unwrapped
 from veneer.data.examples import Capacity
 from veneer.linear import PackedLinear
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 
 _STRETCHED = ("linear", "dynamic", "yarn", "llama3", "longrope")
 _STRETCHED_BY_ITSELF = ("linear", "dynamic", "yarn")  # the others' limit is already that of the longer texts
@@ -30,7 +30,7 @@ def configured_capacity(config: PreTrainedConfig) -> Capacity:
     return Capacity(_positions(text), vocabulary if isinstance(vocabulary, int) else None)
 
 
-def capacity_of(base: Base) -> Capacity:
+def capacity_of(base: FrozenBase) -> Capacity:
     """Of a loaded base: the rows its tables really have, and the positions left behind the prefixes that act."""
     said = configured_capacity(base.config)
     tables: list[Any] = [base.model.get_input_embeddings(), base.model.get_output_embeddings()]

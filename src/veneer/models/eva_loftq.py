@@ -23,7 +23,7 @@ from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.start import Start
 from veneer.quant.config import FOUR_BITS, weight_format
 
@@ -31,7 +31,7 @@ EVA_TOKENS = 4096
 """Tokens of the training rows that are looked at: the directions hardly move after that."""
 
 
-def start_lora(config: LoRA, base: Base, examples: Sequence[Example], *, seed: int) -> Start:
+def start_lora(config: LoRA, base: FrozenBase, examples: Sequence[Example], *, seed: int) -> Start:
     """ConfigError: the start that the settings ask for cannot be made here."""
     if faults := _faults(config, base, examples):
         raise ConfigError("the adapter cannot start as its settings ask", faults)
@@ -49,7 +49,7 @@ def start_lora(config: LoRA, base: Base, examples: Sequence[Example], *, seed: i
     return Start(config, put)
 
 
-def _faults(config: LoRA, base: Base, examples: Sequence[Example]) -> list[str]:
+def _faults(config: LoRA, base: FrozenBase, examples: Sequence[Example]) -> list[str]:
     if config.init == "eva" and not examples:
         return ["init eva starts from training rows, and there are none: train with it, or take another init"]
     if config.init == "loftq" and not weight_format(base.quantize).has_original:
@@ -60,7 +60,9 @@ def _faults(config: LoRA, base: Base, examples: Sequence[Example]) -> list[str]:
     return []
 
 
-def _start_eva(base: Base, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int) -> int:
+def _start_eva(
+    base: FrozenBase, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int
+) -> int:
     modules = plain_modules(base.model)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
@@ -107,7 +109,7 @@ def _start_eva(base: Base, layers: Mapping[str, LoRALayer], examples: Sequence[E
     return tokens
 
 
-def _start_loftq(base: Base, layers: Mapping[str, LoRALayer]) -> float:
+def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
     """The share of ||W - Q||, over all layers, that the start leaves."""
     stored = stored_tensors(weight_files(locate(base.source).folder))
     modules = plain_modules(base.model)

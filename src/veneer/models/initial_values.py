@@ -7,8 +7,8 @@ from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.adapters.site import Attachment
 from veneer.data.examples import Example
-from veneer.models.base import Base
 from veneer.models.eva_loftq import start_lora
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.prefix_start import start_prefix
 from veneer.models.start import Start
 from veneer.models.step import refuse_untrainable
@@ -28,7 +28,7 @@ class Begun:
 
 
 def begin(
-    base: Base, config: AdapterConfig, *, name: str, seed: int = 0, examples: Sequence[Example] = ()
+    base: FrozenBase, config: AdapterConfig, *, name: str, seed: int = 0, examples: Sequence[Example] = ()
 ) -> Begun:
     """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the training rows, if any.
 

@@ -1,4 +1,4 @@
-"""From a source that the user named to a Base: found, checked, loaded, frozen, fingerprinted.
+"""From a source that the user named to a FrozenBase: found, checked, loaded, frozen, fingerprinted.
 
 Weights are read in the dtype in which they are stored, and then widened where that computes faster (bases/compute.py):
 which base it is rests on the stored values. Whatever would leave a weight at random values is refused, not reported.
@@ -32,7 +32,7 @@ from veneer.bases.tensor_files import StoredTensor, counted, stored_tensors
 from veneer.bases.tokenizer import check_vocabulary, read_tokenizer
 from veneer.bases.widen import widen
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, VeneerError, is_out_of_memory
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.quant.config import Quantize, weight_format
 from veneer.quant.nf4 import BookName
 
@@ -40,7 +40,7 @@ from veneer.quant.nf4 import BookName
 def load_base(
     source: str, *, dtype: HeldAs = "auto", device: str = "auto", quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (),
-) -> Base:  # fmt: skip
+) -> FrozenBase:  # fmt: skip
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
     dtype   auto: as stored, or float32 on a CPU whose products in the stored type are slow; stored: as stored.
@@ -96,7 +96,7 @@ def load_base(
     check_vocabulary(found.folder, tokenizer, model)
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
-    return Base(
+    return FrozenBase(
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         source=source,

@@ -15,8 +15,8 @@ from veneer.adapters.site import Attachment
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
-from veneer.models.base import Base
 from veneer.models.capacity import configured_capacity
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.start import Start
 
 INSTRUCTION = (
@@ -31,7 +31,7 @@ SHOWN = 60
 """Characters of the prompt on the screen, its end; the start record has all of it."""
 
 
-def start_prefix(config: Prefix, base: Base, examples: Sequence[Example], *, seed: int) -> Start:
+def start_prefix(config: Prefix, base: FrozenBase, examples: Sequence[Example], *, seed: int) -> Start:
     """ConfigError: the rows and the prefix together find no place in the model."""
     found = prefix_start(config, base, examples)
     _check_room(base, found.tokens, examples)
@@ -62,7 +62,7 @@ class PrefixStart:
         return told + f": “{words if len(words) <= SHOWN else '…' + words[-SHOWN:]}”"
 
 
-def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> PrefixStart:
+def prefix_start(config: Prefix, base: FrozenBase, examples: Sequence[Example]) -> PrefixStart:
     """What a prefix of these settings starts from on this base, with these rows."""
     if config.start == "random":
         tokens = config.tokens or DEFAULT_TOKENS
@@ -79,7 +79,7 @@ def prefix_start(config: Prefix, base: Base, examples: Sequence[Example]) -> Pre
     return PrefixStart(chosen, str(base.tokenizer.decode(chosen, skip_special_tokens=False)), tokens, origin)
 
 
-def _check_room(base: Base, tokens: int, examples: Sequence[Example]) -> None:
+def _check_room(base: FrozenBase, tokens: int, examples: Sequence[Example]) -> None:
     """The rows stand behind the prefix: both must find places in the model."""
     limit = configured_capacity(base.config).positions
     longest = max((len(e.ids) for e in examples), default=0)
@@ -90,7 +90,7 @@ def _check_room(base: Base, tokens: int, examples: Sequence[Example]) -> None:
         )
 
 
-def _start_from(base: Base, attachment: Attachment, ids: Sequence[int]) -> None:
+def _start_from(base: FrozenBase, attachment: Attachment, ids: Sequence[int]) -> None:
     _, decoder = decoder_of(base.model)
     with base.routing.none():
         pairs = record_keys(decoder, torch.tensor(list(ids), device=base.device))

@@ -18,8 +18,8 @@ from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, ROWS, check_numbe
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
-from veneer.models.base import hidden_size
 from veneer.models.capacity import configured_capacity
+from veneer.models.frozen_base import hidden_size
 from veneer.plan.advise import Advice, Job, Kind, advise
 from veneer.plan.estimate import Device
 from veneer.plan.fit import fits

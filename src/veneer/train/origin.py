@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.files.strict_json import field_faults
-from veneer.models.base import Base
+from veneer.models.frozen_base import FrozenBase
 from veneer.train.config import RunConfig
 from veneer.train.loggers import flat
 
@@ -45,7 +45,7 @@ class Origin:
         return asdict(self)
 
 
-def origin_of(config: RunConfig, base: Base, day: date) -> Origin:
+def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
     return Origin(
         date=day.isoformat(), base=base.fingerprint().to_dict(), tokenizer=base.tokenizer_hash(),
         template=base.template_hash(), settings=_settings(config),

@@ -32,9 +32,9 @@ from veneer.files.strict_json import json_text
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, write_adapter
 from veneer.formats.manifest import Manifest, readable
 from veneer.linear import num_parameters
-from veneer.models.base import Base, hidden_size
 from veneer.models.capacity import capacity_of
 from veneer.models.checkpointing import checkpointed
+from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun, begin
 from veneer.models.load import load_base
@@ -164,7 +164,7 @@ def _run(
 
 
 def _planned(
-    plan: MemoryPlan | None, config: RunConfig, base: Base, data: DataSet, idle: int, screen: Screen
+    plan: MemoryPlan | None, config: RunConfig, base: FrozenBase, data: DataSet, idle: int, screen: Screen
 ) -> int | None:
     if plan is None:
         return None
@@ -177,7 +177,7 @@ def _planned(
     return None
 
 
-def _begin(base: Base, config: RunConfig, data: DataSet) -> Begun | None:
+def _begin(base: FrozenBase, config: RunConfig, data: DataSet) -> Begun | None:
     """The adapter that trains beside the base; None where every weight of the base trains."""
     if config.method.trains_base:
         return None
@@ -187,7 +187,7 @@ def _begin(base: Base, config: RunConfig, data: DataSet) -> Begun | None:
     return begun
 
 
-def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
+def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
     lengths = [used_length(e) for e in data.train]
     per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
     epochs = 3.0 if config.epochs is None else config.epochs
@@ -202,7 +202,7 @@ def _job(config: RunConfig, base: Base, data: DataSet, paths: Paths, flat: FlatP
     )  # fmt: skip
 
 
-def _sampler(base: Base, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | None:
+def _sampler(base: FrozenBase, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | None:
     """Answers the first of the rows whose question leaves room for an answer; None where there is none."""
     template = ChatTemplate(base.tokenizer)
     found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
@@ -221,7 +221,7 @@ def _sampler(base: Base, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | 
     return answer
 
 
-def _question_ids(base: Base, template: ChatTemplate, row: Row) -> list[int]:
+def _question_ids(base: FrozenBase, template: ChatTemplate, row: Row) -> list[int]:
     """Of what comes before the row's last turn; none where that cannot be asked on this base."""
     if not row.messages:
         return []
@@ -239,7 +239,7 @@ def _told(content: object) -> str:
 
 
 def _start_record(
-    config: RunConfig, base: Base, data: DataSet, paths: Paths, begun: Begun | None, flat: FlatParameters,
+    config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, begun: Begun | None, flat: FlatParameters,
     job: Job, idle: int,
 ) -> dict[str, Any]:  # fmt: skip
     trained = sum(p.numel() for p in flat.parameters.values())
@@ -272,7 +272,7 @@ def _start_record(
     }  # fmt: skip
 
 
-def _manifest(config: RunConfig, base: Base, data: DataSet, best: float | None) -> Manifest:
+def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | None) -> Manifest:
     """What veneer.json will say. Made before step 1 too: what cannot be written must not show after the last one."""
     return readable(
         lambda: manifest_for(
@@ -284,7 +284,7 @@ def _manifest(config: RunConfig, base: Base, data: DataSet, best: float | None) 
 
 
 def _write_result(
-    out: Path, config: RunConfig, base: Base, data: DataSet, attachment: Attachment | None, loop: Loop
+    out: Path, config: RunConfig, base: FrozenBase, data: DataSet, attachment: Attachment | None, loop: Loop
 ) -> dict[str, Any]:
     """The adapter, or the model folder; what summary.json says of it."""
     if attachment is not None:
@@ -303,7 +303,9 @@ def _write_result(
     return {"model": str(out / "model"), "adapter_bytes": size}
 
 
-def _summary(config: RunConfig, base: Base, start: dict[str, Any], loop: Loop, reason: str) -> dict[str, Any]:
+def _summary(
+    config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: Loop, reason: str
+) -> dict[str, Any]:
     at = loop.progress
     seconds = at.timed_seconds
     return {

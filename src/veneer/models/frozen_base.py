@@ -1,4 +1,4 @@
-"""A Base: a frozen causal LM with its tokenizer, its name, and its fingerprint.
+"""A frozen causal LM with its tokenizer, its name, and its fingerprint: what the public Base (api.py) builds on.
 
 It knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/):
 it only holds the adapters that sit on it, by name, and which of them is active.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Base:
+class FrozenBase:
     """A causal LM in eval mode whose weights never train.
 
     source        as the user named it: a hub id, a folder, a .gguf file, a named default
