@@ -50,6 +50,18 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_own_sequences_alone():
     assert toy.asked[A] == 1
 
 
+def test_a_loader_that_fails_otherwise_loses_no_end():
+    toy = Toy()
+    gone, own, other = toy.add([1], 2), toy.add([2], 2, A), toy.add([3], 2)
+    toy.scheduler.cancel(gone)
+    toy.adapters[A] = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError):
+        toy.step()
+    toy.adapters[A] = 0
+    toy.finish_all()
+    assert toy.ended == [gone, other, own]
+
+
 def test_an_adapter_that_breaks_after_it_ran_fails_what_has_gone_back():
     toy = Toy(blocks=8, rows=4)
     old, young = toy.add(range(8), 20), toy.add(range(100, 108), 20, A)
@@ -149,6 +161,22 @@ def test_popular_adapters_do_not_starve_one_that_waits_for_a_place(starving):
     assert len(toy.ended) < 20
     toy.finish_all()
     assert all(toy.right(each) for each in toy.ended)
+
+
+@pytest.mark.parametrize(("starving", "leaving"), [(B, "z"), ((*B, *C), "yz")], ids=["one", "two at once"])
+def test_only_those_adapters_make_room_that_are_done_soonest(starving, leaving):
+    toy = Toy(rows=8, max_adapters=3, max_overtaken=0, max_waiting=1000, blocks=400)
+    names = {"x": 40, "y": 14, "z": 7}
+    for name, new in names.items():
+        toy.add([1], new, adapter(name))
+    toy.step()
+    s = toy.add([1, 2], 2, starving)
+    later = [(name, toy.add([i], 3, adapter(name))) for i in range(40) for name in names]
+    toy.step()
+    assert {name for name, each in later if each.new} == names.keys() - set(leaving)
+    steps_until(toy, s, State.FINISHED, 20)
+    assert not any(each.new for name, each in later if name in leaving)
+    toy.finish_all()
 
 
 def test_sixteen_adapters_on_eight_places_all_begin_soon():

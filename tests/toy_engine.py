@@ -12,7 +12,7 @@ from veneer.decoding.blocks import BlockManager, Identity
 from veneer.decoding.scheduler import Limits, Scheduler
 from veneer.decoding.sequence import Reason, Request, Sequence, State
 from veneer.decoding.step_plan import Drawn, Plan
-from veneer.errors import SourceError, VeneerError
+from veneer.errors import SourceError
 
 SIZE = 4
 WORDS = 7
@@ -48,7 +48,7 @@ class Toy:
             bytes_per_token=10,
             tokens_per_block=tokens_per_block,
         )
-        self.adapters: dict[Identity, int | VeneerError | None] = {}
+        self.adapters: dict[Identity, int | Exception | None] = {}
         self.scheduler = Scheduler(
             self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self.ready
         )
@@ -61,7 +61,7 @@ class Toy:
     def ready(self, adapter: Identity) -> int | None:
         self.asked[adapter] += 1
         state = self.adapters.get(adapter, 0)
-        if isinstance(state, VeneerError):
+        if isinstance(state, Exception):
             raise state
         return state
 
