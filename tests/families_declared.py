@@ -22,7 +22,7 @@ DECLARED: dict[str, dict[str, str]] = {
     },
     "olmoe, window": {"answers": "as the model reads a whole text; transformers' cache obeys a window that its masks ignore"},
     "hrm_text": {"answers": _STOPS + " (in the small model, which has fewer layers than its cycles count)"},
-    **{key: {"answers": _OTHERWISE} for key in ("moshi", "phi4_multimodal")},
+    **{key: {"answers": _OTHERWISE} for key in ("doge", "moshi", "phi4_multimodal")},
     "deepseek_v4": {"from PEFT": "PEFT's all-linear takes a grouped projection for a linear layer: its forward stops"},
     "reformer": dict.fromkeys(
         ("loss", "gradient"), "refused: transformers' reversible layers have a backward pass in train mode alone"
