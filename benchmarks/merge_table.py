@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from veneer.adapters.attach import detach
 from veneer.adapters.wrapping import plain_modules
 from veneer.cli.common import adapter_folder
 from veneer.formats.adapter import load_adapter
@@ -85,7 +84,7 @@ def requantised(base: FrozenBase, rows: list[list[int]]) -> dict[str, Any]:
     start = time.perf_counter()
     wanted = wanted_weights(base.model, [(base.attachments["a"], 1.0)])
     base.routing.active = ()
-    detach(base.model, "a")
+    base.detach("a")
     modules, stored = plain_modules(base.model), stored_tensors(base.model)
     left = []
     for name, new in wanted.items():

@@ -60,7 +60,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "data/formats.py": ("test_data_formats.py",),
     "data/split.py": ("test_data_load.py",),
     "data/tokens.py": ("test_data_template.py",),
-    "models/cache.py": ("test_decode.py",),
+    "decoding/cache.py": ("test_decode.py",),
     "decoding/decode.py": ("test_decode.py",),
     "models/likelihood.py": ("test_evaluate_run.py", "test_decode.py"),
     "bases/fingerprint.py": ("test_models_fingerprint.py",),

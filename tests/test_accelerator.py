@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tests.accelerator import Accelerator, Mixed
 from tests.helpers import make_examples, merge_in_memory
 from tests.test_methods import BASES, METHODS, move, written
-from veneer.adapters.attach import detach
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
 from veneer.decoding.decode import decode
@@ -96,8 +95,7 @@ def attached(there, base, config):
     finally:
         base.routing.active = ()
         if "a" in base.attachments:
-            detach(base.model, "a")
-            del base.attachments["a"]
+            base.detach("a")
 
 
 def a_loop(base, parameters, factors=None, **settings):
@@ -294,8 +292,7 @@ def test_an_adapter_is_written_from_there_and_read_back(method, tmp_path):
         loaded = load_adapter(base, tmp_path / "a", name="a")
         assert all(there.holds(p) for p in loaded.parameters().values())
         assert loaded.num_parameters and values
-        detach(base.model, "a")
-        base.attachments.pop("a", None)
+        base.detach("a")
 
 
 def test_an_adapter_is_extracted_there_without_float64(tmp_path):

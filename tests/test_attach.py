@@ -45,7 +45,7 @@ def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(family
     assert not torch.allclose(logits(model), before, rtol=1e-2)
     routing.active = ()
     assert torch.equal(logits(model), before)
-    detach(model, "a")
+    detach(model, "a", routing=routing)
     assert list(dict(model.named_parameters())) == names
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert torch.equal(logits(model), before)
@@ -71,7 +71,7 @@ def test_two_adapters_on_one_base_act_alone_and_together():
     fill(second.parameters().values(), seed=2, scale=0.1)
     routing.active = (("a", 1.0),)
     only_a = logits(model)
-    detach(model, "b")
+    detach(model, "b", routing=routing)
     assert torch.equal(logits(model), only_a)
     second = put(model, routing, "b", seed=2, rank=2, targets=["q_proj"])
     fill(second.parameters().values(), seed=2, scale=0.1)
@@ -222,7 +222,7 @@ def test_an_adapter_may_have_any_name(name):
     fill(attachment.parameters().values())
     routing.active = ((name, 1.0),)
     assert not torch.allclose(logits(model), before)
-    detach(model, name)
+    detach(model, name, routing=routing)
     assert torch.equal(logits(model), before)
 
 

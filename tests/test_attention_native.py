@@ -6,7 +6,7 @@ import torch
 from tests.test_kernels import CPU, gradients
 from veneer.kernels import attention_native
 from veneer.kernels.attention import packed_attention, packed_attention_reference
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import Group
 
 needs_kernel = pytest.mark.skipif(
     not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs"
@@ -30,7 +30,7 @@ BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest val
 def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, window, monkeypatch):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)  # one document at a time
     torch.manual_seed(0)
-    layout = Layout(prompt, lengths, CPU)
+    layout = Group(prompt, lengths, CPU)
     N = layout.rows + 3
     q, k, v = (torch.randn(N, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
     assert attention_native.usable(q, k, v, None)
@@ -75,7 +75,7 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
 @pytest.mark.parametrize("size", [16, 48])
 def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
     torch.manual_seed(0)
-    layout = Layout(prompt, (9, 4), CPU)
+    layout = Group(prompt, (9, 4), CPU)
     N = layout.rows + 3
     q, k, v = (torch.randn(N, h, d, dtype=dtype).requires_grad_() for h, d in ((4, 32), (2, 32), (2, size)))
     fast = packed_attention(q, k, v, layout, scale=0.3)
@@ -92,7 +92,7 @@ def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
 def test_what_does_not_lie_in_pairs_is_copied_first(way):
     """The kernel reads two neighbours as one word."""
     torch.manual_seed(0)
-    layout = Layout(3, (9, 4), CPU)
+    layout = Group(3, (9, 4), CPU)
     plain = [torch.randn(layout.rows, h, 32).bfloat16() for h in (4, 2, 2)]
 
     def moved(x):
@@ -117,7 +117,7 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
 
 @needs_kernel
 def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
-    layout = Layout(20, (90, 64, 7), CPU)
+    layout = Group(20, (90, 64, 7), CPU)
     q, k, v = (torch.randn(layout.rows, h, 32).bfloat16().requires_grad_() for h in (4, 2, 2))
     assert attention_native.usable(q, k, v, None)
     before, found = torch.get_num_threads(), []

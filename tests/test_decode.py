@@ -9,11 +9,11 @@ from transformers import GenerationConfig
 from tests.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
 from veneer.decoding import decode as loop
 from veneer.decoding import generate as answers
+from veneer.decoding.cache import ROOM, Cache, CachedStep, Held
 from veneer.decoding.decode import decode, prefill, step
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import prove_decoding
 from veneer.errors import ConfigError
-from veneer.models.cache import ROOM, Cache, CachedStep, Held
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface
 EOS = 257  # transformers stops there whatever it is told

@@ -30,7 +30,6 @@ def tuned(tmp_path, family, settings):
     head = base.model.get_output_embeddings()
     made = attach(base.model, LoRA(**settings), name="x", routing=base.routing, head=head)
     fill(made.parameters().values(), scale=0.2)
-    base.attachments["x"] = made
     merge_into_folder(base, [("x", 1.0)], tmp_path / "tuned")
     return str(folder), str(tmp_path / "tuned"), made
 

@@ -11,7 +11,7 @@ from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.dora import dora_linear
 from veneer.kernels.dropout import drop_out, drop_out_reference, keep_mask, row_keys
-from veneer.kernels.layout import Layout, round_up
+from veneer.kernels.layout import Group, round_up
 from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
 from veneer.kernels.native import level
@@ -34,7 +34,7 @@ def gradients(output, *inputs):
 def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", block)
     torch.manual_seed(0)
-    layout = Layout(prompt, lengths, CPU)
+    layout = Group(prompt, lengths, CPU)
     N, H, K, D = layout.rows + 3, 6, 2, 5  # three rows of filler
     q, k, v = (torch.randn(N, heads, D, dtype=torch.float64, requires_grad=True) for heads in (H, K, K))
     sinks = torch.randn(H, dtype=torch.float64, requires_grad=True)
@@ -57,7 +57,7 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
 def live_bytes(rows, **options):
     """(most during packed attention, what stays after it) for one document, 8 query heads a key head."""
     q, k = (torch.empty(rows, heads, 16, device="meta") for heads in (16, 2))
-    tracker, layout = Tracker(), Layout(0, (rows,), torch.device("meta"))
+    tracker, layout = Tracker(), Group(0, (rows,), torch.device("meta"))
     with torch.no_grad(), tracker:
         tracker.enter("attention", label="other")
         out = packed_attention(q, k, k, layout, scale=0.25, **options)
@@ -83,7 +83,7 @@ def test_keys_that_no_row_of_a_block_sees_are_not_multiplied(window, monkeypatch
         return own(self, q, k, sinks, first=first, **more)
 
     monkeypatch.setattr(attention._Scores, "probabilities", noted)
-    layout = Layout(3, (96,), CPU)
+    layout = Group(3, (96,), CPU)
     rows = torch.randn(99, 1, 4, dtype=torch.float64)
     packed_attention(rows, rows, rows, layout, scale=1.0, window=window)
     firsts = [0 if window is None else max(0, 3 + start - window + 1) for start in (0, 32, 64)]
@@ -96,7 +96,7 @@ def test_keys_that_no_row_of_a_block_sees_are_not_multiplied(window, monkeypatch
 @pytest.mark.parametrize("extra", ["plain", "window", "softcap", "sinks", "all"])
 def test_attention_behind_a_prefix_is_its_reference(lengths, prompt, extra):
     torch.manual_seed(0)
-    layout = Layout(prompt, lengths, CPU)
+    layout = Group(prompt, lengths, CPU)
     N, M, H, K, D = layout.rows + 3, 3, 6, 2, 5  # three rows of filler
     q, k, v, prefix_k, prefix_v = (
         torch.randn(rows, heads, D, dtype=torch.float64, requires_grad=True)
@@ -120,7 +120,7 @@ def test_attention_behind_a_prefix_is_its_reference(lengths, prompt, extra):
 
 def test_attention_behind_a_prefix_has_the_derivative_it_says():
     torch.manual_seed(0)
-    layout = Layout(2, (3, 2), CPU)
+    layout = Group(2, (3, 2), CPU)
     q, k, v, prefix_k, prefix_v = (
         torch.randn(rows, heads, 3, dtype=torch.float64, requires_grad=True)
         for rows, heads in ((7, 4), (7, 2), (7, 2), (2, 2), (2, 2))
@@ -133,7 +133,7 @@ def test_attention_behind_a_prefix_has_the_derivative_it_says():
 
 
 def test_a_document_never_sees_another_to_the_last_bit():
-    layout = Layout(2, (4, 5), CPU)
+    layout = Group(2, (4, 5), CPU)
     q, k, v = (torch.randn(layout.rows, heads, 8) for heads in (4, 2, 2))
     before = packed_attention(q, k, v, layout, scale=0.3)
     k[6:], v[6:], q[6:] = 100.0, -100.0, 3.0

@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
 
     def poisoned(model, paths, routing, batch, **kwargs):
         loss = own(model, paths, routing, batch, **kwargs)
-        return loss * float("nan") if routing.step // 4096 == 4 else loss
+        return loss * float("nan") if routing.acting.keys.step // 4096 == 4 else loss
 
     monkeypatch.setattr(loop, "batch_loss", poisoned)
     with pytest.raises(DivergedError) as caught:

@@ -43,7 +43,6 @@ def adapted(family="llama", dtype=torch.float32, *, scale=0.2, settings=None, **
         base.model, made, name=NAME, routing=base.routing, head=base.model.get_output_embeddings()
     )
     fill(attachment.parameters().values(), scale=scale)
-    base.attachments[NAME] = attachment
     return base
 
 
@@ -57,8 +56,7 @@ def written_adapter(folder, base, place):
 
 @every_row
 def test_the_folder_answers_as_the_adapter_did(row, tmp_path):
-    base, attachment = ours(row)
-    base.attachments[NAME] = attachment
+    base, _ = ours(row)
     expected, plain = answers(base, NAME), logits(base.model)
     report = merge_into_folder(base, [(NAME, 1.0)], tmp_path / "merged")
     found = logits(plain_load(tmp_path / "merged"))
@@ -243,7 +241,6 @@ def test_the_folder_has_tokenizer_template_and_generation_config(tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base", "llama")))
     attachment = attach(base.model, LoRA(rank=2, alpha=3), name=NAME, routing=base.routing, head=None)
     fill(attachment.parameters().values(), scale=0.2)
-    base.attachments[NAME] = attachment
     stops = base.model.generation_config.eos_token_id
     merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
@@ -293,7 +290,6 @@ def test_several_adapters_add_up_with_their_weights(tmp_path):
         routing=base.routing, head=None, seed=3,
     )  # fmt: skip
     fill(second.parameters().values(), seed=9, scale=0.2)
-    base.attachments["b"] = second
     base.routing.active = ((NAME, 0.5), ("b", -0.75))
     expected = logits(base.model)
     merge_into_folder(base, [(NAME, 0.5), ("b", -0.75)], tmp_path / "m")

@@ -52,7 +52,6 @@ def peaks(folder, layers, quantize, merge):
     head = base.model.get_output_embeddings()
     made = attach(base.model, LoRA(rank=4, alpha=7), name="x", routing=base.routing, head=head)
     fill(made.parameters().values(), scale=0.1)
-    base.attachments["x"] = made
     tracemalloc.start()
     try:
         with NewBytes() as counted:

@@ -17,6 +17,7 @@ from tests.helpers import make_examples
 from tests.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.tiny import save_tiny, tiny_base, tiny_model
 from tests.tiny_gguf import tiny, write_gguf
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.routing import Routing
@@ -147,7 +148,7 @@ def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restor
     assert not torch.allclose(logits(model), before, rtol=1e-2)
     routing.active = ()
     assert torch.equal(logits(model), before)
-    detach(model, "a")
+    detach(model, "a", routing=routing)
     assert list(dict(model.named_parameters())) == names
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert torch.equal(logits(model), before)
@@ -199,14 +200,12 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
     parameters = list(attachment.parameters().values())
 
     def run(on):
-        with checkpointed(model, on=on):
-            batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=not dropout, device=CPU)
-            routing.rows, routing.step = batch.dropout_rows, 3
+        batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=not dropout, device=CPU)
+        with checkpointed(model, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
             loss = batch_loss(model, paths, routing, batch, total=7.0)
             loss.backward()
-            routing.rows = None
             return loss, [p.grad for p in parameters]
 
     (kept, gradients), (again, same) = run(False), run(True)

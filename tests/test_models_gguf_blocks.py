@@ -14,7 +14,7 @@ from torch import nn
 from tests.tiny import save_tiny
 from tests.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer import api
-from veneer.adapters.attach import attach, detach
+from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.bases.gguf_blocks import locate_blocks
 from veneer.errors import ConfigError, CorruptFileError, SourceError
@@ -58,7 +58,7 @@ def step(base: FrozenBase, **settings: object) -> tuple[torch.Tensor, dict[str, 
     loss = base.model(IDS, labels=IDS).loss
     loss.backward()
     gradients = {name: value.grad for name, value in attachment.parameters().items()}
-    detach(base.model, "a")
+    base.detach("a")
     base.routing.active = ()
     return loss.detach(), gradients
 

@@ -93,7 +93,7 @@ def test_flags_within_a_pattern_have_a_meaning_or_are_an_error_and_never_a_trace
         if count:
             made = attach(model, settings, name="a", routing=routing, head=None)
             assert len(made.layers) == count and {layer.alpha for layer in made.layers.values()} == {3.0}
-            detach(model, "a")
+            detach(model, "a", routing=routing)
         else:
             with pytest.raises(ConfigError, match="nearest: q_proj"):
                 attach(model, settings, name="a", routing=routing, head=None)

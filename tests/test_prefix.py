@@ -81,7 +81,7 @@ def test_a_prefix_changes_no_bit_until_it_acts_and_leaves_no_trace(family, dtype
     assert not torch.allclose(logits(model), before, rtol=1e-2)
     routing.active = ()
     assert torch.equal(logits(model), before)
-    detach(model, "a")
+    detach(model, "a", routing=routing)
     assert list(dict(model.named_parameters())) == names
     assert torch.equal(logits(model), before)
 
@@ -143,7 +143,7 @@ def test_a_prefix_of_some_layers_leaves_the_others_alone(layers):
     layer = layer_of(put(model, routing, layers=layers))
     assert list(layer.keys()) == layers
     some = logits(model)
-    detach(model, "a")
+    detach(model, "a", routing=routing)
     whole = layer_of(put(model, routing))
     assert not torch.allclose(logits(model), some, rtol=1e-2)
     with torch.no_grad():  # a value of zero behind a key that no query likes gives what no prefix gives
@@ -202,7 +202,7 @@ def test_a_prefix_and_lora_act_together():
     routing.active = (("l", 1.0), ("p", 1.0))
     both = logits(model)
     assert not torch.allclose(both, only_prefix, rtol=1e-2)
-    detach(model, "p")
+    detach(model, "p", routing=routing)
     routing.active = (("l", 1.0),)
     cached = own_logits(model, layer_of(prefix))
     torch.testing.assert_close(both, cached, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import torch
 from tests.helpers import fill, make_examples
 from tests.packed import packed_and_dense, packed_modules
 from tests.tiny import save_tiny
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
@@ -59,7 +60,7 @@ def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(family
     assert len(names) == len({name.replace(".base.", ".") for name in names})
     routing.active = ()
     assert torch.equal(logits(model), before)
-    detach(model, "a")
+    detach(model, "a", routing=routing)
     assert packed_modules(model) == modules
     assert digest(model) == state
 
@@ -71,11 +72,9 @@ def step(model, routing, config, examples, *, packed, checkpoint=False):
         parameter.requires_grad_(True)
     batch = make_batch(examples, packed=packed, share_prompt=config.dropout == 0, device=torch.device("cpu"))
     paths = prepare_without(model, routing)
-    routing.rows, routing.step = batch.dropout_rows, 3
-    with checkpointed(model, on=checkpoint):
+    with checkpointed(model, on=checkpoint), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
         loss = batch_loss(model, paths, routing, batch, total=10.0)
         loss.backward()
-    routing.rows = None
     return loss.item(), {name: p.grad for name, p in made.parameters().items()}
 
 
@@ -94,16 +93,15 @@ def test_losses_and_gradients_are_those_over_the_decoded_weights(family, method,
     base, dense = packed_and_dense(save_tiny(tmp_path, family))
     examples = make_examples(4)
     frozen = digest(base.model)
-    ours, gradients = step(
-        base.model, Routing(), METHODS[method], examples, packed=True, checkpoint=checkpoint
-    )
+    routing = Routing()
+    ours, gradients = step(base.model, routing, METHODS[method], examples, packed=True, checkpoint=checkpoint)
     theirs, expected = step(dense, Routing(), METHODS[method], examples, packed=True)
     assert ours == pytest.approx(theirs, rel=1e-4)
     for name, gradient in gradients.items():
         assert gradient is not None, name
         torch.testing.assert_close(gradient, expected[name], rtol=5e-3, atol=2e-4)
     assert all(p.grad is None for p in base.model.parameters())
-    detach(base.model, "a")
+    detach(base.model, "a", routing=routing)
     assert digest(base.model) == frozen
 
 

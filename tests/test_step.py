@@ -11,11 +11,12 @@ from transformers.models.llama import modeling_llama
 
 from tests.helpers import fill, make_examples
 from tests.tiny import FAMILIES, tiny_model
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.lora import LoRALayer, low_rank_product
 from veneer.adapters.prefix import record_keys
-from veneer.adapters.routing import Routing, TokenKeys
+from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
 from veneer.decoding.decode import continued
 from veneer.errors import ConfigError
@@ -111,12 +112,10 @@ def test_accumulation_is_token_exact_on_ragged_rows(family):
 def test_checkpointing_changes_no_bit(family, dropout):
     model, paths, routing, attachment = adapted(family, dropout=dropout)
     examples = make_examples(4)
-    routing.step = 3
 
     def run(on):
-        with checkpointed(model, on=on):
-            batch = make_batch(examples, packed=paths.packed, share_prompt=False, device=CPU)
-            routing.rows = batch.dropout_rows
+        batch = make_batch(examples, packed=paths.packed, share_prompt=False, device=CPU)
+        with checkpointed(model, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in attachment.parameters().values():
                 parameter.requires_grad_(True).grad = None
             loss = batch_loss(model, paths, routing, batch, total=7.0)
@@ -143,19 +142,16 @@ def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(case, mo
     examples = make_examples(4)
     without = loss_and_gradients(model, paths, routing, attachment, examples, share=False)[0]
 
-    def loss_of(rows):
+    def loss_of(rows, step=0):
         batch = make_batch(rows, packed=True, share_prompt=False, device=CPU)
-        routing.rows = batch.dropout_rows
-        value = batch_loss(model, paths, routing, batch, total=1.0).item()
-        routing.rows = None
-        return value
+        with routing.drawing(TokenKeys(batch.dropout_rows, step)):
+            return batch_loss(model, paths, routing, batch, total=1.0).item()
 
     together = loss_of(examples)
     total = sum(e.trained.sum() for e in examples)
     assert together / total != pytest.approx(without, rel=1e-3)
     assert together == pytest.approx(sum(loss_of([e]) for e in reversed(examples)), rel=FP32)
-    routing.step += 1
-    assert loss_of(examples) != pytest.approx(together, rel=1e-4)
+    assert loss_of(examples, step=1) != pytest.approx(together, rel=1e-4)
 
 
 @pytest.mark.parametrize("case", [*DROPPED, "dora"])
@@ -170,8 +166,8 @@ def test_adapters_that_train_together_keep_their_dropout(case):
     routing.active = (("a", 1.0), ("b", -0.5))
     batch = make_batch(make_examples(4), packed=True, share_prompt=False, device=CPU)
     plain = batch_loss(model, paths, routing, batch, total=1.0).item()
-    routing.rows = batch.dropout_rows
-    assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(plain, rel=1e-3)
+    with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
+        assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(plain, rel=1e-3)
 
 
 def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_their_own():

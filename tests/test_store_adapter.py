@@ -21,8 +21,8 @@ from tests.helpers import FailAt
 from tests.test_store_atomic import WRITE_CALLS
 from tests.tiny import tiny_base
 from veneer.adapters.attach import attach
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import LoRA
-from veneer.adapters.site import Attachment
 from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import (
     AdapterMismatchError,
@@ -66,8 +66,8 @@ def write(folder: Path, base: FrozenBase, attachment: Attachment, **fields):
     return write_adapter(folder, attachment, manifest, model=base.model)
 
 
-def answers(base: FrozenBase, name: str) -> torch.Tensor:
-    base.routing.active = ((name, 1.0),)
+def answers(base: FrozenBase, *names: str) -> torch.Tensor:
+    base.routing.active = tuple((name, 1.0) for name in names)
     with torch.no_grad():
         logits = base.model(IDS).logits
     base.routing.active = ()
@@ -322,10 +322,10 @@ def test_a_loaded_adapter_answers_to_the_bit_like_the_one_that_was_written(writt
     base, _ = adapted()
     expected = answers(base, "x")
     fresh = tiny_base("llama_untied")
-    plain = answers(fresh, "x")
+    plain = answers(fresh)
     attachment = load_adapter(fresh, written, name="y")
     assert torch.equal(answers(fresh, "y"), expected) and not torch.equal(expected, plain)
-    assert torch.equal(answers(fresh, "x"), plain), "not active until it is used"
+    assert torch.equal(answers(fresh), plain), "not active until it is used"
     assert fresh.attachments == {"y": attachment}
 
 

@@ -196,10 +196,10 @@ def test_the_written_settings_name_exactly_what_is_attached_and_the_size_is_know
 def test_names_do_not_depend_on_other_adapters_of_the_base():
     def written(others: int) -> tuple[list[str], PeftLoRA]:
         model = tiny_model("mixtral")
-        head = model.get_output_embeddings()
+        head, routing = model.get_output_embeddings(), Routing()
         for number in range(others):
-            attach(model, LoRA(rank=2, bias="all"), name=f"other {number}", routing=Routing(), head=head)
-        attachment = attach(model, LoRA(rank=4), name="x", routing=Routing(), head=head)
+            attach(model, LoRA(rank=2, bias="all"), name=f"other {number}", routing=routing, head=head)
+        attachment = attach(model, LoRA(rank=4), name="x", routing=routing, head=head)
         return sorted(file_tensors(attachment, model)), peft_config(
             attachment, model, name_or_path=None, revision=None
         )

@@ -9,6 +9,8 @@ import torch
 
 from tests.test_store_adapter import IDS, write
 from tests.tiny import tiny_base
+from veneer.adapters.acting import Acting
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
 from veneer.api import Base
@@ -284,9 +286,14 @@ def test_an_adapter_in_use_by_another_thread_is_not_detached(library):
 
 def test_blocks_within_blocks_end_one_by_one():
     routing = Routing()
+    routing.attached = {name: Attachment(name, LoRA()) for name in "abcd"}
+
+    def only(name):
+        return routing.held(Acting.everywhere(routing.applied(((name, 1.0),))))
+
     routing.active = (("a", 1.0),)
-    with routing.held((("b", 1.0),)):
-        with routing.held((("c", 1.0),)):
+    with only("b"):
+        with only("c"):
             routing.active = (("d", 2.0),)
             assert routing.active == (("d", 2.0),)
             assert routing.in_use() == {"a", "b", "d"}
@@ -299,7 +306,7 @@ def test_a_failing_forward_lets_go_of_what_it_held(library):
     base.use("alpha")
     with pytest.raises(IndexError):
         base.model(torch.tensor([[10**6]]))
-    assert base.routing.in_use(by_others=False) == {"alpha"}
+    assert base.routing.in_use() == {"alpha"}
     base.use(None)
     assert base.routing.in_use() == set()
 

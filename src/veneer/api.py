@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, LoRA, Method
 from veneer.adapters.routing import Active
-from veneer.adapters.site import Attachment
 from veneer.bases.compute import HeldAs
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, SEED, check_numbers, check_weights
@@ -182,10 +182,6 @@ class Base(FrozenBase):
                 self._idle("unmerge")
                 self._merged.restore()
                 self._merged = None
-
-    def detach(self, name: str) -> None:
-        """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit."""
-        self._pool.detach(name)
 
     def generate(
         self, prompt: Prompt, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,

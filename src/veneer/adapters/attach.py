@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.bottleneck import build_bottleneck
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.low_rank import build_dora, build_lora
 from veneer.adapters.prefix import build_prefix
 from veneer.adapters.routing import Routing
-from veneer.adapters.site import Attachment, Site
-from veneer.adapters.wrapping import adapter_names, plain_modules, unwrap, unwrapped
+from veneer.adapters.site import Site
+from veneer.adapters.wrapping import plain_modules, unwrap, unwrapped
 from veneer.errors import ConfigError
 
 _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
@@ -39,25 +40,35 @@ def attach(
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
-    if name in adapter_names(model):
-        raise ConfigError(
-            f"an adapter named {name!r} is attached already", next_step="Detach it or take another name."
-        )
-    attachment = Attachment(name, config)
-    site = Site(
-        model=model, modules=plain_modules(model), head=None if head is None else unwrapped(head),
-        routing=routing, attachment=attachment, generator=torch.Generator().manual_seed(seed),
-        values_follow=values_follow, read_past=read_past, idle=idle,
-    )  # fmt: skip
-    try:
-        _BUILDERS[type(config)](site, config)
-    except BaseException:
-        unwrap(model, name)
-        raise
-    routing.attached[name] = attachment
+    with routing.changing:
+        if name in routing.attached:
+            raise ConfigError(
+                f"an adapter named {name!r} is attached already", next_step="Detach it or take another name."
+            )
+        attachment = Attachment(name, config)
+        site = Site(
+            model=model, modules=plain_modules(model), head=None if head is None else unwrapped(head),
+            routing=routing, attachment=attachment, generator=torch.Generator().manual_seed(seed),
+            values_follow=values_follow, read_past=read_past, idle=idle,
+        )  # fmt: skip
+        try:
+            _BUILDERS[type(config)](site, config)
+        except BaseException:
+            unwrap(model)
+            raise
+        routing.enter(model, name, attachment)
     return attachment
 
 
-def detach(model: nn.Module, name: str) -> None:
-    """Take the adapter's layers away; where no other adapter needs it, a module stands as it was before."""
-    unwrap(model, name)
+def detach(model: nn.Module, name: str, *, routing: Routing) -> None:
+    """Take the adapter away; where no other needs a wrapper, a module stands as it was before. KeyError: there is none.
+
+    ConfigError: another thread or a block around this one uses it; it stays then.
+    """
+    with routing.changing:
+        if not routing.leave(name):
+            raise ConfigError(
+                f"adapter {name!r} is in use by another thread or by a block around this one",
+                next_step="Detach it when that is done.",
+            )
+        unwrap(model)

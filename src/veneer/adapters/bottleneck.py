@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.acting import Applied, TokenKeys
 from veneer.adapters.config import Bottleneck
-from veneer.adapters.routing import Routing
+from veneer.adapters.rows import cut, put
 from veneer.adapters.site import Site
 from veneer.adapters.targets import layer_number
 from veneer.adapters.wrapping import AdaptedModule
@@ -68,34 +69,52 @@ class BottleneckLayer:
     def folded(self, weight: Tensor) -> Tensor:
         raise ConfigError("a bottleneck layer cannot be merged", next_step=Bottleneck.instead_of_folding)
 
-    def update(self, x: Tensor, routing: Routing) -> Tensor:
-        """(..., D) -> what is added to the block's output, without the scaling."""
+    def update(self, x: Tensor, keys: TokenKeys | None) -> Tensor:
+        """(..., D) -> what is added to the block's output, without the scaling. keys: dropout's, one a row."""
         part = self._parts
         if "norm_weight" in part:
             wide = torch.promote_types(x.dtype, torch.float32)
             weight, bias = part["norm_weight"].to(wide), part["norm_bias"].to(wide)
             x = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
-        if self.dropout and routing.rows is not None:
-            mask = Dropout(routing.rows, (self.key << 32) + routing.step * 0x9E3779B1, self.dropout)
+        if self.dropout and keys is not None:
+            mask = Dropout(keys.rows, (self.key << 32) + keys.step * 0x9E3779B1, self.dropout)
             x = dropped(x, mask)
         down = F.linear(x, part["down"].to(x.dtype), part["down_bias"].to(x.dtype))
         return F.linear(self.activation(down), part["up"].to(x.dtype), part["up_bias"].to(x.dtype))
 
 
 class AdaptedBlock(AdaptedModule):
-    """An attention or feed-forward block."""
+    """An attention or feed-forward block: all rows through it at once, and of each part's rows the update alone."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)
-        acting = self.acting()
-        if not acting:
+        acting = self.routing.acting
+        whole = acting.whole
+        if whole == () or not any(self.beside(part.adapters) for part in acting.parts):
             return out
         x = args[0] if args else kwargs["hidden_states"]
-        y = own = out[0] if isinstance(out, tuple) else out
-        for layer, weight in acting:
-            update = layer.update(x if layer.before else own, self.routing)
-            y = torch.add(y, update, alpha=layer.scaling * weight)
+        own = out[0] if isinstance(out, tuple) else out
+        if whole is not None:
+            y = self._updated(x, own, whole, acting.keys)
+        else:
+            rows = own.numel() // own.shape[-1]
+            chosen = [s for s in acting.segments(rows) if self.beside(s.adapters)]
+            made = [
+                self._updated(
+                    cut(x, s.rows, rows), cut(own, s.rows, rows), s.adapters,
+                    None if acting.keys is None else acting.keys.of(s.rows),
+                )
+                for s in chosen
+            ]  # fmt: skip
+            y = put(own, [s.rows for s in chosen], made, rows)
         return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _updated(self, x: Tensor, own: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
+        y = own
+        for layer, weight in self.beside(adapters):
+            update = layer.update(x if layer.before else own, keys)
+            y = torch.add(y, update, alpha=layer.scaling * weight)
+        return y
 
 
 def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[str]:

@@ -14,8 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.lora import Kind, LoRALayer, delta_weight
-from veneer.adapters.routing import TokenKeys
 from veneer.kernels.dora import dora_linear, row_factor, row_norms, row_squares
 from veneer.linear import FrozenLinear, frozen_product
 
@@ -67,6 +67,17 @@ class DoRALayer:
         """(factor - 1) * plain + factor * LoRA's change: EmbeddingLayer. Exactly 0 while the layer is fresh."""
         change = self.low_rank.looked_up(ids, plain, table, scale=scale)
         factor = row_factor(self.magnitude, self.norm(table))
+        return ((factor - 1) * plain + factor * change).to(plain.dtype)
+
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> None:
+        """Its rows are turned as well."""
+
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
+    ) -> Tensor:
+        """(factor - 1) * plain + factor * LoRA's change."""
+        change = self.low_rank.change(x, plain, base, keys, among=among)
+        factor = row_factor(self.magnitude, self.norm(base))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)
 
     @classmethod

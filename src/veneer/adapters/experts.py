@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.acting import Acting, Applied, TokenKeys
 from veneer.adapters.initial_factors import Factors
 from veneer.adapters.lora import LoRALayer, low_rank_product
-from veneer.adapters.routing import Routing, TokenKeys
+from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.kernels.layout import round_up
 from veneer.kernels.lora import Dropout
+from veneer.kernels.segments import Update, linear_with_updates
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 
 
@@ -52,33 +54,37 @@ class _OneExpert:
 
 
 class AdaptedExperts(AdaptedModule):
-    """Holds one layer per adapter and 3-D parameter, in `stacks` instead of `layers`."""
-
-    def __init__(self, base: nn.Module, routing: Routing) -> None:
-        super().__init__(base, routing)
-        self.stacks: dict[str, dict[str, LoRALayer]] = {}
-        """Adapter name -> parameter name -> layer."""
-
-    def names(self) -> set[str]:
-        return super().names() | set(self.stacks)
-
-    def forget(self, name: str) -> None:
-        super().forget(name)
-        self.stacks.pop(name, None)
+    """What stands beside it is a layer for each 3-D parameter that an adapter changes, by the parameter's name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base is called; a gated stack with (M, D) rows, (M, top_k) numbers of experts and their weights."""
-        acting = [(self.stacks[n], w) for n, w in self.routing.active if n in self.stacks]
-        if not acting and not self.replaced():
-            return self.base(*args, **kwargs)
-        if acting and not self.replaced() and is_gated_stack(self.base):
-            hidden, top_k_index, top_k_weights = (*args, *kwargs.values())
-            return by_expert(
-                self.base, hidden, top_k_index, top_k_weights,
-                lambda x, name, expert, rows: self._product(x, name, expert, rows, acting),
-            )  # fmt: skip
-        parameters: dict[str, Tensor] = dict(self.replaced())
-        for layers, weight in acting:
+        acting = self.routing.acting
+        changed = any(self.beside(part.adapters) for part in acting.parts)
+        trained = any(self.replaced(part.adapters) for part in acting.parts)
+        if trained or not changed or not is_gated_stack(self.base):
+            return super().forward(*args, **kwargs)
+        hidden, index, weights = (*args, *kwargs.values())
+        segments = acting.segments(len(hidden))
+        concerned = [segment for segment in segments if self.beside(segment.adapters)]
+        if len(concerned) == len(segments):
+            return self._by_expert(hidden, index, weights, acting)
+        # The base's rows are what the base makes of all rows at once.
+        own: Tensor = self.base(*args, **kwargs)
+        places = [segment.rows for segment in concerned]
+        rows = torch.cat([torch.arange(s.start, s.stop, device=hidden.device) for s in places])
+        found = self._by_expert(hidden[rows], index[rows], weights[rows], acting.select(rows))
+        return put(own, places, found.split([segment.count for segment in concerned]), len(hidden))
+
+    def _by_expert(self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting) -> Tensor:
+        return by_expert(
+            self.base, hidden, index, weights,
+            lambda x, name, expert, rows: self._product(x, name, expert, rows, acting),
+        )  # fmt: skip
+
+    def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With the changes added to the parameters."""
+        parameters = self.replaced(adapters)
+        for layers, weight in self.beside(adapters):
             for name, layer in layers.items():
                 own = parameters.get(name, self.base.get_parameter(name))
                 delta = layer.scaling * weight * (layer.B @ layer.A)
@@ -86,23 +92,31 @@ class AdaptedExperts(AdaptedModule):
                 parameters[name] = own + delta.to(own.dtype)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
-    def _product(
-        self,
-        x: Tensor,
-        name: str,
-        expert: int,
-        rows: Tensor,
-        acting: list[tuple[dict[str, LoRALayer], float]],
-    ) -> Tensor:
-        """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack."""
+    def _product(self, x: Tensor, name: str, expert: int, rows: Tensor, acting: Acting) -> Tensor:
+        """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack. rows: numbers of x's rows
+        among those that act."""
         frozen, bias = expert_linear(self.base, name, expert), expert_bias(self.base, name, expert)
-        updates = [(_OneExpert(layers[name], expert), weight) for layers, weight in acting if name in layers]
-        if not updates:
-            return frozen_product(x, bias, frozen)
-        keys = self.routing.keys
+        keys = acting.keys
         if keys is not None:  # the rows of zeros below those that the expert was given want a key too
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
-        return low_rank_product(x, bias, frozen, updates, keys)
+        if (whole := acting.whole) is not None:
+            layers = self._layers(whole, name, expert)
+            return (
+                low_rank_product(x, bias, frozen, layers, keys) if layers else frozen_product(x, bias, frozen)
+            )
+        updates: list[Update] = []
+        for segment in acting.select(rows).segments(len(rows)):
+            own = None if keys is None else keys.of(segment.rows)
+            for among, (layer, weight) in enumerate(self._layers(segment.adapters, name, expert)):
+                A, B = layer.factors()
+                dropout = layer.active_dropout(x[segment.rows], own, among=among)
+                updates.append(Update(segment.rows, A, B, layer.scaling * weight, dropout))
+        return linear_with_updates(x, bias, frozen, updates)
+
+    def _layers(self, adapters: Applied, name: str, expert: int) -> list[tuple[_OneExpert, float]]:
+        return [
+            (_OneExpert(layers[name], expert), w) for layers, w in self.beside(adapters) if name in layers
+        ]
 
 
 def by_expert(

@@ -9,19 +9,23 @@ Source: Hu et al. 2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.adapters.acting import Applied, Segment, TokenKeys
 from veneer.adapters.initial_factors import Factors
 from veneer.adapters.layer import Layer
-from veneer.adapters.routing import Routing, TokenKeys
+from veneer.adapters.routing import Routing
+from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.lora import Dropout, dropped, lora_linear
+from veneer.kernels.segments import Update, linear_with_updates
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
 Kind = Literal["linear", "embedding", "experts"]
@@ -117,6 +121,22 @@ class LoRALayer:
     ) -> Tensor:  # fmt: skip
         return low_rank_product(x, bias, base, acting, keys)
 
+    def update(
+        self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int
+    ) -> Update | None:
+        if self.offset is not None:
+            return None
+        A, B = self.factors()
+        return Update(rows, A, B, self.scaling * weight, self.active_dropout(x, keys, among=among))
+
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
+    ) -> Tensor:
+        A, B = (factor.to(x.dtype) for factor in self.factors())
+        added = F.linear(F.linear(dropped(x, self.active_dropout(x, keys, among=among)), A), B)
+        added = added if self.offset is None else added + self.offset.to(x.dtype)
+        return self.scaling * added
+
     def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
         """scaling * (A^T)[ids] B^T: EmbeddingLayer."""
         update = F.embedding(ids, self.A.T.to(plain.dtype)) @ self.B.T.to(plain.dtype)
@@ -176,12 +196,22 @@ class LinearLayer(Layer, Protocol):
     ) -> Tensor:  # fmt: skip
         """x (..., I) through the base with the weighted changes of all `acting` layers of this class: (..., O)."""
 
+    def update(
+        self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int
+    ) -> Update | None:
+        """The change of x, which stands at these rows, as a product of two factors; None: it is not that alone."""
+
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
+    ) -> Tensor:
+        """What the layer adds to plain = x W^T, both (M, ...), whatever its weight."""
+
 
 class AdaptedLinear(AdaptedModule):
     """y = x (W + sum over active adapters of weight * change)^T + bias."""
 
-    def __init__(self, base: nn.Module, routing: Routing) -> None:
-        super().__init__(base, routing)
+    def __init__(self, base: nn.Module, routing: Routing, path: str) -> None:
+        super().__init__(base, routing, path)
         frozen = frozen_linear(base)
         assert frozen is not None
         self.frozen: FrozenLinear
@@ -198,23 +228,81 @@ class AdaptedLinear(AdaptedModule):
         return self.frozen.own_bias()
 
     def forward(self, x: Tensor) -> Tensor:
+        acting = self.routing.acting
+        whole = acting.whole
+        if whole is not None:
+            return self._alike(x, whole, acting.keys)
+        rows = x.numel() // x.shape[-1]
+        return self._by_part(x.reshape(rows, -1), acting.segments(rows), acting.keys).view(*x.shape[:-1], -1)
+
+    def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
+        """All rows with these adapters."""
         by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float]]] = {}
-        for layer, weight in self.acting():
+        for layer, weight in self.beside(adapters):
             by_class.setdefault(type(layer), []).append((layer, weight))
-        values = self.replaced()
+        values = self.replaced(adapters)
         bias = values.get("bias", self.frozen.own_bias())
         if "weight" in values:  # one adapter trained this layer in full; the changes of others come on top
-            y: Tensor = torch.func.functional_call(self.base, dict(values), (x,))
+            y: Tensor = torch.func.functional_call(self.base, values, (x,))
         elif by_class:
             kind, acting = by_class.popitem()
-            y = kind.product(x, bias, self.frozen, acting, self.routing.keys)
+            y = kind.product(x, bias, self.frozen, acting, keys)
         else:
             return self.base(x) if bias is self.frozen.own_bias() else frozen_product(x, bias, self.frozen)
         if by_class:
             plain = frozen_product(x, None, self.frozen)
             for kind, acting in by_class.items():
-                y = y + (kind.product(x, None, self.frozen, acting, self.routing.keys) - plain)
+                y = y + (kind.product(x, None, self.frozen, acting, keys) - plain)
         return y
+
+    def _by_part(self, x: Tensor, segments: Sequence[Segment], keys: TokenKeys | None) -> Tensor:
+        """(M, I) -> (M, O): one product of all rows with W; of each part's rows alone what its adapters add."""
+        updates: list[Update] = []
+        others: list[Segment] = []
+        for segment in segments:
+            if self.concerned(segment.adapters):
+                found = self._updates(x[segment.rows], segment, _of(keys, segment))
+                updates += found or []
+                others += [segment] if found is None else []
+        y = linear_with_updates(x, self.frozen.own_bias(), self.frozen, updates)
+        if not others:
+            return y
+        made = [self._otherwise(x[s.rows], y[s.rows], s.adapters, _of(keys, s)) for s in others]
+        return put(y, [s.rows for s in others], made, len(x))
+
+    def _updates(self, x: Tensor, segment: Segment, keys: TokenKeys | None) -> list[Update] | None:
+        """What these adapters add to the segment's rows; None: one of them does more than that."""
+        if self.replaced(segment.adapters):
+            return None
+        found: list[Update] = []
+        for among, layer, weight in _numbered(self.beside(segment.adapters)):
+            update = layer.update(x, segment.rows, weight, keys, among=among)
+            if update is None:
+                return None
+            found.append(update)
+        return found
+
+    def _otherwise(self, x: Tensor, y: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
+        """x W^T + bias = y, with the adapters' changes."""
+        if self.replaced(adapters):
+            return self._alike(x, adapters, keys)
+        bias = self.frozen.own_bias()
+        plain = y if bias is None else y - bias
+        for among, layer, weight in _numbered(self.beside(adapters)):
+            y = y + weight * layer.change(x, plain, self.frozen, keys, among=among)
+        return y.to(x.dtype)
+
+
+def _numbered(acting: Sequence[tuple[LinearLayer, float]]) -> Iterator[tuple[int, LinearLayer, float]]:
+    """Each with its number among those of its class, by which dropout tells them apart."""
+    seen: Counter[type[LinearLayer]] = Counter()
+    for layer, weight in acting:
+        yield seen[type(layer)], layer, weight
+        seen[type(layer)] += 1
+
+
+def _of(keys: TokenKeys | None, segment: Segment) -> TokenKeys | None:
+    return None if keys is None else keys.of(segment.rows)
 
 
 class EmbeddingLayer(Layer, Protocol):
@@ -227,17 +315,18 @@ class EmbeddingLayer(Layer, Protocol):
 class AdaptedEmbedding(AdaptedModule):
     """table[ids] + sum over active adapters of weight * change; a model that scales its embeddings scales these too."""
 
-    def __init__(self, base: nn.Module, routing: Routing) -> None:
-        super().__init__(base, routing)
+    def __init__(self, base: nn.Module, routing: Routing, path: str) -> None:
+        super().__init__(base, routing, path)
         self.table = TransposedLinear(base)
 
     @property
     def weight(self) -> Tensor:
         return self.base.get_parameter("weight")
 
-    def forward(self, ids: Tensor) -> Tensor:
-        values, acting = self.replaced(), self.acting()
-        y: Tensor = torch.func.functional_call(self.base, dict(values), (ids,)) if values else self.base(ids)
+    def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        (ids,) = (*args, *kwargs.values())
+        values, acting = self.replaced(adapters), self.beside(adapters)
+        y: Tensor = torch.func.functional_call(self.base, values, (ids,)) if values else self.base(ids)
         if not acting:
             return y
         # One adapter trained the table in full; the changes of others, which are changes of the base's, come on top.
@@ -251,13 +340,11 @@ class AdaptedEmbedding(AdaptedModule):
 class AdaptedMatrix(AdaptedModule):
     """A router, or another module that multiplies by its `weight` itself: it is computed with W + the changes, in W's type."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        values: dict[str, Tensor] = dict(self.replaced())
-        for layer, weight in self.acting():
+    def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = self.replaced(adapters)
+        for layer, weight in self.beside(adapters):
             own = values.get("weight", self.base.get_parameter("weight"))
             values["weight"] = own + (layer.scaling * weight * (layer.B @ layer.A)).to(own.dtype)
-        if not values:
-            return self.base(*args, **kwargs)
         return torch.func.functional_call(self.base, values, args, kwargs)
 
 

@@ -60,8 +60,7 @@ def build_lora(site: Site, config: LoRA) -> None:
         device = site.modules[owner].get_parameter(parameter).device
         A, B = site.kaiming(E, r, I), torch.zeros(E, O, r)
         made = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
-        site.attachment.layers[path] = made
-        site.wrap(owner, AdaptedExperts).stacks.setdefault(site.name, {})[parameter] = made
+        site.put_stack(owner, parameter, AdaptedExperts, made)
     for path in targets.routers:
         router = site.modules[path]
         (O, I), r = (
@@ -152,11 +151,9 @@ def _train_in_full(site: Site, targets: Targets) -> None:
     trained = {path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained}
     for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
         module = site.modules[path]
-        wrapper = site.wrap(path, _kind(module))
         for parameter in names:
             value = nn.Parameter(module.get_parameter(parameter).detach().clone())
-            wrapper.values.setdefault(site.name, {})[parameter] = value
-            site.attachment.values[f"{path}.{parameter}"] = value
+            site.replace(path, _kind(module), parameter, value)
 
 
 def _kind(module: nn.Module) -> type[AdaptedModule]:

@@ -13,14 +13,17 @@ Source: Li and Liang 2021, arXiv:2101.00190; the table's layout is PEFT's prompt
 K of layer l, 2l + 1 is V.
 """
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.acting import Applied
 from veneer.adapters.config import Prefix
+from veneer.adapters.rows import rows_of
 from veneer.adapters.site import Site
 from veneer.adapters.wrapping import AdaptedModule, plain_modules, unwrapped
 from veneer.errors import ConfigError
@@ -29,21 +32,36 @@ PART = "prompt_embeddings"
 DEFAULT_TOKENS = 30
 
 
+Pair = tuple[Tensor, Tensor]
+Pairs = Mapping[int, Pair]
+"""(K, V) of (M, K, D) each, by layer number; none: no prefix."""
+
+
 @dataclass
 class PrefixKeys:
-    """A prefix on its way through one forward: (K, V) of (M, K, D) by layer number.
+    """Prefixes on their way through one forward.
 
+    parts       rows of the forward, and what they see first: all of them, in order
     positions   (B, T) or (1, T) of the forward's rows, the prefix counted
     asked       layers that took theirs: each must, or a part of the prefix would be lost without a word
     """
 
-    pairs: dict[int, tuple[Tensor, Tensor]]
+    parts: Sequence[tuple[slice, Pairs]]
     positions: Tensor
     asked: set[int] = field(default_factory=set)
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor] | None:
+    @classmethod
+    def everywhere(cls, pairs: Pairs, positions: Tensor) -> "PrefixKeys":
+        return cls([(slice(0, sys.maxsize), pairs)], positions)
+
+    def of(self, layer: int, row: int = 0) -> Pair | None:
+        """What that row sees first."""
+        return next(pair for rows, pair in self.along(layer) if row < rows.stop)
+
+    def along(self, layer: int) -> list[tuple[slice, Pair | None]]:
+        """What the rows of each part see first."""
         self.asked.add(layer)
-        return self.pairs.get(layer)
+        return [(rows, pairs.get(layer)) for rows, pairs in self.parts]
 
 
 @dataclass
@@ -154,28 +172,45 @@ class PrefixedDecoder(AdaptedModule):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        acting = self.acting()
-        if not acting:
+        acting = self.routing.acting
+        layers = [self._one_of(part.adapters) for part in acting.parts]
+        if not any(layers):
             return self.base(*args, **kwargs)
-        if len(acting) > 1 or acting[0][1] != 1.0:
-            names = ", ".join(f"{n!r} (weight {w:g})" for n, w in self.routing.active if n in self.layers)
-            raise ConfigError(
-                f"a prefix acts alone and whole; asked for: {names}",
-                next_step="Use one prefix, with weight 1; adapters of other methods may act beside it.",
-            )
-        layer: PrefixLayer = acting[0][0]
         positions = kwargs.pop("position_ids", None)
         if positions is None:
             positions = _positions(args[0] if args else kwargs.get("input_ids"), kwargs)
-        positions = positions + layer.tokens
-        keys = PrefixKeys(layer.keys(), positions)
+        if acting.whole is not None:
+            (layer,) = layers
+            assert layer is not None
+            positions = positions + layer.tokens
+            keys = PrefixKeys.everywhere(layer.keys(), positions)
+        else:
+            given: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            segments = acting.segments(rows_of(acting, [given], {}))
+            of_part = [self._one_of(segment.adapters) for segment in segments]
+            moved = torch.tensor([0 if layer is None else layer.tokens for layer in of_part])
+            moved = moved.repeat_interleave(torch.tensor([segment.count for segment in segments]))
+            positions = positions + moved.to(positions.device).view(*given.shape[:2])
+            pairs = [{} if layer is None else layer.keys() for layer in of_part]
+            keys = PrefixKeys([(s.rows, p) for s, p in zip(segments, pairs, strict=True)], positions)
         out = self.base(*args, **kwargs, position_ids=positions, veneer_prefix=keys)
-        if lost := set(layer.layers) - keys.asked:
+        wanted = {number for layer in layers if layer is not None for number in layer.layers}
+        if lost := wanted - keys.asked:
             raise ConfigError(
-                f"the prefix did not reach {len(lost)} of {len(layer.layers)} layers of {type(self.base).__name__}",
+                f"the prefix did not reach {len(lost)} of {len(wanted)} layers of {type(self.base).__name__}",
                 next_step="Prefix tuning does not work on this model; take lora.",
             )
         return out
+
+    def _one_of(self, adapters: Applied) -> "PrefixLayer | None":
+        found = self.beside(adapters)
+        if len(found) > 1 or any(weight != 1.0 for _, weight in found):
+            mine = ", ".join(f"{a.name!r} (weight {w:g})" for a, w in adapters if self.key in a.beside)
+            raise ConfigError(
+                f"a prefix acts alone and whole; asked for: {mine}",
+                next_step="Use one prefix, with weight 1; adapters of other methods may act beside it.",
+            )
+        return found[0][0] if found else None
 
 
 def _positions(ids: Tensor | None, given: dict[str, Any]) -> Tensor:
@@ -219,7 +254,7 @@ def prove(decoder: nn.Module, ids: Tensor, pairs: dict[int, tuple[Tensor, Tensor
     the whole text at once: on SmolLM2-135M in bf16 those two differ by 40% where ids are rare ones.
     """
     more, T = ids.flip(0)[None], len(ids)
-    keys = PrefixKeys(pairs, torch.arange(T, 2 * T, device=ids.device)[None])
+    keys = PrefixKeys.everywhere(pairs, torch.arange(T, 2 * T, device=ids.device)[None])
     with torch.no_grad():
         first = decoder(input_ids=ids[None], use_cache=True)
         name = _cache_name(first)

@@ -1,163 +1,167 @@
-"""Which adapters act on the next forward, as one object that every wrapper of a base holds.
+"""The adapters on one base, and which of them act: one object that every wrapper of the base holds.
 
 Switching is a change of one attribute, however deep the model and however many adapters it carries. Wrappers read it
 one after the other, so a forward that must not see a switch of another thread holds what it began with (`held`).
+Whoever holds an adapter has a lease of it: it is not taken away before the lease ends.
 """
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from veneer.adapters.acting import Acting, Applied, TokenKeys
+from veneer.adapters.attachment import Attachment
 
 Active = tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
-class TokenKeys:
-    """What dropout draws from: rows (M), a key for every row of a module's input, and the step."""
-
-    rows: Tensor
-    step: int
-
-
-class Attached(Protocol):
-    """What is read of an adapter (site.Attachment): path -> layer."""
-
-    @property
-    def layers(self) -> Mapping[str, Any]: ...
-
-
-Acting = tuple[tuple[Attached, float], ...]
+"""(name, weight) of every adapter that acts; empty: the base alone, bit for bit."""
 
 
 class _OfThread(threading.local):
-    active: Active | None = None
-    """What this thread holds; None: what all threads see."""
     acting: Acting | None = None
+    """What this thread holds; None: what all threads see."""
+    blocks: tuple[Acting, ...] = ()
+    """What it holds, the innermost last."""
     forwards: int = 0
     """Depth of forwards in progress that hold by themselves."""
 
 
 class Routing:
-    """active: (name, weight) of every adapter that acts; empty: the base alone, bit for bit.
+    """attached: the adapters on the base, by name: the one place that says so.
 
-    rows: (M) dropout keys of the rows of the forward in progress; None while not training: no dropout.
-    step: counts optimizer steps and micro-batches, so that every one draws another mask.
-    lock: around changes of what acts, and around taking adapters away.
-    attached: the adapters on the base, by name, for as long as somebody else holds them.
+    lock: around changes of what acts, and of what is attached: short.
+    changing: around putting adapters on and taking them away, files read for it included; taken before `lock`.
     """
 
-    def __init__(self, active: Active = ()) -> None:
-        self._active = active
-        self._of_thread = _OfThread()
-        self._held: dict[int, list[Active]] = {}
-        self.rows: Tensor | None = None
-        self.step = 0
+    def __init__(self) -> None:
+        self.attached: dict[str, Attachment] = {}
         self.lock = threading.RLock()
-        self.attached: WeakValueDictionary[str, Attached] = WeakValueDictionary()
-        self._acting: Acting = ()
-
-    @property
-    def keys(self) -> TokenKeys | None:
-        """Of the forward in progress; None while not training."""
-        return None if self.rows is None else TokenKeys(self.rows, self.step)
-
-    @property
-    def active(self) -> Active:
-        held = self._of_thread.active
-        return self._active if held is None else held
-
-    @active.setter
-    def active(self, value: Active) -> None:
-        with self.lock:
-            if self._of_thread.active is None:
-                self._active, self._acting = value, self._found(value)
-            else:
-                self._of_thread.active, self._of_thread.acting = value, self._found(value)
-                self._held[threading.get_ident()][-1] = value
+        self.changing = threading.RLock()
+        self._undo_hooks: Callable[[], None] | None = None
+        self._standing = Acting()
+        self._of_thread = _OfThread()
+        self._leases: Counter[str] = Counter()
+        self._blocks = 0
 
     @property
     def acting(self) -> Acting:
-        """(adapter, weight) of the active ones: what a compiled forward reads. It holds no names, so torch compiles
-        once for all adapters of the same shapes and scaling."""
+        """What a wrapper asks: of the forward in progress, or what all threads see."""
         held = self._of_thread.acting
-        return self._acting if held is None else held
+        return self._standing if held is None else held
 
-    def _found(self, active: Active) -> Acting:
-        return tuple((self.attached[name], weight) for name, weight in active if name in self.attached)
+    @property
+    def active(self) -> Active:
+        """By name, of what acts on all rows."""
+        return tuple(
+            (adapter.name, weight) for part in self.acting.parts for adapter, weight in part.adapters
+        )
+
+    @active.setter
+    def active(self, value: Active) -> None:
+        self.switch(Acting.everywhere(self.applied(value)))
+
+    def applied(self, active: Active) -> Applied:
+        """KeyError: a name that is not on the base."""
+        return tuple((self.attached[name], weight) for name, weight in active)
+
+    def switch(self, acting: Acting) -> None:
+        """Let this act: for this thread within a block, else for all."""
+        with self.lock:
+            if self._of_thread.acting is None:
+                self._standing = acting
+            else:
+                self._let_go()
+                self._hold(acting)
 
     @contextmanager
-    def held(self, active: Active | None = None) -> Iterator[None]:
-        """Within the block this thread sees `active`, or what acts now, whatever others switch to."""
-        before = self._of_thread.active
-        self._hold(self.active if active is None else active)
+    def held(self, acting: Acting | None = None) -> Iterator[None]:
+        """Within the block this thread sees `acting`, or what acts now, whatever others switch to."""
+        with self.lock:
+            self._hold(self.acting if acting is None else acting)
         try:
             yield
         finally:
-            self._release(before)
+            with self.lock:
+                self._let_go()
 
     def none(self) -> AbstractContextManager[None]:
         """Within the block the base acts alone, for this thread."""
-        return self.held(())
+        return self.held(Acting())
+
+    def drawing(self, keys: TokenKeys | None) -> AbstractContextManager[None]:
+        """Within the block what acts drops out by these keys."""
+        return self.held(self.acting.drawing(keys))
 
     @property
     def is_held(self) -> bool:
         """Whether a forward or a block of any thread holds a state. Ask with the lock taken."""
-        return bool(self._held)
+        return self._blocks > 0
 
-    def in_use(self, *, by_others: bool = False) -> set[str]:
-        """Names that act or are held; by_others: held by other threads alone. Ask with the lock taken."""
-        holding = [
-            h for t, held in self._held.items() if not by_others or t != threading.get_ident() for h in held
-        ]
-        return {name for active in [*holding, *(() if by_others else (self._active,))] for name, _ in active}
+    def in_use(self) -> set[str]:
+        """Names that act or are leased. Ask with the lock taken."""
+        return {*(name for name, count in self._leases.items() if count), *_names(self._standing)}
 
-    def drop(self, name: str) -> bool:
-        """Let this one act no more. False, and nothing changes: another thread or a block around this one holds it."""
-
-        def without(active: Active) -> Active:
-            return tuple((n, weight) for n, weight in active if n != name)
-
+    def enter(self, model: nn.Module, name: str, adapter: Attachment) -> None:
+        """It is on the base from now on, and acts on nothing yet."""
         with self.lock:
-            mine = self._held.get(threading.get_ident(), [])
-            if name in self.in_use(by_others=True) or any(name == n for a in mine[:-1] for n, _ in a):
+            self.attached[name] = adapter
+            if self._undo_hooks is None:
+                self._undo_hooks = self._hold_in_forwards(model)
+
+    def leave(self, name: str) -> bool:
+        """It is on the base no more, and acts no more. False, and nothing changes: another thread or a block around
+        this one has a lease. KeyError: it was not there."""
+        with self.lock:
+            _ = self.attached[name]
+            mine = self._of_thread.acting
+            own = int(mine is not None and name in _names(mine))
+            if self._leases[name] > own:
                 return False
-            self._active = without(self._active)
-            self._acting = self._found(self._active)
-            if mine:
-                mine[-1] = self._of_thread.active = without(mine[-1])
-                self._of_thread.acting = self._found(mine[-1])
+            self._standing = _without(self._standing, name)
+            if own:
+                assert mine is not None
+                self.switch(_without(mine, name))
+            del self.attached[name]
+            if not self.attached and self._undo_hooks is not None:
+                self._undo_hooks()
+                self._undo_hooks = None
         return True
 
-    def _hold(self, active: Active) -> None:
-        with self.lock:
-            self._held.setdefault(threading.get_ident(), []).append(active)
-            self._of_thread.active, self._of_thread.acting = active, self._found(active)
+    def _hold(self, acting: Acting) -> None:
+        own = self._of_thread
+        own.blocks, own.acting = (*own.blocks, acting), acting
+        self._leases.update(_names(acting))
+        self._blocks += 1
 
-    def _release(self, before: Active | None) -> None:
-        with self.lock:
-            mine = self._held[threading.get_ident()]
-            mine.pop()
-            if not mine:
-                del self._held[threading.get_ident()]
-            self._of_thread.active = before
-            self._of_thread.acting = None if before is None else self._found(before)
+    def _let_go(self) -> None:
+        own = self._of_thread
+        *rest, gone = own.blocks
+        own.blocks, own.acting = tuple(rest), rest[-1] if rest else None
+        self._leases.subtract(_names(gone))
+        self._blocks -= 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        return Routing(self._active)
+        """Of a copied model: its adapters are its own."""
+        made: Routing = Routing()
+        memo[id(self)] = made
+        made.attached = copy.deepcopy(self.attached, memo)
+        made._standing = Acting.everywhere(made.applied(self.active))
+        return made
 
-    def hold_in_forwards(self, model: nn.Module) -> Callable[[], None]:
+    def _hold_in_forwards(self, model: nn.Module) -> Callable[[], None]:
         """Every forward of `model` sees one state from its first wrapper to its last. Returns what undoes it."""
 
         def begin(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():
-                if self._of_thread.active is None:
-                    self._hold(self.active)
+                if self._of_thread.acting is None:
+                    with self.lock:
+                        self._hold(self._standing)
                     self._of_thread.forwards = 1
                 elif self._of_thread.forwards:
                     self._of_thread.forwards += 1
@@ -166,7 +170,8 @@ class Routing:
             if not torch.compiler.is_compiling() and self._of_thread.forwards:
                 self._of_thread.forwards -= 1
                 if not self._of_thread.forwards:
-                    self._release(None)
+                    with self.lock:
+                        self._let_go()
 
         handles = [
             model.register_forward_pre_hook(begin),
@@ -178,3 +183,15 @@ class Routing:
                 handle.remove()
 
         return undo
+
+
+def _names(acting: Acting) -> set[str]:
+    return {adapter.name for adapter in acting.adapters}
+
+
+def _without(acting: Acting, name: str) -> Acting:
+    parts = tuple(
+        replace(part, adapters=tuple((a, w) for a, w in part.adapters if a.name != name))
+        for part in acting.parts
+    )
+    return replace(acting, parts=parts)

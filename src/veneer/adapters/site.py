@@ -1,60 +1,16 @@
-"""A base on which one adapter is being put, and the adapter as it grows: what a method's builder works on."""
+"""A base on which one adapter is being put: what a method's builder works on."""
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from veneer.adapters.config import AdapterConfig
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.layer import Layer
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import Wrapper, wrap
-
-
-@dataclass
-class Attachment:
-    """An adapter on a base.
-
-    layers     path in the base model (experts: path of the 3-D parameter) -> what the method put there
-    values     full parameter path in the base -> the parameter trained in its place, in the base's type
-    trained    modules trained in full
-    adaptable  how many places the method could take; adapted: how many it took
-    """
-
-    name: str
-    config: AdapterConfig
-    layers: dict[str, Layer] = field(default_factory=dict)
-    values: dict[str, nn.Parameter] = field(default_factory=dict)
-    trained: list[str] = field(default_factory=list)
-    adaptable: int = 0
-    places: int | None = None
-    """Places taken where one layer serves several; None: each layer one."""
-
-    @property
-    def adapted(self) -> int:
-        return len(self.layers) if self.places is None else self.places
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by part, values last."""
-        found = {
-            f"{path}.{part}": parameter
-            for path, layer in self.layers.items()
-            for part, parameter in layer.parts().items()
-        }
-        return found | self.values
-
-    def learning_rate_factors(self) -> dict[str, float]:
-        """What the learning rate of each of `parameters()` is multiplied with."""
-        factors = dict.fromkeys(self.parameters(), 1.0)
-        for path, layer in self.layers.items():
-            for part in layer.parts():
-                factors[f"{path}.{part}"] = self.config.rate_of(part)
-        return factors
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters().values())
 
 
 @dataclass
@@ -94,5 +50,15 @@ class Site:
 
     def put(self, path: str, kind: type[Wrapper], layer: Layer) -> None:
         """Stand `layer` beside the module at `path`, in a wrapper of that kind."""
-        self.wrap(path, kind).layers[self.name] = layer
+        self.attachment.beside[self.wrap(path, kind).key] = layer
         self.attachment.layers[path] = layer
+
+    def put_stack(self, owner: str, parameter: str, kind: type[Wrapper], layer: Layer) -> None:
+        """Stand `layer` beside one of the parameters of the module at `owner`."""
+        self.attachment.beside.setdefault(self.wrap(owner, kind).key, {})[parameter] = layer
+        self.attachment.layers[f"{owner}.{parameter}"] = layer
+
+    def replace(self, path: str, kind: type[Wrapper], parameter: str, value: nn.Parameter) -> None:
+        """Train `value` in the place of a parameter of the module at `path`."""
+        self.attachment.replaced.setdefault(self.wrap(path, kind).key, {})[parameter] = value
+        self.attachment.values[f"{path}.{parameter}"] = value

@@ -1,30 +1,32 @@
 """Wrappers in the places of a model's modules: the only file that exchanges them.
 
-A wrapper holds its base and, per adapter name, one layer. The layers are no submodules: the base's own parameters,
-buffers and state_dict stay what they were but for the name `base`. Paths are always the base's own, as if no wrapper
-stood anywhere; a module may carry several wrappers of different kinds, one around the other.
+A wrapper holds its base and a key; what stands at that key is the adapters' own (site.Attachment), and which of them
+act is the routing's. So nothing is registered twice, and the base's own parameters, buffers and state_dict stay what
+they were but for the name `base`. Paths are always the base's own, as if no wrapper stood anywhere; a module may carry
+several wrappers of different kinds, one around the other.
 Knows nothing of what a layer computes.
 """
 
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from veneer.adapters.layer import Layer
+from veneer.adapters.acting import Applied
 from veneer.adapters.routing import Routing
+from veneer.adapters.rows import by_part, rows_of
 
 
 class AdaptedModule(nn.Module):
-    """Common to all wrappers. `base` is the wrapped module. With no active adapter it is called as it is."""
+    """Common to all wrappers. `base` is the wrapped module, at the base's own `path`. With no active adapter it is
+    called as it is."""
 
-    def __init__(self, base: nn.Module, routing: Routing) -> None:
+    def __init__(self, base: nn.Module, routing: Routing, path: str) -> None:
         super().__init__()
         self.base = base
         self.routing = routing
-        self.layers: dict[str, Layer] = {}
-        self.values: dict[str, dict[str, nn.Parameter]] = {}
-        """Adapter name -> the base's own parameters (by name) that this adapter replaces by trained ones."""
+        self.path = path
+        self.key = key_of(type(self), path)
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
@@ -36,40 +38,54 @@ class AdaptedModule(nn.Module):
                 raise
             return getattr(super().__getattr__("base"), name)
 
-    path = ""
-    """The base's own path of the module that it stands at."""
+    def beside(self, adapters: Applied) -> list[tuple[Any, float]]:
+        """What these adapters put here, with their weights, in their order; each wrapper knows what it is."""
+        key = self.key
+        return [(a.beside[key], weight) for a, weight in adapters if key in a.beside]
 
-    def acting(self) -> list[tuple[Any, float]]:
-        """(layer, weight) of the active adapters, in their order; each wrapper knows what its layers are."""
-        if torch.compiler.is_compiling():  # by path, not by name: a compiled forward is then every adapter's
-            return [(a.layers[self.path], w) for a, w in self.routing.acting if self.path in a.layers]
-        return [(self.layers[n], w) for n, w in self.routing.active if n in self.layers]
-
-    def replaced(self) -> dict[str, nn.Parameter]:
-        """The values of the first active adapter that replaces any."""
-        if not self.values:
-            return {}
-        for name, _ in self.routing.active:
-            if name in self.values:
-                return self.values[name]
+    def replaced(self, adapters: Applied) -> dict[str, Tensor]:
+        """The base's own parameters, by name, as the first of these adapters that replaces any trained them."""
+        key = self.key
+        for adapter, _ in adapters:
+            if key in adapter.replaced:
+                return dict(adapter.replaced[key])
         return {}
 
-    def names(self) -> set[str]:
-        """The adapters that have something here."""
-        return {*self.layers, *self.values}
+    def concerned(self, adapters: Applied) -> bool:
+        """Whether any of these has something here."""
+        key = self.key
+        return any(key in adapter.beside or key in adapter.replaced for adapter, _ in adapters)
 
-    def forget(self, name: str) -> None:
-        self.layers.pop(name, None)
-        self.values.pop(name, None)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Every part of the rows through what its adapters make of the base; rows that none concerns are the base's."""
+        acting = self.routing.acting
+        whole = acting.whole
+        if whole is not None:
+            return self.adapted(whole, args, kwargs) if self.concerned(whole) else self.base(*args, **kwargs)
+        return by_part(
+            lambda a, k: self.base(*a, **k),
+            lambda segment, a, k: self.adapted(segment.adapters, a, k),
+            acting.segments(rows_of(acting, args, kwargs)),
+            self.concerned,
+            args,
+            kwargs,
+        )
+
+    def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module with these adapters on all rows that it is given."""
+        raise NotImplementedError
 
 
 class SwappedModule(AdaptedModule):
     """A module of any kind, some of whose parameters an adapter trains in full: biases, a head, a norm."""
 
-    def forward(self, *args: object, **kwargs: object) -> object:
-        if values := self.replaced():
-            return torch.func.functional_call(self.base, dict(values), args, kwargs)
-        return self.base(*args, **kwargs)
+    def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return torch.func.functional_call(self.base, self.replaced(adapters), args, kwargs)
+
+
+def key_of(kind: type[AdaptedModule], path: str) -> str:
+    """What a wrapper is found by: two of different kinds may stand at one path."""
+    return f"{kind.__name__} {path}"
 
 
 Wrapper = TypeVar("Wrapper", bound=AdaptedModule)
@@ -111,22 +127,17 @@ def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> 
         if type(module) is kind:
             return module
         module = module.base
-    wrapper = kind(outermost, routing)
-    wrapper.path = path
+    wrapper = kind(outermost, routing, path)
     setattr(parent, last, wrapper)
     return wrapper
 
 
-def adapter_names(model: nn.Module) -> set[str]:
-    return {name for m in model.modules() if isinstance(m, AdaptedModule) for name in m.names()}
-
-
-def unwrap(model: nn.Module, name: str) -> None:
-    """Take an adapter's layers away; wrappers that hold none any more give their place back to their base."""
+def unwrap(model: nn.Module) -> None:
+    """Wrappers at which no adapter on the base has anything give their place back to what they stand around."""
     for path, module in reversed(list(model.named_modules(remove_duplicate=False))):  # innermost first
         if not isinstance(module, AdaptedModule):
             continue
-        module.forget(name)
-        if not module.names():
+        everyone = tuple((adapter, 1.0) for adapter in module.routing.attached.values())
+        if not module.concerned(everyone):
             head, _, last = path.rpartition(".")
             setattr(model.get_submodule(head) if head else model, last, module.base)

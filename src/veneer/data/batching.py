@@ -7,7 +7,7 @@ Order comes from (seed, epoch) alone, never from global state, so a resumed run 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veneer.data.examples import Example
 from veneer.kernels.dropout import row_keys
-from veneer.kernels.layout import Layout, round_up
+from veneer.kernels.layout import Group, Layout, round_up
 
 WINDOW = 50
 """Batches sorted by length together in bucketed order: long enough to save padding, short enough to mix rows."""
@@ -32,6 +32,7 @@ class Batch:
     loss_rows        (T) flat index of every row that predicts a trained token
     targets          (T) the tokens they predict
     dropout_rows     (N or B*L) int64 keys of (document, position)
+    group_rows       of each group, of the N or B*L; what is left is filler
     """
 
     ids: Tensor
@@ -41,6 +42,7 @@ class Batch:
     loss_rows: Tensor
     targets: Tensor
     dropout_rows: Tensor
+    group_rows: tuple[int, ...]
     tokens: int
     """Real tokens of the rows, the shared prompt counted for every one of them."""
     examples: list[Example]
@@ -79,41 +81,39 @@ def packed_rows(examples: Sequence[Example], *, share_prompt: bool) -> int:
 def make_batch(
     examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
 ) -> Batch:
-    """Every example holds at least one trained token (load_data sees to it)."""
-    lengths = [used_length(e) for e in examples]
-    prompt = shared_prompt(examples) if packed and share_prompt else 0
-    longest = max(lengths)
-    ids: list[Any] = []
-    positions: list[Any] = []
-    keys: list[Any] = []
-    loss_rows: list[Any] = []
-    targets: list[Any] = []
-    offset = 0
-    if prompt:
-        ids.append(examples[0].ids[:prompt])
-        positions.append(np.arange(prompt))
-        keys.append(np.full(prompt, examples[0].key))
-        offset = prompt
-    for example, length in zip(examples, lengths, strict=True):
-        width = length if packed else longest
-        row = np.zeros(width - prompt, dtype=np.int64)
-        row[: length - prompt] = example.ids[prompt:length]
-        ids.append(row)
-        positions.append(np.arange(prompt, width))
-        keys.append(np.full(width - prompt, example.key))
-        predicted = np.flatnonzero(example.trained)
-        loss_rows.append(offset + predicted - 1 - prompt)
-        targets.append(example.ids[predicted])
-        offset += width - prompt
+    """One group. Every example holds at least one trained token (load_data sees to it)."""
+    return make_groups([examples], packed=packed, share_prompt=share_prompt, device=device)
 
-    if packed and (filler := round_up(offset) - offset):
-        ids.append(np.zeros(filler, dtype=np.int64))
-        positions.append(np.zeros(filler, dtype=np.int64))
-        keys.append(np.zeros(filler, dtype=np.int64))
+
+def make_groups(
+    groups: Sequence[Sequence[Example]], *, packed: bool, share_prompt: bool, device: torch.device
+) -> Batch:
+    """Groups of examples, none empty, one behind the other: what begins alike is shared within a group alone."""
+    examples = [example for group in groups for example in group]
+    longest = max(used_length(e) for e in examples)
+    laid = _Rows()
+    sizes: list[int] = []
+    found: list[Group] = []
+    for group in groups:
+        before = laid.count
+        prompt = shared_prompt(group) if packed and share_prompt else 0
+        if prompt:
+            laid.add(group[0].ids[:prompt], 0, group[0].key)
+        lengths = [used_length(example) for example in group]
+        for example, length in zip(group, lengths, strict=True):
+            row = np.zeros((length if packed else longest) - prompt, dtype=np.int64)
+            row[: length - prompt] = example.ids[prompt:length]
+            laid.train(example, prompt)
+            laid.add(row, prompt, example.key)
+        sizes.append(laid.count - before)
+        if packed:
+            found.append(Group(prompt, tuple(n - prompt for n in lengths), device))
+    if packed and (filler := round_up(laid.count) - laid.count):
+        laid.add(np.zeros(filler, dtype=np.int64), None, 0)
 
     # One copy to the device: the host waits for each.
-    parts = [np.concatenate(each).astype(np.int64) for each in (ids, positions, keys, loss_rows, targets)]
-    parts.append(np.asarray([] if packed else lengths, dtype=np.int64))
+    parts = laid.columns()
+    parts.append(np.asarray([] if packed else [used_length(e) for e in examples], dtype=np.int64))
     moved = torch.from_numpy(np.concatenate(parts)).to(device)
     flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split(
         [len(part) for part in parts]
@@ -123,14 +123,47 @@ def make_batch(
     return Batch(
         ids=flat_ids.view(shape),
         positions=flat_positions.view(shape),
-        layout=Layout(prompt, tuple(n - prompt for n in lengths), device) if packed else None,
+        layout=Layout(tuple(found)) if packed else None,
         mask=mask,
         loss_rows=flat_rows,
         targets=flat_targets,
         dropout_rows=row_keys(flat_keys, flat_positions),
+        group_rows=tuple(sizes),
         tokens=sum(len(e.ids) for e in examples),
-        examples=list(examples),
+        examples=examples,
     )
+
+
+@dataclass
+class _Rows:
+    """The rows of a batch as they are laid end to end."""
+
+    ids: list[Any] = field(default_factory=list)
+    positions: list[Any] = field(default_factory=list)
+    keys: list[Any] = field(default_factory=list)
+    loss_rows: list[Any] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, ids: Any, start: int | None, key: int) -> None:
+        """Rows of one document from position `start` on; None: filler, all at 0."""
+        size = len(ids)
+        self.ids.append(ids)
+        self.positions.append(
+            np.zeros(size, dtype=np.int64) if start is None else np.arange(start, start + size)
+        )
+        self.keys.append(np.full(size, key))
+        self.count += size
+
+    def train(self, example: Example, prompt: int) -> None:
+        """The document that is added next, behind a prompt of so many tokens, is trained on."""
+        predicted = np.flatnonzero(example.trained)
+        self.loss_rows.append(self.count + predicted - 1 - prompt)
+        self.targets.append(example.ids[predicted])
+
+    def columns(self) -> list[Any]:
+        columns = (self.ids, self.positions, self.keys, self.loss_rows, self.targets)
+        return [np.concatenate(each).astype(np.int64) for each in columns]
 
 
 def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:

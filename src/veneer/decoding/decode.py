@@ -1,7 +1,7 @@
 """The decoding loop: many prompts at once, each row's tokens at their own positions, no padding in the products.
 
     prefill   prompts packed end to end, what all begin with computed once (models/attention.py)
-    a step    one token of every row, keys and values in buffers with room (models/cache.py)
+    a step    one token of every row, keys and values in buffers with room (decoding/cache.py)
     rows      like lengths together; rows that stopped are dropped, waiting prompts take their place
 
 transformers' own loop pads on the left, copies the whole cache at every token, and computes rows that have
@@ -12,15 +12,18 @@ where a model cannot be packed, decoding/generate.py takes transformers' loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.kernels.layout import Layout, round_up
-from veneer.models.attention import Traced, unused_mask
-from veneer.models.cache import Cache, CachedStep
+from veneer.adapters.routing import Routing
+from veneer.decoding.cache import Cache, CachedStep, CachedSteps
+from veneer.kernels.layout import Group, Layout, round_up
+from veneer.models.attention import Laid, Traced, unused_mask
 from veneer.models.switches import forget_lengths
 
 ROWS = 64
@@ -164,34 +167,73 @@ def _common_start(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(limit) if any(p[i] != first[i] for p in prompts)), limit)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """A group: prompts (none empty) that all begin with the same `shared` tokens."""
+
+    ids: Sequence[Sequence[int]]
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Rows that they take in a forward."""
+        return self.shared + sum(len(prompt) - self.shared for prompt in self.ids)
+
+
 def prefill(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], shared: int = 0
 ) -> tuple[Cache, Tensor]:
     """Read prompts that all begin with the same `shared` tokens: their cache, and the logits (B, V) that follow."""
-    device = model.device
-    lengths = tuple(len(p) - shared for p in prompts)
-    ids, positions = list(prompts[0][:shared]), list(range(shared))
-    ends = []
-    for prompt in prompts:
-        ids += prompt[shared:]
-        positions += range(shared, len(prompt))
-        ends.append(len(ids) - 1)
-    filler = round_up(len(ids)) - len(ids)  # few shapes (kernels/layout.py)
-    cache = Cache(torch.tensor([len(p) for p in prompts]), shared)
-    traced = Traced(Layout(shared, lengths, device), cache=cache)
-    rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
-    logits = _logits(model, rows[:1], rows[1:], traced, logits_to_keep=torch.tensor(ends, device=device))
+    (cache,), logits = prefill_groups(model, [Prompts(prompts, shared)])
     return cache, logits
+
+
+def prefill_groups(
+    model: PreTrainedModel, groups: Sequence[Prompts], *, routing: Routing | None = None
+) -> tuple[list[Cache], Tensor]:
+    """Each group's cache, and the logits (B, V) that follow all prompts in their order.
+
+    routing: where several adapters act, each on groups of its own, of as many rows as these take.
+    """
+    device = model.device
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    for group in groups:
+        shared = group.shared
+        ids += group.ids[0][:shared]
+        positions += range(shared)
+        for prompt in group.ids:
+            ids += prompt[shared:]
+            positions += range(shared, len(prompt))
+            ends.append(len(ids) - 1)
+    filler = round_up(len(ids)) - len(ids)  # few shapes (kernels/layout.py)
+    caches = [Cache(torch.tensor([len(p) for p in group.ids]), group.shared) for group in groups]
+    laid = (Group(g.shared, tuple(len(p) - g.shared for p in g.ids), device) for g in groups)
+    traced = Traced(Layout(tuple(laid)), caches)
+    rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
+    kept = torch.tensor(ends, device=device)
+    with nullcontext() if routing is None else routing.held(routing.acting.padded(filler).keeping(kept)):
+        return caches, _logits(model, rows[:1], rows[1:], traced, logits_to_keep=kept)
 
 
 def step(model: PreTrainedModel, cache: Cache, tokens: Sequence[int]) -> Tensor:
     """One more token of every row: the logits (B, V) that follow it. The caller then counts it in cache.lengths."""
-    rows = torch.tensor([list(tokens), cache.lengths.tolist()], device=model.device)  # one copy to the device
-    return _logits(model, rows[:1], rows[1:], CachedStep(cache, rows[1]), logits_to_keep=0)
+    return step_groups(model, [cache], tokens)
+
+
+def step_groups(model: PreTrainedModel, caches: Sequence[Cache], tokens: Sequence[int]) -> Tensor:
+    """The same of several caches, whose rows follow one another. Parts that act have as many rows as these."""
+    lengths = [length for cache in caches for length in cache.lengths.tolist()]
+    rows = torch.tensor([list(tokens), lengths], device=model.device)  # one copy to the device
+    places = rows[1].split([cache.rows for cache in caches])
+    steps = [CachedStep(cache, place) for cache, place in zip(caches, places, strict=True)]
+    laid = steps[0] if len(steps) == 1 else CachedSteps(steps)
+    return _logits(model, rows[:1], rows[1:], laid, logits_to_keep=0)
 
 
 def _logits(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Traced | CachedStep, *, logits_to_keep: Tensor | int
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Laid, *, logits_to_keep: Tensor | int
 ) -> Tensor:  # fmt: skip
     """(1, N) ids -> (kept, V)."""
     call: Any = model

@@ -16,9 +16,9 @@ from pydantic import JsonValue, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapters.attach import attach, detach
+from veneer.adapters.attach import attach
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
-from veneer.adapters.site import Attachment
 from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.atomic import atomic_folder
@@ -291,9 +291,8 @@ def load_adapter(
             attachment, found.values, take=take or stored is not source
         )  # nobody else holds what was read here
     except BaseException:
-        detach(base.model, name)
+        base.detach(name)
         raise
-    base.attachments[name] = attachment
     return attachment
 
 

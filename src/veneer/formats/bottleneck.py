@@ -14,9 +14,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.bottleneck import find_blocks, hidden_size
 from veneer.adapters.config import Bottleneck
-from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules, unwrapped
 from veneer.bounds import LAYER, SCALING, SHARE, WIDTH
 from veneer.errors import ConfigError, CorruptFileError

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
-from veneer.adapters.site import Attachment
 from veneer.formats.manifest import BaseIdentity
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import LowRank
-from veneer.adapters.site import Attachment
 from veneer.errors import CorruptFileError
 from veneer.formats.fit import fit
 from veneer.formats.layout import Fit, Layout

@@ -17,8 +17,8 @@ from typing import cast
 from torch import nn
 
 from veneer.adapters.config import LowRank
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.lora import LowRankLayer
-from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.formats.peft_config import PeftLoRA, variant_of
 from veneer.formats.peft_tensors import Modules, Slot, slot_of, written_slots

@@ -24,9 +24,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import Kind, LowRankLayer
-from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear, is_plain_embedding, matrix_shape
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import Prefix
 from veneer.adapters.prefix import PART, PrefixLayer, decoder_of, key_shape
-from veneer.adapters.site import Attachment
 from veneer.bounds import LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.files.strict_json import field_faults

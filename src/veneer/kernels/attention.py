@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels.attention_native import native_attention, usable
-from veneer.kernels.layout import Layout, round_up
+from veneer.kernels.layout import Group, round_up
 
 BLOCK = 256
 """Query rows per block: bounds the scores held at once to docs * H * BLOCK * (P + L) values."""
@@ -77,7 +77,7 @@ def _ungrouped(rows: Tensor, docs: int, kv_heads: int, length: int) -> Tensor:
     return split.permute(0, 3, 1, 2, 4).reshape(docs, length, -1, rows.shape[-1])
 
 
-def _square(rows: Tensor, layout: Layout) -> Tensor:
+def _square(rows: Tensor, layout: Group) -> Tensor:
     """(N, heads, D) -> (docs, L, heads, D), the prompt left out."""
     documents = rows[layout.prompt : layout.rows]
     if layout.to_square is not None:
@@ -85,13 +85,13 @@ def _square(rows: Tensor, layout: Layout) -> Tensor:
     return documents.view(len(layout.lengths), layout.longest, *rows.shape[1:])
 
 
-def _square_gradient(square: Tensor, layout: Layout) -> Tensor:
+def _square_gradient(square: Tensor, layout: Group) -> Tensor:
     """(docs, L, heads, D) of output or gradient -> (sum of L, heads, D), what stands on padding dropped."""
     flat = square.reshape(-1, *square.shape[2:])
     return flat if layout.from_square is None else flat.index_select(0, layout.from_square)
 
 
-def _keys(rows: Tensor, layout: Layout) -> Tensor:
+def _keys(rows: Tensor, layout: Group) -> Tensor:
     """(N, K, D) -> (docs * K, keys, D): the prompt's keys, each document's own, zeros up to a full width.
 
     Softmax over a width that is no multiple of 32 is 1.6 times slower on a CPU.
@@ -105,7 +105,7 @@ def _keys(rows: Tensor, layout: Layout) -> Tensor:
     return keys.view(docs * heads, -1, size)
 
 
-def _prompt_keys(rows: Tensor, layout: Layout) -> Tensor:
+def _prompt_keys(rows: Tensor, layout: Group) -> Tensor:
     """(N, K, D) -> (K, keys, D): the prompt's own keys alone, zeros up to a full width."""
     keys = rows.new_zeros(rows.shape[1], round_up(layout.prompt), rows.shape[2])
     keys[:, : layout.prompt] = rows[: layout.prompt].transpose(0, 1)
@@ -191,7 +191,7 @@ class _Part:
         return grad_q, grad_k, grad_v, grad_sinks
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: _Scores) -> list[_Part]:
+def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Part]:
     """q (N, H, D), k and v (N, K, D) -> the prompt's part, if there is a prompt, and the documents'."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     parts = []
@@ -206,7 +206,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: _Scores) -> 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, scores: _Scores
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Group, scores: _Scores
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)
         ctx.layout, ctx.scores = layout, scores
@@ -225,7 +225,7 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         q, k, v, sinks = ctx.saved_tensors
-        layout: Layout = ctx.layout
+        layout: Group = ctx.layout
         P, docs, kv_heads = layout.prompt, len(layout.lengths), k.shape[1]
         parts = _parts(q, k, v, layout, ctx.scores)
         square = _square(grad, layout)
@@ -255,7 +255,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E). window: keys seen, the row's own included; sinks: (H)."""
@@ -266,7 +266,7 @@ def packed_attention(
 
 
 def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same, one document at a time in plain torch: the meaning of packed_attention."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import calls
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import Group
 from veneer.kernels.native import has_bf16, note_flops, on_cpu
 
 TASKS = 16
@@ -117,7 +117,7 @@ def aligned(x: Tensor) -> Tensor:
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, scale: float, window: int | None
     ) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -133,7 +133,7 @@ class _NativeAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        layout: Layout = ctx.layout
+        layout: Group = ctx.layout
         grad = aligned(grad)
         grad_q, grad_k, grad_v = (
             torch.empty(q.shape, dtype=q.dtype, device=q.device),
@@ -156,7 +156,7 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def _parts(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, scale: float, window: int | None
 ) -> list[tuple[slice, Part]]:
     """The prompt's part, if there is a prompt, then the documents'."""
     P = layout.prompt
@@ -170,7 +170,7 @@ def _parts(
 
 
 def native_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float, window: int | None
 ) -> Tensor:
     """packed_attention of kernels/attention.py where it is `usable`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
     apply: Any = _NativeAttention.apply

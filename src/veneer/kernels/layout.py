@@ -1,8 +1,10 @@
-"""How the documents of a batch lie in one row of tokens: a prompt that all share, then the documents.
+"""How the documents of a batch lie in one row of tokens: groups, each a prompt that its documents share, then these.
 
-    rows:  [ prompt: P ][ document 0: L_0 ][ document 1: L_1 ] ... [ filler ]        N = P + sum(L) + filler
+    group:  [ prompt: P ][ document 0: L_0 ][ document 1: L_1 ] ...
+    rows:   [ group 0 ][ group 1 ] ... [ filler ]        N = sum over groups of (P + sum(L)) + filler
 
-Every document continues the prompt (its positions start at P); none sees another. There is no padding:
+Every document continues its group's prompt (its positions start at P); none sees another. A batch of one adapter is one
+group; another adapter makes other keys, so its documents share no prompt with these. There is no padding:
 matrix products run over the N real rows. Attention, which wants a rectangle, takes each document's rows
 padded to the longest; a causal document never sees what stands behind it, so the padding is never read.
 
@@ -11,7 +13,9 @@ process lives), so N and the longest document are rounded up: a run meets a doze
 is less than STEP rows that nothing attends to and no loss reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +29,7 @@ def round_up(size: int) -> int:
 
 
 @dataclass
-class Layout:
+class Group:
     """prompt: P, tokens; lengths: L of every document, tokens, all at least 1."""
 
     prompt: int
@@ -37,7 +41,7 @@ class Layout:
     """(sum of L): place of every packed row in the square."""
     starts: Tensor = field(init=False)
     """(docs + 1) int64 on the CPU: first row of every document, counted after the prompt; then the sum of L."""
-    _behind: dict[int, "Layout"] = field(init=False, default_factory=dict, repr=False)
+    _behind: dict[int, "Group"] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.to_square = self.from_square = None
@@ -62,8 +66,31 @@ class Layout:
     def rows(self) -> int:
         return self.prompt + sum(self.lengths)
 
-    def behind(self, prefix: int) -> "Layout":
+    def behind(self, prefix: int) -> "Group":
         """The same documents behind a prompt that is `prefix` tokens longer; made once, for every layer."""
         if prefix not in self._behind:
-            self._behind[prefix] = Layout(prefix + self.prompt, self.lengths, self.device)
+            self._behind[prefix] = Group(prefix + self.prompt, self.lengths, self.device)
         return self._behind[prefix]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of a batch, one behind the other."""
+
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, prompt: int, lengths: Sequence[int], device: torch.device) -> "Layout":
+        """One group."""
+        return cls((Group(prompt, tuple(lengths), device),))
+
+    @property
+    def rows(self) -> int:
+        """Without filler."""
+        return sum(group.rows for group in self.groups)
+
+    @property
+    def spans(self) -> list[slice]:
+        """The rows of each group."""
+        ends = torch.tensor([0, *(group.rows for group in self.groups)]).cumsum(0).tolist()
+        return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.attention import packed_attention
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import Group
 
 
 def prefixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Layout, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H, D)."""
@@ -33,7 +33,7 @@ def prefixed_attention(
 
 
 def prefixed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Layout, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same, one row and head at a time in plain torch: the meaning of prefixed_attention."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from veneer.adapters.attach import detach
-from veneer.adapters.site import Attachment
+from veneer.adapters.attachment import Attachment
 from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import VeneerError
 from veneer.files.atomic import MANIFEST
@@ -85,8 +84,7 @@ def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
     try:
         yield attachment
     finally:
-        detach(base.model, name)
-        del base.attachments[name]
+        base.detach(name)
 
 
 def entry_faults(folder: Path, facts: Facts, base: Callable[[Path], FrozenBase] | None) -> list[str]:

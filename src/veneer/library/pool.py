@@ -6,14 +6,14 @@ between loaded adapters never waits for a disk. What trains or was attached by h
 be read again. Not known here: which adapter a forward takes (adapters/routing.py).
 """
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
-from veneer.adapters.attach import detach
+from veneer.adapters.acting import Acting
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.routing import Active
-from veneer.adapters.site import Attachment
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
 from veneer.formats.adapter import load_adapter, read_adapter
 from veneer.library.library import Library
@@ -23,17 +23,18 @@ from veneer.models.frozen_base import FrozenBase
 
 @dataclass
 class _Loaded:
-    """bytes: of its tensors. edits: of torch's counts of changes in place and the
-    addresses, as they were when it was loaded."""
+    """bytes: of its tensors. edits: of torch's counts of changes in place and the addresses, as they were when it was
+    loaded. used: rises with every use of any."""
 
     bytes: int
     edits: int
     from_library: bool
+    used: int
     pinned: bool = False
 
 
 class Pool:
-    """base.attachments, with what is needed to load, order and remove them.
+    """What is needed to load, order and remove the adapters of a base; which there are, its routing says.
 
     library       says where names that are not loaded are looked for; None: nowhere
     refuse        raises while nothing may be put on the base
@@ -46,16 +47,21 @@ class Pool:
         self.base = base
         self._library, self._refuse = library, refuse
         self.budget_bytes: int | None = None
-        self._loaded: dict[str, _Loaded] = {}  # the least recently used first
-        self._changing = threading.RLock()
-        self._release_hooks: Callable[[], None] | None = None
+        self._known: WeakKeyDictionary[Attachment, _Loaded] = WeakKeyDictionary()
+        self._uses = 0
+
+    @property
+    def _loaded(self) -> dict[str, _Loaded]:
+        """By name, the least recently used first."""
+        attached = list(self.base.attachments.items())
+        found = [(name, self._known[each]) for name, each in attached if each in self._known]
+        return dict(sorted(found, key=lambda pair: pair[1].used))
 
     def activate(self, active: Active) -> None:
-        """Let these act, for this thread or for all (Routing.active), loading what is not there."""
+        """Let these act, for this thread or for all (Routing.switch), loading what is not there."""
         self.ready(name for name, _ in active)
         with self.base.routing.lock:
-            self._touch(active)
-            self.base.routing.active = active
+            self.base.routing.switch(self._acting(active))
 
     @contextmanager
     def holding(self, active: Active) -> Iterator[None]:
@@ -63,22 +69,23 @@ class Pool:
         self.ready(name for name, _ in active)
         with ExitStack() as stack:
             with self.base.routing.lock:
-                self._touch(active)
-                stack.enter_context(self.base.routing.held(active))
+                stack.enter_context(self.base.routing.held(self._acting(active)))
             yield
 
-    def _touch(self, active: Active) -> None:
+    def _acting(self, active: Active) -> Acting:
         for name, _ in active:
             if name not in self.base.attachments:  # another thread took it away since
                 raise self._unknown(name)
-            if name in self._loaded:
-                self._loaded[name] = self._loaded.pop(name)
+            if (known := self._known.get(self.base.attachments[name])) is not None:
+                self._uses += 1
+                known.used = self._uses
+        return Acting.everywhere(self.base.routing.applied(active))
 
     def ready(self, names: Iterable[str]) -> None:
         """Every name is loaded. ConfigError: an unknown one, with the nearest that there is."""
         wanted = list(names)
         if missing := [name for name in wanted if name not in self.base.attachments]:
-            with self._changing:
+            with self.base.routing.changing:
                 for name in missing:
                     if name not in self.base.attachments:
                         self._fetch(name, keep=wanted)
@@ -105,15 +112,14 @@ class Pool:
     def adopt(self, make: Callable[[], Attachment]) -> Attachment:
         """An adapter that `make` puts on the base; never thrown out, for it may not be anywhere else."""
         self._refuse()
-        with self._changing:
+        with self.base.routing.changing:
             made = make()
             self._enter(made, from_library=False)
             return made
 
     def _enter(self, made: Attachment, *, from_library: bool) -> None:
-        if self._release_hooks is None:
-            self._release_hooks = self.base.routing.hold_in_forwards(self.base.model)
-        self._loaded[made.name] = _Loaded(_bytes(made), _edits(made), from_library)
+        self._uses += 1
+        self._known[made] = _Loaded(_bytes(made), _edits(made), from_library, self._uses)
 
     def _make_room(self, name: str, needed: int, keep: list[str]) -> None:
         """Throws out the least recently used until `needed` more bytes fit. DoesNotFitError says what is in the way."""
@@ -121,10 +127,10 @@ class Pool:
             return
         with self.base.routing.lock:
             staying = {*self.base.routing.in_use(), *keep}
-            used, gone = self.used_bytes(), list[Attachment]()
+            used, gone = self.used_bytes(), list[str]()
             for each, loaded in self._loaded.items():
                 if used + needed > self.budget_bytes and self._may_go(each) and each not in staying:
-                    gone.append(self.base.attachments[each])
+                    gone.append(each)
                     used -= loaded.bytes
             if used + needed > self.budget_bytes:
                 raise DoesNotFitError(
@@ -135,17 +141,15 @@ class Pool:
                     ],
                     "Detach or unpin some, or raise base.adapter_budget_bytes.",
                 )
-            for attachment in gone:
-                del self.base.attachments[attachment.name]
-        for attachment in gone:
-            self._drop(attachment.name)
+            for each in gone:
+                self.base.detach(each)
 
     def _may_go(self, name: str) -> bool:
-        each = self._loaded[name]
+        each = self._known[self.base.attachments[name]]
         return each.from_library and not each.pinned and each.edits == _edits(self.base.attachments[name])
 
     def _why_it_stays(self, name: str, staying: set[str]) -> str:
-        each = self._loaded[name]
+        each = self._known[self.base.attachments[name]]
         if each.pinned:
             return "pinned"
         if name in staying:
@@ -155,39 +159,18 @@ class Pool:
         return "changed since it was loaded" if each.from_library else "not from the library"
 
     def used_bytes(self) -> int:
-        return sum(each.bytes for each in list(self._loaded.values()))
+        return sum(each.bytes for each in self._loaded.values())
 
     def pin(self, names: Iterable[str], *, pinned: bool) -> None:
         """ConfigError: one of them is not loaded; none has changed then."""
         wanted = list(names)
-        with self._changing:
+        with self.base.routing.changing:
+            loaded = self._loaded
             for name in wanted:
-                if name not in self._loaded:
+                if name not in loaded:
                     raise self._unknown(name)
             for name in wanted:
-                self._loaded[name].pinned = pinned
-
-    def detach(self, name: str) -> None:
-        """ConfigError: unknown, or in use elsewhere; it stays then."""
-        with self._changing:
-            routing = self.base.routing
-            with routing.lock:
-                if name not in self.base.attachments:
-                    raise self._unknown(name)
-                if not routing.drop(name):
-                    raise ConfigError(
-                        f"adapter {name!r} is in use by another thread or by a block around this one",
-                        next_step="Detach it when that is done.",
-                    )
-                del self.base.attachments[name]
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        detach(self.base.model, name)
-        self._loaded.pop(name, None)
-        if not self.base.attachments and self._release_hooks is not None:
-            self._release_hooks()
-            self._release_hooks = None
+                loaded[name].pinned = pinned
 
     def _unknown(self, name: str) -> ConfigError:
         library = self._library()

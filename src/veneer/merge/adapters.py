@@ -12,9 +12,9 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from veneer.adapters.config import LowRank
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.lora import Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
-from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.bases.fingerprint import Fingerprint
 from veneer.bases.without_weights import Skeleton

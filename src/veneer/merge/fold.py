@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.experts import is_transposed
 from veneer.adapters.layer import Layer
-from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import RefusedError
 from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from veneer.adapters.attach import detach
 from veneer.adapters.targets import layer_number
 from veneer.bases.fingerprint import tokenizer_hash
 from veneer.errors import ConfigError, RefusedError
@@ -110,8 +109,7 @@ def merge_into_folder(
     wanted = wanted_weights(base.model, applied)
     base.routing.active = ()
     for name, _ in names:
-        detach(base.model, name)
-        del base.attachments[name]
+        base.detach(name)
     tied = tied_names(base.model)
     parted = parting(tied, wanted)
     target = None if dtype is None else DTYPES[dtype]

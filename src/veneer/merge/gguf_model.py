@@ -25,7 +25,6 @@ from gguf import (
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from veneer.adapters.attach import detach
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_file
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
@@ -65,8 +64,7 @@ def write_gguf_model(
     wanted = wanted_weights(base.model, [(base.attachments[name], weight) for name, weight in names])
     base.routing.active = ()
     for name, _ in names:
-        detach(base.model, name)
-        del base.attachments[name]
+        base.detach(name)
     where = names_of(base.config)
     tied = tied_names(base.model)
     parted = {alias for alias, source in tied.items() if alias in wanted or source in wanted}

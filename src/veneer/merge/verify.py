@@ -138,7 +138,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     for wrapper in wrappers:
         owners.pop(wrapper.base)
     owners.update({outer: unwrapped(outer) for outer in wrappers if outer in owners})
-    values = [(wrapper, wrapper.values) for wrapper in wrappers]
+    adapters = {id(a): a for wrapper in wrappers for a in wrapper.routing.attached.values()}
+    values = [(adapter, adapter.replaced) for adapter in adapters.values()]
     kept: dict[nn.Module, dict[str, nn.Parameter]] = {}
 
     def widen(module: nn.Module, *_: object) -> None:
@@ -151,10 +152,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     handles = [module.register_forward_pre_hook(widen) for module in owners]
     handles += [module.register_forward_hook(narrow) for module in owners]
-    for wrapper, own in values:
-        wrapper.values = {
-            adapter: {name: _widened(p) for name, p in replaced.items()} for adapter, replaced in own.items()
-        }
+    for adapter, own in values:
+        adapter.replaced = {key: {name: _widened(p) for name, p in of.items()} for key, of in own.items()}
     try:
         yield
     finally:
@@ -162,8 +161,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             handle.remove()
         for owner, parameters in kept.items():
             owner._parameters.update(parameters)
-        for wrapper, own in values:
-            wrapper.values = own
+        for adapter, own in values:
+            adapter.replaced = own
 
 
 def _widened(parameter: nn.Parameter) -> nn.Parameter:

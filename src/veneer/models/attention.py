@@ -8,8 +8,9 @@ say why, and batches are padded for transformers' own attention.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,60 +21,73 @@ from transformers.masking_utils import sdpa_mask
 
 from veneer.adapters.prefix import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
-from veneer.kernels.attention import packed_attention
-from veneer.kernels.layout import Layout
-from veneer.kernels.prefix import prefixed_attention
-from veneer.models.cache import Cache, CachedStep
+from veneer.kernels.groups import Pair, grouped_attention
+from veneer.kernels.layout import Group, Layout
 from veneer.models.switches import forget_lengths
 
 NAME = "veneer"
 
 
+class Laid(Protocol):
+    """A batch's layout on its way through a model: what attends for its layers."""
+
+    def attend(
+        self, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
+        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The next layer's rows, each with what its part sees first -> (N, H, E)."""
+
+
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: "Traced | CachedStep | None" = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: Laid | None = None,
     veneer_prefix: PrefixKeys | None = None, veneer_keys: KeyRecorder | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if veneer_keys is not None:
         veneer_keys.take(_layer_number(module), key, value)
-    prefix = None if veneer_prefix is None else veneer_prefix.of(_layer_number(module))
-    if isinstance(veneer_layout, CachedStep):
-        out = veneer_layout.attend(
-            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
-            scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux,
-        )  # fmt: skip
-        return out[None], None
+    prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
     if veneer_layout is not None:
-        veneer_layout.calls += 1
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
-        layout = veneer_layout.layout
-        if veneer_layout.cache is not None:
-            veneer_layout.cache.store(k, v, layout, prefix)
-        if prefix is None:
-            out = packed_attention(
-                q, k, v, layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
-            )
-        else:
-            out = prefixed_attention(
-                q, k, v, *prefix, layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
-            )
+        out = veneer_layout.attend(
+            q, k, v, prefix, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+        )
         return out[None], None
-    if veneer_prefix is not None and prefix is not None:
-        attention_mask = _prefix_mask(
-            attention_mask, query, key, prefix[0], veneer_prefix.positions, sliding_window
-        )
-        key, value = (
-            torch.cat([first.transpose(0, 1).expand(rows.shape[0], -1, -1, -1), rows], dim=2)
-            for first, rows in zip(prefix, (key, value), strict=True)
-        )
-    if softcap is None and s_aux is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scale, dropout=0.0, **others
-        )
-    return _masked_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, mask, scaling=scale, dropout=0.0, **others
+            )[0]
+        return _masked_attention(query, key, value, mask, scale, softcap, s_aux)
+
+    if veneer_prefix is None or all(pair is None for _, pair in prefix):
+        return attend(query, key, value, attention_mask), None
+    found = []
+    for rows, pair in batch_rows(prefix, *query.shape[::2]):
+        q, k, v = query[rows], key[rows], value[rows]
+        mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[rows]
+        if pair is not None:
+            positions = veneer_prefix.positions
+            positions = positions if len(positions) == 1 else positions[rows]
+            mask = _prefix_mask(mask, q, k, pair[0], positions, sliding_window)
+            k, v = (
+                torch.cat([first.transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=2)
+                for first, own in zip(pair, (k, v), strict=True)
+            )
+        found.append(attend(q, k, v, mask))
+    return found[0] if len(found) == 1 else torch.cat(found), None
+
+
+def batch_rows(
+    prefix: Sequence[tuple[slice, Pair | None]], rows: int, length: int
+) -> list[tuple[slice, Pair | None]]:
+    """Parts of the tokens of a padded batch (rows, length) as parts of its rows."""
+    if len(prefix) == 1:
+        return [(slice(None), prefix[0][1])]
+    return [(slice(part.start // length, part.stop // length), pair) for part, pair in prefix]
 
 
 def _layer_number(module: nn.Module) -> int:
@@ -137,16 +151,37 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+class KeepsKeys(Protocol):
+    """What a group's keys and values are left in (decoding/cache.py)."""
+
+    def store(self, key_NKD: Tensor, value_NKD: Tensor, layout: Group, prefix: Pair | None) -> None:
+        """The next layer's, what the layer sees in front of them included."""
+
+
 @dataclass
 class Traced:
-    """A layout on its way through a model, and how many attention layers it reached.
+    """A layout on its way through a model, and how many attention layers it reached: Laid.
 
-    cache   where the layers leave their keys and values, for decoding
+    caches   of each group, where the layers leave their keys and values for decoding; none: nowhere
     """
 
     layout: Layout
+    caches: Sequence[KeepsKeys] = ()
     calls: int = 0
-    cache: Cache | None = None
+
+    def attend(
+        self, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
+        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        self.calls += 1
+        spans, groups = self.layout.spans, self.layout.groups
+        first = [next((pair for rows, pair in prefix if span.start < rows.stop), None) for span in spans]
+        for cache, span, group, pair in zip(self.caches, spans, groups, first, strict=False):
+            cache.store(key_NKD[span], value_NKD[span], group, pair)
+        return grouped_attention(
+            query_NHD, key_NKD, value_NKD, self.layout, first,
+            scale=scale, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
 
 
 def unused_mask(device: torch.device) -> Tensor:

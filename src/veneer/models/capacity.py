@@ -35,8 +35,8 @@ def capacity_of(base: FrozenBase) -> Capacity:
     said = configured_capacity(base.config)
     tables: list[Any] = [base.model.get_input_embeddings(), base.model.get_output_embeddings()]
     rows = [n for table in tables if (n := _rows(table)) is not None]
-    acting = [base.attachments[name] for name, _ in base.routing.active if name in base.attachments]
-    before = tokens_in_front(layer for attachment in acting for layer in attachment.layers.values())
+    parts = base.routing.acting.parts
+    before = max(tokens_in_front(layer for a, _ in p.adapters for layer in a.layers.values()) for p in parts)
     positions = None if said.positions is None else max(0, said.positions - before)
     return Capacity(positions, min(rows, default=said.tokens))
 

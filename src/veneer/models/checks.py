@@ -40,8 +40,10 @@ def structure(model: PreTrainedModel) -> Proven:
 def in_front(model: PreTrainedModel) -> int:
     """Places that a prefix which acts takes before every text."""
     inner = decoder(model)
-    layers = [layer for layer, _ in inner.acting()] if isinstance(inner, PrefixedDecoder) else []
-    return tokens_in_front(layers)
+    if not isinstance(inner, PrefixedDecoder):
+        return 0
+    parts = inner.routing.acting.parts
+    return max(tokens_in_front(layer for layer, _ in inner.beside(part.adapters)) for part in parts)
 
 
 def some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
@@ -81,7 +83,7 @@ def prove_packing(model: PreTrainedModel) -> str | None:
 def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
     name, before = type(model).__name__, model.config._attn_implementation
     device = next(model.parameters()).device
-    layout = Layout(3, (4, 5), device)
+    layout = Layout.of(3, (4, 5), device)
     positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
     ids = torch.zeros(12, dtype=torch.int64, device=device) if expected is None else some_ids(model, 12, 0)
     try:

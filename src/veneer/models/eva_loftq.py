@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.config import LoRA
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.initial_factors import leading_directions, loftq_start
 from veneer.adapters.lora import LoRALayer
-from veneer.adapters.site import Attachment
 from veneer.adapters.wrapping import plain_modules
 from veneer.bases.sources import locate, weight_files
 from veneer.bases.tensor_files import StoredTensor, stored_tensors

@@ -7,21 +7,20 @@ it only holds the adapters that sit on it, by name, and which of them is active.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.adapters.attach import detach
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.bases.compute import Compute
 from veneer.bases.fingerprint import Fingerprint, fingerprint, tokenizer_hash
 from veneer.data.template import ChatTemplate
+from veneer.errors import ConfigError
 from veneer.models.step import Paths, prepare
 from veneer.quant.config import Quantize
-
-if TYPE_CHECKING:
-    from veneer.adapters.site import Attachment
 
 
 @dataclass
@@ -35,8 +34,7 @@ class FrozenBase:
     compute       the type its values are stored in, and the one they are held and multiplied in; by default the model's
     identity      its fingerprint as it was read, before anything was widened; by default the model's as it stands
     as_held       the same of the values as they are held: what versions that did not widen called a base loaded in float32
-    attachments   the adapters on this base, by name
-    routing       which of them is active
+    routing       the adapters on this base, and which of them act
     decodes_packed  whether our own decoding loop gives what the model gives (decoding/decode.py); None: not asked yet
     """
 
@@ -49,7 +47,6 @@ class FrozenBase:
     compute: Compute = None  # type: ignore[assignment]
     identity: Fingerprint = field(default=None, repr=False)  # type: ignore[assignment]
     as_held: Fingerprint | None = field(default=None, repr=False)
-    attachments: dict[str, Attachment] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
     decodes_packed: bool | None = field(default=None, init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
@@ -60,6 +57,21 @@ class FrozenBase:
     def __post_init__(self) -> None:
         self.identity = self.identity or fingerprint(self.model)
         self.compute = self.compute or Compute(self.model.dtype, self.model.dtype)
+
+    @property
+    def attachments(self) -> dict[str, Attachment]:
+        """The adapters on this base, by name."""
+        return self.routing.attached
+
+    def detach(self, name: str) -> None:
+        """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit.
+
+        ConfigError: there is none of that name, or another thread or a block around this one uses it; it stays then.
+        """
+        if name not in self.attachments:
+            known = ", ".join(sorted(self.attachments)) or "none"
+            raise ConfigError(f"no adapter named {name!r} is loaded", next_step=f"There is: {known}.")
+        detach(self.model, name, routing=self.routing)
 
     @property
     def device(self) -> torch.device:

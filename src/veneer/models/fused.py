@@ -31,7 +31,12 @@ class FusedNorm(StandIn):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        trained = self.base.replaced() if isinstance(self.base, SwappedModule) else {}
+        trained: dict[str, Tensor] = {}
+        if isinstance(self.base, SwappedModule):
+            acting = self.base.routing.acting.whole
+            if acting is None:  # rows of several adapters
+                return self.base(x)
+            trained = self.base.replaced(acting)
         weight = trained.get("weight", unwrapped(self.base).get_parameter("weight"))
         return rms_norm(x, weight, self.epsilon)
 

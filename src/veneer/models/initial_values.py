@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from veneer.adapters.attach import attach, detach
+from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
-from veneer.adapters.site import Attachment
+from veneer.adapters.attachment import Attachment
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase
@@ -47,7 +47,6 @@ def begin(
     try:
         line = None if start is None else start.put(attachment)
     except BaseException:
-        detach(base.model, name)
+        base.detach(name)
         raise
-    base.attachments[name] = attachment
     return Begun(attachment, None if start is None else start.prompt, [] if line is None else [line])

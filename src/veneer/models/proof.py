@@ -196,7 +196,7 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         for row in rows:
             ids += row[shared:]
             positions += range(shared, len(row))
-        layout = Layout(shared, tuple(len(row) - shared for row in rows), device)
+        layout = Layout.of(shared, [len(row) - shared for row in rows], device)
         states, layers = packed_states(model, torch.tensor([ids]), torch.tensor([positions]), layout)
         calls.append(layers)
         expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])

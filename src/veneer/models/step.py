@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapters.acting import Acting, Applied, in_turn
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, by_length, make_batch, used_length
@@ -121,41 +122,45 @@ def batch_loss(
         return _whole_logits_loss(model, batch, total)
     rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
     linear = loss_head(model, paths)
-    if isinstance(linear, _AdaptedHead) and routing.rows is not None:
-        linear = replace(linear, keys=routing.rows.index_select(0, batch.loss_rows))
+    if isinstance(linear, _AdaptedHead):
+        linear = replace(linear, rows=routing.acting.select(batch.loss_rows))
     trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
     chunked = isinstance(linear, _AdaptedHead) or (trains and torch.is_grad_enabled())
     loss = trained_head_loss if chunked else frozen_head_loss
     return loss(rows, batch.targets, linear, total)
 
 
+def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
+    """What acts on a batch of groups: on each group's rows the adapters given for it; filler goes with the last."""
+    filler = batch.ids.numel() - sum(batch.group_rows)
+    return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
+
+
 def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
     """The output head as the loss takes it: its weights, or the wrapper where the head itself is adapted."""
     head: Any = model.get_output_embeddings()
-    if isinstance(head, AdaptedModule) and (head.acting() or head.replaced()):
-        weight: Any = head.weight
-        return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head)
+    if isinstance(head, AdaptedModule):
+        acting = head.routing.acting
+        if any(head.concerned(part.adapters) for part in acting.parts):
+            weight: Any = head.weight
+            return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head, rows=acting)
     plain: Any = unwrapped(head)
     return Head(plain.weight, plain.bias, paths.scale, paths.softcap)
 
 
 @dataclass(frozen=True)
 class _AdaptedHead(Head):
-    """A head that is itself adapted: its logits come from the wrapper. keys: dropout's, of the rows it is given."""
+    """A head that is itself adapted: its logits come from the wrapper. rows: what acts on the rows it is given."""
 
     module: AdaptedModule = field(kw_only=True)
-    keys: Tensor | None = field(default=None, kw_only=True)
+    rows: Acting = field(kw_only=True)
 
     def of(self, rows: slice) -> "Head":
-        return self if self.keys is None else replace(self, keys=self.keys[rows])
+        return replace(self, rows=self.rows.between(rows))
 
     def logits(self, h: Tensor) -> Tensor:
-        routing = self.module.routing
-        of_the_batch, routing.rows = routing.rows, self.keys
-        try:
+        with self.module.routing.held(self.rows):
             z = self.module(h)
-        finally:
-            routing.rows = of_the_batch
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 

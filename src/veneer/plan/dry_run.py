@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, MethodConfig
 from veneer.adapters.routing import Routing
-from veneer.adapters.site import Attachment
 from veneer.bases.from_config import build
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example
@@ -238,7 +239,6 @@ def _run(
             moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
         )
         batch = make_batch(step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device)
-        routing.rows = batch.dropout_rows
         weights = (*model.parameters(), *model.buffers(), flat.values)
         away = PlannedOffload(weights) if step.offload else None
         hook = (decoder(model) or model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
@@ -247,11 +247,12 @@ def _run(
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
                 take_noted_flops()
-                with _offloading(away), without_values(type(model).__name__):
-                    loss = batch_loss(model, paths, routing, batch, total=1.0)
-                forward_shapes = sum(all(shape) for shape in tracker.work.products)
-                tracker.enter("backward", label=BACKWARD)
-                loss.backward()
+                with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
+                    with _offloading(away), without_values(type(model).__name__):
+                        loss = batch_loss(model, paths, routing, batch, total=1.0)
+                    forward_shapes = sum(all(shape) for shape in tracker.work.products)
+                    tracker.enter("backward", label=BACKWARD)
+                    loss.backward()
                 tracker.work.products[COMPILED] += take_noted_flops()
                 tracker.work.host_bytes = 0 if away is None else away.moved_bytes
         finally:

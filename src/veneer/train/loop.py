@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.routing import Routing
 from veneer.data.batching import Batch, plan_epoch, used_length
 from veneer.data.examples import Example
@@ -192,14 +193,11 @@ class Loop:
         total = float(sum(int(job.train[i].trained.sum()) for i in rows))
         loss, batches = 0.0, []
         for number, batch in enumerate(self._micro_batches(rows)):
-            job.routing.rows = batch.dropout_rows
-            job.routing.step = self.progress.step * 4096 + number
-            try:
+            keys = TokenKeys(batch.dropout_rows, self.progress.step * 4096 + number)
+            with job.routing.drawing(keys):
                 with offloaded(self.offload):
                     part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
                 part.backward()
-            finally:
-                job.routing.rows = None
             value = part.item()
             batches.append(batch)
             if not math.isfinite(value):

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedConfig
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
-from veneer.adapters.site import Attachment
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
 from veneer.data.batching import plan_epoch, used_length

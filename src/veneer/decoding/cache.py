@@ -14,13 +14,15 @@ Shapes: B rows, T places, M prefix tokens (in each layer its own, or none), P sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.layout import Layout
+from veneer.kernels.groups import Pair
+from veneer.kernels.layout import Group
 
 ROOM = 64
 """Places added when the buffers are full."""
@@ -56,10 +58,8 @@ class Cache:
     def places(self) -> int:
         return self.layers[0].key.shape[2]
 
-    def store(
-        self, key_NKD: Tensor, value_NKD: Tensor, layout: Layout, prefix: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """The next layer's keys and values of a packed batch, each document behind the prompt that all share.
+    def store(self, key_NKD: Tensor, value_NKD: Tensor, layout: Group, prefix: Pair | None) -> None:
+        """The next layer's keys and values of a group, each document behind the prompt that all share.
 
         prefix   (M, K, D) each: what the layer sees in front of everything
         """
@@ -103,7 +103,7 @@ class Cache:
 
 @dataclass
 class CachedStep:
-    """One more token for every row, on its way through the layers; `calls` counts those it has passed.
+    """One more token for every row of a cache, on its way through the layers; `calls` counts those it has passed.
 
     positions (B): the cache's lengths, where its keys and values are
     """
@@ -120,10 +120,10 @@ class CachedStep:
         self.rows = torch.arange(self.cache.rows, device=self.places.device)
 
     def attend(
-        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, *, scale: float, window: int | None,
-        softcap: float | None, sinks: Tensor | None,
+        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
+        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Write the token's key and value, and attend to all of its row: (B, H, D)."""
+        """Write the token's key and value, and attend to all of its row: (B, H, D). The prefix is in the cache."""
         held = self.cache.layers[self.calls]
         self.calls += 1
         held.key[self.rows, :, self.places] = key_BKD
@@ -162,6 +162,24 @@ class CachedStep:
             mask = torch.zeros(seen.shape, dtype=dtype, device=at.device)
             self.masks[window, shared] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
         return self.masks[window, shared]
+
+
+@dataclass
+class CachedSteps:
+    """The same of several caches, whose rows follow one another."""
+
+    steps: Sequence[CachedStep]
+
+    def attend(
+        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
+        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        counts = [step.cache.rows for step in self.steps]
+        rows = zip(*(x.split(counts) for x in (query_BHD, key_BKD, value_BKD)), strict=True)
+        return torch.cat([
+            step.attend(q, k, v, prefix, scale=scale, window=window, softcap=softcap, sinks=sinks)
+            for step, (q, k, v) in zip(self.steps, rows, strict=True)
+        ])  # fmt: skip
 
 
 def _all_rows(left_BKGX: Tensor, right_KXY: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""Which adapters act on which rows of a forward: one immutable value, made before it and held for its length.
+
+A forward computes M rows (tokens), whatever the shape they come in: (M), (1, M) or (B, T) read row by row. Its parts
+follow one another: the first takes the first rows, the next those behind them. One part over all rows, however many,
+is a base with one adapter, with several that are added up, or with none.
+Knows nothing of what a layer computes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.attachment import Attachment
+from veneer.errors import ConfigError
+
+Applied = tuple[tuple[Attachment, float], ...]
+"""Adapters that act on the same rows, each with its weight; none: the base alone."""
+
+
+@dataclass(frozen=True)
+class TokenKeys:
+    """What dropout draws from: rows (M), a key for every row, and a number that no two micro-batches share."""
+
+    rows: Tensor
+    step: int
+
+    def of(self, rows: slice | Tensor) -> "TokenKeys":
+        return TokenKeys(self.rows[rows], self.step)
+
+
+@dataclass(frozen=True)
+class Part:
+    """rows: how many; None, of a single part: all."""
+
+    rows: int | None
+    adapters: Applied
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one part in what a module is given."""
+
+    rows: slice
+    adapters: Applied
+
+    @property
+    def count(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """parts: one, or several with their numbers of rows. keys: while training, dropout's; None: nothing is dropped.
+
+    kept: (K) rising numbers of the rows that alone go through the output head; None: all do.
+    """
+
+    parts: tuple[Part, ...] = (Part(None, ()),)
+    keys: TokenKeys | None = None
+    kept: Tensor | None = None
+    _segments: dict[int, tuple[Segment, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.parts) != 1 and any(part.rows is None for part in self.parts):
+            raise ValueError("each of several parts says how many rows it has")
+
+    @classmethod
+    def everywhere(cls, adapters: Applied) -> "Acting":
+        """The same on every row."""
+        return cls((Part(None, adapters),))
+
+    @property
+    def whole(self) -> Applied | None:
+        """What acts on all rows alike; None: several parts."""
+        return self.parts[0].adapters if len(self.parts) == 1 else None
+
+    @property
+    def adapters(self) -> list[Attachment]:
+        """All that act on any row, each once."""
+        return list({id(a): a for part in self.parts for a, _ in part.adapters}.values())
+
+    @property
+    def rows(self) -> int | None:
+        """M; None: any number."""
+        return None if self.parts[0].rows is None else sum(part.rows or 0 for part in self.parts)
+
+    def segments(self, rows: int) -> tuple[Segment, ...]:
+        """The parts of what a module is given: all M rows, or, behind them, those that were kept.
+
+        ConfigError: another number of rows, of which nobody could say whose they are.
+        """
+        if rows not in self._segments:
+            self._segments[rows] = self._found(rows)
+        return self._segments[rows]
+
+    def _found(self, rows: int) -> tuple[Segment, ...]:
+        if self.rows is None or self.rows == rows:
+            counts = [rows if part.rows is None else part.rows for part in self.parts]
+        elif self.kept is not None and len(self.kept) == rows:
+            counts = self._counted(self.kept)
+        else:
+            raise ConfigError(
+                f"several adapters act, each on rows of its own: a module gets {rows} rows, the forward has {self.rows}",
+                next_step="Leave the modules that see other rows out (method.exclude), or let one adapter act on all rows.",
+            )
+        starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        found = zip(pairwise(starts), self.parts, strict=True)
+        return tuple(Segment(slice(a, b), part.adapters) for (a, b), part in found if a < b)
+
+    def _counted(self, chosen: Tensor) -> list[int]:
+        """How many of the chosen rows each part has."""
+        ends = torch.tensor([part.rows for part in self.parts]).cumsum(0)
+        before = torch.searchsorted(chosen.cpu(), ends)
+        return before.diff(prepend=before.new_zeros(1)).tolist()
+
+    def select(self, chosen: Tensor) -> "Acting":
+        """Of these rows alone, (K) rising numbers: what a module gets that comes after a choice of rows."""
+        keys = None if self.keys is None else self.keys.of(chosen)
+        if self.whole is not None:
+            return replace(self, keys=keys, kept=None)
+        counts = zip(self._counted(chosen), self.parts, strict=True)
+        return Acting(tuple(Part(count, part.adapters) for count, part in counts), keys)
+
+    def between(self, rows: slice) -> "Acting":
+        """Of these rows alone, start and stop given."""
+        keys = None if self.keys is None else self.keys.of(rows)
+        if self.whole is not None:
+            return replace(self, keys=keys, kept=None)
+        chosen = torch.arange(rows.start, rows.stop)
+        return replace(replace(self, keys=None).select(chosen), keys=keys)
+
+    def padded(self, filler: int) -> "Acting":
+        """The same with so many more rows behind them, which nobody reads: they go with the last part."""
+        *before, last = self.parts
+        return (
+            self
+            if last.rows is None
+            else replace(self, parts=(*before, replace(last, rows=last.rows + filler)))
+        )
+
+    def keeping(self, rows: Tensor) -> "Acting":
+        """The same, where the model hands on only these rows to its output head."""
+        return replace(self, kept=rows)
+
+    def drawing(self, keys: TokenKeys | None) -> "Acting":
+        """The same with dropout drawn from these keys."""
+        return replace(self, keys=keys)
+
+
+def in_turn(rows: Sequence[tuple[int, Applied]]) -> Acting:
+    """Parts that follow one another, neighbours with the same adapters as one; (rows, adapters) each."""
+    parts: list[Part] = []
+    for count, adapters in rows:
+        if parts and parts[-1].adapters == adapters:
+            parts[-1] = Part((parts[-1].rows or 0) + count, adapters)
+        else:
+            parts.append(Part(count, adapters))
+    return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(tuple(parts))

@@ -1,0 +1,57 @@
+"""An adapter on a base: the one place that says what stands where."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from veneer.adapters.config import AdapterConfig
+from veneer.adapters.layer import Layer
+
+
+@dataclass(eq=False)
+class Attachment:
+    """An adapter on a base.
+
+    layers     path in the base model (experts: path of the 3-D parameter) -> what the method put there
+    values     full parameter path in the base -> the parameter trained in its place, in the base's type
+    beside     key of a wrapper (wrapping.key_of) -> what the method put there: the same, as wrappers ask for it
+    replaced   likewise the parameters that are trained in full, by their names in the module
+    trained    modules trained in full
+    adaptable  how many places the method could take; adapted: how many it took
+    """
+
+    name: str
+    config: AdapterConfig
+    layers: dict[str, Layer] = field(default_factory=dict)
+    values: dict[str, nn.Parameter] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    adaptable: int = 0
+    places: int | None = None
+    """Places taken where one layer serves several; None: each layer one."""
+
+    @property
+    def adapted(self) -> int:
+        return len(self.layers) if self.places is None else self.places
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by part, values last."""
+        found = {
+            f"{path}.{part}": parameter
+            for path, layer in self.layers.items()
+            for part, parameter in layer.parts().items()
+        }
+        return found | self.values
+
+    def learning_rate_factors(self) -> dict[str, float]:
+        """What the learning rate of each of `parameters()` is multiplied with."""
+        factors = dict.fromkeys(self.parameters(), 1.0)
+        for path, layer in self.layers.items():
+            for part in layer.parts():
+                factors[f"{path}.{part}"] = self.config.rate_of(part)
+        return factors
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters().values())
