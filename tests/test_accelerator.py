@@ -231,7 +231,10 @@ def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family
             for way in ("plain", "checkpointed", "offloaded"):
                 for parameter in parameters:
                     parameter.requires_grad_(True).grad = None
-                with checkpointed(base.model, on=way == "checkpointed"), there.counting() as waits:
+                with (
+                    checkpointed(base.model, base.routing, on=way == "checkpointed"),
+                    there.counting() as waits,
+                ):
                     batch = make_batch(EXAMPLES, packed=True, share_prompt=True, device=there.device)
                     with offloaded(hooks if way == "offloaded" else None):
                         loss = batch_loss(base.model, base.paths, base.routing, batch, total=9.0)

@@ -180,7 +180,7 @@ def test_modules_trained_in_full_are_computed_with_their_trained_values(family, 
         return [loss, *torch.autograd.grad(loss, given)]
 
     plain = measured(*parameters.values())
-    with fused(model, replacements(model)), checkpointed(model, on=True):
+    with fused(model, replacements(model)), checkpointed(model, routing, on=True):
         ours = measured(*parameters.values())
     assert set(attachment.values) and all(gradient.abs().max() > 0 for gradient in ours[1:])
     for a, b in zip(ours, plain, strict=True):

@@ -74,7 +74,7 @@ def run(job, *, resume=False):
     step = None if path is None else int(path.name)
     with (
         Records(job.out / "metrics.jsonl", resumed_step=step) as records,
-        checkpointed(job.model, on=job.config.checkpointing),
+        checkpointed(job.model, job.routing, on=job.config.checkpointing),
     ):
         made = Loop(job, records, QuietScreen(), origin=ORIGIN, resume_from=path)
         reason = made.run()

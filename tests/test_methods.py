@@ -201,7 +201,7 @@ def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
 
     def run(on):
         batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=not dropout, device=CPU)
-        with checkpointed(model, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
+        with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
             loss = batch_loss(model, paths, routing, batch, total=7.0)

@@ -111,7 +111,7 @@ def test_checkpointing_changes_no_bit(family, projection):
     batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=True, device=CPU)
 
     def run(on):
-        with checkpointed(model, on=on):
+        with checkpointed(model, routing, on=on):
             for parameter in attachment.parameters().values():
                 parameter.requires_grad_(True).grad = None
             loss = batch_loss(model, paths, routing, batch, total=7.0)

@@ -72,7 +72,7 @@ def step(model, routing, config, examples, *, packed, checkpoint=False):
         parameter.requires_grad_(True)
     batch = make_batch(examples, packed=packed, share_prompt=config.dropout == 0, device=torch.device("cpu"))
     paths = prepare_without(model, routing)
-    with checkpointed(model, on=checkpoint), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
+    with checkpointed(model, routing, on=checkpoint), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
         loss = batch_loss(model, paths, routing, batch, total=10.0)
         loss.backward()
     return loss.item(), {name: p.grad for name, p in made.parameters().items()}

@@ -1,5 +1,6 @@
 """The step against the model's own forward, one row at a time: losses and gradients, for every family."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_checkpointing_changes_no_bit(family, dropout):
 
     def run(on):
         batch = make_batch(examples, packed=paths.packed, share_prompt=False, device=CPU)
-        with checkpointed(model, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
+        with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in attachment.parameters().values():
                 parameter.requires_grad_(True).grad = None
             loss = batch_loss(model, paths, routing, batch, total=7.0)
@@ -125,6 +126,27 @@ def test_checkpointing_changes_no_bit(family, dropout):
     (kept, gradients), (again, same) = run(False), run(True)
     assert torch.equal(kept, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def test_checkpointed_layers_are_computed_again_as_they_were_on_whatever_thread_that_happens():
+    model, paths, routing, attachment = adapted("llama", dropout=0.25)
+    batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=False, device=CPU)
+
+    def run(behind):
+        for parameter in attachment.parameters().values():
+            parameter.requires_grad_(True).grad = None
+        with checkpointed(model, routing, on=True):
+            with routing.drawing(TokenKeys(batch.dropout_rows, 3)):
+                loss = batch_loss(model, paths, routing, batch, total=7.0)
+                if not behind:
+                    loss.backward()
+            if behind:  # by now nothing drops out any more here, and there nothing ever did
+                thread = threading.Thread(target=loss.backward)
+                thread.start()
+                thread.join()
+        return [p.grad for p in attachment.parameters().values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
 
 
 DROPPED = {

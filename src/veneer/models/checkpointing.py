@@ -7,7 +7,7 @@ take the same kernels. Wrapping our own way keeps the base in eval mode, where i
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,16 +15,26 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from veneer.adapters.routing import Routing
 from veneer.errors import ConfigError
 from veneer.models.attention import decoder
 from veneer.models.stand_in import StandIn
 
 
 class CheckpointedLayer(StandIn):
-    """A decoder layer whose activations are not kept."""
+    """A decoder layer whose activations are not kept. They are computed again with the adapters that acted, on
+    whatever thread that happens: backward has threads of its own on a GPU."""
+
+    def __init__(self, base: nn.Module, routing: Routing) -> None:
+        super().__init__(base)
+        self.routing = routing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.base, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        acting = self.routing.acting
+        return checkpoint(
+            self.base, *args, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), self.routing.held(acting)), **kwargs,
+        )  # fmt: skip
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
@@ -46,7 +56,7 @@ def _give_back(*_: object) -> None:
 
 
 @contextmanager
-def checkpointed(model: PreTrainedModel, *, on: bool) -> Iterator[None]:
+def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Iterator[None]:
     """Within the block every decoder layer is checkpointed (if `on`); afterwards the layers stand as before."""
     layers = decoder_layers(model) if on else None
     if on and layers is None:
@@ -60,7 +70,7 @@ def checkpointed(model: PreTrainedModel, *, on: bool) -> Iterator[None]:
     try:
         for index, layer in enumerate(own):
             assert layers is not None
-            layers[index] = CheckpointedLayer(layer)
+            layers[index] = CheckpointedLayer(layer, routing)
         yield
     finally:
         if hook is not None:

@@ -243,7 +243,7 @@ def _run(
         away = PlannedOffload(weights) if step.offload else None
         hook = (decoder(model) or model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
         try:
-            with fused(model, one_pass), checkpointed(model, on=step.checkpointing):
+            with fused(model, one_pass), checkpointed(model, routing, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
                 take_noted_flops()

@@ -151,7 +151,7 @@ def _run(
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
         loop = Loop(job, records, screen, origin=origin, resume_from=resume_from)
-        with fused(base.model, one_pass), checkpointed(base.model, on=config.checkpointing):
+        with fused(base.model, one_pass), checkpointed(base.model, base.routing, on=config.checkpointing):
             reason = loop.run()
         loop.release()
         result = _write_result(out, config, base, data, attachment, loop)
