@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.adapters.attachment import Attachment
 from veneer.errors import ConfigError
+from veneer.kernels.segments import Plan
 
 Applied = tuple[tuple[Attachment, float], ...]
 """Adapters that act on the same rows, each with its weight; none: the base alone."""
@@ -56,11 +57,13 @@ class Acting:
     """parts: one, or several with their numbers of rows. keys: while training, dropout's; None: nothing is dropped.
 
     kept: (K) rising numbers of the rows that alone go through the output head; None: all do.
+    plan: what the layers prepare for these parts; whoever lets the same act step after step holds one value, or `replace`s.
     """
 
     parts: tuple[Part, ...] = (Part(None, ()),)
     keys: TokenKeys | None = None
     kept: Tensor | None = None
+    plan: Plan = field(default_factory=Plan, repr=False, compare=False)
     _segments: dict[int, tuple[Segment, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -22,7 +22,7 @@ from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.kernels.layout import round_up
 from veneer.kernels.lora import Dropout
-from veneer.kernels.segments import Update, linear_with_updates
+from veneer.kernels.segments import Plan, Update, linear_with_updates
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 
 
@@ -108,10 +108,9 @@ class AdaptedExperts(AdaptedModule):
         for segment in acting.select(rows).segments(len(rows)):
             own = None if keys is None else keys.of(segment.rows)
             for among, (layer, weight) in enumerate(self._layers(segment.adapters, name, expert)):
-                A, B = layer.factors()
                 dropout = layer.active_dropout(x[segment.rows], own, among=among)
-                updates.append(Update(segment.rows, A, B, layer.scaling * weight, dropout))
-        return linear_with_updates(x, bias, frozen, updates)
+                updates.append(Update(segment.rows, layer, layer.scaling * weight, dropout))
+        return linear_with_updates(x, bias, frozen, updates, Plan())
 
     def _layers(self, adapters: Applied, name: str, expert: int) -> list[tuple[_OneExpert, float]]:
         return [

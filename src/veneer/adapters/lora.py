@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.adapters.acting import Applied, Segment, TokenKeys
+from veneer.adapters.acting import Acting, Applied, Segment, TokenKeys
 from veneer.adapters.initial_factors import Factors
 from veneer.adapters.layer import Layer
 from veneer.adapters.routing import Routing
@@ -126,8 +126,7 @@ class LoRALayer:
     ) -> Update | None:
         if self.offset is not None:
             return None
-        A, B = self.factors()
-        return Update(rows, A, B, self.scaling * weight, self.active_dropout(x, keys, among=among))
+        return Update(rows, self, self.scaling * weight, self.active_dropout(x, keys, among=among))
 
     def change(
         self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
@@ -233,7 +232,7 @@ class AdaptedLinear(AdaptedModule):
         if whole is not None:
             return self._alike(x, whole, acting.keys)
         rows = x.numel() // x.shape[-1]
-        return self._by_part(x.reshape(rows, -1), acting.segments(rows), acting.keys).view(*x.shape[:-1], -1)
+        return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(*x.shape[:-1], -1)
 
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """All rows with these adapters."""
@@ -255,8 +254,9 @@ class AdaptedLinear(AdaptedModule):
                 y = y + (kind.product(x, None, self.frozen, acting, keys) - plain)
         return y
 
-    def _by_part(self, x: Tensor, segments: Sequence[Segment], keys: TokenKeys | None) -> Tensor:
+    def _by_part(self, x: Tensor, acting: Acting, segments: Sequence[Segment]) -> Tensor:
         """(M, I) -> (M, O): one product of all rows with W; of each part's rows alone what its adapters add."""
+        keys = acting.keys
         updates: list[Update] = []
         others: list[Segment] = []
         for segment in segments:
@@ -264,7 +264,7 @@ class AdaptedLinear(AdaptedModule):
                 found = self._updates(x[segment.rows], segment, _of(keys, segment))
                 updates += found or []
                 others += [segment] if found is None else []
-        y = linear_with_updates(x, self.frozen.own_bias(), self.frozen, updates)
+        y = linear_with_updates(x, self.frozen.own_bias(), self.frozen, updates, acting.plan)
         if not others:
             return y
         made = [self._otherwise(x[s.rows], y[s.rows], s.adapters, _of(keys, s)) for s in others]

@@ -4,95 +4,295 @@
 
 Rows that no update names are the base's to the bit; rows that several name get all of them. As in kernels/lora.py W is
 never copied, its gradient never formed, and what is kept for backward is x, by reference, and each x A^T.
-Shapes: M rows, m of an update, I in_features, O out_features, R rank.
+
+Two ways, chosen by cost. Long segments are taken one by one, by the same products as an adapter that acts alone. Many
+short ones, an answer's single rows most of all, would be thousands of tiny products a step: they go in bundles, stacks
+of factors times stacks of rows, shorter segments and smaller ranks filled up with zeros.
+Shapes: M rows, m of an update, I in_features, O out_features, R rank; of a bundle n updates, L rows each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.kernels import rank
 from veneer.kernels.lora import Dropout
 from veneer.linear import FrozenLinear, frozen_product
 
+LONG = 64
+"""Rows from which a segment is taken by itself: its products then cost more than calling them."""
+SPREAD = 2
+"""Segments and ranks of one bundle differ by this factor at most: what is filled up is computed too."""
+
+
+class Factored(Protocol):
+    """What has the two factors of an update: A (R, I), B (O, R)."""
+
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+
 
 @dataclass(frozen=True)
 class Update:
-    """rows: which, from 0 <= start < stop <= M; A (R, I), B (O, R); dropout: with a key for each of the m rows."""
+    """rows: which, 0 <= start < stop <= M. dropout: with a key for each of the m rows."""
 
     rows: slice
-    A: Tensor
-    B: Tensor
+    layer: Factored
     scaling: float
     dropout: Dropout | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """numbers: of its updates; segments that neither overlap nor go back.
+
+    chosen (n * L): the rows it computes, a shorter segment's last one again; None: they are first to last as they stand.
+    real (sum of m): which of them are no filling; places (sum of m): the rows they stand for
+    """
+
+    numbers: tuple[int, ...]
+    length: int
+    first: int
+    last: int
+    chosen: Tensor | None
+    real: Tensor | None
+    places: Tensor | None
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """(M, K) -> (n, L, K)."""
+        rows = x[self.first : self.last] if self.chosen is None else x.index_select(0, self.chosen)
+        return rows.view(len(self.numbers), self.length, -1)
+
+    def add_to(self, y: Tensor, left: Tensor, right: Tensor) -> None:
+        """y += left right of the rows that they stand for; left (n, L, R), right (n, R, K)."""
+        if self.chosen is None:
+            rows = y[self.first : self.last].view(*left.shape[:2], -1)
+            rows.baddbmm_(left, right)
+            return
+        assert self.real is not None and self.places is not None
+        y.index_add_(0, self.places, torch.bmm(left, right).flatten(0, 1).index_select(0, self.real))
+
+    def hide_filling(self, x: Tensor) -> Tensor:
+        """(n, L, K) with zeros where nothing stands, in place."""
+        if self.real is not None:
+            unreal = torch.ones(x.shape[0] * x.shape[1], dtype=torch.bool, device=x.device)
+            unreal[self.real] = False
+            x.view(-1, x.shape[-1])[unreal] = 0
+        return x
+
+
+@dataclass
+class Plan:
+    """What a mix lets be prepared once: for as long as the same parts act on the same numbers of rows.
+
+    Stacks of factors are kept where no gradient is recorded: who keeps a plan while values are trained calls forget().
+    """
+
+    _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
+    _stacks: dict[tuple[Any, ...], tuple[list[Factored], Tensor, Tensor]] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        self._stacks.clear()
+
+    def bundles(self, updates: Sequence[Update], device: torch.device) -> list[Bundle]:
+        """Those of the short segments; what is in none is taken by itself."""
+        shape = *((u.rows.start, u.rows.stop) for u in updates), device
+        if shape not in self._bundles:
+            self._bundles[shape] = _bundled(updates, device)
+        return self._bundles[shape]
+
+    def stack(self, updates: Sequence[Update], dtype: torch.dtype, *, keep: bool) -> tuple[Tensor, Tensor]:
+        """A (n, R, I) and scaling * B (n, O, R)."""
+        key = *((id(u.layer), u.scaling) for u in updates), dtype
+        if keep and key in self._stacks:
+            return self._stacks[key][1:]
+        pairs = [u.layer.factors() for u in updates]
+        made = stack_of(pairs, [u.scaling for u in updates], dtype)
+        if keep:
+            self._stacks[key] = [u.layer for u in updates], *made
+        return made
+
+
+def stack_of(
+    pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(A (R, I), B (O, R)) of each -> (n, R, I) and (n, O, R), the second scaled, smaller ranks filled up with zeros."""
+    most = max(len(A) for A, _ in pairs)
+    A = torch.stack([F.pad(A, (0, 0, 0, most - len(A))) if len(A) < most else A for A, _ in pairs])
+    B = torch.stack([F.pad(B, (0, most - B.shape[1])) if B.shape[1] < most else B for _, B in pairs])
+    wide = torch.promote_types(dtype, B.dtype)  # scaled before it is rounded
+    scale = torch.tensor(scalings, dtype=wide).to(B.device)
+    return A.to(dtype), (B.to(wide) * scale[:, None, None]).to(dtype)
+
+
+def _bundled(updates: Sequence[Update], device: torch.device) -> list[Bundle]:
+    found: list[list[int]] = []
+    order = sorted(range(len(updates)), key=lambda n: updates[n].rows.start)
+    for number in order:
+        rows, count = updates[number].rows, updates[number].count
+        if count >= LONG:
+            continue
+        for numbers in found:
+            sizes = [updates[n].count for n in numbers]
+            if updates[numbers[-1]].rows.stop <= rows.start and max(*sizes, count) <= SPREAD * min(
+                *sizes, count
+            ):
+                numbers.append(number)
+                break
+        else:
+            found.append([number])
+    return [_bundle(updates, numbers, device) for numbers in found if len(numbers) > 1]
+
+
+def _bundle(updates: Sequence[Update], numbers: Sequence[int], device: torch.device) -> Bundle:
+    rows = [updates[n].rows for n in numbers]
+    first, last = rows[0].start, rows[-1].stop
+    length = max(updates[n].count for n in numbers)
+    covered = sum(updates[n].count for n in numbers)
+    if covered == last - first == len(numbers) * length:  # all of one length, nothing between them
+        return Bundle(tuple(numbers), length, first, last, None, None, None)
+    starts, counts = (
+        torch.tensor(each) for each in zip(*((r.start, r.stop - r.start) for r in rows), strict=True)
+    )
+    within = torch.arange(length)
+    chosen = starts[:, None] + torch.minimum(within[None], counts[:, None] - 1)
+    real = (within[None] < counts[:, None]).flatten().nonzero()[:, 0]
+    places = chosen.flatten()[real]
+    return Bundle(
+        tuple(numbers), length, first, last, chosen.flatten().to(device), real.to(device), places.to(device)
+    )
 
 
 class _WithUpdates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update], *factors: Tensor
+        ctx: Any, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update],
+        bundles: Sequence[Bundle], *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         y_MO = base.product(x_MI, bias)
-        kept: list[Tensor] = []
-        for update in updates:
-            A_RI, B_OR = update.A.to(x_MI.dtype), update.B.to(x_MI.dtype)
-            x = x_MI[update.rows]
-            down = rank.down(x if update.dropout is None else update.dropout.apply(x), A_RI)
+        kept: list[Tensor] = [x_MI]
+        pairs = list(zip(factors[::2], factors[1::2], strict=True))
+        for number in _alone(updates, bundles):
+            update = updates[number]
+            A_RI, B_OR = (factor.to(x_MI.dtype) for factor in pairs[number])
+            down = rank.down(_seen(x_MI, update), A_RI)
             rank.add_up(y_MO[update.rows], down, B_OR, update.scaling)
             kept += [A_RI, B_OR, down]
-        ctx.save_for_backward(x_MI, *kept)
+        for bundle in bundles:
+            own = [updates[n] for n in bundle.numbers]
+            A, B = stack_of([pairs[n] for n in bundle.numbers], [u.scaling for u in own], x_MI.dtype)
+            down = bundle.hide_filling(torch.bmm(_stacked(x_MI, bundle, own), A.mT))
+            bundle.add_to(y_MO, down, B.mT)
+            kept += [A, B, down]
+        ctx.save_for_backward(*kept)
         ctx.base, ctx.bias_type = base, None if bias is None else bias.dtype
-        ctx.updates = [(u.rows, u.scaling, u.dropout, u.A.dtype, u.B.dtype) for u in updates]
+        ctx.updates, ctx.bundles = updates, bundles
+        ctx.likes = [(factor.shape, factor.dtype) for factor in factors]
         return y_MO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_MI, *kept = ctx.saved_tensors
+        updates: Sequence[Update] = ctx.updates
         grad_x = ctx.base.input_gradient(grad) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor] = []
-        for number, (rows, scaling, dropout, type_A, type_B) in enumerate(ctx.updates):
-            A_RI, B_OR, down = kept[3 * number : 3 * number + 3]
-            g, x = grad[rows], x_MI[rows]
-            up = rank.down(g, B_OR.T, scaling)
-            grads.append(rank.gradient(up, x if dropout is None else dropout.apply(x)).to(type_A))
-            grads.append(rank.gradient(down, g, scaling).T.to(type_B))
+        grads: dict[int, Tensor] = {}
+        alone = _alone(updates, ctx.bundles)
+        for place, number in enumerate(alone):
+            A_RI, B_OR, down = kept[3 * place : 3 * place + 3]
+            update = updates[number]
+            g = grad[update.rows]
+            up = rank.down(g, B_OR.T, update.scaling)
+            grads[2 * number] = rank.gradient(up, _seen(x_MI, update))
+            grads[2 * number + 1] = rank.gradient(down, g, update.scaling).T
             if grad_x is None:
                 continue
-            if dropout is None:
-                rank.add_up(grad_x[rows], up, A_RI.T)
+            if update.dropout is None:
+                rank.add_up(grad_x[update.rows], up, A_RI.T)
             else:
-                grad_x[rows] += dropout.apply(up @ A_RI)
+                grad_x[update.rows] += update.dropout.apply(up @ A_RI)
+        for place, bundle in enumerate(ctx.bundles, start=len(alone)):
+            A, B, down = kept[3 * place : 3 * place + 3]
+            own = [updates[n] for n in bundle.numbers]
+            g = bundle.stacked(grad)
+            up = bundle.hide_filling(torch.bmm(g, B))
+            of_A, of_B = torch.bmm(up.mT, _stacked(x_MI, bundle, own)), torch.bmm(g.mT, down)
+            for at, (number, update) in enumerate(zip(bundle.numbers, own, strict=True)):
+                R = ctx.likes[2 * number][0][0]
+                grads[2 * number], grads[2 * number + 1] = of_A[at, :R], of_B[at, :, :R] * update.scaling
+            if grad_x is None:
+                continue
+            if all(update.dropout is None for update in own):
+                bundle.add_to(grad_x, up, A)
+                continue
+            for at, update in enumerate(own):
+                part = up[at, : update.count] @ A[at]
+                grad_x[update.rows] += part if update.dropout is None else update.dropout.apply(part)
         grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_type)
-        return grad_x, grad_bias, None, None, *grads
+        typed = (grads[n].to(dtype) for n, (_, dtype) in enumerate(ctx.likes))
+        return grad_x, grad_bias, None, None, None, *typed
+
+
+def _alone(updates: Sequence[Update], bundles: Sequence[Bundle]) -> list[int]:
+    bundled = {number for bundle in bundles for number in bundle.numbers}
+    return [number for number in range(len(updates)) if number not in bundled]
+
+
+def _seen(x_MI: Tensor, update: Update) -> Tensor:
+    x = x_MI[update.rows]
+    return x if update.dropout is None else update.dropout.apply(x)
+
+
+def _stacked(x_MI: Tensor, bundle: Bundle, updates: Sequence[Update]) -> Tensor:
+    """(n, L, I), each segment through its own dropout."""
+    if all(update.dropout is None for update in updates):
+        return bundle.stacked(x_MI)
+    seen = [F.pad(_seen(x_MI, update), (0, 0, 0, bundle.length - update.count)) for update in updates]
+    return torch.stack(seen)
 
 
 def linear_with_updates(
-    x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update]
+    x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update], plan: Plan
 ) -> Tensor:
     """(M, I) -> (M, O) in x's type; gradients go to x, bias and every factor."""
     if not updates:
         return frozen_product(x_MI, bias, base)
-    apply: Any = _WithUpdates.apply
-    factors = [factor for update in updates for factor in (update.A, update.B)]
-    return apply(x_MI, bias, base, tuple(updates), *factors)
+    bundles = plan.bundles(updates, x_MI.device)
+    if torch.is_grad_enabled():
+        apply: Any = _WithUpdates.apply
+        factors = [factor for update in updates for factor in update.layer.factors()]
+        return apply(x_MI, bias, base, tuple(updates), tuple(bundles), *factors)
+    y_MO = base.product(x_MI, bias)
+    for number in _alone(updates, bundles):
+        update = updates[number]
+        A_RI, B_OR = (factor.to(x_MI.dtype) for factor in update.layer.factors())
+        rank.add_up(y_MO[update.rows], rank.down(_seen(x_MI, update), A_RI), B_OR, update.scaling)
+    for bundle in bundles:
+        own = [updates[n] for n in bundle.numbers]
+        A, B = plan.stack(own, x_MI.dtype, keep=True)
+        bundle.add_to(y_MO, torch.bmm(_stacked(x_MI, bundle, own), A.mT), B.mT)
+    return y_MO
 
 
 def linear_with_updates_reference(
     x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update]
 ) -> Tensor:
-    """The same under torch's own autograd, W dense: the meaning of linear_with_updates."""
+    """The same under torch's own autograd, W dense, one update after another: the meaning of linear_with_updates."""
     y_MO = x_MI @ base.dense_weight(x_MI.dtype).T
     y_MO = y_MO if bias is None else y_MO + bias
     for update in updates:
         x = x_MI[update.rows]
+        A, B = (factor.to(x.dtype) for factor in update.layer.factors())
         seen = x if update.dropout is None else update.dropout.apply_reference(x)
-        added = update.scaling * (seen @ update.A.to(x.dtype).T) @ update.B.to(x.dtype).T
         pad = (0, 0, update.rows.start, len(x_MI) - update.rows.stop)
-        y_MO = y_MO + torch.nn.functional.pad(added, pad)
+        y_MO = y_MO + F.pad(update.scaling * (seen @ A.T) @ B.T, pad)
     return y_MO
