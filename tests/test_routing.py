@@ -2,19 +2,32 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from veneer.adapters.acting import Acting, Part, TokenKeys, in_turn
+from veneer.adapters.attachment import Attachment
+from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
+from veneer.errors import ConfigError
 
 A, B, C = (("a", 1.0),), (("b", 2.0),), (("c", 1.0),)
+NONE = nn.Identity()
 
 
-class Attached:
-    def __init__(self):
-        self.layers = {}
+def with_three(active=()):
+    routing = Routing()
+    for name in "abc":
+        routing.enter(NONE, name, Attachment(name, LoRA()))
+    routing.active = active
+    return routing
+
+
+def holding(routing, active):
+    return routing.held(Acting.everywhere(routing.applied(active)))
 
 
 def elsewhere(ask):
@@ -27,75 +40,65 @@ def elsewhere(ask):
 
 
 def test_what_is_set_within_a_block_is_this_threads_until_the_block_ends():
-    routing = Routing(A)
+    routing = with_three(A)
     with routing.held():
         routing.active = B
         assert routing.active == B and elsewhere(lambda: routing.active) == A
         with routing.none():
             assert routing.active == ()
             routing.active = C
-            assert routing.active == C
-            assert routing.in_use() == {"a", "b", "c"} and elsewhere(
-                lambda: routing.in_use(by_others=True)
-            ) == {"b", "c"}
-            assert routing.in_use(by_others=True) == set()
-        assert routing.active == B and routing.is_held
+            assert routing.active == C and routing.in_use() == {"a", "b", "c"}
+        assert routing.active == B and routing.is_held and routing.in_use() == {"a", "b"}
     assert routing.active == A and not routing.is_held and routing.in_use() == {"a"}
 
 
 def test_what_is_set_outside_of_a_block_is_everybodys_but_theirs_who_hold_something():
-    routing = Routing(A)
+    routing = with_three(A)
     with routing.held():
         elsewhere(lambda: setattr(routing, "active", B))
         assert routing.active == A and elsewhere(lambda: routing.active) == B
     assert routing.active == B
 
 
-def test_one_that_a_block_around_or_another_thread_holds_is_not_dropped_and_nothing_changes():
-    routing = Routing((*A, *B))
-    with routing.held(A):
-        assert elsewhere(lambda: routing.drop("a")) is False
-        with routing.held((*B, *C)):
-            assert routing.drop("a") is False
-            assert routing.active == (*B, *C)
-            assert routing.drop("c") is True and routing.active == B
+def test_one_that_a_block_around_or_another_thread_holds_does_not_leave_and_nothing_changes():
+    routing = with_three((*A, *B))
+    with holding(routing, A):
+        assert elsewhere(lambda: routing.leave("a")) is False
+        with holding(routing, (*B, *C)):
+            assert routing.leave("a") is False
+            assert routing.active == (*B, *C) and set(routing.attached) == {"a", "b", "c"}
+            assert routing.leave("c") is True and routing.active == B
         assert routing.active == A and elsewhere(lambda: routing.active) == (*A, *B)
-        assert routing.drop("a") is True and routing.active == ()
+        assert routing.leave("a") is True and routing.active == ()
         assert elsewhere(lambda: routing.active) == B
-    assert routing.active == B
-    assert routing.drop("nobody") is True and routing.active == B
+    assert routing.active == B and set(routing.attached) == {"b"}
+    with pytest.raises(KeyError):
+        routing.leave("nobody")
 
 
-def test_what_acts_by_object_is_what_acts_by_name_of_those_still_there():
-    routing, one, other = Routing(), Attached(), Attached()
-    routing.attached |= {"a": one, "b": other}
-    routing.active = (*A, *B, *C)
-    assert routing.acting == ((one, 1.0), (other, 2.0))
-    with routing.held(B):
-        assert routing.acting == ((other, 2.0),) and len(elsewhere(lambda: routing.acting)) == 2
-        with routing.none():
-            assert routing.acting == ()
-        assert routing.acting == ((other, 2.0),)
-        routing.active = A
-        assert routing.acting == ((one, 1.0),)
-        routing.drop("a")
-        assert routing.acting == ()
-    assert routing.acting == ((other, 2.0),)
+def test_a_block_that_fails_lets_go_of_what_it_held():
+    routing = with_three()
+    with pytest.raises(ValueError), holding(routing, A), holding(routing, (*A, *B)):
+        raise ValueError
+    assert routing.in_use() == set() and not routing.is_held
 
 
-def test_a_copy_has_what_acts_for_all_and_neither_holds_nor_adapters():
-    routing, one = Routing(A), Attached()
-    routing.attached["a"] = one
-    with routing.held(B):
+def test_a_copy_has_adapters_of_its_own_what_acts_for_all_and_holds_nothing():
+    routing = with_three(A)
+    with holding(routing, B):
         again = copy.deepcopy(routing)
-    assert again.active == A and not again.is_held and not again.attached
+    assert again.active == A and not again.is_held
+    assert again.attached["a"] is not routing.attached["a"]
+    assert again.acting.adapters == [again.attached["a"]]
 
 
-def test_rows_and_the_step_are_the_keys_of_dropout_and_without_rows_there_are_none():
-    routing = Routing()
-    assert routing.keys is None
-    routing.rows, routing.step = torch.arange(3), 7
-    assert routing.keys is not None and routing.keys.step == 7 and routing.keys.rows is routing.rows
+def test_dropout_draws_within_the_block_alone_and_for_this_thread():
+    routing = with_three(A)
+    assert routing.acting.keys is None
+    with routing.drawing(TokenKeys(torch.arange(3), 7)):
+        assert routing.acting.keys is not None and routing.acting.keys.step == 7 and routing.active == A
+        assert elsewhere(lambda: routing.acting.keys) is None
+    assert routing.acting.keys is None
 
 
 class Nested(nn.Module):
@@ -118,24 +121,62 @@ class Nested(nn.Module):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_forward_and_those_within_it_see_one_state_and_let_it_go_at_the_outermost_end(fails):
-    routing = Routing(A)
+    routing = Routing()
     module = Nested(routing)
-    undo = routing.hold_in_forwards(module)
+    for name in "abc":
+        routing.enter(module, name, Attachment(name, LoRA()))
+    routing.active = A
     module.fails = fails
-    try:
+    with pytest.raises(ValueError) if fails else nullcontext():
         module(2)
-    except ValueError:
-        assert fails
     assert module.seen == [A] * (4 if fails else 6)
     assert routing.active == C and not routing.is_held
     routing.active = A
-    with routing.held(B):
+    with holding(routing, B):
         module.seen.clear()
         module.fails = False
         module(1)
         assert module.seen == [B] * 4 and routing.active == B
-    undo()
-    module.seen.clear()
-    routing.active = A
-    module(0)
-    assert module.seen == [A, C]
+    for name in "ab":
+        assert routing.leave(name)
+    assert module._forward_hooks and routing.leave("c") and not module._forward_hooks
+
+
+# the value itself
+
+
+def parts_of(acting, rows):
+    return [(s.rows.start, s.rows.stop, [a.name for a, _ in s.adapters]) for s in acting.segments(rows)]
+
+
+def test_parts_follow_one_another_and_neighbours_of_the_same_adapters_are_one():
+    routing = with_three()
+    a, b = routing.applied(A), routing.applied(B)
+    mixed = in_turn([(2, a), (3, a), (1, ()), (2, b)])
+    assert parts_of(mixed, 8) == [(0, 5, ["a"]), (5, 6, []), (6, 8, ["b"])]
+    assert mixed.whole is None and in_turn([(2, a), (3, a)]).whole == a
+    assert parts_of(mixed.padded(24), 32)[-1] == (6, 32, ["b"])
+    assert Acting.everywhere(a).padded(24).whole == a
+    with pytest.raises(ValueError):
+        Acting((Part(2, a), Part(None, b)))
+
+
+def test_what_comes_after_a_choice_of_rows_knows_whose_they_are():
+    routing = with_three()
+    keys = TokenKeys(torch.arange(8) * 10, 1)
+    mixed = in_turn([(5, routing.applied(A)), (1, ()), (2, routing.applied(B))]).drawing(keys)
+    chosen = torch.tensor([1, 4, 7])
+    assert parts_of(mixed.select(chosen), 3) == [(0, 2, ["a"]), (2, 3, ["b"])]
+    assert mixed.select(chosen).keys.rows.tolist() == [10, 40, 70]
+    assert parts_of(mixed.keeping(chosen), 3) == parts_of(mixed.select(chosen), 3)
+    assert parts_of(mixed.keeping(chosen), 8) == parts_of(mixed, 8)
+    assert parts_of(mixed.between(slice(4, 100)), 4) == [(0, 1, ["a"]), (1, 2, []), (2, 4, ["b"])]
+    assert mixed.between(slice(4, 100)).keys.rows.tolist() == [40, 50, 60, 70]
+
+
+def test_rows_of_which_nobody_could_say_whose_they_are_are_refused():
+    routing = with_three()
+    mixed = in_turn([(5, routing.applied(A)), (3, routing.applied(B))])
+    with pytest.raises(ConfigError, match="a module gets 6 rows, the forward has 8"):
+        mixed.segments(6)
+    assert parts_of(Acting.everywhere(routing.applied(A)), 6) == [(0, 6, ["a"])]

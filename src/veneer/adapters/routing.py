@@ -151,7 +151,7 @@ class Routing:
         made: Routing = Routing()
         memo[id(self)] = made
         made.attached = copy.deepcopy(self.attached, memo)
-        made._standing = Acting.everywhere(made.applied(self.active))
+        made._standing = copy.deepcopy(self._standing, memo)
         return made
 
     def _hold_in_forwards(self, model: nn.Module) -> Callable[[], None]:
