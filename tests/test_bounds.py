@@ -16,7 +16,7 @@ from veneer.api import Base
 from veneer.bounds import COUNT, ENERGY, PART, SEED, SHARE, TEMPERATURE, WEIGHT, Number, check_numbers
 from veneer.cli.config_file import FLAGS, read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
-from veneer.errors import ConfigError
+from veneer.errors import LONGEST_LINE, ConfigError
 from veneer.formats.bottleneck import BottleneckFields
 from veneer.formats.peft_config import PeftLoRA
 from veneer.formats.prefix import PeftPrefix
@@ -285,3 +285,8 @@ def test_clip_null_leaves_gradients_as_they_are():
 def test_settings_made_in_python_are_refused_by_the_same_words():
     with pytest.raises(ValidationError, match="should be a whole number from 1 to 4,096"):
         LoRA(rank=True)
+
+
+def test_a_line_that_a_strangers_file_makes_long_is_cut():
+    said = str(ConfigError("a" * 10**6, ["b" * 10**6, "short"], "Do this."))
+    assert len(said) < 3 * LONGEST_LINE and said.endswith("  short\nDo this.")

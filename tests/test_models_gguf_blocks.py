@@ -17,7 +17,7 @@ from veneer import api
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.bases.gguf_blocks import locate_blocks
-from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.errors import ConfigError, CorruptFileError, SourceError, VeneerError
 from veneer.kernels.gguf import FORMATS
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
@@ -239,6 +239,19 @@ def test_a_file_that_lacks_a_weight_is_refused(leave_out: str, tmp_path: Path) -
     )
     with pytest.raises(SourceError, match=leave_out):
         load_base(str(path), quantize="gguf")
+
+
+@pytest.mark.parametrize("quantize", [None, "gguf"])
+def test_a_header_that_no_model_can_be_built_from_is_an_error_either_way(quantize, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
+    raw = bytearray(path.read_bytes())
+    field = gguf.GGUFReader(path).fields["llama.attention.head_count_kv"]
+    at = field.offset + sum(part.nbytes for part in field.parts[:-1])
+    raw[at : at + 4] = bytes(4)
+    path.write_bytes(raw)
+    with pytest.raises(VeneerError) as caught:
+        load_base(str(path), quantize=quantize)
+    assert caught.value.next_step
 
 
 def test_a_scale_that_is_no_number_is_refused_by_name(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ An `assert` is for what only we can break; everything here is for what a user me
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+LONGEST_LINE = 2000
+"""Characters of a headline or a fault."""
+
 
 class VeneerError(Exception):
     """One headline, every fault found, and what to do next.
@@ -32,11 +35,20 @@ class VeneerError(Exception):
     exit_code = 1
 
     def __init__(self, headline: str, faults: Sequence[str] = (), next_step: str = "") -> None:
-        self.headline, self.faults, self.next_step = headline, list(faults), next_step
-        lines = [headline + (":" if self.faults else "")]
+        self.headline, self.faults, self.next_step = (
+            _cut(headline),
+            [_cut(each) for each in faults],
+            next_step,
+        )
+        lines = [self.headline + (":" if self.faults else "")]
         lines += [f"  {fault}" for fault in self.faults]
         lines += [next_step] if next_step else []
         super().__init__("\n".join(lines))
+
+
+def _cut(line: str) -> str:
+    """What a stranger's file says may stand in a line, and be a million characters long."""
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"
 
 
 class InputError(VeneerError):

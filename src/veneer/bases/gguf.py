@@ -44,7 +44,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from veneer.bases.announced import announced_faults, built_faults
+from veneer.bases.announced import announced_faults, built_faults, without_storage
 from veneer.bases.gguf_layout import LayoutError, check_layout
 from veneer.bases.kept import cache_folder, making, publish
 from veneer.bases.quiet_transformers import quiet
@@ -234,8 +234,7 @@ def _model(folder: Path, header: Header) -> PreTrainedModel:
     # What was loaded knows that it came from a .gguf file and does not let itself be saved: same weights,
     # new model. On the meta device, so that they exist once.
     config = repaired_config(loaded.config, header)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=header.dtype)
+    model = without_storage(config, header.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     num_values = sum(parameter.numel() for parameter in model.parameters())

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+from veneer.bases.announced import without_storage
 from veneer.bases.gguf import (
     CONVERTER_VERSION,
     Header,
@@ -149,8 +150,7 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
         )
     tokenizer = rebuilt_tokenizer(alone, header)
     config = file_config(alone, header)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=header.dtype)
+    model = without_storage(config, header.dtype)
     layers, dense = _sorted_out(model, header)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = header.dtype
