@@ -164,7 +164,7 @@ def test_few_long_documents_are_split_so_that_sixteen_tasks_have_64_rows_or_more
 def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_allows(
     held, sizes, monkeypatch
 ):
-    layout, (heads, size) = Layout(6, (3,) * 5, CPU), (2, 16)
+    layout, (heads, size) = Group(6, (3,) * 5, CPU), (2, 16)
     monkeypatch.setattr(attention_native, "HELD_BYTES", held * 2 * 4 * heads * 6 * size)
     own, seen = attention_native.calls.attention_backward, []
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from veneer.adapters.acting import TokenKeys
 from veneer.adapters.bottleneck import BottleneckLayer
 from veneer.adapters.config import Bottleneck
 from veneer.adapters.lora import LoRALayer
-from veneer.adapters.routing import Routing, TokenKeys
 from veneer.data.batching import plan_epoch
 from veneer.data.examples import Example, RowRef
 from veneer.data.load import _fingerprint
@@ -41,10 +41,9 @@ def lora(among: int, expert: int) -> Any:
 
 def bottleneck() -> Any:
     settings = Bottleneck(size=16, dropout=0.5, activation="relu", norm=False)
-    layer, routing = BottleneckLayer(torch.eye(16), settings, key=7), Routing()
+    layer = BottleneckLayer(torch.eye(16), settings, key=7)
     layer.parts()["up"].data.copy_(torch.eye(16))
-    routing.rows, routing.step = ROWS, 4099
-    return layer.update(torch.ones(3, 16), routing).detach() != 0
+    return layer.update(torch.ones(3, 16), TokenKeys(ROWS, 4099)).detach() != 0
 
 
 def dare(place: str, seed: int | None) -> Any:
