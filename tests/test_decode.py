@@ -107,7 +107,7 @@ def test_chances_of_a_step_are_as_precise_as_its_type():
         nothing = torch.empty(2, 0, 8, dtype=dtype)
         cache = Cache(torch.tensor([4]), 0, [Held(nothing, nothing, k[:, :, :4], v[:, :, :4])])
         found = CachedStep(cache, cache.lengths).attend(
-            q[:, :, 4], k[:, :, 4], v[:, :, 4], scale=3.0, window=None, softcap=None, sinks=None
+            q[:, :, 4], k[:, :, 4], v[:, :, 4], [], scale=3.0, window=None, softcap=None, sinks=None
         )
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected[:, :, 0], rtol=close, atol=close)
