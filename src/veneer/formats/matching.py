@@ -16,8 +16,8 @@ from typing import cast
 
 from torch import nn
 
-from veneer.adapters.config import LowRank
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.config import LowRank
 from veneer.adapters.lora import LowRankLayer
 from veneer.adapters.wrapping import plain_modules
 from veneer.formats.peft_config import PeftLoRA, variant_of

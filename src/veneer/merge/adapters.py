@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from veneer.adapters.config import LowRank
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.config import LowRank
 from veneer.adapters.lora import Kind, LoRALayer
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.wrapping import plain_modules

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.config import LoRA
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.config import LoRA
 from veneer.adapters.initial_factors import leading_directions, loftq_start
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.wrapping import plain_modules

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from veneer.adapters.attach import attach
-from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase

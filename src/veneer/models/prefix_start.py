@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import Prefix
 from veneer.adapters.prefix import DEFAULT_TOKENS, PrefixLayer, decoder_of, put_start, record_keys
-from veneer.adapters.site import Attachment
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
