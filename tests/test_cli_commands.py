@@ -186,6 +186,18 @@ def test_generate_refuses_numbers_out_of_range(api, capsys, arguments):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("source", ["none", "closed"])
+def test_a_standard_input_that_is_closed_is_an_error_before_the_base_is_loaded(
+    api, capsys, monkeypatch, command, source
+):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdin", {"none": None, "closed": closed}[source])
+    assert main.main([command, "--base", "b"]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
+
+
 def test_generate_refuses_an_empty_prompt_before_it_loads_the_base(api, capsys, stdin):
     stdin(" \n")
     assert main.main(["generate", "--base", "b"]) == 2

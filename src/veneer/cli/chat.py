@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_base, load_base
+from veneer.cli.common import add_base, load_base, standard_input
 from veneer.cli.generate import add_sampling
 from veneer.errors import VeneerError
 from veneer.wording import shown
@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    source = standard_input()
     base = load_base(args)
-    if sys.stdin.isatty():
+    if source.isatty():
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
         print(f"{HELP}  {FENCE} several lines {FENCE}  (Ctrl-C stops an answer)", file=sys.stderr)

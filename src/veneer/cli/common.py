@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from veneer.bounds import LENGTH
-from veneer.errors import ConfigError, SourceError
+from veneer.errors import ConfigError, InputError, SourceError
 from veneer.files.strict_json import finite_or_null, read_json, read_yaml
 from veneer.quant.config import FORMATS, Quantize, weight_format
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
     from veneer.api import Base
     from veneer.models.frozen_base import FrozenBase
+
+
+def standard_input() -> TextIO:
+    """Where the user's text comes from. InputError: it is closed (`<&-`, a service without one)."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("standard input is closed", [], "Give the text as an argument, or on stdin.")
+    return sys.stdin
 
 
 @contextmanager

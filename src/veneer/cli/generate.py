@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from veneer.bounds import NEW_TOKENS, TEMPERATURE
-from veneer.cli.common import add_base, add_json, load_base, print_json
+from veneer.cli.common import add_base, add_json, load_base, print_json, standard_input
 from veneer.errors import InputError
 from veneer.wording import shown
 
@@ -45,7 +45,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    prompt = args.prompt if args.prompt is not None else standard_input().read()
     if not prompt.strip():
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
     asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
