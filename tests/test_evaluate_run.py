@@ -285,7 +285,7 @@ def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: FrozenBase) ->
     examples = label_examples(template, asked, LABELS)
     batch = make_batch(examples, packed=True, share_prompt=True, device=base.device)
     assert batch.layout is not None
-    assert batch.layout.prompt >= len(template.encode_prompt(asked.messages[:-1])) - 1
+    assert batch.layout.groups[0].prompt >= len(template.encode_prompt(asked.messages[:-1])) - 1
 
 
 def test_a_right_answer_that_is_no_label_is_refused_by_row(base: FrozenBase) -> None:
