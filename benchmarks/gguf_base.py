@@ -3,9 +3,9 @@
     python benchmarks/gguf_base.py --rows e2e_json.jsonl                     # the named default, a Q4_1 file
     python benchmarks/gguf_base.py --rows ROWS.jsonl --base model.Q4_K_M.gguf --steps 8 --rounds 3
 
-Each figure comes from a process of its own, the two kinds alternating, their order swapped every round. Printed: bytes of the
-weights, memory of the loaded process that belongs to it alone (the mapped file is not in it), examples/s of LoRA
-on all linear layers, decode tokens/s, and whether losses and adapter are the same.
+Each figure comes from a process of its own, the two kinds alternating, their order swapped every round. Printed:
+bytes of the weights, memory of the loaded process that belongs to it alone (the mapped file is not in it),
+examples/s of LoRA on all linear layers, decode tokens/s, and whether losses and adapter are the same.
 """
 
 import argparse
@@ -52,17 +52,29 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     del base
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
-            base=args.base, quantize=quantize, out=f"{scratch}/run", method=LoRA(rank=16, alpha=32.0),
-            batch=args.batch, steps=args.steps + 1, data=DataConfig(train=args.rows, validation_share=0.0),
-            learning_rate=2e-4, schedule="constant", warmup=0.0, order="file",
-        )  # fmt: skip
+            base=args.base,
+            quantize=quantize,
+            out=f"{scratch}/run",
+            method=LoRA(rank=16, alpha=32.0),
+            batch=args.batch,
+            steps=args.steps + 1,
+            data=DataConfig(train=args.rows, validation_share=0.0),
+            learning_rate=2e-4,
+            schedule="constant",
+            warmup=0.0,
+            order="file",
+        )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
         losses = [r["loss"] for r in read_records(f"{scratch}/run/metrics.jsonl") if r["kind"] == "step"]
     return {
-        "weights_bytes": weights, "memory_bytes": memory, "decode_tokens_per_s": len(new) / seconds,
-        "examples_per_s": summary["examples_per_second"], "losses": losses, "adapter": summary["adapter_sha256"],
+        "weights_bytes": weights,
+        "memory_bytes": memory,
+        "decode_tokens_per_s": len(new) / seconds,
+        "examples_per_s": summary["examples_per_second"],
+        "losses": losses,
+        "adapter": summary["adapter_sha256"],
         "peak_bytes": summary["peak_memory_bytes"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -101,9 +113,7 @@ def main() -> None:
     same = all(line["losses"] == everything[0]["losses"] for line in everything)
     adapters = {line["adapter"] for line in everything}
     print(f"losses {'equal to the bit' if same else 'differ'}; adapters: {len(adapters)} different file(s)")
-    print(
-        "first and last loss:", *(f"{line['losses'][0]:.4f} {line['losses'][-1]:.4f};" for line in everything)
-    )
+    print("first and last loss:", *(f"{line['losses'][0]:.4f} {line['losses'][-1]:.4f};" for line in everything))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
     nf4 requantised                              NF4 of (what NF4 decodes to + update): what Veneer never does
     peft fp32, peft bf16                         PEFT's merge_and_unload, where PEFT is installed
 
-mean_difference and max_difference compare logits with those of the adapter on the base it is merged into; mean_effect is
-how far the adapter moves them: a merge that loses the adapter differs by as much. Both sides run in float32.
+mean_difference and max_difference compare logits with those of the adapter on the base it is merged into;
+mean_effect is how far the adapter moves them: a merge that loses the adapter differs by as much. Both sides run in
+float32.
 
     python benchmarks/merge_table.py --base smollm2-135m --adapter runs/tickets [--rows FILE.jsonl]
 """
@@ -39,18 +40,25 @@ from veneer.quant import nf4
 from veneer.quant.nf4_linear import NF4Linear
 
 DENSE = {
-    "fp32": {"dtype": "fp32"}, "bf16": {"dtype": "bf16"},
-    "bf16 at random": {"dtype": "bf16", "stochastic": True}, "fp16": {"dtype": "fp16"},
-}  # fmt: skip
+    "fp32": {"dtype": "fp32"},
+    "bf16": {"dtype": "bf16"},
+    "bf16 at random": {"dtype": "bf16", "stochastic": True},
+    "fp16": {"dtype": "fp16"},
+}
 
 
 def row(tool: str, kind: str, left: Survival, check: LogitCheck, seconds: float) -> dict[str, Any]:
     return {
-        "tool": tool, "stored": kind, "survival": left.share, "rounding_error": left.error,
-        "update_size": left.relative_size, **asdict(check), "seconds": round(seconds, 2),
+        "tool": tool,
+        "stored": kind,
+        "survival": left.share,
+        "rounding_error": left.error,
+        "update_size": left.relative_size,
+        **asdict(check),
+        "seconds": round(seconds, 2),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("veneer", "torch", "transformers")},
-    }  # fmt: skip
+    }
 
 
 def loaded(base: str, adapter: Path, *, quantize: Any = None) -> FrozenBase:
@@ -63,17 +71,13 @@ def rows_of(base: FrozenBase, file: Path | None) -> list[list[int]]:
     if file is None:
         return text_rows(base.tokenizer)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:8]]
-    return limited(
-        [list(base.tokenizer.apply_chat_template(line["messages"])["input_ids"]) for line in lines]
-    )
+    return limited([list(base.tokenizer.apply_chat_template(line["messages"])["input_ids"]) for line in lines])
 
 
 def into_folder(base: FrozenBase, rows: list[list[int]], kind: str, **choice: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
-        report = merge_into_folder(
-            base, [("a", 1.0)], Path(place) / "m", rows=rows, least_survival=0.0, **choice
-        )
+        report = merge_into_folder(base, [("a", 1.0)], Path(place) / "m", rows=rows, least_survival=0.0, **choice)
         assert report.logits is not None
         return row("veneer", kind, report.total, report.logits, time.perf_counter() - start)
 
@@ -96,11 +100,7 @@ def requantised(base: FrozenBase, rows: list[list[int]]) -> dict[str, Any]:
         module.hold("weight", nf4.quantize(target))
         left.append(survival(own, target, module.dense_weight(torch.float32)))
     return row(
-        "veneer (not offered)",
-        "nf4 requantised",
-        total(left),
-        compare(base, asked),
-        time.perf_counter() - start,
+        "veneer (not offered)", "nf4 requantised", total(left), compare(base, asked), time.perf_counter() - start
     )
 
 
@@ -138,18 +138,10 @@ def table(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
         report = merge_into_folder(
-            base,
-            [("a", 1.0)],
-            Path(place) / "m",
-            dtype="fp32",
-            rows=rows,
-            as_trained=as_trained,
-            least_survival=0.0,
+            base, [("a", 1.0)], Path(place) / "m", dtype="fp32", rows=rows, as_trained=as_trained, least_survival=0.0
         )
         assert report.as_trained is not None
-        yield row(
-            "veneer", "nf4 original, fp32", report.total, report.as_trained, time.perf_counter() - start
-        )
+        yield row("veneer", "nf4 original, fp32", report.total, report.as_trained, time.perf_counter() - start)
     yield requantised(loaded(args.base, adapter, quantize="nf4"), rows)
     for kind in ("fp32", "bf16") if importlib.util.find_spec("peft") else ():
         gc.collect()
@@ -157,14 +149,10 @@ def table(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter", required=True, help="a really trained one: an adapter folder or a run")
-    parser.add_argument(
-        "--rows", type=Path, help="chat rows (.jsonl) to compare logits on; default: built-in texts"
-    )
+    parser.add_argument("--rows", type=Path, help="chat rows (.jsonl) to compare logits on; default: built-in texts")
     for line in table(parser.parse_args()):
         print(json.dumps(line), flush=True)
 

@@ -3,9 +3,9 @@
     python benchmarks/method_cost.py --base smollm2-135m --rows train.jsonl --out cost.json
 
 Each method trains in a process of its own, the methods in turn and all of them --repeats times, so that what else the
-machine does falls on all alike. Every run has the same rows in the same order, so a step is the same work each time: the
-fastest of its repeats counts, and the mean over steps is told. The first step of a run is left out. Memory is the peak above
-what the process held before the base was loaded. The rank is the same where a method has one.
+machine does falls on all alike. Every run has the same rows in the same order, so a step is the same work each
+time: the fastest of its repeats counts, and the mean over steps is told. The first step of a run is left out.
+Memory is the peak above what the process held before the base was loaded. The rank is the same where a method has one.
 """
 
 import argparse
@@ -44,10 +44,18 @@ def methods(rank: int) -> dict[str, MethodConfig]:
 def one(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
-            base=args.base, out=f"{scratch}/run", method=methods(args.rank)[args.one], batch=args.batch,
-            steps=args.steps + 1, data=DataConfig(train=args.rows, validation_share=0.0), order="file",
-            schedule="constant", warmup=0.0, quantize="nf4" if args.one == "qlora" else args.quantize, checkpointing=args.checkpointing,
-        )  # fmt: skip
+            base=args.base,
+            out=f"{scratch}/run",
+            method=methods(args.rank)[args.one],
+            batch=args.batch,
+            steps=args.steps + 1,
+            data=DataConfig(train=args.rows, validation_share=0.0),
+            order="file",
+            schedule="constant",
+            warmup=0.0,
+            quantize="nf4" if args.one == "qlora" else args.quantize,
+            checkpointing=args.checkpointing,
+        )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
         steps = [r for r in read_records(Path(scratch) / "run" / "metrics.jsonl") if r["kind"] == "step"][1:]
     return {
@@ -91,14 +99,10 @@ def main() -> None:
         rows[name] = {"step_seconds": statistics.mean(map(min, zip(*steps, strict=True)))}
         rows[name] |= {"slowest_run_seconds": max(statistics.mean(run) for run in steps)}
         rows[name] |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    settings = {k: v for k, v in vars(args).items() if k not in ("one", "out")} | {
-        "rows": Path(args.rows).name
-    }
+    settings = {k: v for k, v in vars(args).items() if k not in ("one", "out")} | {"rows": Path(args.rows).name}
     args.out.write_text(json.dumps({"settings": settings, "methods": rows}, indent=2) + "\n")
     unit = rows.get("lora", next(iter(rows.values())))
-    print(
-        "| method | trained | file, MB | s/step | × LoRA | memory, MB | × LoRA |\n|---|---|---|---|---|---|---|"
-    )
+    print("| method | trained | file, MB | s/step | × LoRA | memory, MB | × LoRA |\n|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         seconds, memory = row["step_seconds"], row["memory_bytes"]
         print(

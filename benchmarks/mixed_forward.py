@@ -20,7 +20,7 @@ import torch
 import veneer
 from veneer.adapters.acting import Acting, TokenKeys, in_turn
 from veneer.adapters.config import LoRA
-from veneer.api import Base
+from veneer.base import Base
 from veneer.data.batching import make_groups
 from veneer.data.examples import Example, RowRef
 from veneer.decoding.cache import Cache
@@ -70,11 +70,13 @@ def timed(ways: dict[str, Callable[[], object]], turns: int) -> dict[str, dict[s
     plain = statistics.median(times["none"])
     return {
         name: {
-            "ms": round(statistics.median(each), 2), "least": round(min(each), 2), "most": round(max(each), 2),
+            "ms": round(statistics.median(each), 2),
+            "least": round(min(each), 2),
+            "most": round(max(each), 2),
             "times none": round(statistics.median(each) / plain, 3),
         }
         for name, each in times.items()
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -118,12 +120,20 @@ def main() -> None:
         answering[name] = partial(answer, read(base, groups, acting), by_token[name])
         reading[name] = partial(read, base, groups, acting)
         training[name] = partial(train, acting_on(batch, of_groups))
-    print(json.dumps({
-        "adapters": count, "rank": asked.rank, "dtype": str(base.dtype), "threads": torch.get_num_threads(),
-        "an answer's step, one token a row": timed(answering, asked.turns),
-        f"reading, {TOKENS} tokens a row": timed(reading, asked.turns),
-        f"training step, {TOKENS} tokens a row": timed(training, max(3, asked.turns // 3)),
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "adapters": count,
+                "rank": asked.rank,
+                "dtype": str(base.dtype),
+                "threads": torch.get_num_threads(),
+                "an answer's step, one token a row": timed(answering, asked.turns),
+                f"reading, {TOKENS} tokens a row": timed(reading, asked.turns),
+                f"training step, {TOKENS} tokens a row": timed(training, max(3, asked.turns // 3)),
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

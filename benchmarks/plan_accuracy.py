@@ -20,24 +20,66 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 BASES = {
     "smollm2-135m": None,
-    "llama": {"model_type": "llama", "num_hidden_layers": 12, "hidden_size": 512, "num_attention_heads": 8,
-              "num_key_value_heads": 4, "intermediate_size": 1536, "vocab_size": 32000, "tie_word_embeddings": False},
-    "qwen": {"model_type": "qwen3", "num_hidden_layers": 16, "hidden_size": 512, "num_attention_heads": 8,
-             "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1408, "vocab_size": 64000,
-             "tie_word_embeddings": True},
-    "gemma": {"model_type": "gemma2", "num_hidden_layers": 12, "hidden_size": 512, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 2048, "vocab_size": 64000,
-              "tie_word_embeddings": True, "sliding_window": 256},
+    "llama": {
+        "model_type": "llama",
+        "num_hidden_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1536,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "qwen": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 16,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 1408,
+        "vocab_size": 64000,
+        "tie_word_embeddings": True,
+    },
+    "gemma": {
+        "model_type": "gemma2",
+        "num_hidden_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "intermediate_size": 2048,
+        "vocab_size": 64000,
+        "tie_word_embeddings": True,
+        "sliding_window": 256,
+    },
     "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_embd": 512, "n_head": 8, "vocab_size": 32000, "n_positions": 1024},
-    "moe": {"model_type": "qwen3_moe", "num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8,
-            "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1408, "moe_intermediate_size": 384,
-            "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000, "tie_word_embeddings": False},
-}  # fmt: skip
+    "moe": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 1408,
+        "moe_intermediate_size": 384,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"name": "lora"}, "dora": {"name": "dora"}, "full": {"name": "full"}, "prefix": {"name": "prefix"},
-    "houlsby": {"name": "bottleneck", "placement": "houlsby"}, "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer"},
-    "parallel": {"name": "bottleneck"}, "nf4": {"name": "lora"}, "gguf": {"name": "lora"},
-}  # fmt: skip
+    "lora": {"name": "lora"},
+    "dora": {"name": "dora"},
+    "full": {"name": "full"},
+    "prefix": {"name": "prefix"},
+    "houlsby": {"name": "bottleneck", "placement": "houlsby"},
+    "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer"},
+    "parallel": {"name": "bottleneck"},
+    "nf4": {"name": "lora"},
+    "gguf": {"name": "lora"},
+}
 CASES = """
 smollm2-135m bfloat16 lora     4 x 256       llama        bfloat16 lora     4 x 256
 qwen         bfloat16 lora     4 x 512       gemma        bfloat16 lora     4 x 256
@@ -97,15 +139,22 @@ def one(folder: Path, case: str) -> dict[str, int]:
     rows.write_text("\n".join(json.dumps({"text": f"{n:03d}{words}"}) for n in range(4 * int(batch))))
     with tempfile.TemporaryDirectory() as out:
         summary = api.train(
-            source, {"train": str(rows), "validation_share": 0.0, "long_rows": "cut"}, out=f"{out}/run",
-            method=METHODS[method], quantize=method if method in ("nf4", "gguf") else None, batch=int(batch),
-            length=int(length), steps=2, checkpointing=bool(kept), dtype=dtype,
-        )  # fmt: skip
+            source,
+            {"train": str(rows), "validation_share": 0.0, "long_rows": "cut"},
+            out=f"{out}/run",
+            method=METHODS[method],
+            quantize=method if method in ("nf4", "gguf") else None,
+            batch=int(batch),
+            length=int(length),
+            steps=2,
+            checkpointing=bool(kept),
+            dtype=dtype,
+        )
         lines = [json.loads(line) for line in Path(f"{out}/run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
-    return {
-        key: summary[key] for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")
-    } | {"computed_tokens": steps[-1]["computed_tokens"]}
+    return {key: summary[key] for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")} | {
+        "computed_tokens": steps[-1]["computed_tokens"]
+    }
 
 
 def main() -> None:

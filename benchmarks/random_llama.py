@@ -8,32 +8,27 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def write_random_llama(
-    folder: Path,
-    *,
-    tokenizer_of: Path,
-    hidden: int,
-    feed_forward: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
+    folder: Path, *, tokenizer_of: Path, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int
 ) -> int:
     """Returns the number of weights. The tokenizer, and so the vocabulary, is that of another folder."""
     folder.mkdir(parents=True)
     vocabulary = AutoConfig.from_pretrained(tokenizer_of).vocab_size
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     config.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (tokenizer_of / name).is_file():

@@ -126,11 +126,7 @@ def write_rows(task: str, args: argparse.Namespace, folder: Path) -> list[Path]:
     tested = tested[: args.test]
     taken = {row["prompt"] for row in tested}
     unique = list({row["prompt"]: row for row in train if row["prompt"] not in taken}.values())
-    sides = {
-        "validation": unique[: args.validation],
-        "train": unique[args.validation :][: args.train],
-        "test": tested,
-    }
+    sides = {"validation": unique[: args.validation], "train": unique[args.validation :][: args.train], "test": tested}
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sides.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -150,11 +146,29 @@ def run(task: str, args: argparse.Namespace) -> None:
         common = {"base": args.base, "batch": args.batch, "evaluate_every": max(1, args.steps // 2)}
         files[-1].write_text(json.dumps({**common, **CANDIDATES[name]}) + "\n", "utf-8")
     command = [
-        "compare", *map(str, files), "--data", str(train), "--validation", str(validation), "--test", str(test),
-        "--steps", str(args.steps), "--seeds", str(args.seeds), "--rates", args.rates,
-        "--extend", str(args.extend), "--metrics", metrics, "--max-tokens", str(tokens),
-        "--out", str(out),
-    ]  # fmt: skip
+        "compare",
+        *map(str, files),
+        "--data",
+        str(train),
+        "--validation",
+        str(validation),
+        "--test",
+        str(test),
+        "--steps",
+        str(args.steps),
+        "--seeds",
+        str(args.seeds),
+        "--rates",
+        args.rates,
+        "--extend",
+        str(args.extend),
+        "--metrics",
+        metrics,
+        "--max-tokens",
+        str(tokens),
+        "--out",
+        str(out),
+    ]
     if task == "banking77":
         labels = out / "rows" / "labels.txt"
         named = json.loads((args.data / "banking77" / "categories.json").read_text(encoding="utf-8"))
@@ -167,14 +181,7 @@ def run(task: str, args: argparse.Namespace) -> None:
     print(f"== {task}: {(time.monotonic() - start) / 60:.0f} min", flush=True)
 
 
-COSTS = {
-    "lora": "lora",
-    "full": "full",
-    "qlora": "qlora",
-    "dora": "dora",
-    "prefix": "prefix",
-    "bottleneck": "parallel",
-}
+COSTS = {"lora": "lora", "full": "full", "qlora": "qlora", "dora": "dora", "prefix": "prefix", "bottleneck": "parallel"}
 """Candidate -> its name in method_cost.py."""
 
 
@@ -184,9 +191,23 @@ def cost(task: str, args: argparse.Namespace) -> None:
     named = [COSTS[name] for name in args.methods.split(",") if name in COSTS]
     script = Path(__file__).with_name("method_cost.py")
     command = [
-        sys.executable, str(script), "--base", args.base, "--rows", str(train), "--out", str(args.out / task / "cost.json"),
-        "--batch", str(args.batch), "--repeats", "3", "--steps", "6", "--methods", *named,
-    ]  # fmt: skip
+        sys.executable,
+        str(script),
+        "--base",
+        args.base,
+        "--rows",
+        str(train),
+        "--out",
+        str(args.out / task / "cost.json"),
+        "--batch",
+        str(args.batch),
+        "--repeats",
+        "3",
+        "--steps",
+        "6",
+        "--methods",
+        *named,
+    ]
     if subprocess.run(command).returncode:
         sys.exit(f"{task}: method_cost.py failed")
 
@@ -202,12 +223,7 @@ def rows(head: list[str], *lines: list[str]) -> list[str]:
 
 def quality(figures: dict[str, Any]) -> list[str]:
     units = figures["units"]
-    lines = [
-        [
-            "base, untrained",
-            *(quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items()),
-        ]
-    ]
+    lines = [["base, untrained", *(quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items())]]
     for m in figures["methods"]:
         told = [m["failure"] if n == 0 else "" for n in range(len(units))]
         if not m["failure"]:
@@ -294,7 +310,8 @@ def write(args: argparse.Namespace) -> None:
     parts = [
         "# Methods compared",
         "",
-        "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer compare`.",
+        "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer "
+        "compare`.",
         "",
         *([about.read_text(encoding="utf-8").strip(), ""] if about.is_file() else []),
         "## LoRA beside full fine-tuning",

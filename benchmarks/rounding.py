@@ -1,4 +1,5 @@
-"""How far the loss in bf16 is from float32's, batch by batch: Veneer's step and transformers' own attention and modules.
+"""How far the loss in bf16 is from float32's, batch by batch: Veneer's step and transformers' own attention and
+modules.
 
     python benchmarks/rounding.py --base BASE --rows FILE [FILE ...]
 
@@ -33,10 +34,7 @@ def losses(base: FrozenBase, examples: list[Example], batch: int, *, own: bool) 
         base.model.set_attn_implementation("sdpa")
     with fused(base.model, {} if own else replacements(base.model)):
         made = batches_of(base.model, paths, examples, rows, share_prompt=not own)
-        return [
-            batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item()
-            for one in made
-        ]
+        return [batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item() for one in made]
 
 
 def main() -> None:
@@ -55,19 +53,17 @@ def main() -> None:
             base = load_base(args.base, dtype=dtype)
             settings = DataConfig(train=file, validation_share=0.0).model_dump()
             data = load_data(
-                **settings,
-                length=8192,
-                capacity=capacity_of(base),
-                tokenizer=base.tokenizer,
-                today=date.today(),
+                **settings, length=8192, capacity=capacity_of(base), tokenizer=base.tokenizer, today=date.today()
             )
             found[name] = losses(base, list(data.train), args.batch, own=own)
         exact = found.pop("float32")
         print(f"{file}: {len(exact)} batches of {args.batch}, float32 loss {statistics.mean(exact):.4f}")
         for name, values in found.items():
             off = [v / e - 1 for v, e in zip(values, exact, strict=True)]
-            print(f"  {name:13} mean {statistics.mean(off):+.2%}   one batch: deviation {statistics.stdev(off):.2%}, "
-                  f"largest {max(off, key=abs):+.2%}")  # fmt: skip
+            print(
+                f"  {name:13} mean {statistics.mean(off):+.2%}   one batch: deviation {statistics.stdev(off):.2%}, "
+                f"largest {max(off, key=abs):+.2%}"
+            )
 
 
 if __name__ == "__main__":

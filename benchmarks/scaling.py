@@ -15,13 +15,7 @@ from pathlib import Path
 from veneer.bases.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
-TARGETS = (
-    "q_proj",
-    "q_proj,v_proj",
-    "q_proj,k_proj,v_proj,o_proj",
-    "gate_proj,up_proj,down_proj",
-    "all-linear",
-)
+TARGETS = ("q_proj", "q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
 
 
 def write_rows(path: Path, base: str, length: int, count: int) -> None:

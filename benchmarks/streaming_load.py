@@ -45,9 +45,14 @@ def main() -> None:
     try:
         start = time.perf_counter()
         count = write_random_llama(
-            scratch / "model", tokenizer_of=args.tokenizer_of, hidden=args.hidden, feed_forward=args.feed_forward,
-            layers=args.layers, heads=args.hidden // 128, kv_heads=max(1, args.hidden // 128 // 3),
-        )  # fmt: skip
+            scratch / "model",
+            tokenizer_of=args.tokenizer_of,
+            hidden=args.hidden,
+            feed_forward=args.feed_forward,
+            layers=args.layers,
+            heads=args.hidden // 128,
+            kv_heads=max(1, args.hidden // 128 // 3),
+        )
         print(
             f"{count / 1e9:.2f} B parameters, {2 * count / 1e9:.2f} GB, written in {time.perf_counter() - start:.0f} s"
         )
@@ -59,12 +64,14 @@ def main() -> None:
             found = json.loads(done.stdout)
             peak, final = found["peak"] - found["before"], found["after"] - found["before"]
             print(
-                f"{held}: {found['seconds']:.0f} s; weights {found['weights'] / 1e9:.2f} GB; process above its imports: "
+                f"{held}: {found['seconds']:.0f} s; weights {found['weights'] / 1e9:.2f} GB; process above its "
+                f"imports: "
                 f"peak {peak / 1e9:.2f} GB, afterwards {final / 1e9:.2f} GB"
             )
             for what, kind, values, size in found["table"]:
                 print(
-                    f"  {what:<18}{kind:<10}{values / 1e6:>9.1f} M {size / 1e6:>9.1f} MB  {size / max(values, 1):.4f} B each"
+                    f"  {what:<18}{kind:<10}{values / 1e6:>9.1f} M {size / 1e6:>9.1f} MB  "
+                    f"{size / max(values, 1):.4f} B each"
                 )
     finally:
         shutil.rmtree(scratch)

@@ -22,7 +22,7 @@ import torch
 
 import veneer
 from veneer.adapters.config import LoRA
-from veneer.api import Base
+from veneer.base import Base
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
 
@@ -64,9 +64,7 @@ def by_number(base: Base, library: Library, most: int) -> list[dict[str, float]]
         for number in range(len(base.attachments), count):
             library.point(f"n{number}", entry.version.object, entry.version.facts)
             base.use(f"n{number}")
-        rows.append(
-            {"loaded": count, "veneer_us": median_us(lambda turn, n=count: base.use(f"n{turn % n}"), 400)}
-        )
+        rows.append({"loaded": count, "veneer_us": median_us(lambda turn, n=count: base.use(f"n{turn % n}"), 400)})
         count *= 2
     base.use(None)
     return rows
@@ -87,10 +85,7 @@ def peft_by_number(source: str, folder: Path, most: int) -> list[dict[str, float
         loaded = count
         turns = 20 if count <= 16 else 6
         rows.append(
-            {
-                "loaded": count,
-                "peft_us": median_us(lambda turn, n=count: model.set_adapter(f"n{turn % n}"), turns),
-            }
+            {"loaded": count, "peft_us": median_us(lambda turn, n=count: model.set_adapter(f"n{turn % n}"), turns)}
         )
         count *= 2
     return rows
@@ -102,17 +97,19 @@ def by_depth(depths: list[int]) -> list[dict[str, float]]:
     rows = []
     for depth in depths:
         config = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=2,
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=depth,
+            num_attention_heads=2,
             num_key_value_heads=1,
-        )  # fmt: skip
+        )
         tokenizer = None
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
         base = Base(model=model, tokenizer=tokenizer, source="x", name_or_path="x")  # type: ignore[arg-type]
         for name in ("a", "b"):
             base.attach(LoRA(rank=2), name=name)
-        rows.append(
-            {"layers": depth, "veneer_us": median_us(lambda turn, base=base: base.use("ab"[turn % 2]), 400)}
-        )
+        rows.append({"layers": depth, "veneer_us": median_us(lambda turn, base=base: base.use("ab"[turn % 2]), 400)})
     return rows
 
 
@@ -132,9 +129,11 @@ def first_use(source: str, library: Library, turns: int) -> dict[str, float]:
         base.detach("a1")
     return {
         "file_bytes": size,
-        "fresh_min_ms": round(min(fresh), 2), "fresh_median_ms": round(statistics.median(fresh), 2),
-        "beside_another_min_ms": round(min(second), 2), "beside_another_median_ms": round(statistics.median(second), 2),
-    }  # fmt: skip
+        "fresh_min_ms": round(min(fresh), 2),
+        "fresh_median_ms": round(statistics.median(fresh), 2),
+        "beside_another_min_ms": round(min(second), 2),
+        "beside_another_median_ms": round(statistics.median(second), 2),
+    }
 
 
 def cycles(base: Base, count: int) -> dict[str, int]:
@@ -166,31 +165,20 @@ def listing(library: Library, folder: Path, names: int) -> dict[str, float]:
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
-    return {
-        "names": names,
-        "first_seconds": round(times[0], 3),
-        "seconds": round(statistics.median(times[1:]), 3),
-    }
+    return {"names": names, "first_seconds": round(times[0], 3), "seconds": round(statistics.median(times[1:]), 3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument(
-        "--rank", type=int, default=8, help="8 on all linear layers of smollm2-135m is a file of 10 MB"
-    )
+    parser.add_argument("--rank", type=int, default=8, help="8 on all linear layers of smollm2-135m is a file of 10 MB")
     parser.add_argument("--most", type=int, default=256, help="adapters loaded at once")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 8, 32, 128])
     parser.add_argument("--turns", type=int, default=15, help="of first use")
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--names", type=int, default=10_000)
     parser.add_argument(
-        "--peft-most",
-        type=int,
-        default=64,
-        help="the same in PEFT, which takes minutes for more; 0: not at all",
+        "--peft-most", type=int, default=64, help="the same in PEFT, which takes minutes for more; 0: not at all"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -199,13 +187,16 @@ def main() -> None:
         _ = base.paths
         base.library = library = make_library(folder, base, args.rank)
         result = {
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "base": args.base, "rank": args.rank,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "base": args.base,
+            "rank": args.rank,
             "first_use": first_use(args.base, library, args.turns),
             "memory": cycles(base, args.cycles),
             "by_number": by_number(base, library, args.most),
             "by_depth": by_depth(args.depths),
             "ls": listing(library, folder, args.names),
-        }  # fmt: skip
+        }
         del base
         gc.collect()
         result["peft_by_number"] = peft_by_number(args.base, library.path("a0"), args.peft_most)

@@ -1,10 +1,11 @@
 """Which learning rate each method wants: held-out loss over a small grid, on real rows.
 
-    python benchmarks/sweep.py --base smollm2-135m --rows e2e_json=train.jsonl:test.jsonl viggo_text=... --out sweep.json
+    python benchmarks/sweep.py --base smollm2-135m --rows e2e_json=train.jsonl:test.jsonl viggo_text=... --out
+    sweep.json
 
 The grid of a method is its default rate times --factors, 1/4 to 4. Every run has the same rows, steps, batch and seed.
-Runs that --out already holds are not repeated, so it goes on where it was stopped; a run that diverges counts as infinite.
-The table shows the best rate of each method and what the default gives up against it, in nats per token.
+Runs that --out already holds are not repeated, so it goes on where it was stopped; a run that diverges counts as
+infinite. The table shows the best rate of each method and what the default gives up against it, in nats per token.
 """
 
 import argparse
@@ -43,10 +44,18 @@ def held_out(args: argparse.Namespace, files: str, method: MethodConfig, rate: f
     train, _, test = files.partition(":")
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
-            base=args.base, out=f"{scratch}/run", method=method, batch=args.batch, steps=args.steps,
-            data=DataConfig(train=train, validation=test or None), learning_rate=rate, seed=args.seed, keep=1,
-            evaluate_every=args.steps, save_every=args.steps,
-        )  # fmt: skip
+            base=args.base,
+            out=f"{scratch}/run",
+            method=method,
+            batch=args.batch,
+            steps=args.steps,
+            data=DataConfig(train=train, validation=test or None),
+            learning_rate=rate,
+            seed=args.seed,
+            keep=1,
+            evaluate_every=args.steps,
+            save_every=args.steps,
+        )
         try:
             loss = api.train_run(config, resume=False, screen=QuietScreen())["validation_loss"]
         except DivergedError:

@@ -3,9 +3,9 @@
     python benchmarks/train_speed.py --base BASE --rows e2e.jsonl viggo.jsonl --peer-python PY --peer-scripts DIR
 
 DIR holds `train_trl.py` (TRL's SFTTrainer with peft), which prints one JSON line with the same keys as
-train_veneer.py; PY is the Python of an environment with the peers. The tools round in places of their own, so the first loss of
-both is held against that of the same batch over the same weights in float32. Fails if one is further off than rounding explains:
-then the tools do not train on the same thing, and speed means nothing.
+train_veneer.py; PY is the Python of an environment with the peers. The tools round in places of their own, so the
+first loss of both is held against that of the same batch over the same weights in float32. Fails if one is further
+off than rounding explains: then the tools do not train on the same thing, and speed means nothing.
 """
 
 import argparse
@@ -37,9 +37,7 @@ def spread(lines: list[dict[str, float]], key: str) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def check_same_training(
-    mine: dict[str, float], peer: dict[str, float], exact: float, peers_most: float
-) -> None:
+def check_same_training(mine: dict[str, float], peer: dict[str, float], exact: float, peers_most: float) -> None:
     """exact: the first loss in float32; peers_most: how far the peer may be off."""
     off = {"veneer": mine["first_loss"] / exact - 1, "trl": peer["first_loss"] / exact - 1}
     print(f"first loss in float32 {exact}; " + ", ".join(f"{n} {d:+.2%}" for n, d in off.items()))
@@ -84,14 +82,17 @@ def main() -> None:
         memory = [statistics.median(l["peak_rss_mib"] for l in lines) - idle for lines in (mine, peer)]
         print(f"{Path(rows).stem}: {args.rounds} rounds of {args.steps} steps")
         print(
-            f"  examples/s   veneer {spread(mine, 'examples_per_s')}   trl {spread(peer, 'examples_per_s')}   ratio {ratio:.2f}"
+            f"  examples/s   veneer {spread(mine, 'examples_per_s')}   trl {spread(peer, 'examples_per_s')}   "
+            f"ratio {ratio:.2f}"
         )
         print(
-            f"  MiB above an idle process   veneer {memory[0]:.0f}   trl {memory[1]:.0f}   share {memory[0] / memory[1]:.2f}"
+            f"  MiB above an idle process   veneer {memory[0]:.0f}   trl {memory[1]:.0f}   share "
+            f"{memory[0] / memory[1]:.2f}"
         )
         print(f"  share of the matrix-product rate   {spread(mine, 'share_of_matrix_rate')}")
         print(
-            f"  loss first, last   veneer {mine[0]['first_loss']}, {mine[0]['last_loss']}   trl {peer[0]['first_loss']}, {peer[0]['last_loss']}",
+            f"  loss first, last   veneer {mine[0]['first_loss']}, {mine[0]['last_loss']}   trl "
+            f"{peer[0]['first_loss']}, {peer[0]['last_loss']}",
             flush=True,
         )
 

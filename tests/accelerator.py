@@ -5,10 +5,12 @@
         ...                         # the project's own code, unchanged; all of it sees .device == cuda:0
 
 Which place a tensor belongs to is noted on its storage, so views and in-place operations need no care. Two modes see
-everything: one the calls from Python (`.device`, `.to`, factories), one the operations below autograd, backward included.
+everything: one the calls from Python (`.device`, `.to`, factories), one the operations below autograd, backward
+included.
     Mixed          an operation got tensors of two places where a real device refuses it, a generator of another place,
                    or memory's address (compiled CPU kernels)
-    reads          places in the code where the host waits for a value: .item(), bool(), .cpu(), nonzero, masks as indices
+    reads          places in the code where the host waits for a value: .item(), bool(), .cpu(), nonzero, masks as
+                   indices
     uploads        places in the code where it waits for a copy from host memory
 Not seen: streams, the order of work, kernels of the device itself, an address asked of a storage.
 """
@@ -33,9 +35,15 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 READS = {
-    aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.unique_consecutive,
-    aten.masked_select, aten.equal, aten.bincount,
-}  # fmt: skip
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.masked_select,
+    aten.equal,
+    aten.bincount,
+}
 """Operations whose answer the host waits for: a value, or the shape of the result."""
 INDEXING = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_, aten._unsafe_index}
 MOVES = {aten.copy_, aten._to_copy, aten.set_}
@@ -43,9 +51,11 @@ FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 """Functions that carry values of the host to the device they are given."""
 HOST_ONLY = {Tensor.numpy, Tensor.__array__}
 FACTS = {
-    "get_device_capability": lambda _=None: (9, 0), "mem_get_info": lambda _=None: (2**36, 2**36),
-    "get_rng_state": lambda _=None: torch.random.get_rng_state(), "set_rng_state": lambda *_: None,
-}  # fmt: skip
+    "get_device_capability": lambda _=None: (9, 0),
+    "mem_get_info": lambda _=None: (2**36, 2**36),
+    "get_rng_state": lambda _=None: torch.random.get_rng_state(),
+    "set_rng_state": lambda *_: None,
+}
 """What is asked of CUDA itself: by transformers while it loads a model and multiplies experts, by torch's fork_rng."""
 _T: Any = Tensor
 
@@ -82,9 +92,7 @@ class Accelerator:
             )
         calls, push = _Calls(self), torch._C._autograd._push_saved_tensors_default_hooks
 
-        def seen(
-            hook: Any,
-        ) -> Any:  # what is saved is handed out in the middle of a call, where no mode is on
+        def seen(hook: Any) -> Any:  # what is saved is handed out in the middle of a call, where no mode is on
             def call(tensor: Any) -> Any:
                 with nullcontext() if calls in _get_current_function_mode_stack() else calls:
                     return hook(tensor)
@@ -199,9 +207,7 @@ class _Calls(TorchFunctionMode):
             if func in FROM_HOST and not (isinstance(args[0], Tensor) and there.holds(args[0])):
                 there.upload(func.__name__)
             if kwargs.get("generator") is not None:
-                raise Mixed(
-                    f"{func.__name__} on {there.device} draws from a generator of the CPU at {_line()}"
-                )
+                raise Mixed(f"{func.__name__} on {there.device} draws from a generator of the CPU at {_line()}")
             return there.take(out)
         if there.holds(out):  # zeros_like(x, device="cpu") is no wait
             del _storage(out).elsewhere

@@ -19,7 +19,8 @@ import pytest
 
 
 class Calls:
-    """A plugin of pytest. Fixtures may serve the tests behind the one that made them: what they call counts for those too."""
+    """A plugin of pytest. Fixtures may serve the tests behind the one that made them: what they call counts for
+    those too."""
 
     def __init__(self, out: Path, source: Path) -> None:
         self.out, self.source = out, str(source) + "/"

@@ -63,13 +63,32 @@ DECODER = {"is_decoder": True}
 HEADS = {"head_dim": 32}
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-         "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
-         "xlm-roberta-xl", "xmod"), DECODER,
+        (
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "reformer",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xmod",
+        ),
+        DECODER,
     ),
     "bamba": {"attn_layer_indices": [1, 5]},
     "deepseek_v2": {"num_experts_per_tok": 6},
-    "hunyuan_v1_dense": HEADS, "hunyuan_v1_moe": HEADS, "ministral": {"head_dim": 128},
+    "hunyuan_v1_dense": HEADS,
+    "hunyuan_v1_moe": HEADS,
+    "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 6, "num_hidden_layers": 12},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
@@ -77,15 +96,27 @@ FIELDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
-                       "indexer_compress_ratio": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
     "falcon": {"hidden_size": 256, "num_attention_heads": 4},
-    "dbrx": {"d_model": 256, "n_heads": 4, "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
-             "ffn_config": {"moe_top_k": 2}},  # of one, the only weight is always 1: its router has no gradient
-    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4}
-                                                for kind in ("full_attention", "sliding_attention")}},
+    "dbrx": {
+        "d_model": 256,
+        "n_heads": 4,
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"moe_top_k": 2},
+    },  # of one, the only weight is always 1: its router has no gradient
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-}  # fmt: skip
+}
 """What a default config lacks to be a decoder, or to be built at all."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16}),
@@ -94,18 +125,33 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "doge, window": ("doge", {"sliding_window": 64}),
     "olmoe, window": ("olmoe", {"sliding_window": 64}),
     "mixtral, window": ("mixtral", {"sliding_window": 64}),
-    "phi3, longrope": ("phi3", {
-        "original_max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
-                            "short_factor": [1.0 + 0.1 * i for i in range(48)],
-                            "long_factor": [2.0 + 0.5 * i for i in range(48)]}}),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 4096,
+                "short_factor": [1.0 + 0.1 * i for i in range(48)],
+                "long_factor": [2.0 + 0.5 * i for i in range(48)],
+            },
+        },
+    ),
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
-}  # fmt: skip
+}
 """Settings that change the path, beside the defaults."""
 SAMPLE = (
-    "qwen2_moe, window", "llama4_text", "phi3, longrope", "granite", "deepseek_v3", "mamba", "lfm2", "llama, dynamic",
-)  # fmt: skip
+    "qwen2_moe, window",
+    "llama4_text",
+    "phi3, longrope",
+    "granite",
+    "deepseek_v3",
+    "mamba",
+    "lfm2",
+    "llama, dynamic",
+)
 """Held in CI; the rest by `make soak`."""
 
 
@@ -189,7 +235,8 @@ def _alone(model: Any, ids: np.ndarray) -> Tensor:
 
 
 def _nats(model: Any, examples: list[Any]) -> Tensor:
-    """Cross-entropy of the trained tokens of every row alone, summed. What no loss depends on is left out, as in a step."""
+    """Cross-entropy of the trained tokens of every row alone, summed. What no loss depends on is left out, as in a
+    step."""
     total = torch.zeros(())
     for example in examples:
         rows = np.flatnonzero(example.trained)
@@ -376,9 +423,7 @@ def _answers(base: FrozenBase, twin: Any) -> float:
         ids = torch.tensor([prompt])
         forget_lengths(twin)
         try:
-            out = twin.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
+            out = twin.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             expected.append(out[0, len(prompt) :].tolist())
         except Exception as fault:
             trouble = f"stops ({type(fault).__name__})"
@@ -406,10 +451,7 @@ def main(asked: list[str]) -> None:
         result = measure(name)
         rows[name] = result.row
         numbers = {k: f"{v:.1e}" if isinstance(v, float) else v for k, v in result.cells.items()}
-        print(
-            f"{name}  {time.perf_counter() - start:.1f} s  {result.built or result.path}\n    {numbers}",
-            flush=True,
-        )
+        print(f"{name}  {time.perf_counter() - start:.1f} s  {result.built or result.path}\n    {numbers}", flush=True)
         PAGE.write_text(page(rows))
 
 

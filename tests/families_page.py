@@ -68,11 +68,14 @@ def page(rows: dict[str, str]) -> str:
         "Written by `python -m tests.families`; a sample is held in CI, the whole by `make soak`. Every causal LM that "
         f"transformers {transformers.__version__} names, small and random in float32, beside PEFT {peft.__version__}.",
         "",
-        "- **rows**: how a batch is computed and, where documents are not packed, why. Padded and one by one are slower, "
+        "- **rows**: how a batch is computed and, where documents are not packed, why. Padded and one by one "
+        "are slower, "
         "not less exact.",
-        f"- **loss**, **gradient**: of a batch with a shared prompt, against PEFT and the model's own forward one row at "
+        f"- **loss**, **gradient**: of a batch with a shared prompt, against PEFT and the model's own forward "
+        f"one row at "
         f"a time; yes: within {LOSS:g} and {GRADIENT:g} of the largest value.",
-        "- **to PEFT**: our adapter's file in PEFT; **from PEFT**: PEFT's `all-linear` file here; yes: the same logits.",
+        "- **to PEFT**: our adapter's file in PEFT; **from PEFT**: PEFT's `all-linear` file here; yes: the same "
+        "logits.",
         "- **answers**: four greedy ones at once against transformers' loop in PEFT one at a time, all the same.",
         "- Words in place of a yes say what PEFT or transformers does not do (tests/families_declared.py).",
         "",

@@ -105,21 +105,18 @@ SECONDS = 300
 SECONDS_OF_CALLERS, SECONDS_WATCHED = 30, 60
 """Of tests that call a function; and of a test file, watched for what it calls."""
 COMPARISONS = {
-    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
-    "in": "not in", "not in": "in", "is": "is not", "is not": "is",
-}  # fmt: skip
-OPERATORS = {
-    "+": "-",
-    "-": "+",
-    "*": "/",
-    "/": "*",
-    "//": "*",
-    "%": "*",
-    "**": "*",
-    "&": "|",
-    "|": "&",
-    "@": "*",
+    "<": "<=",
+    "<=": "<",
+    ">": ">=",
+    ">=": ">",
+    "==": "!=",
+    "!=": "==",
+    "in": "not in",
+    "not in": "in",
+    "is": "is not",
+    "is not": "is",
 }
+OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "&": "|", "|": "&", "@": "*"}
 LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 
 
@@ -252,18 +249,14 @@ class _Python(ast.NodeVisitor):
         simple = [a for a in node.args if isinstance(a, ast.Name | ast.Attribute)]
         if len(node.args) >= 2 and simple[:2] == node.args[:2] and ast.dump(simple[0]) != ast.dump(simple[1]):
             (start, middle), (after, end) = self.place(simple[0]), self.place(simple[1])
-            one, gap, other = (
-                self.data[a:b].decode() for a, b in ((start, middle), (middle, after), (after, end))
-            )
+            one, gap, other = (self.data[a:b].decode() for a, b in ((start, middle), (middle, after), (after, end)))
             self.add(node, "exchanged", start, end, other + gap + one)
         self.generic_visit(node)
 
 
 def of_c(file: str, text: str) -> Iterator[Mutation]:
     """Mutations of C, by its text: comparisons, signs with spaces around them, small numbers; comments left out."""
-    bare = re.sub(
-        r"/\*.*?\*/|//[^\n]*|\"[^\"\n]*\"|^#[^\n]*", lambda m: " " * len(m.group()), text, flags=re.S | re.M
-    )
+    bare = re.sub(r"/\*.*?\*/|//[^\n]*|\"[^\"\n]*\"|^#[^\n]*", lambda m: " " * len(m.group()), text, flags=re.S | re.M)
     assert text.isascii()  # places are in bytes
     grain = r"veneer_parallel\(.*,(?P<out>[^,]*)\);"  # items that a thread takes at least
     smaller_or_larger = r"((?!\d)[\w.>-]+(?: - \w+)?)(?P<out> [<>] )(-?[\w.]+) \? (?:\1 : \3|\3 : \1)\b"
@@ -274,8 +267,20 @@ def of_c(file: str, text: str) -> Iterator[Mutation]:
     def line(match: re.Match[str]) -> int:
         return text.count("\n", 0, match.start()) + 1
 
-    swaps = {" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " + ": " - ", " - ": " + ",
-             " * ": " + ", " += ": " -= ", " && ": " || ", " / ": " * ", " >> ": " << "}  # fmt: skip
+    swaps = {
+        " < ": " <= ",
+        " <= ": " < ",
+        " > ": " >= ",
+        " >= ": " > ",
+        " == ": " != ",
+        " + ": " - ",
+        " - ": " + ",
+        " * ": " + ",
+        " += ": " -= ",
+        " && ": " || ",
+        " / ": " * ",
+        " >> ": " << ",
+    }
     for before, after in swaps.items():
         for match in re.finditer(re.escape(before), bare):
             yield Mutation(file, line(match), "operator", *match.span(), before, after)
@@ -315,9 +320,7 @@ class Copy:
             shutil.copytree(ROOT / name, folder / name, ignore=skip)
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder / name)
-        self.libraries = {
-            path: path.read_bytes() for path in (folder / "src/veneer/kernels").glob("_native*.so")
-        }
+        self.libraries = {path: path.read_bytes() for path in (folder / "src/veneer/kernels").glob("_native*.so")}
         self.sound: set[str] = set()  # tests that are known to pass without a mutation
         self.callers = Callers([])
 
@@ -403,9 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--number", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", default="", help="expression for the modules to mutate, for instance train/ or py$"
-    )
+    parser.add_argument("--only", default="", help="expression for the modules to mutate, for instance train/ or py$")
     parser.add_argument("--out", type=Path, default=Path("mutations.json"))
     parser.add_argument("--callers", type=Path, help="which tests call what; made where it is not there")
     parser.add_argument("--list", action="store_true", help="say which mutations would be tried")
@@ -432,12 +433,8 @@ def main() -> None:
             results.append({**asdict(mutation), "result": word.lower(), "by": None if passed else by})
             print(f"{number:4} {word:8} {mutation}", flush=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    counts = {
-        word: sum(each["result"] == word for each in results) for word in ("caught", "survived", "unknown")
-    }
-    print(
-        "\n" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"; {args.out} has all of it"
-    )
+    counts = {word: sum(each["result"] == word for each in results) for word in ("caught", "survived", "unknown")}
+    print("\n" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"; {args.out} has all of it")
 
 
 if __name__ == "__main__":

@@ -63,19 +63,44 @@ def _rank(rng: random.Random) -> list[Call]:
     return [
         (calls.rank_down, {"x": x, "pairs": pairs(width // 2, rank), "out": d, "scale": 0.5}),
         (calls.rank_up, {"d": d, "pairs": pairs(rank // 2, width), "y": y, "scale": 0.5}),
-        (calls.rank_gradient, {"pairs": filled(BF16, rows // 2, rank, 2), "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0}),
+        (
+            calls.rank_gradient,
+            {
+                "pairs": filled(BF16, rows // 2, rank, 2),
+                "x": x,
+                "out": filled(torch.float32, rank, width),
+                "scale": 2.0,
+            },
+        ),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
             calls.dora_backward,
-            {"g": x, "y": y, "pairs": pairs(width // 2, rank), **shared, "up": d, "turned": filled(BF16, rows, width), "partial": partial},
+            {
+                "g": x,
+                "y": y,
+                "pairs": pairs(width // 2, rank),
+                **shared,
+                "up": d,
+                "turned": filled(BF16, rows, width),
+                "partial": partial,
+            },
         ),
-        (calls.dora_magnitudes, {"partial": partial, "magnitude": magnitude, "norm": norm, "grad": filled(torch.float32, width)}),
+        (
+            calls.dora_magnitudes,
+            {"partial": partial, "magnitude": magnitude, "norm": norm, "grad": filled(torch.float32, width)},
+        ),
         (
             calls.dora_norms,
-            {"cross": filled(BF16, width, rank), "B": filled(BF16, width, rank), "gram": filled(torch.float32, rank, rank),
-             "squares": filled(torch.float32, width), "norm": norm, "scale": 0.5},
+            {
+                "cross": filled(BF16, width, rank),
+                "B": filled(BF16, width, rank),
+                "gram": filled(torch.float32, rank, rank),
+                "squares": filled(torch.float32, width),
+                "norm": norm,
+                "scale": 0.5,
+            },
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _rows(rng: random.Random) -> list[Call]:
@@ -86,16 +111,32 @@ def _rows(rng: random.Random) -> list[Call]:
     dtype = rng.choice([torch.float32, BF16])
     return [
         (calls.rms_norm_forward, {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5}),
-        (calls.rms_norm_backward, {"x": x, "weight": weight, "grad": filled(BF16, rows, width), "out": out, "scale": scale}),
+        (
+            calls.rms_norm_backward,
+            {"x": x, "weight": weight, "grad": filled(BF16, rows, width), "out": out, "scale": scale},
+        ),
         (calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
         (calls.silu_gate_backward, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True))),
-        (calls.entropy, {"logits": filled(BF16, rows + rng.randint(0, 3), vocabulary), "targets": filled(torch.int64, rows), "loss": scale}),
+        (
+            calls.entropy,
+            {
+                "logits": filled(BF16, rows + rng.randint(0, 3), vocabulary),
+                "targets": filled(torch.int64, rows),
+                "loss": scale,
+            },
+        ),
         (
             calls.dropout,
-            {"x": filled(dtype, rows, width), "out": filled(dtype, rows, width), "rows": filled(torch.int64, rows),
-             "row_key": 2**32 - 1, "column_key": 7, "share": 0.3},
+            {
+                "x": filled(dtype, rows, width),
+                "out": filled(dtype, rows, width),
+                "rows": filled(torch.int64, rows),
+                "row_key": 2**32 - 1,
+                "column_key": 7,
+                "share": 0.3,
+            },
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _attention(rng: random.Random) -> list[Call]:
@@ -130,7 +171,7 @@ def _attention(rng: random.Random) -> list[Call]:
     return [
         (calls.attention_forward, {**given, "out": filled(BF16, rows, heads, size)}),
         (calls.attention_backward, {**given, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared}),
-    ]  # fmt: skip
+    ]
 
 
 def _packed(rng: random.Random) -> list[Call]:
@@ -147,25 +188,10 @@ def _packed(rng: random.Random) -> list[Call]:
     )
     packed, table = filled(torch.uint8, (count + 1) // 2), filled(torch.float32, 16)
     nested = rng.choice(
-        [
-            None,
-            (
-                filled(torch.float32, 256),
-                filled(torch.float32, -(-blocks // nested_block)),
-                nested_block,
-                0.1,
-            ),
-        ]
+        [None, (filled(torch.float32, 256), filled(torch.float32, -(-blocks // nested_block)), nested_block, 0.1)]
     )
     scales = filled(torch.float32 if nested is None else torch.uint8, blocks)
-    weight = {
-        "packed": packed,
-        "scales": scales,
-        "table": table,
-        "count": count,
-        "block": block,
-        "nested": nested,
-    }
+    weight = {"packed": packed, "scales": scales, "table": table, "count": count, "block": block, "nested": nested}
     layout = rng.choice(list(FORMATS.values()))
     columns = layout.size * rng.randint(1, 3)
     gguf = {
@@ -184,14 +210,33 @@ def _packed(rng: random.Random) -> list[Call]:
     return [
         (
             packed_calls.nf4_quantize,
-            {"values": filled(dtype, count), "limits": filled(torch.float32, 16), "codes": filled(torch.int32, 16), "block": block,
-             "packed": packed, "absmax": filled(torch.float32, blocks), "level": level},
+            {
+                "values": filled(dtype, count),
+                "limits": filled(torch.float32, 16),
+                "codes": filled(torch.int32, 16),
+                "block": block,
+                "packed": packed,
+                "absmax": filled(torch.float32, blocks),
+                "level": level,
+            },
         ),
         (dequantize, {**weight, "out": filled(dtype, count - some), "start": some, "level": level}),
-        (product, {**weight, "x": filled(dtype, rows, width), "y": filled(dtype, rows, outs), "start": rng.randint(0, count - outs * width), "level": level}),
+        (
+            product,
+            {
+                **weight,
+                "x": filled(dtype, rows, width),
+                "y": filled(dtype, rows, outs),
+                "start": rng.randint(0, count - outs * width),
+                "level": level,
+            },
+        ),
         (packed_calls.gguf_dequantise, {**gguf, "out": filled(dtype, outs, columns)}),
-        (packed_calls.gguf_product, {**gguf, "x": filled(torch.float32, rows, columns), "y": filled(torch.float32, rows, outs)}),
-    ]  # fmt: skip
+        (
+            packed_calls.gguf_product,
+            {**gguf, "x": filled(torch.float32, rows, columns), "y": filled(torch.float32, rows, outs)},
+        ),
+    ]
 
 
 def valid_calls(seed: int) -> list[Call]:

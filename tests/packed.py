@@ -8,10 +8,7 @@ from veneer.models.load import load_base
 
 def packed_and_dense(folder, *, dtype="auto", quantize="nf4"):
     """(the base held packed, a dense model whose weights are the packed ones decoded)."""
-    base, dense = (
-        load_base(str(folder), dtype=dtype, quantize=quantize),
-        load_base(str(folder), dtype=dtype).model,
-    )
+    base, dense = (load_base(str(folder), dtype=dtype, quantize=quantize), load_base(str(folder), dtype=dtype).model)
     for path, module in base.model.named_modules():
         twin = dense.get_submodule(path) if path else dense
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""On a device that is no CPU: every operation finds its tensors in one place, and the host waits a fixed number of times.
+"""On a device that is no CPU: every operation finds its tensors in one place, and the host waits a fixed number of
+times.
 
 The device is pretended (tests/accelerator.py), the code is not: load, prove, attach, train, evaluate, decode, offload,
 merge and store run as they are, on every method, weight format and family of the tests. How often the host waits is
@@ -101,10 +102,19 @@ def attached(there, base, config):
 def a_loop(base, parameters, factors=None, **settings):
     config = RunConfig(base="b", data="d", out="o", batch=4, micro_batch=4, **settings)
     job = Job(
-        model=base.model, paths=base.paths, routing=base.routing, flat=FlatParameters(parameters, factors),
-        train=EXAMPLES, validation=EXAMPLES, config=config, learning_rate=0.01, steps=5, share_prompt=True,
-        out=Path("nowhere"), answer=None,
-    )  # fmt: skip
+        model=base.model,
+        paths=base.paths,
+        routing=base.routing,
+        flat=FlatParameters(parameters, factors),
+        train=EXAMPLES,
+        validation=EXAMPLES,
+        config=config,
+        learning_rate=0.01,
+        steps=5,
+        share_prompt=True,
+        out=Path("nowhere"),
+        answer=None,
+    )
     return Loop(job, SimpleNamespace(write=lambda record: None), QuietScreen(), origin=None, resume_from=None)
 
 
@@ -214,11 +224,7 @@ def test_full_fine_tuning_waits_as_an_adapter_does():
 
 
 @pytest.mark.parametrize(
-    ("method", "family"),
-    [
-        *((m, "llama") for m in ("lora", "dora", "parallel", "prefix")),
-        ("lora", "mixtral"),
-    ],
+    ("method", "family"), [*((m, "llama") for m in ("lora", "dora", "parallel", "prefix")), ("lora", "mixtral")]
 )
 def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family):
     config = METHODS[method].config
@@ -231,10 +237,7 @@ def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family
             for way in ("plain", "checkpointed", "offloaded"):
                 for parameter in parameters:
                     parameter.requires_grad_(True).grad = None
-                with (
-                    checkpointed(base.model, base.routing, on=way == "checkpointed"),
-                    there.counting() as waits,
-                ):
+                with checkpointed(base.model, base.routing, on=way == "checkpointed"), there.counting() as waits:
                     batch = make_batch(EXAMPLES, packed=True, share_prompt=True, device=there.device)
                     with offloaded(hooks if way == "offloaded" else None):
                         loss = batch_loss(base.model, base.paths, base.routing, batch, total=9.0)
@@ -260,9 +263,7 @@ def test_what_was_offloaded_comes_back_in_the_strides_it_had():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", ["lora, embedding", "dora"])
-def test_a_merge_stays_there_until_it_is_written_and_gives_the_bits_of_a_merge_on_the_cpu(
-    method, device, tmp_path
-):
+def test_a_merge_stays_there_until_it_is_written_and_gives_the_bits_of_a_merge_on_the_cpu(method, device, tmp_path):
     config = METHODS[method].config
     written_files = {}
     for place in ("cpu", device):

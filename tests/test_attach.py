@@ -63,10 +63,7 @@ def test_all_linear_reaches_every_linear_layer_but_the_head(family):
 def test_two_adapters_on_one_base_act_alone_and_together():
     model, routing = tiny_model("llama"), Routing()
     base = logits(model)
-    first, second = (
-        put(model, routing, "a", seed=1),
-        put(model, routing, "b", seed=2, rank=2, targets=["q_proj"]),
-    )
+    first, second = (put(model, routing, "a", seed=1), put(model, routing, "b", seed=2, rank=2, targets=["q_proj"]))
     fill(first.parameters().values(), seed=1, scale=0.1)
     fill(second.parameters().values(), seed=2, scale=0.1)
     routing.active = (("a", 1.0),)
@@ -160,14 +157,22 @@ def test_detaching_what_trained_modules_in_full_gives_every_place_back_to_the_ba
 def test_ranks_alphas_layers_and_excludes_are_those_asked_for():
     model = tiny_model("llama")
     attachment = put(
-        model, Routing(), targets=["q_proj", "v_proj", "down_proj"], exclude=["layers.1.mlp.down_proj"],
-        rank_pattern={"q_proj": 7, "layers.0.self_attn.q_proj": 5}, alpha_pattern={r"layers\.0\..*v_proj": 9.0}, rslora=True,
-    )  # fmt: skip
+        model,
+        Routing(),
+        targets=["q_proj", "v_proj", "down_proj"],
+        exclude=["layers.1.mlp.down_proj"],
+        rank_pattern={"q_proj": 7, "layers.0.self_attn.q_proj": 5},
+        alpha_pattern={r"layers\.0\..*v_proj": 9.0},
+        rslora=True,
+    )
     layers = attachment.layers
     assert set(layers) == {
-        "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj",
-        "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
-    }  # fmt: skip
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    }
     assert layers["model.layers.0.self_attn.q_proj"].rank == 7  # the first pattern that matches wins
     assert layers["model.layers.0.self_attn.v_proj"].scaling == pytest.approx(9 / 3**0.5)
     assert layers["model.layers.1.self_attn.v_proj"].scaling == pytest.approx(5 / 3**0.5)
@@ -176,15 +181,16 @@ def test_ranks_alphas_layers_and_excludes_are_those_asked_for():
 
 
 EXISTING = "the model has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-HOLDS = (
-    "train_modules: model.layers.{}.self_attn holds other modules; name those (a head, a norm, an embedding)"
-)
+HOLDS = "train_modules: model.layers.{}.self_attn holds other modules; name those (a head, a norm, an embedding)"
 NAMED_WRONGLY = [
     ({"targets": ["q_prj", "v_proj"]}, ["targets 'q_prj' matches no module; nearest: q_proj, v_proj, o_proj"]),
-    ({"targets": "q_proj"}, [
-        "targets 'q_proj' is a regular expression and matches no whole path; for instance '.*lm_head' would; "
-        "nearest: q_proj, v_proj, o_proj"
-    ]),
+    (
+        {"targets": "q_proj"},
+        [
+            "targets 'q_proj' is a regular expression and matches no whole path; for instance '.*lm_head' would; "
+            "nearest: q_proj, v_proj, o_proj"
+        ],
+    ),
     ({"exclude": ["o_projj"]}, ["exclude 'o_projj' matches no module; nearest: o_proj, v_proj, q_proj"]),
     ({"layers": [0, 9, 7]}, ["layers [7, 9] do not exist; the model has layers 0-1"]),
     ({"rank_pattern": {"self_attn": 4}}, [f"rank_pattern 'self_attn' matches no targeted module; {EXISTING}"]),
@@ -193,7 +199,7 @@ NAMED_WRONGLY = [
     ({"train_modules": ["self_attn"]}, [HOLDS.format(0), HOLDS.format(1)]),
     ({"targets": ["q_proj"], "exclude": ["q_proj"]}, ["after exclude and layers nothing is left to adapt"]),
     ({"targets": ["q_proj"], "train_modules": ["q_proj"]}, ["after exclude and layers nothing is left to adapt"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("settings", "faults"), NAMED_WRONGLY, ids=str)
@@ -227,9 +233,7 @@ def test_an_adapter_may_have_any_name(name):
 
 def test_nothing_of_the_base_gets_a_gradient_and_every_trained_tensor_does():
     model, routing = tiny_model("llama"), Routing()
-    attachment = put(
-        model, routing, targets=["q_proj", "embed_tokens", "gate_proj"], train_modules=["lm_head", "norm"]
-    )
+    attachment = put(model, routing, targets=["q_proj", "embed_tokens", "gate_proj"], train_modules=["lm_head", "norm"])
     fill(attachment.parameters().values())
     routing.active = (("a", 1.0),)
     model(input_ids=IDS, use_cache=False).logits.square().mean().backward()

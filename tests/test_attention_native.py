@@ -8,9 +8,7 @@ from veneer.kernels import attention_native
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.layout import Group
 
-needs_kernel = pytest.mark.skipif(
-    not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs"
-)
+needs_kernel = pytest.mark.skipif(not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs")
 BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest value
 
 
@@ -46,11 +44,7 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
 def test_what_the_kernel_does_not_compute_never_reaches_it():
     """It reads as many values behind a pointer as q's shape says: another k or v would be read past its end."""
     N, options = 9, {"dtype": torch.bfloat16}
-    q, k, v = (
-        torch.randn(N, 4, 32, **options),
-        torch.randn(N, 2, 32, **options),
-        torch.randn(N, 2, 32, **options),
-    )
+    q, k, v = (torch.randn(N, 4, 32, **options), torch.randn(N, 2, 32, **options), torch.randn(N, 2, 32, **options))
     assert attention_native.usable(q, k, v, None)
     assert attention_native.usable(q, k, v, 1)
     for others in [
@@ -148,10 +142,18 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
 @pytest.mark.parametrize(
     ("lengths", "kv_heads", "splits"),
     [
-        ((640,), 2, 8), ((640,), 1, 10), ((2000,), 1, 16), ((127,), 1, 1), ((128,), 1, 2), ((64, 128), 2, 2),
-        ((30,), 1, 1), ((200,) * 20, 1, 1), ((500,), 16, 1), ((500,), 8, 2),
+        ((640,), 2, 8),
+        ((640,), 1, 10),
+        ((2000,), 1, 16),
+        ((127,), 1, 1),
+        ((128,), 1, 2),
+        ((64, 128), 2, 2),
+        ((30,), 1, 1),
+        ((200,) * 20, 1, 1),
+        ((500,), 16, 1),
+        ((500,), 8, 2),
     ],
-)  # fmt: skip
+)
 def test_few_long_documents_are_split_so_that_sixteen_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     rows = torch.zeros(sum(lengths), kv_heads, 16)
@@ -161,9 +163,7 @@ def test_few_long_documents_are_split_so_that_sixteen_tasks_have_64_rows_or_more
 
 @needs_kernel
 @pytest.mark.parametrize(("held", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])])
-def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_allows(
-    held, sizes, monkeypatch
-):
+def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_allows(held, sizes, monkeypatch):
     layout, (heads, size) = Group(6, (3,) * 5, CPU), (2, 16)
     monkeypatch.setattr(attention_native, "HELD_BYTES", held * 2 * 4 * heads * 6 * size)
     own, seen = attention_native.calls.attention_backward, []

@@ -96,10 +96,7 @@ def test_a_wheel_whose_files_changed_is_refused_and_both_are_named(tmp_path: Pat
 def test_a_wheel_without_the_files_is_refused_and_both_are_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         read_bfcl(wheel(tmp_path, {"other/METADATA": b""}))
-    assert [fault.split(" is not")[0] for fault in caught.value.faults] == [
-        bfcl._QUESTIONS.path,
-        bfcl._ANSWERS.path,
-    ]
+    assert [fault.split(" is not")[0] for fault in caught.value.faults] == [bfcl._QUESTIONS.path, bfcl._ANSWERS.path]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a zip at all"], ids=["absent", "empty", "no zip"])

@@ -20,9 +20,7 @@ REFUSED = {"opt": "OPTDecoderLayer has no feed-forward block", "bloom": "BloomML
 
 def put(model, name="a", routing=None, **settings):
     routing = routing or Routing()
-    attachment = attach(
-        model, Bottleneck(**settings), name=name, routing=routing, head=model.get_output_embeddings()
-    )
+    attachment = attach(model, Bottleneck(**settings), name=name, routing=routing, head=model.get_output_embeddings())
     generator = torch.Generator().manual_seed(3)
     for parameter in attachment.parameters().values():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -57,12 +55,7 @@ def test_blocks_are_found_in_every_family_or_refused_by_name(family):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
     ("placement", "activation", "scaling"),
-    [
-        ("houlsby", "relu", 1.0),
-        ("pfeiffer", "gelu", 1.0),
-        ("parallel", "tanh", 4.0),
-        ("parallel", "swish", 4.0),
-    ],
+    [("houlsby", "relu", 1.0), ("pfeiffer", "gelu", 1.0), ("parallel", "tanh", 4.0), ("parallel", "swish", 4.0)],
 )
 def test_a_block_gives_the_formula(placement, activation, scaling, norm):
     model = tiny_model("llama_untied")
@@ -94,9 +87,12 @@ def test_a_block_gives_the_formula(placement, activation, scaling, norm):
 
 def test_gradients_are_those_of_finite_differences():
     layer = attach(
-        tiny_model("llama"), Bottleneck(size=3, norm=True, activation="tanh"), name="a", routing=Routing(),
+        tiny_model("llama"),
+        Bottleneck(size=3, norm=True, activation="tanh"),
+        name="a",
+        routing=Routing(),
         head=tiny_model("llama").lm_head,
-    ).layers["model.layers.0.mlp"]  # fmt: skip
+    ).layers["model.layers.0.mlp"]
     generator = torch.Generator().manual_seed(0)
     names = list(layer.parts())
     values = [
@@ -143,19 +139,31 @@ def test_its_file_is_the_documented_one(tmp_path):
     folder = stored(tmp_path, placement="houlsby", norm=True, layers=[1])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config == {
-        "activation": "relu", "base_model_name_or_path": "tiny-llama_untied", "dropout": 0.0, "layers": [1],
-        "norm": True, "peft_type": "VENEER_BOTTLENECK", "placement": "houlsby", "revision": None, "scaling": 1.0,
-        "size": 5, "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+        "activation": "relu",
+        "base_model_name_or_path": "tiny-llama_untied",
+        "dropout": 0.0,
+        "layers": [1],
+        "norm": True,
+        "peft_type": "VENEER_BOTTLENECK",
+        "placement": "houlsby",
+        "revision": None,
+        "scaling": 1.0,
+        "size": 5,
+        "task_type": "CAUSAL_LM",
+    }
     shapes = {name: tuple(tensor.shape) for name, tensor in read_adapter(folder).tensors.items()}
     assert shapes == {
         f"model.layers.1.{block}.bottleneck_{name}": shape
         for block in ("self_attn", "mlp")
         for name, shape in {
-            "down.weight": (5, 32), "down.bias": (5,), "up.weight": (32, 5), "up.bias": (32,),
-            "norm.weight": (32,), "norm.bias": (32,),
+            "down.weight": (5, 32),
+            "down.bias": (5,),
+            "up.weight": (32, 5),
+            "up.bias": (32,),
+            "norm.weight": (32,),
+            "norm.bias": (32,),
         }.items()
-    }  # fmt: skip
+    }
 
 
 def test_a_file_that_does_not_fit_or_makes_no_sense_is_refused(tmp_path):

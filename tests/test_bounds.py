@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from tests.tiny import tiny_base
 from veneer.adapters.config import METHODS, LoRA, Prefix
-from veneer.api import Base
+from veneer.base import Base
 from veneer.bounds import COUNT, ENERGY, PART, SEED, SHARE, TEMPERATURE, WEIGHT, Number, check_numbers
 from veneer.cli.config_file import FLAGS, read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
@@ -26,21 +26,7 @@ from veneer.plan.planner import Choice
 from veneer.train.config import DataConfig, RunConfig
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
-NEVER = [
-    "nan",
-    ".nan",
-    "inf",
-    ".inf",
-    "-.inf",
-    "true",
-    str(2**63),
-    "1e308",
-    "-1e308",
-    "9" * 400,
-    "",
-    "x",
-    "[1]",
-]
+NEVER = ["nan", ".nan", "inf", ".inf", "-.inf", "true", str(2**63), "1e308", "-1e308", "9" * 400, "", "x", "[1]"]
 """No number of ours may be any of these, as YAML or as a flag."""
 EDGES = ["0", "-1", "-0.0", "1e-400", "0.5", "1e30"]
 """Some numbers may be some of these: then they lie within the bounds."""
@@ -85,10 +71,7 @@ def flags_of(command: str) -> list[tuple[list[str], argparse.Action]]:
 
 
 NUMBER_FLAGS = [
-    (words, action)
-    for name in COMMANDS
-    for words, action in flags_of(name)
-    if isinstance(action.type, Number)
+    (words, action) for name in COMMANDS for words, action in flags_of(name) if isinstance(action.type, Number)
 ]
 NUMBER_SETTINGS = sorted(
     {
@@ -105,11 +88,7 @@ NUMBER_SETTINGS = sorted(
     ("number", "inside", "outside"),
     [
         (COUNT, [1, 10**9, np.int64(3)], [0, -1, 10**9 + 1, 1.0, 1.5, True, np.True_, "1", None, math.inf]),
-        (
-            SHARE,
-            [0, 0.0, -0.0, 0.999, np.float32(0.5)],
-            [1, 1.0, -1e-9, math.nan, math.inf, False, "0.5", 1j],
-        ),
+        (SHARE, [0, 0.0, -0.0, 0.999, np.float32(0.5)], [1, 1.0, -1e-9, math.nan, math.inf, False, "0.5", 1j]),
         (PART, [1, 1e-12], [0, 1.0001, math.nan, -math.inf]),
         (ENERGY, [0.5], [0, 1]),
         (WEIGHT, [-1.0, 0, 1e6], [1e6 + 1, -math.inf, math.nan, 10**400]),
@@ -143,9 +122,7 @@ def test_all_numbers_of_a_call_are_told_at_once():
     ]
 
 
-@pytest.mark.parametrize(
-    "model", [RunConfig, DataConfig, *METHODS.values(), PeftLoRA, PeftPrefix, BottleneckFields]
-)
+@pytest.mark.parametrize("model", [RunConfig, DataConfig, *METHODS.values(), PeftLoRA, PeftPrefix, BottleneckFields])
 def test_no_settings_and_no_file_hold_a_number_without_bounds(model):
     free = {"layers_to_transform"}  # only asked whether it holds a layer's number
     assert [name for name, kind in hints(model).items() if plain_numbers(kind) and name not in free] == []
@@ -185,9 +162,7 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
     value: Any = config
     for name in path.split("."):
         value = getattr(value, name)
-    values = (
-        list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    )
+    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
     model = {"data": DataConfig, "method": METHODS[method]}.get(path.split(".")[0], RunConfig)
     (number,) = numbers_of(hints(model)[path.split(".")[-1]])
     assert all(number.holds(each) for each in values)
@@ -196,9 +171,7 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
 @pytest.mark.parametrize("flag", [name for name, path in FLAGS.items() if ".".join(path) in NUMBER_SETTINGS])
 def test_train_takes_the_same_numbers_as_flags(flag, capsys):
     for text in ["nan", "inf", "-1", str(2**63), "True", "1e308"]:
-        code = main(
-            ["train", "--base", "b", "--data", "d", "--out", "o", f"--{flag.replace('_', '-')}={text}"]
-        )
+        code = main(["train", "--base", "b", "--data", "d", "--out", "o", f"--{flag.replace('_', '-')}={text}"])
         assert code == 2
         assert "should be a" in capsys.readouterr().err
 
@@ -234,9 +207,7 @@ def test_a_step_beyond_every_machine_is_not_planned(capsys):
 
 def test_python_arguments_have_the_same_bounds():
     made = tiny_base()
-    base = Base(
-        model=made.model, tokenizer=made.tokenizer, source="t", name_or_path="t", revision=None, quantize=None
-    )
+    base = Base(model=made.model, tokenizer=made.tokenizer, source="t", name_or_path="t", revision=None, quantize=None)
     base.attach(LoRA(rank=2), name="a", seed=2**32 - 1)
     choice = Choice(method=LoRA(), batch=0)
     for call in (
@@ -257,9 +228,7 @@ def test_python_arguments_have_the_same_bounds():
 @pytest.mark.parametrize("config", [LoRA(rank=2, init="pissa"), LoRA(rank=2, init="olora"), Prefix(tokens=2)])
 def test_the_largest_seed_starts_every_method(config):
     made = tiny_base()
-    base = Base(
-        model=made.model, tokenizer=made.tokenizer, source="t", name_or_path="t", revision=None, quantize=None
-    )
+    base = Base(model=made.model, tokenizer=made.tokenizer, source="t", name_or_path="t", revision=None, quantize=None)
     base.attach(config, name="a", seed=int(SEED.most))
     base.use("a")
     assert base.generate("hi", max_new_tokens=2, temperature=1.0, seed=int(SEED.most)) is not None

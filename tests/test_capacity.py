@@ -21,18 +21,18 @@ ROPE = {
     "linear": ({"rope_type": "linear", "factor": 2.0}, 2048),
     "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, 4096),
     "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
-    "yarn beyond its own limit": (
-        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
-        1024,
-    ),
+    "yarn beyond its own limit": ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}, 1024),
     "llama3": (
         {
-            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128,
-            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 128,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
         },
         1024,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("rope", "positions"), ROPE.values(), ids=ROPE)
@@ -100,8 +100,20 @@ def test_every_command_that_reads_rows_refuses_what_the_model_cannot_take(folder
     for command, code in (
         (["data", "check", rows, *base], 4),
         (["evaluate", "--data", rows, *base], 2),
-        (["evaluate", "--data", str(folder / "short.jsonl"), *base, "--metrics", "accuracy", "--labels", "yes," + 60 * "x"], 2),
-    ):  # fmt: skip
+        (
+            [
+                "evaluate",
+                "--data",
+                str(folder / "short.jsonl"),
+                *base,
+                "--metrics",
+                "accuracy",
+                "--labels",
+                "yes," + 60 * "x",
+            ],
+            2,
+        ),
+    ):
         assert main.main(command) == code, command
         said = capsys.readouterr()
         assert "D217" in said.out + said.err and "64 positions" in said.out + said.err
@@ -129,11 +141,7 @@ def test_a_prompt_with_a_token_that_only_the_tokenizer_knows_is_refused(tmp_path
 
 
 def test_held_out_rows_must_find_room_behind_a_prefix_too(folder, tmp_path):
-    data = {
-        "train": str(folder / "short.jsonl"),
-        "validation": str(folder / "long.jsonl"),
-        "long_rows": "cut",
-    }
+    data = {"train": str(folder / "short.jsonl"), "validation": str(folder / "long.jsonl"), "long_rows": "cut"}
     method = Prefix(tokens=30, start="random")
     with pytest.raises(DataError, match=r"D217 .*the model's 34 positions"):
         veneer.train(str(folder / "llama"), {**data, "train_on": "all"}, out=tmp_path / "a", method=method)

@@ -28,9 +28,7 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder holds modules of well-known names, each of which leaves a mark when it is imported."""
     mark = tmp_path / "imported"
     for name in ("json", "yaml", "torch", "pip", "jinja2", "argparse", "sitecustomize", "veneer"):
-        (tmp_path / f"{name}.py").write_text(
-            f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
-        )
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n")
     monkeypatch.chdir(tmp_path)
     return mark
 
@@ -50,9 +48,7 @@ def test_the_renderer_of_templates_does_not(trapped: Path, monkeypatch: pytest.M
     try:
         template = Template("{{ messages[0]['content'] }}", {}, date(2026, 1, 1))
         assert (
-            Conversation(template, [{"role": "user", "content": "hi"}], None).text(
-                1, add_generation_prompt=False
-            )
+            Conversation(template, [{"role": "user", "content": "hi"}], None).text(1, add_generation_prompt=False)
             == "hi"
         )
     finally:
@@ -60,9 +56,7 @@ def test_the_renderer_of_templates_does_not(trapped: Path, monkeypatch: pytest.M
     assert not trapped.exists()
 
 
-def test_pip_is_not_the_one_that_lies_there(
-    trapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pip_is_not_the_one_that_lies_there(trapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SourceError, match="package index"):
         fetch_wheel(REQUIREMENT, tmp_path / "wheels")

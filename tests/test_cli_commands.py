@@ -165,10 +165,7 @@ def test_generate_reads_stdin_and_takes_a_system_message(api, capsys, stdin):
     stdin("from a pipe")
     assert main.main(["generate", "--base", "b", "--system", "be brief"]) == 0
     [(messages, _, _)] = api.base.asked
-    assert messages == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "from a pipe"},
-    ]
+    assert messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "from a pipe"}]
 
 
 def test_generate_json_has_prompt_and_answer(api, capsys):
@@ -178,8 +175,7 @@ def test_generate_json_has_prompt_and_answer(api, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--temperature", "nan"], ["--temperature", "101"], ["--temperature", "-1"], ["--max-tokens", "0"]],
+    "arguments", [["--temperature", "nan"], ["--temperature", "101"], ["--temperature", "-1"], ["--max-tokens", "0"]]
 )
 def test_generate_refuses_numbers_out_of_range(api, capsys, arguments):
     assert main.main(["generate", "--base", "b", "hello", *arguments]) == 2
@@ -304,9 +300,7 @@ def test_a_run_folder_stands_for_its_adapter_and_its_base_as_the_run_named_it(ap
         ("bfloat16+gguf", ["--force-base"], None),
     ],
 )
-def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(
-    api, tmp_path, dtype, flags, expected
-):
+def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(api, tmp_path, dtype, flags, expected):
     adapter = adapter_at(tmp_path / "a")
     (adapter / "veneer.json").write_text(json.dumps({"base": {"fingerprint": {"dtype": dtype}}}))
     assert main.main(["generate", "--adapter", str(adapter), "hello", *flags]) == 0
@@ -357,12 +351,29 @@ def checked(*problems: Problem, refused: bool = False):
     ids, trained = [ord(c) for c in "ask:answer."], [c >= 4 for c in range(11)]
     example = Example(np.array(ids, dtype=np.int32), np.array(trained), RowRef("d.jsonl", 3), 1)
     report = CheckReport(
-        rows=2, validation_rows=1, formats={"chat": 3}, length=64, tokens=22, trained_tokens=14,
-        tokens_by_role={"user": 8, "assistant": 14}, trained_by_role={"user": 0, "assistant": 14},
-        histogram=[(8, 0), (16, 2)], longest=11, median=11, too_long=0, truncated=0, dropped=0, duplicates=0,
-        fully_masked=0, answers=2, answers_stopped=2, stop_tokens=["<end>"], control_rows=0, leaked=0,
+        rows=2,
+        validation_rows=1,
+        formats={"chat": 3},
+        length=64,
+        tokens=22,
+        trained_tokens=14,
+        tokens_by_role={"user": 8, "assistant": 14},
+        trained_by_role={"user": 0, "assistant": 14},
+        histogram=[(8, 0), (16, 2)],
+        longest=11,
+        median=11,
+        too_long=0,
+        truncated=0,
+        dropped=0,
+        duplicates=0,
+        fully_masked=0,
+        answers=2,
+        answers_stopped=2,
+        stop_tokens=["<end>"],
+        control_rows=0,
+        leaked=0,
         problems=list(problems),
-    )  # fmt: skip
+    )
     return DataSet([example], [], [], [], report, ""), Letters()
 
 
@@ -423,13 +434,7 @@ def test_data_check_shows_the_row_asked_for_or_says_that_it_is_not_there(api, ca
 
 
 def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
-    api.evaluated = {
-        "rows": 9,
-        "loss": 1.25,
-        "tokens": 1200,
-        "intervals": {"field_f1": [0.4, 0.6]},
-        "field_f1": 0.5,
-    }
+    api.evaluated = {"rows": 9, "loss": 1.25, "tokens": 1200, "intervals": {"field_f1": [0.4, 0.6]}, "field_f1": 0.5}
     arguments = ["evaluate", "--base", "b", "--data", "v.jsonl", "--metrics", "field_f1, exact_match"]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
@@ -488,16 +493,7 @@ def test_the_real_api_takes_what_the_commands_give():
     data = {"length": 1, "format": "auto", "train_on": "all"}
     takes(real.check_data, "d", base="b", long_rows="cut", validation=None, **data)
     takes(real.evaluate, "base", "d", metrics=[], max_new_tokens=1, batch=1, predictions=None, **data)
-    takes(
-        real.evaluate,
-        "base",
-        "d",
-        labels=[],
-        length_normalised=True,
-        general=None,
-        against=None,
-        progress=None,
-    )
+    takes(real.evaluate, "base", "d", labels=[], length_normalised=True, general=None, against=None, progress=None)
     takes(real.Base.load_adapter, "self", "folder", name="adapter", force_base=False)
     takes(real.Base.use, "self", "adapter")
     takes(real.Base.generate, "self", "hello", max_new_tokens=1, temperature=0.0, on_text=None)

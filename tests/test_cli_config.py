@@ -131,9 +131,7 @@ def test_a_method_flag_takes_the_method_with_its_settings_as_its_help_says(tmp_p
     for file in (None, tmp_path / "run.yaml"):
         flags = {**NEEDED, "method": "{name: lora, rank: 8, targets: [q_proj]}", "alpha": "5"}
         assert read_run_config(file, flags).method == LoRA(rank=8, targets=["q_proj"], alpha=5)
-    assert read_run_config(None, {**NEEDED, "method": "{name: bottleneck, size: 3}"}).method == Bottleneck(
-        size=3
-    )
+    assert read_run_config(None, {**NEEDED, "method": "{name: bottleneck, size: 3}"}).method == Bottleneck(size=3)
     qlora = read_run_config(None, {**NEEDED, "method": "{name: qlora, rank: 3}"})
     assert (qlora.method, qlora.quantize) == (LoRA(rank=3), "nf4")
     for wrong, said in (
@@ -145,11 +143,7 @@ def test_a_method_flag_takes_the_method_with_its_settings_as_its_help_says(tmp_p
     ):
         with pytest.raises(ConfigError) as caught:
             read_run_config(None, {**NEEDED, "method": wrong})
-        assert (
-            len(caught.value.faults) == 1
-            and said in caught.value.faults[0]
-            and "--method" in caught.value.faults[0]
-        )
+        assert len(caught.value.faults) == 1 and said in caught.value.faults[0] and "--method" in caught.value.faults[0]
 
 
 def test_a_setting_of_another_method_is_refused():
@@ -168,26 +162,17 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
     ("text", "fault"),
     [
         ("bsae: x", "run.yaml:1 unknown key 'bsae': did you mean 'base'?"),
-        (
-            "method: {name: lora, lora_rank: 3}",
-            "run.yaml:1 unknown key 'lora_rank' in method: did you mean 'rank'?",
-        ),
+        ("method: {name: lora, lora_rank: 3}", "run.yaml:1 unknown key 'lora_rank' in method: did you mean 'rank'?"),
         ("rank: 3", "run.yaml:1 unknown key 'rank': did you mean 'method.rank'?"),
         ("lr: 3", "run.yaml:1 unknown key 'lr': did you mean 'learning_rate'?"),
-        (
-            "data: {train: a, long_row: cut}",
-            "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?",
-        ),
+        ("data: {train: a, long_row: cut}", "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?"),
         ("1: 2", "run.yaml:1 1 is"),
         ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be a whole number from 1 to 1,048,576"),
         ("seed: 1\nseed: 2", "run.yaml:2 'seed' stands there twice, first in line 1"),
         ("method: lroa", "method is 'lroa', not one of lora, "),
         ("method: {rank: 3}", "'method.name' is missing"),
         ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
-        (
-            "method: {name: lora, targets: 5}",
-            "method.targets is 5: should be a valid string or should be a valid list",
-        ),
+        ("method: {name: lora, targets: 5}", "method.targets is 5: should be a valid string or should be a valid list"),
         ("method: {name: lora, targets: '('}", "'(' is not a regular expression"),
         ("steps: 3\nepochs: 3", "steps and epochs are both given"),
         ("data: {}", "'data.train' is missing"),

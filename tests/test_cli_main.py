@@ -92,10 +92,13 @@ def test_each_error_has_its_exit_code_and_no_traceback(error, code, monkeypatch,
 
 @pytest.mark.parametrize(
     "fault",
-    [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
-     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_out_of_memory_in_any_command_exits_3_without_a_traceback(fault, monkeypatch, capsys):
     fail_with(fault, monkeypatch)
     assert main.main(["doctor"]) == 3

@@ -20,9 +20,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     folder = save_tiny(tmp_path / "base", "llama_untied")
     base = load_base(str(folder))
-    for number, (name, fields) in enumerate(
-        {"a": {}, "b": {"rslora": True, "rank_pattern": {"v_proj": 2}}}.items()
-    ):
+    for number, (name, fields) in enumerate({"a": {}, "b": {"rslora": True, "rank_pattern": {"v_proj": 2}}}.items()):
         adapter = attach(
             base.model,
             LoRA(rank=4, alpha=7, **fields),

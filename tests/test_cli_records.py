@@ -9,13 +9,7 @@ import pytest
 
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.train import loggers
-from veneer.train.records import (
-    Records,
-    peak_memory_bytes,
-    process_memory_bytes,
-    read_records,
-    reset_peak_memory,
-)
+from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, read_records, reset_peak_memory
 
 
 def write(path, steps: int, **options: object) -> None:
@@ -43,11 +37,7 @@ def test_a_resumed_run_keeps_the_records_up_to_its_step_and_appends(tmp_path):
 def test_a_resumed_run_forgets_how_it_ended_and_keeps_how_it_started(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with Records(path) as records:
-        for record in (
-            {"kind": "start"},
-            {"kind": "step", "step": 1},
-            {"kind": "end", "reason": "interrupted"},
-        ):
+        for record in ({"kind": "start"}, {"kind": "step", "step": 1}, {"kind": "end", "reason": "interrupted"}):
             records.write(record)
     Records(path, resumed_step=1).close()
     assert [r["kind"] for r in read_records(path)] == ["start", "step"]
@@ -141,11 +131,7 @@ def test_no_logger_is_imported_unless_named(tmp_path):
 
 
 def test_settings_are_flattened_for_loggers():
-    assert loggers.flat({"a": 1, "method": {"rank": 8, "x": {"y": 2}}}) == {
-        "a": 1,
-        "method.rank": 8,
-        "method.x.y": 2,
-    }
+    assert loggers.flat({"a": 1, "method": {"rank": 8, "x": {"y": 2}}}) == {"a": 1, "method.rank": 8, "method.x.y": 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")

@@ -37,25 +37,11 @@ SAMPLE = {"prompt": "what is 2+2?", "expected": '{"sum": 4}', "answer": '{"sum":
 
 def step(number: int, **changes: object) -> dict[str, object]:
     loss = 2.0 / number
-    return {
-        "kind": "step",
-        "step": number,
-        "loss": loss,
-        "tokens": 900,
-        "seconds": 0.5,
-        "memory_bytes": 13e8,
-    } | changes
+    return {"kind": "step", "step": number, "loss": loss, "tokens": 900, "seconds": 0.5, "memory_bytes": 13e8} | changes
 
 
 def evaluation(number: int, loss: float | None, sample: dict[str, object] | None = None) -> dict[str, object]:
-    return {
-        "kind": "evaluation",
-        "step": number,
-        "loss": loss,
-        "best": True,
-        "seconds": 1.0,
-        "sample": sample,
-    }
+    return {"kind": "evaluation", "step": number, "loss": loss, "best": True, "seconds": 1.0, "sample": sample}
 
 
 def shown_by(kind: type[LiveScreen] | type[PlainScreen], width: int = 80) -> str:

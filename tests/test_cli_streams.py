@@ -40,9 +40,7 @@ def test_a_dead_reader_and_a_full_disk_under_the_log_do_not_end_a_run(stream, wo
     from_world = ["--base", world / "base", "--data", world / "rows.jsonl"]
     with stream() as out:
         code = veneer(
-            ["train", *from_world, "--out", tmp_path / "run", "--steps", 4],
-            stdout=out.fileno(),
-            stderr=out.fileno(),
+            ["train", *from_world, "--out", tmp_path / "run", "--steps", 4], stdout=out.fileno(), stderr=out.fileno()
         )
     assert code == 0
     assert (tmp_path / "run" / "summary.json").is_file() and (tmp_path / "run" / "report.html").is_file()

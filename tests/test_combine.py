@@ -27,12 +27,15 @@ SETTINGS = {
     "a": {"rank": 4, "alpha": 7, "targets": ["q_proj", "v_proj", "down_proj"]},
     "rslora": {"rank": 6, "alpha": 5, "rslora": True, "targets": ["v_proj", "up_proj"]},
     "patterns": {
-        "rank": 3, "alpha": 11, "targets": ["q_proj", "v_proj", "o_proj"],
-        "rank_pattern": {"layers.0.*v_proj": 5, "o_proj": 1}, "alpha_pattern": {"q_proj": 2.5},
+        "rank": 3,
+        "alpha": 11,
+        "targets": ["q_proj", "v_proj", "o_proj"],
+        "rank_pattern": {"layers.0.*v_proj": 5, "o_proj": 1},
+        "alpha_pattern": {"q_proj": 2.5},
     },
     "embedding": {"rank": 4, "alpha": 7, "targets": ["embed_tokens", "v_proj"]},
     "experts": {"rank": 2, "alpha": 3, "rslora": True, "targets": ["gate_up_proj", "down_proj", "q_proj"]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,7 @@ def changes(adapter, folder):
     """Place -> dense update as the loaded adapter has it, float64."""
     base = load_base(str(folder))
     return {
-        path: (delta_weight(layer)).double()
-        for path, layer in load_adapter(base, adapter, name="x").layers.items()
+        path: (delta_weight(layer)).double() for path, layer in load_adapter(base, adapter, name="x").layers.items()
     }
 
 
@@ -84,34 +86,27 @@ GROUPS = [
 @pytest.mark.parametrize("how", ["cat", "linear", "svd"])
 @pytest.mark.parametrize(("family", "names", "weights"), GROUPS)
 def test_cat_linear_and_svd_of_full_rank_are_the_weighted_sum(how, family, names, weights, bases, tmp_path):
-    adapters = [
-        make(tmp_path / f"{n}{name}", bases[family], SETTINGS[name], seed=n) for n, name in enumerate(names)
-    ]
+    adapters = [make(tmp_path / f"{n}{name}", bases[family], SETTINGS[name], seed=n) for n, name in enumerate(names)]
     recipe = Recipe(how, rank=64 if how == "svd" else None)
     report = combine_adapters(
         list(zip(adapters, weights, strict=True)), recipe, base=str(bases[family]), out=tmp_path / "out"
     )
-    assert_equal_updates(
-        changes(tmp_path / "out", bases[family]), weighted_sum(adapters, weights, bases[family])
-    )
+    assert_equal_updates(changes(tmp_path / "out", bases[family]), weighted_sum(adapters, weights, bases[family]))
     assert report.error <= EXACT
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (
-        config["use_rslora"] is False
-    )  # PEFT copies it with alpha = rank: too large by the root of the rank
+    assert config["use_rslora"] is False  # PEFT copies it with alpha = rank: too large by the root of the rank
 
 
 @pytest.mark.parametrize("how", ["cat", "svd"])
 def test_peft_loads_the_result_and_adds_the_same(how, bases, tmp_path):
     peft = pytest.importorskip("peft")
-    adapters = [
-        make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k)
-        for k, n in enumerate(["a", "patterns"])
-    ]
+    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k) for k, n in enumerate(["a", "patterns"])]
     combine_adapters(
-        [(adapters[0], 0.7), (adapters[1], -1.3)], Recipe(how, rank=7 if how == "svd" else None),
-        base=str(bases["llama_untied"]), out=tmp_path / "out",
-    )  # fmt: skip
+        [(adapters[0], 0.7), (adapters[1], -1.3)],
+        Recipe(how, rank=7 if how == "svd" else None),
+        base=str(bases["llama_untied"]),
+        out=tmp_path / "out",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(load_base(str(bases["llama_untied"])).model, tmp_path / "out")
@@ -126,24 +121,16 @@ def test_peft_loads_the_result_and_adds_the_same(how, bases, tmp_path):
 def test_an_adapter_less_itself_is_nothing(bases, tmp_path):
     adapter = make(tmp_path / "a", bases["llama_untied"], SETTINGS["a"], seed=1)
     report = combine_adapters(
-        [(adapter, 1.0), (adapter, -1.0)],
-        Recipe("linear"),
-        base=str(bases["llama_untied"]),
-        out=tmp_path / "out",
+        [(adapter, 1.0), (adapter, -1.0)], Recipe("linear"), base=str(bases["llama_untied"]), out=tmp_path / "out"
     )
-    assert all(
-        change.abs().max() < 1e-6 for change in changes(tmp_path / "out", bases["llama_untied"]).values()
-    )
+    assert all(change.abs().max() < 1e-6 for change in changes(tmp_path / "out", bases["llama_untied"]).values())
     assert set(report.ranks.values()) <= {1, 2, 3, 4}
 
 
 def test_linear_leaves_out_what_is_redundant(bases, tmp_path):
     adapter = make(tmp_path / "a", bases["llama_untied"], SETTINGS["a"], seed=1)
     report = combine_adapters(
-        [(adapter, 1.0), (adapter, 0.5)],
-        Recipe("linear"),
-        base=str(bases["llama_untied"]),
-        out=tmp_path / "out",
+        [(adapter, 1.0), (adapter, 0.5)], Recipe("linear"), base=str(bases["llama_untied"]), out=tmp_path / "out"
     )
     assert set(report.ranks.values()) == {4}
     assert report.error < 1e-6
@@ -152,9 +139,11 @@ def test_linear_leaves_out_what_is_redundant(bases, tmp_path):
 def test_svd_is_the_best_at_its_rank_and_says_its_error(bases, tmp_path):
     adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")]
     report = combine_adapters(
-        [(adapters[0], 1.0), (adapters[1], 1.0)], Recipe("svd", rank=3), base=str(bases["llama_untied"]),
+        [(adapters[0], 1.0), (adapters[1], 1.0)],
+        Recipe("svd", rank=3),
+        base=str(bases["llama_untied"]),
         out=tmp_path / "out",
-    )  # fmt: skip
+    )
     wanted = weighted_sum(adapters, [1.0, 1.0], bases["llama_untied"])
     found = changes(tmp_path / "out", bases["llama_untied"])
     lost = sum((found[p] - wanted[p]).square().sum() for p in wanted)
@@ -167,8 +156,7 @@ def test_svd_is_the_best_at_its_rank_and_says_its_error(bases, tmp_path):
 def pruned_sum(how, adapters, weights, folder, density):
     """The definitions, entry by entry."""
     parts = [
-        {path: change.T if "embed" in path else change for path, change in changes(a, folder).items()}
-        for a in adapters
+        {path: change.T if "embed" in path else change for path, change in changes(a, folder).items()} for a in adapters
     ]
     found = {}
     for path in dict.fromkeys(p for part in parts for p in part):
@@ -194,18 +182,18 @@ def test_pruning_follows_its_definition(how, bases, tmp_path):
     names = ["a", "patterns"]
     adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k) for k, n in enumerate(names)]
     report = combine_adapters(
-        [(adapters[0], 1.0), (adapters[1], -0.5)], Recipe(how, rank=64, density=0.3),
-        base=str(bases["llama_untied"]), out=tmp_path / "out",
-    )  # fmt: skip
+        [(adapters[0], 1.0), (adapters[1], -0.5)],
+        Recipe(how, rank=64, density=0.3),
+        base=str(bases["llama_untied"]),
+        out=tmp_path / "out",
+    )
     expected = pruned_sum(how, adapters, [1.0, -0.5], bases["llama_untied"], 0.3)
     assert_equal_updates(changes(tmp_path / "out", bases["llama_untied"]), expected, 2e-6)
     assert report.error < 1e-6
 
 
 def test_dare_is_right_on_average_and_repeatable(bases, tmp_path):
-    adapter = make(
-        tmp_path / "a", bases["llama_untied"], {"rank": 4, "alpha": 7, "targets": ["down_proj"]}, seed=1
-    )
+    adapter = make(tmp_path / "a", bases["llama_untied"], {"rank": 4, "alpha": 7, "targets": ["down_proj"]}, seed=1)
 
     def combined(seed):
         out = tmp_path / f"out{seed}{len(list(tmp_path.iterdir()))}"
@@ -227,9 +215,11 @@ def test_dare_is_right_on_average_and_repeatable(bases, tmp_path):
 def test_the_result_names_its_parents_and_its_recipe(bases, tmp_path):
     adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")]
     combine_adapters(
-        [(adapters[0], 1.0), (adapters[1], -0.5)], Recipe("svd", rank=4), base=str(bases["llama_untied"]),
+        [(adapters[0], 1.0), (adapters[1], -0.5)],
+        Recipe("svd", rank=4),
+        base=str(bases["llama_untied"]),
         out=tmp_path / "out",
-    )  # fmt: skip
+    )
     made, first = read_adapter(tmp_path / "out").manifest, read_adapter(adapters[0]).manifest
     assert [parent.weight for parent in made.parents] == [1.0, -0.5]
     assert made.parents[0].content_hash == first.content_hash
@@ -251,9 +241,7 @@ def test_adapters_of_different_bases_are_refused(bases, tmp_path):
     one = make(tmp_path / "x", bases["llama_untied"], SETTINGS["a"], seed=1)
     other = make(tmp_path / "y", save_tiny(tmp_path / "other", "llama_untied", seed=5), SETTINGS["a"], seed=2)
     with pytest.raises(AdapterMismatchError, match="values of the weights"):
-        combine_adapters(
-            [(one, 1), (other, 1)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o"
-        )
+        combine_adapters([(one, 1), (other, 1)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
@@ -271,9 +259,7 @@ def test_what_is_no_update_is_refused_unless_it_needs_no_sum(extra, tmp_path):
 def test_a_trained_module_of_one_adapter_is_kept(bases, tmp_path):
     one = make(tmp_path / "x", bases["llama_untied"], {**SETTINGS["a"], "train_modules": ["lm_head"]}, seed=1)
     two = make(tmp_path / "y", bases["llama_untied"], SETTINGS["patterns"], seed=2)
-    combine_adapters(
-        [(one, 1.0), (two, 0.5)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o"
-    )
+    combine_adapters([(one, 1.0), (two, 0.5)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o")
     base = load_base(str(bases["llama_untied"]))
     kept = load_adapter(base, tmp_path / "o", name="o").values["lm_head.weight"]
     assert torch.equal(kept, load_adapter(base, one, name="x").values["lm_head.weight"])
@@ -337,9 +323,7 @@ def test_weights_of_the_base_are_not_read(bases, tmp_path):
     weights = (bases["llama_untied"] / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(weights[:8], "little")  # the shapes are read
     (folder / "model.safetensors").write_bytes(weights[:header] + b"\xff" * (len(weights) - header))
-    report = combine_adapters(
-        [(a, 1.0) for a in adapters], Recipe("cat"), base=str(folder), out=tmp_path / "o"
-    )
+    report = combine_adapters([(a, 1.0) for a in adapters], Recipe("cat"), base=str(folder), out=tmp_path / "o")
     assert len(report.ranks) == 6
     assert tiny_base("llama_untied").model.config.num_hidden_layers == 2
 

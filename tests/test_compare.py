@@ -52,10 +52,18 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     )
     (folder / "general.txt").write_text("A text.\n---\nAnother text.\n")
     arguments: dict[str, Any] = {
-        "base": str(base), "data": str(train), "validation": str(validation), "test": str(test), "steps": 2,
-        "rates": (1.0,), "seeds": 1, "metrics": ("rougeL",), "max_new_tokens": 4, "out": folder / "out",
+        "base": str(base),
+        "data": str(train),
+        "validation": str(validation),
+        "test": str(test),
+        "steps": 2,
+        "rates": (1.0,),
+        "seeds": 1,
+        "metrics": ("rougeL",),
+        "max_new_tokens": 4,
+        "out": folder / "out",
         "general": str(folder / "general.txt"),
-    }  # fmt: skip
+    }
     return folder, arguments, veneer.compare(["full", "lora"], **arguments)
 
 
@@ -73,9 +81,7 @@ def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> No
         assert all((folder / "out" / run / "summary.json").is_file() for run in method["runs"])
         assert not any(Path(run).is_absolute() for run in method["runs"])
         records = read_records(folder / "out" / method["runs"][0] / "metrics.jsonl")
-        assert not any(
-            r["sample"] for r in records if r["kind"] == "evaluation"
-        )  # answers cost, and nobody reads them
+        assert not any(r["sample"] for r in records if r["kind"] == "evaluation")  # answers cost, and nobody reads them
         for cost in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes", "seconds"):
             assert method[cost] > 0
     full, lora = figures["methods"]
@@ -99,9 +105,7 @@ def test_what_is_finished_is_found_again_and_only_what_is_new_runs(compared: Any
     before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")}
     again = veneer.compare(["full", "lora"], **arguments)
     assert again["new_runs"] == 0
-    assert {
-        path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")
-    } == before
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")} == before
     assert again["methods"] == figures["methods"]
     lora = next(m for m in figures["methods"] if m["name"] == "lora")
     (folder / "out" / lora["runs"][0] / "summary.json").unlink()  # as if it had been stopped
@@ -184,9 +188,19 @@ def test_a_second_comparison_in_one_folder_and_a_run_that_outlived_its_own_are_r
 def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 30)
     command = [
-        sys.executable, "-m", "veneer.cli.main", "compare", "--base", "b", "--data", str(rows), "--methods", "lora,loro",
-        "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "veneer.cli.main",
+        "compare",
+        "--base",
+        "b",
+        "--data",
+        str(rows),
+        "--methods",
+        "lora,loro",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "loro" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -206,8 +220,13 @@ def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -
 def test_what_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl", 4))
     arguments = {
-        "candidates": ["lora", "full"], "base": "b", "data": rows, "validation": rows, "test": rows, "out": tmp_path / "out",
-    }  # fmt: skip
+        "candidates": ["lora", "full"],
+        "base": "b",
+        "data": rows,
+        "validation": rows,
+        "test": rows,
+        "out": tmp_path / "out",
+    }
     with pytest.raises(InputError, match=message):
         veneer.compare(**{**arguments, **changed})
     assert not (tmp_path / "out").exists()
@@ -228,9 +247,7 @@ def test_rows_without_files_of_their_own_are_divided_by_their_prompts(tmp_path: 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "say {}", "output": "it is {}", "prompt": "x", "completion": "y"},
     "prompt_completion": {"prompt": "say {}", "completion": "it is {}", "system": "Be brief."},
-    "chat": {
-        "messages": [{"role": "user", "content": "say {}"}, {"role": "assistant", "content": "it is {}"}]
-    },
+    "chat": {"messages": [{"role": "user", "content": "say {}"}, {"role": "assistant", "content": "it is {}"}]},
     "text": {"text": "number {}"},
 }
 
@@ -245,9 +262,7 @@ def test_rows_that_are_split_off_are_read_again_as_what_they_were(
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     named = {name: str(tmp_path / "rows.jsonl") if name in given else None for name in ("validation", "test")}
     files = prepare_rows(str(tmp_path / "rows.jsonl"), format=layout, out=tmp_path / "out", **named)
-    candidate = Candidate("lora", RunConfig(base="b", data={"train": "x", "format": layout}, out="o")).over(
-        files
-    )  # type: ignore[arg-type]
+    candidate = Candidate("lora", RunConfig(base="b", data={"train": "x", "format": layout}, out="o")).over(files)  # type: ignore[arg-type]
     data = candidate.config.data
     assert (data.train, data.validation, data.format) == (str(files.train), str(files.validation), "auto")
     expected = {json.dumps(row.messages or row.text) for row in read_rows(tmp_path / "rows.jsonl", layout)}
@@ -285,9 +300,13 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lora, learning rate .* no held-out loss"):
         veneer.compare(
             [("lora", RunConfig(**config)), ("full", RunConfig(**config, method="full"))],  # type: ignore[arg-type]
-            validation=str(long), test=str(rows), steps=1, seeds=1, out=tmp_path / "out",
+            validation=str(long),
+            test=str(rows),
+            steps=1,
+            seeds=1,
+            out=tmp_path / "out",
             general=str(rows),
-        )  # fmt: skip
+        )
 
 
 # --- the search ---
@@ -341,22 +360,28 @@ def test_the_search_stops_inside_and_passes_over_what_diverged() -> None:
 def method(name: str, value: float, to_best: tuple[float, float], **fields: Any) -> dict[str, Any]:
     figure = {"value": value, "interval": [value - 0.05, value + 0.05]}
     return {
-        "name": name, "folds": True, "instead_of_folding": "", "failure": None, "learning_rate": 1e-4,
-        "quality": {"exact_match": figure}, "search": [], "curve": [[0, 2.0], [5, 1.0]], "trainable_parameters": 1000,
-        "total_parameters": 9000, "peak_memory_bytes": 10**9, "adapter_bytes": 10**6, "seconds": 60.0,
+        "name": name,
+        "folds": True,
+        "instead_of_folding": "",
+        "failure": None,
+        "learning_rate": 1e-4,
+        "quality": {"exact_match": figure},
+        "search": [],
+        "curve": [[0, 2.0], [5, 1.0]],
+        "trainable_parameters": 1000,
+        "total_parameters": 9000,
+        "peak_memory_bytes": 10**9,
+        "adapter_bytes": 10**6,
+        "seconds": 60.0,
         "to_best": {"exact_match": {"difference": sum(to_best) / 2, "interval": list(to_best)}},
-        "forgetting": {"value": 0.1, "interval": [0.05, 0.15]}, **fields,
-    }  # fmt: skip
+        "forgetting": {"value": 0.1, "interval": [0.05, 0.15]},
+        **fields,
+    }
 
 
 def test_on_the_screen_80_columns_hold_every_figure_and_a_failure_is_named() -> None:
     slow = method(
-        "bottleneck",
-        0.744,
-        (-0.1, 0.1),
-        seconds=4000.0,
-        trainable_parameters=134_515_008,
-        adapter_bytes=272_590_000,
+        "bottleneck", 0.744, (-0.1, 0.1), seconds=4000.0, trainable_parameters=134_515_008, adapter_bytes=272_590_000
     )
     failed = method("qlora", 0.1, (-0.1, 0.1), failure="diverged")
     console = Console(width=80, file=io.StringIO())
@@ -370,10 +395,20 @@ def test_on_the_screen_80_columns_hold_every_figure_and_a_failure_is_named() -> 
 
 def figures_of(*methods: dict[str, Any], best: str) -> dict[str, Any]:
     return {
-        "methods": list(methods), "best": best, "full": None, "primary": "exact_match", "units": {"exact_match": "share"}, "test_rows": 50,
-        "seeds": 3, "untuned": {"exact_match": {"value": 0.0, "interval": [0.0, 0.1]}}, "untuned_general": 3.0,
-        "budget": {"steps": 5, "seconds": None}, "base": "b", "disagreements": [], "conclusion": [],
-    }  # fmt: skip
+        "methods": list(methods),
+        "best": best,
+        "full": None,
+        "primary": "exact_match",
+        "units": {"exact_match": "share"},
+        "test_rows": 50,
+        "seeds": 3,
+        "untuned": {"exact_match": {"value": 0.0, "interval": [0.0, 0.1]}},
+        "untuned_general": 3.0,
+        "budget": {"steps": 5, "seconds": None},
+        "base": "b",
+        "disagreements": [],
+        "conclusion": [],
+    }
 
 
 FULL = method("full", 0.8, (0.0, 0.0), adapter_bytes=5 * 10**8, peak_memory_bytes=4 * 10**9)
@@ -399,7 +434,10 @@ def test_the_words_hold_every_method_against_full_fine_tuning_where_it_is_not_th
     better = {**LORA, "to_full": {"exact_match": {"difference": 0.012, "interval": [-0.02, 0.05]}}}
     worse = {**PREFIX, "to_full": {"exact_match": {"difference": -0.3, "interval": [-0.4, -0.2]}}}
     figures = {**figures_of(FULL, better, worse, best="lora"), "full": "full"}
-    said = "Against full, with the 95% interval of the difference: lora +1.2% (-2.0% to +5.0%), prefix -30.0% (-40.0% to -20.0%)."
+    said = (
+        "Against full, with the 95% interval of the difference: lora +1.2% (-2.0% to +5.0%), prefix -30.0% "
+        "(-40.0% to -20.0%)."
+    )
     assert said in conclude(figures)
     assert not any("Against full" in s for s in conclude({**figures, "best": "full"}))
 

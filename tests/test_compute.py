@@ -1,4 +1,5 @@
-"""The type that a base is held in: measured, said, kept; and float32 is the same base as the bf16 that it was widened from."""
+"""The type that a base is held in: measured, said, kept; and float32 is the same base as the bf16 that it was
+widened from."""
 
 import json
 import os
@@ -39,11 +40,7 @@ CPU = torch.device("cpu")
 LORA = LoRA(rank=2)
 HELD = [None, "nf4", "fp4"]
 
-AS_AN_OLDER_PROCESSOR = {
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    native.MAX_ISA: "avx2",
-}
+AS_AN_OLDER_PROCESSOR = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", native.MAX_ISA: "avx2"}
 COMMANDS = """
 import json, sys
 from veneer.cli.main import main
@@ -76,13 +73,14 @@ def test_without_bf16_products_float32_is_chosen_said_planned_and_kept(tmp_path)
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     arguments = [str(tmp_path / "base"), rows(tmp_path / "rows.jsonl"), str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", COMMANDS, *arguments], capture_output=True, text=True, check=True,
+        [sys.executable, "-P", "-W", "ignore", "-c", COMMANDS, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, **AS_AN_OLDER_PROCESSOR},
-    )  # fmt: skip
-    trained, _, _, planned, doctor, _ = done.stdout.split("=====\n")
-    assert (
-        "dtype float32, twice the bytes of the stored bfloat16: in bfloat16 a product takes about" in trained
     )
+    trained, _, _, planned, doctor, _ = done.stdout.split("=====\n")
+    assert "dtype float32, twice the bytes of the stored bfloat16: in bfloat16 a product takes about" in trained
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["dtype"] == "float32"
     assert done.stderr.count("dtype float32") == 2  # generate and evaluate
     plan = json.loads(planned)
@@ -236,9 +234,7 @@ def test_a_comparison_names_one_type_for_all_its_processes(slow, tmp_path):
     candidate = Candidate("lora", settings(tmp_path, "out"))
     found = compute_of_candidate(candidate)
     assert found.name == "float32" and with_dtype(candidate, found.name).config.dtype == "float32"
-    assert (
-        compute_of(str(tmp_path / "base"), dtype="bfloat16", device="cpu", quantize=None).name == "bfloat16"
-    )
+    assert compute_of(str(tmp_path / "base"), dtype="bfloat16", device="cpu", quantize=None).name == "bfloat16"
 
 
 def test_what_is_written_in_4_bits_keeps_the_stored_type_of_what_stays_dense(slow, tmp_path, capsys):

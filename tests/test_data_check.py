@@ -13,9 +13,7 @@ from veneer.data.examples import SHOWN, Example, Problem, RoleRun, Row, RowRef, 
 STOP = 9
 
 
-def example(
-    trained: str, *, ids: list[int] | None = None, line: int = 1, key: int = 0, **more: Any
-) -> Example:
+def example(trained: str, *, ids: list[int] | None = None, line: int = 1, key: int = 0, **more: Any) -> Example:
     """trained: a letter a token, - where it is not learnt."""
     mask = np.array([letter != "-" for letter in trained], dtype=np.bool_)
     numbers = np.array(ids or [1] * len(trained), dtype=np.int32)
@@ -32,9 +30,15 @@ def report(
 ) -> CheckReport:
     rows = [row(f"q{e.ref.line}", e.ref.line) for e in train]
     settings = {
-        "train_rows": rows, "validation_rows": [], "length": 100, "by_model": False,
-        "long_rows": "refuse", "stop_ids": [STOP], "stop_tokens": ["<stop>"], **changes,
-    }  # fmt: skip
+        "train_rows": rows,
+        "validation_rows": [],
+        "length": 100,
+        "by_model": False,
+        "long_rows": "refuse",
+        "stop_ids": [STOP],
+        "stop_tokens": ["<stop>"],
+        **changes,
+    }
     return check("rows", train, held, findings=findings or Findings(), **settings)
 
 
@@ -96,10 +100,7 @@ def test_long_rows_are_named_the_longest_first_five_of_them() -> None:
     for count, more in ((5, ""), (6, "; …")):
         of = report(example("-x"), findings=Findings(too_long=long[:count]))
         (problem,) = (problem for problem in of.problems if problem.code == "D203")
-        assert (
-            problem.detail
-            == "; ".join(f"rows:{n}: {100 + n} tokens" for n in range(count, count - 5, -1)) + more
-        )
+        assert problem.detail == "; ".join(f"rows:{n}: {100 + n} tokens" for n in range(count, count - 5, -1)) + more
         assert problem.message == f"longer than 100 tokens (the longest: {100 + count})"
         assert problem.next_step.startswith(f"Raise length (length: {100 + count}), or say what happens")
         assert of.refused and (of.too_long, of.truncated, of.dropped) == (count, 0, 0)
@@ -117,9 +118,13 @@ def test_what_concerns_single_rows_names_them_and_stops_no_run_unless_nothing_is
     of = report(*train, findings=findings, validation_rows=[row("q2", 8), row("other", 9)])
     lines = {(problem.code, problem.lines, problem.fatal) for problem in of.problems}
     assert lines == {
-        ("D208", (4,), False), ("D208", (5,), False), ("D209", (3,), False), ("D210", (8,), False),
-        ("D207", (), False), ("D212", (), False),
-    }  # fmt: skip
+        ("D208", (4,), False),
+        ("D208", (5,), False),
+        ("D209", (3,), False),
+        ("D210", (8,), False),
+        ("D207", (), False),
+        ("D212", (), False),
+    }
     assert (of.duplicates, of.leaked, of.control_rows, of.fully_masked) == (1, 1, 2, 0)
     masked = report(example("-x"), held=(example("--", line=6), example("-x", line=7)))
     assert found(masked)["D205"] == ((6,), "nothing in the row is trained on") and masked.refused

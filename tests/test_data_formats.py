@@ -26,13 +26,27 @@ def parts(*texts: str) -> list[dict[str, str]]:
 
 LAYOUTS: dict[str, tuple[dict[str, Any], Format, list[dict[str, Any]]]] = {
     "chat": ({"messages": [ASK, ANSWER]}, "chat", [ASK, ANSWER]),
-    "chat as JSON text": ({"messages": '[{"role":"user","content":"2 + 2?"},{"role":"assistant","content":"4"}]'}, "chat", [ASK, ANSWER]),
-    "chat with parts": ({"messages": [{"role": "user", "content": parts("2 ", "+ 2?")}, ANSWER]}, "chat", [ASK, ANSWER]),
+    "chat as JSON text": (
+        {"messages": '[{"role":"user","content":"2 + 2?"},{"role":"assistant","content":"4"}]'},
+        "chat",
+        [ASK, ANSWER],
+    ),
+    "chat with parts": (
+        {"messages": [{"role": "user", "content": parts("2 ", "+ 2?")}, ANSWER]},
+        "chat",
+        [ASK, ANSWER],
+    ),
     "chat with a system column": ({"messages": [ASK, ANSWER], "system": "Be brief."}, "chat", [SYSTEM, ASK, ANSWER]),
     "chat with nulls": ({"messages": [{**ASK, "name": None}, {**ANSWER, "tool_calls": None}]}, "chat", [ASK, ANSWER]),
     "tool calls": ({"messages": [ASK, CALLS, RESULT, ANSWER]}, "chat", [ASK, CALLS, RESULT, ANSWER]),
     "sharegpt": (
-        {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "2 + 2?"},
+                {"from": "gpt", "value": "4"},
+            ]
+        },
         "sharegpt",
         [SYSTEM, ASK, ANSWER],
     ),
@@ -49,7 +63,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Format, list[dict[str, Any]]]] = {
         "alpaca",
         [{"role": "user", "content": "Add.\n\n2, 2"}, ANSWER],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("record", "format", "messages"), LAYOUTS.values(), ids=LAYOUTS)
@@ -77,10 +91,7 @@ def test_rows_that_fit_two_layouts_are_refused() -> None:
 def test_arguments_given_as_json_text_become_the_object_that_templates_expect() -> None:
     call = {"function": {"name": "add", "arguments": '{"a": 2}'}}
     bare = {"name": "add", "arguments": {"a": 2}}
-    record = {
-        "messages": [ASK, {**CALLS, "tool_calls": [call, bare]}, RESULT, ANSWER],
-        "tools": '[{"name": "add"}]',
-    }
+    record = {"messages": [ASK, {**CALLS, "tool_calls": [call, bare]}, RESULT, ANSWER], "tools": '[{"name": "add"}]'}
     row = to_row(record, REF, "chat")
     assert [call["function"] for call in row.messages[1]["tool_calls"]] == [bare, bare]
     assert row.tools == [{"name": "add"}]
@@ -106,22 +117,33 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tool result without a call": ("D111", {"messages": [ASK, ANSWER, RESULT, ANSWER]}),
     "no answer": ("D112", {"messages": [ASK, ANSWER, ASK]}),
     "call without a name": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"function": {}}]}, RESULT, ANSWER]}),
-    "arguments that are not JSON": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "{a"}]}]}),
-    "arguments that are a list": ("D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}),
+    "arguments that are not JSON": (
+        "D113",
+        {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "{a"}]}]},
+    ),
+    "arguments that are a list": (
+        "D113",
+        {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+    ),
     "a tool whose function is a word": ("D113", {"messages": [ASK, ANSWER], "tools": [{"function": "x"}]}),
     "a tool whose name is a number": ("D113", {"messages": [ASK, ANSWER], "tools": [{"function": {"name": 3}}]}),
-    "half a character in a call": ("D102", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}]}),
+    "half a character in a call": (
+        "D102",
+        {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}]},
+    ),
     "half a character in a key": ("D102", {"messages": [ASK, {**ANSWER, "more": {"\udc00": 1}}]}),
     "half a character in a tool": ("D102", {"messages": [ASK, ANSWER], "tools": [{"name": "\ud83d"}]}),
     "half a character in escaped arguments": (
-        "D102", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}]},
+        "D102",
+        {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud83d"}'}]}]},
     ),
     "half a character in the system column": ("D102", {"messages": [ASK, ANSWER], "system": "\ud83d"}),
     "messages that are brackets": ("D103", {"messages": "[" * 100_000}),
     "messages nested in text": ("D103", {"messages": "[" * 600 + "]" * 600}),
     "NaN in messages that are text": ("D103", {"messages": '[{"role": "user", "content": "a", "n": NaN}]'}),
     "arguments nested in text": (
-        "D113", {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}]}]},
+        "D113",
+        {"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}]}]},
     ),
     "tools nested in text": ("D113", {"messages": [ASK, ANSWER], "tools": "[" * 600 + "]" * 600}),
     "a value that is no JSON": ("D109", {"messages": [ASK, {**ANSWER, "at": date(2026, 1, 1)}]}),
@@ -130,7 +152,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "an images column": ("D114", {"messages": [ASK, ANSWER], "images": ["a.png"]}),
     "empty question": ("D115", {"messages": [{**ASK, "content": ""}, ANSWER]}),
     "empty prompt": ("D115", {"prompt": "", "completion": "a"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("code", "record"), FAULTS.values(), ids=FAULTS)
@@ -163,7 +185,10 @@ SAID: list[tuple[str, dict[str, Any]]] = [
     ("arguments of f in message 2 are a list, not an object", bad_call({"name": "f", "arguments": [1]})),
     ("'tools' is an object, not a list of objects", {"messages": [ASK, ANSWER], "tools": {"name": "f"}}),
     ("'tools' is a list, not a list of objects", {"messages": [ASK, ANSWER], "tools": [*TOOLS, "f"]}),
-    ("the function of tool 2 is of type str, not an object", {"messages": [ASK, ANSWER], "tools": [*TOOLS, {"function": "f"}]}),
+    (
+        "the function of tool 2 is of type str, not an object",
+        {"messages": [ASK, ANSWER], "tools": [*TOOLS, {"function": "f"}]},
+    ),
     ("the name of tool 2 is a number, not text", {"messages": [ASK, ANSWER], "tools": [*TOOLS, {"name": 3}]}),
     ("'references' is of type str, not a list of texts", {"messages": [ASK, ANSWER], "references": "4"}),
     ("'references' is a list, not a list of texts", {"messages": [ASK, ANSWER], "references": ["4", 4]}),
@@ -174,15 +199,16 @@ SAID: list[tuple[str, dict[str, Any]]] = [
     ("the last message is the user's, not the assistant's: nothing to learn", {"messages": [ASK, ANSWER, ASK]}),
     ("'output' is empty: nothing to learn", {"instruction": "2 + 2?", "output": " "}),
     ("'instruction' is empty", {"instruction": "", "output": "4"}),
-    ("format prompt_completion needs prompt, completion; here completion is missing or null", {"prompt": "a", "completion": None}),
+    (
+        "format prompt_completion needs prompt, completion; here completion is missing or null",
+        {"prompt": "a", "completion": None},
+    ),
     ("'text' holds half a character (U+D83D): cut off in an escape", {"text": "é\ud83d"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("said", "record"), SAID)
-def test_a_fault_names_its_place_counted_from_one_and_what_stands_there(
-    said: str, record: dict[str, Any]
-) -> None:
+def test_a_fault_names_its_place_counted_from_one_and_what_stands_there(said: str, record: dict[str, Any]) -> None:
     with pytest.raises(RowFault) as fault:
         to_row(record, REF, detect(frozenset(record)))
     assert fault.value.message == said

@@ -22,9 +22,7 @@ ANSWER_AT = len("|user\nq000<\n|assistant\n")  # ids in front of the answer to a
 
 
 def pair(question: str, answer: str = "yes", **more: Any) -> dict[str, Any]:
-    return {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
-    }
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
 
 
 def write(path: Path, *records: dict[str, Any]) -> str:
@@ -72,10 +70,7 @@ def test_a_row_becomes_an_example_with_exact_ids_mask_and_place(tmp_path: Path) 
 
 def test_keys_change_with_the_content_alone() -> None:
     rows = [chat_row("a", "b"), chat_row("a", "c"), chat_row("c", "b")]
-    rows += [
-        Row(RowRef("x", 1), rows[0].messages, [{"name": "f"}]),
-        Row(RowRef("x", 1), [], None, "a", "text"),
-    ]
+    rows += [Row(RowRef("x", 1), rows[0].messages, [{"name": "f"}]), Row(RowRef("x", 1), [], None, "a", "text")]
     assert len({row_key(row) for row in rows}) == 5
 
 
@@ -103,9 +98,7 @@ def test_the_share_held_out_is_the_share_asked_for_and_a_prompt_is_never_on_both
 
 def test_far_more_rows_held_out_than_asked_for_are_reported_with_the_reason(tmp_path: Path) -> None:
     # q58 is one of the questions that a share of 0.05 holds out; all its answers go with it.
-    crowded = write(
-        tmp_path / "crowded.jsonl", *(pair("q58" if n < 60 else f"q{n}", f"a{n}") for n in range(120))
-    )
+    crowded = write(tmp_path / "crowded.jsonl", *(pair("q58" if n < 60 else f"q{n}", f"a{n}") for n in range(120)))
     data = examine(crowded, validation_share=0.05)
     assert len(data.validation) >= 60
     assert "D216" in codes(data)
@@ -138,19 +131,16 @@ def test_rows_longer_than_length_are_refused_dropped_or_cut(tmp_path: Path) -> N
     assert cut.report.stop_token_trained == "partly"
 
 
-def test_rows_that_would_lose_their_whole_answer_are_refused_and_left_out_only_on_request(
-    tmp_path: Path,
-) -> None:
+def test_rows_that_would_lose_their_whole_answer_are_refused_and_left_out_only_on_request(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", pair("q000"), pair("q" * 100), pair("q001"))
-    with pytest.raises(
-        DataError, match=r"D204 .*rows\.jsonl:2  cut at 60 tokens, the row loses its whole answer"
-    ):
+    with pytest.raises(DataError, match=r"D204 .*rows\.jsonl:2  cut at 60 tokens, the row loses its whole answer"):
         load(file, length=60, long_rows="cut")
     assert len(load(file, length=60, long_rows="drop").train) == 2
 
 
 def test_rows_longer_than_the_models_positions_are_a_problem_of_their_own(tmp_path: Path) -> None:
-    """Whatever `length` says: 2,048 is more than GPT-2 has, and a model with rotary positions computes on in silence."""
+    """Whatever `length` says: 2,048 is more than GPT-2 has, and a model with rotary positions computes on in
+    silence."""
     file = write(tmp_path / "rows.jsonl", *(pair("q", "a" * n) for n in (1, 90, 80, 5)))
     room = Capacity(positions=100)
     with pytest.raises(DataError, match=r"D217 .*:2-3 .*longer than the model's 100 positions") as caught:
@@ -158,10 +148,7 @@ def test_rows_longer_than_the_models_positions_are_a_problem_of_their_own(tmp_pa
     assert "rows.jsonl:2: 112 tokens; " in str(caught.value) and ":3: 102 tokens" in str(caught.value)
     assert caught.value.next_step.startswith("Take a base with more positions, or say")
     for length in (100, 101, 2048):
-        assert codes(examine(file, capacity=room, length=length))["D203" if length == 100 else "D217"] == (
-            2,
-            3,
-        )
+        assert codes(examine(file, capacity=room, length=length))["D203" if length == 100 else "D217"] == (2, 3)
     dropped, cut = (load(file, capacity=room, long_rows=way) for way in ("drop", "cut"))
     assert [len(e.ids) for e in dropped.train] == [23, 27]
     assert [len(e.ids) for e in cut.train] == [23, 100, 100, 27]
@@ -176,9 +163,7 @@ def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path: P
     tokenizer.chat_template = tokenizer.chat_template.replace("Tools:", "<new>")
     file = write(tmp_path / "rows.jsonl", pair("a"), *({**pair(q), "tools": [{"name": q}]} for q in "bc"))
     known = Capacity(tokens=259)
-    with pytest.raises(
-        DataError, match=r"D218 .*:2-3 \(2 rows\)  token 259 \('<new>'\) is none of the model's 259"
-    ):
+    with pytest.raises(DataError, match=r"D218 .*:2-3 \(2 rows\)  token 259 \('<new>'\) is none of the model's 259"):
         load(file, tokenizer=tokenizer, capacity=known)
     assert "D218" not in codes(examine(file, tokenizer=tokenizer, capacity=Capacity(tokens=260)))
     with pytest.raises(DataError, match="D218"):
@@ -205,9 +190,7 @@ def test_rows_without_a_trained_token_are_refused(tmp_path: Path) -> None:
         load(write(tmp_path / "none.jsonl", pair("q001", weight=0)))
 
 
-def test_hardly_any_trained_tokens_are_refused_if_cutting_is_the_reason_and_reported_if_not(
-    tmp_path: Path,
-) -> None:
+def test_hardly_any_trained_tokens_are_refused_if_cutting_is_the_reason_and_reported_if_not(tmp_path: Path) -> None:
     long = "q" * 900
     whole = examine(write(tmp_path / "whole.jsonl", pair(long, "y")))
     assert (whole.report.refused, "D206" in codes(whole)) == (False, True)
@@ -231,11 +214,7 @@ def test_the_report_counts_what_the_ids_and_masks_hold(tmp_path: Path) -> None:
     data = load(file, validation=held_out)
     report = data.report
     assert (report.rows, report.validation_rows, report.formats) == (3, 2, {"chat": 5})
-    assert (
-        report.tokens
-        == sum(len(example.ids) for example in data.train)
-        == sum(report.tokens_by_role.values())
-    )
+    assert report.tokens == sum(len(example.ids) for example in data.train) == sum(report.tokens_by_role.values())
     assert report.trained_tokens == 15 == report.trained_by_role["assistant"]
     assert report.trained_by_role == {"user": 0, "assistant": 15, "system": 0}
     assert report.tokens_by_role["system"] == len("|system\ns<\n")
@@ -276,9 +255,7 @@ def test_every_row_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     chat = pair("q001")
     chat["messages"].insert(0, {"role": "system", "content": "s"})
     file = write(tmp_path / "rows.jsonl", chat, pair("q000"), chat)
-    with pytest.raises(
-        DataError, match=r"D201 .*rows.jsonl:1, 3 \(2 rows\)  the chat template refuses it: no system"
-    ):
+    with pytest.raises(DataError, match=r"D201 .*rows.jsonl:1, 3 \(2 rows\)  the chat template refuses it: no system"):
         load(file, tokenizer=tokenizer)
 
 

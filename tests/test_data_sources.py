@@ -22,10 +22,7 @@ def chat(question: str = "Why?", answer: str = "So.") -> dict[str, object]:
 
 GOOD = json.dumps(chat()).encode()
 BROKEN = {
-    "CP1252 text": (
-        json.dumps(chat()).replace("Why", "caf\\u00e9").encode().replace(b"\\u00e9", b"\xe9"),
-        "D102",
-    ),
+    "CP1252 text": (json.dumps(chat()).replace("Why", "caf\\u00e9").encode().replace(b"\\u00e9", b"\xe9"), "D102"),
     "a NUL byte": (GOOD.replace(b"W", b"\0"), "D102"),
     "half a surrogate pair": (GOOD.replace(b"Why", b"\\ud83d"), "D102"),
     "a cut line": (GOOD[:-10], "D103"),
@@ -35,10 +32,7 @@ BROKEN = {
     "deep nesting": (b"[" * 100_000, "D103"),
     "keys nested 600 deep": (b'{"score": ' + b'{"a":' * 600 + b"1" + b"}" * 600 + b", " + GOOD[1:], "D103"),
     "a number beyond all": (b'{"score": 1e999, ' + GOOD[1:], "D103"),
-    "half a surrogate pair beside the text": (
-        GOOD.replace(b'"role"', b'"na\\udc00me": 1, "role"', 1),
-        "D102",
-    ),
+    "half a surrogate pair beside the text": (GOOD.replace(b'"role"', b'"na\\udc00me": 1, "role"', 1), "D102"),
     "a key twice": (b'{"messages": [], ' + GOOD[1:], "D104"),
     "an inner key twice": (GOOD.replace(b'"role": "user"', b'"role": "user", "role": "system"'), "D104"),
     "a list": (b"[1, 2]", "D105"),
@@ -109,9 +103,7 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.jsonl")
 
 
-def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
     huge = json.dumps(chat(answer="x" * 5000)).encode()
     rows, problems = scan_rows(write(tmp_path / "rows.jsonl", GOOD, huge, huge, GOOD))
@@ -160,10 +152,7 @@ def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
         ("prompt\tcompletion\na\tb\n", "parted by tabs"),
         ("prompt,prompt\na,b\n", "'prompt' twice"),
         ('prompt,completion\n"a,b\n', "rows.csv:2  is not CSV"),
-        (
-            "text,category\nLost card,card_lost\n",
-            "rename column 'text' to 'prompt' and 'category' to 'completion'",
-        ),
+        ("text,category\nLost card,card_lost\n", "rename column 'text' to 'prompt' and 'category' to 'completion'"),
         ("mr,ref\na,b\n", "rename column 'mr' to 'prompt' and 'ref' to 'completion'"),
         ("prompt,answer\na,b\n", "rename column 'answer' to 'completion'"),
         ("a,b,c\n1,2,3\n", "Name the column with the question 'prompt'"),

@@ -40,16 +40,7 @@ def row(*messages: Message, **more: Any) -> Row:
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, with merges that cross the end of the generation prompt ("\\n\\n") and of a turn, and words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [
-        ("Ċ", "Ċ"),
-        ("ĊĊ", "Ċ"),
-        ("Ċ", "a"),
-        ("Ġ", "a"),
-        ("a", "b"),
-        ("Ġa", "b"),
-        ("Ġ", "Ġ"),
-        ("<", "|"),
-    ]
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("Ċ", "a"), ("Ġ", "a"), ("a", "b"), ("Ġa", "b"), ("Ġ", "Ġ"), ("<", "|")]
     vocabulary = {token: n for n, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -105,9 +96,7 @@ PIECES = [
     "كتاب",
     "e\u0301",
 ]
-contents = (
-    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(lambda text: text.strip())
-)
+contents = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(lambda text: text.strip())
 
 
 @st.composite
@@ -146,9 +135,7 @@ def slow_reference(messages: list[Message], train_on: TrainOn) -> tuple[list[int
 @settings(max_examples=150, deadline=None)
 @given(conversations(), st.sampled_from(MODES))
 def test_ids_and_mask_equal_the_slow_reference(messages: list[Message], train_on: TrainOn) -> None:
-    assert template("bytes").encode_row(row(*messages), train_on=train_on) == slow_reference(
-        messages, train_on
-    )
+    assert template("bytes").encode_row(row(*messages), train_on=train_on) == slow_reference(messages, train_on)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -174,9 +161,7 @@ def test_what_generation_starts_from_is_what_stands_in_front_of_each_answer(
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=120, deadline=None)
 @given(messages=conversations())
-def test_the_only_control_tokens_are_those_that_the_template_writes(
-    name: str, messages: list[Message]
-) -> None:
+def test_the_only_control_tokens_are_those_that_the_template_writes(name: str, messages: list[Message]) -> None:
     coded = template(name)
     ids, _ = coded.encode_row(row(*messages), train_on="assistant")
     control = coded.tokenizer.added_tokens_decoder
@@ -212,9 +197,7 @@ def test_names_of_tool_tokens_are_text_when_a_user_types_them_and_tokens_when_th
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("<other>", special=False)])
     tool_call, other = tokenizer.convert_tokens_to_ids(["<tool_call>", "<other>"])
     coded = ChatTemplate(tokenizer)  # CHATML writes <tool_call>, and knows nothing of <other>
-    ids, _ = coded.encode_row(
-        row(user("<tool_call><other>"), assistant("<tool_call>{}")), train_on="assistant"
-    )
+    ids, _ = coded.encode_row(row(user("<tool_call><other>"), assistant("<tool_call>{}")), train_on="assistant")
     assert (ids.count(tool_call), ids.count(other)) == (1, 1)
 
 
@@ -225,9 +208,7 @@ def test_a_name_inside_a_longer_name_is_not_found() -> None:
 
 
 def test_templates_do_not_see_our_own_key() -> None:
-    assert "weight" not in with_template("{{ messages | tojson }}").render(
-        [user("a"), assistant("b", weight=0)]
-    )
+    assert "weight" not in with_template("{{ messages | tojson }}").render([user("a"), assistant("b", weight=0)])
 
 
 def test_control_names_in_tools_and_calls_are_text_too() -> None:
@@ -240,17 +221,19 @@ def test_control_names_in_tools_and_calls_are_text_too() -> None:
 
 
 ODD = {
-    "generation tag": "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}",
+    "generation tag": "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration "
+    "%};{% endfor %}",
     "break": "{% for m in messages %}{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "tojson": "{{ messages | tojson(indent=2) }}{{ dict(a='<&>') | tojson }}",
     "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}",
     "reasoning": "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{% endfor %}",
-    "absent keys": "{% for m in messages %}{{ m.name is defined }}{{ 'tool_calls' in m }}{% endfor %}{{ tools is none }}",
+    "absent keys": "{% for m in messages %}{{ m.name is defined }}{{ 'tool_calls' in m }}{% endfor %}{{ tools "
+    "is none }}",
     "whitespace control": "{% for m in messages %}\n    {% if m %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
     "date": "{{ strftime_now('%d %b %Y') }}",
     "generation prompt": "{% if add_generation_prompt %}yes{% else %}no{% endif %}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", [CHATML, *ODD.values()], ids=["chatml", *ODD])
@@ -317,9 +300,7 @@ def test_a_template_that_writes_half_a_character_is_refused() -> None:
             ask()
 
 
-def test_a_template_that_changes_earlier_answers_is_refused_with_both_renderings_unless_the_last_is_learnt() -> (
-    None
-):
+def test_a_template_that_changes_earlier_answers_is_refused_with_both_renderings_unless_the_last_is_learnt() -> None:
     coded = with_template(LAST_DIFFERS)
     messages = [user("a"), assistant("b"), user("c"), assistant("d")]
     with pytest.raises(DataError) as error:
@@ -349,9 +330,7 @@ def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
         plain.encode_row(row(user("a"), assistant("b"), tools=tools), train_on="last")
     with pytest.raises(DataError, match="does not render tools: weather"):
         plain.encode_row(row(user("a"), assistant("", tool_calls=[call])), train_on="last")
-    in_parts = with_template(
-        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}"
-    )
+    in_parts = with_template("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}")
     with pytest.raises(DataError, match="leaves out what message 1 says"):
         in_parts.encode_row(row(user("abc"), assistant("b")), train_on="last")
 
@@ -382,9 +361,7 @@ def test_the_date_that_a_template_writes_is_fixed() -> None:
 def test_the_token_that_ends_an_answer_is_found_beside_the_end_token() -> None:
     assert ChatTemplate(tiny_tokenizer()).stop_ids == (END,)
     assert with_template(CHATML.replace("<|im_end|>", "<|endoftext|>")).stop_ids == (END, PAD)
-    assert with_template(CHATML.replace("<|im_end|>\\n' }}{%- endfor", "\\n' }}{%- endfor")).stop_ids == (
-        END,
-    )
+    assert with_template(CHATML.replace("<|im_end|>\\n' }}{%- endfor", "\\n' }}{%- endfor")).stop_ids == (END,)
 
 
 def test_each_token_is_ascribed_to_the_message_it_was_rendered_from() -> None:
@@ -393,9 +370,7 @@ def test_each_token_is_ascribed_to_the_message_it_was_rendered_from() -> None:
     lengths = [1 + len(m["role"]) + 1 + len(m["content"]) + 2 for m in messages]
     opening = len("|assistant\n")  # what opens the answer is counted with what it answers
     ends = [lengths[0], lengths[0] + lengths[1] + opening, sum(lengths)]
-    assert [(run.role, run.end) for run in found.roles] == list(
-        zip(["system", "user", "assistant"], ends, strict=True)
-    )
+    assert [(run.role, run.end) for run in found.roles] == list(zip(["system", "user", "assistant"], ends, strict=True))
 
 
 def test_plain_text_is_learnt_whole_with_the_end_token_behind_and_control_tokens_as_they_stand() -> None:
@@ -463,9 +438,7 @@ def test_a_row_that_a_tokenizer_cannot_write_in_pieces_is_refused_with_both_text
     coded = ChatTemplate(spaced_tokenizer("always"))
     with pytest.raises(DataError) as caught:
         coded.encode_row(row(user("<|im_end|>"), assistant("b")), train_on="assistant")
-    assert "in pieces: '<|im_start|>user\\n<|im_end|><|im_' comes back as '<|im_start|> user\\n" in str(
-        caught.value
-    )
+    assert "in pieces: '<|im_start|>user\\n<|im_end|><|im_' comes back as '<|im_start|> user\\n" in str(caught.value)
 
 
 def test_two_texts_are_shown_twenty_characters_around_where_they_part() -> None:

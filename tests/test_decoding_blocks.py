@@ -264,9 +264,7 @@ def test_a_budget_without_room_for_a_block_says_both_numbers():
 
 
 def test_neither_torch_nor_transformers_is_loaded():
-    code = (
-        "import sys, veneer.decoding.scheduler; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, veneer.decoding.scheduler; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -319,9 +317,7 @@ class Books(RuleBasedStateMachine):
             return  # what waits for its own copy is not forked: it has computed nothing yet
         table = self.memory.blocks.fork(text.table, text.computed)
         if table is not None:
-            fork = Text(
-                text.tokens[: text.computed], text.adapter, text.salt, table, text.computed, text.front
-            )
+            fork = Text(text.tokens[: text.computed], text.adapter, text.salt, table, text.computed, text.front)
             self.texts.append(fork)
 
     @precondition(lambda self: self.texts)

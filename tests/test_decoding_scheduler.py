@@ -55,13 +55,7 @@ def test_a_request_says_everything_that_is_wrong_with_it():
     with pytest.raises(ConfigError) as caught:
         Request(prompt=(), max_new_tokens=0, adapter=(("x", math.nan), ("x", 1.0)), stops=frozenset([-1]))
     said = str(caught.value)
-    for fault in (
-        "max_new_tokens is 0",
-        "prompt is empty",
-        "weight 1 is nan",
-        "stops has '-1'",
-        "acts twice",
-    ):
+    for fault in ("max_new_tokens is 0", "prompt is empty", "weight 1 is nan", "stops has '-1'", "acts twice"):
         assert fault in said
     with pytest.raises(ConfigError, match="min_new_tokens 5 is above max_new_tokens 4"):
         Request(prompt=(1,), max_new_tokens=4, min_new_tokens=5)

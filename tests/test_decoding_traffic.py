@@ -63,10 +63,7 @@ class Traffic(RuleBasedStateMachine):
             assert fault.waiting + request.choices > 12 >= fault.waiting
         except DoesNotFitError:
             needed = math.ceil(request.most_places / SIZE)
-            assert (
-                needed > self.toy.blocks.num_blocks
-                or len(request.adapter) > self.toy.scheduler.limits.max_adapters
-            )
+            assert needed > self.toy.blocks.num_blocks or len(request.adapter) > self.toy.scheduler.limits.max_adapters
         else:
             assert [s.choice for s in made] == list(range(request.choices))
             self.all += made

@@ -79,9 +79,7 @@ def test_it_leaves_rows_a_run_and_both_sides_answers(run: Demo, tmp_path: Path) 
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    untuned, tuned = (
-        json.loads((out / f"{name}.json").read_text())["answers"] for name in ("untuned", "tuned")
-    )
+    untuned, tuned = (json.loads((out / f"{name}.json").read_text())["answers"] for name in ("untuned", "tuned"))
     assert len(untuned) == len(tuned) == HELD_OUT
     assert untuned != tuned  # the adapter acted
     assert figures["untuned"].keys() == figures["tuned"].keys()
@@ -123,9 +121,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_anew(
     assert trainings == ["new", "new"]
 
 
-def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(
-    run: Demo, tmp_path: Path
-) -> None:
+def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(run: Demo, tmp_path: Path) -> None:
     run()
     folder = tmp_path / "demo" / "run"
     (folder / "summary.json").unlink()

@@ -36,9 +36,7 @@ def pieces(dtype=torch.float64, *, bias, seed=0):
 
 def dropout(share):
     return (
-        None
-        if share == 0
-        else Dropout(row_keys(torch.full((M,), 5), torch.arange(M)), key=(3 << 32) + 1, share=share)
+        None if share == 0 else Dropout(row_keys(torch.full((M,), 5), torch.arange(M)), key=(3 << 32) + 1, share=share)
     )
 
 
@@ -59,9 +57,7 @@ def test_its_gradients_are_those_of_the_formula_with_the_norm_held_still(bias, s
     )
     torch.testing.assert_close(ours, theirs)
     g = torch.randn(ours.shape, dtype=ours.dtype)
-    for one, other in zip(
-        torch.autograd.grad(ours, inputs, g), torch.autograd.grad(theirs, inputs, g), strict=True
-    ):
+    for one, other in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(theirs, inputs, g), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -120,9 +116,7 @@ def test_it_saves_x_once_its_own_output_and_what_is_small():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = dora_linear(x, *(t.requires_grad_(t is not tensors[4]) for t in tensors[1:]), base, scaling=1.0)
     activations = sum(
-        nbytes
-        for pointer, nbytes in kept.items()
-        if pointer not in {t.untyped_storage().data_ptr() for t in (x, y)}
+        nbytes for pointer, nbytes in kept.items() if pointer not in {t.untyped_storage().data_ptr() for t in (x, y)}
     )
     assert x.untyped_storage().data_ptr() in kept and y.untyped_storage().data_ptr() in kept
     assert activations <= 400 * R * 2 + 4 * (R * I + O * R + 4 * O)
@@ -130,9 +124,7 @@ def test_it_saves_x_once_its_own_output_and_what_is_small():
 
 def test_the_norm_is_kept_while_nothing_moves_and_forgotten_when_something_does():
     model, routing = tiny_model("llama"), Routing()
-    attachment = attach(
-        model, DoRA(rank=2, targets=["q_proj"]), name="a", routing=routing, head=model.lm_head
-    )
+    attachment = attach(model, DoRA(rank=2, targets=["q_proj"]), name="a", routing=routing, head=model.lm_head)
     path, layer = next(iter(attachment.layers.items()))
     frozen = frozen_linear(model.get_submodule(path).base)
     with torch.no_grad():
@@ -183,9 +175,7 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
     torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(layer.folded(table)[ids] * scale, expected.detach(), **close)
     g = draw(*found.shape)
-    for one, other in zip(
-        torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True
-    ):
+    for one, other in zip(torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
         torch.testing.assert_close(one, other, **close)
 
 
@@ -193,12 +183,11 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [15, 48, 130])
 def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
-    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows and of columns that are full and not) and one they
-    leave."""
+    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows and of columns that are full and not)
+    and one they leave."""
     torch.manual_seed(4)
     base, exact = (
-        DenseLinear(nn.Linear(96, 176, dtype=t).requires_grad_(False))
-        for t in (torch.bfloat16, torch.float64)
+        DenseLinear(nn.Linear(96, 176, dtype=t).requires_grad_(False)) for t in (torch.bfloat16, torch.float64)
     )
     exact.module.weight.data = base.module.weight.double()
     x, own = torch.randn(rows, 96).bfloat16(), torch.randn(176).bfloat16() if bias else None
@@ -212,20 +201,13 @@ def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
     assert norm[7] == 0
     inputs = [t.requires_grad_() for t in (x, A, B, magnitude)]
     theirs = [
-        t.detach().double().requires_grad_()
-        for t in (x, A.detach().bfloat16(), B.detach().bfloat16(), magnitude)
+        t.detach().double().requires_grad_() for t in (x, A.detach().bfloat16(), B.detach().bfloat16(), magnitude)
     ]
     grad = torch.randn(rows, 176).bfloat16()
     ours = dora_linear(*inputs, norm, own, base, scaling=0.3)
-    plain = dora_linear_reference(
-        *theirs, norm.double(), None if own is None else own.double(), exact, scaling=0.3
-    )
+    plain = dora_linear_reference(*theirs, norm.double(), None if own is None else own.double(), exact, scaling=0.3)
     near = [(ours, plain)]
-    near += zip(
-        torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(plain, theirs, grad.double()),
-        strict=True,
-    )
+    near += zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, theirs, grad.double()), strict=True)
     for a, b in near:
         assert (a.double() - b).abs().max() <= 2**-6 * b.abs().max()
     wiped = torch.zeros(rows) if own is None else own[5].float().expand(rows)
@@ -255,8 +237,6 @@ def test_a_fresh_bf16_layer_changes_no_bit():
     torch.manual_seed(6)
     module = nn.Linear(96, 144).bfloat16().requires_grad_(False)
     base = DenseLinear(module)
-    layer = DoRALayer(
-        LoRALayer("linear", torch.randn(16, 96), torch.zeros(144, 16), alpha=2.0, rslora=False), base
-    )
+    layer = DoRALayer(LoRALayer("linear", torch.randn(16, 96), torch.zeros(144, 16), alpha=2.0, rslora=False), base)
     x = torch.randn(50, 96).bfloat16()
     assert torch.equal(DoRALayer.product(x, module.bias, base, [(layer, 1.0)], Routing()), module(x))

@@ -31,9 +31,7 @@ ROWS = row_keys(torch.tensor([5, 5, 1 << 40]), torch.tensor([0, 1, 1]))
 
 
 def lora(among: int, expert: int) -> Any:
-    layer = LoRALayer(
-        "linear", torch.ones(2, 16), torch.ones(4, 2), alpha=1.0, rslora=False, dropout=0.5, key=7
-    )
+    layer = LoRALayer("linear", torch.ones(2, 16), torch.ones(4, 2), alpha=1.0, rslora=False, dropout=0.5, key=7)
     dropout = layer.active_dropout(torch.ones(3, 16), TokenKeys(ROWS, 4099), among=among, expert=expert)
     assert dropout is not None
     return dropout.apply(torch.ones(3, 16)) != 0
@@ -53,9 +51,7 @@ def dare(place: str, seed: int | None) -> Any:
 
 
 def examples(*lengths: int) -> list[Example]:
-    return [
-        Example(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1, RowRef("rows", n), n) for n in lengths
-    ]
+    return [Example(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1, RowRef("rows", n), n) for n in lengths]
 
 
 LENGTHS = [(n * 7) % 31 + 1 for n in range(70)]

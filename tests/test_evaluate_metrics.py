@@ -198,10 +198,7 @@ ANSWERS = [
     "It's rated 5 out of 5; kids are welcome — naïve café.",
 ]
 REFERENCES = [
-    [
-        "A coffee shop in the city centre area called Blue Spice.",
-        "Blue Spice is a coffee shop in city centre.",
-    ],
+    ["A coffee shop in the city centre area called Blue Spice.", "Blue Spice is a coffee shop in city centre."],
     ["Near the river there is a cheap place that is not family-friendly.", "It is a cheap place."],
     ["Alimentum is in the city centre.", "Alimentum."],
     ["Nothing was said.", "Silence"],
@@ -210,15 +207,11 @@ REFERENCES = [
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
-@pytest.mark.parametrize(
-    "rows", [slice(None), slice(0, 2), slice(3, 4)], ids=["all", "two", "an empty answer"]
-)
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 2), slice(3, 4)], ids=["all", "two", "an empty answer"])
 def test_bleu_and_chrf_are_sacrebleus_corpus_scores(name: str, rows: slice) -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     columns = [list(column) for column in zip(*REFERENCES[rows], strict=True)]
-    theirs = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name](
-        ANSWERS[rows], columns
-    ).score
+    theirs = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name](ANSWERS[rows], columns).score
     assert figure(METRICS[name], ANSWERS[rows], REFERENCES[rows]) == pytest.approx(theirs, abs=1e-9)
 
 
@@ -229,9 +222,7 @@ def test_rouge_is_that_of_rouge_score(name: str) -> None:
         for reference in references:
             theirs = scorer.score(reference, answer)[name].fmeasure
             assert figure(METRICS[name], [answer], [[reference]]) == pytest.approx(theirs, abs=1e-12)
-    best = [
-        max(scorer.score(r, a)[name].fmeasure for r in rs) for a, rs in zip(ANSWERS, REFERENCES, strict=True)
-    ]
+    best = [max(scorer.score(r, a)[name].fmeasure for r in rs) for a, rs in zip(ANSWERS, REFERENCES, strict=True)]
     assert figure(METRICS[name], ANSWERS, REFERENCES) == pytest.approx(sum(best) / len(best))
 
 

@@ -98,10 +98,7 @@ def test_expected_answers_are_the_last_turns_without_white_space_around_them(bas
 
 def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: FrozenBase) -> None:
     call = {"type": "function", "function": {"name": "book", "arguments": {"nights": 3}}}
-    messages = [
-        {"role": "user", "content": "Three nights"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
+    messages = [{"role": "user", "content": "Three nights"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     (answer,) = evaluate_answers(base, [Row(RowRef("rows.jsonl", 1), messages, None, None)], max_new_tokens=1)
     assert answer.expected.startswith("<tool_call>") and answer.expected.endswith("</tool_call>")
     assert '"nights": 3' in answer.expected
@@ -110,8 +107,7 @@ def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: FrozenBa
 
 def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: FrozenBase) -> None:
     unanswered = [
-        Row(RowRef("rows.jsonl", line), [{"role": "user", "content": "?"}], None, None)
-        for line in range(2, 20)
+        Row(RowRef("rows.jsonl", line), [{"role": "user", "content": "?"}], None, None) for line in range(2, 20)
     ]
     text = Row(RowRef("rows.jsonl", 20), [], None, "plain text")
     with pytest.raises(DataError) as caught:
@@ -193,9 +189,7 @@ def nothing_computed(_: Sequence[Example]) -> Counts:
     raise AssertionError("something was computed first")
 
 
-def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_is_computed(
-    base: FrozenBase,
-) -> None:
+def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_is_computed(base: FrozenBase) -> None:
     asked = rows(['{"a": 1}', "plain", '{"a": 2}', "{'a': 3}"])
     with pytest.raises(DataError) as caught:
         run(base, asked, ["field_f1"], nats=nothing_computed)
@@ -345,13 +339,7 @@ def test_two_evaluations_are_compared_row_by_row(base: FrozenBase, tmp_path: Pat
 
 
 def test_predictions_hold_any_answer(tmp_path: Path) -> None:
-    line = {
-        "row": "x",
-        "key": "k",
-        "references": ["\x85 \u2028\u2029 \x0b\x0c\x1c\x00"],
-        "nats": 1.0,
-        "tokens": 2,
-    }
+    line = {"row": "x", "key": "k", "references": ["\x85 \u2028\u2029 \x0b\x0c\x1c\x00"], "nats": 1.0, "tokens": 2}
     write_predictions(tmp_path / "a.jsonl", [line, {**line, "answer": "\r\n\u2028"}])
     assert read_predictions(tmp_path / "a.jsonl") == [line, {**line, "answer": "\r\n\u2028"}]
 
@@ -365,9 +353,7 @@ def test_predictions_of_other_rows_are_refused_by_name(base: FrozenBase, tmp_pat
         run(base, rows(["a"] * 3), ["exact_match"], against=tmp_path / "a.jsonl")
 
 
-def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers_are_exact(
-    tmp_path: Path,
-) -> None:
+def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers_are_exact(tmp_path: Path) -> None:
     file, good = tmp_path / "a.jsonl", {"row": "x", "key": "k", "references": [], "nats": 1.0, "tokens": 2}
 
     def read(*changes: dict[str, Any] | str) -> list[Any]:
@@ -447,9 +433,7 @@ def test_forgetting_is_the_loss_after_minus_before_on_the_users_own_text(tmp_pat
     assert base.routing.active == (("a", 1.0),)
 
 
-def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(
-    base: FrozenBase, tmp_path: Path
-) -> None:
+def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(base: FrozenBase, tmp_path: Path) -> None:
     (tmp_path / "general.txt").write_text("a\n---\nb")
     with pytest.raises(DataError, match="nothing to predict"):
         run(base, rows(["a"]), [], general=str(tmp_path / "general.txt"), nats=nothing_computed)

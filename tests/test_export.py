@@ -100,9 +100,7 @@ def gguf_updates(path, model, heads):
         change = alpha / b.shape[-1] * b @ a
         own = {"attn_q": heads[0], "attn_k": heads[1]}.get(target.split(".")[-2])
         if own:
-            change = (
-                change.view(own, change.shape[0] // own // 2, 2, -1).transpose(1, 2).reshape(change.shape)
-            )
+            change = change.view(own, change.shape[0] // own // 2, 2, -1).transpose(1, 2).reshape(change.shape)
         found[path_] = change.T if target == "token_embd.weight" else change
     assert not tensors
     return found
@@ -120,9 +118,7 @@ def test_qwen_s_rows_stay_in_their_order(folders, tmp_path):
     base = str(folders["qwen3"])
     adapter = make(tmp_path / "a", base, {"rank": 2, "alpha": 3, "targets": ["q_proj", "k_proj"]}, seed=1)
     export_adapter(adapter, to="gguf", base=base, out=tmp_path / "a.gguf")
-    assert_equal_updates(
-        gguf_updates(tmp_path / "a.gguf", load_base(base).model, (None, None)), changes(adapter, base)
-    )
+    assert_equal_updates(gguf_updates(tmp_path / "a.gguf", load_base(base).model, (None, None)), changes(adapter, base))
 
 
 @pytest.mark.parametrize(
@@ -154,9 +150,12 @@ def merged_pair(base, tmp_path, **settings):
     """An adapter folder, and what base and adapter answer."""
     loaded = load_base(base)
     made = attach(
-        loaded.model, LoRA(**{"rank": 4, "alpha": 7, **settings}), name="x", routing=loaded.routing,
+        loaded.model,
+        LoRA(**{"rank": 4, "alpha": 7, **settings}),
+        name="x",
+        routing=loaded.routing,
         head=loaded.model.get_output_embeddings(),
-    )  # fmt: skip
+    )
     fill(made.parameters().values(), scale=0.2)
     write_adapter(tmp_path / "a", made, manifest_for(loaded, method="lora"), model=loaded.model)
     loaded.routing.active = (("x", 1.0),)
@@ -172,9 +171,7 @@ def test_a_merged_gguf_model_comes_back_as_base_and_adapter(family, folders, tmp
     report = export_merged_gguf([(adapter, 1.0)], base=base, out=tmp_path / "m.gguf")
     again = load_base(str(tmp_path / "m.gguf"))
     assert report.total.share == pytest.approx(1.0, abs=0.01)
-    assert (
-        logits(again.model) - expected
-    ).abs().max() < 0.02 * expected.abs().max()  # f16 weights and arithmetic
+    assert (logits(again.model) - expected).abs().max() < 0.02 * expected.abs().max()  # f16 weights and arithmetic
     text = "naïve  Größe 123\n<|im_start|>user"
     assert again.tokenizer(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
     assert again.tokenizer.chat_template == loaded.tokenizer.chat_template
@@ -241,9 +238,7 @@ def test_what_the_file_would_lose_is_refused(untied, tmp_path):
 
 def test_a_gguf_export_is_a_file_of_that_name(untied, tmp_path):
     with pytest.raises(ConfigError, match=r"\.gguf"):
-        export_adapter(
-            make(tmp_path / "a", untied, SETTINGS["a"], seed=1), to="gguf", base=untied, out=tmp_path / "x"
-        )
+        export_adapter(make(tmp_path / "a", untied, SETTINGS["a"], seed=1), to="gguf", base=untied, out=tmp_path / "x")
 
 
 def test_ways_of_cutting_text_are_known_by_what_they_do_or_refused():

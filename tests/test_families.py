@@ -28,13 +28,7 @@ def test_the_page_says_yes_or_what_is_declared_and_nothing_else():
 
 
 def test_a_cell_is_a_fault_unless_it_agrees_or_is_refused_as_declared():
-    cells = {
-        "loss": 0.0,
-        "gradient": 0.0,
-        "to PEFT": "not in PEFT: so",
-        "from PEFT": "not in PEFT: so",
-        "answers": 0.0,
-    }
+    cells = {"loss": 0.0, "gradient": 0.0, "to PEFT": "not in PEFT: so", "from PEFT": "not in PEFT: so", "answers": 0.0}
     assert not Result("mamba", cells=cells).wrong and Result("llama", cells=cells).wrong
     for cell, value in (
         ("to PEFT", 0.0),

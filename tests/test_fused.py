@@ -32,11 +32,7 @@ def near_with_gradients(ours, theirs, inputs, wide, grad):
     """Values and gradients of inputs are those of `wide`, their float64 twins."""
     tolerance = {torch.bfloat16: BF16, torch.float32: 1e-5, torch.float64: 1e-12}[ours.dtype]
     near(ours, theirs, tolerance)
-    pairs = zip(
-        torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(theirs, wide, grad.double()),
-        strict=True,
-    )
+    pairs = zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, wide, grad.double()), strict=True)
     for a, b in pairs:
         near(a, b, tolerance * 2)
 
@@ -129,9 +125,7 @@ def test_what_agrees_is_exchanged_and_comes_back(family, norms, gates):
 def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
     model, routing = tiny_model(family), Routing()
     paths = prepare(model)
-    attachment = attach(
-        model, LoRA(rank=3, alpha=5.0), name="a", routing=routing, head=model.get_output_embeddings()
-    )
+    attachment = attach(model, LoRA(rank=3, alpha=5.0), name="a", routing=routing, head=model.get_output_embeddings())
     fill(attachment.parameters().values(), scale=0.1)
     routing.active = (("a", 1.0),)
     batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=torch.device("cpu"))
@@ -154,12 +148,19 @@ NORMS = ["norm", "input_layernorm", "post_attention_layernorm"]
 @pytest.mark.parametrize(
     ("family", "trained"),
     [
-        ("llama", NORMS), ("qwen2", ["norm"]), ("qwen3", [*NORMS, "q_norm", "k_norm"]), ("mixtral", NORMS),
-        ("olmo2", ["q_norm", "post_feedforward_layernorm"]), ("gemma2", NORMS), ("gpt2", ["ln_f", "ln_1"]),
-        ("llama_untied", ["lm_head", "norm"]), ("llama", ["lm_head", "embed_tokens", "norm"]), ("opt", ["embed_positions"]),
+        ("llama", NORMS),
+        ("qwen2", ["norm"]),
+        ("qwen3", [*NORMS, "q_norm", "k_norm"]),
+        ("mixtral", NORMS),
+        ("olmo2", ["q_norm", "post_feedforward_layernorm"]),
+        ("gemma2", NORMS),
+        ("gpt2", ["ln_f", "ln_1"]),
+        ("llama_untied", ["lm_head", "norm"]),
+        ("llama", ["lm_head", "embed_tokens", "norm"]),
+        ("opt", ["embed_positions"]),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("method", [LoRA, DoRA])
 def test_modules_trained_in_full_are_computed_with_their_trained_values(family, trained, method):
     """Fused, plain, and on a base that holds these values itself: the same losses, and the same gradients of them."""
@@ -170,9 +171,7 @@ def test_modules_trained_in_full_are_computed_with_their_trained_values(family, 
     attachment = attach(model, settings, name="a", routing=routing, head=head)
     fill(attachment.parameters().values(), scale=0.2)
     routing.active = (("a", 1.0),)
-    batch = make_batch(
-        make_examples(4), packed=paths.packed, share_prompt=paths.packed, device=torch.device("cpu")
-    )
+    batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=paths.packed, device=torch.device("cpu"))
     parameters = attachment.parameters()
 
     def measured(*given):

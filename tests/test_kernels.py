@@ -189,10 +189,7 @@ def test_a_model_may_write_into_what_an_adapted_layer_gave_it(kind, bias):
     base = Viewed(module) if kind == "viewed" else frozen_linear(module)
     x, A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 7), (4, 7), (5, 4)))
     own = base.own_bias() if bias else None
-    for function in (
-        lambda: lora_linear(x, A, B, own, base, scaling=2.0),
-        lambda: frozen_product(x, own, base),
-    ):
+    for function in (lambda: lora_linear(x, A, B, own, base, scaling=2.0), lambda: frozen_product(x, own, base)):
         (expected,) = gradients((function() + 1.0).square(), x)
         y = function()
         y += 1.0
@@ -220,9 +217,7 @@ def test_lora_keeps_x_itself_and_nothing_of_the_size_of_the_weight():
 PRODUCTS = {
     "frozen": lambda x, A, B, bias, base: frozen_product(x, bias, base),
     "lora": lambda x, A, B, bias, base: lora_linear(x, A, B, bias, base, scaling=2.0),
-    "dora": lambda x, A, B, bias, base: dora_linear(
-        x, A, B, torch.ones(5), torch.ones(5), bias, base, scaling=2.0
-    ),
+    "dora": lambda x, A, B, bias, base: dora_linear(x, A, B, torch.ones(5), torch.ones(5), bias, base, scaling=2.0),
 }
 
 
@@ -253,9 +248,7 @@ def test_the_chunked_loss_is_its_reference(softcap, scale, with_bias, rows):
     head = Head(torch.randn(41, 6, dtype=torch.float64), bias, scale, softcap)
     h = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 41, (rows,))
-    losses = [
-        loss(h, targets, head, 37.0) for loss in (frozen_head_loss, head_loss_reference, trained_head_loss)
-    ]
+    losses = [loss(h, targets, head, 37.0) for loss in (frozen_head_loss, head_loss_reference, trained_head_loss)]
     for one, other in itertools.pairwise(losses):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     grads = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
@@ -282,9 +275,7 @@ def test_a_dropout_mask_follows_the_document_wherever_it_lies():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-@pytest.mark.parametrize(
-    "size", [(1, 1), (7, 33), (65, 64), (200, 130), (1000, 576)]
-)  # the last: by two threads
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (65, 64), (200, 130), (1000, 576)])  # the last: by two threads
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(level() < 0, reason="the kernels are not compiled here")
 def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
@@ -316,9 +307,7 @@ def test_the_compiled_dropout_keeps_what_is_not_finite():
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_dropout_drops_its_share_without_a_pattern_along_rows_or_columns(share):
-    keep = keep_mask(
-        row_keys(torch.arange(400) * 7919, torch.arange(400)), 300, key=123 << 32, dropout=share
-    ).double()
+    keep = keep_mask(row_keys(torch.arange(400) * 7919, torch.arange(400)), 300, key=123 << 32, dropout=share).double()
     assert abs(keep.mean().item() - (1 - share)) < 0.006
     spread = (share * (1 - share)) ** 0.5
     assert keep.mean(0).std().item() < 1.3 * spread / 400**0.5

@@ -92,9 +92,7 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(
-                (kernels.dequantise(blocks, "Q4_K", out).clone(), kernels.small_product(x, blocks, "Q4_K"))
-            )
+            found.append((kernels.dequantise(blocks, "Q4_K", out).clone(), kernels.small_product(x, blocks, "Q4_K")))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0][0], found[1][0])

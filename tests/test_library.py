@@ -68,12 +68,7 @@ def test_a_stored_adapter_is_the_one_that_was_added_and_peft_finds_its_files(lib
     folder = library.whole("tickets@1")
     for name in ("adapter_config.json", WEIGHTS_NAME, MANIFEST_NAME):
         assert (folder / name).read_bytes() == (sources / "a" / name).read_bytes()
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json",
-        WEIGHTS_NAME,
-        MANIFEST_NAME,
-        MANIFEST,
-    }
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", WEIGHTS_NAME, MANIFEST_NAME, MANIFEST}
 
 
 def test_a_run_folder_is_taken_for_its_adapter(library, sources, tmp_path):
@@ -140,9 +135,37 @@ def test_filters_and_orders(library, sources):
 
 
 NAMES_THAT_ARE_NONE = [
-    "", ".", "..", "../x", "a/b", "a\\b", "C:x", "a:b", "x.", ".x", "x ", " x", "CON", "con", "com1", "nul.tar", "A",
-    "a..b", "a--b", "ä", "x\0", "x\n", "-x", "x" * 65, "~", "%41", "aux", "a@b", "ａ", "a\u202eb",
-]  # fmt: skip
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "a\\b",
+    "C:x",
+    "a:b",
+    "x.",
+    ".x",
+    "x ",
+    " x",
+    "CON",
+    "con",
+    "com1",
+    "nul.tar",
+    "A",
+    "a..b",
+    "a--b",
+    "ä",
+    "x\0",
+    "x\n",
+    "-x",
+    "x" * 65,
+    "~",
+    "%41",
+    "aux",
+    "a@b",
+    "ａ",
+    "a\u202eb",
+]
 
 
 @pytest.mark.parametrize("name", NAMES_THAT_ARE_NONE)
@@ -222,7 +245,7 @@ FOREIGN = {
     "nothing": (lambda f: f.mkdir(), SourceError, "no adapter at"),
     "not there": (lambda f: None, SourceError, "no adapter at"),
     "text": (lambda f: f.write_text("hello"), SourceError, "is no adapter"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -455,9 +478,13 @@ def test_errors_are_ours_whatever_stands_in_a_record(library, sources):
     path = library.names / "x.json"
     good = json.loads(path.read_text())
     for change in (
-        {"format_version": 2}, {"versions": []}, {"versions": [3]}, {"next_version": 1}, {"more": 1},
+        {"format_version": 2},
+        {"versions": []},
+        {"versions": [3]},
+        {"next_version": 1},
+        {"more": 1},
         {"versions": [{**good["versions"][0], "object": None}]},
-    ):  # fmt: skip
+    ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(VeneerError):
             library.get("x")

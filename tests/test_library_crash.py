@@ -20,9 +20,16 @@ from veneer.library.library import Library
 MANY = int(os.environ.get("VENEER_MANY_PROCESSES", "50"))
 FORK = multiprocessing.get_context("fork")
 WRITES = [
-    (os, "rename"), (os, "replace"), (os, "fsync"), (os, "open"), (os, "mkdir"), (os, "unlink"),
-    (shutil, "copyfile"), (Path, "write_text"), (Path, "chmod"),
-]  # fmt: skip
+    (os, "rename"),
+    (os, "replace"),
+    (os, "fsync"),
+    (os, "open"),
+    (os, "mkdir"),
+    (os, "unlink"),
+    (shutil, "copyfile"),
+    (Path, "write_text"),
+    (Path, "chmod"),
+]
 
 
 def state(library: Library) -> list[tuple[str, tuple[str, ...], str]]:
@@ -82,9 +89,7 @@ def test_a_change_that_fails_or_dies_at_any_call_has_happened_or_not(sources, tm
             except VeneerError:
                 done = False
         found = state(library)
-        assert found in (before, after) or (
-            change == "collect" and set(after) <= set(found) <= set(before)
-        ), k
+        assert found in (before, after) or (change == "collect" and set(after) <= set(found) <= set(before)), k
         if done:
             assert found == after
             break
@@ -108,8 +113,7 @@ def test_many_processes_adding_at_once_lose_nothing(sources, tmp_path):  # noqa:
     barrier = FORK.Barrier(MANY)
     processes = [
         FORK.Process(
-            target=_add,
-            args=(tmp_path / "l", sources / "ab"[n % 2], "shared" if n % 5 else f"own-{n}", barrier),
+            target=_add, args=(tmp_path / "l", sources / "ab"[n % 2], "shared" if n % 5 else f"own-{n}", barrier)
         )
         for n in range(MANY)
     ]
@@ -167,8 +171,7 @@ def test_collecting_while_others_add_removes_nothing_that_is_named(sources, tmp_
     collector = FORK.Process(target=_collect, args=(library.folder, stop))
     collector.start()
     adders = [
-        FORK.Process(target=_add, args=(library.folder, sources / "ab"[n % 2], f"n{n}", barrier))
-        for n in range(6)
+        FORK.Process(target=_add, args=(library.folder, sources / "ab"[n % 2], f"n{n}", barrier)) for n in range(6)
     ]
     for process in adders:
         process.start()

@@ -89,14 +89,9 @@ def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_u
             assert main(line.format(w=world, o=tmp_path / "o").split()) == 0
     finally:
         os.umask(before)
-    ours = [
-        *(path for path in world.iterdir() if path.name != "base"),
-        tmp_path / "o",
-    ]  # transformers wrote it
+    ours = [*(path for path in world.iterdir() if path.name != "base"), tmp_path / "o"]  # transformers wrote it
     found = [path for place in ours for path in (place, *place.rglob("*"))]
-    assert {"report.html", "state.safetensors", "metrics.jsonl", "whole.gguf"} <= {
-        path.name for path in found
-    }
+    assert {"report.html", "state.safetensors", "metrics.jsonl", "whole.gguf"} <= {path.name for path in found}
     wrong = [path for path in found if path.stat().st_mode & 0o777 != (0o750 if path.is_dir() else 0o640)]
     assert not wrong
 
@@ -131,10 +126,7 @@ for change in (["tag", "x", "t9"], ["rm", "x"], ["gc", "--yes"], ["add", {str(wo
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
-            _read_only(world / "library", code),
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            _read_only(world / "library", code), capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
         )
     except FileNotFoundError:
         pytest.skip("there is no unshare here")

@@ -30,9 +30,15 @@ SETTINGS = {
 def answers(model, adapter=None):
     """Greedy tokens of llama.cpp for every prompt; it does not stop at the tokens that end an answer."""
     found = llama_cpp.Llama(
-        str(model), n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False, type_k=F32, type_v=F32,
+        str(model),
+        n_ctx=128,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+        type_k=F32,
+        type_v=F32,
         lora_path=None if adapter is None else str(adapter),
-    )  # fmt: skip
+    )
     made = []
     for prompt in PROMPTS:
         found.reset()

@@ -51,21 +51,23 @@ def make_job(
         attachment = attach(model, adapter, name="a", routing=routing, head=head)
         routing.active = (("a", 1.0),)
         flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
-    fields = {
-        "base": "tiny",
-        "data": "rows.jsonl",
-        "out": str(out),
-        "batch": 4,
-        "micro_batch": 2,
-        "evaluate_every": 3,
-    }
+    fields = {"base": "tiny", "data": "rows.jsonl", "out": str(out), "batch": 4, "micro_batch": 2, "evaluate_every": 3}
     config = RunConfig(**{**fields, **settings})
     examples = make_examples(13)
     return Job(
-        model=model, paths=paths, routing=routing, flat=flat, train=examples,
-        validation=make_examples(validation, seed=9) if validation else [], config=config, learning_rate=0.01,
-        steps=steps, share_prompt=dropout == 0, out=out, answer=None,
-    )  # fmt: skip
+        model=model,
+        paths=paths,
+        routing=routing,
+        flat=flat,
+        train=examples,
+        validation=make_examples(validation, seed=9) if validation else [],
+        config=config,
+        learning_rate=0.01,
+        steps=steps,
+        share_prompt=dropout == 0,
+        out=out,
+        answer=None,
+    )
 
 
 def run(job, *, resume=False):
@@ -140,9 +142,7 @@ def test_training_learns_and_the_first_loss_is_the_untrained_bases(tmp_path):
     assert made.progress.last_loss < 0.8 * made.progress.first_loss
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_names_the_rows(
-    tmp_path, monkeypatch
-):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path, monkeypatch):
     job = make_job(tmp_path, validation=0)
     own = loop.batch_loss
 
@@ -173,9 +173,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
     assert torch.equal(before, job.flat.values.data)
 
 
-@pytest.mark.parametrize(
-    "losses", [[math.nan, 2.0, 1.0], [3.0, math.inf, 2.0], [1.0, math.nan, math.nan]], ids=str
-)
+@pytest.mark.parametrize("losses", [[math.nan, 2.0, 1.0], [3.0, math.inf, 2.0], [1.0, math.nan, math.nan]], ids=str)
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, monkeypatch):
     queue = iter([5.0, *losses])
     monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(queue), 1))
@@ -265,9 +263,7 @@ def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpo
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
     asked = []
     own = loop.evaluation_loss
-    monkeypatch.setattr(
-        loop, "evaluation_loss", lambda *a, batch: asked.append(batch) or own(*a, batch=batch)
-    )
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, batch: asked.append(batch) or own(*a, batch=batch))
     run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
     run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
     assert set(asked) == {2, 4}
@@ -417,9 +413,7 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
     assert [factor for factor, _ in flat.groups] == [1.0, 16.0]
     optimizer = AdamW(flat, weight_decay=0.1)
     parts = [[p for n, p in theirs.items() if n.endswith(end)] for end in "AB"]
-    other = torch.optim.AdamW(
-        [{"params": parts[0], "lr": 0.01}, {"params": parts[1], "lr": 0.16}], weight_decay=0.1
-    )
+    other = torch.optim.AdamW([{"params": parts[0], "lr": 0.01}, {"params": parts[1], "lr": 0.16}], weight_decay=0.1)
     for number in range(4):
         if number == 2:  # as a resumed run: another buffer, the state of the first
             state = {name: value.clone() for name, value in optimizer.state().items()}

@@ -26,7 +26,9 @@ def logits(model):
         return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16), ("gpt2", torch.float32)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16), ("gpt2", torch.float32)], ids=str
+)
 def test_a_fresh_one_changes_no_bit_and_a_trained_one_adds_its_vector_times_the_scaling(family, dtype):
     model, routing = tiny_model(family, dtype), Routing()
     before = logits(model)
@@ -62,11 +64,7 @@ def test_several_act_together_and_merge_where_the_layer_has_a_bias():
 
 
 def test_it_is_refused_by_name_where_it_has_no_place(tmp_path):
-    for family, targets in (
-        ("llama", ["embed_tokens"]),
-        ("mixtral", ["gate_up_proj"]),
-        ("mixtral", ["mlp.gate"]),
-    ):
+    for family, targets in (("llama", ["embed_tokens"]), ("mixtral", ["gate_up_proj"]), ("mixtral", ["mlp.gate"])):
         with pytest.raises(ConfigError, match="lora_bias takes linear layers"):
             put(tiny_model(family), Routing(), targets=targets)
     base = tiny_base("llama")

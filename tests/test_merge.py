@@ -39,18 +39,14 @@ def plain_load(folder, dtype="auto"):
 def adapted(family="llama", dtype=torch.float32, *, scale=0.2, settings=None, **overrides):
     base = tiny_base(family, dtype, **overrides)
     made = LoRA(**{"rank": 4, "alpha": 7, **(settings or {})})
-    attachment = attach(
-        base.model, made, name=NAME, routing=base.routing, head=base.model.get_output_embeddings()
-    )
+    attachment = attach(base.model, made, name=NAME, routing=base.routing, head=base.model.get_output_embeddings())
     fill(attachment.parameters().values(), scale=scale)
     return base
 
 
 def written_adapter(folder, base, place):
     """The tiny adapter as files, and its base as a folder beside it."""
-    write_adapter(
-        place, base.attachments[NAME], manifest_for(load_base(str(folder)), method="lora"), model=base.model
-    )
+    write_adapter(place, base.attachments[NAME], manifest_for(load_base(str(folder)), method="lora"), model=base.model)
     return place
 
 
@@ -83,9 +79,7 @@ def test_merging_in_memory_and_back_leaves_every_bit_and_every_object(row):
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA])
-def test_the_change_of_an_embedding_comes_on_top_of_one_that_another_adapter_trained_in_full(
-    method, tmp_path
-):
+def test_the_change_of_an_embedding_comes_on_top_of_one_that_another_adapter_trained_in_full(method, tmp_path):
     import veneer
 
     base = veneer.load(str(save_tiny(tmp_path / "base", "llama_untied")))
@@ -279,16 +273,24 @@ def test_weights_are_written_a_layer_at_a_time_and_what_is_in_no_layer_alone():
     names = ["embed", "a.layers.1.q", "b.layers.1.q", "a.layers.10.q", "a.layers.1.mlp.3.up", "norm"]
     plan = SimpleNamespace(stored=dict.fromkeys(names))
     assert list(_Plan._layers(plan)) == [
-        ["embed"], ["a.layers.1.q", "a.layers.1.mlp.3.up"], ["b.layers.1.q"], ["a.layers.10.q"], ["norm"],
-    ]  # fmt: skip
+        ["embed"],
+        ["a.layers.1.q", "a.layers.1.mlp.3.up"],
+        ["b.layers.1.q"],
+        ["a.layers.10.q"],
+        ["norm"],
+    ]
 
 
 def test_several_adapters_add_up_with_their_weights(tmp_path):
     base = adapted("llama_untied", settings={"targets": ["q_proj", "v_proj"]})
     second = attach(
-        base.model, LoRA(rank=3, alpha=5, rslora=True, targets=["v_proj", "up_proj"]), name="b",
-        routing=base.routing, head=None, seed=3,
-    )  # fmt: skip
+        base.model,
+        LoRA(rank=3, alpha=5, rslora=True, targets=["v_proj", "up_proj"]),
+        name="b",
+        routing=base.routing,
+        head=None,
+        seed=3,
+    )
     fill(second.parameters().values(), seed=9, scale=0.2)
     base.routing.active = ((NAME, 0.5), ("b", -0.75))
     expected = logits(base.model)
@@ -326,11 +328,7 @@ def test_an_update_that_rounding_would_lose_is_refused_and_nothing_is_left(tmp_p
 @pytest.mark.parametrize(
     ("dtype", "stochastic", "advice"),
     [
-        (
-            "bf16",
-            False,
-            "Take --dtype fp16 or --dtype fp32 or --stochastic (right on average, noisier); or keep",
-        ),
+        ("bf16", False, "Take --dtype fp16 or --dtype fp32 or --stochastic (right on average, noisier); or keep"),
         ("bf16", True, "Take --dtype fp16 or --dtype fp32; or keep"),
         ("fp16", False, "Take --dtype fp32 or --stochastic (right on average, noisier); or keep"),
         ("fp32", False, "Take --dtype fp16; or keep"),

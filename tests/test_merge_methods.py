@@ -75,9 +75,7 @@ def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
     """Its update is no product of two factors; merged and extracted at full rank it is one."""
     adapter, expected = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
     refused = [
-        lambda: combine_adapters(
-            [(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c"
-        ),
+        lambda: combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c"),
         lambda: export_adapter(adapter, to="gguf", base=str(folder), out=tmp_path / "c.gguf"),
         lambda: export_adapter(adapter, to="vllm", base=str(folder), out=tmp_path / "c"),
     ]
@@ -101,9 +99,7 @@ def test_what_is_no_change_of_weights_is_refused_with_what_to_do_instead(config,
         lambda: merge_adapters(str(folder), [(adapter, 1.0)], out=tmp_path / "m"),
         lambda: export_merged_gguf([(adapter, 1.0)], base=str(folder), out=tmp_path / "m.gguf"),
         lambda: export_adapter(adapter, to="vllm", base=str(folder), out=tmp_path / "m"),
-        lambda: combine_adapters(
-            [(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "m"
-        ),
+        lambda: combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "m"),
     ]
     for attempt in attempts:
         with pytest.raises(RefusedError) as caught:

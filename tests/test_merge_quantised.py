@@ -77,9 +77,7 @@ def test_bf16_of_dequantised_weights_takes_the_type_of_what_is_dense(tmp_path):
     made = attach(base.model, LoRA(rank=4, alpha=7), name="x", routing=base.routing, head=None)
     fill(made.parameters().values(), scale=0.1)
     write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
-    merge_adapters(
-        str(folder), [(tmp_path / "a", 1.0)], out=tmp_path / "m", quantize="nf4", into="dequantised"
-    )
+    merge_adapters(str(folder), [(tmp_path / "a", 1.0)], out=tmp_path / "m", quantize="nf4", into="dequantised")
     assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -96,9 +94,7 @@ def test_packed_weights_are_not_merged_into_in_memory(tmp_path):
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 def test_a_gguf_model_of_either_kind(into, tmp_path):
     base, adapter, *_ = trained_over_nf4(tmp_path, "llama")
-    report = export_merged_gguf(
-        [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", quantize="nf4", into=into
-    )
+    report = export_merged_gguf([(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", quantize="nf4", into=into)
     assert report.total.share == pytest.approx(1.0, abs=0.01) and report.bytes > 10_000
 
 
@@ -173,28 +169,14 @@ def test_the_original_of_the_blocks_is_named_and_gets_the_update(over_blocks, tm
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 def test_a_gguf_model_of_blocks_and_update_in_either_way(into, over_blocks):
     _, expected = over_blocks
-    typed = [
-        "export",
-        "a",
-        "--base",
-        "base.gguf",
-        "--to",
-        "gguf",
-        "--merged",
-        "--out",
-        "m.gguf",
-        "--into",
-        into,
-    ]
+    typed = ["export", "a", "--base", "base.gguf", "--to", "gguf", "--merged", "--out", "m.gguf", "--into", into]
     assert main([*typed, *(["--original", "original"] if into == "original" else [])]) == 0
     gap = (logits(load_base("m.gguf", dtype="float32").model) - expected).abs().max()
     # f16 in the file; the original weights differ by what 4 bits lost
     assert gap <= 0.01 * expected.abs().max() if into == "dequantised" else gap > 0.01 * expected.abs().max()
 
 
-def test_an_adapter_of_another_base_is_no_more_merged_into_the_original_weights(
-    over_blocks, tmp_path, capsys
-):
+def test_an_adapter_of_another_base_is_no_more_merged_into_the_original_weights(over_blocks, tmp_path, capsys):
     write_gguf(tmp_path / "other.gguf", tiny("llama", seed=4), "llama", kind=GGMLQuantizationType.Q4_1)
     typed = ["export", "a", "--base", "other.gguf", "--to", "gguf", "--merged", "--out", "m.gguf"]
     assert main([*typed, "--into", "original", "--original", "original"]) == 4

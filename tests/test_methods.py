@@ -59,12 +59,8 @@ METHODS = {
     "houlsby": Row(config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False),
     "pfeiffer": Row(config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False),
     "parallel": Row(config=Bottleneck(size=7, activation="swish"), folds=False),
-    "prefix": Row(
-        config=Prefix(tokens=5, start="random"), starts_as_base=False, folds=False, drops_out=False
-    ),
-    "prefix, mlp": Row(
-        config=Prefix(tokens=5, projection=7), starts_as_base=False, folds=False, drops_out=False
-    ),
+    "prefix": Row(config=Prefix(tokens=5, start="random"), starts_as_base=False, folds=False, drops_out=False),
+    "prefix, mlp": Row(config=Prefix(tokens=5, projection=7), starts_as_base=False, folds=False, drops_out=False),
 }
 BASES = {
     "llama float32": ("llama", torch.float32),
@@ -106,9 +102,7 @@ def put(model, config, *, name="a", seed=0, filled=False):
     routing = Routing()
     if config.through_attention:
         prepare(model)
-    attachment = attach(
-        model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed
-    )
+    attachment = attach(model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed)
     if filled:
         move(attachment)
     routing.active = ((name, 1.0),)
@@ -135,9 +129,7 @@ def logits(model):
 
 @every_method
 @every_base
-def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(
-    row, family, dtype
-):
+def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(row, family, dtype):
     model = base_of(family, dtype).model
     names, state = list(dict(model.named_parameters())), {k: v.clone() for k, v in model.state_dict().items()}
     before = logits(model)
@@ -264,9 +256,12 @@ def test_beside_another_adapter_their_changes_add_up(row):
     model = base_of("llama", torch.float32).model
     first, routing = put(model, row.config, filled=True)
     second = attach(
-        model, LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]), name="b", routing=routing,
+        model,
+        LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]),
+        name="b",
+        routing=routing,
         head=model.get_output_embeddings(),
-    )  # fmt: skip
+    )
     move(second, seed=2)
     modules = plain_modules(model)
     if not row.folds:

@@ -36,12 +36,7 @@ def test_prompts_of_several_adapters_are_continued_together_as_each_alone(family
         if name == "dora" and family == "qwen3_moe":
             config = config.model_copy(update={"targets": ["q_proj", "o_proj"]})
         made = attach(
-            base.model,
-            config,
-            name=name,
-            routing=base.routing,
-            head=base.model.get_output_embeddings(),
-            seed=number,
+            base.model, config, name=name, routing=base.routing, head=base.model.get_output_embeddings(), seed=number
         )
         move(made, seed=number)
     groups = [Prompts(ids, shared=2 if len(ids) > 1 else 0) for ids in PROMPTS.values()]

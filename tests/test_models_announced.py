@@ -1,4 +1,5 @@
-"""What a model's settings announce is held against its tensors; settings of the wrong kind are told as what they are."""
+"""What a model's settings announce is held against its tensors; settings of the wrong kind are told as what they
+are."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ def edit_json(folder: Path, name: str, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_hidden_layers": 20_000}, "num_hidden_layers: 20000 is not a number from 1 to 20; the files hold 20 tensors"),
+        (
+            {"num_hidden_layers": 20_000},
+            "num_hidden_layers: 20000 is not a number from 1 to 20; the files hold 20 tensors",
+        ),
         ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: -1 is not"),
         ({"num_attention_heads": 2**40}, "num_attention_heads: 1099511627776 is not"),
@@ -50,7 +54,7 @@ def edit_json(folder: Path, name: str, **changes: Any) -> Path:
         ({"rms_norm_eps": -1e9}, "816 of 816 logits"),
     ],
     ids=lambda value: str(value)[:50],
-)  # fmt: skip
+)
 def test_a_config_that_its_weights_cannot_have_is_refused(changes: Any, says: str, tmp_path: Path) -> None:
     text = refusal(CorruptFileError, edit_config(save_tiny(tmp_path, "llama"), **changes))
     assert says in text
@@ -110,9 +114,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_settings_of_generation_of_the_wrong_kind_are_refused(
-    changes: Any, says: str, tmp_path: Path
-) -> None:
+def test_settings_of_generation_of_the_wrong_kind_are_refused(changes: Any, says: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama")
     assert says in refusal(CorruptFileError, edit_json(folder, "generation_config.json", **changes))
 
@@ -129,9 +131,7 @@ def test_settings_of_generation_of_the_wrong_kind_are_refused(
     ],
     ids=str,
 )
-def test_settings_of_a_tokenizer_of_the_wrong_kind_are_refused(
-    changes: Any, says: str, tmp_path: Path
-) -> None:
+def test_settings_of_a_tokenizer_of_the_wrong_kind_are_refused(changes: Any, says: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(VeneerError) as raised:

@@ -15,14 +15,7 @@ from tokenizers import AddedToken
 from torch import nn
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
-from veneer.bases.fingerprint import (
-    _PROBES,
-    SAMPLES_PER_TENSOR,
-    Fingerprint,
-    _sample,
-    fingerprint,
-    tokenizer_hash,
-)
+from veneer.bases.fingerprint import _PROBES, SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule
@@ -195,10 +188,7 @@ def test_of_a_packed_weight_the_dense_shape_counts_and_every_value_that_belongs_
 def test_the_sampled_places_are_those_that_adapters_on_disk_were_made_with() -> None:
     """hashlib.sha256(_sample(torch.arange(20_000, dtype=torch.int32))), when the first adapters were written."""
     places = _sample(torch.arange(20_000, dtype=torch.int32))
-    assert (
-        hashlib.sha256(places).hexdigest()
-        == "704ef91ca35ee337c1f0d53021208db005fbb1419a259e748fcd61e8d95709f5"
-    )
+    assert hashlib.sha256(places).hexdigest() == "704ef91ca35ee337c1f0d53021208db005fbb1419a259e748fcd61e8d95709f5"
     assert _sample(torch.arange(4096, dtype=torch.int16)) == bytes(np.arange(4096, dtype="<i2"))
 
 

@@ -31,8 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"),
-    [("llama", "llama"), ("llama_untied", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
+    ("family", "architecture"), [("llama", "llama"), ("llama_untied", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
 )
 def test_the_weights_come_back_to_the_bit(family: str, architecture: str, tmp_path: Path) -> None:
     # A head size that the hidden size does not give away, as far as transformers reads one from such files.
@@ -71,9 +70,7 @@ def test_llama_3s_rope_scaling_is_found_again(tmp_path: Path) -> None:
     base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama")))
     assert base.config.rope_parameters == LLAMA3
     assert torch.equal(base.model(IDS).logits, model(IDS).logits)
-    plain = tiny(
-        "llama", rope_parameters={"rope_theta": 500000.0}, head_dim=64, max_position_embeddings=16384
-    )
+    plain = tiny("llama", rope_parameters={"rope_theta": 500000.0}, head_dim=64, max_position_embeddings=16384)
     assert not torch.allclose(plain(IDS).logits, model(IDS).logits, atol=1e-3)
 
 
@@ -164,9 +161,7 @@ def test_a_weight_that_has_no_place_in_the_model_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.2, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused_and_leaves_nothing_behind(
-    share: float, cache: Path, tmp_path: Path
-) -> None:
+def test_a_truncated_file_is_refused_and_leaves_nothing_behind(share: float, cache: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])

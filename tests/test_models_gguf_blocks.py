@@ -84,9 +84,7 @@ def test_training_on_the_blocks_is_training_on_their_values_to_the_bit(kind: str
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_K"])
-def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(kind: str, tmp_path: Path) -> None:
     """With all that a step has and a single product has not: shared prompts, fused layers, clipping, the optimiser."""
     model = tiny("llama", hidden_size=256, head_dim=64, intermediate_size=512)
     path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=gguf.GGMLQuantizationType[kind])
@@ -97,12 +95,17 @@ def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(
     for quantize in (None, "gguf"):
         config = RunConfig.model_validate(
             {
-                "base": str(path), "quantize": quantize, "out": str(tmp_path / f"run-{quantize}"), "steps": 4, "batch": 3,
+                "base": str(path),
+                "quantize": quantize,
+                "out": str(tmp_path / f"run-{quantize}"),
+                "steps": 4,
+                "batch": 3,
                 "dtype": "bfloat16",
                 "data": {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.0},
-                "method": {"name": "lora", "rank": 3, "alpha": 5.0}, "learning_rate": 1e-2,
+                "method": {"name": "lora", "rank": 3, "alpha": 5.0},
+                "learning_rate": 1e-2,
             }
-        )  # fmt: skip
+        )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
         losses = [r["loss"] for r in read_records(Path(config.out) / "metrics.jsonl") if r["kind"] == "step"]
         found[quantize] = losses, summary["adapter_sha256"]

@@ -86,7 +86,7 @@ def check(tmp_path: Path):
         (padded(header(tensors=2) + tensor() + tensor(offset=32), bytes(64)), "a tensor stands there twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_what_a_header_announces_and_the_file_cannot_hold_is_refused(check, content, says):
     with pytest.raises(LayoutError, match=says):
         check(content)

@@ -15,14 +15,7 @@ from transformers import AutoModelForCausalLM, T5Config
 from transformers.utils import logging
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
-from veneer.errors import (
-    ConfigError,
-    CorruptFileError,
-    DoesNotFitError,
-    SourceError,
-    UnsafeFileError,
-    VeneerError,
-)
+from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
 from veneer.models import load
 from veneer.models.load import load_base
 
@@ -91,9 +84,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
     edit_config(folder, auto_map=dict.fromkeys(names, "evil.Evil"))
     tokenizer_config = folder / "tokenizer_config.json"
     tokenizer_config.write_text(
-        json.dumps(
-            {**json.loads(tokenizer_config.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
-        )
+        json.dumps({**json.loads(tokenizer_config.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}})
     )
     try:
         base = load_base(str(folder))
@@ -124,10 +115,7 @@ def test_a_config_cannot_name_attention_or_files_to_fetch(tmp_path: Path) -> Non
         edit_config(folder, **{field: value})
         assert field in refusal(UnsafeFileError, folder)
     (folder / "config.json").write_text(original)
-    assert (
-        load_base(str(edit_config(folder, _attn_implementation="eager"))).config._attn_implementation
-        == "sdpa"
-    )
+    assert load_base(str(edit_config(folder, _attn_implementation="eager"))).config._attn_implementation == "sdpa"
 
 
 def test_what_is_no_causal_language_model_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -145,9 +133,7 @@ def test_what_is_no_causal_language_model_is_refused_by_its_name(tmp_path: Path)
 
 
 def test_quantised_weights_are_refused_by_the_name_of_their_method(tmp_path: Path) -> None:
-    folder = edit_config(
-        save_tiny(tmp_path, "llama"), quantization_config={"quant_method": "gptq", "bits": 4}
-    )
+    folder = edit_config(save_tiny(tmp_path, "llama"), quantization_config={"quant_method": "gptq", "bits": 4})
     assert "gptq" in refusal(SourceError, folder)
 
 
@@ -176,9 +162,7 @@ def test_missing_misshapen_and_left_over_weights_are_listed_all_at_once(tmp_path
 
 def test_buffers_of_older_checkpoints_do_no_harm(tmp_path: Path) -> None:
     folder = edit_weights(
-        save_tiny(tmp_path, "gpt2"),
-        transformer__h__0__attn__masked_bias=torch.tensor(-1e4),
-        vision__w=torch.ones(2),
+        save_tiny(tmp_path, "gpt2"), transformer__h__0__attn__masked_bias=torch.tensor(-1e4), vision__w=torch.ones(2)
     )
     assert torch.equal(load_base(str(folder)).model(IDS).logits, tiny_model("gpt2")(IDS).logits)
 
@@ -196,22 +180,13 @@ def test_a_folder_without_a_tokenizer_or_with_a_foreign_one_is_refused(tmp_path:
     assert "no tokenizer" in refusal(SourceError, folder)
     (folder / "tokenizer.json").write_text("{}")
     refusal(CorruptFileError, folder)
-    folder = save_tiny(
-        tmp_path / "b", "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=3
-    )
+    folder = save_tiny(tmp_path / "b", "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     assert "256 tokens, the model has embeddings for 100" in refusal(CorruptFileError, folder)
 
 
 def test_a_config_that_is_not_json_or_nonsense_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama")
-    for content in (
-        "",
-        "[]",
-        "{",
-        "[" * 100_000,
-        "\x00\xff",
-        '{"model_type": "llama", "hidden_size": "wide"}',
-    ):
+    for content in ("", "[]", "{", "[" * 100_000, "\x00\xff", '{"model_type": "llama", "hidden_size": "wide"}'):
         (folder / "config.json").write_text(content)
         with pytest.raises(VeneerError) as raised:
             load_base(str(folder))
@@ -247,9 +222,7 @@ def test_running_out_of_memory_is_exit_code_3(tmp_path: Path, monkeypatch: pytes
     folder = save_tiny(tmp_path, "llama")
 
     def full(*_: object) -> None:
-        raise RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-        )
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(load, "build_dense", full)
     with pytest.raises(DoesNotFitError, match="GiB") as raised:

@@ -81,9 +81,7 @@ def put_snapshot(hub: Path, repo: str, family: str = "llama") -> Path:
 # Folders and files
 
 
-def test_a_local_folder_is_itself_and_wins_over_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_is_itself_and_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     found = locate("org/name")
@@ -144,17 +142,7 @@ def test_what_is_not_found_lists_what_is(tmp_path: Path) -> None:
     save_tiny(tmp_path / "my-model")
     assert f"did you mean  {tmp_path / 'my-model'}" in refusal(SourceError, tmp_path / "my-modle")
     assert "did you mean  smollm2-135m" in refusal(SourceError, "smolm2-135m")
-    for source in (
-        "",
-        " ",
-        "gpt2",
-        "a/b/c",
-        "../nowhere",
-        "missing.gguf",
-        "http://host/model",
-        "x\0y",
-        "a/b@c d",
-    ):
+    for source in ("", " ", "gpt2", "a/b/c", "../nowhere", "missing.gguf", "http://host/model", "x\0y", "a/b@c d"):
         assert "smollm2-135m" in refusal(SourceError, source)
 
 
@@ -242,14 +230,7 @@ def hub() -> Iterator[str]:
 def test_only_allowed_files_are_downloaded_and_the_commit_is_pinned(hub: str, tmp_path: Path) -> None:
     """Through the hub's own client, in a process of its own: it reads the hub's address when imported."""
     wanted = {path.name: path.read_bytes() for path in save_tiny(tmp_path / "model").iterdir()}
-    unwanted = (
-        "evil.py",
-        "pytorch_model.bin",
-        "onnx/model.safetensors",
-        "adapter_config.json",
-        "a.pt",
-        "x/y.json",
-    )
+    unwanted = ("evil.py", "pytorch_model.bin", "onnx/model.safetensors", "adapter_config.json", "a.pt", "x/y.json")
     Hub.files = {**wanted, **dict.fromkeys(unwanted, b"{}")}
     Hub.requested = []
     script = (
@@ -258,11 +239,7 @@ def test_only_allowed_files_are_downloaded_and_the_commit_is_pinned(hub: str, tm
         "try: locate('org/absent')\n"
         "except SourceError as fault: print(fault)\n"
     )
-    environment = {
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(tmp_path / "hf"),
-        "VENEER_CACHE": str(tmp_path / "cache"),
-    }
+    environment = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "VENEER_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**environment, "PYTHONPATH": ":".join(sys.path)},
@@ -385,17 +362,13 @@ def test_a_named_default_from_the_hub_stays_the_hubs(named: Path, tmp_path: Path
     assert (found.folder, found.name_or_path, found.revision) == (folder, "org/tiny", COMMIT)
 
 
-def test_a_named_default_does_not_ask_the_hub_when_offline(
-    named: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_named_default_does_not_ask_the_hub_when_offline(named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(HfApi, "model_info", pytest.fail)
     assert locate("tiny").folder.is_dir()
 
 
-def test_a_hub_that_is_reachable_but_refuses_is_not_passed_over(
-    named: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_is_reachable_but_refuses_is_not_passed_over(named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise SourceError("the hub knows no model org/tiny", next_step="-")
 

@@ -58,9 +58,7 @@ def test_what_a_test_and_its_fixtures_call_is_noted_by_qualified_name(tmp_path):
         "pytest.main(['-q', '-p', 'no:cacheprovider', 'test_it.py'], plugins=[Calls(here / 'out', here)])"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, env=env, check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, env=env, check=True, capture_output=True)
     callers = Callers((tmp_path / "out").read_text().splitlines())
     assert callers.tests["inside.py:A.g"] == ["test_it.py::test_one", "test_it.py::test_two"]
     assert callers.tests["inside.py:A.f"] == ["test_it.py::test_two"]

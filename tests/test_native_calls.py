@@ -23,9 +23,7 @@ needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor mu
 
 def functions(module):
     """Those that call C."""
-    return {
-        f for _, f in inspect.getmembers(module, inspect.isfunction) if '"veneer_' in inspect.getsource(f)
-    }
+    return {f for _, f in inspect.getmembers(module, inspect.isfunction) if '"veneer_' in inspect.getsource(f)}
 
 
 def test_only_these_files_know_the_library():
@@ -38,9 +36,7 @@ def test_only_these_files_know_the_library():
 
 def test_every_function_of_the_library_has_its_signature_and_its_call():
     source = "\n".join(path.read_text() for path in (KERNELS / "native").glob("*.c"))
-    exported = set(
-        re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M)
-    )
+    exported = set(re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M))
     inner = {"veneer_parallel", "veneer_has_byte_permutes"}
     assert exported - inner == set(native.SIGNATURES)
     python = "\n".join((KERNELS / name).read_text() for name in CALLING)
@@ -75,8 +71,14 @@ def test_a_tensor_of_another_type_or_place_or_with_one_more_axis_is_refused():
 @pytest.mark.parametrize("number", [2**64, 2**63, 2**32, -64, 0, True, 64.0, None])
 def test_a_number_that_c_would_take_for_another_is_refused(number):
     weight = quantize(torch.randn(300))
-    given = {"packed": weight.packed, "scales": weight.absmax, "table": weight.table, "count": 300, "block": 64,
-             "nested": (weight.nested.table, weight.nested.scales, 256, 0.0)}  # fmt: skip
+    given = {
+        "packed": weight.packed,
+        "scales": weight.absmax,
+        "table": weight.table,
+        "count": 300,
+        "block": 64,
+        "nested": (weight.nested.table, weight.nested.scales, 256, 0.0),
+    }
     packed_calls.nf4_weights(**given)
     for name in ("count", "block"):
         with pytest.raises(CallError):
@@ -100,9 +102,7 @@ def test_documents_outside_the_rows_are_refused():
     out, lse = torch.empty_like(q), torch.empty(9, 2)
     for starts in ([0, 10], [0, 2**40], [-1, 9], [0, 6, 4, 9], [0]):
         with pytest.raises(CallError):
-            calls.attention_forward(
-                q, q, q, None, torch.tensor(starts), out, lse, scale=1.0, window=None, splits=1
-            )
+            calls.attention_forward(q, q, q, None, torch.tensor(starts), out, lse, scale=1.0, window=None, splits=1)
 
 
 @needs_bf16

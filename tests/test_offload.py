@@ -31,9 +31,7 @@ def small_tensors_count(monkeypatch):
 def gradients(dtype, *, moved):
     model = tiny_model("llama", dtype)
     paths, routing = prepare(model), Routing()
-    attachment = attach(
-        model, LoRA(rank=2, alpha=6.0), name="a", routing=routing, head=model.get_output_embeddings()
-    )
+    attachment = attach(model, LoRA(rank=2, alpha=6.0), name="a", routing=routing, head=model.get_output_embeddings())
     for layer in attachment.layers.values():
         layer.B.data.normal_(generator=torch.Generator().manual_seed(1))
     routing.active = (("a", 1.0),)
@@ -68,9 +66,7 @@ def test_what_several_operations_save_is_copied_once_and_weights_never():
     away = [saved for saved in packed if not isinstance(saved, torch.Tensor)]
     assert len({id(saved) for saved in away if saved.host.shape == hidden.shape}) == 1
     assert any(
-        saved is weight or saved.data_ptr() == weight.data_ptr()
-        for saved in packed
-        if isinstance(saved, torch.Tensor)
+        saved is weight or saved.data_ptr() == weight.data_ptr() for saved in packed if isinstance(saved, torch.Tensor)
     )
     y.backward()
     expected = 1.5 * ((weight.detach() * 2).sum(1) + 2 * hidden.detach())

@@ -22,9 +22,7 @@ SIZES = [(96, 64), (10, 7)]  # 8 bits from 4,096 values on; the library keeps sm
 
 def flat_of(size, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return FlatParameters(
-        {name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name in ("a", "b")}
-    )
+    return FlatParameters({name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name in ("a", "b")})
 
 
 def steps(optimizer, first, last, clip=1e9):
@@ -82,9 +80,7 @@ def test_its_steps_are_those_of_adamw_as_far_as_8_bits_go():
     moments = sum(t.nbytes for name, t in state.items() if name.partition(".")[0] not in ("values", "step"))
     assert moments == MOMENT_BYTES["adamw8bit"] * state["values"].numel()
     kept = full.state()
-    assert (
-        kept["exp_avg"].nbytes + kept["exp_avg_sq"].nbytes == MOMENT_BYTES["adamw"] * kept["values"].numel()
-    )
+    assert kept["exp_avg"].nbytes + kept["exp_avg_sq"].nbytes == MOMENT_BYTES["adamw"] * kept["values"].numel()
 
 
 @needs_library

@@ -31,8 +31,7 @@ def begun(place: Path):
     process = FORK.Process(target=_write_and_wait, args=(place,))
     process.start()
     while (
-        not (new := {path.name for path in place.iterdir()} - before)
-        or not (place / next(iter(new)) / "half").exists()
+        not (new := {path.name for path in place.iterdir()} - before) or not (place / next(iter(new)) / "half").exists()
     ):
         time.sleep(0.01)
     return process, next(iter(new))
@@ -103,9 +102,7 @@ def test_what_cannot_be_judged_here_stays(tmp_path, writer, change):
     assert strange.exists()
 
 
-def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_another_one(
-    tmp_path, writer, monkeypatch
-):
+def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_another_one(tmp_path, writer, monkeypatch):
     _, left = writer
     other = tmp_path / "id"
     other.write_text("another machine, or another start of the one that the containers run on")

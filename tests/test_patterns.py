@@ -16,15 +16,40 @@ from veneer.errors import ConfigError
 from veneer.patterns import FirstMatch, PatternError, first_match, pattern
 
 PATHS = [
-    "q_proj", "v_proj", "lm_head", "a.b", "model.norm", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj",
-    "model.layers.10.mlp.up_proj", "model.layers.10.mlp.experts.down_proj", "vision.layers.0.q_proj",
-]  # fmt: skip
+    "q_proj",
+    "v_proj",
+    "lm_head",
+    "a.b",
+    "model.norm",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.v_proj",
+    "model.layers.10.mlp.up_proj",
+    "model.layers.10.mlp.experts.down_proj",
+    "vision.layers.0.q_proj",
+]
 SOURCES = [
-    "q_proj", "proj", "_proj", "self_attn", ".*_proj", "q_proj|v_proj", "model.layers.0.self_attn.q_proj", "(a|b)",
-    "^model.layers.0.self_attn.q_proj", "^a|b", "[qk]_proj", r"layers\.\d+\..*", r".*\.0\..*", "(?i)LM_head", "b$|q_proj",
-    r"^(?!.*vision).*[qv]_proj", r"^(?!.*vision)(?=.*\.0\.)(?:.*q_proj|.*v_proj)$", "(?i)^(?!VISION).*proj", "(?!vision).*proj",
-    r".*\.(?P<name>q|v)_proj", r"model\.layers\.(?:0|1\d)\..*?\.(?:q|up)_proj",
-]  # fmt: skip
+    "q_proj",
+    "proj",
+    "_proj",
+    "self_attn",
+    ".*_proj",
+    "q_proj|v_proj",
+    "model.layers.0.self_attn.q_proj",
+    "(a|b)",
+    "^model.layers.0.self_attn.q_proj",
+    "^a|b",
+    "[qk]_proj",
+    r"layers\.\d+\..*",
+    r".*\.0\..*",
+    "(?i)LM_head",
+    "b$|q_proj",
+    r"^(?!.*vision).*[qv]_proj",
+    r"^(?!.*vision)(?=.*\.0\.)(?:.*q_proj|.*v_proj)$",
+    "(?i)^(?!VISION).*proj",
+    "(?!vision).*proj",
+    r".*\.(?P<name>q|v)_proj",
+    r"model\.layers\.(?:0|1\d)\..*?\.(?:q|up)_proj",
+]
 ENDLESS = [".?" * 40 + "!", "(a+)+!", "(a|a)*!", "(.*)*!", "(?:a|b|ab)*c", "(x+x+)+y", "(?!(a+)+!).*"]
 
 
@@ -49,11 +74,18 @@ def test_no_pattern_takes_for_ever(source):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("(", "missing )"), ("a)|(b", "unexpected )"), ("*", "repetition"), (r"(a)\1", r"\\1"), ("(?<=a)b", "perl operator"),
-        ("a(?=b)", "perl operator"), ("a{1,4000}", "repetition size"), ("((a{90}){90}){90}", "repetition size"),
-        ("(?!a", "not closed"), ("^(?!a)b|c", "choices"),
+        ("(", "missing )"),
+        ("a)|(b", "unexpected )"),
+        ("*", "repetition"),
+        (r"(a)\1", r"\\1"),
+        ("(?<=a)b", "perl operator"),
+        ("a(?=b)", "perl operator"),
+        ("a{1,4000}", "repetition size"),
+        ("((a{90}){90}){90}", "repetition size"),
+        ("(?!a", "not closed"),
+        ("^(?!a)b|c", "choices"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_matched_in_linear_time_is_refused_with_the_reason(source, said, capfd):
     with pytest.raises(PatternError, match=re.escape(said).replace(r"\\\\1", r"\\\\1")):
         pattern(source)
@@ -69,7 +101,12 @@ def test_a_lookahead_that_says_not_from_where_is_refused_in_rank_and_alpha_patte
         LoRA(**{field: {"^(?!a)b": 3}})
 
 
-@given(st.dictionaries(st.sampled_from([*SOURCES[:13], *map(re.escape, PATHS), *(f"^{re.escape(p)}" for p in PATHS)]), st.integers(1, 99)))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from([*SOURCES[:13], *map(re.escape, PATHS), *(f"^{re.escape(p)}" for p in PATHS)]),
+        st.integers(1, 99),
+    )
+)
 def test_the_first_pattern_in_the_file_s_order_wins_whether_it_is_a_name_or_not(patterns):
     for path in PATHS:
         expected = next((v for s, v in patterns.items() if re.match(rf"(.*\.)?({s})$", path)), 8)

@@ -24,51 +24,85 @@ from veneer.models.load import load_base
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 _COMMON = {
-    "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "tie_word_embeddings": False, "initializer_range": 0.2,
-}  # fmt: skip
-_SSM = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 16,
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
 }
+_SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MIXERS = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
     },
     "granitemoehybrid": dict(layer_types=["mamba", "attention"], shared_intermediate_size=24, **_SSM, **_MOE),
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16},
     "jamba": {
-        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4,
-        "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
     },
     "bamba": dict(attn_layer_indices=[1], **_SSM),
     "zamba2": {
-        "layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "mamba_d_state": 8, "n_mamba_heads": 4,
-        "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 16,
+        "layer_types": ["mamba", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "num_mem_blocks": 1,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
     },
     "falcon_h1": {**_SSM, "mamba_d_head": 8, "mamba_d_ssm": 32, "head_dim": 8},
     "recurrent_gemma": {
-        "block_types": ["recurrent", "attention"], "head_dim": 8, "lru_width": 32, "attention_window_size": 16
+        "block_types": ["recurrent", "attention"],
+        "head_dim": 8,
+        "lru_width": 32,
+        "attention_window_size": 16,
     },
     "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 1},
     "jetmoe": dict(kv_channels=8, **{**_MOE, "num_key_value_heads": 4}),
     "ernie4_5_moe": {
-        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1, "moe_layer_start_index": 0
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
     },
     "llama4_text": {
-        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "moe_layers": [0, 1]
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "moe_layers": [0, 1],
     },
-}  # fmt: skip
-"""Families that mix tokens by convolutions, recurrences or gates of three axes, or whose experts are built otherwise."""
+}
+"""Families that mix tokens by convolutions, recurrences or gates of three axes, or whose experts are built
+otherwise."""
 
 
 def mixer(family, device="cpu"):
@@ -229,8 +263,13 @@ def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_ze
     """PEFT's all-linear puts factors beside dt_proj that no gradient reaches: B is zero in every such file."""
     base = mixer_base("mamba")
     made = attach(
-        base.model, LoRA(rank=2, targets=["in_proj", "dt_proj"]), name="a", routing=base.routing, head=None, read_past=()
-    )  # fmt: skip
+        base.model,
+        LoRA(rank=2, targets=["in_proj", "dt_proj"]),
+        name="a",
+        routing=base.routing,
+        head=None,
+        read_past=(),
+    )
     fill(made.parameters().values())
     folder = tmp_path / "a"
     write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)

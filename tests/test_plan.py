@@ -91,9 +91,7 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
     """A dry run is what a plan's time goes into: a second and less each."""
     ran = []
-    monkeypatch.setattr(
-        planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known)
-    )
+    monkeypatch.setattr(planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1)
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
@@ -153,10 +151,7 @@ def test_cuda_needs_more_than_its_allocator_counts_and_a_process_nothing(planner
 
 def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_median(planner):
     lengths = [10, 12, 14, 60]
-    rows = [
-        Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i)
-        for i, n in enumerate(lengths)
-    ]
+    rows = [Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i) for i, n in enumerate(lengths)]
     own = Planner(planner.blueprint, idle_bytes=0, rows=rows)
     choice = Choice(method=TINY.method, batch=1, length=64)
     assert [len(r.ids) for r in own.epoch(choice).largest] == [60]
@@ -181,10 +176,7 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     assert (
         whole.estimate(choice).peak_bytes
         == estimate(
-            run,
-            device="cpu",
-            idle_bytes=0,
-            kernel_bytes=compiled_kernels(run, 4) * KERNEL_BYTES[torch.bfloat16],
+            run, device="cpu", idle_bytes=0, kernel_bytes=compiled_kernels(run, 4) * KERNEL_BYTES[torch.bfloat16]
         ).peak_bytes
     )
     looked_at = replace(whole, held_out=[rows[5], rows[0], rows[2]])  # 2 rows and 1 row: the sizes 64 and 224
@@ -195,9 +187,7 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     assert evaluated_sizes(looked_at.held_out, 2) == {64, 224}
     new = len({64, 224} - whole.epoch(two).sizes)
     assert looked_at.estimate(two).peak_bytes == without + (new + SAMPLE_SIZES) * forward
-    assert (
-        estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes == estimate(run, device="cuda").peak_bytes
-    )
+    assert estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes == estimate(run, device="cuda").peak_bytes
 
 
 def test_of_a_mixture_the_numbers_of_rows_that_experts_get_count():
@@ -254,18 +244,24 @@ def test_the_advised_rate_is_the_methods_own_for_this_width():
 
 def test_default_rates_fall_with_the_width_and_for_starts_that_are_as_large_as_the_weight():
     for method, narrow, wide in [
-        (LoRA(), 1.3e-3, 2.9e-4), (DoRA(), 1.3e-3, 2.9e-4), (Full(), 1.3e-4, 2.9e-5), (Bottleneck(), 2.6e-3, 5.7e-4),
-        (LoRA(init="pissa"), 3.3e-4, 7.1e-5), (LoRA(init="olora"), 3.3e-4, 7.1e-5), (LoRA(init="eva"), 1.3e-3, 2.9e-4),
-        (LoRA(lr_ratio=16), 3.3e-4, 7.1e-5), (LoRA(lr_ratio=4, init="pissa"), 1.7e-4, 3.6e-5),
-        (Prefix(), 1.5e-2, 1.5e-2), (Prefix(projection=64), 5e-4, 5e-4),
-    ]:  # fmt: skip
+        (LoRA(), 1.3e-3, 2.9e-4),
+        (DoRA(), 1.3e-3, 2.9e-4),
+        (Full(), 1.3e-4, 2.9e-5),
+        (Bottleneck(), 2.6e-3, 5.7e-4),
+        (LoRA(init="pissa"), 3.3e-4, 7.1e-5),
+        (LoRA(init="olora"), 3.3e-4, 7.1e-5),
+        (LoRA(init="eva"), 1.3e-3, 2.9e-4),
+        (LoRA(lr_ratio=16), 3.3e-4, 7.1e-5),
+        (LoRA(lr_ratio=4, init="pissa"), 1.7e-4, 3.6e-5),
+        (Prefix(), 1.5e-2, 1.5e-2),
+        (Prefix(projection=64), 5e-4, 5e-4),
+    ]:
         assert method.default_learning_rate(576) == narrow
         assert method.default_learning_rate(4096) == wide
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [("24GiB", 24 * 2**30), ("24 gb", 24 * 10**9), ("1.5G", 1_500_000_000), ("512MiB", 2**29)],
+    ("text", "size"), [("24GiB", 24 * 2**30), ("24 gb", 24 * 10**9), ("1.5G", 1_500_000_000), ("512MiB", 2**29)]
 )
 def test_sizes_are_read_as_people_write_them(text, size):
     assert command.parse_size(text) == size
@@ -280,9 +276,7 @@ def test_what_is_no_size_is_refused(text):
 def test_the_page_shows_the_plan_and_nothing_foreign_becomes_a_tag(planner):
     hostile = "<script>alert(1)</script>"
     own = Planner(Blueprint(hostile, planner.blueprint.config, torch.float32), idle_bytes=0)
-    rows = [
-        plan_row(own, choice, named_gpu("H100"), memory_bytes=200_000) for choice in all_methods(TINY)[:2]
-    ]
+    rows = [plan_row(own, choice, named_gpu("H100"), memory_bytes=200_000) for choice in all_methods(TINY)[:2]]
     seen = Tags(plan_page(hostile, rows, memory_bytes=200_000, notes=["a note"]))
     assert "script" not in seen.tags
     assert hostile in "".join(seen.words) and "a note" in "".join(seen.words)
@@ -324,19 +318,7 @@ def test_a_plan_is_of_no_longer_rows_than_the_model_has_positions_for(tmp_path, 
 def test_the_run_file_that_it_writes_is_one(tmp_path, capsys):
     folder = save_tiny(tmp_path / "base")
     target = tmp_path / "run.yaml"
-    line = [
-        "plan",
-        "--base",
-        str(folder),
-        "--length",
-        "64",
-        "--gpu",
-        "H100",
-        "--kind",
-        "style",
-        "--write",
-        str(target),
-    ]
+    line = ["plan", "--base", str(folder), "--length", "64", "--gpu", "H100", "--kind", "style", "--write", str(target)]
     assert main(line) == 0
     settings = yaml.safe_load(target.read_text())
     config = RunConfig.model_validate(settings)

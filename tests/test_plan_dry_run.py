@@ -32,13 +32,23 @@ def step_of(model, method, rows, **others):
 
 # Published adapters and models: trained values, values in all, bytes of the file (None: not published).
 ROWS = {
-    "Llama-3.2-3B, LoRA 32 on q, v": ("llama-3.2-3b", lora(32, ["q_proj", "v_proj"]), 9_175_040, 3_221_924_864, 36_715_216),
+    "Llama-3.2-3B, LoRA 32 on q, v": (
+        "llama-3.2-3b",
+        lora(32, ["q_proj", "v_proj"]),
+        9_175_040,
+        3_221_924_864,
+        36_715_216,
+    ),
     "Llama-3.2-3B, LoRA 10 on the MLP": (
-        "llama-3.2-3b", lora(10, ["gate_proj", "up_proj", "down_proj"]), 9_461_760, 3_222_211_584, 37_868_984,
+        "llama-3.2-3b",
+        lora(10, ["gate_proj", "up_proj", "down_proj"]),
+        9_461_760,
+        3_222_211_584,
+        37_868_984,
     ),
     "Qwen3-14B, LoRA 32 on all": ("qwen3-14b", lora(32), 128_450_560, 14_896_757_760, None),
     "SmolLM2-135M, full": ("smollm2-135m", Full(), 134_515_008, 134_515_008, None),
-}  # fmt: skip
+}
 
 
 def planned(base, method, **changes):
@@ -61,11 +71,15 @@ def test_counts_and_file_sizes_are_those_that_were_published(row):
 BY_METHOD = {
     # Llama-3.2-3B, 28 layers of width 3,072, keys and values 1,024 wide
     "DoRA 32 on q, v": (
-        "llama-3.2-3b", DoRA(rank=32, alpha=64.0, targets=["q_proj", "v_proj"]), 9_289_728, 3_222_039_552, 37_181_760,
+        "llama-3.2-3b",
+        DoRA(rank=32, alpha=64.0, targets=["q_proj", "v_proj"]),
+        9_289_728,
+        3_222_039_552,
+        37_181_760,
     ),
     "prefix of 200": ("llama-3.2-3b", Prefix(tokens=200), 11_468_800, 3_224_218_624, 45_875_328),
     "Pfeiffer 48 on GPT-2": ("gpt2", Bottleneck(placement="pfeiffer", size=48), 894_528, None, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("row", BY_METHOD.values(), ids=BY_METHOD)
@@ -81,9 +95,7 @@ def test_dora_costs_few_products_more_than_lora_with_and_without_compiled_kernel
     found = blueprint("smollm2-135m")
     for on_cpu in (True, False):
         lora, dora = (
-            dry_run(
-                Step(found.config, torch.bfloat16, method, synthetic_rows(4, 64), on_cpu=on_cpu)
-            ).work.flops
+            dry_run(Step(found.config, torch.bfloat16, method, synthetic_rows(4, 64), on_cpu=on_cpu)).work.flops
             for method in (LoRA(), DoRA())
         )
         assert lora <= dora <= 1.05 * lora
@@ -156,12 +168,7 @@ def test_what_compiled_attention_computes_is_counted(checkpointing, products):
 
 @pytest.mark.parametrize(
     ("family", "method", "checkpointing"),
-    [
-        ("llama", lora(3), False),
-        ("llama", Full(), True),
-        ("gemma2", lora(3), True),
-        ("qwen3_moe", lora(3), False),
-    ],
+    [("llama", lora(3), False), ("llama", Full(), True), ("gemma2", lora(3), True), ("qwen3_moe", lora(3), False)],
 )
 def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, checkpointing):
     depth = 13
@@ -186,14 +193,10 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.parametrize(
-    "method", [Full(), Prefix(tokens=3), lora(3, ["q_proj"])], ids=["full", "prefix", "lora"]
-)
+@pytest.mark.parametrize("method", [Full(), Prefix(tokens=3), lora(3, ["q_proj"])], ids=["full", "prefix", "lora"])
 def test_experts_that_are_not_adapted_are_planned_in_float32_as_in_bf16(family, method):
     rows = make_examples(2)
-    runs = [
-        dry_run(step_of(tiny_model(family, dtype), method, rows)) for dtype in (torch.float32, torch.bfloat16)
-    ]
+    runs = [dry_run(step_of(tiny_model(family, dtype), method, rows)) for dtype in (torch.float32, torch.bfloat16)]
     shapes = [{shape for shape in run.work.products if any(shape)} for run in runs]
     assert shapes[0] == shapes[1]
 

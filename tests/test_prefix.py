@@ -157,9 +157,7 @@ def test_a_prefix_of_some_layers_leaves_the_others_alone(layers):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt"])
 def test_greedy_answers_of_a_padded_batch_are_those_of_whole_forwards(family):
-    base = tiny_base(
-        family, tie_word_embeddings=False
-    )  # tied, they repeat the last token whatever comes before
+    base = tiny_base(family, tie_word_embeddings=False)  # tied, they repeat the last token whatever comes before
     prepare(base.model)
     attachment = begin(base, Prefix(tokens=6, start="random"), name="a").attachment
     fill(attachment.parameters().values(), scale=1.0)
@@ -193,9 +191,7 @@ def test_over_a_quantised_base_it_trains_as_over_the_same_weights_in_the_open(qu
 
 def test_a_prefix_and_lora_act_together():
     model, routing = tiny_model("llama"), Routing()
-    lora = attach(
-        model, LoRA(rank=3, alpha=5.0), name="l", routing=routing, head=model.get_output_embeddings()
-    )
+    lora = attach(model, LoRA(rank=3, alpha=5.0), name="l", routing=routing, head=model.get_output_embeddings())
     fill(lora.parameters().values())
     prefix = put(model, routing, name="p")
     only_prefix = logits(model)

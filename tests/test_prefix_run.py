@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     rows = [
         {"messages": [{"role": "user", "content": INSTRUCTION + str(n)}, {"role": "assistant", "content": str(n + 1)}]}
         for n in range(12)
-    ]  # fmt: skip
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return save_tiny(folder / "base"), folder / "rows.jsonl"
 
@@ -31,9 +31,14 @@ def made(tmp_path_factory):
 def config(made, out, **method):
     base, rows = made
     return RunConfig(
-        base=str(base), data={"train": str(rows), "validation_share": 0.2}, out=str(out), steps=6, batch=4,
-        evaluate_every=2, method={"name": "prefix", **method},
-    )  # fmt: skip
+        base=str(base),
+        data={"train": str(rows), "validation_share": 0.2},
+        out=str(out),
+        steps=6,
+        batch=4,
+        evaluate_every=2,
+        method={"name": "prefix", **method},
+    )
 
 
 class Stop(Exception):
@@ -41,9 +46,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    "method",
-    [{}, {"tokens": 9, "projection": 5}, {"start": "random", "projection": 5, "layers": [1]}],
-    ids=str,
+    "method", [{}, {"tokens": 9, "projection": 5}, {"start": "random", "projection": 5, "layers": [1]}], ids=str
 )
 def test_a_resumed_run_is_the_run_that_never_stopped_to_the_byte(made, method, tmp_path, monkeypatch):
     whole = api.train_run(config(made, tmp_path / "whole", **method), resume=False, screen=QuietScreen())
@@ -65,10 +68,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_byte(made, method, t
     assert stored.manifest.method == "prefix"
     start = read_records(tmp_path / "whole" / "metrics.jsonl")[0]
     assert start["modules_adapted"] == len(method.get("layers", [0, 1]))
-    assert (
-        start["adapter_bytes"]
-        == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").stat().st_size
-    )
+    assert start["adapter_bytes"] == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
 def test_it_starts_from_what_all_rows_begin_with_and_says_so(made, tmp_path, capsys):
@@ -76,9 +76,7 @@ def test_it_starts_from_what_all_rows_begin_with_and_says_so(made, tmp_path, cap
     base, rows = made
     command = ["train", "--base", str(base), "--data", str(rows), "--method", "prefix", "--out", str(out)]
     assert main([*command, "--steps", "2", "--learning-rate", "0.001"]) == 0
-    assert (
-        "starting from what all rows begin with: “<|im_start|>user Say the number" in capsys.readouterr().out
-    )
+    assert "starting from what all rows begin with: “<|im_start|>user Say the number" in capsys.readouterr().out
     start = read_records(out / "metrics.jsonl")[0]
     assert start["starts_from"] == "<|im_start|>user\n" + INSTRUCTION
     tokens = 1 + len("user\n") + len(INSTRUCTION)

@@ -76,6 +76,19 @@ def test_no_file_grows_beyond_what_a_reader_can_hold(path):
     assert len(path.read_text().splitlines()) < MOST_LINES
 
 
+def test_the_formatter_has_no_exceptions():
+    everywhere = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    mark = re.compile(r"# fmt" + r": ?(skip|off)|# yapf")
+    assert not [names(path) for path in everywhere if mark.search(path.read_text())]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_subject_of_a_commit_is_one_idea_and_fits_a_line():
+    asked = ["git", "-C", str(ROOT), "log", "-40", "--no-merges", "--format=%s"]
+    subjects = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert not [subject for subject in subjects if len(subject) >= 72 or subject.endswith(".")]
+
+
 def test_the_architecture_names_every_room_and_file_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text()
     rooms = re.split(r"\n(?=\w)", page.partition("## Rooms")[2].partition("```\n")[2].partition("```")[0])
@@ -120,14 +133,10 @@ def test_the_search_would_find_each(what, line):
 
 
 # What a weight format means is declared in quant/config.py, what a method is in adapters/config.py: others read that.
-# Nobody compares names or classes; a method's own file layout knows its settings, and an assert only tells what is known.
+# Nobody compares names or classes; a method's own file layout knows its settings, and an assert only tells what is
+# known.
 ROOMS_OF_FORMATS = ("quant/",)
-ROOMS_OF_METHODS = (
-    "adapters/",
-    "formats/bottleneck.py",
-    "formats/peft_config.py",
-    "formats/prefix.py",
-)
+ROOMS_OF_METHODS = ("adapters/", "formats/bottleneck.py", "formats/peft_config.py", "formats/prefix.py")
 
 
 def compared(source: str) -> list[tuple[int, object]]:
@@ -170,11 +179,10 @@ def test_nobody_asks_which_weight_format_it_is():
 
 
 def classes_asked(source: str) -> list[tuple[int, str]]:
-    """(line, name) of every class that something is asked for, outside asserts: isinstance, issubclass, type(x) is C."""
+    """(line, name) of every class that something is asked for, outside asserts: isinstance, issubclass, type(x) is
+    C."""
     tree = ast.parse(source)
-    asserted = {
-        id(each) for node in ast.walk(tree) if isinstance(node, ast.Assert) for each in ast.walk(node)
-    }
+    asserted = {id(each) for node in ast.walk(tree) if isinstance(node, ast.Assert) for each in ast.walk(node)}
     found: list[ast.expr] = []
     for node in ast.walk(tree):
         if id(node) in asserted:
@@ -256,9 +264,7 @@ def test_every_module_imports_alone():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run"]
-)
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run"])
 def test_the_files_that_a_newcomer_looks_for_are_there(name):
     assert (ROOT / name).stat().st_size > 100
 
@@ -276,10 +282,7 @@ def test_commands_import_by_the_names_that_help_shows():
 # The README invites: it is read in one sitting. Figures and their caveats stand in docs/benchmarks.md.
 MOST_PARAGRAPH_LINES, COLUMNS = 4, 110
 MOST_CELL_WORDS = 12
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted(ROOT.glob("docs/*.md")),
-]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
 SHORT = [page for page in PAGES if page.name not in ("architecture.md", "families.md")]  # pictures, a list
 
 
@@ -343,9 +346,7 @@ def missing_files(text: str) -> list[str]:
     return [file for file in named if not any((ROOT / at / file).exists() for at in ("", "src/veneer"))]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in SHORT if page.name not in ("CHANGELOG.md", "log.md")], ids=names
-)
+@pytest.mark.parametrize("page", [page for page in SHORT if page.name not in ("CHANGELOG.md", "log.md")], ids=names)
 def test_every_file_that_a_page_names_is_there(page):
     assert not missing_files(page.read_text())
 
@@ -367,9 +368,7 @@ def test_every_link_between_pages_leads_somewhere(page):
 )
 def test_the_rules_of_prose_would_find_each(rule, text):
     assert rule(text)
-    assert not rule(
-        "# T\n\nShort.\n\n```\n" + "word " * 200 + "\n```\n\n| a | b c |\n\n- one\n- two 1234567\n"
-    )
+    assert not rule("# T\n\nShort.\n\n```\n" + "word " * 200 + "\n```\n\n| a | b c |\n\n- one\n- two 1234567\n")
 
 
 def test_a_dead_link_would_be_found():
@@ -384,9 +383,7 @@ RESULTS = sorted(ROOT.glob("docs/results/*.json"))
 @pytest.mark.parametrize("file", RESULTS, ids=names)
 def test_every_result_says_where_it_comes_from(file):
     for measurement in json.loads(file.read_text())["measurements"]:
-        missing = [
-            key for key in ("what", "machine", "commit", "command", "values") if not measurement.get(key)
-        ]
+        missing = [key for key in ("what", "machine", "commit", "command", "values") if not measurement.get(key)]
         assert not missing, measurement
 
 
@@ -398,9 +395,7 @@ def test_every_result_is_behind_a_page(file):
 def test_every_claim_has_figure_machine_command_and_commit():
     """In the table of docs/benchmarks.md; a row in bold names a topic."""
     head = "| claim | figure | machine | command | commit |"
-    rows = (
-        (ROOT / "docs" / "benchmarks.md").read_text().partition(head)[2].partition("\n\n")[0].splitlines()[2:]
-    )
+    rows = (ROOT / "docs" / "benchmarks.md").read_text().partition(head)[2].partition("\n\n")[0].splitlines()[2:]
     claims = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "| **" not in row[:5]]
     assert len(claims) > 50
     assert [claim for claim in claims if len(claim) != 5 or not all(claim)] == []

@@ -1,15 +1,11 @@
-"""What is proven on a small copy of a model's structure: windows and switches longer than any quick look at the model."""
+"""What is proven on a small copy of a model's structure: windows and switches longer than any quick look at the
+model."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    GenerationConfig,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from tests.helpers import make_examples
 from tests.tiny import tiny_base, tiny_model
@@ -33,29 +29,42 @@ LONG = 16
 """Tokens of windows and chunks in these tests: more than the look at the model itself reads."""
 FP32 = 1e-4
 SMALL = {
-    "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
-    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
-}  # fmt: skip
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
 MASKED = {
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": LONG,
-                  "max_window_layers": 2},
+    "qwen2_moe": {
+        **EXPERTS,
+        "shared_expert_intermediate_size": 16,
+        "use_sliding_window": True,
+        "sliding_window": LONG,
+        "max_window_layers": 2,
+    },
     "phimoe": {"num_local_experts": 4, "sliding_window": LONG},
     "doge": {"sliding_window": LONG, "keep_window_size": LONG},
-    "llama4_text": {"attention_chunk_size": LONG, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
-                    "attn_temperature_tuning": False},
+    "llama4_text": {
+        "attention_chunk_size": LONG,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "attn_temperature_tuning": False,
+    },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "sliding_window": LONG},
-}  # fmt: skip
+}
 """Windows and chunks that the mask alone knows, and one that no mask of transformers obeys."""
 FACTORS = {"short_factor": [1.0, 1.3, 2.0, 4.0], "long_factor": [2.0, 3.0, 5.0, 9.0]}
 ROTARY = {
-    "longrope": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "original_max_position_embeddings": 16,
-        **FACTORS,
-    },
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **FACTORS},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
 }
 
@@ -235,9 +244,7 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
     model, examples = tiny_model("qwen2"), make_examples(3)
     paths = prepare(model)
     assert paths.lines[0].startswith("rows one by one: no small copy") and "whole logits" in paths.lines[1]
-    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(
-        alone(model, examples), rel=FP32
-    )
+    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(alone(model, examples), rel=FP32)
     assert len(generate(based(model), PROMPTS, max_new_tokens=3)) == len(PROMPTS)
 
 
@@ -275,9 +282,15 @@ def test_windows_of_the_copy_act_within_a_short_text(kind):
 def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_read_for_every_token(kind):
     """Blenderbot's decoder has more layers than its cache; generate() tells RoBERTa positions that begin at 0."""
     fields = {
-        "blenderbot": {"encoder_layers": 1, "num_hidden_layers": 1, "decoder_layers": 2, "d_model": 32, "decoder_ffn_dim": 48},
+        "blenderbot": {
+            "encoder_layers": 1,
+            "num_hidden_layers": 1,
+            "decoder_layers": 2,
+            "d_model": 32,
+            "decoder_ffn_dim": 48,
+        },
         "roberta": {"is_decoder": True, "pad_token_id": 1},
-    }[kind]  # fmt: skip
+    }[kind]
     model = made(kind, **fields)
     model.generation_config = GenerationConfig(eos_token_id=257)
     assert loops(model).cached is not None and loops(tiny_model("bloom")).cached is None

@@ -1,4 +1,5 @@
-"""4-bit folders in bitsandbytes' layout: written and read back to the byte, decided per tensor, refused when damaged."""
+"""4-bit folders in bitsandbytes' layout: written and read back to the byte, decided per tensor, refused when
+damaged."""
 
 import json
 
@@ -25,10 +26,7 @@ STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
 
 def saved(tmp_path, family="llama", quantize="nf4", **settings):
     base = load_base(
-        str(save_tiny(tmp_path / "dense", family, torch.bfloat16)),
-        dtype="stored",
-        quantize=quantize,
-        **settings,
+        str(save_tiny(tmp_path / "dense", family, torch.bfloat16)), dtype="stored", quantize=quantize, **settings
     )
     return base, write_packed(base, tmp_path / "packed").path
 
@@ -51,9 +49,7 @@ def test_a_written_folder_is_the_same_base_and_writes_the_same_bytes(family, qua
         logits = again.model(IDS).logits
         assert torch.equal(logits, base.model(IDS).logits)
     write_packed(again, tmp_path / "again")  # after it has computed: bitsandbytes changes its scales then
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        folder / "model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert load_base(str(folder), quantize=quantize).fingerprint() == base.fingerprint()
 
 
@@ -87,9 +83,7 @@ def test_the_state_is_what_bitsandbytes_writes(tmp_path):
 
 def test_what_a_folder_holds_dense_stays_dense_and_packed_bytes_may_be_stored_as_another_type(tmp_path):
     base, folder = saved(tmp_path, keep_dense=["self_attn", "layers.1.mlp.up_proj"])
-    kept = {"model.layers.1.mlp.up_proj"} | {
-        f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"
-    }
+    kept = {"model.layers.1.mlp.up_proj"} | {f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"}
     linears = {p for p, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
     assert linears == kept
 
@@ -158,7 +152,7 @@ def test_parts_that_do_not_belong_together_are_refused(part, value, says, tmp_pa
         ("quant_type", {"nf4": 1}, "quant_type {'nf4': 1} under 'nf4'"),
     ],
     ids=lambda value: str(value)[:40],
-)  # fmt: skip
+)
 def test_a_state_whose_numbers_are_not_those_of_a_weight_is_refused(field, value, says, tmp_path):
     folder = save_tiny(tmp_path / "dense", "llama", torch.bfloat16)
     weights = load_file(folder / "model.safetensors")

@@ -66,8 +66,7 @@ def test_fused_experts_are_packed_and_routers_are_not(family, tmp_path):
 
 def test_a_4_bit_weight_takes_half_a_byte(tmp_path):
     base = load_base(
-        str(save_tiny(tmp_path, "llama", torch.bfloat16, hidden_size=256, intermediate_size=512)),
-        quantize="nf4",
+        str(save_tiny(tmp_path, "llama", torch.bfloat16, hidden_size=256, intermediate_size=512)), quantize="nf4"
     )
     modules = packed_modules(base.model).values()
     held = sum(m.packed().bytes for m in modules)
@@ -90,9 +89,7 @@ def test_moving_to_another_type_leaves_the_packed_weights_to_the_bit(family, tmp
 
 def test_the_same_folder_gives_the_same_fingerprint_and_says_what_it_is_held_as(tmp_path):
     folder = str(save_tiny(tmp_path, "llama", torch.bfloat16))
-    dense, nf4, again, fp4 = (
-        load_base(folder, quantize=q).fingerprint() for q in (None, "nf4", "nf4", "fp4")
-    )
+    dense, nf4, again, fp4 = (load_base(folder, quantize=q).fingerprint() for q in (None, "nf4", "nf4", "fp4"))
     assert nf4 == again
     assert nf4.dtype == "bfloat16+nf4"
     assert (nf4.num_parameters, nf4.shapes_hash) == (dense.num_parameters, dense.shapes_hash)
@@ -104,9 +101,7 @@ def test_scales_belong_to_the_fingerprint(tmp_path):
     folder = save_tiny(tmp_path, "llama")
     before = load_base(str(folder), quantize="nf4").fingerprint()
     name = "model.layers.0.mlp.up_proj.weight"
-    edit(
-        folder, **{name: load_file(folder / "model.safetensors")[name] * 2}
-    )  # the same codes, doubled scales
+    edit(folder, **{name: load_file(folder / "model.safetensors")[name] * 2})  # the same codes, doubled scales
     assert load_base(str(folder), quantize="nf4").fingerprint().weights_hash != before.weights_hash
 
 
@@ -115,9 +110,12 @@ def test_what_is_wrong_with_the_weights_is_told_all_at_once(tmp_path):
     bad = torch.randn(48, 32)
     bad[3, 5] = float("nan")
     edit(
-        folder, model__layers__0__mlp__up_proj__weight=bad, model__layers__1__mlp__up_proj__weight=torch.ones(3, 5),
-        model__layers__1__mlp__down_proj__weight=None, model__layers__0__input_layernorm__weight=None,
-    )  # fmt: skip
+        folder,
+        model__layers__0__mlp__up_proj__weight=bad,
+        model__layers__1__mlp__up_proj__weight=torch.ones(3, 5),
+        model__layers__1__mlp__down_proj__weight=None,
+        model__layers__0__input_layernorm__weight=None,
+    )
     with pytest.raises(CorruptFileError) as caught:
         load_base(str(folder), quantize="nf4")
     text = str(caught.value)
@@ -137,9 +135,7 @@ def test_the_generation_settings_of_the_folder_are_read(tmp_path):
 
 def test_memory_stays_at_the_4_bit_model_and_one_tensor(tmp_path):
     """A model of 10 layers: 4-bit weights are 1/4 of the bf16 ones, and no more than some tensors come on top."""
-    folder = save_tiny(
-        tmp_path, "llama", torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=10
-    )
+    folder = save_tiny(tmp_path, "llama", torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=10)
     code = (
         "import sys\n"
         "from veneer.models.load import load_base\n"

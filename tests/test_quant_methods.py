@@ -129,9 +129,7 @@ def test_evaluation_in_between_changes_no_gradient(tmp_path):
 
 
 def test_a_step_over_packed_weights_keeps_neither_inputs_nor_decoded_weights(tmp_path):
-    layer = next(
-        iter(packed_modules(load_base(str(save_tiny(tmp_path, "llama")), quantize="nf4").model).values())
-    )
+    layer = next(iter(packed_modules(load_base(str(save_tiny(tmp_path, "llama")), quantize="nf4").model).values()))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(20, layer.in_features, requires_grad=True)).sum().backward()

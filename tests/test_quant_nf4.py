@@ -35,13 +35,8 @@ def flat(n, dtype=torch.float32, seed=0):
 def test_the_code_books_are_those_of_the_files():
     book = nf4.code_book("nf4")
     assert book.values[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
-    assert [f"{x:.16g}" for x in book.thresholds[:2].tolist()] == [
-        "-0.8480963706970215",
-        "-0.6106328964233398",
-    ]
-    assert (
-        hashlib.sha256(nf4.nested_map().numpy().tobytes()).hexdigest().startswith("e732639a65f497b4ad684bb1")
-    )
+    assert [f"{x:.16g}" for x in book.thresholds[:2].tolist()] == ["-0.8480963706970215", "-0.6106328964233398"]
+    assert hashlib.sha256(nf4.nested_map().numpy().tobytes()).hexdigest().startswith("e732639a65f497b4ad684bb1")
     fp4 = nf4.code_book("fp4")
     assert torch.equal(fp4.values[8:], -fp4.values[:8])
     assert fp4.values[3] == 1
@@ -115,13 +110,9 @@ def test_a_target_with_gaps_is_filled_and_nothing_beside_it():
 
 @needs_native
 @every_dtype
-@pytest.mark.parametrize(
-    "shape", [(5, 64), (7, 192), (9, 96), (11, 50), (3, 4304), (16, 576), (2, 33)], ids=str
-)
+@pytest.mark.parametrize("shape", [(5, 64), (7, 192), (9, 96), (11, 50), (3, 4304), (16, 576), (2, 33)], ids=str)
 def test_the_fused_product_is_the_product_with_the_decoded_weights(dtype, shape):
-    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[
-        dtype
-    ]  # of y, its largest value
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]  # of y, its largest value
     for double, block in ((False, 64), (True, 64), (True, 32), (True, 256)):
         w = nf4.quantize(flat(shape[0] * shape[1], seed=2).view(shape), double=double, block=block)
         dense = nf4.dequantize(w, dtype).double()

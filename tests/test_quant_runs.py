@@ -1,4 +1,5 @@
-"""Whole runs over a 4-bit base: resumed to the bit, the packed weights untouched, the adapter usable by its commands."""
+"""Whole runs over a 4-bit base: resumed to the bit, the packed weights untouched, the adapter usable by its
+commands."""
 
 import json
 
@@ -23,12 +24,7 @@ class Stop(Exception):
 
 def rows(path, count=24):
     lines = [
-        {
-            "messages": [
-                {"role": "user", "content": f"what is {n}"},
-                {"role": "assistant", "content": f"it is {n * 7}"},
-            ]
-        }
+        {"messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": f"it is {n * 7}"}]}
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -38,10 +34,16 @@ def rows(path, count=24):
 def settings(tmp_path, out, **others):
     return RunConfig(
         **{
-            "base": str(tmp_path / "base"), "data": rows(tmp_path / "rows.jsonl"), "out": str(tmp_path / out),
-            "method": {"name": "qlora", "rank": 3, "alpha": 5.0}, "steps": 5, "batch": 4, "save_every": 1, **others,
+            "base": str(tmp_path / "base"),
+            "data": rows(tmp_path / "rows.jsonl"),
+            "out": str(tmp_path / out),
+            "method": {"name": "qlora", "rank": 3, "alpha": 5.0},
+            "steps": 5,
+            "batch": 4,
+            "save_every": 1,
+            **others,
         }
-    )  # fmt: skip
+    )
 
 
 def run(config, *, resume=False):
@@ -53,10 +55,7 @@ def run(config, *, resume=False):
     [
         ("llama", {}),
         ("llama", {"quantize": "fp4", "checkpointing": True, "keep_dense": ["down_proj"]}),
-        (
-            "mixtral",
-            {"method": {"name": "qlora", "rank": 2, "dropout": 0.2, "targets": ["q_proj", "o_proj"]}},
-        ),
+        ("mixtral", {"method": {"name": "qlora", "rank": 2, "dropout": 0.2, "targets": ["q_proj", "o_proj"]}}),
     ],
     ids=str,
 )
@@ -106,14 +105,10 @@ def test_what_a_qlora_run_makes_is_used_by_the_commands_that_follow(tmp_path, ca
 def test_the_quantize_command_writes_a_base_and_says_what_it_did_not_pack(tmp_path, capsys):
     save_tiny(tmp_path / "base", "llama_untied", torch.bfloat16)
     out = str(tmp_path / "packed")
-    assert (
-        main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out, "--keep-dense", "v_proj"]) == 0
-    )
+    assert main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out, "--keep-dense", "v_proj"]) == 0
     said = capsys.readouterr().out
     assert "linear layers     nf4" in said
     assert "linear layers     bfloat16" in said
     assert "output head       bfloat16" in said
-    assert (
-        main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out]) == 2
-    )  # nothing is overwritten
+    assert main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out]) == 2  # nothing is overwritten
     assert load_base(out).quantize == "nf4"

@@ -22,8 +22,7 @@ from veneer.quant import nf4  # noqa: E402
 
 every_dtype = pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
 held = pytest.mark.parametrize(
-    ("double", "block", "book"),
-    [(True, 64, "nf4"), (False, 64, "nf4"), (True, 32, "fp4"), (False, 256, "nf4")],
+    ("double", "block", "book"), [(True, 64, "nf4"), (False, 64, "nf4"), (True, 32, "fp4"), (False, 256, "nf4")]
 )
 
 

@@ -16,9 +16,7 @@ def near(ours, theirs):
     assert (ours.double() - theirs).abs().max() <= BF16 * theirs.abs().max()
 
 
-@pytest.mark.parametrize(
-    "rows", [1, 16, 31, 96, 130, 600]
-)  # the last: more pairs of rows than one pass takes
+@pytest.mark.parametrize("rows", [1, 16, 31, 96, 130, 600])  # the last: more pairs of rows than one pass takes
 @pytest.mark.parametrize(("width", "size"), [(16, 16), (80, 16), (144, 48), (64, 8), (70, 16), (48, 256)])
 def test_each_product_is_torchs(rows, width, size):
     torch.manual_seed(0)
@@ -35,11 +33,18 @@ def test_each_product_is_torchs(rows, width, size):
 @pytest.mark.parametrize(
     ("size", "width", "rows", "taken"),
     [
-        (16, 16, 16, True), (256, 16, 16, True), (48, 144, 17, True),
-        (0, 16, 16, False), (8, 16, 16, False), (24, 16, 16, False), (272, 16, 16, False),
-        (16, 8, 16, False), (16, 24, 16, False), (16, 16, 15, False),
+        (16, 16, 16, True),
+        (256, 16, 16, True),
+        (48, 144, 17, True),
+        (0, 16, 16, False),
+        (8, 16, 16, False),
+        (24, 16, 16, False),
+        (272, 16, 16, False),
+        (16, 8, 16, False),
+        (16, 24, 16, False),
+        (16, 16, 15, False),
     ],
-)  # fmt: skip
+)
 def test_a_kernel_takes_ranks_and_widths_that_fill_registers_and_sixteen_rows(size, width, rows, taken):
     assert rank.is_compiled(size, width, torch.zeros(rows, width).bfloat16()) == taken
     assert not rank.is_compiled(size, width, torch.zeros(rows, width))
@@ -55,11 +60,7 @@ def test_a_matrix_at_an_odd_address_is_left_to_torch():
 
 
 def test_the_bits_do_not_depend_on_the_threads():
-    x, A, d = (
-        torch.randn(200, 320).bfloat16(),
-        torch.randn(16, 320).bfloat16(),
-        torch.randn(200, 16).bfloat16(),
-    )
+    x, A, d = (torch.randn(200, 320).bfloat16(), torch.randn(16, 320).bfloat16(), torch.randn(200, 16).bfloat16())
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

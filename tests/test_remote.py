@@ -12,14 +12,7 @@ import pytest
 
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.cli.main import main
-from veneer.errors import (
-    ConfigError,
-    CorruptFileError,
-    DoesNotFitError,
-    SourceError,
-    UnsafeFileError,
-    VeneerError,
-)
+from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import WEIGHTS_NAME
 from veneer.library.library import Library
@@ -124,8 +117,12 @@ def test_what_arrives_changed_is_refused_and_never_appears(library, tmp_path, wh
     path = library.path("x") / what
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    {"flip": lambda: path.write_bytes(data), "cut": lambda: path.write_bytes(data[:-7]),
-     "grow": lambda: path.write_bytes(path.read_bytes() + b"x"), "remove": path.unlink}[how]()  # fmt: skip
+    {
+        "flip": lambda: path.write_bytes(data),
+        "cut": lambda: path.write_bytes(data[:-7]),
+        "grow": lambda: path.write_bytes(path.read_bytes() + b"x"),
+        "remove": path.unlink,
+    }[how]()
     back = Library(tmp_path / "back")
     with pytest.raises((CorruptFileError, SourceError)):
         pull(back, str(library.folder), "x")
@@ -158,9 +155,7 @@ def test_a_record_that_lies_is_not_believed(library, tmp_path):
     record = json.loads(path.read_text())
     record["versions"][-1]["facts"] |= {"base_proof": "fingerprint", "base": "something else"}
     path.write_text(json.dumps(record))
-    assert (
-        pull(Library(tmp_path / "back"), str(library.folder), "x").version.facts.base == "tiny-llama_untied"
-    )
+    assert pull(Library(tmp_path / "back"), str(library.folder), "x").version.facts.base == "tiny-llama_untied"
 
 
 def test_a_push_that_breaks_shows_nothing_and_goes_on(library, monkeypatch):
@@ -256,10 +251,13 @@ class Hub:
                 path = self.path.partition("?")[0]
                 if path.startswith("/api/models/org/repo"):
                     files = hub.commits[-1]
-                    return self._json({
-                        "id": "org/repo", "sha": hub.sha,
-                        "siblings": [{"rfilename": n, "size": len(c)} for n, c in files.items()],
-                    })  # fmt: skip
+                    return self._json(
+                        {
+                            "id": "org/repo",
+                            "sha": hub.sha,
+                            "siblings": [{"rfilename": n, "size": len(c)} for n, c in files.items()],
+                        }
+                    )
                 if path.startswith(f"/org/repo/resolve/{hub.sha}/"):
                     content = hub.commits[-1].get(path.rpartition("/")[2])
                     if content is not None:
@@ -274,17 +272,13 @@ class Hub:
                 path = self.path.partition("?")[0]
                 if path == "/api/repos/create":
                     return self._json(
-                        {
-                            "url": f"http://{self.headers['Host']}/org/repo",
-                            "name": "org/repo",
-                            "id": "org/repo",
-                        }
+                        {"url": f"http://{self.headers['Host']}/org/repo", "name": "org/repo", "id": "org/repo"}
                     )
                 if "/preupload/" in path:
                     asked = json.loads(body)["files"]
-                    return self._json({
-                        "files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
-                    })  # fmt: skip
+                    return self._json(
+                        {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                    )
                 if "/commit/" in path:
                     lines = [json.loads(line) for line in body.splitlines()]
                     files = {
@@ -294,10 +288,7 @@ class Hub:
                     }
                     hub.commits.append(hub.commits[-1] | files)
                     return self._json(
-                        {
-                            "commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{hub.sha}",
-                            "commitOid": hub.sha,
-                        }
+                        {"commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{hub.sha}", "commitOid": hub.sha}
                     )
                 return self._answer(404)
 
@@ -313,9 +304,7 @@ def hub(serve, monkeypatch, tmp_path):
     address = serve(found.handler())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(hf_api.api, "endpoint", address)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

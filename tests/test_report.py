@@ -16,14 +16,10 @@ HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=ale
 STEPS = 40
 
 
-def run_folder(
-    tmp_path, *, steps: int = STEPS, text: str = "plain", summary: str | None = None, **settings: object
-):
+def run_folder(tmp_path, *, steps: int = STEPS, text: str = "plain", summary: str | None = None, **settings: object):
     folder = tmp_path / "run"
     folder.mkdir()
-    config = RunConfig.model_validate(
-        {"base": text, "data": text, "out": str(folder), "batch": 3, **settings}
-    )
+    config = RunConfig.model_validate({"base": text, "data": text, "out": str(folder), "batch": 3, **settings})
     (folder / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     with Records(folder / "metrics.jsonl") as records:
         records.write(
@@ -58,22 +54,10 @@ def run_folder(
                     }
                 )
             if step % 20 == 0:
-                sample = {
-                    "prompt": text,
-                    "expected": text,
-                    "answer": f"{text} {step}",
-                    "before": f"{text} before",
-                }
+                sample = {"prompt": text, "expected": text, "answer": f"{text} {step}", "before": f"{text} before"}
                 loss = 2 - step / 40
                 records.write(
-                    {
-                        "kind": "evaluation",
-                        "step": step,
-                        "loss": loss,
-                        "best": True,
-                        "seconds": 2.0,
-                        "sample": sample,
-                    }
+                    {"kind": "evaluation", "step": step, "loss": loss, "best": True, "seconds": 2.0, "sample": sample}
                 )
         records.write({"kind": "end", "reason": "done"})
     if summary is not None:
@@ -119,9 +103,7 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
 
 
 def test_the_page_says_what_the_run_was(tmp_path):
-    summary = (
-        '{"peak_memory_bytes": 1310000000, "planned_memory_bytes": 1280000000, "tokens_per_second": 1602.4}'
-    )
+    summary = '{"peak_memory_bytes": 1310000000, "planned_memory_bytes": 1280000000, "tokens_per_second": 1602.4}'
     text = " ".join("".join(Tags(page_of(run_folder(tmp_path, summary=summary))).words).split())
     for fact in (
         "plain on plain · 40 of 40 steps",
@@ -203,10 +185,7 @@ def test_broken_records_are_refused(tmp_path):
         ("run.yaml", "- a"),
         ("run.yaml", "a: " + "[" * 600 + "]" * 600),
         ("run.yaml", "a: " + "[" * 6000),
-        (
-            "run.yaml",
-            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
-        ),
+        ("run.yaml", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))),
         ("run.yaml", "a: &a [*a]"),
         ("run.yaml", "a: 2024-13-45"),
         ("run.yaml", "\x00"),
@@ -274,12 +253,7 @@ def test_smoothing_keeps_constants_and_does_not_lag():
 
 @pytest.mark.parametrize(
     ("low", "high", "wanted"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0, 300, [0, 100, 200, 300]),
-        (2.1, 2.9, [2.2, 2.4, 2.6, 2.8]),
-        (5, 5, [5]),
-    ],
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 300, [0, 100, 200, 300]), (2.1, 2.9, [2.2, 2.4, 2.6, 2.8]), (5, 5, [5])],
 )
 def test_ticks_are_round_numbers_within_the_range(low, high, wanted):
     assert ticks(low, high, 4) == pytest.approx(wanted)

@@ -16,14 +16,7 @@ import yaml
 
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.cli import main
-from veneer.errors import (
-    AdapterMismatchError,
-    ConfigError,
-    CorruptFileError,
-    InputError,
-    Interrupted,
-    SourceError,
-)
+from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted, SourceError
 from veneer.files import atomic
 from veneer.files.atomic import write_manifest
 from veneer.files.lock import BusyError
@@ -63,10 +56,7 @@ def world(tmp_path_factory):
 
 
 def config(world, out, **settings):
-    fields = {
-        "base": str(world / "base"),
-        "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2},
-    }
+    fields = {"base": str(world / "base"), "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2}}
     fields |= {"method": {"name": "lora", "rank": 2}, "steps": 6, "batch": 3, "evaluate_every": 2}
     return RunConfig.model_validate({**fields, "out": str(out), **settings})
 
@@ -148,9 +138,7 @@ def test_remains_of_a_process_that_died_go_when_the_run_is_resumed(world, tmp_pa
     assert not [name for name in names(tmp_path) if "partial" in name]
 
 
-def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_result(
-    world, tmp_path, monkeypatch
-):
+def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_result(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 0.5, 0.4])
     monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(losses), 1))
     train_and_die(world, tmp_path, at=6, monkeypatch=monkeypatch, steps=20, patience=2)
@@ -186,9 +174,7 @@ def test_another_tokenizer_or_template_is_refused(what, world, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
-    [("steps", 9), ("learning_rate", 0.5), ("method", {"name": "lora", "rank": 4})],
-    ids=str,
+    ("setting", "value"), [("steps", 9), ("learning_rate", 0.5), ("method", {"name": "lora", "rank": 4})], ids=str
 )
 def test_settings_that_were_changed_in_run_yaml_are_refused_with_both_sides(
     setting, value, world, tmp_path, monkeypatch
@@ -199,12 +185,8 @@ def test_settings_that_were_changed_in_run_yaml_are_refused_with_both_sides(
     file.write_text(yaml.safe_dump({**stored, setting: value}))
     with pytest.raises(ConfigError, match="not what the run started with") as caught:
         resume(tmp_path)
-    assert any(
-        fault.startswith(setting) and "then" in fault and "now" in fault for fault in caught.value.faults
-    )
-    file.write_text(
-        yaml.safe_dump({**stored, "keep": 5, "checkpointing": True})
-    )  # changes nothing that is learnt
+    assert any(fault.startswith(setting) and "then" in fault and "now" in fault for fault in caught.value.faults)
+    file.write_text(yaml.safe_dump({**stored, "keep": 5, "checkpointing": True}))  # changes nothing that is learnt
     assert resume(tmp_path)["steps"] == 6
 
 
@@ -233,9 +215,7 @@ def as_the_first_layout_had_it(out, step):
     (out / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))
 
 
-def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(
-    world, tmp_path, monkeypatch
-):
+def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(world, tmp_path, monkeypatch):
     train(world, tmp_path / "whole")
     train_and_die(world, tmp_path / "died", at=2, monkeypatch=monkeypatch)
     as_the_first_layout_had_it(tmp_path / "died", 2)
@@ -271,9 +251,7 @@ def test_a_run_file_that_describes_no_run_is_an_error_from_python_too(text, erro
         resume_config(tmp_path)
 
 
-def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_and_later(
-    world, tmp_path, monkeypatch
-):
+def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_and_later(world, tmp_path, monkeypatch):
     train_and_die(world, tmp_path, at=None, monkeypatch=monkeypatch)
     stored = yaml.safe_load((tmp_path / "run.yaml").read_text())
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))  # as it was once written
@@ -424,9 +402,7 @@ def test_a_checkpoint_on_a_bad_sector_is_skipped_and_told(tmp_path, monkeypatch)
 
     monkeypatch.setattr(atomic, "file_hash", bad)
     path, faults = newest_valid(tmp_path)
-    assert path.name == "000001" and faults == [
-        "000002: state.safetensors cannot be read: Input/output error"
-    ]
+    assert path.name == "000001" and faults == ["000002: state.safetensors cannot be read: Input/output error"]
 
 
 def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):
@@ -471,9 +447,7 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_p
     made = config(world, tmp_path, steps=10, keep=3)
     summary = run_training(made, resume=False, screen=screen)
     assert (summary["best_step"], summary["validation_loss"]) == (6, 2.0)
-    assert (
-        summary["damaged_best"]["step"] == 2 and "state.safetensors" in summary["damaged_best"]["faults"][0]
-    )
+    assert summary["damaged_best"]["step"] == 2 and "state.safetensors" in summary["damaged_best"]["faults"][0]
     assert any("000002" in text and "damaged" in text for text in screen.said)
     assert any("step 6" in text for text in screen.said)
     values = checkpoint.load_values(tmp_path / "checkpoints" / "000006")
@@ -514,22 +488,11 @@ def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [["clip=.inf"], ["data.train=a\udcff.jsonl"], ['data.train="a\\0"'], ["out=a\udcff"]],
-    ids=ascii,
+    "settings", [["clip=.inf"], ["data.train=a\udcff.jsonl"], ['data.train="a\\0"'], ["out=a\udcff"]], ids=ascii
 )
-def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(
-    settings, world, tmp_path, capsys
-):
+def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(settings, world, tmp_path, capsys):
     arguments = [f"--set={each}" for each in settings]
-    given = [
-        "--base",
-        str(world / "base"),
-        "--data",
-        str(world / "rows.jsonl"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    given = ["--base", str(world / "base"), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "out")]
     assert main.main(["train", *given, *arguments]) == 2
     err = capsys.readouterr().err
     assert settings[0].partition("=")[0] in err and "Traceback" not in err

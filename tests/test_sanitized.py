@@ -16,16 +16,7 @@ from veneer.kernels import native
 SOURCES = Path(native.__file__).parent / "native"
 TESTS = Path(__file__).parent
 FLAGS = (
-    *(
-        "-std=gnu11",
-        "-O1",
-        "-g",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-shared",
-    ),
+    *("-std=gnu11", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-shared"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
 )
 RUN = (
@@ -47,9 +38,7 @@ def sanitizer() -> str:
     compiler = shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("no gcc here, whose sanitizers this uses")
-    done = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if not Path(done.stdout.strip()).is_file():
         pytest.skip("gcc without its address sanitizer")
     return str(Path(done.stdout.strip()).resolve())
@@ -85,9 +74,22 @@ def test_the_sanitizers_see_a_read_past_the_end(environment):
 
 def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", *(str(TESTS / name) for name in RUN)],
-        env=environment, capture_output=True, text=True, cwd=TESTS.parent,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-o",
+            "addopts=",
+            "-p",
+            "no:cacheprovider",
+            *(str(TESTS / name) for name in RUN),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+    )
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, said
     assert "runtime error" not in said and " passed" in said

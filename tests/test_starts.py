@@ -8,13 +8,7 @@ from tests.helpers import make_examples
 from tests.tiny import save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.initial_factors import (
-    leading_directions,
-    loftq_start,
-    olora_start,
-    pissa_start,
-    randomised_svd,
-)
+from veneer.adapters.initial_factors import leading_directions, loftq_start, olora_start, pissa_start, randomised_svd
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
@@ -68,9 +62,7 @@ def test_a_randomised_svd_of_a_low_rank_matrix_is_its_svd():
 
 def test_the_trained_factors_start_there_and_the_update_at_nothing():
     model = tiny_model("llama")
-    attachment = attach(
-        model, LoRA(rank=3, alpha=5.0, init="pissa"), name="a", routing=Routing(), head=model.lm_head
-    )
+    attachment = attach(model, LoRA(rank=3, alpha=5.0, init="pissa"), name="a", routing=Routing(), head=model.lm_head)
     for path, layer in attachment.layers.items():
         weight = frozen_linear(plain_modules(model)[path]).dense_weight(torch.float32)
         A, B = layer.parts().values()
@@ -90,10 +82,7 @@ def test_a_rank_that_a_weight_does_not_have_is_refused_and_nothing_is_attached()
 @pytest.mark.parametrize("init", ["pissa", "olora", "eva"])
 def test_embeddings_and_experts_are_refused_by_name(init):
     with pytest.raises(ConfigError, match=f"init {init} takes linear layers"):
-        attach(
-            tiny_model("mixtral"), LoRA(init=init), name="a", routing=Routing(),
-            head=tiny_model("mixtral").lm_head,
-        )  # fmt: skip
+        attach(tiny_model("mixtral"), LoRA(init=init), name="a", routing=Routing(), head=tiny_model("mixtral").lm_head)
 
 
 def test_eva_starts_where_the_inputs_are_largest_and_changes_no_bit():

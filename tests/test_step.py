@@ -54,9 +54,7 @@ def loss_and_gradients(model, paths, routing, attachment, examples, *, share=Tru
     total, loss = float(sum(e.trained.sum() for e in examples)), 0.0
     size = len(examples) // parts
     for start in range(0, len(examples), size):
-        batch = make_batch(
-            examples[start : start + size], packed=paths.packed, share_prompt=share, device=CPU
-        )
+        batch = make_batch(examples[start : start + size], packed=paths.packed, share_prompt=share, device=CPU)
         part = batch_loss(model, paths, routing, batch, total=total)
         part.backward()
         loss += part.item()
@@ -198,7 +196,7 @@ def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_the
     acting = [
         (LoRALayer("linear", torch.randn(2, 6), torch.randn(5, 2), alpha=3.0, rslora=False, dropout=share), weight)
         for share, weight in ((0.5, 1.0), (0.5, -2.0), (0.0, 0.5))
-    ]  # fmt: skip
+    ]
     seen = [layer.active_dropout(x, keys, among=among) for among, (layer, _) in enumerate(acting)]
     masks = [drop.apply_reference(x) == 0 for drop in seen[:2]]
     assert not torch.equal(*masks) and seen[2] is None
@@ -303,10 +301,7 @@ def test_an_adapted_head_trains_through_the_chunked_loss():
 
 def test_the_screen_says_which_road_rows_and_logits_take():
     paths = prepare(tiny_model("llama"))
-    assert paths.lines == [
-        "packed rows, attention per document",
-        "logits only where a token is trained, in chunks",
-    ]
+    assert paths.lines == ["packed rows, attention per document", "logits only where a token is trained, in chunks"]
     padded = replace(paths, packed=False, packed_reason="P", head_reason="H")
     assert padded.lines == ["padded rows: P", "whole logits: H"]
     alone = replace(padded, padded_reason="Q")

@@ -141,9 +141,7 @@ def test_the_bytes_do_not_depend_on_the_process(written, tmp_path):
         assert (tmp_path / "b" / name).read_bytes() == (written / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name", ["lora", "lora_A", "weight", "q_proj", "a.b.c", "default", "ünïcode ☃", "../x", ""]
-)
+@pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "q_proj", "a.b.c", "default", "ünïcode ☃", "../x", ""])
 def test_no_name_of_an_adapter_enters_its_files(written, tmp_path, name):
     write(tmp_path / "a", *adapted(name=name))
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (written / WEIGHTS).read_bytes()
@@ -206,9 +204,7 @@ def test_what_the_disk_changes_while_writing_is_found_before_it_is_visible(tmp_p
 def test_reading_needs_no_base(written):
     stored = read_adapter(written)
     assert stored.base_verified and stored.notes == [] and stored.name_or_path == "tiny-llama_untied"
-    assert (
-        stored.config.rank == 4 and stored.config.alpha == 7 and stored.config.train_modules == ["model.norm"]
-    )
+    assert stored.config.rank == 4 and stored.config.alpha == 7 and stored.config.train_modules == ["model.norm"]
     assert len(stored.tensors) == 2 * 14 + 1
 
 
@@ -295,9 +291,7 @@ def test_a_config_that_json_cannot_say_has_no_content_hash():
 
 def test_the_content_hash_is_what_the_format_document_says(written):
     tensors = hashlib.sha256((written / WEIGHTS).read_bytes()).hexdigest()
-    settings = json.dumps(
-        json.loads((written / CONFIG_NAME).read_text()), sort_keys=True, separators=(",", ":")
-    )
+    settings = json.dumps(json.loads((written / CONFIG_NAME).read_text()), sort_keys=True, separators=(",", ":"))
     expected = hashlib.sha256(f"{tensors}\n{settings}".encode()).hexdigest()
     assert read_manifest(written / MANIFEST_NAME).content_hash == expected
 
@@ -392,9 +386,7 @@ def test_every_tensor_that_does_not_fit_is_told_at_once_and_grouped(copy):
         "model.norm.weight adapter missing model (32,) 1 tensor",
     ]
     assert "'support-bot' does not fit tiny-llama_untied, 8 of 28 tensors" in caught.value.headline
-    assert base.attachments == {} and not any(
-        "base" in name.split(".") for name, _ in base.model.named_modules()
-    )
+    assert base.attachments == {} and not any("base" in name.split(".") for name, _ in base.model.named_modules())
 
 
 def test_tensors_that_differ_in_the_layer_alone_are_one_line_in_columns():
@@ -449,9 +441,7 @@ def test_a_frozen_table_in_the_file_must_be_the_base_s(tmp_path):
 def test_an_adapter_for_more_layers_is_refused(tmp_path):
     write(tmp_path / "a", *adapted())
     (tmp_path / "a" / MANIFEST_NAME).unlink()
-    with pytest.raises(
-        AdapterMismatchError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight .*no such tensor"
-    ):
+    with pytest.raises(AdapterMismatchError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight .*no such tensor"):
         load_adapter(tiny_base("llama_untied", num_hidden_layers=1), tmp_path / "a", name="x")
 
 
@@ -504,9 +494,22 @@ def test_whichever_call_fails_the_adapter_is_the_old_one_or_the_new_one_never_ha
 
 
 NAMES = st.sampled_from(
-    ["q_proj", "v_proj", "up_proj", "model.layers.0.mlp.down_proj", "lm_head", "embed_tokens", "self_attn", "model",
-     "norm", "layers", "0", ".*", "x"]
-)  # fmt: skip
+    [
+        "q_proj",
+        "v_proj",
+        "up_proj",
+        "model.layers.0.mlp.down_proj",
+        "lm_head",
+        "embed_tokens",
+        "self_attn",
+        "model",
+        "norm",
+        "layers",
+        "0",
+        ".*",
+        "x",
+    ]
+)
 LISTS = st.none() | st.lists(NAMES, max_size=4) | NAMES
 PLAUSIBLE = st.fixed_dictionaries(
     {},

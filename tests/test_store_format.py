@@ -89,22 +89,14 @@ def test_expert_factors_are_expert_major_rows_and_rank_major_columns():
     ],
 )
 def test_names_are_told_by_their_last_segments(name, bare, repaired):
-    if (
-        name == "base_model.model.lora_A.lora_A.weight"
-    ):  # a module called like a factor: its own factor follows
+    if name == "base_model.model.lora_A.lora_A.weight":  # a module called like a factor: its own factor follows
         assert bare_name(name)[0].endswith("lora_A.weight")
     else:
         assert bare_name(name) == (bare, repaired)
 
 
 def test_the_adapted_modules_are_told_by_the_names():
-    names = [
-        "a.lora_A.weight",
-        "a.lora_B.weight",
-        "b.lora_embedding_A",
-        "lora.lora_A.weight",
-        "lm_head.weight",
-    ]
+    names = ["a.lora_A.weight", "a.lora_B.weight", "b.lora_embedding_A", "lora.lora_A.weight", "lm_head.weight"]
     assert adapted_modules(names) == ["a", "b", "lora"]
 
 
@@ -144,18 +136,14 @@ def test_patterns_match_as_in_peft(pattern, hits):
     config = PeftLoRA(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={pattern: 2}, use_rslora=True)
     slots = matched_slots(config, modules, head=None)
     strong = strengths(config, slots)
-    assert {
-        path.removeprefix("model.layers.") for path, strength in strong.items() if strength.rank == 2
-    } == hits
+    assert {path.removeprefix("model.layers.") for path, strength in strong.items() if strength.rank == 2} == hits
 
 
 def test_the_first_pattern_in_the_file_s_order_wins():
     modules = plain_modules(tiny_model("llama"))
     wide, narrow = {"q_proj": 2}, {"layers.0.self_attn.q_proj": 3}
     for patterns, on_layer_0 in ((wide | narrow, 2), (narrow | wide, 3)):
-        config = PeftLoRA(
-            target_modules=["q_proj"], rank_pattern=patterns, alpha_pattern=dict.fromkeys(patterns, 5.0)
-        )
+        config = PeftLoRA(target_modules=["q_proj"], rank_pattern=patterns, alpha_pattern=dict.fromkeys(patterns, 5.0))
         strong = strengths(config, matched_slots(config, modules, head=None))
         assert strong["model.layers.0.self_attn.q_proj"].rank == on_layer_0
         assert strong["model.layers.1.self_attn.q_proj"].rank == 2
@@ -200,8 +188,6 @@ def test_names_do_not_depend_on_other_adapters_of_the_base():
         for number in range(others):
             attach(model, LoRA(rank=2, bias="all"), name=f"other {number}", routing=routing, head=head)
         attachment = attach(model, LoRA(rank=4), name="x", routing=routing, head=head)
-        return sorted(file_tensors(attachment, model)), peft_config(
-            attachment, model, name_or_path=None, revision=None
-        )
+        return sorted(file_tensors(attachment, model)), peft_config(attachment, model, name_or_path=None, revision=None)
 
     assert written(0) == written(2)

@@ -82,10 +82,19 @@ def test_a_changed_base_is_explained_with_the_way_out(read):
 
 def test_fields_without_effect_are_accepted_and_unknown_ones_that_are_off_are_told(read):
     inert = {
-        "inference_mode": False, "peft_version": "0.9", "auto_mapping": {"a": 1}, "loftq_config": {"x": 1},
-        "velora_config": {"x": 1}, "megatron_core": "megatron.core", "qalora_group_size": 16, "init_lora_weights": "gaussian",
-        "task_type": None, "layers_pattern": None, "enable_lora": None, "merge_weights": False,
-    }  # fmt: skip
+        "inference_mode": False,
+        "peft_version": "0.9",
+        "auto_mapping": {"a": 1},
+        "loftq_config": {"x": 1},
+        "velora_config": {"x": 1},
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "init_lora_weights": "gaussian",
+        "task_type": None,
+        "layers_pattern": None,
+        "enable_lora": None,
+        "merge_weights": False,
+    }
     _, ignored = read({**MINIMAL, **inert})
     assert ignored == ["enable_lora", "merge_weights"]
 
@@ -193,9 +202,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = sorted(
-    {*PeftLoRA.model_fields, "use_dora", "init_lora_weights", "task_type", "peft_type", "peft_version"}
-)
+FIELDS = sorted({*PeftLoRA.model_fields, "use_dora", "init_lora_weights", "task_type", "peft_type", "peft_version"})
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -34,9 +34,7 @@ def logits(base):
 
 
 def written(tmp_path, base, attachment):
-    return write_adapter(
-        tmp_path / "adapter", attachment, manifest_for(base, method="prefix"), model=base.model
-    )
+    return write_adapter(tmp_path / "adapter", attachment, manifest_for(base, method="prefix"), model=base.model)
 
 
 @pytest.mark.parametrize("settings", [{}, {"layers": [1]}, {"projection": 7}], ids=str)

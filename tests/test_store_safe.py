@@ -70,7 +70,12 @@ def test_a_file_with_bytes_added_at_its_end_is_refused(read):
 @pytest.mark.parametrize(
     ("header", "data", "error", "words"),
     [
-        (b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}", b"0123", CorruptFileError, "twice"),
+        (
+            b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}",
+            b"0123",
+            CorruptFileError,
+            "twice",
+        ),
         ({"a": entry(), "b": entry(begin=8, end=12)}, bytes(12), CorruptFileError, "hole"),
         ({"a": entry(), "b": entry(begin=2, end=6)}, bytes(6), CorruptFileError, "overlaps"),
         ({"a": entry(), "b": entry()}, bytes(4), CorruptFileError, "overlaps"),
@@ -94,13 +99,18 @@ def test_a_file_with_bytes_added_at_its_end_is_refused(read):
         ({"": entry()}, bytes(4), UnsafeFileError, "not a name"),
         ({"a\nb": entry()}, bytes(4), UnsafeFileError, "not a name"),
         ({"a" * 501: entry()}, bytes(4), UnsafeFileError, "not a name"),
-        ({f"t{i}": entry(begin=4 * i, end=4 * i + 4) for i in range(10_001)}, bytes(40_004), UnsafeFileError, "10,001 tensors"),
+        (
+            {f"t{i}": entry(begin=4 * i, end=4 * i + 4) for i in range(10_001)},
+            bytes(40_004),
+            UnsafeFileError,
+            "10,001 tensors",
+        ),
         (b"[" * 50_000, b"", CorruptFileError, "header"),
         (b"{" + b'"a":[' * 50_000, b"", UnsafeFileError, "deeper"),
         (b"[]", b"", CorruptFileError, "header"),
         (b"{\xff}", b"", CorruptFileError, "not valid JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_header_the_format_does_not_allow_is_refused(read, header, data, error, words):
     with pytest.raises(error, match=words):
         read(file_of(header, data))

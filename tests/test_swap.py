@@ -13,7 +13,7 @@ from veneer.adapters.acting import Acting
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
-from veneer.api import Base
+from veneer.base import Base
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
 from veneer.library.library import Library
 
@@ -22,9 +22,7 @@ NAMES = ("alpha", "beta", "gamma")
 
 def make_base(library: Library | None = None) -> Base:
     plain = tiny_base()
-    return Base(
-        model=plain.model, tokenizer=plain.tokenizer, source="tiny", name_or_path="tiny", library=library
-    )
+    return Base(model=plain.model, tokenizer=plain.tokenizer, source="tiny", name_or_path="tiny", library=library)
 
 
 def fill(attachment, seed: int) -> None:

@@ -63,11 +63,20 @@ def test_each_error_of_the_system_is_told_with_the_place_and_the_next_step(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", [
-    ZeroDivisionError(), ConfigError("ours"), BrokenPipeError(errno.EPIPE, "pipe"), KeyboardInterrupt(),
-    OSError("transformers cannot find something"), OSError(errno.ENETUNREACH, "net"),
-    Exception("error sending request (os error 111)"), SafetensorError("something else"),
-], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ZeroDivisionError(),
+        ConfigError("ours"),
+        BrokenPipeError(errno.EPIPE, "pipe"),
+        KeyboardInterrupt(),
+        OSError("transformers cannot find something"),
+        OSError(errno.ENETUNREACH, "net"),
+        Exception("error sending request (os error 111)"),
+        SafetensorError("something else"),
+    ],
+    ids=repr,
+)
 def test_what_is_not_about_a_file_passes(tmp_path, fault):
     with pytest.raises(type(fault)) as raised, explained(tmp_path):
         raise fault
@@ -80,11 +89,14 @@ def test_another_file_than_the_one_that_is_written_is_named(tmp_path):
     assert told.value.faults == ["/elsewhere/weights: Permission denied"]
 
 
-@pytest.mark.parametrize(("fault", "code", "says"), [
-    (OSError(errno.ENOSPC, "full"), 3, "disk is full"),
-    (OSError(errno.EIO, "bad", "/a/b"), 2, "/a/b"),
-    (Exception("Read-only file system (os error 30)"), 2, "Read-only"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "full"), 3, "disk is full"),
+        (OSError(errno.EIO, "bad", "/a/b"), 2, "/a/b"),
+        (Exception("Read-only file system (os error 30)"), 2, "Read-only"),
+    ],
+)
 def test_the_command_line_tells_what_no_place_has_told(monkeypatch, capsys, fault, code, says):
     def fail(argv):
         raise fault
@@ -98,10 +110,7 @@ def test_the_command_line_tells_what_no_place_has_told(monkeypatch, capsys, faul
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_while_records_are_written_is_told_as_such(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with (
-        pytest.raises(DoesNotFitError, match=r"metrics\.jsonl"),
-        Records(tmp_path / "metrics.jsonl") as records,
-    ):
+    with pytest.raises(DoesNotFitError, match=r"metrics\.jsonl"), Records(tmp_path / "metrics.jsonl") as records:
         records.write({"kind": "step", "step": 1})
 
 

@@ -20,20 +20,22 @@ from veneer.errors import DataError
 if not sys.platform.startswith("linux"):
     pytest.skip("the limits are those of Linux", allow_module_level=True)
 
-MESSAGES = [
-    {"role": "user", "content": 'ask é \U0001f469 \n"quoted"'},
-    {"role": "assistant", "content": "answer"},
-]
-PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+MESSAGES = [{"role": "user", "content": 'ask é \U0001f469 \n"quoted"'}, {"role": "assistant", "content": "answer"}]
+PLAIN = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt "
+    "%}[assistant]{% endif %}"
+)
 
 ENDLESS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor "
+    "%}{% endfor %}{% endfor %}",
     "one power of a variable": "{% set n = messages | length * 0 + 9 %}{{ (n ** (n ** n)) % 7 }}",
     "when it is compiled": "{{ 9 ** (9 ** 9) }}",
 }
 TOO_LARGE = {
     "a long text": "{% set x = 'a' * (10 ** 9 * (messages | length)) %}{{ x }}{{ x }}",
-    "doubled text": "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "doubled text": "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor "
+    "%}{{ n.x }}",
     "a wide field": "{{ '%2000000000d' % (messages | length) }}",
     "a wide line": "{{ messages[0].content | center(2000000000) }}",
     "a deep indent": "{{ messages | tojson(indent=2000000000) }}",
@@ -112,20 +114,14 @@ def test_what_reaches_out_is_refused_and_the_process_lives_on(what, one_worker):
 
 
 def test_a_conversation_renders_as_it_does_in_this_process():
-    messages = [
-        *MESSAGES,
-        {"role": "user", "content": "\udbff\udc41 x \udbff"},
-        {"role": "assistant", "content": ""},
-    ]
+    messages = [*MESSAGES, {"role": "user", "content": "\udbff\udc41 x \udbff"}, {"role": "assistant", "content": ""}]
     render = compile_template(PLAIN, {"bos_token": "<s>"}, date(2026, 1, 31))
     conversation = Conversation(Template(PLAIN, {"bos_token": "<s>"}, date(2026, 1, 31)), messages, None)
     cuts = beginnings(messages)
     render_all([(conversation, cuts)])
     assert set(conversation.known) == set(cuts) == {(4, False), (1, True), (2, False), (3, True)}
     for count, prompt in [*cuts, (4, True)]:
-        assert conversation.text(count, add_generation_prompt=prompt) == render(
-            messages[:count], None, prompt
-        )
+        assert conversation.text(count, add_generation_prompt=prompt) == render(messages[:count], None, prompt)
 
 
 def test_what_comes_back_is_bounded_by_what_was_asked_and_held_once(one_worker, monkeypatch):
@@ -139,9 +135,7 @@ def test_what_comes_back_is_bounded_by_what_was_asked_and_held_once(one_worker, 
     render_all([(conversation, beginnings(messages))])
     asked = sum(len(m["content"]) for m in messages)
     assert [len(line) < 1.1 * asked for line in lines] == [True]
-    held = {
-        id(text): len(text) for known in conversation.known.values() for text in (known.first, known.rest)
-    }
+    held = {id(text): len(text) for known in conversation.known.values() for text in (known.first, known.rest)}
     assert sum(held.values()) < 1.1 * asked
     for count, prompt in conversation.known:
         expected = "".join(f"[{m['role']}]{m['content']}" for m in messages[:count])
@@ -161,14 +155,9 @@ def test_texts_that_differ_from_the_first_character_on_count_together(one_worker
 
 
 def test_many_conversations_are_under_way_at_once_and_a_hostile_one_costs_only_its_own(one_worker):
-    good, bad = (
-        Template(PLAIN, {}, date.today()),
-        Template(ENDLESS["one power of a variable"], {}, date.today()),
-    )
+    good, bad = (Template(PLAIN, {}, date.today()), Template(ENDLESS["one power of a variable"], {}, date.today()))
     long = [{"role": "user", "content": "word " * 20_000}]
-    wanted = [
-        (Conversation(bad if n in (3, 5) else good, long, None), [(1, True), (1, False)]) for n in range(9)
-    ]
+    wanted = [(Conversation(bad if n in (3, 5) else good, long, None), [(1, True), (1, False)]) for n in range(9)]
     render_all(wanted)
     for number, (conversation, _) in enumerate(wanted):
         if number in (3, 5):

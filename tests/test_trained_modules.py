@@ -20,11 +20,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("llama_untied", torch.bfloat16), ("mixtral", torch.float32)],
-    ids=str,
-)
+@pytest.mark.parametrize(("family", "dtype"), [("llama_untied", torch.bfloat16), ("mixtral", torch.float32)], ids=str)
 def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_the_run_did(
     family, dtype, tmp_path, monkeypatch
 ):
@@ -34,10 +30,16 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
 
     def config(out):
         return RunConfig(
-            base=str(base), data={"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.2}, out=str(tmp_path / out),
-            steps=4, batch=4, evaluate_every=2, learning_rate=1e-2, show_answers=False,
+            base=str(base),
+            data={"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.2},
+            out=str(tmp_path / out),
+            steps=4,
+            batch=4,
+            evaluate_every=2,
+            learning_rate=1e-2,
+            show_answers=False,
             method={"name": "lora", "rank": 2, "targets": ["q_proj"], "train_modules": TRAINED},
-        )  # fmt: skip
+        )
 
     whole = api.train_run(config("whole"), resume=False, screen=QuietScreen())
     own = Loop._save
@@ -58,9 +60,7 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
     names = {"model.norm", "model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "lm_head"}
     assert set(stored.config.train_modules) == names
     moved = [
-        n
-        for n in names
-        if not torch.equal(stored.tensors[f"{n}.weight"], loaded.model.get_parameter(f"{n}.weight"))
+        n for n in names if not torch.equal(stored.tensors[f"{n}.weight"], loaded.model.get_parameter(f"{n}.weight"))
     ]
     assert set(moved) == names
     loaded.use(loaded.load_adapter(tmp_path / "whole" / "adapter"))
@@ -68,8 +68,6 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
         ours = loaded.model(input_ids=IDS).logits
     if dtype == torch.float32:
         peft = pytest.importorskip("peft")
-        theirs = peft.PeftModel.from_pretrained(
-            api.load(str(base)).model, str(tmp_path / "whole" / "adapter")
-        )
+        theirs = peft.PeftModel.from_pretrained(api.load(str(base)).model, str(tmp_path / "whole" / "adapter"))
         with torch.no_grad():
             torch.testing.assert_close(ours, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
-"""Places that no gradient reaches, and models that cannot be trained at all: found by running a small copy, told by name."""
+"""Places that no gradient reaches, and models that cannot be trained at all: found by running a small copy, told
+by name."""
 
 import pytest
 import torch
@@ -17,21 +18,44 @@ from veneer.plan.dry_run import Step, dry_run
 from veneer.plan.estimate import synthetic_rows
 
 _COMMON = {
-    "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 FIELDS = {
     "deepseek_v32": {
-        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-        "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "index_topk": 16, "index_n_heads": 4, "index_head_dim": 16,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "index_topk": 16,
+        "index_n_heads": 4,
+        "index_head_dim": 16,
     },
     "reformer": {
-        "is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False, "attention_head_size": 8,
-        "feed_forward_size": 48, "local_attn_chunk_length": 8,
+        "is_decoder": True,
+        "attn_layers": ["local", "local"],
+        "axial_pos_embds": False,
+        "attention_head_size": 8,
+        "feed_forward_size": 48,
+        "local_attn_chunk_length": 8,
     },
     "jetmoe": {"num_key_value_heads": 4, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-}  # fmt: skip
+}
 
 
 def config(family):

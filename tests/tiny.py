@@ -133,13 +133,7 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "olmo2": (Olmo2Config, _MODERN),
     "falcon": (
         FalconConfig,
-        {
-            **_COMMON,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 48,
-        },
+        {**_COMMON, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 48},
     ),
 }
 FAMILIES = tuple(_CONFIGS)
@@ -179,9 +173,7 @@ CHATML = (
 )
 
 
-def tiny_model(
-    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
-) -> PreTrainedModel:
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random causal LM of `family`, in eval mode, nothing trainable; `overrides` are config fields.
 
     The same seed gives the same weights, whatever torch's global random state is; another dtype gives
@@ -220,9 +212,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_base(
-    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
-) -> FrozenBase:
+def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> FrozenBase:
     """A Base over tiny_model and tiny_tokenizer, as load_base would return it."""
     from veneer.models.frozen_base import (
         FrozenBase,  # here, so that tests of lower layers load no more than they test

@@ -138,9 +138,7 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, Any]:
         elif wavelength > old / rope["low_freq_factor"]:
             factors.append(rope["factor"])
         else:
-            smooth = (old / wavelength - rope["low_freq_factor"]) / (
-                rope["high_freq_factor"] - rope["low_freq_factor"]
-            )
+            smooth = (old / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
             factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.array(factors, dtype=np.float32)
 

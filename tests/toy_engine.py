@@ -49,9 +49,7 @@ class Toy:
             tokens_per_block=tokens_per_block,
         )
         self.adapters: dict[Identity, int | Exception | None] = {}
-        self.scheduler = Scheduler(
-            self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self.ready
-        )
+        self.scheduler = Scheduler(self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self.ready)
         self.memory = PretendedMemory(tokens_per_block)
         self.ended: list[Sequence] = []
         self.asked: Counter[Identity] = Counter()
@@ -69,9 +67,7 @@ class Toy:
         request = Request(prompt=tuple(prompt), max_new_tokens=new, adapter=own, **asked)
         return self.scheduler.add(request)[0]
 
-    def step(
-        self, *, meanwhile: Callable[[], object] = lambda: None, instead: dict[int, Drawn] | None = None
-    ) -> Plan:
+    def step(self, *, meanwhile: Callable[[], object] = lambda: None, instead: dict[int, Drawn] | None = None) -> Plan:
         """A whole step. meanwhile: called during it. instead: of what the model says, by number."""
         plan = self.plan()
         meanwhile()
@@ -109,9 +105,7 @@ class Toy:
         """What holds for every plan."""
         limits, running = self.scheduler.limits, self.scheduler.running
         self.blocks.check()
-        assert sum(rows for _, rows in plan.parts) <= min(
-            limits.step_tokens, most_tokens or limits.step_tokens
-        )
+        assert sum(rows for _, rows in plan.parts) <= min(limits.step_tokens, most_tokens or limits.step_tokens)
         assert len({span.sequence for span in plan.spans}) == len(plan.spans) <= len(running) <= limits.rows
         assert len({own for s in running for own, _ in s.request.adapter}) <= limits.max_adapters
         in_order = [span.sequence.request.adapter for span in plan.spans]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Base": "veneer.api",
+    "Base": "veneer.base",
     "Bottleneck": "veneer.adapters.config",
     "DoRA": "veneer.adapters.config",
     "Full": "veneer.adapters.config",
@@ -49,11 +49,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.adapters.config import Full as Full
     from veneer.adapters.config import LoRA as LoRA
     from veneer.adapters.config import Prefix as Prefix
-    from veneer.api import Base as Base
     from veneer.api import compare as compare
     from veneer.api import evaluate as evaluate
     from veneer.api import load as load
     from veneer.api import train as train
+    from veneer.base import Base as Base
     from veneer.errors import VeneerError as VeneerError
     from veneer.library.library import Library as Library
     from veneer.train.config import RunConfig as RunConfig

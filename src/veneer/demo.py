@@ -26,6 +26,7 @@ from rich.text import Text
 
 from veneer import api
 from veneer.adapters.config import LoRA
+from veneer.base import Base
 from veneer.bases.compute import DtypeName
 from veneer.bases.packages import fetch_wheel
 from veneer.data import bfcl
@@ -136,9 +137,7 @@ def _digest(*parts: str) -> str:
 # --- answers -------------------------------------------------------------------------------------------
 
 
-def _answers(
-    base: api.Base, held_out: _Rows, path: Path, context: Sequence[str], name: str, console: Console
-) -> list[str]:
+def _answers(base: Base, held_out: _Rows, path: Path, context: Sequence[str], name: str, console: Console) -> list[str]:
     """The base's answers to all held-out rows; read from `path` if they were made in the same context."""
     key = _digest(*context, str(MAX_NEW_TOKENS))
     kept = _read_json(path)
@@ -203,9 +202,7 @@ def _trained(
     if run.exists() and ours == key and not again:
         if (run / "summary.json").is_file():
             summary = api.read_summary(run)
-            _say(
-                console, f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains anew."
-            )
+            _say(console, f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains anew.")
             return summary
         if any((run / "checkpoints").glob("[0-9]*")):
             return _run(api.resume_config(run), resume=True)
@@ -263,10 +260,7 @@ def _judged(call: Call, answer: str) -> Text:
 
 def _shares(calls: Sequence[Call], answers: Sequence[str]) -> dict[str, float]:
     scores = [bfcl.score(call, answer) for call, answer in zip(calls, answers, strict=True)]
-    return {
-        name: sum(getattr(score, name) for score in scores) / len(scores)
-        for name in Score.__dataclass_fields__
-    }
+    return {name: sum(getattr(score, name) for score in scores) / len(scores) for name in Score.__dataclass_fields__}
 
 
 def _print_shares(console: Console, shares: dict[str, dict[str, float]], total: int) -> None:

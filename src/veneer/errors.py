@@ -35,11 +35,7 @@ class VeneerError(Exception):
     exit_code = 1
 
     def __init__(self, headline: str, faults: Sequence[str] = (), next_step: str = "") -> None:
-        self.headline, self.faults, self.next_step = (
-            _cut(headline),
-            [_cut(each) for each in faults],
-            next_step,
-        )
+        self.headline, self.faults, self.next_step = (_cut(headline), [_cut(each) for each in faults], next_step)
         lines = [self.headline + (":" if self.faults else "")]
         lines += [f"  {fault}" for fault in self.faults]
         lines += [next_step] if next_step else []
@@ -97,13 +93,7 @@ class Interrupted(VeneerError):
     exit_code = 130
 
 
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "out of memory",
-    "bad_alloc",
-)
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 def is_out_of_memory(fault: Exception) -> bool:

@@ -68,7 +68,8 @@ class DenseLinear:
 
 
 class TransposedLinear:
-    """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero but for a single one."""
+    """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero but for a single
+    one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -199,8 +200,8 @@ class PackedExperts(PackedModule):
 
 
 def writable(y: Tensor) -> Tensor:
-    """A fresh y as a function of its own hands it out: models add into what a linear layer gave them, which torch forbids
-    where that is a view made within such a function (products of three axes are views of one of two)."""
+    """A fresh y as a function of its own hands it out: models add into what a linear layer gave them, which torch
+    forbids where that is a view made within such a function (products of three axes are views of one of two)."""
     return y.detach()
 
 
@@ -257,8 +258,9 @@ def is_plain_embedding(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(O, I) of the `weight` of a module that is no linear layer and has a matrix of its own all the same: a router, which
-    multiplies by it and then chooses, by what modules below it may hold. None: it is another kind of module."""
+    """(O, I) of the `weight` of a module that is no linear layer and has a matrix of its own all the same: a
+    router, which multiplies by it and then chooses, by what modules below it may hold. None: it is another kind of
+    module."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None

@@ -5,7 +5,8 @@ matching here, which has no such pattern. What it cannot do is refused by name: 
 around, but for what people write to leave modules out, a lookahead at the very start: `^(?!.*vision).*q_proj`.
 
     full(text)      the whole text matches
-    ends(text)      PEFT's rule of rank_pattern and alpha_pattern: the end of the text matches, from a dot or the start on
+    ends(text)      PEFT's rule of rank_pattern and alpha_pattern: the end of the text matches, from a dot or the
+    start on
 
 Source: github.com/google/re2; Cox 2007, "Regular Expression Matching Can Be Simple And Fast".
 """
@@ -23,7 +24,8 @@ _PLAIN = re.compile(r"\^?(?:[\w-]|\\[^\w\s])+")
 """A name, its dots escaped."""
 _FLAGS = re.compile(r"\(\?[ims]+\)")
 BYTES = 1 << 18
-"""Memory of a compiled expression, beside 64 bytes a character: time and memory stay in proportion to what was written."""
+"""Memory of a compiled expression, beside 64 bytes a character: time and memory stay in proportion to what was
+written."""
 
 
 def is_name(source: str) -> bool:
@@ -43,9 +45,7 @@ class Pattern:
         rest = source[len(flags) :]
         ahead, body = _lookaheads(rest.removeprefix("^"), source)
         body = body if ahead else rest
-        self._full = _compiled(
-            flags + body, source
-        )  # by itself first: what only makes sense in brackets makes none
+        self._full = _compiled(flags + body, source)  # by itself first: what only makes sense in brackets makes none
         self._ahead = [(wanted, _compiled(flags + inner, source)) for wanted, inner in ahead]
         before = "^" if ahead else r"(?:.*\.)?"
         self._ends = _compiled(f"{flags}{before}(?:{body})$", source)
@@ -93,9 +93,7 @@ class FirstMatch(Generic[Value]):
 
     def of(self, path: str, default: Value) -> Value:
         ends = [f"^{path}", path, *(path[place + 1 :] for place, letter in enumerate(path) if letter == ".")]
-        named = min(
-            (self._names[end] for end in ends if end in self._names), default=None, key=lambda found: found[0]
-        )
+        named = min((self._names[end] for end in ends if end in self._names), default=None, key=lambda found: found[0])
         for place, tried, value in self._tried:
             if named is not None and named[0] < place:
                 break

@@ -10,9 +10,7 @@ def shown(text: object) -> str:
     text = str(text)
     if text.isprintable():  # the common case, and thousands of cells of a table
         return text
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in text
-    )
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in text)
 
 
 def cut(text: str, characters: int) -> str:

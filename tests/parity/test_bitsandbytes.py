@@ -56,9 +56,15 @@ def test_doubly_quantised_scales_differ_by_a_neighbouring_code_at_most_and_decod
     assert apart.max() <= 1
     assert apart.sum() <= ours.absmax.numel() / 500
     theirs = nf4.Packed(
-        "nf4", packed.view(-1), state.absmax, state.code, 64, (512, 1024), torch.bfloat16,
+        "nf4",
+        packed.view(-1),
+        state.absmax,
+        state.code,
+        64,
+        (512, 1024),
+        torch.bfloat16,
         kernels.Nested(state.state2.code, state.state2.absmax, 256, state.offset.item()),
-    )  # fmt: skip
+    )
     assert torch.equal(nf4.dequantize(theirs), functional.dequantize_4bit(packed, state))
 
 
@@ -102,9 +108,7 @@ def test_a_folder_that_transformers_quantised_is_read_to_the_bit(double, book, t
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = save_tiny(tmp_path / "dense", "llama", torch.bfloat16, **WIDE)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=book, bnb_4bit_use_double_quant=double
-    )
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=book, bnb_4bit_use_double_quant=double)
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.bfloat16
     )

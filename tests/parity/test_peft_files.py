@@ -44,13 +44,10 @@ GQA = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS = {
     "all-linear": Row(ours={}, theirs={"target_modules": "all-linear"}),
     "rslora": Row(ours={"rslora": True}, theirs={"use_rslora": True, "target_modules": "all-linear"}),
-    "list": Row(
-        ours={"targets": ["q_proj", "down_proj"]}, theirs={"target_modules": ["q_proj", "down_proj"]}
-    ),
+    "list": Row(ours={"targets": ["q_proj", "down_proj"]}, theirs={"target_modules": ["q_proj", "down_proj"]}),
     "regex": Row(ours={"targets": r".*\.1\..*_proj"}, theirs={"target_modules": r".*\.1\..*_proj"}),
     "one module": Row(
-        ours={"targets": ["model.layers.1.mlp.up_proj"]},
-        theirs={"target_modules": ["model.layers.1.mlp.up_proj"]},
+        ours={"targets": ["model.layers.1.mlp.up_proj"]}, theirs={"target_modules": ["model.layers.1.mlp.up_proj"]}
     ),
     "layers": Row(
         ours={"targets": ["v_proj", "o_proj"], "layers": [1]},
@@ -62,14 +59,10 @@ ROWS = {
     ),
     "exclude": Row(
         ours={"exclude": ["down_proj", "layers.0.self_attn.q_proj"]},
-        theirs={
-            "target_modules": "all-linear",
-            "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"],
-        },
+        theirs={"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"]},
     ),
     "exclude by regex": Row(
-        ours={"exclude": [r".*\.0\..*"]},
-        theirs={"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
+        ours={"exclude": [r".*\.0\..*"]}, theirs={"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}
     ),
     "patterns": Row(
         ours={
@@ -102,12 +95,7 @@ ROWS = {
     "lora_bias beside trained biases": Row(
         family="gpt2",
         ours={"targets": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only"},
-        theirs={
-            "target_modules": ["c_attn", "c_proj"],
-            "lora_bias": True,
-            "bias": "lora_only",
-            "fan_in_fan_out": True,
-        },
+        theirs={"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only", "fan_in_fan_out": True},
     ),
     "trained head": Row(
         ours={"targets": ["q_proj"], "train_modules": ["lm_head"]},
@@ -141,9 +129,7 @@ ROWS = {
         theirs={"target_modules": ["embed_tokens", "v_proj"]},
     ),
     "tied head": Row(
-        family="llama",
-        ours={"targets": ["lm_head", "v_proj"]},
-        theirs={"target_modules": ["lm_head", "v_proj"]},
+        family="llama", ours={"targets": ["lm_head", "v_proj"]}, theirs={"target_modules": ["lm_head", "v_proj"]}
     ),
     "tied, all-linear": Row(family="llama", ours={}, theirs={"target_modules": "all-linear"}),
     "dora": Row(method=DoRA, ours={}, theirs={"target_modules": "all-linear", "use_dora": True}),
@@ -163,9 +149,7 @@ ROWS = {
         ours={"targets": ["q_proj", "fc2"], "bias": "lora_only"},
         theirs={"target_modules": ["q_proj", "fc2"], "bias": "lora_only", "use_dora": True},
     ),
-    "dora, conv1d": Row(
-        method=DoRA, family="gpt2", ours={}, theirs={"target_modules": "all-linear", "use_dora": True}
-    ),
+    "dora, conv1d": Row(method=DoRA, family="gpt2", ours={}, theirs={"target_modules": "all-linear", "use_dora": True}),
     "dora, head": Row(
         method=DoRA,
         ours={"targets": ["lm_head", "v_proj"]},
@@ -240,11 +224,7 @@ ROWS = {
     ),
     "router alone": Row(
         family="qwen3_moe",
-        ours={
-            "targets": ["gate"],
-            "rank_pattern": {"layers.0.mlp.gate": 2},
-            "alpha_pattern": {"layers.0.mlp.gate": 5},
-        },
+        ours={"targets": ["gate"], "rank_pattern": {"layers.0.mlp.gate": 2}, "alpha_pattern": {"layers.0.mlp.gate": 5}},
         theirs={
             "target_parameters": ["gate.weight"],
             "target_modules": [],
@@ -362,9 +342,7 @@ def test_ours_loads_what_peft_wrote_and_answers_the_same(row, tmp_path):
     assert_same_update(answers(base, "x"), expected, plain)
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in ROWS.values() if row.same], ids=[n for n, r in ROWS.items() if r.same]
-)
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.same], ids=[n for n, r in ROWS.items() if r.same])
 def test_what_came_from_peft_and_is_written_again_is_peft_s_tensors(row, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -385,11 +363,7 @@ def test_what_came_from_peft_and_is_written_again_is_peft_s_tensors(row, tmp_pat
 def test_a_pattern_order_that_peft_loses_is_read_as_the_file_has_it(tmp_path):
     """PEFT saves patterns sorted: the live adapter had 5 on layer 0, the file says 9, and so does PEFT's reload."""
     row = Row(
-        ours={},
-        theirs={
-            "target_modules": ["q_proj"],
-            "alpha_pattern": {"q_proj": 5, "layers.0.self_attn.q_proj": 9},
-        },
+        ours={}, theirs={"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 5, "layers.0.self_attn.q_proj": 9}}
     )
     theirs(row).save_pretrained(tmp_path / "a")
     base = tiny_base(row.family)
@@ -408,9 +382,14 @@ def test_ours_reads_in_peft_as_the_settings_peft_would_hold(tmp_path):
     write_adapter(tmp_path / "a", attachment, manifest_for(base, method="lora"), model=base.model)
     found = peft.PeftConfig.from_pretrained(tmp_path / "a").to_dict()
     expected = peft.LoraConfig(
-        r=4, lora_alpha=7, task_type="CAUSAL_LM", inference_mode=True, base_model_name_or_path="tiny-llama_untied",
-        peft_version="0.21.2", **row.theirs,
-    ).to_dict()  # fmt: skip
+        r=4,
+        lora_alpha=7,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path="tiny-llama_untied",
+        peft_version="0.21.2",
+        **row.theirs,
+    ).to_dict()
     assert found == expected
 
 
@@ -424,14 +403,10 @@ def test_bf16_values_keep_their_type_and_factors_are_float32(tmp_path):
     write_adapter(tmp_path / "a", attachment, manifest_for(base, method="lora"), model=base.model)
     model = load_in_peft(tiny_model("phi", torch.bfloat16), tmp_path / "a")
     again = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    stored = {
-        f"base_model.model.{name}": tensor for name, tensor in read_adapter(tmp_path / "a").tensors.items()
-    }
+    stored = {f"base_model.model.{name}": tensor for name, tensor in read_adapter(tmp_path / "a").tensors.items()}
     assert {str(tensor.dtype) for tensor in stored.values()} == {"torch.float32", "torch.bfloat16"}
     assert again.keys() == stored.keys()
-    assert all(
-        torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype for name in stored
-    )
+    assert all(torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype for name in stored)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +415,8 @@ def test_bf16_values_keep_their_type_and_factors_are_float32(tmp_path):
     [("pissa", "llama_untied"), ("pissa", "gpt2"), ("olora", "llama_untied")],
 )
 def test_a_start_from_the_weight_is_peft_s_and_loads_there_as_plain_lora(init, family, tmp_path):
-    """PEFT changes the base, we keep it: after the same change of A and B both answer the same, and so does our file."""
+    """PEFT changes the base, we keep it: after the same change of A and B both answer the same, and so does our
+    file."""
     settings = LoRA(rank=4, alpha=7, init=init)
     base = tiny_base(family)
     head = base.model.get_output_embeddings()

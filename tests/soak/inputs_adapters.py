@@ -68,8 +68,9 @@ def adapters(random: Random, folder: Path, world: Path) -> list[str]:
 
 RUN_FILES = ["run.yaml", "metrics.jsonl", "summary.json", "adapter/adapter_config.json"]
 RECORD_WORDS = """
-    kind step evaluation start end loss best_step sample before answer prompt seconds tokens rows validation_loss versions base method
-    learning_rate peak_memory_bytes planned_memory_bytes paths reason trainable_parameters data train
+    kind step evaluation start end loss best_step sample before answer prompt seconds tokens rows validation_loss
+    versions base method learning_rate peak_memory_bytes planned_memory_bytes paths reason trainable_parameters
+    data train
 """.split()  # noqa: SIM905
 
 
@@ -132,14 +133,8 @@ def torn_tensors(random: Random, data: bytes) -> bytes:
         except ValueError:
             return torn(random, data)
         text = json.dumps(header).encode("utf-8", "surrogatepass")
-        return (
-            struct.pack("<Q", random.choice([len(text)] * 5 + [2**63, 0, length])) + text + data[8 + length :]
-        )
+        return struct.pack("<Q", random.choice([len(text)] * 5 + [2**63, 0, length])) + text + data[8 + length :]
     if what < 0.8:  # a value that is not finite, or any other
         at = random.randrange(8 + length, len(data) - 4)
-        return (
-            data[:at]
-            + struct.pack("<f", random.choice([float("nan"), float("inf"), 1e38, -0.0]))
-            + data[at + 4 :]
-        )
+        return data[:at] + struct.pack("<f", random.choice([float("nan"), float("inf"), 1e38, -0.0])) + data[at + 4 :]
     return torn(random, data)

@@ -62,14 +62,10 @@ ROW_WORDS = """
 
 
 def row_file(random: Random, folder: Path) -> Path:
-    records: list[Any] = (
-        [random.choice(ROWS)] * random.choice([1, 2, 4]) if random.random() < 0.9 else list(ROWS)
-    )
+    records: list[Any] = [random.choice(ROWS)] * random.choice([1, 2, 4]) if random.random() < 0.9 else list(ROWS)
     for _ in range(times(random)):
         at = random.randrange(len(records))
-        records = [
-            mutated(random, record, ROW_WORDS) if n == at else record for n, record in enumerate(records)
-        ]
+        records = [mutated(random, record, ROW_WORDS) if n == at else record for n, record in enumerate(records)]
     kind = random.choice(["jsonl", "jsonl", "jsonl", "json", "csv", "parquet"])
     path = folder / f"rows.{kind}"
     if kind == "jsonl":
@@ -207,8 +203,7 @@ def templates(random: Random, folder: Path, world: Path) -> list[str]:
         (base / "chat_template.jinja").write_bytes(data)
     else:
         named = [
-            {"name": name, "template": source}
-            for name in random.choice([["default"], ["tool_use"], ["default", "a"]])
+            {"name": name, "template": source} for name in random.choice([["default"], ["tool_use"], ["default", "a"]])
         ]
         config["chat_template"] = random.choice([source, named, odd(random)])
     (base / "tokenizer_config.json").write_text(json.dumps(config))

@@ -84,10 +84,15 @@ class Control(ctypes.Structure):
     """What failing_writes.c shares with us."""
 
     _fields_ = [
-        ("count", ctypes.c_long), ("k", ctypes.c_long), ("number", ctypes.c_long), ("mode", ctypes.c_long),
-        ("failed", ctypes.c_long), ("under", ctypes.c_char * 4096), ("call", ctypes.c_char * 64),
+        ("count", ctypes.c_long),
+        ("k", ctypes.c_long),
+        ("number", ctypes.c_long),
+        ("mode", ctypes.c_long),
+        ("failed", ctypes.c_long),
+        ("under", ctypes.c_char * 4096),
+        ("call", ctypes.c_char * 64),
         ("path", ctypes.c_char * 4096),
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,13 @@ class Commands:
             "OMP_NUM_THREADS": "1",
         }
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.soak.fault_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | given, cwd=ROOT,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.soak.fault_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | given,
+            cwd=ROOT,
+        )
 
     def _make_interrupted(self) -> None:
         """A run that stopped after its first checkpoint."""
@@ -167,12 +176,7 @@ class Commands:
     def libraries(self) -> list[list[tuple[str, tuple[str, ...], str]]]:
         """What readers find; fails where anything of it is not whole."""
         found = []
-        for folder in (
-            self.world / "library",
-            self.world / "elsewhere",
-            self.out / "elsewhere",
-            self.out / "result",
-        ):
+        for folder in (self.world / "library", self.world / "elsewhere", self.out / "elsewhere", self.out / "result"):
             library = Library(folder)
             if (folder / "library.json").is_file():
                 entries = library.entries(every_version=True)
@@ -196,9 +200,7 @@ def _stable(name: str, content: bytes) -> bytes:
     if name.endswith(".html"):
         return b"whole" if content.rstrip().endswith(b"</html>") else content
     if name.endswith("metrics.jsonl"):
-        lines = content.split(b"\n")[
-            :-1
-        ]  # what stands after the last newline is a torn write, which no reader takes
+        lines = content.split(b"\n")[:-1]  # what stands after the last newline is a torn write, which no reader takes
         return b"whole" if all(json.loads(line) for line in lines) else content
     if name.endswith(TIMED) or (name.endswith("MANIFEST.json") and "/checkpoints/" in name):
         return b"whole" if json.loads(content) else content
@@ -265,15 +267,9 @@ def one_case(
     changed = [n for n, content in before.items() if after.get(n) not in (content, whole.get(n))]
     faults += [f"{name} was lost or changed" for name in changed]
     faults += [
-        f"{n} is half-written"
-        for n, content in after.items()
-        if n not in before and n in whole and content != whole[n]
+        f"{n} is half-written" for n, content in after.items() if n not in before and n in whole and content != whole[n]
     ]
-    faults += [
-        f"{n} should not be there"
-        for n in after.keys() - before.keys() - whole.keys()
-        if not PASSING.search(n)
-    ]
+    faults += [f"{n} should not be there" for n in after.keys() - before.keys() - whole.keys() if not PASSING.search(n)]
     for manifest in commands.case.rglob("MANIFEST.json"):
         folder = manifest.parent
         if not hidden(folder.relative_to(commands.case).as_posix()):

@@ -2,8 +2,8 @@
 
     VENEER_SOAK_INPUTS=2000 VENEER_SOAK_FIRST=5000 pytest tests/soak/test_inputs.py -s     numbers 5,000 to 6,999
 
-Each number is an input of its own (inputs.py), of one kind after the other, run in this process. Of a failure its number
-is told: with FIRST and a count of 1 it runs alone.
+Each number is an input of its own (inputs.py), of one kind after the other, run in this process. Of a failure its
+number is told: with FIRST and a count of 1 it runs alone.
 """
 
 from __future__ import annotations
@@ -58,11 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(tmp_path_factory.mktemp("inputs") / "world")
     base = load_base(str(world / "base"), dtype="float32", device="cpu")
     _, head = base.paths, base.model.get_output_embeddings()
-    methods = {
-        "prefixes": Prefix(tokens=2, start="random"),
-        "bottleneck": Bottleneck(size=2),
-        "dora": DoRA(rank=2),
-    }
+    methods = {"prefixes": Prefix(tokens=2, start="random"), "bottleneck": Bottleneck(size=2), "dora": DoRA(rank=2)}
     for name, method in methods.items():
         made = attach(base.model, method, name=name, routing=base.routing, head=head)
         fill(made.parameters().values(), seed=1, scale=0.05)
@@ -76,7 +72,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(bare)
     rows = (world / "rows.jsonl").read_text().splitlines()
     (world / "few.jsonl").write_text("\n".join(rows[:3]) + "\n")
-    line = f"evaluate --base {world}/base --data {world}/few.jsonl --metrics exact_match --max-tokens 2 --predictions {world}/predictions.jsonl"
+    line = (
+        f"evaluate --base {world}/base --data {world}/few.jsonl --metrics exact_match --max-tokens 2 "
+        f"--predictions {world}/predictions.jsonl"
+    )
     assert run(line) == 0
     for file in world.rglob("*"):
         file.chmod(0o555 if file.is_dir() else 0o444)
@@ -131,8 +130,5 @@ def test_every_input_ends_in_an_exit_code_of_the_contract(
             shutil.rmtree(folder)
     finally:
         signal.signal(signal.SIGALRM, before)
-    print(
-        *(f"{kind}: exit {code} {times:,} times" for (kind, code), times in sorted(codes.items(), key=str)),
-        sep="\n",
-    )
+    print(*(f"{kind}: exit {code} {times:,} times" for (kind, code), times in sorted(codes.items(), key=str)), sep="\n")
     assert not failed, "\n\n".join(failed[:20])

@@ -161,11 +161,6 @@ def test_a_command_that_is_killed_and_given_again_leaves_what_it_should(seed, wo
     assert [p for p in unfinished(out) if p.name != ".lock"] == [], (number, after)
     made = contents(out)
     comparable = {
-        k
-        for k in expected
-        if "names/" not in k and "library" not in k and "report" not in k and "elsewhere" not in k
+        k for k in expected if "names/" not in k and "library" not in k and "report" not in k and "elsewhere" not in k
     }
-    assert {k: made.get(k) == expected[k] for k in comparable} == dict.fromkeys(comparable, True), (
-        number,
-        after,
-    )
+    assert {k: made.get(k) == expected[k] for k in comparable} == dict.fromkeys(comparable, True), (number, after)

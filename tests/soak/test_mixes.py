@@ -1,8 +1,8 @@
 """Random mixes of adapters in one forward and backward: every row is what it is alone, every gradient too.
 
 A mix: adapters of random methods, ranks and targets on one base; groups of random rows, each with its own adapters and
-weights, or with none; packed with or without shared prompts, or padded; with or without dropout. Rows without an adapter
-are the base's to the bit. VENEER_SOAK_MIXES sets how many.
+weights, or with none; packed with or without shared prompts, or padded; with or without dropout. Rows without an
+adapter are the base's to the bit. VENEER_SOAK_MIXES sets how many.
 """
 
 import random
@@ -25,18 +25,7 @@ from veneer.models.step import Paths, acting_on, batch_loss, prepare, whole_logi
 
 MIXTURES = ("mixtral", "qwen3_moe")
 """How many rows an expert gets depends on the others, and on that how its sums are rounded, adapters or not."""
-FAMILIES = (
-    "llama",
-    "llama_untied",
-    "gpt2",
-    "qwen2",
-    "qwen3",
-    "gemma3",
-    "opt",
-    "phi3",
-    "mixtral",
-    "qwen3_moe",
-)
+FAMILIES = ("llama", "llama_untied", "gpt2", "qwen2", "qwen3", "gemma3", "opt", "phi3", "mixtral", "qwen3_moe")
 RELATIVE = {torch.float64: 1e-6, torch.float32: 5e-5}
 """Of the largest value; gradients ten times that, for they are float32 whatever the base is, and parts cancel."""
 
@@ -45,27 +34,39 @@ def a_method(draw: random.Random) -> AdapterConfig:
     rank, alpha = draw.randint(1, 9), draw.choice([1.0, 5.0, 16.0])
     dropout = draw.choice([0.0, 0.0, 0.4])
     some = {"rank": rank, "alpha": alpha, "dropout": dropout}
-    return draw.choice([
-        lambda: LoRA(**some),
-        lambda: LoRA(**some, rslora=True, targets=r".*\.(\w+_proj|c_attn|c_fc|fc1|fc2)"),
-        lambda: LoRA(rank=rank, alpha=alpha, init=draw.choice(["pissa", "olora"]), targets=r".*\.(o_proj|c_attn|out_proj)"),
-        lambda: LoRA(**some, targets=r".*\.(q_proj|c_attn|fc1|qkv_proj|lm_head|embed_tokens|wte)"),
-        lambda: LoRA(rank=rank, alpha=alpha, bias="all", targets=r".*\.(o_proj|c_proj|fc2)"),
-        lambda: LoRA(rank=rank, alpha=alpha, train_modules=[draw.choice(["lm_head", "norm", "ln_f", "final_layer_norm"])]),
-        lambda: LoRA(rank=rank, alpha=alpha, lora_bias=True, targets=r".*\.(v_proj|o_proj|c_proj|fc1)"),
-        lambda: DoRA(**some, targets=r".*\.(\w+_proj|c_attn|c_proj|fc1)"),
-        lambda: Bottleneck(placement=draw.choice(["houlsby", "pfeiffer", "parallel"]), size=draw.randint(2, 9), dropout=dropout),
-        lambda: Prefix(tokens=draw.randint(1, 7), start="random"),
-    ])()  # fmt: skip
+    return draw.choice(
+        [
+            lambda: LoRA(**some),
+            lambda: LoRA(**some, rslora=True, targets=r".*\.(\w+_proj|c_attn|c_fc|fc1|fc2)"),
+            lambda: LoRA(
+                rank=rank, alpha=alpha, init=draw.choice(["pissa", "olora"]), targets=r".*\.(o_proj|c_attn|out_proj)"
+            ),
+            lambda: LoRA(**some, targets=r".*\.(q_proj|c_attn|fc1|qkv_proj|lm_head|embed_tokens|wte)"),
+            lambda: LoRA(rank=rank, alpha=alpha, bias="all", targets=r".*\.(o_proj|c_proj|fc2)"),
+            lambda: LoRA(
+                rank=rank, alpha=alpha, train_modules=[draw.choice(["lm_head", "norm", "ln_f", "final_layer_norm"])]
+            ),
+            lambda: LoRA(rank=rank, alpha=alpha, lora_bias=True, targets=r".*\.(v_proj|o_proj|c_proj|fc1)"),
+            lambda: DoRA(**some, targets=r".*\.(\w+_proj|c_attn|c_proj|fc1)"),
+            lambda: Bottleneck(
+                placement=draw.choice(["houlsby", "pfeiffer", "parallel"]), size=draw.randint(2, 9), dropout=dropout
+            ),
+            lambda: Prefix(tokens=draw.randint(1, 7), start="random"),
+        ]
+    )()
 
 
 def some_adapters(model: torch.nn.Module, routing: Routing, draw: random.Random) -> None:
     for number in range(draw.randint(2, 5)):
         try:
             made = attach(
-                model, a_method(draw), name=f"a{number}", routing=routing,
-                head=model.get_output_embeddings(), seed=number,
-            )  # fmt: skip
+                model,
+                a_method(draw),
+                name=f"a{number}",
+                routing=routing,
+                head=model.get_output_embeddings(),
+                seed=number,
+            )
         except ConfigError:  # this family has no such places
             continue
         move(made, seed=number)
@@ -75,14 +76,10 @@ def some_adapters(model: torch.nn.Module, routing: Routing, draw: random.Random)
 
 def for_a_group(routing: Routing, draw: random.Random) -> Applied:
     """None, one, or two with weights of their own; a prefix stands alone and whole."""
-    chosen = draw.sample(
-        list(routing.attached.values()), k=min(draw.choice([0, 1, 1, 2]), len(routing.attached))
-    )
+    chosen = draw.sample(list(routing.attached.values()), k=min(draw.choice([0, 1, 1, 2]), len(routing.attached)))
     if sum(isinstance(each.config, Prefix) for each in chosen) > 1:
         chosen = chosen[:1]
-    return tuple(
-        (each, 1.0 if isinstance(each.config, Prefix) else draw.choice([1.0, 0.5, -1.5])) for each in chosen
-    )
+    return tuple((each, 1.0 if isinstance(each.config, Prefix) else draw.choice([1.0, 0.5, -1.5])) for each in chosen)
 
 
 def gradients(routing: Routing) -> dict[str, torch.Tensor]:

@@ -16,9 +16,14 @@ from veneer.train.training import run_training
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "mixtral", "bloom")
 METHODS = (
-    {"name": "lora", "rank": 2}, {"name": "lora", "rank": 2, "lr_ratio": 4.0}, {"name": "lora", "rank": 2, "init": "olora"},
-    {"name": "dora", "rank": 2}, {"name": "bottleneck", "size": 4}, {"name": "prefix", "tokens": 3}, {"name": "full"},
-)  # fmt: skip
+    {"name": "lora", "rank": 2},
+    {"name": "lora", "rank": 2, "lr_ratio": 4.0},
+    {"name": "lora", "rank": 2, "init": "olora"},
+    {"name": "dora", "rank": 2},
+    {"name": "bottleneck", "size": 4},
+    {"name": "prefix", "tokens": 3},
+    {"name": "full"},
+)
 
 
 class Death(BaseException):
@@ -30,9 +35,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumes")
     for family in FAMILIES:
         save_tiny(folder / family, family)
-    lines = [
-        json.dumps({"prompt": f"number {n}" * (1 + n % 3), "completion": f"it is {n}"}) for n in range(14)
-    ]
+    lines = [json.dumps({"prompt": f"number {n}" * (1 + n % 3), "completion": f"it is {n}"}) for n in range(14)]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -42,25 +45,31 @@ def settings(chance, world):
     name = method["name"]
     if name in ("lora", "dora", "bottleneck") and chance.random() < 0.5:
         method["dropout"] = chance.choice([0.1, 0.5])
-    refuse = {
-        "dora": ("mixtral",),
-        "bottleneck": ("bloom",),
-        "prefix": ("gpt2", "gemma2", "mixtral", "bloom"),
-    }
+    refuse = {"dora": ("mixtral",), "bottleneck": ("bloom",), "prefix": ("gpt2", "gemma2", "mixtral", "bloom")}
     refused = ("mixtral",) if method.get("init") == "olora" else refuse.get(name, ())
     family = chance.choice([each for each in FAMILIES if each not in refused])
     batch = chance.choice([1, 2, 3, 5])
     return {
-        "base": str(world / family), "method": method, "steps": chance.randrange(3, 9), "batch": batch,
+        "base": str(world / family),
+        "method": method,
+        "steps": chance.randrange(3, 9),
+        "batch": batch,
         "data": {"train": str(world / "rows.jsonl"), "validation_share": chance.choice([0.0, 0.3])},
-        "micro_batch": chance.choice([None, 1, batch]), "order": chance.choice(["bucketed", "shuffled", "file"]),
-        "checkpointing": chance.random() < 0.3, "schedule": chance.choice(["cosine", "linear", "constant"]),
+        "micro_batch": chance.choice([None, 1, batch]),
+        "order": chance.choice(["bucketed", "shuffled", "file"]),
+        "checkpointing": chance.random() < 0.3,
+        "schedule": chance.choice(["cosine", "linear", "constant"]),
         "quantize": chance.choice([None, "nf4"]) if name in ("lora", "dora", "bottleneck") else None,
-        "share_prompt": chance.random() < 0.7, "weight_decay": chance.choice([0.0, 0.1]),
-        "evaluate_every": chance.choice([1, 2, 3]), "save_every": chance.choice([1, 2, 3]), "keep": chance.choice([1, 3]),
-        "patience": chance.choice([None, None, 2]), "seed": chance.randrange(100), "dtype": chance.choice(["auto", "bfloat16"]),
+        "share_prompt": chance.random() < 0.7,
+        "weight_decay": chance.choice([0.0, 0.1]),
+        "evaluate_every": chance.choice([1, 2, 3]),
+        "save_every": chance.choice([1, 2, 3]),
+        "keep": chance.choice([1, 3]),
+        "patience": chance.choice([None, None, 2]),
+        "seed": chance.randrange(100),
+        "dtype": chance.choice(["auto", "bfloat16"]),
         "show_answers": chance.random() < 0.3,
-    }  # fmt: skip
+    }
 
 
 def until(step, *, saved):
@@ -107,21 +116,11 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(seed, world,
     if not (tmp_path / "stopped" / "summary.json").is_file():
         run_training(resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen())
     stopped = json.loads((tmp_path / "stopped" / "summary.json").read_text())
-    for name in (
-        "reason",
-        "steps",
-        "best_step",
-        "validation_loss",
-        "first_loss",
-        "last_loss",
-        "adapter_sha256",
-    ):
+    for name in ("reason", "steps", "best_step", "validation_loss", "first_loss", "last_loss", "adapter_sha256"):
         assert stopped.get(name) == whole.get(name), (name, chosen)
     for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         ours, theirs = ((tmp_path / name / file) for name in ("stopped", "whole"))
-        assert ours.is_file() == theirs.is_file() and (
-            not ours.is_file() or ours.read_bytes() == theirs.read_bytes()
-        )
+        assert ours.is_file() == theirs.is_file() and (not ours.is_file() or ours.read_bytes() == theirs.read_bytes())
     told = [
         [
             (r["kind"], r.get("step"), r.get("loss"), r.get("sample"))

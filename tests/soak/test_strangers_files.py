@@ -1,7 +1,7 @@
 """Files that a stranger wrote: whatever is in them, a base is read, or an error says what is wrong with them.
 
-Each round changes a good file in one place or two: a field of another kind or size, a byte, a length, an offset. What is
-read must then compute; anything but a base or a VeneerError fails, and so does a process that dies.
+Each round changes a good file in one place or two: a field of another kind or size, a byte, a length, an offset.
+What is read must then compute; anything but a base or a VeneerError fails, and so does a process that dies.
 """
 
 from __future__ import annotations
@@ -33,8 +33,23 @@ from veneer.quant.nf4 import quantize
 
 VALUES: list[Any] = [
     *("wide", "", -1, 0, 1, 1.5, -5, 3, 63, 20_000, 2**31, 2**32, 2**40, 2**63, 2**64, 10**30, 10**400, 1e308),
-    *(float("nan"), float("inf"), None, True, False, [], [1], ["a"], [[]], {}, {"a": 1}, [10**9] * 3, "\ud800", "a" * 5000),
-]  # fmt: skip
+    *(
+        float("nan"),
+        float("inf"),
+        None,
+        True,
+        False,
+        [],
+        [1],
+        ["a"],
+        [[]],
+        {},
+        {"a": 1},
+        [10**9] * 3,
+        "\ud800",
+        "a" * 5000,
+    ),
+]
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "qwen3")
 
@@ -57,7 +72,8 @@ def with_value(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def spoiled_bytes(content: bytes, rng: random.Random, most: int) -> bytes:
-    """One to three changes in the first `most` bytes: a bit, a byte, eight bytes of a number, a cut, a stretch twice."""
+    """One to three changes in the first `most` bytes: a bit, a byte, eight bytes of a number, a cut, a stretch
+    twice."""
     raw = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(min(len(raw), most)) if raw else 0
@@ -67,9 +83,7 @@ def spoiled_bytes(content: bytes, rng: random.Random, most: int) -> bytes:
         elif way == 1 and raw:
             raw[at] = rng.randrange(256)
         elif way == 2:
-            raw[at : at + 8] = struct.pack(
-                "<Q", rng.choice([0, 1, 2**31, 2**32, 2**50, 2**63, 2**64 - 1, len(raw)])
-            )
+            raw[at : at + 8] = struct.pack("<Q", rng.choice([0, 1, 2**31, 2**32, 2**50, 2**63, 2**64 - 1, len(raw)]))
         elif way == 3:
             raw[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 9, 13, 2**31, 2**32 - 1]))
         elif way == 4:
@@ -105,9 +119,7 @@ def test_settings_of_any_kind_and_size_are_read_or_refused(tmp_path: Path) -> No
         value = json.loads(good)
         try:
             for path in rng.sample(list(places(value)), rng.choice([1, 1, 2])):
-                with suppress(
-                    KeyError, IndexError, TypeError
-                ):  # the first change took the second one's place away
+                with suppress(KeyError, IndexError, TypeError):  # the first change took the second one's place away
                     value = with_value(value, path, rng.choice(VALUES))
             file.write_text(json.dumps(value))
             came_out += read(folder)
@@ -165,9 +177,7 @@ def test_spoiled_gguf_headers_are_read_or_refused(kind: Any, tmp_path: Path) -> 
             assert 0 < len(str(fault)) < 20_000
 
 
-def test_spoiled_gguf_files_become_a_base_or_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spoiled_gguf_files_become_a_base_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(4)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)

@@ -60,7 +60,8 @@ def make_world(folder: Path) -> Path:
 def train(world: Path, out: Path) -> str:
     return (
         f"train --base {world}/base --data {world}/rows.jsonl --validation {world}/rows.jsonl --out {out} --quiet"
-        " --steps 4 --batch 4 --set save_every=2 --set evaluate_every=2 --set method.rank=2 --set length=256 --set dtype=float32"
+        " --steps 4 --batch 4 --set save_every=2 --set evaluate_every=2 --set method.rank=2 --set length=256 "
+        "--set dtype=float32"
     )
 
 

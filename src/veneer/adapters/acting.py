@@ -57,16 +57,15 @@ class Acting:
     """parts: one, or several with their numbers of rows. keys: while training, dropout's; None: nothing is dropped.
 
     kept: (K) rising numbers of the rows that alone go through the output head; None: all do.
-    plan: what the layers prepare for these parts; whoever lets the same act step after step holds one value, or `replace`s.
+    plan: what the layers prepare for these parts; whoever lets the same act step after step holds one value, or
+    `replace`s.
     """
 
     parts: tuple[Part, ...] = (Part(None, ()),)
     keys: TokenKeys | None = None
     kept: Tensor | None = None
     plan: Plan = field(default_factory=Plan, repr=False, compare=False)
-    _segments: dict[int, tuple[Segment, ...]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _segments: dict[int, tuple[Segment, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.parts) != 1 and any(part.rows is None for part in self.parts):
@@ -108,8 +107,10 @@ class Acting:
             counts = self._counted(self.kept)
         else:
             raise ConfigError(
-                f"several adapters act, each on rows of its own: a module gets {rows} rows, the forward has {self.rows}",
-                next_step="Leave the modules that see other rows out (method.exclude), or let one adapter act on all rows.",
+                f"several adapters act, each on rows of its own: a module gets {rows} rows, the forward has "
+                f"{self.rows}",
+                next_step="Leave the modules that see other rows out (method.exclude), or let one adapter act "
+                "on all rows.",
             )
         starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         found = zip(pairwise(starts), self.parts, strict=True)
@@ -140,11 +141,7 @@ class Acting:
     def padded(self, filler: int) -> "Acting":
         """The same with so many more rows behind them, which nobody reads: they go with the last part."""
         *before, last = self.parts
-        return (
-            self
-            if last.rows is None
-            else replace(self, parts=(*before, replace(last, rows=last.rows + filler)))
-        )
+        return self if last.rows is None else replace(self, parts=(*before, replace(last, rows=last.rows + filler)))
 
     def keeping(self, rows: Tensor) -> "Acting":
         """The same, where the model hands on only these rows to its output head."""

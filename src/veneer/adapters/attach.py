@@ -29,14 +29,22 @@ _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig, *, name: str, routing: Routing, head: nn.Module | None, seed: int = 0,
-    values_follow: bool = False, read_past: Collection[str] | None = None, idle: Collection[str] = (),
-) -> Attachment:  # fmt: skip
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str,
+    routing: Routing,
+    head: nn.Module | None,
+    seed: int = 0,
+    values_follow: bool = False,
+    read_past: Collection[str] | None = None,
+    idle: Collection[str] = (),
+) -> Attachment:
     """A fresh adapter beside `model`, not yet active: no output changes. head: the output head, never in all-linear.
 
     values_follow: the caller gives every trained value before anything is computed; none is drawn then.
-    read_past: the weights that the model takes past their modules (reads.py); None: the model is asked, where it matters.
-    idle: places that no gradient reaches (idle.py); (): whatever is attached need not train.
+    read_past: the weights that the model takes past their modules (reads.py); None: the model is asked, where it
+    matters. idle: places that no gradient reaches (idle.py); (): whatever is attached need not train.
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
@@ -47,10 +55,16 @@ def attach(
             )
         attachment = Attachment(name, config)
         site = Site(
-            model=model, modules=plain_modules(model), head=None if head is None else unwrapped(head),
-            routing=routing, attachment=attachment, generator=torch.Generator().manual_seed(seed),
-            values_follow=values_follow, read_past=read_past, idle=idle,
-        )  # fmt: skip
+            model=model,
+            modules=plain_modules(model),
+            head=None if head is None else unwrapped(head),
+            routing=routing,
+            attachment=attachment,
+            generator=torch.Generator().manual_seed(seed),
+            values_follow=values_follow,
+            read_past=read_past,
+            idle=idle,
+        )
         try:
             _BUILDERS[type(config)](site, config)
         except BaseException:

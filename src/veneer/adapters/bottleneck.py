@@ -8,7 +8,8 @@ a fresh layer changes no bit. float32 whatever the base is; products are in the 
 together all see the base's own y, and their updates add up. A mixture of experts is one block here.
 Knows nothing of files. Blocks are found by the names that transformers' models give them.
 Shapes: M rows, D hidden size, S size of the bottleneck.
-Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022, arXiv:2110.04366.
+Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
+arXiv:2110.04366.
 """
 
 import inspect
@@ -46,9 +47,11 @@ class BottleneckLayer:
         size, width = down.shape
         zeros, device = torch.zeros, down.device
         self._parts = {
-            "down": nn.Parameter(down), "down_bias": nn.Parameter(zeros(size, device=device)),
-            "up": nn.Parameter(zeros(width, size, device=device)), "up_bias": nn.Parameter(zeros(width, device=device)),
-        }  # fmt: skip
+            "down": nn.Parameter(down),
+            "down_bias": nn.Parameter(zeros(size, device=device)),
+            "up": nn.Parameter(zeros(width, size, device=device)),
+            "up_bias": nn.Parameter(zeros(width, device=device)),
+        }
         if config.norm:
             self._parts["norm_weight"] = nn.Parameter(torch.ones(width, device=device))
             self._parts["norm_bias"] = nn.Parameter(zeros(width, device=device))
@@ -101,11 +104,13 @@ class AdaptedBlock(AdaptedModule):
             chosen = [s for s in acting.segments(rows) if self.beside(s.adapters)]
             made = [
                 self._updated(
-                    cut(x, s.rows, rows), cut(own, s.rows, rows), s.adapters,
+                    cut(x, s.rows, rows),
+                    cut(own, s.rows, rows),
+                    s.adapters,
                     None if acting.keys is None else acting.keys.of(s.rows),
                 )
                 for s in chosen
-            ]  # fmt: skip
+            ]
             y = put(own, [s.rows for s in chosen], made, rows)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
@@ -122,9 +127,7 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
 
     ConfigError: a layer lacks such a block, or the block adds the residual by itself; `layers` that do not exist.
     """
-    wanted: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [
-        ("feed-forward", FEED_FORWARD)
-    ]
+    wanted: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [("feed-forward", FEED_FORWARD)]
     if config.placement == "houlsby":
         wanted.insert(0, ("attention", ATTENTION))
     layers = {
@@ -159,9 +162,7 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
     return found
 
 
-def modules_below(
-    path: str, number: int | None, modules: Mapping[str, nn.Module]
-) -> list[tuple[str, nn.Module]]:
+def modules_below(path: str, number: int | None, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """The direct children of modules[path] (of its element `number`), wrappers looked through."""
     owner = path if number is None else f"{path}.{number}"
     return [(n.removeprefix(owner + "."), m) for n, m in modules.items() if n.rpartition(".")[0] == owner]

@@ -21,9 +21,11 @@ class MethodConfig(BaseModel):
     folds                  its update can be added into the base's dense weights
     instead_of_folding     what to do where it cannot: the end of an error message
     usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names none
-    rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama, from sweeps of LoRA over
-                           35 models (tinker-cookbook, hyperparam_utils.py); full fine-tuning a tenth of LoRA (Schulman et al.
-                           2025, "LoRA Without Regret"). Held against searches at hidden size 576 in docs/benchmarks.md
+    rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama, from sweeps of
+                           LoRA over
+                           35 models (tinker-cookbook, hyperparam_utils.py); full fine-tuning a tenth of LoRA
+                           (Schulman et al. 2025, "LoRA Without Regret"). Held against searches at hidden size 576
+                           in docs/benchmarks.md
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -59,7 +61,8 @@ class MethodConfig(BaseModel):
 
     @property
     def two_factors(self) -> bool:
-        """Whether what it adds at a place is scaling * B A and nothing else: others then take it apart and write it anew."""
+        """Whether what it adds at a place is scaling * B A and nothing else: others then take it apart and write
+        it anew."""
         return False
 
     @property
@@ -93,12 +96,13 @@ class LowRank(AdapterConfig):
     alpha: Annotated[float, ALPHA] = 32.0
     """Numerator of the scaling; no unit."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids, none. 0 trains fastest."""
+    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids, none. 0 trains
+    fastest."""
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head, fused experts included, but no weight that the model multiplies by past
-    its module, as Mamba does by dt_proj.weight), a list of
+    """all-linear (every linear layer but the output head, fused experts included, but no weight that the model
+    multiplies by past its module, as Mamba does by dt_proj.weight), a list of
     module names or name endings, or one regular expression that matches the whole module path."""
     exclude: list[str] = Field(default_factory=list)
     """Module names, name endings or regular expressions that are left alone though `targets` names them."""
@@ -113,8 +117,8 @@ class LowRank(AdapterConfig):
     train_modules: list[str] = Field(default_factory=list)
     """Modules (names or endings) trained in full beside the update, for instance lm_head."""
     lr_ratio: Annotated[float, RATIO] = 1.0
-    """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by default lower by the square
-    root of this; 1: off."""
+    """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by default lower by
+    the square root of this; 1: off."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "LowRank":
@@ -160,16 +164,19 @@ class LoRA(LowRank):
 
     name: Literal["lora"] = "lora"
     init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
-    """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left as it is and the file
-    twice the rank; eva: A from what the layers see of the rows; loftq: from what 4 bits lost of the weight."""
+    """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left as it is and
+    the file twice the rank; eva: A from what the layers see of the rows; loftq: from what 4 bits lost of the weight."""
     lora_bias: bool = False
-    """Train a vector c beside B, as PEFT's lora_bias: scaling * (B A x + c). Linear layers only; merging wants layers with a bias."""
+    """Train a vector c beside B, as PEFT's lora_bias: scaling * (B A x + c). Linear layers only; merging wants
+    layers with a bias."""
     svd_iterations: Annotated[int, POWER_ITERATIONS] | None = None
-    """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the exact SVD. No effect with another init."""
+    """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the exact SVD. No
+    effect with another init."""
 
     @property
     def share_of_rate(self) -> float:
-        """A quarter where the factors start as large as the weight: OLoRA fell far behind at the whole (docs/benchmarks.md)."""
+        """A quarter where the factors start as large as the weight: OLoRA fell far behind at the whole
+        (docs/benchmarks.md)."""
         return super().share_of_rate * (0.25 if self.init in ("pissa", "olora") else 1.0)
 
     @property
@@ -187,7 +194,8 @@ class LoRA(LowRank):
 
 
 class DoRA(LowRank):
-    """Rows of W + scaling * B A brought to a trained length; linear layers and embeddings. Costs a little more than LoRA."""
+    """Rows of W + scaling * B A brought to a trained length; linear layers and embeddings. Costs a little more
+    than LoRA."""
 
     usual_rate = 5e-4
 

@@ -72,9 +72,7 @@ class DoRALayer:
     def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> None:
         """Its rows are turned as well."""
 
-    def change(
-        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
-    ) -> Tensor:
+    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int) -> Tensor:
         """(factor - 1) * plain + factor * LoRA's change."""
         change = self.low_rank.change(x, plain, base, keys, among=among)
         factor = row_factor(self.magnitude, self.norm(base))
@@ -82,8 +80,13 @@ class DoRALayer:
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], keys: TokenKeys | None
-    ) -> Tensor:  # fmt: skip
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float]],
+        keys: TokenKeys | None,
+    ) -> Tensor:
         (first, weight), *others = acting
         if not others and weight == 1:
             return first._alone(x, bias, base, keys)
@@ -98,6 +101,13 @@ class DoRALayer:
     ) -> Tensor:
         low = self.low_rank
         return dora_linear(
-            x, low.A, low.B, self.magnitude, self.norm(base), bias, base,
-            scaling=self.scaling, dropout=low.active_dropout(x, keys, among=among),
-        )  # fmt: skip
+            x,
+            low.A,
+            low.B,
+            self.magnitude,
+            self.norm(base),
+            bias,
+            base,
+            scaling=self.scaling,
+            dropout=low.active_dropout(x, keys, among=among),
+        )

@@ -77,9 +77,12 @@ class AdaptedExperts(AdaptedModule):
 
     def _by_expert(self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting) -> Tensor:
         return by_expert(
-            self.base, hidden, index, weights,
+            self.base,
+            hidden,
+            index,
+            weights,
             lambda x, name, expert, rows: self._product(x, name, expert, rows, acting),
-        )  # fmt: skip
+        )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With the changes added to the parameters."""
@@ -101,9 +104,7 @@ class AdaptedExperts(AdaptedModule):
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
         if (whole := acting.whole) is not None:
             layers = self._layers(whole, name, expert)
-            return (
-                low_rank_product(x, bias, frozen, layers, keys) if layers else frozen_product(x, bias, frozen)
-            )
+            return low_rank_product(x, bias, frozen, layers, keys) if layers else frozen_product(x, bias, frozen)
         updates: list[Update] = []
         for segment in acting.select(rows).segments(len(rows)):
             own = None if keys is None else keys.of(segment.rows)
@@ -113,15 +114,16 @@ class AdaptedExperts(AdaptedModule):
         return linear_with_updates(x, bias, frozen, updates, Plan())
 
     def _layers(self, adapters: Applied, name: str, expert: int) -> list[tuple[_OneExpert, float]]:
-        return [
-            (_OneExpert(layers[name], expert), w) for layers, w in self.beside(adapters) if name in layers
-        ]
+        return [(_OneExpert(layers[name], expert), w) for layers, w in self.beside(adapters) if name in layers]
 
 
 def by_expert(
-    experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
+    experts: nn.Module,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
     product: Callable[[Tensor, str, int, Tensor], Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), one expert after another.
 
     product(x, name, expert, rows): x times one matrix of the stack called `name`. x begins with what became of
@@ -145,8 +147,8 @@ DECODED = 8
 
 
 def _few_shapes(x: Tensor) -> Tensor:
-    """Rows of zeros below x, up to one of few shapes (kernels/layout.py): every expert has another number of rows at every
-    step, and each new number would cost a kernel compiled at run time and its memory."""
+    """Rows of zeros below x, up to one of few shapes (kernels/layout.py): every expert has another number of rows
+    at every step, and each new number would cost a kernel compiled at run time and its memory."""
     missing = round_up(len(x)) - len(x)
     return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > DECODED else x
 

@@ -19,7 +19,9 @@ Factors = tuple[Tensor, Tensor]
 """A (R, I), B (O, R)."""
 
 
-def pissa_start(weight: Tensor, *, rank: int, scaling: float, iterations: int | None, generator: torch.Generator) -> Factors:  # fmt: skip
+def pissa_start(
+    weight: Tensor, *, rank: int, scaling: float, iterations: int | None, generator: torch.Generator
+) -> Factors:
     """weight (O, I) float32. iterations: power iterations of a randomised SVD; None: the exact one."""
     if iterations is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -42,7 +44,8 @@ def loftq_start(original: Tensor, quantised: Tensor, *, rank: int, scaling: floa
 def randomised_svd(
     weight: Tensor, *, rank: int, iterations: int, generator: torch.Generator, spare: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (O, R), S (R), Vh (R, I), nearly the largest ones. Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1."""
+    """U (O, R), S (R), Vh (R, I), nearly the largest ones. Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and
+    5.1."""
     width = min(rank + spare, *weight.shape)
     seen = weight @ torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
     for _ in range(iterations):
@@ -59,8 +62,9 @@ def _split(U: Tensor, S: Tensor, Vh: Tensor, *, rank: int, scaling: float) -> Fa
 
 
 def leading_directions(rows: Tensor, kept: Tensor | None, *, rank: int, generator: torch.Generator) -> Tensor:
-    """EVA's sketch: rows (M, I) joined to what earlier batches left, (R, I) or None -> (R, I) = S V^T, the directions in
-    which the inputs are largest, each as long as its singular value. Paischer et al. 2024, arXiv:2410.07170.
+    """EVA's sketch: rows (M, I) joined to what earlier batches left, (R, I) or None -> (R, I) = S V^T, the
+    directions in which the inputs are largest, each as long as its singular value. Paischer et al. 2024,
+    arXiv:2410.07170.
     """
     together = rows.float() if kept is None else torch.cat([kept, rows.float()])
     _, S, Vh = randomised_svd(together, rank=rank, iterations=2, generator=generator)

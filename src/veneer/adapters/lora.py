@@ -5,7 +5,8 @@ each sees the inputs through a mask of its own, one after another. Methods that 
 together on one linear layer add their changes to its weight, whatever the methods are.
 Knows nothing of weight formats (the base decodes itself), file names, or which modules are wrapped.
 Shapes: M rows, I in_features, O out_features, R rank, V vocabulary, D hidden.
-Source: Hu et al. 2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib, B at zero: a fresh layer changes nothing.
+Source: Hu et al. 2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib, B at zero: a fresh layer changes
+nothing.
 """
 
 import math
@@ -50,9 +51,8 @@ class LoRALayer:
     """
 
     def __init__(
-        self, kind: Kind, A: Tensor, B: Tensor, *,
-        alpha: float, rslora: bool, dropout: float = 0.0, key: int = 0,
-    ) -> None:  # fmt: skip
+        self, kind: Kind, A: Tensor, B: Tensor, *, alpha: float, rslora: bool, dropout: float = 0.0, key: int = 0
+    ) -> None:
         self.kind: Kind = kind
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.offset: nn.Parameter | None = None
@@ -65,9 +65,7 @@ class LoRALayer:
         self.key = key
         """Number of the module: two modules never share a dropout mask."""
 
-    def active_dropout(
-        self, x: Tensor, keys: TokenKeys | None, *, among: int = 0, expert: int = 0
-    ) -> Dropout | None:
+    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0, expert: int = 0) -> Dropout | None:
         """The mask of x, a row for every key; none outside of training.
 
         among: place among the adapters that act together, expert: of a stack; each draws a mask of its own.
@@ -76,7 +74,8 @@ class LoRALayer:
             return None
         if len(keys.rows) != (given := x.numel() // x.shape[-1]):
             raise ConfigError(
-                f"dropout draws a mask for every token: a targeted module gets {given} rows, the batch has {len(keys.rows)}",
+                f"dropout draws a mask for every token: a targeted module gets {given} rows, the batch has "
+                f"{len(keys.rows)}",
                 next_step="Set method.dropout: 0, or leave the modules that see other rows out (method.exclude).",
             )
         step = keys.step * 0x9E3779B1 + expert * 0xC2B2AE35
@@ -117,20 +116,21 @@ class LoRALayer:
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], keys: TokenKeys | None
-    ) -> Tensor:  # fmt: skip
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float]],
+        keys: TokenKeys | None,
+    ) -> Tensor:
         return low_rank_product(x, bias, base, acting, keys)
 
-    def update(
-        self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int
-    ) -> Update | None:
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> Update | None:
         if self.offset is not None:
             return None
         return Update(rows, self, self.scaling * weight, self.active_dropout(x, keys, among=among))
 
-    def change(
-        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
-    ) -> Tensor:
+    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.factors())
         added = F.linear(F.linear(dropped(x, self.active_dropout(x, keys, among=among)), A), B)
         added = added if self.offset is None else added + self.offset.to(x.dtype)
@@ -161,7 +161,7 @@ class Factored(Protocol):
 
 def low_rank_product(
     x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Factored, float]], keys: TokenKeys | None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
     offsets = [layer.scaling * weight * layer.offset for layer, weight in acting if layer.offset is not None]
     if offsets:
@@ -170,9 +170,7 @@ def low_rank_product(
     if len(acting) == 1:
         layer, weight = acting[0]
         A, B = layer.factors()
-        return lora_linear(
-            x, A, B, bias, base, scaling=layer.scaling * weight, dropout=layer.active_dropout(x, keys)
-        )
+        return lora_linear(x, A, B, bias, base, scaling=layer.scaling * weight, dropout=layer.active_dropout(x, keys))
     if keys is not None and any(layer.dropout for layer, _ in acting):
         y = frozen_product(x, bias, base)
         for among, (layer, weight) in enumerate(acting):
@@ -191,18 +189,19 @@ class LinearLayer(Layer, Protocol):
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float]], keys: TokenKeys | None
-    ) -> Tensor:  # fmt: skip
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float]],
+        keys: TokenKeys | None,
+    ) -> Tensor:
         """x (..., I) through the base with the weighted changes of all `acting` layers of this class: (..., O)."""
 
-    def update(
-        self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int
-    ) -> Update | None:
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> Update | None:
         """The change of x, which stands at these rows, as a product of two factors; None: it is not that alone."""
 
-    def change(
-        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int
-    ) -> Tensor:
+    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int) -> Tensor:
         """What the layer adds to plain = x W^T, both (M, ...), whatever its weight."""
 
 
@@ -338,7 +337,8 @@ class AdaptedEmbedding(AdaptedModule):
 
 
 class AdaptedMatrix(AdaptedModule):
-    """A router, or another module that multiplies by its `weight` itself: it is computed with W + the changes, in W's type."""
+    """A router, or another module that multiplies by its `weight` itself: it is computed with W + the changes, in
+    W's type."""
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = self.replaced(adapters)

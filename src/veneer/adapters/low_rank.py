@@ -63,10 +63,7 @@ def build_lora(site: Site, config: LoRA) -> None:
         site.put_stack(owner, parameter, AdaptedExperts, made)
     for path in targets.routers:
         router = site.modules[path]
-        (O, I), r = (
-            router.get_parameter("weight").shape,
-            first_match(config.rank_pattern, path, config.rank),
-        )
+        (O, I), r = (router.get_parameter("weight").shape, first_match(config.rank_pattern, path, config.rank))
         A, B = site.kaiming(r, I), torch.zeros(O, r)
         made = _layer(site, config, "linear", path, A, B, device=router.get_parameter("weight").device)
         site.put(path, AdaptedMatrix, made)
@@ -83,10 +80,7 @@ def _olora(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Gene
     return olora_start(weight, rank=layer.rank)
 
 
-_START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]] = {
-    "pissa": _pissa,
-    "olora": _olora,
-}
+_START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]] = {"pissa": _pissa, "olora": _olora}
 """Starts that the weight alone decides; models/initial_values.py brings those that need rows or the original weight."""
 
 
@@ -136,14 +130,20 @@ def _embedding_layer(site: Site, config: LowRank, path: str) -> LoRALayer:
 
 
 def _layer(
-    site: Site, config: LowRank, kind: Kind, path: str, A: Tensor, B: Tensor, *, device: torch.device, dropout: float = 0.0,
-) -> LoRALayer:  # fmt: skip
+    site: Site,
+    config: LowRank,
+    kind: Kind,
+    path: str,
+    A: Tensor,
+    B: Tensor,
+    *,
+    device: torch.device,
+    dropout: float = 0.0,
+) -> LoRALayer:
     """The next layer of the attachment, A and B on the base's device."""
     alpha = first_match(config.alpha_pattern, path, config.alpha)
     key = len(site.attachment.layers)
-    return LoRALayer(
-        kind, A.to(device), B.to(device), alpha=alpha, rslora=config.rslora, dropout=dropout, key=key
-    )
+    return LoRALayer(kind, A.to(device), B.to(device), alpha=alpha, rslora=config.rslora, dropout=dropout, key=key)
 
 
 def _train_in_full(site: Site, targets: Targets) -> None:

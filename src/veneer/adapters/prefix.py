@@ -82,14 +82,7 @@ class Projection:
     """
 
     def __init__(
-        self,
-        tokens: int,
-        width: int,
-        token_size: int,
-        out: int,
-        generator: torch.Generator,
-        *,
-        from_zero: bool,
+        self, tokens: int, width: int, token_size: int, out: int, generator: torch.Generator, *, from_zero: bool
     ) -> None:
         def uniform(*shape: int, fan_in: int) -> Tensor:
             return torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(fan_in**-0.5)
@@ -116,9 +109,14 @@ class PrefixLayer:
     scaling = 1.0
 
     def __init__(
-        self, start: Tensor, layers: Sequence[int], kv_heads: int, *, dtype: torch.dtype,
+        self,
+        start: Tensor,
+        layers: Sequence[int],
+        kv_heads: int,
+        *,
+        dtype: torch.dtype,
         projection: Projection | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.start = nn.Parameter(start, requires_grad=projection is None)
         self.layers = tuple(layers)
         self.kv_heads = kv_heads
@@ -142,9 +140,7 @@ class PrefixLayer:
 
     def keys(self) -> dict[int, tuple[Tensor, Tensor]]:
         """(K, V) of every layer that has a prefix, each (M, K, D), in the base's type."""
-        slices = (
-            self.values().to(self.dtype).view(self.tokens, 2 * len(self.layers), self.kv_heads, -1).unbind(1)
-        )
+        slices = self.values().to(self.dtype).view(self.tokens, 2 * len(self.layers), self.kv_heads, -1).unbind(1)
         return {layer: (slices[2 * i], slices[2 * i + 1]) for i, layer in enumerate(self.layers)}
 
     def parts(self) -> dict[str, nn.Parameter]:
@@ -240,9 +236,7 @@ def record_keys(decoder: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, Tens
 
 def _unreachable(decoder: nn.Module, why: str) -> ConfigError:
     return ConfigError(
-        f"prefix tuning does not work on {type(decoder).__name__}",
-        [why],
-        "Take lora, which works on every model.",
+        f"prefix tuning does not work on {type(decoder).__name__}", [why], "Take lora, which works on every model."
     )
 
 
@@ -262,14 +256,12 @@ def prove(decoder: nn.Module, ids: Tensor, pairs: dict[int, tuple[Tensor, Tensor
         expected = decoder(input_ids=more, position_ids=keys.positions, **own).last_hidden_state
         found = decoder(
             input_ids=more, position_ids=keys.positions, use_cache=False, veneer_prefix=keys
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
     if expected.device.type == "meta":
         return
     difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
     if not own or difference > (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05):
-        raise _unreachable(
-            decoder, f"a text's own keys, put in front, give a result that is {difference:.1e} off"
-        )
+        raise _unreachable(decoder, f"a text's own keys, put in front, give a result that is {difference:.1e} off")
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -294,7 +286,8 @@ class KeyShape:
 def key_shape(model: nn.Module) -> KeyShape:
     """The one shape that the keys and values of all layers have, as a forward leaves them in the model's cache.
 
-    ConfigError: they differ, and the table has room for one. Weights are not needed: a model on the meta device will do.
+    ConfigError: they differ, and the table has room for one. Weights are not needed: a model on the meta device
+    will do.
     """
     _, decoder = decoder_of(model)
     with torch.no_grad():
@@ -337,29 +330,21 @@ def build_prefix(site: Site, config: Prefix) -> None:
                 "Correct `layers`, or leave it out.",
             )
         if set(own) != set(shape.layers):
-            raise _unreachable(
-                decoder, f"{len(own)} of its {len(shape.layers)} layers hand their attention over"
-            )
+            raise _unreachable(decoder, f"{len(own)} of its {len(shape.layers)} layers hand their attention over")
         prove(decoder, ids, own)
     layers = sorted(set(config.layers) or shape.layers)
     tokens, size = config.tokens or DEFAULT_TOKENS, shape.heads * shape.size
     spreads = [tensor.float().std() for n in layers for tensor in own[n]]
-    slices = [
-        torch.randn(tokens, size, generator=site.generator).to(ids.device) * spread for spread in spreads
-    ]
+    slices = [torch.randn(tokens, size, generator=site.generator).to(ids.device) * spread for spread in spreads]
     start, projection = _table(slices), None
     if config.projection is not None:
         from_prompt = config.start == "prompt"
         start = start if from_prompt else torch.zeros_like(start)
-        projection = Projection(
-            tokens, config.projection, size, start.shape[1], site.generator, from_zero=from_prompt
-        )
+        projection = Projection(tokens, config.projection, size, start.shape[1], site.generator, from_zero=from_prompt)
         for parameter in projection.parameters.values():
             parameter.data = parameter.data.to(ids.device)
     dtype = own[layers[0]][0].dtype
-    site.put(
-        path, PrefixedDecoder, PrefixLayer(start, layers, shape.heads, dtype=dtype, projection=projection)
-    )
+    site.put(path, PrefixedDecoder, PrefixLayer(start, layers, shape.heads, dtype=dtype, projection=projection))
     site.attachment.adaptable, site.attachment.places = len(shape.layers), len(layers)
 
 

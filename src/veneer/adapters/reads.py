@@ -1,9 +1,9 @@
 """Which weights a model takes from the modules that hold them, instead of calling those modules.
 
 What stands beside a module acts where the module is called. Mamba's mixers multiply by `dt_proj.weight` themselves, and
-some models use the embedding's table as their head: a layer beside such a module would act in no forward, or in a part of
-it, and merged into the weight it would. Found by watching one forward: every operation that is given a parameter while
-no module that holds it is at work. What holds of one layer holds of all: not every expert sees a token.
+some models use the embedding's table as their head: a layer beside such a module would act in no forward, or in a
+part of it, and merged into the weight it would. Found by watching one forward: every operation that is given a
+parameter while no module that holds it is at work. What holds of one layer holds of all: not every expert sees a token.
 """
 
 import re
@@ -26,8 +26,9 @@ _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
 def weights_read_past(model: nn.Module) -> frozenset[str]:
     """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without calling their module.
 
-    What writes into a weight (RWKV divides some before its first answer) does not read it. Three tokens are run. A model without values (meta device) may not get to the end, as nothing says which expert a
-    token goes to: it is watched up to there.
+    What writes into a weight (RWKV divides some before its first answer) does not read it. Three tokens are run. A
+    model without values (meta device) may not get to the end, as nothing says which expert a token goes to: it is
+    watched up to there.
     """
     modules = plain_modules(model)
     watch = _Watch(modules)
@@ -59,9 +60,7 @@ class _Watch(TorchFunctionMode):
         if isinstance(out, Tensor | tuple | list) and not _SHAPE_ALONE.fullmatch(func.__name__):
             for given in _tensors([*args, *(kwargs or {}).values()]):
                 holders = self.holders.get(id(given), [])
-                if given is not out and not any(
-                    module is each for module, _ in holders for each in self.at_work
-                ):
+                if given is not out and not any(module is each for module, _ in holders for each in self.at_work):
                     self.past.update(path for _, path in holders)
         return out
 

@@ -58,9 +58,7 @@ class Routing:
     @property
     def active(self) -> Active:
         """By name, of what acts on all rows."""
-        return tuple(
-            (adapter.name, weight) for part in self.acting.parts for adapter, weight in part.adapters
-        )
+        return tuple((adapter.name, weight) for part in self.acting.parts for adapter, weight in part.adapters)
 
     @active.setter
     def active(self, value: Active) -> None:
@@ -173,10 +171,7 @@ class Routing:
                     with self.lock:
                         self._let_go()
 
-        handles = [
-            model.register_forward_pre_hook(begin),
-            model.register_forward_hook(end, always_call=True),
-        ]
+        handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
 
         def undo() -> None:
             for handle in handles:
@@ -191,7 +186,6 @@ def _names(acting: Acting) -> set[str]:
 
 def _without(acting: Acting, name: str) -> Acting:
     parts = tuple(
-        replace(part, adapters=tuple((a, w) for a, w in part.adapters if a.name != name))
-        for part in acting.parts
+        replace(part, adapters=tuple((a, w) for a, w in part.adapters if a.name != name)) for part in acting.parts
     )
     return replace(acting, parts=parts)

@@ -20,9 +20,7 @@ def rows_of(acting: Acting, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
     known = {acting.rows, None if acting.kept is None else len(acting.kept)} - {None}
     leading = [math.prod(first.shape[: n + 1]) for n in range(first.dim())]
-    return next(
-        (count for count in leading if count in known), leading[-2] if len(leading) > 1 else leading[0]
-    )
+    return next((count for count in leading if count in known), leading[-2] if len(leading) > 1 else leading[0])
 
 
 def by_part(

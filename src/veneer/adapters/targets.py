@@ -23,7 +23,8 @@ from veneer.patterns import pattern
 
 @dataclass(frozen=True)
 class Targets:
-    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, routers, fully trained modules, biases."""
+    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, routers, fully trained modules,
+    biases."""
 
     linears: list[str]
     embeddings: list[str]
@@ -52,13 +53,18 @@ def near(name: str, names: Sequence[str]) -> str:
 
 
 def find_targets(
-    modules: Mapping[str, nn.Module], config: LowRank, *, head: nn.Module | None, read_past: Collection[str],
+    modules: Mapping[str, nn.Module],
+    config: LowRank,
+    *,
+    head: nn.Module | None,
+    read_past: Collection[str],
     idle: Collection[str] = (),
-) -> Targets:  # fmt: skip
+) -> Targets:
     """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
 
     read_past: weights that the model takes past their modules (reads.py); idle: places that no gradient reaches
-    (idle.py). all-linear leaves both out; ConfigError lists every entry that names one, and every one that matches nothing.
+    (idle.py). all-linear leaves both out; ConfigError lists every entry that names one, and every one that matches
+    nothing.
     """
     places = _places(modules, head=head, read_past=read_past, idle=idle)
     faults: list[str] = []
@@ -69,9 +75,7 @@ def find_targets(
     if not chosen and not faults:
         faults.append("after exclude and layers nothing is left to adapt")
     if faults:
-        raise ConfigError(
-            "the adapter's settings do not fit the model", faults, "Correct the names and start again."
-        )
+        raise ConfigError("the adapter's settings do not fit the model", faults, "Correct the names and start again.")
     taken = set(chosen)
     return Targets(
         linears=[p for p in places.linears if p in taken],
@@ -117,11 +121,7 @@ class _Places:
 
 
 def _places(
-    modules: Mapping[str, nn.Module],
-    *,
-    head: nn.Module | None,
-    read_past: Collection[str],
-    idle: Collection[str],
+    modules: Mapping[str, nn.Module], *, head: nn.Module | None, read_past: Collection[str], idle: Collection[str]
 ) -> _Places:
     """What the model has."""
     found = _Places(
@@ -144,9 +144,7 @@ def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str
     trained = _by_entries(config.train_modules, "train_modules", [path for path in modules if path], faults)
     for path in trained:
         if any(modules[path].children()):
-            faults.append(
-                f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)"
-            )
+            faults.append(f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)")
         if isinstance(modules[path], PackedModule):
             faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
     return trained
@@ -208,10 +206,7 @@ def _pattern_faults(chosen: Sequence[str], config: LowRank) -> list[str]:
     """Ranks and alphas of places that are not adapted."""
     return [
         f"{field} {source!r} matches no targeted module; {near(source, chosen)}"
-        for field, patterns in (
-            ("rank_pattern", config.rank_pattern),
-            ("alpha_pattern", config.alpha_pattern),
-        )
+        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
         for source in patterns
         if chosen and not any(pattern(source).ends(path) for path in chosen)
     ]
@@ -249,15 +244,17 @@ def _is_idle(path: str, modules: Mapping[str, nn.Module], idle: Collection[str])
 
 
 def _unfit_faults(
-    chosen: Sequence[str], trained: Sequence[str], modules: Mapping[str, nn.Module], *,
-    read_past: Collection[str], idle: Collection[str],
-) -> list[str]:  # fmt: skip
+    chosen: Sequence[str],
+    trained: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    *,
+    read_past: Collection[str],
+    idle: Collection[str],
+) -> list[str]:
     """What is named and would not act or not train, places of one name as one."""
     held = [f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()]
     named = [weight for weight in [*(_weight(p, modules) for p in chosen), *held] if weight in read_past]
-    past = (
-        "the model takes this weight itself, past the module, so what stands beside the module would not act"
-    )
+    past = "the model takes this weight itself, past the module, so what stands beside the module would not act"
     still = "no gradient of what the model predicts comes back here (an index picks by number), so it would not train"
     without = [path for path in [*chosen, *trained] if _is_idle(path, modules, idle)]
     return [*_by_kind(named, past), *_by_kind(without, still)]

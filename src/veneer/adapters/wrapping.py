@@ -108,11 +108,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
         if path not in found:
             found[path] = module
             above = f"{path}." if path else ""
-            stack += [
-                (above + name, child)
-                for name, child in reversed(module._modules.items())
-                if child is not None
-            ]
+            stack += [(above + name, child) for name, child in reversed(module._modules.items()) if child is not None]
     return found
 
 

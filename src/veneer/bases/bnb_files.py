@@ -50,16 +50,24 @@ class StoredPacked:
         nested = None
         if "nested_absmax" in raw:
             nested = Nested(
-                raw["nested_quant_map"], raw["nested_absmax"], int(self.state["nested_blocksize"]),
+                raw["nested_quant_map"],
+                raw["nested_absmax"],
+                int(self.state["nested_blocksize"]),
                 float(self.state["nested_offset"]),
-            )  # fmt: skip
+            )
         packed = raw[""].reshape(-1).view(torch.uint8)
         return Moving(
             Packed(
-                self.book, packed, raw["absmax"], raw["quant_map"], int(self.state["blocksize"]),
-                tuple(self.state["shape"]), self.dtype, nested,
+                self.book,
+                packed,
+                raw["absmax"],
+                raw["quant_map"],
+                int(self.state["blocksize"]),
+                tuple(self.state["shape"]),
+                self.dtype,
+                nested,
             )
-        )  # fmt: skip
+        )
 
     def get_dtype(self) -> str:
         return "U8"
@@ -163,12 +171,7 @@ def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTenso
     sizes = {"": (count + 1) // 2, "absmax": blocks * (1 if nested else 4), "quant_map": 64}
     if nested:
         sizes |= {"nested_absmax": -(-blocks // outer) * 4, "nested_quant_map": 1024}
-    kinds = {
-        "absmax": "U8" if nested else "F32",
-        "quant_map": "F32",
-        "nested_absmax": "F32",
-        "nested_quant_map": "F32",
-    }
+    kinds = {"absmax": "U8" if nested else "F32", "quant_map": "F32", "nested_absmax": "F32", "nested_quant_map": "F32"}
     for part, size in sizes.items():
         if parts[part].bytes != size or (part and parts[part].kind != kinds[part]):
             name = part or "weight"

@@ -1,8 +1,9 @@
 """Which type a base's weights are held and multiplied in: as they are stored, or float32 where that is much faster.
 
-Many processors have no products of bf16 or float16 numbers: torch's are then up to a hundred times slower than float32's,
-and a training step takes minutes. So on a CPU one product is timed in both types, forward and backward; a few
-milliseconds, and some ten more where they are slow. Widening to float32 is exact: it is the same base (bases/fingerprint.py).
+Many processors have no products of bf16 or float16 numbers: torch's are then up to a hundred times slower than
+float32's, and a training step takes minutes. So on a CPU one product is timed in both types, forward and backward;
+a few milliseconds, and some ten more where they are slow. Widening to float32 is exact: it is the same base
+(bases/fingerprint.py).
 
 Not known here: what the weights are.
 """
@@ -22,15 +23,11 @@ HeldAs = DtypeName | Literal["stored"]
 """stored: whatever the processor is like, as a file that is written from the weights has to be."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES: dict[torch.dtype, DtypeName] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+NAMES: dict[torch.dtype, DtypeName] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 SLOW = 2.0
-"""Times float32's time from which a type is not computed in. With AVX-512 but no bf16 products it is 1.3 (Zen 5 with those
-switched off), and half the memory; with AVX2 alone 60."""
+"""Times float32's time from which a type is not computed in. With AVX-512 but no bf16 products it is 1.3 (Zen 5
+with those switched off), and half the memory; with AVX2 alone 60."""
 
 ROWS, WIDTH = 64, 256
 ROUNDS, ENOUGH_SECONDS = 7, 0.03

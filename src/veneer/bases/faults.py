@@ -14,32 +14,14 @@ from veneer.errors import CorruptFileError
 NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
 MOST_BEAMS = 64
 _NUMBERS = (
-    *(
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "repetition_penalty",
-    ),
-    *(
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "num_beams",
-        "num_return_sequences",
-        "max_length",
-        "min_length",
-    ),
+    *("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("length_penalty", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "max_length", "min_length"),
 )
 """What a model's own loop would compute with."""
 _MASK = re.compile(r"mask|bias")
 
 
-def check_loaded(
-    folder: Path, model: PreTrainedModel, info: Mapping[str, Any], others: Sequence[str] = ()
-) -> None:
+def check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], others: Sequence[str] = ()) -> None:
     """Raises CorruptFileError if a weight is missing, misshapen or left over, or for `others`, faults found before."""
     faults = [f"missing    {name}" for name in sorted(info["missing_keys"])]
     faults += [
@@ -97,7 +79,8 @@ def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @torch.no_grad()
 def check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a rope_theta of 0.
+    """Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a rope_theta
+    of 0.
 
     Logits alone do not tell: a fused attention leaves scores out that are no numbers.
     """

@@ -140,9 +140,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
         shapes.update(f"{name} {shape}\n".encode())
         values.update(f"{name} {dtype}\n".encode())
         values.update(_sample(tensor))
-    for name, tensor in sorted(
-        parts.items()
-    ):  # not by identity: tables are shared by some loads and not by others
+    for name, tensor in sorted(parts.items()):  # not by identity: tables are shared by some loads and not by others
         values.update(f"{name}\n".encode())
         values.update(_sample(tensor))
     return Fingerprint(
@@ -166,9 +164,7 @@ def _packed(model: PreTrainedModel) -> tuple[dict[str, tuple[str, tuple[int, ...
             shapes = module.packed_shapes().items()
             weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
             parts |= {
-                f"{path}.{name}": part
-                for name, part in module._buffers.items()
-                if part is not None and part.numel()
+                f"{path}.{name}": part for name, part in module._buffers.items() if part is not None and part.numel()
             }
             parts |= {f"{path}.{name}": number for name, number in module.packed_numbers().items()}
     return weights, parts

@@ -73,10 +73,7 @@ def blueprint(source: str) -> Blueprint:
         return _from_hub(source, match["repo"], match["revision"])
     raise SourceError(
         f"there is no base {source!r} to plan for: no folder, no .gguf file, no hub id (org/name), no named size",
-        [
-            f"did you mean  {name}"
-            for name in difflib.get_close_matches(source.lower(), SHAPES, n=3, cutoff=0.4)
-        ],
+        [f"did you mean  {name}" for name in difflib.get_close_matches(source.lower(), SHAPES, n=3, cutoff=0.4)],
         f"Named sizes: {', '.join(sorted(SHAPES))}.",
     )
 
@@ -105,9 +102,7 @@ def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
         if constants.HF_HUB_OFFLINE:
             raise _not_reached(repo, "HF_HUB_OFFLINE is set")
         try:
-            cached = within(
-                HUB_PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision)
-            )
+            cached = within(HUB_PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision))
         except HubUnreachableError as fault:
             raise _not_reached(repo, str(fault)) from fault
     with quiet():

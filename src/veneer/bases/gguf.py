@@ -177,8 +177,7 @@ def publish_from(path: Path, target: Path, write: Writer) -> Path:
     header = read_header(path)
     if importlib.util.find_spec("accelerate") is None:
         raise SourceError(
-            "transformers needs the package accelerate to read .gguf files",
-            next_step="pip install accelerate",
+            "transformers needs the package accelerate to read .gguf files", next_step="pip install accelerate"
         )
     _log.info("converting %s (once)", path.name)
     with making(target.parent) as scratch:
@@ -346,16 +345,12 @@ def read_header(path: Path) -> Header:
     pre = fields.get("tokenizer.ggml.pre") if fields.get("tokenizer.ggml.model") == "gpt2" else None
     if faults := _faults(architecture, scaling, pre, fields, list(tensors)):
         raise SourceError(
-            f"{path.name} cannot be converted",
-            faults,
-            "Take the model's safetensors version (a hub id or a folder).",
+            f"{path.name} cannot be converted", faults, "Take the model's safetensors version (a hub id or a folder)."
         )
     shapes = {name: tuple(int(size) for size in tensor.shape) for name, tensor in tensors.items()}
     if faults := announced_faults(fields.items(), shapes):
         raise CorruptFileError(
-            f"the header of {path.name} does not describe its tensors",
-            faults[:20],
-            "Download the file again.",
+            f"the header of {path.name} does not describe its tensors", faults[:20], "Download the file again."
         )
     # A file's norms are f32 whatever its matrices are, so the matrices say what kind of file it is.
     kinds = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}
@@ -384,15 +379,14 @@ def _faults(
         faults.append(f"rope factors {', '.join(odd)}: transformers does not read them from .gguf files")
     known = (*_SPLIT_BY_TRANSFORMERS, *_SPLIT_LIKE_GPT2, *_SPLIT_SINGLE_DIGITS)
     if pre is not None and pre not in known:
-        faults.append(
-            f"tokenizer.ggml.pre {pre}: how it cuts text is not known; known are {', '.join(known)}"
-        )
+        faults.append(f"tokenizer.ggml.pre {pre}: how it cuts text is not known; known are {', '.join(known)}")
     return faults
 
 
 def _out_of_memory(header: Header) -> VeneerError:
     gib = header.num_values * header.dtype.itemsize / 2**30
     return DoesNotFitError(
-        f"the conversion of the .gguf file does not fit into memory: its weights are {gib:.1f} GiB, three times that is needed",
+        f"the conversion of the .gguf file does not fit into memory: its weights are {gib:.1f} GiB, three times "
+        f"that is needed",
         next_step="Convert it on a larger machine and name the folder, or take a smaller model.",
     )

@@ -1,8 +1,9 @@
 """The blocks of a .gguf file as a frozen base: its linear layers stay as they are in the file.
 
-Read once per file: config, tokenizer and everything that is no linear layer (norms, embeddings, the output head) go into
-a folder in the cache, with a list of where each layer's blocks lie. The base then maps the file itself: its blocks take
-no memory of their own, but for q and k of llama-family files, whose rows the file holds in another order.
+Read once per file: config, tokenizer and everything that is no linear layer (norms, embeddings, the output head)
+go into a folder in the cache, with a list of where each layer's blocks lie. The base then maps the file itself:
+its blocks take no memory of their own, but for q and k of llama-family files, whose rows the file holds in another
+order.
 
     config.json, tokenizer, generation_config.json   as for a converted file (bases/gguf.py)
     model.safetensors                                what is held dense
@@ -24,23 +25,11 @@ from accelerate import init_empty_weights
 from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from veneer.bases.announced import without_storage
-from veneer.bases.gguf import (
-    CONVERTER_VERSION,
-    Header,
-    file_config,
-    matched,
-    publish_from,
-    rebuilt_tokenizer,
-)
+from veneer.bases.gguf import CONVERTER_VERSION, Header, file_config, matched, publish_from, rebuilt_tokenizer
 from veneer.bases.kept import cache_folder
 from veneer.bases.sources import Found, locate_gguf
 from veneer.errors import CorruptFileError, SourceError
@@ -95,9 +84,7 @@ def locate_blocks(source: str) -> Found:
     return Found(folder, name, file=path)
 
 
-def build(
-    found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
+def build(found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with a GGUFLinear over the mapped file for every layer of blocks.json, the rest dense in `dtype`."""
     assert found.file is not None
     with init_empty_weights(include_buffers=False):
@@ -108,9 +95,7 @@ def build(
     for path, layer in _read_layers(found.folder, size).items():
         bias = dense.pop(f"{path}.bias", None)
         parent, _, last = path.rpartition(".")
-        packed = GGUFLinear(
-            layer.read(file), layer.kind, dtype=dtype, bias=None if bias is None else bias.to(dtype)
-        )
+        packed = GGUFLinear(layer.read(file), layer.kind, dtype=dtype, bias=None if bias is None else bias.to(dtype))
         packed.replaces_transposed = is_transposed_linear(model.get_submodule(path))
         setattr(model.get_submodule(parent), last, packed)
     rest = {name: value.to(dtype) for name, value in dense.items()}
@@ -199,9 +184,7 @@ def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer
         faults.append(f"no layer is stored in blocks: the file's type is {header.dtype}")
     if faults:
         kinds = f"blocks of {', '.join(FORMATS)} can be held"
-        raise SourceError(
-            "the layers of the .gguf file cannot be held as blocks", [*faults[:12], kinds], _DENSE
-        )
+        raise SourceError("the layers of the .gguf file cannot be held as blocks", [*faults[:12], kinds], _DENSE)
     return layers, dense
 
 

@@ -57,9 +57,7 @@ class _Walk:
         if self.take(4) != b"GGUF":
             raise LayoutError("it does not begin with GGUF")
         if (version := self.number("<I")) not in VERSIONS:
-            raise LayoutError(
-                f"version {version}, known are {VERSIONS}; files for big-endian machines are not read"
-            )
+            raise LayoutError(f"version {version}, known are {VERSIONS}; files for big-endian machines are not read")
         num_tensors = self.count("tensors", MOST_TENSORS, least_bytes=24)
         num_keys = self.count("keys", MOST_KEYS, least_bytes=13)
         alignment, keys = 32, set()
@@ -96,9 +94,7 @@ class _Walk:
         """A number of things that take at least `least_bytes` each."""
         found = self.number("<Q")
         if found > min(most, (self.size - self.at) // least_bytes):
-            raise LayoutError(
-                f"{found:,} {what} are announced in {self.size:,} bytes; at most {most:,} are read"
-            )
+            raise LayoutError(f"{found:,} {what} are announced in {self.size:,} bytes; at most {most:,} are read")
         return found
 
     def text(self, what: str, most: int) -> bytes:

@@ -48,21 +48,15 @@ def checked_config(folder: Path) -> PreTrainedConfig:
     _check_announced(folder, raw)
     if unsafe := [fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)]:
         raise UnsafeFileError(
-            f"{path} asks for more than a model's settings",
-            unsafe,
-            "Remove these fields if you trust the model.",
+            f"{path} asks for more than a model's settings", unsafe, "Remove these fields if you trust the model."
         )
     if isinstance(quantized := raw.get("quantization_config"), dict):
         _check_quantized(folder, quantized)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # every config class checks its fields in its own way
         raise CorruptFileError(
-            f"transformers cannot read {path}",
-            [line.strip() for line in str(fault).splitlines()[:3]],
-            NEXT_DOWNLOAD,
+            f"transformers cannot read {path}", [line.strip() for line in str(fault).splitlines()[:3]], NEXT_DOWNLOAD
         ) from fault
     _check_causal(folder, config)
     if hasattr(config, "quantization_config"):
@@ -104,7 +98,8 @@ def _check_quantized(folder: Path, settings: dict[str, Any]) -> None:
     name = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
     raise SourceError(
         f"the weights in {folder} are stored quantised ({name}), which is not read yet",
-        next_step="Take the model's unquantised version and quantize: nf4, or one that bitsandbytes quantised in 4 bits.",
+        next_step="Take the model's unquantised version and quantize: nf4, or one that bitsandbytes quantised "
+        "in 4 bits.",
     )
 
 

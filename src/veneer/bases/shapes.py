@@ -9,21 +9,32 @@ from typing import Any
 Fields = dict[str, Any]
 
 
-def _dense(
-    kind: str, layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **others: Any
-) -> Fields:
+def _dense(kind: str, layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **others: Any) -> Fields:
     return {
-        "model_type": kind, "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "num_key_value_heads": kv, "intermediate_size": ff, "vocab_size": vocab, "tie_word_embeddings": False,
-        "max_position_embeddings": 131072, "dtype": "bfloat16", **others,
-    }  # fmt: skip
+        "model_type": kind,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": ff,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
+        **others,
+    }
 
 
 def _gpt2(layers: int, hidden: int, heads: int) -> Fields:
     return {
-        "model_type": "gpt2", "n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 50257,
-        "n_positions": 1024, "dtype": "float32",
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "n_layer": layers,
+        "n_embd": hidden,
+        "n_head": heads,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "dtype": "float32",
+    }
 
 
 def _gemma2(layers: int, hidden: int, heads: int, kv: int, ff: int, head_dim: int) -> Fields:
@@ -65,8 +76,12 @@ SHAPES: dict[str, Fields] = {
     "qwen3-14b": _dense("qwen3", 40, 5120, 40, 8, 17408, 151936, **HEAD_128),
     "qwen3-32b": _dense("qwen3", 64, 5120, 64, 8, 25600, 151936, **HEAD_128),
     "qwen3-30b-a3b": _experts(
-        "qwen3_moe", _dense("qwen3_moe", 48, 2048, 32, 4, 6144, 151936, **HEAD_128),
-        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+        "qwen3_moe",
+        _dense("qwen3_moe", 48, 2048, 32, 4, 6144, 151936, **HEAD_128),
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
     ),
     "mixtral-8x7b": _experts(
         "mixtral", _dense("mixtral", 32, 4096, 32, 8, 14336, 32000), num_local_experts=8, num_experts_per_tok=2
@@ -80,7 +95,7 @@ SHAPES: dict[str, Fields] = {
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),
     "gpt2-xl": _gpt2(48, 1600, 25),
-}  # fmt: skip
+}
 ALIASES = {
     "llama-70b": "llama-3-70b",
     "llama-8b": "llama-3-8b",

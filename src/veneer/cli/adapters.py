@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
-from veneer.cli.common import (
-    add_json,
-    add_library,
-    as_stored,
-    held_as,
-    load_plain_base,
-    make_console,
-    print_json,
-)
+from veneer.cli.common import add_json, add_library, as_stored, held_as, load_plain_base, make_console, print_json
 from veneer.errors import ConfigError
 from veneer.wording import shown, size
 
@@ -46,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
 
     def action(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
-        )
+        made = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
         made.set_defaults(act=run)
         add_library(made)
         add_json(made)
@@ -66,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rm.add_argument("adapter", metavar="NAME[@V]")
     tag = action("tag", _tag, "put tags or a note on a version")
     tag.add_argument("adapter", metavar="NAME[@V]")
-    tag.add_argument(
-        "tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it"
-    )
+    tag.add_argument("tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it")
     tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="take a tag off")
     tag.add_argument("--note", metavar="TEXT", help='one line; "" removes it')
     rename = action("rename", _rename, "give all versions of a name another name")
@@ -112,9 +100,7 @@ def _add(args: argparse.Namespace, library: Library) -> int:
         if not is_reference(name) or "@" in name:
             raise ConfigError(f"{name!r} is no name for an adapter", [], "Give one: --name NAME.")
     entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=load_plain_base(args))
-    return _tell_added(
-        entry, library, args, again=f"veneer adapters add {shown(args.source)} --name {name} --base B"
-    )
+    return _tell_added(entry, library, args, again=f"veneer adapters add {shown(args.source)} --name {name} --base B")
 
 
 def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
@@ -126,10 +112,7 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
     say.print(f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}", soft_wrap=True)
     if facts.base_proof == "unverified":
         called = f"It calls its base {shown(facts.base)!r}; a name proves nothing." if facts.base else ""
-        say.print(
-            "  base: unverified: the files do not say which weights it was trained on. " + called,
-            soft_wrap=True,
-        )
+        say.print("  base: unverified: the files do not say which weights it was trained on. " + called, soft_wrap=True)
         say.print(f"  To check that it fits: {again}", soft_wrap=True)
     elif facts.base_proof == "stated":
         say.print(
@@ -145,18 +128,11 @@ def _push(args: argparse.Namespace, library: Library) -> int:
     moved = push(library, args.adapter, args.to)
     if args.json:
         print_json(
-            {
-                "reference": moved.reference,
-                "address": moved.address,
-                "bytes": moved.bytes,
-                "skipped": moved.skipped,
-            }
+            {"reference": moved.reference, "address": moved.address, "bytes": moved.bytes, "skipped": moved.skipped}
         )
     else:
         how = "was there already" if moved.skipped else size(moved.bytes)
-        make_console(json=False).print(
-            f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True
-        )
+        make_console(json=False).print(f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True)
     return 0
 
 
@@ -229,9 +205,7 @@ def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
 
     @lru_cache(maxsize=1)
     def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> FrozenBase:
-        return load_base(
-            args.base, dtype=as_stored(args.dtype), device="cpu", quantize=quantize, keep_dense=keep_dense
-        )
+        return load_base(args.base, dtype=as_stored(args.dtype), device="cpu", quantize=quantize, keep_dense=keep_dense)
 
     def base_of(folder: Path) -> FrozenBase:
         quantize, keep_dense = held_as(None, folder, force_base=False)
@@ -251,9 +225,7 @@ def _gc(args: argparse.Namespace, library: Library) -> int:
         say.print(f"  {reference}: an old version without a tag", soft_wrap=True)
     if len(left.versions) > 20:
         say.print(f"  and {len(left.versions) - 20:,} more old versions")
-    counts = (
-        f"{len(left.objects):,} objects, {len(left.remains):,} remains of broken writes, {size(left.bytes)}"
-    )
+    counts = f"{len(left.objects):,} objects, {len(left.remains):,} remains of broken writes, {size(left.bytes)}"
     say.print(f"{'removed' if args.yes else 'not needed'}: {counts}", soft_wrap=True)
     if not args.yes and (left.versions or left.objects or left.remains):
         say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)

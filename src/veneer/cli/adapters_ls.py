@@ -26,9 +26,7 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
     ls.add_argument("--name", default="*", metavar="GLOB", help='names like this, for instance "support-*"')
-    ls.add_argument(
-        "--base", metavar="GLOB", help="made for this base: its name, or how its fingerprint begins"
-    )
+    ls.add_argument("--base", metavar="GLOB", help="made for this base: its name, or how its fingerprint begins")
     ls.add_argument("--method", metavar="M", help="lora, ...")
     ls.add_argument("--tag", metavar="TAG", help="versions that bear this tag")
     ls.add_argument("--versions", action="store_true", help="old versions too")
@@ -37,9 +35,8 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _ls(args: argparse.Namespace, library: Library) -> int:
     entries = library.entries(
-        name=args.name, base=args.base, method=args.method, tag=args.tag, every_version=args.versions,
-        sort=args.sort,
-    )  # fmt: skip
+        name=args.name, base=args.base, method=args.method, tag=args.tag, every_version=args.versions, sort=args.sort
+    )
     if args.json:
         print_json([entry.to_dict() for entry in entries])
         return 0

@@ -21,18 +21,14 @@ MAX_CELLS = 48  # layers side by side; of a deeper model neighbours share a cell
 
 
 def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
-    show = action(
-        "show", _show, "what is inside one adapter: modules, ranks, size of the update by layer, lineage"
-    )
+    show = action("show", _show, "what is inside one adapter: modules, ranks, size of the update by layer, lineage")
     show.add_argument("adapter", metavar="NAME[@V]", help="or a folder")
     show.add_argument("--base", metavar="B", help="compare the update with this base's weights")
     show.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
 
 
 def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
-    diff = action(
-        "diff", _diff, "what differs between two adapters: settings, and the angle between the updates"
-    )
+    diff = action("diff", _diff, "what differs between two adapters: settings, and the angle between the updates")
     diff.add_argument("one", metavar="A", help="NAME[@V] or a folder")
     diff.add_argument("other", metavar="B")
 
@@ -49,12 +45,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     base = load_plain_base(args)
     theirs = {} if base is None else base_norms(base, found)
     modules: dict[str, dict[str, float | None]] = {
-        path: {
-            "rank": update.rank,
-            "scaling": update.scaling,
-            "norm": update.norm(),
-            "base_norm": theirs.get(path),
-        }
+        path: {"rank": update.rank, "scaling": update.scaling, "norm": update.norm(), "base_norm": theirs.get(path)}
         for path, update in found.items()
     }
     facts = facts_of(stored)
@@ -62,11 +53,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     if args.json:
         print_json(
             {
-                **(
-                    {"folder": str(folder), **facts.model_dump(mode="json")}
-                    if entry is None
-                    else entry.to_dict()
-                ),
+                **({"folder": str(folder), **facts.model_dump(mode="json")} if entry is None else entry.to_dict()),
                 "modules": modules,
                 "other_tensors": {name: list(tensor.shape) for name, tensor in rest.items()},
                 "recipe": None if manifest is None else manifest.recipe,
@@ -80,9 +67,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     norms = {path: update.norm() / (theirs.get(path) or 1.0) for path, update in found.items()}
     lines += _picture(norms, relative=bool(theirs))
     if facts.metrics:
-        lines.append(
-            "  metrics   " + " · ".join(f"{k} {number(v)}" for k, v in sorted(facts.metrics.items()))
-        )
+        lines.append("  metrics   " + " · ".join(f"{k} {number(v)}" for k, v in sorted(facts.metrics.items())))
     if manifest is not None and manifest.recipe:
         lines.append("  recipe    " + " · ".join(_flat(manifest.recipe)))
     lines += [f"  from      {each}" for each in lineage(library, facts.parent)]
@@ -121,10 +106,7 @@ def _head(
     lines.append(f"  base      {facts.base or '?'}{_weights(stored)} · {proof}{digest}")
     lines.append(f"  content   {facts.content_hash[:12]}… · data {(facts.data_fingerprint or '?')[:12]}")
     parts = [f"{len(found)} modules"] if found else []
-    for what, values in (
-        ("rank", [u.rank for u in found.values()]),
-        ("scaling", [u.scaling for u in found.values()]),
-    ):
+    for what, values in (("rank", [u.rank for u in found.values()]), ("scaling", [u.scaling for u in found.values()])):
         if values:
             low, high = min(values), max(values)
             parts.append(f"{what} {low:.4g}" + (f" to {high:.4g}" if high > low else ""))
@@ -244,13 +226,7 @@ def _brief(value: Any) -> str:
         return number(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
-    return (
-        "–"
-        if value is None
-        else f"{value[:12]}…"
-        if isinstance(value, str) and len(value) == 64
-        else str(value)
-    )
+    return "–" if value is None else f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _angle_line(cosine: float | None) -> str:

@@ -17,7 +17,7 @@ from veneer.errors import VeneerError
 from veneer.wording import shown
 
 if TYPE_CHECKING:
-    from veneer.api import Base
+    from veneer.base import Base
 
 HELP = "/system TEXT  /reset  /exit"
 FENCE = '"""'
@@ -93,9 +93,7 @@ def _answer(base: Base, messages: list[dict[str, Any]], args: argparse.Namespace
         print(shown(text), end="", flush=True)
 
     try:
-        answer = base.generate(
-            messages, max_new_tokens=args.max_tokens, temperature=args.temperature, on_text=show
-        )
+        answer = base.generate(messages, max_new_tokens=args.max_tokens, temperature=args.temperature, on_text=show)
     except KeyboardInterrupt:
         answer = "".join(pieces)
     except VeneerError as error:  # too long for the model, say: the conversation goes on without it

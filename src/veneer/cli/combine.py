@@ -29,17 +29,11 @@ HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapters", nargs="+", metavar="A", help="names in the library, folders of adapters or of runs"
-    )
+    parser.add_argument("adapters", nargs="+", metavar="A", help="names in the library, folders of adapters or of runs")
     parser.add_argument("--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each; default: 1")
     parser.add_argument("--how", choices=HOWS, default="cat", help="default: cat")
-    parser.add_argument(
-        "--rank", type=RANK, metavar="R", help="svd: default the largest of theirs; pruning: the sum"
-    )
-    parser.add_argument(
-        "--density", type=PART, metavar="D", help="share of entries that pruning keeps; default: 0.5"
-    )
+    parser.add_argument("--rank", type=RANK, metavar="R", help="svd: default the largest of theirs; pruning: the sum")
+    parser.add_argument("--density", type=PART, metavar="D", help="share of entries that pruning keeps; default: 0.5")
     parser.add_argument("--seed", type=SEED, metavar="N", help="of dare; default: 0")
     parser.add_argument("--base", metavar="B", help="the base of all of them; default: the first adapter's")
     parser.add_argument("--out", required=True, metavar="DIR", help="the adapter to write; it must not exist")

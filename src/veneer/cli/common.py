@@ -19,7 +19,7 @@ from veneer.quant.config import FORMATS, Quantize, weight_format
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from veneer.api import Base
+    from veneer.base import Base
     from veneer.models.frozen_base import FrozenBase
 
 
@@ -32,8 +32,8 @@ def standard_input() -> TextIO:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Around the imports of torch and transformers: thousands of modules whose objects all stay, which the garbage collector
-    would look through again and again, a sixth of their time. What they made is never looked at again."""
+    """Around the imports of torch and transformers: thousands of modules whose objects all stay, which the garbage
+    collector would look through again and again, a sixth of their time. What they made is never looked at again."""
     gc.disable()
     try:
         yield
@@ -49,14 +49,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_base(parser: argparse.ArgumentParser) -> None:
     """--base, --adapter and what belongs to them."""
     parser.add_argument(
-        "--base",
-        metavar="B",
-        help="hub id, folder, .gguf file or named default; default: the adapter's own base",
+        "--base", metavar="B", help="hub id, folder, .gguf file or named default; default: the adapter's own base"
     )
     parser.add_argument(
-        "--adapter",
-        metavar="A",
-        help="name in the library (NAME, NAME@2), or a folder of an adapter or a run",
+        "--adapter", metavar="A", help="name in the library (NAME, NAME@2), or a folder of an adapter or a run"
     )
     add_library(parser)
     parser.add_argument(
@@ -103,26 +99,20 @@ def load_base(args: argparse.Namespace) -> Base:
     quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
     base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if base.compute.widens and base.compute.line is not None:
-        make_console(json=True).print(
-            base.compute.line, style="dim", soft_wrap=True
-        )  # talk, wherever data goes
+        make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # talk, wherever data goes
     if adapter is not None:
         base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
     return base
 
 
-def base_and_adapter(
-    base: str | None, adapter: str | None, library: str | None = None
-) -> tuple[str, Path | None]:
+def base_and_adapter(base: str | None, adapter: str | None, library: str | None = None) -> tuple[str, Path | None]:
     """The base to load, and the adapter's own folder; the adapter says its base where none is named."""
     folder = adapter_folder(adapter, library) if adapter else None
     if base:
         return base, folder
     if folder is None:
         raise ConfigError(
-            "no base is named",
-            [],
-            "Give --base (a hub id, a folder, a .gguf file or smollm2-135m) or --adapter.",
+            "no base is named", [], "Give --base (a hub id, a folder, a .gguf file or smollm2-135m) or --adapter."
         )
     name = _trained_on(folder)
     if not name:
@@ -163,9 +153,7 @@ def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
     return load.load_base(args.base, dtype=as_stored(args.dtype), device="cpu")
 
 
-def held_as(
-    asked: Quantize | None, adapter: Path | None, *, force_base: bool
-) -> tuple[Quantize | None, list[str]]:
+def held_as(asked: Quantize | None, adapter: Path | None, *, force_base: bool) -> tuple[Quantize | None, list[str]]:
     """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its base is overridden."""
     quantize = asked
     if quantize is None and adapter is not None and not force_base:
@@ -174,14 +162,10 @@ def held_as(
     return quantize, kept_dense(adapter) if adapter is not None and keeps else []
 
 
-def weighted(
-    named: Sequence[str], weights: Sequence[float] | None, library: str | None
-) -> list[tuple[Path, float]]:
+def weighted(named: Sequence[str], weights: Sequence[float] | None, library: str | None) -> list[tuple[Path, float]]:
     """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for each."""
     if weights and len(weights) != len(named):
-        raise ConfigError(
-            f"{len(named)} adapters and {len(weights)} weights", next_step="Give one weight for each."
-        )
+        raise ConfigError(f"{len(named)} adapters and {len(weights)} weights", next_step="Give one weight for each.")
     folders = [adapter_folder(each, library) for each in named]
     return list(zip(folders, weights or [1.0] * len(named), strict=True))
 

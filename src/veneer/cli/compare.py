@@ -37,14 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", default="", metavar="M,M", help="for instance full,lora,qlora,dora,prefix,bottleneck"
     )
-    parser.add_argument(
-        "--validation", metavar="V", help="rows to choose the learning rate by; default: split off"
-    )
+    parser.add_argument("--validation", metavar="V", help="rows to choose the learning rate by; default: split off")
     parser.add_argument("--test", metavar="T", help="rows to judge by; default: split off")
     parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of each run; default: 100")
-    parser.add_argument(
-        "--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps"
-    )
+    parser.add_argument("--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps")
     parser.add_argument("--seeds", type=SEEDS, default=3, metavar="N", help="runs of each; default: 3")
     parser.add_argument(
         "--rates",
@@ -63,12 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", default="", metavar="M,M", help="see veneer evaluate; the first decides; default: loss"
     )
     parser.add_argument("--labels", metavar="L", help="for accuracy: A,B,C or a file with one label a line")
-    parser.add_argument(
-        "--max-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens"
-    )
-    parser.add_argument(
-        "--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own"
-    )
+    parser.add_argument("--max-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens")
+    parser.add_argument("--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting, for all"
     )
@@ -85,11 +77,7 @@ def run(args: argparse.Namespace) -> int:
     def terminate(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {
-        each: signal.signal(each, terminate)
-        for each in ASKING
-        if signal.getsignal(each) is not signal.SIG_IGN
-    }
+    before = {each: signal.signal(each, terminate) for each in ASKING if signal.getsignal(each) is not signal.SIG_IGN}
     try:
         with console.status("") as status:
 
@@ -101,11 +89,21 @@ def run(args: argparse.Namespace) -> int:
                     console.print(shown(text), soft_wrap=True)
 
             figures = api.compare(
-                configs, out=args.out, validation=args.validation, test=args.test, steps=args.steps,
-                seconds=args.seconds, seeds=args.seeds, rates=_factors(args.rates), extend=args.extend,
-                metrics=_names(args.metrics), labels=args.labels, max_new_tokens=args.max_tokens,
-                general=args.general, say=say,
-            )  # fmt: skip
+                configs,
+                out=args.out,
+                validation=args.validation,
+                test=args.test,
+                steps=args.steps,
+                seconds=args.seconds,
+                seeds=args.seeds,
+                rates=_factors(args.rates),
+                extend=args.extend,
+                metrics=_names(args.metrics),
+                labels=args.labels,
+                max_new_tokens=args.max_tokens,
+                general=args.general,
+                say=say,
+            )
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -142,9 +140,7 @@ def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     """(name, settings) of every candidate. All faults of all candidates are told at once."""
     methods = _names(args.methods)
     if bool(methods) == bool(args.runs):
-        raise ConfigError(
-            "nothing to compare", [], "Give --methods M,M with --base and --data, or run files."
-        )
+        raise ConfigError("nothing to compare", [], "Give --methods M,M with --base and --data, or run files.")
     found: list[tuple[str, RunConfig]] = []
     faults: list[str] = []
     for name in methods or args.runs:
@@ -170,6 +166,4 @@ def _factors(text: str) -> list[float]:
     try:
         return [RATIO(a) / RATIO(b or "1") for a, _, b in parts]
     except argparse.ArgumentTypeError as fault:
-        raise ConfigError(
-            f"--rates {text!r} is not a list of numbers", [str(fault)], "For instance 1/3,1,3."
-        ) from None
+        raise ConfigError(f"--rates {text!r} is not a list of numbers", [str(fault)], "For instance 1/3,1,3.") from None

@@ -115,9 +115,7 @@ def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Seq
         if (value := flags.get(name)) is not None:
             flag = "--" + name.replace("_", "-")
             if name == "method" and value.lstrip().startswith("{"):
-                _put_yaml(
-                    settings, ("method",), value, flag
-                )  # a method with its settings, in place of the file's
+                _put_yaml(settings, ("method",), value, flag)  # a method with its settings, in place of the file's
             else:
                 settings.put(FLAGS[name], value, flag)
     for each in sets:
@@ -126,9 +124,7 @@ def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Seq
     if config is None or settings.faults:
         where = f"{file} and the flags" if file is not None else "the flags"
         raise ConfigError(
-            f"{where} do not describe a run",
-            settings.faults + faults,
-            "`veneer train --help` lists the settings.",
+            f"{where} do not describe a run", settings.faults + faults, "`veneer train --help` lists the settings."
         )
     return config
 
@@ -206,9 +202,7 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, settings: Settings) -> None
 def _read_set(settings: Settings, each: str) -> None:
     path, sign, text = each.partition("=")
     if not sign or not all(path.split(".")):
-        settings.faults.append(
-            f"C314 --set {each}: write --set path=value, for instance --set data.long_rows=drop"
-        )
+        settings.faults.append(f"C314 --set {each}: write --set path=value, for instance --set data.long_rows=drop")
         return
     _put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
 
@@ -317,9 +311,7 @@ def _nearest(path: KeyPath, values: Mapping[str, Any]) -> str:
     here = [each[-1] for each in valid if list(each[:-1]) == around]
     elsewhere = [".".join(each) for each in valid if each[-1] == key]
     known = (
-        [KNOWN_ELSEWHERE[key].removeprefix("".join(f"{each}." for each in around))]
-        if key in KNOWN_ELSEWHERE
-        else []
+        [KNOWN_ELSEWHERE[key].removeprefix("".join(f"{each}." for each in around))] if key in KNOWN_ELSEWHERE else []
     )
     close = get_close_matches(key, here, n=1, cutoff=0.8)
     for meant in [*close, *known, *elsewhere, *get_close_matches(key, here, n=1, cutoff=0.5)]:

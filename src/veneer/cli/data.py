@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="B", help="whose tokens and chat template are taken")
     parser.add_argument("--validation", metavar="V", help="held-out rows; also looked through for rows of D")
     add_data(parser, "long_rows")
-    parser.add_argument(
-        "--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first"
-    )
+    parser.add_argument("--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first")
     add_json(parser)
 
 
@@ -97,10 +95,7 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     facts.append(f"{problems} problem{'' if problems == 1 else 's'}")
     console.print(f"{shown(data)}: {' · '.join(facts)}", style="bold", soft_wrap=True)
     console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
-    rows = [
-        (role or "plain text", n, report.trained_by_role.get(role, 0))
-        for role, n in report.tokens_by_role.items()
-    ]
+    rows = [(role or "plain text", n, report.trained_by_role.get(role, 0)) for role, n in report.tokens_by_role.items()]
     for role, tokens, trained in [*rows, ("all", report.tokens, report.trained_tokens)]:
         console.print(f"  {shown(role):<12}{tokens:>12,}{trained:>12,}  {percent(trained, tokens)}")
     stops = " or ".join(map(shown, report.stop_tokens)) or "none"

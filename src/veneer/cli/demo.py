@@ -11,9 +11,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", default="runs/demo", metavar="DIR", help="folder of the run; default: runs/demo"
-    )
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the run; default: runs/demo")
     parser.add_argument("--again", action="store_true", help="train anew though DIR holds a finished demo")
 
 

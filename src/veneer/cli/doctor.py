@@ -61,9 +61,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
     from veneer.bases.compute import DTYPES, choose
 
     memory = _memory()
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
-    )
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
     cache = cache.expanduser()
     cuda = torch.cuda.is_available()
     return {
@@ -76,12 +74,8 @@ def find_facts() -> dict[str, dict[str, Any]]:
         "processor": {
             "model": _cpu_line("model name") or platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
-            "cores usable": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "features": [
-                f for f in CPU_FLAGS if f in (_cpu_line("flags") or _cpu_line("Features") or "").split()
-            ],
+            "cores usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "features": [f for f in CPU_FLAGS if f in (_cpu_line("flags") or _cpu_line("Features") or "").split()],
             "torch uses": torch.backends.cpu.get_cpu_capability(),
             "torch threads": torch.get_num_threads(),
             "our kernels use": _kernels(),
@@ -94,9 +88,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
         "memory": {"total_bytes": memory.get("MemTotal"), "available_bytes": memory.get("MemAvailable")},
         "gpu": {
             "cuda": torch.version.cuda,
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-            if cuda
-            else [],
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
             "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
             "mps": torch.backends.mps.is_available(),
         },

@@ -50,15 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length-normalised", action="store_true", help="compare labels by their log-probability per token"
     )
     add_data(parser)
-    parser.add_argument(
-        "--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens"
-    )
+    parser.add_argument("--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens")
     parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
     parser.add_argument(
-        "--predictions",
-        type=Path,
-        metavar="FILE",
-        help="write every row's answer and figures there, as JSONL",
+        "--predictions", type=Path, metavar="FILE", help="write every row's answer and figures there, as JSONL"
     )
     parser.add_argument(
         "--against",
@@ -139,9 +134,7 @@ def _print_table(result: dict[str, Any]) -> None:
             beside.append(f"95% interval {_range(intervals[name], share)}")
         if name in against:
             other = against[name]
-            beside.append(
-                f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})"
-            )
+            beside.append(f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})")
         said = f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}%" if share else number(value)
         line(name, said, " · ".join(beside))
     if "general" in result:

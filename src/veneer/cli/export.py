@@ -16,14 +16,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from veneer.cli.common import (
-    add_json,
-    add_library,
-    base_and_adapter,
-    held_as,
-    make_console,
-    print_json,
-)
+from veneer.cli.common import add_json, add_library, base_and_adapter, held_as, make_console, print_json
 from veneer.errors import ConfigError
 from veneer.wording import size
 
@@ -35,13 +28,9 @@ ONE_FILE = ("gguf",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
-    )
+    parser.add_argument("adapter", metavar="A", help="name in the library, or a folder of an adapter or a run")
     parser.add_argument("--to", required=True, choices=["peft", "vllm", *ONE_FILE])
-    parser.add_argument(
-        "--out", required=True, metavar="PATH", help="folder (gguf: file) to write; it must not exist"
-    )
+    parser.add_argument("--out", required=True, metavar="PATH", help="folder (gguf: file) to write; it must not exist")
     parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
     parser.add_argument("--merged", action="store_true", help="gguf: the base with the adapter in it")
     parser.add_argument(
@@ -50,16 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gguf: adapter f32 (default) or f16; merged f16 (default) or q8_0",
     )
     parser.add_argument(
-        "--into",
-        choices=["original", "dequantised"],
-        help="merged, over a quantised base: the weights to add to",
+        "--into", choices=["original", "dequantised"], help="merged, over a quantised base: the weights to add to"
     )
-    parser.add_argument(
-        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
-    )
-    parser.add_argument(
-        "--force-base", action="store_true", help="merged: though it was trained on another base"
-    )
+    parser.add_argument("--original", metavar="B", help="with --into original over a .gguf file: where they are")
+    parser.add_argument("--force-base", action="store_true", help="merged: though it was trained on another base")
     add_library(parser)
     add_json(parser)
 
@@ -86,12 +69,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.json:
             print_json(
-                {
-                    "out": str(report.out),
-                    "bytes": report.bytes,
-                    "type": report.type,
-                    "survival": report.total.share,
-                }
+                {"out": str(report.out), "bytes": report.bytes, "type": report.type, "survival": report.total.share}
             )
         else:
             console.print("\n".join(_merged_lines(report)), soft_wrap=True)
@@ -114,8 +92,7 @@ def _check(args: argparse.Namespace) -> None:
         faults += [f"--type {args.type}: only .gguf files have one"] if args.type else []
     elif args.type == ("f32" if args.merged else "q8_0"):
         faults.append(
-            f"--type {args.type}: "
-            + ("merged models are f16 or q8_0" if args.merged else "adapters are f32 or f16")
+            f"--type {args.type}: " + ("merged models are f16 or q8_0" if args.merged else "adapters are f32 or f16")
         )
     for option, given in (("--into", args.into), ("--original", args.original)):
         if given and not args.merged:

@@ -38,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
     from veneer import api
 
     report = api.extract(
-        args.base, args.model, out=args.out, rank=args.rank, energy=args.energy, keep=args.keep,
+        args.base,
+        args.model,
+        out=args.out,
+        rank=args.rank,
+        energy=args.energy,
+        keep=args.keep,
         check_logits=not args.no_logits,
-    )  # fmt: skip
+    )
     if args.json:
         print_json(report.to_dict())
     else:
@@ -56,9 +61,7 @@ def _print(report: ExtractReport) -> None:
     for kind, part in report.parts.items():
         low, high = part.ranks
         ranks = str(low) if low == high else f"{low}-{high}"
-        lines.append(
-            f"  {kind:<16}{part.modules:>8} {percent_of(part.relative_size):>8} {ranks:>8} {part.error:>8.1%}"
-        )
+        lines.append(f"  {kind:<16}{part.modules:>8} {percent_of(part.relative_size):>8} {ranks:>8} {part.error:>8.1%}")
     lines.append(
         f"  {'all':<16}{sum(p.modules for p in report.parts.values()):>8} {'':>8} {'':>8} {report.error:>8.1%}"
     )
@@ -70,8 +73,5 @@ def _print(report: ExtractReport) -> None:
         lines += [f"    {percent_of(share):>8} {name}" for name, share in largest]
     lines += [f"  note: {note}" for note in report.notes]
     if report.logits is not None:
-        lines += [
-            "",
-            *logit_lines("the fine-tuned model", report.logits, effect="the model against its base"),
-        ]
+        lines += ["", *logit_lines("the fine-tuned model", report.logits, effect="the model against its base")]
     console.print("\n".join(lines), soft_wrap=True)

@@ -29,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """--max-tokens and --temperature, with their limits."""
     parser.add_argument(
-        "--max-tokens",
-        type=NEW_TOKENS,
-        default=256,
-        metavar="N",
-        help="longest answer, tokens; default: 256",
+        "--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens; default: 256"
     )
     parser.add_argument(
         "--temperature",
@@ -54,10 +50,7 @@ def run(args: argparse.Namespace) -> int:
     base = load_base(args)
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
-        asked,
-        max_new_tokens=args.max_tokens,
-        temperature=args.temperature,
-        on_text=_print_piece if streams else None,
+        asked, max_new_tokens=args.max_tokens, temperature=args.temperature, on_text=_print_piece if streams else None
     )
     if args.json:
         print_json({"prompt": asked, "answer": answer})

@@ -14,12 +14,8 @@ from veneer.cli.common import add_json, add_library, base_and_adapter, make_cons
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
-    )
-    parser.add_argument(
-        "--for", dest="consumer", required=True, choices=["vllm", "llamacpp", "transformers", "peft"]
-    )
+    parser.add_argument("adapter", metavar="A", help="name in the library, or a folder of an adapter or a run")
+    parser.add_argument("--for", dest="consumer", required=True, choices=["vllm", "llamacpp", "transformers", "peft"])
     parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
     add_library(parser)
     add_json(parser)

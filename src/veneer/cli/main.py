@@ -87,9 +87,7 @@ def _told(result: Result) -> int:
     silence(result.stream)  # or the interpreter tries once more as it ends, and says so
     if isinstance(fault, BrokenPipeError):
         return READER_GONE
-    print_error(
-        f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nSend it to another place."
-    )
+    print_error(f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nSend it to another place.")
     return DoesNotFitError.exit_code
 
 

@@ -16,15 +16,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import SEED, WEIGHT
-from veneer.cli.common import (
-    add_json,
-    add_library,
-    base_and_adapter,
-    held_as,
-    make_console,
-    print_json,
-    weighted,
-)
+from veneer.cli.common import add_json, add_library, base_and_adapter, held_as, make_console, print_json, weighted
 from veneer.quant.config import FORMATS
 from veneer.wording import number, size
 
@@ -43,41 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="B", help="hub id, folder, .gguf file or named default; default: the adapter's"
     )
     parser.add_argument(
-        "--adapter",
-        required=True,
-        nargs="+",
-        metavar="A",
-        help="names in the library, folders of adapters or of runs",
+        "--adapter", required=True, nargs="+", metavar="A", help="names in the library, folders of adapters or of runs"
     )
-    parser.add_argument(
-        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1"
-    )
+    parser.add_argument("--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them")
     parser.add_argument(
         "--stochastic", action="store_true", help="round at random, so that weights are right on average"
     )
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of --stochastic; default: 0")
     parser.add_argument(
-        "--quantize",
-        choices=FORMATS,
-        help="how the base was held in training; default: what the adapter says",
+        "--quantize", choices=FORMATS, help="how the base was held in training; default: what the adapter says"
     )
     parser.add_argument(
         "--into", choices=["original", "dequantised"], help="over a quantised base: the weights to add to"
     )
-    parser.add_argument(
-        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
-    )
+    parser.add_argument("--original", metavar="B", help="with --into original over a .gguf file: where they are")
     parser.add_argument("--data", metavar="D", help="rows to compare logits on; default: built-in texts")
-    parser.add_argument(
-        "--no-logits", action="store_true", help="skip that: for a base that does not run here"
-    )
-    parser.add_argument(
-        "--force-base", action="store_true", help="though the adapter was trained on another base"
-    )
+    parser.add_argument("--no-logits", action="store_true", help="skip that: for a base that does not run here")
+    parser.add_argument("--force-base", action="store_true", help="though the adapter was trained on another base")
     add_library(parser)
     add_json(parser)
 
@@ -89,10 +65,20 @@ def run(args: argparse.Namespace) -> int:
     adapters = weighted(args.adapter, args.weights, args.library)
     quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
     report = api.merge(
-        base, adapters, out=args.out, dtype=args.dtype, stochastic=args.stochastic, seed=args.seed, quantize=quantize,
-        keep_dense=keep_dense, into=args.into, original=args.original, data=args.data,
-        check_logits=not args.no_logits, force_base=args.force_base,
-    )  # fmt: skip
+        base,
+        adapters,
+        out=args.out,
+        dtype=args.dtype,
+        stochastic=args.stochastic,
+        seed=args.seed,
+        quantize=quantize,
+        keep_dense=keep_dense,
+        into=args.into,
+        original=args.original,
+        data=args.data,
+        check_logits=not args.no_logits,
+        force_base=args.force_base,
+    )
     if args.json:
         print_json(report.to_dict())
     else:

@@ -8,8 +8,8 @@ For instance:
   veneer plan --models llama-3.2-1b,qwen3-4b,llama-70b --gpu H100 --batch 1
   veneer plan --base smollm2-135m --data tickets.jsonl --probe
 
---base is a folder, a .gguf file, a hub id (its config alone is fetched) or a named size such as llama-70b. Exits 3 if the
-one thing asked for does not fit.
+--base is a folder, a .gguf file, a hub id (its config alone is fetched) or a named size such as llama-70b. Exits 3
+if the one thing asked for does not fit.
 """
 
 from __future__ import annotations
@@ -31,17 +31,7 @@ if TYPE_CHECKING:
     from veneer.plan.ask import Answer, Question
     from veneer.plan.table import PlanRow
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DOES_NOT_FIT = 3
 BAR = 40
 
@@ -52,47 +42,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="B", help="folder, .gguf file, hub id, or named size (llama-70b, qwen3-4b, ...)"
     )
     parser.add_argument("--models", metavar="A,B", help="several bases: a matrix of bases and methods")
-    parser.add_argument(
-        "--method", default="lora", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
-    )
-    parser.add_argument(
-        "--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice that"
-    )
+    parser.add_argument("--method", default="lora", metavar="M", help="lora, qlora, prefix, full, ...; default: lora")
+    parser.add_argument("--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice that")
     parser.add_argument("--quantize", choices=FORMATS, help="hold the base in 4 bits")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument(
-        "--batch", type=ROWS, default=8, metavar="N", help="rows per optimizer step; default: 8"
-    )
+    parser.add_argument("--batch", type=ROWS, default=8, metavar="N", help="rows per optimizer step; default: 8")
     parser.add_argument("--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: batch")
-    parser.add_argument(
-        "--length", type=LENGTH, default=2048, metavar="N", help="longest row, tokens; default: 2048"
-    )
+    parser.add_argument("--length", type=LENGTH, default=2048, metavar="N", help="longest row, tokens; default: 2048")
     parser.add_argument("--checkpointing", action="store_true", help="keep only each layer's input")
     parser.add_argument(
         "--data", metavar="D", help="rows to plan with; without it rows of --length, all tokens trained"
     )
     parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
-    parser.add_argument(
-        "--epochs", type=EPOCHS, default=3.0, metavar="E", help="passes over --data; default: 3"
-    )
+    parser.add_argument("--epochs", type=EPOCHS, default=3.0, metavar="E", help="passes over --data; default: 3")
     parser.add_argument(
         "--memory", metavar="M", help="what must suffice, for instance 24GiB; default: the machine's own"
     )
-    parser.add_argument(
-        "--gpu", metavar="NAME", help="a named GPU's published figures instead of this machine"
-    )
+    parser.add_argument("--gpu", metavar="NAME", help="a named GPU's published figures instead of this machine")
     parser.add_argument("--price", type=PRICE, metavar="P", help="price of an hour, for the cost of the run")
     parser.add_argument("--compare", action="store_true", help="all methods side by side")
     parser.add_argument(
         "--kind", choices=["style", "format", "task", "instructions", "knowledge"], help="what is learnt: gives advice"
-    )  # fmt: skip
-    parser.add_argument(
-        "--variants", type=COUNT, default=1, metavar="N", help="adapters wanted over one base"
     )
+    parser.add_argument("--variants", type=COUNT, default=1, metavar="N", help="adapters wanted over one base")
     parser.add_argument("--merge", action="store_true", help="the result is to be merged into plain weights")
-    parser.add_argument(
-        "--write", metavar="RUN.yaml", help="write the advised (or planned) run as a run file"
-    )
+    parser.add_argument("--write", metavar="RUN.yaml", help="write the advised (or planned) run as a run file")
     parser.add_argument(
         "--probe", action="store_true", help="run one real step on the longest batch of --data and compare"
     )
@@ -137,9 +111,7 @@ def parse_size(text: str) -> int:
     unit = unit if unit in UNITS else unit + "B"
     found = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
     if not BYTES.least <= found <= BYTES.most:
-        raise ConfigError(
-            f"{text!r} is no size of memory", next_step="Write for instance 24GiB, 24GB or 512MiB."
-        )
+        raise ConfigError(f"{text!r} is no size of memory", next_step="Write for instance 24GiB, 24GB or 512MiB.")
     return int(found)
 
 
@@ -155,9 +127,14 @@ def _question(args: argparse.Namespace) -> Question:
 
     method, quantize = method_named(args.method, args.rank)
     choice = Choice(
-        method=method, quantize=args.quantize or quantize, dtype=args.dtype, batch=args.batch,
-        micro_batch=args.micro_batch, length=args.length, checkpointing=args.checkpointing,
-    )  # fmt: skip
+        method=method,
+        quantize=args.quantize or quantize,
+        dtype=args.dtype,
+        batch=args.batch,
+        micro_batch=args.micro_batch,
+        length=args.length,
+        checkpointing=args.checkpointing,
+    )
     rows: list[Any] = []
     held_out: list[Any] = []
     if args.data:
@@ -166,9 +143,20 @@ def _question(args: argparse.Namespace) -> Question:
         data, _ = api.check_data(args.data, base=bases[0], length=args.length, long_rows="cut")
         rows, held_out = data.train, data.validation
     return Question(
-        bases, choice, compare=args.compare, memory=memory, gpu=args.gpu, rows=rows, held_out=held_out,
-        steps=args.steps, epochs=args.epochs, price_per_hour=args.price, kind=args.kind, variants=args.variants, merge=args.merge,
-    )  # fmt: skip
+        bases,
+        choice,
+        compare=args.compare,
+        memory=memory,
+        gpu=args.gpu,
+        rows=rows,
+        held_out=held_out,
+        steps=args.steps,
+        epochs=args.epochs,
+        price_per_hour=args.price,
+        kind=args.kind,
+        variants=args.variants,
+        merge=args.merge,
+    )
 
 
 def _show(console: Console, found: Answer, question: Question) -> None:
@@ -179,39 +167,29 @@ def _show(console: Console, found: Answer, question: Question) -> None:
 
     matrix = len(question.bases) > 1
     rows = question.rows
-    what = (
-        f"{len(rows):,} rows" if rows else f"{question.choice.batch} × {question.choice.length} tokens a step"
-    )
+    what = f"{len(rows):,} rows" if rows else f"{question.choice.batch} × {question.choice.length} tokens a step"
     memory = f" · {size(found.memory)} of memory" if found.memory else ""
     console.print(
-        Text(
-            folded(
-                f"{shown(', '.join(question.bases))} · {what} · {found.machine.name}{memory}", console.width
-            )
-        )
+        Text(folded(f"{shown(', '.join(question.bases))} · {what} · {found.machine.name}{memory}", console.width))
     )
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     names = ["method", "trained", "file", "memory", "tokens/s", "run"]
-    for name in (
-        (["base"] if matrix else []) + names + (["cost"] if question.price_per_hour else []) + ["fits"]
-    ):
-        table.add_column(
-            name, justify="left" if name in ("base", "method", "fits") else "right", no_wrap=True
-        )
+    for name in (["base"] if matrix else []) + names + (["cost"] if question.price_per_hour else []) + ["fits"]:
+        table.add_column(name, justify="left" if name in ("base", "method", "fits") else "right", no_wrap=True)
     for row in found.rows:
         cells = [
-            row.choice.label, millions(row.trainable_parameters), size(row.file_bytes), size(row.needed_bytes),
+            row.choice.label,
+            millions(row.trainable_parameters),
+            size(row.file_bytes),
+            size(row.needed_bytes),
             number(row.tokens_per_second) if row.tokens_per_second < 1000 else f"{row.tokens_per_second:,.0f}",
             "–" if row.run_seconds is None else clock(row.run_seconds),
-        ]  # fmt: skip
+        ]
         if question.price_per_hour:
             cells.append("–" if row.cost is None else f"{row.cost:,.2f}")
         mark = {None: "–", True: "yes", False: "no"}[row.fits]
         table.add_row(
-            *([shown(row.base)] if matrix else []),
-            *cells,
-            mark,
-            style=None if row.fits is not False else "dim",
+            *([shown(row.base)] if matrix else []), *cells, mark, style=None if row.fits is not False else "dim"
         )
     console.print(table)
     for row in found.rows:
@@ -223,9 +201,7 @@ def _show(console: Console, found: Answer, question: Question) -> None:
     for fault in found.faults:
         console.print(Text("  " + shown(fault), style="dim"))
     if (advice := found.advice) is not None:
-        console.print(
-            Text(f"take {advice.choice.label}, learning rate {advice.learning_rate:g}", style="bold")
-        )
+        console.print(Text(f"take {advice.choice.label}, learning rate {advice.learning_rate:g}", style="bold"))
         for reason in advice.reasons:
             console.print(Text("  " + reason), soft_wrap=False)
     for note in found.notes:
@@ -268,15 +244,20 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
     if found.advice is not None:
         choice, rate = found.advice.choice, found.advice.learning_rate
     settings: dict[str, Any] = {
-        "base": args.base, "data": args.data or "ROWS.jsonl",
+        "base": args.base,
+        "data": args.data or "ROWS.jsonl",
         "method": choice.method.model_dump(mode="json", exclude_defaults=True) | {"name": choice.method.name},
-        "batch": choice.batch, "length": choice.length,
-    }  # fmt: skip
+        "batch": choice.batch,
+        "length": choice.length,
+    }
     for name, value in (
-        ("quantize", choice.quantize), ("micro_batch", choice.micro_batch), ("learning_rate", rate),
-        ("steps", args.steps), ("checkpointing", choice.checkpointing or None),
+        ("quantize", choice.quantize),
+        ("micro_batch", choice.micro_batch),
+        ("learning_rate", rate),
+        ("steps", args.steps),
+        ("checkpointing", choice.checkpointing or None),
         ("dtype", None if choice.dtype == "auto" else choice.dtype),
-    ):  # fmt: skip
+    ):
         if value is not None:
             settings[name] = value
     settings["out"] = "runs/" + Path(args.data or "run").stem

@@ -24,19 +24,28 @@ def run_probe(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:
         config = RunConfig.model_validate(
             {
-                "base": args.base, "data": {"train": args.data, "validation_share": 0.0, "long_rows": "cut"},
-                "method": method.model_dump(), "quantize": args.quantize or quantize, "dtype": args.dtype,
-                "batch": args.batch, "micro_batch": args.micro_batch, "length": args.length, "steps": 2,
-                "checkpointing": args.checkpointing, "out": str(Path(folder) / "run"),
+                "base": args.base,
+                "data": {"train": args.data, "validation_share": 0.0, "long_rows": "cut"},
+                "method": method.model_dump(),
+                "quantize": args.quantize or quantize,
+                "dtype": args.dtype,
+                "batch": args.batch,
+                "micro_batch": args.micro_batch,
+                "length": args.length,
+                "steps": 2,
+                "checkpointing": args.checkpointing,
+                "out": str(Path(folder) / "run"),
             }
-        )  # fmt: skip
+        )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
     planned, measured = summary["planned_memory_bytes"], summary["peak_memory_bytes"]
     found: dict[str, Any] = {
-        "planned_memory_bytes": planned, "measured_memory_bytes": measured,
+        "planned_memory_bytes": planned,
+        "measured_memory_bytes": measured,
         "difference": None if not planned or not measured else (planned - measured) / measured,
-        "step_seconds": summary["seconds"], "tokens_per_second": summary["tokens_per_second"],
-    }  # fmt: skip
+        "step_seconds": summary["seconds"],
+        "tokens_per_second": summary["tokens_per_second"],
+    }
     if args.json:
         print_json(found)
         return 0
@@ -44,9 +53,7 @@ def run_probe(args: argparse.Namespace) -> int:
     console.print(f"planned   {size(planned) if planned else '–'}")
     console.print(f"measured  {size(measured)}, longest batch and two steps")
     if found["difference"] is not None:
-        console.print(
-            f"the plan is {abs(found['difference']):.1%} {'above' if found['difference'] > 0 else 'below'}"
-        )
+        console.print(f"the plan is {abs(found['difference']):.1%} {'above' if found['difference'] > 0 else 'below'}")
     if summary["tokens_per_second"]:
         console.print(f"{summary['tokens_per_second']:,.0f} tokens/s")
     return 0

@@ -28,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the code book; default: {FOUR_BITS}",
     )
     parser.add_argument(
-        "--keep-dense",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a module that stays dense; may be repeated",
+        "--keep-dense", action="append", default=[], metavar="NAME", help="a module that stays dense; may be repeated"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add_json(parser)
@@ -43,11 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.bases.weight_table import weight_table
 
     base = api.load(
-        args.base,
-        dtype=as_stored(args.dtype),
-        device="cpu",
-        quantize=args.quantize,
-        keep_dense=args.keep_dense,
+        args.base, dtype=as_stored(args.dtype), device="cpu", quantize=args.quantize, keep_dense=args.keep_dense
     )
     written = api.write_quantized(base, args.out)
     table = weight_table(base.model)
@@ -59,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
         )
     console.print(f"written: {written.path}, {written.bytes / 1e6:.1f} MB of weights")
     if not written.others_read:
-        console.print(
-            "fused experts are packed too: Veneer reads them, transformers with bitsandbytes does not"
-        )
+        console.print("fused experts are packed too: Veneer reads them, transformers with bitsandbytes does not")
     if args.json:
         groups = [asdict(group) for group in table]
         print_json({"path": str(written.path), "bytes": written.bytes, "weights": groups})

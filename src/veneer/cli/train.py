@@ -35,16 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         else:
             parser.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting")
+    parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting"
-    )
-    parser.add_argument(
-        "--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings"
-    )
-    parser.add_argument(
-        "--fit",
-        metavar="MEMORY",
-        help="change the run so that it fits, for instance 24GiB, and say what was changed",
+        "--fit", metavar="MEMORY", help="change the run so that it fits, for instance 24GiB, and say what was changed"
     )
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
     add_json(parser)
@@ -91,9 +85,7 @@ def _config(args: argparse.Namespace) -> RunConfig:
         return read_run_config(args.run, flags, args.sets)
     given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
     given += (
-        [f"--set {each}" for each in args.sets]
-        + ([args.run] if args.run else [])
-        + (["--fit"] if args.fit else [])
+        [f"--set {each}" for each in args.sets] + ([args.run] if args.run else []) + (["--fit"] if args.fit else [])
     )
     if given:
         raise ConfigError(
@@ -103,9 +95,7 @@ def _config(args: argparse.Namespace) -> RunConfig:
         )
     file = Path(args.resume) / "run.yaml"
     if not file.is_file():
-        raise ConfigError(
-            f"{args.resume} holds no run: {file} is not there", [], "Name the folder that --out named."
-        )
+        raise ConfigError(f"{args.resume} holds no run: {file} is not there", [], "Name the folder that --out named.")
     return read_run_config(file, {"out": args.resume})
 
 

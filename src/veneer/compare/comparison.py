@@ -80,8 +80,7 @@ def _candidate(worker: Worker, place: int) -> Finished:
         return Finished(candidate, tried, None, [], [])
     rate = tried[best][0]
     runs = [
-        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True)
-        for seed in range(comparison.seeds)
+        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True) for seed in range(comparison.seeds)
     ]
     whole = [run for run in runs if run.failure is None]
     evaluations = [worker.evaluate(f"{candidate.name}, seed {seed}", run) for seed, run in enumerate(whole)]

@@ -49,9 +49,7 @@ def conclude(figures: dict[str, Any]) -> list[str]:
             f"({quantity(min(abs(a), abs(b)), unit)} to {quantity(max(abs(a), abs(b)), unit)})."
         )
     if figures["full"] not in (None, figures["best"]):
-        sentences += _beside_full(
-            [m for m in methods if m["name"] != figures["full"]], figures["full"], primary, unit
-        )
+        sentences += _beside_full([m for m in methods if m["name"] != figures["full"]], figures["full"], primary, unit)
     sentences += _at_an_end(methods)
     sentences += _constraints(methods, equal)
     sentences += _forgetting(methods)
@@ -77,12 +75,12 @@ def _at_an_end(methods: Sequence[Method]) -> list[str]:
         there = [
             m
             for m in methods
-            if len(m["search"]) > 1
-            and m["learning_rate"] == end(each["learning_rate"] for each in m["search"])
+            if len(m["search"]) > 1 and m["learning_rate"] == end(each["learning_rate"] for each in m["search"])
         ]
         if there:
             sentences.append(
-                f"{_names(there)} did best at the {word} learning rate that was tried: one beyond it may be better still; "
+                f"{_names(there)} did best at the {word} learning rate that was tried: one beyond it may be "
+                f"better still; "
                 "a larger --extend looks for it."
             )
     return sentences
@@ -96,9 +94,7 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
     if folding:
         cheapest = min(folding, key=lambda m: m["adapter_bytes"])
         kept = f"; {_joined(fixed)} cannot be merged" if fixed else ""
-        sentences.append(
-            f"If one merged model is wanted, take {cheapest['name']}, {_as(cheapest, equal)}{kept}."
-        )
+        sentences.append(f"If one merged model is wanted, take {cheapest['name']}, {_as(cheapest, equal)}{kept}.")
     else:
         sentences.append(
             f"If one merged model is wanted, none of the best will do: {_joined(fixed)} cannot be merged. "
@@ -116,17 +112,13 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
         sentences.append(f"{start}, take {least['name']}: {told(least)}, {among}{beside}.")
         least_of_all = min(methods, key=lambda m: m[field])
         if least_of_all[field] < 0.95 * least[field]:
-            sentences[-1] += (
-                f" {least_of_all['name']} would need {told(least_of_all)}, at the price of quality."
-            )
+            sentences[-1] += f" {least_of_all['name']} would need {told(least_of_all)}, at the price of quality."
     return sentences
 
 
 def _as(method: Method, equal: Sequence[Method]) -> str:
     return (
-        "the best"
-        if len(equal) == 1
-        else f"with the smallest file of the good ones ({size(method['adapter_bytes'])})"
+        "the best" if len(equal) == 1 else f"with the smallest file of the good ones ({size(method['adapter_bytes'])})"
     )
 
 
@@ -196,12 +188,16 @@ def facts(method: Method, figures: dict[str, Any]) -> list[str]:
     low, high = quality["interval"]
     forgot = method.get("forgetting")
     return [
-        method["name"], quantity(quality["value"], unit), f"{quantity(low, unit)} to {quantity(high, unit)}",
-        f"{method['learning_rate']:g}", millions(method["trainable_parameters"]), size(method["peak_memory_bytes"]),
-        clock(method["seconds"]), size(method["adapter_bytes"]), f"{forgot['value']:+.2f}" if forgot else "–",
-    ]  # fmt: skip
+        method["name"],
+        quantity(quality["value"], unit),
+        f"{quantity(low, unit)} to {quantity(high, unit)}",
+        f"{method['learning_rate']:g}",
+        millions(method["trainable_parameters"]),
+        size(method["peak_memory_bytes"]),
+        clock(method["seconds"]),
+        size(method["adapter_bytes"]),
+        f"{forgot['value']:+.2f}" if forgot else "–",
+    ]
 
 
-HEAD = (
-    "method", "quality", "95% interval", "learning rate", "trained", "peak memory", "time", "file", "forgot",
-)  # fmt: skip
+HEAD = ("method", "quality", "95% interval", "learning rate", "trained", "peak memory", "time", "file", "forgot")

@@ -119,10 +119,21 @@ class Worker:
         config = self.comparison.candidates[0].config if done is None else done.config
         c = self.comparison
         wanted = [
-            "--data", str(c.test), "--format", config.data.format, "--train-on", config.data.train_on,
-            "--length", str(config.length), "--dtype", config.dtype, "--device", config.device,
-            "--max-tokens", str(c.max_new_tokens),
-        ]  # fmt: skip
+            "--data",
+            str(c.test),
+            "--format",
+            config.data.format,
+            "--train-on",
+            config.data.train_on,
+            "--length",
+            str(config.length),
+            "--dtype",
+            config.dtype,
+            "--device",
+            config.device,
+            "--max-tokens",
+            str(c.max_new_tokens),
+        ]
         for metric in c.metrics:
             wanted += ["--metric", metric]
         if c.labels is not None:
@@ -142,14 +153,7 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         kept.unlink(missing_ok=True)  # before its predictions give way to others
         self.ran.append(kept)
-        arguments = [
-            "evaluate",
-            *which,
-            *wanted,
-            "--predictions",
-            str(folder / "predictions.jsonl"),
-            "--json",
-        ]
+        arguments = ["evaluate", *which, *wanted, "--predictions", str(folder / "predictions.jsonl"), "--json"]
         code, out, talk = self._command(arguments, lambda: f"{name}: evaluating")
         if code:
             raise _failed(f"the evaluation of {name}", code, talk, f"veneer {' '.join(arguments)}")
@@ -198,9 +202,14 @@ class Worker:
         """
         child = subprocess.Popen(
             [*module_command("veneer.cli.main"), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
-            env=environment_for(os.environ), start_new_session=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=environment_for(os.environ),
+            start_new_session=True,
+        )
         try:
             while True:
                 try:
@@ -238,7 +247,9 @@ def _with_loss(what: str, done: Done) -> Done:
 
 def _told(done: Done) -> str:
     s = done.summary
-    return f"held-out loss {s['validation_loss']:.4f}, {s['total_seconds']:.0f} s, {s['peak_memory_bytes'] / 1e9:.2f} GB"
+    return (
+        f"held-out loss {s['validation_loss']:.4f}, {s['total_seconds']:.0f} s, {s['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def _step(folder: Path) -> str:
@@ -248,9 +259,7 @@ def _step(folder: Path) -> str:
 
 
 def _failed(what: str, code: int, talk: str, command: str) -> VeneerError:
-    error = VeneerError(
-        f"{what} failed (exit code {code})", talk.strip().splitlines()[-12:], f"Alone: {command}"
-    )
+    error = VeneerError(f"{what} failed (exit code {code})", talk.strip().splitlines()[-12:], f"Alone: {command}")
     error.exit_code = code if code > 0 else 1
     return error
 

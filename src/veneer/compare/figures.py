@@ -16,12 +16,7 @@ import numpy as np
 from veneer.compare.execute import Done
 from veneer.compare.plan import Candidate, Comparison
 from veneer.data.examples import Row
-from veneer.evaluate.bootstrap import (
-    Counts,
-    OfTotals,
-    interval,
-    paired_difference,
-)
+from veneer.evaluate.bootstrap import Counts, OfTotals, interval, paired_difference
 from veneer.evaluate.metric import ratio
 from veneer.evaluate.predictions import Line, counts_of, loss_counts, read_predictions
 from veneer.train.records import read_records
@@ -54,10 +49,7 @@ def make_figures(
     measures: dict[str, OfTotals] = {metric.name: metric.of_totals for metric in comparison.found}
     measures["loss"] = ratio
     whole = [f for f in finished if f.best is not None]
-    lines = {
-        f.candidate.name: [read_predictions(run.folder / "predictions.jsonl") for run in f.runs]
-        for f in whole
-    }
+    lines = {f.candidate.name: [read_predictions(run.folder / "predictions.jsonl") for run in f.runs] for f in whole}
     counts = {name: _counts(comparison, seeds) for name, seeds in lines.items()}
     primary = comparison.found[0].name if comparison.found else "loss"
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
@@ -73,16 +65,21 @@ def make_figures(
     base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
     base_counts = _counts(comparison, [base_lines])
     return {
-        "format_version": FORMAT_VERSION, "base": comparison.base,
+        "format_version": FORMAT_VERSION,
+        "base": comparison.base,
         "data": {name: _path(getattr(comparison, name), comparison.out) for name in ("train", "validation", "test")},
-        "test_rows": len(rows), "seeds": comparison.seeds,
+        "test_rows": len(rows),
+        "seeds": comparison.seeds,
         "budget": {"steps": comparison.steps, "seconds": comparison.seconds},
-        "primary": primary, "units": units, "best": best, "full": full,
+        "primary": primary,
+        "units": units,
+        "best": best,
+        "full": full,
         "untuned": {name: _figure(base_counts[name], of) for name, of in measures.items()},
         "untuned_general": base.get("general", {}).get("loss"),
         "methods": methods,
         "disagreements": _disagreements(comparison, lines, rows, primary),
-    }  # fmt: skip
+    }
 
 
 def _counts(comparison: Comparison, seeds: Sequence[Sequence[Line]]) -> dict[str, Counts]:
@@ -94,14 +91,13 @@ def _counts(comparison: Comparison, seeds: Sequence[Sequence[Line]]) -> dict[str
 
 def _figure(counts: Counts, of_totals: OfTotals) -> Figures:
     return {
-        "value": of_totals(counts.sum(axis=(0, 1))), "interval": list(interval(counts, of_totals)),
+        "value": of_totals(counts.sum(axis=(0, 1))),
+        "interval": list(interval(counts, of_totals)),
         "seeds": [of_totals(seed.sum(axis=0)) for seed in counts],
-    }  # fmt: skip
+    }
 
 
-def _differences(
-    ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, OfTotals]
-) -> Figures:
+def _differences(ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, OfTotals]) -> Figures:
     found = {}
     for name, of_totals in measures.items():
         difference, low, high = paired_difference(ours[name], theirs[name], of_totals)
@@ -110,33 +106,49 @@ def _differences(
 
 
 def _method(
-    f: Finished, base: Mapping[str, Any], counts: Mapping[str, Counts] | None, measures: Mapping[str, OfTotals], out: Path
-) -> Figures:  # fmt: skip
+    f: Finished,
+    base: Mapping[str, Any],
+    counts: Mapping[str, Counts] | None,
+    measures: Mapping[str, OfTotals],
+    out: Path,
+) -> Figures:
     config = f.candidate.config
     method: Figures = {
-        "name": f.candidate.name, "settings": config.method.model_dump(mode="json"), "quantize": config.quantize,
-        "folds": config.method.folds, "instead_of_folding": config.method.instead_of_folding,
+        "name": f.candidate.name,
+        "settings": config.method.model_dump(mode="json"),
+        "quantize": config.quantize,
+        "folds": config.method.folds,
+        "instead_of_folding": config.method.instead_of_folding,
         "search": [{"learning_rate": rate, "loss": d.loss, "failure": d.failure} for rate, d in f.search],
-        "failure": None, "quality": {},
-    }  # fmt: skip
+        "failure": None,
+        "quality": {},
+    }
     if f.best is None or counts is None:
         return {**method, "failure": ", ".join(sorted({d.failure or "no loss" for _, d in f.search}))}
     summary = f.runs[0].summary
     return {
         **method,
-        "learning_rate": f.search[f.best][0], "steps": summary["steps"],
+        "learning_rate": f.search[f.best][0],
+        "steps": summary["steps"],
         "quality": {name: _figure(counts[name], of_totals) for name, of_totals in measures.items()},
         **{
             name: summary[name]
             for name in (
-                "trainable_parameters", "total_parameters", "peak_memory_bytes", "idle_memory_bytes", "adapter_bytes",
-                "seconds", "total_seconds", "examples_per_second", "tokens_per_second",
+                "trainable_parameters",
+                "total_parameters",
+                "peak_memory_bytes",
+                "idle_memory_bytes",
+                "adapter_bytes",
+                "seconds",
+                "total_seconds",
+                "examples_per_second",
+                "tokens_per_second",
             )
         },
         "forgetting": _forgetting([e["general"] for e in f.evaluations if "general" in e], base.get("general")),
         "curve": _curve(f.runs[0].folder),
         "runs": [_path(run.folder, out) for run in f.runs],
-    }  # fmt: skip
+    }
 
 
 def _path(path: Path, out: Path) -> str:
@@ -159,9 +171,7 @@ def _forgetting(after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | 
 
 
 def _curve(folder: Path) -> list[list[float | None]]:
-    return [
-        [r["step"], r["loss"]] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "evaluation"
-    ]
+    return [[r["step"], r["loss"]] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "evaluation"]
 
 
 def better(primary: str, a: float, b: float) -> bool:
@@ -181,8 +191,7 @@ def _best(methods: Sequence[Figures], primary: str) -> str | None:
     found: Figures | None = None
     for method in methods:
         if method["quality"] and (
-            found is None
-            or better(primary, method["quality"][primary]["value"], found["quality"][primary]["value"])
+            found is None or better(primary, method["quality"][primary]["value"], found["quality"][primary]["value"])
         ):
             found = method
     return None if found is None else str(found["name"])
@@ -206,7 +215,9 @@ def _disagreements(
     order = sorted(range(len(rows)), key=lambda n: apart[n], reverse=True)[:DISAGREEMENTS]
     return [
         {
-            "row": f"{_path(comparison.test, comparison.out)}:{rows[n].ref.line}", "prompt": _question(rows[n]), "expected": _expected(rows[n]),
+            "row": f"{_path(comparison.test, comparison.out)}:{rows[n].ref.line}",
+            "prompt": _question(rows[n]),
+            "expected": _expected(rows[n]),
             "answers": {
                 name: {
                     "text": side[n].get(field),
@@ -217,7 +228,7 @@ def _disagreements(
         }
         for n in order
         if apart[n] > (0.0, 0.0)
-    ]  # fmt: skip
+    ]
 
 
 def _question(row: Row) -> str:

@@ -38,7 +38,8 @@ def _method_style() -> str:
         " margin-bottom: 20px; font-size: 14px; color: var(--soft); } .plots { display: grid;"
         " grid-template-columns: 1fr 1fr; gap: 32px; } .scroll { overflow-x: auto; } .wide-table td, .wide-table th"
         " { white-space: nowrap; width: auto; padding-right: 16px; } .wide-table td:first-child { width: auto;"
-        " color: var(--ink); font-weight: 600; } .wide-table td:nth-child(3) { color: var(--ink); } .words p { margin: 0 0 10px; max-width: 68ch; } main { max-width: 1000px; }"
+        " color: var(--ink); font-weight: 600; } .wide-table td:nth-child(3) { color: var(--ink); } .words p { "
+        "margin: 0 0 10px; max-width: 68ch; } main { max-width: 1000px; }"
         " @media (max-width: 640px) { .plots { grid-template-columns: 1fr; } }"
     )
 
@@ -54,9 +55,7 @@ def make_page(figures: dict[str, Any]) -> str:
         _section(_upper(f"{measure(figures['primary'])} against cost"), _scatters(figures, good)),
         _section("Every measure", _measures(figures, good)),
         _section("Learning curves", _curves(good)),
-        _section(
-            "Files", _bars([(p, m["name"], m["adapter_bytes"], size(m["adapter_bytes"])) for p, m in good])
-        ),
+        _section("Files", _bars([(p, m["name"], m["adapter_bytes"], size(m["adapter_bytes"])) for p, m in good])),
         _section("Forgetting", _forgetting(figures, good)),
         _section("Where they disagree", _disagreements(figures)),
         _section("Learning rates tried", _search(methods)),
@@ -126,11 +125,17 @@ def _scatters(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
             low, high = quality["interval"]
             tip = f"{quantity(quality['value'], unit)}, {told(m[field])}"
             marks.append(
-                Mark(m["name"], factor * m[field], scale * quality["value"], scale * low, scale * high, _colour(place), tip)
-            )  # fmt: skip
-        charts.append(
-            scatter_chart(marks, title=title, x_label=x_label, y_label=f"{measure(primary)}, {beside}")
-        )
+                Mark(
+                    m["name"],
+                    factor * m[field],
+                    scale * quality["value"],
+                    scale * low,
+                    scale * high,
+                    _colour(place),
+                    tip,
+                )
+            )
+        charts.append(scatter_chart(marks, title=title, x_label=x_label, y_label=f"{measure(primary)}, {beside}"))
     return f"{_keys(good)}<div class=plots>{''.join(charts)}</div>"
 
 
@@ -139,9 +144,7 @@ def _measures(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
         return ""
     units = figures["units"]
     head = ("", *(measure(name) for name in units))
-    rows = [
-        ["base, untrained", *(_with_interval(figures["untuned"][name], unit) for name, unit in units.items())]
-    ]
+    rows = [["base, untrained", *(_with_interval(figures["untuned"][name], unit) for name, unit in units.items())]]
     for _, m in good:
         rows.append([m["name"], *(_with_interval(m["quality"][name], unit) for name, unit in units.items())])
     return _table(head, rows, "wide-table")
@@ -193,9 +196,7 @@ def _disagreements(figures: dict[str, Any]) -> str:
             f"<p>{escape(text) if text else '<i>empty</i>' if text is not None else ''}</p></div>"
             for name, text, value in cells
         )
-        cards.append(
-            f"<article><h3>{escape(each['prompt'])}</h3><div class=answers>{columns}</div></article>"
-        )
+        cards.append(f"<article><h3>{escape(each['prompt'])}</h3><div class=answers>{columns}</div></article>")
     return "".join(cards)
 
 

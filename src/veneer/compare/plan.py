@@ -68,17 +68,18 @@ class Comparison:
 
     def __post_init__(self) -> None:
         faults = number_faults(
-            steps=(COUNT, self.steps), seconds=(SECONDS, self.seconds), seeds=(SEEDS, self.seeds),
-            extend=(EXTENSIONS, self.extend), max_new_tokens=(NEW_TOKENS, self.max_new_tokens),
-        )  # fmt: skip
+            steps=(COUNT, self.steps),
+            seconds=(SECONDS, self.seconds),
+            seeds=(SEEDS, self.seeds),
+            extend=(EXTENSIONS, self.extend),
+            max_new_tokens=(NEW_TOKENS, self.max_new_tokens),
+        )
         faults += [fault for factor in self.factors for fault in number_faults(factor=(RATIO, factor))]
         if len({c.name for c in self.candidates}) < max(2, len(self.candidates)):
             names = ", ".join(c.name for c in self.candidates) or "none"
             faults.append(f"at least two different candidates are compared; here: {names}")
         if bases := {c.config.base for c in self.candidates} - {self.base}:
-            faults.append(
-                f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))} are given"
-            )
+            faults.append(f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))} are given")
         if (self.steps is None) == (self.seconds is None):
             faults.append("the budget is either steps or seconds: give one")
         if not self.factors:
@@ -143,9 +144,7 @@ def prepare_rows(data: str, validation: str | None, test: str | None, format: La
     return Files(paths["train"], paths["validation"], paths["test"], "auto")
 
 
-def _divided(
-    data: str, given: Mapping[str, str | None], format: Layout
-) -> tuple[list[Row], list[Row], list[Row]]:
+def _divided(data: str, given: Mapping[str, str | None], format: Layout) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows for training, validation and test; none where a file is given."""
     rows = read_rows(data, format)
     tested: list[Row] = []
@@ -163,9 +162,7 @@ def _record(row: Row) -> dict[str, Any]:
     if row.text is not None:
         return {"text": row.text}
     record: dict[str, Any] = {"messages": row.messages}
-    if (
-        row.format == "prompt_completion"
-    ):  # which a base without a chat template can take, and messages it cannot
+    if row.format == "prompt_completion":  # which a base without a chat template can take, and messages it cannot
         learnt = (n for n, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0)
         answer = next(learnt, len(row.messages) - 1)
         record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}

@@ -78,9 +78,7 @@ def packed_rows(examples: Sequence[Example], *, share_prompt: bool) -> int:
     return round_up(prompt + sum(used_length(e) - prompt for e in examples))
 
 
-def make_batch(
-    examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
-) -> Batch:
+def make_batch(examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device) -> Batch:
     """One group. Every example holds at least one trained token (load_data sees to it)."""
     return make_groups([examples], packed=packed, share_prompt=share_prompt, device=device)
 
@@ -115,9 +113,7 @@ def make_groups(
     parts = laid.columns()
     parts.append(np.asarray([] if packed else [used_length(e) for e in examples], dtype=np.int64))
     moved = torch.from_numpy(np.concatenate(parts)).to(device)
-    flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split(
-        [len(part) for part in parts]
-    )
+    flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split([len(part) for part in parts])
     shape = (1, -1) if packed else (len(examples), longest)
     mask = None if packed else (torch.arange(longest, device=device)[None] < real[:, None]).long()
     return Batch(
@@ -149,9 +145,7 @@ class _Rows:
         """Rows of one document from position `start` on; None: filler, all at 0."""
         size = len(ids)
         self.ids.append(ids)
-        self.positions.append(
-            np.zeros(size, dtype=np.int64) if start is None else np.arange(start, start + size)
-        )
+        self.positions.append(np.zeros(size, dtype=np.int64) if start is None else np.arange(start, start + size))
         self.keys.append(np.full(size, key))
         self.count += size
 
@@ -173,12 +167,7 @@ def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:
 
 
 def plan_epoch(
-    lengths: Sequence[int],
-    *,
-    batch: int,
-    seed: int,
-    epoch: int,
-    order: Literal["bucketed", "shuffled", "file"],
+    lengths: Sequence[int], *, batch: int, seed: int, epoch: int, order: Literal["bucketed", "shuffled", "file"]
 ) -> list[list[int]]:
     """Row numbers of every batch of one epoch. A last batch that is not full is kept."""
     rows = np.arange(len(lengths))

@@ -161,9 +161,7 @@ def parse_calls(questions: bytes, answers: bytes) -> list[Call]:
 
 def _fields(schema: dict[str, Any]) -> tuple[Parameter, ...]:
     required = schema.get("required", [])
-    return tuple(
-        _parameter(name, field, name in required) for name, field in schema.get("properties", {}).items()
-    )
+    return tuple(_parameter(name, field, name in required) for name, field in schema.get("properties", {}).items())
 
 
 def _parameter(name: str, schema: dict[str, Any], required: bool) -> Parameter:
@@ -324,9 +322,7 @@ def _arguments_accepted(call: Call, arguments: dict[str, Any]) -> bool:
         return False
     if any(name not in arguments and _OMITTED not in values for name, values in call.accepted.items()):
         return False
-    return all(
-        _value_accepted(declared[name], value, call.accepted[name]) for name, value in arguments.items()
-    )
+    return all(_value_accepted(declared[name], value, call.accepted[name]) for name, value in arguments.items())
 
 
 def _value_accepted(parameter: Parameter, value: Any, accepted: list[Any]) -> bool:

@@ -36,7 +36,8 @@ class CheckReport:
     fully_masked        rows without a trained token, held-out rows included
     answers             trained spans; answers_stopped of them end in one of the stop tokens, the rest were cut or
                         the template writes none
-    control_rows        rows, held-out ones included, whose text holds the name of a control token (it is learnt as text)
+    control_rows        rows, held-out ones included, whose text holds the name of a control token (it is learnt as
+                        text)
     leaked              held-out rows whose prompt is also trained on
     problems            grouped; the run refuses to start if one is fatal
     """
@@ -212,8 +213,7 @@ def _row_problems(
     masked: Sequence[Example], train: Sequence[Example], control: Sequence[Row], leaked: Sequence[Row]
 ) -> list[Problem]:
     problems = [
-        Problem("D205", example.ref.file, "nothing in the row is trained on", (example.ref.line,))
-        for example in masked
+        Problem("D205", example.ref.file, "nothing in the row is trained on", (example.ref.line,)) for example in masked
     ]
     message = "text holds the name of a control token: it is learnt as text, not as the token"
     plain = "plain text holds control tokens: they are learnt as such"
@@ -229,13 +229,7 @@ def _row_problems(
             )
         seen.add(example.key)
     problems += [
-        Problem(
-            "D210",
-            row.ref.file,
-            "held out, but its prompt is trained on too (leak)",
-            (row.ref.line,),
-            fatal=False,
-        )
+        Problem("D210", row.ref.file, "held out, but its prompt is trained on too (leak)", (row.ref.line,), fatal=False)
         for row in leaked
     ]
     return problems

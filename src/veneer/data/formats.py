@@ -9,7 +9,8 @@
 A string prompt becomes a user message and its completion the assistant's, so that the base's chat template is
 used; on a base without a template the two are simply joined (template.py). `tools` is read in every layout, and
 `system` (a string) in every one that lacks a system message. An assistant message with `"weight": 0` is shown to
-the model but not learnt. `references`, a list of strings, holds further right answers for evaluations. Columns that no layout reads are ignored, except beside `text`: see `detect`.
+the model but not learnt. `references`, a list of strings, holds further right answers for evaluations. Columns
+that no layout reads are ignored, except beside `text`: see `detect`.
 
 Knows nothing of files or tokens.
 """
@@ -51,18 +52,7 @@ _METADATA = frozenset(
     language lang language_score token_count num_tokens tokens score license split dataset subset""".split()  # noqa: SIM905
 )
 _PROMPT_LIKE = ("question", "query", "input", "instruction", "context", "sentence", "source", "user", "text")
-_ANSWER_LIKE = (
-    "answer",
-    "response",
-    "output",
-    "target",
-    "label",
-    "category",
-    "intent",
-    "class",
-    "summary",
-    "ref",
-)
+_ANSWER_LIKE = ("answer", "response", "output", "target", "label", "category", "intent", "class", "summary", "ref")
 _SHOWN = 40  # characters of a value in a message
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
@@ -82,9 +72,7 @@ def detect(columns: frozenset[str]) -> Format:
         return fitting[0]
     if fitting:
         raise RowFault(
-            "D107",
-            f"columns {shown} fit {' and '.join(fitting)}",
-            "Say which layout is meant: format: " + fitting[0],
+            "D107", f"columns {shown} fit {' and '.join(fitting)}", "Say which layout is meant: format: " + fitting[0]
         )
     if "text" in columns:
         others = sorted(columns - _METADATA - {"text"})
@@ -95,9 +83,7 @@ def detect(columns: frozenset[str]) -> Format:
             f"columns {shown}: plain text would leave out {', '.join(others)}",
             f"{_rename(columns)}, or learn the text alone with format: text",
         )
-    raise RowFault(
-        "D107", f"columns {shown} are no layout that is read", f"{_rename(columns)}. Layouts: {LAYOUTS}"
-    )
+    raise RowFault("D107", f"columns {shown} are no layout that is read", f"{_rename(columns)}. Layouts: {LAYOUTS}")
 
 
 def _rename(columns: frozenset[str]) -> str:
@@ -107,9 +93,7 @@ def _rename(columns: frozenset[str]) -> str:
     if answer is not None and prompt is None and len(columns) == 2:
         (prompt,) = columns - {answer}
     pairs = [(prompt, "prompt"), (answer, "completion")]
-    steps = [
-        f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'" for old, new in pairs if old
-    ]
+    steps = [f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'" for old, new in pairs if old]
     if len(steps) < 2:
         return "Name the column with the question 'prompt' and the one with the answer 'completion'"
     renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
@@ -121,8 +105,7 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     missing = [name for name in NEEDS[format] if record.get(name) is None]
     if missing:
         raise RowFault(
-            "D107",
-            f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is missing or null",
+            "D107", f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is missing or null"
         )
     for name in _MEDIA:
         if record.get(name):
@@ -179,8 +162,7 @@ def _string(value: Any, name: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise RowFault(
-                "D102",
-                f"'{name}' holds half a character (U+{ord(value[error.start]):04X}): cut off in an escape",
+                "D102", f"'{name}' holds half a character (U+{ord(value[error.start]):04X}): cut off in an escape"
             ) from None
     return value
 
@@ -213,9 +195,7 @@ def _text(value: Any, name: str) -> str:
     """A string that says something."""
     if not _string(value, name).strip():
         learnt = name in ("completion", "output", "text")
-        raise RowFault(
-            "D101" if learnt else "D115", f"'{name}' is empty" + (": nothing to learn" if learnt else "")
-        )
+        raise RowFault("D101" if learnt else "D115", f"'{name}' is empty" + (": nothing to learn" if learnt else ""))
     return str(value)
 
 
@@ -267,8 +247,7 @@ def _content(value: Any, number: int) -> str:
     for part in value:
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise RowFault(
-                "D114",
-                f"message {number} has a part of type {_brief(part['type'])}: Veneer trains on text only",
+                "D114", f"message {number} has a part of type {_brief(part['type'])}: Veneer trains on text only"
             )
         text = part.get("text") if isinstance(part, dict) else part
         parts.append(_string(text, f"part of message {number}"))
@@ -296,9 +275,7 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
             )
         function = {**function, "arguments": arguments}
         calls.append(
-            {**call, "function": function}
-            if "function" in call
-            else {"type": "function", "function": function}
+            {**call, "function": function} if "function" in call else {"type": "function", "function": function}
         )
     return calls
 
@@ -358,6 +335,5 @@ def mixed_layouts(rows: Iterable[Row]) -> list[Problem]:
         return []
     step = "Put each layout into a file of its own."
     return [
-        Problem("D108", file, f"{len(found):,} rows are {name}", tuple(found), step)
-        for name, found in lines.items()
+        Problem("D108", file, f"{len(found):,} rows are {name}", tuple(found), step) for name, found in lines.items()
     ]

@@ -1,4 +1,5 @@
-"""JSON in rows, whole files and texts inside rows, read strictly: no key twice, no NaN, no infinity, bounded nesting."""
+"""JSON in rows, whole files and texts inside rows, read strictly: no key twice, no NaN, no infinity, bounded
+nesting."""
 
 from __future__ import annotations
 
@@ -32,9 +33,7 @@ class JSONText:
             value, end = self._decoder.raw_decode(self.text, at)
         except json.JSONDecodeError as error:
             message = f"is not JSON: {error.msg} at column {error.colno}"
-            raise RowFault(
-                "D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")
-            ) from None
+            raise RowFault("D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")) from None
         except RecursionError:
             raise RowFault("D103", TOO_DEEP) from None
         except ValueError as error:  # a number of thousands of digits

@@ -144,12 +144,7 @@ def _scan(file: str, format: str, findings: Findings) -> list[Row]:
 
 
 def _encode(
-    rows: Sequence[Row],
-    template: ChatTemplate,
-    train_on: TrainOn,
-    length: int,
-    long_rows: LongRows,
-    findings: Findings,
+    rows: Sequence[Row], template: ChatTemplate, train_on: TrainOn, length: int, long_rows: LongRows, findings: Findings
 ) -> _Kept:
     kept = _Kept()
     for row, found in zip(rows, template.encode_rows(rows, train_on=train_on), strict=True):

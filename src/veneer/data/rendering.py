@@ -1,9 +1,9 @@
 """Chat templates rendered in a process that can be killed: the one place that renders what a stranger wrote.
 
 One process serves every template of this one, started at the first rendering (a tenth of a second). What it does not
-survive (2 s of processor time, see template_worker.py) is refused from then on without being tried again; where the system
-has no such timer, 10 s on the clock end it. Many conversations go to it at once, so it renders while this process
-does other things.
+survive (2 s of processor time, see template_worker.py) is refused from then on without being tried again; where
+the system has no such timer, 10 s on the clock end it. Many conversations go to it at once, so it renders while
+this process does other things.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ class Template:
     """One template's text, special tokens and date; raises nothing until something is rendered."""
 
     def __init__(self, source: str, special_tokens: dict[str, Any], today: date) -> None:
-        self.definition = {
-            "source": source,
-            "special_tokens": special_tokens,
-            "today": today.isoformat(),
-        }
+        self.definition = {"source": source, "special_tokens": special_tokens, "today": today.isoformat()}
         self.number = _worker().number(self.definition)
 
 
@@ -148,9 +144,7 @@ class Worker:
                 self._ask(requests[len(found) :], found)
         return found
 
-    def _ask(
-        self, requests: Sequence[tuple[int, bytes]], found: list[dict[str, Any] | TemplateFault]
-    ) -> None:
+    def _ask(self, requests: Sequence[tuple[int, bytes]], found: list[dict[str, Any] | TemplateFault]) -> None:
         """Appends answers to `found` until all are there or the process is gone: then the one it died of is refused."""
         if requests[0][0] in self._refused:
             found.append(_stopped())

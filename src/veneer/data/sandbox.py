@@ -44,9 +44,7 @@ def compile_template(source: str, special_tokens: dict[str, Any], today: date) -
     except (TemplateError, RecursionError) as error:
         raise TemplateFault(f"the chat template does not compile: {error}") from None
 
-    def render(
-        messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
-    ) -> str:
+    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> str:
         try:
             return template.render(
                 messages=messages,
@@ -66,9 +64,7 @@ def prepared(message: dict[str, Any]) -> dict[str, Any]:
     """As templates want it: without nulls and our own `weight`; reasoning under each name that they look for."""
     message = {key: value for key, value in message.items() if value is not None and key != "weight"}
     reasoning = next((message[name] for name in _REASONING if name in message), None)
-    return (
-        message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-    )
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _environment(today: date) -> ImmutableSandboxedEnvironment:
@@ -108,9 +104,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML, which no model was trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Dict:

@@ -69,9 +69,7 @@ def _records(path: Path, file: str) -> Records:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         kind = f"extension '{path.suffix}'" if path.suffix else "no extension"
-        yield Problem(
-            "D100", file, f"{kind}: the kind of file is told by it", next_step=f"Kinds of file: {READ}."
-        )
+        yield Problem("D100", file, f"{kind}: the kind of file is told by it", next_step=f"Kinds of file: {READ}.")
         return
     try:
         with path.open("rb") as opened:
@@ -81,9 +79,7 @@ def _records(path: Path, file: str) -> Records:
             return
         yield from reader(path, file)
     except FileNotFoundError:
-        step = f"The folder {path.parent} " + (
-            "exists." if path.parent.is_dir() else "does not exist either."
-        )
+        step = f"The folder {path.parent} " + ("exists." if path.parent.is_dir() else "does not exist either.")
         yield Problem("D100", file, "there is no such file", next_step=step)
     except OSError as error:
         yield Problem("D100", file, f"the file cannot be opened: {error.strerror or error}")
@@ -163,9 +159,7 @@ def _json(path: Path, file: str) -> Records:
                 yield Problem("D105", file, f"is {_kind(value)}, not an object", (number,))
             at = json_text.skip(at)
             if json_text.after(at) not in (",", "]"):
-                raise RowFault(
-                    "D103", "is not followed by a comma or the end of the list: the file may be cut off"
-                )
+                raise RowFault("D103", "is not followed by a comma or the end of the list: the file may be cut off")
             if json_text.after(at) == ",":
                 at = json_text.skip(at + 1)
     except RowFault as fault:
@@ -194,9 +188,7 @@ def _find_data(json_text: JSONText, at: int) -> int:
     if json_text.after(at) == "}" and json_text.after(json_text.skip(at + 1)) == "{":
         raise RowFault("D105", "holds one object after the other", "That is JSON Lines: rename it to .jsonl.")
     shown = ", ".join(keys[:10]) or "none"
-    raise RowFault(
-        "D105", f'is one object without a list under "data" (keys: {shown})', f"Kinds of file: {READ}."
-    )
+    raise RowFault("D105", f'is one object without a list under "data" (keys: {shown})', f"Kinds of file: {READ}.")
 
 
 def _csv(path: Path, file: str) -> Records:

@@ -83,9 +83,7 @@ class ChatTemplate:
                 f"the tokenizer's chat template is no text ({', '.join(kinds)})",
                 next_step="Mend chat_template in tokenizer_config.json, or take it from where the base was made.",
             )
-        self.source: str = (
-            json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
-        )
+        self.source: str = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
         """The template's text; empty if the tokenizer has none."""
         self._tokens = TextTokens(tokenizer)
         self._templates: dict[str, Template] = {}
@@ -177,9 +175,7 @@ class ChatTemplate:
         except (Unfit, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _planned(
-        self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn
-    ) -> _Plan | Unfit:
+    def _planned(self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn) -> _Plan | Unfit:
         try:
             if isinstance(chat, Unfit):
                 return chat
@@ -219,10 +215,7 @@ class ChatTemplate:
     def _alone(self, messages: Messages, tools: Tools) -> str:
         """The text of a single user message, which is all that can be asked without a template."""
         if len(messages) != 1 or messages[0]["role"] != "user" or tools:
-            raise Unfit(
-                "D201",
-                "a conversation of several messages needs a chat template, and this tokenizer has none",
-            )
+            raise Unfit("D201", "a conversation of several messages needs a chat template, and this tokenizer has none")
         return str(messages[0]["content"])
 
     def _plan_chat(self, row: Row, chat: Conversation, control: int, train_on: TrainOn) -> _Plan:
@@ -247,9 +240,7 @@ class ChatTemplate:
             turn = self._turn(chat, number, text, must=learnt)
             if turn is None or (borders and turn[0] < borders[-1]):
                 if learnt:
-                    raise Unfit(
-                        "D202", f"message {number + 1} overlaps the answer before it as rendered", _USE_LAST
-                    )
+                    raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered", _USE_LAST)
                 continue
             if number > 0:
                 roles.append((messages[number - 1]["role"], turn[0]))

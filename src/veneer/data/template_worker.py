@@ -1,17 +1,18 @@
-"""The process that renders chat templates: started by rendering.py, spoken to by lines of JSON, ended by closing its input.
+"""The process that renders chat templates: started by rendering.py, spoken to by lines of JSON, ended by closing
+its input.
 
 A template is a stranger's program, and no sandbox bounds what one expression costs: `'a' * 10**9` is a single step. So
 the system bounds it. Before each template a timer is set that ends the process after SECONDS of its own processor
-time, whatever runs then; memory ends at MEMORY_BYTES, as a MemoryError that a rendering can report (Linux; elsewhere the
-time limit and that of the output hold). It writes no files and reads none.
+time, whatever runs then; memory ends at MEMORY_BYTES, as a MemoryError that a rendering can report (Linux;
+elsewhere the time limit and that of the output hold). It writes no files and reads none.
 
     <- {"template": 7, "source": ..., "special_tokens": {...}, "today": "2026-01-31"}    keeps it, answers nothing
     <- {"template": 7, "messages": [...], "tools": [...] or null, "cuts": [[2, true], [3, false]]}
     -> {"texts": [[0, "..."], [117, "..."], null], "faults": [null, null, "why"]}
 
-Each cut is so many messages, with the generation prompt or not. Its text is as many characters of the answer's first text
-and what follows them: beginnings of one conversation are mostly beginnings of its text, and whoever asked holds them for
-a thousand rows at once. So what comes back is bounded by what was asked.
+Each cut is so many messages, with the generation prompt or not. Its text is as many characters of the answer's
+first text and what follows them: beginnings of one conversation are mostly beginnings of its text, and whoever
+asked holds them for a thousand rows at once. So what comes back is bounded by what was asked.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def _shared(a: str, b: str) -> int:
 
 
 def encoded(value: dict[str, Any]) -> bytes:
-    """One line. Lone surrogates stand for control tokens' names (tokens.py): escaped, two neighbours would become one."""
+    """One line. Lone surrogates stand for control tokens' names (tokens.py): escaped, two neighbours would become
+    one."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
@@ -114,11 +116,7 @@ def _limit_process() -> None:
         import resource
     except ImportError:  # Windows
         return
-    for kind, limit in (
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         with suppress(ValueError, OSError):  # macOS knows no limit of the address space
             resource.setrlimit(kind, (limit, limit))
 

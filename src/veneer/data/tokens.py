@@ -18,9 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LAST_SENTINEL = (
-    0x10FFFD  # the end of Unicode's private plane 16, which nobody uses; one character per control token
-)
+LAST_SENTINEL = 0x10FFFD  # the end of Unicode's private plane 16, which nobody uses; one character per control token
 
 
 class TokenFault(Exception):
@@ -110,9 +108,7 @@ class TextTokens:
         Raises TokenFault if the text already holds private characters that could be taken for sentinels.
         """
         if match := self._any_sentinel.search(text):
-            raise TokenFault(
-                f"it holds the private character U+{ord(match[0]):X}, which means nothing: remove it"
-            )
+            raise TokenFault(f"it holds the private character U+{ord(match[0]):X}, which means nothing: remove it")
         found = names.find(text)
         if not found:
             return text, 0
@@ -143,9 +139,7 @@ class TextTokens:
                     at[place] = end
             if all(border in at for border in cut.borders):
                 results[number] = Tokens(ids, at)
-        return [
-            self._piecewise(cut) if done is None else done for cut, done in zip(cuts, results, strict=True)
-        ]
+        return [self._piecewise(cut) if done is None else done for cut, done in zip(cuts, results, strict=True)]
 
     def _places(self, ids: list[int], cut: Cut) -> dict[int, tuple[int, str]]:
         """For each place in the text: (ids before the last anchor, the text from that anchor to the place).
@@ -235,17 +229,12 @@ class TextTokens:
         for lead in [*names, "\n", ""]:
             count = len(self.ids([lead])[0]) if lead else 0
             probes = ("a", " a", "\n", ".")
-            if all(
-                self.decode(start + self.ids([lead + probe])[0][count:]) == "b" + probe for probe in probes
-            ):
+            if all(self.decode(start + self.ids([lead + probe])[0][count:]) == "b" + probe for probe in probes):
                 return lead, count
         return "", 0
 
 
 def _difference(expected: str, got: str) -> str:
     """Where two texts part, with a little of both."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
-        min(len(expected), len(got)),
-    )
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
     return f"{expected[max(0, at - 20) : at + 20]!r} comes back as {got[max(0, at - 20) : at + 20]!r}"

@@ -46,9 +46,7 @@ def check_text(text: str) -> None:
     if not is_text(text):
         raise TemplateFault("the chat template writes half a character")
     if "\\udbff" in text.lower():
-        raise TokenFault(
-            "the chat template escapes characters, which breaks control tokens' names in it: remove them"
-        )
+        raise TokenFault("the chat template escapes characters, which breaks control tokens' names in it: remove them")
 
 
 def parting(first: str, a: str, second: str, b: str) -> str:

@@ -16,9 +16,7 @@ class AdapterPlaces:
     """For one round of letting sequences in, the first first. most: adapters, by their content, at once."""
 
     def __init__(self, running: Iterable[Sequence], most: int, max_overtaken: int) -> None:
-        self._left: dict[
-            str, int
-        ] = {}  # of each running adapter, the most tokens that one of its sequences has left
+        self._left: dict[str, int] = {}  # of each running adapter, the most tokens that one of its sequences has left
         self._most, self._max_overtaken = most, max_overtaken
         self._passed: list[Sequence] = []
         self._leaving: set[str] | None = None

@@ -100,9 +100,7 @@ class BlockManager:
     ConfigError: numbers out of bounds. DoesNotFitError: not one block fits into the budget.
     """
 
-    def __init__(
-        self, *, base: str, budget_bytes: int, bytes_per_token: int, tokens_per_block: int = 16
-    ) -> None:
+    def __init__(self, *, base: str, budget_bytes: int, bytes_per_token: int, tokens_per_block: int = 16) -> None:
         check_numbers(
             budget_bytes=(BYTES, budget_bytes),
             bytes_per_token=(BYTES, bytes_per_token),
@@ -113,14 +111,11 @@ class BlockManager:
         self.num_blocks = budget_bytes // self.block_bytes
         if not self.num_blocks:
             raise DoesNotFitError(
-                f"a block of {tokens_per_block} tokens takes {self.block_bytes:,} bytes, "
-                f"{budget_bytes:,} are given",
+                f"a block of {tokens_per_block} tokens takes {self.block_bytes:,} bytes, {budget_bytes:,} are given",
                 next_step="Give keys and values more bytes.",
             )
         self._free = list(reversed(range(self.num_blocks)))
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # named, held by nobody; the least recently used first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # named, held by nobody; the least recently used first
         self._references = [0] * self.num_blocks
         self._found: dict[bytes, int] = {}
         self._names: dict[int, tuple[bytes, Identity]] = {}
@@ -237,9 +232,7 @@ class BlockManager:
         assert full <= table.full, "only what is computed is shared"
         if rest and not self.available:
             return None
-        other = Table(
-            table.chain.copy(), table.blocks[:full], table.front, table.front_places, table.cached, full
-        )
+        other = Table(table.chain.copy(), table.blocks[:full], table.front, table.front_places, table.cached, full)
         for block in (*other.blocks, *other.front):
             self._hold(block)
         if rest:
@@ -309,9 +302,7 @@ class BlockManager:
                     assert known == table.chain.names[place], "a block under another text's name"
                 else:
                     sources = sum(copy.source == block for copy in self._copies.values())
-                    assert held[block] == 1 + sources and block not in self._names, (
-                        "a partial block is shared"
-                    )
+                    assert held[block] == 1 + sources and block not in self._names, "a partial block is shared"
         assert not self._copies.keys() & {copy.source for copy in self._copies.values()}
 
     def _hold(self, block: int) -> None:

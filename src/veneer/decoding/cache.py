@@ -9,7 +9,8 @@ copies nothing else. Rows that are finished are dropped, new ones joined. A step
 this memory, so that the shared start is read once matters more than any arithmetic.
 Knows nothing of models: layers are numbered in the order in which they call.
 
-Shapes: B rows, T places, M prefix tokens (in each layer its own, or none), P shared tokens, K key/value heads, H query heads, G = H / K, D head size, N packed rows.
+Shapes: B rows, T places, M prefix tokens (in each layer its own, or none), P shared tokens, K key/value heads, H
+query heads, G = H / K, D head size, N packed rows.
 """
 
 from __future__ import annotations
@@ -120,9 +121,17 @@ class CachedStep:
         self.rows = torch.arange(self.cache.rows, device=self.places.device)
 
     def attend(
-        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
-        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BHD: Tensor,
+        key_BKD: Tensor,
+        value_BKD: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Write the token's key and value, and attend to all of its row: (B, H, D). The prefix is in the cache."""
         held = self.cache.layers[self.calls]
         self.calls += 1
@@ -171,15 +180,25 @@ class CachedSteps:
     steps: Sequence[CachedStep]
 
     def attend(
-        self, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
-        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BHD: Tensor,
+        key_BKD: Tensor,
+        value_BKD: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         counts = [step.cache.rows for step in self.steps]
         rows = zip(*(x.split(counts) for x in (query_BHD, key_BKD, value_BKD)), strict=True)
-        return torch.cat([
-            step.attend(q, k, v, prefix, scale=scale, window=window, softcap=softcap, sinks=sinks)
-            for step, (q, k, v) in zip(self.steps, rows, strict=True)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                step.attend(q, k, v, prefix, scale=scale, window=window, softcap=softcap, sinks=sinks)
+                for step, (q, k, v) in zip(self.steps, rows, strict=True)
+            ]
+        )
 
 
 def _all_rows(left_BKGX: Tensor, right_KXY: Tensor) -> Tensor:

@@ -39,9 +39,14 @@ Choose = Callable[[Tensor, Sequence[int]], list[int]]
 
 @torch.no_grad()
 def decode_rereading(
-    model: PreTrainedModel, prompt: Sequence[int], *, stops: set[int], max_new_tokens: int, choose: Callable[[Tensor], int],
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    stops: set[int],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], int],
     on_token: Callable[[int], None] | None = None,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """New ids for one prompt, the stop token left out; the whole text is read for every token, as in training.
 
     choose: from the logits (1, V) of the next token. on_token: called with each new id, the stop token included.
@@ -180,9 +185,7 @@ class Prompts:
         return self.shared + sum(len(prompt) - self.shared for prompt in self.ids)
 
 
-def prefill(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], shared: int = 0
-) -> tuple[Cache, Tensor]:
+def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]], shared: int = 0) -> tuple[Cache, Tensor]:
     """Read prompts that all begin with the same `shared` tokens: their cache, and the logits (B, V) that follow."""
     (cache,), logits = prefill_groups(model, [Prompts(prompts, shared)])
     return cache, logits
@@ -234,13 +237,17 @@ def step_groups(model: PreTrainedModel, caches: Sequence[Cache], tokens: Sequenc
 
 def _logits(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Laid, *, logits_to_keep: Tensor | int
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(1, N) ids -> (kept, V)."""
     call: Any = model
     out = call(
-        input_ids=ids, position_ids=positions, attention_mask=unused_mask(ids.device), use_cache=False,
-        veneer_layout=layout, logits_to_keep=logits_to_keep,
-    )  # fmt: skip
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=unused_mask(ids.device),
+        use_cache=False,
+        veneer_layout=layout,
+        logits_to_keep=logits_to_keep,
+    )
     return out.logits[0]
 
 
@@ -248,7 +255,8 @@ def _logits(
 def continued(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]], shared: int
 ) -> Tensor:
-    """Prompts that begin with the same `shared` tokens, continued by as many given tokens each: (1 + given, B, V) logits."""
+    """Prompts that begin with the same `shared` tokens, continued by as many given tokens each: (1 + given, B, V)
+    logits."""
     cache, logits = prefill(model, prompts, shared)
     found = [logits]
     for tokens in zip(*given, strict=True):

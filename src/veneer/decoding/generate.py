@@ -1,8 +1,9 @@
 """Answers: token ids in, token ids out, many rows at once with a cache.
 
 Says what stops an answer, how tokens are drawn, and which loop decodes: our own (decoding/decode.py) where it is
-proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one; where even
-that is not what the model gives on whole texts, the whole text is read for every token. Prompts whose answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
+proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one;
+where even that is not what the model gives on whole texts, the whole text is read for every token. Prompts whose
+answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
 transformers' loop one by one. Knows nothing of chats or templates.
 """
 
@@ -68,9 +69,14 @@ def generate(
     ]
     draw = _Draw(temperature, top_p, seed) if temperature > _COLDEST and top_p > 0 else None
     asked = _Asked(
-        base, prompts, limits, list(stop_token_ids(base.tokenizer, base.model.generation_config)), draw,
-        on_token if len(prompts) == 1 else None, on_done,
-    )  # fmt: skip
+        base,
+        prompts,
+        limits,
+        list(stop_token_ids(base.tokenizer, base.model.generation_config)),
+        draw,
+        on_token if len(prompts) == 1 else None,
+        on_done,
+    )
     packed = _decodes_packed(base)
     if not packed and loops(base.model).cached is not None:
         _by_rereading(asked)
@@ -142,9 +148,13 @@ def _by_our_loop(asked: _Asked, numbers: Sequence[int]) -> None:
             asked.finished(1)
 
     new = decode(
-        asked.base.model, [asked.prompts[i] for i in numbers], stops=set(asked.stops), max_new_tokens=limits,
-        choose=greedy if asked.draw is None else _sampler(numbers, asked.draw), on_token=token,
-    )  # fmt: skip
+        asked.base.model,
+        [asked.prompts[i] for i in numbers],
+        stops=set(asked.stops),
+        max_new_tokens=limits,
+        choose=greedy if asked.draw is None else _sampler(numbers, asked.draw),
+        on_token=token,
+    )
     for number, answer in zip(numbers, new, strict=True):
         asked.answers[number] = answer
 
@@ -153,9 +163,13 @@ def _by_rereading(asked: _Asked) -> None:
     for number, prompt in enumerate(asked.prompts):
         choose = greedy if asked.draw is None else _sampler([number], asked.draw)
         asked.answers[number] = decode_rereading(
-            asked.base.model, prompt, stops=set(asked.stops), max_new_tokens=asked.limits[number],
-            choose=lambda logits, choose=choose: choose(logits, [0])[0], on_token=asked.on_token,  # type: ignore[misc]
-        )  # fmt: skip
+            asked.base.model,
+            prompt,
+            stops=set(asked.stops),
+            max_new_tokens=asked.limits[number],
+            choose=lambda logits, choose=choose: choose(logits, [0])[0],  # type: ignore[misc]
+            on_token=asked.on_token,
+        )
         asked.finished(1)
 
 
@@ -217,9 +231,13 @@ def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
             if draw is not None and len(rows) == 1:
                 torch.manual_seed(draw.of_row(rows[0]))
             settings = GenerationConfig(
-                max_new_tokens=asked.limits[rows[0]], do_sample=bool(sampling), eos_token_id=asked.stops or None,
-                pad_token_id=pad, use_cache=True, **sampling,
-            )  # fmt: skip
+                max_new_tokens=asked.limits[rows[0]],
+                do_sample=bool(sampling),
+                eos_token_id=asked.stops or None,
+                pad_token_id=pad,
+                use_cache=True,
+                **sampling,
+            )
             longest = max(len(asked.prompts[i]) for i in rows)
             ids = torch.full((len(rows), longest), pad)
             mask = torch.zeros((len(rows), longest), dtype=torch.long)

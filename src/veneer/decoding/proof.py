@@ -70,9 +70,7 @@ def _decoding(model: PreTrainedModel) -> str | None:
         model.set_attn_implementation(NAME)
         forget_lengths(model)
         steps = continued(model, [t[:-new] for t in texts], [t[-new:] for t in texts], SHARED)
-        expected = torch.stack(
-            [torch.stack([w[len(w) - new - 1 + at] for w in whole]) for at in range(new + 1)]
-        )
+        expected = torch.stack([torch.stack([w[len(w) - new - 1 + at] for w in whole]) for at in range(new + 1)])
         return apart(steps, expected)
 
     before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
@@ -113,9 +111,16 @@ def _answered(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
     ids = torch.tensor([[*[0] * (longest - len(t)), *t] for t in texts])
     mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts])
     settings = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True,
-        suppress_tokens=[0, 1, 2, 3], output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
+        suppress_tokens=[0, 1, 2, 3],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     run: Any = model.generate
     return run(ids, attention_mask=mask, generation_config=settings)
 
@@ -132,9 +137,7 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
         return reason
     ids = some_ids(model, 14, 2).tolist()
     texts = [ids[:9], ids[:3] + ids[9:]]  # 9 and 8 tokens, the first 3 shared, the last 2 decoded
-    whole = [
-        model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts
-    ]
+    whole = [model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts]
     expected = torch.stack([torch.stack([own[len(own) - 3 + at] for own in whole]) for at in range(3)])
     try:
         found = continued(model, [t[:-2] for t in texts], [t[-2:] for t in texts], 3)

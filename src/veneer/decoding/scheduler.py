@@ -76,9 +76,7 @@ class Scheduler:
         self.blocks, self.limits, self._ready = blocks, limits, ready
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._others: dict[
-            int, list[Sequence]
-        ] = {}  # first choice -> those that wait for it to read the prompt
+        self._others: dict[int, list[Sequence]] = {}  # first choice -> those that wait for it to read the prompt
         self._cancelled: list[Sequence] = []  # during the step that is under way
         self._ended: list[Sequence] = []  # and not yet told
         self._plan: Plan | None = None
@@ -123,9 +121,7 @@ class Scheduler:
             raise QueueFullError(waiting, self.limits.max_waiting)
         made = []
         for choice in range(request.choices):
-            made.append(
-                Sequence(self._count, request, choice, self.blocks.chain(request.adapter, request.salt))
-            )
+            made.append(Sequence(self._count, request, choice, self.blocks.chain(request.adapter, request.salt)))
             self._count += 1
         self._wait(made[0], made[1:])
         return tuple(made)
@@ -323,9 +319,7 @@ class Scheduler:
 
         One more for every running sequence stays free, so that none has to go back at once.
         """
-        table = self.blocks.open(
-            sequence.chain, sequence.length, front_places=front_places, spare=len(self._running)
-        )
+        table = self.blocks.open(sequence.chain, sequence.length, front_places=front_places, spare=len(self._running))
         if table is None:
             return False
         self._waiting.remove(sequence)

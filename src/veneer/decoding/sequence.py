@@ -13,17 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from veneer.bounds import (
-    CHOICES,
-    NEW_TOKENS,
-    PRIORITY,
-    SEED,
-    TIME,
-    TOKEN,
-    WAITS,
-    WEIGHT,
-    number_faults,
-)
+from veneer.bounds import CHOICES, NEW_TOKENS, PRIORITY, SEED, TIME, TOKEN, WAITS, WEIGHT, number_faults
 from veneer.decoding.blocks import Chain, Identity, Table
 from veneer.errors import ConfigError, VeneerError
 
@@ -89,13 +79,9 @@ class Request:
             if wrong := [i for i in ids if type(i) is not int or not TOKEN.least <= i <= TOKEN.most]:
                 faults.append(f"{name} has {str(wrong[0])[:40]!r}: an id is {TOKEN.said}")
         contents = [own for own, _ in self.adapter]
-        faults += [
-            f"adapter {own[:12]} acts twice" for own in sorted(set(contents)) if contents.count(own) > 1
-        ]
+        faults += [f"adapter {own[:12]} acts twice" for own in sorted(set(contents)) if contents.count(own) > 1]
         if not faults and self.min_new_tokens > self.max_new_tokens:
-            faults.append(
-                f"min_new_tokens {self.min_new_tokens:,} is above max_new_tokens {self.max_new_tokens:,}"
-            )
+            faults.append(f"min_new_tokens {self.min_new_tokens:,} is above max_new_tokens {self.max_new_tokens:,}")
         if faults:
             raise ConfigError("this cannot be asked", faults)
 

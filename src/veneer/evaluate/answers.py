@@ -26,11 +26,7 @@ class Answer:
 
 
 def evaluate_answers(
-    base: FrozenBase,
-    rows: Sequence[Row],
-    *,
-    max_new_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    base: FrozenBase, rows: Sequence[Row], *, max_new_tokens: int, progress: Callable[[int, int], None] | None = None
 ) -> list[Answer]:
     """The model's answer to every row's prompt (all but its last turn), greedy, in the rows' order.
 

@@ -30,9 +30,7 @@ OfTotals = Callable[[Counts], float]
 """A figure from the sums of counts (K)."""
 
 
-def interval(
-    counts: Counts, of_totals: OfTotals, *, seed: int = SEED, level: float = LEVEL
-) -> tuple[float, float]:
+def interval(counts: Counts, of_totals: OfTotals, *, seed: int = SEED, level: float = LEVEL) -> tuple[float, float]:
     """(low, high) of the figure over resampled rows. counts (N, K), N at least 1; or (S, N, K), runs that differ in
     their seed, on the same rows: then over resampled seeds too.
 

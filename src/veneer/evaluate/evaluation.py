@@ -18,14 +18,7 @@ from veneer.evaluate.bootstrap import Counts, interval
 from veneer.evaluate.general import by_document, general_documents, general_examples, general_result
 from veneer.evaluate.labels import Nats, checked_labels, labels_of, likeliest_labels
 from veneer.evaluate.metric import Metric, ratio
-from veneer.evaluate.predictions import (
-    Line,
-    counts_of,
-    differences,
-    matched,
-    read_predictions,
-    write_predictions,
-)
+from veneer.evaluate.predictions import Line, counts_of, differences, matched, read_predictions, write_predictions
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -131,24 +124,36 @@ def _labels(choices: Choices, rows: Sequence[Row], references: list[list[str]]) 
 
 
 def _answer(
-    base: FrozenBase, rows: Sequence[Row], references: list[list[str]], labels: list[str], choices: Choices, nats: Nats,
-    lines: list[Line], report: Progress,
-) -> None:  # fmt: skip
+    base: FrozenBase,
+    rows: Sequence[Row],
+    references: list[list[str]],
+    labels: list[str],
+    choices: Choices,
+    nats: Nats,
+    lines: list[Line],
+    report: Progress,
+) -> None:
     """Adds to each line what the metrics need: references, the label chosen, the answer written."""
     for line, right in zip(lines, references or [[]] * len(lines), strict=True):
         line["references"] = right
     if labels:
         chosen = likeliest_labels(
-            base.tokenizer, rows, labels, nats=nats, length_normalised=choices.length_normalised,
+            base.tokenizer,
+            rows,
+            labels,
+            nats=nats,
+            length_normalised=choices.length_normalised,
             progress=lambda done, total: report("labels", done, total),
-        )  # fmt: skip
+        )
         for line, label in zip(lines, chosen, strict=True):
             line["label"] = label
     if any(metric.needs == "answers" for metric in choices.metrics):
         answers = evaluate_answers(
-            base, rows, max_new_tokens=choices.max_new_tokens,
+            base,
+            rows,
+            max_new_tokens=choices.max_new_tokens,
             progress=lambda done, total: report("answers", done, total),
-        )  # fmt: skip
+        )
         for line, answer in zip(lines, answers, strict=True):
             line["answer"] = answer.answer
 
@@ -156,9 +161,13 @@ def _answer(
 def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
     loss = ratio(losses.sum(axis=0))
     result: dict[str, Any] = {
-        "rows": len(losses), "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(losses[:, 1].sum()),
-        "intervals": {"loss": list(interval(losses, ratio))}, "units": {},
-    }  # fmt: skip
+        "rows": len(losses),
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": int(losses[:, 1].sum()),
+        "intervals": {"loss": list(interval(losses, ratio))},
+        "units": {},
+    }
     for metric in metrics:
         counts = counts_of(lines, metric)
         result[metric.name] = metric.of_totals(counts.sum(axis=0))
@@ -169,9 +178,7 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
     return result
 
 
-def _general(
-    base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
-) -> dict[str, Any]:
+def _general(base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats) -> dict[str, Any]:
     """With an adapter at work, also the base without it."""
     after = by_document(nats(examples), owners)
     before = None

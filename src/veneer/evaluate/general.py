@@ -23,7 +23,8 @@ BUILT_IN = "built-in"
 DIVIDER = "---"
 """A line that holds this alone divides documents."""
 WINDOW = 512
-"""Tokens of a document that are seen together; longer documents are cut, without overlap. Fewer where the model ends before."""
+"""Tokens of a document that are seen together; longer documents are cut, without overlap. Fewer where the model
+ends before."""
 
 
 def general_documents(source: str) -> list[str]:

@@ -59,8 +59,7 @@ def field_counts(expected: str, answer: str) -> FieldCounts:
     except ValueError:
         answered_fields = {}
     matched = sum(
-        path in answered_fields and _same(value, answered_fields[path])
-        for path, value in expected_fields.items()
+        path in answered_fields and _same(value, answered_fields[path]) for path, value in expected_fields.items()
     )
     return FieldCounts(matched, len(expected_fields), len(answered_fields))
 

@@ -98,8 +98,7 @@ def likeliest_labels(
 def label_examples(template: ChatTemplate, row: Row, labels: Sequence[str]) -> list[Example]:
     """The row once for each label as its answer, trained on that alone."""
     variants = [
-        replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": label}])
-        for label in labels
+        replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": label}]) for label in labels
     ]
     encoded = template.encode_rows(variants, train_on="last")
     if problems := [each for each in encoded if isinstance(each, Problem)]:

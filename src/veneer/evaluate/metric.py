@@ -56,6 +56,4 @@ def mean_of(
     needs: Literal["answers", "label"] = "answers",
 ) -> Metric:
     """A metric that is the mean of a value of each row."""
-    return Metric(
-        name, lambda answer, references: (float(judge(answer, references)), 1.0), ratio, unit, needs
-    )
+    return Metric(name, lambda answer, references: (float(judge(answer, references)), 1.0), ratio, unit, needs)

@@ -58,9 +58,7 @@ def read_predictions(path: Path) -> list[Line]:
             bad.append(f"line {number}")
     if bad or not lines:
         raise DataError(
-            f"{path} holds no predictions",
-            bad[:NAMED_ROWS],
-            "Make it with veneer evaluate --predictions FILE.",
+            f"{path} holds no predictions", bad[:NAMED_ROWS], "Make it with veneer evaluate --predictions FILE."
         )
     return lines
 
@@ -127,15 +125,11 @@ def differences(ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[
 
     The lines are of the same rows in the same order (`matched`); every resample takes the same rows of both.
     """
-    sides: dict[str, tuple[Counts, Counts, OfTotals]] = {
-        "loss": (loss_counts(ours), loss_counts(theirs), ratio)
-    }
+    sides: dict[str, tuple[Counts, Counts, OfTotals]] = {"loss": (loss_counts(ours), loss_counts(theirs), ratio)}
     for metric in metrics:
         sides[metric.name] = (counts_of(ours, metric), counts_of(theirs, metric), metric.of_totals)
     result = {}
     for name, (a, b, of_totals) in sides.items():
         difference, low, high = paired_difference(a, b, of_totals)
-        result[name] = {
-            "other": of_totals(b.sum(axis=0)), "difference": difference, "interval": [low, high],
-        }  # fmt: skip
+        result[name] = {"other": of_totals(b.sum(axis=0)), "difference": difference, "interval": [low, high]}
     return result

@@ -21,15 +21,9 @@ METRICS: dict[str, Metric] = {
 
 def find_metrics(asked: Sequence[str | UserFunction]) -> list[Metric]:
     """A metric for each name, `regex:PATTERN` or function. Raises ConfigError with every unknown name."""
-    unknown = [
-        name
-        for name in asked
-        if isinstance(name, str) and name not in METRICS and not name.startswith(PREFIX)
-    ]
+    unknown = [name for name in asked if isinstance(name, str) and name not in METRICS and not name.startswith(PREFIX)]
     if unknown:
-        near = [
-            f"{name}: did you mean {n[0]}?" for name in unknown if (n := get_close_matches(name, METRICS, 1))
-        ]
+        near = [f"{name}: did you mean {n[0]}?" for name in unknown if (n := get_close_matches(name, METRICS, 1))]
         raise ConfigError(
             f"unknown metrics: {', '.join(unknown)}",
             near,

@@ -28,9 +28,7 @@ def f_measure(shared: int, given: int, expected: int) -> float:
 
 def rouge_n(answer: str, reference: str, n: int) -> float:
     """F-measure of word n-grams, each counted as often as both texts have it."""
-    ours, theirs = (
-        Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in (words(answer), words(reference))
-    )
+    ours, theirs = (Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in (words(answer), words(reference)))
     return f_measure((ours & theirs).total(), ours.total(), theirs.total())
 
 

@@ -23,9 +23,7 @@ def function_from_file(named: str) -> UserFunction:
     file, _, name = named.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ConfigError(
-            f"{path} is not there", next_step="Name a Python file and a function: FILE.py:FUNCTION"
-        )
+        raise ConfigError(f"{path} is not there", next_step="Name a Python file and a function: FILE.py:FUNCTION")
     spec = spec_from_file_location("veneer_user_metric", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = module_from_spec(spec)
@@ -35,9 +33,7 @@ def function_from_file(named: str) -> UserFunction:
         raise ConfigError(f"{path} cannot be run: {type(fault).__name__}: {fault}") from fault
     found: Any = getattr(module, name, None)
     if not callable(found):
-        functions = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigError(
             f"{path} has no function {name!r}", next_step=f"It has: {', '.join(functions) or 'no function'}."
         )

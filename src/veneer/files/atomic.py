@@ -1,9 +1,9 @@
 """Folders and files that appear whole or not at all, and a manifest that proves they still are.
 
-A folder is written beside its place under the name of an unfinished one (files/partial.py), every file is synced to disk,
-then one rename makes it visible and the parent folder is synced. What is not renamed was never there. Where a folder
-is replaced, the old one is moved aside first and deleted last; if the process dies between, the next write to the
-same place puts it back. What appears has the rights that the umask gives, whoever wrote its files.
+A folder is written beside its place under the name of an unfinished one (files/partial.py), every file is synced
+to disk, then one rename makes it visible and the parent folder is synced. What is not renamed was never there.
+Where a folder is replaced, the old one is moved aside first and deleted last; if the process dies between, the
+next write to the same place puts it back. What appears has the rights that the umask gives, whoever wrote its files.
 
 Not known here: what the folders hold (adapters, checkpoints, models).
 """
@@ -27,9 +27,7 @@ MANIFEST = "MANIFEST.json"
 
 
 @contextmanager
-def atomic_folder(
-    path: str | Path, *, replace: bool = False, needed_bytes: int | None = None
-) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
     """Yields an empty folder to write into; on success it stands at `path`, on any failure nothing does.
 
     replace       a folder that stands at `path` gives way, but only once the new one is complete
@@ -93,8 +91,7 @@ def write_manifest(folder: str | Path) -> None:
     """Writes MANIFEST.json: size and SHA-256 of every file in the folder. Call it when all are written."""
     folder = Path(folder)
     files = {
-        name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for name, path in sorted(_files(folder).items())
+        name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for name, path in sorted(_files(folder).items())
     }
     text = json.dumps({"format_version": 1, "files": files}, indent=2, sort_keys=True) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -143,9 +140,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _refuse_existing(path: Path, *, unless: bool) -> None:
     if _stands(path) and not unless:
-        raise ConfigError(
-            f"{path} exists and is not overwritten", [], "Give another place, or remove it first."
-        )
+        raise ConfigError(f"{path} exists and is not overwritten", [], "Give another place, or remove it first.")
 
 
 def _stands(path: Path) -> bool:

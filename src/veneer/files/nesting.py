@@ -1,7 +1,9 @@
-"""How deep JSON and YAML may be nested that anyone may have written, one limit for rows, configs and adapters; what is text.
+"""How deep JSON and YAML may be nested that anyone may have written, one limit for rows, configs and adapters;
+what is text.
 
 What reads such values recurses (json, pydantic, jinja's filters, our own walks), and Python ends a recursion at about
-a thousand calls, wherever it then is. So the depth is bounded where a value comes in; what is found here does not recurse.
+a thousand calls, wherever it then is. So the depth is bounded where a value comes in; what is found here does not
+recurse.
 """
 
 import re

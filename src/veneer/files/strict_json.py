@@ -1,4 +1,5 @@
-"""Reads JSON and YAML that anyone may have written: strictly, within limits, no torch loaded; writes what can be read so.
+"""Reads JSON and YAML that anyone may have written: strictly, within limits, no torch loaded; writes what can be
+read so.
 
 Not known here: what the object should hold.
 """
@@ -23,9 +24,7 @@ _SHOWN = 60  # characters of a text in a message
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
 DOWNLOAD_AGAIN = "Download the model again."
-FOREIGN = (
-    "An adapter file holds a few thousand named matrices of floats and nothing else: do not use this one."
-)
+FOREIGN = "An adapter file holds a few thousand named matrices of floats and nothing else: do not use this one."
 
 
 def field_faults(fault: ValidationError) -> list[str]:

@@ -73,9 +73,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], byt
     (header_bytes,) = struct.unpack("<Q", prefix)
     if header_bytes > MAX_HEADER_BYTES:
         raise UnsafeFileError(
-            f"{path} announces a header of {header_bytes:,} bytes; the limit is {MAX_HEADER_BYTES:,}",
-            [],
-            FOREIGN,
+            f"{path} announces a header of {header_bytes:,} bytes; the limit is {MAX_HEADER_BYTES:,}", [], FOREIGN
         )
     text = file.read(header_bytes)
     if len(text) < header_bytes or not text.startswith(b"{"):
@@ -85,9 +83,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], byt
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptFileError(f"{path}: __metadata__ is not a table of strings", [], RESTORE)
     if len(entries) > MAX_TENSORS:
-        raise UnsafeFileError(
-            f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], FOREIGN
-        )
+        raise UnsafeFileError(f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], FOREIGN)
     return _checked_layout(path, entries, file_bytes - 8 - header_bytes), prefix + text
 
 
@@ -159,8 +155,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
     digest = hashlib.sha256(head)
     digest.update(raw)
     tensors = {
-        name: _aligned(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape)
-        for name, info in infos.items()
+        name: _aligned(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape) for name, info in infos.items()
     }
     if not _all_finite(data, infos):
         faults = [

@@ -19,10 +19,7 @@ from pathlib import Path
 from veneer.errors import DoesNotFitError, InputError, VeneerError
 
 _IN_TEXT = re.compile(r"\(os error (\d+)\)")
-_NO_ROOM = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your quota on this disk is used up",
-}
+_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota on this disk is used up"}
 _TOO_LARGE = "takes no file that large"
 _NETWORK = {
     getattr(errno, name)
@@ -63,11 +60,7 @@ def system_errno(fault: BaseException) -> int | None:
 
 
 def refusal(
-    fault: BaseException,
-    path: str | Path | None = None,
-    *,
-    needed_bytes: int | None = None,
-    next_step: str = "",
+    fault: BaseException, path: str | Path | None = None, *, needed_bytes: int | None = None, next_step: str = ""
 ) -> VeneerError | None:
     """What to raise instead of `fault`; None if the system said nothing about a file.
 
@@ -92,8 +85,7 @@ def refusal(
         return DoesNotFitError(
             f"{subject} was not written: its file system, or a limit of yours, {_TOO_LARGE}",
             [],
-            next_step
-            or f"Give a place on another disk (FAT takes 4 GB a file; your limit: ulimit -f); {_KEPT}",
+            next_step or f"Give a place on another disk (FAT takes 4 GB a file; your limit: ulimit -f); {_KEPT}",
         )
     said = os.strerror(number)
     if path is None:  # read or written: it is not known here

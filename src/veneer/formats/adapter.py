@@ -26,14 +26,7 @@ from veneer.files.hashes import file_hash
 from veneer.files.strict_json import field_faults, read_json
 from veneer.files.strict_tensors import read_tensor_file
 from veneer.formats.layout import FileSettings, Layout
-from veneer.formats.manifest import (
-    MANIFEST_NAME,
-    BaseIdentity,
-    Manifest,
-    content_hash,
-    content_hash_of,
-    read_manifest,
-)
+from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash, content_hash_of, read_manifest
 from veneer.formats.peft_config import CONFIG_NAME, config_text
 from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
@@ -106,9 +99,7 @@ def manifest_for(
     return Manifest(
         veneer_version=version("veneer"),
         method=method,
-        base=BaseIdentity(
-            name=base.name_or_path, revision=base.revision, fingerprint=base.fingerprint().to_dict()
-        ),
+        base=BaseIdentity(name=base.name_or_path, revision=base.revision, fingerprint=base.fingerprint().to_dict()),
         tokenizer_hash=base.tokenizer_hash(),
         template_hash=template_hash,
         data_fingerprint=data_fingerprint,
@@ -192,9 +183,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             twice.append(f"{name} and another name mean the same tensor")
         tensors[bare] = tensor
     if twice:
-        raise CorruptFileError(
-            f"{folder / WEIGHTS_NAME} is ambiguous", twice, "Save the adapter with PEFT again."
-        )
+        raise CorruptFileError(f"{folder / WEIGHTS_NAME} is ambiguous", twice, "Save the adapter with PEFT again.")
     if repaired:
         notes.append(f"{repaired} tensor names held an adapter's name, which was left out")
     manifest, found = None, content_hash_of(digest, stored)
@@ -238,12 +227,7 @@ def _require_files(folder: Path) -> None:
 
 
 def load_adapter(
-    base: FrozenBase,
-    source: str | Path | StoredAdapter,
-    *,
-    name: str,
-    force_base: bool = False,
-    take: bool = False,
+    base: FrozenBase, source: str | Path | StoredAdapter, *, name: str, force_base: bool = False, take: bool = False
 ) -> Attachment:
     """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in base.attachments.
 
@@ -283,13 +267,16 @@ def load_adapter(
     _check_scaling(stored, found.scaling)
     assert found.settings is not None
     attachment = attach(
-        base.model, found.settings, name=name, routing=base.routing, head=head, values_follow=True,
+        base.model,
+        found.settings,
+        name=name,
+        routing=base.routing,
+        head=head,
+        values_follow=True,
         read_past=base.read_past,
-    )  # fmt: skip
+    )
     try:
-        _fill(
-            attachment, found.values, take=take or stored is not source
-        )  # nobody else holds what was read here
+        _fill(attachment, found.values, take=take or stored is not source)  # nobody else holds what was read here
     except BaseException:
         base.detach(name)
         raise

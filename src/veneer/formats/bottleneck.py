@@ -1,4 +1,5 @@
-"""Bottleneck layers in an adapter's two files. PEFT has no layout for them: the names are ours, docs/format.md has them.
+"""Bottleneck layers in an adapter's two files. PEFT has no layout for them: the names are ours, docs/format.md has
+them.
 
     base_model.model.<block>.bottleneck_down.weight / .bias    (S, D) / (S)
     base_model.model.<block>.bottleneck_up.weight / .bias      (D, S) / (D)
@@ -28,10 +29,13 @@ from veneer.formats.peft_tensors import PREFIX
 
 PEFT_TYPE: Final = "VENEER_BOTTLENECK"
 _ENDINGS = {
-    "down": "bottleneck_down.weight", "down_bias": "bottleneck_down.bias",
-    "up": "bottleneck_up.weight", "up_bias": "bottleneck_up.bias",
-    "norm_weight": "bottleneck_norm.weight", "norm_bias": "bottleneck_norm.bias",
-}  # fmt: skip
+    "down": "bottleneck_down.weight",
+    "down_bias": "bottleneck_down.bias",
+    "up": "bottleneck_up.weight",
+    "up_bias": "bottleneck_up.bias",
+    "norm_weight": "bottleneck_norm.weight",
+    "norm_bias": "bottleneck_norm.bias",
+}
 """A layer's part -> the end of its name in the file."""
 
 
@@ -65,18 +69,12 @@ class BottleneckFile:
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
         if not any(name.endswith(_ENDINGS["down"]) for name in tensors):
-            raise CorruptFileError(
-                f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again."
-            )
+            raise CorruptFileError(f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again.")
         apart = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
         return Bottleneck(**self.fields.model_dump(exclude=apart))
 
     def fit(
-        self,
-        tensors: Mapping[str, Tensor],
-        model: nn.Module,
-        head: nn.Module | None,
-        read_past: Collection[str],
+        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
     ) -> Fit:
         settings = self.settings(tensors)
         try:
@@ -87,23 +85,28 @@ class BottleneckFile:
         shapes = part_shapes(settings, width)
         expected = {f"{path}.{_ENDINGS[part]}": shape for path in paths for part, shape in shapes.items()}
         compared = [
-            (name, str(tuple(tensors[name].shape)) if name in tensors else "missing", str(expected.get(name, "no such tensor")))
+            (
+                name,
+                str(tuple(tensors[name].shape)) if name in tensors else "missing",
+                str(expected.get(name, "no such tensor")),
+            )
             for name in sorted(expected.keys() | tensors.keys())
             if name not in tensors or tuple(tensors[name].shape) != expected.get(name)
-        ]  # fmt: skip
+        ]
         if compared:
             return Fit(None, faults=grouped(compared), concerned=len(compared))
-        values = {
-            f"{path}.{part}": tensors[f"{path}.{_ENDINGS[part]}"].float() for path in paths for part in shapes
-        }
+        values = {f"{path}.{part}": tensors[f"{path}.{_ENDINGS[part]}"].float() for path in paths for part in shapes}
         return Fit(settings, values, dict.fromkeys(paths, settings.effective_scaling))
 
 
 def part_shapes(config: Bottleneck, width: int) -> dict[str, tuple[int, ...]]:
     size = config.bottleneck_size(width)
     shapes: dict[str, tuple[int, ...]] = {
-        "down": (size, width), "down_bias": (size,), "up": (width, size), "up_bias": (width,),
-    }  # fmt: skip
+        "down": (size, width),
+        "down_bias": (size,),
+        "up": (width, size),
+        "up_bias": (width,),
+    }
     return shapes | ({"norm_weight": (width,), "norm_bias": (width,)} if config.norm else {})
 
 
@@ -120,19 +123,25 @@ def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dic
     assert isinstance(config, Bottleneck)
     size = next(iter(attachment.layers.values())).parts()["down"].shape[0]
     return BottleneckFields(
-        peft_type=PEFT_TYPE, task_type="CAUSAL_LM", placement=config.placement, size=size,
-        activation=config.activation, norm=config.norm, scaling=config.effective_scaling, dropout=config.dropout,
-        layers=sorted(config.layers), base_model_name_or_path=base.name, revision=base.revision,
-    ).model_dump()  # fmt: skip
+        peft_type=PEFT_TYPE,
+        task_type="CAUSAL_LM",
+        placement=config.placement,
+        size=size,
+        activation=config.activation,
+        norm=config.norm,
+        scaling=config.effective_scaling,
+        dropout=config.dropout,
+        layers=sorted(config.layers),
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+    ).model_dump()
 
 
 def _read(path: Path, stored: Mapping[str, Any]) -> tuple[BottleneckFile, list[str]]:
     try:
         return BottleneckFile(path, BottleneckFields.model_validate(dict(stored))), []
     except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
-        ) from fault
+        raise CorruptFileError(f"{path} has fields of a wrong kind", field_faults(fault), "Restore it.") from fault
 
 
 BOTTLENECK = Layout(PEFT_TYPE, _tensors, _config, _read)

@@ -35,9 +35,12 @@ from veneer.linear import matrix_shape
 
 
 def fit(
-    config: PeftLoRA, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None,
+    config: PeftLoRA,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    head: nn.Module | None,
     read_past: Collection[str],
-) -> Fit:  # fmt: skip
+) -> Fit:
     """Where a low-rank file goes on a base: layout.FileSettings.fit."""
     modules = plain_modules(model)
     own_head = None if head is None else unwrapped(head)
@@ -50,12 +53,8 @@ def fit(
     if faults:
         return Fit(None, faults=faults)
     if config.use_dora and (others := [slot.key for slot in slots if _is_no_linear(slot, modules)]):
-        return Fit(
-            None, faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others]
-        )
-    if config.lora_bias and (
-        others := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]
-    ):
+        return Fit(None, faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others])
+    if config.lora_bias and (others := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]):
         return Fit(None, faults=[f"lora_bias of {path}, which is no linear layer" for path in others])
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
@@ -133,9 +132,7 @@ def _trained(config: PeftLoRA, modules: Modules) -> tuple[list[str], list[str]]:
         for path in named:
             below = [p for p in modules if p == path or p.startswith(path + ".")]
             trained += [
-                p
-                for p in below
-                if p not in trained and any(True for _ in modules[p].parameters(recurse=False))
+                p for p in below if p not in trained and any(True for _ in modules[p].parameters(recurse=False))
             ]
     return trained, faults
 
@@ -207,8 +204,7 @@ def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
         rows.append((template.replace("#", layers, 1), f"adapter {ours}", f"model {theirs}", count))
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     return [
-        "   ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]])
-        for row in rows
+        "   ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
     ]
 
 

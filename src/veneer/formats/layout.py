@@ -51,11 +51,7 @@ class FileSettings(Protocol):
         """
 
     def fit(
-        self,
-        tensors: Mapping[str, Tensor],
-        model: nn.Module,
-        head: nn.Module | None,
-        read_past: Collection[str],
+        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
     ) -> Fit:
         """tensors: by bare names; model: with or without other adapters; head: its output head; read_past: the weights
         that the model takes past their modules (adapters/reads.py)."""

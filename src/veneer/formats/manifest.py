@@ -79,7 +79,8 @@ class Manifest(_Strict):
     """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
 
     def to_json(self) -> str:
-        """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it could not be read."""
+        """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it could not be
+        read."""
         stored = self.model_dump(mode="json")
         if faults := illegible(stored):
             raise ConfigError("what holds a NUL or is not UTF-8 is not kept", faults, "Give another name.")
@@ -87,7 +88,8 @@ class Manifest(_Strict):
 
 
 def readable(make: Callable[[], Manifest]) -> Manifest:
-    """The manifest that is made, if it can be, and can be read again once it is written; else ConfigError says why not."""
+    """The manifest that is made, if it can be, and can be read again once it is written; else ConfigError says why
+    not."""
     try:
         manifest = make()
         text = manifest.to_json().encode()

@@ -53,9 +53,7 @@ def peft_config(
             f"^{re.escape(slot.key)}": strong[slot.path][1] for slot in slots if strong[slot.path][1] != alpha
         },
         target_modules=compact(by_module, modules),
-        target_parameters=compact(by_parameter, _parameter_paths(modules), longest=2)
-        if by_parameter
-        else None,
+        target_parameters=compact(by_parameter, _parameter_paths(modules), longest=2) if by_parameter else None,
         # PEFT cannot drop out the input of a parameter and refuses a file that says so
         lora_dropout=0.0 if by_parameter else config.dropout,
         bias=config.bias,
@@ -84,11 +82,7 @@ def _endings(path: str, longest: int) -> list[str]:
 
 
 def _parameter_paths(modules: Modules) -> list[str]:
-    return [
-        f"{path}.{name}"
-        for path, module in modules.items()
-        for name, _ in module.named_parameters(recurse=False)
-    ]
+    return [f"{path}.{name}" for path, module in modules.items() for name, _ in module.named_parameters(recurse=False)]
 
 
 def _in_order(slots: Sequence[Slot], modules: Modules) -> list[Slot]:
@@ -102,9 +96,7 @@ def matched_slots(config: PeftLoRA, modules: Modules, *, head: str | None) -> li
     target_modules null (PEFT's default for the architecture) matches nothing here: the caller knows the file's
     tensors. head: the output head's path, which all-linear leaves out.
     """
-    saved, excluded, listed = map(
-        _names, (config.modules_to_save, config.exclude_modules, config.target_modules)
-    )
+    saved, excluded, listed = map(_names, (config.modules_to_save, config.exclude_modules, config.target_modules))
     parameters = _names(config.target_parameters)
     slots = []
     for path in modules:
@@ -135,9 +127,7 @@ def _self_and_above(path: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def _is_target(
-    config: PeftLoRA, path: str, listed: Callable[[str], bool], modules: Modules, head: str | None
-) -> bool:
+def _is_target(config: PeftLoRA, path: str, listed: Callable[[str], bool], modules: Modules, head: str | None) -> bool:
     targets, wanted = config.target_modules, config.layers_to_transform
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return path != head and frozen_linear(modules[path]) is not None
@@ -173,10 +163,7 @@ class Strength:
 def strengths(config: PeftLoRA, slots: Sequence[Slot]) -> dict[str, Strength]:
     """Path -> rank and alpha. Patterns match at the end of a slot's key; the first in the file's order wins."""
     ranks, alphas = FirstMatch(config.rank_pattern or {}), FirstMatch(config.alpha_pattern or {})
-    return {
-        slot.path: Strength(ranks.of(slot.key, config.r), alphas.of(slot.key, config.lora_alpha))
-        for slot in slots
-    }
+    return {slot.path: Strength(ranks.of(slot.key, config.r), alphas.of(slot.key, config.lora_alpha)) for slot in slots}
 
 
 def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Sequence[str]) -> LowRank:
@@ -193,9 +180,7 @@ def exact_settings(config: PeftLoRA, strong: Mapping[str, Strength], trained: Se
         rslora=config.use_rslora,
         targets=list(strong),
         rank_pattern={_any_of(paths): rank for rank, paths in ranks.items() if rank != config.r},
-        alpha_pattern={
-            _any_of(paths): alpha for alpha, paths in alphas.items() if alpha != config.lora_alpha
-        },
+        alpha_pattern={_any_of(paths): alpha for alpha, paths in alphas.items() if alpha != config.lora_alpha},
         bias=config.bias,
         train_modules=list(trained),
     )

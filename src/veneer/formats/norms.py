@@ -89,11 +89,7 @@ def base_norms(base: FrozenBase, paths: Iterable[str]) -> dict[str, float]:
         linear = None if module is None else frozen_linear(module)
         if module is None or (linear is None and "weight" not in module._parameters):
             continue  # experts: the file does not say which of their parameters it means
-        weight = (
-            linear.dense_weight(torch.float32)
-            if linear is not None
-            else module.get_parameter("weight").float()
-        )
+        weight = linear.dense_weight(torch.float32) if linear is not None else module.get_parameter("weight").float()
         found[path] = float(torch.linalg.norm(weight.detach()))
     return found
 
@@ -137,8 +133,4 @@ def angle(one: Mapping[str, Update], other: Mapping[str, Update]) -> Angle:
 
 
 def _same_shape(one: Update, other: Update) -> bool:
-    return (one.A.shape[0], one.A.shape[2], one.B.shape[1]) == (
-        other.A.shape[0],
-        other.A.shape[2],
-        other.B.shape[1],
-    )
+    return (one.A.shape[0], one.A.shape[2], one.B.shape[1]) == (other.A.shape[0], other.A.shape[2], other.B.shape[1])

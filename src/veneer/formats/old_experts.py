@@ -1,6 +1,7 @@
 """Adapters of mixture-of-experts models from before their experts were fused into one parameter.
 
-    <block>.experts.3.w1.lora_A.weight (R, I)   ->   one update of <block>.experts.gate_up_proj, <block>.experts.down_proj
+    <block>.experts.3.w1.lora_A.weight (R, I)   ->   one update of <block>.experts.gate_up_proj,
+    <block>.experts.down_proj
 
 The gate and up projections share the fused matrix: their A's stand one above the other, their B's on a block
 diagonal, so the rank is the sum of theirs and the update is the same. What differs in scaling is folded into B.
@@ -24,10 +25,13 @@ _OLD_NAME = re.compile(
     r"\.lora_(?P<factor>[AB])\.weight"
 )
 _PARTS = {
-    "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0),
-    "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
-    "w2": ("down_proj", 0), "down_proj": ("down_proj", 0),
-}  # fmt: skip
+    "w1": ("gate_up_proj", 0),
+    "gate_proj": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "up_proj": ("gate_up_proj", 1),
+    "w2": ("down_proj", 0),
+    "down_proj": ("down_proj", 0),
+}
 """Old module -> the fused parameter, and which half of its rows."""
 
 
@@ -73,9 +77,7 @@ def fuse_old_experts(
         ranks = {pattern: rank} | ranks
         alphas = {pattern: scaling * (math.sqrt(rank) if config.use_rslora else rank)} | alphas
     listed = config.target_modules if isinstance(config.target_modules, list) else None
-    remaining = (
-        None if listed is None else [entry for entry in listed if entry.rsplit(".", 1)[-1] not in _PARTS]
-    )
+    remaining = None if listed is None else [entry for entry in listed if entry.rsplit(".", 1)[-1] not in _PARTS]
     update = {
         "target_modules": remaining,  # None: the tensors tell
         "target_parameters": [*(config.target_parameters or []), *slots],
@@ -112,9 +114,7 @@ def _fused(experts: Mapping[int, list[_Piece]], slot: Slot) -> tuple[Tensor, Ten
         column = 0
         for piece in parts:
             rows, rank = piece.B.shape
-            B[piece.half * rows : (piece.half + 1) * rows, column : column + rank] = piece.B * (
-                piece.scaling / scaling
-            )
+            B[piece.half * rows : (piece.half + 1) * rows, column : column + rank] = piece.B * (piece.scaling / scaling)
             column += rank
         stack_A.append(A)
         stack_B.append(B)

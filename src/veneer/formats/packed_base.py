@@ -1,4 +1,5 @@
-"""A base held in 4 bits as a folder in bitsandbytes' layout: transformers with bitsandbytes loads it, and so does Veneer.
+"""A base held in 4 bits as a folder in bitsandbytes' layout: transformers with bitsandbytes loads it, and so does
+Veneer.
 
 The packed bytes are written as they are held: what is read back is the same to the bit. Fused experts are written
 packed as well; transformers keeps those in 16 bits and cannot read them so, Veneer can.
@@ -31,7 +32,8 @@ class WrittenBase:
 
 
 def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
-    """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError: the disk is full."""
+    """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError: the disk is
+    full."""
     if not weight_format(base.quantize).writes_folder:
         raise ConfigError(
             f"{base.source} is not held in 4 bits: there is nothing to write in this layout",
@@ -62,18 +64,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, NF4Linear | NF4Experts):
             for name in module.packed_shapes():
                 tensors |= file_tensors(f"{path}.{name}", module.packed(name))
-            parts |= {
-                f"{path}.{name}" for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)
-            }
+            parts |= {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
         assert isinstance(module, NF4Linear | NF4Experts) or not isinstance(module, PackedModule)
     for name, tensor in model.state_dict().items():
         if name not in tied and name not in parts and name not in tensors:
             tensors[name] = tensor
     # Small ones are copied: a table that every weight shares is written with each.
-    return {
-        n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous()
-        for n, t in tensors.items()
-    }
+    return {n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous() for n, t in tensors.items()}
 
 
 def _settings(base: FrozenBase) -> dict[str, object]:

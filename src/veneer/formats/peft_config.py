@@ -42,9 +42,19 @@ _CHANGES_THE_MATHS = {
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _START_ONLY = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _INERT = {
-    "peft_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "velora_config", "megatron_core", "qalora_group_size",
-}  # fmt: skip
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "megatron_core",
+    "qalora_group_size",
+}
 """No effect on what a finished adapter computes."""
 
 
@@ -119,7 +129,8 @@ class PeftLoRA(BaseModel):
 
 
 def variant_of(settings: LowRank) -> tuple[bool, bool]:
-    """(use_dora, lora_bias): what tells LoRA and its variants apart in the file; read back by `method` and `with_own`."""
+    """(use_dora, lora_bias): what tells LoRA and its variants apart in the file; read back by `method` and
+    `with_own`."""
     return isinstance(settings, DoRA), isinstance(settings, LoRA) and settings.lora_bias
 
 
@@ -135,15 +146,11 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[s
     try:
         config = PeftLoRA.model_validate(stored)
     except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
-        ) from fault
+        raise CorruptFileError(f"{path} has fields of a wrong kind", field_faults(fault), "Restore it.") from fault
     if faults := _value_faults(config):
         raise CorruptFileError(f"{path} has fields of a wrong kind", faults, "Restore the file.")
     if unsafe := _pattern_faults(config):
-        raise UnsafeFileError(
-            f"{path} holds regular expressions that are not run", unsafe, "List the names instead."
-        )
+        raise UnsafeFileError(f"{path} holds regular expressions that are not run", unsafe, "List the names instead.")
     return config, ignored
 
 

@@ -160,12 +160,7 @@ def bare_name(name: str) -> tuple[str, bool]:
     """A name without the prefix, and without an adapter's name where a third party left one in: repaired?"""
     parts = name.removeprefix(PREFIX).split(".")
     markers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    if (
-        len(parts) > 2
-        and parts[-3] in markers[:2]
-        and parts[-1] in ("weight", "bias")
-        and parts[-2] not in markers
-    ):
+    if len(parts) > 2 and parts[-3] in markers[:2] and parts[-1] in ("weight", "bias") and parts[-2] not in markers:
         return ".".join([*parts[:-2], parts[-1]]), True
     if len(parts) > 2 and parts[-2] in markers[2:] and parts[-1] not in markers:
         return ".".join(parts[:-1]), True

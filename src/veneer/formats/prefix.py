@@ -3,7 +3,8 @@
 A prefix of some layers only, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one more setting,
 `layers`. What an MLP computed while training is written as plain values, and so is read: prefix_projection says how
 they were trained, and changes nothing.
-Shapes: M tokens, L layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2, peft/tuners/prefix_tuning.
+Shapes: M tokens, L layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2,
+peft/tuners/prefix_tuning.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,9 +27,16 @@ from veneer.formats.peft_config import PEFT_LAYOUT
 
 PEFT_TYPE, PARTIAL_TYPE = "PREFIX_TUNING", "VENEER_PREFIX"
 _INERT = {
-    "auto_mapping", "encoder_hidden_size", "inference_mode", "init_weights", "modules_to_save", "peft_type",
-    "peft_version", "prefix_projection", "runtime_config",
-}  # fmt: skip
+    "auto_mapping",
+    "encoder_hidden_size",
+    "inference_mode",
+    "init_weights",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "prefix_projection",
+    "runtime_config",
+}
 """No effect on what a finished prefix computes; modules_to_save is refused where it names any."""
 
 
@@ -75,11 +83,7 @@ class PrefixFile:
         return Prefix(tokens=self.peft.num_virtual_tokens, layers=self.peft.layers or [])
 
     def fit(
-        self,
-        tensors: Mapping[str, Tensor],
-        model: nn.Module,
-        head: nn.Module | None,
-        read_past: Collection[str],
+        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
     ) -> Fit:
         settings = self.settings(tensors)
         path, _ = decoder_of(model)
@@ -91,9 +95,7 @@ class PrefixFile:
             rows += [("layers", self.peft.num_layers, len(own.layers))]
         elif unknown := sorted(set(self.peft.layers) - set(own.layers)):
             faults.append(f"layers {unknown}   the model has layers 0-{max(own.layers)}")
-        faults += [
-            f"{what}   adapter {ours}   model {theirs}" for what, ours, theirs in rows if ours != theirs
-        ]
+        faults += [f"{what}   adapter {ours}   model {theirs}" for what, ours, theirs in rows if ours != theirs]
         if faults:
             return Fit(None, faults=faults, concerned=1)
         return Fit(settings, {f"{path}.{PART}": tensors[PART].float()}, {path: PrefixLayer.scaling})
@@ -150,9 +152,7 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
     try:
         config = PeftPrefix.model_validate(dict(stored))
     except ValidationError as fault:
-        raise CorruptFileError(
-            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
-        ) from fault
+        raise CorruptFileError(f"{path} has fields of a wrong kind", field_faults(fault), "Restore it.") from fault
     faults = []
     if config.token_dim % config.num_attention_heads:
         faults.append(f"token_dim {config.token_dim} is no multiple of {config.num_attention_heads} heads")

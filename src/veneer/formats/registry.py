@@ -11,12 +11,7 @@ from veneer.formats.layout import Layout
 from veneer.formats.low_rank import LOW_RANK
 from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
 
-_BY_METHOD: dict[type[AdapterConfig], Layout] = {
-    LoRA: LOW_RANK,
-    DoRA: LOW_RANK,
-    Bottleneck: BOTTLENECK,
-    Prefix: PREFIX,
-}
+_BY_METHOD: dict[type[AdapterConfig], Layout] = {LoRA: LOW_RANK, DoRA: LOW_RANK, Bottleneck: BOTTLENECK, Prefix: PREFIX}
 _BY_PEFT_TYPE: dict[str, Layout] = {
     layout.peft_type: layout for layout in (LOW_RANK, BOTTLENECK, PREFIX, PARTIAL_PREFIX)
 }
@@ -33,9 +28,7 @@ def layout_in(path: Path, stored: Mapping[str, Any]) -> Layout:
     """
     if not isinstance(kind := stored.get("peft_type"), str):
         raise CorruptFileError(
-            f"{path} has no peft_type: not the configuration of a PEFT adapter",
-            [],
-            "Give an adapter's folder.",
+            f"{path} has no peft_type: not the configuration of a PEFT adapter", [], "Give an adapter's folder."
         )
     if kind not in _BY_PEFT_TYPE:
         raise RefusedError(

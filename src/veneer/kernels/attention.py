@@ -161,9 +161,7 @@ class _Part:
             _, _, v, probabilities, _ = self._block(start, stop, sinks)
             if sinks is not None:
                 probabilities = probabilities[..., :-1]
-            view[:, :, start:stop] = torch.bmm(probabilities, v).view(
-                out.shape[0], self.groups, stop - start, -1
-            )
+            view[:, :, start:stop] = torch.bmm(probabilities, v).view(out.shape[0], self.groups, stop - start, -1)
         return out
 
     def backward(self, grad: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -239,9 +237,7 @@ class _PackedAttention(torch.autograd.Function):
             filler[layout.rows :] = 0
         for target, value in ((grad_k, d_k), (grad_v, d_v)):
             split = value.view(docs, kv_heads, round_up(P + layout.longest), -1)
-            target[P : layout.rows] = _square_gradient(
-                split[:, :, P : P + layout.longest].transpose(1, 2), layout
-            )
+            target[P : layout.rows] = _square_gradient(split[:, :, P : P + layout.longest].transpose(1, 2), layout)
             if P:  # every document saw the prompt: its gradient is their sum
                 wide = torch.promote_types(target.dtype, torch.float32)
                 target[:P] = split[:, :, :P].sum(dim=0, dtype=wide).transpose(0, 1).to(target.dtype)
@@ -255,9 +251,16 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float,
-    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Group,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E). window: keys seen, the row's own included; sinks: (H)."""
     if softcap is None and sinks is None and usable(q, k, v, window):
         return native_attention(q, k, v, layout, scale=scale, window=window)
@@ -266,9 +269,16 @@ def packed_attention(
 
 
 def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float,
-    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Group,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The same, one document at a time in plain torch: the meaning of packed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

@@ -72,14 +72,20 @@ class Part:
         lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
         note_flops(lambda: 2 * self._product_flops())
         calls.attention_forward(
-            self.q, self.k, self.v, self._before(), self.starts, out, lse,
-            scale=self.scale, window=self.window, splits=self._splits(len(self.starts) - 1),
-        )  # fmt: skip
+            self.q,
+            self.k,
+            self.v,
+            self._before(),
+            self.starts,
+            out,
+            lse,
+            scale=self.scale,
+            window=self.window,
+            splits=self._splits(len(self.starts) - 1),
+        )
         return lse
 
-    def backward(
-        self, grad: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def backward(self, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """grad (R, H, D) -> gradients of q (bf16), k, v, before_k, before_v (float32)."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
@@ -94,9 +100,20 @@ class Part:
             stop = min(start + most, docs)
             held = torch.empty(2, stop - start, splits, K, P, D, device=device)
             calls.attention_backward(
-                self.q, self.k, self.v, self._before(), self.starts[start : stop + 1], grad, lse,
-                grad_q=grad_q, own=own, shared=held, scale=self.scale, window=self.window, splits=splits,
-            )  # fmt: skip
+                self.q,
+                self.k,
+                self.v,
+                self._before(),
+                self.starts[start : stop + 1],
+                grad,
+                lse,
+                grad_q=grad_q,
+                own=own,
+                shared=held,
+                scale=self.scale,
+                window=self.window,
+                splits=splits,
+            )
             if P:
                 shared += held.sum(dim=(1, 2)).transpose(1, 2)
         summed = own[:, 0] if splits == 1 else own.sum(dim=1)
@@ -105,20 +122,13 @@ class Part:
 
 def aligned(x: Tensor) -> Tensor:
     """x as the kernel reads it: pairs of neighbouring values in one word."""
-    even = (
-        x.stride(-1) == 1
-        and x.stride(0) % 2 == 0
-        and x.stride(1) % 2 == 0
-        and x.data_ptr() % calls.PAIR_BYTES == 0
-    )
+    even = x.stride(-1) == 1 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % calls.PAIR_BYTES == 0
     return x if even else x.clone(memory_format=torch.contiguous_format)
 
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, scale: float, window: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, scale: float, window: int | None) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out[layout.rows :] = 0
@@ -169,9 +179,7 @@ def _parts(
     return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, scale, window)), (rows, documents)]
 
 
-def native_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float, window: int | None
-) -> Tensor:
+def native_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float, window: int | None) -> Tensor:
     """packed_attention of kernels/attention.py where it is `usable`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
     apply: Any = _NativeAttention.apply
     return apply(q, k, v, layout, scale, window)

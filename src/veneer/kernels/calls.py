@@ -51,9 +51,7 @@ def _registers(*sizes: int) -> None:
 
 def _ranked(width: int, rank: int) -> None:
     if width % 16 or rank % 16 or not 0 < rank <= MOST_RANK:
-        raise CallError(
-            f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}"
-        )
+        raise CallError(f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}")
 
 
 def rank_down(x: Tensor, pairs: Tensor, out: Tensor, scale: float) -> None:
@@ -116,13 +114,7 @@ def _dora(
 
 
 def dora_forward(
-    y: Tensor,
-    down: Tensor,
-    pairs: Tensor,
-    bias: Tensor | None,
-    magnitude: Tensor,
-    norm: Tensor,
-    scale: float,
+    y: Tensor, down: Tensor, pairs: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scale: float
 ) -> None:
     """y (M, O) = factor * (y - bias + scale * down (M, R) W) + bias; pairs (R / 2, O)."""
     (rows, width), rank = y.shape, down.shape[1]
@@ -276,9 +268,7 @@ class _Attention(ctypes.Structure):
 def _rows_of_pairs(given: _Attention, name: str, short: str, tensor: Tensor, *shape: int) -> None:
     """A tensor whose rows and heads may have gaps between them, each head's values in pairs without any."""
     if tensor.shape != shape or tensor.dtype != BF16 or not reachable(tensor):
-        raise CallError(
-            f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, C takes {shape} bf16"
-        )
+        raise CallError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, C takes {shape} bf16")
     row, head, inner = tensor.stride()
     if inner != 1 or row % 2 or head % 2 or tensor.data_ptr() % PAIR_BYTES:
         raise CallError(f"{name}: strides {tensor.stride()} where C takes pairs of neighbours")

@@ -30,7 +30,8 @@ def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scal
     """Length of each row of W + scaling * B A, (O) float32; neither the sum nor B A is formed.
 
     ||W||^2 + 2 s rowsum(W A^T * B) + s^2 rowsum(B (A A^T) * B); squares: the first term, (O), which never changes.
-    W A^T costs what R tokens cost; a weight that is no dense matrix forms it as its own product with A's rows as tokens.
+    W A^T costs what R tokens cost; a weight that is no dense matrix forms it as its own product with A's rows as
+    tokens.
     """
     A_RI, B_OR = A.to(base.dtype), B.to(base.dtype)
     dense = isinstance(base, DenseLinear)
@@ -59,7 +60,7 @@ def row_factor(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def _turn_forward(
     y_MO: Tensor, down_MR: Tensor, B_OR: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scaling: float
-) -> None:  # fmt: skip
+) -> None:
     """y, the base's product with the bias in it, becomes factor * (y - bias + scaling * down B^T) + bias.
 
     A fresh layer's factor is 1 and its update 0: then no bit of y changes.
@@ -79,7 +80,7 @@ def _turn_forward(
 
 def _turn_backward(
     g_MO: Tensor, y_MO: Tensor, B_OR: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor, bool]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, bool]:
     """factor * g (M, O), scaling * (factor * g) B (M, R), the magnitude's gradient (O), and whether a row is lost:
     magnitude 0 wiped it out of y, and its gradient is still to be computed. Rows of length 0 have none."""
     width, size = B_OR.shape
@@ -89,16 +90,7 @@ def _turn_backward(
         blocks, grad = calls.dora_blocks(len(g_MO)), torch.empty_like(magnitude)
         partial = torch.empty(blocks, width, dtype=torch.float32, device=g_MO.device)
         calls.dora_backward(
-            g_MO,
-            y_MO,
-            rank.across(B_OR.T),
-            bias,
-            magnitude,
-            norm,
-            scaling,
-            up=up,
-            turned=turned,
-            partial=partial,
+            g_MO, y_MO, rank.across(B_OR.T), bias, magnitude, norm, scaling, up=up, turned=turned, partial=partial
         )
         return turned, up, grad, bool(calls.dora_magnitudes(partial, magnitude, norm, grad))
     turned = g_MO * row_factor(magnitude, norm).to(g_MO.dtype)
@@ -113,9 +105,17 @@ def _turn_backward(
 class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None,
-        base: FrozenLinear, scaling: float, dropout: Dropout | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        norm: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        scaling: float,
+        dropout: Dropout | None,
+    ) -> Tensor:
         A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
         y = writable(base.product(x, bias))
         x_MI = x.reshape(-1, base.in_features)
@@ -163,7 +163,8 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(fault):
             raise
         raise ConfigError(
-            f"DoRA keeps what a layer gives for backward, and the model writes into what one of {ctx.base.in_features} to"
+            f"DoRA keeps what a layer gives for backward, and the model writes into what one of "
+            f"{ctx.base.in_features} to"
             f" {ctx.base.out_features} features gave it",
             next_step="Take method lora, or leave that layer out (method.exclude).",
         ) from fault
@@ -171,18 +172,34 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 
 def dora_linear(
-    x: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, base: FrozenLinear, *,
-    scaling: float, dropout: Dropout | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
     """x (..., I), A (R, I), B (O, R), magnitude (O), norm (O) by row_norms, bias (O) or None -> (..., O)."""
     apply: Any = _DoRALinear.apply
     return apply(x, A, B, magnitude, norm, bias, base, scaling, dropout)
 
 
 def dora_linear_reference(
-    x: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, base: FrozenLinear, *,
-    scaling: float, dropout: Dropout | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
     """The same under torch's own autograd, W dense: the meaning of dora_linear."""
     x_MI = x.reshape(-1, x.shape[-1])
     dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)

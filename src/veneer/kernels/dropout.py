@@ -44,9 +44,7 @@ def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
     No gradient: a node of the graph calls it again on the gradient. ValueError: not one key a row.
     """
     if rows.dtype != torch.int64 or rows.shape != x.shape[:1] or rows.device != x.device:
-        raise ValueError(
-            f"dropout wants one int64 key a row: {tuple(rows.shape)} keys, {tuple(x.shape)} values"
-        )
+        raise ValueError(f"dropout wants one int64 key a row: {tuple(rows.shape)} keys, {tuple(x.shape)} values")
     if x.dtype not in _COMPILED or not on_cpu(x) or not (x.is_contiguous() and rows.is_contiguous()):
         return drop_out_reference(x, rows, key=key, dropout=dropout)
     if not available("veneer_dropout"):

@@ -19,7 +19,8 @@ from veneer.kernels.native import has_bf16, on_cpu
 
 
 def compiled(*tensors: Tensor) -> bool:
-    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that has bf16 arithmetic."""
+    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that has bf16
+    arithmetic."""
     for t in tensors:
         if t.dtype is not torch.bfloat16 or not on_cpu(t) or not t.is_contiguous():
             return False

@@ -62,9 +62,15 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None,
-        base: FrozenLinear, scaling: float, dropout: Dropout | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        scaling: float,
+        dropout: Dropout | None,
+    ) -> Tensor:
         # A and B are cast, never x: a float32 copy of x would live until backward.
         A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
         y = base.product(x, bias)
@@ -104,18 +110,30 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def lora_linear(
-    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: FrozenLinear, *,
-    scaling: float, dropout: Dropout | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
     """x (..., I), A (R, I), B (O, R), bias (O) or None -> (..., O) in x's type."""
     apply: Any = _LoRALinear.apply
     return apply(x, A, B, bias, base, scaling, dropout)
 
 
 def lora_linear_reference(
-    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: FrozenLinear, *,
-    scaling: float, dropout: Dropout | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
     """The same under torch's own autograd, W dense: the meaning of lora_linear."""
     x_MI = x.reshape(-1, x.shape[-1])
     dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)

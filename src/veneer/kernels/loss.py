@@ -141,7 +141,12 @@ def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> T
     for start in range(0, h.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
         loss = loss + checkpoint(
-            head_loss_reference, h[rows], targets[rows], head.of(rows), total,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+            head_loss_reference,
+            h[rows],
+            targets[rows],
+            head.of(rows),
+            total,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
     return loss

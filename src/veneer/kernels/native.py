@@ -23,8 +23,9 @@ BUILT_ELSEWHERE = "VENEER_NATIVE"
 
 
 MAX_ISA = "VENEER_MAX_CPU_ISA"
-"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read once, with the library.
-torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all three a processor acts as an older one."""
+"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read once, with the
+library. torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all three a processor acts as an
+older one."""
 
 LIMITS = {"plain": 0, "avx2": 2, "avx512": 3}
 """avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it."""
@@ -36,12 +37,7 @@ _ONE_STRUCT = (
     *("veneer_attention_forward", "veneer_attention_backward"),
 )
 _STRUCT_AND_COUNT = (
-    *(
-        "veneer_rms_norm_forward",
-        "veneer_rms_norm_backward",
-        "veneer_silu_gate_forward",
-        "veneer_silu_gate_backward",
-    ),
+    *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),
     *("veneer_entropy", "veneer_dropout"),
 )
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -138,9 +134,7 @@ def _library() -> Any:
             function.restype, function.argtypes = returns, takes
     if named := os.environ.get(MAX_ISA):
         if named not in LIMITS:
-            raise ConfigError(
-                f"{MAX_ISA} is {named!r}", next_step=f"One of {', '.join(LIMITS)}; or leave it unset."
-            )
+            raise ConfigError(f"{MAX_ISA} is {named!r}", next_step=f"One of {', '.join(LIMITS)}; or leave it unset.")
         loaded.veneer_limit(LIMITS[named])
     found: Any = loaded
     found.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())

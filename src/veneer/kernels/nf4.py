@@ -60,8 +60,7 @@ class Blocks:
         """(blocks) float32."""
         nested = self.nested
         return reference.scales_of(
-            self.scales,
-            None if nested is None else (nested.table, nested.scales, nested.block, nested.offset),
+            self.scales, None if nested is None else (nested.table, nested.scales, nested.block, nested.offset)
         )
 
     @cached_property
@@ -69,9 +68,13 @@ class Blocks:
         """The addresses, for C; the tensors stay where they are for as long as this object lives."""
         inner = self.nested
         return packed_calls.nf4_weights(
-            self.packed, self.scales, self.table, count=self.count, block=self.block,
+            self.packed,
+            self.scales,
+            self.table,
+            count=self.count,
+            block=self.block,
             nested=None if inner is None else (inner.table, inner.scales, inner.block, inner.offset),
-        )  # fmt: skip
+        )
 
 
 def is_compiled() -> bool:
@@ -108,18 +111,21 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
     count = out.numel()
     assert start >= 0 and start + count <= weights.count
     if not out.is_contiguous():
-        out.copy_(
-            dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start)
-        )
+        out.copy_(dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start))
         return out
     if out.is_cuda and out.dtype in TYPES and (triton := _triton()) is not None:
         with torch.cuda.device_of(out):  # a launch goes to the current device, whichever holds the tensors
             return triton.dequantize(weights, out, start=start)
     if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
         flat = reference.dequantize(
-            weights.packed, weights.float_scales(), weights.table, weights.block,
-            start=start, count=count, dtype=out.dtype,
-        )  # fmt: skip
+            weights.packed,
+            weights.float_scales(),
+            weights.table,
+            weights.block,
+            start=start,
+            count=count,
+            dtype=out.dtype,
+        )
         return out.copy_(flat.view(out.shape))
     packed_calls.nf4_dequantize(weights.checked, out, start=start, level=level)
     return out

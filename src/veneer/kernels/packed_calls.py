@@ -100,23 +100,15 @@ def nf4_dequantize(weights: NF4Weights, out: Tensor, *, start: int, level: int) 
 
 
 def nf4_product(weights: NF4Weights, x: Tensor, y: Tensor, *, start: int, level: int) -> None:
-    """y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M from 1 to 8. MemoryError without room."""
+    """y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M from 1 to 8. MemoryError without
+    room."""
     (rows, width), (_, outs) = x.shape, y.shape
     number(rows, 1, MOST_PRODUCT_ROWS)
     number(start, 0, weights.count - outs * number(width, 1))
     place = start, outs, width
     made, kind = at(y, x.dtype, rows, outs), type_number(x.dtype)
     source = at(x, x.dtype, rows, width)
-    if call(
-        "veneer_nf4_product",
-        ctypes.byref(weights),
-        *place,
-        source,
-        rows,
-        made,
-        kind,
-        number(level, -1, 4),
-    ):
+    if call("veneer_nf4_product", ctypes.byref(weights), *place, source, rows, made, kind, number(level, -1, 4)):
         raise MemoryError("no memory for one row of a packed weight")
 
 

@@ -20,22 +20,46 @@ from veneer.kernels.layout import Group
 
 
 def prefixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, *, scale: float,
-    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    layout: Group,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H, D)."""
     M = prefix_k.shape[0]
     out = packed_attention(
-        torch.cat([q.new_zeros(M, *q.shape[1:]), q]), torch.cat([prefix_k, k]), torch.cat([prefix_v, v]),
-        layout.behind(M), scale=scale, window=window, softcap=softcap, sinks=sinks,
-    )  # fmt: skip
+        torch.cat([q.new_zeros(M, *q.shape[1:]), q]),
+        torch.cat([prefix_k, k]),
+        torch.cat([prefix_v, v]),
+        layout.behind(M),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
     return out[M:]
 
 
 def prefixed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, *, scale: float,
-    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    layout: Group,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The same, one row and head at a time in plain torch: the meaning of prefixed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
     starts = [(0, 0, P)]  # first row of a document, rows of the prompt that it sees, its length

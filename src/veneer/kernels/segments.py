@@ -1,4 +1,5 @@
-"""One frozen linear layer whose rows have adapters of their own: the base's product of all rows, and on some of them updates.
+"""One frozen linear layer whose rows have adapters of their own: the base's product of all rows, and on some of
+them updates.
 
     y = x W^T + bias,    y[rows] += scaling * (drop(x[rows]) A^T) B^T     for every update
 
@@ -53,8 +54,8 @@ class Update:
 class Bundle:
     """numbers: of its updates; segments that neither overlap nor go back.
 
-    chosen (n * L): the rows it computes, a shorter segment's last one again; None: they are first to last as they stand.
-    real (sum of m): which of them are no filling; places (sum of m): the rows they stand for
+    chosen (n * L): the rows it computes, a shorter segment's last one again; None: they are first to last as they
+    stand. real (sum of m): which of them are no filling; places (sum of m): the rows they stand for
     """
 
     numbers: tuple[int, ...]
@@ -123,7 +124,8 @@ class Plan:
 def stack_of(
     pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(A (R, I), B (O, R)) of each -> (n, R, I) and (n, O, R), the second scaled, smaller ranks filled up with zeros."""
+    """(A (R, I), B (O, R)) of each -> (n, R, I) and (n, O, R), the second scaled, smaller ranks filled up with
+    zeros."""
     most = max(len(A) for A, _ in pairs)
     A = torch.stack([F.pad(A, (0, 0, 0, most - len(A))) if len(A) < most else A for A, _ in pairs])
     B = torch.stack([F.pad(B, (0, most - B.shape[1])) if B.shape[1] < most else B for _, B in pairs])
@@ -141,9 +143,7 @@ def _bundled(updates: Sequence[Update], device: torch.device) -> list[Bundle]:
             continue
         for numbers in found:
             sizes = [updates[n].count for n in numbers]
-            if updates[numbers[-1]].rows.stop <= rows.start and max(*sizes, count) <= SPREAD * min(
-                *sizes, count
-            ):
+            if updates[numbers[-1]].rows.stop <= rows.start and max(*sizes, count) <= SPREAD * min(*sizes, count):
                 numbers.append(number)
                 break
         else:
@@ -158,24 +158,25 @@ def _bundle(updates: Sequence[Update], numbers: Sequence[int], device: torch.dev
     covered = sum(updates[n].count for n in numbers)
     if covered == last - first == len(numbers) * length:  # all of one length, nothing between them
         return Bundle(tuple(numbers), length, first, last, None, None, None)
-    starts, counts = (
-        torch.tensor(each) for each in zip(*((r.start, r.stop - r.start) for r in rows), strict=True)
-    )
+    starts, counts = (torch.tensor(each) for each in zip(*((r.start, r.stop - r.start) for r in rows), strict=True))
     within = torch.arange(length)
     chosen = starts[:, None] + torch.minimum(within[None], counts[:, None] - 1)
     real = (within[None] < counts[:, None]).flatten().nonzero()[:, 0]
     places = chosen.flatten()[real]
-    return Bundle(
-        tuple(numbers), length, first, last, chosen.flatten().to(device), real.to(device), places.to(device)
-    )
+    return Bundle(tuple(numbers), length, first, last, chosen.flatten().to(device), real.to(device), places.to(device))
 
 
 class _WithUpdates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update],
-        bundles: Sequence[Bundle], *factors: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x_MI: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        updates: Sequence[Update],
+        bundles: Sequence[Bundle],
+        *factors: Tensor,
+    ) -> Tensor:
         y_MO = base.product(x_MI, bias)
         kept: list[Tensor] = [x_MI]
         pairs = list(zip(factors[::2], factors[1::2], strict=True))

@@ -18,9 +18,18 @@ _OUTS, _WIDTH = 8, 256
 
 @triton.jit
 def _weights(
-    packed, scales, table, nested_table, nested_scales, offset, elements, inside, nested: tl.constexpr,
-    block: tl.constexpr, nested_block: tl.constexpr,
-):  # fmt: skip
+    packed,
+    scales,
+    table,
+    nested_table,
+    nested_scales,
+    offset,
+    elements,
+    inside,
+    nested: tl.constexpr,
+    block: tl.constexpr,
+    nested_block: tl.constexpr,
+):
     """float32 weights at `elements` of the flat weight; 0 where not `inside`."""
     byte = tl.load(packed + elements // 2, mask=inside, other=0).to(tl.int32)
     nibble = tl.where(elements % 2 == 0, byte >> 4, byte & 15)
@@ -45,32 +54,49 @@ def _rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def _dequantize(
-    packed, scales, table, nested_table, nested_scales, offset, out, start, count, nested: tl.constexpr,
-    block: tl.constexpr, nested_block: tl.constexpr, size: tl.constexpr,
-):  # fmt: skip
+    packed,
+    scales,
+    table,
+    nested_table,
+    nested_scales,
+    offset,
+    out,
+    start,
+    count,
+    nested: tl.constexpr,
+    block: tl.constexpr,
+    nested_block: tl.constexpr,
+    size: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < count
     value = _weights(
-        packed,
-        scales,
-        table,
-        nested_table,
-        nested_scales,
-        offset,
-        start + place,
-        inside,
-        nested,
-        block,
-        nested_block,
+        packed, scales, table, nested_table, nested_scales, offset, start + place, inside, nested, block, nested_block
     )
     tl.store(out + place, _rounded(value, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _product(
-    packed, scales, table, nested_table, nested_scales, offset, x, y, start, rows, outs, width, nested: tl.constexpr,
-    block: tl.constexpr, nested_block: tl.constexpr, padded_rows: tl.constexpr, tile: tl.constexpr, step: tl.constexpr,
-):  # fmt: skip
+    packed,
+    scales,
+    table,
+    nested_table,
+    nested_scales,
+    offset,
+    x,
+    y,
+    start,
+    rows,
+    outs,
+    width,
+    nested: tl.constexpr,
+    block: tl.constexpr,
+    nested_block: tl.constexpr,
+    padded_rows: tl.constexpr,
+    tile: tl.constexpr,
+    step: tl.constexpr,
+):
     out_O = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     row_M = tl.arange(0, padded_rows)
     sums_MO = tl.zeros((padded_rows, tile), dtype=tl.float32)
@@ -79,19 +105,24 @@ def _product(
         elements_OI = start + out_O[:, None] * width + column_I[None, :]
         inside_OI = (out_O[:, None] < outs) & (column_I[None, :] < width)
         weight_OI = _weights(
-            packed, scales, table, nested_table, nested_scales, offset, elements_OI, inside_OI, nested, block,
+            packed,
+            scales,
+            table,
+            nested_table,
+            nested_scales,
+            offset,
+            elements_OI,
+            inside_OI,
+            nested,
+            block,
             nested_block,
-        )  # fmt: skip
+        )
         rounded_OI = _rounded(weight_OI, x.dtype.element_ty).to(tl.float32)
         inside_MI = (row_M[:, None] < rows) & (column_I[None, :] < width)
-        x_MI = tl.load(x + row_M[:, None] * width + column_I[None, :], mask=inside_MI, other=0.0).to(
-            tl.float32
-        )
+        x_MI = tl.load(x + row_M[:, None] * width + column_I[None, :], mask=inside_MI, other=0.0).to(tl.float32)
         sums_MO += tl.sum(x_MI[:, None, :] * rounded_OI[None, :, :], axis=2)
     inside_MO = (row_M[:, None] < rows) & (out_O[None, :] < outs)
-    tl.store(
-        y + row_M[:, None] * outs + out_O[None, :], _rounded(sums_MO, y.dtype.element_ty), mask=inside_MO
-    )
+    tl.store(y + row_M[:, None] * outs + out_O[None, :], _rounded(sums_MO, y.dtype.element_ty), mask=inside_MO)
 
 
 def _parts(weights: Any) -> tuple[Any, ...]:
@@ -125,7 +156,16 @@ def product(weights: Any, x: Tensor, outs: int, *, start: int) -> Tensor:
     padded = triton.next_power_of_2(x.shape[0])
     grid = (triton.cdiv(outs, _OUTS),)
     _product[grid](
-        *_parts(weights), x, y, start, x.shape[0], outs, x.shape[1], padded_rows=padded, tile=_OUTS, step=_WIDTH,
+        *_parts(weights),
+        x,
+        y,
+        start,
+        x.shape[0],
+        outs,
+        x.shape[1],
+        padded_rows=padded,
+        tile=_OUTS,
+        step=_WIDTH,
         **_shape(weights),
-    )  # fmt: skip
+    )
     return y

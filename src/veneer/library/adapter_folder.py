@@ -85,13 +85,12 @@ def _program(names: Iterable[str]) -> str | None:
     """Which program's layout the names of tensors are of."""
     listed = list(names)
     if any(
-        name.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"))
-        for name in listed
+        name.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")) for name in listed
     ):
         return "a LoRA of kohya's scripts (sd-scripts)"
-    if any(
-        name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2.")) for name in listed
-    ) and any("lora" in name for name in listed):
+    if any(name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2.")) for name in listed) and any(
+        "lora" in name for name in listed
+    ):
         return "a LoRA of diffusers"
     if any(".processor." in name and "lora" in name for name in listed):
         return "a LoRA of diffusers (attention processors)"

@@ -58,7 +58,7 @@ def facts_of(stored: StoredAdapter) -> Facts:
         data_fingerprint=None if manifest is None else manifest.data_fingerprint,
         metrics={} if manifest is None else dict(manifest.metrics),
         origin="peft" if theirs else "veneer",
-    )  # fmt: skip
+    )
 
 
 def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
@@ -66,12 +66,7 @@ def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
     with _on_trial(base, stored) as attachment:
         scaling = {path: layer.scaling for path, layer in sorted(attachment.layers.items())}
     manifest = manifest_for(base, method=stored.config.name).model_copy(
-        update={
-            "trained_by": "peft",
-            "scaling": scaling,
-            "content_hash": stored.content_hash,
-            "tokenizer_hash": None,
-        }
+        update={"trained_by": "peft", "scaling": scaling, "content_hash": stored.content_hash, "tokenizer_hash": None}
     )
     return manifest.to_json().encode()
 

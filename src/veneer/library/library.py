@@ -30,15 +30,7 @@ from veneer.files.system_errors import explained
 from veneer.library.adapter_folder import adapter_folder, holds_adapter
 from veneer.library.index import INDEX, indexed_records
 from veneer.library.leftovers import Leftovers, find_leftovers
-from veneer.library.names import (
-    MAX_NOTE,
-    Reference,
-    check_name,
-    check_tag,
-    is_reference,
-    nearest,
-    parse_reference,
-)
+from veneer.library.names import MAX_NOTE, Reference, check_name, check_tag, is_reference, nearest, parse_reference
 from veneer.library.objects import object_faults, put
 from veneer.library.records import Facts, Record, Version, known_version, read_record, write_record
 
@@ -93,9 +85,15 @@ class Library:
     # reading
 
     def entries(
-        self, *, name: str = "*", base: str | None = None, method: str | None = None, tag: str | None = None,
-        every_version: bool = False, sort: SortKey = "name",
-    ) -> list[Entry]:  # fmt: skip
+        self,
+        *,
+        name: str = "*",
+        base: str | None = None,
+        method: str | None = None,
+        tag: str | None = None,
+        every_version: bool = False,
+        sort: SortKey = "name",
+    ) -> list[Entry]:
         """The newest version of every name, or every version, that all filters let through.
 
         name, base: patterns with * and ?; base is compared with the base's name, its last part, and the beginning
@@ -172,13 +170,7 @@ class Library:
     # writing
 
     def add(
-        self,
-        source: str | Path,
-        *,
-        name: str,
-        tags: Sequence[str] = (),
-        note: str = "",
-        base: FrozenBase | None = None,
+        self, source: str | Path, *, name: str, tags: Sequence[str] = (), note: str = "", base: FrozenBase | None = None
     ) -> Entry:
         """Copies an adapter's folder, or a run's result, in as the next version of `name`.
 
@@ -203,9 +195,7 @@ class Library:
                 held.enter_context(locked(self.folder / ".objects.lock", shared=True))
             yield
 
-    def point(
-        self, name: str, object: str, facts: Facts, *, tags: Sequence[str] = (), note: str = ""
-    ) -> Entry:
+    def point(self, name: str, object: str, facts: Facts, *, tags: Sequence[str] = (), note: str = "") -> Entry:
         """Make an object that is in the store the newest version of a name."""
         with self._changing():
             path = self._file(name)
@@ -217,16 +207,18 @@ class Library:
             added = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             if record.versions and record.newest.object == object:
                 same = record.newest
-                version = same.model_copy(
-                    update={"tags": sorted({*same.tags, *tags}), "note": note or same.note}
-                )
+                version = same.model_copy(update={"tags": sorted({*same.tags, *tags}), "note": note or same.note})
                 versions = [*without[:-1], version]
                 changed = record.model_copy(update={"versions": versions})
             else:
                 version = Version(
-                    version=record.next_version, object=object, added=added, tags=sorted(set(tags)), note=note,
+                    version=record.next_version,
+                    object=object,
+                    added=added,
+                    tags=sorted(set(tags)),
+                    note=note,
                     facts=facts,
-                )  # fmt: skip
+                )
                 changed = Record(next_version=record.next_version + 1, versions=[*without, version])
             if changed != record:
                 write_record(path, changed)
@@ -256,9 +248,7 @@ class Library:
         with self._changing():
             self.record(old)
             if self._file(new).exists():
-                raise ConfigError(
-                    f"there is an adapter {new!r} already", [], "Take another name, or remove it."
-                )
+                raise ConfigError(f"there is an adapter {new!r} already", [], "Take another name, or remove it.")
             self._file(old).rename(self._file(new))
 
     def change(
@@ -352,9 +342,7 @@ class Library:
             files = [path.name for path in self.names.iterdir()]
         except FileNotFoundError:
             return []
-        return sorted(
-            name.removesuffix(".json") for name in files if name.endswith(".json") and name[0] != "."
-        )
+        return sorted(name.removesuffix(".json") for name in files if name.endswith(".json") and name[0] != ".")
 
     def _file(self, name: str) -> Path:
         return self.names / f"{check_name(name)}.json"

@@ -51,7 +51,8 @@ def object_id(manifest: str | bytes) -> str:
 
 
 def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
-    """Name -> {bytes, sha256} of an object's files: an adapter's and no others. CorruptFileError names what is wrong."""
+    """Name -> {bytes, sha256} of an object's files: an adapter's and no others. CorruptFileError names what is
+    wrong."""
     stored = parse_json(manifest, Path(where), max_bytes=MAX_MANIFEST_BYTES)
     files = stored.get("files")
     faults = []
@@ -93,9 +94,7 @@ def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | 
             yield partial
             if faults := object_faults(partial, wanted=wanted):
                 raise CorruptFileError(
-                    f"object {wanted[:12]}… did not arrive whole",
-                    faults,
-                    "Try again; nothing was kept of it.",
+                    f"object {wanted[:12]}… did not arrive whole", faults, "Try again; nothing was kept of it."
                 )
     except (ConfigError, InputError):
         if object_faults(place):  # otherwise another process put the same bytes there first
@@ -114,9 +113,7 @@ def put(objects: Path, files: Mapping[str, Content]) -> str:
     """Copies the files into the store and returns their object's id. Already there: nothing is written."""
     manifest = manifest_text(files)
     wanted = object_id(manifest)
-    needed = sum(
-        len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()
-    )
+    needed = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
     with receiving(objects, wanted, needed) as partial:
         if partial is not None:
             for name, content in files.items():

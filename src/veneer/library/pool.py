@@ -41,9 +41,7 @@ class Pool:
     budget_bytes  of all adapters on the base; None: no bound
     """
 
-    def __init__(
-        self, base: FrozenBase, library: Callable[[], Library | None], refuse: Callable[[], None]
-    ) -> None:
+    def __init__(self, base: FrozenBase, library: Callable[[], Library | None], refuse: Callable[[], None]) -> None:
         self.base = base
         self._library, self._refuse = library, refuse
         self.budget_bytes: int | None = None
@@ -100,9 +98,7 @@ class Pool:
         if stored.content_hash != entry.version.facts.content_hash:
             raise CorruptFileError(
                 f"{entry.reference} is not what was added",
-                [
-                    f"content {stored.content_hash[:12]}…, the library says {entry.version.facts.content_hash[:12]}…"
-                ],
+                [f"content {stored.content_hash[:12]}…, the library says {entry.version.facts.content_hash[:12]}…"],
                 f"See: veneer adapters verify {entry.reference}",
             )
         size = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in stored.tensors.values())
@@ -134,7 +130,8 @@ class Pool:
                     used -= loaded.bytes
             if used + needed > self.budget_bytes:
                 raise DoesNotFitError(
-                    f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of {self.budget_bytes:,} are taken",
+                    f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of {self.budget_bytes:,} "
+                    f"are taken",
                     [
                         f"{n}: {each.bytes:,} bytes, {self._why_it_stays(n, staying)}"
                         for n, each in self._loaded.items()

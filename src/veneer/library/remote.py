@@ -68,9 +68,7 @@ def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
         with receiving(library.objects, wanted, needed) as partial:
             if partial is not None:
                 for file, entry in files.items():
-                    _fetch_file(
-                        remote, f"objects/{wanted}/{file}", incoming / file, entry["bytes"], entry["sha256"]
-                    )
+                    _fetch_file(remote, f"objects/{wanted}/{file}", incoming / file, entry["bytes"], entry["sha256"])
                     (incoming / file).replace(partial / file)
                 (partial / MANIFEST).write_bytes(manifest)
         shutil.rmtree(incoming)
@@ -91,9 +89,7 @@ def _fetch_file(remote: Remote, path: str, into: Path, size: int, sha256: str) -
             return
         if not have:
             break
-    faults = [
-        f"{into.stat().st_size:,} of {size:,} bytes, SHA-256 {file_hash(into)[:12]}…, not {sha256[:12]}…"
-    ]
+    faults = [f"{into.stat().st_size:,} of {size:,} bytes, SHA-256 {file_hash(into)[:12]}…, not {sha256[:12]}…"]
     into.unlink()
     raise CorruptFileError(
         f"{remote.address}/{path} did not arrive whole", faults, "Try again, or push it there again."
@@ -133,7 +129,5 @@ class FolderRemote:
     def publish(self, name: str, version: Version, folder: Path) -> str:
         with self.library.receiving():
             fetch_object(self.library, FolderRemote(Library(folder.parent.parent)), version.object)
-            entry = self.library.point(
-                name, version.object, version.facts, tags=version.tags, note=version.note
-            )
+            entry = self.library.point(name, version.object, version.facts, tags=version.tags, note=version.note)
         return entry.reference

@@ -32,9 +32,7 @@ class FsspecRemote:
             self._fs, self._root = fsspec.core.url_to_fs(self.address)
         except ImportError as fault:
             raise ConfigError(
-                f"{scheme}:// needs a package that is not installed",
-                [str(fault)],
-                "pip install 'veneer[remote]'",
+                f"{scheme}:// needs a package that is not installed", [str(fault)], "pip install 'veneer[remote]'"
             ) from fault
         except ValueError as fault:
             raise ConfigError(f"{address} is no address that fsspec knows", [str(fault)]) from fault
@@ -90,8 +88,7 @@ class FsspecRemote:
                     return f"{name}@{same[-1].version}"
                 theirs = version.model_copy(update={"version": record.next_version})
                 others = [
-                    v.model_copy(update={"tags": [t for t in v.tags if t not in version.tags]})
-                    for v in record.versions
+                    v.model_copy(update={"tags": [t for t in v.tags if t not in version.tags]}) for v in record.versions
                 ]
                 changed = Record(next_version=record.next_version + 1, versions=[*others, theirs])
                 self._exchange(f"names/{name}.json", changed)
@@ -99,9 +96,7 @@ class FsspecRemote:
             raise
         except Exception as fault:
             raise InputError(
-                f"{self.address} cannot be written: {_said(fault)}",
-                [],
-                "Look at the address and your rights.",
+                f"{self.address} cannot be written: {_said(fault)}", [], "Look at the address and your rights."
             ) from fault
         raise InputError(f"{self.address}: others keep writing {name!r}", [], "Try again.")
 
@@ -129,9 +124,7 @@ class FsspecRemote:
 
     def _unreadable(self, path: str, fault: Any) -> SourceError:
         return SourceError(
-            f"{self.address}/{path} cannot be read: {_said(fault)}",
-            [],
-            "Try again; what has arrived is kept.",
+            f"{self.address}/{path} cannot be read: {_said(fault)}", [], "Try again; what has arrived is kept."
         )
 
 

@@ -24,9 +24,7 @@ MAX_BYTES = 20_000_000_000
 
 def _parsed(address: str) -> tuple[str, str | None]:
     if (match := _ADDRESS.fullmatch(address)) is None or ".." in address:
-        raise ConfigError(
-            f"{address} names no repository", [], "For instance hf://org/name or hf://org/name@v1."
-        )
+        raise ConfigError(f"{address} names no repository", [], "For instance hf://org/name or hf://org/name@v1.")
     return match["repository"], match["revision"]
 
 
@@ -35,16 +33,11 @@ def push_to_hub(entry: Entry, folder: Path, address: str) -> Moved:
 
     repository, revision = _parsed(address)
     api = HfApi()
-    operations = [
-        CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in sorted(folder.iterdir())
-    ]
+    operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in sorted(folder.iterdir())]
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         made = api.create_commit(
-            repository,
-            operations,
-            commit_message=f"{entry.reference} {entry.version.object[:12]}",
-            revision=revision,
+            repository, operations, commit_message=f"{entry.reference} {entry.version.object[:12]}", revision=revision
         )
     except Exception as fault:  # the client's errors have no common base
         raise SourceError(
@@ -79,9 +72,7 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
                 if (told := refusal(fault, folder)) is not None:
                     raise told from fault
                 raise SourceError(
-                    f"{address}: {file} did not arrive: {_said(fault)}",
-                    [],
-                    "Try again: what has arrived is kept.",
+                    f"{address}: {file} did not arrive: {_said(fault)}", [], "Try again: what has arrived is kept."
                 ) from fault
         if MANIFEST in wanted:  # beside the client's own notes, which lie in .cache
             faults = [fault for fault in verify_manifest(folder) if not fault.startswith(".cache/")]
@@ -103,9 +94,10 @@ def _check_files(address: str, sizes: dict[str, int | None], wanted: list[str]) 
         pickles = [file for file in sizes if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
         if pickles and ADAPTER_FILES[0] in sizes:
             raise UnsafeFileError(
-                f"{address} holds its weights only as a pickle, which can run code when it is opened", pickles,
+                f"{address} holds its weights only as a pickle, which can run code when it is opened",
+                pickles,
                 "Ask for safetensors there; or, where you trust it, convert it once with PEFT.",
-            )  # fmt: skip
+            )
         raise SourceError(f"{address} holds no adapter", [f"{file} is not there" for file in missing])
     if (total := sum(sizes[file] or 0 for file in wanted)) > MAX_BYTES:
         raise RefusedError(f"{address}: {total:,} bytes are no adapter; the limit is {MAX_BYTES:,}")

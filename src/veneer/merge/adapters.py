@@ -56,7 +56,8 @@ class Placed:
 
 
 def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
-    """What of its files goes where on a base. model: the base or its skeleton. AdapterMismatchError: it does not fit."""
+    """What of its files goes where on a base. model: the base or its skeleton. AdapterMismatchError: it does not
+    fit."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     found = stored.file.fit(stored.tensors, model, head, weights_read_past(model))
     if found.faults or found.settings is None:
@@ -118,9 +119,13 @@ def refuse_biases(placed: Sequence[Placed]) -> None:
 
 
 def attachment_of(
-    updates: Mapping[str, Update], values: Mapping[str, Tensor], trained: Sequence[str], model: nn.Module,
-    *, rank: int | None = None,
-) -> Attachment:  # fmt: skip
+    updates: Mapping[str, Update],
+    values: Mapping[str, Tensor],
+    trained: Sequence[str],
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+) -> Attachment:
     """An adapter of scaling 1 from updates, ready to be written; model: the base or its skeleton.
 
     rank: the rank its settings name, where places may deviate; None: the most common one.
@@ -133,11 +138,14 @@ def attachment_of(
     settings = exact_settings(PeftLoRA(r=usual, lora_alpha=float(usual)), strong, trained)
     layers = {
         where: LoRALayer(
-            _kind(modules, where), update.A.float().contiguous(), update.B.float().contiguous(),
-            alpha=float(ranks[where]), rslora=False,
+            _kind(modules, where),
+            update.A.float().contiguous(),
+            update.B.float().contiguous(),
+            alpha=float(ranks[where]),
+            rslora=False,
         )
         for where, update in updates.items()
-    }  # fmt: skip
+    }
     kept = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
     return Attachment("made", settings, dict(layers), kept, list(trained))
 
@@ -173,17 +181,11 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
         identity = BaseIdentity(name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found)
         tokenizer = template = None
     return Manifest(
-        veneer_version=version("veneer"),
-        method="lora",
-        base=identity,
-        tokenizer_hash=tokenizer,
-        template_hash=template,
+        veneer_version=version("veneer"), method="lora", base=identity, tokenizer_hash=tokenizer, template_hash=template
     )
 
 
-def descended(
-    manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]
-) -> Manifest:
+def descended(manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]) -> Manifest:
     """The manifest with how the adapter was made and of what."""
     made_of = [Parent(content_hash=placed.parent_hash, weight=weight) for placed, weight in parents]
     return manifest.model_copy(update={"recipe": dict(recipe), "parents": made_of})

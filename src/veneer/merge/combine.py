@@ -121,9 +121,7 @@ def _pruned(group: _Group, recipe: Recipe, summed: Tensor) -> Cut:
 
 
 def _magnitude(place: str, group: _Group, recipe: Recipe) -> Cut:
-    return _pruned(
-        group, recipe, sum_of([weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group])
-    )
+    return _pruned(group, recipe, sum_of([weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]))
 
 
 def _ties(place: str, group: _Group, recipe: Recipe) -> Cut:
@@ -139,14 +137,17 @@ def _dare(place: str, group: _Group, recipe: Recipe) -> Cut:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return dense * (torch.rand(dense.shape, generator=generator) < recipe.kept) / recipe.kept
 
-    return _pruned(
-        group, recipe, sum_of([weight * dropped(number, u.dense()) for number, u, weight in group])
-    )
+    return _pruned(group, recipe, sum_of([weight * dropped(number, u.dense()) for number, u, weight in group]))
 
 
 _COMBINE: Mapping[How, Callable[[str, _Group, Recipe], Cut]] = {
-    "cat": _cat, "linear": _linear, "svd": _svd, "ties": _ties, "dare": _dare, "magnitude": _magnitude,
-}  # fmt: skip
+    "cat": _cat,
+    "linear": _linear,
+    "svd": _svd,
+    "ties": _ties,
+    "dare": _dare,
+    "magnitude": _magnitude,
+}
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

@@ -29,9 +29,13 @@ class CombineReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "out": str(self.out), "bytes": self.bytes, "how": self.how, "error": self.error,
-            "errors": dict(self.errors), "ranks": dict(self.ranks),
-        }  # fmt: skip
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "how": self.how,
+            "error": self.error,
+            "errors": dict(self.errors),
+            "ranks": dict(self.ranks),
+        }
 
 
 def combine_adapters(
@@ -51,27 +55,22 @@ def combine_adapters(
     weights = [weight for _, weight in adapters]
     refuse_biases(placed)
     values = trained_values(
-        [
-            (said_of(each.stored.folder), each.values, weight)
-            for each, weight in zip(placed, weights, strict=True)
-        ]
+        [(said_of(each.stored.folder), each.values, weight) for each, weight in zip(placed, weights, strict=True)]
     )
     trained = sorted({path for each in placed for path in each.trained})
     cuts = combine_updates([each.updates for each in placed], weights, recipe)
     updates = {where: Update(cut.A, cut.B) for where, cut in cuts.items()}
     made = attachment_of(updates, values, trained, skeleton.model)
-    settings: dict[str, Any] = {
-        "how": recipe.how,
-        "rank": recipe.rank,
-        "density": recipe.density,
-        "seed": recipe.seed,
-    }
+    settings: dict[str, Any] = {"how": recipe.how, "rank": recipe.rank, "density": recipe.density, "seed": recipe.seed}
     manifest = descended(
         common_base(placed, skeleton, base), {"combine": settings}, list(zip(placed, weights, strict=True))
     )
     written = write_adapter(out, made, manifest, model=skeleton.model)
     return CombineReport(
-        Path(out), written.bytes, recipe.how, total_error(cuts),
+        Path(out),
+        written.bytes,
+        recipe.how,
+        total_error(cuts),
         {where: relative_error(cut.lost, cut.whole) for where, cut in cuts.items()},
         {where: cut.rank for where, cut in cuts.items()},
-    )  # fmt: skip
+    )

@@ -48,9 +48,7 @@ def vllm_faults(placed: Placed, model: Any) -> list[str]:
 def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, *, base: str) -> ExportReport:
     """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
     if faults := vllm_faults(placed, skeleton.model):
-        raise RefusedError(
-            "vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge."
-        )
+        raise RefusedError("vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge.")
     largest = max(update.A.shape[-2] for update in placed.updates.values())
     rank = next(legal for legal in VLLM_RANKS if legal >= largest)
     updates = {where: padded(update, rank) for where, update in placed.updates.items()}

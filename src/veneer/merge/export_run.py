@@ -39,10 +39,17 @@ def export_adapter(
 
 
 def export_merged_gguf(
-    adapters: Sequence[tuple[str | Path, float]], *, base: str, out: str | Path, type: ModelType = "f16",
-    quantize: Quantize | None = None, keep_dense: Sequence[str] = (), into: Into | None = None,
-    original: str | None = None, force_base: bool = False,
-) -> GGUFReport:  # fmt: skip
+    adapters: Sequence[tuple[str | Path, float]],
+    *,
+    base: str,
+    out: str | Path,
+    type: ModelType = "f16",
+    quantize: Quantize | None = None,
+    keep_dense: Sequence[str] = (),
+    into: Into | None = None,
+    original: str | None = None,
+    force_base: bool = False,
+) -> GGUFReport:
     """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file.
 
     quantize, keep_dense, into, original: for adapters trained over a quantised base, see merge_run.py's open_merge.
@@ -50,9 +57,14 @@ def export_merged_gguf(
     _named_gguf(out)
     if adapters:
         opened = open_merge(
-            base, adapters, quantize=quantize, keep_dense=keep_dense, into=into, original=original,
+            base,
+            adapters,
+            quantize=quantize,
+            keep_dense=keep_dense,
+            into=into,
+            original=original,
             force_base=force_base,
-        )  # fmt: skip
+        )
         loaded, acting = opened.base, opened.acting
     else:
         loaded, acting = load_base(base, dtype="stored", device="cpu", quantize=quantize), []

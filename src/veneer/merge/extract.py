@@ -58,16 +58,21 @@ class ExtractReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "out": str(self.out), "bytes": self.bytes, "error": self.error,
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "error": self.error,
             "parts": {name: asdict(part) for name, part in self.parts.items()},
-            "left_out": dict(self.left_out), "kept": dict(self.kept),
-            "logits": None if self.logits is None else asdict(self.logits), "notes": self.notes,
-        }  # fmt: skip
+            "left_out": dict(self.left_out),
+            "kept": dict(self.kept),
+            "logits": None if self.logits is None else asdict(self.logits),
+            "notes": self.notes,
+        }
 
 
 @dataclass
 class _Found:
-    """cuts, sizes: place -> its update, ||W||^2 of the base there; others: name of another changed weight -> ||D||/||W||."""
+    """cuts, sizes: place -> its update, ||W||^2 of the base there; others: name of another changed weight ->
+    ||D||/||W||."""
 
     cuts: dict[str, Cut] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
@@ -75,17 +80,23 @@ class _Found:
 
 
 def extract_adapter(
-    base: str, tuned: str, *, out: str | Path, rank: int | None = None, energy: float | None = None, keep: bool = False,
-    check_logits: bool = True, device: str = "cpu",
-) -> ExtractReport:  # fmt: skip
-    """Writes the adapter that turns `base` into about `tuned`. One of rank and energy (share of ||D||^2 of every module).
+    base: str,
+    tuned: str,
+    *,
+    out: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    keep: bool = False,
+    check_logits: bool = True,
+    device: str = "cpu",
+) -> ExtractReport:
+    """Writes the adapter that turns `base` into about `tuned`. One of rank and energy (share of ||D||^2 of every
+    module).
 
     AdapterMismatchError: the two are not models of one shape; RefusedError: nothing that an adapter can hold changed.
     """
     if (rank is None) == (energy is None):
-        raise ConfigError(
-            "give either a rank or an energy share", next_step="For instance --rank 16, or --energy 0.9."
-        )
+        raise ConfigError("give either a rank or an energy share", next_step="For instance --rank 16, or --energy 0.9.")
     check_numbers(rank=(RANK, rank), energy=(ENERGY, energy))
     old, new = (load_base(each, dtype="stored", device=device) for each in (base, tuned))
     found = _differences(old, new.model, rank=rank, energy=energy)
@@ -98,18 +109,14 @@ def extract_adapter(
     trained, values, settings = _kept_values(old, new.model, found, keep=keep)
     made = attachment_of({p: Update(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model)
     made.config = made.config.model_copy(update=settings)
-    recipe: dict[str, Any] = {
-        "extract": {"model": new.name_or_path, "rank": rank, "energy": energy, "keep": keep}
-    }
+    recipe: dict[str, Any] = {"extract": {"model": new.name_or_path, "rank": rank, "energy": energy, "keep": keep}}
     written = write_adapter(out, made, manifest_for(old, method="lora", recipe=recipe), model=old.model)
     kept = {name: size for name, size in found.others.items() if name in values}
     left = {name: size for name, size in found.others.items() if name not in values}
     check = _check(old, new, out) if check_logits else None
     whole = sum(cut.whole for cut in found.cuts.values())
     error = relative_error(sum(cut.lost for cut in found.cuts.values()), whole)
-    return ExtractReport(
-        Path(out), written.bytes, _by_kind(found), error, left, kept, check, _notes(old, new)
-    )
+    return ExtractReport(Path(out), written.bytes, _by_kind(found), error, left, kept, check, _notes(old, new))
 
 
 def _differences(base: FrozenBase, new: nn.Module, *, rank: int | None, energy: float | None) -> _Found:
@@ -194,9 +201,11 @@ def _by_kind(found: _Found) -> dict[str, Part]:
         whole = sum(found.cuts[p].whole for p in places)
         ranks = [found.cuts[p].rank for p in places]
         parts[kind] = Part(
-            len(places), relative_error(whole, sum(found.sizes[p] for p in places)), (min(ranks), max(ranks)),
+            len(places),
+            relative_error(whole, sum(found.sizes[p] for p in places)),
+            (min(ranks), max(ranks)),
             relative_error(sum(found.cuts[p].lost for p in places), whole),
-        )  # fmt: skip
+        )
     return parts
 
 
@@ -216,13 +225,9 @@ def _check(old: FrozenBase, new: FrozenBase, out: str | Path) -> LogitCheck:
 def _notes(old: FrozenBase, new: FrozenBase) -> list[str]:
     notes = []
     if tokenizer_hash(old.tokenizer) != tokenizer_hash(new.tokenizer):
-        notes.append(
-            "the model's tokenizer is not the base's: an adapter brings none, the base's will be used"
-        )
+        notes.append("the model's tokenizer is not the base's: an adapter brings none, the base's will be used")
     if _template(old) != _template(new):
-        notes.append(
-            "the model's chat template is not the base's: an adapter brings none, the base's will be used"
-        )
+        notes.append("the model's chat template is not the base's: an adapter brings none, the base's will be used")
     return notes
 
 

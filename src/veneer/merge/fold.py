@@ -107,9 +107,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
                 parts.setdefault(path, []).append(_Part(layer, is_transposed(owner), weight))
     found: dict[str, Callable[[Tensor], Tensor]] = {name: _sum_of(group) for name, group in parts.items()}
     found |= {name: _plus(group) for name, group in offsets.items()}
-    if missing := [
-        name for name in offsets if modules[name.removesuffix(".bias")]._parameters.get("bias") is None
-    ]:
+    if missing := [name for name in offsets if modules[name.removesuffix(".bias")]._parameters.get("bias") is None]:
         raise RefusedError(
             "lora_bias has no place in these layers, which have no bias of their own",
             missing[:6] + ([f"and {len(missing) - 6} more"] if len(missing) > 6 else []),

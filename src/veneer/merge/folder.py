@@ -26,14 +26,7 @@ from veneer.adapters.targets import layer_number
 from veneer.bases.fingerprint import tokenizer_hash
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_folder
-from veneer.merge.fold import (
-    Stored,
-    parting,
-    refuse_unfoldable,
-    stored_tensors,
-    tied_names,
-    wanted_weights,
-)
+from veneer.merge.fold import Stored, parting, refuse_unfoldable, stored_tensors, tied_names, wanted_weights
 from veneer.merge.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
 from veneer.merge.shards import MAX_SHARD_BYTES, ShardWriter
 from veneer.merge.verify import LogitCheck, Reference, compare, limited, reference, text_rows
@@ -69,12 +62,16 @@ class MergeReport(OverWeights):
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "out": str(self.out), "bytes": self.bytes, "dtype": self.dtype, "stochastic": self.stochastic,
-            "untied": self.untied, "survival": _numbers(self.total),
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "dtype": self.dtype,
+            "stochastic": self.stochastic,
+            "untied": self.untied,
+            "survival": _numbers(self.total),
             "layers": {name: _numbers(part) for name, part in self.layers.items()},
             "logits": None if self.logits is None else asdict(self.logits),
             "as_trained": None if self.as_trained is None else asdict(self.as_trained),
-        }  # fmt: skip
+        }
 
 
 def _numbers(part: Survival) -> dict[str, float]:
@@ -82,11 +79,20 @@ def _numbers(part: Survival) -> dict[str, float]:
 
 
 def merge_into_folder(
-    base: FrozenBase, names: Sequence[tuple[str, float]], out: str | Path, *, dtype: DtypeChoice | None = None,
-    stochastic: bool = False, seed: int = 0, rows: Sequence[list[int]] | None = None, check_logits: bool = True,
-    least_survival: float = LEAST_SURVIVAL, max_shard_bytes: int = MAX_SHARD_BYTES,
-    as_trained: Reference | None = None, record: Mapping[str, Any] | None = None,
-) -> MergeReport:  # fmt: skip
+    base: FrozenBase,
+    names: Sequence[tuple[str, float]],
+    out: str | Path,
+    *,
+    dtype: DtypeChoice | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    rows: Sequence[list[int]] | None = None,
+    check_logits: bool = True,
+    least_survival: float = LEAST_SURVIVAL,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    as_trained: Reference | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> MergeReport:
     """Merges loaded adapters (name, weight) into a new folder. The base is left without these adapters.
 
     dtype         None: each weight in the type the base stores it in (quantised ones: as most of the others)
@@ -114,9 +120,7 @@ def merge_into_folder(
     parted = parting(tied, wanted)
     target = None if dtype is None else DTYPES[dtype]
     plan = _Plan(
-        base.model,
-        {n: s for n, s in stored_tensors(base.model).items() if n in parted or n not in tied},
-        target,
+        base.model, {n: s for n, s in stored_tensors(base.model).items() if n in parted or n not in tied}, target
     )
     with atomic_folder(out, needed_bytes=plan.total_bytes) as partial:
         weights = plan.write(
@@ -126,12 +130,8 @@ def merge_into_folder(
         write_surroundings(partial, base, dtype=plan.dtype, untied=bool(parted))
         check, trained_check = _checked(partial, base, asked, as_trained)
         size = sum(path.stat().st_size for path in partial.iterdir())
-        report = MergeReport(
-            Path(out), size, plan.dtype_name, stochastic, bool(parted), weights, check, trained_check
-        )
-        text = json.dumps(
-            {"format_version": 1, **(record or {}), **_without_place(report)}, indent=2, sort_keys=True
-        )
+        report = MergeReport(Path(out), size, plan.dtype_name, stochastic, bool(parted), weights, check, trained_check)
+        text = json.dumps({"format_version": 1, **(record or {}), **_without_place(report)}, indent=2, sort_keys=True)
         (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
     return report
 
@@ -147,15 +147,11 @@ class _Plan:
     one by one); the files are as its own save_pretrained writes them.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> None:
         self.model, self.stored = model, stored
         self.dtype = dtype or _common(stored)
         self.asked = dtype
-        empty = {
-            name: torch.empty(s.shape, dtype=self.type_of(s), device="meta") for name, s in stored.items()
-        }
+        empty = {name: torch.empty(s.shape, dtype=self.type_of(s), device="meta") for name, s in stored.items()}
         self.planned: dict[str, Tensor] = revert_weight_conversion(model, empty)
         self.total_bytes = sum(t.numel() * t.element_size() for t in self.planned.values())
 
@@ -199,9 +195,9 @@ class _Plan:
         groups: dict[str, list[str]] = {}
         for name in self.stored:
             number = layer_number(name)
-            groups.setdefault(
-                name if number is None else f"{name.partition(f'.{number}.')[0]}.{number}", []
-            ).append(name)
+            groups.setdefault(name if number is None else f"{name.partition(f'.{number}.')[0]}.{number}", []).append(
+                name
+            )
         yield from groups.values()
 
     def _made(self, name: str, wanted: Any, stochastic_seed: int | None) -> tuple[Tensor, Survival | None]:
@@ -245,7 +241,8 @@ def _refuse_lost(weights: Mapping[str, Survival], dtype: str, stochastic: bool, 
     raise RefusedError(
         f"{whole.share:.0%} of the update is left after rounding to {dtype}, below {least:.0%}: nothing was written",
         [
-            f"the update is {whole.relative_size:.2g} of the weights' size; steps of {dtype} are coarser than most of it",
+            f"the update is {whole.relative_size:.2g} of the weights' size; steps of {dtype} are coarser than "
+            f"most of it",
             *(
                 f"layer {name}: {part.share:.0%}" if name.isdigit() else f"{name}: {part.share:.0%}"
                 for name, part in worst
@@ -276,7 +273,8 @@ def write_surroundings(folder: Path, base: FrozenBase, *, dtype: torch.dtype, un
 def _checked(
     folder: Path, base: FrozenBase, asked: Reference | None, as_trained: Reference | None
 ) -> tuple[LogitCheck | None, LogitCheck | None]:
-    """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the adapter on its base."""
+    """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the adapter on its
+    base."""
     if asked is None:
         return None, None
     merged = load_base(str(folder), dtype="stored", device=str(base.device))

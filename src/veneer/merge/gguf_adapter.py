@@ -3,8 +3,8 @@
     <base tensor>.lora_a (R, I), <base tensor>.lora_b (O, R)        scale = alpha / R of that tensor
     token_embd: lora_a (V, R), transposed                           q and k of llama: rows of lora_b reordered
 
-There is one alpha for all, and the scale depends on each tensor's rank: whatever rsLoRA, patterns and alphas the adapter
-has, every scale is put into lora_b, so that alpha / R times it is right.
+There is one alpha for all, and the scale depends on each tensor's rank: whatever rsLoRA, patterns and alphas the
+adapter has, every scale is put into lora_b, so that alpha / R times it is right.
 Source: llama.cpp, src/llama-adapter.cpp; checked by loading in llama.cpp.
 """
 
@@ -54,9 +54,7 @@ def adapter_tensors(updates: Mapping[str, Update], names: Names, alpha: float) -
     return found
 
 
-def write_gguf_adapter(
-    path: Path, placed: Placed, model: PreTrainedModel, *, dtype: AdapterType = "f32"
-) -> int:
+def write_gguf_adapter(path: Path, placed: Placed, model: PreTrainedModel, *, dtype: AdapterType = "f32") -> int:
     """Writes the file; returns its size in bytes. model: the base's skeleton. RefusedError with every fault."""
     if faults := gguf_adapter_faults(placed, model):
         raise RefusedError(

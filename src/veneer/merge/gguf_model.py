@@ -1,8 +1,8 @@
 """A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor by tensor.
 
 Matrices whose rows are no multiple of 32 stay f16 in a Q8_0 file, as llama.cpp's own quantiser leaves them. How much of
-the update is left is measured on what the file decodes to. Metadata and tokenizer come from the base: from its own .gguf
-file where it is one, else they are written as llama.cpp's converter would.
+the update is left is measured on what the file decodes to. Metadata and tokenizer come from the base: from its own
+.gguf file where it is one, else they are written as llama.cpp's converter would.
 Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
@@ -13,15 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import (
-    GGMLQuantizationType,
-    GGUFReader,
-    GGUFValueType,
-    GGUFWriter,
-    LlamaFileType,
-    dequantize,
-    quantize,
-)
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize, quantize
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -43,7 +35,8 @@ _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.qu
 
 @dataclass(frozen=True)
 class GGUFReport(OverWeights):
-    """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot hold."""
+    """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot
+    hold."""
 
     out: Path
     bytes: int
@@ -53,9 +46,14 @@ class GGUFReport(OverWeights):
 
 
 def write_gguf_model(
-    base: FrozenBase, names: Sequence[tuple[str, float]], out: str | Path, *, type: ModelType, source_file: Path | None = None,
+    base: FrozenBase,
+    names: Sequence[tuple[str, float]],
+    out: str | Path,
+    *,
+    type: ModelType,
+    source_file: Path | None = None,
     least_survival: float = LEAST_SURVIVAL,
-) -> GGUFReport:  # fmt: skip
+) -> GGUFReport:
     """Merges loaded adapters (none: the base alone) into a new file. The base is left without these adapters.
 
     source_file: the .gguf file that the base came from, whose metadata is copied.
@@ -126,9 +124,7 @@ def _announce(
             row = shape[-1] // _BLOCK * 34
             shape_in_bytes = (*shape[:-1], row)
             size = int(np.prod(shape_in_bytes))
-            writer.add_tensor_info(
-                str(where.of(name)), shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind
-            )
+            writer.add_tensor_info(str(where.of(name)), shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind)
         else:
             dtype = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
             writer.add_tensor_info(str(where.of(name)), shape, dtype, int(np.prod(shape)) * dtype.itemsize)
@@ -155,9 +151,7 @@ def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: 
     if rope.get("rope_type", "default") not in ("default", "llama3"):
         faults.append(f"rotary scaling {rope['rope_type']}")
     layers = getattr(config, "layer_types", None) or []
-    if getattr(config, "sliding_window", None) and (
-        config.model_type == "mistral" or "sliding_attention" in layers
-    ):
+    if getattr(config, "sliding_window", None) and (config.model_type == "mistral" or "sliding_attention" in layers):
         faults.append(f"a sliding window of {config.sliding_window}")
     if rope.get("rope_type") == "llama3":
         writer.add_tensor_info("rope_freqs.weight", (head_dim // 2,), np.dtype(np.float32), head_dim // 2 * 4)

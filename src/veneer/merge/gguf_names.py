@@ -60,6 +60,9 @@ def names_of(config: PreTrainedConfig) -> Names:
     architecture, reordered = _ARCHITECTURES[kind]
     heads: int = config.num_attention_heads
     return Names(
-        MODEL_ARCH_NAMES[architecture], reordered, heads, getattr(config, "num_key_value_heads", None) or heads,
+        MODEL_ARCH_NAMES[architecture],
+        reordered,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
         get_tensor_name_map(architecture, config.num_hidden_layers),
-    )  # fmt: skip
+    )

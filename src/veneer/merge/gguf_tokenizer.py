@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from veneer.errors import RefusedError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BY_PATTERN = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
 
@@ -51,9 +49,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_space_prefix(False)
     for number, add in (
-        (tokenizer.bos_token_id, writer.add_bos_token_id), (tokenizer.eos_token_id, writer.add_eos_token_id),
-        (tokenizer.unk_token_id, writer.add_unk_token_id), (tokenizer.pad_token_id, writer.add_pad_token_id),
-    ):  # fmt: skip
+        (tokenizer.bos_token_id, writer.add_bos_token_id),
+        (tokenizer.eos_token_id, writer.add_eos_token_id),
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+        (tokenizer.pad_token_id, writer.add_pad_token_id),
+    ):
         if isinstance(number, int):
             add(number)
     if isinstance(tokenizer.chat_template, str):
@@ -69,7 +69,8 @@ def word_rule(stored: dict[str, Any]) -> str:
     name = _known(steps)
     if name is None:
         faults.append(
-            f"it cuts text by {', '.join(step['type'] for step in steps) or 'nothing'} with settings that have no name here"
+            f"it cuts text by {', '.join(step['type'] for step in steps) or 'nothing'} with settings that have "
+            f"no name here"
         )
     normalizer = stored.get("normalizer")
     if normalizer is not None and not (name == "qwen2" and normalizer["type"] == "NFC"):

@@ -16,8 +16,8 @@ from veneer.merge.fold import Applied, stored_tensors, wanted_weights
 
 @dataclass
 class Merged:
-    """The merged parameters by module and name; `install` puts them into the model, `restore` the very objects back that
-    stood there before."""
+    """The merged parameters by module and name; `install` puts them into the model, `restore` the very objects
+    back that stood there before."""
 
     changed: list[tuple[nn.Module, str, nn.Parameter]]
     originals: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
@@ -40,7 +40,8 @@ class Merged:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, applied: Applied) -> Merged:
-    """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part. The model stays as it is.
+    """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part. The model
+    stays as it is.
 
     RefusedError: a method that does not fold, quantised weights, values not finite.
     """
@@ -57,9 +58,7 @@ def merged_weights(model: nn.Module, applied: Applied) -> Merged:
     for name, new in wanted.items():
         value = new(stored[name].read().float()).to(stored[name].dtype)
         if not bool(torch.isfinite(value).all()):
-            raise RefusedError(
-                f"{name} would hold values that are not finite", next_step="Nothing was changed."
-            )
+            raise RefusedError(f"{name} would hold values that are not finite", next_step="Nothing was changed.")
         path, _, parameter = name.rpartition(".")
         changed.append((modules[path], parameter, nn.Parameter(value, requires_grad=False)))
     return Merged(changed)

@@ -55,9 +55,7 @@ def _differing(placed: Placed) -> list[str]:
 
 def _vllm(placed: Placed, model: PreTrainedModel) -> list[Finding]:
     export = "veneer export --to vllm writes it so that it is right"
-    findings = [
-        Finding(True, f"{name}: vLLM ignores it, the scaling is wrong", export) for name in _differing(placed)
-    ]
+    findings = [Finding(True, f"{name}: vLLM ignores it, the scaling is wrong", export) for name in _differing(placed)]
     findings += [
         Finding(False, f"{name}: a value trained in full", "veneer merge, then serve the merged model")
         for name in placed.values
@@ -65,24 +63,20 @@ def _vllm(placed: Placed, model: PreTrainedModel) -> list[Finding]:
     if (rank := max(u.A.shape[-2] for u in placed.updates.values())) > VLLM_DEFAULT_RANK:
         legal = next((r for r in VLLM_RANKS if r >= rank), None)
         way = f"start it with --max-lora-rank {legal}" if legal else "veneer combine A --how svd --rank 512"
-        findings.append(
-            Finding(False, f"rank {rank}: vLLM takes {VLLM_DEFAULT_RANK} unless told otherwise", way)
-        )
+        findings.append(Finding(False, f"rank {rank}: vLLM takes {VLLM_DEFAULT_RANK} unless told otherwise", way))
     return findings
 
 
 def _llamacpp(placed: Placed, model: PreTrainedModel) -> list[Finding]:
     export = "veneer export --to gguf folds it in"
     findings = [
-        Finding(True, f"{name}: its converter ignores it, the scaling is wrong", export)
-        for name in _differing(placed)
+        Finding(True, f"{name}: its converter ignores it, the scaling is wrong", export) for name in _differing(placed)
     ]
     if placed.settings.rslora:
         findings.append(Finding(True, "rsLoRA: its converter ignores it, the scaling is wrong", export))
     try:
         findings += [
-            Finding(False, fault, "veneer export --to gguf --merged")
-            for fault in gguf_adapter_faults(placed, model)
+            Finding(False, fault, "veneer export --to gguf --merged") for fault in gguf_adapter_faults(placed, model)
         ]
     except VeneerError as fault:
         findings.append(Finding(False, fault.headline, "llama.cpp's own converter, after veneer merge"))
@@ -94,21 +88,19 @@ def _nothing(placed: Placed, model: PreTrainedModel) -> list[Finding]:
 
 
 _LORA: Mapping[Consumer, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
-    "vllm": _vllm, "llamacpp": _llamacpp, "transformers": _nothing,
-}  # fmt: skip
+    "vllm": _vllm,
+    "llamacpp": _llamacpp,
+    "transformers": _nothing,
+}
 READS_EVERY_LAYOUT: tuple[Consumer, ...] = ("peft",)
 _OF_METHOD: Mapping[type[AdapterConfig], Mapping[Consumer, Finding]] = {
     DoRA: {
         "transformers": Finding(
-            True,
-            "DoRA: transformers drops its magnitudes and starts new ones",
-            "load it with PEFT, or veneer merge",
-        ),
+            True, "DoRA: transformers drops its magnitudes and starts new ones", "load it with PEFT, or veneer merge"
+        )
     },
     Prefix: {
-        "transformers": Finding(
-            False, "prefix tuning: transformers' load_adapter refuses it", "load it with PEFT"
-        ),
+        "transformers": Finding(False, "prefix tuning: transformers' load_adapter refuses it", "load it with PEFT")
     },
 }
 """What a consumer does of its own with a method; one that is not named here takes LoRA alone."""

@@ -45,10 +45,17 @@ class Opened:
 
 
 def open_merge(
-    base: str, adapters: Sequence[tuple[str | Path, float]], *, quantize: Quantize | None = None,
-    keep_dense: Sequence[str] = (), into: Into | None = None, original: str | None = None, force_base: bool = False,
-    device: str = "cpu", asked: Callable[[FrozenBase], list[list[int]]] | None = None,
-) -> Opened:  # fmt: skip
+    base: str,
+    adapters: Sequence[tuple[str | Path, float]],
+    *,
+    quantize: Quantize | None = None,
+    keep_dense: Sequence[str] = (),
+    into: Into | None = None,
+    original: str | None = None,
+    force_base: bool = False,
+    device: str = "cpu",
+    asked: Callable[[FrozenBase], list[list[int]]] | None = None,
+) -> Opened:
     """Loads the weights that are merged into, and on them the adapters, which are checked against the base they were
     trained on in either case.
 
@@ -79,11 +86,22 @@ def open_merge(
 
 
 def merge_adapters(
-    base: str, adapters: Sequence[tuple[str | Path, float]], *, out: str | Path, dtype: DtypeChoice | None = None,
-    stochastic: bool = False, seed: int = 0, quantize: Quantize | None = None, keep_dense: Sequence[str] = (),
-    into: Into | None = None, original: str | None = None, rows: Sequence[list[int]] | None = None,
-    check_logits: bool = True, force_base: bool = False, device: str = "cpu",
-) -> MergeReport:  # fmt: skip
+    base: str,
+    adapters: Sequence[tuple[str | Path, float]],
+    *,
+    out: str | Path,
+    dtype: DtypeChoice | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    quantize: Quantize | None = None,
+    keep_dense: Sequence[str] = (),
+    into: Into | None = None,
+    original: str | None = None,
+    rows: Sequence[list[int]] | None = None,
+    check_logits: bool = True,
+    force_base: bool = False,
+    device: str = "cpu",
+) -> MergeReport:
     """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge and
     merge_into_folder."""
 
@@ -93,22 +111,41 @@ def merge_adapters(
         return text_rows(loaded) if rows is None else limited(rows)
 
     opened = open_merge(
-        base, adapters, quantize=quantize, keep_dense=keep_dense, into=into, original=original, force_base=force_base,
-        device=device, asked=asked if check_logits else None,
-    )  # fmt: skip
+        base,
+        adapters,
+        quantize=quantize,
+        keep_dense=keep_dense,
+        into=into,
+        original=original,
+        force_base=force_base,
+        device=device,
+        asked=asked if check_logits else None,
+    )
     loaded = opened.base
     record = {
-        "base": {"name": loaded.name_or_path, "revision": loaded.revision, "fingerprint": loaded.fingerprint().to_dict()},
+        "base": {
+            "name": loaded.name_or_path,
+            "revision": loaded.revision,
+            "fingerprint": loaded.fingerprint().to_dict(),
+        },
         "adapters": [
             {"content_hash": adapter.manifest.content_hash if adapter.manifest else None, "weight": weight}
             for adapter, (_, weight) in zip(opened.stored, opened.acting, strict=True)
         ],
         "into": into,
-    }  # fmt: skip
+    }
     return merge_into_folder(
-        loaded, opened.acting, out, dtype=dtype, stochastic=stochastic, seed=seed, rows=rows,
-        check_logits=check_logits, as_trained=opened.as_trained, record=record,
-    )  # fmt: skip
+        loaded,
+        opened.acting,
+        out,
+        dtype=dtype,
+        stochastic=stochastic,
+        seed=seed,
+        rows=rows,
+        check_logits=check_logits,
+        as_trained=opened.as_trained,
+        record=record,
+    )
 
 
 INTO_STEP = (
@@ -132,9 +169,7 @@ def refuse_unclear(
         how = "in blocks of a .gguf file" if from_file else f"as {quantize}"
         faults.append(f"{base} is held {how}: say --into original or --into dequantised")
     if loaded and into is not None and not packed:
-        faults.append(
-            f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training"
-        )
+        faults.append(f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training")
     if into == "original" and from_file and original is None:
         faults.append(
             "--into original over a .gguf file, which holds no others: name the original weights with --original"

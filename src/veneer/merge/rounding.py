@@ -99,9 +99,7 @@ def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -
     if dtype not in MANTISSA_BITS:
         return values.to(dtype)
     exponent = torch.frexp(values).exponent - 1
-    step = torch.ldexp(
-        torch.ones_like(values), exponent.clamp_min(SMALLEST_EXPONENT[dtype]) - MANTISSA_BITS[dtype]
-    )
+    step = torch.ldexp(torch.ones_like(values), exponent.clamp_min(SMALLEST_EXPONENT[dtype]) - MANTISSA_BITS[dtype])
     steps = values / step
     below = torch.floor(steps)
     up = torch.rand(values.shape, generator=generator).to(values.device) < steps - below

@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 
 DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -37,9 +45,7 @@ class Place:
 class ShardWriter:
     """`write` each planned tensor once, in any order; leaving the block checks that none is missing."""
 
-    def __init__(
-        self, folder: Path, planned: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
-    ) -> None:
+    def __init__(self, folder: Path, planned: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """planned: name -> a tensor of the right shape and type, on the meta device."""
         self.folder = folder
         self.places: dict[str, Place] = {}
@@ -77,9 +83,7 @@ class ShardWriter:
         self.files[file] = handle
         handle.write(len(text).to_bytes(8, "little") + text)
         for name, begin in begins.items():
-            self.places[name] = Place(
-                file, 8 + len(text) + begin, tuple(shard[name].shape), shard[name].dtype
-            )
+            self.places[name] = Place(file, 8 + len(text) + begin, tuple(shard[name].shape), shard[name].dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
         place = self.places[name]
@@ -93,7 +97,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, where: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, where: TracebackType | None
+    ) -> None:
         for handle in self.files.values():
             handle.close()
         if kind is not None:

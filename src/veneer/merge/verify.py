@@ -112,9 +112,14 @@ def compare(merged: FrozenBase, with_adapter: Reference) -> LogitCheck:
         same += float((found.argmax(-1) == expected.argmax(-1)).sum())
     tokens = with_adapter.tokens
     return LogitCheck(
-        tokens, largest, difference / tokens, with_adapter.max_effect, with_adapter.mean_effect, max(kl / tokens, 0.0),
+        tokens,
+        largest,
+        difference / tokens,
+        with_adapter.max_effect,
+        with_adapter.mean_effect,
+        max(kl / tokens, 0.0),
         same / tokens,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

@@ -32,18 +32,36 @@ class Laid(Protocol):
     """A batch's layout on its way through a model: what attends for its layers."""
 
     def attend(
-        self, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
-        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_NHD: Tensor,
+        key_NKD: Tensor,
+        value_NKD: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """The next layer's rows, each with what its part sees first -> (N, H, E)."""
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, veneer_layout: Laid | None = None,
-    veneer_prefix: PrefixKeys | None = None, veneer_keys: KeyRecorder | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    veneer_layout: Laid | None = None,
+    veneer_prefix: PrefixKeys | None = None,
+    veneer_keys: KeyRecorder | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if veneer_keys is not None:
@@ -51,16 +69,12 @@ def attention_forward(
     prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
     if veneer_layout is not None:
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
-        out = veneer_layout.attend(
-            q, k, v, prefix, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
-        )
+        out = veneer_layout.attend(q, k, v, prefix, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
         return out[None], None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if softcap is None and s_aux is None:
-            return sdpa_attention_forward(
-                module, query, key, value, mask, scaling=scale, dropout=0.0, **others
-            )[0]
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, dropout=0.0, **others)[0]
         return _masked_attention(query, key, value, mask, scale, softcap, s_aux)
 
     if veneer_prefix is None or all(pair is None for _, pair in prefix):
@@ -81,9 +95,7 @@ def attention_forward(
     return found[0] if len(found) == 1 else torch.cat(found), None
 
 
-def batch_rows(
-    prefix: Sequence[tuple[slice, Pair | None]], rows: int, length: int
-) -> list[tuple[slice, Pair | None]]:
+def batch_rows(prefix: Sequence[tuple[slice, Pair | None]], rows: int, length: int) -> list[tuple[slice, Pair | None]]:
     """Parts of the tokens of a padded batch (rows, length) as parts of its rows."""
     if len(prefix) == 1:
         return [(slice(None), prefix[0][1])]
@@ -170,18 +182,25 @@ class Traced:
     calls: int = 0
 
     def attend(
-        self, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, prefix: Sequence[tuple[slice, Pair | None]], *,
-        scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_NHD: Tensor,
+        key_NKD: Tensor,
+        value_NKD: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         self.calls += 1
         spans, groups = self.layout.spans, self.layout.groups
         first = [next((pair for rows, pair in prefix if span.start < rows.stop), None) for span in spans]
         for cache, span, group, pair in zip(self.caches, spans, groups, first, strict=False):
             cache.store(key_NKD[span], value_NKD[span], group, pair)
         return grouped_attention(
-            query_NHD, key_NKD, value_NKD, self.layout, first,
-            scale=scale, window=window, softcap=softcap, sinks=sinks,
-        )  # fmt: skip
+            query_NHD, key_NKD, value_NKD, self.layout, first, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
 
 
 def unused_mask(device: torch.device) -> Tensor:
@@ -217,16 +236,17 @@ def _find_decoder(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-def packed_states(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout
-) -> tuple[Tensor, int]:
+def packed_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout) -> tuple[Tensor, int]:
     """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were reached."""
     inner, traced = decoder(model), Traced(layout)
     assert inner is not None
     out = inner(
-        input_ids=ids, position_ids=positions, attention_mask=unused_mask(ids.device),
-        use_cache=False, veneer_layout=traced,
-    )  # fmt: skip
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=unused_mask(ids.device),
+        use_cache=False,
+        veneer_layout=traced,
+    )
     return out.last_hidden_state[0], traced.calls
 
 

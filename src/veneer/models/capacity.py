@@ -1,7 +1,8 @@
 """What a model can take: how many positions it has, and which ids it has rows for.
 
 A table of positions ends (GPT-2, OPT); rotary positions go on, but beyond `max_position_embeddings` the model was never
-trained. Where the rotary frequencies are scaled for longer texts (linear, dynamic, yarn), it reaches as far as they say.
+trained. Where the rotary frequencies are scaled for longer texts (linear, dynamic, yarn), it reaches as far as
+they say.
 """
 
 from __future__ import annotations

@@ -32,9 +32,13 @@ class CheckpointedLayer(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         acting = self.routing.acting
         return checkpoint(
-            self.base, *args, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), self.routing.held(acting)), **kwargs,
-        )  # fmt: skip
+            self.base,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), self.routing.held(acting)),
+            **kwargs,
+        )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
@@ -61,8 +65,7 @@ def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Itera
     layers = decoder_layers(model) if on else None
     if on and layers is None:
         raise ConfigError(
-            f"{type(model).__name__} has no list of layers to checkpoint",
-            next_step="Set checkpointing: false.",
+            f"{type(model).__name__} has no list of layers to checkpoint", next_step="Set checkpointing: false."
         )
     own = list(layers or ())
     on_cpu = next(model.parameters()).device.type == "cpu"

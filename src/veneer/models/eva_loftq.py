@@ -54,15 +54,11 @@ def _faults(config: LoRA, base: FrozenBase, examples: Sequence[Example]) -> list
         return ["init eva starts from training rows, and there are none: train with it, or take another init"]
     if config.init == "loftq" and not weight_format(base.quantize).has_original:
         held = "dense" if base.quantize is None else base.quantize
-        return [
-            f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize: {FOUR_BITS}"
-        ]
+        return [f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize: {FOUR_BITS}"]
     return []
 
 
-def _start_eva(
-    base: FrozenBase, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int
-) -> int:
+def _start_eva(base: FrozenBase, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int) -> int:
     modules = plain_modules(base.model)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
@@ -81,9 +77,7 @@ def _start_eva(
 
         return look
 
-    hooks = [
-        modules[path].register_forward_pre_hook(hook(path, layer.rank)) for path, layer in layers.items()
-    ]
+    hooks = [modules[path].register_forward_pre_hook(hook(path, layer.rank)) for path, layer in layers.items()]
     tokens = 0
     try:
         with torch.no_grad(), base.routing.none():
@@ -118,7 +112,8 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
         raise ConfigError(
             f"init loftq does not find the original weight of {len(lost)} layers in the files of {base.source}",
             lost[:8],
-            "Take another init, or name in `targets` the layers whose weights stand in the files under their own names.",
+            "Take another init, or name in `targets` the layers whose weights stand in the files under their "
+            "own names.",
         )
     before = after = 0.0
     for path, layer in layers.items():

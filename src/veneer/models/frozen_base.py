@@ -33,7 +33,8 @@ class FrozenBase:
     quantize      the format its linear layers are held in; None: dense
     compute       the type its values are stored in, and the one they are held and multiplied in; by default the model's
     identity      its fingerprint as it was read, before anything was widened; by default the model's as it stands
-    as_held       the same of the values as they are held: what versions that did not widen called a base loaded in float32
+    as_held       the same of the values as they are held: what versions that did not widen called a base loaded in
+                  float32
     routing       the adapters on this base, and which of them act
     decodes_packed  whether our own decoding loop gives what the model gives (decoding/decode.py); None: not asked yet
     """

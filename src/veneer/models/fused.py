@@ -74,9 +74,7 @@ def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
 
 
 @torch.no_grad()
-def _agree(
-    module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device
-) -> bool:
+def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(5, width, generator=generator) * 3).to(dtype).to(device)
     try:
@@ -136,11 +134,7 @@ def _rows(module: nn.Module, made: StandIn) -> tuple[int, torch.dtype, torch.dev
         weight = module.get_parameter("weight")
         return weight.shape[0], weight.dtype, weight.device
     view = frozen_linear(unwrapped(module.get_submodule("gate_proj")))
-    return (
-        (0, torch.float32, torch.device("cpu"))
-        if view is None
-        else (view.in_features, view.dtype, view.device)
-    )
+    return (0, torch.float32, torch.device("cpu")) if view is None else (view.in_features, view.dtype, view.device)
 
 
 @contextmanager

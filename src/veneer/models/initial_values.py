@@ -14,7 +14,8 @@ from veneer.models.start import Start
 from veneer.models.step import refuse_untrainable
 
 _STARTS: dict[type[AdapterConfig], Callable[..., Start]] = {LoRA: start_lora, Prefix: start_prefix}
-"""Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start where their builder puts them."""
+"""Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start where their builder
+puts them."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ def begin(
     start = None if start_of is None else start_of(config, base, examples, seed=seed)
     head = base.model.get_output_embeddings()
     attachment = attach(
-        base.model, config if start is None else start.config, name=name, routing=base.routing, head=head, seed=seed,
-        read_past=base.read_past, idle=paths.idle,
-    )  # fmt: skip
+        base.model,
+        config if start is None else start.config,
+        name=name,
+        routing=base.routing,
+        head=head,
+        seed=seed,
+        read_past=base.read_past,
+        idle=paths.idle,
+    )
     try:
         line = None if start is None else start.put(attachment)
     except BaseException:

@@ -38,9 +38,13 @@ from veneer.quant.nf4 import BookName
 
 
 def load_base(
-    source: str, *, dtype: HeldAs = "auto", device: str = "auto", quantize: Quantize | None = None,
+    source: str,
+    *,
+    dtype: HeldAs = "auto",
+    device: str = "auto",
+    quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (),
-) -> FrozenBase:  # fmt: skip
+) -> FrozenBase:
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
     dtype   auto: as stored, or float32 on a CPU whose products in the stored type are slow; stored: as stored.
@@ -119,7 +123,8 @@ def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | 
 def _files(
     source: str, quantize: Quantize | None
 ) -> tuple[Found, dict[str, StoredTensor], tuple[BookName, torch.dtype] | None]:
-    """Where the base is, what its files hold, and of weights that are packed in them the code book and the type before."""
+    """Where the base is, what its files hold, and of weights that are packed in them the code book and the type
+    before."""
     blocks = weight_format(quantize).from_gguf
     found = locate_blocks(source) if blocks else locate(source)
     tensors = stored_tensors(weight_files(found.folder))

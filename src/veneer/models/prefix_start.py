@@ -1,5 +1,5 @@
-"""What a prefix starts from: the keys and values of a real prompt, by far the best start there is (from random values it
-learns a fraction in the same steps).
+"""What a prefix starts from: the keys and values of a real prompt, by far the best start there is (from random
+values it learns a fraction in the same steps).
 
 Which prompt, in this order: the one the settings name; what all training rows begin with; a plain instruction.
 """
@@ -85,7 +85,8 @@ def _check_room(base: FrozenBase, tokens: int, examples: Sequence[Example]) -> N
     longest = max((len(e.ids) for e in examples), default=0)
     if limit is not None and longest + tokens > limit:
         raise ConfigError(
-            f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the model's {limit} places",
+            f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the model's "
+            f"{limit} places",
             next_step=f"Take method.tokens below {max(limit - longest, 0) + 1}, or shorter rows (length).",
         )
 

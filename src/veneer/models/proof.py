@@ -123,17 +123,13 @@ def tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str | 
 def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
     part = len(text) - 3
     other = [*text[:part], *reversed(text[part:])]
-    worst = max(
-        apart(logits_alone(model, t)[:part], logits_alone(model, text)[:part]) for t in (text[:part], other)
-    )
+    worst = max(apart(logits_alone(model, t)[:part], logits_alone(model, text)[:part]) for t in (text[:part], other))
     if worst <= FP32:
         return None
     return f"{type(model).__name__} lets a token see what stands behind it (its logits change by {worst:.1e})"
 
 
-def _by_side(
-    model: PreTrainedModel, texts: list[list[int]], run: Callable[[list[list[int]]], float]
-) -> float:
+def _by_side(model: PreTrainedModel, texts: list[list[int]], run: Callable[[list[list[int]]], float]) -> float:
     found = switches(model.config)
     groups = sides([len(t) for t in texts], found)
     return max(run([texts[i] for i in group]) for group in groups)
@@ -263,10 +259,6 @@ def _softcaps(config: PreTrainedConfig) -> list[float | None]:
     own = [
         float(value)
         for name, value in vars(config).items()
-        if "logit" in name
-        and "cap" in name
-        and "attn" not in name
-        and isinstance(value, int | float)
-        and value
+        if "logit" in name and "cap" in name and "attn" not in name and isinstance(value, int | float) and value
     ]
     return list(dict.fromkeys([None, *own]))

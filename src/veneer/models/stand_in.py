@@ -1,4 +1,5 @@
-"""A module that stands in another one's place for a while: what computes a model's parts otherwise holds the part itself."""
+"""A module that stands in another one's place for a while: what computes a model's parts otherwise holds the part
+itself."""
 
 from typing import Any
 

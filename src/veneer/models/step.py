@@ -89,14 +89,19 @@ def assume_paths(model: PreTrainedModel) -> Paths:
     return _paths(model, packed_reason, found.scale, found.softcap, found.head)
 
 
-def _paths(
-    model: PreTrainedModel, packed: str | None, scale: float, softcap: float | None, head: str | None
-) -> Paths:
+def _paths(model: PreTrainedModel, packed: str | None, scale: float, softcap: float | None, head: str | None) -> Paths:
     found = structure(model)
     return Paths(
-        packed is None, packed, scale, softcap, head, found.padded, switches(model.config),
-        untrainable=found.gradient, idle=found.idle,
-    )  # fmt: skip
+        packed is None,
+        packed,
+        scale,
+        softcap,
+        head,
+        found.padded,
+        switches(model.config),
+        untrainable=found.gradient,
+        idle=found.idle,
+    )
 
 
 def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
@@ -114,9 +119,7 @@ def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
         model.set_attn_implementation(NAME)
 
 
-def batch_loss(
-    model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float
-) -> Tensor:
+def batch_loss(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float) -> Tensor:
     """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the whole step."""
     if paths.head_reason is not None:
         return _whole_logits_loss(model, batch, total)
@@ -187,15 +190,13 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def batches_of(
     model: PreTrainedModel, paths: Paths, examples: Sequence[Example], rows: Iterable[list[int]], *, share_prompt: bool
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """The rows as they may be computed: those of each list in one forward, or in as many as the paths ask for."""
     device = next(model.parameters()).device
     for numbers in rows:
         chosen = [examples[i] for i in numbers]
         for group in paths.together(chosen, in_front(model)):
-            yield make_batch(
-                [chosen[i] for i in group], packed=paths.packed, share_prompt=share_prompt, device=device
-            )
+            yield make_batch([chosen[i] for i in group], packed=paths.packed, share_prompt=share_prompt, device=device)
 
 
 @torch.no_grad()

@@ -42,9 +42,7 @@ _SPAN = re.compile(r"window|chunk|block_size|local_attention|floor|index_topk|bu
 _NOT_SPAN = re.compile(r"layer|pattern|feed_forward|lm_head|num_|_seconds|inference|length")
 _STACK = re.compile(r"^(num_)?((en|de)coder_)?layers$|^num_blocks$")
 _GROUPS = re.compile(r"(^|_)n?groups$")
-_PLACES = re.compile(
-    r"^(n_positions|n_ctx|context_length|max_seq_len|max_(position_embeddings|\w+_positions))$"
-)
+_PLACES = re.compile(r"^(n_positions|n_ctx|context_length|max_seq_len|max_(position_embeddings|\w+_positions))$")
 _HEADS = re.compile(r"(^|_)(n_head|heads|heads_per_layer|query_groups)$")
 _WIDTH = re.compile(
     r"hidden_size|n_embd|d_model|embed_proj|embedding_size|lru_width|emb_dim|dim_model|d_ssm|^embedding_dim$"
@@ -52,15 +50,14 @@ _WIDTH = re.compile(
 _INNER = re.compile(r"intermediate|ffn|dff|dim_ff|feed_forward_size|n_inner|d_inner")
 _EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")
 _CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_k$")
-_DEPTH = re.compile(
-    r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)"
-)
+_DEPTH = re.compile(r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)")
 
 
 def small_copy(
     kind: type[PreTrainedModel], config: PreTrainedConfig, *, window: int = WINDOW, switch: int = SWITCH
 ) -> PreTrainedModel:
-    """Of models of class `kind` with this config: a float32 model on the CPU, in eval mode, its weights drawn wide. NoCopyError says why there is none.
+    """Of models of class `kind` with this config: a float32 model on the CPU, in eval mode, its weights drawn
+    wide. NoCopyError says why there is none.
 
     window   tokens of every window and chunk;  switch   positions at which rotary frequencies change
     """

@@ -33,9 +33,7 @@ class Switches:
         if self.each is not None:
             return f"rows of more than {self.each} tokens only beside rows of their length (dynamic RoPE)"
         if self.at:
-            return (
-                f"rows of more than {', '.join(map(str, self.at))} tokens apart from shorter ones (longrope)"
-            )
+            return f"rows of more than {', '.join(map(str, self.at))} tokens apart from shorter ones (longrope)"
         return None
 
 

@@ -21,7 +21,8 @@ SMALL_BASE = 5 * 10**8
 
 @dataclass(frozen=True)
 class Job:
-    """kind: what is to be learnt. rows, tokens: of the data, None if unknown. variants: adapters wanted over one base."""
+    """kind: what is to be learnt. rows, tokens: of the data, None if unknown. variants: adapters wanted over one
+    base."""
 
     kind: Kind = "task"
     rows: int | None = None
@@ -51,8 +52,10 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
     alone = job.variants == 1
     if job.kind == "knowledge" and alone and fits(full):
         reasons.append(
-            "New knowledge at scale: with 20 B tokens of code, every weight reached 0.263 on HumanEval, LoRA of rank 256"
-            " 0.224, of rank 16 0.162 (Biderman et al. 2024, arXiv:2405.09673). Mix in 5-10% general text: it forgets most."
+            "New knowledge at scale: with 20 B tokens of code, every weight reached 0.263 on HumanEval, LoRA of "
+            "rank 256"
+            " 0.224, of rank 16 0.162 (Biderman et al. 2024, arXiv:2405.09673). Mix in 5-10% general text: it "
+            "forgets most."
         )
         return Advice(full, _rate(full.method, job), reasons, True)
     if job.kind == "knowledge":
@@ -65,13 +68,15 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
     elif job.fixed_instruction and not job.merge and (job.rows or 0) >= 1000:
         reasons.append(
             "One instruction to compile in, and at least 1,000 rows: a prefix that starts from it is the smallest file"
-            " (PEFT's comparison, Llama-3.2-3B on GSM8K: 41.6 points from a real prompt, 18.6 from random values, LoRA 47.8)."
+            " (PEFT's comparison, Llama-3.2-3B on GSM8K: 41.6 points from a real prompt, 18.6 from random "
+            "values, LoRA 47.8)."
         )
         prefix = replace(choice, method=Prefix())
         return Advice(prefix, _rate(prefix.method, job), reasons, fits(prefix))
     elif job.kind == "instructions" and (job.rows or 0) > 10_000:
         reasons.append(
-            "Over 10,000 instructions: rank 64 and alpha / sqrt(rank) was the best LoRA of PEFT's comparison (51.3 points"
+            "Over 10,000 instructions: rank 64 and alpha / sqrt(rank) was the best LoRA of PEFT's comparison "
+            "(51.3 points"
             " against 47.4 with alpha / rank); at large ranks LoRA equals full fine-tuning there (arXiv:2405.09673)."
         )
         chosen = replace(choice, method=LoRA(rank=64, alpha=32.0, rslora=True))
@@ -97,12 +102,11 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
             chosen = packed
     if job.variants > 1:
         reasons.append(
-            f"{job.variants} variants over one base: one rank for all, so that they can be served together; a file each."
+            f"{job.variants} variants over one base: one rank for all, so that they can be served together; a "
+            f"file each."
         )
     if job.merge:
-        reasons.append(
-            "It is to be merged: LoRA can be added into the weights, a prefix or bottleneck layers cannot."
-        )
+        reasons.append("It is to be merged: LoRA can be added into the weights, a prefix or bottleneck layers cannot.")
     if alone and 0 < job.parameters <= SMALL_BASE and fits(full):
         reasons.append("The base is small: compare full fine-tuning too; it is affordable here.")
     return Advice(chosen, _rate(chosen.method, job), reasons, fits(chosen))

@@ -36,7 +36,8 @@ MOST_TOKENS = 2**22
 
 @dataclass(frozen=True)
 class Question:
-    """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes; None: the machine's own."""
+    """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes; None: the
+    machine's own."""
 
     bases: Sequence[str]
     choice: Choice
@@ -67,14 +68,22 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         advice = self.advice
         return {
-            "machine": self.machine.name, "memory_bytes": self.memory, "plans": [row.to_dict() for row in self.rows],
-            "notes": self.notes, "faults": self.faults,
-            "advice": None if advice is None else {
-                "method": advice.choice.label, "settings": advice.choice.method.model_dump(mode="json"),
-                "quantize": advice.choice.quantize, "learning_rate": advice.learning_rate, "reasons": advice.reasons,
+            "machine": self.machine.name,
+            "memory_bytes": self.memory,
+            "plans": [row.to_dict() for row in self.rows],
+            "notes": self.notes,
+            "faults": self.faults,
+            "advice": None
+            if advice is None
+            else {
+                "method": advice.choice.label,
+                "settings": advice.choice.method.model_dump(mode="json"),
+                "quantize": advice.choice.quantize,
+                "learning_rate": advice.learning_rate,
+                "reasons": advice.reasons,
                 "fits": advice.fits,
             },
-        }  # fmt: skip
+        }
 
 
 def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quantize | None]:
@@ -84,16 +93,12 @@ def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quan
     """
     of, quantize = SHORT_FORMS.get(name, (name, None))
     if of not in METHODS:
-        raise ConfigError(
-            f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}."
-        )
+        raise ConfigError(f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}.")
     method = METHODS[of]()
     if rank is None:
         return method, quantize
     if method.update_rank is None:
-        raise ConfigError(
-            f"method {name} has no rank, and rank {rank} is asked for", next_step="Leave the rank out."
-        )
+        raise ConfigError(f"method {name} has no rank, and rank {rank} is asked for", next_step="Leave the rank out.")
     return method.of_rank(rank), quantize
 
 
@@ -101,10 +106,15 @@ def answer(question: Question) -> Answer:
     """Raises SourceError for a base that is not found, ConfigError where nothing of the question fits a base."""
     choice = question.choice
     check_numbers(
-        batch=(ROWS, choice.batch), micro_batch=(ROWS, choice.micro_batch), length=(LENGTH, choice.length),
-        steps=(COUNT, question.steps), epochs=(EPOCHS, question.epochs), price=(PRICE, question.price_per_hour),
-        variants=(COUNT, question.variants), memory=(BYTES, question.memory),
-    )  # fmt: skip
+        batch=(ROWS, choice.batch),
+        micro_batch=(ROWS, choice.micro_batch),
+        length=(LENGTH, choice.length),
+        steps=(COUNT, question.steps),
+        epochs=(EPOCHS, question.epochs),
+        price=(PRICE, question.price_per_hour),
+        variants=(COUNT, question.variants),
+        memory=(BYTES, question.memory),
+    )
     if (tokens := choice.rows_at_once * choice.length) > MOST_TOKENS:
         raise ConfigError(
             f"{choice.rows_at_once:,} rows of {choice.length:,} tokens at once are not planned:"
@@ -151,9 +161,13 @@ def answer(question: Question) -> Answer:
 def _planner(found: Blueprint, question: Question) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
     return Planner(
-        found, device=device, idle_bytes=process_memory_bytes() or 0, rows=question.rows,
-        held_out=question.held_out, steps=question.steps,
-    )  # fmt: skip
+        found,
+        device=device,
+        idle_bytes=process_memory_bytes() or 0,
+        rows=question.rows,
+        held_out=question.held_out,
+        steps=question.steps,
+    )
 
 
 def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
@@ -168,21 +182,29 @@ def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memor
         return None
     examples = list(question.rows)
     job = Job(
-        kind=question.kind, rows=len(examples) or None, tokens=sum(len(e.ids) for e in examples) or None,
-        variants=question.variants, merge=question.merge, parameters=rows[0].total_parameters,
+        kind=question.kind,
+        rows=len(examples) or None,
+        tokens=sum(len(e.ids) for e in examples) or None,
+        variants=question.variants,
+        merge=question.merge,
+        parameters=rows[0].total_parameters,
         hidden_size=hidden_size(planner.blueprint.config),
         fixed_instruction=len(examples) > 1 and shared_prompt(examples) >= 32 and question.variants == 1,
-    )  # fmt: skip
+    )
     return advise(job, replace(question.choice, quantize=None), lambda choice: fits(planner, choice, memory))
 
 
 def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
     rows = "the largest and the median batch of the data" if planner.rows else "rows of one length"
     memory = (
-        "Memory: the training step itself, run on tensors without storage, with " + rows
-        + ("; what the process and its allocator add is measured (CPU)." if planner.device == "cpu" else
-           "; 5% for the allocator and 0.6 GB for the CUDA context are added: general figures, not measured here.")
-    )  # fmt: skip
+        "Memory: the training step itself, run on tensors without storage, with "
+        + rows
+        + (
+            "; what the process and its allocator add is measured (CPU)."
+            if planner.device == "cpu"
+            else "; 5% for the allocator and 0.6 GB for the CUDA context are added: general figures, not measured here."
+        )
+    )
     time = (
         "Time: rates of this machine, measured a moment ago at the step's own shapes."
         if machine.measured

@@ -74,7 +74,8 @@ class Step:
 
 @dataclass
 class DryRun:
-    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's tensors.
+    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's
+    tensors.
 
     expert_rows: of the products of an expert beside which an adapter stands, the rows spread evenly; 0: none does.
     forward_shapes: of the products of the forward alone, as an evaluation runs it.
@@ -105,9 +106,7 @@ class DryRun:
     def in_four_bits(self) -> DryRun:
         """The same step over packed weights: out of every figure goes what they do not hold."""
         saved, scratch = self.packable
-        run = replace(
-            self, static=dict(self.static), phases=[replace(p, parts=dict(p.parts)) for p in self.phases]
-        )
+        run = replace(self, static=dict(self.static), phases=[replace(p, parts=dict(p.parts)) for p in self.phases])
         if not saved:
             return run
         run.static[WEIGHTS] -= saved
@@ -153,13 +152,18 @@ def whole(step: Step) -> Whole:
         period = _period(model, parameters)
         static = _static(model, parameters, step.optimizer)
         return Whole(
-            depth, period, experts, paths, static, packable,
+            depth,
+            period,
+            experts,
+            paths,
+            static,
+            packable,
             trainable_parameters=sum(p.numel() for p in parameters.values()),
             total_parameters=sum(p.numel() for p in model.parameters()),
             file_bytes=_file_bytes(model, attachment),
             modules_adapted=None if attachment is None else attachment.adapted,
             modules_total=None if attachment is None else attachment.adaptable,
-        )  # fmt: skip
+        )
 
 
 def dry_run(step: Step, known: Whole | None = None) -> DryRun:
@@ -235,9 +239,7 @@ def _run(
         tracker.relabel(flat.gradient, GRADIENTS)
         tracker.enter("prepare", label=MOMENTS)
         # Either optimizer allocates its moments when it is made and nothing else, ever.
-        moments = torch.empty(
-            moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
-        )
+        moments = torch.empty(moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device)
         batch = make_batch(step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device)
         weights = (*model.parameters(), *model.buffers(), flat.values)
         away = PlannedOffload(weights) if step.offload else None
@@ -263,10 +265,20 @@ def _run(
         del moments
     steps = [phase for phase in tracker.phases if phase.name in ("forward", "loss", "backward", "update")]
     return DryRun(
-        static={}, phases=steps, work=tracker.work, trainable_parameters=0, total_parameters=0,
-        file_bytes=0, modules_adapted=None, modules_total=None, computed_tokens=batch.computed_tokens, packed=paths.packed, experts=experts,
-        expert_rows=round_up(tracker.expert_rows), forward_shapes=forward_shapes,
-    )  # fmt: skip
+        static={},
+        phases=steps,
+        work=tracker.work,
+        trainable_parameters=0,
+        total_parameters=0,
+        file_bytes=0,
+        modules_adapted=None,
+        modules_total=None,
+        computed_tokens=batch.computed_tokens,
+        packed=paths.packed,
+        experts=experts,
+        expert_rows=round_up(tracker.expert_rows),
+        forward_shapes=forward_shapes,
+    )
 
 
 def _offloading(away: PlannedOffload | None) -> AbstractContextManager[Any]:
@@ -276,7 +288,8 @@ def _offloading(away: PlannedOffload | None) -> AbstractContextManager[Any]:
 
 
 def moment_bytes(values: int, optimizer: OptimizerName) -> int:
-    """AdamW: two float32 a value. In 8 bits: two bytes a value, two float32 scales for every 256 (train/optimizers.py)."""
+    """AdamW: two float32 a value. In 8 bits: two bytes a value, two float32 scales for every 256
+    (train/optimizers.py)."""
     if optimizer == "adamw8bit" and values >= 4096:
         return 2 * values + 8 * -(-values // 256)
     return 8 * values
@@ -284,17 +297,11 @@ def moment_bytes(values: int, optimizer: OptimizerName) -> int:
 
 def _static(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName) -> Parts:
     """Bytes by label of what stays from step to step, laid out as FlatParameters and AdamW lay it out."""
-    unique = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for t in [*model.parameters(), *model.buffers()]
-    }
+    unique = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
     weights = sum(unique.values())
     flat = FlatParameters(parameters)
     # float32 values moved into the flat buffer: the storage they had before is gone.
-    after = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for t in [*model.parameters(), *model.buffers()]
-    }
+    after = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
     buffer = flat.values.untyped_storage()
     remaining = sum(size for key, size in after.items() if key != buffer._cdata)
     size = buffer.nbytes()
@@ -375,9 +382,7 @@ def _shallow(step: Step, depth: int) -> PreTrainedModel:
     return model
 
 
-def _extrapolated(
-    step: Step, depth: int, period: int, experts: int, paths: Paths | None = None
-) -> DryRun | None:
+def _extrapolated(step: Step, depth: int, period: int, experts: int, paths: Paths | None = None) -> DryRun | None:
     """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
     first = depth % period + period * (1 if depth % period else 2)
     runs = []
@@ -416,9 +421,7 @@ def _grown(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | None:
 
 
 def _grown_work(one: Work, two: Work, steps: int) -> Work:
-    products = Counter(
-        {k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products}
-    )
+    products = Counter({k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products})
     return Work(
         products,
         one.moved_bytes + (two.moved_bytes - one.moved_bytes) * steps,

@@ -28,16 +28,17 @@ PROCESS_BYTES = 364 * 10**6
 """Resident process that has imported torch 2.13 (CPU), transformers 5.24 and Veneer, before a base is loaded. Linux,
 x86-64; `idle_memory_bytes` of any run. Taken where this process is not itself of that kind."""
 LIBRARIES_BYTES = 75 * 10**6
-"""What the process grows by on first use, whatever the base: tokenizer 17 MB, optimizer and autograd 14 MB, Python objects
-6 MB, the rest unnamed, so that the runs of docs/plan.md are met. SmolLM2-135M and five random bases, benchmarks/plan_accuracy.py."""
+"""What the process grows by on first use, whatever the base: tokenizer 17 MB, optimizer and autograd 14 MB, Python
+objects 6 MB, the rest unnamed, so that the runs of docs/plan.md are met. SmolLM2-135M and five random bases,
+benchmarks/plan_accuracy.py."""
 KERNEL_BYTES = {torch.bfloat16: 550_000, torch.float16: 550_000}
-"""A matrix product's kernel that oneDNN compiles on a CPU for every new shape and keeps: 0.43-0.72 MB by shape (float32: the
-products of MKL, which compile next to nothing). Growth of a process by shape, `ONEDNN_VERBOSE=2`."""
+"""A matrix product's kernel that oneDNN compiles on a CPU for every new shape and keeps: 0.43-0.72 MB by shape
+(float32: the products of MKL, which compile next to nothing). Growth of a process by shape, `ONEDNN_VERBOSE=2`."""
 PROOF_SIZES = 18
 """Further numbers of rows that an expert meets in the proofs on short texts. Counted as above."""
 GROUPED_SHAPES, GROUPED_SHAPES_TRAINED = 4, 6
-"""Products of an expert in transformers' own stack, which the dry run sees as one operation: two forward, the gradients of
-their inputs, and of their weights where those train."""
+"""Products of an expert in transformers' own stack, which the dry run sees as one operation: two forward, the
+gradients of their inputs, and of their weights where those train."""
 DRAWS_PER_SIZE = 3
 """Times that experts get rows for each new number of them, where that is not rounded. Two runs, counted as above."""
 MOST_KERNELS = 1024
@@ -74,8 +75,9 @@ class Estimate:
 def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
     """Different shapes of matrix products in a training run whose micro-batches have so many different sizes.
 
-    draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many is the router's choice:
-    beside an adapter of its own any multiple of STEP, half of them are met; in a stack of transformers' any number.
+    draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many is the router's
+    choice: beside an adapter of its own any multiple of STEP, half of them are met; in a stack of transformers'
+    any number.
     """
     shapes = [shape for shape in run.work.products if all(shape)]
     beside = [shape for shape in shapes if shape[0] == run.expert_rows]
@@ -90,10 +92,10 @@ def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
 
 
 def estimate(
-    run: DryRun, *, device: Device, idle_bytes: int = PROCESS_BYTES, kernel_bytes: int = 0,
-    checkpointing: bool = False,
-) -> Estimate:  # fmt: skip
-    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled products) are part of it."""
+    run: DryRun, *, device: Device, idle_bytes: int = PROCESS_BYTES, kernel_bytes: int = 0, checkpointing: bool = False
+) -> Estimate:
+    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled products) are
+    part of it."""
     idle_and_kernels = idle_bytes + kernel_bytes
     totals = {phase.name: _total(phase, run, device, idle_and_kernels, checkpointing) for phase in run.phases}
     peak = max(run.phases, key=lambda phase: totals[phase.name])

@@ -73,7 +73,8 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
 
 
 def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
-    """The largest n in 0..most with needs(n) <= limit, for rising needs: along the line through two trials, then by halves."""
+    """The largest n in 0..most with needs(n) <= limit, for rising needs: along the line through two trials, then
+    by halves."""
     low_cost = needs(1)
     if low_cost > limit:
         return 0
@@ -95,14 +96,12 @@ def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
     return low
 
 
-def ways(
-    planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]
-) -> Way | None:
+def ways(planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]) -> Way | None:
     """The shortest list of changes after which `choice` fits; None if all of them together do not suffice.
 
     Every trial is a dry run, so those are spared that cannot succeed. A change never needs more: what all of them do
-    not reach together, no few of them reach. Two changes never save more together than each of them alone: a group whose
-    single savings do not add up to what is missing is not tried.
+    not reach together, no few of them reach. Two changes never save more together than each of them alone: a group
+    whose single savings do not add up to what is missing is not tried.
     """
     offered = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
     for among in ([make for make in offered if make not in _LEARNS_LESS], offered):

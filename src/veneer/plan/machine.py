@@ -28,11 +28,13 @@ SHAPES_MEASURED = 4
 MOST_ROWS = 1024
 """Rows of a timed product at most: more do not change the rate, only the wait."""
 ENOUGH_SECONDS, ROUNDS = 0.05, 2
-"""Per figure, in each of so many rounds over all of them: short enough to answer at once, long enough to pass the first, slow
-calls; a moment in which the machine is slow must not decide a figure."""
+"""Per figure, in each of so many rounds over all of them: short enough to answer at once, long enough to pass the
+first, slow calls; a moment in which the machine is slow must not decide a figure."""
 STEP_SHARE = 0.73
-"""Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of ten runs of
-benchmarks/plan_time.py on Zen 4, their predictions corrected by hand for attention, which was not counted then. Held in docs/plan.md."""
+"""Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of
+ten runs of benchmarks/plan_time.py on Zen 4, their predictions corrected by hand for attention, which was not
+counted then.
+Held in docs/plan.md."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
@@ -42,7 +44,8 @@ HOST_BYTES_PER_SECOND = 25e9
 
 @dataclass(frozen=True)
 class GPU:
-    """Published: dense 16-bit tensor rate in TFLOP/s with float32 sums, memory in GB (decimal) and its bandwidth in GB/s."""
+    """Published: dense 16-bit tensor rate in TFLOP/s with float32 sums, memory in GB (decimal) and its bandwidth
+    in GB/s."""
 
     teraflops: float
     memory_gb: float
@@ -100,7 +103,7 @@ def named_gpu(name: str) -> Machine:
     rate = gpu.teraflops * 1e12 * GPU_PRODUCTS_SHARE
     return Machine(
         key, round(gpu.memory_gb * 1e9), False, lambda _: rate, gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE, 5e-6, 1.0
-    )  # fmt: skip
+    )
 
 
 def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
@@ -111,26 +114,23 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
     for shape, _ in named.most_common(SHAPES_MEASURED) * ROUNDS:
         rates[shape] = max(rates.get(shape, 0.0), product_rate(shape, dtype, place))
     flops = sum(named[shape] for shape in rates)
-    mean = (
-        flops / sum(named[s] / r for s, r in rates.items())
-        if rates
-        else product_rate((512, 512, 512), dtype, place)
-    )
+    mean = flops / sum(named[s] / r for s, r in rates.items()) if rates else product_rate((512, 512, 512), dtype, place)
     cuda = place.type == "cuda"
     return Machine(
         name=torch.cuda.get_device_name(place) if cuda else f"this machine ({torch.get_num_threads()} threads)",
         memory_bytes=torch.cuda.get_device_properties(place).total_memory if cuda else memory_bytes(),
-        measured=True, rate=lambda shape: rates.get(shape, mean), bytes_per_second=bandwidth(dtype, place),
-        start_seconds=start_seconds(place), share=STEP_SHARE,
-    )  # fmt: skip
+        measured=True,
+        rate=lambda shape: rates.get(shape, mean),
+        bytes_per_second=bandwidth(dtype, place),
+        start_seconds=start_seconds(place),
+        share=STEP_SHARE,
+    )
 
 
 def product_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """FLOP a second of x (rows, inner) times W (inner, columns), the best of what fits into ENOUGH_SECONDS."""
     rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
-    columns = min(
-        columns, max(256, 2**23 // inner)
-    )  # wider ones run no faster, and three calls must end soon
+    columns = min(columns, max(256, 2**23 // inner))  # wider ones run no faster, and three calls must end soon
     x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
     return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(x, w), device)
 

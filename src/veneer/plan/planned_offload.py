@@ -1,4 +1,5 @@
-"""Offload (train/offload.py) on tensors without storage: what would leave the device, and what would come back to it."""
+"""Offload (train/offload.py) on tensors without storage: what would leave the device, and what would come back to
+it."""
 
 from __future__ import annotations
 

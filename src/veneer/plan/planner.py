@@ -69,10 +69,17 @@ class Choice:
 
 def choice_of(config: RunConfig) -> Choice:
     return Choice(
-        method=config.method, quantize=config.quantize, dtype=config.dtype, batch=config.batch,
-        micro_batch=config.micro_batch, length=config.length, checkpointing=config.checkpointing,
-        share_prompt=config.share_prompt, optimizer=config.optimizer, offload=config.offload,
-    )  # fmt: skip
+        method=config.method,
+        quantize=config.quantize,
+        dtype=config.dtype,
+        batch=config.batch,
+        micro_batch=config.micro_batch,
+        length=config.length,
+        checkpointing=config.checkpointing,
+        share_prompt=config.share_prompt,
+        optimizer=config.optimizer,
+        offload=config.offload,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,8 @@ class Epoch:
 
 @dataclass
 class Planner:
-    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there are any;
-    held_out: those that are evaluated meanwhile.
+    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there
+    are any; held_out: those that are evaluated meanwhile.
 
     steps: optimizer steps that the run takes, where they are fewer than an epoch's; None: unknown.
     """
@@ -125,9 +132,12 @@ class Planner:
         run = self._run(choice, epoch.largest)
         kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice)
         return estimate(
-            run, device=self.device, idle_bytes=self.idle_bytes, kernel_bytes=kernels,
+            run,
+            device=self.device,
+            idle_bytes=self.idle_bytes,
+            kernel_bytes=kernels,
             checkpointing=choice.checkpointing,
-        )  # fmt: skip
+        )
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
         """Of one optimizer step with a batch of middling length."""
@@ -152,7 +162,8 @@ class Planner:
         return self._epochs[key]
 
     def _kernels(self, run: DryRun, choice: Choice) -> int:
-        """Products that are compiled: every shape of the step for each size of its batches, the forward's for evaluations."""
+        """Products that are compiled: every shape of the step for each size of its batches, the forward's for
+        evaluations."""
         epoch = self.epoch(choice)
         sizes = epoch.sizes
         looked_at = evaluated_sizes(self.held_out, choice.rows_at_once) - sizes
@@ -181,17 +192,28 @@ class Planner:
         return [[rows[i] for i in part] for part in parts]
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
-        """Of a base in 4 bits the step is that of the dense one, less what packed weights do not hold: one dry run for both."""
+        """Of a base in 4 bits the step is that of the dense one, less what packed weights do not hold: one dry run
+        for both."""
         of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer
         key = (
-            *of_base, choice.checkpointing, choice.offload, choice.shares_prompt,
+            *of_base,
+            choice.checkpointing,
+            choice.offload,
+            choice.shares_prompt,
             tuple((len(row.ids), int(row.trained.sum())) for row in rows),
-        )  # fmt: skip
+        )
         if key not in self._runs:
             step = Step(
-                self.blueprint.config, self.dtype(choice), choice.method, rows, checkpointing=choice.checkpointing,
-                share_prompt=choice.shares_prompt, optimizer=choice.optimizer, offload=choice.offload, on_cpu=self.device == "cpu",
-            )  # fmt: skip
+                self.blueprint.config,
+                self.dtype(choice),
+                choice.method,
+                rows,
+                checkpointing=choice.checkpointing,
+                share_prompt=choice.shares_prompt,
+                optimizer=choice.optimizer,
+                offload=choice.offload,
+                on_cpu=self.device == "cpu",
+            )
             if of_base not in self._wholes:
                 self._wholes[of_base] = whole(step)
             self._runs[key] = dry_run(step, self._wholes[of_base])

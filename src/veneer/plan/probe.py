@@ -19,15 +19,25 @@ from veneer.wording import size
 
 
 def estimate_of_run(
-    config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
-    idle_bytes: int, device: str,
-) -> Estimate:  # fmt: skip
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    data: DataSet,
+    *,
+    idle_bytes: int,
+    device: str,
+) -> Estimate:
     """What a run on this data should hold at most; idle_bytes: resident before its base was loaded."""
     planner = Planner(
-        Blueprint(config.base, model_config, dtype), device="cuda" if device.startswith("cuda") else "cpu",
-        idle_bytes=idle_bytes, rows=data.train, held_out=data.validation, seed=config.seed, order=config.order,
+        Blueprint(config.base, model_config, dtype),
+        device="cuda" if device.startswith("cuda") else "cpu",
+        idle_bytes=idle_bytes,
+        rows=data.train,
+        held_out=data.validation,
+        seed=config.seed,
+        order=config.order,
         steps=config.steps,
-    )  # fmt: skip
+    )
     return planner.estimate(choice_of(config).with_dtype(NAMES[dtype]))
 
 
@@ -38,9 +48,15 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConf
     """
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     planner = Planner(
-        blueprint(config.base), device="cuda" if cuda else "cpu", idle_bytes=process_memory_bytes(), rows=data.train,
-        held_out=data.validation, seed=config.seed, order=config.order, steps=config.steps,
-    )  # fmt: skip
+        blueprint(config.base),
+        device="cuda" if cuda else "cpu",
+        idle_bytes=process_memory_bytes(),
+        rows=data.train,
+        held_out=data.validation,
+        seed=config.seed,
+        order=config.order,
+        steps=config.steps,
+    )
     choice = choice_of(config)
     needed = planner.estimate(choice).needed_bytes
     if needed <= memory_bytes:
@@ -52,26 +68,34 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConf
     way = ways(planner, choice, memory_bytes, flops)
     if way is None:
         raise DoesNotFitError(
-            f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are there, and no change suffices",
+            f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are there, and no "
+            f"change suffices",
             [f"it still needs {nearest(planner, choice)}"],
             next_step="Take a smaller base: veneer plan --models A,B shows what fits.",
         )
     values = config.model_dump() | {
-        "method": way.choice.method.model_dump(), "quantize": way.choice.quantize, "dtype": way.choice.dtype,
-        "micro_batch": way.choice.micro_batch, "length": way.choice.length, "checkpointing": way.choice.checkpointing,
+        "method": way.choice.method.model_dump(),
+        "quantize": way.choice.quantize,
+        "dtype": way.choice.dtype,
+        "micro_batch": way.choice.micro_batch,
+        "length": way.choice.length,
+        "checkpointing": way.choice.checkpointing,
         "offload": way.choice.offload,
-    }  # fmt: skip
+    }
     lines = [f"{change.setting}: {change.says}" for change in way.changes]
-    lines.append(
-        f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the arithmetic"
-    )
+    lines.append(f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the arithmetic")
     return RunConfig.model_validate(values), lines
 
 
 def planned_memory_bytes(
-    config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
-    idle_bytes: int, device: str,
-) -> int:  # fmt: skip
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    data: DataSet,
+    *,
+    idle_bytes: int,
+    device: str,
+) -> int:
     """The peak alone: what train/training.py records beside the measured one."""
     found = estimate_of_run(config, model_config, dtype, data, idle_bytes=idle_bytes, device=device)
     return found.peak_bytes

@@ -19,11 +19,11 @@ from veneer.train.config import SHORT_FORMS
 
 @dataclass(frozen=True)
 class PlanRow:
-    """base: as named. choice: what was asked. dtype: what the base is held in. fits: None where no memory was named. way: None where it fits or nothing helps.
-    nearest: None but where it was looked for and nothing helps.
+    """base: as named. choice: what was asked. dtype: what the base is held in. fits: None where no memory was
+    named. way: None where it fits or nothing helps. nearest: None but where it was looked for and nothing helps.
 
-    largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that fit of a
-    single row which is too long.
+    largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that
+    fit of a single row which is too long.
     """
 
     base: str
@@ -66,26 +66,50 @@ class PlanRow:
     def to_dict(self) -> dict[str, Any]:
         choice, way = self.choice, self.way
         return {
-            "base": self.base, "method": choice.label, "settings": choice.method.model_dump(mode="json"),
-            "quantize": choice.quantize, "dtype": self.dtype, "batch": choice.batch, "micro_batch": choice.micro_batch, "length": choice.length,
-            "checkpointing": choice.checkpointing, "peak_memory_bytes": self.peak_bytes,
-            "needed_memory_bytes": self.needed_bytes, "peak_phase": self.phase, "parts": self.parts, "phases": self.phases,
-            "trainable_parameters": self.trainable_parameters, "total_parameters": self.total_parameters,
-            "file_bytes": self.file_bytes, "flops_per_token": self.flops_per_token, "step_seconds": self.step_seconds,
-            "tokens_per_second": self.tokens_per_second, "steps": self.steps, "run_seconds": self.run_seconds,
-            "cost": self.cost, "fits": self.fits, "largest_batch": self.largest_batch,
+            "base": self.base,
+            "method": choice.label,
+            "settings": choice.method.model_dump(mode="json"),
+            "quantize": choice.quantize,
+            "dtype": self.dtype,
+            "batch": choice.batch,
+            "micro_batch": choice.micro_batch,
+            "length": choice.length,
+            "checkpointing": choice.checkpointing,
+            "peak_memory_bytes": self.peak_bytes,
+            "needed_memory_bytes": self.needed_bytes,
+            "peak_phase": self.phase,
+            "parts": self.parts,
+            "phases": self.phases,
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": self.total_parameters,
+            "file_bytes": self.file_bytes,
+            "flops_per_token": self.flops_per_token,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "steps": self.steps,
+            "run_seconds": self.run_seconds,
+            "cost": self.cost,
+            "fits": self.fits,
+            "largest_batch": self.largest_batch,
             "largest_length": self.largest_length,
             "changes": None if way is None else [change.setting for change in way.changes],
             "changed_needed_memory_bytes": None if way is None else way.needed_bytes,
             "changed_time_ratio": None if way is None else way.time_ratio,
             "least_needed_memory_bytes": None if self.nearest is None else self.nearest.needed_bytes,
-        }  # fmt: skip
+        }
 
 
 def plan_row(
-    planner: Planner, choice: Choice, machine: Machine, *, memory_bytes: int | None = None, search: bool = True,
-    steps: int | None = None, epochs: float = 3.0, price_per_hour: float | None = None,
-) -> PlanRow:  # fmt: skip
+    planner: Planner,
+    choice: Choice,
+    machine: Machine,
+    *,
+    memory_bytes: int | None = None,
+    search: bool = True,
+    steps: int | None = None,
+    epochs: float = 3.0,
+    price_per_hour: float | None = None,
+) -> PlanRow:
     """search: also look for the largest batch, or for the changes that make it fit."""
     found = planner.estimate(choice)
     usual = planner.epoch(choice).usual
@@ -93,13 +117,24 @@ def plan_row(
     per_epoch = planner.steps_per_epoch(choice)
     tokens = sum(len(row.ids) for row in usual)
     row = PlanRow(
-        base=planner.blueprint.source, choice=choice, dtype=planner.compute(choice).name, packed=run.packed, peak_bytes=found.peak_bytes,
-        needed_bytes=found.needed_bytes, phase=found.phase, parts=found.parts, phases=found.phases,
-        trainable_parameters=run.trainable_parameters, total_parameters=run.total_parameters, file_bytes=run.file_bytes,
-        flops_per_token=run.work.flops / tokens, step_seconds=planner.seconds_per_step(choice, machine),
+        base=planner.blueprint.source,
+        choice=choice,
+        dtype=planner.compute(choice).name,
+        packed=run.packed,
+        peak_bytes=found.peak_bytes,
+        needed_bytes=found.needed_bytes,
+        phase=found.phase,
+        parts=found.parts,
+        phases=found.phases,
+        trainable_parameters=run.trainable_parameters,
+        total_parameters=run.total_parameters,
+        file_bytes=run.file_bytes,
+        flops_per_token=run.work.flops / tokens,
+        step_seconds=planner.seconds_per_step(choice, machine),
         tokens_per_step=tokens * choice.batch // choice.rows_at_once,
-        steps=steps or (None if per_epoch is None else max(1, round(per_epoch * epochs))), price_per_hour=price_per_hour,
-    )  # fmt: skip
+        steps=steps or (None if per_epoch is None else max(1, round(per_epoch * epochs))),
+        price_per_hour=price_per_hour,
+    )
     if memory_bytes is None:
         return row
     fit = fits(planner, choice, memory_bytes)
@@ -119,9 +154,7 @@ def all_methods(choice: Choice) -> list[Choice]:
     for name, kind in METHODS.items():
         method = choice.method if choice.method.name == name else kind(name=name)
         made.append(replace(choice, method=method, quantize=None))
-        made += [
-            replace(choice, method=method, quantize=held) for of, held in SHORT_FORMS.values() if of == name
-        ]
+        made += [replace(choice, method=method, quantize=held) for of, held in SHORT_FORMS.values() if of == name]
     return sorted(made, key=lambda c: c.method.trains_base)
 
 

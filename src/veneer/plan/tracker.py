@@ -53,7 +53,8 @@ class Work:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts within its block what lies on `device`. experts: of a mixture, for the even spread; 1 where there is none."""
+    """Counts within its block what lies on `device`. experts: of a mixture, for the even spread; 1 where there is
+    none."""
 
     def __init__(self, *, experts: int = 1, device: torch.device = META) -> None:
         super().__init__()
@@ -120,9 +121,7 @@ class Tracker(TorchDispatchMode):
         if func is aten._unique2.default:
             return torch.arange(self.experts), None, None
         if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
-            return func(
-                *args, **{**kwargs, "device": META}
-            )  # a copy to a real device stays what it is: a size
+            return func(*args, **{**kwargs, "device": META})  # a copy to a real device stays what it is: a size
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # asked of masks: they hide nothing
         if func is aten.nonzero.default:
@@ -168,7 +167,8 @@ class Tracker(TorchDispatchMode):
 
 @contextmanager
 def without_values(name: str) -> Iterator[None]:
-    """ConfigError where the code of the model called `name` asks, within the block, for what only real values could answer."""
+    """ConfigError where the code of the model called `name` asks, within the block, for what only real values
+    could answer."""
     try:
         yield
     except VeneerError:
@@ -182,11 +182,7 @@ def without_values(name: str) -> Iterator[None]:
 
 
 def _grouped_product(
-    rows: Tensor,
-    others: Tensor,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: Any = None,
+    rows: Tensor, others: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor | None:
     """What torch makes of it on a CPU in any type, and refuses without storage in every type but bf16: rows (S, I) and
     stacks (E, I, O) -> (S, O), or the gradient of the stacks from (I, S) and (S, O)."""

@@ -31,11 +31,7 @@ class WeightFormat:
 DENSE = WeightFormat()
 """What a base is without one: its linear layers as they are stored."""
 _CODES = WeightFormat(keeps_dense=True, has_original=True, writes_folder=True, before_method="q")
-FORMATS: Mapping[Quantize, WeightFormat] = {
-    "nf4": _CODES,
-    "fp4": _CODES,
-    "gguf": WeightFormat(from_gguf=True),
-}
+FORMATS: Mapping[Quantize, WeightFormat] = {"nf4": _CODES, "fp4": _CODES, "gguf": WeightFormat(from_gguf=True)}
 assert tuple(FORMATS) == get_args(Quantize)
 FOUR_BITS: Quantize = "nf4"
 """Taken where only "4 bits" is said."""
@@ -47,8 +43,7 @@ def weight_format(quantize: Quantize | None) -> WeightFormat:
         return DENSE
     if quantize not in FORMATS:
         raise ConfigError(
-            f"a base cannot be loaded as {quantize!r}",
-            next_step=f"One of {', '.join(FORMATS)}; or leave it out.",
+            f"a base cannot be loaded as {quantize!r}", next_step=f"One of {', '.join(FORMATS)}; or leave it out."
         )
     return FORMATS[quantize]
 

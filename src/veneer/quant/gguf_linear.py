@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.kernels.gguf import (
-    FORMATS,
-    Kind,
-    dequantise,
-    has_small_product,
-    in_features,
-    small_product,
-)
+from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_small_product, in_features, small_product
 from veneer.linear import PackedLinear
 from veneer.quant.scratch import scratch
 

@@ -79,8 +79,7 @@ def nested_map() -> Tensor:
         count = 2**i
         step = fl(fl(1.0 - tenth) / count)
         points = [
-            fl(tenth + step * j) if j < (count + 1) // 2 else fl(1.0 - step * (count - j))
-            for j in range(count + 1)
+            fl(tenth + step * j) if j < (count + 1) // 2 else fl(1.0 - step * (count - j)) for j in range(count + 1)
         ]
         power = fl(10.0 ** (i - 6))
         for low, high in itertools.pairwise(points):

@@ -37,9 +37,13 @@ class _Holder(PackedModule):
             self.register_buffer(f"{name}_nested_absmax", nested.scales)
             self.register_buffer(f"{name}_nested_quant_map", nested.table)
         self._facts[name] = (
-            weight.book, weight.block, weight.shape, weight.dtype,
-            0 if nested is None else nested.block, 0.0 if nested is None else nested.offset,
-        )  # fmt: skip
+            weight.book,
+            weight.block,
+            weight.shape,
+            weight.dtype,
+            0 if nested is None else nested.block,
+            0.0 if nested is None else nested.offset,
+        )
         self.packed_format = weight.book
         self._views.clear()
 
@@ -49,23 +53,22 @@ class _Holder(PackedModule):
             book, block, shape, dtype, nested_block, offset = self._facts[name]
             nested = None
             if nested_block:
-                table, scales = (
-                    self.get_buffer(f"{name}_nested_quant_map"),
-                    self.get_buffer(f"{name}_nested_absmax"),
-                )
+                table, scales = (self.get_buffer(f"{name}_nested_quant_map"), self.get_buffer(f"{name}_nested_absmax"))
                 nested = Nested(table, scales, nested_block, offset)
             found = self._views[name] = Packed(
-                book, self.get_parameter(name).data, self.get_buffer(f"{name}_absmax"),
-                self.get_buffer(f"{name}_quant_map"), block, shape, dtype, nested,
-            )  # fmt: skip
+                book,
+                self.get_parameter(name).data,
+                self.get_buffer(f"{name}_absmax"),
+                self.get_buffer(f"{name}_quant_map"),
+                block,
+                shape,
+                dtype,
+                nested,
+            )
         return found
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: self._facts[name][2]
-            for name, _ in self.named_parameters(recurse=False)
-            if name in self._facts
-        }
+        return {name: self._facts[name][2] for name, _ in self.named_parameters(recurse=False) if name in self._facts}
 
     def packed_numbers(self) -> dict[str, Tensor]:
         return {
@@ -112,9 +115,7 @@ class NF4Linear(_Holder, PackedLinear):
     def matrix(self) -> PackedMatrix:
         if (found := self._views.get("matrix")) is None:
             blocks = self.packed().blocks
-            found = self._views["matrix"] = PackedMatrix(
-                blocks, self.in_features, self.out_features, self.dtype
-            )
+            found = self._views["matrix"] = PackedMatrix(blocks, self.in_features, self.out_features, self.dtype)
         return found
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,9 +145,7 @@ class NF4Experts(_Holder, PackedExperts):
         self._plain = [experts]  # in a list: no submodule, its weights are not this model's
         self._apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
         for name, parameter in experts.named_parameters(recurse=False):
-            self.register_parameter(
-                name, parameter
-            )  # the weights without storage, until they come: order counts
+            self.register_parameter(name, parameter)  # the weights without storage, until they come: order counts
 
     def expert(self, name: str, number: int) -> FrozenLinear:
         if (found := self._views.get((name, number))) is None:

@@ -112,9 +112,7 @@ def _head(name: str, start: Record, end: Record, num_steps: int) -> str:
     return f"<header><h1>{escape(name)}</h1><p>{escape(' · '.join(facts))}</p>{status}</header>"
 
 
-def _figures(
-    start: Record, summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]
-) -> str:
+def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     figures: list[tuple[str, str, str]] = []  # value, name, beside it
     held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
     if held_out:
@@ -124,18 +122,12 @@ def _figures(
     losses = [r["loss"] for r in steps if r["loss"] is not None]
     if losses:
         tenth = losses[-max(len(losses) // 10, 1) :]
-        figures.append(
-            (number(sum(tenth) / len(tenth)), "training loss, last tenth", f"first {number(losses[0])}")
-        )
+        figures.append((number(sum(tenth) / len(tenth)), "training loss, last tenth", f"first {number(losses[0])}"))
     if steps:
         seconds = sum(r["seconds"] for r in steps)
-        rate = summary.get("tokens_per_second") or (
-            sum(r["tokens"] for r in steps) / seconds if seconds else 0
-        )
+        rate = summary.get("tokens_per_second") or (sum(r["tokens"] for r in steps) / seconds if seconds else 0)
         per_row = summary.get("examples_per_second")
-        figures.append(
-            (f"{rate:,.0f}", "tokens per second", f"{number(per_row)} rows per second" if per_row else "")
-        )
+        figures.append((f"{rate:,.0f}", "tokens per second", f"{number(per_row)} rows per second" if per_row else ""))
         figures.append((clock(seconds), "training time", f"{number(seconds / len(steps))} s a step"))
     if peak := summary.get("peak_memory_bytes"):
         idle = summary.get("idle_memory_bytes")
@@ -209,11 +201,7 @@ def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
             if text is not None
         )
         others = [(f"step {at:,}", each["answer"]) for at, each in answers if at not in (0, step)]
-        way = (
-            f"<details><summary>answers at other steps</summary>{_table((), others)}</details>"
-            if others
-            else ""
-        )
+        way = f"<details><summary>answers at other steps</summary>{_table((), others)}</details>" if others else ""
         cards.append(f"<article><h3>{escape(prompt)}</h3><div class=answers>{cells}</div>{way}</article>")
     return "".join(cards)
 
@@ -241,9 +229,7 @@ def _time(summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequ
         ("evaluations", sum(r["seconds"] for r in evaluations), "b"),
     ]
     if total := summary.get("total_seconds"):
-        rows.append(
-            ("loading, checks, saving", max(total - sum(value for _, value, _ in rows), 0.0), "quiet")
-        )
+        rows.append(("loading, checks, saving", max(total - sum(value for _, value, _ in rows), 0.0), "quiet"))
     shown = [row for row in rows if row[1] > 0]
     return bars([(name, value, clock(value), colour) for name, value, colour in shown])
 
@@ -269,9 +255,7 @@ def _recipe(settings: Mapping[str, Any]) -> str:
     same = [row[:2] for row in rows if row[1] == row[2]]
     folded = _table((), same)
     return _table(("setting", "value", "default"), changed) + (
-        f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>"
-        if same
-        else ""
+        f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>" if same else ""
     )
 
 
@@ -286,9 +270,7 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     chosen = METHODS.get(method.get("name", "")) if isinstance(method, Mapping) else None
     defaults = of(RunConfig) | {"data": of(DataConfig), "method": of(chosen) if chosen else {}}
     if chosen:
-        defaults["method"]["name"] = (
-            RunConfig.model_fields["method"].get_default(call_default_factory=True).name
-        )
+        defaults["method"]["name"] = RunConfig.model_fields["method"].get_default(call_default_factory=True).name
     return flat(defaults)
 
 
@@ -299,13 +281,9 @@ def _said(value: Any) -> str:
 
 
 def _repeat(folder: Path, settings: Mapping[str, Any]) -> str:
-    command = (
-        f"veneer train {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(str(folder) + '-again')}"
-    )
+    command = f"veneer train {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(str(folder) + '-again')}"
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    return (
-        f"<pre>{escape(command)}</pre><details><summary>run.yaml</summary><pre>{escape(text)}</pre></details>"
-    )
+    return f"<pre>{escape(command)}</pre><details><summary>run.yaml</summary><pre>{escape(text)}</pre></details>"
 
 
 def _identity(summary: Mapping[str, Any], hashes: Mapping[str, str]) -> str:

@@ -9,24 +9,14 @@ from veneer.plan.table import PlanRow
 from veneer.report.style import STYLE
 from veneer.wording import clock, millions, number, size
 
-COLOURS = (
-    "#2456d6",
-    "#c2580a",
-    "#0f7b5a",
-    "#8a3ffc",
-    "#b9c3da",
-    "#d6a419",
-    "#5b6472",
-    "#e0749a",
-    "#3aa6b9",
-    "#7d5a3c",
-)
+COLOURS = ("#2456d6", "#c2580a", "#0f7b5a", "#8a3ffc", "#b9c3da", "#d6a419", "#5b6472", "#e0749a", "#3aa6b9", "#7d5a3c")
 OWN = """
 main { max-width: 1000px; }
 .stack { display: flex; height: 18px; border-radius: 4px; overflow: hidden; background: var(--tint); }
 .stack i { display: block; height: 100%; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px; color: var(--soft); }
-.legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px;
+.legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
+margin-right: 7px;
   background: var(--c); }
 .wide td:first-child { width: auto; color: var(--ink); }
 .wide td, .wide th { white-space: nowrap; padding-right: 14px; }
@@ -48,14 +38,16 @@ def plan_page(title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, 
         + (f"<p>{escape(size(memory_bytes))} of memory</p>" if memory_bytes else "")
         + "</header>"
         + f"<section><h2>What fits</h2><div class=scroll>{_table(rows)}</div></section>"
-        + f"<section><h2>What the peak is made of</h2>{''.join(_stack(r, most[r.base], colours) for r in rows)}{_legend(colours)}</section>"
+        + "<section><h2>What the peak is made of</h2>"
+        + f"{''.join(_stack(r, most[r.base], colours) for r in rows)}{_legend(colours)}</section>"
         + f"<section><h2>Where the figures come from</h2>{''.join(f'<p>{escape(n)}</p>' for n in notes)}</section>"
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)} · Veneer</title><style>{STYLE}{OWN}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{escape(title)} · Veneer</title>"
+        f"<style>{STYLE}{OWN}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
@@ -68,7 +60,10 @@ def verdict(row: PlanRow) -> str:
     if row.way is None:
         if row.nearest is None:  # not looked for
             return "does not fit"
-        return f"does not fit, {f'whatever is changed: {row.nearest}' if row.nearest.changes else 'and nothing can be changed'}"
+        return (
+            "does not fit, "
+            f"{f'whatever is changed: {row.nearest}' if row.nearest.changes else 'and nothing can be changed'}"
+        )
     changes = " + ".join(change.says for change in row.way.changes)
     return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
 
@@ -77,19 +72,26 @@ def _table(rows: Sequence[PlanRow]) -> str:
     head = ("base", "method", "trained", "file", "memory", "peak in", "tokens/s", "run", "verdict")
     cells = [
         (
-            row.base, row.choice.label, millions(row.trainable_parameters), size(row.file_bytes), size(row.needed_bytes),
-            row.phase, number(row.tokens_per_second), "–" if row.run_seconds is None else clock(row.run_seconds),
+            row.base,
+            row.choice.label,
+            millions(row.trainable_parameters),
+            size(row.file_bytes),
+            size(row.needed_bytes),
+            row.phase,
+            number(row.tokens_per_second),
+            "–" if row.run_seconds is None else clock(row.run_seconds),
             verdict(row) or "–",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     lines = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in line)}</tr>" for line in cells)
     return f"<table class=wide><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{lines}</table>"
 
 
 def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
     parts = "".join(
-        f'<i style="width:{100 * size_ / most:.2f}%;background:{colours[label]}" title="{escape(label)} {size(size_)}"></i>'
+        f'<i style="width:{100 * size_ / most:.2f}%;background:{colours[label]}" title="{escape(label)} '
+        f'{size(size_)}"></i>'
         for label, size_ in row.parts.items()
     )
     name = f"{row.base} · {row.choice.label} · {size(row.peak_bytes)}, in {row.phase}"

@@ -33,9 +33,7 @@ class Series:
     marks: bool = False
 
 
-def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, small: bool = False
-) -> str:
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, small: bool = False) -> str:
     """HTML of a figure: a legend (or, for one line, the title) and the two drawings.
 
     Returns an empty string where no series has a point.
@@ -91,14 +89,7 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 
 
 def _svg(
-    series: Sequence[Series],
-    width: int,
-    height: int,
-    kind: str,
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
+    series: Sequence[Series], width: int, height: int, kind: str, *, title: str, x_label: str, y_label: str
 ) -> str:
     xs = [x for each in series for x, _ in each.points]
     ys = [y for each in series for _, y in each.points if y is not None]

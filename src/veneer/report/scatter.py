@@ -41,9 +41,7 @@ def scatter_chart(marks: Sequence[Mark], *, title: str, x_label: str, y_label: s
     return f"<figure><figcaption>{escape(title)}</figcaption>{drawings}</figure>"
 
 
-def _svg(
-    marks: Sequence[Mark], width: int, height: int, kind: str, *, title: str, x_label: str, y_label: str
-) -> str:  # fmt: skip
+def _svg(marks: Sequence[Mark], width: int, height: int, kind: str, *, title: str, x_label: str, y_label: str) -> str:
     positive = [m.x for m in marks if m.x > 0]
     logarithmic = len(positive) == len(marks) and max(positive) > 8 * min(positive)
     xs = [math.log10(m.x) if logarithmic else m.x for m in marks]
@@ -67,14 +65,10 @@ def _svg(
         f'<text x="{width - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>',
     ]
     for y in ticks(y_low, y_high, 4):
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" y1="{py(y):.1f}" x2="{width - RIGHT}" y2="{py(y):.1f}"/>'
-        )
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{py(y):.1f}" x2="{width - RIGHT}" y2="{py(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{label(y)}</text>')
     for place, said in _x_ticks(x_low, x_high, logarithmic):
-        parts.append(
-            f'<text x="{px(place):.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{said}</text>'
-        )
+        parts.append(f'<text x="{px(place):.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{said}</text>')
     for m, x in zip(marks, xs, strict=True):
         at = f"{px(x):.1f}"
         parts.append(f'<g class="mark {escape(m.colour)}"><title>{escape(m.name)}: {escape(m.tip)}</title>')

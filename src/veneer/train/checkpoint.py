@@ -29,9 +29,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     path = checkpoint_path(folder, step)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with atomic_folder(path, replace=True, needed_bytes=size + 2**16) as partial:
-        save_file(
-            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial / "state.safetensors"
-        )
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial / "state.safetensors")
         (partial / "state.json").write_text(json_text(state), encoding="utf-8")
         write_manifest(partial)
     return path

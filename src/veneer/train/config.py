@@ -59,7 +59,8 @@ class RunConfig(Settings):
     keep_dense: list[str] = Field(default_factory=list)
     """Modules (names or endings) that stay dense under nf4 and fp4; head, embeddings, norms and routers always do."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights; auto keeps the stored one, or takes float32 on a CPU whose products in it are slow."""
+    """Type of the base's weights; auto keeps the stored one, or takes float32 on a CPU whose products in it are
+    slow."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     steps: Annotated[int, COUNT] | None = None
@@ -77,7 +78,8 @@ class RunConfig(Settings):
     share_prompt: bool = True
     """Compute the tokens that all rows of a batch begin with once; off with dropout."""
     learning_rate: Annotated[float, LEARNING_RATE] | None = None
-    """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3, full 1.3e-4; 4096: 2.9e-4, 2.9e-5)."""
+    """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3, full 1.3e-4;
+    4096: 2.9e-4, 2.9e-5)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rate after warm-up; cosine and linear end at 0."""
     warmup: Annotated[float, SHARE] = 0.03

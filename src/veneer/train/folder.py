@@ -21,7 +21,8 @@ LOCK = ".lock"
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """The folder is this process's alone within the block. Raises BusyError, or InputError where nothing can be written.
+    """The folder is this process's alone within the block. Raises BusyError, or InputError where nothing can be
+    written.
 
     A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing behind.
     """
@@ -67,9 +68,7 @@ def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
         say(f"skipped a damaged checkpoint: {fault}")
     if path is None:
         raise CorruptFileError(
-            f"no checkpoint in {out} can be resumed",
-            faults,
-            f"Restore one, or remove {folder} to begin again.",
+            f"no checkpoint in {out} can be resumed", faults, f"Restore one, or remove {folder} to begin again."
         )
     return path
 
@@ -85,16 +84,12 @@ def resume_config(folder: str | Path) -> RunConfig:
     """The settings of the run in `folder`, as it resolved them. Raises ConfigError, or SourceError for no YAML."""
     path = Path(folder) / "run.yaml"
     if not path.is_file():
-        raise ConfigError(
-            f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named."
-        )
+        raise ConfigError(f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named.")
     try:
         return RunConfig.model_validate({**read_yaml(path), "out": str(folder)})
     except ValidationError as fault:
         raise ConfigError(
-            f"{path} does not describe a run",
-            field_faults(fault),
-            "`veneer train --help` lists the settings.",
+            f"{path} does not describe a run", field_faults(fault), "`veneer train --help` lists the settings."
         ) from fault
 
 

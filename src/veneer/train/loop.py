@@ -46,9 +46,7 @@ from veneer.train.origin import Origin
 from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes
 from veneer.train.screen import Screen
 
-FEWER_VALUES = (
-    "Train fewer values (an adapter instead of full, a smaller --rank), or --set optimizer=adamw8bit."
-)
+FEWER_VALUES = "Train fewer values (an adapter instead of full, a smaller --rank), or --set optimizer=adamw8bit."
 FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
 
 
@@ -109,16 +107,12 @@ class State:
 
 
 class Loop:
-    def __init__(
-        self, job: Job, records: Records, screen: Screen, *, origin: Origin, resume_from: Path | None
-    ) -> None:
+    def __init__(self, job: Job, records: Records, screen: Screen, *, origin: Origin, resume_from: Path | None) -> None:
         self.job, self.records, self.screen, self.origin = job, records, screen, origin
         self.damaged_best: dict[str, Any] | None = None
         """The best checkpoint, where it was damaged and another had to be taken."""
         with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
-            self.optimizer = make_optimizer(
-                job.config.optimizer, job.flat, weight_decay=job.config.weight_decay
-            )
+            self.optimizer = make_optimizer(job.config.optimizer, job.flat, weight_decay=job.config.weight_decay)
         self.progress = Progress()
         self.device = job.flat.values.device
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
@@ -168,9 +162,7 @@ class Loop:
     def _plan(self, epoch: int) -> list[list[int]]:
         if self._epoch_plan is None or self._epoch_plan[0] != epoch:
             config = self.job.config
-            plan = plan_epoch(
-                self._lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order
-            )
+            plan = plan_epoch(self._lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order)
             self._epoch_plan = epoch, plan
         return self._epoch_plan[1]
 
@@ -209,11 +201,7 @@ class Loop:
         job, at = self.job, self.progress
         start = time.perf_counter()
         rate = learning_rate_at(
-            at.step,
-            steps=job.steps,
-            peak=job.learning_rate,
-            warmup=job.config.warmup,
-            schedule=job.config.schedule,
+            at.step, steps=job.steps, peak=job.learning_rate, warmup=job.config.warmup, schedule=job.config.schedule
         )
         rows = self._next_rows()
         with self._fits(rows):
@@ -235,10 +223,17 @@ class Loop:
             at.timed_examples += len(rows)
             at.timed_tokens += tokens
         record = {
-            "kind": "step", "step": at.step, "loss": loss, "gradient_norm": norm, "learning_rate": rate,
-            "tokens": tokens, "trained_tokens": trained, "computed_tokens": sum(b.computed_tokens for b in batches),
-            "seconds": seconds, "memory_bytes": process_memory_bytes(),
-        }  # fmt: skip
+            "kind": "step",
+            "step": at.step,
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "computed_tokens": sum(b.computed_tokens for b in batches),
+            "seconds": seconds,
+            "memory_bytes": process_memory_bytes(),
+        }
         self.records.write(record)
         self.screen.step(record)
         return seconds
@@ -253,9 +248,7 @@ class Loop:
         self.job.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(self.device)) / 1e9
         longest = max(self._lengths[i] for i in costliest)
-        self.screen.message(
-            f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
-        )
+        self.screen.message(f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {gigabytes:.2f} GB")
 
     def _fits(self, rows: list[int]) -> AbstractContextManager[None]:
         tokens = sum(self._lengths[i] for i in rows)
@@ -309,9 +302,13 @@ class Loop:
         if loss is None and sample is None:
             return
         record = {
-            "kind": "evaluation", "step": at.step, "loss": loss, "best": better,
-            "seconds": time.perf_counter() - start, "sample": sample,
-        }  # fmt: skip
+            "kind": "evaluation",
+            "step": at.step,
+            "loss": loss,
+            "best": better,
+            "seconds": time.perf_counter() - start,
+            "sample": sample,
+        }
         self.records.write(record)
         self.screen.evaluation(record)
 
@@ -338,9 +335,7 @@ class Loop:
             self._take_next_best(fault)
             return
         self._take(values)
-        self.screen.message(
-            f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}"
-        )
+        self.screen.message(f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}")
 
     def _take_next_best(self, fault: CorruptFileError) -> None:
         at = self.progress
@@ -356,9 +351,7 @@ class Loop:
                     continue
             at.best_step, at.best_loss = step, loss
             break
-        kept = (
-            f"those of step {at.best_step}, held-out loss {at.best_loss:.4f}," if at.best_step else "the last"
-        )
+        kept = f"those of step {at.best_step}, held-out loss {at.best_loss:.4f}," if at.best_step else "the last"
         self.screen.message(f"instead of the values of that step {kept} are kept")
 
     def _take(self, values: Tensor) -> None:

@@ -77,9 +77,7 @@ class Offload:
 def _copied(tensor: Tensor, to: torch.device) -> Tensor:
     """The same values in the same strides: kernels choose by layout, and another choice may round otherwise."""
     pinned = tensor.device.type == "cuda" and to.type == "cpu"
-    there = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=to, pin_memory=pinned
-    )
+    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=to, pin_memory=pinned)
     return there.copy_(tensor, non_blocking=True)
 
 

@@ -23,9 +23,7 @@ class FlatParameters:
     groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to each other.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None) -> None:
         factors = {name: 1.0 if factors is None else factors[name] for name in parameters}
         self.parameters = dict(sorted(parameters.items(), key=lambda item: factors[item[0]]))
         device = next(iter(self.parameters.values())).device

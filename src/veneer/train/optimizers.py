@@ -23,7 +23,8 @@ _PART = 2**30
 
 
 class AdamW8bit:
-    """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its moments are float32."""
+    """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its moments are
+    float32."""
 
     def __init__(self, flat: FlatParameters, *, weight_decay: float) -> None:
         self.flat = flat

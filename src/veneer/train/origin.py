@@ -1,4 +1,5 @@
-"""What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has the same, or stops."""
+"""What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has the same, or
+stops."""
 
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -13,18 +14,9 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.train.config import RunConfig
 from veneer.train.loggers import flat
 
-MAY_CHANGE = (
-    "out",
-    "base",
-    "device",
-    "log",
-    "keep",
-    "checkpointing",
-    "offload",
-    "micro_batch",
-    "show_answers",
-)
-"""Settings that say where things are and how they are computed, not what. The base and the rows are compared as such."""
+MAY_CHANGE = ("out", "base", "device", "log", "keep", "checkpointing", "offload", "micro_batch", "show_answers")
+"""Settings that say where things are and how they are computed, not what. The base and the rows are compared as
+such."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +39,12 @@ class Origin:
 
 def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
     return Origin(
-        date=day.isoformat(), base=base.fingerprint().to_dict(), tokenizer=base.tokenizer_hash(),
-        template=base.template_hash(), settings=_settings(config),
-    )  # fmt: skip
+        date=day.isoformat(),
+        base=base.fingerprint().to_dict(),
+        tokenizer=base.tokenizer_hash(),
+        template=base.template_hash(),
+        settings=_settings(config),
+    )
 
 
 def check_settings(then: Origin, config: RunConfig) -> None:
@@ -110,9 +105,7 @@ def check_rows(then: Origin, now: str, config: RunConfig) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(
-        mode="json", exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation"}}
-    )
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation"}})
 
 
 def _short(digest: str | None) -> str:

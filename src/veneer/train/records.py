@@ -122,9 +122,7 @@ def read_records(path: str | Path) -> list[Record]:
         else:
             faults.append(f"{path}:{number} is not an object with a kind")
     if faults:
-        raise CorruptFileError(
-            "the run's records cannot be read", faults, "Delete these lines and try again."
-        )
+        raise CorruptFileError("the run's records cannot be read", faults, "Delete these lines and try again.")
     return records
 
 

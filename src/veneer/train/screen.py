@@ -205,10 +205,7 @@ class LiveScreen:
         one_line = self.console.width >= len(count) + len(figures) + 24
         width = 20 if one_line else max(self.console.width - len(count) - 4, 8)
         bar = Table.grid(padding=(0, 1))
-        cells: list[RenderableType] = [
-            Text("  " + count.strip()),
-            ProgressBar(progress.total, progress.done, width),
-        ]
+        cells: list[RenderableType] = [Text("  " + count.strip()), ProgressBar(progress.total, progress.done, width)]
         if one_line:
             bar.add_row(*cells, Text(figures))
             return bar
@@ -221,9 +218,7 @@ def make_screen(*, json: bool = False, quiet: bool = False) -> LiveScreen | Plai
     if quiet:
         return QuietScreen()
     console = talking_console(stderr=json)
-    return (
-        LiveScreen(console) if console.is_terminal and not console.is_dumb_terminal else PlainScreen(console)
-    )
+    return LiveScreen(console) if console.is_terminal and not console.is_dumb_terminal else PlainScreen(console)
 
 
 def start_lines(info: Facts) -> list[str]:
@@ -286,9 +281,7 @@ def end_lines(summary: Facts) -> list[str]:
     if summary["tokens_per_second"]:
         figures.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     planned = summary.get("planned_memory_bytes")
-    figures.append(
-        f"peak {size(summary['peak_memory_bytes'])}" + (f" (plan {size(planned)})" if planned else "")
-    )
+    figures.append(f"peak {size(summary['peak_memory_bytes'])}" + (f" (plan {size(planned)})" if planned else ""))
     lines = ["  " + " · ".join(figures)]
     made = summary.get("adapter") or summary.get("model")
     if made:

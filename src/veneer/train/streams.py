@@ -1,4 +1,5 @@
-"""stdout and stderr where writing can fail: a reader that has left (`veneer ... | head -1`), a closed terminal, a full disk.
+"""stdout and stderr where writing can fail: a reader that has left (`veneer ... | head -1`), a closed terminal, a
+full disk.
 
 A command's result is written through `Result`, which remembers that it was not: cli/main.py turns that into an exit
 code. What is said while work goes on is written through `Talk`, which fails nobody: no run ends for its log.

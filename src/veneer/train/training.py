@@ -60,14 +60,18 @@ class MemoryPlan(Protocol):
     """What a run on this data should hold at most, bytes (plan/probe.py). The config and the dtype are the base's."""
 
     def __call__(
-        self, config: RunConfig, model_config: PreTrainedConfig, dtype: torch.dtype, data: DataSet, *,
-        idle_bytes: int, device: str,
-    ) -> int: ...  # fmt: skip
+        self,
+        config: RunConfig,
+        model_config: PreTrainedConfig,
+        dtype: torch.dtype,
+        data: DataSet,
+        *,
+        idle_bytes: int,
+        device: str,
+    ) -> int: ...
 
 
-def run_training(
-    config: RunConfig, *, resume: bool, screen: Screen, plan: MemoryPlan | None = None
-) -> dict[str, Any]:
+def run_training(config: RunConfig, *, resume: bool, screen: Screen, plan: MemoryPlan | None = None) -> dict[str, Any]:
     """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole."""
     out = Path(config.out)
     if not resume:
@@ -80,21 +84,14 @@ def run_training(
 
 
 def _run(
-    config: RunConfig,
-    out: Path,
-    resume_from: Path | None,
-    resume: bool,
-    screen: Screen,
-    plan: MemoryPlan | None,
+    config: RunConfig, out: Path, resume_from: Path | None, resume: bool, screen: Screen, plan: MemoryPlan | None
 ) -> dict[str, Any]:
     then = None if resume_from is None else load_state(resume_from).origin
     if then is not None:
         check_settings(then, config)
     known = then is not None and then.settings is not None
     if then is not None and not known:
-        screen.message(
-            "an earlier version began this run and kept no fingerprint of its base: it is not compared"
-        )
+        screen.message("an earlier version began this run and kept no fingerprint of its base: it is not compared")
     idle = process_memory_bytes()
     base = load_base(
         config.base,
@@ -140,9 +137,7 @@ def _run(
         write_run_file(config)
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
-    with Records(
-        out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message
-    ) as records:
+    with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message) as records:
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
         start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen)
         if one_pass:
@@ -193,13 +188,20 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
     epochs = 3.0 if config.epochs is None else config.epochs
     shows = config.show_answers and base.tokenizer.chat_template is not None
     return Job(
-        model=base.model, paths=paths, routing=base.routing, flat=flat, train=data.train, validation=data.validation,
-        config=config, learning_rate=config.peak_learning_rate(hidden_size(base.config)),
+        model=base.model,
+        paths=paths,
+        routing=base.routing,
+        flat=flat,
+        train=data.train,
+        validation=data.validation,
+        config=config,
+        learning_rate=config.peak_learning_rate(hidden_size(base.config)),
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
         # With dropout every row wants a mask of its own, also where rows begin alike.
-        share_prompt=config.share_prompt and not config.method.drops_out, out=Path(config.out),
+        share_prompt=config.share_prompt and not config.method.drops_out,
+        out=Path(config.out),
         answer=_sampler(base, data.validation_rows) if shows else None,
-    )  # fmt: skip
+    )
 
 
 def _sampler(base: FrozenBase, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | None:
@@ -239,9 +241,15 @@ def _told(content: object) -> str:
 
 
 def _start_record(
-    config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, begun: Begun | None, flat: FlatParameters,
-    job: Job, idle: int,
-) -> dict[str, Any]:  # fmt: skip
+    config: RunConfig,
+    base: FrozenBase,
+    data: DataSet,
+    paths: Paths,
+    begun: Begun | None,
+    flat: FlatParameters,
+    job: Job,
+    idle: int,
+) -> dict[str, Any]:
     trained = sum(p.numel() for p in flat.parameters.values())
     total = num_parameters(base.model)
     attachment = None if begun is None else begun.attachment
@@ -255,32 +263,40 @@ def _start_record(
         lines.append("with dropout every row computes its own prompt")
     if attachment is not None:
         does = (
-            "can be merged into the base"
-            if attachment.config.folds
-            else "cannot be merged: it stays beside the base"
+            "can be merged into the base" if attachment.config.folds else "cannot be merged: it stays beside the base"
         )
         lines.append(f"{config.method.name} {does}")
     return {
-        "kind": "start", "base": config.base, "method": config.method.name, "optimizer": config.optimizer,
+        "kind": "start",
+        "base": config.base,
+        "method": config.method.name,
+        "optimizer": config.optimizer,
         "trainable_parameters": trained,
         "total_parameters": total,
         "modules_adapted": None if attachment is None else attachment.adapted,
         "modules_total": None if attachment is None else attachment.adaptable,
         "adapter_bytes": None if attachment is None else adapter_file_bytes(attachment, base.model),
-        "train_rows": len(data.train), "validation_rows": len(data.validation), "steps": job.steps,
-        "starts_from": None if begun is None else begun.starts_from, "idle_memory_bytes": idle, "paths": lines,
-    }  # fmt: skip
+        "train_rows": len(data.train),
+        "validation_rows": len(data.validation),
+        "steps": job.steps,
+        "starts_from": None if begun is None else begun.starts_from,
+        "idle_memory_bytes": idle,
+        "paths": lines,
+    }
 
 
 def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | None) -> Manifest:
     """What veneer.json will say. Made before step 1 too: what cannot be written must not show after the last one."""
     return readable(
         lambda: manifest_for(
-            base, method=config.method.name, data_fingerprint=data.fingerprint,
-            recipe=config.model_dump(mode="json"), template_hash=base.template_hash(),
+            base,
+            method=config.method.name,
+            data_fingerprint=data.fingerprint,
+            recipe=config.model_dump(mode="json"),
+            template_hash=base.template_hash(),
             metrics={} if best is None else {"validation_loss": best},
         )
-    )  # fmt: skip
+    )
 
 
 def _write_result(
@@ -290,11 +306,7 @@ def _write_result(
     if attachment is not None:
         manifest = _manifest(config, base, data, loop.progress.best_loss)
         written = write_adapter(out / "adapter", attachment, manifest, model=base.model, replace=True)
-        return {
-            "adapter": str(written.path),
-            "adapter_bytes": written.bytes,
-            "adapter_sha256": written.sha256,
-        }
+        return {"adapter": str(written.path), "adapter_bytes": written.bytes, "adapter_sha256": written.sha256}
     with atomic_folder(out / "model", replace=True) as partial:
         with quiet():
             base.model.save_pretrained(partial)
@@ -303,24 +315,34 @@ def _write_result(
     return {"model": str(out / "model"), "adapter_bytes": size}
 
 
-def _summary(
-    config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: Loop, reason: str
-) -> dict[str, Any]:
+def _summary(config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: Loop, reason: str) -> dict[str, Any]:
     at = loop.progress
     seconds = at.timed_seconds
     return {
-        "reason": reason, "steps": at.step, "seconds": seconds, "total_seconds": at.total_seconds,
+        "reason": reason,
+        "steps": at.step,
+        "seconds": seconds,
+        "total_seconds": at.total_seconds,
         "examples_per_second": at.timed_examples / seconds if seconds else None,
         "tokens_per_second": at.timed_tokens / seconds if seconds else None,
         "trained_tokens": at.trained_tokens,
-        "peak_memory_bytes": peak_memory_bytes(str(base.device)), "idle_memory_bytes": start["idle_memory_bytes"],
+        "peak_memory_bytes": peak_memory_bytes(str(base.device)),
+        "idle_memory_bytes": start["idle_memory_bytes"],
         "planned_memory_bytes": start["planned_memory_bytes"],
-        "trainable_parameters": start["trainable_parameters"], "total_parameters": start["total_parameters"],
-        "first_loss": at.first_loss, "last_loss": at.last_loss, "validation_loss": at.best_loss, "best_step": at.best_step,
+        "trainable_parameters": start["trainable_parameters"],
+        "total_parameters": start["total_parameters"],
+        "first_loss": at.first_loss,
+        "last_loss": at.last_loss,
+        "validation_loss": at.best_loss,
+        "best_step": at.best_step,
         "damaged_best": loop.damaged_best,
-        "base_fingerprint": base.fingerprint().digest, "method": config.method.name, "base": config.base,
+        "base_fingerprint": base.fingerprint().digest,
+        "method": config.method.name,
+        "base": config.base,
         "versions": {
-            "veneer": version("veneer"), "torch": torch.__version__, "transformers": version("transformers"),
+            "veneer": version("veneer"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-    }  # fmt: skip
+    }

@@ -1,0 +1,209 @@
+"""The Base that people hold: a FrozenBase with what the rooms above it add: a library, merging, answers.
+
+Everything here composes; nothing computes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters.attachment import Attachment
+from veneer.adapters.config import AdapterConfig
+from veneer.adapters.routing import Active
+from veneer.bounds import SEED, check_numbers, check_weights
+from veneer.data.template import ChatTemplate
+from veneer.decoding.generate import generate
+from veneer.errors import ConfigError
+from veneer.files.nesting import is_text, walk
+from veneer.formats.adapter import load_adapter
+from veneer.library.library import Library
+from veneer.library.pool import Pool
+from veneer.merge.export_run import export_adapter as export_adapter
+from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
+from veneer.merge.export_run import lint_adapter as lint_adapter
+from veneer.merge.in_memory import Merged, merged_weights
+from veneer.models.frozen_base import FrozenBase
+from veneer.models.initial_values import begin
+from veneer.train.folder import resume_config as resume_config
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Base(FrozenBase):
+    """A frozen causal LM that adapters sit on. Made by `load`.
+
+    library   where `use` finds names that are not loaded yet; None: nowhere
+    """
+
+    library: Library | None = None
+    _pool: Pool = field(init=False, repr=False)
+    _merged: Merged | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._pool = Pool(self, lambda: self.library, self._unmerged)
+
+    @property
+    def adapter_budget_bytes(self) -> int | None:
+        """Bytes of all loaded adapters together; beyond them those from the library go that were not used for
+        longest, unless they act, are pinned or were changed. None: no bound."""
+        return self._pool.budget_bytes
+
+    @adapter_budget_bytes.setter
+    def adapter_budget_bytes(self, limit: int | None) -> None:
+        self._pool.budget_bytes = limit
+
+    def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
+        """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
+        check_numbers(seed=(SEED, seed))
+        _ = self.paths
+        return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed).attachment)
+
+    def load_adapter(self, folder: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
+        """Read an adapter folder (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
+
+        AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
+        """
+        _ = self.paths
+        chosen = Path(folder).name if name is None else name
+        self._pool.adopt(lambda: load_adapter(self, folder, name=chosen, force_base=force_base))
+        return chosen
+
+    def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
+        """Let one adapter act, several with weights, or none: the base alone, bit for bit. A pointer change.
+
+        A name that is not loaded is read from the library (also `name@2`, `name@tag`), and stays the version that it
+        was then. Forwards in progress end with what they began with. ConfigError: unknown, with the nearest name.
+        """
+        self._pool.activate(self._active(name, weights))
+
+    @contextmanager
+    def using(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> Iterator[None]:
+        """`use` within a block and for this thread alone; afterwards what acted before acts again."""
+        with self._pool.holding(self._active(name, weights)):
+            yield
+
+    def pin(self, *names: str) -> None:
+        """Keep these loaded whatever the budget, loading them from the library where they are not."""
+        self._pool.ready(names)
+        self._pool.pin(names, pinned=True)
+
+    def unpin(self, *names: str) -> None:
+        self._pool.pin(names, pinned=False)
+
+    def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
+        names = [] if name is None else [name] if isinstance(name, str) else list(name)
+        if names:
+            self._unmerged()
+        check_weights(weights or ())
+        if weights is not None and len(weights) != len(names):
+            raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
+        return tuple(zip(names, weights or [1.0] * len(names), strict=True))
+
+    def _unmerged(self) -> None:
+        """ConfigError while an adapter is merged: what is put beside the base then would take its weights for the
+        base's."""
+        if self._merged is not None:
+            raise ConfigError("an adapter is merged into the base's weights", next_step="Call unmerge() first.")
+
+    def merge(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
+        """Fold adapters into the weights, for inference without their cost; the originals are kept for unmerge().
+
+        Until then no adapter acts beside the base. RefusedError over quantised weights, ConfigError while the base
+        is in use: everything is as it was then, and what acted acts.
+        """
+        wanted = self._active(name, weights)
+        if not wanted:
+            raise ConfigError("no adapter is named that could be merged", next_step="For instance merge('name').")
+        self._pool.ready(n for n, _ in wanted)
+        self._idle("merge")
+        merged = merged_weights(self.model, [(self.attachments[n], weight) for n, weight in wanted])
+        with self.routing.lock:
+            self._idle("merge")
+            merged.install()
+            self.routing.active, self._merged = (), merged
+
+    def _idle(self, what: str) -> None:
+        """ConfigError while anything computes with the base: weights must not change under it."""
+        if self.routing.is_held:
+            raise ConfigError(
+                f"the base is in use, and {what} changes its weights",
+                ["a forward or an answer is in progress, or a `using` block is open"],
+                "Call it when that is done.",
+            )
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back: the same tensors, so every bit. Nothing happens where none is merged."""
+        if self._merged is not None:
+            with self.routing.lock:
+                self._idle("unmerge")
+                self._merged.restore()
+                self._merged = None
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece."""
+        ids = self._prompt_ids(prompt)
+        stream = _TextStream(self.tokenizer, on_text) if on_text is not None else None
+        with self.routing.held():  # a switch by another thread is for its next answer
+            (answer,) = generate(
+                self,
+                [ids],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_token=stream,
+            )
+        if stream is not None:
+            stream.end(answer)
+        return _text(self.tokenizer, answer)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+        if not all(is_text(inner) for inner, _ in walk(messages) if isinstance(inner, str)):
+            raise ConfigError("the prompt is not UTF-8", next_step="Give it as UTF-8 text.")
+        if self.tokenizer.chat_template is None:
+            if not isinstance(prompt, str):
+                raise ConfigError("this base has no chat template: give the prompt as a string")
+            return list(self.tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        return ChatTemplate(self.tokenizer).encode_prompt(messages)
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _TextStream:
+    """Turns ids into text as they come; holds back what may still change, such as half a character."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: list[int] = []
+        self.sent = 0
+
+    def __call__(self, token: int) -> None:
+        self.ids.append(token)
+        self._send(_text(self.tokenizer, self.ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self.sent and not text.endswith("\ufffd"):
+            self.on_text(text[self.sent :])
+            self.sent = len(text)
+
+    def end(self, ids: list[int]) -> None:
+        text = _text(self.tokenizer, ids)
+        if len(text) > self.sent:
+            self.on_text(text[self.sent :])
