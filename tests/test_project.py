@@ -78,7 +78,7 @@ def test_no_file_grows_beyond_what_a_reader_can_hold(path):
 
 def test_the_formatter_has_no_exceptions():
     everywhere = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    mark = re.compile(r"# fmt" + r": ?(skip|off)|# yapf")
+    mark = re.compile(r"# fmt" + r": ?(skip|off)")
     assert not [names(path) for path in everywhere if mark.search(path.read_text())]
 
 
