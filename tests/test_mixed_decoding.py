@@ -57,3 +57,23 @@ def test_prompts_of_several_adapters_are_continued_together_as_each_alone(family
             with base.routing.held(in_turn([(1, own)])):
                 alone = continued(base.model, group.ids, [GIVEN] * len(group.ids), group.shared)
             assert (mixed - alone).abs().max() <= 2e-5 * alone.abs().max()
+
+
+def test_a_mix_keeps_what_it_prepared_until_its_plan_is_told_to_forget():
+    base = tiny_base("llama")
+    for number, name in enumerate("ab"):
+        made = attach(base.model, LoRA(rank=3), name=name, routing=base.routing, head=None, seed=number)
+        move(made, seed=number)
+    mixed = in_turn([(3, base.routing.applied(((name, 1.0),))) for name in "ab"])
+    ids = torch.tensor([[5, 9, 30], [5, 9, 30]])
+
+    def said():
+        with torch.no_grad(), base.routing.held(mixed):
+            return base.model(ids, use_cache=False).logits
+
+    before = said()
+    assert torch.equal(said(), before)
+    move(base.attachments["b"], seed=9)
+    mixed.plan.forget()
+    after = said()
+    assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1])

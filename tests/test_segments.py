@@ -73,8 +73,7 @@ def test_rows_and_gradients_are_those_of_the_plain_loop(mix, with_bias):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        for _ in range(2):  # made, then kept
-            torch.testing.assert_close(linear_with_updates(x, bias, base, updates, plan), expected[0])
+        torch.testing.assert_close(linear_with_updates(x, bias, base, updates, plan), expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,14 +90,3 @@ def test_rows_that_no_update_names_are_the_bases_to_the_bit(dtype):
                 continue
             found = linear_with_updates(x, None, base, updates, Plan())
             assert torch.equal(found[~named[:40]], plain[~named[:40]])
-
-
-def test_a_plan_that_is_told_forgets_the_values_that_it_kept():
-    base, x, plan = DenseLinear(nn.Linear(I, O, bias=False)), torch.randn(6, I), Plan()
-    updates = [update(0, 2), update(2, 4)]
-    with torch.no_grad():
-        before = linear_with_updates(x, None, base, updates, plan)
-        updates[0].layer.A.mul_(2)
-        plan.forget()
-        after = linear_with_updates(x, None, base, updates, plan)
-    assert not torch.equal(before[:2], after[:2]) and torch.equal(before[2:], after[2:])

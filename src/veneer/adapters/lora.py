@@ -255,7 +255,10 @@ class AdaptedLinear(AdaptedModule):
 
     def _by_part(self, x: Tensor, acting: Acting, segments: Sequence[Segment]) -> Tensor:
         """(M, I) -> (M, O): one product of all rows with W; of each part's rows alone what its adapters add."""
-        keys = acting.keys
+        bias, keys, kept = self.frozen.own_bias(), acting.keys, acting.plan.kept
+        may_keep = keys is None and not torch.is_grad_enabled()
+        if may_keep and (prepared := kept.get((self.key, len(x)))) is not None:
+            return prepared.product(x, bias, self.frozen)
         updates: list[Update] = []
         others: list[Segment] = []
         for segment in segments:
@@ -263,7 +266,10 @@ class AdaptedLinear(AdaptedModule):
                 found = self._updates(x[segment.rows], segment, _of(keys, segment))
                 updates += found or []
                 others += [segment] if found is None else []
-        y = linear_with_updates(x, self.frozen.own_bias(), self.frozen, updates, acting.plan)
+        if may_keep and not others:
+            prepared = kept[self.key, len(x)] = acting.plan.prepared(updates, x.dtype, x.device)
+            return prepared.product(x, bias, self.frozen)
+        y = linear_with_updates(x, bias, self.frozen, updates, acting.plan)
         if not others:
             return y
         made = [self._otherwise(x[s.rows], y[s.rows], s.adapters, _of(keys, s)) for s in others]

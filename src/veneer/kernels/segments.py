@@ -89,18 +89,37 @@ class Bundle:
         return x
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Updates without dropout, ready for any number of forwards without a gradient: factors in the type of the
+    products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R))."""
+
+    updates: tuple[Update, ...]
+    alone: tuple[tuple[slice, Tensor, Tensor, float], ...]
+    bundled: tuple[tuple[Bundle, Tensor, Tensor], ...]
+
+    def product(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
+        """(M, I) -> (M, O)."""
+        y_MO = base.product(x_MI, bias)
+        for rows, A_RI, B_OR, scaling in self.alone:
+            rank.add_up(y_MO[rows], rank.down(x_MI[rows], A_RI), B_OR, scaling)
+        for bundle, A, B in self.bundled:
+            bundle.add_to(y_MO, torch.bmm(bundle.stacked(x_MI), A.mT), B.mT)
+        return y_MO
+
+
 @dataclass
 class Plan:
     """What a mix lets be prepared once: for as long as the same parts act on the same numbers of rows.
 
-    Stacks of factors are kept where no gradient is recorded: who keeps a plan while values are trained calls forget().
+    kept, by layer, holds values: whoever keeps a plan while these are trained calls forget().
     """
 
+    kept: dict[tuple[str, int], Prepared] = field(default_factory=dict)
     _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
-    _stacks: dict[tuple[Any, ...], tuple[list[Factored], Tensor, Tensor]] = field(default_factory=dict)
 
     def forget(self) -> None:
-        self._stacks.clear()
+        self.kept.clear()
 
     def bundles(self, updates: Sequence[Update], device: torch.device) -> list[Bundle]:
         """Those of the short segments; what is in none is taken by itself."""
@@ -109,16 +128,17 @@ class Plan:
             self._bundles[shape] = _bundled(updates, device)
         return self._bundles[shape]
 
-    def stack(self, updates: Sequence[Update], dtype: torch.dtype, *, keep: bool) -> tuple[Tensor, Tensor]:
-        """A (n, R, I) and scaling * B (n, O, R)."""
-        key = *((id(u.layer), u.scaling) for u in updates), dtype
-        if keep and key in self._stacks:
-            return self._stacks[key][1:]
-        pairs = [u.layer.factors() for u in updates]
-        made = stack_of(pairs, [u.scaling for u in updates], dtype)
-        if keep:
-            self._stacks[key] = [u.layer for u in updates], *made
-        return made
+    def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
+        bundles = self.bundles(updates, device)
+        alone = []
+        for number in _alone(updates, bundles):
+            A, B = (factor.to(dtype) for factor in updates[number].layer.factors())
+            alone.append((updates[number].rows, A, B, updates[number].scaling))
+        bundled = []
+        for bundle in bundles:
+            own = [updates[n] for n in bundle.numbers]
+            bundled.append((bundle, *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype)))
+        return Prepared(tuple(updates), tuple(alone), tuple(bundled))
 
 
 def stack_of(
@@ -267,20 +287,17 @@ def linear_with_updates(
     """(M, I) -> (M, O) in x's type; gradients go to x, bias and every factor."""
     if not updates:
         return frozen_product(x_MI, bias, base)
-    bundles = plan.bundles(updates, x_MI.device)
     if torch.is_grad_enabled():
+        bundles = plan.bundles(updates, x_MI.device)
         apply: Any = _WithUpdates.apply
         factors = [factor for update in updates for factor in update.layer.factors()]
         return apply(x_MI, bias, base, tuple(updates), tuple(bundles), *factors)
+    if all(update.dropout is None for update in updates):
+        return plan.prepared(updates, x_MI.dtype, x_MI.device).product(x_MI, bias, base)
     y_MO = base.product(x_MI, bias)
-    for number in _alone(updates, bundles):
-        update = updates[number]
+    for update in updates:
         A_RI, B_OR = (factor.to(x_MI.dtype) for factor in update.layer.factors())
         rank.add_up(y_MO[update.rows], rank.down(_seen(x_MI, update), A_RI), B_OR, update.scaling)
-    for bundle in bundles:
-        own = [updates[n] for n in bundle.numbers]
-        A, B = plan.stack(own, x_MI.dtype, keep=True)
-        bundle.add_to(y_MO, torch.bmm(_stacked(x_MI, bundle, own), A.mT), B.mT)
     return y_MO
 
 
