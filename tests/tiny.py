@@ -214,9 +214,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> FrozenBase:
     """A Base over tiny_model and tiny_tokenizer, as load_base would return it."""
-    from veneer.models.frozen_base import (
-        FrozenBase,  # here, so that tests of lower layers load no more than they test
-    )
+    from veneer.models.frozen_base import FrozenBase  # here, so that tests of lower layers load no more than they test
 
     return FrozenBase(
         model=tiny_model(family, dtype, seed, **overrides),

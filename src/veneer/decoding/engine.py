@@ -1,0 +1,144 @@
+"""Many requests, each with adapters of its own, answered in the same forwards: the scheduler's plans, computed.
+
+    add        a request waits
+    step       one plan: prefixes written, blocks copied, the spans' tokens through the model, a token drawn for each
+    run        steps until nothing is left
+
+Decides nothing about order, room or sharing (decoding/scheduler.py), and nothing about texts. One thread calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.acting import Acting, Applied, in_turn
+from veneer.adapters.prefix import PrefixLayer
+from veneer.decoding.blocks import BlockManager, Front, Identity
+from veneer.decoding.decode import Choose, greedy
+from veneer.decoding.paged import PagedKeys, PagedStep, SpanRows
+from veneer.decoding.scheduler import Limits, Scheduler
+from veneer.decoding.sequence import Request
+from veneer.decoding.sequence import Sequence as Answer
+from veneer.decoding.step_plan import Plan, Span
+from veneer.errors import ConfigError
+from veneer.kernels.layout import round_up
+from veneer.models.attention import unused_mask
+from veneer.models.frozen_base import FrozenBase
+
+
+class Engine:
+    """budget_bytes: of keys and values. applied: what each identity that requests name is on the base.
+
+    ConfigError: the base's attention is not Veneer's, so that blocks would not reach it.
+    """
+
+    def __init__(
+        self, base: FrozenBase, *, budget_bytes: int, applied: Mapping[Identity, Applied], limits: Limits | None = None
+    ) -> None:
+        if (reason := base.paths.packed_reason) is not None:
+            raise ConfigError("this base answers one request after another", [reason], "Use base.generate.")
+        self.base, self._applied = base, {(): (), **applied}
+        layers = base.config.get_text_config().num_hidden_layers
+        for adapter in applied:
+            if any(len(prefix.layers) != layers for prefix in self._prefixes(adapter)):
+                raise ConfigError(
+                    f"the prefix of {adapter} leaves layers out, and blocks hold all of them",
+                    next_step="Answer with it alone (base.generate).",
+                )
+        blocks = BlockManager(
+            base=base.fingerprint().weights_hash, budget_bytes=budget_bytes, bytes_per_token=bytes_per_token(base)
+        )
+        self.scheduler = Scheduler(blocks, limits or Limits(), self._front_places)
+        self._keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
+        self._acting: tuple[tuple[Any, ...], Acting] | None = None
+
+    def add(self, request: Request) -> tuple[Answer, ...]:
+        """It waits. ConfigError: an adapter that is not here; and what Scheduler.add raises."""
+        if request.adapter not in self._applied:
+            raise ConfigError(f"no adapter {request.adapter} is here", next_step="Name one that is on the base.")
+        return self.scheduler.add(request)
+
+    def run(self, choose: Choose = greedy) -> list[Answer]:
+        """Steps until nothing is left: all that ended, in the order in which they did."""
+        ended: list[Answer] = []
+        while not self.scheduler.idle:
+            ended += self.step(0.0, choose)
+        return ended
+
+    @torch.no_grad()
+    def step(self, now: float, choose: Choose = greedy) -> list[Answer]:
+        """One step, greedy or by (logits (B, V), numbers of the answers); returns the answers that have ended."""
+        plan = self.scheduler.step(now)
+        if not plan.spans:
+            return [*plan.ended, *self.scheduler.finish_step({})]
+        for front in plan.fronts:
+            self._write(front)
+        self._keys.copy(plan.copies)
+        drawing = [(n, answer) for n, span in enumerate(plan.spans) for answer in span.draws]
+        logits = self._logits(plan)
+        numbers = [answer.number for _, answer in drawing]
+        tokens = choose(logits[[n for n, _ in drawing]], numbers) if drawing else []
+        return [*plan.ended, *self.scheduler.finish_step(dict(zip(numbers, tokens, strict=True)))]
+
+    def _logits(self, plan: Plan) -> Tensor:
+        """(spans, V): what follows the last token of each span."""
+        device = self.base.device
+        ids = [token for span in plan.spans for token in span.tokens]
+        positions = [place for span in plan.spans for place in range(span.start, span.stop)]
+        ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
+        filler = round_up(len(ids)) - len(ids) if len(ids) > len(plan.spans) else 0
+        rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
+        laid = PagedStep(self._keys, [self._rows(span) for span in plan.spans], device)
+        kept = ends.to(device)
+        call: Any = self.base.model
+        with self.base.routing.held(self._acting_of(plan, filler).keeping(kept)):
+            out = call(
+                input_ids=rows[:1],
+                position_ids=rows[1:],
+                attention_mask=unused_mask(device),
+                use_cache=False,
+                veneer_layout=laid,
+                logits_to_keep=kept,
+            )
+        return out.logits[0]
+
+    def _acting_of(self, plan: Plan, filler: int) -> Acting:
+        """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
+        parts = (*plan.parts, filler)
+        if self._acting is None or self._acting[0] != parts:
+            acting = in_turn([(count, self._applied[adapter]) for adapter, count in plan.parts]).padded(filler)
+            self._acting = parts, acting
+        return self._acting[1]
+
+    def _rows(self, span: Span) -> SpanRows:
+        table = span.sequence.table
+        assert table is not None
+        front = self._keys.places(table.front, table.front_places)
+        return SpanRows(span.start, span.stop, front, self._keys.places(table.blocks, span.stop))
+
+    def _front_places(self, adapter: Identity) -> int:
+        return sum(layer.tokens for layer in self._prefixes(adapter))
+
+    def _prefixes(self, adapter: Identity) -> list[PrefixLayer]:
+        layers = [layer for attachment, _ in self._applied[adapter] for layer in attachment.layers.values()]
+        return [layer for layer in layers if isinstance(layer, PrefixLayer)]
+
+    def _write(self, front: Front) -> None:
+        """A trained prefix into its blocks."""
+        (prefix,) = self._prefixes(front.adapter)
+        places = self._keys.places(front.blocks, front.places).to(self.base.device)
+        for number, (key, value) in prefix.keys().items():
+            stored = self._keys.layer(number, key, value)
+            stored[0][places], stored[1][places] = key.to(stored[0].dtype), value.to(stored[1].dtype)
+
+
+def bytes_per_token(base: FrozenBase) -> int:
+    """Of the keys and values of one token in all layers."""
+    text = base.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * base.dtype.itemsize)

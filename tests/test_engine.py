@@ -1,0 +1,96 @@
+"""Requests of several adapters in the same forwards are answered as each is alone, whatever is beside them."""
+
+import pytest
+import torch
+
+from tests.test_methods import move
+from tests.tiny import tiny_base
+from veneer.adapters.acting import Acting
+from veneer.adapters.attach import attach
+from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.decoding.decode import decode
+from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.scheduler import Limits
+from veneer.decoding.sequence import Reason, Request
+from veneer.errors import ConfigError
+
+METHODS = {
+    "lora": LoRA(rank=3, alpha=5.0, targets=["q_proj", "o_proj", "v_proj"]),
+    "head": LoRA(rank=5, alpha=2.0, rslora=True, targets=["lm_head", "embed_tokens", "k_proj"]),
+    "dora": DoRA(rank=2, alpha=5.0, targets=["q_proj", "o_proj"]),
+    "prefix": Prefix(tokens=4, start="random"),
+    "bottleneck": Bottleneck(placement="houlsby", size=5),
+}
+NEW = 9
+
+
+def with_adapters(family):
+    base = tiny_base(family)
+    _ = base.paths
+    applied = {}
+    for number, (name, config) in enumerate(METHODS.items()):
+        head = base.model.get_output_embeddings()
+        move(attach(base.model, config, name=name, routing=base.routing, head=head, seed=number), seed=number)
+        applied[((name, 1.0),)] = base.routing.applied(((name, 1.0),))
+    both = (("lora", 0.5), ("dora", -1.5))
+    applied[both] = base.routing.applied(both)
+    return base, applied
+
+
+def alone(base, adapters, prompt):
+    with base.routing.held(Acting.everywhere(adapters)):
+        return decode(base.model, [prompt], stops=set(), max_new_tokens=NEW)[0]
+
+
+def requests(applied):
+    """Two for each identity, with a common start longer than a block; one of a single token."""
+    start = [(7 * n) % 250 for n in range(19)]
+    for place, identity in enumerate([(), *applied]):
+        yield identity, [*start, 5 + place, 9]
+        yield identity, [*start, 200 + place] if place % 2 else [3 + place]
+
+
+@pytest.mark.parametrize("family", ["llama_untied", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("narrow", [False, True], ids=["room for all", "chunks, few rows, few blocks"])
+def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
+    base, applied = with_adapters(family)
+    limits = Limits(rows=5, step_tokens=24, chunk_tokens=7) if narrow else Limits()
+    tokens = 16 * 12 if narrow else 16 * 200
+    engine = Engine(base, budget_bytes=tokens * bytes_per_token(base), applied=applied, limits=limits)
+    asked = {}
+    for identity, prompt in requests(applied):
+        (answer,) = engine.add(Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity))
+        asked[answer] = identity, prompt
+    ended = engine.run()
+    assert set(ended) == set(asked) and len(ended) == len(asked)
+    for answer, (identity, prompt) in asked.items():
+        assert answer.reason is Reason.LENGTH
+        assert answer.answer == alone(base, applied.get(identity, ()), prompt)
+    engine.scheduler.blocks.check()
+
+
+def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own_adapter_alone():
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**22, applied=applied)
+    start = tuple(range(40))
+    lora = (("lora", 1.0),)
+    first = [engine.add(Request(prompt=(*start, 50), max_new_tokens=2, adapter=i))[0] for i in ((), lora)]
+    engine.run()
+    again = [
+        engine.add(Request(prompt=(*start, 60), max_new_tokens=NEW, adapter=i))[0] for i in ((), lora, (("dora", 1.0),))
+    ]
+    engine.run()
+    assert [a.cached_tokens for a in (*first, *again)] == [0, 0, 32, 32, 0]
+    for answer, identity in zip(again, ((), lora, (("dora", 1.0),)), strict=True):
+        assert answer.answer == alone(base, applied.get(identity, ()), [*start, 60])
+
+
+def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refused():
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, applied=applied)
+    with pytest.raises(ConfigError, match="no adapter"):
+        engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
+    with pytest.raises(ConfigError, match="one request after another"):
+        Engine(tiny_base("bloom"), budget_bytes=2**20, applied={})
+    with torch.no_grad():
+        assert engine.run() == []
