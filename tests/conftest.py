@@ -1,0 +1,12 @@
+"""Where a shell put the tests behind itself, it told them to ignore Ctrl-C and hang-ups, and Veneer keeps to that."""
+
+import signal
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_as_in_front():
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if signal.getsignal(number := getattr(signal, name, signal.SIGINT)) is signal.SIG_IGN:
+            signal.signal(number, handler)
