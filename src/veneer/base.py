@@ -20,13 +20,9 @@ from veneer.files.nesting import is_text, walk
 from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
-from veneer.merge.export_run import export_adapter as export_adapter
-from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
-from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.in_memory import Merged, merged_weights
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
-from veneer.train.folder import resume_config as resume_config
 
 Prompt = str | Sequence[Mapping[str, Any]]
 

@@ -1,9 +1,9 @@
 """Wrappers in the places of a model's modules: the only file that exchanges them.
 
-A wrapper holds its base and a key; what stands at that key is the adapters' own (site.Attachment), and which of them
-act is the routing's. So nothing is registered twice, and the base's own parameters, buffers and state_dict stay what
-they were but for the name `base`. Paths are always the base's own, as if no wrapper stood anywhere; a module may carry
-several wrappers of different kinds, one around the other.
+A wrapper holds its base and a key; what stands at that key is the adapters' own (adapters/attachment.py), and which of
+them act is the routing's. So nothing is registered twice, and the base's own parameters, buffers and state_dict stay
+what they were but for the name `base`. Paths are always the base's own, as if no wrapper stood anywhere; a module may
+carry several wrappers of different kinds, one around the other.
 Knows nothing of what a layer computes.
 """
 

@@ -15,7 +15,8 @@ is less than STEP rows that nothing attends to and no loss reads.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -89,8 +90,8 @@ class Layout:
         """Without filler."""
         return sum(group.rows for group in self.groups)
 
-    @property
+    @cached_property
     def spans(self) -> list[slice]:
-        """The rows of each group."""
-        ends = torch.tensor([0, *(group.rows for group in self.groups)]).cumsum(0).tolist()
+        """The rows of each group: every layer asks."""
+        ends = accumulate((group.rows for group in self.groups), initial=0)
         return [slice(start, stop) for start, stop in pairwise(ends)]

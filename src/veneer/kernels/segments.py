@@ -94,7 +94,6 @@ class Prepared:
     """Updates without dropout, ready for any number of forwards without a gradient: factors in the type of the
     products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R))."""
 
-    updates: tuple[Update, ...]
     alone: tuple[tuple[slice, Tensor, Tensor, float], ...]
     bundled: tuple[tuple[Bundle, Tensor, Tensor], ...]
 
@@ -138,7 +137,7 @@ class Plan:
         for bundle in bundles:
             own = [updates[n] for n in bundle.numbers]
             bundled.append((bundle, *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype)))
-        return Prepared(tuple(updates), tuple(alone), tuple(bundled))
+        return Prepared(tuple(alone), tuple(bundled))
 
 
 def stack_of(
