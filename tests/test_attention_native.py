@@ -7,6 +7,7 @@ from tests.test_kernels import CPU, gradients
 from veneer.kernels import attention_native
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.layout import Group
+from veneer.kernels.rules import Rules
 
 needs_kernel = pytest.mark.skipif(not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs")
 BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest value
@@ -31,10 +32,10 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
     layout = Group(prompt, lengths, CPU)
     N = layout.rows + 3
     q, k, v = (torch.randn(N, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
-    assert attention_native.usable(q, k, v, None)
-    fast = packed_attention(q, k, v, layout, scale=0.3, window=window)
+    assert attention_native.usable(q, k, v, Rules(0.3))
+    fast = packed_attention(q, k, v, layout, Rules(0.3, window))
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, scale=0.3, window=window)
+    slow = packed_attention_reference(*wide, layout, Rules(0.3, window))
     pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
     for ours, theirs in pairs:
         assert (ours.float() - theirs).abs().max() < BF16_ATOL * theirs.abs().max().clamp_min(0.1)
@@ -45,8 +46,8 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
     """It reads as many values behind a pointer as q's shape says: another k or v would be read past its end."""
     N, options = 9, {"dtype": torch.bfloat16}
     q, k, v = (torch.randn(N, 4, 32, **options), torch.randn(N, 2, 32, **options), torch.randn(N, 2, 32, **options))
-    assert attention_native.usable(q, k, v, None)
-    assert attention_native.usable(q, k, v, 1)
+    assert attention_native.usable(q, k, v, Rules(0.3))
+    assert attention_native.usable(q, k, v, Rules(0.3, 1))
     for others in [
         (q, k, v[..., :16], None),  # multi-head latent attention
         (q, k[..., :16], v[..., :16], None),
@@ -61,7 +62,9 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
         (q, k[:, :0], v[:, :0], None),
         (q[None], k[None], v[None], None),
     ]:
-        assert not attention_native.usable(*others)
+        assert not attention_native.usable(*others[:3], Rules(0.3, others[3]))
+    for rules in (Rules(0.3, softcap=5.0), Rules(0.3, sinks=torch.zeros(4))):
+        assert not attention_native.usable(q, k, v, rules)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -72,9 +75,9 @@ def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
     layout = Group(prompt, (9, 4), CPU)
     N = layout.rows + 3
     q, k, v = (torch.randn(N, h, d, dtype=dtype).requires_grad_() for h, d in ((4, 32), (2, 32), (2, size)))
-    fast = packed_attention(q, k, v, layout, scale=0.3)
+    fast = packed_attention(q, k, v, layout, Rules(0.3))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, scale=0.3)
+    slow = packed_attention_reference(*wide, layout, Rules(0.3))
     assert fast.shape == (N, 4, size)
     bound = BF16_ATOL if dtype == torch.bfloat16 else 1e-11
     pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
@@ -96,10 +99,10 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
         wide[..., :32] = x
         return wide[..., :32]
 
-    found = [packed_attention(*x, layout, scale=0.3) for x in (plain, [moved(x) for x in plain])]
+    found = [packed_attention(*x, layout, Rules(0.3)) for x in (plain, [moved(x) for x in plain])]
     assert torch.equal(*found)
     tracked = [[x.requires_grad_() for x in each] for each in (plain, [moved(x).detach() for x in plain])]
-    outs = [packed_attention(*each, layout, scale=0.3) for each in tracked]
+    outs = [packed_attention(*each, layout, Rules(0.3)) for each in tracked]
     grad = torch.randn(outs[0].shape).bfloat16()
     pairs = zip(
         torch.autograd.grad(outs[0], tracked[0], grad),
@@ -113,12 +116,12 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
 def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
     layout = Group(20, (90, 64, 7), CPU)
     q, k, v = (torch.randn(layout.rows, h, 32).bfloat16().requires_grad_() for h in (4, 2, 2))
-    assert attention_native.usable(q, k, v, None)
+    assert attention_native.usable(q, k, v, Rules(0.3))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            out = packed_attention(q, k, v, layout, scale=0.3)
+            out = packed_attention(q, k, v, layout, Rules(0.3))
             found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     finally:
         torch.set_num_threads(before)
@@ -134,7 +137,7 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
     q, k = torch.zeros(rows, heads, size), torch.zeros(rows, kv_heads, size)
     seen = torch.zeros(before, kv_heads, size) if before else None
     starts = torch.tensor([0, 5, 38, 39])
-    part = attention_native.Part(q, k, k, seen, seen, starts, 1.0, window)
+    part = attention_native.Part(q, k, k, seen, seen, starts, Rules(1.0, window))
     keys = [min(before + i + 1, window or 10**6) for length in lengths for i in range(length)]
     assert part._product_flops() == 2 * sum(keys) * heads * size
 
@@ -157,7 +160,7 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
 def test_few_long_documents_are_split_so_that_sixteen_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     rows = torch.zeros(sum(lengths), kv_heads, 16)
-    part = attention_native.Part(rows, rows, rows, None, None, starts, 1.0, None)
+    part = attention_native.Part(rows, rows, rows, None, None, starts, Rules(1.0))
     assert part._splits(len(lengths)) == splits
 
 
@@ -174,7 +177,7 @@ def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_a
 
     monkeypatch.setattr(attention_native.calls, "attention_backward", counted)
     q, k, v = (torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for _ in range(3))
-    packed_attention(q, k, v, layout, scale=0.3).float().sum().backward()
+    packed_attention(q, k, v, layout, Rules(0.3)).float().sum().backward()
     assert [shape[1] for shape in seen if shape[4]] == sizes
 
 

@@ -14,6 +14,7 @@ from veneer.decoding.decode import decode, prefill, step
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import prove_decoding
 from veneer.errors import ConfigError
+from veneer.kernels.rules import Rules
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface
 EOS = 257  # transformers stops there whatever it is told
@@ -106,9 +107,7 @@ def test_chances_of_a_step_are_as_precise_as_its_type():
         q, k, v = (each.to(dtype) for each in (query, key, value))
         nothing = torch.empty(2, 0, 8, dtype=dtype)
         cache = Cache(torch.tensor([4]), 0, [Held(nothing, nothing, k[:, :, :4], v[:, :, :4])])
-        found = CachedStep(cache, cache.lengths).attend(
-            q[:, :, 4], k[:, :, 4], v[:, :, 4], [], scale=3.0, window=None, softcap=None, sinks=None
-        )
+        found = CachedStep(cache, cache.lengths).attend(q[:, :, 4], k[:, :, 4], v[:, :, 4], [], Rules(3.0))
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected[:, :, 0], rtol=close, atol=close)
 

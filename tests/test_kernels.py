@@ -16,6 +16,7 @@ from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
 from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
+from veneer.kernels.rules import Rules
 from veneer.linear import DenseLinear, SliceLinear, frozen_linear, frozen_product
 from veneer.plan.tracker import Tracker
 
@@ -47,8 +48,8 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
     if extra in ("sinks", "all"):
         options["sinks"] = sinks
         inputs.append(sinks)
-    fast = packed_attention(q, k, v, layout, **options)
-    slow = packed_attention_reference(q, k, v, layout, **options)
+    fast = packed_attention(q, k, v, layout, Rules(**options))
+    slow = packed_attention_reference(q, k, v, layout, Rules(**options))
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -60,7 +61,7 @@ def live_bytes(rows, **options):
     tracker, layout = Tracker(), Group(0, (rows,), torch.device("meta"))
     with torch.no_grad(), tracker:
         tracker.enter("attention", label="other")
-        out = packed_attention(q, k, k, layout, scale=0.25, **options)
+        out = packed_attention(q, k, k, layout, Rules(0.25, **options))
         tracker.enter("after", label="other")
     assert out.shape == q.shape
     return tracker.phases[0].peak_bytes, tracker.phases[0].end_bytes
@@ -85,7 +86,7 @@ def test_keys_that_no_row_of_a_block_sees_are_not_multiplied(window, monkeypatch
     monkeypatch.setattr(attention._Scores, "probabilities", noted)
     layout = Group(3, (96,), CPU)
     rows = torch.randn(99, 1, 4, dtype=torch.float64)
-    packed_attention(rows, rows, rows, layout, scale=1.0, window=window)
+    packed_attention(rows, rows, rows, layout, Rules(1.0, window))
     firsts = [0 if window is None else max(0, 3 + start - window + 1) for start in (0, 32, 64)]
     widths = [round_up(3 + stop) - first for stop, first in zip((32, 64, 96), firsts, strict=True)]
     assert seen == [*zip(firsts, widths, strict=True), (0, round_up(3))]
@@ -111,8 +112,8 @@ def test_attention_behind_a_prefix_is_its_reference(lengths, prompt, extra):
     if extra in ("sinks", "all"):
         options["sinks"] = sinks
         inputs.append(sinks)
-    fast = prefixed_attention(q, k, v, prefix_k, prefix_v, layout, **options)
-    slow = prefixed_attention_reference(q, k, v, prefix_k, prefix_v, layout, **options)
+    fast = prefixed_attention(q, k, v, prefix_k, prefix_v, layout, Rules(**options))
+    slow = prefixed_attention_reference(q, k, v, prefix_k, prefix_v, layout, Rules(**options))
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -127,7 +128,7 @@ def test_attention_behind_a_prefix_has_the_derivative_it_says():
     )
 
     def attention(*inputs):
-        return prefixed_attention(*inputs, layout, scale=0.7, window=5, softcap=2.0)
+        return prefixed_attention(*inputs, layout, Rules(0.7, 5, 2.0))
 
     assert torch.autograd.gradcheck(attention, (q, k, v, prefix_k, prefix_v))
 
@@ -135,9 +136,9 @@ def test_attention_behind_a_prefix_has_the_derivative_it_says():
 def test_a_document_never_sees_another_to_the_last_bit():
     layout = Group(2, (4, 5), CPU)
     q, k, v = (torch.randn(layout.rows, heads, 8) for heads in (4, 2, 2))
-    before = packed_attention(q, k, v, layout, scale=0.3)
+    before = packed_attention(q, k, v, layout, Rules(0.3))
     k[6:], v[6:], q[6:] = 100.0, -100.0, 3.0
-    after = packed_attention(q, k, v, layout, scale=0.3)
+    after = packed_attention(q, k, v, layout, Rules(0.3))
     assert torch.equal(before[:6], after[:6])
     assert not torch.equal(before[6:], after[6:])
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.groups import Pair
 from veneer.kernels.layout import Group
+from veneer.kernels.rules import Rules
 
 ROOM = 64
 """Places added when the buffers are full."""
@@ -126,11 +127,7 @@ class CachedStep:
         key_BKD: Tensor,
         value_BKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        rules: Rules,
     ) -> Tensor:
         """Write the token's key and value, and attend to all of its row: (B, H, D). The prefix is in the cache."""
         held = self.cache.layers[self.calls]
@@ -145,12 +142,10 @@ class CachedStep:
         shared = held.shared_key.shape[1]
         if shared:
             scores = torch.cat([_all_rows(query, held.shared_key.transpose(1, 2)), scores], dim=-1)
-        scores = scores * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + self._mask(window, shared, scores.dtype)
-        if sinks is not None:  # (H): a column that takes mass and gives nothing
-            column = sinks.view(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, 1)
+        scores = rules.capped(scores * rules.scale)
+        scores = scores + self._mask(rules.window, shared, scores.dtype)
+        if rules.sinks is not None:
+            column = rules.sinks.view(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, 1)
             scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
         wide = scores if scores.dtype == torch.float64 else scores.float()
         chances = torch.softmax(wide, dim=-1).to(value.dtype)
@@ -185,19 +180,12 @@ class CachedSteps:
         key_BKD: Tensor,
         value_BKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        rules: Rules,
     ) -> Tensor:
         counts = [step.cache.rows for step in self.steps]
         rows = zip(*(x.split(counts) for x in (query_BHD, key_BKD, value_BKD)), strict=True)
         return torch.cat(
-            [
-                step.attend(q, k, v, prefix, scale=scale, window=window, softcap=softcap, sinks=sinks)
-                for step, (q, k, v) in zip(self.steps, rows, strict=True)
-            ]
+            [step.attend(q, k, v, prefix, rules) for step, (q, k, v) in zip(self.steps, rows, strict=True)]
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.decoding.blocks import Copy
 from veneer.kernels.groups import Pair
+from veneer.kernels.rules import Rules
 
 
 class PagedKeys:
@@ -97,11 +98,7 @@ class PagedStep:
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        rules: Rules,
     ) -> Tensor:
         """Write the rows' keys and values, and attend: (N, H, E). Rows behind the spans are filler, and get zeros."""
         keys, values = self.keys.layer(self.calls, key_NKD, value_NKD)
@@ -109,14 +106,13 @@ class PagedStep:
         count = len(self.written)
         keys[self.written], values[self.written] = key_NKD[:count], value_NKD[:count]
         out = query_NHD.new_zeros(*query_NHD.shape[:2], value_NKD.shape[2])
-        rules = _Rules(scale, window, softcap, sinks)
         if self._together is not None:
             places, lengths, rows = self._together
             place = torch.arange(places.shape[1], device=self.device)[None]
             hidden = place >= lengths[:, None]
-            if window is not None:
-                hidden |= place < lengths[:, None] - window
-            out[rows] = rules.attend(query_NHD[rows][:, None], keys[places], values[places], hidden[:, None])[:, 0]
+            if rules.window is not None:
+                hidden |= place < lengths[:, None] - rules.window
+            out[rows] = _attend(query_NHD[rows][:, None], keys[places], values[places], hidden[:, None], rules)[:, 0]
         at = 0
         for span, seen in zip(self.spans, self.seen, strict=True):
             rows_of, at = slice(at, at + span.count), at + span.count
@@ -125,32 +121,23 @@ class PagedStep:
             own = torch.arange(len(seen) - span.count, len(seen), device=self.device)[:, None]
             place = torch.arange(len(seen), device=self.device)[None]
             hidden = place > own
-            if window is not None:
-                hidden |= place <= own - window
-            found = rules.attend(query_NHD[rows_of][None], keys[seen][None], values[seen][None], hidden[None])
+            if rules.window is not None:
+                hidden |= place <= own - rules.window
+            found = _attend(query_NHD[rows_of][None], keys[seen][None], values[seen][None], hidden[None], rules)
             out[rows_of] = found[0]
         return out
 
 
-@dataclass(frozen=True)
-class _Rules:
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-        """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H, E)."""
-        heads = key.shape[2]
-        q = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # (B, K, G, L, D)
-        scores = (q.flatten(2, 3) @ key.permute(0, 2, 3, 1)).unflatten(2, q.shape[2:4]) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-        if self.sinks is not None:  # (H): a column that takes mass and gives nothing
-            column = self.sinks.view(1, heads, -1, 1, 1).expand(*scores.shape[:4], 1)
-            scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        chances = torch.softmax(wide, dim=-1)[..., : key.shape[1]].to(value.dtype)
-        found = (chances.flatten(2, 3) @ value.transpose(1, 2)).unflatten(2, q.shape[2:4])
-        return found.permute(0, 3, 1, 2, 4).flatten(2, 3)
+def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: Rules) -> Tensor:
+    """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H, E)."""
+    heads = key.shape[2]
+    q = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # (B, K, G, L, D)
+    scores = (q.flatten(2, 3) @ key.permute(0, 2, 3, 1)).unflatten(2, q.shape[2:4]) * rules.scale
+    scores = rules.capped(scores).masked_fill(hidden[:, None, None], float("-inf"))
+    if rules.sinks is not None:
+        column = rules.sinks.view(1, heads, -1, 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    chances = torch.softmax(wide, dim=-1)[..., : key.shape[1]].to(value.dtype)
+    found = (chances.flatten(2, 3) @ value.transpose(1, 2)).unflatten(2, q.shape[2:4])
+    return found.permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.attention_native import native_attention, usable
 from veneer.kernels.layout import Group, round_up
+from veneer.kernels.rules import Rules
 
 BLOCK = 256
 """Query rows per block: bounds the scores held at once to docs * H * BLOCK * (P + L) values."""
@@ -29,8 +30,8 @@ BLOCK = 256
 class _Scores:
     """The elementwise part between q k^T and the product with v, with its derivative."""
 
-    def __init__(self, scale: float, window: int | None, softcap: float | None) -> None:
-        self.scale, self.window, self.softcap = scale, window, softcap
+    def __init__(self, rules: Rules) -> None:  # sinks are trained values: they come with the tensors
+        self.scale, self.window, self.softcap = rules.scale, rules.window, rules.softcap
 
     def probabilities(
         self, q: Tensor, k: Tensor, sinks: Tensor | None, *, first: int, place: int, groups: int
@@ -250,41 +251,22 @@ class _PackedAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, d_sinks, None, None
 
 
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Group,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E). window: keys seen, the row's own included; sinks: (H)."""
-    if softcap is None and sinks is None and usable(q, k, v, window):
-        return native_attention(q, k, v, layout, scale=scale, window=window)
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+    """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
+    if usable(q, k, v, rules):
+        return native_attention(q, k, v, layout, rules)
     apply: Any = _PackedAttention.apply
-    return apply(q, k, v, sinks, layout, _Scores(scale, window, softcap))
+    return apply(q, k, v, rules.sinks, layout, _Scores(rules))
 
 
-def packed_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Group,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
     """The same, one document at a time in plain torch: the meaning of packed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
+    window, softcap, sinks = rules.window, rules.softcap, rules.sinks
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
     def one(rows: Tensor, start: int) -> Tensor:  # rows: indices of prompt and document
-        scores = torch.einsum("ihd,jhd->hij", q[rows[start:]], k[rows]) * scale
+        scores = torch.einsum("ihd,jhd->hij", q[rows[start:]], k[rows]) * rules.scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         place = torch.arange(len(rows))

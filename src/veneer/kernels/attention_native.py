@@ -15,6 +15,7 @@ from torch import Tensor
 from veneer.kernels import calls
 from veneer.kernels.layout import Group
 from veneer.kernels.native import has_bf16, note_flops, on_cpu
+from veneer.kernels.rules import Rules
 
 TASKS = 16
 """Fewer documents times key heads than this are split by query rows, so that all threads have work."""
@@ -22,14 +23,16 @@ HELD_BYTES = 64 * 2**20
 """Most memory for the gradients of shared keys, one per document, before they are summed."""
 
 
-def usable(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
+def usable(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
     """Whether the kernel computes what these are: bf16 on this processor, one head size, whole groups of heads."""
+    if rules.softcap is not None or rules.sinks is not None:
+        return False
     if any(x.dtype != torch.bfloat16 or not on_cpu(x) or x.dim() != 3 for x in (q, k, v)):
         return False
     rows, heads, size = q.shape
     if size % 16 or not k.numel() or k.shape != v.shape or (k.shape[0], k.shape[2]) != (rows, size):
         return False
-    if heads % k.shape[1] or (window is not None and window < 1):
+    if heads % k.shape[1] or (rules.window is not None and rules.window < 1):
         return False
     return has_bf16()
 
@@ -39,7 +42,7 @@ class Part:
     """Documents and the keys that all of them see whole.
 
     q (R, H, D), k and v (R, K, D); before_k and before_v (P, K, D) or None
-    starts: first row of every document, then R; int64 on the CPU. window: keys seen, the row's own included.
+    starts: first row of every document, then R; int64 on the CPU
     """
 
     q: Tensor
@@ -48,8 +51,7 @@ class Part:
     before_k: Tensor | None
     before_v: Tensor | None
     starts: Tensor
-    scale: float
-    window: int | None
+    rules: Rules
 
     def _splits(self, docs: int) -> int:
         longest = int((self.starts[1:] - self.starts[:-1]).max())
@@ -59,7 +61,7 @@ class Part:
         """Of q k^T once, over the keys that each query row sees; forward takes two such products, backward five."""
         before, pairs = 0 if self.before_k is None else self.before_k.shape[0], 0
         for length in (self.starts[1:] - self.starts[:-1]).tolist():
-            most = self.window or before + length
+            most = self.rules.window or before + length
             rising = min(length, max(0, most - before))  # rows that see one key more than the row above
             pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
         return 2 * pairs * self.q.shape[1] * self.q.shape[2]
@@ -79,8 +81,8 @@ class Part:
             self.starts,
             out,
             lse,
-            scale=self.scale,
-            window=self.window,
+            scale=self.rules.scale,
+            window=self.rules.window,
             splits=self._splits(len(self.starts) - 1),
         )
         return lse
@@ -110,8 +112,8 @@ class Part:
                 grad_q=grad_q,
                 own=own,
                 shared=held,
-                scale=self.scale,
-                window=self.window,
+                scale=self.rules.scale,
+                window=self.rules.window,
                 splits=splits,
             )
             if P:
@@ -128,15 +130,15 @@ def aligned(x: Tensor) -> Tensor:
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, scale: float, window: int | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out[layout.rows :] = 0
         kept = []
-        for rows, part in _parts(q, k, v, layout, scale, window):
+        for rows, part in _parts(q, k, v, layout, rules):
             kept.append(part.forward(out[rows]))
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        ctx.layout, ctx.rules = layout, rules
         return out
 
     @staticmethod
@@ -154,7 +156,7 @@ class _NativeAttention(torch.autograd.Function):
             filler[layout.rows :] = 0
         from_documents: tuple[Tensor | None, Tensor | None] = None, None
         # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
-        parts = zip(_parts(q, k, v, layout, ctx.scale, ctx.window), kept, strict=True)
+        parts = zip(_parts(q, k, v, layout, ctx.rules), kept, strict=True)
         for (rows, part), lse in reversed(list(parts)):
             own_q, own_k, own_v, *shared = part.backward(grad[rows], lse)
             for given, more in zip((own_k, own_v), from_documents, strict=True):
@@ -162,24 +164,22 @@ class _NativeAttention(torch.autograd.Function):
                     given += more
             grad_q[rows], grad_k[rows], grad_v[rows] = own_q, own_k, own_v
             from_documents = shared[0], shared[1]
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None, None
 
 
-def _parts(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, scale: float, window: int | None
-) -> list[tuple[slice, Part]]:
+def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> list[tuple[slice, Part]]:
     """The prompt's part, if there is a prompt, then the documents'."""
     P = layout.prompt
     rows = slice(P, layout.rows)
     prompt_k, prompt_v = (k[:P], v[:P]) if P else (None, None)
-    documents = Part(q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, scale, window)
+    documents = Part(q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, rules)
     if not P:
         return [(rows, documents)]
     alone = torch.tensor([0, P])
-    return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, scale, window)), (rows, documents)]
+    return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, rules)), (rows, documents)]
 
 
-def native_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, *, scale: float, window: int | None) -> Tensor:
+def native_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
     """packed_attention of kernels/attention.py where it is `usable`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
     apply: Any = _NativeAttention.apply
-    return apply(q, k, v, layout, scale, window)
+    return apply(q, k, v, layout, rules)

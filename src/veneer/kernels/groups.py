@@ -12,29 +12,21 @@ from torch import Tensor
 from veneer.kernels.attention import packed_attention
 from veneer.kernels.layout import Group, Layout
 from veneer.kernels.prefix import prefixed_attention
+from veneer.kernels.rules import Rules
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values (M, K, D) in front of everything."""
 
 
 def grouped_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    prefixes: Sequence[Pair | None],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, prefixes: Sequence[Pair | None], rules: Rules
 ) -> Tensor:
     """q (N, H, D), k (N, K, D), v (N, K, E); prefixes: of each group -> (N, H, E), zeros on filler."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, prefix: Pair | None) -> Tensor:
         if prefix is None:
-            return packed_attention(q, k, v, group, scale=scale, window=window, softcap=softcap, sinks=sinks)
-        return prefixed_attention(q, k, v, *prefix, group, scale=scale, window=window, softcap=softcap, sinks=sinks)
+            return packed_attention(q, k, v, group, rules)
+        return prefixed_attention(q, k, v, *prefix, group, rules)
 
     if len(layout.groups) == 1:
         return attend(q, k, v, layout.groups[0], prefixes[0])

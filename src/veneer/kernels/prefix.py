@@ -17,20 +17,11 @@ from torch import Tensor
 
 from veneer.kernels.attention import packed_attention
 from veneer.kernels.layout import Group
+from veneer.kernels.rules import Rules
 
 
 def prefixed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    layout: Group,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, rules: Rules
 ) -> Tensor:
     """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H, D)."""
     M = prefix_k.shape[0]
@@ -39,29 +30,17 @@ def prefixed_attention(
         torch.cat([prefix_k, k]),
         torch.cat([prefix_v, v]),
         layout.behind(M),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
+        rules,
     )
     return out[M:]
 
 
 def prefixed_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    layout: Group,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, rules: Rules
 ) -> Tensor:
     """The same, one row and head at a time in plain torch: the meaning of prefixed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
+    window, softcap, sinks = rules.window, rules.softcap, rules.sinks
     starts = [(0, 0, P)]  # first row of a document, rows of the prompt that it sees, its length
     for length in layout.lengths:
         starts.append((starts[-1][0] + starts[-1][2], P, length))
@@ -73,7 +52,7 @@ def prefixed_attention_reference(
             first = 0 if window is None else max(0, len(keys) - window)
             heads = []
             for h in range(q.shape[1]):
-                scores = keys[first:, h // groups] @ q[start + i, h] * scale
+                scores = keys[first:, h // groups] @ q[start + i, h] * rules.scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
                 if sinks is not None:

@@ -23,6 +23,7 @@ from veneer.adapters.prefix import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
 from veneer.kernels.groups import Pair, grouped_attention
 from veneer.kernels.layout import Group, Layout
+from veneer.kernels.rules import Rules
 from veneer.models.switches import forget_lengths
 
 NAME = "veneer"
@@ -37,11 +38,7 @@ class Laid(Protocol):
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        rules: Rules,
     ) -> Tensor:
         """The next layer's rows, each with what its part sees first -> (N, H, E)."""
 
@@ -63,19 +60,20 @@ def attention_forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     if veneer_keys is not None:
         veneer_keys.take(_layer_number(module), key, value)
     prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
     if veneer_layout is not None:
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
-        out = veneer_layout.attend(q, k, v, prefix, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-        return out[None], None
+        return veneer_layout.attend(q, k, v, prefix, rules)[None], None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if softcap is None and s_aux is None:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, dropout=0.0, **others)[0]
-        return _masked_attention(query, key, value, mask, scale, softcap, s_aux)
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=rules.scale, dropout=0.0, **others)[
+                0
+            ]
+        return _masked_attention(query, key, value, mask, rules)
 
     if veneer_prefix is None or all(pair is None for _, pair in prefix):
         return attend(query, key, value, attention_mask), None
@@ -129,21 +127,11 @@ def _prefix_mask(
     return torch.cat([columns, mask.expand(B, -1, T, S)], dim=-1)
 
 
-def _masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
     """Generation with a cache for models with soft caps or sinks. mask: bool, True is seen; None: causal."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = rules.capped(query @ key.transpose(2, 3) * rules.scale)
     if mask is None:
         rows, columns = scores.shape[-2:]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
@@ -152,8 +140,8 @@ def _masked_attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     else:
         scores = scores + mask
-    if sinks is not None:
-        column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    if rules.sinks is not None:
+        column = rules.sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], dim=-1)
     probabilities = torch.softmax(scores.float(), dim=-1).to(value.dtype)
     return (probabilities[..., : key.shape[2]] @ value).transpose(1, 2)
@@ -187,20 +175,14 @@ class Traced:
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        rules: Rules,
     ) -> Tensor:
         self.calls += 1
         spans, groups = self.layout.spans, self.layout.groups
         first = [next((pair for rows, pair in prefix if span.start < rows.stop), None) for span in spans]
         for cache, span, group, pair in zip(self.caches, spans, groups, first, strict=False):
             cache.store(key_NKD[span], value_NKD[span], group, pair)
-        return grouped_attention(
-            query_NHD, key_NKD, value_NKD, self.layout, first, scale=scale, window=window, softcap=softcap, sinks=sinks
-        )
+        return grouped_attention(query_NHD, key_NKD, value_NKD, self.layout, first, rules)
 
 
 def unused_mask(device: torch.device) -> Tensor:
