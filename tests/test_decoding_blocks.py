@@ -194,6 +194,20 @@ def test_forks_that_go_on_otherwise_are_each_found_by_what_they_hold():
     assert memory.cached([*TOKENS, 1, 5, 9]) == 8
 
 
+def test_a_fork_before_the_end_of_a_text_is_found_by_what_it_holds_itself():
+    memory = Memory(manager(20))
+    text = Text(TOKENS[:8])
+    memory.open(text)
+    memory.compute(text, 6)
+    fork = Text([*TOKENS[:6], 1, 2], table=memory.blocks.fork(text.table, 6), computed=6)
+    memory.compute(fork)
+    again = Text([*TOKENS[:8], 3])
+    memory.open(again)
+    memory.holds(again)
+    assert memory.cached([*TOKENS[:6], 1, 2, 9]) == 8
+    memory.blocks.check()
+
+
 def test_a_fork_that_is_closed_before_its_copy_is_made_leaves_nothing_to_copy():
     memory = Memory(manager())
     text = memory.run(TOKENS)

@@ -63,11 +63,11 @@ class Chain:
             tokens = struct.pack(f"<{size}I", *between(start, start + size))
             self.names.append(_name(self.names[-1] if self.names else self.root, tokens))
 
-    def copy(self) -> Chain:
-        """The same names, for a text that goes on otherwise."""
+    def first(self, blocks: int) -> Chain:
+        """The names of the first `blocks`, for a text that goes on otherwise behind them."""
         other = object.__new__(Chain)
         other.adapter, other.tokens_per_block = self.adapter, self.tokens_per_block
-        other.front, other.root, other.names = self.front, self.root, list(self.names)
+        other.front, other.root, other.names = self.front, self.root, self.names[:blocks]
         return other
 
 
@@ -232,7 +232,7 @@ class BlockManager:
         assert full <= table.full, "only what is computed is shared"
         if rest and not self.available:
             return None
-        other = Table(table.chain.copy(), table.blocks[:full], table.front, table.front_places, table.cached, full)
+        other = Table(table.chain.first(full), table.blocks[:full], table.front, table.front_places, table.cached, full)
         for block in (*other.blocks, *other.front):
             self._hold(block)
         if rest:
