@@ -143,3 +143,12 @@ def test_the_peak_sees_memory_that_was_freed_and_can_be_reset():
     assert peak_memory_bytes() >= before + 45_000_000
     reset_peak_memory()
     assert peak_memory_bytes() < before + 45_000_000
+
+
+@pytest.mark.parametrize("step", ["{}", "true", "1.5", '"1"', "null"])
+def test_a_step_that_is_no_whole_number_is_told_with_its_line(tmp_path, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "start"}\n{"kind": "step", "step": ' + step + '}\n{"kind": "evaluation"}\n')
+    with pytest.raises(CorruptFileError, match="cannot be read") as told:
+        Records(path, resumed_step=1)
+    assert [fault.split(" has")[0] for fault in told.value.faults] == [f"{path}:2", f"{path}:3"]

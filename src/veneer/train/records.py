@@ -23,6 +23,8 @@ from veneer.files.strict_json import json_text
 from veneer.files.system_errors import explained
 
 Record = dict[str, Any]
+STEPPED = ("step", "evaluation")
+"""Kinds of records that say of which step they are; others may."""
 
 
 class Listener(Protocol):
@@ -107,7 +109,7 @@ class Records:
 def read_records(path: str | Path) -> list[Record]:
     """The records in order. A last line without its newline is a torn write and is left out.
 
-    Raises CorruptFileError with every other line that is no JSON object.
+    Raises CorruptFileError with every other line that is no JSON object with a kind, and a number for its step.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     records, faults = [], []
@@ -117,10 +119,12 @@ def read_records(path: str | Path) -> list[Record]:
         except (ValueError, RecursionError) as fault:
             faults.append(f"{path}:{number} {fault}")
             continue
-        if isinstance(record, dict) and isinstance(record.get("kind"), str):
-            records.append(record)
-        else:
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
             faults.append(f"{path}:{number} is not an object with a kind")
+        elif type(record.get("step", None if record["kind"] in STEPPED else 0)) is not int:
+            faults.append(f"{path}:{number} has a step that is no whole number: {str(record.get('step'))[:40]!r}")
+        else:
+            records.append(record)
     if faults:
         raise CorruptFileError("the run's records cannot be read", faults, "Delete these lines and try again.")
     return records
