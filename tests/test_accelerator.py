@@ -20,7 +20,7 @@ from tests.helpers import make_examples, merge_in_memory
 from tests.test_methods import BASES, METHODS, move, written
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
-from veneer.decoding.decode import decode
+from veneer.decoding.decode import decode, greedy
 from veneer.decoding.generate import _Draw, _sampler, generate
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.kernels import nf4 as kernels
@@ -164,11 +164,12 @@ def evaluates_and_decodes(there, base, attachment, family):
         if there.device.type == "cuda":  # transformers' loop asks torch itself for a stream of mps
             generate(base, PROMPTS, max_new_tokens=3)
         return
-    for choose, expected in (({}, (1, 1)), ({"choose": _sampler(range(2), _Draw(0.7, 0.9, 0))}, (1, 2))):
+    drawn = _Draw(0.7, 0.9, 0)
+    for choose, expected in ((lambda: greedy, (1, 1)), (lambda: _sampler(range(2), drawn), (1, 2))):
         found = []
         for tokens in (3, 4):
             with there.counting() as waits:
-                decode(base.model, PROMPTS, stops=set(), max_new_tokens=tokens, **choose)
+                decode(base.model, PROMPTS, stops=set(), max_new_tokens=tokens, choose=choose())
             found.append(waits)
         more = tuple(b - a for a, b in zip(found[0].counts, found[1].counts, strict=True))
         assert expected[0] <= more[0] <= expected[0] + chosen and more[1] == expected[1], found[1]
