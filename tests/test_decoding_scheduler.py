@@ -7,7 +7,7 @@ import pytest
 from tests.toy_engine import WORDS, Toy, adapter, alone, steps_until
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request, State
-from veneer.decoding.step_plan import Last
+from veneer.decoding.step_plan import Chosen
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError
 
 A, B = adapter("a"), adapter("b")
@@ -47,7 +47,7 @@ def test_a_stop_token_stops_nothing_before_the_least_number_of_tokens():
 def test_a_caller_says_that_a_token_is_the_last():
     toy = Toy()
     s = toy.add([1, 2], 8)
-    toy.step(instead={s.number: Last(5)})
+    toy.step(instead={s.number: Chosen(5, ends=True)})
     assert (s.reason, s.answer) == (Reason.STOP, [5])
 
 
@@ -202,7 +202,7 @@ def test_a_first_choice_that_ends_at_once_leaves_its_prompt_to_the_others():
     toy = Toy()
     request = Request(prompt=tuple(range(10)), max_new_tokens=5, choices=3)
     choices = toy.scheduler.add(request)
-    toy.step(instead={0: Last(1)})
+    toy.step(instead={0: Chosen(1, ends=True)})
     assert choices[0].state is State.FINISHED
     toy.finish_all()
     assert all(toy.right(s) for s in choices[1:])

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.toy_engine import BROKEN, SIZE, Toy, adapter, alone
 from veneer.decoding.sequence import Reason, Request, Sequence, State
-from veneer.decoding.step_plan import Last
+from veneer.decoding.step_plan import Chosen
 from veneer.errors import DoesNotFitError, QueueFullError, VeneerError
 
 A, B, C = (adapter(name) for name in "abc")
@@ -100,7 +100,9 @@ class Traffic(RuleBasedStateMachine):
         instead: dict = {}
         if drawing and what in ("break", "last"):
             s = data.draw(st.sampled_from(drawing))
-            instead = {s.number: BROKEN if what == "break" else Last(alone(s.request, s.choice)[len(s.new)])}
+            instead = {
+                s.number: BROKEN if what == "break" else Chosen(alone(s.request, s.choice)[len(s.new)], ends=True)
+            }
         self.stopped = {*getattr(self, "stopped", ()), *(instead if what == "last" else ())}
         toy.finish(plan, instead)
 

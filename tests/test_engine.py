@@ -10,6 +10,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.decoding.decode import decode
 from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.sampling import Sampling
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
 from veneer.errors import ConfigError
@@ -92,5 +93,64 @@ def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refuse
         engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
     with pytest.raises(ConfigError, match="one request after another"):
         Engine(tiny_base("bloom"), budget_bytes=2**20, applied={})
+    with pytest.raises(ConfigError, match="rows for"):
+        engine.add(Request(prompt=(1, 2**20), max_new_tokens=1))
+    with pytest.raises(ConfigError, match="rows for"):
+        engine.add(Request(prompt=(1,), max_new_tokens=1, sampling=Sampling(logit_bias=((2**20, 1.0),))))
     with torch.no_grad():
         assert engine.run() == []
+
+
+DRAWS = [
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.8, top_k=20, logprobs=2),
+    Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.3),
+    Sampling(temperature=1.0, min_p=0.1, frequency_penalty=0.5, logit_bias=((9, 2.0),)),
+]
+
+
+def answered(base, applied, asked, narrow):
+    limits = Limits(rows=4, step_tokens=20, chunk_tokens=7) if narrow else Limits()
+    engine = Engine(
+        base, budget_bytes=16 * (10 if narrow else 200) * bytes_per_token(base), applied=applied, limits=limits
+    )
+    answers = [engine.add(request) for request in asked]
+    engine.run()
+    assert not engine._drawings
+    return [[(answer.new, answer.logprobs) for answer in choices] for choices in answers]
+
+
+def test_drawn_answers_do_not_depend_on_what_is_beside_them_nor_on_going_back():
+    """Neither on how prompts are cut nor on running out of blocks; each choice draws its own."""
+    base, applied = with_adapters("llama_untied")
+    asked = [
+        Request(
+            prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity, sampling=DRAWS[n % 5], seed=n, choices=1 + n % 3
+        )
+        for n, (identity, prompt) in enumerate(requests(applied))
+    ]
+    together = answered(base, applied, asked, narrow=False)
+    again = answered(base, applied, asked, narrow=False)
+    assert again == together
+    narrow = answered(base, applied, asked, narrow=True)
+    for request, *found in zip(asked, together, narrow, strict=True):
+        (by_itself,) = answered(base, applied, [request], narrow=False)
+        for wide, tight, one in zip(*found, by_itself, strict=True):
+            assert wide[0] == tight[0] == one[0]
+            assert len(wide[1]) == (NEW if request.sampling.logprobs else 0)
+            assert [c.logprob for c in wide[1]] == pytest.approx([c.logprob for c in one[1]], abs=1e-4)
+        drawn = [new for new, _ in found[0]]
+        assert len(set(map(tuple, drawn))) == (1 if request.sampling.greedy else len(drawn))
+
+
+def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_next_step():
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, applied=applied)
+    gone, stays = (engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2))
+    engine.step(0.0)
+    engine.cancel(gone)
+    held = engine.scheduler.blocks.held_bytes
+    assert engine.step(0.0) == [gone] and gone.reason is Reason.CANCELLED and len(gone.new) == 1
+    assert engine.scheduler.blocks.held_bytes <= held
+    assert engine.run() == [stays] and stays.answer == alone(base, (), [5, 9, 2])

@@ -136,6 +136,16 @@ WEIGHT = Number(float, -(10**6), 10**6)
 TEMPERATURE = Number(float, 0, 100)
 TOP_P = Number(float, 0, 1)
 """0 takes the likeliest token, 1 all of them."""
+TOP_K = Number(int, 0, 10**9)
+"""0 takes all tokens."""
+MIN_P = Number(float, 0, 1)
+REPETITION = Number(float, 0, 100, above=True)
+"""What logits of tokens that have been there are divided by; 1 changes nothing."""
+PENALTY = Number(float, -100, 100)
+BIAS = Number(float, -1000, 1000)
+"""Of one token's logit."""
+LOGPROBS = Number(int, 0, 20)
+"""Alternatives that are told beside a token."""
 SEEDS = Number(int, 1, 1000)
 EXTENSIONS = Number(int, 0, 100)
 SECONDS = Number(float, 0, 10**9, above=True)

@@ -2,6 +2,7 @@
 
     add        a request waits
     step       one plan: prefixes written, blocks copied, the spans' tokens through the model, a token drawn for each
+    cancel     an answer ends with the tokens it has
     run        steps until nothing is left
 
 Decides nothing about order, room or sharing (decoding/scheduler.py), and nothing about texts. One thread calls.
@@ -18,7 +19,7 @@ from torch import Tensor
 from veneer.adapters.acting import Acting, Applied, in_turn
 from veneer.adapters.prefix import PrefixLayer
 from veneer.decoding.blocks import BlockManager, Front, Identity
-from veneer.decoding.decode import Choose, greedy
+from veneer.decoding.draws import Drawing, draw
 from veneer.decoding.paged import PagedKeys, PagedStep, SpanRows
 from veneer.decoding.scheduler import Limits, Scheduler
 from veneer.decoding.sequence import Request
@@ -27,6 +28,7 @@ from veneer.decoding.step_plan import Plan, Span
 from veneer.errors import ConfigError
 from veneer.kernels.layout import round_up
 from veneer.models.attention import unused_mask
+from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
 
@@ -54,35 +56,57 @@ class Engine:
         )
         self.scheduler = Scheduler(blocks, limits or Limits(), self._front_places)
         self._keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
+        self._drawings: dict[int, Drawing] = {}
+        self._ids = capacity_of(base).tokens
         self._acting: tuple[tuple[Any, ...], Acting] | None = None
 
     def add(self, request: Request) -> tuple[Answer, ...]:
-        """It waits. ConfigError: an adapter that is not here; and what Scheduler.add raises."""
+        """It waits. ConfigError: an adapter that is not here, an id without a row; and what Scheduler.add raises."""
         if request.adapter not in self._applied:
             raise ConfigError(f"no adapter {request.adapter} is here", next_step="Name one that is on the base.")
+        ids = (*request.prompt, *(token for token, _ in request.sampling.logit_bias))
+        if self._ids is not None and (most := max(ids)) >= self._ids:
+            raise ConfigError(f"the request holds token {most}, and the model has rows for {self._ids:,}")
         return self.scheduler.add(request)
 
-    def run(self, choose: Choose = greedy) -> list[Answer]:
+    def cancel(self, answer: Answer) -> None:
+        """It ends with the tokens it has, and its blocks are free: the next step tells."""
+        self.scheduler.cancel(answer)
+
+    def run(self) -> list[Answer]:
         """Steps until nothing is left: all that ended, in the order in which they did."""
         ended: list[Answer] = []
         while not self.scheduler.idle:
-            ended += self.step(0.0, choose)
+            ended += self.step(0.0)
         return ended
 
     @torch.no_grad()
-    def step(self, now: float, choose: Choose = greedy) -> list[Answer]:
-        """One step, greedy or by (logits (B, V), numbers of the answers); returns the answers that have ended."""
+    def step(self, now: float) -> list[Answer]:
+        """One step; returns the answers that have ended."""
         plan = self.scheduler.step(now)
         if not plan.spans:
-            return [*plan.ended, *self.scheduler.finish_step({})]
+            return self._let_go([*plan.ended, *self.scheduler.finish_step({})])
         for front in plan.fronts:
             self._write(front)
         self._keys.copy(plan.copies)
-        drawing = [(n, answer) for n, span in enumerate(plan.spans) for answer in span.draws]
+        answers = [answer for span in plan.spans for answer in span.draws]
+        rows = [n for n, span in enumerate(plan.spans) for _ in span.draws]
         logits = self._logits(plan)
-        numbers = [answer.number for _, answer in drawing]
-        tokens = choose(logits[[n for n, _ in drawing]], numbers) if drawing else []
-        return [*plan.ended, *self.scheduler.finish_step(dict(zip(numbers, tokens, strict=True)))]
+        if rows != list(range(len(plan.spans))):
+            logits = logits[rows]
+        drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers]) if rows else []
+        results = dict(zip((answer.number for answer in answers), drawn, strict=True))
+        return self._let_go([*plan.ended, *self.scheduler.finish_step(results)])
+
+    def _drawing(self, answer: Answer) -> Drawing:
+        if answer.number not in self._drawings:
+            self._drawings[answer.number] = Drawing(answer.request, answer.choice)
+        return self._drawings[answer.number]
+
+    def _let_go(self, ended: list[Answer]) -> list[Answer]:
+        for answer in ended:
+            self._drawings.pop(answer.number, None)
+        return ended
 
     def _logits(self, plan: Plan) -> Tensor:
         """(spans, V): what follows the last token of each span."""

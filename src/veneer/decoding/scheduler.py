@@ -24,7 +24,7 @@ from veneer.bounds import COUNT, ROWS, TIME, WAITS, check_numbers
 from veneer.decoding.adapter_places import AdapterPlaces
 from veneer.decoding.blocks import BlockManager, Identity
 from veneer.decoding.sequence import Reason, Request, Sequence, State
-from veneer.decoding.step_plan import Drawn, Last, Plan, Span
+from veneer.decoding.step_plan import Chosen, Drawn, Plan, Span
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError, VeneerError
 
 Ready = Callable[[Identity], int | None]
@@ -352,8 +352,11 @@ class Scheduler:
         if isinstance(drawn, VeneerError):
             self._end(s, Reason.ERROR, drawn)
             return
-        s.new.append(drawn.token if isinstance(drawn, Last) else drawn)
-        reason = Reason.STOP if isinstance(drawn, Last) else s.ended_by(s.new[-1])
+        chosen = drawn if isinstance(drawn, Chosen) else Chosen(drawn)
+        s.new.append(chosen.token)
+        if chosen.chance is not None:
+            s.logprobs.append(chosen.chance)
+        reason = Reason.STOP if chosen.ends else s.ended_by(chosen.token)
         first = span.sequence
         if s is not first:
             s.cached_tokens = first.cached_tokens

@@ -10,11 +10,13 @@ Knows nothing of models and texts: tokens are ids. States change in decoding/sch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from veneer.bounds import CHOICES, NEW_TOKENS, PRIORITY, SEED, TIME, TOKEN, WAITS, WEIGHT, number_faults
 from veneer.decoding.blocks import Chain, Identity, Table
+from veneer.decoding.sampling import GREEDY, Constraint, Sampling, TokenChance
 from veneer.errors import ConfigError, VeneerError
 
 
@@ -40,9 +42,12 @@ class Request:
     prompt          ids, at least one
     adapter         (content hash, weight) of each that acts; empty: the base
     max_new_tokens  where the answer is cut
-    min_new_tokens  before as many, a stop token stops nothing (it is for the sampler not to draw one)
+    min_new_tokens  before as many, no stop token is drawn, and none would stop anything
     stops           ids that end the answer
     choices         answers to the prompt, which is read once for all of them
+    sampling        how tokens are drawn
+    constraints     makes what allows each token, for each choice; None: all may follow
+    checks          makes for each choice what is told each new token once, in order: whether the answer ends with it
     seed            of the draws; choice i draws by (seed, i), whatever is computed beside it
     arrival         seconds on the caller's clock; older requests go first
     deadline        seconds on the same clock, when it ends with what there is; None: never
@@ -56,6 +61,9 @@ class Request:
     min_new_tokens: int = 0
     stops: frozenset[int] = frozenset()
     choices: int = 1
+    sampling: Sampling = GREEDY
+    constraints: Callable[[], Constraint] | None = None
+    checks: Callable[[], Callable[[int], bool]] | None = None
     seed: int = 0
     arrival: float = 0.0
     deadline: float | None = None
@@ -98,6 +106,7 @@ class Sequence:
     choice         which of the request's choices, from 0 on
     order          lower goes first: priority, then age
     new            ids drawn so far, a stop token included
+    logprobs       of each of them its chance, if they are told (Sampling.logprobs)
     computed       tokens of prompt and new ones whose keys and values are in its blocks
     cached_tokens  of the prompt, found and not computed when it first ran; for usage
     table          its blocks, while it runs
@@ -111,6 +120,7 @@ class Sequence:
         self.reason: Reason | None = None
         self.error: VeneerError | None = None
         self.new: list[int] = []
+        self.logprobs: list[TokenChance] = []
         self.computed = 0
         self.cached_tokens: int | None = None
         self.table: Table | None = None

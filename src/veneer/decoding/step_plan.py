@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.decoding.blocks import Copy, Front, Identity
+from veneer.decoding.sampling import TokenChance
 from veneer.decoding.sequence import Sequence
 from veneer.errors import VeneerError
 
@@ -51,11 +52,17 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Last:
-    """A token with which its sequence stops, as the caller has found: a stop string, the end of a grammar."""
+class Chosen:
+    """A token of which more is to be said.
+
+    ends    whether its sequence stops with it, as the caller has found: a stop string, the end of a grammar
+    chance  of those that are told
+    """
 
     token: int
+    ends: bool = False
+    chance: TokenChance | None = None
 
 
-Drawn = int | Last | VeneerError
-"""A token; the last one; why there is none, which ends this sequence alone."""
+Drawn = int | Chosen | VeneerError
+"""A token; one of which more is to be said; why there is none, which ends this sequence alone."""

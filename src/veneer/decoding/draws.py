@@ -1,0 +1,221 @@
+"""A token for each row of logits, as its answer's sampling says (decoding/sampling.py), many answers at once.
+
+Rows do not see each other: what a row draws is a function of its logits, its settings and its own random number. A
+row from which nothing is left out draws in the order of the ids, another in that of the chances.
+Shapes: B rows, V ids, C candidates: as many of the likeliest as nearly every cut is decided among.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.decoding.sampling import Sampling, TokenChance, uniform
+from veneer.decoding.sequence import Request
+from veneer.decoding.step_plan import Chosen, Drawn
+from veneer.errors import ConfigError, DivergedError
+
+CANDIDATES = 512
+_BROKEN, _NOTHING = -1, -2
+
+
+class Drawing:
+    """How one choice of a request draws, with what it has to remember between two draws."""
+
+    def __init__(self, request: Request, choice: int) -> None:
+        self.request, self.choice, self.sampling = request, choice, request.sampling
+        self.constraint = None if request.constraints is None else request.constraints()
+        self.ends = None if request.checks is None else request.checks()
+        self._counts: tuple[Tensor, Tensor] | None = None
+        self._counted = 0
+
+    @property
+    def told(self) -> int | None:
+        """How many alternatives are told; None: no chance either."""
+        return self.sampling.logprobs
+
+    def edits(self, new: Sequence[int]) -> bool:
+        """Whether logits are changed before this draw."""
+        return self.sampling.edits or self.constraint is not None or self._waits(new)
+
+    def edit(self, logits_V: Tensor, new: Sequence[int]) -> None:
+        """In place: what is forbidden to -inf, biases, penalties."""
+        request, sampling = self.request, self.sampling
+        if self.constraint is not None:
+            allowed = torch.as_tensor(self.constraint.allowed(new))[: len(logits_V)].to(logits_V.device)
+            logits_V[: len(allowed)].masked_fill_(~allowed, float("-inf"))
+            logits_V[len(allowed) :] = float("-inf")
+        if self._waits(new):
+            logits_V[self._ids(request.stops, logits_V)] = float("-inf")
+        if sampling.logit_bias:
+            for token, bias in sampling.logit_bias:
+                logits_V[token : token + 1] += bias  # no row, nothing
+        if sampling.penalises:
+            prompt, counts = self._count(logits_V, new)
+            there = counts > 0
+            if sampling.repetition_penalty != 1:
+                by = sampling.repetition_penalty
+                weaker = torch.where(logits_V > 0, logits_V / by, logits_V * by)
+                logits_V.copy_(torch.where(prompt | there, weaker, logits_V))
+            logits_V -= sampling.presence_penalty * there + sampling.frequency_penalty * counts
+
+    def chosen(self, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
+        """The token, and whether the answer ends with it by a constraint or a check. Once for each token."""
+        ends = self.ends is not None and self.ends(token)
+        if self.constraint is not None:
+            ends |= self.constraint.ended([*new, token])
+        return Chosen(token, ends, chance) if ends or chance is not None else token
+
+    def _waits(self, new: Sequence[int]) -> bool:
+        return len(new) < self.request.min_new_tokens and bool(self.request.stops)
+
+    def _ids(self, ids: Sequence[int] | frozenset[int], logits_V: Tensor) -> Tensor:
+        return torch.tensor([i for i in ids if i < len(logits_V)], dtype=torch.long, device=logits_V.device)
+
+    def _count(self, logits_V: Tensor, new: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Whether each id is in the prompt, and how often it is in the answer: (V) bool and float32."""
+        if self._counts is None:
+            prompt = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
+            prompt[self._ids(self.request.prompt, logits_V)] = True
+            self._counts = prompt, torch.zeros(len(logits_V), device=logits_V.device)
+        prompt, counts = self._counts
+        later = self._ids(new[self._counted :], logits_V)
+        counts.index_add_(0, later, torch.ones(len(later), device=counts.device))
+        self._counted = len(new)
+        return prompt, counts
+
+
+def draw(logits_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> list[Drawn]:
+    """What each row draws. rows: how, and the answer so far.
+
+    A row whose logits are no finite numbers, or to which nothing is allowed, gets an error of its own.
+    """
+    tokens = logits_BV.argmax(dim=-1)
+    peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # of a row with a NaN that NaN
+    changed = [n for n, (drawing, new) in enumerate(rows) if not drawing.sampling.greedy or drawing.edits(new)]
+    if changed:
+        everyone = len(changed) == len(rows)
+        wide = logits_BV.to(torch.float32, copy=True) if everyone else logits_BV[changed].float()
+        tokens[changed] = _of_changed(wide, [rows[n] for n in changed])
+    tokens = torch.where(peaks.isfinite(), tokens, _BROKEN)
+    found = tokens.tolist()
+    chances = _chances(logits_BV, [drawing.told for drawing, _ in rows], found)
+    return [
+        _fault(drawing.request, token) or drawing.chosen(token, new, chance)
+        for (drawing, new), token, chance in zip(rows, found, chances, strict=True)
+    ]
+
+
+def _of_changed(wide_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> Tensor:
+    """(B) tokens; the logits are float32 and lost afterwards."""
+    for logits_V, (drawing, new) in zip(wide_BV, rows, strict=True):
+        if drawing.edits(new):
+            drawing.edit(logits_V, new)
+    tokens = wide_BV.argmax(dim=-1)
+    possible = wide_BV.gather(1, tokens[:, None])[:, 0] > float("-inf")
+    for cut in (False, True):
+        some = [n for n, (d, _) in enumerate(rows) if not d.sampling.greedy and d.sampling.cuts is cut]
+        if some:
+            drawn = [uniform(d.request.seed, d.choice, len(new)) for d, new in (rows[n] for n in some)]
+            tokens[some] = sampled(wide_BV[some], [rows[n][0].sampling for n in some], drawn, cut=cut)
+    return torch.where(possible, tokens, _NOTHING)
+
+
+def sampled(logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[float], *, cut: bool) -> Tensor:
+    """(B) tokens. drawn: a number in [0, 1) for each row; cut: whether tokens are left out, in all rows alike."""
+    settings = [(s.temperature, s.top_k or logits_BV.shape[1], s.top_p, s.min_p) for s in samplings]
+    numbers = torch.tensor([(u, *each) for u, each in zip(drawn, settings, strict=True)], device=logits_BV.device)
+    u, temperature, top_k, top_p, min_p = numbers.T[:, :, None]
+    # the shift keeps the quotient finite at the top
+    below = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
+    chances_BV = torch.softmax(below, dim=-1)
+    if not cut:
+        reach_BV = chances_BV.cumsum(dim=-1)
+        return _place(reach_BV, u, reach_BV[:, -1:])
+    few = min(CANDIDATES, chances_BV.shape[1])
+    tokens, decided = _cut(chances_BV, u, top_k, top_p, min_p, *chances_BV.topk(few, dim=-1))
+    if few < chances_BV.shape[1]:
+        rest = (~decided).nonzero()[:, 0]
+        if len(rest):
+            own = [each[rest] for each in (chances_BV, u, top_k, top_p, min_p)]
+            tokens[rest] = _cut(*own, *own[0].sort(dim=-1, descending=True, stable=True))[0]
+    return tokens
+
+
+def _cut(
+    chances_BV: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, best_BC: Tensor, ids_BC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B) tokens from the likeliest C, and whether these were enough to say. Settings are (B, 1)."""
+    C = best_BC.shape[1]
+    reach_BC = best_BC.cumsum(dim=-1)
+    place = torch.arange(C, device=best_BC.device)
+    kept = (best_BC >= min_p * best_BC[:, :1]) & (place < top_k)
+    count = kept.sum(dim=-1, keepdim=True)
+    all_kept = count == C
+    told = ~all_kept | (top_k <= C) | (chances_BV.shape[1] == C)  # how many min_p and top_k leave
+    total = torch.where(told, reach_BC.gather(1, count - 1), 1.0)
+    # in front of each: what is likelier
+    left = (kept & (reach_BC - best_BC < top_p * total)).sum(dim=-1, keepdim=True).clamp_min(1)
+    end = reach_BC.gather(1, left - 1)
+    enough = told | ((min_p == 0) & (top_k >= chances_BV.shape[1]) & (left < C))
+    return ids_BC.gather(1, _place(reach_BC, u, end)[:, None])[:, 0], enough[:, 0]
+
+
+def _place(reach: Tensor, u: Tensor, total: Tensor) -> Tensor:
+    """(B) the first place whose reach is above u * total, which rounding must not let come to the total itself."""
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(reach.contiguous(), target.contiguous(), right=True)[:, 0]
+
+
+def _chances(logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int]) -> list[TokenChance | None]:
+    rows = [n for n, many in enumerate(told) if many is not None and tokens[n] >= 0]
+    found: list[TokenChance | None] = [None] * len(told)
+    if rows:
+        logs = torch.log_softmax(logits_BV[rows].float(), dim=-1)
+        own = torch.tensor([tokens[n] for n in rows], device=logs.device)
+        most = min(max(told[n] or 0 for n in rows), logs.shape[1])
+        best, ids = logs.topk(most, dim=-1)
+        for n, log, values, names in zip(
+            rows, logs.gather(1, own[:, None])[:, 0].tolist(), best.tolist(), ids.tolist(), strict=True
+        ):
+            pairs = tuple(zip(names, values, strict=True))[: told[n]]
+            found[n] = TokenChance(tokens[n], log, pairs)
+    return found
+
+
+def _fault(request: Request, token: int) -> Drawn | None:
+    if token == _BROKEN:
+        return DivergedError("the model's logits are no finite numbers", next_step="Look at the adapter's values.")
+    if token == _NOTHING:
+        return ConfigError(
+            "no token may follow", next_step="Allow one more: a constraint or min_new_tokens forbid all."
+        )
+    return None
+
+
+def draw_reference(logits_V: Tensor, sampling: Sampling, u: float) -> int:
+    """One row drawn plainly, from logits that are edited already: what `sampled` computes for many."""
+    if sampling.greedy:
+        return int(logits_V.argmax())
+    chances = torch.softmax((logits_V.double() - logits_V.max()) / sampling.temperature, dim=-1).tolist()
+    order = list(range(len(chances)))
+    if sampling.cuts:
+        order.sort(key=lambda i: -chances[i])
+        order = [i for i in order if chances[i] >= sampling.min_p * chances[order[0]]]
+        order = order[: sampling.top_k or None]
+        total, before = sum(chances[i] for i in order), 0.0
+        left: list[int] = []
+        for i in order:
+            if left and before >= sampling.top_p * total:
+                break
+            left.append(i)
+            before += chances[i]
+        order = left
+    total, at = sum(chances[i] for i in order), 0.0
+    for i in order:
+        at += chances[i]
+        if u * total < at:
+            return i
+    return next(i for i in reversed(order) if chances[i] > 0)
