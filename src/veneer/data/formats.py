@@ -124,6 +124,16 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     return Row(ref, messages, tools, None, format, references)
 
 
+def to_conversation(messages: Any, tools: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools as those of a row of format chat become them, with nothing to learn in them. Raises RowFault.
+
+    So what is asked of a model reads as what it was trained on.
+    """
+    found, known = _message_list(messages, "messages"), _tools(tools)
+    _check_values(found, known)
+    return found, known
+
+
 def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
     if format == "chat":
         return _message_list(record["messages"], "messages")

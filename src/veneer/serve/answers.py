@@ -1,0 +1,127 @@
+"""What comes back from the engine, as protocols write it: pieces of text while it is made, and whole answers."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from veneer.serve.refusals import Refusal
+
+Reason = Literal["stop", "length", "deadline", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Chance:
+    """A token as text, what the model gave it, and the likeliest at its place. bytes: None where they are not known."""
+
+    text: str
+    logprob: float
+    bytes: list[int] | None = None
+    alternatives: tuple[Chance, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool. arguments: JSON as the model wrote it."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+
+@dataclass(frozen=True)
+class End:
+    """stopped_by: the stop string, the id of a stop token of the request, or deadline."""
+
+    reason: Reason
+    stopped_by: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step added to one answer; any part of it may be empty."""
+
+    index: int
+    text: str = ""
+    chances: tuple[Chance, ...] = ()
+    calls: tuple[Call, ...] = ()
+    end: End | None = None
+
+
+@dataclass
+class Answer:
+    """All pieces of one index, joined."""
+
+    index: int
+    text: str = ""
+    chances: list[Chance] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    end: End | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.chances += piece.chances
+        self.calls += piece.calls
+        self.end = piece.end or self.end
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens: of all prompts, those of them that were found and not computed, and new ones."""
+
+    prompt: int = 0
+    cached: int = 0
+    new: int = 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every chunk of an answer says of itself. fingerprint: base and adapter by their content."""
+
+    model: str
+    fingerprint: str
+    prefix: str
+    id: str = ""
+    created: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", self.id or f"{self.prefix}{uuid.uuid4().hex}")
+        object.__setattr__(self, "created", self.created or int(time.time()))
+
+
+class Streamed(Protocol):
+    """A protocol's way to send an answer while it is made: lines of server-sent events."""
+
+    def begin(self, usage: Usage) -> Iterator[str]: ...
+
+    def piece(self, piece: Piece) -> Iterator[str]: ...
+
+    def finish(self, usage: Usage) -> Iterator[str]: ...
+
+    def fail(self, refusal: Refusal) -> Iterator[str]: ...
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """One server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {compact(data)}\n\n"
+
+
+def compact(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+DONE = "data: [DONE]\n\n"
+
+
+def finish_reason(end: End | None, calls: Sequence[Call]) -> str | None:
+    """In OpenAI's words. A deadline cut the answer as a length does; stopped_by says which it was."""
+    if end is None:
+        return None
+    if end.reason in ("length", "deadline"):
+        return "length"
+    return "tool_calls" if calls else "stop"

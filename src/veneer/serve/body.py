@@ -1,0 +1,78 @@
+"""A request's JSON: bounded in bytes, time and depth, read strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from veneer.files.nesting import TOO_DEEP, text_too_deep
+from veneer.serve.refusals import Refusal
+
+SECONDS = 30.0
+"""For a whole body to arrive."""
+
+
+async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
+    """The object that a body holds. Refusal: 400, 408, 413 or 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refusal(415, "The body must not be compressed.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > most_bytes:
+        raise _too_large(most_bytes)
+    text = bytearray()
+    try:
+        async with asyncio.timeout(SECONDS):
+            async for part in request.stream():
+                text += part
+                if len(text) > most_bytes:
+                    raise _too_large(most_bytes)
+    except TimeoutError:
+        raise Refusal(408, f"The body did not arrive within {SECONDS:g} seconds.") from None
+    except ClientDisconnect:
+        raise Refusal(400, "The body was cut short.") from None
+    return parsed(bytes(text))
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """Stricter than json.loads: no key twice, no NaN or infinity, bounded depth. Refusal: 400."""
+    try:
+        decoded = text.decode("utf-8")
+        if text_too_deep(decoded):
+            raise Refusal(400, f"The body {TOO_DEEP}.")
+        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
+    except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise Refusal(400, f"The body is not JSON: {str(fault)[:200]}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "The body is not a JSON object.")
+    return value
+
+
+def _too_large(most_bytes: int) -> Refusal:
+    return Refusal(413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"})
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands there twice")
+    return table
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value

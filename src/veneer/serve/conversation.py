@@ -1,0 +1,72 @@
+"""OpenAI's messages: what they may hold, and as the base's template takes them.
+
+They go through what rows of training data go through (data/formats.py), so that a conversation reads here as it
+did in training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from veneer.data.examples import RowFault
+from veneer.data.formats import to_conversation
+from veneer.serve.fields import Either, Field, Listed, Only, Refused, Tagged, Text
+from veneer.serve.refusals import Fault, refuse
+from veneer.serve.tools import CALL
+
+MOST_TEXT = 4_000_000
+MOST_MESSAGES = 4096
+TEXT = Text(MOST_TEXT)
+_PART = Tagged("type", {"text": (Field("text", TEXT, "", required=True),)}, why="text alone is read")
+CONTENT = Either((TEXT, Listed(_PART, 1024)))
+_SAID = Field("content", CONTENT, "", required=True)
+_NAME = Field("name", Text(64, 1), "")
+
+MESSAGES = Listed(
+    Tagged(
+        "role",
+        {
+            "system": (_SAID, _NAME),
+            "developer": (_SAID, _NAME),
+            "user": (_SAID, _NAME),
+            "assistant": (
+                Field("content", CONTENT, ""),
+                _NAME,
+                Field("tool_calls", Listed(CALL, 128), ""),
+                Field("reasoning_content", TEXT, ""),
+                Field("refusal", TEXT, "", no_effect=True),
+                Field("annotations", Only(([],)), "", no_effect=True),
+                Field("audio", Refused("text alone is read"), ""),
+                Field("function_call", Refused("use tool_calls"), ""),
+            ),
+            "tool": (_SAID, _NAME, Field("tool_call_id", Text(200, 1), "", required=True)),
+        },
+    ),
+    MOST_MESSAGES,
+    1,
+)
+
+_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+def conversation(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Of messages that MESSAGES passed, and tools that TOOLS did. Refusal: 400."""
+    called: dict[str, str] = {}
+    prepared = []
+    for number, message in enumerate(messages):
+        own = {name: message[name] for name in _KEPT if message.get(name) is not None}
+        if own["role"] == "developer":
+            own["role"] = "system"
+        for call in own.get("tool_calls", ()):
+            called[call["id"]] = call["function"]["name"]
+        if own["role"] == "tool":
+            if own["tool_call_id"] not in called:
+                raise refuse([Fault(f"messages[{number}].tool_call_id", "answers no tool call before it")])
+            own.setdefault("name", called[own["tool_call_id"]])
+        prepared.append(own)
+    try:
+        return to_conversation(prepared, tools)
+    except RowFault as fault:
+        raise refuse([Fault("messages", fault.message)]) from None

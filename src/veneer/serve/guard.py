@@ -1,0 +1,137 @@
+"""What every request passes before anything reads it: its Host, its Origin, its key, an id of its own, a line of log.
+
+    Host     a name that a page of somebody else could point here (DNS rebinding) is not answered: only addresses,
+             localhost and the names that the server was given are
+    Origin   a page of another site cannot ask: a browser says where a request comes from
+    key      `authorization: Bearer KEY`, or Anthropic's `x-api-key`
+
+The log has neither prompts nor keys nor queries of addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from veneer.serve.keys import Keys
+from veneer.serve.refusals import Refusal
+from veneer.wording import shown
+
+log = logging.getLogger("veneer.serve")
+OPEN = ("/healthz", "/readyz", "/")
+"""Without a key: they tell nothing."""
+_ID = re.compile(r"[\w.:-]{1,128}")
+_PATH_CHARACTERS = 80
+
+
+class Guard:
+    """An ASGI application around another. counted: told (path's route, status, seconds) of each answer."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+        counted: Callable[[str, int, float], None] | None = None,
+    ) -> None:
+        self.app, self.keys, self.counted = app, keys, counted
+        self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.origins = frozenset(origin.lower() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        began, status = time.monotonic(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        try:
+            refused = self._refused(scope, headers)
+            if refused is not None:
+                await answer_to(refused, scope["path"])(scope, receive, sending)
+            else:
+                await self.app(scope, receive, sending)
+        finally:
+            seconds = time.monotonic() - began
+            path = shown(scope["path"][:_PATH_CHARACTERS])
+            log.info("%s %s %s %.0f ms %s", scope["method"], path, status or "gone", 1000 * seconds, request_id)
+            if self.counted is not None:
+                self.counted(scope["path"], status, seconds)
+
+    def _refused(self, scope: Scope, headers: Headers) -> Refusal | None:
+        host = headers.get("host", "")
+        if not self._known_host(host):
+            return Refusal(
+                403,
+                "This Host is not one of this server's. If it is meant, start it with --allow-host.",
+                code="unknown_host",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._known_origin(origin, host, scope["scheme"]):
+            return Refusal(
+                403, "Pages of other sites are not answered. If it is meant: --allow-origin.", code="unknown_origin"
+            )
+        if scope["path"] in OPEN:
+            return None
+        caller = self.keys.caller(_given_key(headers))
+        if caller is None:
+            return Refusal(401, "A key is needed: authorization: Bearer KEY.", headers={"www-authenticate": "Bearer"})
+        scope["state"]["caller"] = caller
+        return None
+
+    def _known_host(self, host: str) -> bool:
+        """An address cannot be pointed elsewhere by anyone's DNS."""
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower().rstrip(".")
+        except ValueError:
+            return False
+        return name in self.hosts or _is_address(name)
+
+    def _known_origin(self, origin: str, host: str, scheme: str) -> bool:
+        own = {f"http://{host}".lower(), f"https://{host}".lower()}  # behind a proxy the scheme may differ
+        return origin.lower() in own or origin.lower() in self.origins
+
+
+def answer_to(refusal: Refusal, path: str) -> JSONResponse:
+    """As the endpoint's clients read errors: Anthropic's look for a type beside."""
+    body: dict[str, Any] = refusal.body
+    if path.startswith("/v1/messages"):
+        body = {"type": "error", **body}
+    return JSONResponse(body, refusal.status, headers=refusal.all_headers)
+
+
+def _given_key(headers: Headers) -> str | None:
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,121 @@
+"""Keys: who may ask. Kept as hashes, compared in constant time, each with a scope.
+
+    use     answers, models, metrics
+    admin   that, and to load and unload adapters
+
+A file has a line for each: `use 5d41...(sha256, hexadecimal) name`. A key is 256 random bits, so that its plain
+SHA-256 is as hard to turn around as any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from veneer.errors import ConfigError, SourceError
+from veneer.files.system_errors import explained
+
+Scope = Literal["use", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+VARIABLES: dict[str, Scope] = {"VENEER_API_KEY": "use", "VENEER_ADMIN_KEY": "admin"}
+SHORTEST = 16
+MOST_KEYS = 1000
+_LINE = re.compile(r"(use|admin) ([0-9a-f]{64})(?: ([\w.-]{1,64}))?")
+
+
+@dataclass(frozen=True)
+class Key:
+    scope: Scope
+    digest: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. name: of the key; empty where none is needed."""
+
+    name: str
+    scope: Scope
+
+
+class Keys:
+    """None: everyone who reaches the server may do everything."""
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        self._keys = tuple(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def caller(self, given: str | None) -> Caller | None:
+        """Whose key this is; None: nobody's. As long for any text of this length."""
+        if not self._keys:
+            return Caller("", "admin")
+        digest = hashed(given or "")
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.digest, digest):
+                found = Caller(key.name, key.scope)
+        return found if given else None
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
+    """Those of a file and of the environment. SourceError, ConfigError with every line that is none."""
+    keys = [] if file is None else _of_file(file)
+    for variable, scope in VARIABLES.items():
+        if given := environment.get(variable):
+            if len(given) < SHORTEST:
+                raise ConfigError(
+                    f"{variable} has {len(given)} characters, a key has {SHORTEST} at least",
+                    next_step='For instance: export VENEER_API_KEY="$(openssl rand -hex 32)".',
+                )
+            keys.append(Key(scope, hashed(given), variable.lower()))
+    return Keys(keys)
+
+
+def _of_file(file: Path) -> list[Key]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as fault:
+        raise SourceError(f"{file} cannot be read: {fault.strerror}", [], f"Make one: {_make(file)}") from fault
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not text", next_step=f"Make one: {_make(file)}") from None
+    keys, faults = list[Key](), list[str]()
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        found = _LINE.fullmatch(line.strip())
+        if found is None:
+            faults.append(f"line {number} is not `use` or `admin`, a SHA-256 and a name")
+        else:
+            keys.append(Key("admin" if found[1] == "admin" else "use", found[2], found[3] or f"key-{number}"))
+    if len(keys) > MOST_KEYS:
+        faults.append(f"it has {len(keys):,} keys, {MOST_KEYS:,} may be")
+    if faults or not keys:
+        raise ConfigError(f"{file} is no file of keys", faults or ["it has none"], f"Make one: {_make(file)}")
+    return keys
+
+
+def _make(file: Path) -> str:
+    return f"veneer serve --new-key use --keys {file}"
+
+
+def new_key(file: Path, scope: Scope) -> str:
+    """A fresh key, whose hash is added to the file. It is told once and kept nowhere."""
+    key = f"vn-{secrets.token_hex(32)}"
+    with explained(file):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            out.write(f"{scope} {hashed(key)} {scope}-{hashed(key)[:8]}\n")
+    return key

@@ -1,0 +1,119 @@
+"""What went wrong with a request, as HTTP says it: a status, and a body in OpenAI's shape.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+A mistake of whoever asks is 4xx, whatever raised it; 5xx are for a server that is going down, and for bugs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    CorruptFileError,
+    DoesNotFitError,
+    InputError,
+    QueueFullError,
+    UnsafeFileError,
+    VeneerError,
+)
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    409: "conflict",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "adapter_refused",
+    429: "queue_full",
+    500: "internal_error",
+    503: "shutting_down",
+    507: "budget_full",
+}
+RETRY_SECONDS = 1
+"""When to ask again after 429 and 503."""
+_RETRIED = (429, 503)
+_MESSAGE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong. param: the field, by its path in the body, such as messages[0].role."""
+
+    param: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.param}: {self.what}" if self.param else self.what
+
+
+@dataclass
+class Refusal(Exception):
+    """A request that is not answered. Raised anywhere in this room, answered in app.py."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return {
+            "message": self.message[:_MESSAGE_CHARACTERS],
+            "type": TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error"),
+            "param": self.param,
+            "code": self.code or CODES.get(self.status),
+        }
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error}
+
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """Clients try some errors again by themselves: told when where that helps, told not to where it does not."""
+        if self.status in _RETRIED:
+            return {"retry-after": str(RETRY_SECONDS), **self.headers}
+        return {"x-should-retry": "false", **self.headers}
+
+
+def refuse(faults: Sequence[Fault]) -> Refusal:
+    """400 with everything that is wrong, the first by its field."""
+    message = str(faults[0]) if len(faults) == 1 else "; ".join(map(str, faults))
+    return Refusal(400, message, faults[0].param)
+
+
+def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
+    """What is raised below this room, as an answer. Nothing of what is not ours is told: it may hold anything."""
+    if isinstance(fault, Refusal):
+        return fault
+    if isinstance(fault, QueueFullError):
+        return Refusal(429, str(fault))
+    if isinstance(fault, AdapterMismatchError | CorruptFileError | UnsafeFileError):
+        return Refusal(422, str(fault), param or "model")
+    if isinstance(fault, InputError | DoesNotFitError):
+        code = "context_length_exceeded" if isinstance(fault, DoesNotFitError) else None
+        return Refusal(400, str(fault), param, code)
+    if isinstance(fault, VeneerError):
+        return Refusal(422, str(fault), param)
+    return Refusal(500, "This is a bug in Veneer; the server's log says more.")
+
+
+def unknown_model(name: str, next_step: str = "") -> Refusal:
+    """404. Whether it is not there or not for this one to see is not told."""
+    said = f"The model `{name[:80]}` does not exist."
+    return Refusal(404, f"{said} {next_step}".strip(), "model", "model_not_found")
+
+
+def unknown_adapter(fault: ConfigError) -> Refusal:
+    return Refusal(404, f"{fault.headline}. {fault.next_step}".strip(), "lora_path", "adapter_not_found")

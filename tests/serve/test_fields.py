@@ -1,0 +1,288 @@
+"""Bodies against their tables: every field is honoured or refused by name, and all faults are told at once."""
+
+import json
+from random import Random
+
+import pytest
+
+from tests.serve.generated import TABLES, body, mutated
+from veneer.bounds import TEMPERATURE
+from veneer.serve import chat, completions, messages, responses
+from veneer.serve.body import parsed
+from veneer.serve.fields import (
+    Either,
+    Field,
+    Flag,
+    Listed,
+    Mapped,
+    Num,
+    Only,
+    Refused,
+    Table,
+    Tagged,
+    Text,
+    read_fields,
+)
+from veneer.serve.refusals import Refusal
+
+MODULES = {
+    "/v1/chat/completions": chat,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+}
+ASK = {
+    "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"model": "m", "prompt": "hi"},
+    "/v1/responses": {"model": "m", "input": "hi"},
+    "/v1/messages": {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]},
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def refused(path, changes):
+    with pytest.raises(Refusal) as caught:
+        MODULES[path].asked({**ASK[path], **changes})
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (Num(TEMPERATURE), [0, 0.5, 100], [True, "0.5", None, -1, float("nan"), 10**400, []]),
+        (Flag(), [True, False], [0, 1, "true"]),
+        (Text(3, 1), ["a", "abc"], ["", "abcd", 1, "\ud800", ["a"]]),
+        (Only((False, "auto", 0)), [False, "auto", 0], [True, 0.0, "Auto", 1]),
+        (Listed(Flag(), 2, 1), [[True], [True, False]], [[], [1], [True] * 3, {}]),
+        (Mapped(Text(2), Flag(), 1), [{}, {"a": True}], [{"abc": True}, {"a": 1}, {"a": True, "b": True}, []]),
+        (Table((Field("a", Flag(), "", required=True),)), [{"a": True}], [{}, {"a": None}, {"a": True, "b": 1}, 3]),
+        (Tagged("type", {"x": (Field("a", Flag(), ""),)}), [{"type": "x"}], [{}, {"type": "y"}, {"type": []}, "x"]),
+        (Either((Flag(), Text(1))), [True, "a"], ["ab", 1]),
+        (Refused("no"), [], [1, {}, "a"]),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_kind_takes_what_it_says_and_nothing_else(kind, good, bad):
+    assert [kind.faults(value, "x") for value in good] == [[]] * len(good)
+    for value in bad:
+        faults = kind.faults(value, "x")
+        assert faults and all(fault.param.startswith("x") and str(fault).isprintable() for fault in faults), value
+    assert kind.said
+
+
+def test_all_faults_are_told_with_their_paths():
+    path = "/v1/chat/completions"
+    fault = refused(
+        path,
+        {
+            "temprature": 1,
+            "top_p": 2,
+            "messages": [{"role": "user", "content": 3}, {"role": "pirate", "content": ""}],
+            "functions": [],
+            "logit_bias": {"5": 1e9},
+        },
+    )
+    for said in (
+        "temprature: is not a field of this request. Did you mean temperature?",
+        "top_p: 2 is not a number from 0 to 1",
+        "messages[0].content: 3 is not text",
+        "messages[1].role: 'pirate' is not system",
+        "functions: is not supported: use tools",
+        "logit_bias.'5': 1000000000.0 is not",
+    ):
+        assert said in fault.message
+    assert fault.param == "temprature"
+    assert fault.body["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", TABLES)
+def test_a_table_names_every_field_once_and_says_what_it_means(path):
+    names = [field.name for field in TABLES[path]]
+    assert len(names) == len(set(names))
+    for field in TABLES[path]:
+        silent = field.no_effect or isinstance(field.kind, Refused)
+        assert field.meaning or silent, field.name
+
+
+@pytest.mark.parametrize("path", TABLES)
+def test_what_is_made_from_a_table_passes_it_and_null_is_a_field_that_was_not_given(path):
+    random = Random(path)
+    for _ in range(60):
+        made = body(random, path, ["m"])
+        assert set(read_fields(TABLES[path], made)) <= set(made)
+        optional = {field.name: None for field in TABLES[path] if not field.required}
+        required = {name: made[name] for name in made if name not in optional}
+        assert read_fields(TABLES[path], {**optional, **required}) == read_fields(TABLES[path], required)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_body_is_asked_or_refused_and_nothing_else_happens(path):
+    random = Random(path)
+    passed = 0
+    for _ in range(300):
+        made = body(random, path, ["m"])
+        for text in (json.dumps(made).encode(), mutated(random, made)):
+            try:
+                MODULES[path].asked(parsed(text))
+                passed += 1
+            except Refusal as fault:
+                assert fault.status == 400 and fault.message
+    assert passed > 50
+
+
+@pytest.mark.parametrize("path", MODULES)
+@pytest.mark.parametrize("field", ["guided_jsn", "chat_template", "prompt_logprobs", "best_of_n", "lora_request"])
+def test_what_is_not_honoured_is_refused_by_its_name(path, field):
+    assert refused(path, {field: {}}).param == field
+
+
+def test_settings_of_all_protocols_come_out_the_same():
+    same = {"temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.1, "seed": -1, "min_tokens": 2}
+    for path, module in MODULES.items():
+        asked = module.asked({**ASK[path], **same})
+        found = (asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, asked.min_new_tokens)
+        assert found == (0.5, 0.25, 3, 0.1, 2**32 - 1, 2), path
+        assert module.asked({**ASK[path], "top_k": -1}).top_k == 0
+        weighted = module.asked({**ASK[path], "adapters": [{"name": "a"}, {"name": "b", "weight": -0.5}]})
+        assert weighted.adapters == (("a", 1.0), ("b", -0.5))
+
+
+def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
+    path = "/v1/chat/completions"
+    asked = chat.asked({**ASK[path], "stop": "x", "logprobs": True, "max_completion_tokens": 7.0})
+    assert (asked.stops, asked.top_logprobs, asked.max_new_tokens) == (("x",), 0, 7)
+    assert refused(path, {"max_tokens": 1, "max_completion_tokens": 2}).param == "max_tokens"
+    assert refused(path, {"top_logprobs": 2}).param == "top_logprobs"
+    assert refused(path, {"stream_options": {"include_usage": True}}).param == "stream_options"
+    completed = completions.asked({"model": "m", "prompt": [[1, 2], [3]], "logprobs": 2, "stop": ["a", "b"], "n": 2})
+    assert [prompt.ids for prompt in completed.prompts] == [(1, 2), (3,)]
+    assert (completed.stops, completed.top_logprobs, completed.max_new_tokens) == (("a", "b"), 2, 16)
+    assert refused("/v1/completions", {"best_of": 3}).param == "best_of"
+    said = messages.asked({**ASK["/v1/messages"], "stop_sequences": ["END"]})
+    assert (said.stops, said.max_new_tokens) == (("END",), 4)
+    assert responses.asked({**ASK["/v1/responses"], "max_output_tokens": 9}).max_new_tokens == 9
+
+
+def test_one_conversation_with_tools_is_the_same_in_three_protocols():
+    arguments = {"city": "Bern"}
+    function = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": json.dumps(arguments)}}
+    spoken = chat.asked(
+        {
+            "model": "m",
+            "tools": [{"type": "function", "function": function}],
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Rain"}, {"type": "text", "text": "?"}]},
+                {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": []},
+                {"role": "tool", "tool_call_id": "c1", "content": "yes"},
+            ],
+        }
+    )
+    responded = responses.asked(
+        {
+            "model": "m",
+            "instructions": "Be brief.",
+            "tools": [{"type": "function", **function}],
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "Rain?"}]},
+                {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": json.dumps(arguments)},
+                {"type": "function_call_output", "call_id": "c1", "output": "yes"},
+            ],
+        }
+    )
+    sent = messages.asked(
+        {
+            "model": "m",
+            "max_tokens": 3,
+            "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+            "tools": [{"name": "weather", "description": "d", "input_schema": {"type": "object"}}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Rain?"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": arguments}],
+                },
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "yes"}]},
+            ],
+        }
+    )
+
+    def plain(asked):
+        (prompt,) = asked.prompts
+        kept = []
+        for message in prompt.messages:
+            calls = [each["function"] for each in message.get("tool_calls", [])]
+            kept.append((message["role"], message["content"], calls, message.get("name")))
+        return kept, prompt.tools
+
+    assert plain(spoken) == plain(responded) == plain(sent)
+    assert [role for role, *_ in plain(spoken)[0]] == ["system", "user", "assistant", "tool"]
+    assert spoken.parses_calls and responded.parses_calls and sent.parses_calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice.function.name",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"store": True}, "store"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_its_field(changes, param):
+    assert refused("/v1/chat/completions", changes).param == param
+
+
+def test_shapes_of_answers_are_read_from_each_dialect():
+    schema = {"type": "object"}
+    for changes, kind, spec in [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+            "schema",
+            schema,
+        ),
+        ({"response_format": {"type": "json_object"}}, "json", None),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
+        ({"guided_json": schema}, "schema", schema),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool", [TOOL["function"]]),
+    ]:
+        shape = chat.asked({**ASK["/v1/chat/completions"], **changes}).shape
+        assert (shape.kind, shape.spec) == (kind, spec)
+    form = {"type": "json_schema", "name": "x", "schema": schema}
+    shape = responses.asked({**ASK["/v1/responses"], "text": {"format": form}}).shape
+    assert (shape.kind, shape.spec) == ("schema", schema)
+    assert chat.asked({**ASK["/v1/chat/completions"], "response_format": {"type": "text"}}).shape is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b'{"a": 1, "a": 2}',
+        b"\xff",
+        b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}",
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_body_that_is_no_json_object_within_the_limits_is_refused(text):
+    with pytest.raises(Refusal) as caught:
+        parsed(text)
+    assert caught.value.status == 400

@@ -1,0 +1,158 @@
+"""Who is answered: keys, hosts, origins; and what of a request is written down."""
+
+import asyncio
+import hashlib
+import logging
+import stat
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse
+
+from veneer.errors import ConfigError, SourceError
+from veneer.serve.guard import Guard
+from veneer.serve.keys import Key, Keys, hashed, new_key, read_keys
+
+USE, ADMIN = "use-" + "k" * 20, "admin-" + "k" * 20
+KEYS = Keys([Key("use", hashed(USE), "one"), Key("admin", hashed(ADMIN), "two")])
+
+
+async def whoami(scope, receive, send):
+    caller = scope["state"].get("caller")
+    await PlainTextResponse(f"{caller.name}:{caller.scope}" if caller else "open")(scope, receive, send)
+
+
+def ask(guard, path="/v1/models", url="http://127.0.0.1:8000", **headers):
+    async def once():
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(transport=transport, base_url=url) as client:
+            return await client.get(path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize(
+    ("url", "answered"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://localhost:8000", True),
+        ("http://[::1]:8000", True),
+        ("http://192.168.0.7", True),
+        ("http://box.example", True),
+        ("http://BOX.example.:80", True),
+        ("http://evil.example", False),
+        ("http://127.0.0.1.evil.example", False),
+        ("http://localhost.evil.example", False),
+    ],
+)
+def test_a_name_that_is_not_ours_is_not_answered(url, answered):
+    found = ask(Guard(whoami, keys=Keys([]), hosts=["box.example"]), url=url)
+    assert found.status_code == (200 if answered else 403)
+    if not answered:
+        assert found.json()["error"]["code"] == "unknown_host"
+
+
+@pytest.mark.parametrize("host", ["", "[", "a b", "evil.example#localhost", "user@evil.example"])
+def test_a_host_that_is_none_is_not_answered(host):
+    assert ask(Guard(whoami, keys=Keys([])), host=host).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("origin", "answered"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("https://127.0.0.1:8000", True),
+        ("https://page.example", True),
+        ("http://127.0.0.1:9000", False),
+        ("http://evil.example", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_a_page_of_another_site_is_not_answered(origin, answered):
+    found = ask(Guard(whoami, keys=Keys([]), origins=["https://page.example"]), origin=origin)
+    assert found.status_code == (200 if answered else 403)
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"authorization": f"Bearer {USE}"}, "one:use"),
+        ({"authorization": f"bearer  {ADMIN}"}, "two:admin"),
+        ({"x_api_key": USE}, "one:use"),
+        ({}, None),
+        ({"authorization": "Bearer "}, None),
+        ({"authorization": USE}, None),
+        ({"authorization": f"Basic {USE}"}, None),
+        ({"authorization": f"Bearer {USE[:-1]}"}, None),
+        ({"authorization": f"Bearer {hashed(USE)}"}, None),
+    ],
+)
+def test_a_key_says_who_asks(headers, said):
+    found = ask(Guard(whoami, keys=KEYS), **headers)
+    if said is None:
+        assert found.status_code == 401
+        assert found.json()["error"]["type"] == "authentication_error"
+        assert found.headers["x-should-retry"] == "false"
+    else:
+        assert found.text == said
+
+
+def test_without_keys_everyone_may_do_everything_and_health_needs_none():
+    assert ask(Guard(whoami, keys=Keys([]))).text == ":admin"
+    for path in ("/healthz", "/readyz"):
+        assert ask(Guard(whoami, keys=KEYS), path).text == "open"
+
+
+def test_anthropics_clients_get_errors_as_they_read_them():
+    found = ask(Guard(whoami, keys=KEYS), "/v1/messages").json()
+    assert found["type"] == "error" and found["error"]["type"] == "authentication_error"
+
+
+def test_a_request_has_an_id_which_may_be_given():
+    guard = Guard(whoami, keys=Keys([]))
+    assert ask(guard, x_request_id="abc-1").headers["x-request-id"] == "abc-1"
+    assert len(ask(guard, x_request_id="a b" * 99).headers["x-request-id"]) == 32
+    assert ask(Guard(whoami, keys=KEYS)).headers["x-request-id"]
+
+
+def test_the_log_has_a_line_for_each_request_without_keys_and_queries(caplog):
+    counted = []
+    guard = Guard(whoami, keys=KEYS, counted=lambda *told: counted.append(told))
+    with caplog.at_level(logging.INFO, "veneer.serve"):
+        ask(guard, "/v1/models/%1B[31m?secret=1", authorization=f"Bearer {USE}", x_request_id="id-1")
+    (line,) = caplog.messages
+    assert line.startswith("GET /v1/models/") and line.endswith("id-1")
+    assert USE not in line and "secret" not in line and "\x1b" not in line
+    assert [(path, status) for path, status, _ in counted] == [("/v1/models/\x1b[31m", 200)]
+
+
+def test_keys_come_from_a_file_of_hashes_and_from_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    key = new_key(file, "admin")
+    assert key not in file.read_text() and hashlib.sha256(key.encode()).hexdigest() in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    second = new_key(file, "use")
+    file.write_text(file.read_text() + "\n# a comment\n")
+    keys = read_keys(file, {"VENEER_API_KEY": USE, "VENEER_ADMIN_KEY": ADMIN})
+    assert [keys.caller(each).scope for each in (key, second, USE, ADMIN)] == ["admin", "use", "use", "admin"]
+    assert keys.caller("other") is None and keys.caller("") is None and keys.caller(None) is None
+    assert not read_keys(None, {})
+
+
+def test_a_file_that_holds_no_keys_is_refused_with_every_line(tmp_path):
+    file = tmp_path / "keys"
+    with pytest.raises(SourceError, match="--new-key"):
+        read_keys(file, {})
+    file.write_text("")
+    with pytest.raises(ConfigError, match="it has none"):
+        read_keys(file, {})
+    file.write_text(f"use {hashed('a')}\nroot {hashed('b')} x\nmy-plain-key\n")
+    with pytest.raises(ConfigError) as caught:
+        read_keys(file, {})
+    assert len(caught.value.faults) == 2 and "my-plain-key" not in str(caught.value)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not text"):
+        read_keys(file, {})
+    with pytest.raises(ConfigError, match="a key has 16"):
+        read_keys(None, {"VENEER_API_KEY": "short"})
