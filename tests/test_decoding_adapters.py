@@ -116,6 +116,17 @@ def test_an_adapter_is_unloaded_while_it_runs():
     toy.finish_all()
 
 
+def test_what_went_for_good_is_found_no_more():
+    toy = Toy()
+    toy.add(range(12), 2, A), toy.add(range(12), 2)
+    toy.finish_all()
+    found = toy.blocks.findable
+    toy.gone = [A[0][0]]
+    again = toy.add(range(12), 2)
+    toy.finish_all()
+    assert again.cached_tokens and 0 < toy.blocks.findable < found
+
+
 def test_adapters_are_in_use_from_the_queue_to_the_end():
     toy = Toy(rows=1)
     toy.add([1], 2, A)

@@ -8,6 +8,7 @@ from tests.tiny import tiny_base
 from veneer.adapters.acting import Acting
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.decoding.adapters import Fixed
 from veneer.decoding.decode import decode
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling import Sampling
@@ -57,7 +58,7 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
     base, applied = with_adapters(family)
     limits = Limits(rows=5, step_tokens=24, chunk_tokens=7) if narrow else Limits()
     tokens = 16 * 12 if narrow else 16 * 200
-    engine = Engine(base, budget_bytes=tokens * bytes_per_token(base), applied=applied, limits=limits)
+    engine = Engine(base, budget_bytes=tokens * bytes_per_token(base), adapters=Fixed(base, applied), limits=limits)
     asked = {}
     for identity, prompt in requests(applied):
         (answer,) = engine.add(Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity))
@@ -72,7 +73,7 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
 
 def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own_adapter_alone():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**22, applied=applied)
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(base, applied))
     start = tuple(range(40))
     lora = (("lora", 1.0),)
     first = [engine.add(Request(prompt=(*start, 50), max_new_tokens=2, adapter=i))[0] for i in ((), lora)]
@@ -88,11 +89,11 @@ def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own
 
 def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refused():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, applied=applied)
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(base, applied))
     with pytest.raises(ConfigError, match="no adapter"):
         engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
     with pytest.raises(ConfigError, match="one request after another"):
-        Engine(tiny_base("bloom"), budget_bytes=2**20, applied={})
+        Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=Fixed(base, {}))
     with pytest.raises(ConfigError, match="rows for"):
         engine.add(Request(prompt=(1, 2**20), max_new_tokens=1))
     with pytest.raises(ConfigError, match="rows for"):
@@ -113,7 +114,10 @@ DRAWS = [
 def answered(base, applied, asked, narrow):
     limits = Limits(rows=4, step_tokens=20, chunk_tokens=7) if narrow else Limits()
     engine = Engine(
-        base, budget_bytes=16 * (10 if narrow else 200) * bytes_per_token(base), applied=applied, limits=limits
+        base,
+        budget_bytes=16 * (10 if narrow else 200) * bytes_per_token(base),
+        adapters=Fixed(base, applied),
+        limits=limits,
     )
     answers = [engine.add(request) for request in asked]
     engine.run()
@@ -146,7 +150,7 @@ def test_drawn_answers_do_not_depend_on_what_is_beside_them_nor_on_going_back():
 
 def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_next_step():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, applied=applied)
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(base, applied))
     gone, stays = (engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2))
     engine.step(0.0)
     engine.cancel(gone)

@@ -49,19 +49,42 @@ class Toy:
             tokens_per_block=tokens_per_block,
         )
         self.adapters: dict[Identity, int | Exception | None] = {}
-        self.scheduler = Scheduler(self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self.ready)
+        self.scheduler = Scheduler(self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self)
         self.memory = PretendedMemory(tokens_per_block)
         self.ended: list[Sequence] = []
         self.asked: Counter[Identity] = Counter()
+        self.held: Counter[Identity] = Counter()
+        self.offered: set[Identity] = set()
+        self.gone: list[str] = []
         self.computed = 0
         self.now = 0.0
+
+    def expect(self, adapter: Identity) -> None: ...
 
     def ready(self, adapter: Identity) -> int | None:
         self.asked[adapter] += 1
         state = self.adapters.get(adapter, 0)
         if isinstance(state, Exception):
             raise state
+        if state is not None:
+            self.offered.add(adapter)
         return state
+
+    def settle(self) -> list[str]:
+        self.offered.clear()
+        gone, self.gone = self.gone, []
+        return gone
+
+    def hold(self, adapter: Identity) -> None:
+        assert self.held[adapter] or adapter in self.offered, "it might have gone"
+        self.held[adapter] += 1
+
+    def release(self, adapter: Identity) -> None:
+        self.held[adapter] -= 1
+        assert self.held[adapter] >= 0
+
+    def applied(self, adapter: Identity) -> tuple:
+        raise AssertionError("the scheduler does not ask what an adapter is on the base")
 
     def add(self, prompt: list[int] | range, new: int = 4, own: Identity = (), **asked: object) -> Sequence:
         request = Request(prompt=tuple(prompt), max_new_tokens=new, adapter=own, **asked)
@@ -108,6 +131,7 @@ class Toy:
         assert sum(rows for _, rows in plan.parts) <= min(limits.step_tokens, most_tokens or limits.step_tokens)
         assert len({span.sequence for span in plan.spans}) == len(plan.spans) <= len(running) <= limits.rows
         assert len({own for s in running for own, _ in s.request.adapter}) <= limits.max_adapters
+        assert +self.held == Counter(s.request.adapter for s in running if s.request.adapter)
         in_order = [span.sequence.request.adapter for span in plan.spans]
         runs = [own for i, own in enumerate(in_order) if i == 0 or in_order[i - 1] != own]
         assert len(runs) == len(set(runs)), "not adapter by adapter"
@@ -127,6 +151,7 @@ class Toy:
             self.step()
         assert self.scheduler.idle
         assert self.blocks.available == self.blocks.num_blocks
+        assert not +self.held
         assert self.blocks.fronts == self.blocks.copies == ()
 
     def right(self, s: Sequence) -> bool:

@@ -10,15 +10,14 @@ Decides nothing about order, room or sharing (decoding/scheduler.py), and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.adapters.acting import Acting, Applied, in_turn
-from veneer.adapters.prefix import PrefixLayer
-from veneer.decoding.blocks import BlockManager, Front, Identity
+from veneer.adapters.acting import Acting, in_turn
+from veneer.decoding.adapters import Adapters, prefixes
+from veneer.decoding.blocks import BlockManager, Front
 from veneer.decoding.draws import Drawing, draw
 from veneer.decoding.paged import PagedKeys, PagedStep, SpanRows
 from veneer.decoding.scheduler import Limits, Scheduler
@@ -33,40 +32,33 @@ from veneer.models.frozen_base import FrozenBase
 
 
 class Engine:
-    """budget_bytes: of keys and values. applied: what each identity that requests name is on the base.
+    """budget_bytes: of keys and values. adapters: those that requests may name.
 
     ConfigError: the base's attention is not Veneer's, so that blocks would not reach it.
     """
 
     def __init__(
-        self, base: FrozenBase, *, budget_bytes: int, applied: Mapping[Identity, Applied], limits: Limits | None = None
+        self, base: FrozenBase, *, budget_bytes: int, adapters: Adapters, limits: Limits | None = None
     ) -> None:
         if (reason := base.paths.packed_reason) is not None:
             raise ConfigError("this base answers one request after another", [reason], "Use base.generate.")
-        self.base, self._applied = base, {(): (), **applied}
-        layers = base.config.get_text_config().num_hidden_layers
-        for adapter in applied:
-            if any(len(prefix.layers) != layers for prefix in self._prefixes(adapter)):
-                raise ConfigError(
-                    f"the prefix of {adapter} leaves layers out, and blocks hold all of them",
-                    next_step="Answer with it alone (base.generate).",
-                )
+        self.base, self._adapters = base, adapters
         blocks = BlockManager(
             base=base.fingerprint().weights_hash, budget_bytes=budget_bytes, bytes_per_token=bytes_per_token(base)
         )
-        self.scheduler = Scheduler(blocks, limits or Limits(), self._front_places)
+        self.scheduler = Scheduler(blocks, limits or Limits(), adapters)
         self._keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
         self._drawings: dict[int, Drawing] = {}
         self._ids = capacity_of(base).tokens
         self._acting: tuple[tuple[Any, ...], Acting] | None = None
 
     def add(self, request: Request) -> tuple[Answer, ...]:
-        """It waits. ConfigError: an adapter that is not here, an id without a row; and what Scheduler.add raises."""
-        if request.adapter not in self._applied:
-            raise ConfigError(f"no adapter {request.adapter} is here", next_step="Name one that is on the base.")
+        """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise."""
         ids = (*request.prompt, *(token for token, _ in request.sampling.logit_bias))
         if self._ids is not None and (most := max(ids)) >= self._ids:
             raise ConfigError(f"the request holds token {most}, and the model has rows for {self._ids:,}")
+        if request.adapter:
+            self._adapters.expect(request.adapter)
         return self.scheduler.add(request)
 
     def cancel(self, answer: Answer) -> None:
@@ -134,7 +126,8 @@ class Engine:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
         parts = (*plan.parts, filler)
         if self._acting is None or self._acting[0] != parts:
-            acting = in_turn([(count, self._applied[adapter]) for adapter, count in plan.parts]).padded(filler)
+            applied = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
+            acting = in_turn(applied).padded(filler)
             self._acting = parts, acting
         return self._acting[1]
 
@@ -144,16 +137,9 @@ class Engine:
         front = self._keys.places(table.front, table.front_places)
         return SpanRows(span.start, span.stop, front, self._keys.places(table.blocks, span.stop))
 
-    def _front_places(self, adapter: Identity) -> int:
-        return sum(layer.tokens for layer in self._prefixes(adapter))
-
-    def _prefixes(self, adapter: Identity) -> list[PrefixLayer]:
-        layers = [layer for attachment, _ in self._applied[adapter] for layer in attachment.layers.values()]
-        return [layer for layer in layers if isinstance(layer, PrefixLayer)]
-
     def _write(self, front: Front) -> None:
         """A trained prefix into its blocks."""
-        (prefix,) = self._prefixes(front.adapter)
+        (prefix,) = prefixes(self._adapters.applied(front.adapter))
         places = self._keys.places(front.blocks, front.places).to(self.base.device)
         for number, (key, value) in prefix.keys().items():
             stored = self._keys.layer(number, key, value)

@@ -17,20 +17,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, ROWS, TIME, WAITS, check_numbers
 from veneer.decoding.adapter_places import AdapterPlaces
-from veneer.decoding.blocks import BlockManager, Identity
+from veneer.decoding.blocks import BlockManager, Identity, Table
 from veneer.decoding.sequence import Reason, Request, Sequence, State
 from veneer.decoding.step_plan import Chosen, Drawn, Plan, Span
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError, VeneerError
 
-Ready = Callable[[Identity], int | None]
-"""Places of the trained prefix of an adapter that can act now, 0 if it has none; None: not yet. Raises a
-VeneerError if it never will. Asked once a step for each adapter that a sequence waits for; never for the
-base. It must not wait."""
+if TYPE_CHECKING:
+    from veneer.decoding.adapters import Adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +69,11 @@ class Limits:
 
 
 class Scheduler:
-    """blocks: for its sequences alone. ready: what is known of adapters."""
+    """blocks: for its sequences alone. adapters: asked once a step for each that a sequence waits for, and held for
+    every sequence that has blocks; the base never."""
 
-    def __init__(self, blocks: BlockManager, limits: Limits, ready: Ready) -> None:
-        self.blocks, self.limits, self._ready = blocks, limits, ready
+    def __init__(self, blocks: BlockManager, limits: Limits, adapters: Adapters) -> None:
+        self.blocks, self.limits, self._adapters = blocks, limits, adapters
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._others: dict[int, list[Sequence]] = {}  # first choice -> those that wait for it to read the prompt
@@ -153,6 +153,8 @@ class Scheduler:
         left = self._go_on(tokens, takes)
         if left and len(self._running) < self.limits.rows:
             self._let_in(left, takes, places)
+        for content in self._adapters.settle():
+            self.blocks.forget(content)
         order = [s for s in self._running if s in takes]
         order.sort(key=lambda s: (s.request.adapter, takes[s] > 1))
         spans = tuple(self._span(s, takes[s]) for s in order)
@@ -242,13 +244,20 @@ class Scheduler:
         if sequence.table is not None:
             self.blocks.close(sequence.table)
             sequence.table, sequence.computed = None, 0
+            if sequence.request.adapter:
+                self._adapters.release(sequence.request.adapter)
+
+    def _hold(self, sequence: Sequence, table: Table) -> None:
+        sequence.table = table
+        if sequence.request.adapter:
+            self._adapters.hold(sequence.request.adapter)
 
     def _ask_adapters(self) -> dict[Identity, int]:
         """Prefix places of the adapters that can act. Sequences end here whose adapter never will."""
         places: dict[Identity, int] = {(): 0}
         for adapter in self.wanted():
             try:
-                found = self._ready(adapter)
+                found = self._adapters.ready(adapter)
             except VeneerError as fault:
                 self._end_waiting(adapter, fault)
                 continue
@@ -323,7 +332,8 @@ class Scheduler:
         if table is None:
             return False
         self._waiting.remove(sequence)
-        sequence.table, sequence.computed, sequence.state = table, table.cached, State.RUNNING
+        self._hold(sequence, table)
+        sequence.computed, sequence.state = table.cached, State.RUNNING
         if sequence.cached_tokens is None:
             sequence.cached_tokens = table.cached
         insort(self._running, sequence, key=lambda s: s.order)
@@ -369,10 +379,11 @@ class Scheduler:
         """Another choice goes on from the prompt that the first has read, or waits where there is no room."""
         assert first.table is not None
         room = len(self._running) < self.limits.rows
-        s.table = self.blocks.fork(first.table, first.computed) if room else None
-        if s.table is None:
+        table = self.blocks.fork(first.table, first.computed) if room else None
+        if table is None:
             s.state = State.PREEMPTED
             self._wait(s, [])
         else:
-            s.state, s.computed, s.chain = State.RUNNING, first.computed, s.table.chain
+            self._hold(s, table)
+            s.state, s.computed, s.chain = State.RUNNING, first.computed, table.chain
             insort(self._running, s, key=lambda each: each.order)

@@ -1,0 +1,87 @@
+"""What an engine asks of the adapters beside its base, by what they contain. The decoding thread asks, and never waits.
+
+Fixed    a few that are on the base and stay there
+library/residents.py   those of a library, in memory while they are needed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from veneer.adapters.acting import Applied
+from veneer.adapters.prefix import PrefixLayer
+from veneer.decoding.blocks import Identity
+from veneer.errors import ConfigError
+from veneer.models.frozen_base import FrozenBase
+
+
+class Adapters(Protocol):
+    """A round of asking is a step: each adapter that a sequence waits for is asked once, the first first. One that is
+    ready stays until the round ends, one that is held until it is let go as many times. The base is never asked for.
+    """
+
+    def expect(self, identity: Identity) -> None:
+        """A request with it is about to wait. Raises a VeneerError if it can never run."""
+
+    def ready(self, identity: Identity) -> int | None:
+        """Places of its trained prefix, 0 if it has none; None: not yet. Raises a VeneerError if it never will."""
+
+    def settle(self) -> Collection[str]:
+        """The round ends. Returns contents that went for good: nobody will look for their keys and values."""
+
+    def hold(self, identity: Identity) -> None:
+        """A sequence with this adapter, which was ready, has been given blocks."""
+
+    def release(self, identity: Identity) -> None:
+        """One that was held has ended, or went back to wait."""
+
+    def applied(self, identity: Identity) -> Applied:
+        """What it is on the base. Only of one that is held."""
+
+
+class Fixed:
+    """What each identity is on the base."""
+
+    def __init__(self, base: FrozenBase, applied: Mapping[Identity, Applied]) -> None:
+        self._applied = dict(applied)
+        self._places = {identity: front_places(base, each) for identity, each in applied.items()}
+
+    def expect(self, identity: Identity) -> None:
+        self.ready(identity)
+
+    def ready(self, identity: Identity) -> int:
+        if identity not in self._places:
+            raise ConfigError(f"no adapter {identity} is here", next_step="Name one that is on the base.")
+        return self._places[identity]
+
+    def settle(self) -> Collection[str]:
+        return ()
+
+    def hold(self, identity: Identity) -> None: ...
+
+    def release(self, identity: Identity) -> None: ...
+
+    def applied(self, identity: Identity) -> Applied:
+        return self._applied[identity]
+
+
+def prefixes(applied: Applied) -> list[PrefixLayer]:
+    layers = [layer for attachment, _ in applied for layer in attachment.layers.values()]
+    return [layer for layer in layers if isinstance(layer, PrefixLayer)]
+
+
+def front_places(base: FrozenBase, applied: Applied) -> int:
+    """Places of the trained prefix. ConfigError: one that blocks cannot hold."""
+    layers = base.config.get_text_config().num_hidden_layers
+    found = prefixes(applied)
+    if any(len(prefix.layers) != layers for prefix in found):
+        names = ", ".join(repr(attachment.name) for attachment, _ in applied)
+        raise ConfigError(
+            f"the prefix of {names} leaves layers out, and blocks hold all of them",
+            next_step="Answer with it alone (base.generate).",
+        )
+    alone = [weight for attachment, weight in applied if prefixes(((attachment, weight),))]
+    if len(alone) > 1 or any(weight != 1.0 for weight in alone):
+        raise ConfigError("a prefix acts alone and whole", next_step="Take one prefix, with weight 1.")
+    return sum(prefix.tokens for prefix in found)
