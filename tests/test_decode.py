@@ -200,12 +200,16 @@ def test_an_adapter_that_acts_is_not_part_of_the_proof_and_changes_answers():
     assert adapted == reference(base.model, PROMPTS, {257}, 6)
 
 
-def test_tokens_stream_with_the_stop_token_and_prompts_are_counted_as_they_finish():
+def test_tokens_stream_without_the_stop_token_and_prompts_are_counted_as_they_finish():
     base = tiny_base("llama")
     seen: list[int] = []
     done: list[int] = []
     (answer,) = generate(base, [PROMPTS[2]], max_new_tokens=7, on_token=seen.append, on_done=done.append)
-    assert seen[: len(answer)] == answer and done == [1]
+    assert seen == answer and done == [1]
+    base.model.generation_config.eos_token_id = answer[3]
+    seen.clear()
+    assert generate(base, [PROMPTS[2]], max_new_tokens=7, on_token=seen.append) == [seen]
+    assert seen == answer[: answer.index(answer[3])]
     generate(base, PROMPTS, max_new_tokens=7, on_done=done.append)
     assert done[-1] == len(PROMPTS)
 

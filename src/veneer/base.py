@@ -15,6 +15,7 @@ from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
+from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk
 from veneer.formats.adapter import load_adapter
@@ -151,7 +152,12 @@ class Base(FrozenBase):
     ) -> str:
         """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece."""
         ids = self._prompt_ids(prompt)
-        stream = _TextStream(self.tokenizer, on_text) if on_text is not None else None
+        stream = TextStream(self.tokenizer)
+
+        def say(text: str) -> None:
+            if on_text is not None and text:
+                on_text(text)
+
         with self.routing.held():  # a switch by another thread is for its next answer
             (answer,) = generate(
                 self,
@@ -160,11 +166,10 @@ class Base(FrozenBase):
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
-                on_token=stream,
+                on_token=None if on_text is None else lambda token: say(stream.push(token)),
             )
-        if stream is not None:
-            stream.end(answer)
-        return _text(self.tokenizer, answer)
+        say(stream.end())
+        return text_of(self.tokenizer, answer)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
@@ -176,30 +181,3 @@ class Base(FrozenBase):
             return list(self.tokenizer(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         return ChatTemplate(self.tokenizer).encode_prompt(messages)
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class _TextStream:
-    """Turns ids into text as they come; holds back what may still change, such as half a character."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.ids: list[int] = []
-        self.sent = 0
-
-    def __call__(self, token: int) -> None:
-        self.ids.append(token)
-        self._send(_text(self.tokenizer, self.ids))
-
-    def _send(self, text: str) -> None:
-        if len(text) > self.sent and not text.endswith("\ufffd"):
-            self.on_text(text[self.sent :])
-            self.sent = len(text)
-
-    def end(self, ids: list[int]) -> None:
-        text = _text(self.tokenizer, ids)
-        if len(text) > self.sent:
-            self.on_text(text[self.sent :])

@@ -50,7 +50,7 @@ def generate(
     """One list of new ids per prompt, the stop token left out. temperature 0 is greedy.
 
     An answer that has not stopped is cut after max_new_tokens, or where the model's positions end.
-    on_token gets each new id as it comes (the stop token included); for a single prompt only.
+    on_token gets each id of the answer as it comes; for a single prompt only.
     on_done gets the number of prompts answered so far, now and then.
     ConfigError: a prompt that is empty, leaves no room within the model's positions or holds an id that it has no row
     for; numbers outside of what they mean.
@@ -68,15 +68,14 @@ def generate(
         for ids in prompts
     ]
     draw = _Draw(temperature, top_p, seed) if temperature > _COLDEST and top_p > 0 else None
-    asked = _Asked(
-        base,
-        prompts,
-        limits,
-        list(stop_token_ids(base.tokenizer, base.model.generation_config)),
-        draw,
-        on_token if len(prompts) == 1 else None,
-        on_done,
-    )
+    stops = list(stop_token_ids(base.tokenizer, base.model.generation_config))
+
+    def say(token: int) -> None:
+        if on_token is not None and token not in stops:
+            on_token(token)
+
+    told = say if on_token is not None and len(prompts) == 1 else None
+    asked = _Asked(base, prompts, limits, stops, draw, told, on_done)
     packed = _decodes_packed(base)
     if not packed and loops(base.model).cached is not None:
         _by_rereading(asked)

@@ -9,6 +9,7 @@ from typing import Any
 from veneer.data.examples import Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
+from veneer.decoding.text import text_of
 from veneer.errors import DataError
 from veneer.models.frozen_base import FrozenBase
 
@@ -76,7 +77,7 @@ def _expected(base: FrozenBase, template: ChatTemplate, row: Row) -> str:
 
 
 def _text(base: FrozenBase, ids: list[int]) -> str:
-    return str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return text_of(base.tokenizer, ids).strip()
 
 
 def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str) -> None:
