@@ -205,6 +205,11 @@ def writable(y: Tensor) -> Tensor:
     return y.detach()
 
 
+def bias_gradient(g_MO: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, O) -> (O)."""
+    return g_MO.sum(0, dtype=torch.promote_types(g_MO.dtype, torch.float32)).to(dtype)
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
@@ -217,9 +222,7 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         g_MO = grad.reshape(-1, ctx.base.out_features)
         grad_x = ctx.base.input_gradient(g_MO).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_bias = g_MO.sum(0, dtype=torch.promote_types(g_MO.dtype, torch.float32)).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(g_MO, ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.kernels import calls, rank
-from veneer.kernels.lora import Dropout
-from veneer.linear import DenseLinear, FrozenLinear, writable
+from veneer.kernels.lora import Dropout, update_gradients
+from veneer.linear import DenseLinear, FrozenLinear, bias_gradient, writable
 
 
 def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scaling: float) -> Tensor:
@@ -138,20 +138,11 @@ class _DoRALinear(torch.autograd.Function):
             rows = ((magnitude == 0) & (norm > 0)).nonzero().flatten()
             plain = x_MI @ base.dense_weight(x.dtype)[rows].T + scaling * down_MR @ B_OR[rows].T
             grad_m[rows] = (g_MO[:, rows] * plain).sum(0, dtype=norm.dtype) / norm[rows]
-        dropped = x_MI if ctx.dropout is None else ctx.dropout.apply(x_MI)
-        grad_A = rank.gradient(up_MR, dropped).to(ctx.types[0])
-        grad_B = rank.gradient(down_MR, turned_MO, scaling).T.to(ctx.types[1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = base.input_gradient(turned_MO)
-            if ctx.dropout is None:
-                rank.add_up(grad_x, up_MR, A_RI.T)
-            else:
-                grad_x += ctx.dropout.apply(up_MR @ A_RI)
-            grad_x = grad_x.view(x.shape)
-        grad_bias = None
-        if ctx.needs_input_grad[5]:
-            grad_bias = g_MO.sum(0, dtype=norm.dtype).to(bias.dtype)
+        grad_x = base.input_gradient(turned_MO) if ctx.needs_input_grad[0] else None
+        grad_A, grad_B = update_gradients(up_MR, turned_MO, x_MI, A_RI, down_MR, scaling, ctx.dropout, grad_x)
+        grad_A, grad_B = grad_A.to(ctx.types[0]), grad_B.to(ctx.types[1])
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        grad_bias = bias_gradient(g_MO, bias.dtype) if ctx.needs_input_grad[5] else None
         return grad_x, grad_A, grad_B, grad_m, None, grad_bias, None, None, None
 
 

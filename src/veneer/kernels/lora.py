@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import drop_out, drop_out_reference
-from veneer.linear import FrozenLinear, writable
+from veneer.linear import FrozenLinear, bias_gradient, writable
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,36 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     return y.view(x.shape)
 
 
+def add_update(
+    y_MO: Tensor, x_MI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: Dropout | None
+) -> Tensor:
+    """y += scaling * (drop(x) A^T) B^T. Returns drop(x) A^T, (M, R), which backward wants."""
+    down_MR = rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI)
+    rank.add_up(y_MO, down_MR, B_OR, scaling)
+    return down_MR
+
+
+def update_gradients(
+    up_MR: Tensor,
+    g_MO: Tensor,
+    x_MI: Tensor,
+    A_RI: Tensor,
+    down_MR: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    grad_x: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dA (R, I) and dB (O, R) of an update whose U is up_MR; to grad_x (M, I), if wanted, drop(U A) is added."""
+    grad_A = rank.gradient(up_MR, x_MI if dropout is None else dropout.apply(x_MI))
+    grad_B = rank.gradient(down_MR, g_MO, scaling).T
+    if grad_x is not None:
+        if dropout is None:
+            rank.add_up(grad_x, up_MR, A_RI.T)
+        else:
+            grad_x += dropout.apply(up_MR @ A_RI)
+    return grad_A, grad_B
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,11 +104,8 @@ class _LoRALinear(torch.autograd.Function):
         # A and B are cast, never x: a float32 copy of x would live until backward.
         A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
         y = base.product(x, bias)
-        x_MI = x.reshape(-1, base.in_features)
-        if dropout is not None:
-            x_MI = dropout.apply(x_MI)
-        down_MR = rank.down(x_MI, A_RI)
-        rank.add_up(y.view(-1, base.out_features), down_MR, B_OR, scaling)
+        y_MO, x_MI = y.view(-1, base.out_features), x.reshape(-1, base.in_features)
+        down_MR = add_update(y_MO, x_MI, A_RI, B_OR, scaling, dropout)
         ctx.save_for_backward(x, A_RI, B_OR, down_MR)
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
         ctx.types = A.dtype, B.dtype, None if bias is None else bias.dtype
@@ -88,25 +115,14 @@ class _LoRALinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A_RI, B_OR, down_MR = ctx.saved_tensors
-        base, scaling = ctx.base, ctx.scaling
-        g_MO = grad.reshape(-1, base.out_features)
-        x_MI = x.reshape(-1, base.in_features)
+        base, scaling, (A_type, B_type, bias_type) = ctx.base, ctx.scaling, ctx.types
+        g_MO, x_MI = grad.reshape(-1, base.out_features), x.reshape(-1, base.in_features)
+        grad_x = base.input_gradient(g_MO) if ctx.needs_input_grad[0] else None
         up_MR = rank.down(g_MO, B_OR.T, scaling)
-        dropped = x_MI if ctx.dropout is None else ctx.dropout.apply(x_MI)
-        grad_A = rank.gradient(up_MR, dropped).to(ctx.types[0])
-        grad_B = rank.gradient(down_MR, g_MO, scaling).T.to(ctx.types[1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = base.input_gradient(g_MO)
-            if ctx.dropout is None:
-                rank.add_up(grad_x, up_MR, A_RI.T)
-            else:
-                grad_x += ctx.dropout.apply(up_MR @ A_RI)
-            grad_x = grad_x.view(x.shape)
-        grad_bias = None
-        if ctx.needs_input_grad[3]:
-            grad_bias = g_MO.sum(0, dtype=torch.promote_types(g_MO.dtype, torch.float32)).to(ctx.types[2])
-        return grad_x, grad_A, grad_B, grad_bias, None, None, None
+        grad_A, grad_B = update_gradients(up_MR, g_MO, x_MI, A_RI, down_MR, scaling, ctx.dropout, grad_x)
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        grad_bias = bias_gradient(g_MO, bias_type) if ctx.needs_input_grad[3] else None
+        return grad_x, grad_A.to(A_type), grad_B.to(B_type), grad_bias, None, None, None
 
 
 def lora_linear(

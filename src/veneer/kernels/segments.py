@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import rank
-from veneer.kernels.lora import Dropout
-from veneer.linear import FrozenLinear, frozen_product
+from veneer.kernels.lora import Dropout, add_update, update_gradients
+from veneer.linear import FrozenLinear, bias_gradient, frozen_product
 
 LONG = 64
 """Rows from which a segment is taken by itself: its products then cost more than calling them."""
@@ -48,6 +48,15 @@ class Update:
     @property
     def count(self) -> int:
         return int(self.rows.stop - self.rows.start)
+
+    def seen(self, x_MI: Tensor) -> Tensor:
+        """Its rows of x through its dropout."""
+        x = x_MI[self.rows]
+        return x if self.dropout is None else self.dropout.apply(x)
+
+    def add_to(self, y_MO: Tensor, x_MI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        """Factors in the type of the products. Returns drop(x[rows]) A^T."""
+        return add_update(y_MO[self.rows], x_MI[self.rows], A_RI, B_OR, self.scaling, self.dropout)
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class Prepared:
         """(M, I) -> (M, O)."""
         y_MO = base.product(x_MI, bias)
         for rows, A_RI, B_OR, scaling in self.alone:
-            rank.add_up(y_MO[rows], rank.down(x_MI[rows], A_RI), B_OR, scaling)
+            add_update(y_MO[rows], x_MI[rows], A_RI, B_OR, scaling, None)
         for bundle, A, B in self.bundled:
             bundle.add_to(y_MO, torch.bmm(bundle.stacked(x_MI), A.mT), B.mT)
         return y_MO
@@ -202,8 +211,7 @@ class _WithUpdates(torch.autograd.Function):
         for number in _alone(updates, bundles):
             update = updates[number]
             A_RI, B_OR = (factor.to(x_MI.dtype) for factor in pairs[number])
-            down = rank.down(_seen(x_MI, update), A_RI)
-            rank.add_up(y_MO[update.rows], down, B_OR, update.scaling)
+            down = update.add_to(y_MO, x_MI, A_RI, B_OR)
             kept += [A_RI, B_OR, down]
         for bundle in bundles:
             own = [updates[n] for n in bundle.numbers]
@@ -230,14 +238,10 @@ class _WithUpdates(torch.autograd.Function):
             update = updates[number]
             g = grad[update.rows]
             up = rank.down(g, B_OR.T, update.scaling)
-            grads[2 * number] = rank.gradient(up, _seen(x_MI, update))
-            grads[2 * number + 1] = rank.gradient(down, g, update.scaling).T
-            if grad_x is None:
-                continue
-            if update.dropout is None:
-                rank.add_up(grad_x[update.rows], up, A_RI.T)
-            else:
-                grad_x[update.rows] += update.dropout.apply(up @ A_RI)
+            own_x = None if grad_x is None else grad_x[update.rows]
+            grads[2 * number], grads[2 * number + 1] = update_gradients(
+                up, g, x_MI[update.rows], A_RI, down, update.scaling, update.dropout, own_x
+            )
         for place, bundle in enumerate(ctx.bundles, start=len(alone)):
             A, B, down = kept[3 * place : 3 * place + 3]
             own = [updates[n] for n in bundle.numbers]
@@ -255,9 +259,7 @@ class _WithUpdates(torch.autograd.Function):
             for at, update in enumerate(own):
                 part = up[at, : update.count] @ A[at]
                 grad_x[update.rows] += part if update.dropout is None else update.dropout.apply(part)
-        grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_type)
+        grad_bias = bias_gradient(grad, ctx.bias_type) if ctx.needs_input_grad[1] else None
         typed = (grads[n].to(dtype) for n, (_, dtype) in enumerate(ctx.likes))
         return grad_x, grad_bias, None, None, None, *typed
 
@@ -267,16 +269,11 @@ def _alone(updates: Sequence[Update], bundles: Sequence[Bundle]) -> list[int]:
     return [number for number in range(len(updates)) if number not in bundled]
 
 
-def _seen(x_MI: Tensor, update: Update) -> Tensor:
-    x = x_MI[update.rows]
-    return x if update.dropout is None else update.dropout.apply(x)
-
-
 def _stacked(x_MI: Tensor, bundle: Bundle, updates: Sequence[Update]) -> Tensor:
     """(n, L, I), each segment through its own dropout."""
     if all(update.dropout is None for update in updates):
         return bundle.stacked(x_MI)
-    seen = [F.pad(_seen(x_MI, update), (0, 0, 0, bundle.length - update.count)) for update in updates]
+    seen = [F.pad(update.seen(x_MI), (0, 0, 0, bundle.length - update.count)) for update in updates]
     return torch.stack(seen)
 
 
@@ -296,7 +293,7 @@ def linear_with_updates(
     y_MO = base.product(x_MI, bias)
     for update in updates:
         A_RI, B_OR = (factor.to(x_MI.dtype) for factor in update.layer.factors())
-        rank.add_up(y_MO[update.rows], rank.down(_seen(x_MI, update), A_RI), B_OR, update.scaling)
+        update.add_to(y_MO, x_MI, A_RI, B_OR)
     return y_MO
 
 
