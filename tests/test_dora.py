@@ -75,7 +75,7 @@ def test_a_row_of_zeros_keeps_its_factor_and_every_gradient_is_finite(bias):
     layer = DoRALayer(LoRALayer("linear", A, torch.zeros(O, R), alpha=2.0, rslora=False), base)
     assert layer.magnitude[2] == 0
     x = x.requires_grad_(True)
-    y = DoRALayer.product(x, own, base, [(layer, 1.0)], Routing())
+    y = DoRALayer.product(x, own, base, [(layer, 1.0, None)])
     assert torch.equal(y, F.linear(x, base.module.weight, own))
     (y.square() + y).sum().backward()
     assert all(p.grad.isfinite().all() for p in [x, *layer.parts().values()])
@@ -239,4 +239,4 @@ def test_a_fresh_bf16_layer_changes_no_bit():
     base = DenseLinear(module)
     layer = DoRALayer(LoRALayer("linear", torch.randn(16, 96), torch.zeros(144, 16), alpha=2.0, rslora=False), base)
     x = torch.randn(50, 96).bfloat16()
-    assert torch.equal(DoRALayer.product(x, module.bias, base, [(layer, 1.0)], Routing()), module(x))
+    assert torch.equal(DoRALayer.product(x, module.bias, base, [(layer, 1.0, None)]), module(x))

@@ -32,7 +32,7 @@ ROWS = row_keys(torch.tensor([5, 5, 1 << 40]), torch.tensor([0, 1, 1]))
 
 def lora(among: int, expert: int) -> Any:
     layer = LoRALayer("linear", torch.ones(2, 16), torch.ones(4, 2), alpha=1.0, rslora=False, dropout=0.5, key=7)
-    dropout = layer.active_dropout(torch.ones(3, 16), TokenKeys(ROWS, 4099), among=among, expert=expert)
+    dropout = layer.active_dropout(torch.ones(3, 16), TokenKeys(ROWS, 4099, among), expert=expert)
     assert dropout is not None
     return dropout.apply(torch.ones(3, 16)) != 0
 

@@ -192,20 +192,28 @@ def test_adapters_that_train_together_keep_their_dropout(case):
 
 def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_their_own():
     torch.manual_seed(0)
-    base, x, keys = DenseLinear(nn.Linear(6, 5)), torch.randn(7, 6), TokenKeys(torch.arange(7) * 977, 3)
+    base, x, rows = DenseLinear(nn.Linear(6, 5)), torch.randn(7, 6), torch.arange(7) * 977
     acting = [
-        (LoRALayer("linear", torch.randn(2, 6), torch.randn(5, 2), alpha=3.0, rslora=False, dropout=share), weight)
-        for share, weight in ((0.5, 1.0), (0.5, -2.0), (0.0, 0.5))
+        (
+            LoRALayer("linear", torch.randn(2, 6), torch.randn(5, 2), alpha=3.0, rslora=False, dropout=share),
+            weight,
+            keys,
+        )
+        for share, weight, keys in (
+            (0.5, 1.0, TokenKeys(rows, 3)),
+            (0.5, -2.0, TokenKeys(rows, 3, number=1)),
+            (0.0, 0.5, TokenKeys(rows, 3, number=2)),
+        )
     ]
-    seen = [layer.active_dropout(x, keys, among=among) for among, (layer, _) in enumerate(acting)]
+    seen = [layer.active_dropout(x, keys) for layer, _, keys in acting]
     masks = [drop.apply_reference(x) == 0 for drop in seen[:2]]
     assert not torch.equal(*masks) and seen[2] is None
     expected = base.module(x)
-    for (layer, weight), drop in zip(acting, seen, strict=True):
+    for (layer, weight, _), drop in zip(acting, seen, strict=True):
         given = x if drop is None else drop.apply_reference(x)
         expected = expected + weight * layer.scaling * given @ layer.A.T @ layer.B.T
-    found = low_rank_product(x, base.own_bias(), base, acting, keys)
-    parameters = [parameter for layer, _ in acting for parameter in layer.parts().values()]
+    found = low_rank_product(x, base.own_bias(), base, acting)
+    parameters = [parameter for layer, _, _ in acting for parameter in layer.parts().values()]
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(
         torch.autograd.grad(found.square().sum(), parameters),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.adapters.attachment import Attachment
 from veneer.errors import ConfigError
+from veneer.kernels.lora import Dropout
 from veneer.kernels.segments import Plan
 
 Applied = tuple[tuple[Attachment, float], ...]
@@ -23,13 +24,22 @@ Applied = tuple[tuple[Attachment, float], ...]
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """What dropout draws from: rows (M), a key for every row, and a number that no two micro-batches share."""
+    """What dropout draws from: rows (M), a key for every row, and a number that no two micro-batches share.
+
+    number: of a layer among those that act at one place, each of which draws masks of its own.
+    """
 
     rows: Tensor
     step: int
+    number: int = 0
 
     def of(self, rows: slice | Tensor) -> "TokenKeys":
-        return TokenKeys(self.rows[rows], self.step)
+        return replace(self, rows=self.rows[rows])
+
+    def mask(self, module: int, share: float, *, expert: int = 0) -> Dropout:
+        """module: its number in the adapter; expert: which of a stack."""
+        step = self.step * 0x9E3779B1 + expert * 0xC2B2AE35
+        return Dropout(self.rows, (module + self.number * 0x10001 << 32) + step, share)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from veneer.adapters.site import Site
 from veneer.adapters.targets import layer_number
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
-from veneer.kernels.lora import Dropout, dropped
+from veneer.kernels.lora import dropped
 from veneer.linear import frozen_linear
 
 ATTENTION = ("self_attn", "attn", "self_attention", "attention")
@@ -80,8 +80,7 @@ class BottleneckLayer:
             weight, bias = part["norm_weight"].to(wide), part["norm_bias"].to(wide)
             x = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
         if self.dropout and keys is not None:
-            mask = Dropout(keys.rows, (self.key << 32) + keys.step * 0x9E3779B1, self.dropout)
-            x = dropped(x, mask)
+            x = dropped(x, keys.mask(self.key, self.dropout))
         down = F.linear(x, part["down"].to(x.dtype), part["down_bias"].to(x.dtype))
         return F.linear(self.activation(down), part["up"].to(x.dtype), part["up_bias"].to(x.dtype))
 
@@ -116,8 +115,8 @@ class AdaptedBlock(AdaptedModule):
 
     def _updated(self, x: Tensor, own: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         y = own
-        for layer, weight in self.beside(adapters):
-            update = layer.update(x if layer.before else own, keys)
+        for layer, weight, drawn in self.drawing(adapters, keys):
+            update = layer.update(x if layer.before else own, drawn)
             y = torch.add(y, update, alpha=layer.scaling * weight)
         return y
 

@@ -69,36 +69,29 @@ class DoRALayer:
         factor = row_factor(self.magnitude, self.norm(table))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)
 
-    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> None:
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> None:
         """Its rows are turned as well."""
 
-    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int) -> Tensor:
+    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
         """(factor - 1) * plain + factor * LoRA's change."""
-        change = self.low_rank.change(x, plain, base, keys, among=among)
+        change = self.low_rank.change(x, plain, base, keys)
         factor = row_factor(self.magnitude, self.norm(base))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)
 
     @classmethod
     def product(
-        cls,
-        x: Tensor,
-        bias: Tensor | None,
-        base: FrozenLinear,
-        acting: Sequence[tuple[Self, float]],
-        keys: TokenKeys | None,
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float, TokenKeys | None]]
     ) -> Tensor:
-        (first, weight), *others = acting
+        (first, weight, keys), *others = acting
         if not others and weight == 1:
             return first._alone(x, bias, base, keys)
         plain = frozen_product(x, None, base)
         y = plain if bias is None else frozen_product(x, bias, base)
-        for among, (layer, weight) in enumerate(acting):
-            y = y + weight * (layer._alone(x, None, base, keys, among=among) - plain)
+        for layer, weight, keys in acting:
+            y = y + weight * (layer._alone(x, None, base, keys) - plain)
         return y
 
-    def _alone(
-        self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None, *, among: int = 0
-    ) -> Tensor:
+    def _alone(self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
         low = self.low_rank
         return dora_linear(
             x,
@@ -109,5 +102,5 @@ class DoRALayer:
             bias,
             base,
             scaling=self.scaling,
-            dropout=low.active_dropout(x, keys, among=among),
+            dropout=low.active_dropout(x, keys),
         )

@@ -49,8 +49,8 @@ class _OneExpert:
         A, B = self.stack.factors()
         return A[self.number], B[self.number]
 
-    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0) -> Dropout | None:
-        return self.stack.active_dropout(x, keys, among=among, expert=self.number)
+    def active_dropout(self, x: Tensor, keys: TokenKeys | None) -> Dropout | None:
+        return self.stack.active_dropout(x, keys, expert=self.number)
 
 
 class AdaptedExperts(AdaptedModule):
@@ -103,18 +103,21 @@ class AdaptedExperts(AdaptedModule):
         if keys is not None:  # the rows of zeros below those that the expert was given want a key too
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
         if (whole := acting.whole) is not None:
-            layers = self._layers(whole, name, expert)
-            return low_rank_product(x, bias, frozen, layers, keys) if layers else frozen_product(x, bias, frozen)
+            layers = self._layers(whole, name, expert, keys)
+            return low_rank_product(x, bias, frozen, layers) if layers else frozen_product(x, bias, frozen)
         updates: list[Update] = []
         for segment in acting.select(rows).segments(len(rows)):
-            own = None if keys is None else keys.of(segment.rows)
-            for among, (layer, weight) in enumerate(self._layers(segment.adapters, name, expert)):
-                dropout = layer.active_dropout(x[segment.rows], own, among=among)
+            of_segment = None if keys is None else keys.of(segment.rows)
+            for layer, weight, own in self._layers(segment.adapters, name, expert, of_segment):
+                dropout = layer.active_dropout(x[segment.rows], own)
                 updates.append(Update(segment.rows, layer, layer.scaling * weight, dropout))
         return linear_with_updates(x, bias, frozen, updates, Plan())
 
-    def _layers(self, adapters: Applied, name: str, expert: int) -> list[tuple[_OneExpert, float]]:
-        return [(_OneExpert(layers[name], expert), w) for layers, w in self.beside(adapters) if name in layers]
+    def _layers(
+        self, adapters: Applied, name: str, expert: int, keys: TokenKeys | None
+    ) -> list[tuple[_OneExpert, float, TokenKeys | None]]:
+        found = self.drawing(adapters, keys)
+        return [(_OneExpert(layers[name], expert), weight, own) for layers, weight, own in found if name in layers]
 
 
 def by_expert(

@@ -10,8 +10,7 @@ nothing.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -26,7 +25,7 @@ from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.lora import Dropout, dropped, lora_linear
-from veneer.kernels.segments import Update, linear_with_updates
+from veneer.kernels.segments import Plan, Update, linear_with_updates
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
 Kind = Literal["linear", "embedding", "experts"]
@@ -65,11 +64,8 @@ class LoRALayer:
         self.key = key
         """Number of the module: two modules never share a dropout mask."""
 
-    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0, expert: int = 0) -> Dropout | None:
-        """The mask of x, a row for every key; none outside of training.
-
-        among: place among the adapters that act together, expert: of a stack; each draws a mask of its own.
-        """
+    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, expert: int = 0) -> Dropout | None:
+        """The mask of x, a row for every key; none outside of training."""
         if self.dropout == 0.0 or keys is None:
             return None
         if len(keys.rows) != (given := x.numel() // x.shape[-1]):
@@ -78,8 +74,7 @@ class LoRALayer:
                 f"{len(keys.rows)}",
                 next_step="Set method.dropout: 0, or leave the modules that see other rows out (method.exclude).",
             )
-        step = keys.step * 0x9E3779B1 + expert * 0xC2B2AE35
-        return Dropout(keys.rows, (self.key + among * 0x10001 << 32) + step, self.dropout)
+        return keys.mask(self.key, self.dropout, expert=expert)
 
     def parts(self) -> dict[str, nn.Parameter]:
         return {"A": self.A, "B": self.B} | ({} if self.offset is None else {"offset": self.offset})
@@ -116,23 +111,18 @@ class LoRALayer:
 
     @classmethod
     def product(
-        cls,
-        x: Tensor,
-        bias: Tensor | None,
-        base: FrozenLinear,
-        acting: Sequence[tuple[Self, float]],
-        keys: TokenKeys | None,
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float, TokenKeys | None]]
     ) -> Tensor:
-        return low_rank_product(x, bias, base, acting, keys)
+        return low_rank_product(x, bias, base, acting)
 
-    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> Update | None:
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> Update | None:
         if self.offset is not None:
             return None
-        return Update(rows, self, self.scaling * weight, self.active_dropout(x, keys, among=among))
+        return Update(rows, self, self.scaling * weight, self.active_dropout(x, keys))
 
-    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int) -> Tensor:
+    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.factors())
-        added = F.linear(F.linear(dropped(x, self.active_dropout(x, keys, among=among)), A), B)
+        added = F.linear(F.linear(dropped(x, self.active_dropout(x, keys)), A), B)
         added = added if self.offset is None else added + self.offset.to(x.dtype)
         return self.scaling * added
 
@@ -156,29 +146,28 @@ class Factored(Protocol):
 
     def factors(self) -> Factors: ...
 
-    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, among: int = 0) -> Dropout | None: ...
+    def active_dropout(self, x: Tensor, keys: TokenKeys | None) -> Dropout | None: ...
 
 
 def low_rank_product(
-    x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Factored, float]], keys: TokenKeys | None
+    x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Factored, float, TokenKeys | None]]
 ) -> Tensor:
     """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
-    offsets = [layer.scaling * weight * layer.offset for layer, weight in acting if layer.offset is not None]
+    offsets = [layer.scaling * weight * layer.offset for layer, weight, _ in acting if layer.offset is not None]
     if offsets:
         together = torch.stack(offsets).sum(0)
         bias = (together if bias is None else bias + together).to(x.dtype)
+    masks = [layer.active_dropout(x, keys) for layer, _, keys in acting]
     if len(acting) == 1:
-        layer, weight = acting[0]
+        layer, weight, _ = acting[0]
         A, B = layer.factors()
-        return lora_linear(x, A, B, bias, base, scaling=layer.scaling * weight, dropout=layer.active_dropout(x, keys))
-    if keys is not None and any(layer.dropout for layer, _ in acting):
-        y = frozen_product(x, bias, base)
-        for among, (layer, weight) in enumerate(acting):
-            A, B = (factor.to(x.dtype) for factor in layer.factors())
-            seen = dropped(x, layer.active_dropout(x, keys, among=among))
-            y = y + layer.scaling * weight * F.linear(F.linear(seen, A), B)
-        return y
-    pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight in acting]
+        return lora_linear(x, A, B, bias, base, scaling=layer.scaling * weight, dropout=masks[0])
+    if any(mask is not None for mask in masks):
+        x_MI = x.reshape(-1, base.in_features)
+        layers = zip(acting, masks, strict=True)
+        every = [Update(slice(0, len(x_MI)), layer, layer.scaling * w, mask) for (layer, w, _), mask in layers]
+        return linear_with_updates(x_MI, bias, base, every, Plan()).view(*x.shape[:-1], -1)
+    pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight, _ in acting]
     A = torch.cat([A for A, _, _ in pairs])
     B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
     return lora_linear(x, A, B, bias, base, scaling=1.0)
@@ -189,19 +178,14 @@ class LinearLayer(Layer, Protocol):
 
     @classmethod
     def product(
-        cls,
-        x: Tensor,
-        bias: Tensor | None,
-        base: FrozenLinear,
-        acting: Sequence[tuple[Self, float]],
-        keys: TokenKeys | None,
+        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float, TokenKeys | None]]
     ) -> Tensor:
         """x (..., I) through the base with the weighted changes of all `acting` layers of this class: (..., O)."""
 
-    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None, *, among: int) -> Update | None:
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> Update | None:
         """The change of x, which stands at these rows, as a product of two factors; None: it is not that alone."""
 
-    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None, *, among: int) -> Tensor:
+    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
         """What the layer adds to plain = x W^T, both (M, ...), whatever its weight."""
 
 
@@ -235,22 +219,22 @@ class AdaptedLinear(AdaptedModule):
 
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """All rows with these adapters."""
-        by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float]]] = {}
-        for layer, weight in self.beside(adapters):
-            by_class.setdefault(type(layer), []).append((layer, weight))
+        by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float, TokenKeys | None]]] = {}
+        for one in self.drawing(adapters, keys):
+            by_class.setdefault(type(one[0]), []).append(one)
         values = self.replaced(adapters)
         bias = values.get("bias", self.frozen.own_bias())
         if "weight" in values:  # one adapter trained this layer in full; the changes of others come on top
             y: Tensor = torch.func.functional_call(self.base, values, (x,))
         elif by_class:
             kind, acting = by_class.popitem()
-            y = kind.product(x, bias, self.frozen, acting, keys)
+            y = kind.product(x, bias, self.frozen, acting)
         else:
             return self.base(x) if bias is self.frozen.own_bias() else frozen_product(x, bias, self.frozen)
         if by_class:
             plain = frozen_product(x, None, self.frozen)
             for kind, acting in by_class.items():
-                y = y + (kind.product(x, None, self.frozen, acting, keys) - plain)
+                y = y + (kind.product(x, None, self.frozen, acting) - plain)
         return y
 
     def _by_part(self, x: Tensor, acting: Acting, segments: Sequence[Segment]) -> Tensor:
@@ -280,8 +264,8 @@ class AdaptedLinear(AdaptedModule):
         if self.replaced(segment.adapters):
             return None
         found: list[Update] = []
-        for among, layer, weight in _numbered(self.beside(segment.adapters)):
-            update = layer.update(x, segment.rows, weight, keys, among=among)
+        for layer, weight, own in self.drawing(segment.adapters, keys):
+            update: Update | None = layer.update(x, segment.rows, weight, own)
             if update is None:
                 return None
             found.append(update)
@@ -293,17 +277,9 @@ class AdaptedLinear(AdaptedModule):
             return self._alike(x, adapters, keys)
         bias = self.frozen.own_bias()
         plain = y if bias is None else y - bias
-        for among, layer, weight in _numbered(self.beside(adapters)):
-            y = y + weight * layer.change(x, plain, self.frozen, keys, among=among)
+        for layer, weight, own in self.drawing(adapters, keys):
+            y = y + weight * layer.change(x, plain, self.frozen, own)
         return y.to(x.dtype)
-
-
-def _numbered(acting: Sequence[tuple[LinearLayer, float]]) -> Iterator[tuple[int, LinearLayer, float]]:
-    """Each with its number among those of its class, by which dropout tells them apart."""
-    seen: Counter[type[LinearLayer]] = Counter()
-    for layer, weight in acting:
-        yield seen[type(layer)], layer, weight
-        seen[type(layer)] += 1
 
 
 def _of(keys: TokenKeys | None, segment: Segment) -> TokenKeys | None:

@@ -7,12 +7,13 @@ carry several wrappers of different kinds, one around the other.
 Knows nothing of what a layer computes.
 """
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.acting import Applied
+from veneer.adapters.acting import Applied, TokenKeys
 from veneer.adapters.routing import Routing
 from veneer.adapters.rows import by_part, rows_of
 
@@ -42,6 +43,11 @@ class AdaptedModule(nn.Module):
         """What these adapters put here, with their weights, in their order; each wrapper knows what it is."""
         key = self.key
         return [(a.beside[key], weight) for a, weight in adapters if key in a.beside]
+
+    def drawing(self, adapters: Applied, keys: TokenKeys | None) -> list[tuple[Any, float, TokenKeys | None]]:
+        """The same, each with dropout's keys of its own; alone or in a mix, the same adapters draw the same."""
+        beside = enumerate(self.beside(adapters))
+        return [(layer, w, None if keys is None else replace(keys, number=n)) for n, (layer, w) in beside]
 
     def replaced(self, adapters: Applied) -> dict[str, Tensor]:
         """The base's own parameters, by name, as the first of these adapters that replaces any trained them."""
