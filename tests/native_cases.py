@@ -1,4 +1,4 @@
-"""A valid call of every function of kernels/calls.py and packed_calls.py, and ways to make it wrong.
+"""A valid call of every function of kernels/calls.py, packed_calls.py and dense_calls.py, and ways to make it wrong.
 
 `fuzz_calls` spoils one argument or two of a random valid call: it must be refused before C sees it, or compute within
 its tensors. The second is watched by words around every tensor that C writes, and by the sanitizers of
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls, packed_calls
+from veneer.kernels import calls, dense_calls, packed_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
 
@@ -46,6 +46,13 @@ def margins(tensor: Tensor) -> bool:
         return True
     edge = MARGIN * tensor.element_size()
     return bool((raw[:edge] == 0x5A).all() and (raw[-edge:] == 0x5A).all())
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Those of an argument, in however many tuples."""
+    if isinstance(value, tuple):
+        return [found for each in value for found in tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _rank(rng: random.Random) -> list[Call]:
@@ -239,11 +246,22 @@ def _packed(rng: random.Random) -> list[Call]:
     ]
 
 
+def _dense(rng: random.Random) -> list[Call]:
+    rows, width, dtype = rng.randint(1, 20), rng.randint(1, 100), rng.choice([torch.float32, BF16])
+    parts = []
+    for _ in range(rng.randint(1, 3)):
+        outs = rng.randint(1, 11)
+        bias = rng.choice([None, filled(dtype, outs)])
+        parts.append((filled(dtype, outs, width), bias, filled(dtype, rows, outs)))
+    x = filled(dtype, rows, width + 3)[:, rng.randint(0, 3) :][:, :width]
+    return [(dense_calls.few_rows, {"x": x, "parts": tuple(parts), "level": rng.choice([0, 2, 3, 4])})]
+
+
 def valid_calls(seed: int) -> list[Call]:
     """One of each, of random sizes."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng)]
+    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng), *_dense(rng)]
 
 
 def spoiled(value: Any, rng: random.Random) -> Any:
@@ -290,5 +308,5 @@ def fuzz_calls(seed: int) -> tuple[int, int]:
         except REFUSED:
             refused += 1
         for name, value in arguments.items():
-            assert not isinstance(value, Tensor) or margins(value), (function.__name__, name, seed)
+            assert all(margins(each) for each in tensors(value)), (function.__name__, name, seed)
     return refused, computed

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native_cases import REFUSED, fuzz_calls, margins, valid_calls
+from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
 from tests.soak.counts import count
-from veneer.kernels import calls, native, nf4, packed_calls
+from veneer.kernels import calls, dense_calls, native, nf4, packed_calls
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
 KERNELS = Path(native.__file__).parent
-CALLING = ("native.py", "arguments.py", "calls.py", "packed_calls.py")
+CALLING = ("native.py", "arguments.py", "calls.py", "packed_calls.py", "dense_calls.py")
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
@@ -49,13 +49,15 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     tried = {function for function, _ in cases}
     wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product}
     assert (
-        functions(calls) - {calls._rank if hasattr(calls, "_rank") else None} | functions(packed_calls)
+        functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
+        | functions(packed_calls)
+        | functions(dense_calls)
         <= tried | wrapped
     )
     for seed in range(20):
         for function, arguments in valid_calls(seed):
             function(**arguments)
-            assert all(margins(a) for a in arguments.values() if isinstance(a, Tensor)), function.__name__
+            assert all(margins(t) for a in arguments.values() for t in tensors(a)), function.__name__
 
 
 @needs_bf16

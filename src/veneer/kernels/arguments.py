@@ -1,4 +1,5 @@
-"""What C may be handed: the checks that every call into the compiled kernels goes through (calls.py, packed_calls.py).
+"""What C may be handed: the checks that every call into the compiled kernels goes through (calls.py, packed_calls.py,
+dense_calls.py).
 
 C looks at nothing: a number that is too large arrives as another one, and a pointer is read as far as the numbers say.
 So numbers are taken from the tensors' own shapes wherever they can be, and a tensor must be what C takes it for: its

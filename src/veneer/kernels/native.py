@@ -1,7 +1,7 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
-Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py and
-packed_calls.py alone, which check what they hand over (arguments.py): C does not look.
+Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
+packed_calls.py and dense_calls.py alone, which check what they hand over (arguments.py): C does not look.
 """
 
 import ctypes
@@ -48,6 +48,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
     **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
     "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
+    "veneer_few_rows": (None, [_POINTER, _INT]),
     "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
     "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),

@@ -1,0 +1,59 @@
+"""Products of a few rows with a dense weight: a decoding step's, whose time is that of reading W.
+
+    product(x, W, bias)       x W^T + bias                (M, I) x (O, I) -> (M, O)
+    products(x, [(W, bias)])  the same of several W, which share one x, in one call
+
+Compiled for bf16 and float32 (native/few_rows.c): W is read once, sums are in float32 and rounded once with the bias in
+them. What a row gives depends neither on the rows beside it nor on the number of threads: the same bits alone and
+among 64. Shapes: M rows, I in_features, O out_features.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import dense_calls, native
+
+MOST_ROWS = dense_calls.MOST_ROWS
+LEAST_VALUES = 2**16
+"""Of W: below, calling costs as much as the product."""
+ANY_LEVEL = 4
+"""As native.level() counts them, and 4 for products of bf16 pairs; tests lower it."""
+
+
+@cache
+def _level() -> int:
+    """-1: not compiled here, or a processor whose registers were not measured."""
+    return native.level() if native.level() >= 2 else -1
+
+
+def usable(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I)."""
+    if not x.is_cpu or x.numel() > MOST_ROWS * weight.shape[1] or weight.numel() < LEAST_VALUES:
+        return False
+    dtype = x.dtype
+    if (dtype is not torch.bfloat16 and dtype is not torch.float32) or weight.dtype is not dtype:
+        return False
+    return x.is_contiguous() and weight.is_cpu and weight.is_contiguous() and x.numel() > 0 and _level() >= 0
+
+
+def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
+    """(M, O) in x's type; all float32 or all bf16 on a CPU, M from 1 to 64. Without a gradient."""
+    y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
+    dense_calls.few_rows(x_MI, ((weight, bias, y_MO),), level)
+    return y_MO
+
+
+def products(x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, level: int = ANY_LEVEL) -> list[Tensor]:
+    """(M, O) of each (W, bias)."""
+    made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, _ in parts]
+    dense_calls.few_rows(x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level)
+    return made
+
+
+def product_reference(x_MI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The meaning of `product`, in plain torch."""
+    y_MO = x_MI.double() @ weight.double().T
+    return (y_MO if bias is None else y_MO + bias.double()).to(x_MI.dtype)

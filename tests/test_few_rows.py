@@ -1,0 +1,119 @@
+"""Products of a few rows with a dense weight, against plain torch and against themselves."""
+
+import pytest
+import torch
+
+from veneer.kernels import dense_calls, few_rows, native
+from veneer.kernels.arguments import CallError
+
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+"""Largest difference relative to the largest value: sums in another order; one rounding of a value near 1."""
+LEVELS = [0, 2, 3, 4]
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
+each_type = pytest.mark.parametrize("dtype", CLOSE, ids=str)
+
+
+def drawn(dtype, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def near(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    wide = theirs.double()
+    assert (ours.double() - wide).abs().max() <= CLOSE[ours.dtype] * wide.abs().max()
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33, 64])
+def test_a_product_is_torchs(dtype, level, rows):
+    for width, outs in [(1, 1), (7, 3), (32, 4), (33, 9), (96, 64), (100, 5), (161, 130)]:
+        x, weight, bias = drawn(dtype, rows, width), drawn(dtype, outs, width), drawn(dtype, outs)
+        near(few_rows.product(x, weight, None, level=level), few_rows.product_reference(x, weight, None))
+        near(few_rows.product(x, weight, bias, level=level), few_rows.product_reference(x, weight, bias))
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", [31, 576])
+def test_a_rows_bits_depend_on_nothing_beside_it(dtype, level, width):
+    """Neither on how many rows there are, nor where it stands among them, nor on the threads."""
+    x, weight, bias = drawn(dtype, 64, width), drawn(dtype, 130, width), drawn(dtype, 130)
+    alone = torch.cat([few_rows.product(row[None], weight, bias, level=level) for row in x])
+    before = torch.get_num_threads()
+    try:
+        for threads, counts in ((1, range(1, 65)), (2, (1, 7, 64)), (5, (3, 16))):
+            torch.set_num_threads(threads)
+            for rows in counts:
+                found = few_rows.product(x[64 - rows :], weight, bias, level=level)
+                assert torch.equal(found, alone[64 - rows :]), (threads, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
+def test_several_weights_share_one_x(dtype, level):
+    x = drawn(dtype, 5, 70)
+    parts = [(drawn(dtype, outs, 70), drawn(dtype, outs) if outs % 2 else None) for outs in (1, 4, 9, 2, 130)]
+    for found, (weight, bias) in zip(few_rows.products(x, parts, level=level), parts, strict=True):
+        assert torch.equal(found, few_rows.product(x, weight, bias, level=level))
+
+
+@each_type
+def test_the_rows_of_x_may_lie_apart(dtype):
+    wide, weight = drawn(dtype, 6, 200), drawn(dtype, 17, 70)
+    for x in (wide[:, 3:73], wide[::2, :70], wide[:1, :70].expand(6, -1)):
+        assert torch.equal(few_rows.product(x, weight, None), few_rows.product(x.contiguous(), weight, None))
+
+
+@each_type
+def test_what_is_not_finite_stays_where_it_is(dtype):
+    x, weight = drawn(dtype, 4, 45), drawn(dtype, 6, 45)
+    x[2, 44], weight[5, 0] = float("inf"), float("nan")
+    found, expected = few_rows.product(x, weight, None), few_rows.product_reference(x, weight, None)
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+
+
+@each_type
+def test_a_call_that_c_would_not_understand_is_refused(dtype):
+    x, weight, bias, y = drawn(dtype, 3, 40), drawn(dtype, 8, 40), drawn(dtype, 8), drawn(dtype, 3, 8)
+    dense_calls.few_rows(x, [(weight, bias, y)], 4)
+    other = torch.float16
+    wrong = [
+        (x.to(other), [(weight, bias, y)]),
+        (x.T.contiguous().T, [(weight, bias, y)]),
+        (x[:, :39], [(weight, bias, y)]),
+        (x[:0], [(weight, bias, y[:0])]),
+        (drawn(dtype, 65, 40), [(weight, bias, drawn(dtype, 65, 8))]),
+        (x, [(weight.to(other), bias, y)]),
+        (x, [(weight.T.contiguous().T, bias, y)]),
+        (x, [(weight, bias[:7], y)]),
+        (x, [(weight, bias.to(other), y)]),
+        (x, [(weight, bias, y[:, :7])]),
+        (x, [(weight, bias, y.T.contiguous().T)]),
+        (x, [(weight, bias, y.to("meta"))]),
+        (x, [(weight[:0], None, y[:, :0])]),
+        (x, []),
+        (x, [(weight, bias, y)] * 17),
+    ]
+    for given, parts in wrong:
+        with pytest.raises(CallError):
+            dense_calls.few_rows(given, parts, 4)
+    for level in (-1, 5, 2**32, True, None):
+        with pytest.raises(CallError):
+            dense_calls.few_rows(x, [(weight, bias, y)], level)
+
+
+def test_it_is_taken_where_it_is_the_fast_way():
+    x, weight = drawn(torch.float32, 3, 256), drawn(torch.float32, 300, 256)
+    assert few_rows.usable(x, weight) == few_rows.usable(x[None], weight) == (native.level() >= 2)
+    assert not few_rows.usable(drawn(torch.float32, 65, 256), weight)
+    assert not few_rows.usable(x, weight[:40])  # too small to be worth a call
+    assert not few_rows.usable(x.double(), weight.double())
+    assert not few_rows.usable(x.bfloat16(), weight)
+    assert not few_rows.usable(x.to("meta"), weight.to("meta"))
+    assert not few_rows.usable(x[:0], weight)
+    assert not few_rows.usable(x, weight.T.contiguous().T)
+    assert not few_rows.usable(drawn(torch.float32, 3, 300)[:, :256], weight)
