@@ -333,6 +333,10 @@ def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
     in_parts = with_template("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}")
     with pytest.raises(DataError, match="leaves out what message 1 says"):
         in_parts.encode_row(row(user("abc"), assistant("b")), train_on="last")
+    with pytest.raises(DataError, match="does not render tools: weather"):
+        plain.encode_prompt([user("a")], tools=tools)
+    with pytest.raises(DataError, match="leaves out what message 1 says"):
+        in_parts.encode_prompt([user("abc")])
 
 
 def test_a_template_may_leave_out_the_reasoning_of_earlier_answers() -> None:

@@ -83,6 +83,16 @@ def test_what_does_not_end_is_stopped_once_and_never_tried_again(what, one_worke
     assert rendered(PLAIN).endswith("[assistant]answer[assistant]")  # another template is served
 
 
+def test_a_template_that_one_conversation_stopped_is_tried_again_for_those_who_ask_for_it(one_worker):
+    source = "{% for m in messages if m.content == 'slow' %}{{ 9 ** (9 ** (9 + messages | length)) }}{% endfor %}done"
+    with pytest.raises(TemplateFault, match="stopped"):
+        rendered(source, [{"role": "user", "content": "slow"}])
+    with pytest.raises(TemplateFault, match="stopped"):
+        rendered(source)
+    rendering.forgive()
+    assert rendered(source) == "done"
+
+
 def test_the_process_is_stopped_after_two_seconds_of_its_own_time(one_worker):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(TemplateFault, match="2 s"):

@@ -144,6 +144,10 @@ class Worker:
                 self._ask(requests[len(found) :], found)
         return found
 
+    def forgive(self) -> None:
+        with self._lock:
+            self._refused.clear()
+
     def _ask(self, requests: Sequence[tuple[int, bytes]], found: list[dict[str, Any] | TemplateFault]) -> None:
         """Appends answers to `found` until all are there or the process is gone: then the one it died of is refused."""
         if requests[0][0] in self._refused:
@@ -250,3 +254,9 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 @cache
 def _worker() -> Worker:
     return Worker()
+
+
+def forgive() -> None:
+    """Templates that the process did not survive are tried again: for those who render other people's conversations,
+    one of which may have been the reason."""
+    _worker().forgive()

@@ -26,7 +26,7 @@ from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
 from veneer.data.rendering import Conversation, Template, beginnings, render_all
 from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import ControlNames, Cut, TextTokens, TokenFault, Tokens
-from veneer.data.unfit import Unfit, check_contents, check_text, parting, unfit
+from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, parting, unfit
 from veneer.errors import DataError
 
 _CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
@@ -128,6 +128,8 @@ class ChatTemplate:
             render_all([(conversation, beginnings(hidden, prompt=True))])
             text = conversation.text(len(hidden), add_generation_prompt=True)
             check_text(text)
+            check_tools(messages, tools, self._tokens.show(text))
+            check_contents(hidden, text)
             borders = self._borders(conversation, text)
             return self._encoded(Cut(text, borders)).ids
         except (Unfit, TemplateFault, TokenFault) as fault:
@@ -222,7 +224,7 @@ class ChatTemplate:
         messages = chat.messages
         text = chat.text(len(messages), add_generation_prompt=False)
         check_text(text)
-        self._check_tools(row, text)
+        check_tools(row.messages, row.tools, self._tokens.show(text))
         check_contents(messages, text)
         last = len(messages) - 1
         spans: list[tuple[int, int]] = []
@@ -292,20 +294,6 @@ class ChatTemplate:
                 if turn is not None and not (borders and turn[0] < borders[-1]):
                     borders += turn
         return _cuts(borders, text)
-
-    def _check_tools(self, row: Row, text: str) -> None:
-        """Tools that the template leaves out would be silently lost."""
-        wanted = [tool.get("function", tool).get("name") for tool in row.tools or []]
-        for message in row.messages:
-            wanted += [call.get("function", call).get("name") for call in message.get("tool_calls", [])]
-        text = self._tokens.show(text) if wanted else ""
-        if lost := sorted({name for name in wanted if isinstance(name, str) and name not in text}):
-            raise Unfit(
-                "D214",
-                f"the chat template does not render tools: {', '.join(lost[:5])} left out",
-                "Write the tools into the system message and the calls into the answers, or use a base whose "
-                "template renders tools.",
-            )
 
     def _encoded(self, cut: Cut) -> Tokens:
         (found,) = self._tokens.encode([cut])

@@ -36,9 +36,23 @@ def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
     """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
     for number, message in enumerate(messages, 1):
         # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
-        end = message["content"].rpartition("</think>")[2].strip()[-_TAIL:]
+        end = (message.get("content") or "").rpartition("</think>")[2].strip()[-_TAIL:]
         if message["role"] != "tool" and end not in text:
             raise Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
+
+
+def check_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, text: str) -> None:
+    """Tools that the template leaves out would be silently lost."""
+    wanted = [tool.get("function", tool).get("name") for tool in tools or []]
+    for message in messages:
+        wanted += [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
+    if lost := sorted({name for name in wanted if isinstance(name, str) and name not in text}):
+        raise Unfit(
+            "D214",
+            f"the chat template does not render tools: {', '.join(lost[:5])} left out",
+            "Write the tools into the system message and the calls into the answers, or use a base whose "
+            "template renders tools.",
+        )
 
 
 def check_text(text: str) -> None:

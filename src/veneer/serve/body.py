@@ -14,6 +14,8 @@ from veneer.serve.refusals import Refusal
 
 SECONDS = 30.0
 """For a whole body to arrive."""
+MOST_DISCARDED = 64 * 2**20
+"""Bytes of a body that is too large, read and thrown away: who still sends would not see the answer."""
 
 
 async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
@@ -23,20 +25,21 @@ async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
         raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "The body must not be compressed.")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > most_bytes:
-        raise _too_large(most_bytes)
-    text = bytearray()
+    text, seen = bytearray(), 0
     try:
         async with asyncio.timeout(SECONDS):
             async for part in request.stream():
-                text += part
-                if len(text) > most_bytes:
-                    raise _too_large(most_bytes)
+                seen += len(part)
+                if seen <= most_bytes:
+                    text += part
+                elif seen > MOST_DISCARDED:
+                    break
     except TimeoutError:
         raise Refusal(408, f"The body did not arrive within {SECONDS:g} seconds.") from None
     except ClientDisconnect:
         raise Refusal(400, "The body was cut short.") from None
+    if seen > most_bytes:
+        raise Refusal(413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"})
     return parsed(bytes(text))
 
 
@@ -52,10 +55,6 @@ def parsed(text: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(400, "The body is not a JSON object.")
     return value
-
-
-def _too_large(most_bytes: int) -> Refusal:
-    return Refusal(413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"})
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Fault:
         return f"{self.param}: {self.what}" if self.param else self.what
 
 
-@dataclass
+@dataclass(eq=False)
 class Refusal(Exception):
     """A request that is not answered. Raised anywhere in this room, answered in app.py."""
 
@@ -107,6 +107,10 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
     if isinstance(fault, VeneerError):
         return Refusal(422, str(fault), param)
     return Refusal(500, "This is a bug in Veneer; the server's log says more.")
+
+
+def shutting_down() -> Refusal:
+    return Refusal(503, "The server is shutting down.")
 
 
 def unknown_model(name: str, next_step: str = "") -> Refusal:

@@ -1,0 +1,187 @@
+"""The routes: from HTTP to what answers it, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import ModuleType
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from veneer.errors import VeneerError
+from veneer.serve import chat, completions, messages, responses
+from veneer.serve.adapters import loaded, unloaded
+from veneer.serve.body import read_body
+from veneer.serve.exchange import Exchange
+from veneer.serve.guard import answer_to
+from veneer.serve.keys import Caller
+from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.service import Service
+from veneer.serve.tokens import detokenized, tokenized
+
+log = logging.getLogger("veneer.serve")
+Handler = Callable[[Request], Awaitable[Response]]
+PROTOCOLS: dict[str, ModuleType] = {
+    "/v1/chat/completions": chat,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+}
+NOT_SERVED = {
+    "/v1/embeddings": "a causal language model makes no embeddings",
+    "/v1/audio/transcriptions": "text alone is read",
+    "/v1/images/generations": "answers are text",
+    "/v1/moderations": "ask a model of your own for it",
+    "/v1/rerank": "no model here ranks",
+    "/v1/score": "no model here scores pairs",
+}
+PATHS = (
+    *PROTOCOLS,
+    *NOT_SERVED,
+    "/v1/messages/count_tokens",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/metrics",
+    "/healthz",
+    "/readyz",
+)
+"""Those that metrics tell apart."""
+
+
+def application(service: Service) -> Starlette:
+    """Without what stands around it (guard.py)."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.loop.start()
+        yield
+        await service.close()
+
+    return Starlette(routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _by_http})
+
+
+def _routes(service: Service) -> list[Route]:
+    def post(path: str, handler: Callable[[dict[str, Any], Request], Awaitable[Response]], scope: str = "use") -> Route:
+        async def endpoint(request: Request) -> Response:
+            _check_scope(request, scope)
+            return await handler(await read_body(request, service.limits.body_bytes), request)
+
+        return Route(path, _answered(endpoint), methods=["POST"])
+
+    async def answer(body: dict[str, Any], request: Request) -> Response:
+        protocol = PROTOCOLS[request.url.path]
+        return Exchange(service, protocol, protocol.asked(body), _caller(request).name, request.url.path)
+
+    async def count(body: dict[str, Any], request: Request) -> Response:
+        asked = messages.counted(body)
+        await service.model(asked.model)
+        (ids,) = await service.prompts.encoded(asked.prompts)
+        return JSONResponse({"input_tokens": len(ids)})
+
+    async def tokenize(body: dict[str, Any], request: Request) -> Response:
+        asked, wants_strings = tokenized(body)
+        await service.model(asked.model or service.names.base_name)
+        (ids,) = await service.prompts.encoded(asked.prompts)
+        found = {"count": len(ids), "max_model_len": service.prompts.positions, "tokens": ids}
+        strings = await service.prompts.strings(ids) if wants_strings else None
+        return JSONResponse({**found, "token_strs": strings})
+
+    async def detokenize(body: dict[str, Any], request: Request) -> Response:
+        model, ids = detokenized(body)
+        await service.model(model or service.names.base_name)
+        return JSONResponse({"prompt": await service.prompts.text(ids)})
+
+    async def load(body: dict[str, Any], request: Request) -> Response:
+        wanted = loaded(body)
+        entry = await _apart(lambda: service.names.loadable(wanted.name, wanted.reference, in_place=wanted.in_place))
+        await service.load(wanted.name, entry)
+        said = await _apart(lambda: service.names.add(wanted.name, wanted.reference))
+        return PlainTextResponse(said, headers={"x-veneer-version": entry.version.facts.content_hash})
+
+    async def unload(body: dict[str, Any], request: Request) -> Response:
+        name = unloaded(body)
+        return PlainTextResponse(await _apart(lambda: service.names.remove(name)))
+
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, _answered(handler), methods=["GET"])
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await _apart(service.names.cards)})
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(await _apart(lambda: service.names.card(request.path_params["name"])))
+
+    async def metrics(request: Request) -> Response:
+        return PlainTextResponse(await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def health(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def ready(request: Request) -> Response:
+        return PlainTextResponse("closing\n", 503) if service.loop.closing else PlainTextResponse("ready\n")
+
+    return [
+        *(post(path, answer) for path in PROTOCOLS),
+        post("/v1/messages/count_tokens", count),
+        post("/tokenize", tokenize),
+        post("/detokenize", detokenize),
+        post("/v1/load_lora_adapter", load, "admin"),
+        post("/v1/unload_lora_adapter", unload, "admin"),
+        get("/v1/models", models),
+        get("/v1/models/{name:path}", model),
+        get("/metrics", metrics),
+        get("/healthz", health),
+        get("/readyz", ready),
+        *(Route(path, _answered(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
+    ]
+
+
+async def _not_served(request: Request) -> Response:
+    raise Refusal(404, f"{request.url.path} is not served: {NOT_SERVED[request.url.path]}.", code="not_served")
+
+
+def _answered(handler: Handler) -> Handler:
+    """Whatever is raised, as an answer. What is a bug of ours is written down with where it happened."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except (Refusal, VeneerError) as fault:
+            return answer_to(refusal_of(fault), request.url.path)
+        except Exception as fault:
+            log.exception("a bug: %s", type(fault).__name__)
+            return answer_to(refusal_of(fault), request.url.path)
+
+    return answered
+
+
+async def _by_http(request: Request, fault: Exception) -> Response:
+    """No such path, or not with this method."""
+    assert isinstance(fault, HTTPException)
+    said = "There is no such path here." if fault.status_code == 404 else f"{fault.detail}."
+    return answer_to(Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path)
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _check_scope(request: Request, scope: str) -> None:
+    if scope == "admin" and _caller(request).scope != "admin":
+        raise Refusal(403, "This key may not change which adapters are served.", code="wrong_scope")
+
+
+async def _apart(function: Callable[[], Any]) -> Any:
+    """What reads files is not for the event loop."""
+    return await asyncio.to_thread(function)

@@ -1,0 +1,116 @@
+"""An answer on its way to a client: whole or piece by piece, and nothing computed for one that has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from veneer.serve.answering import Answering
+from veneer.serve.answers import Answer, Head, Piece, Streamed
+from veneer.serve.asked import Asked
+from veneer.serve.guard import answer_to
+from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.service import Service
+
+HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"))
+PROXIES = (b"x-accel-buffering", b"no")
+"""They must not gather pieces."""
+
+
+class ClientGone(Exception):
+    """Nobody reads what would be sent."""
+
+
+class Exchange(Response):
+    """protocol: its file. The status is sent when the first piece is there, so that an adapter that fails is 4xx."""
+
+    def __init__(self, service: Service, protocol: ModuleType, asked: Asked, caller: str, path: str) -> None:
+        self._service, self._protocol, self._asked = service, protocol, asked
+        self._caller, self._path = caller, path
+        self._began = time.monotonic()
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: Response | None = None
+        with suppress(ClientGone):
+            try:
+                response = await unless_gone(receive, self._exchange(send))
+            except Refusal as refusal:
+                response = answer_to(refusal, self._path)
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _exchange(self, send: Send) -> Response | None:
+        """The whole answer; None: it has been sent in pieces."""
+        model, answering = await self._service.begin(self._asked, self._caller)
+        head: Head = self._protocol.head(self._asked.model, self._service.fingerprint(model))
+        reason = None
+        try:
+            async with answering:
+                pieces = answering.pieces()
+                first = await anext(pieces)
+                self._service.metrics.first(time.monotonic() - self._began)
+                if self._asked.stream:
+                    streamed: Streamed = self._protocol.Stream(head, self._asked)
+                    reason = await self._stream(send, streamed, answering, first, pieces)
+                    return None
+                answers = [Answer(index) for index in range(len(self._asked.prompts) * self._asked.choices)]
+                answers[first.index].add(first)
+                async for piece in pieces:
+                    answers[piece.index].add(piece)
+                reason = answers[0].end.reason if answers[0].end else None
+                return JSONResponse(self._protocol.whole(head, self._asked, answers, answering.usage))
+        finally:
+            self._service.metrics.found(answering.usage.cached)
+            self._service.metrics.ended(reason, time.monotonic() - self._began, answering.usage.new)
+
+    async def _stream(
+        self, send: Send, streamed: Streamed, answering: Answering, first: Piece, pieces: AsyncIterator[Piece]
+    ) -> Any:
+        reason = None
+        await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
+        await _send(send, "".join([*streamed.begin(answering.usage), *streamed.piece(first)]))
+        try:
+            async for piece in pieces:
+                await _send(send, "".join(streamed.piece(piece)))
+                reason = piece.end.reason if piece.end else reason
+        except Exception as fault:
+            await _send(send, "".join(streamed.fail(refusal_of(fault))), last=True)
+            if not isinstance(fault, Refusal):
+                raise
+            return None
+        await _send(send, "".join(streamed.finish(answering.usage)), last=True)
+        return reason or (first.end.reason if first.end else None)
+
+
+async def _send(send: Send, text: str, *, last: bool = False) -> None:
+    if text or last:
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": not last})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """What the work returns; ClientGone, and the work is cancelled, when the client goes."""
+    gone, done = asyncio.create_task(_gone(receive)), asyncio.create_task(work)
+    try:
+        await asyncio.wait((gone, done), return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        raise ClientGone
+    finally:
+        for task in (gone, done):
+            task.cancel()
+        for task in (gone, done):
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

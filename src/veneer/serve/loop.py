@@ -1,0 +1,279 @@
+"""One thread that computes, and what the event loop sees of it: tickets.
+
+    event loop                              the engine's thread
+    submit(request) ── commands ──────────> Engine.add       between two steps
+    ticket.cancel() ── commands ──────────> Engine.cancel    between two steps
+    ticket.updates() <── one call a step ── what each answer got
+
+The event loop never touches a tensor, the thread never a socket. What goes wrong with one request ends that request;
+what goes wrong with a step ends those that were in it, and the thread goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from veneer.decoding.engine import Engine
+from veneer.decoding.sampling import TokenChance
+from veneer.decoding.sequence import Reason, Request
+from veneer.decoding.sequence import Sequence as Answer
+from veneer.errors import QueueFullError, is_out_of_memory
+from veneer.serve.refusals import Refusal, shutting_down
+
+log = logging.getLogger("veneer.serve")
+T = TypeVar("T")
+PATIENCE_SECONDS = 0.005
+"""While all that wait wait for their adapters: how often is looked whether one has come."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one answer got since it was told last. choice: which. cached: tokens of the prompt that were found.
+
+    error: why it has ended without a reason.
+    """
+
+    choice: int
+    tokens: tuple[int, ...] = ()
+    chances: tuple[TokenChance, ...] = ()
+    cached: int = 0
+    reason: Reason | None = None
+    error: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.reason is not None or self.error is not None
+
+
+class Ticket:
+    """A request on its way. Of the event loop."""
+
+    def __init__(self, loop: EngineLoop, request: Request) -> None:
+        self.request = request
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when it waits to be answered; raises why it does not."""
+        self._loop = loop
+        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._left = request.choices
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """All that its answers get, until every one has ended."""
+        while self._left:
+            update = await self._updates.get()
+            self._left -= update.ended
+            yield update
+
+    def cancel(self) -> None:
+        """Whoever asked has gone: its places are free within a step. Nothing, if it has ended."""
+        if self._left:
+            self._loop._cancel(self)
+
+    def tell(self, update: Update) -> None:
+        self._updates.put_nowait(update)
+
+    def accept(self, fault: Exception | None) -> None:
+        if self.accepted.done():
+            return
+        if fault is None:
+            self.accepted.set_result(None)
+        else:
+            self._left = 0
+            self.accepted.set_exception(fault)
+
+
+@dataclass
+class _Open:
+    """An answer that has not ended. told: how many of its tokens are. error: why it is being cancelled."""
+
+    answer: Answer
+    ticket: Ticket
+    told: int = 0
+    error: Exception | None = None
+
+
+class EngineLoop:
+    """engine: for this thread alone from now on. clock: seconds; that of arrivals and deadlines."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.steps = 0
+        self._engine = engine
+        self._most_waiting = engine.scheduler.limits.max_waiting
+        self._events: asyncio.AbstractEventLoop | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._adding = 0  # requests that the thread has not seen yet
+        self._wake = threading.Event()
+        self._closing = self._stopping = self._aborting = False
+        self._open: dict[int, _Open] = {}
+        self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
+
+    # of the event loop
+
+    def start(self) -> None:
+        """Call it on the event loop that tickets are for."""
+        self._events = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, request: Request) -> Ticket:
+        """QueueFullError: so many have come during one step. Refusal: it is shutting down."""
+        if self._closing:
+            raise shutting_down()
+        if self._adding >= self._most_waiting:
+            raise QueueFullError(self._adding, self._most_waiting)
+        ticket = Ticket(self, request)
+        self._adding += 1
+        self._command(lambda: self._add(ticket))
+        return ticket
+
+    async def ask(self, function: Callable[[Engine], T]) -> T:
+        """What a function finds between two steps. It must be short."""
+        events = asyncio.get_running_loop()
+        found: asyncio.Future[T] = events.create_future()
+
+        def between() -> None:
+            try:
+                value = function(self._engine)
+            except Exception as fault:
+                events.call_soon_threadsafe(_settle, found, None, fault)
+            else:
+                events.call_soon_threadsafe(_settle, found, value, None)
+
+        self._command(between)
+        return await found
+
+    def wake(self) -> None:
+        """From any thread: something has changed, an adapter has come."""
+        self._wake.set()
+
+    def refuse_new(self) -> None:
+        """From now on, from any thread."""
+        self._closing = True
+
+    def abort(self) -> None:
+        """What is open ends within a step, and nothing new comes. From any thread."""
+        self._closing = self._aborting = True
+        self.wake()
+
+    async def close(self, seconds: float) -> None:
+        """No new requests; those that are open have so long to end, and end then. The thread is gone afterwards."""
+        self._closing = self._stopping = True
+        self.wake()
+        await asyncio.to_thread(self._thread.join, seconds)
+        self.abort()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def _cancel(self, ticket: Ticket) -> None:
+        self._command(lambda: self._end([each for each in self._open.values() if each.ticket is ticket], None))
+
+    # of the thread
+
+    def _run(self) -> None:
+        while True:
+            if not self._commands and self._engine.scheduler.idle:
+                if self._stopping:
+                    return
+                self._wake.wait()
+            self._wake.clear()
+            while self._commands:
+                self._commands.popleft()()
+            if self._aborting:
+                self._end(list(self._open.values()), shutting_down())
+            if not self._engine.scheduler.idle:
+                self._step()
+                if not self._engine.scheduler.running and not self._engine.scheduler.idle:
+                    self._wake.wait(PATIENCE_SECONDS)
+
+    def _add(self, ticket: Ticket) -> None:
+        fault: Exception | None = None
+        try:
+            answers = self._engine.add(ticket.request)
+        except Exception as error:  # a mistake of the request, or a bug: it alone ends
+            fault = error
+        else:
+            self._open |= {answer.number: _Open(answer, ticket) for answer in answers}
+
+        def accept() -> None:
+            self._adding -= 1
+            ticket.accept(fault)
+
+        self._later(accept)
+
+    def _end(self, some: list[_Open], error: Exception | None) -> None:
+        for each in some:
+            each.error = each.error or error
+            self._engine.cancel(each.answer)
+
+    def _step(self) -> None:
+        try:
+            self._engine.step(self.clock())
+        except Exception as fault:
+            self._failed(fault)
+        self.steps += 1
+        told = []
+        for number, each in list(self._open.items()):
+            answer = each.answer
+            new, ended = answer.new[each.told :], answer.reason is not None
+            if new or ended:
+                chances = tuple(answer.logprobs[each.told : each.told + len(new)])
+                each.told += len(new)
+                error = each.error or answer.error if ended else None
+                reason = answer.reason if error is None else None
+                told.append(
+                    (each.ticket, Update(answer.choice, tuple(new), chances, answer.cached_tokens or 0, reason, error))
+                )
+            if ended:
+                del self._open[number]
+        if told:
+            self._later(lambda: _tell(told))
+
+    def _failed(self, fault: Exception) -> None:
+        """A step was not computed. Out of memory, the youngest that was in it ends; else all that were."""
+        scheduler = self._engine.scheduler
+        try:
+            scheduler.undo_step()
+        except AssertionError:  # it failed before there was a plan
+            log.debug("no step was under way")
+        running = [self._open[answer.number] for answer in scheduler.running if answer.number in self._open]
+        if is_out_of_memory(fault):
+            log.error("out of memory: the youngest of %d requests ends", len(running))
+            self._end(running[-1:], Refusal(503, "The server is out of memory.", code="out_of_memory"))
+        else:
+            log.error("a step failed: the %d requests in it end", len(running), exc_info=fault)
+            self._end(running or list(self._open.values()), fault)
+
+    def _later(self, function: Callable[[], object]) -> None:
+        """On the event loop, unless that is gone."""
+        assert self._events is not None
+        try:
+            self._events.call_soon_threadsafe(function)
+        except RuntimeError:
+            log.debug("the event loop has ended")
+
+
+def _tell(told: list[tuple[Ticket, Update]]) -> None:
+    for ticket, update in told:
+        ticket.tell(update)
+
+
+def _settle(future: asyncio.Future[T], value: T | None, fault: Exception | None) -> None:
+    if future.done():  # whoever asked has gone
+        return
+    if fault is None:
+        future.set_result(value)  # type: ignore[arg-type]
+    else:
+        future.set_exception(fault)

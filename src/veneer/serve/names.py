@@ -1,0 +1,208 @@
+"""Which names are models: the base under its own, and every adapter of the library, as it is at this moment.
+
+    smollm2-135m            the base
+    tickets                 the newest version of an adapter;  tickets@2, tickets@best: that one
+    smollm2-135m:tickets    the same, as SGLang's clients write it
+
+What /v1/load_lora_adapter adds are further names of adapters in the library, and what /v1/unload_lora_adapter takes
+away is a name: files stay. Nothing here is a path.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from veneer.decoding.blocks import Identity
+from veneer.errors import ConfigError, VeneerError
+from veneer.library.library import Entry, Library
+from veneer.library.names import is_name, is_reference
+from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
+
+MOST_ADDED = 1000
+LOADED = "Success: LoRA adapter '{}' added successfully."
+ALREADY = (
+    "The lora adapter '{}' has already been loaded. "
+    "If you want to load the adapter in place, set 'load_inplace' to True."
+)
+UNLOADED = "Success: LoRA adapter '{}' removed successfully."
+
+
+@dataclass(frozen=True)
+class Model:
+    """name: as it was asked for. entry: None is the base."""
+
+    name: str
+    entry: Entry | None
+    identity: Identity
+
+    @property
+    def content(self) -> str:
+        return "".join(content[:8] for content, _ in self.identity) or "base"
+
+
+class Names:
+    """base_name, base_digest: of the base and its fingerprint. resolve: from a reference to what acts.
+
+    Called from any thread; reads files.
+    """
+
+    def __init__(
+        self,
+        base_name: str,
+        base_digest: str,
+        library: Library | None,
+        resolve: Callable[[str], Identity],
+        *,
+        created: int = 0,
+        positions: int | None = None,
+    ) -> None:
+        self.base_name, self._digest = base_name, base_digest
+        self._library, self._resolve = library, resolve
+        self._created, self._positions = created, positions
+        self._added: dict[str, str] = {}
+        self._hidden: set[str] = set()
+        self._lock = threading.Lock()
+
+    def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
+        """What a request's `model` means, and its `adapters`. Refusal: 404, or 4xx with why it cannot act."""
+        found = self._one(name)
+        if not weighted:
+            return found
+        if found.entry is not None:
+            raise Refusal(400, "adapters: model is an adapter already; name the base there.", "adapters")
+        identity: list[tuple[str, float]] = []
+        for each, weight in weighted:
+            entry = self._entry(each)
+            identity += [(content, own * weight) for content, own in self._identity(entry.reference)]
+        if len({content for content, _ in identity}) < len(identity):
+            raise Refusal(400, "adapters: one of them is named twice.", "adapters")
+        return Model(name, None, tuple(identity))
+
+    def _one(self, name: str) -> Model:
+        if name == self.base_name:
+            return Model(name, None, ())
+        return self.of_entry(name, self._entry(name))
+
+    def of_entry(self, name: str, entry: Entry) -> Model:
+        """What raises what it cannot act for, as a Refusal or a VeneerError."""
+        return Model(name, entry, self._identity(entry.reference))
+
+    def _identity(self, reference: str) -> Identity:
+        try:
+            return self._resolve(reference)
+        except ConfigError as fault:  # it has gone since
+            raise unknown_model(reference, fault.next_step) from None
+
+    def _entry(self, name: str) -> Entry:
+        """Of the library, or Refusal: 404, the same for what is not there and for what is hidden."""
+        own = name.removeprefix(f"{self.base_name}:")
+        with self._lock:
+            reference = self._added.get(own, own)
+            hidden = own in self._hidden or own.partition("@")[0] in self._hidden
+        if hidden or self._library is None or not is_reference(reference):
+            raise unknown_model(name)
+        try:
+            return self._library.get(reference)
+        except ConfigError:
+            raise unknown_model(name) from None
+
+    # cards
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The base first; adapters of another base are left out, though one that is asked for says so itself."""
+        return [self._base_card(), *(self._card(name, entry) for name, entry in self._entries())]
+
+    def card(self, name: str) -> dict[str, Any]:
+        """Refusal: 404."""
+        return self._base_card() if name == self.base_name else self._card(name, self._entry(name))
+
+    def _entries(self) -> Iterator[tuple[str, Entry]]:
+        if self._library is None:
+            return
+        with self._lock:
+            hidden, added = set(self._hidden), dict(self._added)
+        for entry in self._library.entries():
+            if entry.name not in hidden and entry.version.facts.base_digest in (None, self._digest):
+                yield entry.name, entry
+        for name, reference in sorted(added.items()):
+            try:
+                yield name, self._library.get(reference)
+            except VeneerError:  # removed since
+                continue
+
+    def _base_card(self) -> dict[str, Any]:
+        return {
+            "id": self.base_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "veneer",
+            "root": self.base_name,
+            "parent": None,
+            "max_model_len": self._positions,
+            "permission": [],
+        }
+
+    def _card(self, name: str, entry: Entry) -> dict[str, Any]:
+        version = entry.version
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(datetime.fromisoformat(version.added).timestamp()),
+            "owned_by": "veneer",
+            "root": entry.reference,
+            "parent": self.base_name,
+            "max_model_len": self._positions,
+            "permission": [],
+            "version": version.facts.content_hash,
+            "method": version.facts.method,
+            "bytes": version.facts.bytes,
+        }
+
+    # vLLM's way of adding and removing
+
+    def loadable(self, name: str, reference: str, *, in_place: bool) -> Entry:
+        """The adapter that the name may mean. Refusal: 400, 404, 409."""
+        if not is_reference(reference):
+            raise Refusal(
+                400,
+                "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an "
+                "address.",
+                "lora_path",
+            )
+        if not is_name(name) or name == self.base_name:
+            raise Refusal(400, "lora_name is no name for an adapter: a-z, 0-9, single . - _ between.", "lora_name")
+        if self._library is None:
+            raise Refusal(404, "This server has no library.", "lora_path", "adapter_not_found")
+        try:
+            entry = self._library.get(reference)
+        except ConfigError as fault:
+            raise unknown_adapter(fault) from None
+        with self._lock:
+            before, added = self._added.get(name), len(self._added)
+        if reference != name and self._library.has(name):
+            raise Refusal(409, f"The library has an adapter {name!r} of its own.", "lora_name", "already_loaded")
+        if before not in (None, reference) and not in_place:
+            raise Refusal(409, ALREADY.format(name), "lora_name", "already_loaded")
+        if added >= MOST_ADDED:
+            raise Refusal(409, f"{MOST_ADDED:,} names have been added, as many as may.", "lora_name")
+        return entry
+
+    def add(self, name: str, reference: str) -> str:
+        """The name means the adapter from now on. Returns what is said."""
+        with self._lock:
+            self._hidden.discard(name)
+            if reference != name:
+                self._added[name] = reference
+        return LOADED.format(name)
+
+    def remove(self, name: str) -> str:
+        """The name means nothing any more. Returns what is said. Refusal: 404."""
+        entry = self._entry(name)
+        with self._lock:
+            if self._added.pop(name, None) is None:
+                self._hidden.add(entry.name)
+        return UNLOADED.format(name)

@@ -1,0 +1,110 @@
+"""Prompts to ids, on a thread of its own: the base's template in its process, then the tokenizer.
+
+A prompt that is too long is refused before anything waits for it. Tokenizers change while they encode, so this one is
+a copy that nobody else has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from veneer.data.rendering import forgive
+from veneer.data.template import ChatTemplate
+from veneer.errors import VeneerError
+from veneer.serve.asked import Chat, Prompt
+from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.tools import CallStyle, call_style
+
+MOST_WAITING = 256
+"""Requests whose prompts wait to be tokenised."""
+
+
+class Prompts:
+    """positions: of the model, prompt and answer together; None: no bound. ids: that it has rows for."""
+
+    def __init__(self, tokenizer: Any, *, positions: int | None, ids: int | None) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.positions, self.ids = positions, ids
+        self.template = ChatTemplate(self.tokenizer)
+        self.style: CallStyle | None = call_style(self.template)
+        self._longest = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veneer-prompts")
+        self._waiting = 0
+
+    async def encoded(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
+        return await self._apart(lambda: [self.encode(prompt) for prompt in prompts])
+
+    async def strings(self, ids: Sequence[int]) -> list[str]:
+        return await self._apart(lambda: [str(each) for each in self.tokenizer.convert_ids_to_tokens(list(ids))])
+
+    async def text(self, ids: Sequence[int]) -> str:
+        """Of ids, special ones included."""
+        if (wrong := next((i for i in ids if self.ids is not None and i >= self.ids), None)) is not None:
+            raise Refusal(400, f"{wrong} is no token: there are {self.ids:,}.", "tokens")
+        return await self._apart(lambda: str(self.tokenizer.decode(list(ids))))
+
+    async def _apart(self, function: Callable[[], Any]) -> Any:
+        if self._waiting >= MOST_WAITING:
+            raise Refusal(429, f"{self._waiting:,} prompts wait to be read, {MOST_WAITING:,} may.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        except VeneerError as fault:
+            raise refusal_of(fault, param="messages") from None
+        finally:
+            self._waiting -= 1
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Refusal, DataError."""
+        if isinstance(prompt, Chat):
+            return self._chat(prompt)
+        if prompt.ids is not None:
+            ids = list(prompt.ids)
+        else:
+            text = prompt.text or ""
+            self._check_length(len(text))
+            ids = list(self.tokenizer(text)["input_ids"])
+        if not ids:
+            raise Refusal(400, "The prompt has no tokens.", "prompt")
+        if self.ids is not None and max(ids) >= self.ids:
+            raise Refusal(400, f"prompt: {max(ids)} is no token: there are {self.ids:,}.", "prompt")
+        return ids
+
+    def _chat(self, prompt: Chat) -> list[int]:
+        if prompt.tools and self.style is None:
+            raise Refusal(400, "This base's chat template writes no calls of tools that can be read.", "tools")
+        self._check_length(sum(len(str(message["content"])) for message in prompt.messages))
+        forgive()  # whatever conversation it did not survive is not this one
+        return self.template.encode_prompt(prompt.messages, tools=prompt.tools)
+
+    def _check_length(self, characters: int) -> None:
+        """Whether a text can fit at all, before a template or a tokenizer reads it."""
+        if self.positions is not None and characters > self.positions * self._longest:
+            raise Refusal(
+                400,
+                f"The prompt has {characters:,} characters: more than the model's {self.positions:,} positions hold.",
+                "messages",
+                "context_length_exceeded",
+            )
+
+    def most_new(self, ids: Sequence[int], wanted: int | None, room: int) -> int:
+        """New tokens that an answer may have. room: tokens that keys and values have room for. Refusal: too long."""
+        places = room + 1 if self.positions is None else min(self.positions, room + 1)
+        left = places - len(ids)
+        if left < 1 or (wanted or 1) > left:
+            asked = f"{len(ids):,} tokens of prompt" + (f" and {wanted:,} new ones" if wanted else "")
+            raise Refusal(
+                400,
+                f"This is too long: {asked}, and there are {places:,} places for both.",
+                "max_tokens" if left >= 1 else "messages",
+                "context_length_exceeded",
+            )
+        return wanted or left
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
