@@ -142,6 +142,30 @@ def test_a_forward_and_those_within_it_see_one_state_and_let_it_go_at_the_outerm
     assert module._forward_hooks and routing.leave("c") and not module._forward_hooks
 
 
+class Leaving(nn.Module):
+    """The last adapter leaves during a forward that does not use it."""
+
+    def __init__(self, routing):
+        super().__init__()
+        self.routing = routing
+
+    def forward(self):
+        assert elsewhere(lambda: self.routing.leave("a"))
+        return torch.zeros(1)
+
+
+def test_a_forward_during_which_the_last_adapter_leaves_holds_nothing_afterwards():
+    routing = Routing()
+    module = Leaving(routing)
+    routing.enter(module, "a", Attachment("a", LoRA()))
+    module()
+    assert not routing.is_held
+    routing.enter(module, "b", Attachment("b", LoRA()))
+    elsewhere(lambda: setattr(routing, "active", B))
+    assert routing.active == B, "this thread sees what all see"
+    assert routing.leave("b") and not module._forward_hooks and not module._forward_pre_hooks
+
+
 # the value itself
 
 

@@ -126,7 +126,8 @@ class Routing:
                 assert mine is not None
                 self.switch(_without(mine, name))
             del self.attached[name]
-            if not self.attached and self._undo_hooks is not None:
+            if not self.attached and not self._blocks and self._undo_hooks is not None:
+                # Not during a forward: one that lost its second hook would hold for ever what it began with.
                 self._undo_hooks()
                 self._undo_hooks = None
         return True
@@ -159,6 +160,8 @@ class Routing:
             if not torch.compiler.is_compiling():
                 if self._of_thread.acting is None:
                     with self.lock:
+                        if self._undo_hooks is None:
+                            return  # the second hook is gone already
                         self._hold(self._standing)
                     self._of_thread.forwards = 1
                 elif self._of_thread.forwards:
