@@ -14,23 +14,20 @@ from weakref import WeakKeyDictionary
 from veneer.adapters.acting import Acting
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.routing import Active
-from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError
-from veneer.formats.adapter import load_adapter, read_adapter
+from veneer.errors import ConfigError, DoesNotFitError
+from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
+from veneer.library.memory import Kept, bytes_needed, bytes_of, read_version, room_for
 from veneer.library.names import nearest
 from veneer.models.frozen_base import FrozenBase
 
 
-@dataclass
-class _Loaded:
-    """bytes: of its tensors. edits: of torch's counts of changes in place and the addresses, as they were when it was
-    loaded. used: rises with every use of any."""
+@dataclass(kw_only=True, eq=False)
+class _Loaded(Kept):
+    """edits: of torch's counts of changes in place and the addresses, as they were when it was loaded."""
 
-    bytes: int
     edits: int
     from_library: bool
-    used: int
-    pinned: bool = False
 
 
 class Pool:
@@ -94,15 +91,8 @@ class Pool:
         if library is None or not library.has(name):
             raise self._unknown(name)
         entry = library.get(name)
-        stored = read_adapter(library.path(entry.reference))
-        if stored.content_hash != entry.version.facts.content_hash:
-            raise CorruptFileError(
-                f"{entry.reference} is not what was added",
-                [f"content {stored.content_hash[:12]}…, the library says {entry.version.facts.content_hash[:12]}…"],
-                f"See: veneer adapters verify {entry.reference}",
-            )
-        size = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in stored.tensors.values())
-        self._make_room(name, size, keep)
+        stored = read_version(library.path(entry.reference), entry.reference, entry.version.facts.content_hash)
+        self._make_room(name, bytes_needed(stored), keep)
         self._enter(load_adapter(self.base, stored, name=name, take=True), from_library=True)
 
     def adopt(self, make: Callable[[], Attachment]) -> Attachment:
@@ -115,7 +105,9 @@ class Pool:
 
     def _enter(self, made: Attachment, *, from_library: bool) -> None:
         self._uses += 1
-        self._known[made] = _Loaded(_bytes(made), _edits(made), from_library, self._uses)
+        self._known[made] = _Loaded(
+            bytes=bytes_of(made), used=self._uses, edits=_edits(made), from_library=from_library
+        )
 
     def _make_room(self, name: str, needed: int, keep: list[str]) -> None:
         """Throws out the least recently used until `needed` more bytes fit. DoesNotFitError says what is in the way."""
@@ -123,12 +115,9 @@ class Pool:
             return
         with self.base.routing.lock:
             staying = {*self.base.routing.in_use(), *keep}
-            used, gone = self.used_bytes(), list[str]()
-            for each, loaded in self._loaded.items():
-                if used + needed > self.budget_bytes and self._may_go(each) and each not in staying:
-                    gone.append(each)
-                    used -= loaded.bytes
-            if used + needed > self.budget_bytes:
+            free = self.budget_bytes - self.used_bytes()
+            going = room_for(needed, self._loaded.items(), free, lambda n: self._may_go(n) and n not in staying)
+            if going is None:
                 raise DoesNotFitError(
                     f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of {self.budget_bytes:,} "
                     f"are taken",
@@ -138,12 +127,12 @@ class Pool:
                     ],
                     "Detach or unpin some, or raise base.adapter_budget_bytes.",
                 )
-            for each in gone:
+            for each in going:
                 self.base.detach(each)
 
     def _may_go(self, name: str) -> bool:
         each = self._known[self.base.attachments[name]]
-        return each.from_library and not each.pinned and each.edits == _edits(self.base.attachments[name])
+        return each.from_library and each.edits == _edits(self.base.attachments[name])
 
     def _why_it_stays(self, name: str, staying: set[str]) -> str:
         each = self._known[self.base.attachments[name]]
@@ -174,10 +163,6 @@ class Pool:
         known = {*self.base.attachments, *(() if library is None else library.all_names())}
         where = "" if library is None else f", and {library.folder} has none"
         return ConfigError(f"no adapter named {name!r} is loaded{where}", [], nearest(name, known))
-
-
-def _bytes(attachment: Attachment) -> int:
-    return sum(p.numel() * p.element_size() for p in attachment.parameters().values())
 
 
 def _edits(attachment: Attachment) -> int:
