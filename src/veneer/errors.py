@@ -3,9 +3,11 @@
     VeneerError                     exit code
     ├─ InputError                   2    what the user gave is wrong
     │  ├─ ConfigError                    a run file, a flag, a method's settings
+    │  │  └─ UnknownNameError               an adapter or a base of that name is not there
     │  ├─ DataError                      rows, templates, masks
     │  └─ SourceError                    a base or an adapter that cannot be found or read
     ├─ DoesNotFitError              3    memory or disk
+    │  └─ BudgetFullError                adapters that stay leave no room for another
     ├─ RefusedError                 4    a check said no
     │  ├─ QueueFullError                 as many requests wait as may
     │  ├─ AdapterMismatchError           this adapter was made for another base
@@ -54,6 +56,9 @@ class InputError(VeneerError):
 class ConfigError(InputError): ...
 
 
+class UnknownNameError(ConfigError): ...
+
+
 class DataError(InputError): ...
 
 
@@ -62,6 +67,9 @@ class SourceError(InputError): ...
 
 class DoesNotFitError(VeneerError):
     exit_code = 3
+
+
+class BudgetFullError(DoesNotFitError): ...
 
 
 class RefusedError(VeneerError):

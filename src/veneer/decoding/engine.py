@@ -50,7 +50,7 @@ class Engine:
         self._keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
         self._drawings: dict[int, Drawing] = {}
         self._ids = capacity_of(base).tokens
-        self._acting: tuple[tuple[Any, ...], Acting] | None = None
+        self._acting: tuple[Any, Acting] | None = None
 
     def add(self, request: Request) -> tuple[Answer, ...]:
         """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise."""
@@ -98,6 +98,8 @@ class Engine:
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
             self._drawings.pop(answer.number, None)
+        if self.scheduler.idle:
+            self._acting = None  # adapters may go
         return ended
 
     def _logits(self, plan: Plan) -> Tensor:
@@ -124,11 +126,9 @@ class Engine:
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
-        parts = (*plan.parts, filler)
-        if self._acting is None or self._acting[0] != parts:
-            applied = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
-            acting = in_turn(applied).padded(filler)
-            self._acting = parts, acting
+        parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
+        if self._acting is None or self._acting[0] != (parts, filler):
+            self._acting = (parts, filler), in_turn(parts).padded(filler)
         return self._acting[1]
 
     def _rows(self, span: Span) -> SpanRows:

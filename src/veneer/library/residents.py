@@ -1,0 +1,211 @@
+"""The adapters of a library for a server: by name, in memory while requests want them (tiers.py).
+
+A name is looked up when a request comes, and means what it holds by then: a version that is published while another
+runs is for the requests behind it. What no name means any more goes as soon as nobody uses it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from veneer.adapters.acting import Applied
+from veneer.bounds import SECONDS, WEIGHT, check_numbers
+from veneer.decoding.blocks import Identity
+from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError
+from veneer.library.library import Entry, Library
+from veneer.library.names import is_reference, nearest
+from veneer.library.resident import Files, Shown
+from veneer.library.tiers import LoadLimits, Tiers
+from veneer.models.frozen_base import FrozenBase
+
+
+class Residents:
+    """decoding.adapters.Adapters. All may be called from any thread; names are looked up on the one that calls.
+
+    budget_bytes  of all adapters in memory
+    base_names    what the base is called; NAME:adapter is an adapter too
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        library: Library,
+        *,
+        budget_bytes: int,
+        base_names: Collection[str] = (),
+        limits: LoadLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base, self.library = base, library
+        self.base_names = frozenset(base_names) or frozenset({base.source, base.name_or_path})
+        self._tiers = Tiers(base, budget_bytes=budget_bytes, limits=limits, clock=clock)
+        self._lock = threading.Lock()
+        self._meant: dict[str, str] = {}  # reference -> the content that it last meant
+        self._pins: set[str] = set()  # references
+
+    # by name
+
+    def resolve(self, name: str, weight: float = 1.0) -> Identity:
+        """What it means now: name, name@2, name@tag, BASE:name; () is the base alone. Reads the library's record.
+
+        UnknownNameError, with the nearest; AdapterMismatchError: trained on another base; what loading it raised just
+        now.
+        """
+        check_numbers(weight=(WEIGHT, weight))
+        if name in self.base_names:
+            return ()
+        reference = self._reference(name)
+        return ((self._know(reference, self._entry(reference, name)), weight),)
+
+    def load(self, name: str, *, seconds: float = 60.0) -> Identity:
+        """Into memory, waiting for it. Raises what `resolve` raises and why it does not come.
+
+        BudgetFullError: no room; others are pinned or in use for longer than this.
+        """
+        check_numbers(seconds=(SECONDS, seconds))
+        identity = self.resolve(name)
+        self._tiers.wait(identity, seconds)
+        return identity
+
+    def unload(self, name: str) -> bool:
+        """It goes when nobody uses it, pinned or not, and is read again when somebody asks. False: it was not there."""
+        content = self._unpinned(name)
+        return content is not None and self._tiers.leave(content)
+
+    def pin(self, name: str, *, seconds: float = 60.0) -> None:
+        """Into memory, and it stays there whatever the budget says; of a name the version that it means by then."""
+        if name in self.base_names:
+            return
+        reference = self._reference(name)
+        content = self._know(reference, self._entry(reference, name))
+        with self._lock:
+            self._pins.add(reference)
+        self._tiers.pin(content, pinned=True)
+        try:
+            self.load(name, seconds=seconds)
+        except BaseException:
+            self._unpinned(name)
+            raise
+
+    def unpin(self, name: str) -> None:
+        """It may go. Nothing, if it was not pinned."""
+        self._unpinned(name)
+
+    def _unpinned(self, name: str) -> str | None:
+        """What it means, if it was asked for before. UnknownNameError: no such name."""
+        if name in self.base_names:
+            return None
+        reference = self._reference(name)
+        self._entry(reference, name)
+        with self._lock:
+            self._pins.discard(reference)
+            content = self._meant.get(reference)
+            pinned = content in {self._meant[each] for each in self._pins}
+        if content is not None:
+            self._tiers.pin(content, pinned=pinned)
+        return content
+
+    def shown(self) -> Sequence[Shown]:
+        """What is in memory, on its way or broken, the last used first."""
+        return self._tiers.shown()
+
+    def used_bytes(self) -> int:
+        return self._tiers.used_bytes()
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._tiers.budget_bytes
+
+    def on_change(self, tell: Callable[[], None]) -> None:
+        """It is called when an adapter has come or failed, on the thread that read it; it must be short."""
+        self._tiers.changed = tell
+
+    # of the decoding thread
+
+    def expect(self, identity: Identity) -> None:
+        self._tiers.expect(identity)
+
+    def ready(self, identity: Identity) -> int | None:
+        return self._tiers.ready(identity)
+
+    def settle(self) -> Collection[str]:
+        return self._tiers.settle()
+
+    def hold(self, identity: Identity) -> None:
+        self._tiers.hold(identity)
+
+    def release(self, identity: Identity) -> None:
+        self._tiers.release(identity)
+
+    def applied(self, identity: Identity) -> Applied:
+        return self._tiers.applied(identity)
+
+    # below
+
+    def _reference(self, name: str) -> str:
+        """Of the library: what stands behind the base's name, or all of it. UnknownNameError: it could be none."""
+        start, colon, rest = name.rpartition(":")
+        reference = rest if colon and start in self.base_names else name
+        if not is_reference(reference):
+            raise self._unknown(name)
+        return reference
+
+    def _entry(self, reference: str, name: str) -> Entry:
+        try:
+            return self.library.get(reference)
+        except ConfigError as fault:
+            self._mean(reference, None)
+            raise self._unknown(name, fault) from None
+
+    def _know(self, reference: str, entry: Entry) -> str:
+        """The content, which can be asked for from now on."""
+        facts = entry.version.facts
+        self._check_base(entry)
+        folder = self.library.objects / entry.version.object
+        try:
+            stat = folder.stat()
+        except OSError as fault:
+            raise CorruptFileError(f"the files of {entry.reference} are gone", [], "Pull or add it again.") from fault
+        made = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
+        try:
+            self._tiers.know(facts.content_hash, Files(entry.reference, folder, facts.parameters, made))
+        finally:
+            self._mean(reference, facts.content_hash)
+        return facts.content_hash
+
+    def _mean(self, reference: str, content: str | None) -> None:
+        """What it meant before goes, if no other means it, and a pin goes along with its name."""
+        with self._lock:
+            before = self._meant.pop(reference, None)
+            if content is not None:
+                self._meant[reference] = content
+            if before in (None, content):
+                return
+            assert before is not None
+            if content is None:
+                self._pins.discard(reference)
+            pinned = {self._meant[each] for each in self._pins}
+            meant = before in self._meant.values()
+        self._tiers.pin(before, pinned=before in pinned)
+        if content in pinned:
+            self._tiers.pin(content, pinned=True)
+        if not meant:
+            self._tiers.leave(before)
+
+    def _check_base(self, entry: Entry) -> None:
+        """Before it is read: by what the library knows. AdapterMismatchError shows both sides."""
+        theirs, base = entry.version.facts.base_digest, self.base
+        ours = [each.digest for each in (base.fingerprint(), base.as_held) if each is not None]
+        if theirs is not None and theirs not in ours:
+            raise AdapterMismatchError(
+                f"{entry.reference} was trained on another base than {base.name_or_path}",
+                [f"{entry.version.facts.base}, fingerprint {theirs[:12]}… against {ours[0][:12]}…"],
+                "Serve it beside the base that it was trained on.",
+            )
+
+    def _unknown(self, name: str, fault: ConfigError | None = None) -> UnknownNameError:
+        """fault: what the library says; of a name that it has, which versions there are."""
+        if fault is not None and self.library.has(name.rpartition(":")[2]):
+            return UnknownNameError(fault.headline, fault.faults, fault.next_step)
+        known = {*self.base_names, *self.library.all_names()}
+        return UnknownNameError(f"nothing is called {name[:80]!r}", [], nearest(name[:80], known))
