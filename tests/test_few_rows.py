@@ -1,10 +1,15 @@
-"""Products of a few rows with a dense weight, against plain torch and against themselves."""
+"""Products of a few rows with a dense weight, against plain torch and against themselves, and the layers that take
+them."""
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from veneer.kernels import dense_calls, few_rows, native
 from veneer.kernels.arguments import CallError
+from veneer.linear import DenseLinear, FewRowsLinear, SliceLinear, frozen_linear, is_plain_linear
+from veneer.models.few_rows import take_few_rows
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Largest difference relative to the largest value: sums in another order; one rounding of a value near 1."""
@@ -106,9 +111,10 @@ def test_a_call_that_c_would_not_understand_is_refused(dtype):
             dense_calls.few_rows(x, [(weight, bias, y)], level)
 
 
+@pytest.mark.skipif(native.level() < 2, reason="a processor whose registers were not measured")
 def test_it_is_taken_where_it_is_the_fast_way():
     x, weight = drawn(torch.float32, 3, 256), drawn(torch.float32, 300, 256)
-    assert few_rows.usable(x, weight) == few_rows.usable(x[None], weight) == (native.level() >= 2)
+    assert few_rows.usable(x, weight) == few_rows.usable(x[None], weight) is True
     assert not few_rows.usable(drawn(torch.float32, 65, 256), weight)
     assert not few_rows.usable(x, weight[:40])  # too small to be worth a call
     assert not few_rows.usable(x.double(), weight.double())
@@ -117,3 +123,83 @@ def test_it_is_taken_where_it_is_the_fast_way():
     assert not few_rows.usable(x[:0], weight)
     assert not few_rows.usable(x, weight.T.contiguous().T)
     assert not few_rows.usable(drawn(torch.float32, 3, 300)[:, :256], weight)
+    assert not few_rows.usable(x, weight, torch.zeros(300, dtype=torch.bfloat16))
+    assert not few_rows.usable(x, weight, torch.zeros(600)[::2])
+
+
+class Counted:
+    """How often the kernel was called within the block."""
+
+    def __init__(self, monkeypatch):
+        self.rows, own = [], dense_calls.few_rows
+        monkeypatch.setattr(
+            dense_calls, "few_rows", lambda x, parts, level: self.rows.append(len(x)) or own(x, parts, level)
+        )
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    if native.level() < 2:
+        pytest.skip("a processor whose registers were not measured")
+    return Counted(monkeypatch)
+
+
+def plain(dtype, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(256, 300, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+@each_type
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_gives_torchs_product_and_gradient_and_the_same_bits_with_one_as_without(counted, dtype, bias):
+    module = plain(dtype, bias)
+    layer, x, grad = FewRowsLinear.of(module), drawn(dtype, 2, 7, 256).requires_grad_(), drawn(dtype, 2, 7, 300)
+    y = layer(x)
+    near(y.detach(), module(x).detach())
+    (ours,), (theirs,) = (torch.autograd.grad(m(x), x, grad) for m in (layer, module))
+    near(ours, theirs)
+    assert counted.rows == [14, 14]
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+        assert torch.equal(DenseLinear(module).product(x, module.bias), y)
+        assert torch.equal(SliceLinear(module.weight, transposed=False).product(x, module.bias), y)
+        assert torch.equal(torch.cat([layer(row[None]) for row in x.view(14, 256)]), y.view(14, 300))
+    assert layer(drawn(dtype, 65, 256)).shape == (65, 300) and 65 not in counted.rows
+
+
+def test_a_weight_or_a_bias_that_trains_gets_its_gradient(counted):
+    for names in (["weight"], ["bias"], ["weight", "bias"]):
+        module = plain(torch.float32)
+        x = drawn(torch.float32, 5, 256)
+        for name in names:
+            module.get_parameter(name).requires_grad_(True)
+        layer = FewRowsLinear.of(module)
+        wanted = [module.get_parameter(name) for name in names]
+        for ours, theirs in zip(*(torch.autograd.grad(m(x).sum(), wanted) for m in (layer, module)), strict=True):
+            near(ours, theirs)
+
+
+def test_the_linear_layers_of_a_model_take_it_and_stay_what_they_were(counted):
+    shared = plain(torch.bfloat16)
+    model = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"small": nn.Linear(300, 4), "again": shared}))
+    model.requires_grad_(False)
+    before = dict(model.named_parameters())
+    take_few_rows(model)
+    taken, parts = model[0], model[2]
+    assert type(taken) is FewRowsLinear and parts["again"] is taken
+    assert type(parts["small"]) is nn.Linear
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+    assert is_plain_linear(taken) and isinstance(frozen_linear(taken), DenseLinear)
+    assert repr(taken) == repr(shared).replace("Linear", "FewRowsLinear")
+    near(taken(drawn(torch.bfloat16, 1, 256)), F.linear(drawn(torch.bfloat16, 1, 256), shared.weight, shared.bias))
+
+
+def test_layers_of_another_type_or_kind_stay(counted):
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(plain(torch.float16), plain(torch.float64), Scaled(256, 300), plain(torch.float32).to("meta"))
+    kinds = [type(module) for module in model]
+    take_few_rows(model)
+    assert [type(module) for module in model] == kinds

@@ -1,70 +1,44 @@
-"""A frozen linear layer, whatever its weights are stored as.
+"""The modules that are linear layers, and the frozen view of each (kernels/frozen.py says what one is).
 
-    product(x) = x W^T + bias        input_gradient(g) = g W        (W never changes, no gradient of W exists)
-
-An adapter needs nothing else of its base layer, so methods and weight formats do not know each other. A format that
-transformers does not know stands in the model as a `PackedLinear` (or `PackedExperts`), which is its own frozen view.
-Shapes: M rows (batch times tokens), I in_features, O out_features.
+A format that transformers does not know stands in the model as a `PackedLinear` (or `PackedExperts`), which is its own
+frozen view. Shapes: M rows (batch times tokens), I in_features, O out_features.
 """
 
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class FrozenLinear(Protocol):
-    in_features: int
-    out_features: int
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that x and the products are computed in."""
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., I) -> (..., O), a fresh tensor the caller may write to; `bias` replaces the layer's own."""
-
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        """(M, O) -> (M, I), a fresh tensor."""
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """W as (O, I) in `dtype`; not to be written to."""
-
-    def own_bias(self) -> Tensor | None: ...
+from veneer.kernels import few_rows
+from veneer.kernels.frozen import DenseLinear as DenseLinear
+from veneer.kernels.frozen import FrozenLinear as FrozenLinear
+from veneer.kernels.frozen import bias_gradient as bias_gradient
+from veneer.kernels.frozen import frozen_product as frozen_product
+from veneer.kernels.frozen import writable as writable
 
 
-class DenseLinear:
-    """nn.Linear, W stored as (O, I)."""
+class FewRowsLinear(nn.Linear):
+    """An nn.Linear that hands products of a few rows to the kernel for them (kernels/few_rows.py): a row's bits are
+    the same alone and among others, with a gradient and without. A weight that trains takes torch's product."""
 
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
-        self.in_features, self.out_features = module.in_features, module.out_features
+    @classmethod
+    def of(cls, module: nn.Linear) -> Self:
+        """The same parameters, under the same names."""
+        made = cls.__new__(cls)
+        made.__dict__.update(module.__dict__)
+        return made
 
-    @property
-    def device(self) -> torch.device:
-        return self.module.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.module.weight.dtype
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.module.weight, bias)
-
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self.module.weight
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.module.weight.detach().to(dtype)
-
-    def own_bias(self) -> Tensor | None:
-        return self.module.bias
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if not torch.is_grad_enabled() or not few_rows.wants_gradient(input, weight, bias):
+            return few_rows.linear(input, weight, bias)
+        if weight.requires_grad or not few_rows.usable(input, weight, bias):
+            return F.linear(input, weight, bias)
+        return frozen_product(input, bias, DenseLinear(self))
 
 
 class TransposedLinear:
@@ -124,7 +98,9 @@ class SliceLinear:
         return self.matrix.dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.matrix.T if self.transposed else self.matrix, bias)
+        if self.transposed:
+            return F.linear(x, self.matrix.T, bias)
+        return few_rows.linear(x, self.matrix, bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         return grad @ (self.matrix.T if self.transposed else self.matrix)
@@ -197,39 +173,6 @@ class PackedExperts(PackedModule):
     def expert(self, name: str, number: int) -> FrozenLinear:
         """Matrix `number` of the stack called `name`."""
         raise NotImplementedError
-
-
-def writable(y: Tensor) -> Tensor:
-    """A fresh y as a function of its own hands it out: models add into what a linear layer gave them, which torch
-    forbids where that is a view made within such a function (products of three axes are views of one of two)."""
-    return y.detach()
-
-
-def bias_gradient(g_MO: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, O) -> (O)."""
-    return g_MO.sum(0, dtype=torch.promote_types(g_MO.dtype, torch.float32)).to(dtype)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
-        ctx.base, ctx.shape = base, x.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return writable(base.product(x, bias))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        g_MO = grad.reshape(-1, ctx.base.out_features)
-        grad_x = ctx.base.input_gradient(g_MO).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_bias = bias_gradient(g_MO, ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None
-
-
-def frozen_product(x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
-    """base.product with gradients to x and bias; nothing is saved: neither x nor a decoded weight."""
-    apply: Any = _FrozenProduct.apply
-    return apply(x, bias, base)
 
 
 def num_parameters(model: nn.Module) -> int:

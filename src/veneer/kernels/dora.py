@@ -22,8 +22,8 @@ from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.kernels import calls, rank
+from veneer.kernels.frozen import DenseLinear, FrozenLinear, bias_gradient, writable
 from veneer.kernels.lora import Dropout, update_gradients
-from veneer.linear import DenseLinear, FrozenLinear, bias_gradient, writable
 
 
 def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scaling: float) -> Tensor:

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.kernels import dense_calls, native
 
@@ -29,14 +30,16 @@ def _level() -> int:
     return native.level() if native.level() >= 2 else -1
 
 
-def usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I)."""
-    if not x.is_cpu or x.numel() > MOST_ROWS * weight.shape[1] or weight.numel() < LEAST_VALUES:
+def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I) and bias."""
+    if not x.is_cpu or weight.numel() < LEAST_VALUES or not 0 < x.numel() <= MOST_ROWS * weight.shape[1]:
         return False
     dtype = x.dtype
-    if (dtype is not torch.bfloat16 and dtype is not torch.float32) or weight.dtype is not dtype:
+    if dtype is not torch.bfloat16 and dtype is not torch.float32:
         return False
-    return x.is_contiguous() and weight.is_cpu and weight.is_contiguous() and x.numel() > 0 and _level() >= 0
+    given = (weight,) if bias is None else (weight, bias)
+    fits = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in given)
+    return fits and x.shape[-1] == weight.shape[1] and x.is_contiguous() and _level() >= 0
 
 
 def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
@@ -51,6 +54,18 @@ def products(x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, lev
     made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, _ in parts]
     dense_calls.few_rows(x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level)
     return made
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., I) W^T + bias, by `product` where that is the fast way and nobody asks for its gradient."""
+    if not usable(x, weight, bias) or (torch.is_grad_enabled() and wants_gradient(x, weight, bias)):
+        return F.linear(x, weight, bias)
+    y_MO = product(x.view(-1, weight.shape[1]), weight, bias)
+    return y_MO.view(*x.shape[:-1], weight.shape[0])
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def product_reference(x_MI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

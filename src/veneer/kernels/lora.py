@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import drop_out, drop_out_reference
-from veneer.linear import FrozenLinear, bias_gradient, writable
+from veneer.kernels.frozen import FrozenLinear, bias_gradient, writable
 
 
 @dataclass(frozen=True)

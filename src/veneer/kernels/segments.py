@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import rank
+from veneer.kernels.frozen import FrozenLinear, bias_gradient, frozen_product
 from veneer.kernels.lora import Dropout, add_update, update_gradients
-from veneer.linear import FrozenLinear, bias_gradient, frozen_product
 
 LONG = 64
 """Rows from which a segment is taken by itself: its products then cost more than calling them."""

@@ -32,6 +32,7 @@ from veneer.bases.tensor_files import StoredTensor, counted, stored_tensors
 from veneer.bases.tokenizer import check_vocabulary, read_tokenizer
 from veneer.bases.widen import widen
 from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.quant.config import Quantize, weight_format
 from veneer.quant.nf4 import BookName
@@ -100,8 +101,10 @@ def load_base(
     check_vocabulary(found.folder, tokenizer, model)
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
+    model.eval().requires_grad_(False)
+    take_few_rows(model)
     return FrozenBase(
-        model=model.eval().requires_grad_(False),
+        model=model,
         tokenizer=tokenizer,
         source=source,
         name_or_path=found.name_or_path,

@@ -1,0 +1,40 @@
+"""Linear layers of a base whose products of a few rows have a kernel of their own: put in their places once, when it is
+loaded, as packed weights are.
+
+What is exchanged is proven: each kind, of one shape and type, multiplies a few random rows both ways.
+"""
+
+import torch
+from torch import nn
+
+from veneer.kernels import few_rows
+from veneer.linear import FewRowsLinear
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+"""Largest difference relative to the largest value: sums in another order; two roundings of a value near 1."""
+ROWS = 3
+
+
+@torch.no_grad()
+def take_few_rows(model: nn.Module) -> None:
+    """Every plain nn.Linear that the kernel takes becomes a FewRowsLinear with the same parameters."""
+    agreed: dict[tuple[object, ...], bool] = {}
+    made: dict[nn.Module, FewRowsLinear] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is not nn.Linear:
+            continue
+        kind = module.weight.shape, module.weight.dtype, module.weight.device, module.bias is None
+        if kind not in agreed:
+            agreed[kind] = _agrees(module)
+        if agreed[kind]:
+            head, _, last = path.rpartition(".")
+            setattr(model.get_submodule(head), last, made.setdefault(module, FewRowsLinear.of(module)))
+
+
+def _agrees(module: nn.Linear) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, module.in_features, generator=draw).to(module.weight.dtype)
+    if not few_rows.usable(x, module.weight, module.bias):
+        return False
+    ours, theirs = few_rows.product(x, module.weight, module.bias), module(x)
+    return bool((ours - theirs).abs().max() <= TOLERANCE[x.dtype] * theirs.abs().max())
