@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_gguf import LLAMA3, tiny, write_gguf
-from veneer.bases.gguf import converted_folder
+from veneer.bases.kept import converted_folder
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError
 from veneer.files.hashes import file_hash
 from veneer.models.load import load_base

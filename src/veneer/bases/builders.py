@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases import gguf_blocks
-from veneer.bases.sources import Found
+from veneer.bases.model_folder import Found
 from veneer.bases.streaming import build_packed
 from veneer.errors import ConfigError
 from veneer.quant.config import Quantize, formats_that, weight_format

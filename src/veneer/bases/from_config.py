@@ -18,19 +18,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.announced import without_storage
 from veneer.bases.compute import DTYPES, DtypeName
-from veneer.bases.gguf import converted_folder, header_config
+from veneer.bases.gguf import header_config
+from veneer.bases.hub import HUB_ID, PATIENCE_SECONDS, HubUnreachableError, within
+from veneer.bases.kept import converted_folder
 from veneer.bases.model_config import checked_config
+from veneer.bases.model_folder import weight_files
+from veneer.bases.named import NAMED
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.shapes import SHAPES, shape_of
-from veneer.bases.sources import (
-    HUB_ID,
-    HUB_PATIENCE_SECONDS,
-    NAMED,
-    HubUnreachableError,
-    gguf_file,
-    weight_files,
-    within,
-)
+from veneer.bases.sources import gguf_file
 from veneer.bases.stored_type import most_common_dtype, stored_dtypes
 from veneer.errors import SourceError, VeneerError
 
@@ -102,7 +98,7 @@ def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
         if constants.HF_HUB_OFFLINE:
             raise _not_reached(repo, "HF_HUB_OFFLINE is set")
         try:
-            cached = within(HUB_PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision))
+            cached = within(PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision))
         except HubUnreachableError as fault:
             raise _not_reached(repo, str(fault)) from fault
     with quiet():

@@ -24,7 +24,8 @@ import io
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,12 @@ from transformers import (
 
 from veneer.bases.announced import announced_faults, built_faults, without_storage
 from veneer.bases.gguf_layout import LayoutError, check_layout
-from veneer.bases.kept import cache_folder, making, publish
+from veneer.bases.kept import converted_folder, making, publish
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
-from veneer.files.hashes import file_hash
 
 _log = logging.getLogger(__name__)
-
-CONVERTER_VERSION = 1
-"""Part of a converted folder's name: raised when what is written changes, so that nothing stale is read."""
 
 ARCHITECTURES = (
     "llama",
@@ -110,20 +107,22 @@ class Header:
         return any(tensor.tensor_type not in _FLOATS for tensor in self.tensors.values())
 
 
-def converted_folder(sha256: str) -> Path:
-    """Where the conversion of the file with this hash is or will be."""
-    return cache_folder() / "gguf" / f"{sha256}-v{CONVERTER_VERSION}"
-
-
-def convert(path: Path) -> Path:
-    """The folder that `path` was converted to, now or earlier; it appears whole or not at all.
+def convert(path: Path, sha256: str) -> Path:
+    """The folder that `path`, whose bytes have this hash, was converted to, now or earlier.
 
     Peak memory: about three times the weights as they are written.
     Raises SourceError if the file holds what cannot be converted faithfully, CorruptFileError if it is
     damaged, DoesNotFitError if memory or disk do not suffice.
     """
-    target = converted_folder(file_hash(path))
-    return target if target.is_dir() else publish_from(path, target, _write)
+    target = converted_folder(sha256)
+    if not target.is_dir():
+        with converting(path, target) as (alone, header, folder):
+            tokenizer = rebuilt_tokenizer(alone, header)
+            model = _model(alone, header)
+            model.generation_config = matched(tokenizer, model)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return target
 
 
 def header_config(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
@@ -168,12 +167,12 @@ def _alone(path: Path, scratch: Path) -> Path:
     return alone
 
 
-Writer = Callable[[Path, Header, Path], None]
-"""(folder that holds the file alone, as model.gguf; its header; folder to write)."""
+@contextmanager
+def converting(path: Path, target: Path) -> Iterator[tuple[Path, Header, Path]]:
+    """`target` is made of the .gguf file at `path`: it is there, whole, after a block that wrote it.
 
-
-def publish_from(path: Path, target: Path, write: Writer) -> Path:
-    """`target`, made by `write` from the .gguf file at `path`; it appears whole or not at all."""
+    For the block: a folder that holds the file alone, as model.gguf; its header; the folder to make and write.
+    """
     header = read_header(path)
     if importlib.util.find_spec("accelerate") is None:
         raise SourceError(
@@ -183,17 +182,8 @@ def publish_from(path: Path, target: Path, write: Writer) -> Path:
     with making(target.parent) as scratch:
         alone, folder = _alone(path, scratch), scratch / "model"
         with quiet(), contextlib.redirect_stderr(io.StringIO()):  # one progress bar there heeds no setting
-            write(alone, header, folder)
+            yield alone, header, folder
         publish(folder, target)
-    return target
-
-
-def _write(alone: Path, header: Header, folder: Path) -> None:
-    tokenizer = rebuilt_tokenizer(alone, header)
-    model = _model(alone, header)
-    model.generation_config = matched(tokenizer, model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> GenerationConfig:

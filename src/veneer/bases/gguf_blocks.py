@@ -29,11 +29,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from veneer.bases.announced import without_storage
-from veneer.bases.gguf import CONVERTER_VERSION, Header, file_config, matched, publish_from, rebuilt_tokenizer
-from veneer.bases.kept import cache_folder
-from veneer.bases.sources import Found, locate_gguf
+from veneer.bases.gguf import Header, converting, file_config, matched, rebuilt_tokenizer
+from veneer.bases.kept import blocks_folder
+from veneer.bases.model_folder import Found
 from veneer.errors import CorruptFileError, SourceError
-from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_model_json
 from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
 from veneer.linear import is_transposed_linear
@@ -73,15 +72,16 @@ class Layer:
         return pairs.transpose(1, 2).reshape(self.rows, self.row_bytes)
 
 
-def locate_blocks(source: str) -> Found:
-    """The folder beside the .gguf file that `source` names, made on the first call.
+def lay_out(path: Path, sha256: str) -> Path:
+    """The folder beside the .gguf file at `path`, whose bytes have this hash; made on the first call.
 
-    Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as bases/gguf.py does.
+    Raises SourceError if its layers cannot be held as blocks, and as gguf.convert does.
     """
-    path, name = locate_gguf(source)
-    target = cache_folder() / "gguf" / f"{file_hash(path)}-blocks-v{CONVERTER_VERSION}"
-    folder = target if target.is_dir() else publish_from(path, target, _write)
-    return Found(folder, name, file=path)
+    target = blocks_folder(sha256)
+    if not target.is_dir():
+        with converting(path, target) as made:
+            _write(*made)
+    return target
 
 
 def build(found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

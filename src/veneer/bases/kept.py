@@ -1,6 +1,10 @@
-"""What was fetched or made once and is kept: Veneer's cache folder, and how a thing appears in it.
+"""What was fetched or made once and is kept: Veneer's cache folder, where things are in it, how they appear in it.
 
-Not known here: what is kept.
+    wheels/   wheels, also ones that the user put there by hand
+    files/    single files out of wheels, under their SHA-256
+    gguf/     what became of .gguf files, under theirs: converted, or with their blocks laid out
+
+Not known here: what is in them.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from pathlib import Path
 from veneer.files.partial import scratch_folder, share_and_sync, sweep
 from veneer.files.system_errors import explained
 
+CONVERTER_VERSION = 1
+"""Part of a converted folder's name: raised when what is written changes, so that nothing stale is read."""
 CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
 
 
@@ -26,6 +32,16 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "veneer" / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def converted_folder(sha256: str) -> Path:
+    """Where the conversion of the .gguf file with this hash is or will be."""
+    return cache_folder() / "gguf" / f"{sha256}-v{CONVERTER_VERSION}"
+
+
+def blocks_folder(sha256: str) -> Path:
+    """Where what stands beside the .gguf file with this hash is or will be, when its blocks are the weights."""
+    return cache_folder() / "gguf" / f"{sha256}-blocks-v{CONVERTER_VERSION}"
 
 
 @contextmanager

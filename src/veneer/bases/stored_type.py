@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from veneer.bases.compute import DTYPES, HeldAs
-from veneer.bases.sources import weight_files
+from veneer.bases.model_folder import weight_files
 from veneer.bases.tensor_files import counted, stored_tensors
 from veneer.errors import SourceError
 

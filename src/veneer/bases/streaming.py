@@ -25,7 +25,7 @@ from veneer.adapters.reads import weights_read_past
 from veneer.adapters.targets import ends_with
 from veneer.bases.bnb_files import Moving, stored_weights
 from veneer.bases.faults import check_loaded
-from veneer.bases.sources import Found, weight_files
+from veneer.bases.model_folder import Found, weight_files
 from veneer.bases.tensor_files import stored_tensors
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import is_plain_linear, is_transposed_linear

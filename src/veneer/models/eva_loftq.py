@@ -17,7 +17,8 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.initial_factors import leading_directions, loftq_start
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.wrapping import plain_modules
-from veneer.bases.sources import locate, weight_files
+from veneer.bases.model_folder import weight_files
+from veneer.bases.sources import locate
 from veneer.bases.tensor_files import StoredTensor, stored_tensors
 from veneer.data.examples import Example
 from veneer.errors import ConfigError

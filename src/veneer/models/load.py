@@ -21,10 +21,10 @@ from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
 from veneer.bases.dense import build_dense
 from veneer.bases.faults import NEXT_DOWNLOAD, check_finite, check_generation
 from veneer.bases.fingerprint import fingerprint
-from veneer.bases.gguf_blocks import locate_blocks
 from veneer.bases.model_config import check_size, checked_config
+from veneer.bases.model_folder import Found, weight_files
 from veneer.bases.quiet_transformers import quiet
-from veneer.bases.sources import Found, locate, weight_files
+from veneer.bases.sources import locate, locate_blocks
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bases.stored_type import stored_type
 from veneer.bases.streaming import build_packed, holds_experts_apart
