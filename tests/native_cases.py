@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls, dense_calls, packed_calls
+from veneer.kernels import calls, dense_calls, packed_calls, paged_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
 
@@ -257,11 +257,45 @@ def _dense(rng: random.Random) -> list[Call]:
     return [(dense_calls.few_rows, {"x": x, "parts": tuple(parts), "level": rng.choice([0, 2, 3, 4])})]
 
 
+def _paged(rng: random.Random) -> list[Call]:
+    dtype, kv_heads, count = rng.choice([torch.float32, BF16]), rng.randint(1, 3), rng.randint(1, 4)
+    heads, size, wide = kv_heads * rng.randint(1, 4), 2 * rng.randint(1, 20), rng.randint(1, 40)
+    columns, begin, rows = [], 0, 0
+    for _ in range(count):
+        start, many, front = rng.randint(0, 300), rng.choice([1, 1, rng.randint(2, 40)]), rng.choice([0, 0, 5, 32])
+        front_blocks = -(-front // paged_calls.SLOTS)
+        columns.append([begin, front_blocks, front, start, start + many])
+        begin += front_blocks - (-(start + many) // paged_calls.SLOTS) - rng.choice([0, 0, front_blocks])
+        begin, rows = max(begin, 0), rows + many
+    longest = max(b + f - (-stop // paged_calls.SLOTS) for b, f, _, _, stop in columns)
+    blocks, pair, some = rng.randint(1, 60), 2 if dtype is BF16 else 1, rows + rng.randint(0, 3)
+    given = {
+        "tables": torch.randint(0, blocks, (longest,), dtype=torch.int32),
+        "spans": torch.tensor(columns),
+        "q": filled(dtype, some, heads, size),
+        "k": filled(dtype, some, kv_heads, size),
+        "v": filled(dtype, some, kv_heads, wide),
+        "keys": filled(dtype, blocks, kv_heads, size // pair, paged_calls.SLOTS, pair),
+        "values": filled(dtype, blocks, kv_heads, paged_calls.SLOTS // pair, wide, pair),
+        "out": filled(dtype, some, heads, wide),
+        "sinks": rng.choice([None, filled(torch.float32, heads)]),
+        "scale": 0.3,
+        "softcap": rng.choice([None, 5.0]),
+        "window": rng.choice([None, 1, 33]),
+        "level": rng.choice([0, 2, 3, 4]),
+    }
+
+    def attend(tables: Tensor, spans: Tensor, **others: Any) -> None:
+        paged_calls.paged_attention(paged_calls.paged_spans(tables, spans), **others)
+
+    return [(attend, given)]
+
+
 def valid_calls(seed: int) -> list[Call]:
     """One of each, of random sizes."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng), *_dense(rng)]
+    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng), *_dense(rng), *_paged(rng)]
 
 
 def spoiled(value: Any, rng: random.Random) -> Any:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
 from tests.soak.counts import count
-from veneer.kernels import calls, dense_calls, native, nf4, packed_calls
+from veneer.kernels import calls, dense_calls, native, nf4, packed_calls, paged_calls
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
 KERNELS = Path(native.__file__).parent
-CALLING = ("native.py", "arguments.py", "calls.py", "packed_calls.py", "dense_calls.py")
+CALLING = ("native.py", "arguments.py", "calls.py", "packed_calls.py", "dense_calls.py", "paged_calls.py")
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
@@ -37,7 +37,7 @@ def test_only_these_files_know_the_library():
 def test_every_function_of_the_library_has_its_signature_and_its_call():
     source = "\n".join(path.read_text() for path in (KERNELS / "native").glob("*.c"))
     exported = set(re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M))
-    inner = {"veneer_parallel", "veneer_has_byte_permutes"}
+    inner = {"veneer_parallel", "veneer_threads", "veneer_has_byte_permutes"}
     assert exported - inner == set(native.SIGNATURES)
     python = "\n".join((KERNELS / name).read_text() for name in CALLING)
     assert all(python.count(name) >= 2 for name in native.SIGNATURES)
@@ -47,11 +47,12 @@ def test_every_function_of_the_library_has_its_signature_and_its_call():
 def test_there_is_a_case_for_every_call_and_each_is_valid():
     cases = valid_calls(0)
     tried = {function for function, _ in cases}
-    wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product}
+    wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, paged_calls.paged_attention}
     assert (
         functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
         | functions(packed_calls)
         | functions(dense_calls)
+        | functions(paged_calls)
         <= tried | wrapped
     )
     for seed in range(20):

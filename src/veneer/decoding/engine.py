@@ -19,13 +19,14 @@ from veneer.adapters.acting import Acting, in_turn
 from veneer.decoding.adapters import Adapters, prefixes
 from veneer.decoding.blocks import BlockManager, Front
 from veneer.decoding.draws import Drawing, draw
-from veneer.decoding.paged import PagedKeys, PagedStep, SpanRows
+from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.scheduler import Limits, Scheduler
 from veneer.decoding.sequence import Request
 from veneer.decoding.sequence import Sequence as Answer
 from veneer.decoding.step_plan import Plan, Span
 from veneer.errors import ConfigError
 from veneer.kernels.layout import round_up
+from veneer.kernels.paged_attention import SpanRows
 from veneer.models.attention import unused_mask
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
@@ -110,7 +111,7 @@ class Engine:
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
         filler = round_up(len(ids)) - len(ids) if len(ids) > len(plan.spans) else 0
         rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
-        laid = PagedStep(self._keys, [self._rows(span) for span in plan.spans], device)
+        laid = PagedStep(self._keys, [_rows(span) for span in plan.spans])
         kept = ends.to(device)
         call: Any = self.base.model
         with self.base.routing.held(self._acting_of(plan, filler).keeping(kept)):
@@ -131,19 +132,17 @@ class Engine:
             self._acting = (parts, filler), in_turn(parts).padded(filler)
         return self._acting[1]
 
-    def _rows(self, span: Span) -> SpanRows:
-        table = span.sequence.table
-        assert table is not None
-        front = self._keys.places(table.front, table.front_places)
-        return SpanRows(span.start, span.stop, front, self._keys.places(table.blocks, span.stop))
-
     def _write(self, front: Front) -> None:
         """A trained prefix into its blocks."""
         (prefix,) = prefixes(self._adapters.applied(front.adapter))
-        places = self._keys.places(front.blocks, front.places).to(self.base.device)
         for number, (key, value) in prefix.keys().items():
-            stored = self._keys.layer(number, key, value)
-            stored[0][places], stored[1][places] = key.to(stored[0].dtype), value.to(stored[1].dtype)
+            self._keys.write(number, front.blocks, key, value)
+
+
+def _rows(span: Span) -> SpanRows:
+    table = span.sequence.table
+    assert table is not None
+    return SpanRows(span.start, span.stop, table.blocks, table.front, table.front_places)
 
 
 def bytes_per_token(base: FrozenBase) -> int:

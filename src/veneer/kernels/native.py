@@ -1,7 +1,8 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
-packed_calls.py and dense_calls.py alone, which check what they hand over (arguments.py): C does not look.
+packed_calls.py, dense_calls.py and paged_calls.py alone, which check what they hand over (arguments.py): C does not
+look.
 """
 
 import ctypes
@@ -53,6 +54,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
     "veneer_gguf_product": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""

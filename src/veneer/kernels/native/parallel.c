@@ -29,12 +29,11 @@ static void one_thread(void *data) {
     if (start < stop) call->body(call->arguments, start, stop);
 }
 
+int64_t veneer_threads(void) { return openmp_parallel != NULL && !openmp_in_parallel() ? openmp_max_threads() : 1; }
+
 void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t grain) {
-    int64_t threads = 1;
-    if (openmp_parallel != NULL && !openmp_in_parallel()) {
-        int64_t most = openmp_max_threads(), useful = count / (grain < 1 ? 1 : grain);
-        threads = useful < most ? useful : most;
-    }
+    int64_t most = veneer_threads(), useful = count / (grain < 1 ? 1 : grain);
+    int64_t threads = useful < most ? useful : most;
     if (threads <= 1) {
         if (count > 0) body(arguments, 0, count);
         return;

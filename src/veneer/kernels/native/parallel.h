@@ -7,6 +7,9 @@
 /* Works on items [start, stop) of a call. */
 typedef void (*veneer_body)(void *arguments, int64_t start, int64_t stop);
 
+/* Threads that a call may use. */
+int64_t veneer_threads(void);
+
 /* Splits [0, count) into contiguous runs, at most one a thread and none below `grain` items; returns when all are done.
    Which thread takes which run never changes a result: items are independent. */
 void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t grain);
