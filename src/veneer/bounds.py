@@ -164,3 +164,6 @@ WAITS = Number(int, 0, 10**9)
 """Waiting requests, and those that may overtake one."""
 TIME = Number(float, -(10**12), 10**12)
 """Seconds on some clock."""
+PORT = Number(int, 0, 65535)
+MIB = Number(int, 1, 2**40)
+"""2**20 bytes each."""

@@ -91,16 +91,16 @@ def mutated(random: Random, made: dict[str, Any]) -> bytes:
     """The body with something wrong in it: in a value, in a key, in its text."""
     made = json.loads(json.dumps(made))
     for _ in range(random.randint(1, 3)):
+        if not made:
+            break
         choice = random.random()
-        container, key = random.choice(places(made) or [(made, "model")])
+        container, key = random.choice(places(made))
         if choice < 0.5:
             container[key] = random.choice(WRONG)
         elif choice < 0.65 and isinstance(container, dict):
             container[random.choice(["unknown", "guided", "__class__", "n ", "\x00", "model"])] = random.choice(WRONG)
         elif choice < 0.8:
             del container[key]
-            if not made:
-                break
     text = bytearray(json.dumps(made, allow_nan=True).encode("utf-8", "surrogatepass"))
     if random.random() < 0.2 and text:
         at = random.randrange(len(text))

@@ -13,7 +13,6 @@ from veneer.decoding.scheduler import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
 from veneer.serve.keys import Key, Keys, hashed
-from veneer.serve.service import ServeLimits
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -225,7 +224,8 @@ def test_a_model_that_is_not_there_is_404(server, client, name):
 def test_an_adapter_of_another_base_is_refused_with_both_sides(client):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.chat.completions.create(model="wide", messages=HELLO)
-    assert "32" in str(caught.value) and "64" in str(caught.value)
+    assert "wide@1 was trained on another base than tiny-llama" in str(caught.value)
+    assert "tiny-llama, fingerprint" in str(caught.value) and "against" in str(caught.value)
 
 
 def test_models_are_listed_with_what_they_are(server, client):
@@ -385,6 +385,21 @@ def test_an_adapter_that_cannot_be_loaded_is_never_a_500(server, body, status, p
     assert server.http().get("/v1/models/x").status_code == 404
 
 
+def test_what_is_in_memory_is_told_and_can_be_made_to_stay(server):
+    def shown():
+        return {each["reference"]: each for each in server.http().get("/v1/adapters").json()["data"]}
+
+    assert server.post("/v1/adapters/pin", {"name": "poems"}).json() == {"pinned": True}
+    card = shown()["poems@1"]
+    assert (card["tier"], card["pinned"], card["answers"], card["error"]) == ("ready", True, 0, None)
+    told = server.http().get("/metrics").text
+    assert gauge(told, "veneer:adapter_bytes") >= card["bytes"] > 0 and gauge(told, "veneer:adapters_ready") >= 1
+    assert server.post("/v1/adapters/unpin", {"name": f"{BASE}:poems"}).json() == {"pinned": False}
+    assert not shown()["poems@1"]["pinned"]
+    assert server.post("/v1/adapters/pin", {"name": "nobody"}).status_code == 404
+    assert server.post("/v1/adapters/pin", {"name": "wide"}).status_code == 422
+
+
 def test_a_version_that_is_published_is_served_at_once(server, library, tmp_path):
     body = {"model": "fresh", "messages": HELLO, **GREEDY}
     assert server.post(CHAT, body).status_code == 404
@@ -421,11 +436,11 @@ def test_too_many_that_wait_are_told_when_to_come_again(library):
 
 
 def test_a_request_ends_when_its_time_is_over_and_says_so(library):
-    with running(library, serve=ServeLimits(seconds=0.25)) as server:
+    with running(library, seconds=0.25) as server:
         found = server.post(CHAT, {"model": BASE, "messages": HELLO, "max_tokens": 990, "ignore_eos": True}).json()
         assert (found["choices"][0]["finish_reason"], found["choices"][0]["stop_reason"]) == ("length", "deadline")
         assert 0 < found["usage"]["completion_tokens"] < 990
-    with running(library, serve=ServeLimits(seconds=1e-6)) as server:
+    with running(library, seconds=1e-6) as server:
         assert server.post(CHAT, {"model": BASE, "messages": HELLO}).status_code == 408
 
 

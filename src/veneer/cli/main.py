@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
     "compare": "methods side by side on your own rows: quality, memory, time, file size, forgetting",
     "generate": "answer one prompt",
+    "serve": "answer over HTTP as OpenAI's clients ask: a base and a library of adapters",
     "chat": "talk to a base, with or without an adapter",
     "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",
     "merge": "merge adapters into their base: a plain model folder, checked against the adapter",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.bounds import TOKEN
+from veneer.library.resident import Shown
 from veneer.serve.fields import Field, Flag, Num, Only, Text, read_fields
 
 _NAME = Text(200, 1)
@@ -24,6 +25,8 @@ UNLOAD = (
     Field("lora_name", _NAME, "the model's name", required=True),
     Field("lora_int_id", Num(TOKEN), "names are enough", no_effect=True),
 )
+PIN = (Field("name", _NAME, "an adapter, as in model", required=True),)
+"""Our own."""
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,22 @@ def loaded(body: dict[str, Any]) -> Loading:
 def unloaded(body: dict[str, Any]) -> str:
     """The name. Refusal: 400."""
     return str(read_fields(UNLOAD, body)["lora_name"])
+
+
+def pinned(body: dict[str, Any]) -> str:
+    """The name. Refusal: 400."""
+    return str(read_fields(PIN, body)["name"])
+
+
+def card_of(shown: Shown) -> dict[str, Any]:
+    """An adapter that is in memory, on its way, or broken."""
+    return {
+        "reference": shown.reference,
+        "version": shown.content,
+        "tier": shown.tier.value,
+        "bytes": shown.bytes,
+        "answers": shown.holders,
+        "pinned": shown.pinned,
+        "idle_seconds": round(shown.idle_seconds, 3),
+        "error": None if shown.error is None else shown.error.headline,
+    }

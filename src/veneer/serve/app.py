@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from veneer.errors import VeneerError
 from veneer.serve import chat, completions, messages, responses
-from veneer.serve.adapters import loaded, unloaded
+from veneer.serve.adapters import card_of, loaded, pinned, unloaded
 from veneer.serve.body import read_body
 from veneer.serve.exchange import Exchange
 from veneer.serve.guard import answer_to
@@ -28,6 +28,7 @@ from veneer.serve.tokens import detokenized, tokenized
 
 log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
+BodyHandler = Callable[[dict[str, Any], Request], Awaitable[Response]]
 PROTOCOLS: dict[str, ModuleType] = {
     "/v1/chat/completions": chat,
     "/v1/completions": completions,
@@ -51,6 +52,9 @@ PATHS = (
     "/detokenize",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    "/v1/adapters",
+    "/v1/adapters/pin",
+    "/v1/adapters/unpin",
     "/metrics",
     "/healthz",
     "/readyz",
@@ -71,7 +75,7 @@ def application(service: Service) -> Starlette:
 
 
 def _routes(service: Service) -> list[Route]:
-    def post(path: str, handler: Callable[[dict[str, Any], Request], Awaitable[Response]], scope: str = "use") -> Route:
+    def post(path: str, handler: BodyHandler, scope: str = "use") -> Route:
         async def endpoint(request: Request) -> Response:
             _check_scope(request, scope)
             return await handler(await read_body(request, service.limits.body_bytes), request)
@@ -103,20 +107,29 @@ def _routes(service: Service) -> list[Route]:
 
     async def load(body: dict[str, Any], request: Request) -> Response:
         wanted = loaded(body)
-        entry = await _apart(lambda: service.names.loadable(wanted.name, wanted.reference, in_place=wanted.in_place))
-        await service.load(wanted.name, entry)
-        said = await _apart(lambda: service.names.add(wanted.name, wanted.reference))
-        return PlainTextResponse(said, headers={"x-veneer-version": entry.version.facts.content_hash})
+        await _apart(lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place))
+        await service.load(wanted.reference)
+        return PlainTextResponse(service.names.add(wanted.name, wanted.reference))
 
     async def unload(body: dict[str, Any], request: Request) -> Response:
         name = unloaded(body)
         return PlainTextResponse(await _apart(lambda: service.names.remove(name)))
+
+    def pin(*, to: bool) -> BodyHandler:
+        async def change(body: dict[str, Any], request: Request) -> Response:
+            await service.pin(pinned(body), pinned=to)
+            return JSONResponse({"pinned": to})
+
+        return change
 
     def get(path: str, handler: Handler) -> Route:
         return Route(path, _answered(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": await _apart(service.names.cards)})
+
+    async def adapters(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card_of(each) for each in service.residents.shown()]})
 
     async def model(request: Request) -> Response:
         return JSONResponse(await _apart(lambda: service.names.card(request.path_params["name"])))
@@ -137,6 +150,9 @@ def _routes(service: Service) -> list[Route]:
         post("/detokenize", detokenize),
         post("/v1/load_lora_adapter", load, "admin"),
         post("/v1/unload_lora_adapter", unload, "admin"),
+        post("/v1/adapters/pin", pin(to=True), "admin"),
+        post("/v1/adapters/unpin", pin(to=False), "admin"),
+        get("/v1/adapters", adapters),
         get("/v1/models", models),
         get("/v1/models/{name:path}", model),
         get("/metrics", metrics),

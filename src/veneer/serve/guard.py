@@ -13,8 +13,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,7 +56,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
         began, status = time.monotonic(), 0
 
         async def sending(message: Message) -> None:

@@ -11,18 +11,20 @@ away is a name: files stay. Nothing here is a path.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from veneer.decoding.blocks import Identity
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, UnknownNameError, VeneerError
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_name, is_reference
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
 MOST_ADDED = 1000
+NO_PATH = "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an address."
 LOADED = "Success: LoRA adapter '{}' added successfully."
 ALREADY = (
     "The lora adapter '{}' has already been loaded. "
@@ -31,21 +33,29 @@ ALREADY = (
 UNLOADED = "Success: LoRA adapter '{}' removed successfully."
 
 
+class Adapters(Protocol):
+    """What of library/residents.py is asked here. Both may raise a VeneerError."""
+
+    def resolve(self, name: str, weight: float = 1.0) -> Identity: ...
+
+    def unload(self, name: str) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Model:
-    """name: as it was asked for. entry: None is the base."""
+    """name: as it was asked for. adapters: name and content of each that acts; none: the base."""
 
     name: str
-    entry: Entry | None
     identity: Identity
+    adapters: tuple[tuple[str, str], ...] = ()
 
     @property
     def content(self) -> str:
-        return "".join(content[:8] for content, _ in self.identity) or "base"
+        return "-".join(content[:8] for content, _ in self.identity) or "base"
 
 
 class Names:
-    """base_name, base_digest: of the base and its fingerprint. resolve: from a reference to what acts.
+    """base_name, base_digest: of the base and its fingerprint.
 
     Called from any thread; reads files.
     """
@@ -54,59 +64,55 @@ class Names:
         self,
         base_name: str,
         base_digest: str,
-        library: Library | None,
-        resolve: Callable[[str], Identity],
+        library: Library,
+        adapters: Adapters,
         *,
         created: int = 0,
         positions: int | None = None,
     ) -> None:
         self.base_name, self._digest = base_name, base_digest
-        self._library, self._resolve = library, resolve
+        self._library, self._adapters = library, adapters
         self._created, self._positions = created, positions
         self._added: dict[str, str] = {}
         self._hidden: set[str] = set()
         self._lock = threading.Lock()
 
     def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
-        """What a request's `model` means, and its `adapters`. Refusal: 404, or 4xx with why it cannot act."""
-        found = self._one(name)
+        """What a request's `model` means, and its `adapters`. Refusal: 404. VeneerError: it cannot act."""
         if not weighted:
-            return found
-        if found.entry is not None:
-            raise Refusal(400, "adapters: model is an adapter already; name the base there.", "adapters")
-        identity: list[tuple[str, float]] = []
-        for each, weight in weighted:
-            entry = self._entry(each)
-            identity += [(content, own * weight) for content, own in self._identity(entry.reference)]
-        if len({content for content, _ in identity}) < len(identity):
-            raise Refusal(400, "adapters: one of them is named twice.", "adapters")
-        return Model(name, None, tuple(identity))
+            return self._one(name, 1.0)
+        if name != self.base_name:
+            raise Refusal(400, "adapters: model must be the base then.", "adapters")
+        parts = [self._one(each, weight) for each, weight in weighted]
+        identity = tuple(part for each in parts for part in each.identity)
+        if len({content for content, _ in identity}) < len(weighted):
+            raise Refusal(400, "adapters: each is another one, and none is the base.", "adapters")
+        return Model(name, identity, tuple(pair for each in parts for pair in each.adapters))
 
-    def _one(self, name: str) -> Model:
+    def _one(self, name: str, weight: float) -> Model:
         if name == self.base_name:
-            return Model(name, None, ())
-        return self.of_entry(name, self._entry(name))
-
-    def of_entry(self, name: str, entry: Entry) -> Model:
-        """What raises what it cannot act for, as a Refusal or a VeneerError."""
-        return Model(name, entry, self._identity(entry.reference))
-
-    def _identity(self, reference: str) -> Identity:
+            return Model(name, ())
+        reference = self.reference(name)
         try:
-            return self._resolve(reference)
-        except ConfigError as fault:  # it has gone since
-            raise unknown_model(reference, fault.next_step) from None
+            identity = self._adapters.resolve(reference, weight)
+        except UnknownNameError:
+            raise unknown_model(name) from None
+        called = reference.partition("@")[0]
+        return Model(name, identity, tuple((called, content) for content, _ in identity))
 
-    def _entry(self, name: str) -> Entry:
-        """Of the library, or Refusal: 404, the same for what is not there and for what is hidden."""
+    def reference(self, name: str) -> str:
+        """Of the library. Refusal: 404, the same for what is not there and for what was taken away."""
         own = name.removeprefix(f"{self.base_name}:")
         with self._lock:
             reference = self._added.get(own, own)
-            hidden = own in self._hidden or own.partition("@")[0] in self._hidden
-        if hidden or self._library is None or not is_reference(reference):
+            hidden = own not in self._added and own.partition("@")[0] in self._hidden
+        if hidden or not is_reference(reference):
             raise unknown_model(name)
+        return reference
+
+    def _entry(self, name: str) -> Entry:
         try:
-            return self._library.get(reference)
+            return self._library.get(self.reference(name))
         except ConfigError:
             raise unknown_model(name) from None
 
@@ -121,8 +127,6 @@ class Names:
         return self._base_card() if name == self.base_name else self._card(name, self._entry(name))
 
     def _entries(self) -> Iterator[tuple[str, Entry]]:
-        if self._library is None:
-            return
         with self._lock:
             hidden, added = set(self._hidden), dict(self._added)
         for entry in self._library.entries():
@@ -164,21 +168,14 @@ class Names:
 
     # vLLM's way of adding and removing
 
-    def loadable(self, name: str, reference: str, *, in_place: bool) -> Entry:
-        """The adapter that the name may mean. Refusal: 400, 404, 409."""
+    def check(self, name: str, reference: str, *, in_place: bool) -> None:
+        """Whether the name may mean the adapter. Refusal: 400, 404, 409."""
         if not is_reference(reference):
-            raise Refusal(
-                400,
-                "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an "
-                "address.",
-                "lora_path",
-            )
+            raise Refusal(400, NO_PATH, "lora_path")
         if not is_name(name) or name == self.base_name:
             raise Refusal(400, "lora_name is no name for an adapter: a-z, 0-9, single . - _ between.", "lora_name")
-        if self._library is None:
-            raise Refusal(404, "This server has no library.", "lora_path", "adapter_not_found")
         try:
-            entry = self._library.get(reference)
+            self._library.get(reference)
         except ConfigError as fault:
             raise unknown_adapter(fault) from None
         with self._lock:
@@ -189,7 +186,6 @@ class Names:
             raise Refusal(409, ALREADY.format(name), "lora_name", "already_loaded")
         if added >= MOST_ADDED:
             raise Refusal(409, f"{MOST_ADDED:,} names have been added, as many as may.", "lora_name")
-        return entry
 
     def add(self, name: str, reference: str) -> str:
         """The name means the adapter from now on. Returns what is said."""
@@ -200,9 +196,11 @@ class Names:
         return LOADED.format(name)
 
     def remove(self, name: str) -> str:
-        """The name means nothing any more. Returns what is said. Refusal: 404."""
-        entry = self._entry(name)
+        """The name means nothing any more, and the adapter may go. Returns what is said. Refusal: 404."""
+        reference = self._entry(name).reference if name not in self._added else self.reference(name)
         with self._lock:
             if self._added.pop(name, None) is None:
-                self._hidden.add(entry.name)
+                self._hidden.add(reference.partition("@")[0])
+        with suppress(VeneerError):  # the library has it no more
+            self._adapters.unload(reference)
         return UNLOADED.format(name)

@@ -13,6 +13,7 @@ from typing import Any
 
 from veneer.errors import (
     AdapterMismatchError,
+    BudgetFullError,
     ConfigError,
     CorruptFileError,
     DoesNotFitError,
@@ -99,6 +100,8 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
         return fault
     if isinstance(fault, QueueFullError):
         return Refusal(429, str(fault))
+    if isinstance(fault, BudgetFullError):
+        return Refusal(507, str(fault), param)
     if isinstance(fault, AdapterMismatchError | CorruptFileError | UnsafeFileError):
         return Refusal(422, str(fault), param or "model")
     if isinstance(fault, InputError | DoesNotFitError):
@@ -119,5 +122,5 @@ def unknown_model(name: str, next_step: str = "") -> Refusal:
     return Refusal(404, f"{said} {next_step}".strip(), "model", "model_not_found")
 
 
-def unknown_adapter(fault: ConfigError) -> Refusal:
-    return Refusal(404, f"{fault.headline}. {fault.next_step}".strip(), "lora_path", "adapter_not_found")
+def unknown_adapter(fault: ConfigError, param: str = "lora_path") -> Refusal:
+    return Refusal(404, f"{fault.headline}. {fault.next_step}".strip(), param, "adapter_not_found")

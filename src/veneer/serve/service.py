@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling import Constraint
-from veneer.decoding.sequence import Request
-from veneer.errors import VeneerError
-from veneer.library.library import Entry
+from veneer.errors import UnknownNameError, VeneerError
+from veneer.library.resident import Tier
+from veneer.library.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.serve.answering import Answering, requests_of
@@ -20,10 +22,12 @@ from veneer.serve.loop import EngineLoop
 from veneer.serve.metrics import Metrics, state_of
 from veneer.serve.names import Model, Names
 from veneer.serve.prompts import Prompts
-from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.refusals import Refusal, refusal_of, unknown_adapter
 from veneer.serve.token_text import TokenTexts
 
 Constraints = Callable[[], Constraint]
+MOST_LABELS = 1024
+"""Adapters whose names metrics remember."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +35,13 @@ class ServeLimits:
     """body_bytes     of a request
     seconds        from its arrival to its end
     drain_seconds  for requests that are open when the server is to end
+    load_seconds   for an adapter that is to be loaded or pinned
     """
 
     body_bytes: int = 4 * 2**20
     seconds: float = 600.0
     drain_seconds: float = 30.0
+    load_seconds: float = 60.0
 
 
 class Service:
@@ -46,20 +52,21 @@ class Service:
         base: FrozenBase,
         engine: Engine,
         names: Names,
+        residents: Residents,
         *,
         limits: ServeLimits | None = None,
         shapes: Callable[[Shape], Constraints] | None = None,
         routes: Sequence[str] = (),
     ) -> None:
         capacity = capacity_of(base)
-        self.names, self.limits = names, limits or ServeLimits()
+        self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
         self.prompts = Prompts(base.tokenizer, positions=capacity.positions, ids=capacity.tokens)
         self.texts = TokenTexts(base.tokenizer)
         self.loop = EngineLoop(engine)
         self.metrics = Metrics(names.base_name, routes)
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._weights = base.fingerprint().weights_hash[:8]
-        self._room = engine.scheduler.blocks.capacity
+        self.cache_tokens, self.cache_bytes = engine.scheduler.blocks.capacity, engine.scheduler.blocks.budget_bytes
         self._shapes = shapes
         self._labels: dict[str, str] = {}
 
@@ -77,15 +84,17 @@ class Service:
 
     def _label(self, found: Model) -> None:
         """What metrics call its contents."""
-        for content, _ in found.identity:
-            if found.entry is not None:
-                self._labels[content] = found.entry.name
+        for name, content in found.adapters:
+            self._labels.pop(content, None)
+            self._labels[content] = name
+        while len(self._labels) > MOST_LABELS:
+            del self._labels[next(iter(self._labels))]
 
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
         model = await self.model(asked.model, asked.adapters)
         prompts = await self.prompts.encoded(asked.prompts)
-        lengths = [self.prompts.most_new(ids, asked.max_new_tokens, self._room) for ids in prompts]
+        lengths = [self.prompts.most_new(ids, asked.max_new_tokens, self.cache_tokens) for ids in prompts]
         constraints = await self._constraints(asked)
         try:
             requests = requests_of(
@@ -123,25 +132,33 @@ class Service:
         except VeneerError as fault:
             raise refusal_of(fault, param=asked.shape.param) from None
 
-    async def load(self, name: str, entry: Entry) -> None:
-        """The adapter is in memory and fits, or Refusal: a token is drawn with it."""
+    async def load(self, reference: str) -> None:
+        """The adapter is in memory and fits, or Refusal."""
+        await self._told(lambda: self.residents.load(reference, seconds=self.limits.load_seconds), "lora_path")
+
+    async def pin(self, name: str, *, pinned: bool) -> None:
+        """Into memory to stay, or not to. Refusal."""
+        reference = self.names.reference(name)
+        change = partial(self.residents.pin, seconds=self.limits.load_seconds) if pinned else self.residents.unpin
+        await self._told(lambda: change(reference), "name")
+
+    async def _told(self, function: Callable[[], object], param: str) -> None:
         try:
-            model = await asyncio.to_thread(self.names.of_entry, name, entry)
+            await asyncio.to_thread(function)
+        except UnknownNameError as fault:
+            raise unknown_adapter(fault, param) from None
         except VeneerError as fault:
-            raise refusal_of(fault, param="lora_path") from None
-        self._label(model)
-        now = self.loop.clock()
-        request = Request(
-            prompt=(0,), max_new_tokens=1, adapter=model.identity, arrival=now, deadline=now + self.limits.seconds
-        )
-        answering = Answering(self.loop, [request], Asked(model="", prompts=()), self.texts)
-        async with answering:
-            async for _ in answering.pieces():
-                pass
+            raise refusal_of(fault, param=param) from None
 
     async def metrics_text(self) -> str:
         state = await self.loop.ask(state_of)
-        return self.metrics.text(state, self._labels, {"engine_steps": self.loop.steps})
+        return self.metrics.text(state, self._labels, self._gauges())
+
+    def _gauges(self) -> dict[str, float]:
+        tiers = Counter(each.tier for each in self.residents.shown())
+        counts = {f"adapters_{tier.value}": tiers[tier] for tier in (Tier.READY, Tier.LOADING, Tier.FAILED)}
+        used, budget = self.residents.used_bytes(), self.residents.budget_bytes
+        return {"engine_steps": self.loop.steps, "adapter_bytes": used, "adapter_budget_bytes": budget, **counts}
 
     async def close(self) -> None:
         await self.loop.close(self.limits.drain_seconds)

@@ -1,0 +1,168 @@
+"""Answer over HTTP, as OpenAI's clients ask: a base and every adapter of a library, many requests at once.
+
+For instance:
+
+  veneer serve --base smollm2-135m
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}'
+
+An adapter that is added to the library is served without a restart; its name is the model. docs/serve.md has
+clients, fields and keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
+from veneer.cli.common import add_library, make_console, no_collection
+from veneer.errors import ConfigError
+from veneer.quant.config import FORMATS
+from veneer.wording import folded, shown, size
+
+if TYPE_CHECKING:
+    from veneer.serve.start import Opened, Settings
+
+NAMES_SHOWN = 6
+COLUMNS = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
+    add_library(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000")
+    parser.add_argument("--name", metavar="NAME", help="of the base as a model; default: as it is loaded")
+    parser.add_argument("--pin", action="append", default=[], metavar="A", help="an adapter that stays in memory")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks")
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
+    limits = parser.add_argument_group("how much at once")
+    limits.add_argument("--rows", type=ROWS, default=64, metavar="N", help="answers computed together; default: 64")
+    limits.add_argument(
+        "--max-waiting", type=COUNT, default=256, metavar="N", help="that wait; more get 429; default: 256"
+    )
+    limits.add_argument(
+        "--max-adapters", type=COUNT, default=64, metavar="N", help="different ones that act at once; default: 64"
+    )
+    limits.add_argument("--cache-mib", type=MIB, metavar="N", help="of keys and values; default: a quarter of memory")
+    limits.add_argument(
+        "--adapters-mib", type=MIB, default=1024, metavar="N", help="of adapters in memory; default: 1024"
+    )
+    limits.add_argument("--seconds", type=SECONDS, default=600.0, metavar="S", help="a request may take; default: 600")
+    limits.add_argument(
+        "--drain", type=SECONDS, default=30.0, metavar="S", help="open requests get to end in at SIGTERM; default: 30"
+    )
+    access = parser.add_argument_group("who may ask")
+    access.add_argument(
+        "--keys", metavar="FILE", help="hashes of keys; VENEER_API_KEY and VENEER_ADMIN_KEY are read too"
+    )
+    access.add_argument(
+        "--new-key", choices=["use", "admin"], help="write a new key's hash into FILE, print the key, and end"
+    )
+    access.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a host name it is reached by"
+    )
+    access.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.new_key:
+        return _new_key(args)
+    if not args.base:
+        raise ConfigError("no base is named", [], "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).")
+    _require_extra()
+    with no_collection():
+        from veneer import api
+        from veneer.library.library import Library
+        from veneer.serve.run import run as run_server
+        from veneer.serve.start import keys_of, open_server
+    settings = _settings(args)
+    keys = keys_of(settings, os.environ)
+    library = Library(args.library)
+    library.entries()  # it is one, before a base is loaded for it
+    base = api.load(args.base, dtype=args.dtype, device=args.device, quantize=args.quantize)
+    opened = open_server(base, library, settings, keys)
+    _log()
+    console = make_console(json=False)
+    for line in _told(opened, args.host):
+        console.print(shown(line), soft_wrap=True)
+    run_server(opened.server, [opened.socket])
+    console.print("ended")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from veneer.decoding.scheduler import Limits
+    from veneer.serve.start import Settings
+
+    steps = max(Limits.step_tokens, args.rows)
+    return Settings(
+        host=args.host,
+        port=args.port,
+        name=args.name,
+        limits=Limits(rows=args.rows, step_tokens=steps, max_waiting=args.max_waiting, max_adapters=args.max_adapters),
+        cache_bytes=None if args.cache_mib is None else args.cache_mib * 2**20,
+        adapters_bytes=args.adapters_mib * 2**20,
+        seconds=args.seconds,
+        drain_seconds=args.drain,
+        keys=None if args.keys is None else Path(args.keys),
+        hosts=args.allow_host,
+        origins=args.allow_origin,
+        pinned=args.pin,
+    )
+
+
+def _told(opened: Opened, host: str) -> list[str]:
+    """What is served, where, and to whom."""
+    from veneer.serve.run import is_loopback
+
+    service, names = opened.service, opened.service.names
+    adapters = [card["id"] for card in names.cards()[1:]]
+    count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
+    some = ", ".join(adapters[:NAMES_SHOWN]) + (", …" if len(adapters) > NAMES_SHOWN else "")
+    if not opened.keys:
+        who = "no key is asked for"
+    else:
+        who = "a key is asked for" + ("" if is_loopback(host) else " · without TLS: put a proxy in front")
+    return [
+        folded(f"{names.base_name} · {count}" + (f" · {some}" if some else ""), COLUMNS),
+        f"  keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens",
+        f"  {opened.url}/v1 · {who}",
+        "  Ctrl-C ends it",
+    ]
+
+
+def _new_key(args: argparse.Namespace) -> int:
+    from veneer.serve.keys import new_key
+
+    if not args.keys:
+        raise ConfigError("--new-key needs a file for the key's hash", [], "Give --keys FILE.")
+    print(new_key(Path(args.keys), args.new_key))
+    print("Keep it: it is shown once. The file has its hash alone.", file=sys.stderr)
+    return 0
+
+
+def _require_extra() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as fault:
+        raise ConfigError(
+            f"serving needs a package that is not installed: {fault.name}", [], "pip install 'veneer[serve]'"
+        ) from None
+
+
+def _log() -> None:
+    """A line for each request on stderr; of uvicorn what is wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("veneer.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

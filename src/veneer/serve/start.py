@@ -1,0 +1,119 @@
+"""A server from its settings: a base, its adapters, and how much of the machine they may take."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from veneer.bounds import BYTES, SECONDS, check_numbers
+from veneer.decoding.engine import Engine
+from veneer.decoding.scheduler import Limits
+from veneer.library.library import Library
+from veneer.library.residents import Residents
+from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
+from veneer.plan.machine import memory_bytes
+from veneer.serve.app import PATHS, application
+from veneer.serve.guard import Guard
+from veneer.serve.keys import Keys, read_keys
+from veneer.serve.names import Names
+from veneer.serve.run import Server, check_reach, listening
+from veneer.serve.service import ServeLimits, Service
+
+MOST_CACHE_BYTES = 8 * 2**30
+CACHE_SHARE = 4
+"""Keys and values get one of so many parts of the memory, where nobody says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """name            of the base as a model; None: as it was loaded
+    cache_bytes     of keys and values; None: a part of the machine's memory
+    adapters_bytes  of all adapters in memory
+    keys            file of hashes; hosts, origins: names and sites that are answered beside this machine's own
+    pinned          adapters that are loaded at the start and stay
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    cache_bytes: int | None = None
+    adapters_bytes: int = 2**30
+    seconds: float = 600.0
+    drain_seconds: float = 30.0
+    keys: Path | None = None
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    pinned: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            cache_bytes=(BYTES, self.cache_bytes),
+            adapters_bytes=(BYTES, self.adapters_bytes),
+            seconds=(SECONDS, self.seconds),
+            drain_seconds=(SECONDS, self.drain_seconds),
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Ready to run. socket: listens already."""
+
+    server: Server
+    socket: socket.socket
+    service: Service
+    residents: Residents
+    keys: Keys
+
+    @property
+    def url(self) -> str:
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
+    """Before anything is loaded. VeneerError: no keys where they are needed, or such that are none."""
+    keys = read_keys(settings.keys, environment)
+    check_reach(settings.host, keys)
+    return keys
+
+
+def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Keys) -> Opened:
+    """VeneerError: the base cannot be served, the port is taken, an adapter that is to stay does not fit."""
+    name = settings.name or name_of(base.source)
+    names_of_base = {name, base.source, base.name_or_path}
+    residents = Residents(base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base)
+    engine = Engine(base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits)
+    positions = capacity_of(base).positions
+    names = Names(name, base.fingerprint().digest, library, residents, created=int(time.time()), positions=positions)
+    limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
+    service = Service(base, engine, names, residents, limits=limits, routes=PATHS)
+    residents.on_change(service.loop.wake)
+    for each in settings.pinned:
+        residents.pin(each)
+    app = Guard(
+        application(service),
+        keys=keys,
+        hosts=[settings.host, *settings.hosts],
+        origins=settings.origins,
+        counted=service.metrics.answered,
+    )
+    listener = listening(settings.host, settings.port)
+    server = Server(app, drain_seconds=settings.drain_seconds, closing=service.loop.refuse_new)
+    return Opened(server, listener, service, residents, keys)
+
+
+def name_of(source: str) -> str:
+    """What a base is called as a model: as it was named; of a path the last part, which tells nobody where it is."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def cache_bytes(settings: Settings) -> int:
+    if settings.cache_bytes is not None:
+        return settings.cache_bytes
+    return min((memory_bytes() or 4 * 2**30) // CACHE_SHARE, MOST_CACHE_BYTES)

@@ -1,0 +1,107 @@
+"""`veneer serve` as a process: what it says, what it answers, how it ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.server import add_adapter
+from tests.tiny import save_tiny
+from veneer import api
+from veneer.cli.main import main
+from veneer.library.library import Library
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    save_tiny(folder / "tiny-llama", "llama_untied")
+    library = Library(folder / "adapters")
+    base = api.load(str(folder / "tiny-llama"))
+    add_adapter(library, folder / "made", "tickets", 1, base)
+    return folder
+
+
+@pytest.fixture
+def process(places):
+    command = [sys.executable, "-P", "-m", "veneer.cli.main", "serve", "--base", str(places / "tiny-llama")]
+    command += ["--library", str(places / "adapters"), "--port", "0", "--cache-mib", "8", "--drain", "20"]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    yield started
+    started.kill()
+    started.communicate()
+
+
+def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(process, places):
+    told = [process.stdout.readline().rstrip("\n") for _ in range(4)]
+    assert told[0] == "tiny-llama · 1 adapter · tickets"
+    assert "no key is asked for" in told[2] and told[3].strip() == "Ctrl-C ends it"
+    assert all(len(line) <= 80 for line in told)
+    assert str(places) not in "\n".join(told)
+    url = re.search(r"http://127\.0\.0\.1:\d+", told[2])[0]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert [card.id for card in client.models.list()] == ["tiny-llama", "tickets"]
+    stream = client.chat.completions.create(
+        model="tickets", messages=HELLO, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    chunks = iter(stream)
+    next(chunks)
+    process.send_signal(signal.SIGTERM)
+    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert reasons == ["length"]
+    out, log = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "ended\n")
+    lines = log.splitlines()
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d (GET|POST) /v1/\S+ 200 \d+ ms [0-9a-f]+", line) for line in lines), log
+    assert all(len(line) <= 80 for line in lines) and "hello" not in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz")
+
+
+def test_elsewhere_than_on_this_machine_a_key_is_needed(places, capsys, monkeypatch):
+    for name in ("VENEER_API_KEY", "VENEER_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["serve", "--base", "smollm2-135m", "--host", "0.0.0.0"]) == 2
+    told = capsys.readouterr().err
+    assert "no key is asked for" in told and "--new-key use --keys FILE" in told
+
+
+def test_a_key_is_shown_once_and_kept_as_its_hash(tmp_path, capsys):
+    file = tmp_path / "keys"
+    assert main(["serve", "--new-key", "admin", "--keys", str(file)]) == 0
+    out = capsys.readouterr()
+    assert re.fullmatch(r"vn-[0-9a-f]{64}\n", out.out)
+    assert out.out.strip() not in file.read_text() and file.read_text().startswith("admin ")
+    assert main(["serve", "--new-key", "use"]) == 2
+
+
+def test_what_cannot_be_served_is_an_error_with_what_to_do(places, tmp_path, capsys):
+    base = str(places / "tiny-llama")
+    assert main(["serve"]) == 2
+    assert "--base" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    assert main(["serve", "--base", base, "--library", str(tmp_path / "other")]) == 2
+    assert "no library" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["--library", str(places / "adapters"), "--cache-mib", "8", "--port", str(port)]
+        assert main(["serve", "--base", base, *words]) == 2
+    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
+    assert main(["serve", "--base", base, "--library", str(places / "adapters"), "--pin", "nobody"]) == 2
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_help_shows_a_request(capsys):
+    assert main(["serve", "--help"]) == 0
+    assert "/v1/chat/completions" in capsys.readouterr().out
