@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls, dense_calls, packed_calls, paged_calls
+from veneer.kernels import calls, dense_calls, packed_calls, paged_calls, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
 
@@ -291,11 +291,35 @@ def _paged(rng: random.Random) -> list[Call]:
     return [(attend, given)]
 
 
+def _step(rng: random.Random) -> list[Call]:
+    dtype, rows, width, size = (
+        rng.choice([torch.float32, BF16]),
+        rng.randint(1, 9),
+        rng.randint(1, 90),
+        2 * rng.randint(1, 40),
+    )
+    x, delta, sum_, out = (filled(dtype, rows, width) for _ in range(4))
+    added = rng.choice([{"delta": delta, "sum_": sum_}, {"delta": None, "sum_": None}])
+    q, k = (filled(dtype, rows, rng.randint(1, 4) * size) for _ in range(2))
+    level = rng.choice([0, 2, 3])
+    return [
+        (
+            step_calls.step_norm,
+            {"x": x, **added, "weight": filled(dtype, width), "out": out, "epsilon": 1e-5, "level": level},
+        ),
+        (
+            step_calls.step_rotate,
+            {"q": q, "k": k, "cos": filled(dtype, rows, size), "sin": filled(dtype, rows, size), "level": level},
+        ),
+        (step_calls.step_gate, {"gate": x, "up": delta, "out": out, "level": level}),
+    ]
+
+
 def valid_calls(seed: int) -> list[Call]:
     """One of each, of random sizes."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng), *_dense(rng), *_paged(rng)]
+    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng), *_dense(rng), *_paged(rng), *_step(rng)]
 
 
 def spoiled(value: Any, rng: random.Random) -> Any:

@@ -10,12 +10,20 @@ from torch import Tensor
 
 from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
 from tests.soak.counts import count
-from veneer.kernels import calls, dense_calls, native, nf4, packed_calls, paged_calls
+from veneer.kernels import calls, dense_calls, native, nf4, packed_calls, paged_calls, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
 KERNELS = Path(native.__file__).parent
-CALLING = ("native.py", "arguments.py", "calls.py", "packed_calls.py", "dense_calls.py", "paged_calls.py")
+CALLING = (
+    "native.py",
+    "arguments.py",
+    "calls.py",
+    "packed_calls.py",
+    "dense_calls.py",
+    "paged_calls.py",
+    "step_calls.py",
+)
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
@@ -53,6 +61,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
         | functions(packed_calls)
         | functions(dense_calls)
         | functions(paged_calls)
+        | functions(step_calls)
         <= tried | wrapped
     )
     for seed in range(20):

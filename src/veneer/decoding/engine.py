@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.adapters.acting import Acting, in_turn
 from veneer.decoding.adapters import Adapters, prefixes
 from veneer.decoding.blocks import BlockManager, Front
+from veneer.decoding.direct import Way
 from veneer.decoding.draws import Drawing, draw
 from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.scheduler import Limits, Scheduler
@@ -27,7 +28,6 @@ from veneer.decoding.step_plan import Plan, Span
 from veneer.errors import ConfigError
 from veneer.kernels.layout import round_up
 from veneer.kernels.paged_attention import SpanRows
-from veneer.models.attention import unused_mask
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -48,6 +48,8 @@ class Engine:
             base=base.fingerprint().weights_hash, budget_bytes=budget_bytes, bytes_per_token=bytes_per_token(base)
         )
         self.scheduler = Scheduler(blocks, limits or Limits(), adapters)
+        with base.routing.held(Acting()):
+            self.way = Way(base.model)
         self._keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
         self._drawings: dict[int, Drawing] = {}
         self._ids = capacity_of(base).tokens
@@ -113,17 +115,8 @@ class Engine:
         rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
         laid = PagedStep(self._keys, [_rows(span) for span in plan.spans])
         kept = ends.to(device)
-        call: Any = self.base.model
         with self.base.routing.held(self._acting_of(plan, filler).keeping(kept)):
-            out = call(
-                input_ids=rows[:1],
-                position_ids=rows[1:],
-                attention_mask=unused_mask(device),
-                use_cache=False,
-                veneer_layout=laid,
-                logits_to_keep=kept,
-            )
-        return out.logits[0]
+            return self.way.logits(rows, laid, kept)
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""

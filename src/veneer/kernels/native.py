@@ -1,8 +1,8 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
-packed_calls.py, dense_calls.py and paged_calls.py alone, which check what they hand over (arguments.py): C does not
-look.
+packed_calls.py, dense_calls.py, paged_calls.py and step_calls.py alone, which check what they hand over
+(arguments.py): C does not look.
 """
 
 import ctypes
@@ -41,6 +41,7 @@ _STRUCT_AND_COUNT = (
     *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),
     *("veneer_entropy", "veneer_dropout"),
 )
+_STEP = ("veneer_step_norm", "veneer_step_rotate", "veneer_step_gate")
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_use_openmp": (None, [_POINTER] * 4),
     "veneer_limit": (None, [_INT]),
@@ -55,6 +56,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
+    **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
     "veneer_gguf_product": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""

@@ -1,0 +1,173 @@
+"""What a decoding step costs: through the engine, by the base alone and by adapters, beside transformers' own loop.
+
+    python benchmarks/decoding_step.py                                  smollm2-135m: bf16, NF4, blocks of the file
+    python benchmarks/decoding_step.py --formats bf16 --rows 1 --turns 3
+
+Prints a list of `measurements`, as docs/results/*.json hold them. Prompts of 64 tokens, 128 new ones, greedy, nothing
+stops; a step is timed from the second new token on. Ways alternate within a turn; milliseconds and tokens/s are medians
+with least and most. `torch calls` are counted once, on a step of its own. transformers' loop runs the same weights,
+dense, in modules of its own.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import veneer
+from veneer.adapters.config import LoRA
+from veneer.base import Base
+from veneer.decoding.adapters import Fixed
+from veneer.decoding.blocks import Identity
+from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.sequence import Request
+
+PROMPT, NEW = 64, 128
+FORMATS: dict[str, Any] = {"bf16": None, "nf4": "nf4", "gguf": "gguf"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def prompts(rows: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(100, 40000, (rows, PROMPT), generator=draw).tolist()
+
+
+def filled_engine(base: Base, identities: list[Identity], rows: int) -> Engine:
+    """With all prompts read and the first token drawn."""
+    applied = {each: base.routing.applied(each) for each in identities}
+    places = rows * (PROMPT + NEW + 16) * bytes_per_token(base)
+    engine = Engine(base, budget_bytes=places, adapters=Fixed(base, {k: v for k, v in applied.items() if k}))
+    answers = []
+    for row, prompt in enumerate(prompts(rows)):
+        own = identities[row % len(identities)]
+        answers += engine.add(Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=own))
+    while not all(answer.new for answer in answers):
+        engine.step(0.0)
+    return engine
+
+
+def by_engine(base: Base, identities: list[Identity], rows: int) -> dict[str, float]:
+    start = time.perf_counter()
+    engine = filled_engine(base, identities, rows)
+    steps = []
+    while not engine.scheduler.idle:
+        began = time.perf_counter()
+        engine.step(0.0)
+        steps.append(time.perf_counter() - began)
+    whole = time.perf_counter() - start
+    return {"ms a step": 1e3 * statistics.median(steps), "tokens/s": rows * NEW / whole}
+
+
+def calls_of_a_step(base: Base, identities: list[Identity], rows: int) -> int:
+    engine = filled_engine(base, identities, rows)
+    with Calls() as counted:
+        engine.step(0.0)
+    return counted.count
+
+
+def by_transformers(model: Any, rows: int) -> dict[str, float]:
+    ids = torch.tensor(prompts(rows))
+    settings = GenerationConfig(
+        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    whole = time.perf_counter() - start
+    return {"ms a step": 1e3 * whole / NEW, "tokens/s": rows * NEW / whole}
+
+
+def dense_copy(base: Base) -> Any:
+    """transformers' own modules with the base's weights, before anything stands beside them."""
+    model: Any = AutoModelForCausalLM.from_config(base.config, attn_implementation="sdpa", dtype=base.dtype)
+    model.load_state_dict(base.model.state_dict())
+    model.tie_weights()
+    return model.eval()
+
+
+def alternating(ways: dict[str, Callable[[], dict[str, float]]], turns: int) -> dict[str, Any]:
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, run in ways.items():
+            measured = run()
+            if turn:
+                found[name].append(measured)
+    return {name: {what: spread([each[what] for each in all_]) for what in all_[0]} for name, all_ in found.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 2),
+        "least": round(min(values), 2),
+        "most": round(max(values), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--rows", default="1,16")
+    parser.add_argument("--adapters", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=5)
+    asked = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    measurements = []
+    plain: Any = None
+    for name in asked.formats.split(","):
+        base = veneer.load(asked.base, quantize=FORMATS[name])
+        _ = base.paths
+        if plain is None:
+            plain = dense_copy(base if FORMATS[name] is None else veneer.load(asked.base))
+        identities: list[Identity] = []
+        for number in range(asked.adapters):
+            made = base.attach(LoRA(rank=asked.rank), name=f"a{number}", seed=number)
+            for parameter in made.parameters().values():
+                parameter.data.normal_(std=0.01)
+                parameter.requires_grad_(False)
+            identities.append(((f"a{number}", 1.0),))
+        for rows in map(int, asked.rows.split(",")):
+            ways = {
+                "base": partial(by_engine, base, [()], rows),
+                f"{min(rows, asked.adapters)} adapters": partial(by_engine, base, identities[:rows], rows),
+                "transformers.generate": partial(by_transformers, plain, rows),
+            }
+            values = alternating(ways, asked.turns)
+            values["base"]["torch calls a step"] = calls_of_a_step(base, [()], rows)
+            values[f"{min(rows, asked.adapters)} adapters"]["torch calls a step"] = calls_of_a_step(
+                base, identities[:rows], rows
+            )
+            measurements.append(
+                {
+                    "what": f"a decoding step of {rows} rows: {asked.base}, {name}, LoRA of rank {asked.rank} on all "
+                    f"linear layers, {PROMPT} tokens read and {NEW} new ones",
+                    "machine": f"{platform.processor() or platform.machine()}; torch {torch.__version__}",
+                    "commit": commit.stdout.strip(),
+                    "command": f"python benchmarks/decoding_step.py --formats {name} --rows {rows}",
+                    "values": {"threads": torch.get_num_threads(), "dtype": str(base.dtype), **values},
+                }
+            )
+    print(json.dumps({"measurements": measurements}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

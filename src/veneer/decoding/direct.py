@@ -1,0 +1,340 @@
+"""A step through the parts of a model, few calls a layer, where that gives what the model's own forward gives.
+
+    residual and norm, q k v, rotary, attention over blocks, o, residual and norm, gate and up, activation, down
+
+A model's own forward makes some hundred small calls a layer, more than the time of a step on a CPU. Here the same
+modules are called, found in their places at every step, and between them one call does what several did
+(kernels/decoder_step.py). What an adapter stands beside is called as the module that it is,
+so is a feed-forward block of another kind.
+
+What a model computes is found by running it: a small copy in float32 (models/structure.py), then the model itself, by
+its own forward and by this one. What does not agree keeps its own forward, and the reason says why.
+Shapes: N rows of the step, D width, E head size, V ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from veneer.adapters.wrapping import AdaptedModule, unwrapped
+from veneer.bases.quiet_transformers import quiet
+from veneer.decoding.paged import PagedKeys, PagedStep
+from veneer.kernels import decoder_step, few_rows
+from veneer.kernels.groups import Pair
+from veneer.kernels.paged_attention import SpanRows
+from veneer.kernels.rules import Rules
+from veneer.linear import FewRowsLinear
+from veneer.models.attention import NAME, decoder, unused_mask
+from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
+from veneer.models.proof import apart, sample_texts, structure_key, tried
+from veneer.models.structure import NoCopyError, small_copy
+
+SLOTS = 16
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+ATTENTION = {*PROJECTIONS, "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+Run = Callable[[Tensor, Any, Tensor | None], Tensor]
+"""(2, N) ids and positions, a step (models/attention.py: Laid), the rows that are kept or all -> their logits."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The base's own modules of a layer, and how its attention weighs. gated: its feed-forward is silu's."""
+
+    place: nn.Module
+    attention: nn.Module
+    feed: nn.Module
+    gated: bool
+    rules: Rules
+
+
+class DirectForward:
+    """Of `direct`. Which adapters act is the caller's to hold."""
+
+    def __init__(self, model: PreTrainedModel, inner: nn.Module, layers: Sequence[_Layer]) -> None:
+        self.model, self.layers = model, layers
+        self.inner: Any = inner
+
+    @property
+    def fits(self) -> bool:
+        """Whether what acts now leaves the parts where they are: a prefix comes in through the model's own forward."""
+        in_place = all(a is b.place for a, b in zip(self.inner.layers, self.layers, strict=True))
+        return in_place and in_front(self.model) == 0
+
+    def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
+        """rows (2, N): ids and positions -> (kept, V); None: all rows."""
+        states = self.states(rows, laid)
+        head: Any = self.model.get_output_embeddings()
+        return _product(states if kept is None else states[kept], head)
+
+    def states(self, rows: Tensor, laid: PagedStep) -> Tensor:
+        """(N, D) as the head takes them."""
+        h_1ND = self.inner.embed_tokens(rows[:1])
+        angles = self.inner.rotary_emb(h_1ND, position_ids=rows[1:])
+        h, delta = h_1ND[0], None
+        for layer in self.layers:
+            h, delta = _layer(layer, h, delta, angles, laid)
+        return _add_norm(h, delta, self.inner.norm)[1]
+
+
+class Way:
+    """A model's forwards over blocks: by its parts where that is proven and nothing is in the way, else its own.
+
+    Made while nothing acts. not_by_parts: why its own; None: by its parts.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = direct(model)
+        self._own = own_forward(model)
+        self._parts = None if isinstance(found, str) else found
+        self.not_by_parts = found if isinstance(found, str) else None
+
+    def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
+        """rows (2, N): ids and positions -> (kept, V); None: all rows."""
+        if self._parts is not None and self._parts.fits:
+            return self._parts.logits(rows, laid, kept)
+        return self._own(rows, laid, kept)
+
+
+def _layer(
+    layer: _Layer, h: Tensor, delta: Tensor | None, angles: tuple[Tensor, Tensor], laid: PagedStep
+) -> tuple[Tensor, Tensor]:
+    """(h, delta) whose sum the layer gives."""
+    places = layer.place._modules
+    h, x = _add_norm(h, delta, places["input_layernorm"])
+    attention: Any = places["self_attn"]
+    if _bare(attention) is layer.attention:
+        attention = layer.attention
+        q, k, v = _products(x, [attention._modules[name] for name in PROJECTIONS])
+        rows, size = angles[0].shape[1:]
+        if "q_norm" in attention._modules:
+            q, k = _by_heads(q, size, attention._modules["q_norm"]), _by_heads(k, size, attention._modules["k_norm"])
+        decoder_step.rotate(q, k, angles[0][0], angles[1][0])
+        key = k.view(rows, -1, size)
+        found = laid.attend(q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1), (), layer.rules)
+        o = attention._modules["o_proj"]
+        delta = _product(found.flatten(1), o)
+    else:
+        mask = unused_mask(x.device)
+        delta = attention(hidden_states=x[None], position_embeddings=angles, attention_mask=mask, veneer_layout=laid)[
+            0
+        ][0]
+    h, x = _add_norm(h, delta, places["post_attention_layernorm"])
+    feed: Any = places["mlp"]
+    if layer.gated and _bare(feed) is layer.feed:
+        feed = layer.feed
+        gate, up = _products(x, [feed._modules["gate_proj"], feed._modules["up_proj"]])
+        down = feed._modules["down_proj"]
+        return h, _product(decoder_step.gate(gate, up), down)
+    return h, feed(x[None])[0]
+
+
+def _bare(module: nn.Module | None) -> nn.Module | None:
+    """The base's own module where nothing acts beside it and nobody listens, else None."""
+    while isinstance(module, AdaptedModule):
+        if any(part.adapters for part in module.routing.acting.parts) or module._forward_hooks:
+            return None
+        module = module.base
+    return None if module is None or module._forward_hooks or module._forward_pre_hooks else module
+
+
+def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer whose product with x few_rows computes."""
+    bare: Any = _bare(place)
+    if type(bare) not in (nn.Linear, FewRowsLinear) or not few_rows.usable(x, bare.weight, bare.bias):
+        return None
+    return bare.weight, bare.bias
+
+
+def _product(x: Tensor, place: Any) -> Tensor:
+    own = _dense(x, place)
+    if own is not None:
+        return few_rows.product(x, *own)
+    out: Tensor = place(x[None])[0]
+    return out
+
+
+def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
+    """Of each, contiguous and nobody else's."""
+    own = [_dense(x, place) for place in places]
+    if all(each is not None for each in own):
+        return few_rows.products(x, [each for each in own if each is not None])
+    return [_product(x, place).contiguous() for place in places]
+
+
+def _by_heads(x: Tensor, size: int, place: nn.Module | None) -> Tensor:
+    """Each head normalised by itself."""
+    norm: Any = _bare(place)
+    if norm is None:
+        trained: Any = place
+        return trained(x.view(1, len(x), -1, size))[0].flatten(1)
+    return decoder_step.add_norm(x.view(-1, size), None, norm.weight, _epsilon(norm))[1].view(x.shape)
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def _add_norm(h: Tensor, delta: Tensor | None, place: nn.Module | None) -> tuple[Tensor, Tensor]:
+    norm: Any = _bare(place)
+    if norm is None:
+        h = h if delta is None else h + delta
+        trained: Any = place
+        return h, trained(h[None])[0]
+    return decoder_step.add_norm(h, delta, norm.weight, _epsilon(norm))
+
+
+@dataclass
+class _Noting:
+    """A step that notes how each layer weighs."""
+
+    step: PagedStep
+    rules: list[Rules] = field(default_factory=list)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, prefix: Sequence[tuple[slice, Pair | None]], rules: Rules
+    ) -> Tensor:
+        self.rules.append(rules)
+        return self.step.attend(q, k, v, prefix, rules)
+
+
+_KNOWN: dict[str, str | None] = {}
+"""Of structures: why not."""
+_TRIED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+"""Of models."""
+
+
+@torch.no_grad()
+def direct(model: PreTrainedModel) -> DirectForward | str:
+    """The way through the parts of a model that decodes over blocks (decoding/proof.py); or why there is none. A model
+    is tried once, while nothing acts on it."""
+    if (reason := structure(model).packed) is not None:
+        return reason
+    if not decoder_step.usable(next(model.parameters())):
+        return "its numbers are of a type or on a device for which no kernels are compiled"
+    if (key := structure_key(type(model), model.config)) not in _KNOWN:
+        with quiet():
+            _KNOWN[key] = _on_a_copy(model)
+    if (reason := _KNOWN[key]) is not None:
+        return reason
+    found = _taken_apart(model)
+    if isinstance(found, str):
+        return found
+    if model not in _TRIED:
+        _TRIED[model] = _on_itself(model, found)
+    reason = _TRIED[model]
+    return found if reason is None else reason
+
+
+def _on_itself(model: PreTrainedModel, found: DirectForward) -> str | None:
+    ids = some_ids(model, 23, 4).tolist()
+    texts = [ids[:14], ids[14:]]
+    ours, theirs = (read_and_continued(run, texts) for run in (found.logits, own_forward(model)))
+    worst = apart(ours, theirs)
+    return None if worst <= TOLERANCE[theirs.dtype] else f"{type(model).__name__} by its parts differs by {worst:.1e}"
+
+
+def _on_a_copy(model: PreTrainedModel) -> str | None:
+    try:
+        copy = small_copy(type(model), model.config)
+    except NoCopyError as fault:
+        return str(fault).splitlines()[0]
+    copy.set_attn_implementation(NAME)
+    texts, found = sample_texts(copy), _taken_apart(copy)
+    if isinstance(found, str):
+        return found
+
+    def run() -> float:
+        assert not isinstance(found, str)
+        return apart(read_and_continued(found.logits, texts), read_and_continued(own_forward(copy), texts))
+
+    return tried(copy, "its parts called one by one", run)
+
+
+def own_forward(model: PreTrainedModel) -> Run:
+    """The model's own, over blocks."""
+
+    def run(rows: Tensor, laid: Any, kept: Tensor | None) -> Tensor:
+        call: Any = model
+        out = call(
+            input_ids=rows[:1],
+            position_ids=rows[1:],
+            attention_mask=unused_mask(rows.device),
+            use_cache=False,
+            veneer_layout=laid,
+            logits_to_keep=0 if kept is None else kept,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    return run
+
+
+def read_and_continued(run: Run, texts: Sequence[Sequence[int]]) -> Tensor:
+    """(tokens, V): all of the texts but their last two tokens in one step, then these one by one."""
+    blocks = [-(-len(text) // SLOTS) for text in texts]
+    tables = [list(range(sum(blocks[:n]), sum(blocks[: n + 1]))) for n in range(len(texts))]
+    keys, found = PagedKeys(sum(blocks), SLOTS), []
+    for step in range(3):
+        cuts = [(0, len(t) - 2) if step == 0 else (len(t) - 3 + step, len(t) - 2 + step) for t in texts]
+        ids = [i for text, (start, stop) in zip(texts, cuts, strict=True) for i in text[start:stop]]
+        positions = [place for start, stop in cuts for place in range(start, stop)]
+        laid = PagedStep(keys, [SpanRows(*cut, table) for cut, table in zip(cuts, tables, strict=True)])
+        found.append(run(torch.tensor([ids, positions]), laid, torch.arange(len(ids))))
+    return torch.cat(found)
+
+
+def _taken_apart(model: PreTrainedModel) -> DirectForward | str:
+    """As far as names say it; its rules by one forward of its own."""
+    name, inner = type(model).__name__, decoder(model)
+    places: Any = None if inner is None else unwrapped(inner)
+    wanted = ("embed_tokens", "rotary_emb", "layers", "norm")
+    if places is None or any(getattr(places, each, None) is None for each in wanted):
+        return f"{name} has no {', '.join(each for each in wanted if getattr(places, each, None) is None)}"
+    layers = list(places.layers)
+    noting = _Noting(PagedStep(PagedKeys(1, SLOTS), [SpanRows(0, 2, [0])]))
+    own_forward(model)(torch.tensor([[5, 6], [0, 1]]), noting, None)
+    if len(noting.rules) != len(layers):
+        return f"{name} attends {len(noting.rules)} times in {len(layers)} layers"
+    found = []
+    for wrapped, rules in zip(layers, noting.rules, strict=True):
+        layer = unwrapped(wrapped)
+        parts = dict(layer.named_children())
+        attention, feed = unwrapped(parts.get("self_attn", layer)), unwrapped(parts.get("mlp", layer))
+        own = {each for each, _ in attention.named_children()}
+        if set(parts) != LAYER or own not in (ATTENTION, ATTENTION | HEAD_NORMS):
+            others = sorted({*parts, *own} ^ (LAYER | ATTENTION))
+            return f"a layer of {name} is not of the usual parts: {', '.join(others)}"
+        norms = [parts[each] for each in parts if each.endswith("norm")]
+        norms += [getattr(attention, each) for each in HEAD_NORMS & own]
+        if not all(_is_norm(unwrapped(each)) for each in norms):
+            return f"the norms of {name} are no plain RMS norms"
+        found.append(_Layer(layer, attention, feed, _is_gated(feed), rules))
+    if not _is_norm(unwrapped(places.norm)):
+        return f"the last norm of {name} is no plain RMS norm"
+    return DirectForward(model, places, found)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return names == ["weight"] and isinstance(epsilon, float) and type(module).__name__.endswith("RMSNorm")
+
+
+def _is_gated(module: nn.Module) -> bool:
+    activation = getattr(module, "act_fn", None)
+    if {name for name, _ in module.named_children()} - GATED or not isinstance(activation, nn.Module):
+        return False
+    x = torch.linspace(-4, 4, 64)
+    return hasattr(module, "down_proj") and bool((activation(x) - F.silu(x)).abs().max() < 1e-6)
