@@ -21,7 +21,7 @@ from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.fused import fused, replacements
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, batches_of
+from veneer.models.step import batch_loss, batch_of, parts_of
 from veneer.train.config import DataConfig
 
 
@@ -33,7 +33,8 @@ def losses(base: FrozenBase, examples: list[Example], batch: int, *, own: bool) 
     if own:
         base.model.set_attn_implementation("sdpa")
     with fused(base.model, {} if own else replacements(base.model)):
-        made = batches_of(base.model, paths, examples, rows, share_prompt=not own)
+        parts = parts_of(base.model, paths, examples, rows)
+        made = (batch_of(base.model, paths, examples, part, share_prompt=not own) for part in parts)
         return [batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item() for one in made]
 
 

@@ -51,7 +51,7 @@ from veneer.errors import RefusedError, VeneerError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
-from veneer.models.step import batch_loss, batches_of
+from veneer.models.step import batch_loss, batch_of, parts_of
 from veneer.models.structure import drawn, small_copy
 from veneer.models.switches import forget_lengths
 
@@ -344,7 +344,8 @@ def _compare(base: FrozenBase, result: Result, folder: Path) -> None:
         reason = _told(fault)
 
     def loss() -> float:
-        batches = batches_of(base.model, base.paths, examples, [list(range(5))], share_prompt=True)
+        parts = parts_of(base.model, base.paths, examples, [list(range(5))])
+        batches = [batch_of(base.model, base.paths, examples, part, share_prompt=True) for part in parts]
         for parameter in made.parameters().values():
             parameter.requires_grad_(True).grad = None
         found = torch.zeros(())

@@ -176,7 +176,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("losses", [[math.nan, 2.0, 1.0], [3.0, math.inf, 2.0], [1.0, math.nan, math.nan]], ids=str)
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, monkeypatch):
     queue = iter([5.0, *losses])
-    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(queue), 1))
+    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(queue))
     made, _ = run(make_job(tmp_path))
     best = min(v for v in losses if math.isfinite(v))
     assert made.progress.best_loss == best
@@ -185,7 +185,7 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, 
 
 def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, monkeypatch):
     queue = iter([9.0, 3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, **k: (next(queue), 1))
+    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(queue))
     made, reason = run(make_job(tmp_path, steps=30, patience=2, keep=1))
     assert reason == "early_stop" and made.progress.step == 12
     tensors, _ = load_checkpoint(tmp_path / "checkpoints" / "000006")
@@ -237,7 +237,7 @@ def test_the_moments_are_there_before_the_longest_batch_is_said_to_fit(tmp_path,
 OUT_OF_MEMORY = [
     (loop, "make_optimizer", 1, "the optimizer's moments"),
     *[(AdamW, "step", call, "the optimizer's step") for call in (1, 5)],
-    *[(loop, "evaluation_loss", call, "the evaluation") for call in (1, 5)],
+    *[(loop, "part_nats", call, "the evaluation") for call in (1, 5)],
     *[(loop, "save_checkpoint", call, "the checkpoint") for call in (1, 5)],
 ]
 
@@ -262,8 +262,8 @@ def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpo
 
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
     asked = []
-    own = loop.evaluation_loss
-    monkeypatch.setattr(loop, "evaluation_loss", lambda *a, batch: asked.append(batch) or own(*a, batch=batch))
+    own = loop.by_length
+    monkeypatch.setattr(loop, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch))
     run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
     run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
     assert set(asked) == {2, 4}

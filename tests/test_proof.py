@@ -20,7 +20,7 @@ from veneer.models.checks import prove_head
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
 from veneer.models.proof import proven
-from veneer.models.step import batch_loss, batches_of, evaluation_loss, prepare
+from veneer.models.step import batch_loss, batch_of, evaluation_loss, parts_of, prepare
 from veneer.models.structure import NoCopyError, small_copy
 from veneer.models.switches import Switches, sides, switches
 
@@ -173,7 +173,8 @@ def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(
         assert example_nats(model, paths, examples, batch=batch)[:, 0] == pytest.approx(expected, rel=FP32)
         nats, _ = evaluation_loss(model, paths, routing, examples, batch=batch)
         assert nats == pytest.approx(sum(expected), rel=FP32)
-    trained = batches_of(model, paths, examples, [[3, 0, 5], [1, 2]], share_prompt=True)
+    parts = parts_of(model, paths, examples, [[3, 0, 5], [1, 2]])
+    trained = [batch_of(model, paths, examples, part, share_prompt=True) for part in parts]
     loss = sum(batch_loss(model, paths, routing, one, total=1.0).item() for one in trained)
     assert loss == pytest.approx(sum(expected[i] for i in (3, 0, 5, 1, 2)), rel=FP32)
 

@@ -51,6 +51,7 @@ from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config
 from veneer.train.screen import QuietScreen, Screen
 from veneer.train.training import run_training
+from veneer.train.world import joined
 
 
 def load(
@@ -103,11 +104,21 @@ def train(
     return train_run(config, resume=False, screen=QuietScreen())
 
 
-def train_run(config: RunConfig, *, resume: bool, screen: Screen) -> dict[str, Any]:
-    """Run what a run file says, write its report, and return what summary.json holds."""
-    summary = run_training(config, resume=resume, screen=screen, plan=planned_memory_bytes)
-    write_report(Path(config.out))
-    screen.end(summary)
+def train_run(config: RunConfig | None, *, resume: bool, screen: Screen) -> dict[str, Any]:
+    """Run what a run file says, write its report, and return what summary.json holds.
+
+    With torchrun's variables in the environment this is one process of several (train/world.py): all compute what the
+    leader, rank 0, was given, and None is enough for the others.
+    """
+    with joined() as world:
+        settings = world.shared(None if config is None else config.model_dump(mode="json"))
+        asked = RunConfig.model_validate(settings) if config is None else config
+        if asked.model_dump(mode="json") != settings:
+            raise ConfigError("the processes of this run were given different settings", next_step="Give all the same.")
+        summary = run_training(asked, resume=resume, screen=screen, plan=planned_memory_bytes, world=world)
+        if world.leads:
+            write_report(Path(asked.out))
+            screen.end(summary)
     return summary
 
 

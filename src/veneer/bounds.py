@@ -104,6 +104,8 @@ def _shown(value: float) -> str:
 
 COUNT = Number(int, 1, 10**9)
 """Steps, evaluations, checkpoints, variants: how often or how many."""
+PROCESSES = Number(int, 1, 2**16)
+"""Of one run."""
 ROWS = Number(int, 1, 2**20)
 """Rows computed together."""
 LENGTH = Number(int, 2, 2**24)

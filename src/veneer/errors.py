@@ -14,6 +14,7 @@
     │  ├─ UnsafeFileError                pickles, code from models, paths that climb
     │  └─ CorruptFileError               hashes, shapes, non-finite values, truncated files
     ├─ DivergedError                5    the loss or the gradient is not finite
+    ├─ LostProcessError             6    another process of the run failed, or is gone
     └─ Interrupted                  130  stopped by the user, with a checkpoint
 
 An `assert` is for what only we can break; everything here is for what a user meets.
@@ -95,6 +96,10 @@ class CorruptFileError(RefusedError): ...
 
 class DivergedError(VeneerError):
     exit_code = 5
+
+
+class LostProcessError(VeneerError):
+    exit_code = 6
 
 
 class Interrupted(VeneerError):

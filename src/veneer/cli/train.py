@@ -14,11 +14,14 @@ Flags win over the file, --set wins over both. Every setting of a run file can b
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from veneer.bounds import PROCESSES, check_numbers
 from veneer.cli.common import add_json, print_json
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
 from veneer.cli.plan import parse_size
@@ -40,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fit", metavar="MEMORY", help="change the run so that it fits, for instance 24GiB, and say what was changed"
     )
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        help="compute the run in N processes of this machine; across machines: torchrun",
+    )
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
     add_json(parser)
     parser.epilog = "more settings, for the run file and --set:\n" + "\n".join(_rest())
@@ -56,27 +65,47 @@ def _rest() -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args)
+    leads = os.environ.get("RANK", "0") == "0"
+    config = _config(args) if leads else None  # the others are told what the first was given
+    if args.processes is not None:
+        check_numbers(processes=(PROCESSES, args.processes))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("--processes starts processes, and this is one of several already", [], "Leave it out.")
+        return _launched(args.processes)
     # Imported once the settings are known to be sound: torch takes seconds to load, a typo should not.
     from veneer.train.screen import make_screen
 
-    screen = make_screen(json=args.json, quiet=args.quiet)
-    screen.message(f"loading {config.base}")
+    screen = make_screen(json=args.json, quiet=args.quiet or not leads)
+    if config is not None:
+        screen.message(f"loading {config.base}")
     from veneer import api
 
     try:
-        if args.fit:
+        if args.fit and config is not None:
             config, changes = api.fit_run(config, parse_size(args.fit))
             for line in changes:
                 screen.message(line)
         summary = api.train_run(config, resume=args.resume is not None, screen=screen)
     finally:
         screen.close()
-    if args.json:
+    if args.json and leads:
         print_json(summary)
-    elif not args.quiet:
+    elif config is not None and not args.quiet:
         screen.message(_next(config))
     return 0
+
+
+def _launched(processes: int) -> int:
+    """The same command in each of them, without what asked for them."""
+    from veneer.train.launch import launch
+
+    own, given = [], iter(sys.argv[1:])
+    for argument in given:
+        if argument == "--processes":
+            next(given)
+        elif not argument.startswith("--processes="):
+            own.append(argument)
+    return launch(own, processes, os.environ)
 
 
 def _config(args: argparse.Namespace) -> RunConfig:

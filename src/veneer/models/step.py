@@ -188,26 +188,37 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return logits.flatten(0, 1).index_select(0, batch.loss_rows)
 
 
-def batches_of(
-    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], rows: Iterable[list[int]], *, share_prompt: bool
-) -> Iterator[Batch]:
+def parts_of(
+    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], rows: Iterable[list[int]]
+) -> Iterator[list[int]]:
     """The rows as they may be computed: those of each list in one forward, or in as many as the paths ask for."""
-    device = next(model.parameters()).device
     for numbers in rows:
-        chosen = [examples[i] for i in numbers]
-        for group in paths.together(chosen, in_front(model)):
-            yield make_batch([chosen[i] for i in group], packed=paths.packed, share_prompt=share_prompt, device=device)
+        for group in paths.together([examples[i] for i in numbers], in_front(model)):
+            yield [numbers[i] for i in group]
 
 
-@torch.no_grad()
+def batch_of(
+    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], part: Sequence[int], *, share_prompt: bool
+) -> Batch:
+    """One of these parts on the model's device."""
+    device = next(model.parameters()).device
+    return make_batch([examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device)
+
+
 def evaluation_loss(
     model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], *, batch: int
 ) -> tuple[float, int]:
     """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
-    rows = by_length(examples, batch)
-    nats: list[Tensor] = []
-    tokens = 0
-    for one in batches_of(model, paths, examples, rows, share_prompt=True):
-        nats.append(batch_loss(model, paths, routing, one, total=1.0))
-        tokens += one.trained_tokens
-    return sum(torch.stack(nats).tolist()), tokens  # one wait for the device, after the last batch
+    parts = list(parts_of(model, paths, examples, by_length(examples, batch)))
+    tokens = sum(int(example.trained.sum()) for example in examples)
+    return sum(part_nats(model, paths, routing, examples, parts)), tokens
+
+
+@torch.no_grad()
+def part_nats(
+    model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], parts: Sequence[Sequence[int]]
+) -> list[float]:
+    """Nats of the trained tokens of each part."""
+    batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
+    nats = [batch_loss(model, paths, routing, batch, total=1.0) for batch in batches]
+    return torch.stack(nats).tolist() if nats else []  # one wait for the device, after the last batch

@@ -7,6 +7,7 @@ The newest valid one is used; one that is damaged is reported and skipped. Pruni
 valid one or the best, and looks at the bytes before it removes another.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def load_values(path: Path) -> Tensor:
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
     with safe_open(path / "state.safetensors", framework="pt") as file:
         return file.get_tensor("values")
+
+
+def tensor_hash(values: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in hex."""
+    return hashlib.sha256(values.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
 def numbers(folder: Path) -> list[int]:

@@ -92,6 +92,9 @@ class RunConfig(Settings):
     """Keep only each layer's input and compute the rest again in backward: less memory, more time."""
     offload: bool = False
     """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
+    reduce: Literal["plain", "exact"] = "plain"
+    """How micro-batches' gradients are added; exact gives the same bits on any number of processes with as many threads
+    each, for 16 bytes a trained value."""
     optimizer: OptimizerName = "adamw"
     """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves little with adapters."""
     evaluate_every: Annotated[int, COUNT] | None = None

@@ -14,8 +14,8 @@ Knows nothing of methods: it trains the tensors it is given.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +24,34 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.routing import Routing
-from veneer.data.batching import Batch, plan_epoch, used_length
+from veneer.data.batching import by_length, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
-from veneer.models.step import Paths, batch_loss, batches_of, evaluation_loss
+from veneer.models.step import Paths, batch_loss, batch_of, part_nats, parts_of
 from veneer.train.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_values,
     numbers,
     prune,
-    read_state,
     save_checkpoint,
+    tensor_hash,
 )
 from veneer.train.config import RunConfig
+from veneer.train.dealing import dealt
 from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
 from veneer.train.optim import FlatParameters, learning_rate_at
 from veneer.train.optimizers import make_optimizer
 from veneer.train.origin import Origin
-from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes
+from veneer.train.progress import Progress, load_state
+from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes
+from veneer.train.reduce import KINDS, Reduce
 from veneer.train.screen import Screen
+from veneer.train.world import ALONE, World
 
 FEWER_VALUES = "Train fewer values (an adapter instead of full, a smaller --rank), or --set optimizer=adamw8bit."
 FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
-
-
-@dataclass
-class Progress:
-    """Where a run stands; what a checkpoint's state.json holds. Losses in nats per trained token."""
-
-    step: int = 0
-    epoch: int = 0
-    index: int = 0
-    """Batches of this epoch already taken."""
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_better: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    timed_seconds: float = 0.0
-    """Steps only, the first of every process left out."""
-    timed_examples: int = 0
-    timed_tokens: int = 0
-    total_seconds: float = 0.0
-    trained_tokens: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-    """Held-out loss of each checkpoint that there is, by its step, and of this one."""
-    sample: dict[str, Any] = field(default_factory=dict)
-    """The sample row's answer before training."""
 
 
 @dataclass
@@ -99,20 +78,34 @@ class Job:
 
 
 @dataclass(frozen=True)
-class State:
-    """What state.json holds."""
+class Counted:
+    """Of one step, over all processes. loss: nats per trained token."""
 
-    origin: Origin
-    progress: Progress
+    loss: float
+    tokens: int
+    trained_tokens: int
+    computed_tokens: int
 
 
 class Loop:
-    def __init__(self, job: Job, records: Records, screen: Screen, *, origin: Origin, resume_from: Path | None) -> None:
-        self.job, self.records, self.screen, self.origin = job, records, screen, origin
+    """resume_from: the checkpoint, told by the leader; its files are read there alone."""
+
+    def __init__(
+        self,
+        job: Job,
+        records: Records | Unwritten,
+        screen: Screen,
+        *,
+        origin: Origin,
+        resume_from: Path | None,
+        world: World = ALONE,
+    ) -> None:
+        self.job, self.records, self.screen, self.origin, self.world = job, records, screen, origin, world
         self.damaged_best: dict[str, Any] | None = None
         """The best checkpoint, where it was damaged and another had to be taken."""
         with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
             self.optimizer = make_optimizer(job.config.optimizer, job.flat, weight_decay=job.config.weight_decay)
+            self.reduce: Reduce = KINDS[job.config.reduce](job.flat.gradient)
         self.progress = Progress()
         self.device = job.flat.values.device
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
@@ -120,10 +113,21 @@ class Loop:
         self._lengths = [used_length(e) for e in job.train]
         self._epoch_plan: tuple[int, list[list[int]]] | None = None
         if resume_from is not None:
-            with fits_memory(f"on reading {resume_from}", next_step="Free memory, then resume again."):
-                tensors, _ = load_checkpoint(resume_from)
+            self._resume(resume_from)
+
+    def _resume(self, path: Path) -> None:
+        doing = f"on reading {path}"
+        with self.world.together(doing), fits_memory(doing, next_step="Free memory, then resume again."):
+            if self.world.leads:
+                tensors, _ = load_checkpoint(path)
                 self.optimizer.load(tensors)
-            self.progress = load_state(resume_from).progress
+                self.progress = load_state(path).progress
+        if self.world.size > 1:
+            tensors = self.optimizer.state()
+            for name in sorted(tensors):
+                self.world.follow(tensors[name])
+            self.optimizer.load(tensors)
+        self.progress = Progress(**self.world.shared(vars(self.progress)))
 
     def run(self) -> str:
         """Train to the end; 'done' or 'early_stop'. Raises Interrupted after saving, DivergedError, DoesNotFitError."""
@@ -140,9 +144,10 @@ class Loop:
                 due = at.step % job.evaluate_every == 0 or at.step == job.steps
                 if due:
                     self._evaluate()
-                if due or at.step % (job.config.save_every or job.steps) == 0 or interrupt.asked:
+                asked = self.world.any(interrupt.asked)
+                if due or at.step % (job.config.save_every or job.steps) == 0 or asked:
                     self._save()
-                if interrupt.asked and at.step < job.steps:
+                if asked and at.step < job.steps:
                     raise Interrupted(
                         f"stopped at step {at.step} of {job.steps}; checkpoint saved",
                         next_step=f"Continue with: veneer train --resume {job.out}",
@@ -156,7 +161,7 @@ class Loop:
 
     def release(self) -> None:
         """Drop the optimizer and the gradient, which take more than the values; no further step can be taken."""
-        del self.optimizer
+        del self.optimizer, self.reduce
         self.job.flat.release()
 
     def _plan(self, epoch: int) -> list[list[int]]:
@@ -174,28 +179,47 @@ class Loop:
         at.index += 1
         return rows
 
-    def _micro_batches(self, rows: list[int]) -> Iterator[Batch]:
+    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
+        """Rows of each, the same for every process."""
         job, size = self.job, self.job.config.rows_at_once
         parts = (rows[start : start + size] for start in range(0, len(rows), size))
-        yield from batches_of(job.model, job.paths, job.train, parts, share_prompt=job.share_prompt)
+        return list(parts_of(job.model, job.paths, job.train, parts))
 
-    def _backward(self, rows: list[int]) -> tuple[float, list[Batch]]:
-        """Gradient of the mean over the step's trained tokens, into the flat buffer; the loss; its batches."""
+    def _own(self, parts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[bool]:
+        """Which of the parts this process computes."""
+        owners = dealt([sum(lengths[i] for i in part) for part in parts], self.world.size)
+        return [owner == self.world.rank for owner in owners]
+
+    def _backward(self, rows: list[int]) -> Counted:
+        """Gradient of the mean over the step's trained tokens, into the flat buffer of every process."""
         job = self.job
         total = float(sum(int(job.train[i].trained.sum()) for i in rows))
-        loss, batches = 0.0, []
-        for number, batch in enumerate(self._micro_batches(rows)):
-            keys = TokenKeys(batch.dropout_rows, self.progress.step * 4096 + number)
-            with job.routing.drawing(keys):
-                with offloaded(self.offload):
-                    part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
-                part.backward()
-            value = part.item()
-            batches.append(batch)
+        parts = self._micro_batches(rows)
+        losses, counts = [0.0] * len(parts), [0, 0, 0]
+        self.reduce.begin()
+        with self.world.together(f"at step {self.progress.step + 1}"), self._fits(rows):
+            for number, own in enumerate(self._own(parts, self._lengths)):
+                if not own:
+                    continue
+                batch = batch_of(job.model, job.paths, job.train, parts[number], share_prompt=job.share_prompt)
+                keys = TokenKeys(batch.dropout_rows, self.progress.step * 4096 + number)
+                with job.routing.drawing(keys):
+                    with offloaded(self.offload):
+                        part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
+                    part.backward()
+                self.reduce.add()
+                losses[number] = part.item()
+                for place, count in enumerate((batch.tokens, batch.trained_tokens, batch.computed_tokens)):
+                    counts[place] += count
+                if not math.isfinite(losses[number]):
+                    break
+        # Every loss is of one process and 0 at the others: these sums are exact.
+        *losses, tokens, trained, computed = self.world.summed([*losses, *counts])
+        for part_rows, value in zip(parts, losses, strict=True):
             if not math.isfinite(value):
-                raise self._diverged("loss", value, [batch])
-            loss += value
-        return loss, batches
+                raise self._diverged("loss", value, part_rows)
+        self.reduce.finish(self.world)
+        return Counted(sum(losses), round(tokens), round(trained), round(computed))
 
     def _step(self, *, timed: bool) -> float:
         job, at = self.job, self.progress
@@ -204,33 +228,31 @@ class Loop:
             at.step, steps=job.steps, peak=job.learning_rate, warmup=job.config.warmup, schedule=job.config.schedule
         )
         rows = self._next_rows()
-        with self._fits(rows):
-            loss, batches = self._backward(rows)
+        counted = self._backward(rows)
+        loss = counted.loss
         with fits_memory(f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)):
             norm = self.optimizer.gradient_norm()
             if not math.isfinite(norm):
-                raise self._diverged("gradient norm", norm, batches)
+                raise self._diverged("gradient norm", norm, rows)
             self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
         seconds = time.perf_counter() - start
         at.step += 1
         at.first_loss = loss if at.first_loss is None else at.first_loss
         at.last_loss = loss
-        tokens = sum(b.tokens for b in batches)
-        trained = sum(b.trained_tokens for b in batches)
-        at.trained_tokens += trained
+        at.trained_tokens += counted.trained_tokens
         if timed:
             at.timed_seconds += seconds
             at.timed_examples += len(rows)
-            at.timed_tokens += tokens
+            at.timed_tokens += counted.tokens
         record = {
             "kind": "step",
             "step": at.step,
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": rate,
-            "tokens": tokens,
-            "trained_tokens": trained,
-            "computed_tokens": sum(b.computed_tokens for b in batches),
+            "tokens": counted.tokens,
+            "trained_tokens": counted.trained_tokens,
+            "computed_tokens": counted.computed_tokens,
             "seconds": seconds,
             "memory_bytes": process_memory_bytes(),
         }
@@ -243,7 +265,7 @@ class Loop:
         plan = self._plan(self.progress.epoch)
         costliest = max(plan, key=lambda rows: sum(self._lengths[i] for i in rows))
         # What diverges is told again, with its step, when the batch's turn comes.
-        with self._fits(costliest), suppress(DivergedError):
+        with suppress(DivergedError):
             self._backward(costliest)
         self.job.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(self.device)) / 1e9
@@ -264,10 +286,10 @@ class Loop:
             return otherwise
         return f"Free memory, then continue from the last checkpoint: veneer train --resume {self.job.out}"
 
-    def _diverged(self, what: str, value: float, batches: Sequence[Batch]) -> DivergedError:
+    def _diverged(self, what: str, value: float, numbers: Sequence[int]) -> DivergedError:
         self.job.flat.gradient.zero_()
         at = self.progress
-        rows = [str(example.ref) for batch in batches for example in batch.examples]
+        rows = [str(self.job.train[i].ref) for i in numbers]
         return DivergedError(
             f"T601 the {what} is {value} at step {at.step + 1}; the weights are those of step {at.step}",
             [f"rows of this batch: {', '.join(rows)}"],
@@ -275,17 +297,31 @@ class Loop:
             f"checkpoints up to here are in {self.job.out / 'checkpoints'}.",
         )
 
+    def _held_out_loss(self) -> float | None:
+        """Nats per trained token of the held-out rows, each process with its own parts; None where there are none."""
+        job, rows = self.job, self.job.validation
+        if not rows:
+            return None
+        parts = list(parts_of(job.model, job.paths, rows, by_length(rows, job.config.rows_at_once)))
+        own = self._own(parts, [used_length(e) for e in rows])
+        with self._evaluating():
+            mine = [part for part, is_own in zip(parts, own, strict=True) if is_own]
+            found = iter(part_nats(job.model, job.paths, job.routing, rows, mine))
+            nats = [next(found) if is_own else 0.0 for is_own in own]
+        return sum(self.world.summed(nats)) / sum(int(e.trained.sum()) for e in rows)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        doing = f"on the evaluation at step {self.progress.step}"
+        with self.world.together(doing), fits_memory(doing, next_step=self._freed(FEWER_ROWS)):
+            yield
+
     def _evaluate(self) -> None:
         job, at = self.job, self.progress
         start = time.perf_counter()
-        loss = None
-        with fits_memory(f"on the evaluation at step {at.step}", next_step=self._freed(FEWER_ROWS)):
-            if job.validation:
-                nats, tokens = evaluation_loss(
-                    job.model, job.paths, job.routing, job.validation, batch=job.config.rows_at_once
-                )
-                loss = nats / tokens
-            sample = job.answer() if job.answer is not None else None
+        loss = self._held_out_loss()
+        with self._evaluating():
+            sample = job.answer() if job.answer is not None and self.world.leads else None
         if sample is not None:
             if at.step == 0:
                 at.sample = {"before": sample["answer"]}
@@ -313,6 +349,14 @@ class Loop:
         self.screen.evaluation(record)
 
     def _save(self) -> None:
+        if self.world.size > 1:
+            held = {f"the values of step {self.progress.step}": tensor_hash(self.job.flat.values)}
+            self.world.same(held, "Start again from the last checkpoint with --resume.")
+        with self.world.together(f"on the checkpoint of step {self.progress.step}"):
+            if self.world.leads:
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         at, folder = self.progress, self.job.out / "checkpoints"
         there = {str(step) for step in (*numbers(folder), at.step)}
         at.losses = {step: loss for step, loss in at.losses.items() if step in there}
@@ -327,6 +371,16 @@ class Loop:
         at = self.progress
         if at.best_step is None or at.best_step == at.step:
             return
+        with self.world.together("on reading the best checkpoint"):
+            if self.world.leads:
+                self._read_best()
+        self.world.follow(self.job.flat.values.data)
+        self.job.flat.publish()
+        self.progress = Progress(**self.world.shared(vars(at)))
+
+    def _read_best(self) -> None:
+        at = self.progress
+        assert at.best_step is not None
         folder = self.job.out / "checkpoints"
         # The values alone: the moments, twice as large, are of no use any more.
         try:
@@ -356,29 +410,3 @@ class Loop:
 
     def _take(self, values: Tensor) -> None:
         self.job.flat.values.data.copy_(values)
-        self.job.flat.publish()
-
-
-def load_state(path: Path) -> State:
-    """What a checkpoint says beside its tensors. CorruptFileError: another version of Veneer wrote it."""
-    stored = read_state(path)
-    if "progress" not in stored and "date" in stored and "data" in stored:
-        stored = _of_first_layout(stored)
-    try:
-        return State(Origin(**stored["origin"]), Progress(**stored["progress"]))
-    except (KeyError, TypeError) as fault:
-        raise CorruptFileError(
-            f"the checkpoint {path} is not of this version of Veneer",
-            [f"state.json: {fault}"],
-            "Continue it with the version that wrote it, or start a new run.",
-        ) from fault
-
-
-def _of_first_layout(stored: dict[str, Any]) -> dict[str, Any]:
-    """A state of the first layout, in which the progress stood alone, as one of today's."""
-    progress = dict(stored)
-    origin = dict.fromkeys(("base", "tokenizer", "template", "settings"))
-    origin |= {name: progress.pop(name) for name in ("date", "data")}
-    if progress.get("best_step") is not None:
-        progress["losses"] = {str(progress["best_step"]): progress.get("best_loss")}
-    return {"origin": origin, "progress": progress}

@@ -106,6 +106,21 @@ class Records:
         self.close()
 
 
+class Unwritten:
+    """In place of Records where another process writes them."""
+
+    failed: tuple[str, ...] = ()
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def __enter__(self) -> Unwritten:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 def read_records(path: str | Path) -> list[Record]:
     """The records in order. A last line without its newline is a torn write and is left out.
 

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
 from veneer.data.batching import plan_epoch, used_length
@@ -39,14 +41,17 @@ from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun, begin
 from veneer.models.load import load_base
 from veneer.models.step import Paths, refuse_untrainable
+from veneer.train.checkpoint import tensor_hash
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
-from veneer.train.loop import FEWER_VALUES, Job, Loop, load_state
+from veneer.train.loop import FEWER_VALUES, Job, Loop
 from veneer.train.optim import FlatParameters
-from veneer.train.origin import check_base, check_rows, check_settings, origin_of
-from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, reset_peak_memory
+from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
+from veneer.train.progress import load_state
+from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
+from veneer.train.world import ALONE, World
 from veneer.wording import cut
 
 ADAPTER_NAME = "trained"
@@ -71,91 +76,159 @@ class MemoryPlan(Protocol):
     ) -> int: ...
 
 
-def run_training(config: RunConfig, *, resume: bool, screen: Screen, plan: MemoryPlan | None = None) -> dict[str, Any]:
-    """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole."""
+def run_training(
+    config: RunConfig, *, resume: bool, screen: Screen, plan: MemoryPlan | None = None, world: World = ALONE
+) -> dict[str, Any]:
+    """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole.
+
+    world: the processes that compute it together, all with the same settings. The leader alone touches the folder.
+    """
     out = Path(config.out)
-    if not resume:
-        refuse_unless_new(out)  # before a lock is put among somebody's files
-    with held(out):
-        if not resume:
-            refuse_unless_new(out)
-        sweep(out)
-        return _run(config, out, resume_point(out, screen.message) if resume else None, resume, screen, plan)
+    point, then = None, None
+    with ExitStack() as stack:
+        with world.together("at its folder"):
+            if world.leads:
+                if not resume:
+                    refuse_unless_new(out)  # before a lock is put among somebody's files
+                stack.enter_context(held(out))
+                if not resume:
+                    refuse_unless_new(out)
+                sweep(out)
+                point = resume_point(out, screen.message) if resume else None
+                then = None if point is None else load_state(point).origin
+        told = world.shared([point and str(point), then and then.to_dict()])
+        point, then = told[0] and Path(told[0]), told[1] and Origin(**told[1])
+        return _run(_in_parts(config, world, screen), out, point, then, screen, plan, world)
+
+
+def _in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
+    """Several processes need several micro-batches: where nothing is said, one each, kept in the run file."""
+    if world.size == 1 or config.micro_batch is not None:
+        return config
+    size = math.ceil(config.batch / world.size)
+    screen.message(f"{world.size} processes: micro_batch {size} of batch {config.batch}")
+    return config.model_copy(update={"micro_batch": size})
+
+
+def _load(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
+    """The leader first, which says the type for all; then one of each machine, which fetches for its neighbours."""
+    base, chosen = None, dtype
+    turn = 0 if world.leads else 1 if world.local_rank == 0 else 2
+    for now in range(3 if world.size > 1 else 1):
+        with world.together("on loading its base"):
+            if now == turn:
+                base = load_base(
+                    config.base,
+                    dtype=chosen,
+                    device=world.device(config.device),
+                    quantize=config.quantize,
+                    keep_dense=config.keep_dense,
+                )
+        chosen = world.shared(base.compute.name if base is not None else None)
+    assert base is not None
+    return base
 
 
 def _run(
-    config: RunConfig, out: Path, resume_from: Path | None, resume: bool, screen: Screen, plan: MemoryPlan | None
+    config: RunConfig,
+    out: Path,
+    resume_from: Path | None,
+    then: Origin | None,
+    screen: Screen,
+    plan: MemoryPlan | None,
+    world: World,
 ) -> dict[str, Any]:
-    then = None if resume_from is None else load_state(resume_from).origin
     if then is not None:
         check_settings(then, config)
     known = then is not None and then.settings is not None
     if then is not None and not known:
         screen.message("an earlier version began this run and kept no fingerprint of its base: it is not compared")
     idle = process_memory_bytes()
-    base = load_base(
-        config.base,
-        # That version trained in the stored type, whatever is faster here.
-        dtype="stored" if then is not None and not known and config.dtype == "auto" else config.dtype,
-        device=config.device,
-        quantize=config.quantize,
-        keep_dense=config.keep_dense,
-    )
+    # That version trained in the stored type, whatever is faster here.
+    stored = then is not None and not known and config.dtype == "auto"
+    base = _load(config, "stored" if stored else config.dtype, world)
     config = config.model_copy(update={"dtype": base.compute.name})
     reset_peak_memory(str(base.device))
     # A chat template may write the date: a resumed run keeps the day it started on.
-    day = date.today() if then is None else date.fromisoformat(then.date)
-    if then is not None:
-        check_base(then, origin_of(config, base, day), config)
-    data = load_data(
-        **config.data.model_dump(),
-        length=config.length,
-        capacity=capacity_of(base),
-        tokenizer=base.tokenizer,
-        today=day,
-    )
-    config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
-    if then is not None:
-        check_rows(then, data.fingerprint, config)
-    paths = base.paths
-    refuse_untrainable(base.model, paths)
-    begun = _begin(base, config, data)
-    refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
-    attachment = None if begun is None else begun.attachment
-    if attachment is not None:
-        config = config.model_copy(update={"method": attachment.config})
-    origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
-    _manifest(config, base, data, best=None)
-    one_pass = replacements(base.model)
-    with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
-        if attachment is None:
-            flat = FlatParameters(dict(base.model.named_parameters()))
-        else:
-            flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
-    job = _job(config, base, data, paths, flat)
-    if not known:  # else it is what the run started with
-        write_run_file(config)
-    step = None if resume_from is None else int(resume_from.name)
-    listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
-    with Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message) as records:
+    day = date.fromisoformat(world.shared(date.today().isoformat() if then is None else then.date))
+    with ExitStack() as stack:
+        with world.together("before its first step"):
+            if then is not None:
+                check_base(then, origin_of(config, base, day), config)
+            data = load_data(
+                **config.data.model_dump(),
+                length=config.length,
+                capacity=capacity_of(base),
+                tokenizer=base.tokenizer,
+                today=day,
+            )
+            config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
+            if then is not None:
+                check_rows(then, data.fingerprint, config)
+            paths = base.paths
+            refuse_untrainable(base.model, paths)
+            begun = _begin(base, config, data)
+            refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
+            attachment = None if begun is None else begun.attachment
+            if attachment is not None:
+                config = config.model_copy(update={"method": attachment.config})
+            origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
+            _manifest(config, base, data, best=None)
+            one_pass = replacements(base.model)
+            with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
+                if attachment is None:
+                    flat = FlatParameters(dict(base.model.named_parameters()))
+                else:
+                    flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
+            job = _job(config, base, data, paths, flat)
+            if world.leads and not known:  # else it is what the run started with
+                write_run_file(config)
+            records = _records(config, out, resume_from, screen) if world.leads else Unwritten()
+            stack.enter_context(records)
+        if world.size > 1:
+            _agree(world, base, data, flat)
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
-        start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen)
+        start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen) if world.leads else None
         if one_pass:
             start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
-        if step is None:
+        if world.size > 1:
+            start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
+        if resume_from is None:
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
-        loop = Loop(job, records, screen, origin=origin, resume_from=resume_from)
+        loop = Loop(job, records, screen, origin=origin, resume_from=resume_from, world=world)
         with fused(base.model, one_pass), checkpointed(base.model, base.routing, on=config.checkpointing):
             reason = loop.run()
         loop.release()
-        result = _write_result(out, config, base, data, attachment, loop)
-        summary = {**_summary(config, base, start, loop, reason), **result}
+        summary = _summary(config, base, start, loop, reason)
+        with world.together("on writing its result"):
+            if world.leads:
+                summary |= _write_result(out, config, base, data, attachment, loop)
         records.write({"kind": "end", "reason": reason, "step": loop.progress.step})
     summary["failed_loggers"] = records.failed
-    with atomic_file(out / "summary.json", replace=True) as partial:
-        partial.write_text(json_text(summary), encoding="utf-8")
+    if world.leads:
+        with atomic_file(out / "summary.json", replace=True) as partial:
+            partial.write_text(json_text(summary), encoding="utf-8")
     return summary
+
+
+def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Screen) -> Records:
+    step = None if resume_from is None else int(resume_from.name)
+    listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
+    return Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message)
+
+
+def _agree(world: World, base: FrozenBase, data: DataSet, flat: FlatParameters) -> None:
+    """What would make processes compute different runs shows before the first step."""
+    found = {
+        "base": base.fingerprint().digest,
+        "rows": data.fingerprint,
+        "ways of computing": "; ".join(base.paths.lines),
+        "values at the start": tensor_hash(flat.values),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    world.same(found, "Give every process the same base, rows and versions.")
 
 
 def _planned(

@@ -1,0 +1,16 @@
+"""Whole micro-batches to the processes of a run, by what they cost: every process makes the same plan."""
+
+from collections.abc import Sequence
+
+
+def dealt(costs: Sequence[int], size: int) -> list[int]:
+    """For each micro-batch the process that computes it: the costliest first, to whoever has the least so far.
+
+    Longest processing time first (Graham 1969): at most 4/3 of the best plan's longest share.
+    """
+    shares = [0] * size
+    owner = [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        owner[number] = min(range(size), key=lambda rank: (shares[rank], rank))
+        shares[owner[number]] += costs[number]
+    return owner

@@ -1,0 +1,81 @@
+"""Several processes of one run on this machine, as torchrun would start them: `veneer train --processes N`."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from veneer.child import environment_for, module_command
+from veneer.errors import LostProcessError
+
+GRACE_SECONDS = 30.0
+"""Between asking the others to end and ending them."""
+POLL_SECONDS = 0.05
+
+
+def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
+    """Runs `veneer` with these arguments in each process; the exit code of the first that failed by itself, else 0.
+
+    Threads are shared out where OMP_NUM_THREADS does not say how many each gets. Ctrl-C and SIGTERM go to all. Where
+    one process fails, the others are asked to end, then ended.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
+    common = {
+        "OMP_NUM_THREADS": str(threads),
+        **environment_for(environment),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    command = [*module_command("veneer"), *arguments]
+    started = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    with _handing_on(started):
+        return _wait(started)
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    code, asked_at = 0, None
+    while any(process.poll() is None for process in started):
+        failed = [process.returncode for process in started if process.returncode]
+        if failed and asked_at is None:
+            asked_at = time.monotonic()
+        # What one cannot go on without, the others notice by themselves; who does not is ended.
+        if asked_at is not None and time.monotonic() - asked_at > GRACE_SECONDS:
+            for process in started:
+                process.kill()
+        time.sleep(POLL_SECONDS)
+    codes = [process.returncode for process in started if process.returncode]
+    own = [each for each in codes if each != LostProcessError.exit_code]
+    code = next(iter([*own, *codes]), 0)
+    return 128 - code if code < 0 else code
+
+
+@contextmanager
+def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Signals that ask this process to end ask its processes instead. A terminal's Ctrl-C reaches them by itself."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in started:
+            if process.poll() is None and number != signal.SIGINT:
+                process.send_signal(number)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), hand_on) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -1,0 +1,192 @@
+"""The processes of one run: alone, or those that torchrun (or `veneer train --processes`) started together.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT     as every launcher sets them
+
+Alone no process group is opened. Every call below is made by all processes, in the same order: whatever one of them
+decides, all decide, and an error of one ends all (`together`). What goes over the wire is tensors and JSON.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from veneer.bounds import PROCESSES, number_faults
+from veneer.errors import ConfigError, LostProcessError, VeneerError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+WAIT_SECONDS = 600.0
+"""How long the others are waited for. VENEER_WAIT_SECONDS sets another number."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: 0 leads: it alone writes and is heard. local_rank: the place on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def device(self, named: str) -> str:
+        """The device of this process: with several on a machine each takes a GPU of its own."""
+        several = self.size > 1 and (named == "cuda" or (named == "auto" and torch.cuda.is_available()))
+        return f"cuda:{self.local_rank}" if several else named
+
+    def sum(self, values: Tensor) -> None:
+        """Over all processes, in place."""
+        if self.size > 1:
+            self._call(lambda: dist.all_reduce(values))
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """The sum of each over all processes, in float64: exact where all but one give 0."""
+        if self.size == 1:
+            return list(values)
+        held = torch.tensor(values, dtype=torch.float64, device=self._wire)
+        self.sum(held)
+        return held.tolist()
+
+    def any(self, value: bool) -> bool:
+        return self.summed([float(value)])[0] > 0
+
+    def follow(self, values: Tensor) -> None:
+        """The leader's, in place."""
+        if self.size > 1:
+            self._call(lambda: dist.broadcast(values, src=0))
+
+    def shared(self, value: Any) -> Any:
+        """The leader's value, whatever the others give; what JSON can say."""
+        return self.gathered(value if self.leads else None)[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Everyone's, by rank; what JSON can say."""
+        if self.size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._wire)
+        counts = [round(count) for count in self.summed([len(own) * (rank == self.rank) for rank in range(self.size)])]
+        padded = own.new_zeros(max(counts))
+        padded[: len(own)] = own
+        found = [torch.empty_like(padded) for _ in counts]
+        self._call(lambda: dist.all_gather(found, padded))
+        return [json.loads(bytes(each[:count].tolist())) for each, count in zip(found, counts, strict=True)]
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """What ends the block here ends it everywhere: this process's own fault, or LostProcessError naming others'.
+
+        Nothing in the block may wait for another process.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except LostProcessError:
+            raise
+        except VeneerError as fault:
+            self.gathered(fault.headline)
+            raise
+        told = self.gathered(None)
+        if faults := [f"process {rank}: {headline}" for rank, headline in enumerate(told) if headline is not None]:
+            raise LostProcessError(f"the run ends {doing}", faults)
+
+    def same(self, what: Mapping[str, Any], next_step: str) -> None:
+        """ConfigError, everywhere, where processes differ in what they found, with every side."""
+        found = self.gathered(dict(what))
+        faults = [
+            f"{name}: process 0 has {found[0][name]}, process {rank} has {other[name]}"
+            for rank, other in enumerate(found)
+            for name in what
+            if other[name] != found[0][name]
+        ]
+        if faults:
+            raise ConfigError("the processes of this run do not have the same", faults, next_step)
+
+    @property
+    def _wire(self) -> torch.device:
+        """Where the backend takes tensors from."""
+        return torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+    def _call(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except (RuntimeError, dist.DistError) as fault:
+            if isinstance(fault, torch.OutOfMemoryError):
+                raise
+            raise LostProcessError(
+                "another process of this run is gone, or waited too long",
+                [" ".join(str(fault).split())[:300]],
+                "Look at what the other processes said; then go on with --resume.",
+            ) from fault
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+    """The processes that a launcher started, for the length of the block; alone where none did.
+
+    ConfigError: variables that are missing or no numbers. LostProcessError: the others did not come in time.
+    """
+    world = world_of(environment)
+    if world.size == 1:
+        yield ALONE
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    world._call(
+        lambda: dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=_wait(environment)),
+        )
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def world_of(environment: Mapping[str, str]) -> World:
+    """What a launcher's variables say; opens nothing."""
+    if environment.get("WORLD_SIZE", "") in ("", "1"):
+        return ALONE
+    faults = [f"{name} is not set" for name in VARIABLES if not environment.get(name)]
+    numbers = {name: environment.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    faults += [f"{name} is {text!r}, no whole number" for name, text in numbers.items() if not text.isdecimal()]
+    if not faults:
+        rank, size, local = (int(text[:9]) for text in numbers.values())
+        faults += number_faults(WORLD_SIZE=(PROCESSES, size))
+        faults += [f"RANK is {rank}, and there are {size} processes"] if rank >= size else []
+    if faults:
+        raise ConfigError(
+            "this process was started as one of several, and its launcher's variables are not right",
+            faults,
+            "Start it with torchrun or `veneer train --processes N`, or unset WORLD_SIZE.",
+        )
+    return World(rank, size, local)
+
+
+def _wait(environment: Mapping[str, str]) -> float:
+    text = environment.get("VENEER_WAIT_SECONDS", "")
+    try:
+        seconds = float(text or WAIT_SECONDS)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:
+        raise ConfigError(f"VENEER_WAIT_SECONDS is {text!r}", next_step="Give seconds, for instance 600.")
+    return seconds

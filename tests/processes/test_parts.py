@@ -1,0 +1,71 @@
+"""What a run on several processes is made of, without any."""
+
+import math
+
+import pytest
+import torch
+
+from veneer.errors import ConfigError
+from veneer.train.dealing import dealt
+from veneer.train.reduce import Exact
+from veneer.train.world import ALONE, World, world_of
+
+SET = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
+def summed(parts):
+    gradient = torch.zeros(parts.shape[1])
+    exact = Exact(gradient)
+    exact.begin()
+    for part in parts:
+        gradient += part
+        exact.add()
+    exact.finish(ALONE)
+    return gradient
+
+
+def test_exact_sums_are_the_true_ones_rounded_once_in_any_order():
+    draw = torch.Generator().manual_seed(0)
+    parts = torch.randn(9, 500, generator=draw) * 2.0 ** torch.randint(-24, 18, (9, 500), generator=draw)
+    found = summed(parts)
+    true = torch.tensor([math.fsum(column) for column in parts.T.tolist()], dtype=torch.float64)
+    assert found.equal(true.float())
+    assert all(summed(parts[torch.randperm(9, generator=draw)]).equal(found) for _ in range(5))
+
+
+def test_exact_sums_are_not_finite_where_a_part_is_not():
+    for wrong in (math.nan, math.inf, -math.inf, 3e38):
+        parts = torch.ones(3, 4)
+        parts[1, 2] = wrong
+        assert summed(parts).isfinite().tolist() == [True, True, False, True]
+
+
+def test_micro_batches_go_to_whoever_has_least_and_the_same_plan_is_made_everywhere():
+    assert dealt([5, 1, 4, 3, 3], 2) == [0, 0, 1, 1, 0] or dealt([5, 1, 4, 3, 3], 2) == [0, 1, 1, 1, 0]
+    costs = [7, 7, 7, 2, 9, 1, 30]
+    owners = dealt(costs, 3)
+    shares = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
+    assert max(shares) == 30 and sum(shares) == sum(costs)
+    assert dealt(costs, 1) == [0] * 7
+    assert sorted(dealt([3, 3], 5)) == [0, 1]
+
+
+def test_a_launchers_variables_say_which_process_this_is():
+    assert world_of({}) == world_of({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
+    assert world_of(SET) == World(rank=3, size=4, local_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "faults"),
+    [
+        ({"RANK": ""}, ["RANK is not set", "RANK is '', no whole number"]),
+        ({"MASTER_PORT": ""}, ["MASTER_PORT is not set"]),
+        ({"RANK": "4"}, ["RANK is 4, and there are 4 processes"]),
+        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE is 'two', no whole number"]),
+        ({"WORLD_SIZE": "99999999999"}, None),
+    ],
+)
+def test_variables_that_are_not_right_are_all_told(changed, faults):
+    with pytest.raises(ConfigError) as told:
+        world_of({**SET, **changed})
+    assert faults is None or told.value.faults == faults

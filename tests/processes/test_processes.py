@@ -1,0 +1,224 @@
+"""One run on several processes: what it learns does not depend on how many, and what one meets, all do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.tiny import save_tiny
+from veneer.child import environment_for
+from veneer.train.launch import _free_port
+from veneer.train.records import read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT = "300"
+"""Seconds for which a process waits for the others here."""
+
+RUNS = {
+    "lora": {"method": {"name": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.2}},
+    "dora nf4": {"method": {"name": "dora", "rank": 2}, "quantize": "nf4"},
+    "prefix": {"method": {"name": "prefix", "tokens": 3}},
+    "bottleneck": {"method": {"name": "bottleneck", "size": 4}, "checkpointing": True},
+    "full": {"method": {"name": "full"}, "learning_rate": 1e-3, "dtype": "bfloat16"},
+    "lora plus": {"method": {"name": "lora", "rank": 2, "lr_ratio": 4.0}, "order": "shuffled", "weight_decay": 0.1},
+}
+PLAIN = {f"plain {name}": {**RUNS[name], "reduce": "plain"} for name in ("lora", "full")}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a base and ragged rows."""
+    folder = tmp_path_factory.mktemp("processes")
+    save_tiny(folder / "base")
+    draw = random.Random(0)
+    rows = [
+        {
+            "prompt": "say " + " ".join(draw.choices("abcdefgh", k=draw.randint(1, 14))),
+            "completion": " ".join(draw.choices("xyz", k=draw.randint(1, 9))),
+        }
+        for _ in range(31)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(world, out, **others):
+    fields = {"base": str(world / "base"), "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2}}
+    fields |= {"steps": 4, "batch": 7, "micro_batch": 2, "evaluate_every": 2, "show_answers": False, "dtype": "float32"}
+    return {**fields, "learning_rate": 0.01, "reduce": "exact", "out": str(out), **others}
+
+
+def start(jobs, processes, *, port=None):
+    """The processes that compute these jobs one after another."""
+    common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "VENEER_WAIT_SECONDS": WAIT}
+    common["PYTHONPATH"] = os.pathsep.join([str(ROOT), common.get("PYTHONPATH", "")])
+    common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or _free_port())}
+    command = [sys.executable, "-m", "tests.processes.worker", json.dumps(jobs)]
+    return [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(processes)
+    ]
+
+
+def told(jobs, processes):
+    """What each process says of each job."""
+    found = []
+    for process in start(jobs, processes):
+        out, err = process.communicate(timeout=600)
+        assert process.returncode in (0, 9), err
+        found.append(json.loads(out.splitlines()[-1]) if out.strip() else process.returncode)
+    return found
+
+
+def values(out):
+    folder = next(path for path in (out / "adapter", out / "model") if path.is_dir())
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def losses(out):
+    records = read_records(out / "metrics.jsonl")
+    return [(r["kind"], r["step"], r["loss"]) for r in records if r["kind"] in ("step", "evaluation")]
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """Every run computed by one process."""
+    out = world / "alone"
+    jobs = [{"config": settings(world, out / name, **own)} for name, own in {**RUNS, **PLAIN}.items()]
+    assert told(jobs, 1) == [["done"] * len(jobs)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(world):
+    out = world / "two"
+    jobs = [{"config": settings(world, out / name, **own)} for name, own in {**RUNS, **PLAIN}.items()]
+    assert told(jobs, 2) == [["done"] * len(jobs)] * 2
+    return out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_exact_sums_give_the_same_bits_on_two_processes(alone, two, name):
+    one, other = values(alone / name), values(two / name)
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+    assert losses(alone / name) == losses(two / name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_sums_differ_by_rounding_alone(alone, two, name):
+    one, other = losses(alone / name), losses(two / name)
+    assert [each[:2] for each in one] == [each[:2] for each in other]
+    for (_, _, a), (_, _, b) in zip(one, other, strict=True):
+        assert abs(a - b) <= (1e-6 if "lora" in name else 1e-2) * abs(a)
+
+
+def test_four_processes_with_more_of_them_than_micro_batches_give_the_same_bits(world, alone):
+    out = world / "four"
+    jobs = [{"config": settings(world, out / "lora", **RUNS["lora"])}]
+    jobs += [{"config": {**settings(world, out / "few", **RUNS["prefix"]), "batch": 3}}]
+    assert told(jobs, 4) == [["done"] * 2] * 4
+    one, other = values(alone / "lora"), values(out / "lora")
+    assert all(one[key].equal(other[key]) for key in one)
+    assert losses(alone / "lora") == losses(out / "lora")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(world, alone):
+    out = world / "resumed"
+    run = settings(world, out, **RUNS["lora"])
+    stop = {"rank": 1, "does": "signal"}
+    first = told([{"config": run, "at": {"step": 1, **stop}}], 2)
+    assert all(said[0].startswith("130 stopped at step 1 of 4") for said in first)
+    second = told([{"config": run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1)
+    assert second[0][0].startswith("130 stopped at step 3 of 4")
+    assert told([{"config": run, "resume": True}], 4) == [["done"]] * 4
+    one, other = values(alone / "lora"), values(out)
+    assert all(one[key].equal(other[key]) for key in one)
+    assert losses(alone / "lora") == losses(out)
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(world, alone):
+    out = world / "died"
+    run = settings(world, out, **RUNS["lora"])
+    left, dead = told([{"config": run, "at": {"step": 3, "rank": 1, "does": "die"}}], 2)
+    assert dead == 9
+    assert left[0].startswith("6 another process of this run is gone")
+    assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
+    one, other = values(alone / "lora"), values(out)
+    assert all(one[key].equal(other[key]) for key in one)
+
+
+def test_no_shared_disk_is_needed_and_the_leader_alone_writes(world, alone, tmp_path):
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for folder in folders:
+        Path(folder).mkdir()
+        (Path(folder) / "rows.jsonl").write_bytes((world / "rows.jsonl").read_bytes())
+    run = settings(world, "run", **RUNS["prefix"])
+    run["data"] = {**run["data"], "train": "rows.jsonl"}
+    assert told([{"config": run, "folders": folders}], 2) == [["done"]] * 2
+    assert not (tmp_path / "second" / "run").exists()
+    one, other = values(alone / "prefix"), values(tmp_path / "first" / "run")
+    assert all(one[key].equal(other[key]) for key in one)
+
+
+def test_what_one_process_meets_ends_all_and_is_told_by_all(world, tmp_path):
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for folder in folders:
+        Path(folder).mkdir()
+    rows = (world / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "first" / "rows.jsonl").write_text("".join(rows))
+    missing = settings(world, "run")
+    missing["data"] = {**missing["data"], "train": "rows.jsonl"}
+    first, second = told([{"config": missing, "folders": folders}], 2)
+    assert second[0].startswith("2 ") and "rows.jsonl" in second[0]
+    assert first[0].startswith("6 the run ends before its first step") and "process 1" in first[0]
+
+    (tmp_path / "second" / "rows.jsonl").write_text("".join(rows[:-1]))
+    other = {**missing, "out": "other"}
+    exists = {**missing, "out": "."}
+    found = told([{"config": other, "folders": folders}, {"config": exists, "folders": folders}], 2)
+    assert all(said[0].startswith("2 the processes of this run do not have the same") for said in found)
+    assert all("rows: process 0 has" in said[0] for said in found)
+    assert found[0][1].startswith("2 ") and "not empty" in found[0][1]
+    assert found[1][1].startswith("6 the run ends at its folder")
+
+
+def test_the_command_starts_its_processes_and_torchrun_starts_the_same_run(world, alone, tmp_path):
+    run = settings(world, tmp_path / "started", **RUNS["lora"])
+    file = tmp_path / "run.yaml"
+    common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1"}
+    file.write_text(json.dumps(run))
+    own = [sys.executable, "-m", "veneer", "train", str(file), "--quiet"]
+    done = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    file.write_text(json.dumps({**run, "out": str(tmp_path / "torchrun")}))
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(_free_port()),
+    ]
+    done = subprocess.run([*torchrun, *own[1:]], env=common, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one = values(alone / "lora")
+    for out in ("started", "torchrun"):
+        other = values(tmp_path / out)
+        assert all(one[key].equal(other[key]) for key in one)
+    again = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2 and "not empty" in again.stderr

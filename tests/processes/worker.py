@@ -1,0 +1,53 @@
+"""One process of several: runs each of the given settings one after another, in a process group of its own each.
+
+    python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": {...}}, ...]'
+
+folders: where each process works. at: {"step", "rank", "does": "signal" | "die"}, when that step is done.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from veneer import api
+from veneer.errors import VeneerError
+from veneer.train.config import RunConfig
+from veneer.train.loop import Loop
+from veneer.train.screen import QuietScreen
+
+
+def main() -> None:
+    rank, port = os.environ["RANK"], int(os.environ["MASTER_PORT"])
+    told = []
+    inner = Loop._step
+    for number, job in enumerate(json.loads(sys.argv[1])):
+        os.environ["MASTER_PORT"] = str(port + number)
+        at = job.get("at")
+
+        def step(loop: Loop, *, timed: bool, at=at) -> float:
+            seconds = inner(loop, timed=timed)
+            if at is not None and at["step"] == loop.progress.step and str(at["rank"]) == rank:
+                if at["does"] == "die":
+                    os._exit(9)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return seconds
+
+        Loop._step = step
+        folder = job.get("folders", ["."] * (int(rank) + 1))[int(rank)]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+        resume = job.get("resume", False)
+        config = RunConfig.model_validate(job["config"]) if rank == "0" else None
+        try:
+            if resume and config is not None:
+                config = api.resume_config(config.out)
+            api.train_run(config, resume=resume, screen=QuietScreen())
+            told.append("done")
+        except VeneerError as fault:
+            told.append(f"{fault.exit_code} {fault}")
+    print(json.dumps(told))
+
+
+main()
