@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import veneer
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.cli import main
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted, SourceError
@@ -497,6 +498,20 @@ def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(s
     err = capsys.readouterr().err
     assert settings[0].partition("=")[0] in err and "Traceback" not in err
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--max-tokens", "2"], ["data", "check"]], ids=" ".join)
+def test_a_file_whose_name_is_no_utf_8_is_refused_by_every_command(command, world, capsys):
+    line = [*command, "--base", str(world / "base"), "rows\udced" if "check" in command else "--data=rows\udced"]
+    assert main.main(line) == 2
+    err = capsys.readouterr().err
+    assert "not UTF-8" in err and "Traceback" not in err
+
+
+def test_settings_that_are_wrong_are_all_told_in_python_too(world, tmp_path):
+    with pytest.raises(ConfigError) as told:
+        veneer.train(str(world / "base"), "rows.jsonl", out=tmp_path / "out", steps=0, nonsense=1, batch="many")
+    assert [fault.split(":")[0] for fault in told.value.faults] == ["steps", "batch", "nonsense"]
 
 
 # who listens

@@ -100,7 +100,7 @@ def train(
     base: str, data: str | Mapping[str, Any], *, out: str | Path, method: Method | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Train and return the run's summary (the content of summary.json). `settings`: the run file's fields."""
-    config = RunConfig(base=base, data=data, out=str(out), method=method or LoRA(), **settings)  # type: ignore[arg-type]
+    config = RunConfig.of({"base": base, "data": data, "out": str(out), "method": method or LoRA(), **settings})
     return train_run(config, resume=False, screen=QuietScreen())
 
 
@@ -145,7 +145,7 @@ def check_data(
 ) -> tuple[DataSet, Any]:
     """What would be trained on and held out, with its report, and the tokenizer to show it with. Loads no weights."""
     tokenizer, config = load_tokenizer(base)
-    fields = DataConfig.model_validate(
+    fields = DataConfig.of(
         {"train": data, "format": format, "train_on": train_on, "long_rows": long_rows, "validation": validation}
     )
     found = examine_data(
@@ -186,7 +186,7 @@ def evaluate(
         against=against,
         general=general,
     )
-    fields = DataConfig.model_validate({"train": data, "validation_share": 0.0, "format": format, "train_on": train_on})
+    fields = DataConfig.of({"train": data, "validation_share": 0.0, "format": format, "train_on": train_on})
     capacity = capacity_of(base)
     loaded = load_data(**fields.model_dump(), length=length, capacity=capacity, tokenizer=base.tokenizer)
     paths = base.paths
@@ -218,7 +218,7 @@ def merge(
     """Merge adapter folders, each with its weight, into their base and write it as a folder; see merge/folder.py."""
     rows = None
     if data is not None:
-        fields = DataConfig.model_validate({"train": data, "validation_share": 0.0})
+        fields = DataConfig.of({"train": data, "validation_share": 0.0})
         tokenizer, config = load_tokenizer(base)
         capacity = configured_capacity(config)
         loaded = load_data(**fields.model_dump(), length=2048, capacity=capacity, tokenizer=tokenizer)
@@ -285,7 +285,7 @@ def compare(
     candidates   names of methods, over `base` and `data`; or (name, settings) each
     """
     chosen = [
-        Candidate(each, RunConfig(base=base or "", data=data or "", method=each, out=str(out)))  # type: ignore[arg-type]
+        Candidate(each, RunConfig.of({"base": base or "", "data": data or "", "method": each, "out": str(out)}))
         if isinstance(each, str)
         else Candidate(*each)
         for each in candidates

@@ -1,13 +1,15 @@
 """What a run does: the run file's fields, each with its unit. No torch here: `--help` reads this."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from veneer.adapters.config import LoRA, Method
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
-from veneer.files.strict_json import illegible
+from veneer.errors import ConfigError
+from veneer.files.strict_json import field_faults, illegible
 from veneer.quant.config import FOUR_BITS, Quantize
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -21,6 +23,14 @@ SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """These settings; ConfigError with a line for each that is wrong."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as fault:
+            raise ConfigError("these settings are not right", field_faults(fault)) from fault
 
     @field_validator("*")
     @classmethod
