@@ -54,6 +54,7 @@ OTHER_VALUES = {
     "clip": 0.5,
     "checkpointing": True,
     "offload": True,
+    "reduce": "exact",
     "optimizer": "adamw8bit",
     "evaluate_every": 4,
     "save_every": 5,
