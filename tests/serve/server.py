@@ -57,6 +57,10 @@ class Running:
     base: Base
     library: Library
 
+    def ask_engine(self, function: Any) -> Any:
+        """What a function finds between two steps."""
+        return asyncio.run_coroutine_threadsafe(self.service.loop.ask(function), self.service.loop.events).result(30)
+
     def openai(self, **settings: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **settings})
 

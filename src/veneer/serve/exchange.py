@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
@@ -19,6 +20,7 @@ from veneer.serve.guard import answer_to
 from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.service import Service
 
+log = logging.getLogger("veneer.serve")
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"))
 PROXIES = (b"x-accel-buffering", b"no")
 """They must not gather pieces."""
@@ -35,15 +37,20 @@ class Exchange(Response):
         self._service, self._protocol, self._asked = service, protocol, asked
         self._caller, self._path = caller, path
         self._began = time.monotonic()
+        self._sent = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response | None = None
-        with suppress(ClientGone):
-            try:
-                response = await unless_gone(receive, self._exchange(send))
-            except Refusal as refusal:
-                response = answer_to(refusal, self._path)
+        try:
+            response = await unless_gone(receive, self._exchange(send))
+        except ClientGone:
+            return
+        except Refusal as refusal:
+            response = answer_to(refusal, self._path)
+        except Exception as fault:
+            log.exception("a bug: %s", type(fault).__name__)
+            response = None if self._sent else answer_to(refusal_of(fault), self._path)
         if response is not None:
             await response(scope, receive, send)
 
@@ -75,6 +82,7 @@ class Exchange(Response):
         self, send: Send, streamed: Streamed, answering: Answering, first: Piece, pieces: AsyncIterator[Piece]
     ) -> Any:
         reason = None
+        self._sent = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
         await _send(send, "".join([*streamed.begin(answering.usage), *streamed.piece(first)]))
         try:

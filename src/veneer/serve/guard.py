@@ -75,8 +75,9 @@ class Guard:
                 await self.app(scope, receive, sending)
         finally:
             seconds = time.monotonic() - began
-            path = shown(scope["path"][:_PATH_CHARACTERS])
-            log.info("%s %s %s %.0f ms %s", scope["method"], path, status or "gone", 1000 * seconds, request_id)
+            if scope["path"] not in OPEN:  # which are asked every few seconds
+                path = shown(scope["path"][:_PATH_CHARACTERS])
+                log.info("%s %s %s %.0f ms %s", scope["method"], path, status or "gone", 1000 * seconds, request_id)
             if self.counted is not None:
                 self.counted(scope["path"], status, seconds)
 

@@ -170,6 +170,16 @@ class EngineLoop:
         await asyncio.to_thread(self._thread.join)
 
     @property
+    def events(self) -> asyncio.AbstractEventLoop:
+        assert self._events is not None, "it has not been started"
+        return self._events
+
+    @property
+    def open_answers(self) -> int:
+        """Those that have not ended."""
+        return len(self._open)
+
+    @property
     def closing(self) -> bool:
         return self._closing
 
@@ -258,9 +268,8 @@ class EngineLoop:
 
     def _later(self, function: Callable[[], object]) -> None:
         """On the event loop, unless that is gone."""
-        assert self._events is not None
         try:
-            self._events.call_soon_threadsafe(function)
+            self.events.call_soon_threadsafe(function)
         except RuntimeError:
             log.debug("the event loop has ended")
 

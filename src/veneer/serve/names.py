@@ -197,9 +197,12 @@ class Names:
 
     def remove(self, name: str) -> str:
         """The name means nothing any more, and the adapter may go. Returns what is said. Refusal: 404."""
-        reference = self._entry(name).reference if name not in self._added else self.reference(name)
+        reference = self.reference(name)
         with self._lock:
-            if self._added.pop(name, None) is None:
+            added = self._added.pop(name, None) is not None
+        if not added:
+            _ = self._entry(name)
+            with self._lock:
                 self._hidden.add(reference.partition("@")[0])
         with suppress(VeneerError):  # the library has it no more
             self._adapters.unload(reference)

@@ -1,0 +1,93 @@
+"""Answers with calls of tools, as each protocol writes them, whole and in pieces; the clients' own types read them."""
+
+import json
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response
+
+from veneer.serve import chat, messages, responses
+from veneer.serve.answers import Answer, Call, End, Piece, Usage
+from veneer.serve.asked import Asked, Chat
+from veneer.serve.refusals import Refusal
+
+ECHO = responses.asked({"model": "m", "input": "x"}).echo
+ASKED = Asked(model="m", prompts=(Chat([]),), parses_calls=True, stream=True, stream_usage=True, echo=ECHO)
+CALLS = (Call("weather", '{"city":"Bern"}'), Call("time", "{}"))
+PIECES = [
+    Piece(0, "Let me "),
+    Piece(0, "see."),
+    Piece(0, "", calls=CALLS[:1]),
+    Piece(0, "", (), CALLS[1:], End("stop")),
+]
+USAGE = Usage(prompt=20, cached=16, new=9)
+
+
+def whole(protocol):
+    answer = Answer(0)
+    for piece in PIECES:
+        answer.add(piece)
+    return protocol.whole(protocol.head("m", "f"), ASKED, [answer], USAGE)
+
+
+def events(protocol, failing=None):
+    stream = protocol.Stream(protocol.head("m", "f"), ASKED)
+    lines = [*stream.begin(Usage(20, 16, 0))]
+    for piece in PIECES:
+        lines += stream.piece(piece)
+    lines += stream.fail(failing) if failing else stream.finish(USAGE)
+    data = [line.partition("data: ")[2].strip() for line in "".join(lines).split("\n\n") if line]
+    return [json.loads(each) for each in data if each != "[DONE]"], data[-1] == "[DONE]"
+
+
+def test_chat_has_calls_beside_its_text():
+    found = ChatCompletion.model_validate(whole(chat), strict=True)
+    message = found.choices[0].message
+    assert (message.content, found.choices[0].finish_reason) == ("Let me see.", "tool_calls")
+    assert [(c.function.name, c.function.arguments) for c in message.tool_calls] == [
+        (c.name, c.arguments) for c in CALLS
+    ]
+    data, done = events(chat)
+    chunks = [ChatCompletionChunk.model_validate(each) for each in data]
+    deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(each.delta.content or "" for each in deltas) == "Let me see." and done
+    made = [call for each in deltas for call in each.delta.tool_calls or ()]
+    assert [(c.index, c.id, c.function.name) for c in made] == [(n, c.id, c.name) for n, c in enumerate(CALLS)]
+    assert [each.finish_reason for each in deltas if each.finish_reason] == ["tool_calls"]
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 16 and not chunks[-1].choices
+
+
+def test_responses_have_an_item_for_each_call():
+    found = Response.model_validate(whole(responses))
+    assert [item.type for item in found.output] == ["message", "function_call", "function_call"]
+    assert found.output[1].arguments == '{"city":"Bern"}' and found.output[1].call_id == CALLS[0].id
+    assert found.status == "completed" and found.output_text == "Let me see."
+    data, _ = events(responses)
+    last = Response.model_validate(data[-1]["response"])
+    assert data[-1]["type"] == "response.completed"
+    assert [item.type for item in last.output] == ["message", "function_call", "function_call"]
+    added = [each["output_index"] for each in data if each["type"] == "response.output_item.added"]
+    done = [each["output_index"] for each in data if each["type"] == "response.output_item.done"]
+    assert added == done == [0, 1, 2]
+
+
+def test_messages_have_a_block_for_each_call():
+    found = whole(messages)
+    assert [block["type"] for block in found["content"]] == ["text", "tool_use", "tool_use"]
+    assert found["content"][1]["input"] == {"city": "Bern"} and found["stop_reason"] == "tool_use"
+    assert found["usage"]["input_tokens"] == 4 and found["usage"]["cache_read_input_tokens"] == 16
+    data, _ = events(messages)
+    starts = [each["index"] for each in data if each["type"] == "content_block_start"]
+    stops = [each["index"] for each in data if each["type"] == "content_block_stop"]
+    assert starts == stops == [0, 1, 2]
+    inputs = [e["delta"]["partial_json"] for e in data if e.get("delta", {}).get("type") == "input_json_delta"]
+    assert list(map(json.loads, inputs)) == [{"city": "Bern"}, {}]
+    assert data[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize("protocol", [chat, responses, messages], ids=lambda each: each.__name__.rpartition(".")[2])
+def test_a_failure_on_the_way_is_an_event(protocol):
+    data, _ = events(protocol, Refusal(503, "out of memory", code="out_of_memory"))
+    last = data[-1]
+    error = last.get("error") or last["response"]["error"]
+    assert error["message"] == "out of memory" and error["code"] == "out_of_memory"
