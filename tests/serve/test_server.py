@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import re
 import time
 
 import httpx
@@ -244,7 +245,9 @@ def test_models_are_listed_with_what_they_are(server, client):
         (CHAT, {"model": BASE, "messages": [{"role": "user", "content": "x" * 3000}]}, "messages"),
         (CHAT, {"model": BASE, "messages": HELLO, "max_tokens": 2000}, "max_tokens"),
         (CHAT, {"model": BASE, "messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
-        (CHAT, {"model": BASE, "messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"model": BASE, "messages": HELLO, "guided_regex": "(a"}, "guided_regex"),
+        (CHAT, {"model": BASE, "messages": HELLO, "guided_regex": "(?=a)b(?!c)"}, "guided_regex"),
+        (CHAT, {"model": BASE, "messages": HELLO, "guided_json": {"type": 3}}, "guided_json"),
         (CHAT, {"model": BASE, "messages": HELLO, "min_tokens": 3, "stop": "a"}, "min_tokens"),
         (CHAT, {"model": BASE, "messages": HELLO, "n": 99, "best_of": 3}, "best_of"),
         (COMPLETE, {"model": BASE, "prompt": [5, 999]}, "prompt"),
@@ -255,6 +258,64 @@ def test_what_does_not_fit_is_refused_before_it_waits(server, path, body, param)
     found = server.post(path, body)
     assert (found.status_code, found.json()["error"]["param"]) == (400, param)
     assert found.headers["x-should-retry"] == "false" and found.headers["x-request-id"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+SHAPES = {
+    "a schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, "json"),
+    "guided json": ({"guided_json": SCHEMA}, "json"),
+    "an expression": ({"guided_regex": "[ab]{3}c"}, "[ab]{3}c"),
+    "choices": ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+    "a grammar": ({"guided_grammar": 'start: "x" "y"'}, "xy"),
+}
+
+
+@pytest.mark.parametrize("what", SHAPES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_answer_is_of_the_shape_that_is_asked_for(client, what, stream):
+    fields, wanted = SHAPES[what]
+    body = {"model": "poems", "messages": HELLO, "max_tokens": 60, "seed": 3, "stream": stream, "extra_body": fields}
+    found = client.chat.completions.create(**body)
+    if stream:
+        text, (reason,), _ = streamed(found)
+    else:
+        text, reason = found.choices[0].message.content, found.choices[0].finish_reason
+    assert reason == "stop"
+    if wanted == "json":
+        assert isinstance(json.loads(text)["ok"], bool)
+    else:
+        assert re.fullmatch(wanted, text)
+
+
+def test_a_tool_that_must_be_called_is_called(server, client):
+    tools = [
+        {"type": "function", "function": {"name": "weather", "parameters": {"enum": [{"city": "Bern"}]}}},
+        {"type": "function", "function": {"name": "time", "parameters": SCHEMA}},
+    ]
+    choice = {"type": "function", "function": {"name": "time"}}
+    body = {"model": BASE, "messages": HELLO, "tools": tools, "tool_choice": choice, "max_tokens": 400, "seed": 1}
+    found = client.chat.completions.create(**body).choices[0]
+    assert found.finish_reason == "tool_calls" and not (found.message.content or "").strip()
+    (call,) = found.message.tool_calls
+    assert call.function.name == "time" and isinstance(json.loads(call.function.arguments)["ok"], bool)
+    ends = {"257": 1000}  # as soon as it may
+    found = client.chat.completions.create(**{**body, "tool_choice": "required", "logit_bias": ends}).choices[0]
+    assert [call.function.name for call in found.message.tool_calls] in (["time"], ["weather"])
+    given = [{"name": "time", "input_schema": SCHEMA}]
+    asked = {
+        "model": BASE,
+        "messages": HELLO,
+        "tools": given,
+        "tool_choice": {"type": "tool", "name": "time"},
+        "max_tokens": 400,
+    }
+    message = server.post("/v1/messages", asked).json()
+    assert message["stop_reason"] == "tool_use" and message["content"][-1]["name"] == "time"
 
 
 def test_what_is_no_request_is_told_in_the_same_shape(server):

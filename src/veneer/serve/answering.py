@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from veneer.decoding.blocks import Identity
-from veneer.decoding.sampling import Constraint, Sampling, TokenChance, seed_of
+from veneer.decoding.grammar import Grammar
+from veneer.decoding.sampling import Sampling, TokenChance, seed_of
 from veneer.decoding.sequence import Reason, Request
 from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.serve.answers import Call, Chance, End, Piece, Usage
@@ -42,7 +43,7 @@ def requests_of(
     adapter: Identity,
     stops: Sequence[int],
     tokenizer: Any,
-    constraints: Callable[[], Constraint] | None,
+    constraints: Grammar | None,
     salt: str,
     now: float,
     seconds: float,
@@ -72,11 +73,19 @@ def requests_of(
 class Answering:
     """The answers to all prompts of a request, as they come. Leaving its block ends what has not ended.
 
-    texts: of the base's tokenizer. style: how calls of tools are written, where they are looked for.
+    texts: of the base's tokenizer. grammar: what they follow. style: how calls are written, where they are looked for.
     """
 
-    def __init__(self, loop: EngineLoop, requests: Sequence[Request], asked: Asked, texts: TokenTexts) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        requests: Sequence[Request],
+        asked: Asked,
+        texts: TokenTexts,
+        grammar: Grammar | None = None,
+    ) -> None:
         self._loop, self._requests, self._asked, self._texts = loop, requests, asked, texts
+        self._grammar = grammar
         self._tickets: list[Ticket] = []
         self.style: CallStyle | None = None
         self.new = 0
@@ -110,7 +119,7 @@ class Answering:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until every answer has ended. Refusal: one cannot be answered; the others end with it."""
         spelled = [
-            [_Spelled(self._texts, request, self._asked, self.style) for _ in range(request.choices)]
+            [_Spelled(self._texts, request, self._asked, self.style, self._grammar) for _ in range(request.choices)]
             for request in self._requests
         ]
         merged: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
@@ -145,8 +154,10 @@ class Answering:
 class _Spelled:
     """One answer's tokens as text."""
 
-    def __init__(self, texts: TokenTexts, request: Request, asked: Asked, style: CallStyle | None) -> None:
-        self._texts, self._request, self._asked = texts, request, asked
+    def __init__(
+        self, texts: TokenTexts, request: Request, asked: Asked, style: CallStyle | None, grammar: Grammar | None
+    ) -> None:
+        self._texts, self._request, self._asked, self._grammar = texts, request, asked, grammar
         self._stream = TextStream(texts.tokenizer, asked.stops)
         self._calls = None if style is None else CallReader(style)
         self._ids: list[int] = []
@@ -180,11 +191,21 @@ class _Spelled:
             return End(
                 "length" if reason is Reason.LENGTH else "deadline", None if reason is Reason.LENGTH else "deadline"
             )
+        self._check_shape()
         if self._stream.stopped:
             text = text_of(self._texts.tokenizer, self._ids)
             ends = {stop: text.find(stop) + len(stop) for stop in self._asked.stops if stop in text}
             return End("stop", min(ends, key=lambda stop: (ends[stop], -len(stop)), default=None))
         return End("stop", stop_token if stop_token in self._asked.stop_tokens else None)
+
+    def _check_shape(self) -> None:
+        """An answer that was not cut is what was asked for. What a grammar cannot hold, a check finds: Refusal."""
+        if self._grammar is None or self._stream.stopped:
+            return
+        if faults := self._grammar.faults(text_of(self._texts.tokenizer, self._ids)):
+            assert self._asked.shape is not None
+            param = self._asked.shape.param
+            raise Refusal(422, f"{param}: the model's answer is not of it: {faults[0][:300]}", param, "answer_refused")
 
     def _chance(self, chance: TokenChance) -> Chance:
         others = tuple(self._texts.chance(token, log) for token, log in chance.alternatives)

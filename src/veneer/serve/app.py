@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -107,13 +106,13 @@ def _routes(service: Service) -> list[Route]:
 
     async def load(body: dict[str, Any], request: Request) -> Response:
         wanted = loaded(body)
-        await _apart(lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place))
+        await service.apart(lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place))
         await service.load(wanted.reference)
         return PlainTextResponse(service.names.add(wanted.name, wanted.reference))
 
     async def unload(body: dict[str, Any], request: Request) -> Response:
         name = unloaded(body)
-        return PlainTextResponse(await _apart(lambda: service.names.remove(name)))
+        return PlainTextResponse(await service.apart(lambda: service.names.remove(name)))
 
     def pin(*, to: bool) -> BodyHandler:
         async def change(body: dict[str, Any], request: Request) -> Response:
@@ -126,13 +125,13 @@ def _routes(service: Service) -> list[Route]:
         return Route(path, _answered(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await _apart(service.names.cards)})
+        return JSONResponse({"object": "list", "data": await service.apart(service.names.cards)})
 
     async def adapters(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card_of(each) for each in service.residents.shown()]})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(await _apart(lambda: service.names.card(request.path_params["name"])))
+        return JSONResponse(await service.apart(lambda: service.names.card(request.path_params["name"])))
 
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -196,8 +195,3 @@ def _caller(request: Request) -> Caller:
 def _check_scope(request: Request, scope: str) -> None:
     if scope == "admin" and _caller(request).scope != "admin":
         raise Refusal(403, "This key may not change which adapters are served.", code="wrong_scope")
-
-
-async def _apart(function: Callable[[], Any]) -> Any:
-    """What reads files is not for the event loop."""
-    return await asyncio.to_thread(function)

@@ -31,12 +31,13 @@ class Shape:
     """What the text of an answer must be: a JSON value of a schema, what an expression matches, one of some texts.
 
     kind: json (any object), schema, regex, choice, grammar, tool (a call of one of the tools). spec: its content.
-    param: the field that asked for it.
+    param: the field that asked for it. most: calls.
     """
 
     kind: Literal["json", "schema", "regex", "choice", "grammar", "tool"]
     param: str
     spec: Any = None
+    most: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.engine import Engine
-from veneer.decoding.sampling import Constraint
+from veneer.decoding.grammar import Grammar, Grammars
 from veneer.errors import UnknownNameError, VeneerError
 from veneer.library.resident import Tier
 from veneer.library.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.serve.answering import Answering, requests_of
-from veneer.serve.asked import Asked, Shape
+from veneer.serve.asked import Asked
+from veneer.serve.grammars import Shapes
 from veneer.serve.loop import EngineLoop
 from veneer.serve.metrics import Metrics, state_of
 from veneer.serve.names import Model, Names
@@ -25,7 +28,7 @@ from veneer.serve.prompts import Prompts
 from veneer.serve.refusals import Refusal, refusal_of, unknown_adapter
 from veneer.serve.token_text import TokenTexts
 
-Constraints = Callable[[], Constraint]
+T = TypeVar("T")
 MOST_LABELS = 1024
 """Adapters whose names metrics remember."""
 
@@ -41,12 +44,10 @@ class ServeLimits:
     body_bytes: int = 4 * 2**20
     seconds: float = 600.0
     drain_seconds: float = 30.0
-    load_seconds: float = 60.0
+    load_seconds: float = 30.0
 
 
 class Service:
-    """shapes: makes of a Shape what allows each token; None: no shapes are answered."""
-
     def __init__(
         self,
         base: FrozenBase,
@@ -55,7 +56,6 @@ class Service:
         residents: Residents,
         *,
         limits: ServeLimits | None = None,
-        shapes: Callable[[Shape], Constraints] | None = None,
         routes: Sequence[str] = (),
     ) -> None:
         capacity = capacity_of(base)
@@ -67,16 +67,24 @@ class Service:
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._weights = base.fingerprint().weights_hash[:8]
         self.cache_tokens, self.cache_bytes = engine.scheduler.blocks.capacity, engine.scheduler.blocks.budget_bytes
-        self._shapes = shapes
+        stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
+        grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
+        self._shapes = Shapes(grammars, self.prompts.style)
         self._labels: dict[str, str] = {}
+        self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
+        self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # which wait for room
 
     def fingerprint(self, model: Model) -> str:
         return f"vn-{self._weights}-{model.content}"
 
+    async def apart(self, function: Callable[[], T]) -> T:
+        """What reads files is not for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, function)
+
     async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
         """Refusal: 404, or why its adapter cannot act."""
         try:
-            found = await asyncio.to_thread(self.names.model, name, weighted)
+            found = await self.apart(lambda: self.names.model(name, weighted))
         except VeneerError as fault:
             raise refusal_of(fault, param="model") from None
         self._label(found)
@@ -95,7 +103,7 @@ class Service:
         model = await self.model(asked.model, asked.adapters)
         prompts = await self.prompts.encoded(asked.prompts)
         lengths = [self.prompts.most_new(ids, asked.max_new_tokens, self.cache_tokens) for ids in prompts]
-        constraints = await self._constraints(asked)
+        grammar = await self._grammar(asked)
         try:
             requests = requests_of(
                 asked,
@@ -104,7 +112,7 @@ class Service:
                 adapter=model.identity,
                 stops=self._stops,
                 tokenizer=self.texts.tokenizer,
-                constraints=constraints,
+                constraints=grammar,
                 salt=f"{caller}|{asked.salt}",
                 now=self.loop.clock(),
                 seconds=self.limits.seconds,
@@ -116,21 +124,18 @@ class Service:
                 400, "min_tokens: is not for requests with stop strings: a string may lie across.", "min_tokens"
             )
         self.metrics.prompt(sum(map(len, prompts)))
-        answering = Answering(self.loop, requests, asked, self.texts)
+        answering = Answering(self.loop, requests, asked, self.texts, grammar)
         answering.style = self.prompts.style if asked.parses_calls else None
         return model, answering
 
-    async def _constraints(self, asked: Asked) -> Constraints | None:
-        if asked.shape is None:
+    async def _grammar(self, asked: Asked) -> Grammar | None:
+        """What the answers follow. Refusal: it cannot be followed."""
+        if (shape := asked.shape) is None:
             return None
-        if self._shapes is None:
-            raise Refusal(
-                400, f"{asked.shape.param}: is not supported: answers are not held to a shape.", asked.shape.param
-            )
         try:
-            return await asyncio.to_thread(self._shapes, asked.shape)
+            return await self.apart(lambda: self._shapes(shape))
         except VeneerError as fault:
-            raise refusal_of(fault, param=asked.shape.param) from None
+            raise refusal_of(fault, param=shape.param) from None
 
     async def load(self, reference: str) -> None:
         """The adapter is in memory and fits, or Refusal."""
@@ -144,7 +149,7 @@ class Service:
 
     async def _told(self, function: Callable[[], object], param: str) -> None:
         try:
-            await asyncio.to_thread(function)
+            await asyncio.get_running_loop().run_in_executor(self._loads, function)
         except UnknownNameError as fault:
             raise unknown_adapter(fault, param) from None
         except VeneerError as fault:
@@ -163,3 +168,5 @@ class Service:
     async def close(self) -> None:
         await self.loop.close(self.limits.drain_seconds)
         self.prompts.close()
+        for threads in (self._files, self._loads):
+            threads.shutdown(wait=False, cancel_futures=True)

@@ -21,6 +21,8 @@ from veneer.serve.fields import AnyObject, Either, Field, Flag, Listed, Only, Ta
 from veneer.serve.refusals import Fault, refuse
 
 MOST_TOOLS = 128
+MOST_CALLS = 8
+"""Of an answer that must call."""
 NAME = Text(64, 1)
 CALL = Table(
     (
@@ -76,9 +78,8 @@ def wanted_call(values: dict[str, Any]) -> Shape | None:
         raise refuse(faults)
     if choice != "required" and chosen is None:
         return None
-    return Shape(
-        "tool", "tool_choice", [tool["function"] for tool in tools if chosen in (None, tool["function"]["name"])]
-    )
+    functions = [tool["function"] for tool in tools if chosen in (None, tool["function"]["name"])]
+    return Shape("tool", "tool_choice", functions, 1 if chosen else MOST_CALLS)
 
 
 @dataclass(frozen=True)
