@@ -15,9 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML, tiny_tokenizer
+from veneer.data.control_names import ControlNames, TokenFault
 from veneer.data.examples import Row, RowRef, TrainOn
 from veneer.data.template import ChatTemplate
-from veneer.data.tokens import ControlNames, TokenFault, _difference
+from veneer.data.tokens import _difference
 from veneer.errors import DataError
 
 START, END, PAD = 256, 257, 258

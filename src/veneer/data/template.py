@@ -1,13 +1,9 @@
-"""Rows to token ids and loss mask, through the base's chat template.
+"""Rows to token ids and loss mask, through the base's chat template. A row goes once through each of
 
-The span of an assistant turn is exact by construction: it is what the template renders of the conversation up to
-and including the turn, less what it renders up to it with the generation prompt. So it holds everything that the
-model has to write, the token that ends the turn included. A template of which one rendering is not the beginning of
-the other has no such span; that is an error which shows both.
-
-What messages say is text: a control token's name in it is not that token (tokens.py). In the conversation as the
-template writes it, special tokens are hidden in every message; other added tokens (<think>, <tool_call>) that the
-template writes too are hidden in user and tool messages only, as assistants say them.
+    control_names.py    names of control tokens in what its messages say are hidden
+    rendering.py        the template writes the conversation, and its beginnings
+    turns.py            where the answers stand in what it wrote
+    tokens.py           the ids, cut exactly there
 
 A tokenizer without a template takes plain text, and prompt/completion rows: prompt, completion and the end token
 joined. Plain text rows are tokenised as they stand, control tokens included.
@@ -22,15 +18,16 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from veneer.data.control_names import Sentinels, TokenFault
 from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
 from veneer.data.rendering import Conversation, Template, beginnings, render_all
 from veneer.data.sandbox import TemplateFault, prepared
-from veneer.data.tokens import ControlNames, Cut, TextTokens, TokenFault, Tokens
-from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, parting, unfit
+from veneer.data.tokens import Cut, TextTokens, Tokens
+from veneer.data.turns import Plan, borders_of, plan_chat
+from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, unfit
 from veneer.errors import DataError
 
 _CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
-_USE_LAST = "Train on the last answer only: train_on: last"
 
 Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
@@ -44,22 +41,6 @@ class Encoded:
     trained: list[bool]
     roles: tuple[RoleRun, ...]
     control: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is known of a row before it is tokenised, in characters of `cut.text`.
-
-    spans   [start, end) of what is trained
-    roles   (role, end) of what each message rendered to, as far as it is known
-    """
-
-    cut: Cut
-    spans: tuple[tuple[int, int], ...]
-    roles: tuple[tuple[str, int], ...]
-    control: int
-    begin: tuple[int, ...] = ()  # ids in front
-    end: tuple[int, ...] = ()  # ids behind, trained
 
 
 class ChatTemplate:
@@ -85,13 +66,9 @@ class ChatTemplate:
             )
         self.source: str = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
         """The template's text; empty if the tokenizer has none."""
-        self._tokens = TextTokens(tokenizer)
+        self._names = Sentinels(tokenizer, self.source)
+        self._tokens = TextTokens(tokenizer, self._names)
         self._templates: dict[str, Template] = {}
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
-        names = {name for name in self._tokens.control_names if name and not name.isspace()}
-        self._special_names = ControlNames(names & special)
-        self._written_names = ControlNames({name for name in names if name in special or name in self.source})
         self._begin = self._put_in_front()
         self.stop_ids = self._find_stop_ids()
         """Ids that end an answer: the end-of-text token, and what the template ends an assistant turn with."""
@@ -121,16 +98,16 @@ class ChatTemplate:
         For the messages in front of a trained turn, these are the first ids of that row. Raises DataError.
         """
         try:
-            hidden, hidden_tools, _ = self._hide(messages, tools)
+            hidden, hidden_tools, _ = self._names.hide(messages, tools)
             if not self.source:
                 return [*self._begin, *self._encoded(Cut(self._alone(hidden, hidden_tools))).ids]
             conversation = self._conversation(hidden, hidden_tools)
             render_all([(conversation, beginnings(hidden, prompt=True))])
             text = conversation.text(len(hidden), add_generation_prompt=True)
             check_text(text)
-            check_tools(messages, tools, self._tokens.show(text))
+            check_tools(messages, tools, self._names.show(text))
             check_contents(hidden, text)
-            borders = self._borders(conversation, text)
+            borders = borders_of(conversation, text, self._names.show)
             return self._encoded(Cut(text, borders)).ids
         except (Unfit, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
@@ -154,7 +131,7 @@ class ChatTemplate:
         begun = [chat[0] for chat in chats if isinstance(chat, tuple)]
         render_all([(chat, beginnings(chat.messages)) for chat in begun])
         plans = [self._planned(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)]
-        tokens = iter(self._tokens.encode([plan.cut for plan in plans if isinstance(plan, _Plan)]))
+        tokens = iter(self._tokens.encode([plan.cut for plan in plans if isinstance(plan, Plan)]))
         results: list[Encoded | Problem] = []
         for row, plan in zip(rows, plans, strict=True):
             if isinstance(plan, Unfit):
@@ -172,29 +149,31 @@ class ChatTemplate:
         if row.text is not None or not self.source:
             return None
         try:
-            messages, tools, control = self._hide(row.messages, row.tools)
+            messages, tools, control = self._names.hide(row.messages, row.tools)
             return self._conversation(messages, tools), control
         except (Unfit, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _planned(self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn) -> _Plan | Unfit:
+    def _planned(self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn) -> Plan | Unfit:
         try:
             if isinstance(chat, Unfit):
                 return chat
             if row.text is not None:
                 return self._plan_text(row.text)
-            return self._plan_joined(row, train_on) if chat is None else self._plan_chat(row, *chat, train_on)
+            if chat is None:
+                return self._plan_joined(row, train_on)
+            return plan_chat(row, *chat, train_on, self._names.show)
         except (Unfit, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _plan_text(self, text: str) -> _Plan:
+    def _plan_text(self, text: str) -> Plan:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         begin = () if bos and text.startswith(bos) else self._begin
         end = () if eos is None or text.endswith(eos) else (self.tokenizer.eos_token_id,)
-        control = len(self._special_names.find(text))
-        return _Plan(Cut(text), ((0, len(text)),), (("text", len(text)),), control, begin, end)
+        control = self._names.count(text)
+        return Plan(Cut(text), ((0, len(text)),), (("text", len(text)),), control, begin, end)
 
-    def _plan_joined(self, row: Row, train_on: TrainOn) -> _Plan:
+    def _plan_joined(self, row: Row, train_on: TrainOn) -> Plan:
         """Prompt and completion without a template."""
         if row.format != "prompt_completion":
             raise Unfit(
@@ -203,7 +182,7 @@ class ChatTemplate:
                 "Use format text, or prompt_completion with strings (joined as they are, with the end token behind), "
                 "or an instruction-tuned base.",
             )
-        hidden, tools, control = self._hide(row.messages, row.tools)
+        hidden, tools, control = self._names.hide(row.messages, row.tools)
         if row.messages[-1].get("weight") == 0 or hidden[-1]["role"] != "assistant":
             raise Unfit("D205", "the last message is not one to learn")
         prompt, completion = self._alone(hidden[:-1], tools), hidden[-1]["content"]
@@ -212,7 +191,7 @@ class ChatTemplate:
         eos = self.tokenizer.eos_token_id
         roles = (("user", len(prompt)), ("assistant", len(text)))
         borders = (len(prompt),) if prompt else ()
-        return _Plan(Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,))
+        return Plan(Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,))
 
     def _alone(self, messages: Messages, tools: Tools) -> str:
         """The text of a single user message, which is all that can be asked without a template."""
@@ -220,106 +199,11 @@ class ChatTemplate:
             raise Unfit("D201", "a conversation of several messages needs a chat template, and this tokenizer has none")
         return str(messages[0]["content"])
 
-    def _plan_chat(self, row: Row, chat: Conversation, control: int, train_on: TrainOn) -> _Plan:
-        messages = chat.messages
-        text = chat.text(len(messages), add_generation_prompt=False)
-        check_text(text)
-        check_tools(row.messages, row.tools, self._tokens.show(text))
-        check_contents(messages, text)
-        last = len(messages) - 1
-        spans: list[tuple[int, int]] = []
-        borders: list[int] = []
-        roles: list[tuple[str, int]] = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                following = messages[number + 1] if number < last else None
-                if following is not None and following["role"] != "assistant":
-                    end = _end_of(chat, number + 1, text)
-                    roles += [] if end is None else [(message["role"], end)]
-                continue
-            wanted = train_on == "assistant" or (train_on == "last" and number == last)
-            learnt = wanted and row.messages[number].get("weight", 1) == 1
-            turn = self._turn(chat, number, text, must=learnt)
-            if turn is None or (borders and turn[0] < borders[-1]):
-                if learnt:
-                    raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered", _USE_LAST)
-                continue
-            if number > 0:
-                roles.append((messages[number - 1]["role"], turn[0]))
-            roles.append(("assistant", turn[1]))
-            borders += turn
-            if learnt:
-                spans.append(turn)
-        if not roles or roles[-1][1] < len(text):
-            roles.append((messages[-1]["role"], len(text)))
-        if train_on == "all":
-            spans = [(0, len(text))]
-        marks = tuple(end for _, end in roles)
-        return _Plan(Cut(text, _cuts(borders, text), marks), tuple(spans), tuple(roles), control)
-
-    def _turn(self, chat: Conversation, number: int, text: str, *, must: bool) -> tuple[int, int] | None:
-        """Where an assistant turn begins and ends in the text. None if it has no exact place, unless it must."""
-        try:
-            prompt = chat.text(number, add_generation_prompt=True)
-            upto = chat.text(number + 1, add_generation_prompt=False)
-        except TemplateFault:
-            if must:
-                raise
-            return None
-        if upto.startswith(prompt) and text.startswith(upto):
-            return len(prompt), len(upto)
-        if not must:
-            return None
-        show = self._tokens.show
-        if not upto.startswith(prompt):
-            raise Unfit(
-                "D202",
-                "what the chat template renders before an answer is not the beginning of what it renders with it",
-                "The answers must begin as the template's generation prompt does.",
-                parting("before", show(prompt), "with it", show(upto)),
-            )
-        raise Unfit(
-            "D202",
-            "the chat template renders an earlier answer differently once messages follow it",
-            _USE_LAST,
-            parting("as last", show(upto), "earlier", show(text)),
-        )
-
-    def _borders(self, chat: Conversation, text: str) -> tuple[int, ...]:
-        """The same borders in a prompt as in the row that it is the beginning of."""
-        borders: list[int] = []
-        for number, message in enumerate(chat.messages):
-            if message["role"] == "assistant":
-                turn = self._turn(chat, number, text, must=False)
-                if turn is not None and not (borders and turn[0] < borders[-1]):
-                    borders += turn
-        return _cuts(borders, text)
-
     def _encoded(self, cut: Cut) -> Tokens:
         (found,) = self._tokens.encode([cut])
         if isinstance(found, TokenFault):
             raise found
         return found
-
-    def _hide(self, messages: Messages, tools: Tools) -> tuple[list[dict[str, Any]], Tools, int]:
-        """Messages and tools in which control tokens' names are sentinels, and how many there were."""
-        count = 0
-
-        def hide(value: Any, names: ControlNames) -> Any:
-            nonlocal count
-            if isinstance(value, str):
-                text, found = self._tokens.hide(value, names)
-                count += found
-                return text
-            if isinstance(value, dict):
-                return {hide(key, names): hide(item, names) for key, item in value.items()}
-            return [hide(item, names) for item in value] if isinstance(value, list) else value
-
-        hidden = []
-        for message in messages:
-            names = self._written_names if message["role"] in ("user", "tool") else self._special_names
-            hidden.append(prepared({k: v if k == "role" else hide(v, names) for k, v in message.items()}))
-        return hidden, hide(tools, self._special_names), count
 
     def _conversation(self, messages: Messages, tools: Tools) -> Conversation:
         if not self.source:
@@ -358,20 +242,7 @@ class ChatTemplate:
         return tuple(dict.fromkeys(stops))
 
 
-def _end_of(chat: Conversation, count: int, text: str) -> int | None:
-    """Where what these messages render to ends, if the text begins with it."""
-    try:
-        part = chat.text(count, add_generation_prompt=False)
-    except TemplateFault:  # some templates refuse what does not end in a user's message
-        return None
-    return len(part) if text.startswith(part) else None
-
-
-def _cuts(borders: Sequence[int], text: str) -> tuple[int, ...]:
-    return tuple(sorted({border for border in borders if 0 < border < len(text)}))
-
-
-def _masked(tokens: Tokens, plan: _Plan) -> Encoded:
+def _masked(tokens: Tokens, plan: Plan) -> Encoded:
     """Characters to tokens: the mask, and whose each token is."""
     shift = len(plan.begin)
     ids = [*plan.begin, *tokens.ids, *plan.end]

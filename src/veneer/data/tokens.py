@@ -3,7 +3,7 @@
 Two promises, whatever the tokenizer:
 - A text tokenised up to a border gives the first ids of the whole text. So what generation starts from is exactly
   what was in front of the answer in training.
-- A control token's name inside what a user wrote ("<|im_end|>") never becomes that token.
+- A control token's name inside what a user wrote ("<|im_end|>") never becomes that token (control_names.py hides it).
 
 Nothing is changed where nothing is at stake: if the whole text's own tokenisation keeps the first promise, as it
 nearly always does, its ids are those of `tokenizer(text, add_special_tokens=False)`.
@@ -13,41 +13,11 @@ Knows nothing of messages or templates.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LAST_SENTINEL = 0x10FFFD  # the end of Unicode's private plane 16, which nobody uses; one character per control token
-
-
-class TokenFault(Exception):
-    """A text has no tokenisation that keeps the promises."""
-
-
-class ControlNames:
-    """Finds the names of control tokens in a text, the longest first. Names are told by their first characters,
-    so a text without those (nearly all have '<' or '[') costs one scan in C; tokenizers may have thousands."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = frozenset(names)
-        firsts = "".join(re.escape(first) for first in sorted({name[0] for name in self.names}))
-        self._first = re.compile(f"[{firsts}]" if firsts else "(?!)")
-        self._lengths = sorted({len(name) for name in self.names}, reverse=True)
-
-    def find(self, text: str) -> list[tuple[int, str]]:
-        """(position, name) of every name in the text, from left to right, none inside another."""
-        found: list[tuple[int, str]] = []
-        end = 0
-        for match in self._first.finditer(text):
-            at = match.start()
-            if at < end:
-                continue
-            name = next((text[at : at + n] for n in self._lengths if text[at : at + n] in self.names), None)
-            if name is not None:
-                found.append((at, name))
-                end = at + len(name)
-        return found
+from veneer.data.control_names import Sentinels, TokenFault
 
 
 @dataclass(frozen=True)
@@ -74,14 +44,10 @@ class Tokens:
 class TextTokens:
     """Tokenises for one tokenizer (a transformers tokenizer with a `backend_tokenizer`)."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, sentinels: Sentinels) -> None:
+        self.tokenizer, self._sentinels = tokenizer, sentinels
         added = tokenizer.added_tokens_decoder
-        self.control_names = sorted({token.content for token in added.values()} - {""})
         self._ids_of_names = {token.content: number for number, token in added.items()}
-        self._sentinel_of = {name: chr(LAST_SENTINEL - n) for n, name in enumerate(self.control_names)}
-        self._name_of = {sentinel: name for name, sentinel in self._sentinel_of.items()}
-        self._any_sentinel = re.compile(f"([{chr(LAST_SENTINEL - len(self._name_of))}-{chr(LAST_SENTINEL)}])")
         # Text on the two sides of one of these is tokenised apart, so a border is checked from the last one on.
         self._anchors = {
             number: token.content
@@ -102,30 +68,10 @@ class TextTokens:
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def hide(self, text: str, names: ControlNames) -> tuple[str, int]:
-        """The text with each of the names replaced by its sentinel, and how many there were.
-
-        Raises TokenFault if the text already holds private characters that could be taken for sentinels.
-        """
-        if match := self._any_sentinel.search(text):
-            raise TokenFault(f"it holds the private character U+{ord(match[0]):X}, which means nothing: remove it")
-        found = names.find(text)
-        if not found:
-            return text, 0
-        parts, end = [], 0
-        for at, name in found:
-            parts += [text[end:at], self._sentinel_of[name]]
-            end = at + len(name)
-        return "".join([*parts, text[end:]]), len(found)
-
-    def show(self, text: str) -> str:
-        """The text with sentinels replaced by the names they stand for."""
-        return self._any_sentinel.sub(lambda match: self._name_of.get(match[0], match[0]), text)
-
     def encode(self, cuts: Sequence[Cut]) -> list[Tokens | TokenFault]:
         """Tokens of each text, or why there are none."""
         results: list[Tokens | TokenFault | None] = [None] * len(cuts)
-        plain = [number for number, cut in enumerate(cuts) if not self._any_sentinel.search(cut.text)]
+        plain = [number for number, cut in enumerate(cuts) if not self._sentinels.are_in(cut.text)]
         whole = dict(zip(plain, self.ids([cuts[number].text for number in plain]), strict=True))
         places = {number: self._places(ids, cuts[number]) for number, ids in whole.items()}
         tails = list({tail for found in places.values() for _, tail in found.values()})
@@ -183,7 +129,7 @@ class TextTokens:
                 at[border] = len(ids)
         except TokenFault as fault:
             return fault
-        text = self.show(cut.text)
+        text = self._sentinels.show(cut.text)
         got = self.decode(prior)
         if got not in (text, self.decode(self.ids([text])[0])):
             return TokenFault(f"the tokenizer cannot write it in pieces: {_difference(text, got)}")
@@ -192,9 +138,9 @@ class TextTokens:
     def _from(self, text: str, first: bool) -> list[int]:
         """Ids of a piece with sentinels in it; `first`: nothing stands before it."""
         ids: list[int] = []
-        for piece in self._any_sentinel.split(text):
-            if piece in self._name_of:
-                ids += self._text_of(self._name_of[piece])
+        for piece in self._sentinels.split(text):
+            if (name := self._sentinels.name_of.get(piece)) is not None:
+                ids += self._text_of(name)
             elif piece and first:
                 ids += self.ids([piece])[0]
             elif piece:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.data.control_names import TokenFault
 from veneer.data.examples import Problem, RowRef
 from veneer.data.sandbox import TemplateFault
-from veneer.data.tokens import TokenFault
 from veneer.files.nesting import is_text
 
 _WINDOW = 160  # characters of a rendering shown around the place where two part
