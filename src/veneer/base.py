@@ -1,6 +1,8 @@
-"""The Base that people hold: a FrozenBase with what the rooms above it add: a library, merging, answers.
+"""The Base that people hold: a FrozenBase with what the rooms above it add: adapters made, named, loaded, merged, used.
 
-Everything here composes; nothing computes.
+There is one Base. FrozenBase (models/frozen_base.py) is the part of it that those rooms themselves take: the model, and
+what sits on it. So taking an adapter away (`detach`) stands there and making one (`attach`) here: that begins with what
+the base computes, and tells the pool. Everything here composes; nothing computes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

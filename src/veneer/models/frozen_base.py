@@ -1,7 +1,9 @@
-"""A frozen causal LM with its tokenizer, its name, and its fingerprint: what the public Base (api.py) builds on.
+"""A frozen causal LM with its tokenizer, its name and its fingerprint, and which adapters sit on it.
 
-It knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/):
-it only holds the adapters that sit on it, by name, and which of them is active.
+The value that every room from here up takes: formats put adapters on one, merge folds into one, decoding answers by
+one. What people hold is the public Base (base.py): a FrozenBase too, which also makes adapters, finds them in a library
+and answers, and therefore stands above those rooms.
+It knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/).
 """
 
 from __future__ import annotations
