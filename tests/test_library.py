@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import filled_lora
-from tests.test_store_adapter import adapted, edit_config, write
+from tests.test_formats_adapter import adapted, edit_config, write
 from tests.tiny import save_tiny, tiny_base
 from veneer.cli.main import main
 from veneer.errors import (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_store_adapter import adapted, edit_config, write
+from tests.test_formats_adapter import adapted, edit_config, write
 from tests.tiny import tiny_model
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.soak.counts import count
 from tests.test_engine import alone
+from tests.test_formats_adapter import IDS
 from tests.test_methods import move
-from tests.test_store_adapter import IDS
 from tests.tiny import tiny_base
 from veneer.adapters.acting import Acting
 from veneer.adapters.attach import attach

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_store_adapter import IDS, write
+from tests.test_formats_adapter import IDS, write
 from tests.tiny import tiny_base
 from veneer.adapters.acting import Acting
 from veneer.adapters.attachment import Attachment

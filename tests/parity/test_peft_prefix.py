@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from tests.test_store_prefix import CONFIG, IDS, WEIGHTS, logits, prefixed, written
+from tests.test_formats_prefix import CONFIG, IDS, WEIGHTS, logits, prefixed, written
 from tests.tiny import tiny_base, tiny_model
 
 peft = pytest.importorskip("peft")

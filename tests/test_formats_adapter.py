@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import FailAt
-from tests.test_store_atomic import WRITE_CALLS
+from tests.test_files_atomic import WRITE_CALLS
 from tests.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
@@ -131,7 +131,7 @@ def test_the_bytes_do_not_depend_on_the_process(written, tmp_path):
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.test_store_adapter import adapted, write\n"
+        "from tests.test_formats_adapter import adapted, write\n"
         "write(Path(sys.argv[1]), *adapted())\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_store_adapter import adapted, write
+from tests.test_formats_adapter import adapted, write
 from veneer.formats.adapter import read_adapter
 from veneer.formats.norms import Update, angle, base_norms, updates
 

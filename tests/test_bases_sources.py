@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, constants
 
-from tests.test_models_gguf import tiny, write_gguf
+from tests.test_bases_gguf import tiny, write_gguf
 from tests.tiny import save_tiny
 from veneer.bases import hub as the_hub
 from veneer.bases import sources
