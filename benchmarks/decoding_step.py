@@ -10,6 +10,7 @@ dense, in modules of its own.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -97,7 +98,8 @@ def by_transformers(model: Any, rows: int) -> dict[str, float]:
 
 def dense_copy(base: Base) -> Any:
     """transformers' own modules with the base's weights, before anything stands beside them."""
-    model: Any = AutoModelForCausalLM.from_config(base.config, attn_implementation="sdpa", dtype=base.dtype)
+    config = copy.deepcopy(base.config)  # which says how the base attends
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=base.dtype)
     model.load_state_dict(base.model.state_dict())
     model.tie_weights()
     return model.eval()

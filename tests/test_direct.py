@@ -1,5 +1,8 @@
 """A step through a model's parts gives what the model gives, whatever acts there; what does not agree says why."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,3 +168,21 @@ def test_the_calls_between_products_are_their_references(dtype, width):
     gate = torch.linspace(-200, 100, 5 * width).view(5, width).to(dtype)
     expected = torch.nn.functional.silu(gate) * delta
     assert apart(decoder_step.gate(gate, delta).double(), expected.double()) < 2**-8
+
+
+def test_values_of_several_types_take_the_plain_way():
+    h, delta = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
+    ours = decoder_step.add_norm(h, delta, torch.ones(8), 1e-5)
+    theirs = decoder_step.add_norm_reference(h, delta, torch.ones(8), 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(decoder_step.gate(h, delta), torch.nn.functional.silu(h) * delta)
+
+
+def test_a_model_is_tried_once_and_kept_by_nobody():
+    base = based("llama")
+    first, again = by_parts(base), by_parts(base)
+    assert [layer.rules for layer in first.layers] == [layer.rules for layer in again.layers]
+    model = weakref.ref(base.model)
+    del base, first, again
+    gc.collect()
+    assert model() is None

@@ -211,14 +211,21 @@ class _Noting:
 
 _KNOWN: dict[str, str | None] = {}
 """Of structures: why not."""
-_TRIED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-"""Of models."""
+_TRIED: WeakKeyDictionary[nn.Module, tuple[Rules, ...] | str] = WeakKeyDictionary()
+"""Of models: how their layers weigh, or why not."""
 
 
 @torch.no_grad()
 def direct(model: PreTrainedModel) -> DirectForward | str:
     """The way through the parts of a model that decodes over blocks (decoding/proof.py); or why there is none. A model
     is tried once, while nothing acts on it."""
+    if model not in _TRIED:
+        _TRIED[model] = _on_itself(model)
+    found = _TRIED[model]
+    return found if isinstance(found, str) else _taken_apart(model, found)
+
+
+def _on_itself(model: PreTrainedModel) -> tuple[Rules, ...] | str:
     if (reason := structure(model).packed) is not None:
         return reason
     if not decoder_step.usable(next(model.parameters())):
@@ -228,21 +235,17 @@ def direct(model: PreTrainedModel) -> DirectForward | str:
             _KNOWN[key] = _on_a_copy(model)
     if (reason := _KNOWN[key]) is not None:
         return reason
-    found = _taken_apart(model)
+    ids = some_ids(model, 23, 4).tolist()
+    texts, rules, name = [ids[:14], ids[14:]], _rules(model), type(model).__name__
+    found = _taken_apart(model, rules)
     if isinstance(found, str):
         return found
-    if model not in _TRIED:
-        _TRIED[model] = _on_itself(model, found)
-    reason = _TRIED[model]
-    return found if reason is None else reason
-
-
-def _on_itself(model: PreTrainedModel, found: DirectForward) -> str | None:
-    ids = some_ids(model, 23, 4).tolist()
-    texts = [ids[:14], ids[14:]]
-    ours, theirs = (read_and_continued(run, texts) for run in (found.logits, own_forward(model)))
-    worst = apart(ours, theirs)
-    return None if worst <= TOLERANCE[theirs.dtype] else f"{type(model).__name__} by its parts differs by {worst:.1e}"
+    theirs = read_and_continued(own_forward(model), texts)
+    try:
+        worst = apart(read_and_continued(found.logits, texts), theirs)
+    except Exception as fault:  # as in tried: of parts that are of several types, say
+        return f"{name} does not take its parts called one by one ({type(fault).__name__}: {str(fault)[:80]})"
+    return rules if worst <= TOLERANCE[theirs.dtype] else f"{name} by its parts differs by {worst:.1e}"
 
 
 def _on_a_copy(model: PreTrainedModel) -> str | None:
@@ -251,7 +254,7 @@ def _on_a_copy(model: PreTrainedModel) -> str | None:
     except NoCopyError as fault:
         return str(fault).splitlines()[0]
     copy.set_attn_implementation(NAME)
-    texts, found = sample_texts(copy), _taken_apart(copy)
+    texts, found = sample_texts(copy), _taken_apart(copy, _rules(copy))
     if isinstance(found, str):
         return found
 
@@ -295,20 +298,24 @@ def read_and_continued(run: Run, texts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat(found)
 
 
-def _taken_apart(model: PreTrainedModel) -> DirectForward | str:
-    """As far as names say it; its rules by one forward of its own."""
+def _rules(model: PreTrainedModel) -> tuple[Rules, ...]:
+    """How its layers weigh, by one forward of its own."""
+    noting = _Noting(PagedStep(PagedKeys(1, SLOTS), [SpanRows(0, 2, [0])]))
+    own_forward(model)(torch.tensor([[5, 6], [0, 1]]), noting, None)
+    return tuple(noting.rules)
+
+
+def _taken_apart(model: PreTrainedModel, rules: Sequence[Rules]) -> DirectForward | str:
+    """As far as names say it."""
     name, inner = type(model).__name__, decoder(model)
     places: Any = None if inner is None else unwrapped(inner)
     wanted = ("embed_tokens", "rotary_emb", "layers", "norm")
     if places is None or any(getattr(places, each, None) is None for each in wanted):
         return f"{name} has no {', '.join(each for each in wanted if getattr(places, each, None) is None)}"
-    layers = list(places.layers)
-    noting = _Noting(PagedStep(PagedKeys(1, SLOTS), [SpanRows(0, 2, [0])]))
-    own_forward(model)(torch.tensor([[5, 6], [0, 1]]), noting, None)
-    if len(noting.rules) != len(layers):
-        return f"{name} attends {len(noting.rules)} times in {len(layers)} layers"
+    if len(rules) != len(places.layers):
+        return f"{name} attends {len(rules)} times in {len(places.layers)} layers"
     found = []
-    for wrapped, rules in zip(layers, noting.rules, strict=True):
+    for wrapped, own_rules in zip(places.layers, rules, strict=True):
         layer = unwrapped(wrapped)
         parts = dict(layer.named_children())
         attention, feed = unwrapped(parts.get("self_attn", layer)), unwrapped(parts.get("mlp", layer))
@@ -320,7 +327,7 @@ def _taken_apart(model: PreTrainedModel) -> DirectForward | str:
         norms += [getattr(attention, each) for each in HEAD_NORMS & own]
         if not all(_is_norm(unwrapped(each)) for each in norms):
             return f"the norms of {name} are no plain RMS norms"
-        found.append(_Layer(layer, attention, feed, _is_gated(feed), rules))
+        found.append(_Layer(layer, attention, feed, _is_gated(feed), own_rules))
     if not _is_norm(unwrapped(places.norm)):
         return f"the last norm of {name} is no plain RMS norm"
     return DirectForward(model, places, found)

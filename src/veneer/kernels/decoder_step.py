@@ -18,14 +18,17 @@ from veneer.kernels.arguments import available
 TYPES = (torch.float32, torch.bfloat16)
 
 
-def usable(x: Tensor) -> bool:
-    """Whether values of this type and place are computed by the kernels."""
-    return x.is_cpu and x.dtype in TYPES and available("veneer_step_norm")
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the kernels compute these: of one type, on the CPU, without gaps."""
+    given = [t for t in tensors if t is not None]
+    dtype = given[0].dtype
+    fit = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in given)
+    return fit and dtype in TYPES and available("veneer_step_norm")
 
 
 def add_norm(h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """(h', x); h' is h where there is no delta. Source of the norm: Zhang and Sennrich 2019, arXiv:1910.07467."""
-    if not usable(h_ND):
+    if not usable(h_ND, delta_ND, weight):
         return add_norm_reference(h_ND, delta_ND, weight, epsilon)
     out = torch.empty_like(h_ND)
     added = None if delta_ND is None else torch.empty_like(h_ND)
@@ -43,7 +46,7 @@ def add_norm_reference(h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, ep
 
 def rotate(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
     """q (N, H E) and k (N, K E), turned in place. Source: Su et al. 2021, arXiv:2104.09864."""
-    if usable(q_NX):
+    if usable(q_NX, k_NX, cos_NE, sin_NE):
         step_calls.step_rotate(q_NX, k_NX, cos_NE, sin_NE)
     else:
         rotate_reference(q_NX, k_NX, cos_NE, sin_NE)
@@ -60,7 +63,7 @@ def rotate_reference(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor)
 
 def gate(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
     """silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU."""
-    if not usable(gate_ND):
+    if not usable(gate_ND, up_ND):
         return F.silu(gate_ND) * up_ND
     out = torch.empty_like(gate_ND)
     step_calls.step_gate(gate_ND, up_ND, out)

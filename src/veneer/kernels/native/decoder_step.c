@@ -87,10 +87,10 @@ INLINE void rotate_rows(const int bf16, const struct step_rotate *a, int64_t fro
     }
 }
 
-/* e^x to 2 units in the last place, for x from -87 to 88. */
-INLINE float exp_of(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+/* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers keep in registers. */
+INLINE float exp_of_minus(float x) {
+    const uint32_t most = 0x42ae0000u, own = bits_of_float(x) & 0x7fffffffu; /* 87 */
+    x = -float_of_bits(own < most ? own : most);
     const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
     const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -105,8 +105,8 @@ INLINE float exp_of(float x) {
 
 INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, int64_t to) {
     for (int64_t i = from * a->width; i < to * a->width; i++) {
-        const float x = value_at(bf16, a->gate, i);
-        put(bf16, a->out, i, rounded(bf16, x / (1.0f + exp_of(-x))) * value_at(bf16, a->up, i));
+        const float x = value_at(bf16, a->gate, i), e = exp_of_minus(x);
+        put(bf16, a->out, i, rounded(bf16, x * (x < 0.0f ? e : 1.0f) / (1.0f + e)) * value_at(bf16, a->up, i));
     }
 }
 
