@@ -254,7 +254,24 @@ def _dense(rng: random.Random) -> list[Call]:
         bias = rng.choice([None, filled(dtype, outs)])
         parts.append((filled(dtype, outs, width), bias, filled(dtype, rows, outs)))
     x = filled(dtype, rows, width + 3)[:, rng.randint(0, 3) :][:, :width]
-    return [(dense_calls.few_rows, {"x": x, "parts": tuple(parts), "level": rng.choice([0, 2, 3, 4])})]
+    level = rng.choice([0, 2, 3, 4])
+    weight, bias, y = parts[0]
+    updates = []
+    for _ in range(rng.randint(1, 4)):
+        first, rank = rng.randint(0, rows - 1), rng.randint(1, 40)
+        stop = rng.randint(first + 1, rows)
+        updates.append((first, stop, filled(dtype, rank, width), filled(dtype, len(weight), rank)))
+
+    def updated(updates: tuple[tuple[Any, Any, Tensor, Tensor], ...], **given: Any) -> None:
+        checked = dense_calls.Updates([(slice(first, stop), A, B, 0.5) for first, stop, A, B in updates])
+        dense_calls.few_rows_updated(**given, updates=checked)
+
+    shared = {"x": x, "y": y, "updates": tuple(updates), "level": level}
+    return [
+        (dense_calls.few_rows, {"x": x, "parts": tuple(parts), "level": level}),
+        (updated, {**shared, "weight": weight, "bias": bias}),
+        (updated, {**shared, "weight": None, "bias": None}),
+    ]
 
 
 def _paged(rng: random.Random) -> list[Call]:
@@ -270,7 +287,7 @@ def _paged(rng: random.Random) -> list[Call]:
     longest = max(b + f - (-stop // paged_calls.SLOTS) for b, f, _, _, stop in columns)
     blocks, pair, some = rng.randint(1, 60), 2 if dtype is BF16 else 1, rows + rng.randint(0, 3)
     given = {
-        "tables": torch.randint(0, blocks, (longest,), dtype=torch.int32),
+        "tables": filled(torch.int32, longest).copy_(torch.randint(0, blocks, (longest,))),
         "spans": torch.tensor(columns),
         "q": filled(dtype, some, heads, size),
         "k": filled(dtype, some, kv_heads, size),

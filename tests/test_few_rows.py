@@ -127,6 +127,82 @@ def test_it_is_taken_where_it_is_the_fast_way():
     assert not few_rows.usable(x, weight, torch.zeros(600)[::2])
 
 
+def made_updates(dtype, rows, width, outs, *, ranks=(16, 3, 40, 1, 16)):
+    """Of single rows, of several, of rows that two share; some rows have none."""
+    places = [slice(0, 1), slice(2, 5), slice(4, rows), slice(1, 2), slice(0, rows)]
+    pairs = [(drawn(dtype, rank, width), drawn(dtype, outs, rank)) for rank in ranks]
+    return [(place, A, B, 0.1 * n) for n, (place, (A, B)) in enumerate(zip(places, pairs, strict=True), 1)]
+
+
+def with_updates(x, weight, bias, given):
+    y = few_rows.product(x, weight, bias).double()
+    for rows, A, B, scale in given:
+        y[rows] += scale * (x[rows].double() @ A.double().T) @ B.double().T
+    return y.to(x.dtype)
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("rows", "width", "outs"), [(6, 70, 9), (64, 96, 130), (7, 161, 64)])
+def test_updates_of_some_rows_are_added(dtype, level, rows, width, outs):
+    x, weight, bias = drawn(dtype, rows, width), drawn(dtype, outs, width), drawn(dtype, outs)
+    given = made_updates(dtype, rows, width, outs)
+    expected = with_updates(x, weight, bias, given)
+    found = few_rows.updated(x, weight, bias, few_rows.Updates(given), level=level)
+    worst = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert worst <= 3 * CLOSE[dtype]  # a row that three updates meet is rounded three times
+    later = few_rows.product(x, weight, bias, level=level)
+    few_rows.add_updates(later, x, few_rows.Updates(given), level=level)
+    assert torch.equal(later, found)
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_those_of_the_base(dtype, level):
+    x, weight = drawn(dtype, 20, 96), drawn(dtype, 130, 96)
+    given = made_updates(dtype, 20, 96, 130)[:4]
+    before, plain = torch.get_num_threads(), few_rows.product(x, weight, None, level=level)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            found = few_rows.updated(x, weight, None, few_rows.Updates(given), level=level)
+        finally:
+            torch.set_num_threads(before)
+        for n, row in enumerate(x):
+            own = [(slice(0, 1), A, B, s) for rows, A, B, s in given if rows.start <= n < rows.stop]
+            alone = plain[n : n + 1]
+            if own:
+                alone = few_rows.updated(row[None], weight, None, few_rows.Updates(own), level=level)
+            assert torch.equal(found[n : n + 1], alone), (threads, n)
+
+
+@each_type
+def test_updates_that_do_not_fit_are_refused(dtype):
+    x, y = drawn(dtype, 5, 40), drawn(dtype, 5, 8)
+    A, B = drawn(dtype, 4, 40), drawn(dtype, 8, 4)
+    fits = few_rows.Updates([(slice(0, 5), A, B, 1.0)])
+    few_rows.add_updates(y, x, fits)
+    for given in (
+        [],
+        [(slice(0, 1), A, B, 1.0)] * 129,
+        [(slice(2, 2), A, B, 1.0)],
+        [(slice(-1, 2), A, B, 1.0)],
+        [(slice(0, 65), A, B, 1.0)],
+        [(slice(0, 2), A[:3], B, 1.0)],
+        [(slice(0, 2), A[:0], B[:, :0], 1.0)],
+        [(slice(0, 2), A, B.T.contiguous().T, 1.0)],
+        [(slice(0, 2), A.double(), B.double(), 1.0)],
+        [(slice(0, 2), A, B, 1.0), (slice(3, 4), A[:, :39], B, 1.0)],
+        [(slice(0, 2), A, B, 1.0), (slice(3, 4), A, B[:7], 1.0)],
+        [(slice(0, 2), A, B, 1.0), (slice(3, 4), A.half(), B.half(), 1.0)],
+    ):
+        with pytest.raises(CallError):
+            few_rows.Updates(given)
+    for x_, y_ in ((x[:4], y[:4]), (x[:, :39], y), (x, y[:, :7]), (x.half(), y.half()), (x, y.T.contiguous().T)):
+        with pytest.raises(CallError):
+            few_rows.add_updates(y_, x_, fits)
+
+
 class Counted:
     """How often the kernel was called within the block."""
 

@@ -56,6 +56,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     cases = valid_calls(0)
     tried = {function for function, _ in cases}
     wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, paged_calls.paged_attention}
+    wrapped |= {dense_calls.few_rows_updated}
     assert (
         functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
         | functions(packed_calls)

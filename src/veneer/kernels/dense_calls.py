@@ -1,20 +1,25 @@
 """The calls into the kernels over dense weights (native/few_rows.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
-Shapes: M rows of x, I in_features, O out_features.
+Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
 """
 
 import ctypes
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from veneer.kernels.arguments import CallError, at, call, number, numbers, pointers, reachable, type_number
+from veneer.kernels.arguments import CallError, at, call, number, numbers, pointers, reachable, whole
 
 MOST_ROWS = 64
 """Rows of one product. C takes any number: beyond these a product that is made for squarer shapes is quicker."""
 MOST_PARTS = 16
 """Weights that share one x."""
+MOST_UPDATES = 128
+"""Of one layer: native/few_rows.c names both numbers."""
+MOST_RANK = 2**16
+TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Part(ctypes.Structure):
@@ -35,15 +40,7 @@ def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], l
     """
     (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
     number(rows, 1, MOST_ROWS)
-    number(width, 1)
-    if (kind := type_number(dtype)) > 1:
-        raise CallError(f"{dtype} where C takes float32 or bf16")
-    across, within = x.stride()
-    if (within != 1 and width > 1) or not reachable(x):
-        raise CallError(f"x on {x.device} with steps of {within} where C takes whole rows on the CPU")
-    source = x.data_ptr()
-    if source % dtype.itemsize:
-        raise CallError("values at an odd address")
+    source = _rows_of(x)
     given = _ARRAYS[count](
         *[
             _Part(
@@ -55,5 +52,105 @@ def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], l
             for weight, bias, y in parts
         ]
     )
-    one = _FewRows(source, ctypes.addressof(given), count, rows, width, across, kind)
+    one = _FewRows(source, ctypes.addressof(given), count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
     call("veneer_few_rows", ctypes.byref(one), number(level, 0, 4))
+
+
+def _rows_of(x: Tensor) -> int:
+    """Where they lie; one after another or apart, each whole."""
+    number(x.shape[1], 1)
+    _kind(x.dtype)
+    if (x.stride(1) != 1 and x.shape[1] > 1) or not reachable(x):
+        raise CallError(f"x on {x.device} with steps of {x.stride(1)} where C takes whole rows on the CPU")
+    if (address := x.data_ptr()) % x.dtype.itemsize:
+        raise CallError("values at an odd address")
+    return address
+
+
+def _kind(dtype: torch.dtype) -> int:
+    if dtype not in TYPE_NUMBERS:
+        raise CallError(f"{dtype} where C takes float32 or bf16")
+    return TYPE_NUMBERS[dtype]
+
+
+# -- updates of some rows --------------------------------------------------------------------------------------------
+
+
+class _Update(ctypes.Structure):
+    _fields_ = [*pointers("A B"), *numbers("first rows rank turn"), ("scale", ctypes.c_float)]
+
+
+class _Updated(ctypes.Structure):
+    _fields_ = [*pointers("x w bias y down updates"), *numbers("count rows width outs apart"), ("type", ctypes.c_int)]
+
+
+class Updates:
+    """Checked updates of one layer, by address, with the tensors that lie there. A (R, I), B (O, R), all of one type.
+
+    rows: which, 0 <= start < stop. Those that share a row take turns.
+    """
+
+    def __init__(self, given: Sequence[tuple[slice, Tensor, Tensor, float]]) -> None:
+        number(len(given), 1, MOST_UPDATES)
+        first_A, first_B = given[0][1:3]
+        self.dtype, self.width, self.outs = first_A.dtype, number(first_A.shape[1], 1), number(first_B.shape[0], 1)
+        _kind(self.dtype)
+        self.tensors = [(A.detach(), B.detach()) for _, A, B, _ in given]
+        self.rows = self.room = 0
+        made = []
+        for turn, (rows, A, B, scale) in _in_turns(given):
+            first, stop = number(rows.start), number(rows.stop, rows.start + 1)
+            count, rank = number(stop - first, 1, MOST_ROWS), number(len(A), 1, MOST_RANK)
+            places = at(A, self.dtype, rank, self.width), at(B, self.dtype, self.outs, rank)
+            made.append(_Update(*places, first, count, rank, turn, scale))
+            self.rows, self.room = max(self.rows, stop), self.room + count * rank
+        self._given = (_Update * len(made))(*made)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._given)
+
+
+_Given = tuple[slice, Tensor, Tensor, float]
+
+
+def _in_turns(given: Sequence[_Given]) -> list[tuple[int, _Given]]:
+    """Each with its turn, in which no two share a row; in the order of their turns."""
+    turns: list[list[_Given]] = []
+    for update in sorted(given, key=lambda each: each[0].start):
+        for turn in turns:
+            if turn[-1][0].stop <= update[0].start:
+                turn.append(update)
+                break
+        else:
+            turns.append([update])
+    return [(number, update) for number, turn in enumerate(turns) for update in turn]
+
+
+def few_rows_updated(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, updates: Updates, level: int
+) -> None:
+    """y (M, O) = x (M, I) W^T + bias, M up to 64, or, without W, as it stands, any M; plus the updates of its rows."""
+    (rows, width), dtype, outs = x.shape, x.dtype, y.shape[1]
+    if dtype is not updates.dtype or width != updates.width or outs != updates.outs or rows < updates.rows:
+        raise CallError(f"updates of ({updates.rows}, {updates.width}) to {updates.outs} where x is {tuple(x.shape)}")
+    number(rows, 1, 2**31 if weight is None else MOST_ROWS)
+    down = torch.empty(updates.room, dtype=dtype)
+    one = _Updated(
+        _rows_of(x),
+        None if weight is None else at(weight, dtype, outs, width),
+        None if weight is None or bias is None else at(bias, dtype, outs),
+        at(y, dtype, rows, outs),
+        whole(down, dtype, updates.room),
+        updates.address,
+        len(updates),
+        rows,
+        width,
+        outs,
+        x.stride(0),
+        TYPE_NUMBERS[dtype],
+    )
+    call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 4))

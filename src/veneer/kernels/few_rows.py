@@ -2,10 +2,11 @@
 
     product(x, W, bias)       x W^T + bias                (M, I) x (O, I) -> (M, O)
     products(x, [(W, bias)])  the same of several W, which share one x, in one call
+    updated(x, W, bias, u)    the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each factor is read once
 
 Compiled for bf16 and float32 (native/few_rows.c): W is read once, sums are in float32 and rounded once with the bias in
 them. What a row gives depends neither on the rows beside it nor on the number of threads: the same bits alone and
-among 64. Shapes: M rows, I in_features, O out_features.
+among 64. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import dense_calls, native
+from veneer.kernels.dense_calls import Updates as Updates
 
 MOST_ROWS = dense_calls.MOST_ROWS
+MOST_UPDATES = dense_calls.MOST_UPDATES
 LEAST_VALUES = 2**16
 """Of W: below, calling costs as much as the product."""
 ANY_LEVEL = 4
@@ -66,6 +69,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def takes_updates(count: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a kernel for so many updates, each of up to MOST_ROWS rows."""
+    fits = device.type == "cpu" and dtype in dense_calls.TYPE_NUMBERS and 0 < count <= MOST_UPDATES
+    return fits and _level() >= 0
+
+
+def updated(x_MI: Tensor, weight: Tensor, bias: Tensor | None, updates: Updates, *, level: int = ANY_LEVEL) -> Tensor:
+    """(M, O) where `usable`, the updates' type being x's. What x A^T is, is rounded to it; rows without are `product`'s
+    to the bit."""
+    y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
+    dense_calls.few_rows_updated(x_MI, weight, bias, y_MO, updates, level)
+    return y_MO
+
+
+def add_updates(y_MO: Tensor, x_MI: Tensor, updates: Updates, *, level: int = ANY_LEVEL) -> None:
+    """To a product that is there, of any M."""
+    x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
+    dense_calls.few_rows_updated(x_MI, None, None, y_MO, updates, level)
 
 
 def product_reference(x_MI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,6 +51,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
     "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
     "veneer_few_rows": (None, [_POINTER, _INT]),
+    "veneer_few_rows_updated": (None, [_POINTER, _INT]),
     "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
     "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),

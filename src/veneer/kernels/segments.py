@@ -7,8 +7,9 @@ Rows that no update names are the base's to the bit; rows that several name get 
 never copied, its gradient never formed, and what is kept for backward is x, by reference, and each x A^T.
 
 Two ways, chosen by cost. Long segments are taken one by one, by the same products as an adapter that acts alone. Many
-short ones, an answer's single rows most of all, would be thousands of tiny products a step: they go in bundles, stacks
-of factors times stacks of rows, shorter segments and smaller ranks filled up with zeros.
+short ones, an answer's single rows most of all, would be thousands of tiny products a step: where nothing is trained a
+compiled function takes all of them at once (kernels/few_rows.py); else they go in bundles, stacks of factors times
+stacks of rows, shorter segments and smaller ranks filled up with zeros.
 Shapes: M rows, m of an update, I in_features, O out_features, R rank; of a bundle n updates, L rows each.
 """
 
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import rank
-from veneer.kernels.frozen import FrozenLinear, bias_gradient, frozen_product
+from veneer.kernels import few_rows, rank
+from veneer.kernels.frozen import DenseLinear, FrozenLinear, bias_gradient, frozen_product
 from veneer.kernels.lora import Dropout, add_update, update_gradients
 
 LONG = 64
@@ -101,18 +102,29 @@ class Bundle:
 @dataclass(frozen=True)
 class Prepared:
     """Updates without dropout, ready for any number of forwards without a gradient: factors in the type of the
-    products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R))."""
+    products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R)). few: the short ones, where a compiled
+    function takes them."""
 
     alone: tuple[tuple[slice, Tensor, Tensor, float], ...]
     bundled: tuple[tuple[Bundle, Tensor, Tensor], ...]
+    few: few_rows.Updates | None = None
 
     def product(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
         """(M, I) -> (M, O)."""
-        y_MO = base.product(x_MI, bias)
+        y_MO = self._with_few(x_MI, bias, base)
         for rows, A_RI, B_OR, scaling in self.alone:
             add_update(y_MO[rows], x_MI[rows], A_RI, B_OR, scaling, None)
         for bundle, A, B in self.bundled:
             bundle.add_to(y_MO, torch.bmm(bundle.stacked(x_MI), A.mT), B.mT)
+        return y_MO
+
+    def _with_few(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
+        if self.few is None:
+            return base.product(x_MI, bias)
+        if isinstance(base, DenseLinear) and few_rows.usable(x_MI, base.module.weight, bias):
+            return few_rows.updated(x_MI, base.module.weight, bias, self.few)
+        y_MO = base.product(x_MI, bias).contiguous()
+        few_rows.add_updates(y_MO, x_MI, self.few)
         return y_MO
 
 
@@ -137,16 +149,23 @@ class Plan:
         return self._bundles[shape]
 
     def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
+        short = [update for update in updates if update.count < LONG]
+        if few_rows.takes_updates(len(short), dtype, device):
+            few = few_rows.Updates([_typed(update, dtype) for update in short])
+            long = (_typed(update, dtype) for update in updates if update.count >= LONG)
+            return Prepared(tuple(long), (), few)
         bundles = self.bundles(updates, device)
-        alone = []
-        for number in _alone(updates, bundles):
-            A, B = (factor.to(dtype) for factor in updates[number].layer.factors())
-            alone.append((updates[number].rows, A, B, updates[number].scaling))
+        alone = [_typed(updates[number], dtype) for number in _alone(updates, bundles)]
         bundled = []
         for bundle in bundles:
             own = [updates[n] for n in bundle.numbers]
             bundled.append((bundle, *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype)))
         return Prepared(tuple(alone), tuple(bundled))
+
+
+def _typed(update: Update, dtype: torch.dtype) -> tuple[slice, Tensor, Tensor, float]:
+    A, B = (factor.to(dtype).contiguous() for factor in update.layer.factors())
+    return update.rows, A, B, update.scaling
 
 
 def stack_of(

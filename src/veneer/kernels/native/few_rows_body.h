@@ -3,21 +3,21 @@
    LOAD and LOAD_SOME read a register, the second the first few values and zeros behind them; MULTIPLY adds products to
    sums, TOTAL adds up the lanes of four of them. */
 
-/* Four rows of W against `rows` rows of x from `first` on. ahead: fetch what the next four rows hold. */
-INLINE TARGET void NAME(tile)(const struct few_rows *a, const struct few_rows_part *part, const int type, const int rows,
-                              const int ahead, int64_t first, int64_t out) {
+/* Four rows of W against `rows` rows of x from `first` on. fetch: what will be read soon, as far as these rows reach. */
+INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const char *soon, int64_t first,
+                              int64_t out) {
     const int size = type == FEW_FP32 ? 4 : 2;
-    const int64_t left = part->outs - out, step = a->width * size, apart = a->apart * size;
-    const char *x = (const char *)a->x + first * apart, *w[4];
+    const int64_t left = part->outs - out, step = part->width * size, apart = part->apart * size;
+    const char *x = (const char *)part->x + first * apart, *w[4];
     for (int r = 0; r < 4; r++) w[r] = (const char *)part->w + (out + (r < left ? r : left - 1)) * step; /* none behind the last */
     NAME(sum) sums[MOST][4] = {};
     int64_t k = 0;
-    for (; k + VALUES <= a->width; k += VALUES) {
+    for (; k + VALUES <= part->width; k += VALUES) {
         NAME(value) of_w[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             of_w[r] = LOAD(w[r] + k * size, type);
-            if (ahead) __builtin_prefetch(w[r] + 4 * step + k * size);
+            if (fetch) __builtin_prefetch(soon + r * step + k * size);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
@@ -26,11 +26,14 @@ INLINE TARGET void NAME(tile)(const struct few_rows *a, const struct few_rows_pa
             for (int r = 0; r < 4; r++) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
         }
     }
-    if (k < a->width) {
-        const int64_t some = a->width - k;
+    if (k < part->width) {
+        const int64_t some = part->width - k;
         NAME(value) of_w[4];
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) of_w[r] = LOAD_SOME(w[r] + k * size, some, type);
+        for (int r = 0; r < 4; r++) {
+            of_w[r] = LOAD_SOME(w[r] + k * size, some, type);
+            if (fetch) __builtin_prefetch(soon + r * step + k * size);
+        }
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
             NAME(value) of_x = LOAD_SOME(x + m * apart + k * size, some, type);
@@ -40,46 +43,51 @@ INLINE TARGET void NAME(tile)(const struct few_rows *a, const struct few_rows_pa
     }
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
-        few_rows_store(part, type, first + m, out, left < 4 ? left : 4, TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+        store_totals(part, type, first + m, out, left < 4 ? left : 4, TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
 
-#define TILE(ROWS, AHEAD) NAME(tile)(a, part, type, ROWS, AHEAD, first, out)
+#define TILE(ROWS, FETCH) NAME(tile)(part, type, ROWS, FETCH, soon, first, out)
 #if MOST == 6
-#define UP_TO_MOST(rows, ahead)              \
+#define UP_TO_MOST(rows, fetch)              \
     switch (rows) {                          \
-    case 1: TILE(1, ahead); break;           \
-    case 2: TILE(2, ahead); break;           \
-    case 3: TILE(3, ahead); break;           \
-    case 4: TILE(4, ahead); break;           \
-    case 5: TILE(5, ahead); break;           \
-    default: TILE(6, ahead);                 \
+    case 1: TILE(1, fetch); break;           \
+    case 2: TILE(2, fetch); break;           \
+    case 3: TILE(3, fetch); break;           \
+    case 4: TILE(4, fetch); break;           \
+    case 5: TILE(5, fetch); break;           \
+    default: TILE(6, fetch);                 \
     }
 #else
-#define UP_TO_MOST(rows, ahead)              \
+#define UP_TO_MOST(rows, fetch)              \
     switch (rows) {                          \
-    case 1: TILE(1, ahead); break;           \
-    default: TILE(2, ahead);                 \
+    case 1: TILE(1, fetch); break;           \
+    default: TILE(2, fetch);                 \
     }
 #endif
 
 /* All rows of x, near enough equally many at a time. */
-INLINE TARGET void NAME(four)(const struct few_rows *a, const struct few_rows_part *part, const int type, int64_t out) {
-    const int64_t turns = (a->rows + MOST - 1) / MOST;
+INLINE TARGET void NAME(four)(const struct piece *part, const int type, const char *soon, int64_t out) {
+    const int64_t turns = (part->rows + MOST - 1) / MOST;
     for (int64_t turn = 0, first = 0; turn < turns; turn++) {
-        int64_t next = a->rows * (turn + 1) / turns;
+        int64_t next = part->rows * (turn + 1) / turns;
         if (turn == 0) UP_TO_MOST(next - first, 1) else UP_TO_MOST(next - first, 0)
         first = next;
     }
 }
 
+/* The blocks whose costs begin within [start, stop), all of them in a row. */
 static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) {
-    const struct few_rows *a = arguments;
-    const struct few_rows_part *part = a->parts;
+    const struct pieces *all = arguments;
     int64_t before = 0;
-    for (int64_t block = start; block < stop; block++) {
-        while (block - before >= few_rows_blocks(part)) before += few_rows_blocks(part++);
-        if (a->type == FEW_FP32) NAME(four)(a, part, FEW_FP32, 4 * (block - before));
-        else NAME(four)(a, part, FEW_BF16, 4 * (block - before));
+    for (const struct piece *part = all->of; part < all->of + all->count && before < stop; part++) {
+        const int64_t cost = cost_of(part), blocks = blocks_of(part);
+        int64_t block = start <= before ? 0 : (start - before + cost - 1) / cost;
+        for (; block < blocks && before + block * cost < stop; block++) {
+            const char *soon = soon_read(all, part, block);
+            if (all->type == FEW_FP32) NAME(four)(part, FEW_FP32, soon, 4 * block);
+            else NAME(four)(part, FEW_BF16, soon, 4 * block);
+        }
+        before += blocks * cost;
     }
 }
 
