@@ -263,7 +263,9 @@ def _dense(rng: random.Random) -> list[Call]:
         updates.append((first, stop, filled(dtype, rank, width), filled(dtype, len(weight), rank)))
 
     def updated(updates: tuple[tuple[Any, Any, Tensor, Tensor], ...], **given: Any) -> None:
-        checked = dense_calls.Updates([(slice(first, stop), A, B, 0.5) for first, stop, A, B in updates])
+        checked = dense_calls.Updates(
+            [(slice(first, stop), dense_calls.Factors(A, B), 0.5) for first, stop, A, B in updates]
+        )
         dense_calls.few_rows_updated(**given, updates=checked)
 
     shared = {"x": x, "y": y, "updates": tuple(updates), "level": level}

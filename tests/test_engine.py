@@ -158,3 +158,21 @@ def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_ne
     assert engine.step(0.0) == [gone] and gone.reason is Reason.CANCELLED and len(gone.new) == 1
     assert engine.scheduler.blocks.held_bytes <= held
     assert engine.run() == [stays] and stays.answer == alone(base, (), [5, 9, 2])
+
+
+def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
+    base, applied = with_adapters("llama_untied")
+    lora, dora = (("lora", 1.0),), (("dora", 1.0),)
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(base, applied))
+    for identity in (lora, dora):
+        answers = [engine.add(Request(prompt=(5, n), max_new_tokens=NEW, adapter=identity))[0] for n in range(3)]
+        engine.step(0.0)
+        engine.step(0.0)
+        acting = engine._acting[1]
+        prepared = dict(acting.plan.kept)
+        factors = [each.few or each.alone or each.bundled for each in prepared.values()]
+        assert acting.whole == applied[identity] and any(factors) == (identity == lora)
+        while not engine.scheduler.idle:
+            engine.step(0.0)
+            assert engine._acting is None or engine._acting[1].plan.kept == prepared
+        assert [a.answer for a in answers] == [alone(base, applied[identity], [5, n]) for n in range(3)]

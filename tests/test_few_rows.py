@@ -134,6 +134,10 @@ def made_updates(dtype, rows, width, outs, *, ranks=(16, 3, 40, 1, 16)):
     return [(place, A, B, 0.1 * n) for n, (place, (A, B)) in enumerate(zip(places, pairs, strict=True), 1)]
 
 
+def checked(given):
+    return few_rows.Updates([(rows, few_rows.Factors(A, B), scale) for rows, A, B, scale in given])
+
+
 def with_updates(x, weight, bias, given):
     y = few_rows.product(x, weight, bias).double()
     for rows, A, B, scale in given:
@@ -148,11 +152,11 @@ def test_updates_of_some_rows_are_added(dtype, level, rows, width, outs):
     x, weight, bias = drawn(dtype, rows, width), drawn(dtype, outs, width), drawn(dtype, outs)
     given = made_updates(dtype, rows, width, outs)
     expected = with_updates(x, weight, bias, given)
-    found = few_rows.updated(x, weight, bias, few_rows.Updates(given), level=level)
+    found = few_rows.updated(x, weight, bias, checked(given), level=level)
     worst = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
     assert worst <= 3 * CLOSE[dtype]  # a row that three updates meet is rounded three times
     later = few_rows.product(x, weight, bias, level=level)
-    few_rows.add_updates(later, x, few_rows.Updates(given), level=level)
+    few_rows.add_updates(later, x, checked(given), level=level)
     assert torch.equal(later, found)
 
 
@@ -165,14 +169,14 @@ def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_tho
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            found = few_rows.updated(x, weight, None, few_rows.Updates(given), level=level)
+            found = few_rows.updated(x, weight, None, checked(given), level=level)
         finally:
             torch.set_num_threads(before)
         for n, row in enumerate(x):
             own = [(slice(0, 1), A, B, s) for rows, A, B, s in given if rows.start <= n < rows.stop]
             alone = plain[n : n + 1]
             if own:
-                alone = few_rows.updated(row[None], weight, None, few_rows.Updates(own), level=level)
+                alone = few_rows.updated(row[None], weight, None, checked(own), level=level)
             assert torch.equal(found[n : n + 1], alone), (threads, n)
 
 
@@ -180,7 +184,7 @@ def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_tho
 def test_updates_that_do_not_fit_are_refused(dtype):
     x, y = drawn(dtype, 5, 40), drawn(dtype, 5, 8)
     A, B = drawn(dtype, 4, 40), drawn(dtype, 8, 4)
-    fits = few_rows.Updates([(slice(0, 5), A, B, 1.0)])
+    fits = checked([(slice(0, 5), A, B, 1.0)])
     few_rows.add_updates(y, x, fits)
     for given in (
         [],
@@ -197,7 +201,7 @@ def test_updates_that_do_not_fit_are_refused(dtype):
         [(slice(0, 2), A, B, 1.0), (slice(3, 4), A.half(), B.half(), 1.0)],
     ):
         with pytest.raises(CallError):
-            few_rows.Updates(given)
+            checked(given)
     for x_, y_ in ((x[:4], y[:4]), (x[:, :39], y), (x, y[:, :7]), (x.half(), y.half()), (x, y.T.contiguous().T)):
         with pytest.raises(CallError):
             few_rows.add_updates(y_, x_, fits)

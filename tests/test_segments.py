@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from veneer.kernels import few_rows
 from veneer.kernels.lora import Dropout
 from veneer.kernels.segments import LONG, Plan, Update, linear_with_updates, linear_with_updates_reference
 from veneer.linear import DenseLinear
@@ -90,3 +91,46 @@ def test_rows_that_no_update_names_are_the_bases_to_the_bit(dtype):
                 continue
             found = linear_with_updates(x, None, base, updates, Plan())
             assert torch.equal(found[~named[:40]], plain[~named[:40]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mix", MIXES)
+def test_prepared_updates_are_those_of_the_plain_loop(mix, dtype):
+    torch.manual_seed(0)
+    updates = [each for each in MIXES[mix] if each.dropout is None]
+    base, x = DenseLinear(nn.Linear(I, O).to(dtype)), torch.randn(LONG + 10, I).to(dtype)
+    wide = DenseLinear(nn.Linear(I, O).double())
+    wide.module.load_state_dict(base.module.state_dict())
+    bias = base.own_bias()
+    with torch.no_grad():
+        expected = linear_with_updates_reference(x.double(), wide.own_bias(), wide, updates)
+        found = linear_with_updates(x, bias, base, updates, Plan())
+    worst = (found.double() - expected).abs().max() / expected.abs().max()
+    assert worst <= (1e-5 if dtype == torch.float32 else 2**-6)
+
+
+def test_what_acts_in_the_next_mix_too_is_not_typed_anew_and_what_trained_in_between_is():
+    layers = [pair(4, seed) for seed in range(3)]
+    mix = [Update(slice(n, n + 1), layer, 1.0) for n, layer in enumerate(layers)]
+    base, x = DenseLinear(nn.Linear(I, O).bfloat16()), torch.ones(3, I, dtype=torch.bfloat16)
+    asked = []
+
+    def product(plan, updates):
+        with torch.no_grad():
+            return linear_with_updates(x, None, base, updates, plan)
+
+    for layer in layers:
+        layer.factors = lambda layer=layer: asked.append(layer) or (layer.A, layer.B)
+    first = Plan()
+    before = product(first, mix[:2])
+    second = first.following()
+    assert torch.equal(product(second, mix[1:])[1], before[1])
+    if few_rows.takes_updates(2, torch.bfloat16, x.device):
+        assert asked == layers
+        product(second.following().following(), mix[:1])
+        assert asked == [*layers, layers[0]]
+    with torch.no_grad():
+        layers[1].B.mul_(3)
+    second.forget()
+    assert not torch.equal(product(second, mix[1:])[1], before[1])
+    assert torch.equal(product(second.following(), mix[1:]), product(Plan(), mix[1:]))

@@ -101,6 +101,10 @@ class Acting:
         """M; None: any number."""
         return None if self.parts[0].rows is None else sum(part.rows or 0 for part in self.parts)
 
+    def counts(self, rows: int) -> bool:
+        """Whether a module that is given so many rows is given all of them, or those that were kept."""
+        return rows == self.rows or (self.kept is not None and rows == len(self.kept))
+
     def segments(self, rows: int) -> tuple[Segment, ...]:
         """The parts of what a module is given: all M rows, or, behind them, those that were kept.
 
@@ -164,10 +168,21 @@ class Acting:
 
 def in_turn(rows: Sequence[tuple[int, Applied]]) -> Acting:
     """Parts that follow one another, neighbours with the same adapters as one; (rows, adapters) each."""
+    parts = _joined(rows)
+    return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(parts)
+
+
+def in_step(rows: Sequence[tuple[int, Applied]], before: Acting | None = None) -> Acting:
+    """The same for steps of answers, while nothing of it trains: a single part says its rows too, so that what it needs
+    is prepared once, as for several. before: what acted in the last steps, whose adapters are not prepared anew."""
+    return Acting(_joined(rows), plan=Plan() if before is None else before.plan.following())
+
+
+def _joined(rows: Sequence[tuple[int, Applied]]) -> tuple[Part, ...]:
     parts: list[Part] = []
     for count, adapters in rows:
         if parts and parts[-1].adapters == adapters:
             parts[-1] = Part((parts[-1].rows or 0) + count, adapters)
         else:
             parts.append(Part(count, adapters))
-    return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(tuple(parts))
+    return tuple(parts)

@@ -211,10 +211,9 @@ class AdaptedLinear(AdaptedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         acting = self.routing.acting
-        whole = acting.whole
-        if whole is not None:
+        whole, rows = acting.whole, x.numel() // x.shape[-1]
+        if whole is not None and not (whole and acting.counts(rows)):
             return self._alike(x, whole, acting.keys)
-        rows = x.numel() // x.shape[-1]
         return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(*x.shape[:-1], -1)
 
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
@@ -253,6 +252,8 @@ class AdaptedLinear(AdaptedModule):
         if may_keep and not others:
             prepared = kept[self.key, len(x)] = acting.plan.prepared(updates, x.dtype, x.device)
             return prepared.product(x, bias, self.frozen)
+        if others and acting.whole is not None:
+            return self._alike(x, acting.whole, keys)
         y = linear_with_updates(x, bias, self.frozen, updates, acting.plan)
         if not others:
             return y

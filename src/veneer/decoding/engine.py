@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapters.acting import Acting, in_turn
+from veneer.adapters.acting import Acting, in_step
 from veneer.decoding.adapters import Adapters, prefixes
 from veneer.decoding.blocks import BlockManager, Front
 from veneer.decoding.direct import Way
@@ -122,7 +122,8 @@ class Engine:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
         parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
         if self._acting is None or self._acting[0] != (parts, filler):
-            self._acting = (parts, filler), in_turn(parts).padded(filler)
+            before = None if self._acting is None else self._acting[1]
+            self._acting = (parts, filler), in_step(parts, before).padded(filler)
         return self._acting[1]
 
     def _write(self, front: Front) -> None:

@@ -84,27 +84,39 @@ class _Updated(ctypes.Structure):
     _fields_ = [*pointers("x w bias y down updates"), *numbers("count rows width outs apart"), ("type", ctypes.c_int)]
 
 
-class Updates:
-    """Checked updates of one layer, by address, with the tensors that lie there. A (R, I), B (O, R), all of one type.
+class Factors:
+    """A checked A (R, I) and B (O, R) of one type, by address, with the tensors that lie there."""
 
-    rows: which, 0 <= start < stop. Those that share a row take turns.
-    """
-
-    def __init__(self, given: Sequence[tuple[slice, Tensor, Tensor, float]]) -> None:
-        number(len(given), 1, MOST_UPDATES)
-        first_A, first_B = given[0][1:3]
-        self.dtype, self.width, self.outs = first_A.dtype, number(first_A.shape[1], 1), number(first_B.shape[0], 1)
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B, self.dtype = A.detach(), B.detach(), A.dtype
         _kind(self.dtype)
-        self.tensors = [(A.detach(), B.detach()) for _, A, B, _ in given]
+        self.rank, self.width = number(A.shape[0], 1, MOST_RANK), number(A.shape[1], 1)
+        self.outs = number(B.shape[0], 1)
+        self.places = at(A, self.dtype, self.rank, self.width), at(B, self.dtype, self.outs, self.rank)
+
+
+Given = tuple[slice, Factors, float]
+"""Which rows, 0 <= start < stop, what with, and its scale."""
+
+
+class Updates:
+    """Of one layer, all of one type. Those that share a row take turns."""
+
+    def __init__(self, given: Sequence[Given]) -> None:
+        number(len(given), 1, MOST_UPDATES)
+        first = given[0][1]
+        self.dtype, self.width, self.outs = first.dtype, first.width, first.outs
+        self.factors = [factors for _, factors, _ in given]
         self.rows = self.room = 0
         made = []
-        for turn, (rows, A, B, scale) in _in_turns(given):
-            first, stop = number(rows.start), number(rows.stop, rows.start + 1)
-            count, rank = number(stop - first, 1, MOST_ROWS), number(len(A), 1, MOST_RANK)
-            places = at(A, self.dtype, rank, self.width), at(B, self.dtype, self.outs, rank)
-            made.append(_Update(*places, first, count, rank, turn, scale))
-            self.rows, self.room = max(self.rows, stop), self.room + count * rank
-        self._given = (_Update * len(made))(*made)
+        for turn, (rows, factors, scale) in _in_turns(given):
+            if (factors.dtype, factors.width, factors.outs) != (self.dtype, self.width, self.outs):
+                raise CallError(f"factors of {factors.width} to {factors.outs} beside {self.width} to {self.outs}")
+            start, stop = number(rows.start), number(rows.stop, rows.start + 1)
+            count = number(stop - start, 1, MOST_ROWS)
+            made.append((*factors.places, start, count, factors.rank, turn, scale))
+            self.rows, self.room = max(self.rows, stop), self.room + count * factors.rank
+        self._given = (_Update * len(made))(*[_Update(*each) for each in made])
 
     def __len__(self) -> int:
         return len(self._given)
@@ -114,12 +126,9 @@ class Updates:
         return ctypes.addressof(self._given)
 
 
-_Given = tuple[slice, Tensor, Tensor, float]
-
-
-def _in_turns(given: Sequence[_Given]) -> list[tuple[int, _Given]]:
+def _in_turns(given: Sequence[Given]) -> list[tuple[int, Given]]:
     """Each with its turn, in which no two share a row; in the order of their turns."""
-    turns: list[list[_Given]] = []
+    turns: list[list[Given]] = []
     for update in sorted(given, key=lambda each: each[0].start):
         for turn in turns:
             if turn[-1][0].stop <= update[0].start:

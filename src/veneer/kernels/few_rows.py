@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import dense_calls, native
+from veneer.kernels.dense_calls import Factors as Factors
 from veneer.kernels.dense_calls import Updates as Updates
 
 MOST_ROWS = dense_calls.MOST_ROWS

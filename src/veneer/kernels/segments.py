@@ -37,6 +37,10 @@ class Factored(Protocol):
     def factors(self) -> tuple[Tensor, Tensor]: ...
 
 
+Typed = tuple[int, torch.dtype]
+"""A layer, by its id, in a type."""
+
+
 @dataclass(frozen=True)
 class Update:
     """rows: which, 0 <= start < stop <= M. dropout: with a key for each of the m rows."""
@@ -132,14 +136,32 @@ class Prepared:
 class Plan:
     """What a mix lets be prepared once: for as long as the same parts act on the same numbers of rows.
 
-    kept, by layer, holds values: whoever keeps a plan while these are trained calls forget().
+    kept, by layer, holds values, and so do the factors in the type of the products: whoever keeps a plan while these
+    are trained calls forget().
     """
 
     kept: dict[tuple[str, int], Prepared] = field(default_factory=dict)
     _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
+    _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
+    _typed_before: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.kept.clear()
+        self._typed.clear()
+        self._typed_before.clear()
+
+    def following(self) -> "Plan":
+        """Of the next mix: what acts in both is not typed anew, what acts in neither is let go."""
+        return Plan(_typed_before=self._typed)
+
+    def _factors(self, layer: Factored, dtype: torch.dtype) -> few_rows.Factors:
+        key = id(layer), dtype
+        found = self._typed.get(key) or self._typed_before.get(key)
+        if found is None:
+            A, B = (factor.to(dtype).contiguous() for factor in layer.factors())
+            found = layer, few_rows.Factors(A, B)  # the layer too: its id is another's when it is gone
+        self._typed[key] = found
+        return found[1]
 
     def bundles(self, updates: Sequence[Update], device: torch.device) -> list[Bundle]:
         """Those of the short segments; what is in none is taken by itself."""
@@ -151,7 +173,7 @@ class Plan:
     def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
         short = [update for update in updates if update.count < LONG]
         if few_rows.takes_updates(len(short), dtype, device):
-            few = few_rows.Updates([_typed(update, dtype) for update in short])
+            few = few_rows.Updates([(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short])
             long = (_typed(update, dtype) for update in updates if update.count >= LONG)
             return Prepared(tuple(long), (), few)
         bundles = self.bundles(updates, device)
