@@ -429,6 +429,15 @@ def test_what_is_unloaded_leaves_nothing_behind_however_often(library):
     assert served.residents.unload("a") is False
 
 
+def test_what_was_answered_within_one_step_goes_when_nothing_else_is_asked(library):
+    served = Served(library)
+    served.add("a", new=1)
+    served.run()
+    assert served.residents.unload("a")
+    served.quiet()
+    assert served.residents.used_bytes() == 0 and not served.base.attachments
+
+
 def test_what_is_unloaded_while_it_answers_ends_first(library, right):
     served = Served(library)
     answer = served.add("a", new=9)

@@ -194,6 +194,7 @@ class Tiers:
     def hold(self, identity: Identity) -> None:
         with self._lock:
             self._granted += 1
+            self._asked.discard(identity)  # it has what it asked for, and may end within this step
             self._dirty |= bool(self._queue)
             for each in self._of(identity):
                 assert each.tier is Tier.READY
