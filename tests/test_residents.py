@@ -303,7 +303,9 @@ def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(li
     file = library.path("a") / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\0\0\0\0")
+    reads.jammed = {library.path("a").name}
     bad, worse, fine, base = served.add("a"), served.add("a"), served.add("b"), served.add("tiny")
+    reads.free.set()  # not before both wait: the second would be told at once
     served.run()
     assert {bad.reason, worse.reason} == {Reason.ERROR} and isinstance(bad.error, CorruptFileError)
     assert fine.answer == right("b") and base.answer == right("tiny")
