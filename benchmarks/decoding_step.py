@@ -55,7 +55,7 @@ def filled_engine(base: Base, identities: list[Identity], rows: int) -> Engine:
     """With all prompts read and the first token drawn."""
     applied = {each: base.routing.applied(each) for each in identities}
     places = rows * (PROMPT + NEW + 16) * bytes_per_token(base)
-    engine = Engine(base, budget_bytes=places, adapters=Fixed(base, {k: v for k, v in applied.items() if k}))
+    engine = Engine(base, budget_bytes=places, adapters=Fixed({k: v for k, v in applied.items() if k}))
     answers = []
     for row, prompt in enumerate(prompts(rows)):
         own = identities[row % len(identities)]

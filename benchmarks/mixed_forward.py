@@ -23,8 +23,10 @@ from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.data.batching import make_groups
 from veneer.data.examples import Example, RowRef
-from veneer.decoding.cache import Cache
-from veneer.decoding.decode import Prompts, prefill_groups, step
+from veneer.decoding.adapters import Fixed
+from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.scheduler import Limits
+from veneer.decoding.sequence import Request
 from veneer.models.step import acting_on, batch_loss
 
 TOKENS = 32
@@ -40,12 +42,25 @@ def mixes(base: Base, count: int, rows: int) -> dict[str, list[Acting]]:
     }
 
 
-def read(base: Base, groups: list[Prompts], acting: Acting) -> Cache:
-    with base.routing.held(acting), torch.no_grad():
-        caches, _ = prefill_groups(base.model, groups, routing=base.routing)
-    for other in caches[1:]:
-        caches[0].join(other)
-    return caches[0]
+def asking(base: Base, prompts: list[list[int]], acting: Acting, new: int) -> Engine:
+    """An engine with a request for each prompt, for whom these act."""
+    of_prompt = [part.adapters for part in acting.parts] * (len(prompts) // len(acting.parts))
+    names = [((str(number), 1.0),) if each else () for number, each in enumerate(of_prompt)]
+    if acting.whole is not None:
+        names = [names[0]] * len(prompts)
+    engine = Engine(
+        base,
+        budget_bytes=len(prompts) * (TOKENS + new + 32) * bytes_per_token(base),
+        adapters=Fixed({name: each for name, each in zip(names, of_prompt, strict=True) if name}),
+        limits=Limits(step_tokens=2048),
+    )
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.add(Request(prompt=tuple(prompt), max_new_tokens=new, adapter=name))
+    return engine
+
+
+def read(base: Base, prompts: list[list[int]], acting: Acting) -> None:
+    asking(base, prompts, acting, 1).step(0.0)
 
 
 def examples(count: int) -> list[list[Example]]:
@@ -95,7 +110,7 @@ def main() -> None:
             parameter.data.normal_(std=0.01)
             parameters.append(parameter.requires_grad_(True))
     data = examples(count)
-    groups = [Prompts([one.ids[:TOKENS].tolist()]) for (one,) in data]
+    prompts = [one.ids[:TOKENS].tolist() for (one,) in data]
     batch = make_groups(data, packed=paths.packed, share_prompt=False, device=base.device)
 
     answering: dict[str, Callable[[], object]] = {}
@@ -110,15 +125,12 @@ def main() -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    def answer(cache: Cache, acting: Acting) -> None:
-        with base.routing.held(acting), torch.no_grad():
-            step(base.model, cache, [7] * count)
-
-    by_token = mixes(base, count, 1)
     for name, acting in mixes(base, count, TOKENS).items():
         of_groups = [part.adapters for part in acting.parts] * (count // len(acting.parts))
-        answering[name] = partial(answer, read(base, groups, acting), by_token[name])
-        reading[name] = partial(read, base, groups, acting)
+        engine = asking(base, prompts, acting, asked.turns + 8)
+        engine.step(0.0)
+        answering[name] = partial(engine.step, 0.0)
+        reading[name] = partial(read, base, prompts, acting)
         training[name] = partial(train, acting_on(batch, of_groups))
     print(
         json.dumps(

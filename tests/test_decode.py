@@ -1,4 +1,4 @@
-"""The decoding loop against transformers' own, family by family; rows that come, stop and go."""
+"""Our engine against transformers' own loop, family by family; rows that come, stop and go."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import torch
 from transformers import GenerationConfig
 
 from tests.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
-from veneer.decoding import decode as loop
 from veneer.decoding import generate as answers
-from veneer.decoding.cache import ROOM, Cache, CachedStep, Held
-from veneer.decoding.decode import decode, prefill, step
+from veneer.decoding.continued import continued
+from veneer.decoding.forward import PagedForward
 from veneer.decoding.generate import generate
-from veneer.decoding.proof import prove_decoding
-from veneer.errors import ConfigError
-from veneer.kernels.rules import Rules
+from veneer.decoding.proof import decodes_packed, prove_decoding
+from veneer.decoding.scheduler import Limits
+from veneer.errors import ConfigError, DivergedError
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface
 EOS = 257  # transformers stops there whatever it is told
@@ -38,15 +37,23 @@ def reference(model, prompts, stops, new=NEW):
     return answers
 
 
+def ours(base, prompts, stops=frozenset(), new=NEW):
+    """By the engine, which is proven."""
+    base.model.generation_config.eos_token_id = sorted({EOS, *stops})
+    found = generate(base, prompts, max_new_tokens=new)
+    assert base.decodes_packed
+    return found
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PADDED])
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["apart", "shared start"])
 def test_answers_are_those_of_transformers(family, prompts):
-    model = tiny_model(family)
+    base = tiny_base(family)
+    model = base.model
     free = reference(model, prompts, {EOS})
     stops = {EOS, *(answer[5] for answer in free[1:4:2] if len(answer) > 5)}  # rows stop at different steps
     expected = reference(model, prompts, stops)
-    assert prove_decoding(model) is None
-    assert decode(model, prompts, stops=stops, max_new_tokens=NEW) == expected
+    assert ours(base, prompts, stops) == expected
     assert len({len(answer) for answer in expected}) > 1
     assert NEW > SLIDING_WINDOW
 
@@ -62,78 +69,69 @@ def test_what_cannot_be_packed_is_told_and_left_to_transformers(family):
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 def test_answers_do_not_depend_on_how_many_rows_go_together(monkeypatch, rows):
     """Few rows: waiting prompts are read while others are being answered."""
-    model = tiny_model("llama_untied")
+    base = tiny_base("llama_untied")
     prompts = [[(i * 31 + j) % 250 for j in range(2 + i * 7 % 40)] for i in range(9)]
-    free = reference(model, prompts[:4], {EOS})
+    free = reference(base.model, prompts[:4], {EOS})
     stops = {EOS, *(answer[3 + i % 5] for i, answer in enumerate(free) if len(answer) > 8)}
-    expected = reference(model, prompts, stops)
-    prove_decoding(model)
-    monkeypatch.setattr(loop, "ROWS", rows)
-    assert decode(model, prompts, stops=stops, max_new_tokens=NEW) == expected
+    expected = reference(base.model, prompts, stops)
+    monkeypatch.setattr(answers, "ROWS", rows)
+    assert ours(base, prompts, stops) == expected
 
 
-def test_prompts_longer_than_a_prefill_are_read_in_parts(monkeypatch):
-    model = tiny_model("qwen3")
-    expected = reference(model, SHARED, {EOS}, 5)
-    prove_decoding(model)
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 20)
-    assert decode(model, SHARED, stops={EOS}, max_new_tokens=5) == expected
+@pytest.mark.parametrize(("name", "few"), [("READ_TOKENS", 64), ("KEYS_TOKENS", 96)])
+def test_long_prompts_are_read_in_parts_and_few_blocks_let_few_answers_go_together(monkeypatch, name, few):
+    base = tiny_base("qwen3")
+    expected = reference(base.model, SHARED, {EOS}, 5)
+    monkeypatch.setattr(answers, name, few)
+    assert ours(base, SHARED, new=5) == expected
 
 
-def test_the_buffers_grow_when_they_are_full():
-    model = tiny_model("llama")
-    expected = reference(model, PROMPTS[:2], {EOS}, ROOM + 20)
-    prove_decoding(model)
-    assert decode(model, PROMPTS[:2], stops={EOS}, max_new_tokens=ROOM + 20) == expected
+def test_an_answer_may_be_longer_than_all_that_is_held_of_several(monkeypatch):
+    base = tiny_base("llama")
+    expected = reference(base.model, PROMPTS[:2], {EOS}, 90)
+    monkeypatch.setattr(answers, "KEYS_TOKENS", 32)
+    assert ours(base, PROMPTS[:2], new=90) == expected
 
 
 def test_a_step_gives_the_logits_of_the_whole_text():
+    """Read in chunks beside others that go on, the second and the third from what the first has read."""
     model = tiny_model("gemma2", torch.float64)
     prove_decoding(model)
-    cache, logits = prefill(model, [p[:-1] for p in SHARED], 20)
     whole = [model(input_ids=torch.tensor([p]), use_cache=False).logits[0] for p in SHARED]
+    found = continued(
+        model, [p[:-2] for p in SHARED], [p[-2:] for p in SHARED], Limits(rows=3, step_tokens=13, chunk_tokens=9)
+    )
     close = {"rtol": 1e-4, "atol": 1e-5}  # rotary angles and norms are float32 in the model itself
-    torch.testing.assert_close(logits, torch.stack([w[-2] for w in whole]), **close)
-    found = step(model, cache, [p[-1] for p in SHARED])
-    torch.testing.assert_close(found, torch.stack([w[-1] for w in whole]), **close)
-
-
-def test_chances_of_a_step_are_as_precise_as_its_type():
-    """In float64 a softmax rounded to float32 would show; in bf16 one that was not widened."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 5, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    expected = torch.softmax(query[:, :, 4:] @ key.mT * 3, dim=-1) @ value
-    for dtype, close in ((torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        q, k, v = (each.to(dtype) for each in (query, key, value))
-        nothing = torch.empty(2, 0, 8, dtype=dtype)
-        cache = Cache(torch.tensor([4]), 0, [Held(nothing, nothing, k[:, :, :4], v[:, :, :4])])
-        found = CachedStep(cache, cache.lengths).attend(q[:, :, 4], k[:, :, 4], v[:, :, 4], [], Rules(3.0))
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.double(), expected[:, :, 0], rtol=close, atol=close)
+    for own, of in zip(found, whole, strict=True):
+        torch.testing.assert_close(own, of[-3:], **close)
 
 
 def test_a_model_that_answers_differently_packed_is_found_out(monkeypatch):
-    model = tiny_model("llama")
-    monkeypatch.setattr(loop, "step", lambda *given: step(*given) + 1.0)
+    model, right = tiny_model("llama"), PagedForward.logits
+    monkeypatch.setattr(PagedForward, "logits", lambda *given: right(*given) + 1.0)
+    assert "differs" in str(prove_decoding(model))
+    monkeypatch.setattr(PagedForward, "logits", lambda *given: right(*given) * float("nan"))
     assert "differs" in str(prove_decoding(model))
 
 
-def test_rows_that_stopped_are_no_longer_computed(monkeypatch):
-    model = tiny_model("llama")
-    prove_decoding(model)
-    prompts = PROMPTS * 4
-    free = reference(model, PROMPTS, {EOS})
+def test_rows_that_stopped_are_not_computed(monkeypatch):
+    base, computed, right = tiny_base("llama"), [], PagedForward.rows
+    free = reference(base.model, PROMPTS, {EOS})
     stop = next(token for token in free[1] if sum(token in answer for answer in free) >= 3)
-    computed = []
+    assert decodes_packed(base)
+    monkeypatch.setattr(PagedForward, "rows", lambda self, plan: computed.append(plan) or right(self, plan))
+    found = ours(base, PROMPTS * 4, {stop})
+    read = sum(map(len, PROMPTS * 4))
+    most = sum(min(len(answer), NEW - 1) for answer in found)
+    assert sum(span.stop - span.start for plan in computed for span in plan.spans) <= read + most
 
-    def counted(model, cache, tokens):
-        computed.append(len(tokens))
-        return step(model, cache, tokens)
 
-    monkeypatch.setattr(loop, "step", counted)
-    answers = decode(model, prompts, stops={stop, EOS}, max_new_tokens=NEW)
-    alive = sum(len(answer) for answer in answers)
-    assert sum(computed) < min(4 / 3 * alive + len(prompts), len(prompts) * (NEW - 1))
+def test_logits_that_are_no_numbers_are_no_answer():
+    base = tiny_base("llama")
+    assert decodes_packed(base)
+    base.model.get_output_embeddings().weight.data[:] = float("nan")
+    with pytest.raises(DivergedError, match="no finite"):
+        generate(base, PROMPTS, max_new_tokens=3)
 
 
 def test_sampling_is_reproducible_and_a_row_does_not_depend_on_its_neighbours():
@@ -169,13 +167,6 @@ def test_where_nothing_is_left_to_draw_from_the_likeliest_token_is_drawn(family)
     for edge in ({"top_p": 0.0}, {"top_p": 1e-30}, {"temperature": 1e-38}, {"temperature": 5e-324}):
         assert generate(base, PROMPTS, max_new_tokens=4, **{"temperature": 1.0, **edge}) == greedy, edge
     generate(base, PROMPTS[:1], max_new_tokens=4, temperature=100.0, top_p=1.0, seed=2**32 - 1)
-
-
-def test_a_draw_that_rounds_up_to_the_very_end_takes_a_token_that_was_kept(monkeypatch):
-    """0.5000001 times the largest draw is rounded to 0.5000001."""
-    choose = answers._sampler([0], answers._Draw(1.0, 0.4, 0))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.ones(1))
-    assert choose(torch.tensor([[0.0, 3.0, 1.0, -2.0]]), [0]) == [1]
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "max_new_tokens"])

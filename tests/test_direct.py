@@ -41,7 +41,7 @@ def by_parts(base):
 def test_an_engine_says_why_it_goes_another_way():
     for family, said in (("llama", None), ("gemma2", "usual parts")):
         base = based(family)
-        engine = Engine(base, budget_bytes=2**20, adapters=Fixed(base, {}))
+        engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
         assert engine.way.not_by_parts is None if said is None else said in engine.way.not_by_parts
 
 
@@ -100,7 +100,7 @@ def test_what_an_adapter_does_is_done_by_parts_too(name, monkeypatch):
     move(attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1), seed=1)
     applied = base.routing.applied(((name, 1.0),))
     with base.routing.held(Acting.everywhere(applied)):
-        assert found.fits == (name != "prefix")
+        assert found.fits == ("prefix" not in name)
         if found.fits:
             assert differ(base, found) < BOUND[torch.float32]
     with base.routing.held(Acting()), torch.no_grad():

@@ -2,25 +2,28 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.test_methods import move
+from tests.test_proof import based, rotary
 from tests.tiny import tiny_base
 from veneer.adapters.acting import Acting
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.decoding.adapters import Fixed
-from veneer.decoding.decode import decode
 from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.forward import PagedForward
 from veneer.decoding.sampling import Sampling
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DivergedError, DoesNotFitError
 
 METHODS = {
     "lora": LoRA(rank=3, alpha=5.0, targets=["q_proj", "o_proj", "v_proj"]),
     "head": LoRA(rank=5, alpha=2.0, rslora=True, targets=["lm_head", "embed_tokens", "k_proj"]),
     "dora": DoRA(rank=2, alpha=5.0, targets=["q_proj", "o_proj"]),
     "prefix": Prefix(tokens=4, start="random"),
+    "prefix of one layer": Prefix(tokens=3, start="random", layers=[1]),
     "bottleneck": Bottleneck(placement="houlsby", size=5),
 }
 NEW = 9
@@ -28,6 +31,7 @@ NEW = 9
 
 def with_adapters(family):
     base = tiny_base(family)
+    base.model.generation_config.eos_token_id = None  # transformers' loop would stop there whatever it is told
     _ = base.paths
     applied = {}
     for number, (name, config) in enumerate(METHODS.items()):
@@ -41,7 +45,10 @@ def with_adapters(family):
 
 def alone(base, adapters, prompt):
     with base.routing.held(Acting.everywhere(adapters)):
-        return decode(base.model, [prompt], stops=set(), max_new_tokens=NEW)[0]
+        settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=258)
+        ids = torch.tensor([prompt])
+        out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return out[0, len(prompt) :].tolist()
 
 
 def requests(applied):
@@ -58,7 +65,7 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
     base, applied = with_adapters(family)
     limits = Limits(rows=5, step_tokens=24, chunk_tokens=7) if narrow else Limits()
     tokens = 16 * 12 if narrow else 16 * 200
-    engine = Engine(base, budget_bytes=tokens * bytes_per_token(base), adapters=Fixed(base, applied), limits=limits)
+    engine = Engine(base, budget_bytes=tokens * bytes_per_token(base), adapters=Fixed(applied), limits=limits)
     asked = {}
     for identity, prompt in requests(applied):
         (answer,) = engine.add(Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity))
@@ -73,7 +80,7 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
 
 def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own_adapter_alone():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(base, applied))
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied))
     start = tuple(range(40))
     lora = (("lora", 1.0),)
     first = [engine.add(Request(prompt=(*start, 50), max_new_tokens=2, adapter=i))[0] for i in ((), lora)]
@@ -89,11 +96,11 @@ def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own
 
 def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refused():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(base, applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
     with pytest.raises(ConfigError, match="no adapter"):
         engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
     with pytest.raises(ConfigError, match="one request after another"):
-        Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=Fixed(base, {}))
+        Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=Fixed({}))
     with pytest.raises(ConfigError, match="rows for"):
         engine.add(Request(prompt=(1, 2**20), max_new_tokens=1))
     with pytest.raises(ConfigError, match="rows for"):
@@ -114,10 +121,7 @@ DRAWS = [
 def answered(base, applied, asked, narrow):
     limits = Limits(rows=4, step_tokens=20, chunk_tokens=7) if narrow else Limits()
     engine = Engine(
-        base,
-        budget_bytes=16 * (10 if narrow else 200) * bytes_per_token(base),
-        adapters=Fixed(base, applied),
-        limits=limits,
+        base, budget_bytes=16 * (10 if narrow else 200) * bytes_per_token(base), adapters=Fixed(applied), limits=limits
     )
     answers = [engine.add(request) for request in asked]
     engine.run()
@@ -150,7 +154,7 @@ def test_drawn_answers_do_not_depend_on_what_is_beside_them_nor_on_going_back():
 
 def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_next_step():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(base, applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
     gone, stays = (engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2))
     engine.step(0.0)
     engine.cancel(gone)
@@ -163,7 +167,7 @@ def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_ne
 def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
     base, applied = with_adapters("llama_untied")
     lora, dora = (("lora", 1.0),), (("dora", 1.0),)
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(base, applied))
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied))
     for identity in (lora, dora):
         answers = [engine.add(Request(prompt=(5, n), max_new_tokens=NEW, adapter=identity))[0] for n in range(3)]
         engine.step(0.0)
@@ -176,3 +180,72 @@ def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
             engine.step(0.0)
             assert engine._acting is None or engine._acting[1].plan.kept == prepared
         assert [a.answer for a in answers] == [alone(base, applied[identity], [5, n]) for n in range(3)]
+
+
+def out_of_memory_above(monkeypatch, tokens):
+    """A machine on which a forward of more tokens does not fit. Returns the sizes of all that were tried."""
+    right, tried = PagedForward.logits, []
+
+    def logits(self, plan, step):
+        tried.append(sum(span.stop - span.start for span in plan.spans))
+        found = right(self, plan, step)  # keys and values are written, or some of them
+        if tried[-1] > tokens:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return found
+
+    monkeypatch.setattr(PagedForward, "logits", logits)
+    return tried
+
+
+def test_where_memory_does_not_suffice_less_is_computed_at_once_and_every_answer_is_the_same(monkeypatch):
+    base, applied = with_adapters("llama_untied")
+    asked = [Request(prompt=tuple(p), max_new_tokens=NEW, adapter=i, choices=2) for i, p in requests(applied)]
+    expected = answered(base, applied, asked, narrow=False)
+    tried = out_of_memory_above(monkeypatch, 6)
+    assert answered(base, applied, asked, narrow=False) == expected
+    assert max(tried) > 6 >= min(tried)
+
+
+def test_an_answer_that_does_not_fit_alone_ends_and_the_others_go_on(monkeypatch):
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    first, second = (engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2))
+    engine.step(0.0)
+    right = PagedForward.logits
+    with monkeypatch.context() as patch:
+        out_of_memory_above(patch, 0)
+        full = PagedForward.logits
+        patch.setattr(PagedForward, "logits", lambda *given: (right if first.error else full)(*given))
+        assert engine.step(0.0) == [first]
+    assert first.reason is Reason.ERROR and isinstance(first.error, DoesNotFitError) and len(first.new) == 1
+    assert engine.run() == [second] and second.answer == alone(base, (), [5, 9, 2])
+    engine.scheduler.blocks.check()
+
+
+def test_what_is_longer_than_the_models_positions_or_its_first_frequencies_is_refused_when_it_is_asked():
+    bases = [tiny_base("llama", max_position_embeddings=16), based(rotary("longrope")), based(rotary("dynamic"))]
+    for base in bases:
+        engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
+        engine.add(Request(prompt=(1,) * 9, max_new_tokens=7))
+        with pytest.raises(DoesNotFitError, match="the 16 positions"):
+            engine.add(Request(prompt=(1,) * 9, max_new_tokens=8))
+    base, applied = with_adapters("llama_untied")
+    base.config.max_position_embeddings = 16
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    found = [engine.add(Request(prompt=(1,) * 9, max_new_tokens=new, adapter=(("prefix", 1.0),)))[0] for new in (3, 4)]
+    engine.run()
+    assert [answer.reason for answer in found] == [Reason.LENGTH, Reason.ERROR]
+    assert "prefix of 4" in str(found[1].error)
+
+
+def test_logits_that_are_no_numbers_end_their_own_answer_alone():
+    base, applied = with_adapters("llama_untied")
+    lora, dora = (("lora", 1.0),), (("dora", 1.0),)
+    broken = base.attachments["lora"].parameters()
+    next(p for name, p in broken.items() if name.endswith(".B")).data.fill_(float("nan"))
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    asked = [engine.add(Request(prompt=(5, 9, 1), max_new_tokens=NEW, adapter=i))[0] for i in ((), lora, dora)]
+    engine.run()
+    assert [answer.reason for answer in asked] == [Reason.LENGTH, Reason.ERROR, Reason.LENGTH]
+    assert isinstance(asked[1].error, DivergedError) and not asked[1].new
+    assert asked[2].answer == alone(base, applied[dora], [5, 9, 1])

@@ -119,7 +119,7 @@ def test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut(which, request
 
 
 def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(base, grammars):
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(base, {}))
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed({}))
     shapes = {
         "schema": grammars.schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 3}),
         "choice": grammars.choice(["yes", "no", "ja"]),
@@ -152,7 +152,7 @@ def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(b
         if shape is not None and answer.reason is Reason.STOP:
             assert not shape.faults(text_of(base.tokenizer, answer.new)), name
         assert answer.reason in ((Reason.STOP, Reason.LENGTH) if name in ("schema", "none") else (Reason.STOP,)), name
-    alone = Engine(base, budget_bytes=2**22, adapters=Fixed(base, {}))
+    alone = Engine(base, budget_bytes=2**22, adapters=Fixed({}))
     asks = next(a for a, name in asked.items() if name == "regex").request
     assert [a.new for a in alone.add(asks) if alone.run() or True] == [a.new for a, n in asked.items() if n == "regex"]
 

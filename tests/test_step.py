@@ -19,7 +19,8 @@ from veneer.adapters.lora import LoRALayer, low_rank_product
 from veneer.adapters.prefix import record_keys
 from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
-from veneer.decoding.decode import continued
+from veneer.decoding.continued import continued
+from veneer.decoding.scheduler import Limits
 from veneer.errors import ConfigError
 from veneer.kernels import loss as loss_kernel
 from veneer.kernels.layout import STEP
@@ -326,7 +327,7 @@ def test_no_cache_is_filled_where_nobody_reads_one(monkeypatch):
     batch = make_batch(make_examples(3), packed=paths.packed, share_prompt=True, device=CPU)
     monkeypatch.setattr(modeling_llama, "DynamicCache", lambda *a, **k: pytest.fail("a cache was made"))
     whole_logits(model, batch)
-    continued(model, [[1, 2, 3], [1, 2, 4]], [[5], [6]], 2)
+    continued(model, [[1, 2, 3], [1, 2, 4]], [[5], [6]], Limits())
     record_keys(model.model, torch.arange(5))
 
 

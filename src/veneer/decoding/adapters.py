@@ -13,7 +13,6 @@ from veneer.adapters.acting import Applied
 from veneer.adapters.prefix import PrefixLayer
 from veneer.decoding.blocks import Identity
 from veneer.errors import ConfigError
-from veneer.models.frozen_base import FrozenBase
 
 
 class Adapters(Protocol):
@@ -43,9 +42,9 @@ class Adapters(Protocol):
 class Fixed:
     """What each identity is on the base."""
 
-    def __init__(self, base: FrozenBase, applied: Mapping[Identity, Applied]) -> None:
+    def __init__(self, applied: Mapping[Identity, Applied]) -> None:
         self._applied = dict(applied)
-        self._places = {identity: front_places(base, each) for identity, each in applied.items()}
+        self._places = {identity: front_places(each) for identity, each in applied.items()}
 
     def expect(self, identity: Identity) -> None:
         self.ready(identity)
@@ -71,17 +70,9 @@ def prefixes(applied: Applied) -> list[PrefixLayer]:
     return [layer for layer in layers if isinstance(layer, PrefixLayer)]
 
 
-def front_places(base: FrozenBase, applied: Applied) -> int:
-    """Places of the trained prefix. ConfigError: one that blocks cannot hold."""
-    layers = base.config.get_text_config().num_hidden_layers
-    found = prefixes(applied)
-    if any(len(prefix.layers) != layers for prefix in found):
-        names = ", ".join(repr(attachment.name) for attachment, _ in applied)
-        raise ConfigError(
-            f"the prefix of {names} leaves layers out, and blocks hold all of them",
-            next_step="Answer with it alone (base.generate).",
-        )
+def front_places(applied: Applied) -> int:
+    """Places of the trained prefix. ConfigError: one that acts in part."""
     alone = [weight for attachment, weight in applied if prefixes(((attachment, weight),))]
     if len(alone) > 1 or any(weight != 1.0 for weight in alone):
         raise ConfigError("a prefix acts alone and whole", next_step="Take one prefix, with weight 1.")
-    return sum(prefix.tokens for prefix in found)
+    return sum(prefix.tokens for prefix in prefixes(applied))

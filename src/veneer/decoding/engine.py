@@ -17,40 +17,48 @@ from torch import Tensor
 
 from veneer.adapters.acting import Acting, in_step
 from veneer.decoding.adapters import Adapters, prefixes
-from veneer.decoding.blocks import BlockManager, Front
+from veneer.decoding.blocks import BlockManager
 from veneer.decoding.direct import Way
 from veneer.decoding.draws import Drawing, draw
-from veneer.decoding.paged import PagedKeys, PagedStep
+from veneer.decoding.forward import PagedForward
+from veneer.decoding.proof import decodes_packed, prove_decoding
 from veneer.decoding.scheduler import Limits, Scheduler
 from veneer.decoding.sequence import Request
 from veneer.decoding.sequence import Sequence as Answer
-from veneer.decoding.step_plan import Plan, Span
-from veneer.errors import ConfigError
-from veneer.kernels.layout import round_up
-from veneer.kernels.paged_attention import SpanRows
-from veneer.models.capacity import capacity_of
+from veneer.decoding.step_plan import Drawn, Plan
+from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
+from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
+
+BLOCK_SLOTS = 16
+"""Tokens of a block: what kernels know."""
 
 
 class Engine:
     """budget_bytes: of keys and values. adapters: those that requests may name.
 
-    ConfigError: the base's attention is not Veneer's, so that blocks would not reach it.
+    ConfigError: the base's answers by blocks are not proven to be its own (decoding/proof.py).
     """
 
     def __init__(
         self, base: FrozenBase, *, budget_bytes: int, adapters: Adapters, limits: Limits | None = None
     ) -> None:
-        if (reason := base.paths.packed_reason) is not None:
-            raise ConfigError("this base answers one request after another", [reason], "Use base.generate.")
+        if not decodes_packed(base):
+            with base.routing.none():
+                reason = prove_decoding(base.model)
+            raise ConfigError(
+                "this base answers one request after another", [reason] if reason else [], "Use base.generate."
+            )
         self.base, self._adapters = base, adapters
         blocks = BlockManager(
-            base=base.fingerprint().weights_hash, budget_bytes=budget_bytes, bytes_per_token=bytes_per_token(base)
+            base=base.fingerprint().weights_hash,
+            budget_bytes=budget_bytes,
+            bytes_per_token=bytes_per_token(base),
+            tokens_per_block=BLOCK_SLOTS,
         )
-        self.scheduler = Scheduler(blocks, limits or Limits(), adapters)
-        with base.routing.held(Acting()):
-            self.way = Way(base.model)
-        self._keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
+        self.scheduler = Scheduler(blocks, limits or Limits(), adapters, positions=read_alike(base.config))
+        self.way = _way(base)
+        self._forward = PagedForward(base.device, blocks, self.way.logits)
         self._drawings: dict[int, Drawing] = {}
         self._ids = capacity_of(base).tokens
         self._acting: tuple[Any, Acting] | None = None
@@ -77,21 +85,42 @@ class Engine:
 
     @torch.no_grad()
     def step(self, now: float) -> list[Answer]:
-        """One step; returns the answers that have ended."""
-        plan = self.scheduler.step(now)
-        if not plan.spans:
-            return self._let_go([*plan.ended, *self.scheduler.finish_step({})])
-        for front in plan.fronts:
-            self._write(front)
-        self._keys.copy(plan.copies)
+        """One step; returns the answers that have ended.
+
+        Where memory does not suffice, fewer tokens are computed; an answer that cannot get one alone ends.
+        """
+        ended: list[Answer] = []
+        most: int | None = None
+        while True:
+            plan = self.scheduler.step(now, most_tokens=most)
+            ended += plan.ended
+            results = self._results(plan)
+            if results is not None:
+                return self._let_go([*ended, *self.scheduler.finish_step(results)])
+            self.scheduler.undo_step()
+            self._acting = None
+            tokens = sum(span.stop - span.start for span in plan.spans)
+            most = max(1, tokens // 2)
+            if tokens == 1:
+                fault = DoesNotFitError("out of memory answering", next_step="Ask for less at once, or end others.")
+                self.scheduler.fail(plan.spans[0].sequence, fault)
+
+    def _results(self, plan: Plan) -> dict[int, Drawn] | None:
+        """What each answer draws, by number; None: the memory does not suffice."""
         answers = [answer for span in plan.spans for answer in span.draws]
         rows = [n for n, span in enumerate(plan.spans) for _ in span.draws]
-        logits = self._logits(plan)
+        try:
+            logits = self._logits(plan) if plan.spans else None
+        except Exception as fault:
+            if not is_out_of_memory(fault):
+                raise
+            return None
+        if logits is None or not rows:
+            return {}
         if rows != list(range(len(plan.spans))):
             logits = logits[rows]
-        drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers]) if rows else []
-        results = dict(zip((answer.number for answer in answers), drawn, strict=True))
-        return self._let_go([*plan.ended, *self.scheduler.finish_step(results)])
+        drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers])
+        return dict(zip((answer.number for answer in answers), drawn, strict=True))
 
     def _drawing(self, answer: Answer) -> Drawing:
         if answer.number not in self._drawings:
@@ -107,16 +136,13 @@ class Engine:
 
     def _logits(self, plan: Plan) -> Tensor:
         """(spans, V): what follows the last token of each span."""
-        device = self.base.device
-        ids = [token for span in plan.spans for token in span.tokens]
-        positions = [place for span in plan.spans for place in range(span.start, span.stop)]
-        ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
-        filler = round_up(len(ids)) - len(ids) if len(ids) > len(plan.spans) else 0
-        rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=device)
-        laid = PagedStep(self._keys, [_rows(span) for span in plan.spans])
-        kept = ends.to(device)
-        with self.base.routing.held(self._acting_of(plan, filler).keeping(kept)):
-            return self.way.logits(rows, laid, kept)
+        for front in plan.fronts:
+            (prefix,) = prefixes(self._adapters.applied(front.adapter))
+            self._forward.write(front, prefix)
+        step = self._forward.rows(plan)
+        acting = self._acting_of(plan, step.filler)
+        with self.base.routing.held(acting if step.kept is None else acting.keeping(step.kept)):
+            return self._forward.logits(plan, step)
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
@@ -126,17 +152,13 @@ class Engine:
             self._acting = (parts, filler), in_step(parts, before).padded(filler)
         return self._acting[1]
 
-    def _write(self, front: Front) -> None:
-        """A trained prefix into its blocks."""
-        (prefix,) = prefixes(self._adapters.applied(front.adapter))
-        for number, (key, value) in prefix.keys().items():
-            self._keys.write(number, front.blocks, key, value)
 
-
-def _rows(span: Span) -> SpanRows:
-    table = span.sequence.table
-    assert table is not None
-    return SpanRows(span.start, span.stop, table.blocks, table.front, table.front_places)
+def _way(base: FrozenBase) -> Way:
+    """How steps are computed on this base, found once."""
+    if base.way is None:
+        with base.routing.none():
+            base.way = Way(base.model)
+    return base.way
 
 
 def bytes_per_token(base: FrozenBase) -> int:

@@ -1,7 +1,7 @@
-"""Answers: token ids in, token ids out, many rows at once with a cache.
+"""Answers: token ids in, token ids out, many prompts at once.
 
-Says what stops an answer, how tokens are drawn, and which loop decodes: our own (decoding/decode.py) where it is
-proven on the model, else transformers', its prompts padded on the left where that is proven, else one by one;
+Says what stops an answer, how tokens are drawn, and what decodes: our own engine (decoding/engine.py) where it is
+proven on the model, else transformers' loop, its prompts padded on the left where that is proven, else one by one;
 where even that is not what the model gives on whole texts, the whole text is read for every token. Prompts whose
 answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
 transformers' loop one by one. Knows nothing of chats or templates.
@@ -20,19 +20,29 @@ from transformers.generation.streamers import BaseStreamer
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
-from veneer.decoding.decode import Choose, decode, decode_rereading, greedy
-from veneer.decoding.proof import loops, prove_decoding
+from veneer.decoding.adapters import Fixed, front_places
+from veneer.decoding.blocks import Identity
+from veneer.decoding.engine import BLOCK_SLOTS, Engine, bytes_per_token
+from veneer.decoding.proof import decodes_packed, loops
+from veneer.decoding.rereading import answer_by_rereading
+from veneer.decoding.sampling import Sampling, seed_of
+from veneer.decoding.scheduler import Limits
+from veneer.decoding.sequence import Request
+from veneer.decoding.sequence import Sequence as Answer
 from veneer.errors import ConfigError
 from veneer.models.capacity import capacity_of
 from veneer.models.checks import in_front
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.switches import forget_lengths, switches
 
+ROWS = 64
+"""Answers of the engine at once. A step reads every weight once, whatever the rows."""
+READ_TOKENS = 2048
+"""Tokens computed in one forward: bounds the activations. Of one prompt 512: bounds the scores of its attention."""
+KEYS_TOKENS = 65536
+"""Tokens whose keys and values are held, of all answers together (fewer rows where these are long)."""
 PADDED_ROWS = 32
 """Prompts that transformers' loop decodes together, padded on the left to the longest of them."""
-
-_COLDEST = 1e-9
-"""From here on any two logits that differ are infinitely far apart: the likeliest token is taken."""
 
 
 @torch.no_grad()
@@ -67,7 +77,6 @@ def generate(
         max_new_tokens if capacity.positions is None else min(max_new_tokens, capacity.positions - len(ids))
         for ids in prompts
     ]
-    draw = _Draw(temperature, top_p, seed) if temperature > _COLDEST and top_p > 0 else None
     stops = list(stop_token_ids(base.tokenizer, base.model.generation_config))
 
     def say(token: int) -> None:
@@ -75,43 +84,32 @@ def generate(
             on_token(token)
 
     told = say if on_token is not None and len(prompts) == 1 else None
-    asked = _Asked(base, prompts, limits, stops, draw, told, on_done)
-    packed = _decodes_packed(base)
-    if not packed and loops(base.model).cached is not None:
-        _by_rereading(asked)
-        return asked.answers
-    plain, crossing = _by_switch(asked)
-    if packed and plain:
-        _by_our_loop(asked, plain)
-    elif plain:
-        beside = loops(base.model).beside is None
-        _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
-    _by_transformers(asked, ([number] for number in crossing))
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    asked = _Asked(base, prompts, limits, stops, sampling, seed, told, on_done)
+    with base.routing.held():  # who acts now acts for all of it
+        if not (packed := decodes_packed(base)) and loops(base.model).cached is not None:
+            _by_rereading(asked)
+            return asked.answers
+        plain, crossing = _by_switch(asked)
+        if packed and plain:
+            _by_engine(asked, plain)
+        elif plain:
+            beside = loops(base.model).beside is None
+            _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
+        _by_transformers(asked, ([number] for number in crossing))
     return asked.answers
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """How tokens are drawn."""
-
-    temperature: float
-    top_p: float
-    seed: int
-
-    def of_row(self, number: int) -> int:
-        """The seed of a prompt's own draws."""
-        return (self.seed * 1_000_003 + number) % 2**63
 
 
 @dataclass
 class _Asked:
-    """Prompts with the new tokens each may get, and the answers as they come. draw: None takes the likeliest token."""
+    """Prompts with the new tokens each may get, and the answers as they come."""
 
     base: FrozenBase
     prompts: Sequence[list[int]]
     limits: Sequence[int]
     stops: list[int]
-    draw: _Draw | None
+    sampling: Sampling
+    seed: int
     on_token: Callable[[int], None] | None
     on_done: Callable[[int], None] | None
     answers: list[list[int]] = field(init=False)
@@ -119,6 +117,16 @@ class _Asked:
 
     def __post_init__(self) -> None:
         self.answers = [[] for _ in self.prompts]
+
+    def request(self, number: int, adapter: Identity = ()) -> Request:
+        return Request(
+            prompt=tuple(self.prompts[number]),
+            max_new_tokens=self.limits[number],
+            adapter=adapter,
+            stops=frozenset(self.stops),
+            sampling=self.sampling,
+            seed=seed_of(self.seed, number),
+        )
 
     def finished(self, rows: int) -> None:
         self.done += rows
@@ -135,73 +143,47 @@ def _by_switch(asked: _Asked) -> tuple[list[int], list[int]]:
     return plain, [i for i, length in enumerate(reach) if known.side(length) != first]
 
 
-def _by_our_loop(asked: _Asked, numbers: Sequence[int]) -> None:
-    counts = [0] * len(numbers)
-    limits = [asked.limits[i] for i in numbers]
-
-    def token(place: int, new: int) -> None:
-        if asked.on_token is not None:
-            asked.on_token(new)
-        counts[place] += 1
-        if new in asked.stops or counts[place] == limits[place]:
-            asked.finished(1)
-
-    new = decode(
-        asked.base.model,
-        [asked.prompts[i] for i in numbers],
-        stops=set(asked.stops),
-        max_new_tokens=limits,
-        choose=greedy if asked.draw is None else _sampler(numbers, asked.draw),
-        on_token=token,
+def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
+    """Long prompts first, so that those that go on together are alike."""
+    base = asked.base
+    if (applied := base.routing.acting.whole) is None:
+        raise ConfigError("several adapters act, each on rows of its own", next_step="Answer each row's prompt apart.")
+    acting: Identity = (("what acts", 1.0),) if applied else ()  # an engine of its own: nobody else's name
+    front, slots = front_places(applied), BLOCK_SLOTS
+    needs = [-(-(len(asked.prompts[i]) + asked.limits[i]) // slots) for i in numbers]
+    most = max(min(sum(needs), KEYS_TOKENS // slots), max(needs))
+    rows = max(1, min(ROWS, most // max(needs), len(numbers)))
+    spare = rows + -(-front // slots)  # the scheduler keeps one block free for each that runs
+    engine = Engine(
+        base,
+        budget_bytes=(most + spare) * slots * bytes_per_token(base),
+        adapters=Fixed({acting: applied} if applied else {}),
+        limits=Limits(rows=rows, step_tokens=READ_TOKENS, chunk_tokens=READ_TOKENS // 4),
     )
-    for number, answer in zip(numbers, new, strict=True):
-        asked.answers[number] = answer
+    waiting = sorted(numbers, key=lambda i: len(asked.prompts[i]))  # taken from the end
+    under_way: dict[Answer, int] = {}
+    while waiting or under_way:
+        while waiting and len(under_way) < 2 * rows:
+            number = waiting.pop()
+            (answer,) = engine.add(asked.request(number, acting))
+            under_way[answer] = number
+        before = {answer: len(answer.new) for answer in under_way}
+        ended = engine.step(0.0)
+        for answer, said in before.items():
+            if asked.on_token is not None and len(answer.new) > said:
+                asked.on_token(answer.new[-1])
+        for answer in ended:
+            if answer.error is not None:
+                raise answer.error
+            asked.answers[under_way.pop(answer)] = answer.answer
+            asked.finished(1)
 
 
 def _by_rereading(asked: _Asked) -> None:
-    for number, prompt in enumerate(asked.prompts):
-        choose = greedy if asked.draw is None else _sampler([number], asked.draw)
-        asked.answers[number] = decode_rereading(
-            asked.base.model,
-            prompt,
-            stops=set(asked.stops),
-            max_new_tokens=asked.limits[number],
-            choose=lambda logits, choose=choose: choose(logits, [0])[0],  # type: ignore[misc]
-            on_token=asked.on_token,
-        )
+    for number in range(len(asked.prompts)):
+        request = asked.request(number)
+        asked.answers[number] = answer_by_rereading(asked.base.model, request, on_token=asked.on_token)
         asked.finished(1)
-
-
-def _decodes_packed(base: FrozenBase) -> bool:
-    """Whether our own loop is proven on this base: with no adapter acting, once."""
-    if base.decodes_packed is None:
-        with base.routing.none():
-            base.decodes_packed = prove_decoding(base.model) is None
-    return base.decodes_packed
-
-
-def _sampler(rows: Sequence[int], draw: _Draw) -> Choose:
-    """Draws from the likeliest tokens that together have `top_p`, the first of them at least; a row's draws do not
-    depend on the other rows. rows: the numbers of the prompts among all."""
-    random = [torch.Generator().manual_seed(draw.of_row(row)) for row in rows]
-
-    def choose(logits: Tensor, numbers: Sequence[int]) -> list[int]:
-        wide = logits.float()
-        # the shift keeps the quotient finite at the top
-        below = (wide - wide.amax(dim=-1, keepdim=True)) / draw.temperature
-        chances, tokens = torch.softmax(below, dim=-1).sort(dim=-1, descending=True)
-        reach = chances.cumsum(dim=-1)
-        left_out = reach - chances >= draw.top_p
-        left_out[:, 0] = False
-        reach = chances.masked_fill_(left_out, 0.0).cumsum(dim=-1)
-        drawn = torch.cat([torch.rand(1, generator=random[number]) for number in numbers]).to(reach.device)
-        places = torch.searchsorted(reach, (drawn * reach[:, -1])[:, None], right=True)
-        # rounding can put a draw on the very end, behind which stand the tokens that were left out
-        last = (chances > 0).sum(dim=-1, keepdim=True) - 1
-        places = torch.minimum(places, last)
-        return tokens.gather(1, places)[:, 0].tolist()
-
-    return choose
 
 
 class _Tokens(BaseStreamer):
@@ -221,14 +203,14 @@ class _Tokens(BaseStreamer):
 
 def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
     """transformers' own loop, the prompts of a group at once, padded on the left to the longest of them."""
-    base, draw = asked.base, asked.draw
+    base, how = asked.base, asked.sampling
     pad = _padding(base, asked.stops)
-    sampling = {} if draw is None else {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 0}
+    sampling = {} if how.greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(0 if draw is None else draw.seed % 2**63)
+        torch.manual_seed(asked.seed)
         for rows in groups:
-            if draw is not None and len(rows) == 1:
-                torch.manual_seed(draw.of_row(rows[0]))
+            if len(rows) == 1:
+                torch.manual_seed(seed_of(asked.seed, rows[0]))
             settings = GenerationConfig(
                 max_new_tokens=asked.limits[rows[0]],
                 do_sample=bool(sampling),

@@ -70,10 +70,12 @@ class Limits:
 
 class Scheduler:
     """blocks: for its sequences alone. adapters: asked once a step for each that a sequence waits for, and held for
-    every sequence that has blocks; the base never."""
+    every sequence that has blocks; the base never. positions: that the model has; None: any number."""
 
-    def __init__(self, blocks: BlockManager, limits: Limits, adapters: Adapters) -> None:
-        self.blocks, self.limits, self._adapters = blocks, limits, adapters
+    def __init__(
+        self, blocks: BlockManager, limits: Limits, adapters: Adapters, *, positions: int | None = None
+    ) -> None:
+        self.blocks, self.limits, self._adapters, self._positions = blocks, limits, adapters, positions
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._others: dict[int, list[Sequence]] = {}  # first choice -> those that wait for it to read the prompt
@@ -108,7 +110,7 @@ class Scheduler:
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """One sequence for each choice, which wait from now on.
 
-        DoesNotFitError: it can never run: too long for all blocks, too many adapters or choices.
+        DoesNotFitError: it can never run: too long for all blocks or the model, too many adapters or choices.
         QueueFullError: too many wait.
         """
         self._check_fits(request, front_places=0)
@@ -193,8 +195,21 @@ class Scheduler:
         self._plan = None
         self._end_cancelled()
 
+    def fail(self, sequence: Sequence, error: VeneerError) -> None:
+        """It ends with this error; between steps. The next `step` or `finish_step` tells."""
+        assert self._plan is None, "the last step has not been finished"
+        if sequence.state is not State.FINISHED:
+            self._end(sequence, Reason.ERROR, error)
+
     def _check_fits(self, request: Request, *, front_places: int) -> None:
-        blocks = self.blocks
+        blocks, places = self.blocks, len(request.prompt) + request.max_new_tokens
+        if self._positions is not None and front_places + places > self._positions:
+            prefix = f" behind its adapter's prefix of {front_places:,}" if front_places else ""
+            raise DoesNotFitError(
+                f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones{prefix} are more than the "
+                f"{self._positions:,} positions that the model reads alike",
+                next_step="Shorten the prompt, or ask for fewer new tokens.",
+            )
         if blocks.blocks_for(front_places) + blocks.blocks_for(request.most_places) > blocks.num_blocks:
             front = blocks.blocks_for(front_places) * blocks.tokens_per_block
             prefix = f", its adapter's prefix for {front:,}" if front else ""

@@ -172,7 +172,7 @@ class Tiers:
                 return None
             places = sum(each.places for each in found)
             if places:
-                front_places(self.base, self._applied(identity))  # whether they can act together
+                front_places(self._applied(identity))  # whether they can act together
             self._offered.update(each.content for each in found)
             return places
 
@@ -386,7 +386,7 @@ class Tiers:
         with self.base.routing.changing:
             made = load_adapter(self.base, stored, name=name, take=True)
         try:
-            places = front_places(self.base, ((made, 1.0),))
+            places = front_places(((made, 1.0),))
         except VeneerError:
             self.base.detach(name)
             raise

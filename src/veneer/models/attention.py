@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from veneer.adapters.prefix import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
 from veneer.kernels.groups import Pair, grouped_attention
-from veneer.kernels.layout import Group, Layout
+from veneer.kernels.layout import Layout
 from veneer.kernels.rules import Rules
 from veneer.models.switches import forget_lengths
 
@@ -151,22 +151,11 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-class KeepsKeys(Protocol):
-    """What a group's keys and values are left in (decoding/cache.py)."""
-
-    def store(self, key_NKD: Tensor, value_NKD: Tensor, layout: Group, prefix: Pair | None) -> None:
-        """The next layer's, what the layer sees in front of them included."""
-
-
 @dataclass
 class Traced:
-    """A layout on its way through a model, and how many attention layers it reached: Laid.
-
-    caches   of each group, where the layers leave their keys and values for decoding; none: nowhere
-    """
+    """A layout on its way through a model, and how many attention layers it reached: Laid."""
 
     layout: Layout
-    caches: Sequence[KeepsKeys] = ()
     calls: int = 0
 
     def attend(
@@ -178,10 +167,7 @@ class Traced:
         rules: Rules,
     ) -> Tensor:
         self.calls += 1
-        spans, groups = self.layout.spans, self.layout.groups
-        first = [next((pair for rows, pair in prefix if span.start < rows.stop), None) for span in spans]
-        for cache, span, group, pair in zip(self.caches, spans, groups, first, strict=False):
-            cache.store(key_NKD[span], value_NKD[span], group, pair)
+        first = [next((pair for rows, pair in prefix if s.start < rows.stop), None) for s in self.layout.spans]
         return grouped_attention(query_NHD, key_NKD, value_NKD, self.layout, first, rules)
 
 

@@ -18,6 +18,7 @@ from veneer.adapters.wrapping import unwrapped
 from veneer.data.examples import Capacity
 from veneer.linear import PackedLinear
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.switches import switches
 
 _STRETCHED = ("linear", "dynamic", "yarn", "llama3", "longrope")
 _STRETCHED_BY_ITSELF = ("linear", "dynamic", "yarn")  # the others' limit is already that of the longer texts
@@ -40,6 +41,14 @@ def capacity_of(base: FrozenBase) -> Capacity:
     before = max(tokens_in_front(layer for a, _ in p.adapters for layer in a.layers.values()) for p in parts)
     positions = None if said.positions is None else max(0, said.positions - before)
     return Capacity(positions, min(rows, default=said.tokens))
+
+
+def read_alike(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest text that is read as its beginning is: within the positions, and the lengths at which
+    nothing switches. None: any."""
+    lengths = switches(config)
+    ends = [configured_capacity(config).positions, *lengths.at, lengths.each]
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _rows(table: nn.Module | None) -> int | None:

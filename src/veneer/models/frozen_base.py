@@ -9,6 +9,7 @@ It knows nothing of how it was found (bases/sources.py) or of what an adapter co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +39,8 @@ class FrozenBase:
     as_held       the same of the values as they are held: what versions that did not widen called a base loaded in
                   float32
     routing       the adapters on this base, and which of them act
-    decodes_packed  whether our own decoding loop gives what the model gives (decoding/decode.py); None: not asked yet
+    decodes_packed  whether our own engine gives what the model gives (decoding/proof.py); None: not asked yet
+    way             how it computes a step (decoding/direct.py); None: not asked yet
     """
 
     model: PreTrainedModel
@@ -52,6 +54,7 @@ class FrozenBase:
     as_held: Fingerprint | None = field(default=None, repr=False)
     routing: Routing = field(default_factory=Routing)
     decodes_packed: bool | None = field(default=None, init=False, repr=False)
+    way: Any = field(default=None, init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _paths: Paths | None = field(default=None, init=False, repr=False)

@@ -1,0 +1,71 @@
+"""A model's forwards over keys and values in blocks: a scheduler's plans, computed.
+
+Knows nothing of requests and draws. Which adapters act is the caller's to hold.
+Shapes: N rows of the step: the spans' tokens, one span behind the other, then filler; V ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.prefix import PrefixLayer
+from veneer.decoding.blocks import BlockManager, Front
+from veneer.decoding.direct import Run
+from veneer.decoding.paged import PagedKeys, PagedStep
+from veneer.decoding.step_plan import Plan, Span
+from veneer.kernels.layout import round_up
+from veneer.kernels.paged_attention import SpanRows
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What a plan computes, on the device.
+
+    rows    (2, N) ids and positions
+    filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all are single tokens
+    kept    (spans) numbers of the rows that are the last of their spans; None: all rows are
+    """
+
+    rows: Tensor
+    filler: int
+    kept: Tensor | None
+
+
+class PagedForward:
+    """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its tables number."""
+
+    def __init__(self, device: torch.device, blocks: BlockManager, run: Run) -> None:
+        self._device, self._run = device, run
+        self.keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
+
+    def rows(self, plan: Plan) -> StepRows:
+        ids = [token for span in plan.spans for token in span.tokens]
+        positions = [place for span in plan.spans for place in range(span.start, span.stop)]
+        if len(ids) == len(plan.spans):
+            return StepRows(torch.tensor([ids, positions], device=self._device), 0, None)
+        filler = round_up(len(ids)) - len(ids)
+        rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=self._device)
+        ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
+        return StepRows(rows, filler, ends.to(self._device))
+
+    def logits(self, plan: Plan, step: StepRows) -> Tensor:
+        """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before."""
+        self.keys.copy(plan.copies)
+        logits = self._run(step.rows, PagedStep(self.keys, [_rows(span) for span in plan.spans]), step.kept)
+        if len(logits) != len(plan.spans):
+            raise ValueError(f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}")
+        return logits
+
+    def write(self, front: Front, prefix: PrefixLayer) -> None:
+        """A trained prefix into its blocks."""
+        for number, (key, value) in prefix.keys().items():
+            self.keys.write(number, front.blocks, key, value)
+
+
+def _rows(span: Span) -> SpanRows:
+    table = span.sequence.table
+    assert table is not None
+    return SpanRows(span.start, span.stop, table.blocks, table.front, table.front_places)

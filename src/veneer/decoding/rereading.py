@@ -1,0 +1,38 @@
+"""An answer for which the whole text is read at every token, as in training: where no cache gives what that gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.decoding.draws import Drawing, draw
+from veneer.decoding.sequence import Request
+from veneer.errors import VeneerError
+from veneer.models.switches import forget_lengths
+
+
+@torch.no_grad()
+def answer_by_rereading(
+    model: PreTrainedModel, request: Request, *, on_token: Callable[[int], None] | None = None
+) -> list[int]:
+    """New ids for the request's first choice, the stop token left out; on_token gets each of them as it comes.
+
+    Raises what a draw says: logits that are no numbers.
+    """
+    drawing = Drawing(request, 0)
+    new: list[int] = []
+    while len(new) < request.max_new_tokens:
+        forget_lengths(model)
+        ids = torch.tensor([[*request.prompt, *new]], device=model.device)
+        (drawn,) = draw(model(input_ids=ids, use_cache=False).logits[:, -1], [(drawing, new)])
+        if isinstance(drawn, VeneerError):
+            raise drawn
+        token = drawn if isinstance(drawn, int) else drawn.token
+        if token in request.stops:
+            break
+        if on_token is not None:
+            on_token(token)
+        new.append(token)
+    return new
