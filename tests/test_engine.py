@@ -1,5 +1,8 @@
 """Requests of several adapters in the same forwards are answered as each is alone, whatever is beside them."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -17,6 +20,7 @@ from veneer.decoding.sampling import Sampling
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
 from veneer.errors import ConfigError, DivergedError, DoesNotFitError
+from veneer.kernels.paged_attention import Blocks
 
 METHODS = {
     "lora": LoRA(rank=3, alpha=5.0, targets=["q_proj", "o_proj", "v_proj"]),
@@ -27,6 +31,7 @@ METHODS = {
     "bottleneck": Bottleneck(placement="houlsby", size=5),
 }
 NEW = 9
+LORA = (("lora", 1.0),)
 
 
 def with_adapters(family):
@@ -249,3 +254,34 @@ def test_logits_that_are_no_numbers_end_their_own_answer_alone():
     assert [answer.reason for answer in asked] == [Reason.LENGTH, Reason.ERROR, Reason.LENGTH]
     assert isinstance(asked[1].error, DivergedError) and not asked[1].new
     assert asked[2].answer == alone(base, applied[dora], [5, 9, 1])
+
+
+def test_nothing_is_read_of_blocks_before_it_is_written(monkeypatch):
+    """Not even to be weighed with 0: memory that nobody filled may hold anything."""
+    base, applied = with_adapters("llama_untied")
+    asked = [Request(prompt=tuple(p), max_new_tokens=NEW, adapter=i, choices=2) for i, p in requests(applied)]
+    expected = answered(base, applied, asked, narrow=True)
+    empty = Blocks.empty
+
+    def spoiled(*given):
+        made = empty(*given)
+        made.keys.fill_(float("nan"))
+        made.values.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(Blocks, "empty", spoiled)
+    assert answered(base, applied, asked, narrow=True) == expected
+
+
+def test_nobody_holds_an_adapter_of_which_the_last_answer_has_ended():
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    asked = [engine.add(Request(prompt=(5, 9), max_new_tokens=n, adapter=i))[0] for n, i in ((9, ()), (2, LORA))]
+    engine.step(0.0)
+    assert engine.step(0.0) == asked[1:]
+    gone = weakref.ref(base.attachments["lora"])
+    for each in (applied, engine._adapters._applied):
+        each.clear()
+    base.detach("lora")
+    gc.collect()
+    assert gone() is None

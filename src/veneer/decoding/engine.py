@@ -130,8 +130,8 @@ class Engine:
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
             self._drawings.pop(answer.number, None)
-        if self.scheduler.idle:
-            self._acting = None  # adapters may go
+        if ended:
+            self._acting = None  # their adapters may go
         return ended
 
     def _logits(self, plan: Plan) -> Tensor:

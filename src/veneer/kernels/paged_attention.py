@@ -49,12 +49,13 @@ class Blocks:
 
     @classmethod
     def empty(cls, count: int, slots: int, key_NKD: Tensor, value_NKD: Tensor) -> Blocks:
-        """Of the heads, sizes, type and device of these keys and values."""
+        """Of the heads, sizes, type and device of these keys and values. Not filled: a system gives memory where it is
+        written, and nothing is read before."""
         (_, heads, size), wide = key_NKD.shape, value_NKD.shape[2]
         paired = key_NKD.dtype is torch.bfloat16 and on_cpu(key_NKD) and not size % 2 and not slots % 2
         P = 2 if paired else 1
-        keys = key_NKD.new_zeros(count, heads, size // P, slots, P)
-        return cls(keys, value_NKD.new_zeros(count, heads, slots // P, wide, P))
+        keys = key_NKD.new_empty(count, heads, size // P, slots, P)
+        return cls(keys, value_NKD.new_empty(count, heads, slots // P, wide, P))
 
     @property
     def slots(self) -> int:
