@@ -93,6 +93,14 @@ def test_an_answer_may_be_longer_than_all_that_is_held_of_several(monkeypatch):
     assert ours(base, PROMPTS[:2], new=90) == expected
 
 
+def test_one_long_prompt_does_not_keep_short_ones_apart(monkeypatch):
+    base, steps, right = tiny_base("llama"), [], PagedForward.rows
+    assert decodes_packed(base)
+    monkeypatch.setattr(PagedForward, "rows", lambda self, plan: steps.append(plan) or right(self, plan))
+    ours(base, [[5] * 400, *PROMPTS], new=4)
+    assert len(steps) <= 5
+
+
 def test_a_step_gives_the_logits_of_the_whole_text():
     """Read in chunks beside others that go on, the second and the third from what the first has read."""
     model = tiny_model("gemma2", torch.float64)

@@ -285,3 +285,15 @@ def test_nobody_holds_an_adapter_of_which_the_last_answer_has_ended():
     base.detach("lora")
     gc.collect()
     assert gone() is None
+
+
+def test_after_a_step_that_failed_the_next_one_goes_on_as_if_there_had_been_none(monkeypatch):
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    (answer,) = engine.add(Request(prompt=(5, 9, 2), max_new_tokens=NEW))
+    engine.step(0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedForward, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(0.0)
+    assert engine.run() == [answer] and answer.answer == alone(base, (), [5, 9, 2])

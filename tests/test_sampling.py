@@ -11,7 +11,7 @@ from veneer.decoding.draws import Drawing, draw, draw_reference, sampled
 from veneer.decoding.sampling import Sampling, TokenChance, seed_of, uniform
 from veneer.decoding.sequence import Request
 from veneer.decoding.step_plan import Chosen
-from veneer.errors import ConfigError, DivergedError
+from veneer.errors import ConfigError, DataError, DivergedError
 
 V = 40
 CUTS = [
@@ -176,6 +176,22 @@ def test_numbers_that_are_none_and_masks_that_allow_nothing_end_their_own_row_al
     *broken, forbidden, right = draw(logits, rows)
     assert all(isinstance(each, DivergedError) for each in broken)
     assert isinstance(forbidden, ConfigError) and right == draw(logits[4:], rows[4:])[0]
+
+
+@pytest.mark.parametrize("fails", ["allowed", "ended"])
+def test_a_constraint_that_fails_ends_its_own_row_alone(fails):
+    class Fails:
+        def __getattr__(self, name):
+            def answer(new):
+                if name == fails:
+                    raise DataError("no grammar")
+                return np.ones(V, dtype=bool)
+
+            return answer
+
+    logits = logits_of(2)
+    broken, right = draw(logits, [(asked(constraints=Fails), []), (asked(), [])])
+    assert isinstance(broken, DataError) and right == logits[1].argmax()
 
 
 def test_the_greedy_draw_of_many_rows_is_one_search_for_the_largest(monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.decoding.sampling import Sampling, TokenChance, uniform
 from veneer.decoding.sequence import Request
 from veneer.decoding.step_plan import Chosen, Drawn
-from veneer.errors import ConfigError, DivergedError
+from veneer.errors import ConfigError, DivergedError, VeneerError
 
 CANDIDATES = 512
 _BROKEN, _NOTHING = -1, -2
@@ -90,29 +90,35 @@ class Drawing:
 def draw(logits_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> list[Drawn]:
     """What each row draws. rows: how, and the answer so far.
 
-    A row whose logits are no finite numbers, or to which nothing is allowed, gets an error of its own.
+    A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or check fails, gets an
+    error of its own.
     """
+    faults: dict[int, VeneerError] = {}
     tokens = logits_BV.argmax(dim=-1)
     peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # of a row with a NaN that NaN
     changed = [n for n, (drawing, new) in enumerate(rows) if not drawing.sampling.greedy or drawing.edits(new)]
     if changed:
         everyone = len(changed) == len(rows)
         wide = logits_BV.to(torch.float32, copy=True) if everyone else logits_BV[changed].float()
+        for n, logits_V in zip(changed, wide, strict=True):
+            drawing, new = rows[n]
+            if drawing.edits(new):
+                try:
+                    drawing.edit(logits_V, new)
+                except VeneerError as fault:
+                    faults[n] = fault
         tokens[changed] = _of_changed(wide, [rows[n] for n in changed])
     tokens = torch.where(peaks.isfinite(), tokens, _BROKEN)
     found = tokens.tolist()
     chances = _chances(logits_BV, [drawing.told for drawing, _ in rows], found)
     return [
-        _fault(drawing.request, token) or drawing.chosen(token, new, chance)
-        for (drawing, new), token, chance in zip(rows, found, chances, strict=True)
+        faults.get(n) or _chosen(drawing, token, new, chance)
+        for n, ((drawing, new), token, chance) in enumerate(zip(rows, found, chances, strict=True))
     ]
 
 
 def _of_changed(wide_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> Tensor:
-    """(B) tokens; the logits are float32 and lost afterwards."""
-    for logits_V, (drawing, new) in zip(wide_BV, rows, strict=True):
-        if drawing.edits(new):
-            drawing.edit(logits_V, new)
+    """(B) tokens from logits as they are to be drawn from, float32."""
     tokens = wide_BV.argmax(dim=-1)
     possible = wide_BV.gather(1, tokens[:, None])[:, 0] > float("-inf")
     for cut in (False, True):
@@ -185,14 +191,15 @@ def _chances(logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int
     return found
 
 
-def _fault(request: Request, token: int) -> Drawn | None:
+def _chosen(drawing: Drawing, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
     if token == _BROKEN:
         return DivergedError("the model's logits are no finite numbers", next_step="Look at the adapter's values.")
     if token == _NOTHING:
-        return ConfigError(
-            "no token may follow", next_step="Allow one more: a constraint or min_new_tokens forbid all."
-        )
-    return None
+        return ConfigError("no token may follow", next_step="Allow one: a constraint or min_new_tokens forbids each.")
+    try:
+        return drawing.chosen(token, new, chance)
+    except VeneerError as fault:
+        return fault
 
 
 def draw_reference(logits_V: Tensor, sampling: Sampling, u: float) -> int:

@@ -94,7 +94,11 @@ class Engine:
         while True:
             plan = self.scheduler.step(now, most_tokens=most)
             ended += plan.ended
-            results = self._results(plan)
+            try:
+                results = self._results(plan)
+            except BaseException:  # the next step begins as if there had been none
+                self.scheduler.undo_step()
+                raise
             if results is not None:
                 return self._let_go([*ended, *self.scheduler.finish_step(results)])
             self.scheduler.undo_step()

@@ -7,6 +7,8 @@ answer may cross a length at which the model reads all of its text otherwise (mo
 transformers' loop one by one. Knows nothing of chats or templates.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -65,18 +67,12 @@ def generate(
     ConfigError: a prompt that is empty, leaves no room within the model's positions or holds an id that it has no row
     for; numbers outside of what they mean.
     """
-    capacity = capacity_of(base)
     check_numbers(
         max_new_tokens=(NEW_TOKENS, max_new_tokens),
         temperature=(TEMPERATURE, temperature),
         top_p=(TOP_P, top_p),
         seed=(SEED, seed),
     )
-    _check_prompts(prompts, capacity)
-    limits = [
-        max_new_tokens if capacity.positions is None else min(max_new_tokens, capacity.positions - len(ids))
-        for ids in prompts
-    ]
     stops = list(stop_token_ids(base.tokenizer, base.model.generation_config))
 
     def say(token: int) -> None:
@@ -84,20 +80,35 @@ def generate(
             on_token(token)
 
     told = say if on_token is not None and len(prompts) == 1 else None
-    sampling = Sampling(temperature=temperature, top_p=top_p)
-    asked = _Asked(base, prompts, limits, stops, sampling, seed, told, on_done)
     with base.routing.held():  # who acts now acts for all of it
-        if not (packed := decodes_packed(base)) and loops(base.model).cached is not None:
-            _by_rereading(asked)
-            return asked.answers
-        plain, crossing = _by_switch(asked)
-        if packed and plain:
-            _by_engine(asked, plain)
-        elif plain:
-            beside = loops(base.model).beside is None
-            _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
-        _by_transformers(asked, ([number] for number in crossing))
+        limits = _limits(prompts, max_new_tokens, capacity_of(base))
+        asked = _Asked(
+            base, prompts, limits, stops, Sampling(temperature=temperature, top_p=top_p), seed, told, on_done
+        )
+        _answer(asked)
     return asked.answers
+
+
+def _limits(prompts: Sequence[list[int]], max_new_tokens: int, capacity: Capacity) -> list[int]:
+    """New tokens that each may get. ConfigError: prompts that cannot be answered."""
+    _check_prompts(prompts, capacity)
+    if capacity.positions is None:
+        return [max_new_tokens] * len(prompts)
+    return [min(max_new_tokens, capacity.positions - len(ids)) for ids in prompts]
+
+
+def _answer(asked: _Asked) -> None:
+    base = asked.base
+    if not (packed := decodes_packed(base)) and loops(base.model).cached is not None:
+        _by_rereading(asked)
+        return
+    plain, crossing = _by_switch(asked)
+    if packed and plain:
+        _by_engine(asked, plain)
+    elif plain:
+        beside = loops(base.model).beside is None
+        _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
+    _by_transformers(asked, ([number] for number in crossing))
 
 
 @dataclass
@@ -152,7 +163,7 @@ def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
     front, slots = front_places(applied), BLOCK_SLOTS
     needs = [-(-(len(asked.prompts[i]) + asked.limits[i]) // slots) for i in numbers]
     most = max(min(sum(needs), KEYS_TOKENS // slots), max(needs))
-    rows = max(1, min(ROWS, most // max(needs), len(numbers)))
+    rows = max(1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(needs)))  # none has to go back
     spare = rows + -(-front // slots)  # the scheduler keeps one block free for each that runs
     engine = Engine(
         base,
