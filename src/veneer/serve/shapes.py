@@ -59,7 +59,7 @@ STRUCTURED = (
     Field("guided_choice", _CHOICES, "as structured_outputs.choice"),
     Field("guided_grammar", _GRAMMAR, "as structured_outputs.grammar"),
     Field("guided_decoding_backend", Refused("there is one"), ""),
-    Field("guided_whitespace_pattern", Refused("write it into the schema"), ""),
+    Field("guided_whitespace_pattern", Refused("up to 32 blanks may stand between the parts of a value"), ""),
 )
 _KINDS: dict[str, Literal["json", "schema", "regex", "choice", "grammar"]] = {
     "json": "schema",
