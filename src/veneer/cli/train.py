@@ -21,7 +21,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from veneer.bounds import PROCESSES, check_numbers
+from veneer.bounds import PROCESSES
 from veneer.cli.common import add_json, print_json
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
 from veneer.cli.plan import parse_size
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         metavar="N",
-        type=int,
+        type=PROCESSES,
         help="compute the run in N processes of this machine; across machines: torchrun",
     )
     parser.add_argument("--quiet", action="store_true", help="show nothing while training")
@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     config = _config(args) if leads else None  # the others are told what the first was given
     if args.processes is not None:
-        check_numbers(processes=(PROCESSES, args.processes))
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError("--processes starts processes, and this is one of several already", [], "Leave it out.")
         return _launched(args.processes)
