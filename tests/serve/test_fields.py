@@ -141,9 +141,10 @@ def test_settings_of_all_protocols_come_out_the_same():
     same = {"temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.1, "seed": -1, "min_tokens": 2}
     for path, module in MODULES.items():
         asked = module.asked({**ASK[path], **same})
-        found = (asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, asked.min_new_tokens)
+        drawn = asked.sampling
+        found = (drawn.temperature, drawn.top_p, drawn.top_k, drawn.min_p, asked.seed, asked.min_new_tokens)
         assert found == (0.5, 0.25, 3, 0.1, 2**32 - 1, 2), path
-        assert module.asked({**ASK[path], "top_k": -1}).top_k == 0
+        assert module.asked({**ASK[path], "top_k": -1}).sampling.top_k == 0
         weighted = module.asked({**ASK[path], "adapters": [{"name": "a"}, {"name": "b", "weight": -0.5}]})
         assert weighted.adapters == (("a", 1.0), ("b", -0.5))
 
@@ -151,13 +152,13 @@ def test_settings_of_all_protocols_come_out_the_same():
 def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
     path = "/v1/chat/completions"
     asked = chat.asked({**ASK[path], "stop": "x", "logprobs": True, "max_completion_tokens": 7.0})
-    assert (asked.stops, asked.top_logprobs, asked.max_new_tokens) == (("x",), 0, 7)
+    assert (asked.stops, asked.sampling.logprobs, asked.max_new_tokens) == (("x",), 0, 7)
     assert refused(path, {"max_tokens": 1, "max_completion_tokens": 2}).param == "max_tokens"
     assert refused(path, {"top_logprobs": 2}).param == "top_logprobs"
     assert refused(path, {"stream_options": {"include_usage": True}}).param == "stream_options"
     completed = completions.asked({"model": "m", "prompt": [[1, 2], [3]], "logprobs": 2, "stop": ["a", "b"], "n": 2})
     assert [prompt.ids for prompt in completed.prompts] == [(1, 2), (3,)]
-    assert (completed.stops, completed.top_logprobs, completed.max_new_tokens) == (("a", "b"), 2, 16)
+    assert (completed.stops, completed.sampling.logprobs, completed.max_new_tokens) == (("a", "b"), 2, 16)
     assert refused("/v1/completions", {"best_of": 3}).param == "best_of"
     said = messages.asked({**ASK["/v1/messages"], "stop_sequences": ["END"]})
     assert (said.stops, said.max_new_tokens) == (("END",), 4)

@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.decoding.blocks import Identity
 from veneer.decoding.grammar import Grammar
-from veneer.decoding.sampling import Sampling, TokenChance, seed_of
+from veneer.decoding.sampling import TokenChance, seed_of
 from veneer.decoding.sequence import Reason, Request
 from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.serve.answers import Call, Chance, End, Piece, Usage
@@ -19,20 +19,6 @@ from veneer.serve.loop import EngineLoop, Ticket, Update
 from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.token_text import TokenTexts
 from veneer.serve.tools import CallReader, CallStyle
-
-
-def sampling_of(asked: Asked) -> Sampling:
-    return Sampling(
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        logit_bias=asked.logit_bias,
-        logprobs=asked.top_logprobs,
-    )
 
 
 def requests_of(
@@ -58,7 +44,7 @@ def requests_of(
             min_new_tokens=asked.min_new_tokens,
             stops=frozenset((*asked.stop_tokens, *(() if asked.ignore_eos else stops))),
             choices=asked.choices,
-            sampling=sampling_of(asked),
+            sampling=asked.sampling,
             constraints=constraints,
             checks=stop_check(tokenizer, asked.stops) if asked.stops else None,
             seed=seed_of(seed, number),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from veneer.decoding.sampling import Sampling
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -46,7 +48,6 @@ class Asked:
     model            the name that is asked for
     adapters         names with weights, that act instead of the model's own
     max_new_tokens   None: as many as fit
-    top_logprobs     alternatives beside each token's own chance; None: no chances
     seed             None: a fresh one
     ignore_eos       the base's own stop tokens stop nothing
     salt             whose keys and values may be shared: those of the same salt alone
@@ -59,15 +60,7 @@ class Asked:
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
     choices: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    top_logprobs: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     stops: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()

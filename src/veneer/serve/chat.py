@@ -57,7 +57,7 @@ FIELDS = (
 def asked(body: dict[str, Any]) -> Asked:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
-    found = sampled(values)
+    found = sampled(values, logprobs=values.get("top_logprobs", 0) if values.get("logprobs") else None)
     faults = []
     most = [values[name] for name in ("max_tokens", "max_completion_tokens") if name in values]
     if len(set(most)) > 1:
@@ -72,7 +72,6 @@ def asked(body: dict[str, Any]) -> Asked:
         model=values["model"],
         prompts=(Chat(messages, None if values.get("tool_choice") == "none" else tools),),
         max_new_tokens=most[0] if most else None,
-        top_logprobs=values.get("top_logprobs", 0) if values.get("logprobs") else None,
         shape=shape,
         parses_calls=bool(tools) and values.get("tool_choice") != "none",
         **found,
@@ -180,7 +179,7 @@ def _call(call: Call) -> dict[str, Any]:
 
 
 def _logprobs(asked: Asked, chances: Sequence[Chance]) -> dict[str, Any] | None:
-    if asked.top_logprobs is None:
+    if asked.sampling.logprobs is None:
         return None
     content = [{**_chance(c), "top_logprobs": [_chance(each) for each in c.alternatives]} for c in chances]
     return {"content": content, "refusal": None}

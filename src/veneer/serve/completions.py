@@ -54,9 +54,8 @@ def asked(body: dict[str, Any]) -> Asked:
         model=values["model"],
         prompts=_prompts(values["prompt"]),
         max_new_tokens=values.get("max_tokens", DEFAULT_NEW),
-        top_logprobs=values.get("logprobs"),
         shape=shape_of(values),
-        **sampled(values),
+        **sampled(values, logprobs=values.get("logprobs")),
     )
 
 
@@ -130,7 +129,7 @@ class _Offsets:
         self._at = 0
 
     def logprobs(self, asked: Asked, chances: Sequence[Chance]) -> dict[str, Any] | None:
-        if asked.top_logprobs is None:
+        if asked.sampling.logprobs is None:
             return None
         at = []
         for chance in chances:
@@ -140,7 +139,7 @@ class _Offsets:
             "tokens": [chance.text for chance in chances],
             "token_logprobs": [chance.logprob for chance in chances],
             "top_logprobs": [{each.text: each.logprob for each in c.alternatives} for c in chances]
-            if asked.top_logprobs
+            if asked.sampling.logprobs
             else None,
             "text_offset": at,
         }

@@ -189,8 +189,8 @@ def asked(body: dict[str, Any]) -> Asked:
         echo={
             "instructions": values.get("instructions"),
             "max_output_tokens": values.get("max_output_tokens"),
-            "temperature": found.get("temperature", 1.0),
-            "top_p": found.get("top_p", 1.0),
+            "temperature": found["sampling"].temperature,
+            "top_p": found["sampling"].top_p,
             "text": {"format": form},
             "tool_choice": values.get("tool_choice", "auto"),
             "tools": given or [],

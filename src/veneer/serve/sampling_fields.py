@@ -18,6 +18,7 @@ from veneer.bounds import (
     WEIGHT,
     Number,
 )
+from veneer.decoding.sampling import Sampling
 from veneer.serve.fields import Either, Field, Flag, Listed, Mapped, Num, Only, Refused, Table, Text
 from veneer.serve.refusals import Fault, refuse
 
@@ -106,16 +107,14 @@ WITHOUT_EFFECT = (
 )
 
 
-def sampled(values: dict[str, Any]) -> dict[str, Any]:
-    """What of Asked the fields of this file are."""
+DRAWN = ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+"""Called here as in Sampling."""
+
+
+def sampled(values: dict[str, Any], *, logprobs: int | None = None) -> dict[str, Any]:
+    """What of Asked the fields of this file are. logprobs: Sampling's."""
     faults = []
     names = {
-        "temperature": "temperature",
-        "top_p": "top_p",
-        "min_p": "min_p",
-        "presence_penalty": "presence_penalty",
-        "frequency_penalty": "frequency_penalty",
-        "repetition_penalty": "repetition_penalty",
         "n": "choices",
         "ignore_eos": "ignore_eos",
         "min_tokens": "min_new_tokens",
@@ -123,8 +122,6 @@ def sampled(values: dict[str, Any]) -> dict[str, Any]:
         "stream": "stream",
     }
     found: dict[str, Any] = {ours: values[name] for name, ours in names.items() if name in values}
-    if "top_k" in values:
-        found["top_k"] = max(values["top_k"], 0)
     if "seed" in values:
         found["seed"] = values["seed"] % 2**32
     if "stop" in values:
@@ -136,7 +133,6 @@ def sampled(values: dict[str, Any]) -> dict[str, Any]:
             bias.append((int(key), float(value)))
         else:
             faults.append(Fault(f"logit_bias.{key[:20]}", "is no token's id"))
-    found["logit_bias"] = tuple(sorted(bias))
     if "adapters" in values:
         found["adapters"] = tuple((each["name"], _weight(each.get("weight"))) for each in values["adapters"])
     options = values.get("stream_options")
@@ -145,6 +141,13 @@ def sampled(values: dict[str, Any]) -> dict[str, Any]:
     found["stream_usage"] = bool(options and options.get("include_usage"))
     if faults:
         raise refuse(faults)
+    found["sampling"] = Sampling(
+        temperature=values.get("temperature", 1.0),
+        top_k=max(values.get("top_k", 0), 0),
+        logit_bias=tuple(sorted(bias)),
+        logprobs=logprobs,
+        **{name: values[name] for name in DRAWN if name in values},
+    )
     return found
 
 
