@@ -13,7 +13,7 @@ from veneer.child import environment_for, module_command
 from veneer.errors import LostProcessError
 
 GRACE_SECONDS = 30.0
-"""Between asking the others to end and ending them."""
+"""From one process's failure until the others are ended."""
 POLL_SECONDS = 0.05
 
 
@@ -21,7 +21,7 @@ def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, s
     """Runs `veneer` with these arguments in each process; the exit code of the first that failed by itself, else 0.
 
     Threads are shared out where OMP_NUM_THREADS does not say how many each gets. Ctrl-C and SIGTERM go to all. Where
-    one process fails, the others are asked to end, then ended.
+    one process fails, the others notice by themselves; who has not after GRACE_SECONDS is ended.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
     common = {
@@ -41,13 +41,11 @@ def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, s
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
-    code, asked_at = 0, None
+    failed_at = None
     while any(process.poll() is None for process in started):
-        failed = [process.returncode for process in started if process.returncode]
-        if failed and asked_at is None:
-            asked_at = time.monotonic()
-        # What one cannot go on without, the others notice by themselves; who does not is ended.
-        if asked_at is not None and time.monotonic() - asked_at > GRACE_SECONDS:
+        if failed_at is None and any(process.returncode for process in started):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
             for process in started:
                 process.kill()
         time.sleep(POLL_SECONDS)
