@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import veneer
+from veneer.adapters.preamble import NONE
 from veneer.cli import chat, doctor, main
 from veneer.data.check import CheckReport
 from veneer.data.examples import Example, Problem, RowRef
@@ -31,6 +32,7 @@ class StandInBase:
 
     source = "b"
     compute = SimpleNamespace(widens=False, line=None)
+    preamble = NONE
 
     def __init__(self) -> None:
         self.asked: list[object] = []
@@ -44,7 +46,7 @@ class StandInBase:
     def use(self, name):
         self.used.append(name)
 
-    def generate(self, prompt, *, max_new_tokens=256, temperature=0.0, on_text=None):
+    def generate(self, prompt, *, max_new_tokens=256, temperature=0.0, system=None, variables=None, on_text=None):
         self.asked.append((prompt, max_new_tokens, temperature))
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         if "too long" in text:
@@ -253,7 +255,7 @@ def test_chat_names_its_commands_when_one_is_unknown(api, capsys, stdin):
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_came(api, capsys, stdin, monkeypatch):
-    def interrupted(prompt, *, max_new_tokens, temperature, on_text):
+    def interrupted(prompt, *, on_text, **_):
         on_text("half")
         raise KeyboardInterrupt
 

@@ -20,6 +20,7 @@ OTHER_VALUES = {
     "data.format": "chat",
     "data.train_on": "last",
     "data.long_rows": "drop",
+    "template.variables": {"enable_thinking": False},
     "method.lr_ratio": 4.0,
     "method.init": "olora",
     "method.lora_bias": True,

@@ -131,7 +131,7 @@ def test_a_conversation_renders_as_it_does_in_this_process():
     render_all([(conversation, cuts)])
     assert set(conversation.known) == set(cuts) == {(4, False), (1, True), (2, False), (3, True)}
     for count, prompt in [*cuts, (4, True)]:
-        assert conversation.text(count, add_generation_prompt=prompt) == render(messages[:count], None, prompt)
+        assert conversation.text(count, add_generation_prompt=prompt) == render(messages[:count], None, prompt, {})
 
 
 def test_what_comes_back_is_bounded_by_what_was_asked_and_held_once(one_worker, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.config import LoRA, Method
+from veneer.adapters.preamble import Preamble
 from veneer.base import Base
 from veneer.bases.compute import HeldAs
 from veneer.bases.tokenizer import load_tokenizer
@@ -129,7 +130,13 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
     """
     fields = config.data.model_dump() | {"long_rows": "cut"}
     tokenizer, model_config = load_tokenizer(config.base)
-    data = examine_data(**fields, length=config.length, capacity=configured_capacity(model_config), tokenizer=tokenizer)
+    data = examine_data(
+        **fields,
+        length=config.length,
+        capacity=configured_capacity(model_config),
+        tokenizer=tokenizer,
+        preamble=Preamble(variables=config.template.variables),
+    )
     return fitted(config, data, memory_bytes)
 
 
@@ -142,6 +149,7 @@ def check_data(
     train_on: str = "assistant",
     long_rows: str = "refuse",
     validation: str | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[DataSet, Any]:
     """What would be trained on and held out, with its report, and the tokenizer to show it with. Loads no weights."""
     tokenizer, config = load_tokenizer(base)
@@ -149,7 +157,11 @@ def check_data(
         {"train": data, "format": format, "train_on": train_on, "long_rows": long_rows, "validation": validation}
     )
     found = examine_data(
-        **fields.model_dump(), length=length, capacity=configured_capacity(config), tokenizer=tokenizer
+        **fields.model_dump(),
+        length=length,
+        capacity=configured_capacity(config),
+        tokenizer=tokenizer,
+        preamble=Preamble(variables=variables or {}),
     )
     return found, tokenizer
 
@@ -169,14 +181,18 @@ def evaluate(
     max_new_tokens: int = 256,
     batch: int = 16,
     predictions: Path | None = None,
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
 
+    Rows are asked as what acts was trained (base.preamble), unless system or variables say otherwise, as for generate.
     What else can be asked, and what comes back: evaluate/evaluation.py. A metric is a name, `regex:PATTERN`, or a
     function (answer, references) -> number.
     """
     check_numbers(length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch))
+    preamble = base.preamble.asked(system, variables)
     choices = Choices(
         metrics=find_metrics(metrics),
         max_new_tokens=max_new_tokens,
@@ -185,10 +201,13 @@ def evaluate(
         predictions=predictions,
         against=against,
         general=general,
+        variables=preamble.variables,
     )
     fields = DataConfig.of({"train": data, "validation_share": 0.0, "format": format, "train_on": train_on})
     capacity = capacity_of(base)
-    loaded = load_data(**fields.model_dump(), length=length, capacity=capacity, tokenizer=base.tokenizer)
+    loaded = load_data(
+        **fields.model_dump(), length=length, capacity=capacity, tokenizer=base.tokenizer, preamble=preamble
+    )
     paths = base.paths
 
     def nats(examples: Sequence[Example]) -> Counts:

@@ -13,6 +13,7 @@ from typing import Any
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.preamble import Preamble
 from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.data.template import ChatTemplate
@@ -150,10 +151,15 @@ class Base(FrozenBase):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece."""
-        ids = self._prompt_ids(prompt)
+        """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece.
+
+        It is asked as what acts was trained: with the system turn of all its rows, unless the messages have one, and
+        what their template was told. system and variables say otherwise; "" is no system turn, None no variable.
+        """
         stream = TextStream(self.tokenizer)
 
         def say(text: str) -> None:
@@ -161,6 +167,7 @@ class Base(FrozenBase):
                 on_text(text)
 
         with self.routing.held():  # a switch by another thread is for its next answer
+            ids = self._prompt_ids(prompt, self.preamble.asked(system, variables))
             (answer,) = generate(
                 self,
                 [ids],
@@ -173,13 +180,16 @@ class Base(FrozenBase):
         say(stream.end())
         return text_of(self.tokenizer, answer)
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, preamble: Preamble) -> list[int]:
         messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
         if not all(is_text(inner) for inner, _ in walk(messages) if isinstance(inner, str)):
             raise ConfigError("the prompt is not UTF-8", next_step="Give it as UTF-8 text.")
         if self.tokenizer.chat_template is None:
             if not isinstance(prompt, str):
                 raise ConfigError("this base has no chat template: give the prompt as a string")
+            if preamble:
+                raise ConfigError("this base has no chat template: it takes neither a system turn nor variables")
             return list(self.tokenizer(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        return ChatTemplate(self.tokenizer).encode_prompt(messages)
+        template = ChatTemplate(self.tokenizer, variables=preamble.variables)
+        return template.encode_prompt(preamble.opening(messages))

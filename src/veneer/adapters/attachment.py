@@ -7,6 +7,7 @@ from torch import nn
 
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.layer import Layer
+from veneer.adapters.preamble import Preamble
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class Attachment:
     adaptable: int = 0
     places: int | None = None
     """Places taken where one layer serves several; None: each layer one."""
+    preamble: Preamble = field(default_factory=Preamble)
+    """Of the conversations it was trained on."""
 
     @property
     def adapted(self) -> int:

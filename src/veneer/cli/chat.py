@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_base, load_base, standard_input
+from veneer.cli.common import add_base, add_preamble, asked_as, load_base, standard_input, variables_of
 from veneer.cli.generate import add_sampling
 from veneer.errors import VeneerError
 from veneer.wording import shown
@@ -25,7 +25,7 @@ FENCE = '"""'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_preamble(parser)
     add_sampling(parser)
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
         print(f"{HELP}  {FENCE} several lines {FENCE}  (Ctrl-C stops an answer)", file=sys.stderr)
-    system: str | None = args.system
+    system = asked_as(args, base).system
     messages = _opening(system)
     while True:
         try:
@@ -93,7 +93,14 @@ def _answer(base: Base, messages: list[dict[str, Any]], args: argparse.Namespace
         print(shown(text), end="", flush=True)
 
     try:
-        answer = base.generate(messages, max_new_tokens=args.max_tokens, temperature=args.temperature, on_text=show)
+        answer = base.generate(
+            messages,
+            max_new_tokens=args.max_tokens,
+            temperature=args.temperature,
+            system="",  # what stands in front is in the messages
+            variables=variables_of(args),
+            on_text=show,
+        )
     except KeyboardInterrupt:
         answer = "".join(pieces)
     except VeneerError as error:  # too long for the model, say: the conversation goes on without it

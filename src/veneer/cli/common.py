@@ -15,10 +15,12 @@ from veneer.bounds import LENGTH
 from veneer.errors import ConfigError, InputError, SourceError
 from veneer.files.strict_json import finite_or_null, read_json, read_yaml
 from veneer.quant.config import FORMATS, Quantize, weight_format
+from veneer.wording import cut, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from veneer.adapters.preamble import Preamble
     from veneer.base import Base
     from veneer.models.frozen_base import FrozenBase
 
@@ -66,6 +68,56 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         "default: as the adapter was trained",
     )
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
+
+
+def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
+    parser.add_argument(
+        "--variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="variables",
+        help="tell the chat template, for instance enable_thinking=false; NAME=null takes one away" + what,
+    )
+
+
+def add_preamble(parser: argparse.ArgumentParser) -> None:
+    """--system and --variable: what an adapter that was trained with them says by itself."""
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message of what has none; default: the one that all rows of the adapter began with; '': none",
+    )
+    add_variables(parser, "; default: as the adapter was trained")
+
+
+def variables_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Of --variable NAME=VALUE, the value read as YAML. ConfigError with all that is wrong."""
+    from veneer.adapters.preamble import check_variables
+    from veneer.cli.config_file import Settings, parse_yaml
+
+    found: dict[str, Any] = {}
+    for each in args.variables:
+        name, sign, text = each.partition("=")
+        if not sign or not name:
+            raise ConfigError(
+                f"--variable {each}: write --variable NAME=VALUE", next_step="enable_thinking=false, say."
+            )
+        found[name] = parse_yaml(text, f"--variable {name}", Settings())
+    check_variables(found)
+    return found
+
+
+def asked_as(args: argparse.Namespace, base: Base) -> Preamble:
+    """What conversations get by themselves with these flags, which is told where an adapter is the reason."""
+    asked = base.preamble.asked(args.system, variables_of(args))
+    if base.preamble and asked:
+        parts = [] if asked.system is None else [f"system: {cut(asked.system, 60)!r}"]
+        parts += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in asked.variables.items()]
+        off = "  (--system '' leaves it out)" if asked.system is not None and args.system is None else ""
+        line = f"asked as the adapter was trained · {' · '.join(parts)}{off}"
+        make_console(json=True).print(shown(line), style="dim", soft_wrap=True)
+    return asked
 
 
 def add_library(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
-from veneer.train.config import DataConfig, RunConfig
+from veneer.train.config import DataConfig, RunConfig, TemplateConfig
 
 KeyPath = tuple[str, ...]  # ("method", "rank")
 
@@ -45,9 +45,14 @@ FLAGS: dict[str, KeyPath] = {
     "out": ("out",),
 }
 
+PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateConfig}
+"""Settings that hold settings, beside the method."""
+
 # What other tools call our fields: closer to what was meant than the nearest spelling is.
 KNOWN_ELSEWHERE = {
     "batch_size": "batch",
+    "chat_template_kwargs": "template.variables",
+    "enable_thinking": "template.variables",
     "dataset": "data",
     "gradient_checkpointing": "checkpointing",
     "iters": "steps",
@@ -132,8 +137,8 @@ def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Seq
 def field_help(path: KeyPath) -> str:
     """The sentence under a field, as one line: the command line's help is written there, once."""
     model: type[BaseModel] = RunConfig
-    if path[0] == "data":
-        model, path = (DataConfig, path[1:]) if len(path) > 1 else (RunConfig, path)
+    if path[0] in PARTS and len(path) > 1:
+        model, path = PARTS[path[0]], path[1:]
     elif path[0] == "method" and len(path) > 1 and path[1] != "name":
         model, path = METHODS["lora"], path[1:]
     description = model.model_fields[path[0]].description
@@ -268,7 +273,7 @@ def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
     node = values
     for key in path[:-1]:
         node = node[key]
-    models: dict[KeyPath, type[BaseModel]] = {(): RunConfig, ("data",): DataConfig}
+    models: dict[KeyPath, type[BaseModel]] = {(): RunConfig, **{(name,): part for name, part in PARTS.items()}}
     model = models.get(path[:-1])
     fields = model.model_fields if model else {}
     if missing or (path[-1] in fields and fields[path[-1]].is_required()):
@@ -307,7 +312,7 @@ def _nearest(path: KeyPath, values: Mapping[str, Any]) -> str:
     *around, key = path
     method = values.get("method")
     chosen = str(method.get("name") if isinstance(method, dict) else method)
-    valid = [("data",), ("method",), *setting_paths(chosen if chosen in METHODS else "lora")]
+    valid = [*((name,) for name in PARTS), ("method",), *setting_paths(chosen if chosen in METHODS else "lora")]
     here = [each[-1] for each in valid if list(each[:-1]) == around]
     elsewhere = [".".join(each) for each in valid if each[-1] == key]
     known = (
@@ -323,7 +328,7 @@ def setting_paths(method: str = "lora") -> list[KeyPath]:
     """The path of every setting: the run's own, data's, and those of a method."""
     paths: list[KeyPath] = []
     for name in RunConfig.model_fields:
-        models: dict[str, type[BaseModel]] = {"data": DataConfig, "method": METHODS[method]}
+        models: dict[str, type[BaseModel]] = {**PARTS, "method": METHODS[method]}
         inner = models.get(name)
         paths += [(name, below) for below in inner.model_fields] if inner else [(name,)]
     return paths

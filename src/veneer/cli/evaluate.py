@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import NEW_TOKENS, ROWS
-from veneer.cli.common import add_base, add_data, add_json, load_base, make_console, print_json
+from veneer.cli.common import (
+    add_base,
+    add_data,
+    add_json,
+    add_preamble,
+    asked_as,
+    load_base,
+    make_console,
+    print_json,
+    variables_of,
+)
 from veneer.wording import number, shown
 
 UNITS = {"loss": "nats per trained token", "tokens": "trained tokens"}
@@ -49,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length-normalised", action="store_true", help="compare labels by their log-probability per token"
     )
+    add_preamble(parser)
     add_data(parser)
     parser.add_argument("--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens")
     parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
@@ -84,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels) if args.labels else []
     console = make_console(json=True)  # progress is talk
     base = load_base(args)
+    asked_as(args, base)
     with console.status("") as status:
         result = api.evaluate(
             base,
@@ -99,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_tokens,
             batch=args.batch,
             predictions=args.predictions,
+            system=args.system,
+            variables=variables_of(args),
             progress=lambda what, done, total: status.update(f"{what}: {done:,} of {total:,} rows"),
         )
     if args.json:

@@ -13,7 +13,16 @@ import sys
 from typing import Any
 
 from veneer.bounds import NEW_TOKENS, TEMPERATURE
-from veneer.cli.common import add_base, add_json, load_base, print_json, standard_input
+from veneer.cli.common import (
+    add_base,
+    add_json,
+    add_preamble,
+    asked_as,
+    load_base,
+    print_json,
+    standard_input,
+    variables_of,
+)
 from veneer.errors import InputError
 from veneer.wording import shown
 
@@ -21,7 +30,7 @@ from veneer.wording import shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the user's message; without it, stdin")
     add_base(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a system message before it")
+    add_preamble(parser)
     add_sampling(parser)
     add_json(parser)
 
@@ -44,13 +53,19 @@ def run(args: argparse.Namespace) -> int:
     prompt = args.prompt if args.prompt is not None else standard_input().read()
     if not prompt.strip():
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
-    asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
-    if args.system is not None:
-        asked = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
     base = load_base(args)
+    preamble = asked_as(args, base)
+    asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
+    if preamble.system is not None:
+        asked = preamble.opening([{"role": "user", "content": prompt}])
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
-        asked, max_new_tokens=args.max_tokens, temperature=args.temperature, on_text=_print_piece if streams else None
+        asked,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        system="",
+        variables=variables_of(args),
+        on_text=_print_piece if streams else None,
     )
     if args.json:
         print_json({"prompt": asked, "answer": answer})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
-from veneer.cli.common import add_library, make_console, no_collection
+from veneer.cli.common import add_library, add_variables, make_console, no_collection, variables_of
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.wording import folded, shown, size
@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000")
     parser.add_argument("--name", metavar="NAME", help="of the base as a model; default: as it is loaded")
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="of conversations that have none; default: as each adapter was trained; '': none",
+    )
+    add_variables(parser, "; default: as each adapter was trained; a request's chat_template_kwargs come first")
     parser.add_argument("--pin", action="append", default=[], metavar="A", help="an adapter that stays in memory")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks")
@@ -115,6 +121,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         hosts=args.allow_host,
         origins=args.allow_origin,
         pinned=args.pin,
+        system=args.system,
+        variables=variables_of(args),
     )
 
 

@@ -85,6 +85,11 @@ class Sentinels:
             made.append(prepared({k: v if k == "role" else hidden(v, names) for k, v in message.items()}))
         return made, hidden(tools, self._special), count
 
+    def hidden(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Variables of a template in which names are sentinels. Raises TokenFault."""
+        made = self.hide([], [values])[1]
+        return made[0] if made else {}
+
     def _replaced(self, text: str, names: ControlNames) -> tuple[str, int]:
         """The text with each of the names replaced by its sentinel, and how many there were.
 

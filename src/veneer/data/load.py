@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
 import numpy as np
 
+from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, TrainOn, row_key
 from veneer.data.sources import scan_rows
@@ -26,6 +27,7 @@ class DataSet:
     """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order.
 
     fingerprint   over ids and masks in order: equal only if a run would see the same tokens
+    preamble      the system turn that all training rows begin with, and what their template was told
     """
 
     train: list[Example]
@@ -34,6 +36,7 @@ class DataSet:
     validation_rows: list[Row]
     report: CheckReport
     fingerprint: str
+    preamble: Preamble = NONE
 
 
 def load_data(
@@ -48,6 +51,7 @@ def load_data(
     capacity: Capacity,
     tokenizer: Any,
     today: date | None = None,
+    preamble: Preamble = NONE,
 ) -> DataSet:
     """The examples of a run. Raises DataError with everything that keeps it from starting.
 
@@ -56,6 +60,7 @@ def load_data(
     length              longest row, tokens; long_rows says what happens to longer ones
     capacity            of the model: no row is longer than its positions, whatever `length` says
     today               the date that chat templates may write: the same date, the same tokens
+    preamble            what the template is told, and a system turn for conversations that have none
     """
     data = examine_data(
         train,
@@ -68,6 +73,7 @@ def load_data(
         capacity=capacity,
         tokenizer=tokenizer,
         today=today,
+        preamble=preamble,
     )
     refuse(data.report, train)
     return data
@@ -85,12 +91,13 @@ def examine_data(
     capacity: Capacity,
     tokenizer: Any,
     today: date | None = None,
+    preamble: Preamble = NONE,
 ) -> DataSet:
     """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
 
     Raises DataError only if nothing can be said at all: an unknown format, a tokenizer that cannot be used.
     """
-    template = ChatTemplate(tokenizer, today=today)
+    template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     findings = Findings()
     asked, length = length, min(length, capacity.positions or length)
     rows = _scan(train, format, findings)
@@ -105,8 +112,8 @@ def examine_data(
             findings.problems.append(Problem("D216", train, message, fatal=False))
     else:
         held_out = _scan(validation, format, findings)
-    kept = _encode(rows, template, train_on, length, long_rows, findings)
-    held = _encode(held_out, template, train_on, length, long_rows, findings)
+    kept = _encode(rows, preamble, template, train_on, length, long_rows, findings)
+    held = _encode(held_out, preamble, template, train_on, length, long_rows, findings)
     if template.writes_date and any(row.messages for row in rows):
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", train, message, fatal=False))
@@ -125,7 +132,18 @@ def examine_data(
         stop_tokens=[tokenizer.decode([number]) for number in template.stop_ids],
     )
     fingerprint = _fingerprint(kept.examples, held.examples)
-    return DataSet(kept.examples, held.examples, kept.rows, held.rows, report, fingerprint)
+    begun = Preamble(common_system(kept.rows), template.variables)
+    return DataSet(kept.examples, held.examples, kept.rows, held.rows, report, fingerprint, begun)
+
+
+def common_system(rows: Sequence[Row]) -> str | None:
+    """The system turn that all of these begin with."""
+    turns = {row.messages[0]["content"] if _has_system(row) else None for row in rows}
+    return turns.pop() if len(turns) == 1 else None
+
+
+def _has_system(row: Row) -> bool:
+    return bool(row.messages) and row.messages[0]["role"] == "system"
 
 
 @dataclass
@@ -144,10 +162,18 @@ def _scan(file: str, format: str, findings: Findings) -> list[Row]:
 
 
 def _encode(
-    rows: Sequence[Row], template: ChatTemplate, train_on: TrainOn, length: int, long_rows: LongRows, findings: Findings
+    rows: Sequence[Row],
+    preamble: Preamble,
+    template: ChatTemplate,
+    train_on: TrainOn,
+    length: int,
+    long_rows: LongRows,
+    findings: Findings,
 ) -> _Kept:
     kept = _Kept()
-    for row, found in zip(rows, template.encode_rows(rows, train_on=train_on), strict=True):
+    keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
+    rows = [replace(row, messages=preamble.opening(row.messages)) if row.messages else row for row in rows]
+    for row, key, found in zip(rows, keys, template.encode_rows(rows, train_on=train_on), strict=True):
         if isinstance(found, Problem):
             findings.problems.append(found)
             continue
@@ -162,16 +188,16 @@ def _encode(
                 findings.lost.append(row)
                 continue
         kept.rows.append(row)
-        kept.examples.append(_example(row, found, length if long_rows == "cut" else size))
+        kept.examples.append(_example(row, key, found, length if long_rows == "cut" else size))
     return kept
 
 
-def _example(row: Row, found: Encoded, size: int) -> Example:
+def _example(row: Row, key: int, found: Encoded, size: int) -> Example:
     return Example(
         np.array(found.ids[:size], dtype=np.int32),
         np.array(found.trained[:size], dtype=np.bool_),
         row.ref,
-        row_key(row),
+        key,
         found.roles,
     )
 

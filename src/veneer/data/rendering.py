@@ -58,11 +58,12 @@ class Rendered:
 
 @dataclass(eq=False)
 class Conversation:
-    """Messages, as `sandbox.prepared` leaves them, whose beginnings are rendered."""
+    """Messages, as `sandbox.prepared` leaves them, whose beginnings are rendered. variables: that templates read."""
 
     template: Template
     messages: Sequence[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    variables: dict[str, Any] = field(default_factory=dict)
     known: dict[Cut, Rendered | TemplateFault] = field(default_factory=dict)
 
     def text(self, count: int, *, add_generation_prompt: bool) -> str:
@@ -76,7 +77,7 @@ class Conversation:
         return str(found)
 
     def request(self, cuts: Sequence[Cut]) -> bytes:
-        whole = {"messages": list(self.messages), "tools": self.tools, "cuts": cuts}
+        whole = {"messages": list(self.messages), "tools": self.tools, "variables": self.variables, "cuts": cuts}
         return encoded({"template": self.template.number, **whole})
 
 

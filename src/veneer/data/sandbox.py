@@ -22,8 +22,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# (messages, tools, add_generation_prompt) -> text
-Render = Callable[[list[dict[str, Any]], "list[dict[str, Any]] | None", bool], str]
+# (messages, tools, add_generation_prompt, variables) -> text
+Render = Callable[[list[dict[str, Any]], "list[dict[str, Any]] | None", bool, dict[str, Any]], str]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -44,15 +44,15 @@ def compile_template(source: str, special_tokens: dict[str, Any], today: date) -
     except (TemplateError, RecursionError) as error:
         raise TemplateFault(f"the chat template does not compile: {error}") from None
 
-    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> str:
+    def render(
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+    ) -> str:
+        asked = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            )
+            return template.render({**special_tokens, "documents": None, **variables, **asked})
         except Exception as error:  # the template is somebody else's program: it may raise anything
             text = str(error) or type(error).__name__
             raise TemplateFault(f"the chat template refuses it: {text}") from None

@@ -11,13 +11,16 @@ joined. Plain text rows are tokenised as they stand, control tokens included.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from veneer.adapters.preamble import check_variables, given
 from veneer.data.control_names import Sentinels, TokenFault
 from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
 from veneer.data.rendering import Conversation, Template, beginnings, render_all
@@ -46,10 +49,13 @@ class Encoded:
 class ChatTemplate:
     """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers library).
 
-    today   the date that templates may write; one for the life of the object
+    today      the date that templates may write; one for the life of the object
+    variables  what the template is told beside the conversation (enable_thinking, ...); None is not given
     """
 
-    def __init__(self, tokenizer: Any, *, today: date | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, today: date | None = None, variables: Mapping[str, Any] | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library",
@@ -69,6 +75,10 @@ class ChatTemplate:
         self._names = Sentinels(tokenizer, self.source)
         self._tokens = TextTokens(tokenizer, self._names)
         self._templates: dict[str, Template] = {}
+        self.variables: dict[str, Any] = {}
+        self._hidden: dict[str, Any] = {}
+        if variables:
+            self._tell(variables)
         self._begin = self._put_in_front()
         self.stop_ids = self._find_stop_ids()
         """Ids that end an answer: the end-of-text token, and what the template ends an assistant turn with."""
@@ -77,6 +87,26 @@ class ChatTemplate:
     def writes_date(self) -> bool:
         """Whether the template asks for the date, so that other days give other tokens."""
         return "strftime_now" in self.source
+
+    def telling(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The same with other variables beside its own. Raises DataError for one that the template does not read."""
+        if not variables:
+            return self
+        other = copy.copy(self)
+        other._tell({**self.variables, **variables})
+        return other
+
+    def _tell(self, variables: Mapping[str, Any]) -> None:
+        check_variables(variables)
+        self.variables = given(variables)
+        unread = [name for name in self.variables if not re.search(rf"\b{name}\b", self.source)]
+        if unread:
+            headline = f"the chat template reads no variable {', '.join(unread)}"
+            raise DataError(headline, next_step="Leave it out, or look into the base's chat_template for its name.")
+        try:
+            self._hidden = self._names.hidden(self.variables)
+        except TokenFault as fault:
+            raise DataError(f"a template variable cannot be written: {fault}") from None
 
     def fingerprint(self) -> str:
         """SHA-256 of the template's text, hexadecimal."""
@@ -216,7 +246,7 @@ class ChatTemplate:
         if template is None:
             template = Template(source, self.tokenizer.special_tokens_map, self.today)
             self._templates[source] = template
-        return Conversation(template, messages, tools)
+        return Conversation(template, messages, tools, self._hidden)
 
     def _put_in_front(self) -> tuple[int, ...]:
         """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most that have one)."""

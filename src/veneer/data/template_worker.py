@@ -7,7 +7,7 @@ time, whatever runs then; memory ends at MEMORY_BYTES, as a MemoryError that a r
 elsewhere the time limit and that of the output hold). It writes no files and reads none.
 
     <- {"template": 7, "source": ..., "special_tokens": {...}, "today": "2026-01-31"}    keeps it, answers nothing
-    <- {"template": 7, "messages": [...], "tools": [...] or null, "cuts": [[2, true], [3, false]]}
+    <- {"template": 7, "messages": [...], "tools": [...] or null, "variables": {...}, "cuts": [[2, true], [3, false]]}
     -> {"texts": [[0, "..."], [117, "..."], null], "faults": [null, null, "why"]}
 
 Each cut is so many messages, with the generation prompt or not. Its text is as many characters of the answer's
@@ -58,7 +58,9 @@ def main() -> None:
                     compiled[number] = compile_template(
                         own["source"], own["special_tokens"], date.fromisoformat(own["today"])
                     )
-                text = compiled[number](request["messages"][:count], request["tools"], add_generation_prompt)
+                text = compiled[number](
+                    request["messages"][:count], request["tools"], add_generation_prompt, request["variables"]
+                )
                 if len(text) > most:
                     raise TemplateFault(_too_much(most))
                 shared = 0 if first is None else _shared(first, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,22 @@ class Answer:
 
 
 def evaluate_answers(
-    base: FrozenBase, rows: Sequence[Row], *, max_new_tokens: int, progress: Callable[[int, int], None] | None = None
+    base: FrozenBase,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int,
+    variables: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """The model's answer to every row's prompt (all but its last turn), greedy, in the rows' order.
 
     max_new_tokens  an answer that is not finished by then is cut there
+    variables       what the chat template is told
     progress        called with the rows done and the rows in all
     Raises DataError, naming the rows, where a row has no assistant turn at its end to compare with.
     """
-    expected = expected_answers(base, rows)
-    template = ChatTemplate(base.tokenizer)
+    expected = expected_answers(base, rows, variables)
+    template = ChatTemplate(base.tokenizer, variables=variables)
     prompts = [template.encode_prompt(row.messages[:-1], tools=row.tools) for row in rows]
 
     def done(count: int) -> None:
@@ -48,22 +54,22 @@ def evaluate_answers(
     return [Answer(*fields) for fields in zip(rows, expected, answers, strict=True)]
 
 
-def expected_answers(base: FrozenBase, rows: Sequence[Row]) -> list[str]:
+def expected_answers(base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None) -> list[str]:
     """The text of each row's last turn; raises DataError, naming the rows, where it is no assistant turn."""
     refuse_rows(
         "answers can only be compared with an assistant turn at the end of each row",
         [row.ref for row in rows if not row.messages or row.messages[-1]["role"] != "assistant"],
         "Give rows that end with the expected answer, or ask for the loss alone.",
     )
-    template = ChatTemplate(base.tokenizer)
+    template = ChatTemplate(base.tokenizer, variables=variables)
     return [_expected(base, template, row) for row in rows]
 
 
-def references_of(base: FrozenBase, rows: Sequence[Row]) -> list[list[str]]:
+def references_of(base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None) -> list[list[str]]:
     """Every right answer of each row: its last turn first, then its `references`."""
     return [
         [expected, *(text.strip() for text in row.references)]
-        for expected, row in zip(expected_answers(base, rows), rows, strict=True)
+        for expected, row in zip(expected_answers(base, rows, variables), rows, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ How a batch is computed comes in as a function (`nats`): it is the step's busine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Choices:
     predictions        a JSONL file to write (predictions.py)
     against            another evaluation's predictions, to be compared row by row
     general            a text file, or general.BUILT_IN, for the loss on general text; None: left out
+    variables          what the chat template is told
     """
 
     metrics: Sequence[Metric] = ()
@@ -46,6 +47,7 @@ class Choices:
     predictions: Path | None = None
     against: Path | None = None
     general: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -70,7 +72,7 @@ def evaluate(
     Raises DataError for rows that a metric cannot be computed on, before anything is computed.
     """
     report = progress or (lambda what, done, total: None)
-    references = references_of(base, rows) if choices.metrics else []
+    references = references_of(base, rows, choices.variables) if choices.metrics else []
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)
     other = None if choices.against is None else read_predictions(choices.against)
@@ -143,6 +145,7 @@ def _answer(
             labels,
             nats=nats,
             length_normalised=choices.length_normalised,
+            variables=choices.variables,
             progress=lambda done, total: report("labels", done, total),
         )
         for line, label in zip(lines, chosen, strict=True):
@@ -152,6 +155,7 @@ def _answer(
             base,
             rows,
             max_new_tokens=choices.max_new_tokens,
+            variables=choices.variables,
             progress=lambda done, total: report("answers", done, total),
         )
         for line, answer in zip(lines, answers, strict=True):

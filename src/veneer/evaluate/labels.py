@@ -7,7 +7,7 @@ it were the answer, its end of turn included: without it "card" could never lose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,14 @@ def likeliest_labels(
     *,
     nats: Nats,
     length_normalised: bool = False,
+    variables: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """For each row the label with the highest log-probability, or with the highest one per token.
 
     nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded.
     """
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, variables=variables)
     chosen = []
     for done, row in enumerate(rows, 1):
         found = nats(label_examples(template, row, labels))

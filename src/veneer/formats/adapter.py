@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.preamble import Preamble
 from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.atomic import atomic_folder
@@ -94,6 +95,7 @@ def manifest_for(
     recipe: Mapping[str, JsonValue] | None = None,
     metrics: Mapping[str, float] | None = None,
     parent: str | None = None,
+    preamble: Preamble | None = None,
 ) -> Manifest:
     """What veneer.json says of an adapter trained on `base`; write_adapter adds scaling and content hash."""
     return Manifest(
@@ -106,6 +108,8 @@ def manifest_for(
         recipe=None if recipe is None else dict(recipe),
         metrics=dict(metrics or {}),
         parent=parent,
+        system=None if preamble is None else preamble.system,
+        template_variables={} if preamble is None else dict(preamble.variables),
     )
 
 
@@ -275,6 +279,8 @@ def load_adapter(
         values_follow=True,
         read_past=base.read_past,
     )
+    if stored.manifest is not None:
+        attachment.preamble = stored.manifest.preamble
     try:
         _fill(attachment, found.values, take=take or stored is not source)  # nobody else holds what was read here
     except BaseException:

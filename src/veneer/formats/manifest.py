@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from veneer.adapters.preamble import Preamble
 from veneer.errors import ConfigError, CorruptFileError, VeneerError
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import MAX_JSON_BYTES, field_faults, illegible, parse_json, read_json
@@ -65,6 +66,10 @@ class Manifest(_Strict):
     """ChatTemplate.fingerprint() of the chat template it was trained with."""
     scaling: dict[str, float] = Field(default_factory=dict)
     """Path of each adapted module or parameter -> factor of its update; write_adapter fills it in."""
+    system: str | None = None
+    """System turn that every conversation it was trained on begins with: given to those that have none."""
+    template_variables: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the chat template was told (enable_thinking, ...)."""
     data_fingerprint: str | None = None
     """Hash over the rows it was trained on."""
     recipe: dict[str, JsonValue] | None = None
@@ -77,6 +82,10 @@ class Manifest(_Strict):
     """The adapters that it was combined from; empty for one that was trained."""
     content_hash: str = ""
     """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
+
+    @property
+    def preamble(self) -> Preamble:
+        return Preamble(self.system, self.template_variables)
 
     def to_json(self) -> str:
         """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it could not be

@@ -7,16 +7,21 @@ runs is for the requests behind it. What no name means any more goes as soon as 
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from veneer.adapters.acting import Applied
+from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
 from veneer.decoding.blocks import Identity
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError
+from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_reference, nearest
 from veneer.library.resident import Files, Shown
 from veneer.library.tiers import LoadLimits, Tiers
 from veneer.models.frozen_base import FrozenBase
+
+MOST_PREAMBLES = 1024
 
 
 class Residents:
@@ -42,6 +47,7 @@ class Residents:
         self._lock = threading.Lock()
         self._meant: dict[str, str] = {}  # reference -> the content that it last meant
         self._pins: set[str] = set()  # references
+        self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
 
     # by name
 
@@ -56,6 +62,21 @@ class Residents:
             return ()
         reference = self._reference(name)
         return ((self._know(reference, self._entry(reference, name)), weight),)
+
+    def preamble(self, identity: Identity) -> Preamble:
+        """Of the conversations that all of these were trained on. Reads files of one that was not asked for before."""
+        return shared(self._preamble(self._tiers.files(content)) for content, _ in identity)
+
+    def _preamble(self, files: Files) -> Preamble:
+        found = self._preambles.get(files.folder)
+        if found is None:
+            manifest = files.folder / MANIFEST_NAME
+            found = read_manifest(manifest).preamble if manifest.is_file() else NONE
+            with self._lock:
+                self._preambles[files.folder] = found
+                while len(self._preambles) > MOST_PREAMBLES:
+                    del self._preambles[next(iter(self._preambles))]
+        return found
 
     def load(self, name: str, *, seconds: float = 60.0) -> Identity:
         """Into memory, waiting for it. Raises what `resolve` raises and why it does not come.

@@ -104,6 +104,10 @@ class Tiers:
             known.files, known.unwanted = files, False
             self._check(known)
 
+    def files(self, content: str) -> Files:
+        with self._lock:
+            return self._of(((content, 1.0),))[0].files
+
     def leave(self, content: str) -> bool:
         """It goes as soon as nobody asks for it. False: it is not in memory."""
         with self._lock:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import LowRank
 from veneer.adapters.lora import Kind, LoRALayer
+from veneer.adapters.preamble import NONE, shared
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.wrapping import plain_modules
 from veneer.bases.fingerprint import Fingerprint
@@ -180,8 +181,15 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
         found = load_base(source, dtype="stored", device="cpu").fingerprint().to_dict()
         identity = BaseIdentity(name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found)
         tokenizer = template = None
+    asked = shared(NONE if each.stored.manifest is None else each.stored.manifest.preamble for each in placed)
     return Manifest(
-        veneer_version=version("veneer"), method="lora", base=identity, tokenizer_hash=tokenizer, template_hash=template
+        veneer_version=version("veneer"),
+        method="lora",
+        base=identity,
+        tokenizer_hash=tokenizer,
+        template_hash=template,
+        system=asked.system,
+        template_variables=dict(asked.variables),
     )
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from veneer.adapters.attach import detach
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.preamble import Preamble, shared
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.bases.compute import Compute
@@ -78,6 +79,11 @@ class FrozenBase:
             known = ", ".join(sorted(self.attachments)) or "none"
             raise ConfigError(f"no adapter named {name!r} is loaded", next_step=f"There is: {known}.")
         detach(self.model, name, routing=self.routing)
+
+    @property
+    def preamble(self) -> Preamble:
+        """Of the conversations that what acts now was trained on."""
+        return shared(adapter.preamble for adapter in self.routing.acting.adapters)
 
     @property
     def device(self) -> torch.device:

@@ -87,14 +87,12 @@ def _routes(service: Service) -> list[Route]:
 
     async def count(body: dict[str, Any], request: Request) -> Response:
         asked = messages.counted(body)
-        await service.model(asked.model)
-        (ids,) = await service.prompts.encoded(asked.prompts)
+        (ids,) = await service.ids(asked.prompts, await service.model(asked.model))
         return JSONResponse({"input_tokens": len(ids)})
 
     async def tokenize(body: dict[str, Any], request: Request) -> Response:
         asked, wants_strings = tokenized(body)
-        await service.model(asked.model or service.names.base_name)
-        (ids,) = await service.prompts.encoded(asked.prompts)
+        (ids,) = await service.ids(asked.prompts, await service.model(asked.model or service.names.base_name))
         found = {"count": len(ids), "max_model_len": service.prompts.positions, "tokens": ids}
         strings = await service.prompts.strings(ids) if wants_strings else None
         return JSONResponse({**found, "token_strs": strings})

@@ -11,10 +11,11 @@ from veneer.decoding.sampling import Sampling
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that the base's template renders; messages and tools as it takes them."""
+    """A conversation that the base's template renders; messages, tools and variables as it takes them."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

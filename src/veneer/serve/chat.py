@@ -11,7 +11,7 @@ from typing import Any
 from veneer.bounds import LOGPROBS
 from veneer.serve.answers import DONE, Answer, Call, Chance, Head, Piece, Usage, event, finish_reason
 from veneer.serve.asked import Asked, Chat
-from veneer.serve.conversation import MESSAGES, conversation
+from veneer.serve.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.fields import Field, Flag, Num, Only, Refused, read_fields
 from veneer.serve.refusals import Fault, Refusal, refuse
 from veneer.serve.sampling_fields import MODEL, NEW, OPENAI, OTHERS, STREAM, WITHOUT_EFFECT, sampled
@@ -28,6 +28,7 @@ FIELDS = (
     Field("top_logprobs", Num(LOGPROBS), "and so many of the likeliest; with logprobs"),
     *STREAM,
     Field("tools", TOOLS, "functions that the model may call"),
+    VARIABLES,
     Field("tool_choice", TOOL_CHOICE, "whether it calls them"),
     Field("parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True),
     RESPONSE_FORMAT,
@@ -48,7 +49,6 @@ FIELDS = (
     Field("continue_final_message", Only((False,), "an answer is begun anew"), "", no_effect=True),
     Field("add_special_tokens", Only((False,), "the template writes them"), "", no_effect=True),
     Field("chat_template", Refused("the base's own is used"), ""),
-    Field("chat_template_kwargs", Refused("the base's template takes none"), ""),
     Field("documents", Refused("put them into a message"), ""),
     Field("mm_processor_kwargs", Refused("text alone is read"), ""),
 )
@@ -70,7 +70,7 @@ def asked(body: dict[str, Any]) -> Asked:
     shape = wanted_call(values) or shape_of(values)
     return Asked(
         model=values["model"],
-        prompts=(Chat(messages, None if values.get("tool_choice") == "none" else tools),),
+        prompts=(Chat(messages, None if values.get("tool_choice") == "none" else tools, variables(values)),),
         max_new_tokens=most[0] if most else None,
         shape=shape,
         parses_calls=bool(tools) and values.get("tool_choice") != "none",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from veneer.adapters.preamble import variable_faults
 from veneer.data.examples import RowFault
 from veneer.data.formats import to_conversation
-from veneer.serve.fields import Either, Field, Listed, Only, Refused, Tagged, Text
+from veneer.serve.fields import AnyObject, Either, Field, Listed, Only, Refused, Tagged, Text
 from veneer.serve.refusals import Fault, refuse
 from veneer.serve.tools import CALL
 
@@ -21,6 +22,7 @@ _PART = Tagged("type", {"text": (Field("text", TEXT, "", required=True),)}, why=
 CONTENT = Either((TEXT, Listed(_PART, 1024)))
 _SAID = Field("content", CONTENT, "", required=True)
 _NAME = Field("name", Text(64, 1), "")
+
 
 MESSAGES = Listed(
     Tagged(
@@ -44,6 +46,10 @@ MESSAGES = Listed(
     ),
     MOST_MESSAGES,
     1,
+)
+
+VARIABLES = Field(
+    "chat_template_kwargs", AnyObject(), "what the base's template is told, {enable_thinking: false}, say"
 )
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -70,3 +76,11 @@ def conversation(
         return to_conversation(prepared, tools)
     except RowFault as fault:
         raise refuse([Fault("messages", fault.message)]) from None
+
+
+def variables(values: dict[str, Any]) -> dict[str, Any]:
+    """What the template is told, of a body that VARIABLES passed. Refusal: 400."""
+    told: dict[str, Any] = values.get(VARIABLES.name, {})
+    if faults := variable_faults(told):
+        raise refuse([Fault(VARIABLES.name, fault) for fault in faults])
+    return told

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.rendering import forgive
 from veneer.data.template import ChatTemplate
 from veneer.errors import VeneerError
@@ -35,9 +36,9 @@ class Prompts:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veneer-prompts")
         self._waiting = 0
 
-    async def encoded(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    async def encoded(self, prompts: Sequence[Prompt], preamble: Preamble = NONE) -> list[list[int]]:
         """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
-        return await self._apart(lambda: [self.encode(prompt) for prompt in prompts])
+        return await self._apart(lambda: [self.encode(prompt, preamble) for prompt in prompts])
 
     async def strings(self, ids: Sequence[int]) -> list[str]:
         return await self._apart(lambda: [str(each) for each in self.tokenizer.convert_ids_to_tokens(list(ids))])
@@ -59,10 +60,10 @@ class Prompts:
         finally:
             self._waiting -= 1
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, preamble: Preamble = NONE) -> list[int]:
         """Refusal, DataError."""
         if isinstance(prompt, Chat):
-            return self._chat(prompt)
+            return self._chat(prompt, preamble)
         if prompt.ids is not None:
             ids = list(prompt.ids)
         else:
@@ -75,12 +76,14 @@ class Prompts:
             raise Refusal(400, f"prompt: {max(ids)} is no token: there are {self.ids:,}.", "prompt")
         return ids
 
-    def _chat(self, prompt: Chat) -> list[int]:
+    def _chat(self, prompt: Chat, preamble: Preamble) -> list[int]:
         if prompt.tools and self.style is None:
             raise Refusal(400, "This base's chat template writes no calls of tools that can be read.", "tools")
-        self._check_length(sum(len(str(message["content"])) for message in prompt.messages))
+        messages = preamble.opening(prompt.messages)
+        self._check_length(sum(len(str(message["content"])) for message in messages))
         forgive()  # whatever conversation it did not survive is not this one
-        return self.template.encode_prompt(prompt.messages, tools=prompt.tools)
+        template = self.template.telling({**preamble.variables, **prompt.variables})
+        return template.encode_prompt(messages, tools=prompt.tools)
 
     def _check_length(self, characters: int) -> None:
         """Whether a text can fit at all, before a template or a tokenizer reads it."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from veneer.adapters.preamble import NONE, Preamble
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.engine import Engine
 from veneer.decoding.grammar import Grammar, Grammars
@@ -19,7 +20,7 @@ from veneer.library.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.serve.answering import Answering, requests_of
-from veneer.serve.asked import Asked
+from veneer.serve.asked import Asked, Prompt
 from veneer.serve.grammars import Shapes
 from veneer.serve.loop import EngineLoop
 from veneer.serve.metrics import Metrics, state_of
@@ -57,10 +58,14 @@ class Service:
         *,
         limits: ServeLimits | None = None,
         routes: Sequence[str] = (),
+        asked_as: Callable[[Preamble], Preamble] = lambda trained: trained,
     ) -> None:
+        """asked_as: how an adapter's conversations are asked, from how it was trained."""
         capacity = capacity_of(base)
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
         self.prompts = Prompts(base.tokenizer, positions=capacity.positions, ids=capacity.tokens)
+        self._asked_as = asked_as
+        self.prompts.template.telling(asked_as(NONE).variables)  # that it reads them shows before anybody asks
         self.texts = TokenTexts(base.tokenizer)
         self.loop = EngineLoop(engine)
         self.metrics = Metrics(names.base_name, routes)
@@ -98,10 +103,15 @@ class Service:
         while len(self._labels) > MOST_LABELS:
             del self._labels[next(iter(self._labels))]
 
+    async def ids(self, prompts: Sequence[Prompt], model: Model) -> list[list[int]]:
+        """Of each prompt, asked as the model was trained. Refusal."""
+        preamble = await self.apart(lambda: self.residents.preamble(model.identity))
+        return await self.prompts.encoded(prompts, self._asked_as(preamble))
+
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
         model = await self.model(asked.model, asked.adapters)
-        prompts = await self.prompts.encoded(asked.prompts)
+        prompts = await self.ids(asked.prompts, model)
         lengths = [self.prompts.most_new(ids, asked.max_new_tokens, self.cache_tokens) for ids in prompts]
         grammar = await self._grammar(asked)
         try:

@@ -6,8 +6,11 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
 from veneer.decoding.scheduler import Limits
@@ -35,6 +38,7 @@ class Settings:
     adapters_bytes  of all adapters in memory
     keys            file of hashes; hosts, origins: names and sites that are answered beside this machine's own
     pinned          adapters that are loaded at the start and stay
+    system, variables  of conversations, in place of what adapters were trained with; "" and None: none
     """
 
     host: str = "127.0.0.1"
@@ -49,6 +53,8 @@ class Settings:
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
     pinned: Sequence[str] = ()
+    system: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -91,7 +97,8 @@ def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Ke
     positions = capacity_of(base).positions
     names = Names(name, base.fingerprint().digest, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
-    service = Service(base, engine, names, residents, limits=limits, routes=PATHS)
+    asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)
+    service = Service(base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked)
     residents.on_change(service.loop.wake)
     for each in settings.pinned:
         residents.pin(each)

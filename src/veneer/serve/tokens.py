@@ -6,24 +6,24 @@ from typing import Any
 
 from veneer.bounds import TOKEN
 from veneer.serve.asked import Asked, Chat, Plain
-from veneer.serve.conversation import MESSAGES, conversation
+from veneer.serve.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.fields import Field, Flag, Listed, Num, Only, Refused, Text, read_fields
 from veneer.serve.refusals import Fault, refuse
 from veneer.serve.sampling_fields import MODEL
 from veneer.serve.tools import TOOLS
 
-_MODEL = Field("model", MODEL.kind, "the base, or an adapter; all have one tokenizer")
+_MODEL = Field("model", MODEL.kind, "the base, or an adapter, whose conversations may begin otherwise")
 TOKENIZE = (
     _MODEL,
     Field("prompt", Text(4_000_000, 1), "a text, tokenised as it stands; or messages"),
     Field("messages", MESSAGES, "a conversation, with what opens the answer behind it"),
     Field("tools", TOOLS, "with messages"),
+    VARIABLES,
     Field("return_token_strs", Flag(), "what each id is in the vocabulary, too"),
     Field("add_generation_prompt", Only((True,), "an answer is begun"), "", no_effect=True),
     Field("continue_final_message", Only((False,), "an answer is begun anew"), "", no_effect=True),
     Field("add_special_tokens", Only((True, False)), "as for an answer, whatever it says", no_effect=True),
     Field("chat_template", Refused("the base's own is used"), ""),
-    Field("chat_template_kwargs", Refused("the base's template takes none"), ""),
 )
 DETOKENIZE = (_MODEL, Field("tokens", Listed(Num(TOKEN), 1_000_000), "ids", required=True))
 
@@ -34,11 +34,12 @@ def tokenized(body: dict[str, Any]) -> tuple[Asked, bool]:
     given = [name for name in ("prompt", "messages") if name in values]
     if len(given) != 1:
         raise refuse([Fault("prompt", "and messages: give one of them")])
-    if "tools" in values and "messages" not in values:
-        raise refuse([Fault("tools", "are for messages")])
+    if alone := [name for name in ("tools", "chat_template_kwargs") if name in values and "messages" not in values]:
+        raise refuse([Fault(name, "are for messages") for name in alone])
     prompt = Plain(text=values["prompt"]) if "prompt" in values else None
     if prompt is None:
-        prompts: tuple[Any, ...] = (Chat(*conversation(values["messages"], values.get("tools"))),)
+        asked = conversation(values["messages"], values.get("tools"))
+        prompts: tuple[Any, ...] = (Chat(*asked, variables(values)),)
     else:
         prompts = (prompt,)
     return Asked(model=values.get("model", ""), prompts=prompts), bool(values.get("return_token_strs"))

@@ -4,9 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from veneer.adapters.config import LoRA, Method
+from veneer.adapters.preamble import variable_faults
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
 from veneer.errors import ConfigError
 from veneer.files.strict_json import field_faults, illegible
@@ -42,6 +52,19 @@ class Settings(BaseModel):
         return value
 
 
+class TemplateConfig(Settings):
+    variables: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the chat template is told beside the conversation, for instance {enable_thinking: false}; kept in the
+    adapter, and said again whenever it answers."""
+
+    @field_validator("variables")
+    @classmethod
+    def _can_be_told(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if faults := variable_faults(value):
+            raise ValueError("; ".join(faults))
+        return value
+
+
 class DataConfig(Settings):
     train: str
     """File with the training rows: .jsonl, .json, .csv or .parquet."""
@@ -62,6 +85,8 @@ class RunConfig(Settings):
     """Hub id, folder, .gguf file, or a named default such as smollm2-135m."""
     data: DataConfig
     """The rows: a file, or {train, validation, format, ...}."""
+    template: TemplateConfig = Field(default_factory=TemplateConfig)
+    """How the base's chat template writes them."""
     method: Method = Field(default_factory=LoRA)
     """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
     quantize: Quantize | None = None

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
@@ -161,6 +162,7 @@ def _run(
                 capacity=capacity_of(base),
                 tokenizer=base.tokenizer,
                 today=day,
+                preamble=Preamble(variables=config.template.variables),
             )
             config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
             if then is not None:
@@ -273,13 +275,13 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
         # With dropout every row wants a mask of its own, also where rows begin alike.
         share_prompt=config.share_prompt and not config.method.drops_out,
         out=Path(config.out),
-        answer=_sampler(base, data.validation_rows) if shows else None,
+        answer=_sampler(base, data.validation_rows, data.preamble) if shows else None,
     )
 
 
-def _sampler(base: FrozenBase, rows: Sequence[Row]) -> Callable[[], dict[str, Any]] | None:
+def _sampler(base: FrozenBase, rows: Sequence[Row], preamble: Preamble) -> Callable[[], dict[str, Any]] | None:
     """Answers the first of the rows whose question leaves room for an answer; None where there is none."""
-    template = ChatTemplate(base.tokenizer)
+    template = ChatTemplate(base.tokenizer, variables=preamble.variables)
     found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
     if found is None:
         return None
@@ -366,6 +368,7 @@ def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | 
             method=config.method.name,
             data_fingerprint=data.fingerprint,
             recipe=config.model_dump(mode="json"),
+            preamble=data.preamble,
             template_hash=base.template_hash(),
             metrics={} if best is None else {"validation_loss": best},
         )
