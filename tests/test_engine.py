@@ -191,9 +191,9 @@ def out_of_memory_above(monkeypatch, tokens):
     """A machine on which a forward of more tokens does not fit. Returns the sizes of all that were tried."""
     right, tried = PagedForward.logits, []
 
-    def logits(self, plan, step):
+    def logits(self, plan, step, *more):
         tried.append(sum(span.stop - span.start for span in plan.spans))
-        found = right(self, plan, step)  # keys and values are written, or some of them
+        found = right(self, plan, step, *more)  # keys and values are written, or some of them
         if tried[-1] > tokens:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return found

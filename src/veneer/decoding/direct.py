@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.paged import PagedKeys, PagedStep
+from veneer.decoding.recorded import Inputs, computed
 from veneer.kernels import decoder_step, few_rows
 from veneer.kernels.groups import Pair
 from veneer.kernels.paged_attention import SpanRows
@@ -74,18 +75,26 @@ class DirectForward:
 
     def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
         """rows (2, N): ids and positions -> (kept, V); None: all rows."""
-        states = self.states(rows, laid)
+        h_1ND = self.inner.embed_tokens(rows[:1])
+        cos_1NE, sin_1NE = self.inner.rotary_emb(h_1ND, position_ids=rows[1:])
+        inputs = h_1ND[0], cos_1NE[0], sin_1NE[0]
+        if kept is None and laid.recorded is not None:
+            return computed(inputs, laid, self._rest, self._called)
+        return self._rest(inputs, laid, kept)
+
+    def _rest(self, inputs: Inputs, laid: PagedStep, kept: Tensor | None = None) -> Tensor:
+        h, cos, sin = inputs
+        angles, delta = (cos[None], sin[None]), None
+        for layer in self.layers:
+            h, delta = _layer(layer, h, delta, angles, laid)
+        states = _add_norm(h, delta, self.inner.norm)[1]
         head: Any = self.model.get_output_embeddings()
         return _product(states if kept is None else states[kept], head)
 
-    def states(self, rows: Tensor, laid: PagedStep) -> Tensor:
-        """(N, D) as the head takes them."""
-        h_1ND = self.inner.embed_tokens(rows[:1])
-        angles = self.inner.rotary_emb(h_1ND, position_ids=rows[1:])
-        h, delta = h_1ND[0], None
-        for layer in self.layers:
-            h, delta = _layer(layer, h, delta, angles, laid)
-        return _add_norm(h, delta, self.inner.norm)[1]
+    def _called(self) -> list[nn.Module]:
+        """All modules that `_rest` may call."""
+        within = (self.inner.layers, self.inner.norm, self.model.get_output_embeddings())
+        return [self.inner, *(module for each in within for module in each.modules())]
 
 
 class Way:

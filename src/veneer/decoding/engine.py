@@ -32,6 +32,8 @@ from veneer.models.frozen_base import FrozenBase
 
 BLOCK_SLOTS = 16
 """Tokens of a block: what kernels know."""
+NUMBERS_KEPT = 4
+"""Of rows, for which steps of the base alone stay recorded: a recording holds the values between all layers."""
 
 
 class Engine:
@@ -62,6 +64,7 @@ class Engine:
         self._drawings: dict[int, Drawing] = {}
         self._ids = capacity_of(base).tokens
         self._acting: tuple[Any, Acting] | None = None
+        self._nobody: dict[int, Acting] = {}
 
     def add(self, request: Request) -> tuple[Answer, ...]:
         """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise."""
@@ -103,6 +106,7 @@ class Engine:
                 return self._let_go([*ended, *self.scheduler.finish_step(results)])
             self.scheduler.undo_step()
             self._acting = None
+            self._nobody.clear()
             tokens = sum(span.stop - span.start for span in plan.spans)
             most = max(1, tokens // 2)
             if tokens == 1:
@@ -146,15 +150,25 @@ class Engine:
         step = self._forward.rows(plan)
         acting = self._acting_of(plan, step.filler)
         with self.base.routing.held(acting if step.kept is None else acting.keeping(step.kept)):
-            return self._forward.logits(plan, step)
+            return self._forward.logits(plan, step, acting.plan.steps)
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
+        if filler == 0 and not any(each for each, _ in plan.parts):
+            return self._nobodys(sum(count for _, count in plan.parts))
         parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
         if self._acting is None or self._acting[0] != (parts, filler):
             before = None if self._acting is None else self._acting[1]
             self._acting = (parts, filler), in_step(parts, before).padded(filler)
         return self._acting[1]
+
+    def _nobodys(self, rows: int) -> Acting:
+        """Of the base's own rows: kept for several numbers of rows, since answers come and go."""
+        if rows not in self._nobody:
+            while len(self._nobody) >= NUMBERS_KEPT:
+                del self._nobody[next(iter(self._nobody))]
+            self._nobody[rows] = in_step([(rows, ())])
+        return self._nobody[rows]
 
 
 def _way(base: FrozenBase) -> Way:

@@ -7,6 +7,7 @@ Shapes: N rows of the step: the spans' tokens, one span behind the other, then f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,14 @@ class PagedForward:
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
         return StepRows(rows, filler, ends.to(self._device))
 
-    def logits(self, plan: Plan, step: StepRows) -> Tensor:
-        """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before."""
+    def logits(self, plan: Plan, step: StepRows, recorded: dict[int, Any] | None = None) -> Tensor:
+        """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before.
+
+        recorded: of the parts that act (decoding/recorded.py).
+        """
         self.keys.copy(plan.copies)
-        logits = self._run(step.rows, PagedStep(self.keys, [_rows(span) for span in plan.spans]), step.kept)
+        spans = [_rows(span) for span in plan.spans]
+        logits = self._run(step.rows, PagedStep(self.keys, spans, recorded), step.kept)
         if len(logits) != len(plan.spans):
             raise ValueError(f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}")
         return logits

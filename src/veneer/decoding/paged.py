@@ -6,6 +6,7 @@ they call. Shapes: N rows of the step, K key/value heads, D head size.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,14 @@ class PagedKeys:
 
 
 class PagedStep:
-    """The spans of a step on their way through the layers (models/attention.py: Laid); `calls` counts those passed."""
+    """The spans of a step on their way through the layers (models/attention.py: Laid); `calls` counts those passed.
 
-    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows]) -> None:
+    recorded: steps of the same parts, by number of rows (decoding/recorded.py); None: nothing is recorded.
+    """
+
+    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows], recorded: dict[int, Any] | None = None) -> None:
         self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block), 0
+        self.recorded = recorded
         self._fewer: dict[tuple[int, ...], Spans] = {}
 
     def attend(

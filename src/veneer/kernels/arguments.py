@@ -8,6 +8,9 @@ only we can cause: callers ask first whether a kernel computes what they have.
 """
 
 import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,11 +38,30 @@ def reachable(tensor: Tensor) -> bool:
     return tensor.is_cpu or on_cpu(tensor)
 
 
+class _OfThread(threading.local):
+    note: Callable[[str, tuple[Any, ...]], None] | None = None
+
+
+_of_thread = _OfThread()
+
+
 def call(name: str, *arguments: Any) -> int:
     function = getattr(library(), name, None)
     if function is None:
         raise CallError(f"{name} is not compiled here")
+    if _of_thread.note is not None:
+        _of_thread.note(name, arguments)
     return function(*arguments) or 0
+
+
+@contextmanager
+def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Within the block `note` hears of every call of this thread: its name, and what it is given."""
+    _of_thread.note = note
+    try:
+        yield
+    finally:
+        _of_thread.note = None
 
 
 # A training step asks the next two some five thousand times: what passes takes the shortest way.

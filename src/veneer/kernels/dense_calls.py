@@ -28,6 +28,8 @@ class _Part(ctypes.Structure):
 
 class _FewRows(ctypes.Structure):
     _fields_ = [*pointers("x parts"), *numbers("count rows width apart"), ("type", ctypes.c_int)]
+    kept: object
+    """What its pointers point at."""
 
 
 _ARRAYS = {count: _Part * count for count in range(1, MOST_PARTS + 1)}
@@ -53,6 +55,7 @@ def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], l
         ]
     )
     one = _FewRows(source, ctypes.addressof(given), count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
+    one.kept = given
     call("veneer_few_rows", ctypes.byref(one), number(level, 0, 4))
 
 
@@ -82,6 +85,7 @@ class _Update(ctypes.Structure):
 
 class _Updated(ctypes.Structure):
     _fields_ = [*pointers("x w bias y down updates"), *numbers("count rows width outs apart"), ("type", ctypes.c_int)]
+    kept: object
 
 
 class Factors:
@@ -162,4 +166,5 @@ def few_rows_updated(
         x.stride(0),
         TYPE_NUMBERS[dtype],
     )
+    one.kept = updates
     call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 4))

@@ -2,7 +2,7 @@
 
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
 packed_calls.py, dense_calls.py, paged_calls.py and step_calls.py alone, which check what they hand over
-(arguments.py): C does not look.
+(arguments.py), and made again in recorded.py: C does not look.
 """
 
 import ctypes
@@ -58,6 +58,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
     **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
+    "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
     "veneer_gguf_product": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""

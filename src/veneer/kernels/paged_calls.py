@@ -6,6 +6,7 @@ Shapes: as in kernels/paged_attention.py.
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class _Paged(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
+    kept: object
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def paged_attention(
         raise CallError(f"heads of {size} where C takes pairs of bf16 values")
     number(size, 1), number(value_size, 1), number(spans.rows, 0, rows), number(blocks := len(keys), spans.blocks)
     given = _Paged(heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, scale=scale)
-    given.tables, given.spans, given.count = spans.tables.data_ptr(), spans.spans.data_ptr(), len(spans.spans)
+    point_at(given, spans)
     given.q, given.q_row, given.q_head = _strided(q, dtype, rows, heads, size)
     given.k, given.k_row, given.k_head = _strided(k, dtype, rows, kv_heads, size)
     given.v, given.v_row, given.v_head = _strided(v, dtype, rows, kv_heads, value_size)
@@ -92,6 +94,12 @@ def paged_attention(
     given.softcap = 0.0 if softcap is None else softcap
     if call("veneer_paged_attention", ctypes.byref(given), pair - 1, number(level, 0, 4)):
         raise MemoryError("no memory for the attention of a step")
+
+
+def point_at(given: Any, spans: PagedSpans) -> None:
+    """The call's spans. What a call is given may get others of as many rows, in blocks that are there."""
+    given.tables, given.spans, given.count = spans.tables.data_ptr(), spans.spans.data_ptr(), len(spans.spans)
+    given.kept = spans
 
 
 def _strided(tensor: Tensor, dtype: object, *shape: int) -> tuple[int, int, int]:

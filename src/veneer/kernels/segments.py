@@ -141,12 +141,15 @@ class Plan:
     """
 
     kept: dict[tuple[str, int], Prepared] = field(default_factory=dict)
+    steps: dict[int, Any] = field(default_factory=dict)
+    """By number of rows, steps that were recorded while these act (decoding/recorded.py)."""
     _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
     _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
     _typed_before: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.kept.clear()
+        self.steps.clear()
         self._typed.clear()
         self._typed_before.clear()
 
