@@ -117,16 +117,9 @@ def _head(
 
 def _picture(norms: Mapping[str, float], *, relative: bool) -> list[str]:
     """One line for each kind of module, one cell for each layer, taller where the update is larger."""
-    from veneer.adapters.targets import layer_number
+    from veneer.formats.norms import by_kind
 
-    kinds: dict[str, dict[int, float]] = {}
-    alone: dict[str, float] = {}
-    for path, norm in norms.items():
-        layer = layer_number(path)
-        if layer is None:
-            alone[path] = norm
-        else:
-            kinds.setdefault(path.rsplit(".", 1)[-1], {})[layer] = norm
+    kinds, alone = by_kind(norms)
     if not norms:
         return []
     highest, deepest = max(norms.values()), max((max(row) for row in kinds.values()), default=0)
@@ -150,15 +143,10 @@ def _cell(row: Mapping[int, float], start: int, share: int, highest: float) -> s
 
 def lineage(library: Library, parent: str | None) -> list[str]:
     """The adapters it was continued from, nearest first: by name where the library has them."""
-    if parent is None:
-        return []
-    known = {e.version.facts.content_hash: e for e in library.entries(every_version=True)}
-    lines: list[str] = []
-    while parent is not None and len(lines) < 100:
-        entry = known.pop(parent, None)
-        lines.append(f"{parent[:12]}…" + (f" ({entry.reference})" if entry else " (not in the library)"))
-        parent = entry.version.facts.parent if entry else None
-    return lines
+    from veneer.library.lineage import ancestors
+
+    found = ancestors(library, parent)
+    return [f"{content[:12]}…" + (f" ({e.reference})" if e else " (not in the library)") for content, e in found]
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[str]:

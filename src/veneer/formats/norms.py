@@ -80,6 +80,19 @@ def updates(stored: StoredAdapter) -> tuple[dict[str, Update], dict[str, Tensor]
     return found, rest
 
 
+def by_kind(norms: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+    """Of modules in layers by their kind (q_proj, down_proj, ...) and layer; of the others by their path."""
+    kinds: dict[str, dict[int, float]] = {}
+    alone: dict[str, float] = {}
+    for path, norm in norms.items():
+        layer = layer_number(path)
+        if layer is None:
+            alone[path] = norm
+        else:
+            kinds.setdefault(path.rsplit(".", 1)[-1], {})[layer] = norm
+    return kinds, alone
+
+
 def base_norms(base: FrozenBase, paths: Iterable[str]) -> dict[str, float]:
     """Frobenius norm of the base's own weight at each path, float32, one matrix at a time."""
     modules = plain_modules(base.model)
