@@ -80,6 +80,7 @@ def running(
     tokens: int = 4096,
     limits: Limits | None = None,
     seconds: float | None = None,
+    runs: Path | None = None,
 ) -> Iterator[Running]:
     base = base or made_base()
     settings = Settings(
@@ -87,6 +88,7 @@ def running(
         name=BASE,
         limits=limits or Limits(),
         cache_bytes=tokens * bytes_per_token(base),
+        runs=runs,
         **({} if seconds is None else {"seconds": seconds}),
     )
     opened = open_server(base, library, settings, keys or Keys([]))

@@ -43,9 +43,10 @@ def process(places):
 
 
 def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(process, places):
-    told = [process.stdout.readline().rstrip("\n") for _ in range(4)]
+    told = [process.stdout.readline().rstrip("\n") for _ in range(5)]
     assert told[0] == "tiny-llama · 1 adapter · tickets"
-    assert "no key is asked for" in told[2] and told[3].strip() == "Ctrl-C ends it"
+    assert "no key is asked for" in told[2] and told[4].strip() == "Ctrl-C ends it"
+    assert told[3].endswith("/ in a browser: base and adapters side by side")
     assert all(len(line) <= 80 for line in told)
     assert str(places) not in "\n".join(told)
     url = re.search(r"http://127\.0\.0\.1:\d+", told[2])[0]

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_variables(parser, "; default: as each adapter was trained; a request's chat_template_kwargs come first")
     parser.add_argument("--pin", action="append", default=[], metavar="A", help="an adapter that stays in memory")
+    parser.add_argument("--runs", metavar="DIR", help="a folder that has folders of runs, shown on the page")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks")
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
@@ -123,6 +124,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         pinned=args.pin,
         system=args.system,
         variables=variables_of(args),
+        runs=None if args.runs is None else Path(args.runs),
     )
 
 
@@ -142,6 +144,7 @@ def _told(opened: Opened, host: str) -> list[str]:
         folded(f"{names.base_name} · {count}" + (f" · {some}" if some else ""), COLUMNS),
         f"  keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens",
         f"  {opened.url}/v1 · {who}",
+        f"  {opened.url}/ in a browser: base and adapters side by side",
         "  Ctrl-C ends it",
     ]
 

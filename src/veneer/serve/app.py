@@ -18,9 +18,11 @@ from veneer.errors import VeneerError
 from veneer.serve import chat, completions, messages, responses
 from veneer.serve.adapters import card_of, loaded, pinned, unloaded
 from veneer.serve.body import read_body
+from veneer.serve.details import details
 from veneer.serve.exchange import Exchange
 from veneer.serve.guard import answer_to
 from veneer.serve.keys import Caller
+from veneer.serve.page import page
 from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.service import Service
 from veneer.serve.tokens import detokenized, tokenized
@@ -43,6 +45,7 @@ NOT_SERVED = {
     "/v1/score": "no model here scores pairs",
 }
 PATHS = (
+    "/",
     *PROTOCOLS,
     *NOT_SERVED,
     "/v1/messages/count_tokens",
@@ -54,6 +57,7 @@ PATHS = (
     "/v1/adapters",
     "/v1/adapters/pin",
     "/v1/adapters/unpin",
+    "/v1/runs",
     "/metrics",
     "/healthz",
     "/readyz",
@@ -128,6 +132,20 @@ def _routes(service: Service) -> list[Route]:
     async def adapters(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card_of(each) for each in service.residents.shown()]})
 
+    async def adapter(request: Request) -> Response:
+        name = request.path_params["name"]
+        return JSONResponse(await service.apart(lambda: details(service.residents.library, service.names.entry(name))))
+
+    async def runs(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await service.apart(service.runs.cards)})
+
+    async def run(request: Request) -> Response:
+        name, after = request.path_params["name"], _byte(request)
+        return JSONResponse(await service.apart(lambda: service.runs.records(name, after)))
+
+    async def index(request: Request) -> Response:
+        return page()
+
     async def model(request: Request) -> Response:
         return JSONResponse(await service.apart(lambda: service.names.card(request.path_params["name"])))
 
@@ -149,7 +167,11 @@ def _routes(service: Service) -> list[Route]:
         post("/v1/unload_lora_adapter", unload, "admin"),
         post("/v1/adapters/pin", pin(to=True), "admin"),
         post("/v1/adapters/unpin", pin(to=False), "admin"),
+        get("/", index),
         get("/v1/adapters", adapters),
+        get("/v1/adapters/{name:path}", adapter),
+        get("/v1/runs", runs),
+        get("/v1/runs/{name}", run),
         get("/v1/models", models),
         get("/v1/models/{name:path}", model),
         get("/metrics", metrics),
@@ -183,6 +205,14 @@ async def _by_http(request: Request, fault: Exception) -> Response:
     assert isinstance(fault, HTTPException)
     said = "There is no such path here." if fault.status_code == 404 else f"{fault.detail}."
     return answer_to(Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path)
+
+
+def _byte(request: Request) -> int:
+    """The byte that records are wanted from. Refusal: 400."""
+    given = request.query_params.get("after", "0")
+    if not (given.isascii() and given.isdigit() and len(given) < 16):
+        raise Refusal(400, "after: is the `next` of the answer before, a whole number.", "after")
+    return int(given)
 
 
 def _caller(request: Request) -> Caller:

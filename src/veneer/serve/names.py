@@ -110,7 +110,8 @@ class Names:
             raise unknown_model(name)
         return reference
 
-    def _entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Entry:
+        """Of the library. Refusal: 404."""
         try:
             return self._library.get(self.reference(name))
         except ConfigError:
@@ -124,7 +125,7 @@ class Names:
 
     def card(self, name: str) -> dict[str, Any]:
         """Refusal: 404."""
-        return self._base_card() if name == self.base_name else self._card(name, self._entry(name))
+        return self._base_card() if name == self.base_name else self._card(name, self.entry(name))
 
     def _entries(self) -> Iterator[tuple[str, Entry]]:
         with self._lock:
@@ -201,7 +202,7 @@ class Names:
         with self._lock:
             added = self._added.pop(name, None) is not None
         if not added:
-            _ = self._entry(name)
+            _ = self.entry(name)
             with self._lock:
                 self._hidden.add(reference.partition("@")[0])
         with suppress(VeneerError):  # the library has it no more

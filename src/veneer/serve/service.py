@@ -27,6 +27,7 @@ from veneer.serve.metrics import Metrics, state_of
 from veneer.serve.names import Model, Names
 from veneer.serve.prompts import Prompts
 from veneer.serve.refusals import Refusal, refusal_of, unknown_adapter
+from veneer.serve.runs import Runs
 from veneer.serve.token_text import TokenTexts
 
 T = TypeVar("T")
@@ -59,9 +60,11 @@ class Service:
         limits: ServeLimits | None = None,
         routes: Sequence[str] = (),
         asked_as: Callable[[Preamble], Preamble] = lambda trained: trained,
+        runs: Runs | None = None,
     ) -> None:
         """asked_as: how an adapter's conversations are asked, from how it was trained."""
         capacity = capacity_of(base)
+        self.runs = runs or Runs(None)
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
         self.prompts = Prompts(base.tokenizer, positions=capacity.positions, ids=capacity.tokens)
         self._asked_as = asked_as

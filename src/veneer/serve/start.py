@@ -24,6 +24,7 @@ from veneer.serve.guard import Guard
 from veneer.serve.keys import Keys, read_keys
 from veneer.serve.names import Names
 from veneer.serve.run import Server, check_reach, listening
+from veneer.serve.runs import Runs
 from veneer.serve.service import ServeLimits, Service
 
 MOST_CACHE_BYTES = 8 * 2**30
@@ -39,6 +40,7 @@ class Settings:
     keys            file of hashes; hosts, origins: names and sites that are answered beside this machine's own
     pinned          adapters that are loaded at the start and stay
     system, variables  of conversations, in place of what adapters were trained with; "" and None: none
+    runs            a folder that has the folders of runs, which the page shows
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +57,7 @@ class Settings:
     pinned: Sequence[str] = ()
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    runs: Path | None = None
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -90,6 +93,7 @@ def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
 
 def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Keys) -> Opened:
     """VeneerError: the base cannot be served, the port is taken, an adapter that is to stay does not fit."""
+    runs = Runs(settings.runs)
     name = settings.name or name_of(base.source)
     names_of_base = {name, base.source, base.name_or_path}
     residents = Residents(base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base)
@@ -98,7 +102,7 @@ def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Ke
     names = Names(name, base.fingerprint().digest, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
     asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)
-    service = Service(base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked)
+    service = Service(base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs)
     residents.on_change(service.loop.wake)
     for each in settings.pinned:
         residents.pin(each)

@@ -127,8 +127,32 @@ def read_records(path: str | Path) -> list[Record]:
     Raises CorruptFileError with every other line that is no JSON object with a kind, and a number for its step.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    return _parsed(lines[:-1], path)  # what stands after the last newline is torn, or empty
+
+
+def records_after(path: Path, start: int, *, most_bytes: int, shown: str) -> tuple[list[Record], int, int]:
+    """Records from byte `start` on, where they begin, and where the next ones will. shown: the file, in errors.
+
+    They begin at 0 where no record begins at `start` any more: a resumed run has written the file anew.
+    Raises what read_records raises.
+    """
+    with explained(shown), path.open("rb") as file:
+        file.seek(max(start - 1, 0))
+        start = start if start and file.read(1) == b"\n" else 0
+        file.seek(start)
+        text = file.read(most_bytes)
+    whole = text[: text.rfind(b"\n") + 1]
+    if not whole and len(text) == most_bytes:
+        raise CorruptFileError(
+            f"{shown} has a line of more than {most_bytes:,} bytes", [], "No run writes such a line."
+        )
+    records = _parsed(whole.decode("utf-8", "replace").split("\n")[:-1], shown)
+    return records, start, start + len(whole)
+
+
+def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
     records, faults = [], []
-    for number, line in enumerate(lines[:-1], 1):  # what stands after the last newline is torn, or empty
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as fault:

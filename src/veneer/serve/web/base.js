@@ -1,0 +1,73 @@
+// What all parts of the page use: elements, requests, files to save. Texts are set as text, never as HTML.
+
+const byId = (id) => document.getElementById(id);
+
+/** An element. settings: properties and attributes; `on...` listens. null among the children is left out. */
+function make(tag, settings = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(settings)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name in made && name !== "list") made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+
+function draw(tag, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+/** What the server serves: the base's name, and a card of each adapter. */
+const served = { base: "", adapters: [] };
+const session = { key: sessionStorage.getItem("key") ?? "" };
+
+class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function request(path, { body, signal } = {}) {
+  const headers = {};
+  if (session.key) headers.authorization = `Bearer ${session.key}`;
+  if (body !== undefined) headers["content-type"] = "application/json";
+  const asked = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
+  const answer = await fetch(path, { headers, signal, ...asked });
+  if (answer.ok) return answer;
+  const told = await answer.json().catch(() => null);
+  if (answer.status === 401) byId("key-dialog").showModal();
+  throw new Refused(answer.status, told?.error?.message ?? `${answer.status} ${answer.statusText}`);
+}
+
+const read = async (path, settings) => (await request(path, settings)).json();
+
+/** What is to be told of an error; null: somebody stopped it. */
+function said(fault) {
+  if (fault.name === "AbortError") return null;
+  return fault instanceof Refused ? fault.message : `The server does not answer: ${fault.message}`;
+}
+
+function save(name, type, text) {
+  const address = URL.createObjectURL(new Blob([text], { type }));
+  const link = make("a", { href: address, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+}
+
+const touches = () => matchMedia("(pointer: coarse)").matches;
+const figure = (value) => (value === null ? "–" : String(Number(Number(value).toPrecision(4))));
+const count = (value) => Number(value).toLocaleString("en");
+const bytes = (value) => (value < 1e6 ? `${Math.round(value / 1e3)} kB` : `${(value / 1e6).toFixed(1)} MB`);
+
+function ago(seconds) {
+  const steps = [[86400 * 2, 86400, "days"], [7200, 3600, "hours"], [120, 60, "minutes"], [0, 1, "seconds"]];
+  const [, unit, name] = steps.find(([from]) => seconds >= from) ?? steps.at(-1);
+  return `${Math.max(0, Math.round(seconds / unit))} ${name} ago`;
+}

@@ -1,0 +1,60 @@
+// A request as code that makes it: curl, or Python with OpenAI's client.
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+function curlOf(body) {
+  const lines = [`curl ${location.origin}/v1/chat/completions`, "-H 'content-type: application/json'"];
+  if (session.key) lines.push('-H "authorization: Bearer $VENEER_API_KEY"');
+  return [...lines, `-d ${quoted(JSON.stringify(body, null, 1))}`].join(" \\\n  ");
+}
+
+/** JSON as Python writes it. */
+function literal(value, indent = "") {
+  if (value === null) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
+  if (typeof value !== "object") return JSON.stringify(value);
+  const inner = `${indent}    `;
+  const [open, close] = Array.isArray(value) ? "[]" : "{}";
+  const items = Array.isArray(value)
+    ? value.map((each) => literal(each, inner))
+    : Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${literal(each, inner)}`);
+  if (!items.length) return open + close;
+  return `${open}\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}${close}`;
+}
+
+function pythonOf(body) {
+  const { adapters, ...known } = body;
+  const fields = Object.entries(known).map(([name, value]) => `    ${name}=${literal(value, "    ")},`);
+  if (adapters) fields.push(`    extra_body=${literal({ adapters }, "    ")},`);
+  return [
+    ...(session.key ? ["import os", ""] : []),
+    "from openai import OpenAI",
+    "",
+    `key = ${session.key ? 'os.environ["VENEER_API_KEY"]' : '"none"'}`,
+    `client = OpenAI(base_url="${location.origin}/v1", api_key=key)`,
+    "answer = client.chat.completions.create(",
+    ...fields,
+    ")",
+    "print(answer.choices[0].message.content)",
+    "",
+  ].join("\n");
+}
+
+function showCode(text) {
+  byId("code").textContent = text;
+  byId("code-copy").textContent = "Copy";
+  byId("code-dialog").showModal();
+}
+
+function beginCode() {
+  byId("code-close").addEventListener("click", () => byId("code-dialog").close());
+  byId("code-copy").addEventListener("click", async () => {
+    const code = byId("code");
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      byId("code-copy").textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(code); // no clipboard without TLS: the text is marked, to be copied by hand
+    }
+  });
+}

@@ -1,0 +1,124 @@
+// The library: what each adapter is, where it comes from, and what it changes, layer by layer.
+
+const TIERS = { ready: "in memory", loading: "on its way", failed: "broken", disk: "on disk" };
+const PROOFS = {
+  fingerprint: "this one, by its fingerprint",
+  stated: "stated when it was added",
+  unverified: "unverified",
+};
+let adapterShown = null;
+
+/** Tells where it fails; returns whether it did not. */
+async function told(place, work) {
+  try {
+    await work();
+    return true;
+  } catch (fault) {
+    place.replaceChildren(make("p", { className: "bad", role: "alert" }, said(fault) ?? ""));
+    return false;
+  }
+}
+
+async function loadModels() {
+  const { data } = await read("/v1/models");
+  const [base, ...adapters] = data;
+  [served.base, served.adapters] = [base.id, adapters];
+  byId("base").textContent = base.id;
+  byId("names").replaceChildren(...adapters.map((card) => make("option", { value: card.id })));
+  showColumns();
+}
+
+async function openLibrary() {
+  const place = byId("adapters-list");
+  await told(place, async () => {
+    await loadModels();
+    const { data } = await read("/v1/adapters");
+    const tiers = Object.fromEntries(data.map((each) => [each.version, each]));
+    showAdapters(tiers);
+    if (adapterShown === null && served.adapters.length) await openAdapter(served.adapters[0].id);
+  });
+}
+
+function showAdapters(tiers) {
+  const wanted = byId("filter").value.trim().toLowerCase();
+  const found = served.adapters.filter((card) => `${card.id} ${card.method}`.toLowerCase().includes(wanted));
+  const items = found.map((card) => {
+    const held = tiers[card.version];
+    const where = held ? `${TIERS[held.tier]}${held.pinned ? ", pinned" : ""}` : "on disk";
+    const current = card.id === adapterShown;
+    const open = make("button", { ariaCurrent: String(current), onclick: () => openAdapter(card.id) }, card.id);
+    open.append(make("small", {}, `${card.root} · ${card.method} · ${bytes(card.bytes)} · ${where}`));
+    return make("li", {}, open);
+  });
+  const none = served.adapters.length ? "None is called so." : "No adapter yet: veneer train --name NAME adds one.";
+  if (!items.length) items.push(make("li", { className: "soft" }, none));
+  byId("adapters-list").replaceChildren(...items);
+  byId("filter").oninput = () => showAdapters(tiers);
+}
+
+async function openAdapter(name) {
+  adapterShown = name;
+  for (const each of byId("adapters-list").querySelectorAll("button"))
+    each.ariaCurrent = String(each.firstChild.textContent === name);
+  const place = byId("adapter");
+  await told(place, async () => {
+    const facts = await read(`/v1/adapters/${encodeURIComponent(name)}`);
+    if (adapterShown === name) place.replaceChildren(...adapterParts(name, facts));
+  });
+}
+
+function adapterParts(name, facts) {
+  const list = (pairs) =>
+    make("dl", {}, ...pairs.flatMap(([term, what]) => [make("dt", {}, term), make("dd", {}, String(what))]));
+  const add = () => {
+    addColumn(name);
+    openTab("ask");
+  };
+  const known = [
+    ["version", `${facts.reference}, ${facts.added.replace("T", " ").replace("Z", " UTC")}`],
+    ["method", facts.rank === null ? facts.method : `${facts.method}, rank ${facts.rank}`],
+    ["size", `${count(facts.parameters)} parameters, ${bytes(facts.bytes)}`],
+    ["base", PROOFS[facts.base_proof]],
+    ["content", facts.version.slice(0, 12)],
+  ];
+  if (facts.tags.length) known.splice(1, 0, ["tags", facts.tags.join(", ")]);
+  if (facts.note) known.splice(1, 0, ["note", facts.note]);
+  const metrics = Object.entries(facts.metrics);
+  const named = (each) => each.reference ?? `${each.version.slice(0, 12)} (not in the library)`;
+  const from = facts.lineage.map((each) => ["from", named(each)]);
+  const parents = facts.parents.map((each) => [`× ${figure(each.weight)}`, named(each)]);
+  const alone = facts.alone.map((each) => [each.module, figure(each.norm)]);
+  const rest = `${count(facts.others)} tensors that are no low-rank update`;
+  const section = (title, ...what) => [make("h3", {}, title), ...what];
+  return [
+    make("h2", {}, name),
+    make("div", { className: "actions" }, make("button", { onclick: add }, "Ask it")),
+    list(known),
+    ...(metrics.length ? section("Metrics", list(metrics.map(([key, value]) => [key, figure(value)]))) : []),
+    ...(from.length + parents.length ? section("Lineage", list([...from, ...parents])) : []),
+    ...(facts.layers.length ? section("Size of the update by layer, ‖ΔW‖", picture(facts.layers)) : []),
+    ...(alone.length ? section("Outside the layers", list(alone)) : []),
+    ...(facts.others ? [make("p", { className: "soft" }, rest)] : []),
+  ];
+}
+
+/** A row for each kind of module, a bar for each layer, all to one scale. */
+function picture(kinds) {
+  const all = kinds.flatMap((kind) => Object.values(kind.norms));
+  const deepest = Math.max(...kinds.flatMap((kind) => Object.keys(kind.norms).map(Number)));
+  const highest = Math.max(...all) || 1;
+  const rows = kinds.flatMap(({ kind, norms }) => {
+    const bars = Object.entries(norms).map(([layer, norm]) => {
+      const height = Math.max(0.6, (34 * norm) / highest);
+      const bar = draw("rect", { x: Number(layer) * 10 + 1, y: 34 - height, width: 8, height, rx: 1 });
+      bar.append(draw("title", {}, `layer ${layer}: ${figure(norm)}`));
+      return bar;
+    });
+    const [low, high] = [Math.min(...Object.values(norms)), Math.max(...Object.values(norms))];
+    const viewBox = `0 0 ${(deepest + 1) * 10} 34`;
+    const box = { viewBox, preserveAspectRatio: "none", role: "img", "aria-label": kind };
+    const range = low === high ? figure(low) : `${figure(low)} to ${figure(high)}`;
+    return [make("span", {}, kind), draw("svg", box, ...bars), make("span", {}, range)];
+  });
+  return make("div", { className: "picture" }, ...rows);
+}

@@ -1,0 +1,125 @@
+// Runs of a folder, with their curves, which grow while it is looked at.
+
+const EVERY = 2000; // milliseconds between two looks
+const CHART = { width: 680, height: 240, left: 48, bottom: 22 };
+const MOST_POINTS = 700;
+const NONE = "No run is here: veneer serve --runs DIR names the folder that has them.";
+const watched = { name: null, next: 0, steps: [], evaluations: [], timer: null };
+
+async function openRuns() {
+  const list = byId("runs-list");
+  await told(list, async () => {
+    const { data } = await read("/v1/runs");
+    const items = data.map((run) => {
+      const current = String(run.name === watched.name);
+      const open = make("button", { ariaCurrent: current, onclick: () => watch(run.name) }, run.name);
+      open.append(make("small", {}, `${run.error ?? stateOf(run)}`));
+      return make("li", {}, open);
+    });
+    if (!items.length) items.push(make("li", { className: "soft" }, NONE));
+    list.replaceChildren(...items);
+    if (watched.name === null && data.length) watch(data[0].name);
+    else if (watched.name !== null) look(watched.name);
+  });
+}
+
+function stateOf(run) {
+  const steps = run.steps ? `step ${count(run.step)} of ${count(run.steps)}` : `step ${count(run.step)}`;
+  const loss = run.loss === null ? "" : ` · loss ${figure(run.loss)}`;
+  return `${steps}${loss} · ${run.reason ?? `written ${ago(run.idle_seconds)}`}`;
+}
+
+function watch(name) {
+  Object.assign(watched, { name, next: 0, steps: [], evaluations: [] });
+  for (const each of byId("runs-list").querySelectorAll("button"))
+    each.ariaCurrent = String(each.firstChild.textContent === name);
+  byId("run").replaceChildren();
+  look(name);
+}
+
+/** What the run has written since, and again in a while if it goes on. */
+async function look(name) {
+  clearTimeout(watched.timer);
+  let run = null;
+  const went = await told(byId("run"), async () => {
+    do {
+      run = await read(`/v1/runs/${encodeURIComponent(name)}?after=${watched.next}`);
+      if (watched.name !== name) return;
+      if (run.start !== watched.next) Object.assign(watched, { steps: [], evaluations: [] }); // it was written anew
+      watched.steps.push(...run.records.filter((record) => record.kind === "step"));
+      watched.evaluations.push(...run.records.filter((record) => record.kind === "evaluation"));
+      watched.next = run.next;
+    } while (run.more);
+    showRun(run);
+  });
+  if (watched.name === name && went && run.reason === null && !byId("runs").hidden)
+    watched.timer = setTimeout(() => look(name), EVERY);
+}
+
+function showRun(run) {
+  const { steps, evaluations } = watched;
+  const last = steps.at(-1);
+  const facts = [run.method && run.base ? `${run.method} on ${run.base}` : null, stateOf(run)];
+  if (last?.seconds) facts.push(`${Math.round(last.tokens / last.seconds)} tokens/s`);
+  const losses = steps.map((record) => [record.step, record.loss]);
+  const held = evaluations.map((record) => [record.step, record.loss]);
+  const rates = steps.map((record) => [record.step, record.learning_rate]);
+  byId("run").replaceChildren(
+    make("h2", {}, run.name),
+    make("p", { className: "soft" }, facts.filter(Boolean).join(" · ")),
+    chart("Loss", [
+      ["training", "quiet", losses],
+      ["training, smoothed", "a", smoothed(losses)],
+      ["held-out", "b", held],
+    ]),
+    chart("Learning rate", [["learning rate", "a", rates]]),
+  );
+}
+
+/** A running mean over a fiftieth of the points. */
+function smoothed(points) {
+  const keep = 1 - 1 / Math.max(1, points.length / 50);
+  let mean = null;
+  return points.map(([step, value]) => {
+    if (value !== null) mean = mean === null ? value : keep * mean + (1 - keep) * value;
+    return [step, mean];
+  });
+}
+
+function thinned(points) {
+  const there = points.filter(([, value]) => value !== null);
+  const every = Math.ceil(there.length / MOST_POINTS);
+  return there.filter((_, n) => n % every === 0 || n === there.length - 1);
+}
+
+/** series: name, class, [step, value] of each; held-out points get dots. */
+function chart(title, series) {
+  const thin = series.map(([name, look, points]) => [name, look, thinned(points)]);
+  const drawn = thin.filter(([, , points]) => points.length);
+  if (!drawn.length) return make("p", { className: "soft" }, `${title}: nothing is written yet`);
+  const all = drawn.flatMap(([, , points]) => points);
+  const [xs, ys] = [all.map(([x]) => x), all.map(([, y]) => y)];
+  const least = (values) => values.reduce((a, b) => Math.min(a, b));
+  const most = (values) => values.reduce((a, b) => Math.max(a, b));
+  const [x0, x1, y1] = [least(xs), Math.max(most(xs), least(xs) + 1), most(ys)];
+  const y0 = Math.min(least(ys), y1 > 0 ? least(ys) - (y1 - least(ys)) * 0.05 : y1 - 1);
+  const { width, height, left, bottom } = CHART;
+  const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left);
+  const y = (value) => (height - bottom) * (1 - (value - y0) / (y1 - y0 || 1)) + 6;
+  const marks = [0, 0.5, 1].map((share) => y0 + share * (y1 - y0)).filter((value, n, each) => each.indexOf(value) === n);
+  const parts = marks.flatMap((value) => [
+    draw("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }),
+    draw("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, figure(value.toPrecision(3))),
+  ]);
+  parts.push(draw("text", { x: left, y: height + 6 }, `step ${count(x0)}`));
+  parts.push(draw("text", { x: width, y: height + 6, "text-anchor": "end" }, count(x1)));
+  for (const [, look, points] of drawn) {
+    const line = points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
+    parts.push(draw("polyline", { class: `line ${look}`, points: line }));
+    if (look !== "b") continue;
+    parts.push(...points.map(([step, value]) => draw("circle", { class: "dot", cx: x(step), cy: y(value), r: 3 })));
+  }
+  const names = drawn.map(([name, look]) => make("span", { className: `sign ${look}` }, name));
+  const picture = draw("svg", { viewBox: `0 0 ${width} ${height + 10}`, role: "img", "aria-label": title }, ...parts);
+  return make("figure", {}, make("h3", {}, title), make("figcaption", {}, ...names), picture);
+}

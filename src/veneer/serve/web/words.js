@@ -1,0 +1,50 @@
+// Which words of an answer differ from the base's: the longest common sequence of words.
+
+const MOST_PAIRS = 4_000_000;
+const wordsOf = (text) => text.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) ?? [];
+
+/** [kind, text] in order. kind: same, more (only in `text`), less (only in `base`). */
+function differences(base, text) {
+  let [ours, theirs] = [wordsOf(text), wordsOf(base)];
+  const found = [];
+  let start = 0;
+  while (start < ours.length && start < theirs.length && ours[start] === theirs[start]) start++;
+  let end = 0;
+  const most = Math.min(ours.length, theirs.length) - start;
+  while (end < most && ours.at(-1 - end) === theirs.at(-1 - end)) end++;
+  const add = (kind, word) => {
+    if (found.at(-1)?.[0] === kind) found.at(-1)[1] += word;
+    else found.push([kind, word]);
+  };
+  const tail = ours.slice(ours.length - end);
+  ours.slice(0, start).forEach((word) => add("same", word));
+  [ours, theirs] = [ours.slice(start, ours.length - end), theirs.slice(start, theirs.length - end)];
+  for (const [kind, word] of middle(theirs, ours)) add(kind, word);
+  tail.forEach((word) => add("same", word));
+  return found;
+}
+
+function* middle(theirs, ours) {
+  const [n, m] = [theirs.length, ours.length];
+  if (n * m > MOST_PAIRS) {
+    for (const word of theirs) yield ["less", word];
+    for (const word of ours) yield ["more", word];
+    return;
+  }
+  const longest = Array.from({ length: n + 1 }, () => new Uint16Array(m + 1)); // of what begins at i and j
+  for (let i = n - 1; i >= 0; i--)
+    for (let j = m - 1; j >= 0; j--)
+      longest[i][j] =
+        theirs[i] === ours[j] ? longest[i + 1][j + 1] + 1 : Math.max(longest[i + 1][j], longest[i][j + 1]);
+  let [i, j] = [0, 0];
+  while (i < n || j < m) {
+    if (i < n && j < m && theirs[i] === ours[j]) {
+      yield ["same", ours[j]];
+      i++, j++;
+    } else if (j >= m || (i < n && longest[i + 1][j] >= longest[i][j + 1])) yield ["less", theirs[i++]];
+    else yield ["more", ours[j++]];
+  }
+}
+
+const TAGS = { same: "span", more: "ins", less: "del" };
+const shownDifferences = (base, text) => differences(base, text).map(([kind, word]) => make(TAGS[kind], {}, word));

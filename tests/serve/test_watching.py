@@ -1,0 +1,127 @@
+"""What the page reads of the library and of runs, asked without a browser."""
+
+import json
+
+import pytest
+
+from tests.helpers import fill
+from tests.serve.server import add_adapter, made_base, running
+from veneer.adapters.config import LoRA
+from veneer.cli.main import main
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.norms import updates
+from veneer.library.library import Library
+from veneer.serve.runs import PART_BYTES
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    library = Library(folder / "adapters")
+    add_adapter(library, folder / "first", "tickets", 1)
+    base, parent = made_base(), library.get("tickets").version.facts.content_hash
+    made = base.attach(LoRA(rank=2, alpha=6.0, targets=["up_proj"]), name="a")
+    fill(made.parameters().values(), seed=3)
+    recipe = {"data": {"train": "/home/somebody/rows.jsonl"}}
+    manifest = manifest_for(base, method="lora", parent=parent, metrics={"validation_loss": 1.5}, recipe=recipe)
+    write_adapter(folder / "next", made, manifest, model=base.model)
+    library.add(folder / "next", name="tickets", tags=["best"], note="longer rows")
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(places):
+    with running(Library(places / "adapters"), runs=places / "runs") as found:
+        yield found
+
+
+def get(server, path, status=200):
+    found = server.http().get(path)
+    assert found.status_code == status, found.text
+    return found.json()
+
+
+def test_an_adapter_is_told_with_metrics_lineage_and_layers(server, places):
+    found = get(server, "/v1/adapters/tickets")
+    assert (found["reference"], found["tags"], found["note"]) == ("tickets@2", ["best"], "longer rows")
+    assert (found["method"], found["rank"], found["metrics"]) == ("lora", 2, {"validation_loss": 1.5})
+    first = get(server, "/v1/adapters/tickets@1")
+    assert found["lineage"] == [{"version": first["version"], "reference": "tickets@1"}]
+    assert "somebody" not in json.dumps(found)
+    stored, _ = updates(read_adapter(places / "next"))
+    norms = {f"layers.{n}": norm for (kind,) in [found["layers"]] for n, norm in kind["norms"].items()}
+    assert norms.keys() == {"layers.0", "layers.1"}
+    for path, update in stored.items():
+        assert next(norm for layer, norm in norms.items() if layer in path) == pytest.approx(update.norm())
+    assert get(server, "/v1/adapters/nobody", 404)["error"]["code"] == "model_not_found"
+    assert get(server, "/v1/adapters/..%2Fx", 404)["error"]["code"] == "model_not_found"
+
+
+def write(places, name, lines):
+    (places / "runs" / name).mkdir(exist_ok=True)
+    with (places / "runs" / name / "metrics.jsonl").open("a") as file:
+        file.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+
+
+START = {"kind": "start", "base": "/home/somebody/tiny", "method": "lora", "steps": 3, "paths": ["/home/somebody"]}
+
+
+def step(n):
+    return {"kind": "step", "step": n, "loss": 2.0 / n, "seconds": 1.0, "tokens": 7, "memory_bytes": 5}
+
+
+def test_a_run_is_told_from_where_it_was_left(server, places):
+    write(places, "one", [START, step(1), step(2), '{"kind": "st'])
+    (card,) = [run for run in get(server, "/v1/runs")["data"] if run["name"] == "one"]
+    assert (card["base"], card["step"], card["loss"], card["reason"]) == ("tiny", 2, 1.0, None)
+    found = get(server, "/v1/runs/one")
+    assert [record["kind"] for record in found["records"]] == ["start", "step", "step"]
+    assert "somebody" not in json.dumps(found) and not found["more"]
+    write(places, "one", ['ep", "step": 3, "loss": null}\n', {"kind": "end", "reason": "done", "step": 3}])
+    later = get(server, f"/v1/runs/one?after={found['next']}")
+    assert [record["kind"] for record in later["records"]] == ["step", "end"]
+    assert (later["start"], later["reason"], later["step"]) == (found["next"], "done", 3)
+    assert get(server, f"/v1/runs/one?after={later['next']}")["records"] == []
+
+
+def test_a_run_that_was_written_anew_is_told_from_its_beginning(server, places):
+    write(places, "two", [START, step(1), step(2)])
+    found = get(server, "/v1/runs/two")
+    (places / "runs" / "two" / "metrics.jsonl").unlink()
+    write(places, "two", [START, step(1)])
+    again = get(server, f"/v1/runs/two?after={found['next']}")
+    assert again["start"] == 0 and len(again["records"]) == 2
+
+
+def test_a_long_run_comes_in_parts(server, places):
+    write(places, "long", [START, *(step(n) for n in range(1, 12_000))])
+    assert (places / "runs" / "long" / "metrics.jsonl").stat().st_size > PART_BYTES
+    after, steps, more, parts = 0, [], True, 0
+    while more:
+        found = get(server, f"/v1/runs/long?after={after}")
+        steps += [record["step"] for record in found["records"] if record["kind"] == "step"]
+        after, more, parts = found["next"], found["more"], parts + 1
+    assert steps == [*range(1, 12_000)] and parts == 2
+
+
+def test_what_is_no_run_is_not_told_and_a_broken_one_says_so_without_a_path(server, places):
+    write(places, "broken", [START, "no json\n", step(1)])
+    (places / "runs" / "other").mkdir()
+    names = {run["name"]: run for run in get(server, "/v1/runs")["data"]}
+    assert "other" not in names and "broken/metrics.jsonl:2" in names["broken"]["error"]
+    told = get(server, "/v1/runs/broken", 422)["error"]["message"]
+    assert "broken/metrics.jsonl:2" in told and str(places) not in told
+    for name in ("other", "nobody", "..", "..%2Fruns"):
+        get(server, f"/v1/runs/{name}", 404)
+    for after in ("-1", "x", "1" * 20, "²"):
+        assert get(server, f"/v1/runs/one?after={after}", 400)["error"]["param"] == "after"
+
+
+def test_a_folder_of_runs_that_is_none_is_an_error_before_the_server_listens(places, tmp_path, capsys):
+    from tests.tiny import save_tiny
+
+    base = str(save_tiny(tmp_path / "tiny", "llama_untied"))
+    words = ["serve", "--base", base, "--library", str(places / "adapters"), "--runs", str(tmp_path / "none")]
+    assert main(words) == 2
+    assert "no folder of runs" in capsys.readouterr().err
