@@ -15,7 +15,7 @@ import veneer
 from tests.test_bases_sources import REQUIREMENT
 from veneer import child
 from veneer.bases.packages import fetch_wheel
-from veneer.compare.execute import Worker
+from veneer.compare.local import command_of
 from veneer.data.rendering import Conversation, Template
 from veneer.data.rendering import Worker as Renderer
 from veneer.errors import SourceError
@@ -34,11 +34,10 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands_of_a_comparison_do_not(trapped: Path) -> None:
-    worker = Worker(None, 32, {}, lambda text: None, [])  # type: ignore[arg-type]
-    code, out, _ = worker._command(["--version"], lambda: "")
-    assert (code, out.split()[0]) == (0, "veneer")
-    code, _, talk = worker._command(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: "")
-    assert code == 2 and "Traceback" not in talk
+    done = command_of(["--version"], lambda: None)
+    assert (done.code, done.out.split()[0]) == (0, "veneer")
+    done = command_of(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: None)
+    assert done.code == 2 and "Traceback" not in done.talk
     assert not trapped.exists()
 
 

@@ -20,6 +20,8 @@ from veneer.cli.compare import _table
 from veneer.compare import circumstances
 from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Worker
+from veneer.compare.jobs import Asking, Job, Outcome, answer, together
+from veneer.compare.local import Here
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison, prepare_rows
 from veneer.compare.search import search
@@ -141,10 +143,13 @@ def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(compared: 
     def worker() -> Worker:
         return Worker(asked, 32, circumstances.circumstances(str(base)), lambda text: None, [])
 
-    first, key = worker().evaluate("the base", None), worker()._key(candidates[0].config)
-    assert worker().evaluate("the base", None) == first  # found
+    def evaluated() -> dict[str, Any]:
+        return answer(worker().evaluate("the base", None), Here(), lambda text: None)
+
+    first, key = evaluated(), worker()._key(candidates[0].config)
+    assert evaluated() == first  # found
     save_tiny(base, seed=1)
-    assert worker().evaluate("the base", None)["loss"] != first["loss"]
+    assert evaluated()["loss"] != first["loss"]
     assert worker()._key(candidates[0].config) != key
     save_tiny(base)
     assert worker()._key(candidates[0].config) == key
@@ -320,9 +325,10 @@ class Losses:
         self.hidden_size = 576
         self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
 
-    def train(self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool) -> Any:
+    def train(self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool) -> Asking[Any]:
         self.asked.append(rate)
         config = candidate.config.model_copy(update={"learning_rate": rate})
+        yield from ()
         return type("D", (), {"loss": self.losses[rate], "config": config, "failure": None})()
 
     def drop_result(self, done: Any) -> None:
@@ -332,9 +338,13 @@ class Losses:
 CANDIDATE = Candidate("lora", RunConfig(base="b", data="d", out="o", learning_rate=3e-4))  # type: ignore[arg-type]
 
 
+def searched(worker: Losses, candidate: Candidate) -> Any:
+    return answer(search(worker, candidate, 5), Here(), lambda text: None)  # type: ignore[arg-type]
+
+
 def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
     worker = Losses({1e-4: 3.0, 3e-4: 2.0, 9e-4: 1.0, 2.7e-3: 0.5}, extend=1)
-    tried, best = search(worker, CANDIDATE, 5)  # type: ignore[arg-type]
+    tried, best = searched(worker, CANDIDATE)
     assert best is not None and tried[best][0] == 2.7e-3
     assert worker.asked == [1e-4, 3e-4, 9e-4, 2.7e-3] and 2.7e-3 not in worker.dropped
 
@@ -342,16 +352,47 @@ def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
 def test_the_search_starts_at_the_default_of_this_base() -> None:
     candidate = Candidate("lora", RunConfig(base="b", data="d", out="o"))  # type: ignore[arg-type]
     worker = Losses({4.33e-4: 3.0, 1.3e-3: 1.0, 3.9e-3: 2.0}, extend=0)
-    assert search(worker, candidate, 5)[1] == 1  # type: ignore[arg-type]
+    assert searched(worker, candidate)[1] == 1
     assert worker.asked == [4.33e-4, 1.3e-3, 3.9e-3]
 
 
 def test_the_search_stops_inside_and_passes_over_what_diverged() -> None:
     worker = Losses({1e-4: 3.0, 3e-4: 2.0, 9e-4: None}, extend=5)
-    tried, best = search(worker, CANDIDATE, 5)  # type: ignore[arg-type]
+    tried, best = searched(worker, CANDIDATE)
     assert best == 1 and len(tried) == 3
     nothing = Losses({1e-4: None, 3e-4: None, 9e-4: None}, extend=5)
-    assert search(nothing, CANDIDATE, 5)[1] is None  # type: ignore[arg-type]
+    assert searched(nothing, CANDIDATE)[1] is None
+
+
+# --- what is asked at once ---
+
+
+class Pretended(Here):
+    """In the order of `Here`, without a process: each command ends at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def over(self, say: Any) -> tuple[Job, Outcome]:
+        job = self._waiting.popleft()
+        self.ran.append(job.what)
+        return job, Outcome(0, job.what, "", ())
+
+
+def asked(*names: str) -> Asking[str]:
+    said = ""
+    for name in names:
+        _, outcome = yield [Job(name, Path(), (), CANDIDATE.config)]
+        said += outcome.out
+    return said
+
+
+def test_what_is_asked_together_is_answered_in_order_and_the_first_is_finished_first() -> None:
+    place = Pretended()
+    first = together([asked("a", "b"), asked(), asked("c")])
+    assert answer(together([first, asked("d", "e")]), place, lambda text: None) == [["ab", "", "c"], "de"]
+    assert place.ran == ["a", "b", "c", "d", "e"]
 
 
 # --- words ---

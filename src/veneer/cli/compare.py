@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
     from veneer import api
+    from veneer.compare.jobs import RUNNING
 
     console = make_console(json=True)
 
@@ -82,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
         with console.status("") as status:
 
             def say(text: str) -> None:
-                running = (" of " in text and text.endswith(" steps")) or text.endswith("evaluating")
-                if running:
+                if text.endswith(RUNNING):
                     status.update(shown(text))
                 else:
                     console.print(shown(text), soft_wrap=True)

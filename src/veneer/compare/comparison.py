@@ -16,8 +16,10 @@ from veneer.bases.compute import Compute, DtypeName
 from veneer.bases.without_weights import load_skeleton
 from veneer.compare.circumstances import circumstances
 from veneer.compare.conclusion import conclude
-from veneer.compare.execute import Say, Worker
+from veneer.compare.execute import Worker
 from veneer.compare.figures import Finished, make_figures
+from veneer.compare.jobs import Asking, Say, answer, together
+from veneer.compare.local import Here
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
@@ -43,8 +45,9 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
     rows = read_rows(comparison.test, format)
     width = hidden_size(load_skeleton(comparison.base).model.config)
     worker = Worker(comparison, width, circumstances(comparison.base), say, ran=[])
-    base = worker.evaluate("the base", None)
-    finished = [_candidate(worker, place) for place in range(len(comparison.candidates))]
+    candidates = together(_candidate(worker, each) for each in comparison.candidates)
+    asking: Asking[list[Any]] = together([worker.evaluate("the base", None), candidates])
+    base, finished = answer(asking, Here(), say)
     figures = make_figures(comparison, finished, base, rows)
     figures["conclusion"] = conclude(figures)
     figures["new_runs"] = len([path for path in worker.ran if path.suffix != ".json"])
@@ -67,23 +70,24 @@ def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:
     return replace(candidate, config=candidate.config.model_copy(update={"dtype": dtype}))
 
 
-def _candidate(worker: Worker, place: int) -> Finished:
+def _candidate(worker: Worker, candidate: Candidate) -> Asking[Finished]:
     comparison = worker.comparison
-    candidate = comparison.candidates[place]
     if comparison.steps is not None:
         steps = comparison.steps
     else:
         assert comparison.seconds is not None
-        steps = steps_within(worker, candidate, comparison.seconds)
-    tried, best = search(worker, candidate, steps)
+        steps = yield from steps_within(worker, candidate, comparison.seconds)
+    tried, best = yield from search(worker, candidate, steps)
     if best is None:
         return Finished(candidate, tried, None, [], [])
-    rate = tried[best][0]
-    runs = [
-        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True) for seed in range(comparison.seeds)
-    ]
+    rate, seeds = tried[best][0], range(comparison.seeds)
+    runs = yield from together(
+        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True) for seed in seeds
+    )
     whole = [run for run in runs if run.failure is None]
-    evaluations = [worker.evaluate(f"{candidate.name}, seed {seed}", run) for seed, run in enumerate(whole)]
+    evaluations = yield from together(
+        worker.evaluate(f"{candidate.name}, seed {seed}", run) for seed, run in enumerate(whole)
+    )
     if len(whole) < len(runs):  # another seed diverged at the rate that was best for seed 0
         return Finished(candidate, [*tried, *[(rate, r) for r in runs if r.failure]], None, [], [])
     return Finished(candidate, tried, best, whole, evaluations)

@@ -1,4 +1,4 @@
-"""One run, one evaluation: each in a process of its own, found again when it is asked for a second time.
+"""One run, one evaluation: each a job of its own, found again when it is asked for a second time.
 
 A process of its own makes its peak memory its own. The folder of a run is named by a hash of all that its figures
 depend on (settings, rows, the base's files, programs, machine), so a comparison that is started again finds what is
@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from veneer.child import environment_for, module_command
 from veneer.compare.circumstances import folder_hash
+from veneer.compare.jobs import RUNNING, Asking, Job, Outcome, Say
 from veneer.compare.plan import Candidate, Comparison
-from veneer.errors import DataError, Interrupted, VeneerError
+from veneer.errors import DataError, VeneerError
 from veneer.evaluate.general import BUILT_IN
 from veneer.evaluate.labels import labels_file
 from veneer.files.atomic import atomic_file
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import tells_of_the_disk
-from veneer.train.checkpoint import newest_valid
 from veneer.train.config import RunConfig
 from veneer.train.folder import held
 from veneer.train.records import read_records
 
-Say = Callable[[str], None]
 FAILURE = "failure.json"
-DIVERGED, DOES_NOT_FIT, INTERRUPTED = 5, 3, 130
+DIVERGED, DOES_NOT_FIT = 5, 3
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Worker:
-    """Runs commands of Veneer. `say` hears what goes on; `ran` counts what was not found finished.
+    """Asks for commands of Veneer (jobs.py). `say` hears what goes on; `ran` counts what was not found finished.
 
     hidden_size: of the base; default learning rates depend on it. circumstances: see circumstances.py.
     """
@@ -68,7 +63,7 @@ class Worker:
     say: Say
     ran: list[Path]
 
-    def train(self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool) -> Done:
+    def train(self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool) -> Asking[Done]:
         """The run of this candidate; with_result: its adapter or model must be there, not only its figures."""
         config = candidate.config.model_copy(
             update={"learning_rate": rate, "seed": seed, "steps": steps, "epochs": None, "keep": 1, "log": []}
@@ -84,14 +79,16 @@ class Worker:
         if folder.exists():
             with held(folder):  # or its process outlived a comparison that was killed: BusyError
                 pass
-        path, _ = newest_valid(folder / "checkpoints")
-        if path is not None and not (folder / "summary.json").exists():
-            arguments = ["train", "--resume", str(folder), "--json", "--quiet"]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            file = self._run_file(config)
-            arguments = ["train", str(file), "--json", "--quiet"]
-        code, _, talk = self._command(arguments, lambda: f"{what}: {_step(folder)}of {steps:,} steps")
+        job = Job(
+            what,
+            folder,
+            begin=("train", self._run_file(config), "--json", "--quiet"),
+            resume=("train", "--resume", folder, "--json", "--quiet"),
+            config=config,
+            step=lambda: f"{_step(folder)}of {steps:,} steps{RUNNING}",
+        )
+        _, outcome = yield [job]
+        code, talk = outcome.code, outcome.talk
         if code == 0:
             # What a comparison goes on from is whole runs: their checkpoints would fill the disk.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -100,51 +97,38 @@ class Worker:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             _write_json(folder / FAILURE, {"exit_code": code, "message": talk.strip()})
         else:
-            raise _failed(what, code, talk, f"veneer {' '.join(arguments)}")
+            raise _failed(what, outcome)
         done = self._finished(folder, config, with_result)
         assert done is not None
         self.say(f"{what}: {done.failure or _told(_with_loss(what, done))}")
         return done
 
-    def evaluate(self, name: str, done: Done | None) -> dict[str, Any]:
+    def evaluate(self, name: str, done: Done | None) -> Asking[dict[str, Any]]:
         """What `veneer evaluate --json` says of a run's result on the test rows; of the base where there is no run.
 
         The predictions lie beside it: `predictions.jsonl`.
         """
         folder = self.comparison.out / "base" if done is None else done.folder
-        which = ["--base", self.comparison.base]
+        which: list[str | Path] = ["--base", self.comparison.base]
         if done is not None:
             model = folder / "model"
-            which = ["--base", str(model)] if model.is_dir() else ["--adapter", str(folder)]
+            which = ["--base", model] if model.is_dir() else ["--adapter", folder]
         config = self.comparison.candidates[0].config if done is None else done.config
         c = self.comparison
-        wanted = [
-            "--data",
-            str(c.test),
-            "--format",
-            config.data.format,
-            "--train-on",
-            config.data.train_on,
-            "--length",
-            str(config.length),
-            "--dtype",
-            config.dtype,
-            "--device",
-            config.device,
-            "--max-tokens",
-            str(c.max_new_tokens),
-        ]
+        wanted: list[str | Path] = ["--data", c.test, "--format", config.data.format]
+        wanted += ["--train-on", config.data.train_on, "--length", str(config.length), "--dtype", config.dtype]
+        wanted += ["--device", config.device, "--max-tokens", str(c.max_new_tokens)]
         for metric in c.metrics:
             wanted += ["--metric", metric]
-        if c.labels is not None:
-            wanted += ["--labels", c.labels]
-        if c.general is not None:
-            wanted += ["--general"] if c.general == BUILT_IN else ["--general", c.general]
         labels = None if c.labels is None else labels_file(c.labels)
         general = None if c.general in (None, BUILT_IN) else Path(c.general)
+        if c.labels is not None:
+            wanted += ["--labels", labels or c.labels]
+        if c.general is not None:
+            wanted += ["--general"] if general is None else ["--general", general]
         files = [file for file in (c.test, labels, general) if file is not None]
         judged = "" if done is None else folder_hash(model if model.is_dir() else folder / "adapter")
-        key = _hash([wanted, [file_hash(file) for file in files], dict(self.circumstances), judged])
+        key = _hash([list(map(str, wanted)), [file_hash(file) for file in files], dict(self.circumstances), judged])
         kept = folder / "evaluation.json"
         if kept.is_file():
             found = read_json(kept)
@@ -153,11 +137,17 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         kept.unlink(missing_ok=True)  # before its predictions give way to others
         self.ran.append(kept)
-        arguments = ["evaluate", *which, *wanted, "--predictions", str(folder / "predictions.jsonl"), "--json"]
-        code, out, talk = self._command(arguments, lambda: f"{name}: evaluating")
-        if code:
-            raise _failed(f"the evaluation of {name}", code, talk, f"veneer {' '.join(arguments)}")
-        found = {**json.loads(out), "key": key}
+        job = Job(
+            name,
+            folder,
+            begin=("evaluate", *which, *wanted, "--predictions", folder / "predictions.jsonl", "--json"),
+            config=config,
+            step=lambda: f"evaluating{RUNNING}",
+        )
+        _, outcome = yield [job]
+        if outcome.code:
+            raise _failed(f"the evaluation of {name}", outcome)
+        found = {**json.loads(outcome.out), "key": key}
         _write_json(kept, found)
         return found
 
@@ -195,44 +185,6 @@ class Worker:
             partial.write_text(text, encoding="utf-8")
         return file
 
-    def _command(self, arguments: Sequence[str], progress: Callable[[], str]) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr) of `veneer ...`. Interrupted goes on to the command, which saves first.
-
-        In a session of its own: Ctrl-C would reach it twice otherwise, and twice means at once.
-        """
-        child = subprocess.Popen(
-            [*module_command("veneer.cli.main"), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            env=environment_for(os.environ),
-            start_new_session=True,
-        )
-        try:
-            while True:
-                try:
-                    out, talk = child.communicate(timeout=1.0)
-                    break
-                except subprocess.TimeoutExpired:
-                    self.say(progress())
-        except BaseException as fault:
-            child.send_signal(signal.SIGTERM)  # SIGINT may be ignored there: a shell starts jobs so
-            child.communicate()
-            if isinstance(fault, KeyboardInterrupt):
-                raise self._interrupted() from None
-            raise
-        if child.returncode in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
-            raise self._interrupted()
-        return child.returncode, out, talk
-
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(
-            "stopped; finished runs stay, the one that was running has saved a checkpoint if it had begun",
-            next_step="Go on with the same command: what is finished is not run again.",
-        )
-
 
 def _with_loss(what: str, done: Done) -> Done:
     """The run, which has a held-out loss unless it failed. Raises DataError: nothing could choose its learning rate."""
@@ -258,8 +210,9 @@ def _step(folder: Path) -> str:
     return f"{steps[-1]:,} " if steps else "0 "
 
 
-def _failed(what: str, code: int, talk: str, command: str) -> VeneerError:
-    error = VeneerError(f"{what} failed (exit code {code})", talk.strip().splitlines()[-12:], f"Alone: {command}")
+def _failed(what: str, outcome: Outcome) -> VeneerError:
+    code, talk = outcome.code, outcome.talk.strip().splitlines()[-12:]
+    error = VeneerError(f"{what} failed (exit code {code})", talk, f"Alone: {' '.join(outcome.command)}")
     error.exit_code = code if code > 0 else 1
     return error
 

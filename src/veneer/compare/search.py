@@ -10,35 +10,41 @@ from __future__ import annotations
 import math
 
 from veneer.compare.execute import Done, Worker
+from veneer.compare.jobs import Asking, together
 from veneer.compare.plan import Candidate
 
 PROBE_STEPS = 6
 
 
-def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> int:
+def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> Asking[int]:
     """Optimizer steps that fit into this training time, by a short run of this candidate on this machine."""
     rate = candidate.config.peak_learning_rate(worker.hidden_size)
-    done = worker.train(candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False)
+    done = yield from worker.train(candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False)
     if done.failure:
         return PROBE_STEPS  # what fails here fails in the search, and is told there
     # The first step is not in `seconds`: it compiles and allocates.
     return max(1, math.floor(seconds * (PROBE_STEPS - 1) / done.summary["seconds"]))
 
 
-def search(worker: Worker, candidate: Candidate, steps: int) -> tuple[list[tuple[float, Done]], int | None]:
+def search(worker: Worker, candidate: Candidate, steps: int) -> Asking[tuple[list[tuple[float, Done]], int | None]]:
     """(rate, run) in rising order, and the place of the best; None where no run came to an end."""
     comparison = worker.comparison
     default = candidate.config.peak_learning_rate(worker.hidden_size)
     factors = sorted(comparison.factors)
     step = factors[-1] / factors[-2] if len(factors) > 1 else 3.0
     tried: dict[float, Done] = {}
+
+    def rate_of(factor: float) -> float:
+        return float(f"{default * factor:.3g}")
+
     left = comparison.extend if len(factors) > 1 else 0
     while True:
-        for factor in factors:
-            if factor not in tried:
-                rate = float(f"{default * factor:.3g}")
-                tried[factor] = worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
-        losses = [_loss(tried[factor]) for factor in factors]
+        new = [rate for rate in dict.fromkeys(map(rate_of, factors)) if rate not in tried]
+        done = yield from together(
+            worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False) for rate in new
+        )
+        tried.update(zip(new, done, strict=True))
+        losses = [_loss(tried[rate_of(factor)]) for factor in factors]
         best = losses.index(min(losses))
         if not math.isfinite(losses[best]):
             best_place = None
@@ -48,11 +54,11 @@ def search(worker: Worker, candidate: Candidate, steps: int) -> tuple[list[tuple
             break
         left -= 1
         factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]
-    found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in factors]
+    found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in map(rate_of, factors)]
     if best_place is not None:
-        for place, (_, done) in enumerate(found):
-            if place != best_place:
-                worker.drop_result(done)
+        for each in tried.values():
+            if each is not found[best_place][1]:
+                worker.drop_result(each)
     return found, best_place
 
 
