@@ -374,6 +374,8 @@ def checked(*problems: Problem, refused: bool = False):
         stop_tokens=["<end>"],
         control_rows=0,
         leaked=0,
+        examples=1,
+        reasons={},
         problems=list(problems),
     )
     return DataSet([example], [], [], [], report, ""), Letters()

@@ -301,18 +301,28 @@ def test_a_template_that_writes_half_a_character_is_refused() -> None:
             ask()
 
 
-def test_a_template_that_changes_earlier_answers_is_refused_with_both_renderings_unless_the_last_is_learnt() -> None:
+def examples_of(coded: ChatTemplate, *messages: Message, train_on: TrainOn = "assistant") -> list[tuple[str, str]]:
+    """(what stands in front, what is learnt) of each example that the row becomes, as text."""
+    (found,) = coded.encode_rows([row(*messages)], train_on=train_on)
+    assert isinstance(found, list)
+    made = []
+    for each in found:
+        first = each.trained.index(True)
+        assert all(each.trained[first:])
+        made.append((coded.tokenizer.decode(each.ids[:first]), coded.tokenizer.decode(each.ids[first:])))
+    return made
+
+
+def test_where_a_template_changes_earlier_answers_each_is_learnt_as_it_was_answered() -> None:
     coded = with_template(LAST_DIFFERS)
     messages = [user("a"), assistant("b"), user("c"), assistant("d")]
-    with pytest.raises(DataError) as error:
+    last = "<user>a<|im_end|><assistant>b<|im_end|><user>c<|im_end|><assistant>", "THINK d<|im_end|>"
+    assert examples_of(coded, *messages) == [("<user>a<|im_end|><assistant>", "THINK b<|im_end|>"), last]
+    assert examples_of(coded, *messages, train_on="last") == [last]
+    with pytest.raises(DataError, match="becomes 2 examples"):
         coded.encode_row(row(*messages), train_on="assistant")
-    text = str(error.value)
-    assert "as last  '<user>a<|im_end|><assistant>' >>> 'THINK b" in text
-    assert "earlier  '<user>a<|im_end|><assistant>' >>> 'b<|im_end|><user>c" in text
-    assert text.endswith("train_on: last")
-    ids, trained = coded.encode_row(row(*messages), train_on="last")
-    learnt = [number for number, on in zip(ids, trained, strict=True) if on]
-    assert coded.tokenizer.decode(learnt) == "THINK d<|im_end|>"
+    shown = examples_of(coded, user("a"), assistant("b", weight=0), *messages[2:])
+    assert shown == [last]
 
 
 def test_a_generation_prompt_that_the_answer_does_not_begin_with_is_refused_with_both_renderings() -> None:
@@ -347,11 +357,12 @@ def test_a_template_may_leave_out_the_reasoning_of_earlier_answers() -> None:
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     messages = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>oh</think>d")]
-    ids, trained = coded.encode_row(row(*messages), train_on="last")
-    learnt = [number for number, on in zip(ids, trained, strict=True) if on]
-    assert coded.tokenizer.decode(learnt) == "<think>oh</think>d<|im_end|>"
-    with pytest.raises(DataError, match="train_on: last"):
-        coded.encode_row(row(*messages), train_on="assistant")
+    first, last = examples_of(coded, *messages)
+    assert first == ("<user>a<|im_end|><assistant>", "<think>hm</think>b<|im_end|>")
+    assert last == (
+        "<user>a<|im_end|><assistant>b<|im_end|><user>c<|im_end|><assistant>",
+        "<think>oh</think>d<|im_end|>",
+    )
 
 
 def test_the_date_that_a_template_writes_is_fixed() -> None:
@@ -371,7 +382,7 @@ def test_the_token_that_ends_an_answer_is_found_beside_the_end_token() -> None:
 
 def test_each_token_is_ascribed_to_the_message_it_was_rendered_from() -> None:
     messages = [{"role": "system", "content": "s"}, user("a"), assistant("bb")]
-    (found,) = template("bytes").encode_rows([row(*messages)], train_on="assistant")
+    ((found,),) = template("bytes").encode_rows([row(*messages)], train_on="assistant")
     lengths = [1 + len(m["role"]) + 1 + len(m["content"]) + 2 for m in messages]
     opening = len("|assistant\n")  # what opens the answer is counted with what it answers
     ends = [lengths[0], lengths[0] + lengths[1] + opening, sum(lengths)]

@@ -203,7 +203,7 @@ def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
     made, _ = run(make_job(tmp_path / "a", steps=1, micro_batch=4))
     plan = made._plan(0)
     assert f"longest batch ok: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB" in said
-    costs = [sum(made._lengths[i] for i in rows) for rows in plan]
+    costs = [int(made._rows.lengths[rows].sum()) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
     monkeypatch.setattr(Loop, "_longest_batch", lambda self: None)
     without, _ = run(make_job(tmp_path / "b", steps=1, micro_batch=4))

@@ -90,7 +90,7 @@ def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any,
 def _print_report(console: Console, data: str, report: CheckReport) -> None:
     problems = len(report.problems)
     facts = [
-        f"{report.rows:,} rows",
+        f"{report.rows:,} rows" + (f", {report.examples:,} examples" if report.examples > report.rows else ""),
         f"{report.validation_rows:,} held out",
         " and ".join(report.formats) or "no layout",
     ]
@@ -104,6 +104,15 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     facts = [f"stop token trained: {report.stop_token_trained} ({stops})", f"length median {report.median:,}"]
     facts += [f"longest {report.longest:,} of {report.length:,} tokens"]
     console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
+    if any(report.reasons.get(kind) for kind in ("reasons", "empty", "lost")):
+        said = {
+            "reasons": "with reasoning",
+            "none": "without",
+            "empty": "with an empty block",
+            "lost": "without theirs",
+        }
+        counts = [f"{report.reasons[kind]:,} {words}" for kind, words in said.items() if report.reasons.get(kind)]
+        console.print(f"  answers: {' · '.join(counts)}", soft_wrap=True)
     most = max((rows for _, rows in report.histogram), default=0)
     for longest, count in report.histogram:
         bar = "█" * max(round(30 * count / most), 1 if count else 0)

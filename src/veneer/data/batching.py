@@ -1,17 +1,19 @@
 """From examples to batches: which rows go together, and how they lie in memory.
 
-A batch's rows stand end to end without padding; the tokens that all of them begin with are computed once.
+A batch's rows stand end to end without padding; the tokens that all of them begin with are computed once. Where a row
+became several examples (an answer each), these stay together, and what they begin with is computed once for them.
 What no loss depends on is left out: everything behind a row's last trained token, and that token itself,
 which is predicted but predicts nothing.
 Order comes from (seed, epoch) alone, never from global state, so a resumed run sees the same batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.data.examples import Example
@@ -74,13 +76,51 @@ def shared_prompt(examples: Sequence[Example]) -> int:
 
 def packed_rows(examples: Sequence[Example], *, share_prompt: bool) -> int:
     """Rows of the matrix products over these examples end to end, filler included: make_batch's computed_tokens."""
+    groups = best_groups(examples) if share_prompt else [examples]
+    return round_up(sum(_group_rows(group, share_prompt) for group in groups))
+
+
+def _group_rows(examples: Sequence[Example], share_prompt: bool = True) -> int:
     prompt = shared_prompt(examples) if share_prompt else 0
-    return round_up(prompt + sum(used_length(e) - prompt for e in examples))
+    return prompt + sum(used_length(e) - prompt for e in examples)
+
+
+def best_groups(examples: Sequence[Example]) -> list[list[Example]]:
+    """As fewest tokens are computed: all in one group, or the examples of each row in a group of their own."""
+    together, found = [list(examples)], Rows.of(examples)
+    if len(found.lengths) in (1, len(examples)):
+        return together
+    apart = [[examples[i] for i in found.examples([row])] for row in range(len(found.lengths))]
+    return min(together, apart, key=lambda groups: sum(map(_group_rows, groups)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that examples came from: row r became starts[r] up to starts[r + 1], which take lengths[r] tokens."""
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        first = [
+            number
+            for number, example in enumerate(examples)
+            if example.row is None or number == 0 or examples[number - 1].row != example.row
+        ]
+        starts = np.array([*first, len(examples)], dtype=np.int64)
+        used = np.array([used_length(example) for example in examples], dtype=np.int64)
+        return cls(starts, np.add.reduceat(used, starts[:-1]) if len(used) else used)
+
+    def examples(self, rows: Iterable[int]) -> list[int]:
+        """Numbers of the examples of these rows."""
+        return [number for row in rows for number in range(self.starts[row], self.starts[row + 1])]
 
 
 def make_batch(examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device) -> Batch:
-    """One group. Every example holds at least one trained token (load_data sees to it)."""
-    return make_groups([examples], packed=packed, share_prompt=share_prompt, device=device)
+    """Every example holds at least one trained token (load_data sees to it)."""
+    groups = best_groups(examples) if packed and share_prompt else [examples]
+    return make_groups(groups, packed=packed, share_prompt=share_prompt, device=device)
 
 
 def make_groups(
@@ -161,15 +201,23 @@ class _Rows:
 
 
 def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:
-    """Row numbers of batches of like length, as examples are evaluated: a last one that is not full is kept."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    return [order[start : start + batch] for start in range(0, len(order), batch)]
+    """Numbers of the examples of `batch` rows of like length, as they are evaluated: a last one that is not full is
+    kept."""
+    rows = Rows.of(examples)
+    longest = [max(len(examples[i].ids) for i in rows.examples([row])) for row in range(len(rows.lengths))]
+    order = sorted(range(len(longest)), key=longest.__getitem__)
+    return [rows.examples(order[start : start + batch]) for start in range(0, len(order), batch)]
 
 
 def plan_epoch(
-    lengths: Sequence[int], *, batch: int, seed: int, epoch: int, order: Literal["bucketed", "shuffled", "file"]
+    lengths: Sequence[int] | NDArray[np.int64],
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    order: Literal["bucketed", "shuffled", "file"],
 ) -> list[list[int]]:
-    """Row numbers of every batch of one epoch. A last batch that is not full is kept."""
+    """Row numbers of every batch of one epoch, by the rows' lengths. A last batch that is not full is kept."""
     rows = np.arange(len(lengths))
     if order != "file":
         generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))

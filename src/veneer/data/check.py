@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, prompt_key, refusal
+from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, prompt_key, refusal, rows_behind
+from veneer.data.reasoning import reasoning_problems
+from veneer.data.template import Encoded
 
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspect."""
@@ -25,6 +27,10 @@ _STOP_REACH = 4  # tokens from the end of an answer within which its stop token 
 class CheckReport:
     """Counts over the training rows, unless the name says otherwise.
 
+    examples            what these rows became: of a row whose earlier answers the template renders otherwise once
+                        messages follow, one for each answer
+    reasons             of all answers that are learnt, held-out ones too, how many begin with reasoning, an empty
+                        block of it, or none (reasoning.py)
     formats             rows read by layout, held-out rows included
     tokens_by_role      whose message the tokens belong to, template markers included; role -> tokens
     trained_by_role     of those, how many are learnt
@@ -43,7 +49,9 @@ class CheckReport:
     """
 
     rows: int
+    examples: int
     validation_rows: int
+    reasons: dict[str, int]
     formats: dict[str, int]
     length: int
     tokens: int
@@ -101,6 +109,17 @@ class Findings:
     too_long: list[tuple[Row, int]] = field(default_factory=list)  # with their tokens
     lost: list[Row] = field(default_factory=list)  # of these, rows whose whole answer would be cut off
     control: list[Row] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)  # of answers that are learnt
+    unreasoned: list[Row] = field(default_factory=list)  # whose reasoning the template leaves out
+    several: list[Row] = field(default_factory=list)  # that became several examples
+
+    def saw(self, row: Row, found: Sequence[Encoded]) -> None:
+        reasons = [each for part in found for each in part.reasons]
+        self.reasons.update(reasons)
+        if "lost" in reasons:
+            self.unreasoned.append(row)
+        if len(found) > 1:
+            self.several.append(row)
 
 
 def check(
@@ -128,8 +147,10 @@ def check(
     asked = {prompt_key(row) for row in train_rows}
     leaked = [row for row in validation_rows if prompt_key(row) in asked]
     report = CheckReport(
-        rows=len(train),
-        validation_rows=len(validation),
+        rows=rows_behind(train),
+        examples=len(train),
+        validation_rows=rows_behind(validation),
+        reasons=dict(findings.reasons),
         formats=dict(findings.formats),
         length=length,
         tokens=tokens,
@@ -152,6 +173,7 @@ def check(
     )
     problems = [*findings.problems, *_length_problems(findings, length, by_model, long_rows)]
     problems += _row_problems(masked, train, findings.control, leaked)
+    problems += reasoning_problems(file, findings.reasons, findings.unreasoned, findings.several)
     problems += _set_problems(report, file, any(problem.fatal for problem in problems))
     report.problems.extend(grouped(problems))
     return report

@@ -82,6 +82,7 @@ class Example:
     ids       int32 [L]
     trained   bool [L]; trained[t]: token t is a target, predicted from the tokens before it; [0] is never one
     key       63 bits, from the row's content alone: names the row for splitting and dropout
+    row       the same of all examples that one row became, which stand one behind the other; None: it is the only one
     roles     whose message each token belongs to, in order; empty where nobody asked
     """
 
@@ -90,6 +91,7 @@ class Example:
     ref: RowRef
     key: int
     roles: tuple[RoleRun, ...] = ()
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,17 @@ def _hash63(content: Any) -> int:
 def row_key(row: Row) -> int:
     """63-bit BLAKE2b of the row's content; the file and the line do not enter."""
     return _hash63([row.messages, row.tools, row.text])
+
+
+def rows_behind(examples: Sequence[Example]) -> int:
+    """How many rows these examples came from."""
+    pairs = zip([None, *(each.row for each in examples)], examples, strict=False)
+    return sum(each.row is None or each.row != before for before, each in pairs)
+
+
+def part_key(key: int, part: int) -> int:
+    """Of one of the examples that a row of this key became."""
+    return _hash63([key, part])
 
 
 def prompt_key(row: Row) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
-from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, TrainOn, row_key
+from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, TrainOn, part_key, row_key
 from veneer.data.sources import scan_rows
 from veneer.data.split import split
 from veneer.data.template import ChatTemplate, Encoded
@@ -24,7 +24,8 @@ from veneer.data.template import ChatTemplate, Encoded
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order.
+    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order, as far
+    as each goes.
 
     fingerprint   over ids and masks in order: equal only if a run would see the same tokens
     preamble      the system turn that all training rows begin with, and what their template was told
@@ -122,8 +123,8 @@ def examine_data(
         train,
         kept.examples,
         held.examples,
-        train_rows=kept.rows,
-        validation_rows=held.rows,
+        train_rows=kept.whole,
+        validation_rows=held.whole,
         findings=findings,
         length=length,
         by_model=length < asked,
@@ -148,9 +149,11 @@ def _has_system(row: Row) -> bool:
 
 @dataclass
 class _Kept:
-    """Rows that are trained on or evaluated, with their examples in the same order."""
+    """Rows that are trained on or evaluated, each as far as its example goes, with these in the same order; whole: as
+    they stand in the file."""
 
     rows: list[Row] = field(default_factory=list)
+    whole: list[Row] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
 
 
@@ -177,19 +180,31 @@ def _encode(
         if isinstance(found, Problem):
             findings.problems.append(found)
             continue
-        if found.control:
+        if found[-1].control:
             findings.control.append(row)
-        size = len(found.ids)
-        if size > length:
-            findings.too_long.append((row, size))
-            if long_rows == "drop":
-                continue
-            if long_rows == "cut" and any(found.trained) and not any(found.trained[:length]):
-                findings.lost.append(row)
-                continue
-        kept.rows.append(row)
-        kept.examples.append(_example(row, key, found, length if long_rows == "cut" else size))
+        findings.saw(row, found)
+        examples = []
+        for number, each in enumerate(found):
+            size = len(each.ids)
+            if size > length:
+                findings.too_long.append((row, size))
+                if long_rows == "drop":
+                    continue
+                if long_rows == "cut" and any(each.trained) and not any(each.trained[:length]):
+                    findings.lost.append(row)
+                    continue
+            kept.rows.append(row if each.upto in (None, len(row.messages)) else _beginning(row, each.upto))
+            own = key if len(found) == 1 else part_key(key, number)
+            example = _example(row, own, each, length if long_rows == "cut" else size)
+            examples.append(example if len(found) == 1 else replace(example, row=key))
+        kept.whole += [row] if examples else []
+        kept.examples += examples
     return kept
+
+
+def _beginning(row: Row, count: int) -> Row:
+    """Up to one of its answers; further right answers are for the last."""
+    return replace(row, messages=row.messages[:count], references=())
 
 
 def _example(row: Row, key: int, found: Encoded, size: int) -> Example:

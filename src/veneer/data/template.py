@@ -23,6 +23,7 @@ from typing import Any
 from veneer.adapters.preamble import check_variables, given
 from veneer.data.control_names import Sentinels, TokenFault
 from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
+from veneer.data.reasoning import Reasons
 from veneer.data.rendering import Conversation, Template, beginnings, render_all
 from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import Cut, TextTokens, Tokens
@@ -38,12 +39,19 @@ Tools = list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row in tokens. control: names of control tokens found in its text."""
+    """A row in tokens, or its first messages up to an answer.
+
+    control   names of control tokens found in its text
+    upto      messages in it; None: all, or plain text
+    reasons   what of reasoning each answer that is learnt begins with
+    """
 
     ids: list[int]
     trained: list[bool]
     roles: tuple[RoleRun, ...]
     control: int
+    upto: int | None = None
+    reasons: tuple[Reasons, ...] = ()
 
 
 class ChatTemplate:
@@ -137,41 +145,45 @@ class ChatTemplate:
             check_text(text)
             check_tools(messages, tools, self._names.show(text))
             check_contents(hidden, text)
-            borders = borders_of(conversation, text, self._names.show)
+            borders = borders_of(conversation, text)
             return self._encoded(Cut(text, borders)).ids
         except (Unfit, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
 
     def encode_row(self, row: Row, *, train_on: TrainOn) -> tuple[list[int], list[bool]]:
-        """(ids, trained), trained[0] always False. Raises DataError."""
+        """(ids, trained) of a row that is one example, trained[0] always False. Raises DataError."""
         (found,) = self.encode_rows([row], train_on=train_on)
         if isinstance(found, Problem):
             raise refusal("the row cannot be encoded", [found])
-        return found.ids, found.trained
+        if len(found) > 1:
+            raise DataError(f"the row becomes {len(found)} examples, one for an answer", next_step="Encode it as such.")
+        return found[0].ids, found[0].trained
 
-    def encode_rows(self, rows: Sequence[Row], *, train_on: TrainOn) -> list[Encoded | Problem]:
-        """Each row's tokens, or why it has none."""
-        results: list[Encoded | Problem] = []
+    def encode_rows(self, rows: Sequence[Row], *, train_on: TrainOn) -> list[list[Encoded] | Problem]:
+        """Each row's tokens, or why it has none: of most one example; several where the template renders earlier
+        answers otherwise than they were given."""
+        results: list[list[Encoded] | Problem] = []
         for at in range(0, len(rows), _CHUNK):
             results += self._encode_chunk(rows[at : at + _CHUNK], train_on)
         return results
 
-    def _encode_chunk(self, rows: Sequence[Row], train_on: TrainOn) -> list[Encoded | Problem]:
+    def _encode_chunk(self, rows: Sequence[Row], train_on: TrainOn) -> list[list[Encoded] | Problem]:
         chats = [self._begun(row) for row in rows]
         begun = [chat[0] for chat in chats if isinstance(chat, tuple)]
         render_all([(chat, beginnings(chat.messages)) for chat in begun])
         plans = [self._planned(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)]
-        tokens = iter(self._tokens.encode([plan.cut for plan in plans if isinstance(plan, Plan)]))
-        results: list[Encoded | Problem] = []
-        for row, plan in zip(rows, plans, strict=True):
-            if isinstance(plan, Unfit):
-                results.append(plan.at(row.ref))
+        tokens = iter(self._tokens.encode([plan.cut for found in plans if isinstance(found, list) for plan in found]))
+        results: list[list[Encoded] | Problem] = []
+        for row, found in zip(rows, plans, strict=True):
+            if isinstance(found, Unfit):
+                results.append(found.at(row.ref))
                 continue
-            found = next(tokens)
-            if isinstance(found, TokenFault):
-                results.append(Unfit("D202", str(found)).at(row.ref))
-            else:
-                results.append(_masked(found, plan))
+            coded = [next(tokens) for _ in found]
+            fault = next((each for each in coded if isinstance(each, TokenFault)), None)
+            if fault is not None:
+                results.append(Unfit("D202", str(fault)).at(row.ref))
+                continue
+            results.append([_masked(t, p) for t, p in zip(coded, found, strict=True) if isinstance(t, Tokens)])
         return results
 
     def _begun(self, row: Row) -> tuple[Conversation, int] | Unfit | None:
@@ -184,14 +196,16 @@ class ChatTemplate:
         except (Unfit, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _planned(self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn) -> Plan | Unfit:
+    def _planned(
+        self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn
+    ) -> list[Plan] | Unfit:
         try:
             if isinstance(chat, Unfit):
                 return chat
             if row.text is not None:
-                return self._plan_text(row.text)
+                return [self._plan_text(row.text)]
             if chat is None:
-                return self._plan_joined(row, train_on)
+                return [self._plan_joined(row, train_on)]
             return plan_chat(row, *chat, train_on, self._names.show)
         except (Unfit, TemplateFault, TokenFault) as fault:
             return unfit(fault)
@@ -259,11 +273,11 @@ class ChatTemplate:
         stops = [] if eos is None else [eos]
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         (found,) = self.encode_rows([Row(RowRef("probe", 1), probe)], train_on="last")
-        if isinstance(found, Encoded):
+        if not isinstance(found, Problem):
             special = {n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
             special |= set(self.tokenizer.all_special_ids)
             after: list[int] = []  # special tokens behind the answer, nearest last
-            for number in reversed(found.ids):
+            for number in reversed(found[-1].ids):
                 if number in special:
                     after.append(number)
                 elif self._tokens.decode([number]).strip():
@@ -285,4 +299,4 @@ def _masked(tokens: Tokens, plan: Plan) -> Encoded:
     runs = [RoleRun(role, shift + at[end]) for role, end in plan.roles if end in at]
     if runs:
         runs[-1] = RoleRun(runs[-1].role, len(ids))
-    return Encoded(ids, trained, tuple(runs), plan.control)
+    return Encoded(ids, trained, tuple(runs), plan.control, plan.upto, plan.reasons)

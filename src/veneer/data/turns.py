@@ -4,20 +4,22 @@ The span of an assistant turn is exact by construction: it is what the template 
 and including the turn, less what it renders up to it with the generation prompt. So it holds everything that the
 model has to write, the token that ends the turn included. A template of which one rendering is not the beginning of
 the other has no such span; that is an error which shows both.
+
+Some templates render an answer otherwise once messages follow it: its reasoning is left out. Then a row becomes several
+texts, each up to an answer, so that every answer is learnt behind exactly what the model will see in front of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.data.examples import Row, TrainOn
+from veneer.data.reasoning import Reasons, reasons_of, thought_in
 from veneer.data.rendering import Conversation
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import Cut
 from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, parting
-
-_USE_LAST = "Train on the last answer only: train_on: last"
 
 Show = Callable[[str], str]
 """A text as people read it, hidden names in it."""
@@ -29,6 +31,8 @@ class Plan:
 
     spans   [start, end) of what is trained
     roles   (role, end) of what each message rendered to, as far as it is known
+    upto    messages in it; None: all of the row's
+    reasons what of reasoning each learnt answer begins with
     """
 
     cut: Cut
@@ -37,81 +41,112 @@ class Plan:
     control: int
     begin: tuple[int, ...] = ()  # ids in front
     end: tuple[int, ...] = ()  # ids behind, trained
+    upto: int | None = None
+    reasons: tuple[Reasons, ...] = ()
 
 
-def plan_chat(row: Row, chat: Conversation, control: int, train_on: TrainOn, show: Show) -> Plan:
-    """chat: the row's messages and tools, rendered; control: names hidden in them. Raises Unfit, TemplateFault."""
+def plan_chat(row: Row, chat: Conversation, control: int, train_on: TrainOn, show: Show) -> list[Plan]:
+    """chat: the row's messages and tools, rendered; control: names hidden in them. Raises Unfit, TemplateFault.
+
+    The first plans are of the row's earlier answers, where the whole text does not hold them as they were answered.
+    """
     messages = chat.messages
-    text = chat.text(len(messages), add_generation_prompt=False)
-    check_text(text)
-    check_tools(row.messages, row.tools, show(text))
-    check_contents(messages, text)
-    last = len(messages) - 1
-    spans: list[tuple[int, int]] = []
+    whole = chat.text(len(messages), add_generation_prompt=False)
+    check_text(whole)
+    check_tools(row.messages, row.tools, show(whole))
+    check_contents(messages, whole)
+    if train_on == "all":
+        return [_plan(chat, len(messages), {}, control, all_of_it=True)]
+    texts: list[tuple[int, str, dict[int, tuple[int, int]]]] = [(len(messages), whole, {})]
+    for number in reversed(_learnt(row, train_on)):
+        turn, upto = _answer(chat, number, show)
+        home = next((turns for _, text, turns in texts if text.startswith(upto)), None)
+        if home is None:
+            check_text(upto)
+            home = {}
+            texts.append((number + 1, upto, home))
+        home[number] = turn
+    learns = [(count, turns) for count, _, turns in texts if turns] or [(len(messages), {})]
+    return [_plan(chat, count, turns, control) for count, turns in reversed(learns)]
+
+
+def _learnt(row: Row, train_on: TrainOn) -> list[int]:
+    """Numbers of the answers that are learnt."""
+    last = len(row.messages) - 1
+    return [
+        number
+        for number, message in enumerate(row.messages)
+        if message["role"] == "assistant" and message.get("weight", 1) == 1 and train_on in ("assistant", "last")
+        if train_on == "assistant" or number == last
+    ]
+
+
+def _plan(
+    chat: Conversation, count: int, learnt: Mapping[int, tuple[int, int]], control: int, *, all_of_it: bool = False
+) -> Plan:
+    """Of the first `count` messages. learnt: the turns of the answers that are."""
+    messages = chat.messages[:count]
+    text = chat.text(count, add_generation_prompt=False)
     borders: list[int] = []
     roles: list[tuple[str, int]] = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
-            following = messages[number + 1] if number < last else None
+            following = messages[number + 1] if number < count - 1 else None
             if following is not None and following["role"] != "assistant":
                 end = _end_of(chat, number + 1, text)
                 roles += [] if end is None else [(message["role"], end)]
             continue
-        wanted = train_on == "assistant" or (train_on == "last" and number == last)
-        learnt = wanted and row.messages[number].get("weight", 1) == 1
-        turn = _turn(chat, number, text, show, must=learnt)
+        turn = _turn(chat, number, text)
         if turn is None or (borders and turn[0] < borders[-1]):
-            if learnt:
-                raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered", _USE_LAST)
+            if number in learnt:
+                raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered")
             continue
         if number > 0:
             roles.append((messages[number - 1]["role"], turn[0]))
         roles.append(("assistant", turn[1]))
         borders += turn
-        if learnt:
-            spans.append(turn)
     if not roles or roles[-1][1] < len(text):
         roles.append((messages[-1]["role"], len(text)))
-    if train_on == "all":
-        spans = [(0, len(text))]
+    spans = [(0, len(text))] if all_of_it else [learnt[number] for number in sorted(learnt)]
     marks = tuple(end for _, end in roles)
-    return Plan(Cut(text, _cuts(borders, text), marks), tuple(spans), tuple(roles), control)
+    reasons = tuple(reasons_of(messages[number], text[slice(*learnt[number])]) for number in sorted(learnt))
+    cut = Cut(text, _cuts(borders, text), marks)
+    return Plan(cut, tuple(spans), tuple(roles), control, upto=count, reasons=reasons)
 
 
-def _turn(chat: Conversation, number: int, text: str, show: Show, *, must: bool) -> tuple[int, int] | None:
-    """Where an assistant turn begins and ends in the text. None if it has no exact place, unless it must."""
+def _answer(chat: Conversation, number: int, show: Show) -> tuple[tuple[int, int], str]:
+    """Where an answer that is learnt stands in what is rendered up to it, and that text."""
+    prompt = chat.text(number, add_generation_prompt=True)
+    upto = chat.text(number + 1, add_generation_prompt=False)
+    if upto.startswith(prompt):
+        return (len(prompt), len(upto)), upto
+    step = "The answers must begin as the template's generation prompt does."
+    if chat.variables and thought_in(chat.messages[number]):
+        step += f" This one reasons: should it, with {', '.join(chat.variables)}?"
+    raise Unfit(
+        "D202",
+        "what the chat template renders before an answer is not the beginning of what it renders with it",
+        step,
+        parting("before", show(prompt), "with it", show(upto)),
+    )
+
+
+def _turn(chat: Conversation, number: int, text: str) -> tuple[int, int] | None:
+    """Where an assistant turn begins and ends in the text. None if it has no exact place."""
     try:
         prompt = chat.text(number, add_generation_prompt=True)
         upto = chat.text(number + 1, add_generation_prompt=False)
     except TemplateFault:
-        if must:
-            raise
         return None
-    if upto.startswith(prompt) and text.startswith(upto):
-        return len(prompt), len(upto)
-    if not must:
-        return None
-    if not upto.startswith(prompt):
-        raise Unfit(
-            "D202",
-            "what the chat template renders before an answer is not the beginning of what it renders with it",
-            "The answers must begin as the template's generation prompt does.",
-            parting("before", show(prompt), "with it", show(upto)),
-        )
-    raise Unfit(
-        "D202",
-        "the chat template renders an earlier answer differently once messages follow it",
-        _USE_LAST,
-        parting("as last", show(upto), "earlier", show(text)),
-    )
+    return (len(prompt), len(upto)) if upto.startswith(prompt) and text.startswith(upto) else None
 
 
-def borders_of(chat: Conversation, text: str, show: Show) -> tuple[int, ...]:
+def borders_of(chat: Conversation, text: str) -> tuple[int, ...]:
     """The same borders in a prompt as in the row that it is the beginning of."""
     borders: list[int] = []
     for number, message in enumerate(chat.messages):
         if message["role"] == "assistant":
-            turn = _turn(chat, number, text, show, must=False)
+            turn = _turn(chat, number, text)
             if turn is not None and not (borders and turn[0] < borders[-1]):
                 borders += turn
     return _cuts(borders, text)

@@ -107,7 +107,7 @@ def label_examples(template: ChatTemplate, row: Row, labels: Sequence[str]) -> l
     examples = []
     for variant, each in zip(variants, encoded, strict=True):
         assert not isinstance(each, Problem)
-        ids, trained = np.array(each.ids, dtype=np.int32), np.array(each.trained, dtype=np.bool_)
+        ids, trained = np.array(each[-1].ids, dtype=np.int32), np.array(each[-1].trained, dtype=np.bool_)
         examples.append(Example(ids, trained, row.ref, row_key(variant)))
     if empty := [label for label, e in zip(labels, examples, strict=True) if not e.trained.any()]:
         raise DataError("labels without a token", empty)

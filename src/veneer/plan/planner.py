@@ -15,7 +15,7 @@ import torch
 from veneer.adapters.config import MethodConfig
 from veneer.bases.compute import Compute, DtypeName, choose
 from veneer.bases.from_config import Blueprint
-from veneer.data.batching import by_length, packed_rows, plan_epoch, used_length
+from veneer.data.batching import Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import (
@@ -174,7 +174,7 @@ class Planner:
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         kept = [row for row in self.rows if len(row.ids) <= choice.length]
-        return -(-len(kept) // choice.batch) if kept else None
+        return -(-len(Rows.of(kept).lengths) // choice.batch) if kept else None
 
     def median_length(self) -> int | None:
         return round(statistics.median(len(row.ids) for row in self.rows)) if self.rows else None
@@ -185,11 +185,10 @@ class Planner:
             return [synthetic_rows(choice.rows_at_once, choice.length, trained_share=self.trained_share)]
         rows = [_cut(row, choice.length) for row in self.rows]
         rows = [row for row in rows if row.trained.any()]
-        lengths = [used_length(row) for row in rows]
-        size = choice.rows_at_once
-        plan = plan_epoch(lengths, batch=choice.batch, seed=self.seed, epoch=0, order=self.order)  # type: ignore[arg-type]
+        found, size = Rows.of(rows), choice.rows_at_once
+        plan = plan_epoch(found.lengths, batch=choice.batch, seed=self.seed, epoch=0, order=self.order)  # type: ignore[arg-type]
         parts = [chosen[start : start + size] for chosen in plan for start in range(0, len(chosen), size)]
-        return [[rows[i] for i in part] for part in parts]
+        return [[rows[i] for i in found.examples(part)] for part in parts]
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
         """Of a base in 4 bits the step is that of the dense one, less what packed weights do not hold: one dry run

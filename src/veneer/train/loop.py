@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.routing import Routing
-from veneer.data.batching import by_length, plan_epoch, used_length
+from veneer.data.batching import Rows, by_length, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.models.step import Paths, batch_loss, batch_of, part_nats, parts_of
@@ -110,7 +110,7 @@ class Loop:
         self.device = job.flat.values.device
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
         self.offload = offload_for(self.device, weights) if job.config.offload else None
-        self._lengths = [used_length(e) for e in job.train]
+        self._rows = Rows.of(job.train)
         self._epoch_plan: tuple[int, list[list[int]]] | None = None
         if resume_from is not None:
             self._resume(resume_from)
@@ -167,7 +167,8 @@ class Loop:
     def _plan(self, epoch: int) -> list[list[int]]:
         if self._epoch_plan is None or self._epoch_plan[0] != epoch:
             config = self.job.config
-            plan = plan_epoch(self._lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order)
+            lengths = self._rows.lengths
+            plan = plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order)
             self._epoch_plan = epoch, plan
         return self._epoch_plan[1]
 
@@ -180,25 +181,25 @@ class Loop:
         return rows
 
     def _micro_batches(self, rows: list[int]) -> list[list[int]]:
-        """Rows of each, the same for every process."""
+        """Examples of each, the same for every process."""
         job, size = self.job, self.job.config.rows_at_once
-        parts = (rows[start : start + size] for start in range(0, len(rows), size))
+        parts = (self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size))
         return list(parts_of(job.model, job.paths, job.train, parts))
 
-    def _own(self, parts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[bool]:
+    def _own(self, parts: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[bool]:
         """Which of the parts this process computes."""
-        owners = dealt([sum(lengths[i] for i in part) for part in parts], self.world.size)
+        owners = dealt([sum(used_length(examples[i]) for i in part) for part in parts], self.world.size)
         return [owner == self.world.rank for owner in owners]
 
     def _backward(self, rows: list[int]) -> Counted:
         """Gradient of the mean over the step's trained tokens, into the flat buffer of every process."""
         job = self.job
-        total = float(sum(int(job.train[i].trained.sum()) for i in rows))
         parts = self._micro_batches(rows)
+        total = float(sum(int(job.train[i].trained.sum()) for part in parts for i in part))
         losses, counts = [0.0] * len(parts), [0, 0, 0]
         self.reduce.begin()
         with self.world.together(f"at step {self.progress.step + 1}"), self._fits(rows):
-            for number, own in enumerate(self._own(parts, self._lengths)):
+            for number, own in enumerate(self._own(parts, job.train)):
                 if not own:
                     continue
                 batch = batch_of(job.model, job.paths, job.train, parts[number], share_prompt=job.share_prompt)
@@ -233,7 +234,7 @@ class Loop:
         with fits_memory(f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)):
             norm = self.optimizer.gradient_norm()
             if not math.isfinite(norm):
-                raise self._diverged("gradient norm", norm, rows)
+                raise self._diverged("gradient norm", norm, self._rows.examples(rows))
             self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
         seconds = time.perf_counter() - start
         at.step += 1
@@ -263,20 +264,20 @@ class Loop:
     def _longest_batch(self) -> None:
         """Run the costliest batch of the first epoch once and forget it: too large shows now, not in hour three."""
         plan = self._plan(self.progress.epoch)
-        costliest = max(plan, key=lambda rows: sum(self._lengths[i] for i in rows))
+        costliest = max(plan, key=lambda rows: int(self._rows.lengths[rows].sum()))
         # What diverges is told again, with its step, when the batch's turn comes.
         with suppress(DivergedError):
             self._backward(costliest)
         self.job.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(self.device)) / 1e9
-        longest = max(self._lengths[i] for i in costliest)
+        longest = max(used_length(self.job.train[i]) for i in self._rows.examples(costliest))
         self.screen.message(f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {gigabytes:.2f} GB")
 
     def _fits(self, rows: list[int]) -> AbstractContextManager[None]:
-        tokens = sum(self._lengths[i] for i in rows)
+        tokens = int(self._rows.lengths[rows].sum())
         return fits_memory(
             f"on a batch of {len(rows)} rows, {tokens} tokens",
-            [str(self.job.train[i].ref) for i in rows][:8],
+            [str(self.job.train[i].ref) for i in self._rows.examples(rows)][:8],
             "Try --checkpointing, a smaller --set micro_batch=N, or a smaller --length.",
         )
 
@@ -303,7 +304,7 @@ class Loop:
         if not rows:
             return None
         parts = list(parts_of(job.model, job.paths, rows, by_length(rows, job.config.rows_at_once)))
-        own = self._own(parts, [used_length(e) for e in rows])
+        own = self._own(parts, rows)
         with self._evaluating():
             mine = [part for part, is_own in zip(parts, own, strict=True) if is_own]
             found = iter(part_nats(job.model, job.paths, job.routing, rows, mine))

@@ -23,7 +23,7 @@ from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
-from veneer.data.batching import plan_epoch, used_length
+from veneer.data.batching import Rows, plan_epoch
 from veneer.data.check import refuse_beyond
 from veneer.data.examples import Row
 from veneer.data.load import DataSet, load_data
@@ -258,7 +258,7 @@ def _begin(base: FrozenBase, config: RunConfig, data: DataSet) -> Begun | None:
 
 
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
-    lengths = [used_length(e) for e in data.train]
+    lengths = Rows.of(data.train).lengths
     per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
     epochs = 3.0 if config.epochs is None else config.epochs
     shows = config.show_answers and base.tokenizer.chat_template is not None
@@ -336,6 +336,8 @@ def _start_record(
         lines.append("the prompt that a batch's rows share is computed once")
     elif config.share_prompt and paths.packed:
         lines.append("with dropout every row computes its own prompt")
+    if (examples := len(data.train)) > data.report.rows:
+        lines.append(f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were answered")
     if attachment is not None:
         does = (
             "can be merged into the base" if attachment.config.folds else "cannot be merged: it stays beside the base"
@@ -351,8 +353,8 @@ def _start_record(
         "modules_adapted": None if attachment is None else attachment.adapted,
         "modules_total": None if attachment is None else attachment.adaptable,
         "adapter_bytes": None if attachment is None else adapter_file_bytes(attachment, base.model),
-        "train_rows": len(data.train),
-        "validation_rows": len(data.validation),
+        "train_rows": data.report.rows,
+        "validation_rows": data.report.validation_rows,
         "steps": job.steps,
         "starts_from": None if begun is None else begun.starts_from,
         "idle_memory_bytes": idle,
