@@ -118,10 +118,18 @@ def test_documents_outside_the_rows_are_refused():
             calls.attention_forward(q, q, q, None, torch.tensor(starts), out, lse, scale=1.0, window=None, splits=1)
 
 
+@pytest.mark.parametrize("splits", [0, 2**16, 2**40, 2**62])
+def test_shares_of_a_document_that_c_would_count_for_ever_are_refused(splits):
+    q = torch.zeros(9, 2, 16, dtype=torch.bfloat16)
+    out, lse, starts = torch.empty_like(q), torch.empty(9, 2), torch.tensor([0, 9])
+    with pytest.raises(CallError):
+        calls.attention_forward(q, q, q, None, starts, out, lse, scale=1.0, window=None, splits=splits)
+
+
 @needs_bf16
 def test_spoiled_calls_are_refused_or_stay_within_their_tensors():
     refused = computed = 0
-    for seed in range(count("calls", ci=25, soak=2500)):
+    for seed in range(count("calls", ci=100, soak=20_000)):
         more = fuzz_calls(seed)
         refused, computed = refused + more[0], computed + more[1]
     assert refused > computed > 0

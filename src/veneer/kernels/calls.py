@@ -34,6 +34,8 @@ DORA_BLOCK = 48
 MOST_RANK = 256
 MOST_STRIDE = 2**27
 """Values from one row of q, k or v to the next: 16 rows are gathered with indices of 32 bits."""
+MOST_SPLITS = 1024
+"""Shares of one document's keys, each a task of its own: C would count documents x heads x splits for ever."""
 
 
 # -- products with a small rank: rank.c ------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def _attention(
         raise CallError(f"{heads} query heads over {kv_heads} key heads")
     given = _Attention(scale=scale, rows=rows, heads=heads, kv_heads=kv_heads, size=size)
     given.window = 0 if window is None else number(window, 1)
-    given.splits, given.docs = number(splits, 1), number(starts.numel() - 1, 1)
+    given.splits, given.docs = number(splits, 1, MOST_SPLITS), number(starts.numel() - 1, 1)
     given.starts = at(starts, INT64, given.docs + 1)
     _check_documents(starts.tolist(), rows)
     _rows_of_pairs(given, "q", "q", q, rows, heads, size)
