@@ -442,10 +442,26 @@ def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
     arguments = ["evaluate", "--base", "b", "--data", "v.jsonl", "--metrics", "field_f1, exact_match"]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "1.25  nats per trained token" in out
+    assert "1.25  nats a token" in out
     assert "1,200  trained tokens" in out
     assert "50.0%  95% interval 40.0 to 60.0%" in out
     assert api.calls[-1][2]["metrics"] == ["field_f1", "exact_match"]
+
+
+def test_what_evaluate_says_beside_a_figure_stays_within_eighty_columns(api, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    interval, difference = [0.001234, 0.005678], {"difference": -0.00321, "interval": [-0.00456, -0.00123]}
+    api.evaluated = {"rows": 9, "loss": 0.003456, "tokens": 1200, "rougeL": 0.5, "predictions_differ": 3}
+    api.evaluated |= {"intervals": {"loss": interval, "rougeL": [0.4, 0.6]}, "units": {"rougeL": "share"}}
+    api.evaluated |= {"against": {"file": "other.jsonl", "loss": difference, "rougeL": difference}}
+    general = {"loss": 3.4567, "documents": 1234, "before": 3.4321, "forgetting": 0.0246}
+    api.evaluated |= {"general": {**general, "forgetting_interval": [0.01234, 0.04567]}}
+    assert main.main(["evaluate", "--base", "b", "--data", "v.jsonl", "--metrics", "rougeL"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80, lines
+    loss = next(i for i, line in enumerate(lines) if line.startswith("loss"))
+    assert lines[loss].endswith("95% interval 0.00123 to 0.00568")
+    assert lines[loss + 1] == " " * 27 + "-0.003 (-0.005 to -0.001)"
 
 
 def test_evaluate_json_always_has_loss_and_tokens(api, capsys):

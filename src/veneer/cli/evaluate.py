@@ -34,7 +34,7 @@ from veneer.cli.common import (
 )
 from veneer.wording import number, shown
 
-UNITS = {"loss": "nats per trained token", "tokens": "trained tokens"}
+UNITS = {"loss": "nats a token", "tokens": "trained tokens"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,8 +136,15 @@ def _print_table(result: dict[str, Any]) -> None:
     intervals, units = result.get("intervals", {}), result.get("units", {})
     against = result.get("against", {})
 
-    def line(name: str, said: str, beside: str = "") -> None:
-        console.print(f"{shown(name):<15}{said:>10}  {beside}".rstrip(), soft_wrap=True)
+    def line(name: str, said: str, *beside: str) -> None:
+        """What is beside a figure goes on below itself where the screen ends."""
+        row, begins = f"{shown(name):<15}{said:>10}", True
+        for each in beside:
+            if not begins and len(row) + len(each) + 3 > console.width:
+                console.print(row, soft_wrap=True)
+                row, begins = " " * 25, True
+            row, begins = row + ("  " if begins else " · ") + each, False
+        console.print(row, soft_wrap=True)
 
     for name, value in result.items():
         if name in ("intervals", "units", "general", "against"):
@@ -150,18 +157,18 @@ def _print_table(result: dict[str, Any]) -> None:
             other = against[name]
             beside.append(f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})")
         said = f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}%" if share else number(value)
-        line(name, said, " · ".join(beside))
+        line(name, said, *beside)
     if "general" in result:
         found = result["general"]
-        said = f"nats per token of general text, {found['documents']} documents"
+        beside = ["nats a token of general text", f"{found['documents']} documents"]
         if "forgetting" in found:
-            said += f", {number(found['before'])} before"
-        line("general", number(found["loss"]), said)
+            beside.append(f"{number(found['before'])} before")
+        line("general", number(found["loss"]), *beside)
         if "forgetting" in found:
             line(
                 "forgetting",
                 f"{found['forgetting']:+.3f}",
-                f"nats, 95% interval {_range(found['forgetting_interval'], False, signed=True)}",
+                f"nats · 95% interval {_range(found['forgetting_interval'], False, signed=True)}",
             )
     if against:
         console.print(
