@@ -6,8 +6,9 @@
 A mutation is one edit of the text: another comparison, operator or constant, a negated condition, a statement left out,
 two arguments exchanged. Drawn from the functions of the modules below; annotations, messages, asserts and constants of
 a module (sizes that change speed alone) are left out. First run those tests of a module that call the changed function,
-then those of others that do (callers.py; `--callers FILE` keeps which these are), the shortest first and half a minute
-of either; for C all tests of the module. A survivor is to be read: a missing test, or a change that means the same.
+then those of others that do (callers.py; `--callers FILE` keeps which these are), the shortest first and some twenty
+seconds of either; for C all tests of the module. What tests call is seen by watching them: those named beside the
+modules drawn, or all with `--all-callers`. A survivor is to be read: a missing test, or a change that means the same.
 Not part of `make test`: it takes an hour.
 """
 
@@ -20,13 +21,14 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +45,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/loss.py": ("test_kernels.py", "test_step.py"),
     "kernels/dropout.py": ("test_kernels.py", "test_native.py"),
     "kernels/rank.py": ("test_rank.py",),
+    "kernels/segments.py": ("test_segments.py",),
+    "kernels/few_rows.py": ("test_few_rows.py",),
+    "kernels/paged_attention.py": ("test_paged_attention.py",),
     "kernels/nf4_reference.py": ("test_quant_nf4.py",),
     "quant/nf4.py": ("test_quant_nf4.py", "test_quant_files.py"),
     "quant/matrix.py": ("test_quant_methods.py",),
@@ -51,6 +56,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "adapters/dora.py": ("test_dora.py", "test_methods.py"),
     "adapters/bottleneck.py": ("test_bottleneck.py", "test_methods.py"),
     "adapters/prefix.py": ("test_prefix.py", "test_methods.py"),
+    "adapters/acting.py": ("test_routing.py", "test_masks.py"),
+    "adapters/rows.py": ("test_segments.py", "test_masks.py"),
     "adapters/routing.py": ("test_routing.py", "test_attach.py", "test_swap.py"),
     "adapters/initial_factors.py": ("test_starts.py",),
     "adapters/targets.py": ("test_attach.py", "test_starts.py"),
@@ -60,10 +67,35 @@ TESTS: dict[str, tuple[str, ...]] = {
     "data/formats.py": ("test_data_formats.py",),
     "data/split.py": ("test_data_load.py",),
     "data/tokens.py": ("test_data_template.py",),
+    "decoding/blocks.py": ("test_decoding_blocks.py", "test_decoding_scheduler.py"),
+    "decoding/scheduler.py": ("test_decoding_scheduler.py",),
+    "decoding/step_plan.py": ("test_decoding_scheduler.py",),
+    "decoding/sequence.py": ("test_decoding_scheduler.py",),
+    "decoding/continued.py": ("test_decoding_scheduler.py",),
+    "decoding/adapters.py": ("test_decoding_adapters.py", "test_decoding_scheduler.py"),
+    "decoding/sampling.py": ("test_sampling.py",),
     "decoding/draws.py": ("test_sampling.py",),
+    "decoding/grammar.py": ("test_grammar.py",),
+    "decoding/json_check.py": ("test_grammar.py",),
+    "decoding/direct.py": ("test_direct.py",),
+    "decoding/paged.py": ("test_engine.py",),
+    "decoding/engine.py": ("test_engine.py",),
     "decoding/forward.py": ("test_decode.py", "test_engine.py"),
     "decoding/generate.py": ("test_decode.py",),
     "decoding/text.py": ("test_decoding_text.py",),
+    "serve/fields.py": ("serve/test_fields.py",),
+    "serve/body.py": ("serve/test_fields.py",),
+    "serve/sampling_fields.py": ("serve/test_fields.py",),
+    "serve/chat.py": ("serve/test_fields.py", "serve/test_answers.py"),
+    "serve/messages.py": ("serve/test_fields.py", "serve/test_answers.py"),
+    "serve/responses.py": ("serve/test_fields.py", "serve/test_answers.py"),
+    "serve/completions.py": ("serve/test_fields.py", "serve/test_server.py"),
+    "serve/shapes.py": ("serve/test_fields.py",),
+    "serve/tools.py": ("serve/test_tools.py",),
+    "serve/guard.py": ("serve/test_guard.py",),
+    "serve/keys.py": ("serve/test_guard.py",),
+    "library/tiers.py": ("test_residents.py",),
+    "library/residents.py": ("test_residents.py",),
     "models/likelihood.py": ("test_evaluate_run.py", "test_decode.py"),
     "bases/fingerprint.py": ("test_bases_fingerprint.py",),
     "models/step.py": ("test_step.py",),
@@ -71,6 +103,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "train/loop.py": ("test_loop.py", "test_run_folder.py"),
     "train/checkpoint.py": ("test_loop.py", "test_run_folder.py"),
     "train/offload.py": ("test_offload.py",),
+    "train/dealing.py": ("processes/test_parts.py",),
+    "train/reduce.py": ("processes/test_parts.py",),
+    "train/world.py": ("processes/test_parts.py", "processes/test_processes.py"),
     "evaluate/bootstrap.py": ("test_evaluate_bootstrap.py",),
     "evaluate/exact.py": ("test_evaluate_metrics.py",),
     "evaluate/json_fields.py": ("test_evaluate_metrics.py",),
@@ -91,6 +126,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "files/strict_tensors.py": ("test_files_strict_tensors.py",),
     "formats/norms.py": ("test_formats_norms.py",),
     "kernels/native/attention.c": ("test_attention_native.py", "test_native_calls.py"),
+    "kernels/native/few_rows.c": ("test_few_rows.py", "test_native_calls.py"),
+    "kernels/native/few_rows_body.h": ("test_few_rows.py", "test_native_calls.py"),
+    "kernels/native/paged_attention.c": ("test_paged_attention.py", "test_native_calls.py"),
+    "kernels/native/paged_attention_rows.h": ("test_paged_attention.py", "test_native_calls.py"),
+    "kernels/native/decoder_step.c": ("test_direct.py", "test_native_calls.py"),
     "kernels/native/rank.c": ("test_rank.py", "test_native_calls.py"),
     "kernels/native/dora.c": ("test_dora.py", "test_native_calls.py"),
     "kernels/native/dropout.c": ("test_native.py", "test_kernels.py", "test_native_calls.py"),
@@ -102,10 +142,10 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 """Central modules, and the test files that should notice a change in each."""
 
-SECONDS = 300
-"""A test that has not ended then hangs: the change was noticed."""
-SECONDS_OF_CALLERS, SECONDS_WATCHED = 30, 60
-"""Of tests that call a function; and of a test file, watched for what it calls."""
+SECONDS, SECONDS_WAITED = 300, 900
+"""A test that has computed or waited for as long hangs: the change was noticed. Others may be at work here too."""
+SECONDS_OF_CALLERS, SECONDS_WATCHED = 20, 90
+"""Of tests that call a function; and of a test file, watched for what it calls. All but the waiting is computing."""
 COMPARISONS = {
     "<": "<=",
     "<=": "<",
@@ -296,7 +336,7 @@ def all_mutations(source: Path, only: str) -> dict[str, list[Mutation]]:
     for file in TESTS:
         if re.search(only, file):
             text = (source / file).read_text(encoding="utf-8")
-            found[file] = list(of_c(file, text)) if file.endswith(".c") else _Python(file, text).found
+            found[file] = list(of_c(file, text)) if not file.endswith(".py") else _Python(file, text).found
     return found
 
 
@@ -326,13 +366,13 @@ class Copy:
         self.sound: set[str] = set()  # tests that are known to pass without a mutation
         self.callers = Callers([])
 
-    def with_callers(self, file: Path) -> None:
-        """Which tests call what; they run once for it, unless the file says it already."""
+    def with_callers(self, file: Path, names: Iterable[str]) -> None:
+        """Which tests of the named files call what; they run once for it, unless the file says it already."""
         if not file.exists():
-            for path in sorted((self.root / "tests").glob("test_*.py")):
+            for name in names:
                 calls = Calls(file.absolute(), self.root / "src" / "veneer")
-                self.tested([f"tests/{path.name}"], calls, seconds=SECONDS_WATCHED)
-                print(f"     {path.name} was watched", flush=True)
+                self.tested([f"tests/{name}"], calls, seconds=SECONDS_WATCHED)
+                print(f"     {name} was watched", flush=True)
         self.callers = Callers(file.read_text().splitlines())
 
     def tried(self, mutation: Mutation) -> tuple[bool | None, str]:
@@ -341,7 +381,7 @@ class Copy:
         own = path.read_bytes()
         path.write_bytes(mutation.of(own))
         try:
-            if mutation.file.endswith(".c") and not self.built():
+            if not mutation.file.endswith(".py") and not self.built():
                 return False, "does not compile"
             files = [f"tests/{name}" for name in TESTS[mutation.file]]
             near, far = self.callers.of(f"{mutation.file}:{mutation.function}", files, SECONDS_OF_CALLERS)
@@ -365,8 +405,9 @@ class Copy:
 
     def tested(self, tests: list[str], *plugins: object, seconds: float = SECONDS) -> tuple[bool, str]:
         """Whether these pass, and the first that does not: in a fork, which has torch and transformers already."""
-        log, end = self.root / "tests.log", time.monotonic() + seconds
+        log, end = self.root / "tests.log", time.monotonic() + SECONDS_WAITED
         if (child := os.fork()) == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))  # of each process of it
             self._run(tests, log, plugins)
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -375,8 +416,10 @@ class Copy:
             if time.monotonic() > end:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return False, f"no end after {seconds} s"
+                return False, f"no end after {SECONDS_WAITED} s"
             time.sleep(0.05)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return False, f"no end after {seconds} s of computing"
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
         code = os.waitstatus_to_exitcode(status)
         return code == 0, failed.group(1) if failed else f"exit code {code}"
@@ -411,6 +454,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="expression for the modules to mutate, for instance train/ or py$")
     parser.add_argument("--out", type=Path, default=Path("mutations.json"))
     parser.add_argument("--callers", type=Path, help="which tests call what; made where it is not there")
+    parser.add_argument("--all-callers", action="store_true", help="watch all tests for what they call")
     parser.add_argument("--list", action="store_true", help="say which mutations would be tried")
     args = parser.parse_args()
     mutations = chosen(all_mutations(ROOT / "src" / "veneer", args.only), args.number, args.seed)
@@ -428,7 +472,10 @@ def main() -> None:
     results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
-        copy.with_callers(args.callers or Path(folder) / "callers.jsonl")
+        near = {name for mutation in mutations if mutation.file.endswith(".py") for name in TESTS[mutation.file]}
+        every = {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")}
+        watched = every - {name for name in every if name.startswith("soak/")} if args.all_callers else near
+        copy.with_callers(args.callers or Path(folder) / "callers.jsonl", sorted(watched))
         for number, mutation in enumerate(mutations, 1):
             passed, by = copy.tried(mutation)
             word = {True: "SURVIVED", False: "caught", None: "unknown"}[passed]
