@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from multiprocessing import reduction
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from veneer.adapters.attach import attach
@@ -14,6 +17,8 @@ from veneer.adapters.config import LoRA
 from veneer.cli import main
 from veneer.data.examples import Example, RowRef
 from veneer.merge.in_memory import merged_weights
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_examples(count, *, vocab=272, prompt=5, longest=24, seed=0):
@@ -37,6 +42,21 @@ def fill(parameters, *, seed=0, scale=0.3):
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def run_where_it_may_only_be_read(folder, code):
+    """Runs Python code in a space of its own, where even root may only read `folder`; skips where there is none."""
+    mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}" || exit 77'
+    mount += f'; mkdir "{folder}/x" 2>/dev/null && exit 77; exec "$@"'
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    line = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", f"import sys\n{code}"]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"this user may not mount: {done.stderr[-200:]}")
+    return done
 
 
 class FailAt:

@@ -5,7 +5,6 @@ import errno
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import run_where_it_may_only_be_read
 from tests.soak.world import FROM_LIBRARY, READING, make_world
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.cli.main import main
@@ -21,7 +21,6 @@ from veneer.library.index import INDEX
 from veneer.library.library import Library
 
 FORK = multiprocessing.get_context("fork")
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -96,25 +95,13 @@ def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_u
     assert not wrong
 
 
-def _read_only(folder: Path, argument: str) -> list[str]:
-    """A command line that runs Python code in a space of its own where `folder` may only be read."""
-    mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}" && exec "$@"'
-    return ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", argument]
-
-
 def test_every_command_that_reads_works_on_a_library_that_may_only_be_read(world, tmp_path):
     (world / "library" / INDEX).unlink(missing_ok=True)  # so that every listing wants to write it
     (tmp_path / "o").mkdir()
     lines = [line.format(w=world, o=tmp_path / "o").split() for line in (READING | FROM_LIBRARY).values()]
     code = f"""
-import os, shutil, sys
+import shutil
 from veneer.cli.main import main
-try:
-    os.mkdir({str(world / "library" / "x")!r})
-except OSError:
-    pass
-else:
-    sys.exit(77)
 for line in {lines!r}:
     shutil.rmtree({str(tmp_path / "o" / "result")!r}, ignore_errors=True)
     if main(line):
@@ -123,15 +110,7 @@ for change in (["tag", "x", "t9"], ["rm", "x"], ["gc", "--yes"], ["add", {str(wo
     if main(["adapters", *change, "--library", {str(world / "library")!r}]) != 2:
         sys.exit(f"not refused as it should be: {{change}}")
 """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(
-            _read_only(world / "library", code), capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-        )
-    except FileNotFoundError:
-        pytest.skip("there is no unshare here")
-    if done.returncode in (1, 32, 77) and "failed" not in done.stderr and "refused" not in done.stderr:
-        pytest.skip(f"this user may not mount: {done.stderr[-200:]}")
+    done = run_where_it_may_only_be_read(world / "library", code)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Read-only file system" in done.stderr
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import veneer
+from tests.helpers import run_where_it_may_only_be_read
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.cli import main
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted, SourceError
@@ -334,6 +335,21 @@ def test_a_folder_that_cannot_be_written_is_an_error(world, tmp_path, monkeypatc
             resume(tmp_path)
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_disk_that_may_only_be_read_is_an_error_and_no_bug_of_ours(world, tmp_path, monkeypatch):
+    train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
+    before = names(tmp_path)
+    code = f"""
+from veneer.cli.main import main
+for line in (["train", "--resume", {str(tmp_path)!r}], ["report", {str(tmp_path)!r}]):
+    if main(line) != 2:
+        sys.exit(f"not refused as it should be: {{line}}")
+"""
+    done = run_where_it_may_only_be_read(tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("Read-only file system") == 2
+    assert names(tmp_path) == before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows locks every file system alike")
