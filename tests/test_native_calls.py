@@ -23,6 +23,7 @@ CALLING = (
     "dense_calls.py",
     "paged_calls.py",
     "step_calls.py",
+    "recorded.py",
 )
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
