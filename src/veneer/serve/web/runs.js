@@ -1,7 +1,7 @@
 // Runs of a folder, with their curves, which grow while it is looked at.
 
 const EVERY = 2000; // milliseconds between two looks
-const CHART = { width: 680, height: 240, left: 48, bottom: 22 };
+const CHART = { height: 240, left: 52, bottom: 22 };
 const MOST_POINTS = 700;
 const NONE = "No run is here: veneer serve --runs DIR names the folder that has them.";
 const watched = { name: null, next: 0, steps: [], evaluations: [], timer: null };
@@ -86,6 +86,8 @@ function smoothed(points) {
   });
 }
 
+const marked = (value) => (value && Math.abs(value) < 0.001 ? value.toExponential(0) : figure(value.toPrecision(2)));
+
 function thinned(points) {
   const there = points.filter(([, value]) => value !== null);
   const every = Math.ceil(there.length / MOST_POINTS);
@@ -102,14 +104,16 @@ function chart(title, series) {
   const least = (values) => values.reduce((a, b) => Math.min(a, b));
   const most = (values) => values.reduce((a, b) => Math.max(a, b));
   const [x0, x1, y1] = [least(xs), Math.max(most(xs), least(xs) + 1), most(ys)];
-  const y0 = Math.min(least(ys), y1 > 0 ? least(ys) - (y1 - least(ys)) * 0.05 : y1 - 1);
-  const { width, height, left, bottom } = CHART;
+  const below = least(ys) - (y1 - least(ys)) * 0.05;
+  const y0 = least(ys) >= 0 ? Math.max(0, below) : below;
+  const { height, left, bottom } = CHART;
+  const width = Math.min(720, byId("run").clientWidth || 720); // of the screen's own points: text keeps its size
   const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left);
   const y = (value) => (height - bottom) * (1 - (value - y0) / (y1 - y0 || 1)) + 6;
-  const marks = [0, 0.5, 1].map((share) => y0 + share * (y1 - y0)).filter((value, n, each) => each.indexOf(value) === n);
+  const marks = [...new Set([0, 0.5, 1].map((share) => y0 + share * (y1 - y0)))];
   const parts = marks.flatMap((value) => [
     draw("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }),
-    draw("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, figure(value.toPrecision(3))),
+    draw("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, marked(value)),
   ]);
   parts.push(draw("text", { x: left, y: height + 6 }, `step ${count(x0)}`));
   parts.push(draw("text", { x: width, y: height + 6, "text-anchor": "end" }, count(x1)));
@@ -117,7 +121,7 @@ function chart(title, series) {
     const line = points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
     parts.push(draw("polyline", { class: `line ${look}`, points: line }));
     if (look !== "b") continue;
-    parts.push(...points.map(([step, value]) => draw("circle", { class: "dot", cx: x(step), cy: y(value), r: 3 })));
+    for (const [at, value] of points) parts.push(draw("circle", { class: "dot", cx: x(at), cy: y(value), r: 3 }));
   }
   const names = drawn.map(([name, look]) => make("span", { className: `sign ${look}` }, name));
   const picture = draw("svg", { viewBox: `0 0 ${width} ${height + 10}`, role: "img", "aria-label": title }, ...parts);

@@ -5,6 +5,30 @@ const wordsOf = (text) => text.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) ??
 
 /** [kind, text] in order. kind: same, more (only in `text`), less (only in `base`). */
 function differences(base, text) {
+  return readable(shared(base, text));
+}
+
+/** What both have between two changes is part of them, where it has less than two words: it only looks alike. */
+function readable(parts) {
+  const found = [];
+  let [less, more] = ["", ""];
+  const close = () => {
+    if (less) found.push(["less", less]);
+    if (more) found.push(["more", more]);
+    [less, more] = ["", ""];
+  };
+  parts.forEach(([kind, words], place) => {
+    const between = place > 0 && place < parts.length - 1;
+    if (kind === "less") less += words;
+    else if (kind === "more") more += words;
+    else if (between && (words.match(/[\p{L}\p{N}_]+/gu) ?? []).length < 2) (less += words), (more += words);
+    else close(), found.push(["same", words]);
+  });
+  close();
+  return found;
+}
+
+function shared(base, text) {
   let [ours, theirs] = [wordsOf(text), wordsOf(base)];
   const found = [];
   let start = 0;
