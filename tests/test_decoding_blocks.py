@@ -56,7 +56,7 @@ class Memory:
 
     def compute(self, text: Text, tokens: int | None = None) -> None:
         self.places.prepare(self.blocks.fronts, self.blocks.copies)
-        self.blocks.done()
+        self.blocks.done(self.blocks.fronts, self.blocks.copies)
         stop = len(text.tokens) if tokens is None else min(text.computed + tokens, len(text.tokens))
         for place in range(text.computed, stop):
             self.places.write(text.table, place, text.contents(place))
@@ -177,7 +177,7 @@ def test_a_fork_shares_full_blocks_and_says_what_is_to_be_copied():
     memory.blocks.close(text.table)
     assert memory.blocks.available == 8 - 4  # the source waits until it is copied
     memory.blocks.check()
-    memory.blocks.done()
+    memory.blocks.done((), memory.blocks.copies)
     assert memory.blocks.available == 8 - 3
 
 

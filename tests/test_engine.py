@@ -19,7 +19,7 @@ from veneer.decoding.forward import PagedForward
 from veneer.decoding.sampling import Sampling
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
-from veneer.errors import ConfigError, DivergedError, DoesNotFitError
+from veneer.errors import AdapterMismatchError, ConfigError, DivergedError, DoesNotFitError
 from veneer.kernels.paged_attention import Blocks
 
 METHODS = {
@@ -285,6 +285,71 @@ def test_nobody_holds_an_adapter_of_which_the_last_answer_has_ended():
     base.detach("lora")
     gc.collect()
     assert gone() is None
+
+
+def failing_with(patch, tokens, fault):
+    """Forwards that fail where one of these tokens is in them; returns how many tokens each forward had."""
+    tried, right = [], PagedForward.logits
+
+    def logits(self, plan, *rest):
+        tried.append([token for span in plan.spans for token in span.tokens])
+        if set(tokens) & set(tried[-1]):
+            raise fault
+        return right(self, plan, *rest)
+
+    patch.setattr(PagedForward, "logits", logits)
+    return tried
+
+
+@pytest.mark.parametrize("fault", [AdapterMismatchError("it is broken"), RuntimeError("a bug")], ids=["ours", "a bug"])
+def test_what_fails_in_a_forward_ends_its_own_answers_and_the_others_go_on(monkeypatch, fault):
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    prompts = [(5, 9, 1), (5, 9, 200), (5, 9, 2), (5, 201, 2), (7,)]
+    asked = [engine.add(Request(prompt=p, max_new_tokens=NEW, choices=2)) for p in prompts]
+    tried = failing_with(monkeypatch, (200, 201), fault)
+    engine.run()
+    for prompt, answers in zip(prompts, asked, strict=True):
+        broken = {200, 201} & set(prompt)
+        for answer in answers:
+            assert (answer.reason is Reason.ERROR, answer.error is fault) == (bool(broken), bool(broken))
+        if not broken:
+            assert answers[0].answer == alone(base, (), list(prompt))
+    wrong = [tokens for tokens in tried if {200, 201} & set(tokens)]
+    assert len(wrong) == 2 * (1 + 2), "together, then each alone; and their second choices so"
+    assert engine.scheduler.blocks.held_bytes == 0
+    engine.scheduler.blocks.check()
+
+
+def test_a_prefix_that_cannot_be_written_ends_those_behind_it_alone(monkeypatch):
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    identities = [(), (("prefix", 1.0),), LORA]
+    asked = [engine.add(Request(prompt=(5, 9, 1), max_new_tokens=NEW, adapter=each))[0] for each in identities]
+    fault = AdapterMismatchError("its keys are of another base")
+    monkeypatch.setattr(PagedForward, "write", lambda *given: (_ for _ in ()).throw(fault))
+    engine.run()
+    assert [answer.error for answer in asked] == [None, fault, None]
+    for answer, each in zip(asked, identities, strict=True):
+        assert answer.error or answer.answer == alone(base, applied.get(each, ()), [5, 9, 1])
+    assert engine.scheduler.blocks.held_bytes == 0
+    engine.scheduler.blocks.check()
+
+
+def test_rows_that_fail_only_together_are_computed_one_by_one(monkeypatch):
+    base, applied = with_adapters("llama_untied")
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    asked = [engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2, 3)]
+    right = PagedForward.logits
+
+    def logits(self, plan, *rest):
+        if len(plan.spans) > 1:
+            raise RuntimeError("not together")
+        return right(self, plan, *rest)
+
+    monkeypatch.setattr(PagedForward, "logits", logits)
+    engine.run()
+    assert [answer.answer for answer in asked] == [alone(base, (), [5, 9, n]) for n in (1, 2, 3)]
 
 
 def test_after_a_step_that_failed_the_next_one_goes_on_as_if_there_had_been_none(monkeypatch):

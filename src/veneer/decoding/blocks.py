@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -258,12 +258,18 @@ class BlockManager:
                 self._drop_front(table.chain.front)
         table.blocks, table.front, table.full, table.cached = [], (), 0, 0
 
-    def done(self) -> None:
-        """What `fronts` and `copies` said has been done."""
-        self._unwritten.clear()
-        for copy in self._copies.values():
-            self._release(copy.source)
-        self._copies.clear()
+    def pending(self, table: Table) -> tuple[tuple[Front, ...], tuple[Copy, ...]]:
+        """Of `fronts` and `copies`, those that this table needs."""
+        fronts = [self._unwritten[block] for block in table.front[:1] if block in self._unwritten]
+        return tuple(fronts), tuple(self._copies[block] for block in table.blocks if block in self._copies)
+
+    def done(self, fronts: Iterable[Front], copies: Iterable[Copy]) -> None:
+        """These have been written and copied."""
+        for front in fronts:
+            self._unwritten.pop(front.blocks[0], None)
+        for copy in copies:
+            if self._copies.pop(copy.target, None) is not None:
+                self._release(copy.source)
 
     def forget(self, content: str) -> int:
         """Nothing of the adapter of this content hash can be found any more; what nobody holds of it is free.

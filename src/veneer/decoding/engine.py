@@ -23,7 +23,7 @@ from veneer.decoding.draws import Drawing, draw
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.proof import decodes_packed, prove_decoding
 from veneer.decoding.scheduler import Limits, Scheduler
-from veneer.decoding.sequence import Request
+from veneer.decoding.sequence import Request, State
 from veneer.decoding.sequence import Sequence as Answer
 from veneer.decoding.step_plan import Drawn, Plan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
@@ -90,7 +90,8 @@ class Engine:
     def step(self, now: float) -> list[Answer]:
         """One step; returns the answers that have ended.
 
-        Where memory does not suffice, fewer tokens are computed; an answer that cannot get one alone ends.
+        Where memory does not suffice, fewer tokens are computed; an answer that cannot get one alone ends. Where a
+        step fails otherwise, each of its rows is computed alone, and those end that fail then too.
         """
         ended: list[Answer] = []
         most: int | None = None
@@ -99,19 +100,48 @@ class Engine:
             ended += plan.ended
             try:
                 results = self._results(plan)
+            except Exception as fault:
+                self._undo()
+                return self._let_go([*ended, *self._each_alone(plan, fault)])
             except BaseException:  # the next step begins as if there had been none
-                self.scheduler.undo_step()
+                self._undo()
                 raise
             if results is not None:
                 return self._let_go([*ended, *self.scheduler.finish_step(results)])
-            self.scheduler.undo_step()
-            self._acting = None
-            self._nobody.clear()
+            self._undo()
             tokens = sum(span.stop - span.start for span in plan.spans)
             most = max(1, tokens // 2)
             if tokens == 1:
-                fault = DoesNotFitError("out of memory answering", next_step="Ask for less at once, or end others.")
-                self.scheduler.fail(plan.spans[0].sequence, fault)
+                self.scheduler.fail(plan.spans[0].sequence, _no_memory())
+
+    def _undo(self) -> None:
+        self.scheduler.undo_step()
+        self._acting = None
+        self._nobody.clear()
+
+    def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
+        """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of it."""
+        ended: list[Answer] = []
+        if len(failed.spans) == 1:
+            self.scheduler.fail(failed.spans[0].sequence, fault)
+            return ended
+        for span in failed.spans:
+            if span.sequence.state is not State.RUNNING:
+                continue  # it went back while another was computed
+            plan = self.scheduler.step_alone(span.sequence)
+            ended += plan.ended
+            try:
+                results = self._results(plan)
+            except Exception as own:
+                self._undo()
+                self.scheduler.fail(span.sequence, own)
+                continue
+            if results is None:
+                self._undo()
+                self.scheduler.fail(span.sequence, _no_memory())
+            else:
+                ended += self.scheduler.finish_step(results)
+        return ended
 
     def _results(self, plan: Plan) -> dict[int, Drawn] | None:
         """What each answer draws, by number; None: the memory does not suffice."""
@@ -169,6 +199,10 @@ class Engine:
                 del self._nobody[next(iter(self._nobody))]
             self._nobody[rows] = in_step([(rows, ())])
         return self._nobody[rows]
+
+
+def _no_memory() -> DoesNotFitError:
+    return DoesNotFitError("out of memory answering", next_step="Ask for less at once, or end others.")
 
 
 def _way(base: FrozenBase) -> Way:

@@ -2,6 +2,7 @@
 
     add, cancel     between steps or during one
     step(now)       a plan: spans of tokens, the rows of one adapter beside each other; what to copy before
+    step_alone      a plan for one sequence, where a step failed
     finish_step     the token that each drew; stops and limits are applied
     undo_step       the plan was not computed (no memory, say): the same again, or a smaller one
 
@@ -163,6 +164,18 @@ class Scheduler:
         self._plan = Plan(spans, self.blocks.fronts, self.blocks.copies, self._told())
         return self._plan
 
+    def step_alone(self, sequence: Sequence) -> Plan:
+        """One running sequence's part of a step that failed: whether it fails by itself. It may go back instead."""
+        assert self._plan is None, "the last step has not been finished"
+        if self._has_room(sequence):
+            assert sequence.table is not None
+            take = min(sequence.length - sequence.computed, self.limits.chunk_tokens)
+            fronts, copies = self.blocks.pending(sequence.table)
+            self._plan = Plan((self._span(sequence, take),), fronts, copies, self._told())
+        else:
+            self._plan = Plan((), (), (), self._told())
+        return self._plan
+
     def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
         """The plan has been computed. Returns the sequences that have ended.
 
@@ -173,7 +186,7 @@ class Scheduler:
         drawing = {s.number for span in self._plan.spans for s in span.draws}
         assert results.keys() == drawing, f"of {sorted(drawing)}, not of {sorted(results)}"
         plan, self._plan = self._plan, None
-        self.blocks.done()
+        self.blocks.done(plan.fronts, plan.copies)
         for span in plan.spans:
             assert span.sequence.table is not None
             span.sequence.computed = span.stop
@@ -195,7 +208,7 @@ class Scheduler:
         self._plan = None
         self._end_cancelled()
 
-    def fail(self, sequence: Sequence, error: VeneerError) -> None:
+    def fail(self, sequence: Sequence, error: Exception) -> None:
         """It ends with this error; between steps. The next `step` or `finish_step` tells."""
         assert self._plan is None, "the last step has not been finished"
         if sequence.state is not State.FINISHED:
@@ -238,7 +251,7 @@ class Scheduler:
             if s.request.deadline is not None and s.request.deadline <= now:
                 self._end(s, Reason.DEADLINE)
 
-    def _end(self, sequence: Sequence, reason: Reason, error: VeneerError | None = None) -> None:
+    def _end(self, sequence: Sequence, reason: Reason, error: Exception | None = None) -> None:
         """Takes it out of wherever it is. If other choices wait for it, the first of them takes its place."""
         if sequence in self._running:
             self._running.remove(sequence)

@@ -17,7 +17,7 @@ from enum import Enum
 from veneer.bounds import CHOICES, NEW_TOKENS, PRIORITY, SEED, TIME, TOKEN, WAITS, WEIGHT, number_faults
 from veneer.decoding.blocks import Chain, Identity, Table
 from veneer.decoding.sampling import GREEDY, Constraint, Sampling, TokenChance
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError
 
 
 class State(Enum):
@@ -118,7 +118,7 @@ class Sequence:
         self.order = (-request.priority, request.arrival, number)
         self.state = State.WAITING
         self.reason: Reason | None = None
-        self.error: VeneerError | None = None
+        self.error: Exception | None = None
         self.new: list[int] = []
         self.logprobs: list[TokenChance] = []
         self.computed = 0

@@ -5,8 +5,8 @@
     ticket.cancel() ── commands ──────────> Engine.cancel    between two steps
     ticket.updates() <── one call a step ── what each answer got
 
-The event loop never touches a tensor, the thread never a socket. What goes wrong with one request ends that request;
-what goes wrong with a step ends those that were in it, and the thread goes on.
+The event loop never touches a tensor, the thread never a socket. What goes wrong with one request ends that request,
+in a forward too; what goes wrong with the books of a step ends those that were in it, and the thread goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.sampling import TokenChance
 from veneer.decoding.sequence import Reason, Request
 from veneer.decoding.sequence import Sequence as Answer
-from veneer.errors import QueueFullError, is_out_of_memory
+from veneer.errors import QueueFullError, VeneerError, is_out_of_memory
 from veneer.serve.refusals import Refusal, shutting_down
 
 log = logging.getLogger("veneer.serve")
@@ -248,6 +248,8 @@ class EngineLoop:
                 )
             if ended:
                 del self._open[number]
+                if answer.error is not None and not isinstance(answer.error, VeneerError):
+                    log.error("a bug: an answer ends", exc_info=answer.error)
         if told:
             self._later(lambda: _tell(told))
 
