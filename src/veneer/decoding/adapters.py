@@ -6,7 +6,7 @@ library/residents.py   those of a library, in memory while they are needed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from veneer.adapters.acting import Applied
@@ -72,7 +72,13 @@ def prefixes(applied: Applied) -> list[PrefixLayer]:
 
 def front_places(applied: Applied) -> int:
     """Places of the trained prefix. ConfigError: one that acts in part."""
-    alone = [weight for attachment, weight in applied if prefixes(((attachment, weight),))]
+    each = [sum(prefix.tokens for prefix in prefixes(((attachment, weight),))) for attachment, weight in applied]
+    return one_front(each, [weight for _, weight in applied])
+
+
+def one_front(places: Sequence[int], weights: Sequence[float]) -> int:
+    """Of those that each adapter has, with which weight it acts. ConfigError: one acts in part."""
+    alone = [weight for own, weight in zip(places, weights, strict=True) if own]
     if len(alone) > 1 or any(weight != 1.0 for weight in alone):
         raise ConfigError("a prefix acts alone and whole", next_step="Take one prefix, with weight 1.")
-    return sum(prefix.tokens for prefix in prefixes(applied))
+    return sum(places)

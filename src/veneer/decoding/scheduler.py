@@ -76,7 +76,7 @@ class Scheduler:
     def __init__(
         self, blocks: BlockManager, limits: Limits, adapters: Adapters, *, positions: int | None = None
     ) -> None:
-        self.blocks, self.limits, self._adapters, self._positions = blocks, limits, adapters, positions
+        self.blocks, self.limits, self._adapters, self.positions = blocks, limits, adapters, positions
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._others: dict[int, list[Sequence]] = {}  # first choice -> those that wait for it to read the prompt
@@ -107,6 +107,13 @@ class Scheduler:
     def in_use(self) -> Counter[Identity]:
         """Adapters of all sequences that have not ended, the base among them, with the number of these."""
         return Counter(s.request.adapter for s in (*self._running, *self.waiting))
+
+    def most_places(self, front_places: int = 0) -> int:
+        """Tokens that a prompt and its answer may have together, behind such a prefix. For any thread."""
+        blocks = self.blocks
+        room = (blocks.num_blocks - blocks.blocks_for(front_places)) * blocks.tokens_per_block
+        places = room + 1  # the last token's keys and values are not needed
+        return max(0, places if self.positions is None else min(places, self.positions - front_places))
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """One sequence for each choice, which wait from now on.
@@ -216,11 +223,11 @@ class Scheduler:
 
     def _check_fits(self, request: Request, *, front_places: int) -> None:
         blocks, places = self.blocks, len(request.prompt) + request.max_new_tokens
-        if self._positions is not None and front_places + places > self._positions:
+        if self.positions is not None and front_places + places > self.positions:
             prefix = f" behind its adapter's prefix of {front_places:,}" if front_places else ""
             raise DoesNotFitError(
                 f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones{prefix} are more than the "
-                f"{self._positions:,} positions that the model reads alike",
+                f"{self.positions:,} positions that the model reads alike",
                 next_step="Shorten the prompt, or ask for fewer new tokens.",
             )
         if blocks.blocks_for(front_places) + blocks.blocks_for(request.most_places) > blocks.num_blocks:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import JsonValue, ValidationError
@@ -172,10 +173,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     does not compute).
     """
     folder = Path(folder)
-    _require_files(folder)
-    stored = read_json(folder / CONFIG_NAME)
-    layout = layout_in(folder / CONFIG_NAME, stored)
-    file, ignored = layout.read(folder / CONFIG_NAME, stored)
+    stored, layout, file, ignored = _read_settings(folder)
     notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
     tensors: dict[str, Tensor] = {}
     twice, repaired = [], 0
@@ -206,6 +204,20 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
         ) from fault
     return StoredAdapter(folder, settings, layout, file, tensors, found, manifest, notes)
+
+
+def front_places_in(folder: Path) -> int:
+    """Positions that an adapter takes in front of every text, without its tensors. Raises what read_adapter raises."""
+    _, _, file, _ = _read_settings(folder)
+    return file.front_places
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, list[str]]:
+    """adapter_config.json, what it is laid out as, its settings, and the names that were ignored."""
+    _require_files(folder)
+    stored = read_json(folder / CONFIG_NAME)
+    layout = layout_in(folder / CONFIG_NAME, stored)
+    return stored, layout, *layout.read(folder / CONFIG_NAME, stored)
 
 
 def _require_files(folder: Path) -> None:

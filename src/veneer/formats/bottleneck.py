@@ -67,6 +67,10 @@ class BottleneckFile:
     def base_model_name_or_path(self) -> str | None:
         return self.fields.base_model_name_or_path
 
+    @property
+    def front_places(self) -> int:
+        return 0
+
     def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
         if not any(name.endswith(_ENDINGS["down"]) for name in tensors):
             raise CorruptFileError(f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again.")

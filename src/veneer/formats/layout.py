@@ -43,6 +43,10 @@ class FileSettings(Protocol):
     @property
     def base_model_name_or_path(self) -> str | None: ...
 
+    @property
+    def front_places(self) -> int:
+        """Positions that what it adds takes in front of every text."""
+
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:
         """In Veneer's terms, without a model to resolve them on. tensors: the file's, by bare names.
 

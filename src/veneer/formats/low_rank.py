@@ -30,6 +30,10 @@ class LowRankFile:
     def base_model_name_or_path(self) -> str | None:
         return self.peft.base_model_name_or_path
 
+    @property
+    def front_places(self) -> int:
+        return 0
+
     def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:
         if not (adapted := adapted_modules(tensors)):
             raise CorruptFileError(f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again.")

@@ -71,6 +71,10 @@ class PrefixFile:
     def base_model_name_or_path(self) -> str | None:
         return self.peft.base_model_name_or_path
 
+    @property
+    def front_places(self) -> int:
+        return self.peft.num_virtual_tokens
+
     def settings(self, tensors: Mapping[str, Tensor]) -> Prefix:
         if PART not in tensors:
             raise CorruptFileError(f"{self.path.parent} holds no {PART}", [], "Copy the folder again.")

@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from veneer.adapters.acting import Applied
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
+from veneer.decoding.adapters import one_front
 from veneer.decoding.blocks import Identity
-from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError
+from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError
+from veneer.formats.adapter import front_places_in
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_reference, nearest
@@ -21,7 +24,9 @@ from veneer.library.resident import Files, Shown
 from veneer.library.tiers import LoadLimits, Tiers
 from veneer.models.frozen_base import FrozenBase
 
-MOST_PREAMBLES = 1024
+T = TypeVar("T")
+MOST_KNOWN = 1024
+"""Folders of which is known what their small files say."""
 
 
 class Residents:
@@ -48,6 +53,7 @@ class Residents:
         self._meant: dict[str, str] = {}  # reference -> the content that it last meant
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
+        self._fronts: dict[Path, int] = {}
 
     # by name
 
@@ -67,15 +73,36 @@ class Residents:
         """Of the conversations that all of these were trained on. Reads files of one that was not asked for before."""
         return shared(self._preamble(self._tiers.files(content)) for content, _ in identity)
 
+    def front_places(self, identity: Identity) -> int:
+        """Positions of its trained prefix; 0 too where its files are broken, as loading it will say.
+
+        ConfigError: a prefix that is to act in part.
+        """
+        places = [self._front_places(self._tiers.files(content)) for content, _ in identity]
+        return one_front(places, [weight for _, weight in identity])
+
+    def _front_places(self, files: Files) -> int:
+        if (found := self._fronts.get(files.folder)) is not None:
+            return found
+        try:
+            found = front_places_in(files.folder)
+        except VeneerError:
+            return 0
+        self._remember(self._fronts, files.folder, found)
+        return found
+
+    def _remember(self, known: dict[Path, T], folder: Path, value: T) -> None:
+        with self._lock:
+            known[folder] = value
+            while len(known) > MOST_KNOWN:
+                del known[next(iter(known))]
+
     def _preamble(self, files: Files) -> Preamble:
         found = self._preambles.get(files.folder)
         if found is None:
             manifest = files.folder / MANIFEST_NAME
             found = read_manifest(manifest).preamble if manifest.is_file() else NONE
-            with self._lock:
-                self._preambles[files.folder] = found
-                while len(self._preambles) > MOST_PREAMBLES:
-                    del self._preambles[next(iter(self._preambles))]
+            self._remember(self._preambles, files.folder, found)
         return found
 
     def load(self, name: str, *, seconds: float = 60.0) -> Identity:

@@ -95,15 +95,16 @@ class Prompts:
                 "context_length_exceeded",
             )
 
-    def most_new(self, ids: Sequence[int], wanted: int | None, room: int) -> int:
-        """New tokens that an answer may have. room: tokens that keys and values have room for. Refusal: too long."""
-        places = room + 1 if self.positions is None else min(self.positions, room + 1)
+    @staticmethod
+    def most_new(ids: Sequence[int], wanted: int | None, places: int, front_places: int) -> int:
+        """New tokens that an answer may have. places: for prompt and answer. Refusal: too long."""
         left = places - len(ids)
         if left < 1 or (wanted or 1) > left:
             asked = f"{len(ids):,} tokens of prompt" + (f" and {wanted:,} new ones" if wanted else "")
+            behind = f", behind the adapter's prefix of {front_places:,}" if front_places else ""
             raise Refusal(
                 400,
-                f"This is too long: {asked}, and there are {places:,} places for both.",
+                f"This is too long: {asked}, and there are {places:,} places for both{behind}.",
                 "max_tokens" if left >= 1 else "messages",
                 "context_length_exceeded",
             )

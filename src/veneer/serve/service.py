@@ -66,7 +66,7 @@ class Service:
         capacity = capacity_of(base)
         self.runs = runs or Runs(None)
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
-        self.prompts = Prompts(base.tokenizer, positions=capacity.positions, ids=capacity.tokens)
+        self.prompts = Prompts(base.tokenizer, positions=engine.scheduler.positions, ids=capacity.tokens)
         self._asked_as = asked_as
         self.prompts.template.telling(asked_as(NONE).variables)  # that it reads them shows before anybody asks
         self.texts = TokenTexts(base.tokenizer)
@@ -74,6 +74,7 @@ class Service:
         self.metrics = Metrics(names.base_name, routes)
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._weights = base.fingerprint().weights_hash[:8]
+        self._most_places = engine.scheduler.most_places
         self.cache_tokens, self.cache_bytes = engine.scheduler.blocks.capacity, engine.scheduler.blocks.budget_bytes
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
@@ -115,7 +116,9 @@ class Service:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
         model = await self.model(asked.model, asked.adapters)
         prompts = await self.ids(asked.prompts, model)
-        lengths = [self.prompts.most_new(ids, asked.max_new_tokens, self.cache_tokens) for ids in prompts]
+        front = await self.apart(lambda: self._front_places(model))
+        places = self._most_places(front)
+        lengths = [self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts]
         grammar = await self._grammar(asked)
         try:
             requests = requests_of(
@@ -140,6 +143,13 @@ class Service:
         answering = Answering(self.loop, requests, asked, self.texts, grammar)
         answering.style = self.prompts.style if asked.parses_calls else None
         return model, answering
+
+    def _front_places(self, model: Model) -> int:
+        """Refusal: its prefix is to act in part."""
+        try:
+            return self.residents.front_places(model.identity)
+        except VeneerError as fault:
+            raise refusal_of(fault, param="adapters") from None
 
     async def _grammar(self, asked: Asked) -> Grammar | None:
         """What the answers follow. Refusal: it cannot be followed."""

@@ -16,7 +16,6 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.scheduler import Limits
 from veneer.library.library import Library
 from veneer.library.residents import Residents
-from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.plan.machine import memory_bytes
 from veneer.serve.app import PATHS, application
@@ -98,7 +97,7 @@ def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Ke
     names_of_base = {name, base.source, base.name_or_path}
     residents = Residents(base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base)
     engine = Engine(base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits)
-    positions = capacity_of(base).positions
+    positions = engine.scheduler.positions
     names = Names(name, base.fingerprint().digest, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
     asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)

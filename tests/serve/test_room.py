@@ -1,0 +1,83 @@
+"""How long a request may be is known before it waits: behind an adapter's prefix, and where frequencies change."""
+
+import pytest
+
+from tests.helpers import fill
+from tests.serve.server import BASE, add_adapter, made_base, running
+from tests.test_proof import ROTARY
+from veneer.adapters.config import Prefix
+from veneer.decoding.engine import BLOCK_SLOTS
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.library.library import Library
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+POSITIONS, PLACES = 128, 20
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("room")
+    library = Library(folder / "adapters")
+    base = made_base(max_position_embeddings=POSITIONS)
+    made = base.attach(Prefix(tokens=PLACES, start="random"), name="a", seed=1)
+    fill(made.parameters().values(), seed=1)
+    write_adapter(folder / "prefix", made, manifest_for(base, method="prefix"), model=base.model)
+    library.add(folder / "prefix", name="prefix")
+    add_adapter(library, folder / "tickets", "tickets", 2, made_base(max_position_embeddings=POSITIONS))
+    return library
+
+
+@pytest.fixture(scope="module")
+def server(library):
+    with running(library, base=made_base(max_position_embeddings=POSITIONS)) as found:
+        yield found
+
+
+def ask(server, path, status, **body):
+    found = server.post(path, {"model": "prefix", "temperature": 0, "ignore_eos": True, **body})
+    assert found.status_code == status, found.text
+    return found.json()
+
+
+def test_what_is_too_long_behind_a_prefix_is_refused_before_it_waits(server):
+    for prompt, new in ((108, 1), (100, 9), (8, 101)):
+        found = ask(server, COMPLETE, 400, prompt=[7] * prompt, max_tokens=new)["error"]
+        assert found["code"] == "context_length_exceeded"
+        assert "prefix of 20" in found["message"] and "108" in found["message"]
+    assert server.service.residents.shown() == [], "it was not even read"
+    assert ask(server, COMPLETE, 200, prompt=[7] * 100, max_tokens=8)["usage"]["completion_tokens"] == 8
+    assert ask(server, COMPLETE, 200, prompt=[7] * 120, max_tokens=8, model=BASE)["usage"]["completion_tokens"] == 8
+
+
+def test_an_answer_without_a_limit_ends_where_the_positions_behind_the_prefix_do(server):
+    lengths = {}
+    for model in (BASE, "tickets", "prefix"):
+        usage = ask(server, CHAT, 200, model=model, messages=HELLO)["usage"]
+        lengths[model] = usage["total_tokens"]
+    assert lengths == {BASE: POSITIONS, "tickets": POSITIONS, "prefix": POSITIONS - PLACES}
+
+
+def test_a_prefix_takes_whole_blocks_of_the_room_for_keys_and_values(library):
+    blocks, front = 5, -(-PLACES // BLOCK_SLOTS)
+    with running(library, base=made_base(max_position_embeddings=POSITIONS), tokens=blocks * BLOCK_SLOTS) as server:
+        room = (blocks - front) * BLOCK_SLOTS
+        assert (
+            ask(server, COMPLETE, 200, prompt=[7] * 10, max_tokens=room + 1 - 10)["usage"]["total_tokens"] == room + 1
+        )
+        found = ask(server, COMPLETE, 400, prompt=[7] * 10, max_tokens=room + 2 - 10)["error"]
+        assert found["code"] == "context_length_exceeded"
+
+
+def test_a_prefix_that_is_to_act_in_part_is_refused_before_it_waits(server):
+    found = ask(server, CHAT, 400, model=BASE, adapters=[{"name": "prefix", "weight": 0.5}], messages=HELLO)
+    assert "a prefix acts alone and whole" in found["error"]["message"]
+
+
+def test_an_answer_without_a_limit_ends_where_the_rotary_frequencies_change(tmp_path):
+    """A server that let it go on would refuse each such request."""
+    rope = {**ROTARY["longrope"], "original_max_position_embeddings": 96}
+    base = made_base("llama", rope_parameters=rope, max_position_embeddings=POSITIONS)
+    with running(Library(tmp_path), base=base) as server:
+        assert ask(server, CHAT, 200, model=BASE, messages=HELLO)["usage"]["total_tokens"] == 96
+        assert server.http().get("/v1/models").json()["data"][0]["max_model_len"] == 96
