@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from typing import Any
+
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import tiny_tokenizer
+from veneer.data.examples import Problem, Row, RowRef
+from veneer.data.template import ChatTemplate
 
 TOOLS = "{%- if tools %}{{ '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}"
 
@@ -68,6 +74,15 @@ CHANNELS = (
 )
 """Reasoning is a message of its own, kept where tools were called."""
 
+FORGETS = (
+    "{%- for m in messages %}"
+    + THOUGHT
+    + TURN
+    + "{{ said.split('</think>')[-1].lstrip() + CLOSES }}{%- endfor %}".replace("CLOSES", "'<|im_end|>\\n'")
+    + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+"""The prompt opens reasoning, and no answer that is given shows any."""
+
 BY_SYSTEM = (
     "{%- set quiet = enable_thinking is defined and not enable_thinking %}"
     "{{ '<|im_start|>system\\n' + ('/no_think' if quiet else '/think') }}"
@@ -96,3 +111,67 @@ def reasoning_tokenizer(source: str = DROPS_EARLIER) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = source
     return tokenizer
+
+
+QUIET = {"enable_thinking": False}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"n": 1}}}
+TOOL = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}]
+
+
+def conversation(turns: int, *, reasons: bool, tools: bool, system: bool) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
+
+    def answer(text: str, **more: Any) -> dict[str, Any]:
+        thought = {"reasoning_content": f"thinking of {text}"} if reasons else {}
+        return {"role": "assistant", "content": text, **thought, **more}
+
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"question {turn}"})
+        if tools:
+            messages += [answer("", tool_calls=[CALL]), {"role": "tool", "content": f"found {turn}"}]
+        messages.append(answer(f"answer {turn}"))
+    return messages
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **more: Any) -> str:
+    """As transformers renders it."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more))
+
+
+def check_by_brute_force(source: str) -> Counter[str]:
+    """Every answer once: what stands in front is the prompt that the model will get, and what is learnt its answer.
+
+    Returns how many conversations were learnt, and how many refused by which code.
+    """
+    tokenizer = reasoning_tokenizer(source)
+    found: Counter[str] = Counter()
+    for turns, reasons, tools, system, quiet in itertools.product([1, 3], *[[True, False]] * 4):
+        if quiet and "enable_thinking" not in source:
+            continue
+        template = ChatTemplate(tokenizer, variables=QUIET if quiet else {})
+        messages = conversation(turns, reasons=reasons, tools=tools, system=system)
+        found[_checked(template, messages, TOOL if tools else None)] += 1
+    return found
+
+
+def _checked(template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    (found,) = template.encode_rows([Row(RowRef("rows.jsonl", 1), messages, tools)], train_on="assistant")
+    if isinstance(found, Problem):
+        return found.code
+    tokenizer, told = template.tokenizer, {"tools": tools, **template.variables}
+    learnt = 0
+    for n in [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
+        texts = rendered(tokenizer, messages[:n], True, **told), rendered(tokenizer, messages[: n + 1], False, **told)
+        if not texts[1].startswith(texts[0]):  # the prompt opens reasoning that no rendering shows
+            start = texts[0].rindex("<think>")
+            answer = f"thinking of {messages[n]['content']}\n</think>\n\n"
+            texts = texts[0], texts[0] + answer + texts[1][start:]
+        before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+        assert template.encode_prompt(messages[:n], tools=tools) == before
+        (own,) = [
+            each for each in found if each.ids[: len(whole)] == whole and all(each.trained[len(before) : len(whole)])
+        ]
+        assert not own.trained[len(before) - 1]
+        learnt += len(whole) - len(before)
+    assert learnt == sum(sum(each.trained) for each in found)
+    return "learnt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -10,83 +9,30 @@ import pytest
 import torch
 
 import veneer
-from tests.reasoning import DROPS_EARLIER, TEMPLATES, reasoning_tokenizer
+from tests.reasoning import (
+    DROPS_EARLIER,
+    FORGETS,
+    OPENS,
+    TEMPLATES,
+    check_by_brute_force,
+    conversation,
+    reasoning_tokenizer,
+)
 from tests.tiny import tiny_model
 from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.routing import Routing
 from veneer.data.batching import Rows, best_groups, make_batch, packed_rows, plan_epoch
-from veneer.data.examples import Capacity, Problem, Row, RowRef
+from veneer.data.examples import Capacity, Problem
 from veneer.data.load import DataSet, examine_data, load_data
-from veneer.data.template import ChatTemplate
 from veneer.errors import DataError
 from veneer.models.likelihood import example_nats
 from veneer.models.step import batch_loss, prepare
 
-QUIET = {"enable_thinking": False}
-CALL = {"type": "function", "function": {"name": "look", "arguments": {"n": 1}}}
-TOOL = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
-
-
-def conversation(turns: int, *, reasons: bool, tools: bool, system: bool) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
-
-    def answer(text: str, **more: Any) -> dict[str, Any]:
-        thought = {"reasoning_content": f"thinking of {text}"} if reasons else {}
-        return {"role": "assistant", "content": text, **thought, **more}
-
-    for turn in range(turns):
-        messages.append({"role": "user", "content": f"question {turn}"})
-        if tools:
-            messages += [answer("", tool_calls=[CALL]), {"role": "tool", "content": f"found {turn}"}]
-        messages.append(answer(f"answer {turn}"))
-    return messages
-
-
-def rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **more: Any) -> str:
-    """As transformers renders it."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more))
-
-
-CASES = list(itertools.product(TEMPLATES, [1, 3], [True, False], [False, True], [False, True], [{}, QUIET]))
-
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_and_masks_equal_a_brute_force_rendering(name: str) -> None:
-    """Every answer once: what stands in front is the prompt that the model will get, and what is learnt its answer."""
-    tokenizer = reasoning_tokenizer(TEMPLATES[name])
-    checked = 0
-    for turns, reasons, tools, system, variables in [case[1:] for case in CASES if case[0] == name]:
-        if variables and "enable_thinking" not in TEMPLATES[name]:
-            continue
-        template = ChatTemplate(tokenizer, variables=variables)
-        messages = conversation(turns, reasons=reasons, tools=tools, system=system)
-        row = Row(RowRef("rows.jsonl", 1), messages, TOOL if tools else None)
-        (found,) = template.encode_rows([row], train_on="assistant")
-        told = {"tools": row.tools, **variables}
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        texts = [
-            (rendered(tokenizer, messages[:n], True, **told), rendered(tokenizer, messages[: n + 1], False, **told))
-            for n in answers
-        ]
-        if not all(upto.startswith(prompt) for prompt, upto in texts):
-            assert isinstance(found, Problem) and found.code == "D202"
-            continue
-        assert isinstance(found, list)
-        learnt = 0
-        for n, (prompt, upto) in zip(answers, texts, strict=True):
-            before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, upto))
-            assert template.encode_prompt(messages[:n], tools=row.tools) == before
-            (own,) = [
-                each
-                for each in found
-                if each.ids[: len(whole)] == whole and all(each.trained[len(before) : len(whole)])
-            ]
-            assert not own.trained[len(before) - 1]
-            learnt += len(whole) - len(before)
-        assert learnt == sum(sum(each.trained) for each in found)
-        checked += 1
-    assert checked >= 8
+    assert check_by_brute_force(TEMPLATES[name])["learnt"] >= 8
 
 
 def write(path: Any, *conversations: list[dict[str, Any]]) -> str:
@@ -208,3 +154,30 @@ def test_reasoning_that_the_template_leaves_out_is_refused_and_one_that_the_prom
 def test_rows_of_several_examples_are_named(tmp_path: Any) -> None:
     found = codes(several(tmp_path))["D222"]
     assert (found.lines, found.fatal) == ((1, 3), False)
+
+
+def test_an_answer_is_learnt_behind_the_reasoning_that_the_prompt_opens_and_the_template_forgets(tmp_path: Any) -> None:
+    """As DeepSeek-R1's does: what the model writes stands in no rendering of the whole conversation."""
+    inline = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\ny"}]
+    apart = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "y", "reasoning_content": "hm"}]
+    two = [*inline, {"role": "user", "content": "again"}, apart[1]]
+    data = loaded(write(tmp_path / "rows.jsonl", inline, apart, two), FORGETS)
+    tokenizer = reasoning_tokenizer(FORGETS)
+    texts = [tokenizer.decode(e.ids) for e in data.train]
+    turn = "<|im_start|>assistant\n<think>\nhm\n</think>\n\ny<|im_end|>\n"
+    first = f"<|im_start|>user\nx<|im_end|>\n{turn}"
+    assert texts == [
+        first,
+        f"<|im_start|>user\nz<|im_end|>\n{turn}",
+        first,
+        f"<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\ny<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n{turn}",
+    ]
+    learnt = tokenizer.decode(data.train[3].ids[data.train[3].trained])
+    assert learnt == "hm\n</think>\n\ny<|im_end|>\n" and data.report.reasons == {"reasons": 4}
+
+
+def test_an_answer_that_does_not_reason_where_the_prompt_opens_it_is_refused_with_what_to_do(tmp_path: Any) -> None:
+    rows = write(tmp_path / "rows.jsonl", conversation(1, reasons=False, tools=False, system=False))
+    with pytest.raises(DataError, match="does not reason, and the prompt opens it"):
+        loaded(rows, FORGETS)
+    assert loaded(rows, OPENS).report.reasons == {"none": 1}

@@ -15,7 +15,9 @@ it says. lost: the row has reasoning, and the template leaves it out."""
 
 _THOUGHT = re.compile(r"^\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 _EMPTY = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
 _TAIL = 16  # characters by which a text is found again
+_MARK = 64  # characters at the end of a prompt within which its last mark stands
 
 
 def thought_in(message: Mapping[str, Any]) -> str:
@@ -25,6 +27,29 @@ def thought_in(message: Mapping[str, Any]) -> str:
         return given.strip()
     found = _THOUGHT.search(said) if isinstance(said := message.get("content"), str) and "</think>" in said else None
     return found[1].strip() if found else ""
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Whether it ends in the mark that reasoning begins with."""
+    return _OPENED.search(prompt[-_MARK:]) is not None
+
+
+def with_reasoning(prompt: str, upto: str, message: Mapping[str, Any]) -> str | None:
+    """An answer as it was given, where the prompt opens its reasoning and the template leaves that out afterwards:
+    behind the prompt the reasoning, its closing mark, and what was rendered. None: that is not so.
+
+    What stands in the row between the marks is kept as it is; a field of its own stands on lines of its own.
+    """
+    opened = _OPENED.search(prompt[-_MARK:])
+    start = len(prompt) - (len(opened[0]) if opened else 0)
+    if opened is None or upto[:start] != prompt[:start]:
+        return None
+    said = message.get("content") or ""
+    block, mark, _ = said.partition(f"</{opened[1]}>")
+    if mark and block.startswith(opened[0]):
+        blank = said[len(block + mark) :]
+        return prompt[:start] + block + mark + blank[: len(blank) - len(blank.lstrip())] + upto[start:]
+    return f"{prompt}{thought_in(message)}\n</{opened[1]}>\n\n{upto[start:]}"
 
 
 def reasons_of(message: Mapping[str, Any], written: str) -> Reasons:

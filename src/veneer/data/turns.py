@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.data.examples import Row, TrainOn
-from veneer.data.reasoning import Reasons, reasons_of, thought_in
+from veneer.data.reasoning import Reasons, opens_reasoning, reasons_of, thought_in, with_reasoning
 from veneer.data.rendering import Conversation
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import Cut
@@ -56,7 +56,7 @@ def plan_chat(row: Row, chat: Conversation, control: int, train_on: TrainOn, sho
     check_tools(row.messages, row.tools, show(whole))
     check_contents(messages, whole)
     if train_on == "all":
-        return [_plan(chat, len(messages), {}, control, all_of_it=True)]
+        return [_plan(chat, len(messages), whole, {}, control, all_of_it=True)]
     texts: list[tuple[int, str, dict[int, tuple[int, int]]]] = [(len(messages), whole, {})]
     for number in reversed(_learnt(row, train_on)):
         turn, upto = _answer(chat, number, show)
@@ -66,8 +66,8 @@ def plan_chat(row: Row, chat: Conversation, control: int, train_on: TrainOn, sho
             home = {}
             texts.append((number + 1, upto, home))
         home[number] = turn
-    learns = [(count, turns) for count, _, turns in texts if turns] or [(len(messages), {})]
-    return [_plan(chat, count, turns, control) for count, turns in reversed(learns)]
+    learns = [each for each in texts if each[2]] or texts
+    return [_plan(chat, count, text, turns, control) for count, text, turns in reversed(learns)]
 
 
 def _learnt(row: Row, train_on: TrainOn) -> list[int]:
@@ -82,11 +82,16 @@ def _learnt(row: Row, train_on: TrainOn) -> list[int]:
 
 
 def _plan(
-    chat: Conversation, count: int, learnt: Mapping[int, tuple[int, int]], control: int, *, all_of_it: bool = False
+    chat: Conversation,
+    count: int,
+    text: str,
+    learnt: Mapping[int, tuple[int, int]],
+    control: int,
+    *,
+    all_of_it: bool = False,
 ) -> Plan:
-    """Of the first `count` messages. learnt: the turns of the answers that are."""
+    """Of the text of the first `count` messages. learnt: the turns of the answers that are."""
     messages = chat.messages[:count]
-    text = chat.text(count, add_generation_prompt=False)
     borders: list[int] = []
     roles: list[tuple[str, int]] = []
     for number, message in enumerate(messages):
@@ -96,7 +101,7 @@ def _plan(
                 end = _end_of(chat, number + 1, text)
                 roles += [] if end is None else [(message["role"], end)]
             continue
-        turn = _turn(chat, number, text)
+        turn = learnt.get(number) or _turn(chat, number, text)
         if turn is None or (borders and turn[0] < borders[-1]):
             if number in learnt:
                 raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered")
@@ -120,9 +125,14 @@ def _answer(chat: Conversation, number: int, show: Show) -> tuple[tuple[int, int
     upto = chat.text(number + 1, add_generation_prompt=False)
     if upto.startswith(prompt):
         return (len(prompt), len(upto)), upto
+    thought = thought_in(chat.messages[number])
+    if thought and (written := with_reasoning(prompt, upto, chat.messages[number])) is not None:
+        return (len(prompt), len(written)), written
     step = "The answers must begin as the template's generation prompt does."
-    if chat.variables and thought_in(chat.messages[number]):
+    if thought and chat.variables:
         step += f" This one reasons: should it, with {', '.join(chat.variables)}?"
+    elif not thought and opens_reasoning(prompt):
+        step += " This one does not reason, and the prompt opens it: template: {variables: {enable_thinking: false}}?"
     raise Unfit(
         "D202",
         "what the chat template renders before an answer is not the beginning of what it renders with it",
