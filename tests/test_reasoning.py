@@ -146,7 +146,7 @@ def test_reasoning_that_the_template_leaves_out_is_refused_and_one_that_the_prom
     plain += "assistant:{% endif %}"
     with pytest.raises(DataError, match=r"D219 .*left out by the chat template"):
         loaded(rows, plain)
-    with pytest.raises(DataError, match="should it, with enable_thinking"):
+    with pytest.raises(DataError, match="reasons, and the prompt forbids it"):
         loaded(rows, enable_thinking=False)
     assert codes(loaded(rows, plain, examine=True))["D219"].fatal
 

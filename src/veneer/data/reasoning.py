@@ -16,6 +16,7 @@ it says. lost: the row has reasoning, and the template leaves it out."""
 _THOUGHT = re.compile(r"^\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 _EMPTY = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
 _OPENED = re.compile(r"<(\w+)>\s*\Z")
+_CLOSED = re.compile(r"<(\w+)>\s*</\1>\s*\Z")
 _TAIL = 16  # characters by which a text is found again
 _MARK = 64  # characters at the end of a prompt within which its last mark stands
 
@@ -32,6 +33,11 @@ def thought_in(message: Mapping[str, Any]) -> str:
 def opens_reasoning(prompt: str) -> bool:
     """Whether it ends in the mark that reasoning begins with."""
     return _OPENED.search(prompt[-_MARK:]) is not None
+
+
+def forbids_reasoning(prompt: str) -> bool:
+    """Whether it ends in an empty block of it."""
+    return _CLOSED.search(prompt[-_MARK:]) is not None
 
 
 def with_reasoning(prompt: str, upto: str, message: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.data.examples import Row, TrainOn
-from veneer.data.reasoning import Reasons, opens_reasoning, reasons_of, thought_in, with_reasoning
+from veneer.data.reasoning import Reasons, forbids_reasoning, opens_reasoning, reasons_of, thought_in, with_reasoning
 from veneer.data.rendering import Conversation
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import Cut
@@ -129,8 +129,8 @@ def _answer(chat: Conversation, number: int, show: Show) -> tuple[tuple[int, int
     if thought and (written := with_reasoning(prompt, upto, chat.messages[number])) is not None:
         return (len(prompt), len(written)), written
     step = "The answers must begin as the template's generation prompt does."
-    if thought and chat.variables:
-        step += f" This one reasons: should it, with {', '.join(chat.variables)}?"
+    if thought and forbids_reasoning(prompt):
+        step += " This one reasons, and the prompt forbids it: template: {variables: {enable_thinking: true}}?"
     elif not thought and opens_reasoning(prompt):
         step += " This one does not reason, and the prompt opens it: template: {variables: {enable_thinking: false}}?"
     raise Unfit(
