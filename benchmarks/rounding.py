@@ -52,9 +52,9 @@ def main() -> None:
             ("transformers", "auto", True),
         ):
             base = load_base(args.base, dtype=dtype)
-            settings = DataConfig(train=file, validation_share=0.0).model_dump()
+            settings = DataConfig(train=file, validation_share=0.0)
             data = load_data(
-                **settings, length=8192, capacity=capacity_of(base), tokenizer=base.tokenizer, today=date.today()
+                settings, length=8192, capacity=capacity_of(base), tokenizer=base.tokenizer, today=date.today()
             )
             found[name] = losses(base, list(data.train), args.batch, own=own)
         exact = found.pop("float32")

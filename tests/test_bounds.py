@@ -14,7 +14,7 @@ from tests.tiny import tiny_base
 from veneer.adapters.config import METHODS, LoRA, Prefix
 from veneer.base import Base
 from veneer.bounds import COUNT, ENERGY, PART, SEED, SHARE, TEMPERATURE, WEIGHT, Number, check_numbers
-from veneer.cli.config_file import FLAGS, read_run_config, setting_paths
+from veneer.cli.config_file import FLAGS, PARTS, read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
 from veneer.errors import LONGEST_LINE, ConfigError
 from veneer.formats.bottleneck import BottleneckFields
@@ -78,7 +78,7 @@ NUMBER_SETTINGS = sorted(
         ".".join(path)
         for method in METHODS
         for path in setting_paths(method)
-        if (model := {"data": DataConfig, "method": METHODS[method]}.get(path[0], RunConfig))
+        if (model := {**PARTS, "method": METHODS[method]}.get(path[0], RunConfig))
         and numbers_of(hints(model)[path[-1]])
     }
 )
@@ -163,7 +163,7 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
     for name in path.split("."):
         value = getattr(value, name)
     values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    model = {"data": DataConfig, "method": METHODS[method]}.get(path.split(".")[0], RunConfig)
+    model = {**PARTS, "method": METHODS[method]}.get(path.split(".")[0], RunConfig)
     (number,) = numbers_of(hints(model)[path.split(".")[-1]])
     assert all(number.holds(each) for each in values)
 

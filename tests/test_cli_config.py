@@ -19,6 +19,8 @@ OTHER_VALUES = {
     "data.validation_share": 0.2,
     "data.format": "chat",
     "data.train_on": "last",
+    "data.shares_of": "tokens",
+    "data.map": {"question": "prompt"},
     "data.long_rows": "drop",
     "template.variables": {"enable_thinking": False},
     "method.lr_ratio": 4.0,

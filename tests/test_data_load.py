@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import CHATML, tiny_tokenizer
 from veneer.data.check import render_sample
+from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Row, RowRef, row_key
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.split import split
@@ -41,12 +42,22 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def load(train: str, **changes: Any) -> DataSet:
-    return load_data(train, **{**SETTINGS, "tokenizer": tiny_tokenizer(), **changes})
+def settings_of(train: Any, changes: dict[str, Any]) -> list[DataConfig]:
+    own = {name: value for name, value in {**SETTINGS, **changes}.items() if name in DataConfig.model_fields}
+    return [DataConfig.of({"train": train, **own})]
 
 
-def examine(train: str, **changes: Any) -> DataSet:
-    return examine_data(train, **{**SETTINGS, "tokenizer": tiny_tokenizer(), **changes})
+def rest_of(changes: dict[str, Any]) -> dict[str, Any]:
+    given = {**SETTINGS, "tokenizer": tiny_tokenizer(), **changes}
+    return {name: value for name, value in given.items() if name not in DataConfig.model_fields}
+
+
+def load(train: Any, **changes: Any) -> DataSet:
+    return load_data(*settings_of(train, changes), **rest_of(changes))
+
+
+def examine(train: Any, **changes: Any) -> DataSet:
+    return examine_data(*settings_of(train, changes), **rest_of(changes))
 
 
 def codes(data: DataSet) -> dict[str, tuple[int, ...]]:

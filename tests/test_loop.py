@@ -20,7 +20,7 @@ from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Inte
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
-from veneer.train import loop
+from veneer.train import held_out, loop
 from veneer.train.checkpoint import load_checkpoint, newest_valid, numbers, prune, save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.loop import Job, Loop
@@ -262,8 +262,8 @@ def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpo
 
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
     asked = []
-    own = loop.by_length
-    monkeypatch.setattr(loop, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch))
+    own = held_out.by_length
+    monkeypatch.setattr(held_out, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch))
     run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
     run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
     assert set(asked) == {2, 4}

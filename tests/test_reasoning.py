@@ -23,6 +23,7 @@ from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.routing import Routing
 from veneer.data.batching import Rows, best_groups, make_batch, packed_rows, plan_epoch
+from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Problem
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.errors import DataError
@@ -42,12 +43,7 @@ def write(path: Any, *conversations: list[dict[str, Any]]) -> str:
 
 def loaded(path: str, source: str = DROPS_EARLIER, *, examine: bool = False, **variables: Any) -> DataSet:
     return (examine_data if examine else load_data)(
-        path,
-        validation=None,
-        validation_share=0.0,
-        format="auto",
-        train_on="assistant",
-        long_rows="refuse",
+        DataConfig(train=path, validation_share=0.0),
         length=2048,
         capacity=Capacity(),
         tokenizer=reasoning_tokenizer(source),

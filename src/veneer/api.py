@@ -128,10 +128,10 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
 
     Raises DoesNotFitError where no change helps.
     """
-    fields = config.data.model_dump() | {"long_rows": "cut"}
+    fields = config.data.model_copy(update={"long_rows": "cut"})
     tokenizer, model_config = load_tokenizer(config.base)
     data = examine_data(
-        **fields,
+        fields,
         length=config.length,
         capacity=configured_capacity(model_config),
         tokenizer=tokenizer,
@@ -150,14 +150,22 @@ def check_data(
     long_rows: str = "refuse",
     validation: str | None = None,
     variables: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str | None] | None = None,
 ) -> tuple[DataSet, Any]:
     """What would be trained on and held out, with its report, and the tokenizer to show it with. Loads no weights."""
     tokenizer, config = load_tokenizer(base)
     fields = DataConfig.of(
-        {"train": data, "format": format, "train_on": train_on, "long_rows": long_rows, "validation": validation}
+        {
+            "train": data,
+            "format": format,
+            "train_on": train_on,
+            "long_rows": long_rows,
+            "validation": validation,
+            "map": columns or {},
+        }
     )
     found = examine_data(
-        **fields.model_dump(),
+        fields,
         length=length,
         capacity=configured_capacity(config),
         tokenizer=tokenizer,
@@ -183,6 +191,7 @@ def evaluate(
     predictions: Path | None = None,
     system: str | None = None,
     variables: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
@@ -203,11 +212,11 @@ def evaluate(
         general=general,
         variables=preamble.variables,
     )
-    fields = DataConfig.of({"train": data, "validation_share": 0.0, "format": format, "train_on": train_on})
-    capacity = capacity_of(base)
-    loaded = load_data(
-        **fields.model_dump(), length=length, capacity=capacity, tokenizer=base.tokenizer, preamble=preamble
+    fields = DataConfig.of(
+        {"train": data, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
     )
+    capacity = capacity_of(base)
+    loaded = load_data(fields, length=length, capacity=capacity, tokenizer=base.tokenizer, preamble=preamble)
     paths = base.paths
 
     def nats(examples: Sequence[Example]) -> Counts:
@@ -240,7 +249,7 @@ def merge(
         fields = DataConfig.of({"train": data, "validation_share": 0.0})
         tokenizer, config = load_tokenizer(base)
         capacity = configured_capacity(config)
-        loaded = load_data(**fields.model_dump(), length=2048, capacity=capacity, tokenizer=tokenizer)
+        loaded = load_data(fields, length=2048, capacity=capacity, tokenizer=tokenizer)
         rows = [example.ids.tolist() for example in loaded.train]
     return merge_adapters(
         base,
@@ -313,7 +322,10 @@ def compare(
         raise ConfigError("nothing to compare", next_step="Name methods, or give settings.")
     first = chosen[0].config
     with held(Path(out)):  # one comparison at a time: two would take each other's rows and runs
-        rows = prepare_rows(first.data.train, validation or first.data.validation, test, first.data.format, Path(out))
+        train, held_out = first.data.train, validation or first.data.validation
+        if not isinstance(train, str) or not (held_out is None or isinstance(held_out, str)):
+            raise ConfigError("methods are compared on one set of rows, and several are given", next_step="Name one.")
+        rows = prepare_rows(train, held_out, test, first.data.format, Path(out), first.data.map)
         comparison = Comparison(
             [each.over(rows) for each in chosen],
             first.base,

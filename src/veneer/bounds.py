@@ -133,6 +133,8 @@ WIDTH = Number(int, 1, 2**20)
 """Of a small network, and what it is smaller by."""
 PLACES = Number(int, 1, 4096)
 """Tokens of a prefix."""
+SET_WEIGHT = Number(float, 0, 1000, above=True)
+"""Times that an epoch takes each row of a set."""
 WEIGHT = Number(float, -(10**6), 10**6)
 """Of an adapter among several; below 0 it is subtracted."""
 TEMPERATURE = Number(float, 0, 100)

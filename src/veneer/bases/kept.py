@@ -9,29 +9,17 @@ Not known here: what is in them.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from veneer.files.cache import CACHE_STEP as CACHE_STEP
+from veneer.files.cache import cache_folder as cache_folder
 from veneer.files.partial import scratch_folder, share_and_sync, sweep
 from veneer.files.system_errors import explained
 
 CONVERTER_VERSION = 1
 """Part of a converted folder's name: raised when what is written changes, so that nothing stale is read."""
-CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
-
-
-def cache_folder() -> Path:
-    """Where downloads and converted models are kept: $VENEER_CACHE, or the platform's cache folder."""
-    if chosen := os.environ.get("VENEER_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "veneer"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "veneer" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
 def converted_folder(sha256: str) -> Path:

@@ -70,6 +70,29 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
 
 
+def add_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="COLUMN=NAME",
+        dest="columns",
+        help="read a column as another one, --map question=prompt --map answer=completion; NAME null leaves it out",
+    )
+
+
+def columns_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """Of --map COLUMN=NAME. ConfigError: it is not written so."""
+    found: dict[str, str | None] = {}
+    for each in args.columns:
+        column, sign, name = each.partition("=")
+        if not column or not name or not sign:
+            step = "For instance --map question=prompt --map answer=completion."
+            raise ConfigError(f"--map {each}: write --map COLUMN=NAME", next_step=step)
+        found[column] = None if name == "null" else name
+    return found
+
+
 def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
     parser.add_argument(
         "--variable",

@@ -108,8 +108,13 @@ class Settings:
         return self.origins.get((), "command line")
 
 
-def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()) -> RunConfig:
-    """The run that file, flags (None: not given) and --set describe together.
+def read_run_config(
+    file: str | Path | None,
+    flags: Mapping[str, Any],
+    sets: Sequence[str] = (),
+    columns: Mapping[str, str | None] | None = None,
+) -> RunConfig:
+    """The run that file, flags (None: not given), --set and columns (--map) describe together.
 
     Raises ConfigError with every fault of all three.
     """
@@ -123,6 +128,8 @@ def read_run_config(file: str | Path | None, flags: Mapping[str, Any], sets: Seq
                 _put_yaml(settings, ("method",), value, flag)  # a method with its settings, in place of the file's
             else:
                 settings.put(FLAGS[name], value, flag)
+    for column, to in (columns or {}).items():
+        settings.put(("data", "map", column), to, f"--map {column}={to}")
     for each in sets:
         _read_set(settings, each)
     config, faults = _validated(settings)

@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import LINE
-from veneer.cli.common import add_data, add_json, add_variables, make_console, print_json, variables_of
+from veneer.cli.common import (
+    add_data,
+    add_json,
+    add_map,
+    add_variables,
+    columns_of,
+    make_console,
+    print_json,
+    variables_of,
+)
 from veneer.errors import InputError
 from veneer.wording import folded, percent, shown
 
@@ -36,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", metavar="V", help="held-out rows; also looked through for rows of D")
     add_data(parser, "long_rows")
     add_variables(parser)
+    add_map(parser)
     parser.add_argument("--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first")
     add_json(parser)
 
@@ -52,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         long_rows=args.long_rows,
         validation=args.validation,
         variables=variables_of(args),
+        columns=columns_of(args),
     )
     if args.json:
         print_json(data.report.to_dict())

@@ -25,8 +25,10 @@ from veneer.cli.common import (
     add_base,
     add_data,
     add_json,
+    add_map,
     add_preamble,
     asked_as,
+    columns_of,
     load_base,
     make_console,
     print_json,
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_preamble(parser)
     add_data(parser)
+    add_map(parser)
     parser.add_argument("--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens")
     parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
     parser.add_argument(
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             predictions=args.predictions,
             system=args.system,
             variables=variables_of(args),
+            columns=columns_of(args),
             progress=lambda what, done, total: status.update(f"{what}: {done:,} of {total:,} rows"),
         )
     if args.json:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import PROCESSES
-from veneer.cli.common import add_json, print_json
+from veneer.cli.common import add_json, add_map, columns_of, print_json
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
 from veneer.cli.plan import parse_size
 from veneer.errors import ConfigError
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         else:
             parser.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
+    add_map(parser)
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings")
     parser.add_argument(
@@ -110,8 +111,9 @@ def _launched(processes: int) -> int:
 def _config(args: argparse.Namespace) -> RunConfig:
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
     if args.resume is None:
-        return read_run_config(args.run, flags, args.sets)
+        return read_run_config(args.run, flags, args.sets, columns_of(args))
     given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
+    given += [f"--map {each}" for each in args.columns]
     given += (
         [f"--set {each}" for each in args.sets] + ([args.run] if args.run else []) + (["--fit"] if args.fit else [])
     )
@@ -130,5 +132,6 @@ def _config(args: argparse.Namespace) -> RunConfig:
 def _next(config: RunConfig) -> str:
     """The commands that come after a run."""
     made = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
-    held_out = f" --data {config.data.validation}" if config.data.validation else " --data HELD_OUT.jsonl"
+    held = config.data.validation
+    held_out = f" --data {held}" if isinstance(held, str) else " --data HELD_OUT.jsonl"
     return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}"

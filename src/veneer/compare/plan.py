@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, number_faults
+from veneer.data.columns import ColumnMap
 from veneer.data.examples import Layout, Row
 from veneer.data.sources import read_rows
 from veneer.data.split import split
@@ -34,7 +35,8 @@ class Candidate:
 
     def over(self, files: Files) -> Candidate:
         """The candidate over these files."""
-        rows = {"train": str(files.train), "validation": str(files.validation), "format": files.format}
+        rows: dict[str, Any] = {"train": str(files.train), "validation": str(files.validation)}
+        rows |= {"format": files.format, "map": {}}
         data = self.config.data.model_copy(update=rows)
         return replace(self, config=self.config.model_copy(update={"data": data}))
 
@@ -103,14 +105,16 @@ class Files:
     format: Layout
 
 
-def prepare_rows(data: str, validation: str | None, test: str | None, format: Layout, out: Path) -> Files:
+def prepare_rows(
+    data: str, validation: str | None, test: str | None, format: Layout, out: Path, columns: ColumnMap | None = None
+) -> Files:
     """The files of a comparison.
 
     What is not given is split off `data` by a hash of each row's prompt, so that the same prompt never stands on
     two sides, and written to out/data: as chat, prompt and completion, or text, whatever it was. Where a format is
     named, the files that are given are written there in the same way, as all three are read alike.
     """
-    if validation is not None and test is not None:
+    if validation is not None and test is not None and not columns:
         return Files(Path(data), Path(validation), Path(test), format)
     given = {"validation": validation, "test": test}
     names = [data, *(name for name in given.values() if name is not None)]
@@ -123,7 +127,7 @@ def prepare_rows(data: str, validation: str | None, test: str | None, format: La
             overwritten,
             "Take another --out, or move the file.",
         )
-    sides = dict(zip(paths, _divided(data, given, format), strict=True))
+    sides = dict(zip(paths, _divided(data, given, format, columns), strict=True))
     few = [name for name, side in sides.items() if given.get(name) is None and len(side) < 2]
     if few:
         raise DataError(
@@ -131,8 +135,8 @@ def prepare_rows(data: str, validation: str | None, test: str | None, format: La
             next_step="Give --validation and --test.",
         )
     for name, file in given.items():
-        if file is not None and format != "auto":
-            sides[name] = read_rows(file, format)
+        if file is not None and (format != "auto" or columns):
+            sides[name] = read_rows(file, format, columns)
         elif file is not None:
             paths[name] = Path(file)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +148,11 @@ def prepare_rows(data: str, validation: str | None, test: str | None, format: La
     return Files(paths["train"], paths["validation"], paths["test"], "auto")
 
 
-def _divided(data: str, given: Mapping[str, str | None], format: Layout) -> tuple[list[Row], list[Row], list[Row]]:
+def _divided(
+    data: str, given: Mapping[str, str | None], format: Layout, columns: ColumnMap | None
+) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows for training, validation and test; none where a file is given."""
-    rows = read_rows(data, format)
+    rows = read_rows(data, format, columns)
     tested: list[Row] = []
     held: list[Row] = []
     if given["validation"] is None:

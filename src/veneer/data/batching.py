@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.data.examples import Example
+from veneer.data.mixture import Mixture
 from veneer.kernels.dropout import row_keys
 from veneer.kernels.layout import Group, Layout, round_up
 
@@ -216,9 +217,13 @@ def plan_epoch(
     seed: int,
     epoch: int,
     order: Literal["bucketed", "shuffled", "file"],
+    mixture: Mixture | None = None,
 ) -> list[list[int]]:
-    """Row numbers of every batch of one epoch, by the rows' lengths. A last batch that is not full is kept."""
-    rows = np.arange(len(lengths))
+    """Row numbers of every batch of one epoch, by the rows' lengths. A last batch that is not full is kept.
+
+    mixture: which rows an epoch takes, and how often; None: each once
+    """
+    rows = np.arange(len(lengths)) if mixture is None else mixture.rows(seed, epoch)
     if order != "file":
         generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         rows = generator.permutation(rows)

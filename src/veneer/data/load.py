@@ -16,10 +16,22 @@ import numpy as np
 
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
-from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, TrainOn, part_key, row_key
+from veneer.data.config import DataConfig, SetConfig
+from veneer.data.examples import Capacity, Example, Problem, Row, part_key, row_key
+from veneer.data.mixture import Mixture, mixed
 from veneer.data.sources import scan_rows
 from veneer.data.split import split
 from veneer.data.template import ChatTemplate, Encoded
+
+
+@dataclass(frozen=True)
+class SetSize:
+    """One set of a run, as it is among the examples: so many of them, of so many rows."""
+
+    name: str
+    rows: int
+    examples: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,10 @@ class DataSet:
     """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order, as far
     as each goes.
 
-    fingerprint   over ids and masks in order: equal only if a run would see the same tokens
+    fingerprint   over ids, masks and what is mixed: equal only if a run would see the same tokens
     preamble      the system turn that all training rows begin with, and what their template was told
+    mixture       how many rows of each set an epoch takes; None: all of one
+    sets, held    the sets that train and validation consist of, one behind the other
     """
 
     train: list[Example]
@@ -38,16 +52,14 @@ class DataSet:
     report: CheckReport
     fingerprint: str
     preamble: Preamble = NONE
+    mixture: Mixture | None = None
+    sets: Sequence[SetSize] = ()
+    held: Sequence[SetSize] = ()
 
 
 def load_data(
-    train: str,
+    data: DataConfig,
     *,
-    validation: str | None,
-    validation_share: float,
-    format: str,
-    train_on: TrainOn,
-    long_rows: LongRows,
     length: int,
     capacity: Capacity,
     tokenizer: Any,
@@ -56,38 +68,19 @@ def load_data(
 ) -> DataSet:
     """The examples of a run. Raises DataError with everything that keeps it from starting.
 
-    train, validation   files; without the second, `validation_share` of the first is held out
-    format              a layout's name (formats.py), or auto
-    length              longest row, tokens; long_rows says what happens to longer ones
-    capacity            of the model: no row is longer than its positions, whatever `length` says
-    today               the date that chat templates may write: the same date, the same tokens
-    preamble            what the template is told, and a system turn for conversations that have none
+    length     longest row, tokens; data.long_rows says what happens to longer ones
+    capacity   of the model: no row is longer than its positions, whatever `length` says
+    today      the date that chat templates may write: the same date, the same tokens
+    preamble   what the template is told, and a system turn for conversations that have none
     """
-    data = examine_data(
-        train,
-        validation=validation,
-        validation_share=validation_share,
-        format=format,
-        train_on=train_on,
-        long_rows=long_rows,
-        length=length,
-        capacity=capacity,
-        tokenizer=tokenizer,
-        today=today,
-        preamble=preamble,
-    )
-    refuse(data.report, train)
-    return data
+    found = examine_data(data, length=length, capacity=capacity, tokenizer=tokenizer, today=today, preamble=preamble)
+    refuse(found.report, data.called)
+    return found
 
 
 def examine_data(
-    train: str,
+    data: DataConfig,
     *,
-    validation: str | None,
-    validation_share: float,
-    format: str,
-    train_on: TrainOn,
-    long_rows: LongRows,
     length: int,
     capacity: Capacity,
     tokenizer: Any,
@@ -96,31 +89,28 @@ def examine_data(
 ) -> DataSet:
     """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
 
-    Raises DataError only if nothing can be said at all: an unknown format, a tokenizer that cannot be used.
+    Raises DataError only if nothing can be said at all: a set that is not found, a tokenizer that cannot be used.
     """
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     findings = Findings()
     asked, length = length, min(length, capacity.positions or length)
-    rows = _scan(train, format, findings)
-    if validation is None:
-        rows, held_out = split(rows, validation_share)
-        total = len(rows) + len(held_out)
-        if len(held_out) > 2 * validation_share * total + 10:
-            message = (
-                f"{len(held_out):,} of {total:,} rows are held out, where {validation_share:.1%} was asked for: "
-                "rows that answer the same prompt stay together"
-            )
-            findings.problems.append(Problem("D216", train, message, fatal=False))
-    else:
-        held_out = _scan(validation, format, findings)
-    kept = _encode(rows, preamble, template, train_on, length, long_rows, findings)
-    held = _encode(held_out, preamble, template, train_on, length, long_rows, findings)
-    if template.writes_date and any(row.messages for row in rows):
+    reading = _Reading(data, template, preamble, length, findings)
+    kept, held = _Kept(), _Kept()
+    for one in data.train_sets:
+        rows = reading.scan(one)
+        if not data.validation_sets:
+            rows, held_out = split(rows, data.validation_share)
+            _tell_share(one.path, len(held_out), len(rows) + len(held_out), data.validation_share, findings)
+            reading.encode(held_out, held, one.called)
+        reading.encode(rows, kept, one.called)
+    for one in data.validation_sets:
+        reading.encode(reading.scan(one), held, one.called)
+    if template.writes_date and any(row.messages for row in kept.rows):
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
-        findings.problems.append(Problem("D213", train, message, fatal=False))
+        findings.problems.append(Problem("D213", data.called, message, fatal=False))
     findings.problems += unknown_tokens([*kept.examples, *held.examples], capacity, tokenizer)
     report = check(
-        train,
+        data.called,
         kept.examples,
         held.examples,
         train_rows=kept.whole,
@@ -128,13 +118,40 @@ def examine_data(
         findings=findings,
         length=length,
         by_model=length < asked,
-        long_rows=long_rows,
+        long_rows=data.long_rows,
         stop_ids=template.stop_ids,
         stop_tokens=[tokenizer.decode([number]) for number in template.stop_ids],
     )
-    fingerprint = _fingerprint(kept.examples, held.examples)
-    begun = Preamble(common_system(kept.rows), template.variables)
-    return DataSet(kept.examples, held.examples, kept.rows, held.rows, report, fingerprint, begun)
+    mixture = None if len(kept.sets) < 2 else _mixture(data, kept.sets)
+    return DataSet(
+        kept.examples,
+        held.examples,
+        kept.rows,
+        held.rows,
+        report,
+        _fingerprint(kept.examples, held.examples, mixture=mixture),
+        Preamble(common_system(kept.rows), template.variables),
+        mixture,
+        kept.sets,
+        held.sets,
+    )
+
+
+def _mixture(data: DataConfig, found: Sequence[SetSize]) -> Mixture | None:
+    """None: every row once an epoch."""
+    sets = data.train_sets
+    sizes, tokens = [each.rows for each in found], [each.tokens for each in found]
+    made = mixed(sizes, tokens, [s.weight for s in sets], [s.share for s in sets], by=data.shares_of)
+    return None if made.is_plain else made
+
+
+def _tell_share(file: str, held_out: int, total: int, share: float, findings: Findings) -> None:
+    if held_out > 2 * share * total + 10:
+        message = (
+            f"{held_out:,} of {total:,} rows are held out, where {share:.1%} was asked for: "
+            "rows that answer the same prompt stay together"
+        )
+        findings.problems.append(Problem("D216", file, message, fatal=False))
 
 
 def common_system(rows: Sequence[Row]) -> str | None:
@@ -155,31 +172,41 @@ class _Kept:
     rows: list[Row] = field(default_factory=list)
     whole: list[Row] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    sets: list[SetSize] = field(default_factory=list)
 
 
-def _scan(file: str, format: str, findings: Findings) -> list[Row]:
-    rows, problems = scan_rows(file, format)
-    findings.problems += problems
-    findings.formats.update(row.format for row in rows)
-    return rows
+@dataclass(frozen=True)
+class _Reading:
+    """How sets become examples; what is found on the way goes to `findings`."""
 
+    data: DataConfig
+    template: ChatTemplate
+    preamble: Preamble
+    length: int
+    findings: Findings
 
-def _encode(
-    rows: Sequence[Row],
-    preamble: Preamble,
-    template: ChatTemplate,
-    train_on: TrainOn,
-    length: int,
-    long_rows: LongRows,
-    findings: Findings,
-) -> _Kept:
-    kept = _Kept()
-    keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
-    rows = [replace(row, messages=preamble.opening(row.messages)) if row.messages else row for row in rows]
-    for row, key, found in zip(rows, keys, template.encode_rows(rows, train_on=train_on), strict=True):
-        if isinstance(found, Problem):
-            findings.problems.append(found)
-            continue
+    def scan(self, one: SetConfig) -> list[Row]:
+        rows, problems = scan_rows(one.path, one.format or self.data.format, one.map or self.data.map)
+        self.findings.problems += problems
+        self.findings.formats.update(row.format for row in rows)
+        return rows
+
+    def encode(self, rows: Sequence[Row], kept: _Kept, name: str) -> None:
+        """Adds them to what is kept, as a set of their own."""
+        before, whole = len(kept.examples), len(kept.whole)
+        keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
+        rows = [replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row for row in rows]
+        coded = self.template.encode_rows(rows, train_on=self.data.train_on)
+        for row, key, found in zip(rows, keys, coded, strict=True):
+            if isinstance(found, Problem):
+                self.findings.problems.append(found)
+            else:
+                self._keep(row, key, found, kept)
+        added = kept.examples[before:]
+        kept.sets.append(SetSize(name, len(kept.whole) - whole, len(added), sum(len(e.ids) for e in added)))
+
+    def _keep(self, row: Row, key: int, found: Sequence[Encoded], kept: _Kept) -> None:
+        findings, length, long_rows = self.findings, self.length, self.data.long_rows
         if found[-1].control:
             findings.control.append(row)
         findings.saw(row, found)
@@ -199,7 +226,6 @@ def _encode(
             examples.append(example if len(found) == 1 else replace(example, row=key))
         kept.whole += [row] if examples else []
         kept.examples += examples
-    return kept
 
 
 def _beginning(row: Row, count: int) -> Row:
@@ -217,9 +243,11 @@ def _example(row: Row, key: int, found: Encoded, size: int) -> Example:
     )
 
 
-def _fingerprint(*parts: Sequence[Example]) -> str:
-    """BLAKE2b over the ids and masks in order, hexadecimal."""
+def _fingerprint(*parts: Sequence[Example], mixture: Mixture | None) -> str:
+    """BLAKE2b over the ids and masks in order, and what is mixed, hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
+    if mixture is not None:
+        digest.update(repr(mixture).encode())
     for examples in parts:
         digest.update(len(examples).to_bytes(8, "little"))
         for example in examples:

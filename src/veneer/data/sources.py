@@ -1,20 +1,26 @@
-"""Rows from a file: .jsonl, .json, .csv or .parquet, recognised by its extension, UTF-8.
+"""Rows from files: .jsonl, .json, .csv or .parquet, recognised by their extension, UTF-8; packed too (.gz, .zst).
 
 Every broken row is found, not the first only: `scan_rows` returns them beside the good ones, `read_rows` raises
 one error that lists them. Lines of .jsonl and .csv are streamed, and a line longer than MAX_LINE_BYTES is skipped
-without being held in memory; a .json file is read whole. Knows nothing of tokenizers.
+without being held in memory; a .json file is read whole. Where the files of a set lie is found in places.py. Knows
+nothing of tokenizers.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from veneer.data.columns import ColumnMap, Renames
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
 from veneer.data.formats import FORMATS, detect, mixed_layouts, to_row
 from veneer.data.json_text import JSONText, whole_value
+from veneer.data.places import PACKED, Place, kind_of, places_of
 from veneer.errors import DataError
 from veneer.files.nesting import TOO_DEEP, too_deep
 
@@ -25,86 +31,117 @@ Record = tuple[int, dict[str, Any]]
 Records = Iterator[Record | Problem]
 
 
-def read_rows(path: str | Path, format: str = "auto") -> list[Row]:
-    """All rows of the file. format: a name of FORMATS, or auto. Raises DataError with every bad row."""
-    rows, problems = scan_rows(path, format)
+def read_rows(path: str | Path, format: str = "auto", columns: ColumnMap | None = None) -> list[Row]:
+    """All rows of the set. format: a name of FORMATS, or auto. Raises DataError with every bad row."""
+    rows, problems = scan_rows(path, format, columns)
     if problems:
         raise refusal(f"{path} cannot be read as rows", problems)
     return rows
 
 
-def scan_rows(path: str | Path, format: str = "auto") -> tuple[list[Row], list[Problem]]:
-    """The good rows, and what is wrong with the others. Raises DataError for an unknown format name only."""
+def scan_rows(
+    path: str | Path, format: str = "auto", columns: ColumnMap | None = None
+) -> tuple[list[Row], list[Problem]]:
+    """The good rows of a set (places.py), and what is wrong with the others.
+
+    columns: under which name each is read; None: it is left out. Raises DataError for an unknown format name, and for a
+    set that is not found or cannot be brought here.
+    """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}.")
     named: Format | None = next((name for name in FORMATS if name == format), None)
     rows: list[Row] = []
     problems: list[Problem] = []
-    empty = True
-    for record in _records(Path(path), str(path)):
-        empty = False
-        if isinstance(record, Problem):
-            problems.append(record)
-            continue
-        line, values = record
-        ref = RowRef(str(path), line)
-        try:
-            columns = frozenset(name for name, value in values.items() if value is not None)
-            rows.append(to_row(values, ref, named or detect(columns)))
-        except RowFault as fault:
-            problems.append(fault.at(ref))
-    if empty:
-        problems.append(Problem("D100", str(path), "the file has no rows"))
+    renames, seen = Renames(columns or {}), False
+    for place in places_of(str(path)):
+        empty = True
+        for record in _records(place):
+            empty, seen = False, True
+            if isinstance(record, Problem):
+                problems.append(record)
+                continue
+            line, values = record
+            ref = RowRef(place.name, line)
+            try:
+                values = renames.of(values)
+                found = frozenset(name for name, value in values.items() if value is not None)
+                rows.append(to_row(values, ref, named or detect(found)))
+            except RowFault as fault:
+                problems.append(fault.at(ref))
+        if empty:
+            problems.append(Problem("D100", place.name, "the file has no rows"))
+    if seen:
+        problems += renames.unused(str(path))
     return rows, grouped(problems + mixed_layouts(rows))
 
 
-def _records(path: Path, file: str) -> Records:
-    readers: dict[str, Callable[[Path, str], Records]] = {
+def _records(place: Place) -> Records:
+    path, file = place.path, place.name
+    readers: dict[str, Callable[[BinaryIO, str], Records]] = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
         ".json": _json,
         ".csv": _csv,
         ".parquet": _parquet,
     }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        kind = f"extension '{path.suffix}'" if path.suffix else "no extension"
-        yield Problem("D100", file, f"{kind}: the kind of file is told by it", next_step=f"Kinds of file: {READ}.")
+    kind = kind_of(file)
+    packed = Path(file).suffix.lower() in PACKED
+    if not kind or (packed and kind == ".parquet"):
+        suffix = Path(file).suffix
+        said = f"extension '{suffix}'" if suffix else "no extension"
+        yield Problem("D100", file, f"{said}: the kind of file is told by it", next_step=f"Kinds of file: {READ}.")
         return
     try:
-        with path.open("rb") as opened:
-            start = opened.read(4)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            yield Problem("D102", file, "the file is UTF-16", next_step="Save it as UTF-8.")
-            return
-        yield from reader(path, file)
+        with unpacked(path, file) as opened:
+            if opened.peek(4)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                yield Problem("D102", file, "the file is UTF-16", next_step="Save it as UTF-8.")
+                return
+            yield from readers[kind](opened, file)
     except FileNotFoundError:
         step = f"The folder {path.parent} " + ("exists." if path.parent.is_dir() else "does not exist either.")
         yield Problem("D100", file, "there is no such file", next_step=step)
+    except RowFault as fault:
+        yield Problem(fault.code, file, fault.message, next_step=fault.next_step)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        yield Problem("D100", file, f"the file is damaged, or not packed as its name says: {error}")
     except OSError as error:
         yield Problem("D100", file, f"the file cannot be opened: {error.strerror or error}")
 
 
-def _jsonl(path: Path, file: str) -> Records:
-    with path.open("rb") as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = lines.readline(MAX_LINE_BYTES)
-                message = f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
-                step = "Put each row on a line of its own; a JSON list of rows belongs in a .json file."
-                yield Problem("D106", file, message, (number,), step)
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                yield number, _object(_utf8(line))
-            except RowFault as fault:
-                yield fault.at(RowRef(file, number))
+def unpacked(path: Path, name: str) -> io.BufferedReader:
+    """The file's bytes, as its name says that they are packed. Raises OSError, EOFError, zlib.error; RowFault: what
+    unpacks it is not installed."""
+    suffix = Path(name).suffix.lower()
+    if suffix == ".gz":
+        return io.BufferedReader(gzip.open(path, "rb"), 2**16)
+    if suffix != ".zst":
+        return path.open("rb")
+    try:
+        from pyarrow import CompressedInputStream
+    except ImportError:
+        raise RowFault("D100", "reading .zst needs the package pyarrow", "pip install 'veneer[parquet]'") from None
+    return io.BufferedReader(CompressedInputStream(str(path), "zstd"), 2**16)
+
+
+def _jsonl(lines: BinaryIO, file: str) -> Records:
+    number = 0
+    while line := lines.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = lines.readline(MAX_LINE_BYTES)
+            message = f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
+            step = "Put each row on a line of its own; a JSON list of rows belongs in a .json file."
+            yield Problem("D106", file, message, (number,), step)
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            yield number, _object(_utf8(line))
+        except RowFault as fault:
+            yield fault.at(RowRef(file, number))
 
 
 def _utf8(line: bytes) -> str:
@@ -133,10 +170,10 @@ def _kind(value: Any) -> str:
     return names.get(type(value).__name__, "a number")
 
 
-def _json(path: Path, file: str) -> Records:
+def _json(opened: BinaryIO, file: str) -> Records:
     number = 0
     try:
-        json_text = JSONText(_utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf")))
+        json_text = JSONText(_utf8(opened.read().removeprefix(b"\xef\xbb\xbf")))
         at = json_text.skip(0)
         if json_text.after(at) == "{":
             at = _find_data(json_text, at)
@@ -191,9 +228,9 @@ def _find_data(json_text: JSONText, at: int) -> int:
     raise RowFault("D105", f'is one object without a list under "data" (keys: {shown})', f"Kinds of file: {READ}.")
 
 
-def _csv(path: Path, file: str) -> Records:
+def _csv(opened: BinaryIO, file: str) -> Records:
     # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
         first = 0
@@ -231,7 +268,7 @@ def _header(fields: list[str]) -> list[str]:
     return fields
 
 
-def _parquet(path: Path, file: str) -> Records:
+def _parquet(opened: BinaryIO, file: str) -> Records:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -241,7 +278,7 @@ def _parquet(path: Path, file: str) -> Records:
         return
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in parquet.ParquetFile(opened).iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 number += 1
                 if too_deep(record):

@@ -1,25 +1,15 @@
 """What a run does: the run file's fields, each with its unit. No torch here: `--help` reads this."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from veneer.adapters.config import LoRA, Method
 from veneer.adapters.preamble import variable_faults
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
-from veneer.errors import ConfigError
-from veneer.files.strict_json import field_faults, illegible
+from veneer.data.config import DataConfig as DataConfig
+from veneer.files.settings import Settings
 from veneer.quant.config import FOUR_BITS, Quantize
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -29,27 +19,6 @@ MOMENT_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw8bit": 2 + 2 * 4 /
 
 SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
 """Names that a run file may give for a method over a weight format."""
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """These settings; ConfigError with a line for each that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as fault:
-            raise ConfigError("these settings are not right", field_faults(fault)) from fault
-
-    @field_validator("*")
-    @classmethod
-    def _legible(cls, value: Any, info: ValidationInfo) -> Any:
-        """What a run's files could not hold, or not give back, is refused before there is a run."""
-        said = value.model_dump() if isinstance(value, BaseModel) else value
-        if faults := illegible(said, info.field_name or ""):
-            raise ValueError(f"{'; '.join(faults)} holds a NUL or is not UTF-8: give another name")
-        return value
 
 
 class TemplateConfig(Settings):
@@ -63,21 +32,6 @@ class TemplateConfig(Settings):
         if faults := variable_faults(value):
             raise ValueError("; ".join(faults))
         return value
-
-
-class DataConfig(Settings):
-    train: str
-    """File with the training rows: .jsonl, .json, .csv or .parquet."""
-    validation: str | None = None
-    """File with the held-out rows; without it, `validation_share` of the training rows is held out."""
-    validation_share: Annotated[float, SHARE] = 0.05
-    """Share of rows held out, chosen by a hash of their content; 0 holds nothing out."""
-    format: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
-    """How a row is laid out; auto looks at the columns."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are learnt: every assistant turn, the last one only, or all tokens."""
-    long_rows: Literal["refuse", "drop", "cut"] = "refuse"
-    """What happens to rows longer than `length`: refuse to start, leave them out, or cut their end."""
 
 
 class RunConfig(Settings):

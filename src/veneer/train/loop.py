@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.routing import Routing
-from veneer.data.batching import Rows, by_length, plan_epoch, used_length
+from veneer.data.batching import Rows, plan_epoch, used_length
 from veneer.data.examples import Example
+from veneer.data.load import SetSize
+from veneer.data.mixture import Mixture
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.models.step import Paths, batch_loss, batch_of, part_nats, parts_of
 from veneer.train.checkpoint import (
@@ -39,6 +41,7 @@ from veneer.train.checkpoint import (
 )
 from veneer.train.config import RunConfig
 from veneer.train.dealing import dealt
+from veneer.train.held_out import losses_by_set, parts_by_set
 from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
 from veneer.train.optim import FlatParameters, learning_rate_at
@@ -71,6 +74,9 @@ class Job:
     out: Path
     answer: Callable[[], dict[str, Any]] | None
     """Answers the sample row with the model as it stands: {prompt, expected, answer}."""
+    mixture: Mixture | None = None
+    held: Sequence[SetSize] = ()
+    """The sets that validation consists of, one behind the other; none or one: it is not told apart."""
 
     @property
     def evaluate_every(self) -> int:
@@ -111,6 +117,7 @@ class Loop:
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
         self.offload = offload_for(self.device, weights) if job.config.offload else None
         self._rows = Rows.of(job.train)
+        self._set_losses: dict[str, float] = {}
         self._epoch_plan: tuple[int, list[list[int]]] | None = None
         if resume_from is not None:
             self._resume(resume_from)
@@ -168,7 +175,9 @@ class Loop:
         if self._epoch_plan is None or self._epoch_plan[0] != epoch:
             config = self.job.config
             lengths = self._rows.lengths
-            plan = plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order)
+            plan = plan_epoch(
+                lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order, mixture=self.job.mixture
+            )
             self._epoch_plan = epoch, plan
         return self._epoch_plan[1]
 
@@ -303,13 +312,16 @@ class Loop:
         job, rows = self.job, self.job.validation
         if not rows:
             return None
-        parts = list(parts_of(job.model, job.paths, rows, by_length(rows, job.config.rows_at_once)))
+        planned = parts_by_set(job.model, job.paths, rows, job.held, job.config.rows_at_once)
+        parts = [part for of_set in planned for part in of_set]
         own = self._own(parts, rows)
         with self._evaluating():
             mine = [part for part, is_own in zip(parts, own, strict=True) if is_own]
             found = iter(part_nats(job.model, job.paths, job.routing, rows, mine))
             nats = [next(found) if is_own else 0.0 for is_own in own]
-        return sum(self.world.summed(nats)) / sum(int(e.trained.sum()) for e in rows)
+        nats = self.world.summed(nats)
+        self._set_losses = losses_by_set(rows, job.held, planned, nats)
+        return sum(nats) / sum(int(e.trained.sum()) for e in rows)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -345,6 +357,7 @@ class Loop:
             "best": better,
             "seconds": time.perf_counter() - start,
             "sample": sample,
+            **({"sets": self._set_losses} if self._set_losses else {}),
         }
         self.records.write(record)
         self.screen.evaluation(record)

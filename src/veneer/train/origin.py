@@ -98,7 +98,7 @@ def check_rows(then: Origin, now: str, config: RunConfig) -> None:
     """Raises ConfigError if the fingerprint of the rows is another one."""
     if then.data != now:
         raise ConfigError(
-            f"the rows of {config.data.train} are not those the run in {config.out} started with",
+            f"the rows of {config.data.called} are not those the run in {config.out} started with",
             [f"fingerprint then {then.data}, now {now}"],
             "Restore the file, or start a new run.",
         )

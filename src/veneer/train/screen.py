@@ -246,7 +246,8 @@ def evaluation_line(record: Facts, before: float | None) -> str:
     loss = record["loss"]
     arrow = "" if before is None or loss is None or loss == before else "▼" if loss < before else "▲"
     best = " · best so far" if record.get("best") else ""
-    return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}"
+    sets = "".join(f" · {shown(name)} {number(value)}" for name, value in record.get("sets", {}).items())
+    return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}{sets}"
 
 
 def sample_parts(sample: Facts) -> list[tuple[str, str]]:

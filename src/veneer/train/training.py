@@ -53,7 +53,7 @@ from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
 from veneer.train.world import ALONE, World
-from veneer.wording import cut
+from veneer.wording import cut, percent
 
 ADAPTER_NAME = "trained"
 SAMPLE_TOKENS = 96
@@ -157,7 +157,7 @@ def _run(
             if then is not None:
                 check_base(then, origin_of(config, base, day), config)
             data = load_data(
-                **config.data.model_dump(),
+                config.data,
                 length=config.length,
                 capacity=capacity_of(base),
                 tokenizer=base.tokenizer,
@@ -259,7 +259,8 @@ def _begin(base: FrozenBase, config: RunConfig, data: DataSet) -> Begun | None:
 
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
     lengths = Rows.of(data.train).lengths
-    per_epoch = len(plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order))
+    plan = plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order, mixture=data.mixture)
+    per_epoch = len(plan)
     epochs = 3.0 if config.epochs is None else config.epochs
     shows = config.show_answers and base.tokenizer.chat_template is not None
     return Job(
@@ -276,6 +277,8 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
         share_prompt=config.share_prompt and not config.method.drops_out,
         out=Path(config.out),
         answer=_sampler(base, data.validation_rows, data.preamble) if shows else None,
+        mixture=data.mixture,
+        held=data.held,
     )
 
 
@@ -338,6 +341,8 @@ def _start_record(
         lines.append("with dropout every row computes its own prompt")
     if (examples := len(data.train)) > data.report.rows:
         lines.append(f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were answered")
+    if data.mixture is not None:
+        lines.append(_mixed_line(data))
     if attachment is not None:
         does = (
             "can be merged into the base" if attachment.config.folds else "cannot be merged: it stays beside the base"
@@ -360,6 +365,16 @@ def _start_record(
         "idle_memory_bytes": idle,
         "paths": lines,
     }
+
+
+def _mixed_line(data: DataSet) -> str:
+    assert data.mixture is not None
+    total = sum(data.mixture.draws)
+    parts = [
+        f"{each.name} {draw:,.0f} of {each.rows:,} rows ({percent(draw, total)})"
+        for each, draw in zip(data.sets, data.mixture.draws, strict=True)
+    ]
+    return f"an epoch takes {', '.join(parts)}"
 
 
 def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | None) -> Manifest:

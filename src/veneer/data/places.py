@@ -1,0 +1,176 @@
+"""From what a set is called to files on this machine: a file, a folder, a pattern, an address, a data set of the hub.
+
+    rows.jsonl   rows/   rows/*.jsonl.gz            here
+    s3://bucket/rows/*.parquet                      any address that fsspec knows
+    org/name   org/name:split   hf://datasets/...   the hub's: plain Parquet, by the same way
+
+What lies elsewhere is brought once and kept in the cache folder under its address and its state there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import DataError
+from veneer.files.cache import CACHE_STEP, cache_folder
+from veneer.files.partial import scratch_folder, sweep
+from veneer.files.system_errors import explained
+
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+PACKED = (".gz", ".zst")
+MOST_FILES = 100_000
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(/[\w.-]+)?)?")
+_CONVERTED = "@refs/convert/parquet"
+"""The branch on which the hub keeps every data set as plain Parquet."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file of rows: what it is called, and where it lies here."""
+
+    name: str
+    path: Path
+
+
+def kind_of(name: str) -> str:
+    """The extension that says how a file is read; empty: none of KINDS."""
+    bare = Path(name)
+    if bare.suffix.lower() in PACKED:
+        bare = bare.with_suffix("")
+    kind = bare.suffix.lower()
+    return kind if kind in KINDS else ""
+
+
+def places_of(named: str) -> list[Place]:
+    """All files of a set, in order. Raises DataError: there are none, or they cannot be brought here.
+
+    A single file is taken at its word: whoever opens it says what is wrong.
+    """
+    if "://" in named:
+        return _elsewhere(named)
+    path = Path(named).expanduser()
+    if path.is_dir():
+        found = sorted(each for each in path.rglob("*") if each.is_file() and kind_of(each.name))
+        return _some([Place(str(each), each) for each in found], named)
+    if path.exists():
+        return [Place(named, path)]
+    if any(mark in named for mark in "*?["):
+        root = Path(path.anchor or ".")
+        found = sorted(each for each in root.glob(str(path.relative_to(path.anchor))) if each.is_file())
+        found = [each for each in found if kind_of(each.name)]
+        return _some([Place(str(each), each) for each in found], named)
+    if _ON_THE_HUB.fullmatch(named) and not kind_of(named) and not path.parent.is_dir():
+        return _of_the_hub(named)
+    return [Place(named, path)]
+
+
+def _some(places: list[Place], named: str) -> list[Place]:
+    if not places:
+        raise DataError(
+            f"{named}: no file of rows is there", next_step=f"Kinds of file: {', '.join(KINDS)}, .gz, .zst."
+        )
+    if len(places) > MOST_FILES:
+        raise DataError(f"{named}: {len(places):,} files, {MOST_FILES:,} are read", next_step="Name fewer.")
+    return places
+
+
+def _of_the_hub(named: str) -> list[Place]:
+    """org/name, org/name:split, org/name:config/split."""
+    name, _, part = named.partition(":")
+    address = f"hf://datasets/{name}{_CONVERTED}"
+    fs, root = _file_system(address)
+    found = _listed(fs, f"{root}/**/*.parquet", named)
+    parts: dict[tuple[str, str], list[str]] = {}
+    for file in found:
+        config, split, *_ = file.removeprefix(root).strip("/").split("/")
+        parts.setdefault((config, split.removeprefix("partial-")), []).append(file)
+    configs = sorted({config for config, _ in parts})
+    config, _, split = part.rpartition("/")
+    config = config or ("default" if "default" in configs else configs[0] if len(configs) == 1 else "")
+    chosen = parts.get((config, split or "train"))
+    if not chosen:
+        there = ", ".join(f"{c}/{s}" for c, s in sorted(parts)) or "none"
+        raise DataError(
+            f"the data set {name} has no {part or 'train'}" if config else f"the data set {name} has several parts",
+            [f"there is: {there}"],
+            f"Name one: {name}:{'/'.join(sorted(parts)[0]) if parts else 'SPLIT'}.",
+        )
+    return [Place(f"hf://{file}", _brought(fs, file, f"hf://{file}")) for file in sorted(chosen)]
+
+
+def _elsewhere(named: str) -> list[Place]:
+    scheme = named.partition("://")[0]
+    fs, root = _file_system(named)
+    if any(mark in root for mark in "*?["):
+        found = _listed(fs, root, named)
+    elif kind_of(root):
+        found = [root]
+    elif scheme == "hf" and root.startswith("datasets/") and root.count("/") == 2 and "@" not in root:
+        return _of_the_hub(root.removeprefix("datasets/"))
+    else:
+        found = _listed(fs, f"{root.rstrip('/')}/**", named)
+    files = [file for file in found if kind_of(file)]
+    return _some([Place(f"{scheme}://{file}", _brought(fs, file, f"{scheme}://{file}")) for file in files], named)
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, root = fsspec.core.url_to_fs(address)
+    except ImportError as fault:
+        step = "pip install 'veneer[remote]'"
+        raise DataError(f"{address} needs a package that is not installed", [str(fault)], step) from fault
+    except ValueError as fault:
+        raise DataError(f"{address} is no address that fsspec knows", [str(fault)]) from fault
+    return fs, str(root)
+
+
+def _listed(fs: Any, pattern: str, named: str) -> list[str]:
+    try:
+        return sorted(str(each) for each in fs.glob(pattern))
+    except Exception as fault:  # every store raises errors of its own
+        raise _unreachable(named, fault) from fault
+
+
+def _brought(fs: Any, file: str, name: str) -> Path:
+    """The file in the cache folder, brought unless it is there in the state that it has now."""
+    try:
+        state = fs.ukey(file)
+    except Exception as fault:
+        raise _unreachable(name, fault) from fault
+    digest = hashlib.sha256(f"{name}\n{state}".encode()).hexdigest()
+    folder = cache_folder() / "data" / digest[:2]
+    target = folder / f"{digest}{''.join(Path(file).suffixes[-2:])}"
+    if target.is_file():
+        return target
+    with explained(folder, next_step=CACHE_STEP):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        with scratch_folder(folder) as scratch:
+            partial = scratch / "rows"
+            try:
+                with fs.open(file, "rb") as source, partial.open("wb") as out:
+                    shutil.copyfileobj(source, out, 2**20)
+            except OSError as fault:
+                if fault.errno is not None and fault.filename == str(partial):
+                    raise
+                raise _unreachable(name, fault) from fault
+            except Exception as fault:
+                raise _unreachable(name, fault) from fault
+            partial.replace(target)
+    return target
+
+
+def _unreachable(name: str, fault: Exception) -> DataError:
+    said = str(fault).strip().splitlines()
+    return DataError(
+        f"{name} cannot be read from here",
+        [f"{type(fault).__name__}: {said[0][:300] if said else ''}"],
+        "Look at the address, the network and your right to read it; or bring the file here and name that.",
+    )

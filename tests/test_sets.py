@@ -1,0 +1,309 @@
+"""Several sets of rows: where they lie, what their columns are called, and how much of each an epoch takes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow
+import pytest
+import torch
+import yaml
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+import veneer
+from tests.tiny import save_tiny, tiny_tokenizer
+from veneer.cli import main
+from veneer.data.batching import plan_epoch
+from veneer.data.config import DataConfig
+from veneer.data.examples import Capacity
+from veneer.data.load import DataSet, load_data
+from veneer.data.mixture import Mixture, mixed
+from veneer.data.sources import scan_rows
+from veneer.errors import ConfigError, DataError
+from veneer.files.strict_tensors import read_tensors
+from veneer.train.folder import resume_config
+from veneer.train.records import read_records
+from veneer.train.screen import QuietScreen
+from veneer.train.training import run_training
+
+
+def records(count: int, word: str = "question") -> list[dict[str, Any]]:
+    return [{"prompt": f"{word} {n}", "completion": f"answer {n}"} for n in range(count)]
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def loaded(train: Any, **more: Any) -> DataSet:
+    data = DataConfig.of({"train": train, "validation_share": 0.0, **more})
+    return load_data(data, length=512, capacity=Capacity(), tokenizer=tiny_tokenizer())
+
+
+def prompts(path: str, **more: Any) -> list[str]:
+    rows, problems = scan_rows(path, **more)
+    assert not problems
+    return [row.messages[0]["content"] for row in rows]
+
+
+# how much of each
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 3)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_no_row_comes_again_before_all_others_of_its_set_came(sets: list[tuple[int, float]], seed: int) -> None:
+    made = Mixture(tuple(size for size, _ in sets), tuple(size * weight for size, weight in sets))
+    seen: Counter[int] = Counter()
+    for epoch in range(4):
+        taken = made.rows(seed, epoch)
+        assert made.rows(seed, epoch).tolist() == taken.tolist()
+        seen.update(taken.tolist())
+        start = 0
+        for size, weight in sets:
+            own = [seen[row] for row in range(start, start + size)]
+            assert max(own) - min(own) <= (2 if size == 1 else 1)
+            if not made.is_plain:
+                assert abs(sum(own) - (epoch + 1) * size * weight) <= 1
+            start += size
+
+
+def test_shares_are_of_rows_or_of_tokens_and_the_rest_is_seen_once() -> None:
+    by_rows = mixed([90, 1000], [900, 50_000], [1, 1], [None, 0.1], by="rows")
+    assert by_rows.draws == pytest.approx((90, 10))
+    by_tokens = mixed([90, 1000], [900, 50_000], [1, 1], [None, 0.1], by="tokens")
+    assert by_tokens.draws == pytest.approx((90, 2))  # of 50 tokens each
+    assert mixed([10, 30], [1, 1], [1, 1], [0.75, 0.25], by="rows").draws == pytest.approx((30, 10))
+    assert mixed([10, 30], [1, 1], [1, 1], [None, None], by="rows").is_plain
+
+
+def test_a_plan_takes_what_is_mixed_in_batches_and_a_plain_mixture_is_none() -> None:
+    lengths = [3 + n % 5 for n in range(20)]
+    mixture = Mixture((10, 10), (10.0, 2.5))
+    for order in ("bucketed", "shuffled", "file"):
+        asked = {"batch": 4, "seed": 3, "order": order}
+        plan = plan_epoch(lengths, epoch=1, mixture=mixture, **asked)  # type: ignore[arg-type]
+        assert sorted(row for batch in plan for row in batch) == sorted(mixture.rows(3, 1).tolist())
+        plain = plan_epoch(lengths, epoch=1, mixture=Mixture((10, 10), (10.0, 10.0)), **asked)  # type: ignore[arg-type]
+        assert plain == plan_epoch(lengths, epoch=1, **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ([], "empty list"),
+        ([{"path": "a", "weight": 0}], "data.train.sets.0.weight: Input should be a number above 0"),
+        ([{"path": "a", "share": 0.5, "weight": 2}], "a weight and a share"),
+        ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.4}, "c"], "nothing is left"),
+        ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.3}], "not 1"),
+        (["a", "a"], "give each a name"),
+        ([{"path": "a", "wieght": 2}], "wieght"),
+        ([{"weight": 2}], "path"),
+    ],
+)
+def test_sets_that_make_no_mixture_are_refused(train: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        veneer.RunConfig.of({"base": "b", "out": "o", "data": {"train": train}})
+    assert said in str(caught.value)
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump({"base": "b", "out": "o", "data": {"train": train}}))
+    assert main.main(["train", str(run)]) == 2
+
+
+def test_a_run_over_sets_says_what_it_mixes_tells_their_losses_apart_and_resumes_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "base")
+    (tmp_path / "own.jsonl").write_bytes(lines(records(20)))
+    (tmp_path / "general.jsonl").write_bytes(lines(records(40, "general")))
+    general = {"path": str(tmp_path / "general.jsonl"), "share": 0.25, "name": "replay"}
+    fields = {
+        "base": str(tmp_path / "base"),
+        "data": {"train": [str(tmp_path / "own.jsonl"), general], "validation_share": 0.2},
+        "method": {"name": "lora", "rank": 2},
+        "epochs": 2,
+        "batch": 3,
+        "evaluate_every": 3,
+    }
+
+    class Told(QuietScreen):
+        def start(self, info: Any) -> None:
+            said.extend(info["paths"])
+
+    said: list[str] = []
+    config = veneer.RunConfig.model_validate({**fields, "out": str(tmp_path / "a")})
+    run_training(config, resume=False, screen=Told())
+    assert any("an epoch takes" in line and "replay" in line and "(25%)" in line for line in said)
+    found = [record for record in read_records(tmp_path / "a" / "metrics.jsonl") if record["kind"] == "evaluation"]
+    assert all(set(record["sets"]) == {str(tmp_path / "own.jsonl"), "replay"} for record in found)
+
+    from veneer.train.loop import Loop
+
+    own = Loop._step
+
+    def dying(self: Any, *, timed: bool) -> float:
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
+        return own(self, timed=timed)
+
+    monkeypatch.setattr(Loop, "_step", dying)
+    other = veneer.RunConfig.model_validate({**fields, "out": str(tmp_path / "b")})
+    with pytest.raises(KeyboardInterrupt):
+        run_training(other, resume=False, screen=QuietScreen())
+    monkeypatch.setattr(Loop, "_step", own)
+    run_training(resume_config(tmp_path / "b"), resume=True, screen=QuietScreen())
+    first, second = (read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_shares_are_other_rows_to_a_run_that_goes_on(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(records(10, name)))
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    found = {loaded([paths[0], {"path": paths[1], **how}]).fingerprint for how in ({}, {"weight": 0.5}, {"share": 0.1})}
+    assert len(found) == 3
+
+
+# where they lie
+
+
+def test_files_folders_patterns_and_packed_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rows" / "deep").mkdir(parents=True)
+    (tmp_path / "rows" / "a.jsonl").write_bytes(lines(records(2, "a")))
+    (tmp_path / "rows" / "b.jsonl.gz").write_bytes(gzip.compress(lines(records(2, "b"))))
+    packed = pyarrow.compress(lines(records(2, "c")), codec="zstd", asbytes=True)
+    (tmp_path / "rows" / "deep" / "c.jsonl.zst").write_bytes(packed)
+    (tmp_path / "rows" / "README.md").write_text("no rows")
+    whole = prompts(str(tmp_path / "rows"))
+    assert whole == [f"{name} {n}" for name in "abc" for n in range(2)]
+    assert prompts(str(tmp_path / "rows" / "*.jsonl*")) == whole[:4]
+    assert prompts(str(tmp_path / "rows" / "**" / "*.zst")) == whole[4:]
+
+
+def test_a_packed_file_that_is_damaged_or_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(records(50)))[:-20])
+    (tmp_path / "b.jsonl.gz").write_bytes(lines(records(2)))
+    (tmp_path / "c.jsonl.zst").write_bytes(lines(records(2)))
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.zst"):
+        _, problems = scan_rows(tmp_path / name)
+        assert problems[0].code == "D100", name
+    with pytest.raises(DataError, match="no file of rows"):
+        scan_rows(str(tmp_path / "*.csv"))
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+class Hub(MemoryFileSystem):
+    """What huggingface_hub shows of one data set: its branch of plain Parquet."""
+
+    protocol = "hf"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("hf://").strip("/")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "store", {})
+    before = fsspec.registry.get("hf")
+    fsspec.register_implementation("hf", Hub, clobber=True)
+    fs = fsspec.filesystem("hf", skip_instance_cache=True)
+    root = "datasets/org/qa@refs/convert/parquet"
+    fs.pipe(f"{root}/default/train/0000.parquet", as_parquet([{"question": "x", "answer": "y"}]))
+    fs.pipe(f"{root}/default/train/0001.parquet", as_parquet([{"question": "v", "answer": "w"}]))
+    fs.pipe(f"{root}/default/test/0000.parquet", as_parquet([{"question": "t", "answer": "u"}]))
+    fs.pipe(f"{root}/hard/train/0000.parquet", as_parquet([{"question": "h", "answer": "i"}]))
+    yield fs
+    fsspec.register_implementation("hf", before or "huggingface_hub.HfFileSystem", clobber=True)
+
+
+QA = {"question": "prompt", "answer": "completion"}
+
+
+def test_data_sets_of_the_hub_are_plain_parquet_brought_once(hub: Hub, tmp_path: Path) -> None:
+    asked = [
+        ("org/qa", ["x", "v"]),
+        ("hf://datasets/org/qa", ["x", "v"]),
+        ("org/qa:test", ["t"]),
+        ("org/qa:hard/train", ["h"]),
+        ("hf://datasets/org/qa@refs/convert/parquet/hard/train/*.parquet", ["h"]),
+    ]
+    for name, expected in asked:
+        assert prompts(name, columns=QA) == expected, name
+    assert len(list((tmp_path / "cache" / "data").rglob("*.parquet"))) == 4
+    with pytest.raises(DataError, match="has no validation") as caught:
+        scan_rows("org/qa:validation")
+    assert "default/test, default/train, hard/train" in str(caught.value)
+
+
+def test_a_data_set_that_is_not_reached_is_an_error_with_what_to_do(hub: Hub) -> None:
+    with pytest.raises(DataError) as caught:
+        scan_rows("org/other")
+    assert "org/other" in str(caught.value)
+    with pytest.raises(DataError, match="no address that fsspec knows"):
+        scan_rows("nothing://rows.jsonl")
+
+
+def test_any_address_of_fsspec_is_read_and_read_anew_when_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/rows/a.jsonl", lines(records(2, "a")))
+    fs.pipe("/rows/b.jsonl.gz", gzip.compress(lines(records(1, "b"))))
+    assert prompts("memory://rows/a.jsonl") == ["a 0", "a 1"]
+    assert prompts("memory://rows") == prompts("memory://rows/*") == ["a 0", "a 1", "b 0"]
+    fs.pipe("/rows/a.jsonl", lines(records(3, "c")))
+    assert prompts("memory://rows/a.jsonl") == ["c 0", "c 1", "c 2"]
+    fs.rm("/rows", recursive=True)
+
+
+# what their columns are called
+
+
+def test_columns_are_read_under_the_names_that_a_person_gives(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer,id\nx,y,1\n")
+    assert prompts(str(tmp_path / "rows.csv"), columns=QA) == ["x"]
+    _, problems = scan_rows(tmp_path / "rows.csv", columns={**QA, "qestion": "prompt"})
+    assert [problem.message for problem in problems] == ["the map names 'qestion', which no row has"]
+    _, problems = scan_rows(tmp_path / "rows.csv", columns={**QA, "id": "prompt"})
+    assert problems[0].code == "D107" and "two columns are called 'prompt'" in problems[0].message
+
+
+def test_a_column_that_is_mapped_to_nothing_is_left_out_in_messages_too(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    row = {"messages": [{"role": "user", "content": "a"}, answer], "prompt": "x", "completion": "y"}
+    (tmp_path / "rows.jsonl").write_bytes(lines([row]))
+    columns = {"prompt": None, "reasoning_content": None}
+    (found,), problems = scan_rows(tmp_path / "rows.jsonl", columns=columns)
+    assert found.messages[1] == {"role": "assistant", "content": "b"} and not problems
+
+
+def test_the_command_maps_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny(tmp_path / "base")
+    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30)))
+    which = [str(tmp_path / "rows.csv"), "--base", str(tmp_path / "base")]
+    mapped = ["--map", "question=prompt", "--map", "answer=completion"]
+    assert main.main(["data", "check", *which, *mapped]) == 0
+    assert main.main(["data", "check", *which]) == 4
+    assert main.main(["data", "check", *which, "--map", "question"]) == 2
+    out = str(tmp_path / "run")
+    train = ["train", "--base", which[2], "--data", which[0], *mapped, "--out", out, "--steps", "1", "--quiet"]
+    assert main.main(train) == 0
+    assert main.main(["evaluate", "--base", which[2], "--data", which[0], *mapped, "--json"]) == 0
+    capsys.readouterr()
