@@ -13,6 +13,7 @@ from tests.soak.counts import count
 from tests.tiny import tiny_base
 from veneer.bases.kept import cache_folder
 from veneer.decoding.adapters import Fixed
+from veneer.decoding.calls import CallStyle
 from veneer.decoding.engine import Engine
 from veneer.decoding.grammar import Grammars
 from veneer.decoding.json_check import JsonCheck
@@ -127,8 +128,7 @@ def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(b
         "lark": grammars.grammar('start: "a" b "c"\nb: /[xy]{1,3}/'),
         "calls": grammars.calls(
             {"f": {"properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}},
-            opens="<t>",
-            closes="</t>",
+            CallStyle("object", "<t>", "</t>"),
         ),
         "none": None,
     }
@@ -233,9 +233,9 @@ def test_each_answer_has_a_way_of_its_own(base, grammars):
         (lambda g: g.grammar("start: nobody"), "nobody"),
         (lambda g: g.grammar("start: /(a{1000}){1000}/"), "multiplied"),
         (lambda g: g.grammar('start: A{999}\nA: B{999}\nB: "x"'), "multiplied"),
-        (lambda g: g.calls({}, opens="<", closes=">"), "no tool"),
-        (lambda g: g.calls({"f": {"uniqueItems": True}}, opens="<", closes=">"), "uniqueItems"),
-        (lambda g: g.calls({"f": {}}, opens="<", closes=">", most=99), "99 calls"),
+        (lambda g: g.calls({}, CallStyle("object", "<", ">")), "no tool"),
+        (lambda g: g.calls({"f": {"uniqueItems": True}}, CallStyle("object", "<", ">")), "uniqueItems"),
+        (lambda g: g.calls({"f": {}}, CallStyle("object", "<", ">"), most=99), "99 calls"),
     ],
 )
 def test_a_shape_that_cannot_be_followed_is_an_error_that_says_why(grammars, ask, said):
@@ -254,7 +254,7 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
         },
         "say": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
     }
-    one = grammars.calls(tools, opens="<tool_call>", closes="</tool_call>")
+    one = grammars.calls(tools, CallStyle("object", "<tool_call>", "</tool_call>"))
     right = '<tool_call>\n{"name": "add", "arguments": {"n": 3}}\n</tool_call>'
     assert one.makes(right) and not one.faults(right)
     wrong = {
@@ -267,7 +267,7 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
     }
     for text, said in wrong.items():
         assert not one.makes(text) and said in "".join(one.faults(text)), text
-    two = grammars.calls(tools, opens="<tool_call>", closes="</tool_call>", most=2, name="tool", arguments="input")
+    two = grammars.calls(tools, CallStyle("object", "<tool_call>", "</tool_call>", "tool", "input"), most=2)
     right = right.replace("name", "tool").replace("arguments", "input")
     assert two.makes(right) and two.makes(right + "\n" + right) and not two.makes(right * 3)
     assert not two.faults(right + "\n" + right)

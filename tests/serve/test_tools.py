@@ -1,34 +1,48 @@
 """Calls of tools out of a text that comes in pieces, in the way that the base's own template writes them."""
 
+import dataclasses
 import json
 
 import pytest
 
+from tests.serve.server import BASE, made_base, running
+from tests.serve.tool_templates import TEMPLATES
 from tests.tiny import tiny_tokenizer
 from veneer.data.template import ChatTemplate
-from veneer.serve.tools import CallReader, CallStyle, call_style
+from veneer.decoding.calls import CallReader, CallStyle
+from veneer.library.library import Library
+from veneer.serve.tools import call_style
 
-STYLE = CallStyle("<tool_call>", "</tool_call>", "name", "arguments")
+STYLE = CallStyle("object", "<tool_call>", "</tool_call>")
+BARE = CallStyle("bare", "", arguments="parameters")
+FIELDS = {"n": {"enum": [1, 2]}}
+TOOL = {"name": "f", "parameters": {"properties": FIELDS, "required": ["n"], "additionalProperties": False}}
+TOOLS = [{"type": "function", "function": TOOL}]
+SIZES = pytest.mark.parametrize("size", [1, 2, 7, 1000])
+EACH = pytest.mark.parametrize("written", TEMPLATES.values(), ids=TEMPLATES)
 
 
 def call(name, **arguments):
     return "<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>"
 
 
-def read(pieces):
-    reader = CallReader(STYLE)
+def read(pieces, style=STYLE, tools=("f",)):
+    reader = CallReader(style, tools)
     said, calls = "", []
     for text, found in [*map(reader.push, pieces), reader.end()]:
         said += text
-        calls += [(each.name, json.loads(each.arguments)) for each in found]
+        calls += [(name, json.loads(arguments)) for name, arguments in found]
     return said, calls
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def cut(text, size):
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+@SIZES
 def test_calls_are_found_however_the_text_is_cut(size):
     text = "Let me see. " + call("a", x=1) + "\n" + call("b", y="</") + " <tool"
-    pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    assert read(pieces) == ("Let me see. \n <tool", [("a", {"x": 1}), ("b", {"y": "</"})])
+    assert read(cut(text, size)) == ("Let me see. \n <tool", [("a", {"x": 1}), ("b", {"y": "</"})])
 
 
 @pytest.mark.parametrize(
@@ -57,12 +71,83 @@ def test_text_is_given_as_soon_as_it_can_be_no_mark():
     assert reader.push("b") == ("<b", [])
 
 
-def test_the_style_is_read_off_the_template():
-    tokenizer = tiny_tokenizer()
-    assert call_style(ChatTemplate(tokenizer)) == STYLE
-    other = tiny_tokenizer()
-    other.chat_template = tokenizer.chat_template.replace("<tool_call>", "[CALL]").replace("</tool_call>", "[/CALL]")
-    assert call_style(ChatTemplate(other)) == CallStyle("[CALL]", "[/CALL]", "name", "arguments")
+@EACH
+@SIZES
+def test_each_form_is_read_off_its_template_and_out_of_its_answers(written, size):
+    style = call_style(ChatTemplate(written.tokenizer()))
+    assert style is not None and dataclasses.replace(style, special=()) == written.style
+    assert read(cut(written.answer, size), style) == ("", [("f", {"n": 1})])
+    if written.two and style.form != "list":
+        assert read(cut(written.answer * 2, size), style) == ("", [("f", {"n": 1})] * 2)
+    if style.opens:
+        text = f"I look.{written.answer}\nDone [ < "
+        assert read(cut(text, size), style) == ("I look.\nDone [ < ", [("f", {"n": 1})])
+
+
+@SIZES
+def test_a_list_has_several_calls_and_values_hold_brackets_and_quotes(size):
+    style = TEMPLATES["mistral"].style
+    calls = [("f", {"s": '}]"\\'}), ("g", {"deep": [[{"a": []}]]}), ("h", {})]
+    text = json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls])
+    assert read(cut(f"[TOOL_CALLS]{text} and text", size), style) == (" and text", calls)
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("mistral", "[TOOL_CALLS] no list"),
+        ("mistral", '[TOOL_CALLS] [{"name": "f"}, 3] and on'),
+        ("mistral", "[TOOL_CALLS] [[[["),
+        ("mistral with [ARGS]", "[TOOL_CALLS]f[CALL_ID]abc[ARGS]no object"),
+        ("mistral with [ARGS]", "[TOOL_CALLS]" + "f" * 5000 + "[ARGS]{}"),
+        ("mistral with [ARGS]", "[TOOL_CALLS]f and nothing"),
+        ("llama 3", '{"name": "f", "parameters": 3}'),
+        ("llama 3", '{"name": "somebody", "parameters": {}}'),
+        ("llama 3", '{"answer": 42} is what I say'),
+        ("llama 3", 'I say {"name": "f", "parameters": {}}'),
+        ("llama 3", '{"name": "f", '),
+    ],
+)
+@SIZES
+def test_what_is_no_call_in_these_forms_stays_text(style, text, size):
+    assert read(cut(text, size), TEMPLATES[style].style) == (text, [])
+
+
+def test_an_answer_that_is_no_json_is_given_as_it_comes_where_calls_have_no_marks():
+    reader = CallReader(BARE, ("f",))
+    assert reader.push("  ") == ("", [])
+    assert reader.push("I") == ("  I", [])
+    assert reader.push(' say {"') == (' say {"', [])
+
+
+def test_a_long_value_is_not_read_anew_with_every_piece():
+    reader = CallReader(BARE, ("f",))
+    reader.push('{"name": "f", "parameters": {"s": "')
+    for _ in range(20_000):
+        assert reader.push("x{") == ("", [])
+    (name, arguments) = reader.push('"}}')[1][0]
+    assert name == "f" and len(json.loads(arguments)["s"]) == 40_000
+
+
+@EACH
+def test_a_call_that_is_required_is_made_in_the_form_of_the_template(written, tmp_path):
+    """The grammar draws marks as the tokens that they are, and what it draws is read as a call."""
+    base = made_base()
+    base.tokenizer = written.tokenizer()
+    with running(Library(tmp_path / "adapters"), base=base) as server:
+        client = server.openai()
+        asked = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "tools": TOOLS, "max_tokens": 500}
+        for stream in (False, True):
+            found = client.chat.completions.create(**asked, tool_choice="required", temperature=0, stream=stream)
+            if stream:
+                calls = [call for chunk in found for c in chunk.choices for call in c.delta.tool_calls or ()]
+            else:
+                calls = found.choices[0].message.tool_calls
+                assert found.choices[0].finish_reason == "tool_calls" and not found.choices[0].message.content
+            assert {call.function.name for call in calls} == {"f"}
+            assert all(json.loads(call.function.arguments)["n"] in (1, 2) for call in calls)
+        free = client.chat.completions.create(**asked)
+        assert free.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
 @pytest.mark.parametrize(

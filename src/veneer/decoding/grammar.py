@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from veneer.decoding.calls import CallReader, CallStyle
 from veneer.decoding.json_check import JsonCheck
 from veneer.errors import ConfigError
 from veneer.files.nesting import MAX_JSON_DEPTH, text_too_deep, too_deep
@@ -124,20 +125,8 @@ class Grammars:
         made.check = lambda text: [] if made.makes(text) else ["the grammar does not make it"]
         return made
 
-    def calls(
-        self,
-        tools: Mapping[str, Mapping[str, Any]],
-        *,
-        opens: str,
-        closes: str,
-        name: str = "name",
-        arguments: str = "arguments",
-        most: int = 1,
-    ) -> Grammar:
-        """One call of a tool and up to `most`. tools: name -> schema of its arguments.
-
-        A call is opens {"name": ..., "arguments": ...} closes, its keys called as the template calls them.
-        """
+    def calls(self, tools: Mapping[str, Mapping[str, Any]], style: CallStyle, *, most: int = 1) -> Grammar:
+        """One call of a tool and up to `most`, where the style has several. tools: name -> schema of its arguments."""
         if not tools:
             raise ConfigError("there is no tool to call")
         if not 1 <= most <= MOST_CALLS:
@@ -145,19 +134,8 @@ class Grammars:
         read = {tool: _read_schema({"type": "object", **schema}) for tool, schema in tools.items()}
         _check_size("the tools", sum(len(json.dumps([tool, schema])) for tool, schema in read.items()))
         checks = {tool: JsonCheck(schema) for tool, schema in read.items()}
-        lines = [
-            f'start: call ("\\n"? call){{0,{most - 1}}}' if most > 1 else "start: call",
-            f'call: {json.dumps(opens)} "\\n"? tool "\\n"? {json.dumps(closes)}',
-            "tool: " + " | ".join(f"tool_{number}" for number in range(len(read))),
-        ]
-        for number, (tool, schema) in enumerate(read.items()):
-            begin = json.dumps(f"{{{json.dumps(name)}: {json.dumps(tool)}, {json.dumps(arguments)}: ")
-            lines.append(f'tool_{number}: {begin} %json {_with_options(schema)} "}}"')
-
-        def check(text: str) -> list[str]:
-            return _call_faults(text, opens, closes, name, arguments, checks)
-
-        return self._made("the tools", "\n".join(lines), check)
+        lines = style.grammar({tool: f"%json {_with_options(schema)}" for tool, schema in read.items()}, most)
+        return self._made("the tools", "\n".join(lines), lambda text: _call_faults(text, style, checks))
 
     @staticmethod
     def _of_schema(schema: Mapping[str, Any] | bool) -> str:
@@ -277,20 +255,19 @@ def _counts(source: str) -> list[int]:
     return found
 
 
-def _call_faults(
-    text: str, opens: str, closes: str, name: str, arguments: str, checks: Mapping[str, JsonCheck]
-) -> list[str]:
+def _call_faults(text: str, style: CallStyle, checks: Mapping[str, JsonCheck]) -> list[str]:
+    reader = CallReader(style, checks)
+    (said, calls), (rest, last) = reader.push(text), reader.end()
+    if (said + rest).strip():
+        return ["it is not calls alone"]
     faults: list[str] = []
-    rest = text
-    while rest:
-        call, closed, rest = rest.removeprefix("\n").partition(closes)
-        if not call.startswith(opens) or not closed:
-            return [*faults, f"it is not calls between {opens} and {closes} alone"]
+    for tool, arguments in (*calls, *last):
+        if tool not in checks:
+            faults.append("it is no call of one of the tools")
+            continue
         try:
-            value = json.loads(call.removeprefix(opens))
-            tool, given = value[name], value[arguments]
-            check = checks[tool]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return [*faults, "it is no call of one of the tools"]
-        faults += [f"{tool}: {fault}" for fault in check.value_faults(given)]
-    return faults if text else ["there is no call"]
+            given = json.loads(arguments)
+        except (ValueError, RecursionError):
+            given = arguments
+        faults += [f"{tool}: {fault}" for fault in checks[tool].value_faults(given)]
+    return faults if calls or last else ["there is no call"]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from veneer.decoding.blocks import Identity
+from veneer.decoding.calls import CallReader, CallStyle
 from veneer.decoding.grammar import Grammar
 from veneer.decoding.sampling import TokenChance, seed_of
 from veneer.decoding.sequence import Reason, Request
@@ -18,7 +19,6 @@ from veneer.serve.asked import Asked
 from veneer.serve.loop import EngineLoop, Ticket, Update
 from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.token_text import TokenTexts
-from veneer.serve.tools import CallReader, CallStyle
 
 
 def requests_of(
@@ -145,8 +145,10 @@ class _Spelled:
     ) -> None:
         self._texts, self._request, self._asked, self._grammar = texts, request, asked, grammar
         self._stream = TextStream(texts.tokenizer, asked.stops)
-        self._calls = None if style is None else CallReader(style)
+        self._calls = None if style is None else CallReader(style, asked.tools)
+        self._marks = {} if style is None else {token: mark for mark, token in style.special}
         self._ids: list[int] = []
+        self._whole = ""  # with marks
 
     def piece(self, index: int, update: Update) -> Piece:
         tokens, chances = list(update.tokens), list(update.chances)
@@ -154,19 +156,27 @@ class _Spelled:
         if update.reason is Reason.STOP and tokens and tokens[-1] in self._request.stops:
             stopped = tokens.pop()  # which is no part of the answer
             chances = chances[: len(tokens)]
-        text = "".join(self._stream.push(token) for token in tokens)
+        text = "".join(map(self._text, tokens))
         self._ids += tokens
         calls: list[Call] = []
         end = None
         if update.reason is not None:
             text += self._stream.end()
+        self._whole += text
+        if update.reason is not None:
             end = self._end(update.reason, stopped)
         if self._calls is not None:
-            text, calls = self._calls.push(text)
+            text, found = self._calls.push(text)
             if end is not None:
                 rest, more = self._calls.end()
-                text, calls = text + rest, calls + more
+                text, found = text + rest, found + more
+            calls = [Call(name, arguments) for name, arguments in found]
         return Piece(index, text, tuple(map(self._chance, chances)), tuple(calls), end)
+
+    def _text(self, token: int) -> str:
+        """Where calls are looked for, their marks are text too."""
+        mark = self._marks.get(token)
+        return self._stream.push(token) if mark is None or self._stream.stopped else self._stream.end() + mark
 
     def _end(self, reason: Reason, stop_token: int | None) -> End:
         if reason is Reason.DEADLINE and not self._ids:
@@ -188,7 +198,8 @@ class _Spelled:
         """An answer that was not cut is what was asked for. What a grammar cannot hold, a check finds: Refusal."""
         if self._grammar is None or self._stream.stopped:
             return
-        if faults := self._grammar.faults(text_of(self._texts.tokenizer, self._ids)):
+        text = self._whole if self._marks else text_of(self._texts.tokenizer, self._ids)
+        if faults := self._grammar.faults(text):
             assert self._asked.shape is not None
             param = self._asked.shape.param
             raise Refusal(422, f"{param}: the model's answer is not of it: {faults[0][:300]}", param, "answer_refused")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from veneer.decoding.calls import compact
 from veneer.serve.refusals import Refusal
 
 Reason = Literal["stop", "length", "deadline", "cancelled"]
@@ -109,10 +109,6 @@ def event(data: Any, name: str | None = None) -> str:
     """One server-sent event."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {compact(data)}\n\n"
-
-
-def compact(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 DONE = "data: [DONE]\n\n"

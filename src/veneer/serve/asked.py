@@ -72,3 +72,9 @@ class Asked:
     stream: bool = False
     stream_usage: bool = False
     echo: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tools(self) -> frozenset[str]:
+        """Names of those that the model was told of."""
+        told = [tool for prompt in self.prompts if isinstance(prompt, Chat) for tool in prompt.tools or ()]
+        return frozenset(tool.get("function", tool)["name"] for tool in told)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from veneer.decoding.calls import CallStyle
 from veneer.decoding.grammar import Grammar, Grammars
 from veneer.serve.asked import Shape
 from veneer.serve.refusals import Refusal
-from veneer.serve.tools import CallStyle
 
 
 class Shapes:
@@ -44,12 +44,5 @@ class Shapes:
     def _calls(self, grammars: Grammars, shape: Shape) -> Grammar:
         if self._style is None:
             raise Refusal(400, "This base's chat template writes no calls of tools that can be read.", "tools")
-        style = self._style
-        return grammars.calls(
-            {function["name"]: function.get("parameters") or {} for function in shape.spec},
-            opens=style.opens,
-            closes=style.closes,
-            name=style.name,
-            arguments=style.arguments,
-            most=shape.most,
-        )
+        tools = {function["name"]: function.get("parameters") or {} for function in shape.spec}
+        return grammars.calls(tools, self._style, most=shape.most)

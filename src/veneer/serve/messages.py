@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.bounds import TEMPERATURE
-from veneer.serve.answers import Answer, Call, End, Head, Piece, Usage, compact, event
+from veneer.decoding.calls import compact
+from veneer.serve.answers import Answer, Call, End, Head, Piece, Usage, event
 from veneer.serve.asked import Asked, Chat
 from veneer.serve.conversation import MOST_MESSAGES, TEXT, conversation
 from veneer.serve.fields import (

@@ -15,10 +15,11 @@ from typing import Any
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.rendering import forgive
 from veneer.data.template import ChatTemplate
+from veneer.decoding.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.serve.asked import Chat, Prompt
 from veneer.serve.refusals import Refusal, refusal_of
-from veneer.serve.tools import CallStyle, call_style
+from veneer.serve.tools import call_style
 
 MOST_WAITING = 256
 """Requests whose prompts wait to be tokenised."""

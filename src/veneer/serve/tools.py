@@ -1,21 +1,17 @@
-"""Tools: how they are given, and calls of them out of what a model writes.
+"""Tools: how they are given, and how a base's template writes calls of them.
 
-Templates write a call as JSON between two marks, <tool_call>{"name": ..., "arguments": {...}}</tool_call> for
-most. Which marks and which keys the base's template has is read off a call that it renders; where it writes calls
-otherwise, or none, tools are refused.
+Which form (decoding/calls.py), which marks and which keys it has is read off a call that it renders; where it writes
+calls otherwise, or none, tools are refused.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
-from veneer.data.examples import RowFault
-from veneer.data.json_text import whole_value
 from veneer.data.template import ChatTemplate
+from veneer.decoding.calls import CallStyle, Form, compact
 from veneer.errors import VeneerError
-from veneer.serve.answers import Call, compact
 from veneer.serve.asked import Shape
 from veneer.serve.fields import AnyObject, Either, Field, Flag, Listed, Only, Table, Tagged, Text
 from veneer.serve.refusals import Fault, refuse
@@ -58,7 +54,7 @@ TOOL_CHOICE = Either(
         ),
     )
 )
-_PROBE_NAME, _PROBE_KEY, _PROBE_VALUE = "probe_tool", "probe_key", "probe value"
+_PROBE_NAME, _PROBE_KEY, _PROBE_VALUE, _PROBE_ID = "probe_tool", "probe_key", "probe value", "callA0001"
 _MOST_MARK = 40
 
 
@@ -82,32 +78,9 @@ def wanted_call(values: dict[str, Any]) -> Shape | None:
     return Shape("tool", "tool_choice", functions, 1 if chosen else MOST_CALLS)
 
 
-@dataclass(frozen=True)
-class CallStyle:
-    """opens, closes: what stands around a call's JSON; name, arguments: its keys."""
-
-    opens: str
-    closes: str
-    name: str
-    arguments: str
-
-    def call(self, text: str) -> Call | None:
-        """The call that the text between the marks is; None: it is none."""
-        try:
-            value = whole_value(text.strip())
-        except RowFault:
-            return None
-        if not isinstance(value, dict) or not isinstance(value.get(self.name), str):
-            return None
-        arguments = value.get(self.arguments, {})
-        if isinstance(arguments, str):
-            return Call(value[self.name], arguments)
-        return Call(value[self.name], compact(arguments)) if isinstance(arguments, dict) else None
-
-
 def call_style(template: ChatTemplate) -> CallStyle | None:
-    """How a template writes a call; None: otherwise than here, or not at all."""
-    call = {"id": "call00001", "type": "function"}
+    """How a template writes a call (decoding/calls.py); None: in no way that is known, or not at all."""
+    call = {"id": _PROBE_ID, "type": "function"}
     call["function"] = {"name": _PROBE_NAME, "arguments": {_PROBE_KEY: _PROBE_VALUE}}  # type: ignore[assignment]
     tool = {"type": "function", "function": {"name": _PROBE_NAME, "description": "d", "parameters": {"type": "object"}}}
     turns: list[dict[str, Any]] = [{"role": "user", "content": "A question."}]
@@ -118,66 +91,62 @@ def call_style(template: ChatTemplate) -> CallStyle | None:
         return None
     if _PROBE_NAME not in before or not text.startswith(before):
         return None
-    written = text[len(before) :]
-    start = written.find("{")
+    return _style(text[len(before) :], template.tokenizer)
+
+
+def _style(written: str, tokenizer: Any) -> CallStyle | None:
+    """written: an answer that calls the probe."""
+    brace = written.find("{")
+    bracket = written.rfind("[", 0, max(brace, 0))
+    listed = bracket >= 0 and not written[bracket + 1 : brace].strip()
+    start = bracket if listed else brace
     if start < 0:
         return None
     try:
         value, length = json.JSONDecoder().raw_decode(written[start:])
     except (json.JSONDecodeError, RecursionError):
         return None
-    if not isinstance(value, dict):
+    opens, closes = written[:start].strip(), _seen(written[start + length :], tokenizer)
+    arguments = {_PROBE_KEY: _PROBE_VALUE}
+    if value == arguments:
+        return _named(opens, closes, tokenizer)
+    one = value[0] if listed and isinstance(value, list) and value else value
+    if not isinstance(one, dict) or len(opens) > _MOST_MARK:
         return None
-    name = next((key for key, each in value.items() if each == _PROBE_NAME), None)
-    arguments = next((key for key, each in value.items() if each == {_PROBE_KEY: _PROBE_VALUE}), None)
-    opens = written[:start].strip()
-    closes = written[start + length :].strip().partition("<|")[0].strip()
-    shown = template.tokenizer.decode(template.tokenizer(opens + closes).input_ids, skip_special_tokens=True)
-    if name is None or arguments is None or not opens or not closes or len(opens) > _MOST_MARK:
+    name = next((key for key, each in one.items() if each == _PROBE_NAME), None)
+    given = next((key for key, each in one.items() if each in (arguments, compact(arguments))), None)
+    if name is None or given is None:
         return None
-    return CallStyle(opens, closes, name, arguments) if opens in shown and closes in shown else None
+    form: Form = "list" if listed else "object" if opens else "bare"
+    if form != "object":
+        closes = ""  # the value ends by itself
+    if form == "list" and not opens:
+        return None
+    return CallStyle(form, opens, closes, name, given, special=_special(opens, tokenizer))
 
 
-class CallReader:
-    """Pulls calls out of a text as it comes: `push` gives the text outside of them and the calls that are complete.
-
-    What stands between marks and is no call stays text.
-    """
-
-    def __init__(self, style: CallStyle) -> None:
-        self._style = style
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        self._held += text
-        said, calls = "", list[Call]()
-        while True:
-            start = self._held.find(self._style.opens)
-            if start < 0:
-                keep = _begun(self._held, self._style.opens)
-                cut = len(self._held) - keep
-                said, self._held = said + self._held[:cut], self._held[cut:]
-                return said, calls
-            end = self._held.find(self._style.closes, start + len(self._style.opens))
-            if end < 0:
-                said, self._held = said + self._held[:start], self._held[start:]
-                return said, calls
-            stop = end + len(self._style.closes)
-            call = self._style.call(self._held[start + len(self._style.opens) : end])
-            said += self._held[: start if call is not None else stop]
-            calls += [] if call is None else [call]
-            self._held = self._held[stop:]
-
-    def end(self) -> tuple[str, list[Call]]:
-        """What is left: a call whose closing mark was the stop token of some models, or text."""
-        held, self._held = self._held, ""
-        if held.startswith(self._style.opens):
-            call = self._style.call(held[len(self._style.opens) :])
-            if call is not None:
-                return "", [call]
-        return held, []
+def _named(opens: str, closes: str, tokenizer: Any) -> CallStyle | None:
+    """opens: all before the arguments: a mark, the name, perhaps an id, a mark."""
+    opens, _, rest = opens.partition(_PROBE_NAME)
+    id_mark, found, between = rest.partition(_PROBE_ID)
+    if not found:
+        id_mark, between = "", rest
+    marks = [opens.strip(), id_mark.strip(), between.strip()]
+    if not marks[0] or not marks[2] or max(map(len, marks)) > _MOST_MARK or _PROBE_ID in between:
+        return None
+    special = _special("".join(marks), tokenizer)
+    return CallStyle("named", marks[0], closes, id_mark=marks[1], between=marks[2], special=special)
 
 
-def _begun(text: str, mark: str) -> int:
-    """Characters at the end of a text that may be the beginning of the mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+def _special(marks: str, tokenizer: Any) -> tuple[tuple[str, int], ...]:
+    """Special tokens in them: text of an answer has none."""
+    ids = tokenizer(marks, add_special_tokens=False).input_ids
+    special = sorted(set(ids) & set(tokenizer.all_special_ids))
+    return tuple((str(tokenizer.convert_ids_to_tokens(token)), token) for token in special)
+
+
+def _seen(tail: str, tokenizer: Any) -> str:
+    """Of what follows a call that which answers show: up to the first special token, which ends the turn."""
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    first = next((place for place, token in enumerate(ids) if token in tokenizer.all_special_ids), len(ids))
+    return str(tokenizer.decode(ids[:first])).strip()
