@@ -1,0 +1,71 @@
+"""Adapters loaded, asked and unloaded over and over, new versions among them: what each took comes back."""
+
+import gc
+import weakref
+
+from tests.helpers import fill
+from tests.serve.server import made_base, running
+from tests.soak.counts import count
+from veneer.adapters.config import LoRA
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.library.library import Library
+from veneer.train.records import process_memory_bytes
+
+CYCLES = count("cycles", ci=12, soak=1000)
+WARM = 10
+"""Cycles until what is made once is made: threads, caches, the allocator's own pages."""
+NAMES = ["one", "two", "three"]
+VERSION_EVERY = 7
+ROOM = 64 * 2**20
+"""Bytes that the process may grow by: what a few adapters take. All that are loaded take a hundred times that."""
+SIZES = {"hidden_size": 256, "intermediate_size": 512}
+
+
+def publish(library, folder, name, seed):
+    base = made_base(**SIZES)
+    made = base.attach(LoRA(rank=96, alpha=5.0), name="a", seed=seed)
+    fill(made.parameters().values(), seed=seed)
+    write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)
+    library.add(folder, name=name)
+
+
+def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
+    library = Library(tmp_path / "adapters")
+    for seed, name in enumerate(NAMES):
+        publish(library, tmp_path / name, name, seed)
+    size = library.get("one").version.facts.bytes
+    with running(library, base=made_base(**SIZES)) as server, server.http() as http:
+        before, seen, said = 0, [], {}
+
+        def load(name):
+            found = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name})
+            assert found.status_code == 200, found.text
+
+        def cycle(number):
+            name = NAMES[number % len(NAMES)]
+            if number and number % VERSION_EVERY == 0:
+                publish(library, tmp_path / f"made-{number}", name, number)
+            load(name)
+            content = library.get(name).version.facts.content_hash
+            body = {"model": name, "prompt": [7, 8, 9], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+            found = http.post("/v1/completions", json=body)
+            assert found.status_code == 200, found.text
+            assert said.setdefault(content, found.json()["choices"][0]["text"]) == found.json()["choices"][0]["text"]
+            seen.extend(weakref.ref(each) for each in server.base.attachments.values())
+            assert server.service.residents.used_bytes() > 0
+            gone = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+            assert gone.status_code == 200, gone.text
+            assert http.post("/v1/completions", json=body).status_code == 404
+
+        for number in range(WARM + CYCLES):
+            if number == WARM:
+                before = process_memory_bytes()
+            cycle(number)
+        server.ask_engine(lambda engine: engine.step(0.0))  # what the last step held is let go
+        assert server.service.residents.used_bytes() == 0 and not server.base.attachments
+        assert server.service.residents.shown() == []
+        gc.collect()
+        assert [ref() for ref in seen if ref() is not None] == []
+        grown = process_memory_bytes() - before
+        assert grown < ROOM, f"{grown:,} bytes after {CYCLES:,} cycles of {size:,}"
+        print(f"{CYCLES:,} cycles of {size:,} bytes, {len(said)} versions: {grown:,} bytes more than before")
