@@ -90,11 +90,16 @@ class Metrics:
         self._tokens["new"] += tokens
         self._whole.add(seconds)
 
-    def text(self, state: State, names: Mapping[str, str], extra: Mapping[str, float]) -> str:
-        """names: of adapters, by content. extra: further gauges, by name."""
-        return "\n".join(self._lines(state, names, extra)) + "\n"
+    def text(
+        self, state: State, names: Mapping[str, str], memory: Mapping[str, int], extra: Mapping[str, float]
+    ) -> str:
+        """names: of adapters, by content. memory: bytes of those that are there, by name, whether anyone asks or not.
+        extra: further gauges, by name."""
+        return "\n".join(self._lines(state, names, memory, extra)) + "\n"
 
-    def _lines(self, state: State, names: Mapping[str, str], extra: Mapping[str, float]) -> Iterator[str]:
+    def _lines(
+        self, state: State, names: Mapping[str, str], memory: Mapping[str, int], extra: Mapping[str, float]
+    ) -> Iterator[str]:
         own = {"model_name": self._model}
         used = 1 - state.free_blocks / state.blocks
         yield from _metric("vllm:num_requests_running", "gauge", [(own, state.running)])
@@ -121,6 +126,8 @@ class Metrics:
         yield from _histogram("vllm:e2e_request_latency_seconds", own, self._whole)
         answers = [({"path": p, "status": str(s)}, count) for (p, s), count in sorted(self._answers.items())]
         yield from _metric("veneer:http_answers_total", "counter", answers)
+        held: list[tuple[Mapping[str, str], float]] = [({"adapter": name}, taken) for name, taken in memory.items()]
+        yield from _metric("veneer:adapter_in_memory_bytes", "gauge", held[:MOST_NAMES])
         for name, value in sorted(extra.items()):
             yield from _metric(f"veneer:{name}", "gauge", [({}, value)])
 

@@ -180,7 +180,15 @@ class Service:
 
     async def metrics_text(self) -> str:
         state = await self.loop.ask(state_of)
-        return self.metrics.text(state, self._labels, self._gauges())
+        return self.metrics.text(state, self._labels, self._in_memory(), self._gauges())
+
+    def _in_memory(self) -> Counter[str]:
+        """Bytes by name, the last used first; versions of one name together."""
+        found: Counter[str] = Counter()
+        for each in self.residents.shown():
+            if each.tier is Tier.READY:
+                found[self._labels.get(each.content, each.reference.partition("@")[0])] += each.bytes
+        return found
 
     def _gauges(self) -> dict[str, float]:
         tiers = Counter(each.tier for each in self.residents.shown())
