@@ -109,7 +109,7 @@ def test_prepared_updates_are_those_of_the_plain_loop(mix, dtype):
     assert worst <= (1e-5 if dtype == torch.float32 else 2**-6)
 
 
-def test_what_acts_in_the_next_mix_too_is_not_typed_anew_and_what_trained_in_between_is():
+def test_what_stays_for_the_next_mix_is_not_typed_anew_and_what_trained_in_between_is():
     layers = [pair(4, seed) for seed in range(3)]
     mix = [Update(slice(n, n + 1), layer, 1.0) for n, layer in enumerate(layers)]
     base, x = DenseLinear(nn.Linear(I, O).bfloat16()), torch.ones(3, I, dtype=torch.bfloat16)
@@ -127,8 +127,8 @@ def test_what_acts_in_the_next_mix_too_is_not_typed_anew_and_what_trained_in_bet
     assert torch.equal(product(second, mix[1:])[1], before[1])
     if few_rows.takes_updates(2, torch.bfloat16, x.device):
         assert asked == layers
-        product(second.following().following(), mix[:1])
-        assert asked == [*layers, layers[0]]
+        product(second.following(layers[:1]).following(), mix)
+        assert asked == [*layers, *layers[1:]]
     with torch.no_grad():
         layers[1].B.mul_(3)
     second.forget()

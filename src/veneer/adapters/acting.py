@@ -172,10 +172,10 @@ def in_turn(rows: Sequence[tuple[int, Applied]]) -> Acting:
     return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(parts)
 
 
-def in_step(rows: Sequence[tuple[int, Applied]], before: Acting | None = None) -> Acting:
+def in_step(rows: Sequence[tuple[int, Applied]], before: Plan | None = None) -> Acting:
     """The same for steps of answers, while nothing of it trains: a single part says its rows too, so that what it needs
-    is prepared once, as for several. before: what acted in the last steps, whose adapters are not prepared anew."""
-    return Acting(_joined(rows), plan=Plan() if before is None else before.plan.following())
+    is prepared once, as for several. before: of earlier steps, whose adapters are not prepared anew."""
+    return Acting(_joined(rows), plan=Plan() if before is None else before.following())
 
 
 def _joined(rows: Sequence[tuple[int, Applied]]) -> tuple[Part, ...]:

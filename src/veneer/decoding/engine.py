@@ -27,6 +27,7 @@ from veneer.decoding.sequence import Request, State
 from veneer.decoding.sequence import Sequence as Answer
 from veneer.decoding.step_plan import Drawn, Plan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
+from veneer.kernels.segments import Plan as Prepared
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
@@ -64,6 +65,7 @@ class Engine:
         self._drawings: dict[int, Drawing] = {}
         self._ids = capacity_of(base).tokens
         self._acting: tuple[Any, Acting] | None = None
+        self._before: Prepared | None = None
         self._nobody: dict[int, Acting] = {}
 
     def add(self, request: Request) -> tuple[Answer, ...]:
@@ -116,7 +118,7 @@ class Engine:
 
     def _undo(self) -> None:
         self.scheduler.undo_step()
-        self._acting = None
+        self._acting = self._before = None
         self._nobody.clear()
 
     def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
@@ -168,8 +170,11 @@ class Engine:
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
             self._drawings.pop(answer.number, None)
-        if ended:
-            self._acting = None  # their adapters may go
+        if ended and self._acting is not None:  # their adapters may go
+            held = dict.fromkeys(s.request.adapter for s in self.scheduler.running if s.request.adapter)
+            attached = [adapter for each in held for adapter, _ in self._adapters.applied(each)]
+            layers = [layer for adapter in attached for layer in adapter.beside.values()]
+            self._before, self._acting = self._acting[1].plan.following(layers), None
         return ended
 
     def _logits(self, plan: Plan) -> Tensor:
@@ -188,8 +193,8 @@ class Engine:
             return self._nobodys(sum(count for _, count in plan.parts))
         parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
         if self._acting is None or self._acting[0] != (parts, filler):
-            before = None if self._acting is None else self._acting[1]
-            self._acting = (parts, filler), in_step(parts, before).padded(filler)
+            self._acting = (parts, filler), in_step(parts, self._before).padded(filler)
+            self._before = self._acting[1].plan
         return self._acting[1]
 
     def _nobodys(self, rows: int) -> Acting:

@@ -1,4 +1,4 @@
-"""The calls into the kernels over dense weights (native/few_rows.c).
+"""The calls into the kernels over dense weights (native/few_rows.c, updates.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.kernels.arguments import CallError, at, call, number, numbers, pointers, reachable, whole
 
@@ -17,7 +18,10 @@ MOST_ROWS = 64
 MOST_PARTS = 16
 """Weights that share one x."""
 MOST_UPDATES = 128
-"""Of one layer: native/few_rows.c names both numbers."""
+"""Of one layer: native/few_rows.c and updates.c name these numbers."""
+BLOCK = 64
+"""Outs of B that lie side by side."""
+MOST_UPDATE_ROWS = 2**20
 MOST_RANK = 2**16
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -89,14 +93,23 @@ class _Updated(ctypes.Structure):
 
 
 class Factors:
-    """A checked A (R, I) and B (O, R) of one type, by address, with the tensors that lie there."""
+    """A (R, I) and B (O, R) of one type as C reads them: R even, filled up with zeros; of B BLOCK outs side by side,
+    word after word along R, a word two bf16 neighbours or one float."""
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.A, self.B, self.dtype = A.detach(), B.detach(), A.dtype
-        _kind(self.dtype)
-        self.rank, self.width = number(A.shape[0], 1, MOST_RANK), number(A.shape[1], 1)
-        self.outs = number(B.shape[0], 1)
-        self.places = at(A, self.dtype, self.rank, self.width), at(B, self.dtype, self.outs, self.rank)
+        self.dtype = A.dtype
+        pair = 1 + _kind(self.dtype)
+        (rank, self.width), self.outs = A.shape, number(B.shape[0], 1)
+        number(rank, 1, MOST_RANK), number(self.width, 1)
+        if B.dtype is not self.dtype or B.shape[1] != rank:
+            raise CallError(f"B {tuple(B.shape)} of {B.dtype} beside A {tuple(A.shape)} of {A.dtype}")
+        self.rank, blocks = rank + rank % 2, -(-self.outs // BLOCK)
+        more, room = self.rank - rank, blocks * BLOCK - self.outs
+        self.A = (F.pad(A.detach(), (0, 0, 0, more)) if more else A.detach()).contiguous()
+        filled = F.pad(B.detach(), (0, more, 0, room)) if more or room else B.detach().contiguous()
+        self.B = filled.view(blocks, BLOCK, -1, pair).transpose(1, 2).contiguous()
+        words = self.rank // pair, BLOCK, pair
+        self.places = at(self.A, self.dtype, self.rank, self.width), at(self.B, self.dtype, blocks, *words)
 
 
 Given = tuple[slice, Factors, float]
@@ -117,7 +130,7 @@ class Updates:
             if (factors.dtype, factors.width, factors.outs) != (self.dtype, self.width, self.outs):
                 raise CallError(f"factors of {factors.width} to {factors.outs} beside {self.width} to {self.outs}")
             start, stop = number(rows.start), number(rows.stop, rows.start + 1)
-            count = number(stop - start, 1, MOST_ROWS)
+            count = number(stop - start, 1, MOST_UPDATE_ROWS)
             made.append((*factors.places, start, count, factors.rank, turn, scale))
             self.rows, self.room = max(self.rows, stop), self.room + count * factors.rank
         self._given = (_Update * len(made))(*[_Update(*each) for each in made])
@@ -151,7 +164,7 @@ def few_rows_updated(
     if dtype is not updates.dtype or width != updates.width or outs != updates.outs or rows < updates.rows:
         raise CallError(f"updates of ({updates.rows}, {updates.width}) to {updates.outs} where x is {tuple(x.shape)}")
     number(rows, 1, 2**31 if weight is None else MOST_ROWS)
-    down = torch.empty(updates.room, dtype=dtype)
+    down = torch.empty(updates.room, dtype=dtype)  # read as words: torch's memory begins at a multiple of 64
     one = _Updated(
         _rows_of(x),
         None if weight is None else at(weight, dtype, outs, width),

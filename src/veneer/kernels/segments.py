@@ -27,6 +27,8 @@ from veneer.kernels.lora import Dropout, add_update, update_gradients
 
 LONG = 64
 """Rows from which a segment is taken by itself: its products then cost more than calling them."""
+FEW = 128
+"""Rows up to which the compiled function for many updates is the faster one."""
 SPREAD = 2
 """Segments and ranks of one bundle differ by this factor at most: what is filled up is computed too."""
 
@@ -145,26 +147,25 @@ class Plan:
     """By number of rows, steps that were recorded while these act (decoding/recorded.py)."""
     _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
     _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
-    _typed_before: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.kept.clear()
         self.steps.clear()
         self._typed.clear()
-        self._typed_before.clear()
 
-    def following(self) -> "Plan":
-        """Of the next mix: what acts in both is not typed anew, what acts in neither is let go."""
-        return Plan(_typed_before=self._typed)
+    def following(self, layers: Sequence[Factored] | None = None) -> "Plan":
+        """Of the next mix: what acted before is not typed anew. layers: of these alone; the others are let go."""
+        if layers is None:
+            return Plan(_typed=self._typed)
+        stay = set(map(id, layers))
+        return Plan(_typed={key: found for key, found in self._typed.items() if key[0] in stay})
 
     def _factors(self, layer: Factored, dtype: torch.dtype) -> few_rows.Factors:
         key = id(layer), dtype
-        found = self._typed.get(key) or self._typed_before.get(key)
-        if found is None:
-            A, B = (factor.to(dtype).contiguous() for factor in layer.factors())
-            found = layer, few_rows.Factors(A, B)  # the layer too: its id is another's when it is gone
-        self._typed[key] = found
-        return found[1]
+        if key not in self._typed:
+            A, B = (factor.to(dtype) for factor in layer.factors())
+            self._typed[key] = layer, few_rows.Factors(A, B)  # the layer too: its id is another's when it is gone
+        return self._typed[key][1]
 
     def bundles(self, updates: Sequence[Update], device: torch.device) -> list[Bundle]:
         """Those of the short segments; what is in none is taken by itself."""
@@ -174,10 +175,10 @@ class Plan:
         return self._bundles[shape]
 
     def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
-        short = [update for update in updates if update.count < LONG]
+        short = [update for update in updates if update.count <= FEW]
         if few_rows.takes_updates(len(short), dtype, device):
             few = few_rows.Updates([(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short])
-            long = (_typed(update, dtype) for update in updates if update.count >= LONG)
+            long = (_typed(update, dtype) for update in updates if update.count > FEW)
             return Prepared(tuple(long), (), few)
         bundles = self.bundles(updates, device)
         alone = [_typed(updates[number], dtype) for number in _alone(updates, bundles)]

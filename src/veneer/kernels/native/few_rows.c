@@ -1,36 +1,17 @@
 /* y = x W^T + bias for a few rows of x and dense W, each read once: for decoding, where the time is that of reading W.
-   Several W may share one x, and rows may have updates of a small rank, which are two such products. few_rows_body.h
-   holds the code, written once; it is compiled here for each set of instructions and chosen when called.
+   Several W may share one x. few_rows_body.h holds the code, written once; it is compiled here for each set of
+   instructions and chosen when called.
 
    A sum stays in one register from the first value to the last, in their order, and its lanes are added up in one fixed
    order: what a row gives depends neither on the rows beside it nor on the number of threads. */
-#include "bits.h"
-#include "parallel.h"
+#include "few_rows.h"
 #include <stddef.h>
-
-enum { FEW_FP32 = 0, FEW_BF16 = 1 };
-
-#define ALONE (1 << 15) /* values of W that are not worth a second thread */
-
-/* y (rows, outs) = x W^T + bias, or, where it adds, y += scale * x W^T. W (outs, width), bias (outs) or NULL; the rows
-   of x lie `apart` values from one another. */
-struct piece {
-    const void *x, *w, *bias;
-    void *y;
-    int64_t rows, width, outs, apart;
-    int adds;
-    float scale;
-};
 
 struct pieces {
     const struct piece *of;
     int64_t count;
     int type;
 };
-
-typedef float f4v __attribute__((vector_size(16)));
-typedef uint32_t u4v __attribute__((vector_size(16)));
-typedef uint16_t h4v __attribute__((vector_size(8)));
 
 /* Four rows of W at a time. Threads share work by what a block costs: W is read, then multiplied with each row. */
 INLINE int64_t blocks_of(const struct piece *part) { return (part->outs + 3) / 4; }
@@ -45,33 +26,14 @@ INLINE const char *soon_read(const struct pieces *all, const struct piece *part,
     return (const char *)part[1].w + (next - blocks_of(part)) * bytes;
 }
 
-INLINE f4v some_floats(const void *from, int64_t count, const int type) {
-    f4v found = {};
-    h4v halves = {};
-    if (type == FEW_FP32) {
-        memcpy(&found, from, (size_t)(4 * count));
-        return found;
-    }
-    memcpy(&halves, from, (size_t)(2 * count));
-    return (f4v)(__builtin_convertvector(halves, u4v) << 16);
-}
-
 /* The totals of one row of x to values [out, out + count) of a row of y, 4 of them or fewer. */
 INLINE void store_totals(const struct piece *part, const int type, int64_t row, int64_t out, int64_t count, f4v totals) {
     const int size = type == FEW_FP32 ? 4 : 2;
-    char *y = (char *)part->y + (row * part->outs + out) * size;
-    const char *more = part->adds ? y : part->bias == NULL ? NULL : (const char *)part->bias + out * size;
-    if (part->adds) totals *= part->scale;
-    if (more != NULL) totals += count == 4 ? some_floats(more, 4, type) : some_floats(more, count, type);
-    if (type == FEW_FP32) {
-        if (count == 4) memcpy(y, &totals, 16);
-        else memcpy(y, &totals, (size_t)(4 * count));
-        return;
+    if (part->bias != NULL) {
+        const char *bias = (const char *)part->bias + out * size;
+        totals += count == 4 ? some_floats(bias, 4, type) : some_floats(bias, count, type);
     }
-    u4v bits = (u4v)totals;
-    h4v rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h4v); /* as bf16_of_float */
-    if (count == 4) memcpy(y, &rounded, 8);
-    else memcpy(y, &rounded, (size_t)(2 * count));
+    put_floats((char *)part->y + (row * part->outs + out) * size, totals, count, type);
 }
 
 #if defined(__x86_64__)
@@ -192,12 +154,15 @@ typedef f4v value_plain, sum_plain;
 int veneer_level(void);
 int veneer_has_bf16(void);
 
-/* The pieces, which do not meet in y. `most` caps the instructions (4: bf16 pairs, 3, 2, 0), for tests. */
-static void compute(const struct piece *of, int64_t count, int type, int most) {
+int veneer_few_level(int type, int most) {
     int level = veneer_level();
     if (level == 3 && veneer_has_bf16()) level = 4;
     if (most < level) level = most;
-    if (level == 4 && type != FEW_BF16) level = 3;
+    return level == 4 && type != FEW_BF16 ? 3 : level;
+}
+
+void veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
+    const int level = veneer_few_level(type, most);
     int64_t cost = 0, values = 0;
     for (int64_t i = 0; i < count; i++) cost += blocks_of(of + i) * cost_of(of + i), values += of[i].outs * of[i].width;
     veneer_body body = few_rows_plain;
@@ -205,12 +170,14 @@ static void compute(const struct piece *of, int64_t count, int type, int most) {
     if (level == 4) body = few_rows_pairs;
     else if (level == 3) body = few_rows_avx512;
     else if (level == 2) body = few_rows_avx2;
+#else
+    (void)level;
 #endif
     struct pieces all = {of, count, type};
-    veneer_parallel(body, &all, cost, cost * ALONE / (values + 1) + 1);
+    veneer_parallel_dealt(body, &all, cost, cost * ALONE / (values + 1) + 1, TURNS);
 }
 
-enum { MOST_PARTS = 16, MOST_UPDATES = 128 }; /* kernels/dense_calls.py knows them too */
+enum { MOST_PARTS = 16 }; /* kernels/dense_calls.py knows it too */
 
 struct few_rows_part {
     const void *w, *bias;
@@ -230,46 +197,7 @@ void veneer_few_rows(const struct few_rows *call, int most) {
     struct piece of[MOST_PARTS];
     for (int64_t i = 0; i < call->count; i++) {
         const struct few_rows_part *part = call->parts + i;
-        of[i] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, 0, 0};
+        of[i] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart};
     }
-    compute(of, call->count, call->type, most);
-}
-
-/* Rows [first, first + rows) of y += scale * (x A^T) B^T; A (rank, width), B (outs, rank). Those of one turn do not meet. */
-struct few_rows_update {
-    const void *A, *B;
-    int64_t first, rows, rank, turn;
-    float scale;
-};
-
-/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. down: room
-   for each update's rows times its rank. */
-struct few_rows_updated {
-    const void *x, *w, *bias;
-    void *y, *down;
-    const struct few_rows_update *updates;
-    int64_t count, rows, width, outs, apart;
-    int type;
-};
-
-void veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
-    const int size = call->type == FEW_FP32 ? 4 : 2;
-    struct piece of[1 + MOST_UPDATES], up[MOST_UPDATES];
-    int64_t count = 0;
-    char *down = call->down;
-    if (call->w != NULL)
-        of[count++] = (struct piece){call->x, call->w, call->bias, call->y, call->rows, call->width, call->outs, call->apart, 0, 0};
-    for (int64_t i = 0; i < call->count; i++) {
-        const struct few_rows_update *u = call->updates + i;
-        const char *x = (const char *)call->x + u->first * call->apart * size;
-        char *y = (char *)call->y + u->first * call->outs * size;
-        of[count++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart, 0, 0};
-        up[i] = (struct piece){down, u->B, NULL, y, u->rows, u->rank, call->outs, u->rank, 1, u->scale};
-        down += u->rows * u->rank * size;
-    }
-    compute(of, count, call->type, most);
-    for (int64_t i = 0, next = 0; i < call->count; i = next) {
-        while (next < call->count && call->updates[next].turn == call->updates[i].turn) next++;
-        compute(up + i, next - i, call->type, most);
-    }
+    veneer_pieces(of, call->count, call->type, most);
 }

@@ -14,4 +14,7 @@ int64_t veneer_threads(void);
    Which thread takes which run never changes a result: items are independent. */
 void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t grain);
 
+/* The same in up to `turns` runs a thread, taken as threads come free: where one may be slower than the others. */
+void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns);
+
 #endif

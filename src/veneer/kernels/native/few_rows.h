@@ -1,0 +1,55 @@
+/* What few_rows.c computes for others: products of a few rows, several at once. */
+#ifndef VENEER_FEW_ROWS_H
+#define VENEER_FEW_ROWS_H
+
+#include "bits.h"
+#include "parallel.h"
+
+enum { FEW_FP32 = 0, FEW_BF16 = 1 };
+
+#define ALONE (1 << 15) /* values of W that are not worth a second thread */
+#define TURNS 8         /* runs of a thread: memory is not equally quick for both */
+
+/* y (rows, outs) = x W^T + bias. W (outs, width), bias (outs) or NULL; the rows of x lie `apart` values from one
+   another. */
+struct piece {
+    const void *x, *w, *bias;
+    void *y;
+    int64_t rows, width, outs, apart;
+};
+
+/* The pieces, which do not meet in y. `most` caps the instructions (4: bf16 pairs, 3, 2, 0), for tests. */
+void veneer_pieces(const struct piece *of, int64_t count, int type, int most);
+
+/* 4: products of bf16 pairs, of that type alone; 3 AVX-512, 2 AVX2, 0 plain C; `most` at most. */
+int veneer_few_level(int type, int most);
+
+typedef float f4v __attribute__((vector_size(16)));
+typedef uint32_t u4v __attribute__((vector_size(16)));
+typedef uint16_t h4v __attribute__((vector_size(8)));
+
+INLINE f4v some_floats(const void *from, int64_t count, const int type) {
+    f4v found = {};
+    h4v halves = {};
+    if (type == FEW_FP32) {
+        memcpy(&found, from, (size_t)(4 * count));
+        return found;
+    }
+    memcpy(&halves, from, (size_t)(2 * count));
+    return (f4v)(__builtin_convertvector(halves, u4v) << 16);
+}
+
+/* Rounded as bf16_of_float. */
+INLINE void put_floats(void *to, f4v floats, int64_t count, const int type) {
+    if (type == FEW_FP32) {
+        if (count == 4) memcpy(to, &floats, 16);
+        else memcpy(to, &floats, (size_t)(4 * count));
+        return;
+    }
+    u4v bits = (u4v)floats;
+    h4v rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h4v);
+    if (count == 4) memcpy(to, &rounded, 8);
+    else memcpy(to, &rounded, (size_t)(2 * count));
+}
+
+#endif

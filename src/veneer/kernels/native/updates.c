@@ -1,0 +1,142 @@
+/* Updates of a small rank on some rows of y: y += scale * (x A^T) B^T, many at once, behind a product with dense W.
+
+   x A^T is a product of a few rows (few_rows.c), rounded to the values' type. B lies as it is read: BLOCK outs side by
+   side, word after word along its rank, a word two bf16 neighbours or one float; ranks are even, filled up with zeros.
+   So no sum runs across lanes; each goes along the rank in its order, whatever the rows beside it. updates_body.h holds
+   the code, written once and compiled here for each set of instructions. */
+#include "few_rows.h"
+#include <stddef.h>
+
+enum { BLOCK = 64, VECTORS = 4, AHEAD = 4, MOST_UPDATES = 128 }; /* kernels/dense_calls.py knows them too */
+
+/* y (rows, outs) += scale * down B^T; down (rows, words), B (ceil(outs / BLOCK), words, BLOCK) words. */
+struct up {
+    const uint32_t *down, *B;
+    void *y;
+    int64_t rows, words, outs;
+    float scale;
+};
+
+struct ups {
+    const struct up *of;
+    int64_t count;
+    int type;
+};
+
+typedef float f16v __attribute__((vector_size(64)));
+typedef uint32_t u16v __attribute__((vector_size(64)));
+
+INLINE int64_t blocks_of(const struct up *up) { return (up->outs + BLOCK - 1) / BLOCK; }
+INLINE int64_t cost_of(const struct up *up) { return up->words * (up->rows + 3); }
+
+/* Where the block begins that memory should bring next: AHEAD on, of the next update where this one ends before. */
+INLINE const uint32_t *soon_read(const struct ups *all, const struct up *up, int64_t block) {
+    int64_t next = block + AHEAD;
+    while (next >= blocks_of(up) && up + 1 < all->of + all->count) next -= blocks_of(up++);
+    return up->B + next * up->words * BLOCK;
+}
+
+/* What a vector of sums is, added to y. */
+INLINE void add_sums(const struct up *up, const int type, int64_t row, int64_t out, f16v sums) {
+    const int size = type == FEW_FP32 ? 4 : 2;
+    f4v parts[4];
+    memcpy(parts, &sums, 64);
+    for (int i = 0; i < 4; i++, out += 4) {
+        const int64_t count = up->outs - out < 4 ? up->outs - out : 4;
+        char *y = (char *)up->y + (row * up->outs + out) * size;
+        if (count == 4) put_floats(y, parts[i] * up->scale + some_floats(y, 4, type), 4, type);
+        else if (count > 0) put_floats(y, parts[i] * up->scale + some_floats(y, count, type), count, type);
+    }
+}
+
+/* Products of a word with words, by multiplying and adding. */
+#define HALVES(sums, a, b, part) ((sums) + (f16v)((b)part) * float_of_bits((a)part))
+#define MULTIPLIED(sums, a, b, type)                                        \
+    ((type) == FEW_FP32 ? (sums) + (f16v)(b) * float_of_bits(a)             \
+                        : HALVES(HALVES(sums, a, b, << 16), a, b, & 0xffff0000u))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
+
+#define NAME(x) x##_pairs
+#define TARGET AVX512BF16
+#define ROWS 4
+#define MULTIPLY(sums, a, b, type) (f16v) _mm512_dpbf16_ps((__m512)(sums), (__m512bh)_mm512_set1_epi32((int)(a)), (__m512bh)(b))
+#include "updates_body.h"
+
+#define NAME(x) x##_avx512
+#define TARGET AVX512
+#define ROWS 4
+#define MULTIPLY MULTIPLIED
+#include "updates_body.h"
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define ROWS 1
+#define MULTIPLY MULTIPLIED
+#include "updates_body.h"
+#endif
+
+#define NAME(x) x##_plain
+#define TARGET
+#define ROWS 1
+#define MULTIPLY MULTIPLIED
+#include "updates_body.h"
+
+static void add_ups(const struct up *of, int64_t count, int type, int most) {
+    const int level = veneer_few_level(type, most);
+    int64_t cost = 0;
+    for (int64_t i = 0; i < count; i++) cost += blocks_of(of + i) * cost_of(of + i);
+    veneer_body body = add_plain;
+#if defined(__x86_64__)
+    if (level == 4) body = add_pairs;
+    else if (level == 3) body = add_avx512;
+    else if (level == 2) body = add_avx2;
+#else
+    (void)level;
+#endif
+    struct ups all = {of, count, type};
+    veneer_parallel_dealt(body, &all, cost, ALONE / BLOCK, TURNS);
+}
+
+/* Rows [first, first + rows) of y += scale * (x A^T) B^T; A (rank, width), B as in struct up. Those of one turn do not
+   meet. */
+struct few_rows_update {
+    const void *A, *B;
+    int64_t first, rows, rank, turn;
+    float scale;
+};
+
+/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. down: room
+   for each update's rows times its rank. */
+struct few_rows_updated {
+    const void *x, *w, *bias;
+    void *y, *down;
+    const struct few_rows_update *updates;
+    int64_t count, rows, width, outs, apart;
+    int type;
+};
+
+void veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
+    const int size = call->type == FEW_FP32 ? 4 : 2;
+    struct piece of[1 + MOST_UPDATES];
+    struct up up[MOST_UPDATES];
+    int64_t count = 0;
+    char *down = call->down;
+    if (call->w != NULL) of[count++] = (struct piece){call->x, call->w, call->bias, call->y, call->rows, call->width, call->outs, call->apart};
+    for (int64_t i = 0; i < call->count; i++) {
+        const struct few_rows_update *u = call->updates + i;
+        const char *x = (const char *)call->x + u->first * call->apart * size;
+        char *y = (char *)call->y + u->first * call->outs * size;
+        of[count++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart};
+        up[i] = (struct up){(const uint32_t *)down, u->B, y, u->rows, u->rank * size / 4, call->outs, u->scale};
+        down += u->rows * u->rank * size;
+    }
+    veneer_pieces(of, count, call->type, most);
+    for (int64_t i = 0, next = 0; i < call->count; i = next) {
+        while (next < call->count && call->updates[next].turn == call->updates[i].turn) next++;
+        add_ups(up + i, next - i, call->type, most);
+    }
+}
