@@ -213,7 +213,10 @@ def _packed(rng: random.Random) -> list[Call]:
     def product(x: Tensor, y: Tensor, start: int, level: int, **given: Any) -> None:
         packed_calls.nf4_product(packed_calls.nf4_weights(**given), x, y, start=start, level=level)
 
-    some = rng.randint(0, count)
+    def nf4_rows(x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, **given: Any) -> None:
+        packed_calls.nf4_rows(packed_calls.nf4_weights(**given), x, y, bias, start=start, level=level)
+
+    some, few = rng.randint(0, count), rng.choice([torch.float32, BF16])
     return [
         (
             packed_calls.nf4_quantize,
@@ -240,8 +243,19 @@ def _packed(rng: random.Random) -> list[Call]:
         ),
         (packed_calls.gguf_dequantise, {**gguf, "out": filled(dtype, outs, columns)}),
         (
-            packed_calls.gguf_product,
-            {**gguf, "x": filled(torch.float32, rows, columns), "y": filled(torch.float32, rows, outs)},
+            packed_calls.gguf_rows,
+            {**gguf, "x": filled(few, rows, columns), "y": filled(few, rows, outs), "bias": filled(few, outs)},
+        ),
+        (
+            nf4_rows,
+            {
+                **weight,
+                "x": filled(few, rows, width),
+                "y": filled(few, rows, outs),
+                "bias": rng.choice([None, filled(few, outs)]),
+                "start": rng.randint(0, count - outs * width),
+                "level": max(level, 0),
+            },
         ),
     ]
 

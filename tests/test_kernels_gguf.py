@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tests import tiny_gguf
+from veneer.kernels import few_rows, native, packed_calls
 from veneer.kernels import gguf as kernels
-from veneer.kernels import native, packed_calls
 
 KINDS = list(kernels.FORMATS)
-LEVELS = [3, 2, 0]  # AVX-512, AVX2, plain: a processor takes the best it has up to this
+LEVELS = [4, 3, 2, 0]  # bf16 pairs, AVX-512, AVX2, plain: a processor takes the best it has up to this
 TYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 FP32_SUM = 2e-6  # float32 sums of 512 terms in another order
 
@@ -68,19 +68,21 @@ def test_what_fp16_cannot_hold_becomes_infinite_as_in_torch():
 @needs_kernel
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_small_product_is_the_product_with_the_dequantised_weight(kind, level):
+def test_a_product_is_that_of_the_dequantised_weight(kind, level):
     width = max(2, 512 // kernels.FORMATS[kind].size)
     blocks = random_blocks(kind, 37, width)
-    weight = kernels.dequantise_reference(blocks, kind)
-    for rows in (1, 2, 3, 4, 5, 9):
-        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
-        y = kernels.small_product(x, blocks, kind, most=level)
-        exact = x.double() @ weight.double().T
-        scale = x.double().abs() @ weight.double().abs().T
-        assert y.dtype == torch.float32
-        assert ((y - exact).abs() <= FP32_SUM * scale).all()
-        bf16 = kernels.small_product(x.bfloat16(), blocks, kind, most=level)
-        assert torch.equal(bf16, kernels.small_product(x.bfloat16().float(), blocks, kind).bfloat16())
+    exact_weight = kernels.dequantise_reference(blocks, kind).double()
+    for dtype in kernels.PRODUCTS:
+        weight = kernels.dequantise(blocks, kind, torch.empty(exact_weight.shape, dtype=dtype))
+        bias = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for rows in (1, 2, 3, 4, 5, 9, 64):
+            x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
+            y = kernels.product(x, blocks, kind, bias, most=level)
+            assert torch.equal(y, few_rows.product(x, weight, bias, level=level))
+            if dtype == torch.float32:
+                exact = x.double() @ exact_weight.T + bias
+                scale = x.double().abs() @ exact_weight.abs().T + bias.abs()
+                assert ((y - exact).abs() <= FP32_SUM * scale).all()
 
 
 @needs_kernel
@@ -92,7 +94,7 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append((kernels.dequantise(blocks, "Q4_K", out).clone(), kernels.small_product(x, blocks, "Q4_K")))
+            found.append((kernels.dequantise(blocks, "Q4_K", out).clone(), kernels.product(x, blocks, "Q4_K")))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0][0], found[1][0])
@@ -114,4 +116,4 @@ def test_without_the_compiled_kernel_the_reference_runs(monkeypatch):
     blocks = random_blocks("Q6_K", 3, 2)
     out = kernels.dequantise(blocks, "Q6_K", torch.empty(3, 512, dtype=torch.bfloat16))
     assert torch.equal(out, theirs(blocks, "Q6_K").bfloat16())
-    assert not kernels.has_small_product(torch.zeros(1, 512))
+    assert not kernels.has_product(torch.zeros(1, 512), None)

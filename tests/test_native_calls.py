@@ -46,7 +46,8 @@ def test_only_these_files_know_the_library():
 def test_every_function_of_the_library_has_its_signature_and_its_call():
     source = "\n".join(path.read_text() for path in (KERNELS / "native").glob("*.c"))
     exported = set(re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M))
-    inner = {"veneer_parallel", "veneer_threads", "veneer_has_byte_permutes"}
+    inner = {"veneer_parallel", "veneer_parallel_dealt", "veneer_threads", "veneer_has_byte_permutes"}
+    inner |= {"veneer_pieces", "veneer_few_level"}
     assert exported - inner == set(native.SIGNATURES)
     python = "\n".join((KERNELS / name).read_text() for name in CALLING)
     assert all(python.count(name) >= 2 for name in native.SIGNATURES)
@@ -56,8 +57,8 @@ def test_every_function_of_the_library_has_its_signature_and_its_call():
 def test_there_is_a_case_for_every_call_and_each_is_valid():
     cases = valid_calls(0)
     tried = {function for function, _ in cases}
-    wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, paged_calls.paged_attention}
-    wrapped |= {dense_calls.few_rows_updated}
+    wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, packed_calls._packed_rows}
+    wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated}
     assert (
         functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
         | functions(packed_calls)

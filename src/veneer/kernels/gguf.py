@@ -1,4 +1,4 @@
-"""GGUF blocks to numbers, and small products with them: the compiled kernel, and what it means in plain torch.
+"""GGUF blocks to numbers, and products of a few rows with them: compiled, and what that means in plain torch.
 
     value = scale * code + offset     scale and offset shared by 16 or 32 neighbours of a row
 
@@ -47,11 +47,12 @@ FORMATS: dict[Kind, Format] = {
     "Q6_K": Format(14, 256, 210, (208,)),
 }
 
-MOST_INSTRUCTIONS = 3
-"""As native.level() counts them; tests lower it."""
+MOST_INSTRUCTIONS = 4
+"""As native.level() counts them, and 4 for products of bf16 pairs; tests lower it."""
 
-FEW_ROWS = 8
+MOST_ROWS = packed_calls.MOST_ROWS
 """Rows of x up to which a product straight from the blocks beats dequantising them first."""
+PRODUCTS = (torch.float32, torch.bfloat16)
 
 
 def in_features(blocks: Tensor, kind: Kind) -> int:
@@ -62,21 +63,25 @@ def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = MOST_INST
     """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
     if blocks.device.type != "cpu" or not is_compiled():
         return out.copy_(dequantise_reference(blocks, kind))
-    packed_calls.gguf_dequantise(FORMATS[kind].number, blocks, out, most)
+    packed_calls.gguf_dequantise(FORMATS[kind].number, blocks, out, min(most, 3))
     return out
 
 
-def has_small_product(x_MI: Tensor) -> bool:
-    """Whether `small_product` exists for this x: few rows, on the CPU, with the compiled kernel."""
-    return x_MI.shape[0] <= FEW_ROWS and x_MI.device.type == "cpu" and is_compiled()
+def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
+    """Whether `product` is the fast way for this x: few rows, on the CPU, with the compiled kernel."""
+    fits = all(t.device.type == "cpu" and t.dtype is x_MI.dtype for t in (x_MI, bias) if t is not None)
+    return fits and x_MI.dtype in PRODUCTS and 0 < x_MI.shape[0] <= MOST_ROWS and is_compiled()
 
 
-def small_product(x_MI: Tensor, blocks: Tensor, kind: Kind, *, most: int = MOST_INSTRUCTIONS) -> Tensor:
-    """x W^T (M, O) in x's type, summed in float32; W is read once, as blocks, and never written out."""
-    x = x_MI.to(torch.float32).contiguous()
-    y_MO = torch.empty(len(x), len(blocks), dtype=torch.float32)
-    packed_calls.gguf_product(FORMATS[kind].number, blocks, x, y_MO, most)
-    return y_MO.to(x_MI.dtype)
+def product(
+    x_MI: Tensor, blocks: Tensor, kind: Kind, bias: Tensor | None = None, *, most: int = MOST_INSTRUCTIONS
+) -> Tensor:
+    """x W^T + bias (M, O) in x's type, with the weights as `dequantise` gives them in that type: W is read once, as
+    blocks, and never written out."""
+    x_MI = x_MI.contiguous()
+    y_MO = torch.empty(len(x_MI), len(blocks), dtype=x_MI.dtype)
+    packed_calls.gguf_rows(FORMATS[kind].number, blocks, x_MI, y_MO, bias, most)
+    return y_MO
 
 
 def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:

@@ -59,7 +59,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
     **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
     "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
-    "veneer_gguf_product": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]),
+    "veneer_packed_rows": (_INT, [_POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""
 

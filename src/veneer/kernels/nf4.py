@@ -19,8 +19,14 @@ from veneer.kernels import packed_calls
 from veneer.kernels.arguments import TYPES, available
 from veneer.kernels.packed_calls import NF4Weights
 
-FUSED_ROWS = 8
-"""Rows of x up to which the fused product reads the packed weight once instead of decoding it."""
+FUSED_ROWS = 6
+"""Rows of x up to which each nibble is looked up as it is multiplied; beyond, rows of W are decoded a few at a time."""
+MOST_ROWS = {
+    torch.float32: packed_calls.MOST_ROWS,
+    torch.bfloat16: packed_calls.MOST_ROWS,
+    torch.float16: packed_calls.MOST_PRODUCT_ROWS,
+}
+"""Rows of x up to which `product` reads the packed weight once instead of writing it out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,17 +139,19 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
 
 def has_product(weights: Blocks, x: Tensor) -> bool:
     """Whether `product` is the fast way for x (M, I)."""
-    if x.shape[0] > FUSED_ROWS or x.dtype not in TYPES:
+    if x.dtype not in TYPES:
         return False
-    return (x.device.type == "cpu" and is_compiled()) or (x.is_cuda and _triton() is not None)
+    if x.is_cuda:
+        return x.shape[0] <= FUSED_ROWS and _triton() is not None
+    return x.device.type == "cpu" and x.shape[0] <= MOST_ROWS[x.dtype] and is_compiled()
 
 
 def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
-    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on; M <= 8.
+    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on; M up to MOST_ROWS.
 
     The weights as dequantize gives them in x's type, products and sums in float32.
     """
-    assert x.dim() == 2 and x.shape[0] <= FUSED_ROWS
+    assert x.dim() == 2 and x.shape[0] <= MOST_ROWS[x.dtype]
     assert start >= 0 and start + outs * x.shape[1] <= weights.count
     x = x.detach().contiguous()
     y = torch.empty(x.shape[0], outs, dtype=x.dtype, device=x.device)
@@ -152,5 +160,8 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
     if x.is_cuda:
         with torch.cuda.device_of(x):
             return _triton().product(weights, x, outs, start=start)
-    packed_calls.nf4_product(weights.checked, x, y, start=start, level=level)
+    if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
+        packed_calls.nf4_product(weights.checked, x, y, start=start, level=level)
+    else:
+        packed_calls.nf4_rows(weights.checked, x, y, None, start=start, level=4 if level < 0 else level)
     return y

@@ -1,4 +1,4 @@
-"""The calls into the kernels over packed weights (native/nf4_*.c, native/gguf.c).
+"""The calls into the kernels over packed weights (native/nf4_*.c, gguf.c, packed_rows.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows of x, I in_features, O out_features.
@@ -24,6 +24,7 @@ from veneer.kernels.arguments import (
 )
 
 MOST_PRODUCT_ROWS = 8
+MOST_ROWS = 64
 BLOCKS = {
     2: (32, 18),
     3: (32, 20),
@@ -124,15 +125,6 @@ def gguf_dequantise(kind: int, blocks: Tensor, out: Tensor, level: int) -> None:
         raise CallError(f"C knows no blocks of kind {kind}")
 
 
-def gguf_product(kind: int, blocks: Tensor, x: Tensor, y: Tensor, level: int) -> None:
-    """y (M, O) = x (M, I) W^T, all float32."""
-    (rows, columns), outs = x.shape, len(blocks)
-    weight = at(blocks, BYTES, outs, _row_bytes(kind, columns))
-    source, made = at(x, FP32, rows, columns), at(y, FP32, rows, outs)
-    if call("veneer_gguf_product", kind, weight, outs, columns, source, rows, made, number(level, -1, 3)):
-        raise CallError(f"C knows no blocks of kind {kind}")
-
-
 def _row_bytes(kind: int, columns: int) -> int:
     if type(kind) is not int or kind not in BLOCKS:
         raise CallError(f"blocks of kind {kind!r} where C knows {', '.join(map(str, BLOCKS))}")
@@ -140,3 +132,40 @@ def _row_bytes(kind: int, columns: int) -> int:
     if columns % values:
         raise CallError(f"{columns} columns where C takes blocks of {values}")
     return columns // values * size
+
+
+# -- either, a few rows at a time: packed_rows.c --------------------------------------------------------------------
+
+
+class _PackedRows(ctypes.Structure):
+    _fields_ = [*pointers("x packed bias y"), *numbers("rows width outs start kind"), ("type", ctypes.c_int)]
+    kept: object
+
+
+def nf4_rows(weights: NF4Weights, x: Tensor, y: Tensor, bias: Tensor | None, *, start: int, level: int) -> None:
+    """y (M, O) = x (M, I) W^T + bias, W being O rows of I elements from `start` on."""
+    (_, width), (_, outs) = x.shape, y.shape
+    number(start, 0, weights.count - outs * number(width, 1))
+    _packed_rows(ctypes.addressof(weights), -1, x, y, bias, start, level, weights)
+
+
+def gguf_rows(kind: int, blocks: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, level: int) -> None:
+    """The same with blocks uint8 (O, bytes of a row). kind: ggml's number."""
+    source = at(blocks, BYTES, len(blocks), _row_bytes(kind, number(x.shape[1], 1)))
+    if y.shape[1] != len(blocks):
+        raise CallError(f"{len(blocks)} rows of blocks for {y.shape[1]} values")
+    _packed_rows(source, kind, x, y, bias, 0, level, None)
+
+
+def _packed_rows(
+    packed: int, kind: int, x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, kept: object
+) -> None:
+    (rows, width), (_, outs), dtype = x.shape, y.shape, x.dtype
+    if (type_ := type_number(dtype)) > 1:
+        raise CallError(f"{dtype} where C takes float32 or bf16")
+    number(rows, 1, MOST_ROWS), number(outs, 1)
+    made, added = at(y, dtype, rows, outs), None if bias is None else at(bias, dtype, outs)
+    one = _PackedRows(at(x, dtype, rows, width), packed, added, made, rows, width, outs, start, kind, type_)
+    one.kept = kept
+    if call("veneer_packed_rows", ctypes.byref(one), number(level, 0, 4)):
+        raise MemoryError("no memory for four rows of a packed weight")

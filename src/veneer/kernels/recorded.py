@@ -24,7 +24,7 @@ from veneer.kernels.arguments import CallError, call, noting
 
 FUNCTIONS = (
     *("veneer_few_rows", "veneer_few_rows_updated", "veneer_step_norm", "veneer_step_rotate", "veneer_step_gate"),
-    *("veneer_paged_attention", "veneer_nf4_product", "veneer_gguf_product"),
+    *("veneer_paged_attention", "veneer_nf4_product", "veneer_packed_rows"),
 )
 """In the order in which native/recorded.c numbers them."""
 MOST_GIVEN = 9

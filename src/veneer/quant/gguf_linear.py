@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_small_product, in_features, small_product
+from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_product, in_features, product
 from veneer.linear import PackedLinear
 from veneer.quant.scratch import scratch
 
@@ -52,9 +52,8 @@ class GGUFLinear(PackedLinear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x_MI = x.reshape(-1, self.in_features)
-        if has_small_product(x_MI):
-            y_MO = small_product(x_MI, self.weight, self.kind)
-            y_MO = y_MO if bias is None else y_MO.add_(bias)
+        if has_product(x_MI, bias):
+            y_MO = product(x_MI, self.weight, self.kind, bias)
         else:
             y_MO = F.linear(x_MI, self._decoded(x.dtype), bias)
         return y_MO.view(*x.shape[:-1], self.out_features)

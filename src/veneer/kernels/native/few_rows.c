@@ -6,11 +6,13 @@
    order: what a row gives depends neither on the rows beside it nor on the number of threads. */
 #include "few_rows.h"
 #include <stddef.h>
+#include <stdlib.h>
 
+/* room: bytes for four rows of a packed W; 0 where none is. */
 struct pieces {
     const struct piece *of;
-    int64_t count;
-    int type;
+    int64_t count, room;
+    int type, failed;
 };
 
 /* Four rows of W at a time. Threads share work by what a block costs: W is read, then multiplied with each row. */
@@ -161,10 +163,14 @@ int veneer_few_level(int type, int most) {
     return level == 4 && type != FEW_BF16 ? 3 : level;
 }
 
-void veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
+int veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
     const int level = veneer_few_level(type, most);
-    int64_t cost = 0, values = 0;
-    for (int64_t i = 0; i < count; i++) cost += blocks_of(of + i) * cost_of(of + i), values += of[i].outs * of[i].width;
+    int64_t cost = 0, values = 0, room = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t four = 4 * of[i].width * (type == FEW_FP32 ? 4 : 2);
+        cost += blocks_of(of + i) * cost_of(of + i), values += of[i].outs * of[i].width;
+        if (of[i].decode != NULL && four > room) room = four;
+    }
     veneer_body body = few_rows_plain;
 #if defined(__x86_64__)
     if (level == 4) body = few_rows_pairs;
@@ -173,8 +179,9 @@ void veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
 #else
     (void)level;
 #endif
-    struct pieces all = {of, count, type};
+    struct pieces all = {of, count, room, type, 0};
     veneer_parallel_dealt(body, &all, cost, cost * ALONE / (values + 1) + 1, TURNS);
+    return all.failed;
 }
 
 enum { MOST_PARTS = 16 }; /* kernels/dense_calls.py knows it too */
@@ -197,7 +204,7 @@ void veneer_few_rows(const struct few_rows *call, int most) {
     struct piece of[MOST_PARTS];
     for (int64_t i = 0; i < call->count; i++) {
         const struct few_rows_part *part = call->parts + i;
-        of[i] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart};
+        of[i] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
     }
     veneer_pieces(of, call->count, call->type, most);
 }

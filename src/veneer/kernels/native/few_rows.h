@@ -10,16 +10,21 @@ enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 #define ALONE (1 << 15) /* values of W that are not worth a second thread */
 #define TURNS 8         /* runs of a thread: memory is not equally quick for both */
 
-/* y (rows, outs) = x W^T + bias. W (outs, width), bias (outs) or NULL; the rows of x lie `apart` values from one
-   another. */
+/* Rows [first, first + count) of a packed W to `out`, one behind the other, in the type of x. */
+typedef void (*row_decoder)(const void *packed, int64_t first, int64_t count, void *out);
+
+/* y (rows, outs) = x W^T + bias. W (outs, width), or what decode makes of w; bias (outs) or NULL; the rows of x lie `apart`
+   values from one another. */
 struct piece {
     const void *x, *w, *bias;
     void *y;
     int64_t rows, width, outs, apart;
+    row_decoder decode;
 };
 
-/* The pieces, which do not meet in y. `most` caps the instructions (4: bf16 pairs, 3, 2, 0), for tests. */
-void veneer_pieces(const struct piece *of, int64_t count, int type, int most);
+/* The pieces, which do not meet in y. `most` caps the instructions (4: bf16 pairs, 3, 2, 0), for tests. 1: no memory for
+   four rows of a packed W. */
+int veneer_pieces(const struct piece *of, int64_t count, int type, int most);
 
 /* 4: products of bf16 pairs, of that type alone; 3 AVX-512, 2 AVX2, 0 plain C; `most` at most. */
 int veneer_few_level(int type, int most);

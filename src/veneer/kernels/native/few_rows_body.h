@@ -3,13 +3,14 @@
    LOAD and LOAD_SOME read a register, the second the first few values and zeros behind them; MULTIPLY adds products to
    sums, TOTAL adds up the lanes of four of them. */
 
-/* Four rows of W against `rows` rows of x from `first` on. fetch: what will be read soon, as far as these rows reach. */
-INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const char *soon, int64_t first,
-                              int64_t out) {
+/* Four rows of W, from `block` on, against `rows` rows of x from `first` on. fetch: what will be read soon, as far as
+   these rows reach. */
+INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const char *block, const char *soon,
+                              int64_t first, int64_t out) {
     const int size = type == FEW_FP32 ? 4 : 2;
     const int64_t left = part->outs - out, step = part->width * size, apart = part->apart * size;
     const char *x = (const char *)part->x + first * apart, *w[4];
-    for (int r = 0; r < 4; r++) w[r] = (const char *)part->w + (out + (r < left ? r : left - 1)) * step; /* none behind the last */
+    for (int r = 0; r < 4; r++) w[r] = block + (r < left ? r : left - 1) * step; /* none behind the last */
     NAME(sum) sums[MOST][4] = {};
     int64_t k = 0;
     for (; k + VALUES <= part->width; k += VALUES) {
@@ -46,7 +47,7 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         store_totals(part, type, first + m, out, left < 4 ? left : 4, TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
 
-#define TILE(ROWS, FETCH) NAME(tile)(part, type, ROWS, FETCH, soon, first, out)
+#define TILE(ROWS, FETCH) NAME(tile)(part, type, ROWS, FETCH, block, soon, first, out)
 #if MOST == 6
 #define UP_TO_MOST(rows, fetch)              \
     switch (rows) {                          \
@@ -65,30 +66,43 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
     }
 #endif
 
-/* All rows of x, near enough equally many at a time. */
-INLINE TARGET void NAME(four)(const struct piece *part, const int type, const char *soon, int64_t out) {
+/* All rows of x, near enough equally many at a time. soon: NULL, nothing is fetched. */
+INLINE TARGET void NAME(four)(const struct piece *part, const int type, const char *block, const char *soon, int64_t out) {
     const int64_t turns = (part->rows + MOST - 1) / MOST;
     for (int64_t turn = 0, first = 0; turn < turns; turn++) {
         int64_t next = part->rows * (turn + 1) / turns;
-        if (turn == 0) UP_TO_MOST(next - first, 1) else UP_TO_MOST(next - first, 0)
+        if (turn == 0 && soon != NULL) UP_TO_MOST(next - first, 1) else UP_TO_MOST(next - first, 0)
         first = next;
     }
 }
 
 /* The blocks whose costs begin within [start, stop), all of them in a row. */
 static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) {
-    const struct pieces *all = arguments;
+    struct pieces *all = arguments;
+    void *room = NULL;
+    if (all->room > 0 && posix_memalign(&room, 64, (size_t)all->room)) {
+        all->failed = 1;
+        return;
+    }
     int64_t before = 0;
     for (const struct piece *part = all->of; part < all->of + all->count && before < stop; part++) {
         const int64_t cost = cost_of(part), blocks = blocks_of(part);
         int64_t block = start <= before ? 0 : (start - before + cost - 1) / cost;
         for (; block < blocks && before + block * cost < stop; block++) {
-            const char *soon = soon_read(all, part, block);
-            if (all->type == FEW_FP32) NAME(four)(part, FEW_FP32, soon, 4 * block);
-            else NAME(four)(part, FEW_BF16, soon, 4 * block);
+            const char *rows = (const char *)part->w + 4 * block * part->width * (all->type == FEW_FP32 ? 4 : 2);
+            const char *soon = NULL;
+            if (part->decode != NULL) {
+                part->decode(part->w, 4 * block, part->outs - 4 * block < 4 ? part->outs - 4 * block : 4, room);
+                rows = room;
+            } else {
+                soon = soon_read(all, part, block);
+            }
+            if (all->type == FEW_FP32) NAME(four)(part, FEW_FP32, rows, soon, 4 * block);
+            else NAME(four)(part, FEW_BF16, rows, soon, 4 * block);
         }
         before += blocks * cost;
     }
+    free(room);
 }
 
 #undef TILE

@@ -1,4 +1,4 @@
-/* GGUF blocks to numbers, and products with them. gguf_rows.h holds the code, written once in the compiler's vector
+/* GGUF blocks to numbers. gguf_rows.h holds the code, written once in the compiler's vector
    types; it is compiled here for each set of instructions and chosen when called. The products of a scale and a code
    are exact in float32 and every type is rounded at most once before it becomes the output type, so all of them give
    the same bits as the plain reference in kernels/gguf.py.
@@ -32,10 +32,7 @@ struct rows {
     int kind, type;
     const uint8_t *blocks;
     int64_t columns;
-    void *out;        /* dequantise: (rows, columns) of `type` */
-    const float *x;   /* product: (num_x, columns) */
-    float *y;         /* product: (num_x, rows) */
-    int64_t num_x, num_rows;
+    void *out; /* (rows, columns) of `type` */
 };
 
 typedef int8_t b16v __attribute__((vector_size(16)));
@@ -108,18 +105,16 @@ static int chosen(int most) {
 /* out (rows, columns) of `type`, contiguous. `most` caps the instructions (3, 2, 0), for tests. 0, or -1: unknown kind. */
 int veneer_gguf_dequantise(int kind, const uint8_t *blocks, int64_t rows, int64_t columns, void *out, int type, int most) {
     if (format_of(kind).size == 0 || columns % format_of(kind).size) return -1;
-    struct rows call = {kind, type, blocks, columns, out, NULL, NULL, 0, rows};
+    struct rows call = {kind, type, blocks, columns, out};
     int level = chosen(most);
     veneer_parallel(PICK(dequantise, level), &call, rows, 1 + (1 << 16) / (columns + 1));
     return 0;
 }
 
-/* y (num_x, rows) = x (num_x, columns) W^T, all float32; nothing of W is written to memory. */
-int veneer_gguf_product(int kind, const uint8_t *blocks, int64_t rows, int64_t columns, const float *x, int64_t num_x,
-                        float *y, int most) {
-    if (format_of(kind).size == 0 || columns % format_of(kind).size) return -1;
-    struct rows call = {kind, FLOAT32, blocks, columns, NULL, x, y, num_x, rows};
-    int level = chosen(most);
-    veneer_parallel(PICK(product, level), &call, rows, 1 + (1 << 16) / (columns + 1));
-    return 0;
+/* Rows [first, first + rows) into out; kind and columns as in a valid call of veneer_gguf_dequantise. */
+void gguf_decode(int kind, const uint8_t *blocks, int64_t first, int64_t rows, int64_t columns, void *out, int type, int most) {
+    const struct format format = format_of(kind);
+    struct rows call = {kind, type, blocks + first * (columns / format.size * format.bytes), columns, out};
+    const int level = chosen(most);
+    PICK(dequantise, level)(&call, 0, rows);
 }

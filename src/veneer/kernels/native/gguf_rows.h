@@ -179,48 +179,6 @@ static TARGET void NAME(dequantise)(void *arguments, int64_t start, int64_t stop
     }
 }
 
-/* `many` rows of x at once: a block is unpacked once for all of them. */
-INLINE void NAME(product_many)(int kind, int many, const struct rows *call, int64_t first, int64_t row) {
-    const int size = 16 * GROUPS(kind), bytes = format_of(kind).bytes;
-    const int64_t per_row = call->columns / size;
-    const uint8_t *p = call->blocks + row * per_row * bytes;
-    const float *x = call->x + first * call->columns;
-    NAME(fv) total[4][16 / W] = {};
-    for (int64_t block = 0; block < per_row; block++, p += bytes, x += size) {
-        b16v codes[16];
-        float scale[16], offset[16];
-        NAME(unpack)(kind, p, codes, scale, offset);
-        for (int g = 0; g < GROUPS(kind); g++) {
-            for (int part = 0; part < 16 / W; part++) {
-                NAME(fv) value = NAME(floats)(codes[g], part) * scale[g] + offset[g];
-                for (int m = 0; m < many; m++) {
-                    NAME(fv) own;
-                    memcpy(&own, x + m * call->columns + 16 * g + W * part, 4 * W);
-                    total[m][part] += value * own;
-                }
-            }
-        }
-    }
-    for (int m = 0; m < many; m++) {
-        float sum = 0;
-        for (int lane = 0; lane < 16; lane++) sum += total[m][lane / W][lane % W];
-        call->y[(first + m) * call->num_rows + row] = sum;
-    }
-}
-
-INLINE void NAME(product_kind)(int kind, const struct rows *call, int64_t start, int64_t stop) {
-    for (int64_t row = start; row < stop; row++) {
-        int64_t first = 0;
-        for (; first + 4 <= call->num_x; first += 4) NAME(product_many)(kind, 4, call, first, row);
-        for (; first < call->num_x; first++) NAME(product_many)(kind, 1, call, first, row);
-    }
-}
-
-static TARGET void NAME(product)(void *arguments, int64_t start, int64_t stop) {
-    const struct rows *call = arguments;
-    OF_ANY_KIND(call->kind, NAME(product_kind), call, start, stop)
-}
-
 #undef INLINE
 #undef GROUPS
 #undef OF_KIND

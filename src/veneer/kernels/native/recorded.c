@@ -5,7 +5,7 @@
 enum { MOST_GIVEN = 9 };
 
 /* kernels/recorded.py names the functions in this order. */
-enum { FEW_ROWS, FEW_ROWS_UPDATED, STEP_NORM, STEP_ROTATE, STEP_GATE, PAGED_ATTENTION, NF4_PRODUCT, GGUF_PRODUCT };
+enum { FEW_ROWS, FEW_ROWS_UPDATED, STEP_NORM, STEP_ROTATE, STEP_GATE, PAGED_ATTENTION, NF4_PRODUCT, PACKED_ROWS };
 
 struct recorded_call {
     int64_t function, given[MOST_GIVEN];
@@ -18,7 +18,7 @@ void veneer_step_rotate(const void *, int64_t, int, int);
 void veneer_step_gate(const void *, int64_t, int, int);
 int veneer_paged_attention(const void *, int, int);
 int veneer_nf4_product(const void *, int64_t, int64_t, int64_t, const void *, int64_t, void *, int, int);
-int veneer_gguf_product(int, const void *, int64_t, int64_t, const void *, int64_t, void *, int);
+int veneer_packed_rows(const void *, int);
 
 static int made(const struct recorded_call *call) {
     const int64_t *g = call->given;
@@ -32,7 +32,7 @@ static int made(const struct recorded_call *call) {
     case STEP_GATE: veneer_step_gate(P(0), g[1], I(2), I(3)); return 0;
     case PAGED_ATTENTION: return veneer_paged_attention(P(0), I(1), I(2));
     case NF4_PRODUCT: return veneer_nf4_product(P(0), g[1], g[2], g[3], P(4), g[5], P(6), I(7), I(8));
-    case GGUF_PRODUCT: return veneer_gguf_product(I(0), P(1), g[2], g[3], P(4), g[5], P(6), I(7));
+    case PACKED_ROWS: return veneer_packed_rows(P(0), I(1));
     default: return -1;
     }
 #undef P

@@ -125,16 +125,16 @@ void veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     struct up up[MOST_UPDATES];
     int64_t count = 0;
     char *down = call->down;
-    if (call->w != NULL) of[count++] = (struct piece){call->x, call->w, call->bias, call->y, call->rows, call->width, call->outs, call->apart};
+    if (call->w != NULL) of[count++] = (struct piece){call->x, call->w, call->bias, call->y, call->rows, call->width, call->outs, call->apart, NULL};
     for (int64_t i = 0; i < call->count; i++) {
         const struct few_rows_update *u = call->updates + i;
         const char *x = (const char *)call->x + u->first * call->apart * size;
         char *y = (char *)call->y + u->first * call->outs * size;
-        of[count++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart};
+        of[count++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart, NULL};
         up[i] = (struct up){(const uint32_t *)down, u->B, y, u->rows, u->rank * size / 4, call->outs, u->scale};
         down += u->rows * u->rank * size;
     }
-    veneer_pieces(of, count, call->type, most);
+    (void)veneer_pieces(of, count, call->type, most);
     for (int64_t i = 0, next = 0; i < call->count; i = next) {
         while (next < call->count && call->updates[next].turn == call->updates[i].turn) next++;
         add_ups(up + i, next - i, call->type, most);
