@@ -104,7 +104,7 @@ def edit_tensors(folder: Path, edit) -> None:
 
 def test_the_folder_holds_three_files_and_says_what_it_is(tmp_path):
     base, attachment = adapted()
-    result = write(tmp_path / "a", base, attachment, metrics={"loss": 1.5}, recipe={"steps": 3}, parent="p")
+    result = write(tmp_path / "a", base, attachment, metrics={"loss": 1.5}, recipe={"steps": 3}, parents=[("p", 1.0)])
     assert {p.name for p in (tmp_path / "a").iterdir()} == {CONFIG_NAME, WEIGHTS, MANIFEST_NAME}
     assert result.bytes == (tmp_path / "a" / WEIGHTS).stat().st_size
     manifest = read_manifest(tmp_path / "a" / MANIFEST_NAME)

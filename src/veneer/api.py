@@ -112,8 +112,8 @@ def train_run(config: RunConfig | None, *, resume: bool, screen: Screen) -> dict
     leader, rank 0, was given, and None is enough for the others.
     """
     with joined() as world:
-        settings = world.shared(None if config is None else config.model_dump(mode="json"))
-        asked = RunConfig.model_validate(settings) if config is None else config
+        settings, given = world.shared(None if config is None else [config.model_dump(mode="json"), given_of(config)])
+        asked = with_given(RunConfig.model_validate(settings), given) if config is None else config
         if asked.model_dump(mode="json") != settings:
             raise ConfigError("the processes of this run were given different settings", next_step="Give all the same.")
         summary = run_training(asked, resume=resume, screen=screen, plan=planned_memory_bytes, world=world)
@@ -123,11 +123,25 @@ def train_run(config: RunConfig | None, *, resume: bool, screen: Screen) -> dict
     return summary
 
 
+def given_of(config: RunConfig) -> list[str]:
+    """The method's settings that somebody gave, which an adapter that goes on takes in place of its own."""
+    return sorted(config.method.model_fields_set)
+
+
+def with_given(config: RunConfig, given: Sequence[str]) -> RunConfig:
+    """A run that was read with all its settings, as if these alone had been given."""
+    values = config.method.model_dump(include=set(given))
+    return config.model_copy(update={"method": type(config.method).model_validate(values)})
+
+
 def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]:
     """The run, changed by the shortest list of changes that makes it fit, and what was changed, in words.
 
     Raises DoesNotFitError where no change helps.
     """
+    if config.from_adapter:
+        step = "Leave --fit out, and change micro_batch, length or checkpointing yourself."
+        raise ConfigError("a run that goes on from an adapter is not changed so that it fits", next_step=step)
     fields = config.data.model_copy(update={"long_rows": "cut"})
     tokenizer, model_config = load_tokenizer(config.base)
     data = examine_data(

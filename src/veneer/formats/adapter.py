@@ -6,7 +6,7 @@
 An adapter's name never enters its files. Not known here: runs, checkpoints, libraries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,15 @@ from veneer.files.hashes import file_hash
 from veneer.files.strict_json import field_faults, read_json
 from veneer.files.strict_tensors import read_tensor_file
 from veneer.formats.layout import FileSettings, Layout
-from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash, content_hash_of, read_manifest
+from veneer.formats.manifest import (
+    MANIFEST_NAME,
+    BaseIdentity,
+    Manifest,
+    Parent,
+    content_hash,
+    content_hash_of,
+    read_manifest,
+)
 from veneer.formats.peft_config import CONFIG_NAME, config_text
 from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
@@ -95,10 +103,14 @@ def manifest_for(
     data_fingerprint: str | None = None,
     recipe: Mapping[str, JsonValue] | None = None,
     metrics: Mapping[str, float] | None = None,
-    parent: str | None = None,
+    parents: Sequence[tuple[str, float]] = (),
     preamble: Preamble | None = None,
 ) -> Manifest:
-    """What veneer.json says of an adapter trained on `base`; write_adapter adds scaling and content hash."""
+    """What veneer.json says of an adapter trained on `base`; write_adapter adds scaling and content hash.
+
+    parents: content hash and weight of each adapter that training started from
+    """
+    alone = len(parents) == 1 and parents[0][1] == 1
     return Manifest(
         veneer_version=version("veneer"),
         method=method,
@@ -108,7 +120,8 @@ def manifest_for(
         data_fingerprint=data_fingerprint,
         recipe=None if recipe is None else dict(recipe),
         metrics=dict(metrics or {}),
-        parent=parent,
+        parent=parents[0][0] if alone else None,
+        parents=[] if alone else [Parent(content_hash=content, weight=weight) for content, weight in parents],
         system=None if preamble is None else preamble.system,
         template_variables={} if preamble is None else dict(preamble.variables),
     )

@@ -79,7 +79,7 @@ class Manifest(_Strict):
     parent: str | None = None
     """content_hash of the adapter that training started from."""
     parents: list[Parent] = Field(default_factory=list)
-    """The adapters that it was combined from; empty for one that was trained."""
+    """The adapters that it was combined from, or whose sum training started from."""
     content_hash: str = ""
     """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
 

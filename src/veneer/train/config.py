@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from veneer.adapters.config import LoRA, Method
 from veneer.adapters.preamble import variable_faults
-from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT_DECAY
+from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT, WEIGHT_DECAY
 from veneer.data.config import DataConfig as DataConfig
 from veneer.files.settings import Settings
 from veneer.quant.config import FOUR_BITS, Quantize
@@ -34,6 +34,17 @@ class TemplateConfig(Settings):
         return value
 
 
+class StartFrom(Settings):
+    """One of the adapters that a run goes on from."""
+
+    adapter: str
+    """Name in the library, or a folder of an adapter or a run."""
+    weight: Annotated[float, WEIGHT] = 1.0
+    """What its update is multiplied with; several are added up."""
+    content: str | None = None
+    """Its content hash; filled in when the run begins."""
+
+
 class RunConfig(Settings):
     base: str
     """Hub id, folder, .gguf file, or a named default such as smollm2-135m."""
@@ -43,6 +54,9 @@ class RunConfig(Settings):
     """How the base's chat template writes them."""
     method: Method = Field(default_factory=LoRA)
     """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
+    from_adapter: list[StartFrom] = Field(default_factory=list)
+    """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list [{adapter, weight}] that is
+    added up. It keeps its own settings but for those of `method` that are given; a larger rank keeps its update."""
     quantize: Quantize | None = None
     """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); not with full."""
     keep_dense: list[str] = Field(default_factory=list)
@@ -119,6 +133,10 @@ class RunConfig(Settings):
             values = dict(values)
             if isinstance(values.get("data"), (str, Path)):
                 values["data"] = {"train": str(values["data"])}
+            if isinstance(start := values.get("from_adapter"), str | Path):
+                values["from_adapter"] = [{"adapter": str(start)}]
+            elif isinstance(start, dict):
+                values["from_adapter"] = [start]
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
             method = values.get("method")
@@ -138,6 +156,10 @@ class RunConfig(Settings):
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
         if self.offload and self.checkpointing:
             raise ValueError("checkpointing keeps so little that offload finds nothing to move: give one")
+        if self.from_adapter and self.method.trains_base:
+            raise ValueError(
+                f"method {self.method.name} trains every weight, and from_adapter names an adapter: give one"
+            )
         if self.quantize is not None and self.method.trains_base:
             raise ValueError(
                 f"method {self.method.name} trains every weight, and weights held as {self.quantize} cannot train: "

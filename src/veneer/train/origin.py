@@ -14,7 +14,18 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.train.config import RunConfig
 from veneer.train.loggers import flat
 
-MAY_CHANGE = ("out", "base", "device", "log", "keep", "checkpointing", "offload", "micro_batch", "show_answers")
+MAY_CHANGE = (
+    "out",
+    "base",
+    "device",
+    "log",
+    "keep",
+    "checkpointing",
+    "offload",
+    "micro_batch",
+    "show_answers",
+    "from_adapter",
+)
 """Settings that say where things are and how they are computed, not what. The base and the rows are compared as
 such."""
 

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from veneer.adapters.attachment import Attachment
-from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
@@ -39,7 +38,7 @@ from veneer.models.capacity import capacity_of
 from veneer.models.checkpointing import checkpointed
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.fused import fused, replacements
-from veneer.models.initial_values import Begun, begin
+from veneer.models.initial_values import Begun
 from veneer.models.load import load_base
 from veneer.models.step import Paths, refuse_untrainable
 from veneer.train.checkpoint import tensor_hash
@@ -49,13 +48,13 @@ from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Job, Loop
 from veneer.train.optim import FlatParameters
 from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
+from veneer.train.parents import begin_adapter
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
 from veneer.train.world import ALONE, World
 from veneer.wording import cut, percent
 
-ADAPTER_NAME = "trained"
 SAMPLE_TOKENS = 96
 """New tokens of a sample answer at most: it is a glance, not an evaluation."""
 SAMPLE_CHARACTERS = 20_000
@@ -169,11 +168,11 @@ def _run(
                 check_rows(then, data.fingerprint, config)
             paths = base.paths
             refuse_untrainable(base.model, paths)
-            begun = _begin(base, config, data)
+            begun = None
+            if not config.method.trains_base:
+                config, begun = begin_adapter(base, config, data.train, resumes=then is not None)
             refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
             attachment = None if begun is None else begun.attachment
-            if attachment is not None:
-                config = config.model_copy(update={"method": attachment.config})
             origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
             _manifest(config, base, data, best=None)
             one_pass = replacements(base.model)
@@ -245,16 +244,6 @@ def _planned(
     except (RuntimeError, NotImplementedError, TypeError) as fault:
         screen.message(f"no plan of its memory: {type(fault).__name__}: {str(fault)[:80]}")
     return None
-
-
-def _begin(base: FrozenBase, config: RunConfig, data: DataSet) -> Begun | None:
-    """The adapter that trains beside the base; None where every weight of the base trains."""
-    if config.method.trains_base:
-        return None
-    assert isinstance(config.method, AdapterConfig)
-    begun = begin(base, config.method, name=ADAPTER_NAME, seed=config.seed, examples=data.train)
-    base.routing.active = ((ADAPTER_NAME, 1.0),)
-    return begun
 
 
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
@@ -386,6 +375,7 @@ def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | 
             data_fingerprint=data.fingerprint,
             recipe=config.model_dump(mode="json"),
             preamble=data.preamble,
+            parents=[(each.content or "", each.weight) for each in config.from_adapter],
             template_hash=base.template_hash(),
             metrics={} if best is None else {"validation_loss": best},
         )
