@@ -8,6 +8,8 @@ import inspect
 import io
 import json
 import sys
+import tomllib
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,7 @@ import yaml
 
 import veneer
 from veneer.adapters.preamble import NONE
-from veneer.cli import chat, doctor, main
+from veneer.cli import chat, main
 from veneer.data.check import CheckReport
 from veneer.data.examples import Example, Problem, RowRef
 from veneer.data.load import DataSet
@@ -481,7 +483,8 @@ def test_doctor_says_versions_and_machine_and_exits_0(capsys):
     assert facts["versions"]["torch"]
     assert facts["processor"]["torch threads"] >= 1
     assert facts["disk"]["free here_bytes"] > 0
-    assert set(facts["extras"]) == set(doctor.EXTRAS)
+    extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert set(facts["extras"]) == set(extras["project"]["optional-dependencies"]) - {"dev"}
 
 
 def test_doctor_prints_the_same_for_people(capsys):

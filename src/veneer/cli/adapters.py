@@ -225,7 +225,8 @@ def _gc(args: argparse.Namespace, library: Library) -> int:
         say.print(f"  {reference}: an old version without a tag", soft_wrap=True)
     if len(left.versions) > 20:
         say.print(f"  and {len(left.versions) - 20:,} more old versions")
-    counts = f"{len(left.objects):,} objects, {len(left.remains):,} remains of broken writes, {size(left.bytes)}"
+    objects = f"{len(left.objects):,} object{'' if len(left.objects) == 1 else 's'}"
+    counts = f"{objects}, {len(left.remains):,} remains of broken writes, {size(left.bytes)}"
     say.print(f"{'removed' if args.yes else 'not needed'}: {counts}", soft_wrap=True)
     if not args.yes and (left.versions or left.objects or left.remains):
         say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)

@@ -28,12 +28,18 @@ PACKAGES = (
 )
 EXTRAS = {
     "parquet": "pyarrow",
+    "adamw8bit": "bitsandbytes",
     "metrics": "sacrebleu",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",
     "trackio": "trackio",
+    "remote": "fsspec",
+    "llamacpp": "llama_cpp",
+    "grammar": "llguidance",
+    "serve": "uvicorn",
 }
+"""What `pip install 'veneer[NAME]'` adds, and a module that is there then."""
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 

@@ -115,9 +115,10 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         rates[shape] = max(rates.get(shape, 0.0), product_rate(shape, dtype, place))
     flops = sum(named[shape] for shape in rates)
     mean = flops / sum(named[s] / r for s, r in rates.items()) if rates else product_rate((512, 512, 512), dtype, place)
-    cuda = place.type == "cuda"
+    cuda, threads = place.type == "cuda", torch.get_num_threads()
+    here = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
-        name=torch.cuda.get_device_name(place) if cuda else f"this machine ({torch.get_num_threads()} threads)",
+        name=torch.cuda.get_device_name(place) if cuda else here,
         memory_bytes=torch.cuda.get_device_properties(place).total_memory if cuda else memory_bytes(),
         measured=True,
         rate=lambda shape: rates.get(shape, mean),
