@@ -1,12 +1,13 @@
 """Answers with calls of tools, as each protocol writes them, whole and in pieces; the clients' own types read them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
 
-from veneer.serve import chat, messages, responses
+from veneer.serve import chat, completions, messages, responses
 from veneer.serve.answers import Answer, Call, End, Piece, Usage
 from veneer.serve.asked import Asked, Chat
 from veneer.serve.refusals import Refusal
@@ -30,8 +31,8 @@ def whole(protocol):
     return protocol.whole(protocol.head("m", "f"), ASKED, [answer], USAGE)
 
 
-def events(protocol, failing=None):
-    stream = protocol.Stream(protocol.head("m", "f"), ASKED)
+def events(protocol, failing=None, asked=ASKED):
+    stream = protocol.Stream(protocol.head("m", "f"), asked)
     lines = [*stream.begin(Usage(20, 16, 0))]
     for piece in PIECES:
         lines += stream.piece(piece)
@@ -55,6 +56,15 @@ def test_chat_has_calls_beside_its_text():
     assert [(c.index, c.id, c.function.name) for c in made] == [(n, c.id, c.name) for n, c in enumerate(CALLS)]
     assert [each.finish_reason for each in deltas if each.finish_reason] == ["tool_calls"]
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 16 and not chunks[-1].choices
+
+
+@pytest.mark.parametrize("protocol", [chat, completions])
+def test_counts_are_streamed_to_those_who_asked_for_them_alone(protocol):
+    with_counts, _ = events(protocol)
+    assert [each["usage"] is None for each in with_counts] == [True] * (len(with_counts) - 1) + [False]
+    assert with_counts[-1]["choices"] == [] and with_counts[-1]["usage"]["completion_tokens"] == 9
+    without, done = events(protocol, asked=replace(ASKED, stream_usage=False))
+    assert done and all("usage" not in each and each["choices"] for each in without)
 
 
 def test_responses_have_an_item_for_each_call():

@@ -256,6 +256,7 @@ def test_shapes_of_answers_are_read_from_each_dialect():
         ),
         ({"response_format": {"type": "json_object"}}, "json", None),
         ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"json_object": True}}, "json", None),
         ({"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
         ({"guided_json": schema}, "schema", schema),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool", [TOOL["function"]]),
@@ -265,7 +266,8 @@ def test_shapes_of_answers_are_read_from_each_dialect():
     form = {"type": "json_schema", "name": "x", "schema": schema}
     shape = responses.asked({**ASK["/v1/responses"], "text": {"format": form}}).shape
     assert (shape.kind, shape.spec) == ("schema", schema)
-    assert chat.asked({**ASK["/v1/chat/completions"], "response_format": {"type": "text"}}).shape is None
+    for none in ({"response_format": {"type": "text"}}, {"structured_outputs": {"json_object": False}}):
+        assert chat.asked({**ASK["/v1/chat/completions"], **none}).shape is None
 
 
 @pytest.mark.parametrize(
