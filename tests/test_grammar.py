@@ -244,6 +244,26 @@ def test_a_shape_that_cannot_be_followed_is_an_error_that_says_why(grammars, ask
     assert said in str(caught.value) and "<state>" not in str(caught.value) and len(str(caught.value)) < 1500
 
 
+def test_what_lies_at_a_limit_is_followed_and_what_lies_beyond_is_not(grammars):
+    def counted(source):
+        return lambda g: g.grammar(source)
+
+    def called(most):
+        return lambda g: g.calls({"f": {}}, CallStyle("object", "<", ">"), most=most)
+
+    for within, beyond in [
+        (counted("start: /(a{100}){100}/"), counted("start: /(a{100}){101}/")),
+        (counted('start: "x"~1..10000'), counted('start: "x"~1..10001')),
+        (lambda g: g.schema({"title": "x" * 65_523}), lambda g: g.schema({"title": "x" * 65_524})),
+        (lambda g: g.regex("a" * 8192), lambda g: g.regex("a" * 8193)),
+        (called(16), called(17)),
+        (called(1), called(0)),
+    ]:
+        within(grammars)
+        with pytest.raises(ConfigError):
+            beyond(grammars)
+
+
 def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(base, grammars):
     tools = {
         "add": {
