@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
 from tests.soak.counts import count
-from veneer.kernels import calls, dense_calls, native, nf4, packed_calls, paged_calls, step_calls
+from veneer.kernels import calls, dense_calls, native, nf4, packed_calls, paged_calls, recorded, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
@@ -51,6 +51,14 @@ def test_every_function_of_the_library_has_its_signature_and_its_call():
     assert exported - inner == set(native.SIGNATURES)
     python = "\n".join((KERNELS / name).read_text() for name in CALLING)
     assert all(python.count(name) >= 2 for name in native.SIGNATURES)
+
+
+def test_calls_that_are_made_again_are_numbered_alike_on_both_sides():
+    source = (KERNELS / "native" / "recorded.c").read_text()
+    (numbered,) = re.findall(r"enum \{ (FEW_ROWS, .*?) \};", source, re.S)
+    assert [f"veneer_{name.lower()}" for name in re.split(r",\s*", numbered)] == list(recorded.FUNCTIONS)
+    (most,) = re.findall(r"MOST_GIVEN = (\d+)", source)
+    assert int(most) == recorded.MOST_GIVEN
 
 
 @needs_bf16
