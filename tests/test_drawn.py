@@ -67,7 +67,7 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "stochastic rounding": lambda: _generator(3, "a.weight").initial_seed(),
     "an interval": lambda: interval(np.array([[n % 3, 1 + n % 2] for n in range(9)], dtype=float), ratio),
     "of seeds": lambda: interval(np.arange(24, dtype=float).reshape(2, 6, 2) % 5 + 1, ratio),
-    "a data set's fingerprint": lambda: _fingerprint(examples(5, 9), examples(3)),
+    "a data set's fingerprint": lambda: _fingerprint(examples(5, 9), examples(3), mixture=None),
 }
 
 
