@@ -383,6 +383,8 @@ def test_a_pin_goes_along_with_its_name(library, tmp_path):
         served.add(name)
         served.run()
     assert {each.reference: each.pinned for each in served.residents.shown()} == {"a@2": True, "d@1": False}
+    with pytest.raises(UnknownNameError):
+        served.residents.unpin("nobody")
 
 
 def test_a_name_that_is_removed_goes_when_its_request_has_ended(library, right):
