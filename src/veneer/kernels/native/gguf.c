@@ -89,25 +89,79 @@ static inline float half(const uint8_t *p) {
 #undef LEVEL
 #undef W
 
-int veneer_level(void);
+#if defined(__x86_64__) && defined(__GNUC__)
+#define NIBBLES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
 
-static int chosen(int most) {
-    int level = veneer_level();
-    return most < level ? most : level;
+/* What the 16 codes of 4 bits stand for in bf16, twice: scaled, moved and rounded as `store` does. */
+static inline __attribute__((always_inline)) NIBBLES __m512i table_of(__m512 codes, float scale, float offset) {
+    const __m512 values = _mm512_add_ps(_mm512_mul_ps(codes, _mm512_set1_ps(scale)), _mm512_set1_ps(offset));
+    __m512i bits = _mm512_castps_si512(values);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PICK(function, level) (level >= 3 ? function##_avx512 : level >= 2 ? function##_avx2 : function##_plain)
-#else
-#define PICK(function, level) ((void)level, function##_plain)
+static inline __attribute__((always_inline)) NIBBLES void look_up(__m512i table, __m256i codes, uint16_t *out) {
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table));
+}
+
+/* Codes of 4 bits to bf16, 32 at a time: each a lookup among 16 values that are rounded once. */
+static inline __attribute__((always_inline)) NIBBLES void nibbles_kind(const int kind, const struct rows *call, int64_t start, int64_t stop) {
+    const struct format format = format_of(kind);
+    const int64_t per_row = call->columns / format.size;
+    const uint8_t *p = call->blocks + start * per_row * format.bytes;
+    const __m512 from_zero = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 codes = kind == Q4_0 ? _mm512_sub_ps(from_zero, _mm512_set1_ps(8)) : from_zero;
+    const __m256i low = _mm256_set1_epi8(15);
+    uint16_t *out = (uint16_t *)call->out + start * call->columns;
+    for (int64_t block = 0; block < (stop - start) * per_row; block++, p += format.bytes) {
+        const float scale = _cvtsh_ss(load16(p)), offset = kind == Q4_0 ? -0.0f : _cvtsh_ss(load16(p + 2));
+        if (kind != Q4_K) {
+            const __m128i b = _mm_loadu_si128((const __m128i *)(p + (kind == Q4_1 ? 4 : 2)));
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(b), _mm_srli_epi16(b, 4), 1);
+            look_up(table_of(codes, scale, offset), _mm256_and_si256(both, low), out);
+            out += 32;
+            continue;
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 8; j += 2, out += 64) {
+            int s[2], m[2];
+            scale_min_avx512(p + 4, j, s, m);
+            scale_min_avx512(p + 4, j + 1, s + 1, m + 1);
+            const __m256i b = _mm256_loadu_si256((const __m256i *)(p + 16 + 16 * j));
+            look_up(table_of(codes, scale * (float)s[0], -(offset * (float)m[0])), _mm256_and_si256(b, low), out);
+            look_up(table_of(codes, scale * (float)s[1], -(offset * (float)m[1])), _mm256_and_si256(_mm256_srli_epi16(b, 4), low), out + 32);
+        }
+    }
+}
+
+static NIBBLES void dequantise_nibbles(void *arguments, int64_t start, int64_t stop) {
+    const struct rows *call = arguments;
+    if (call->kind == Q4_0) nibbles_kind(Q4_0, call, start, stop);
+    else if (call->kind == Q4_1) nibbles_kind(Q4_1, call, start, stop);
+    else nibbles_kind(Q4_K, call, start, stop);
+}
 #endif
+
+int veneer_level(void);
+
+/* The best of what both the caller and the processor allow. */
+static veneer_body body_of(int kind, int type, int most) {
+    const int own = veneer_level(), level = most < own ? most : own;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (level >= 3 && type == BFLOAT16 && (kind == Q4_0 || kind == Q4_1 || kind == Q4_K)) return dequantise_nibbles;
+    return level >= 3 ? dequantise_avx512 : level >= 2 ? dequantise_avx2 : dequantise_plain;
+#endif
+    (void)kind, (void)type, (void)level;
+    return dequantise_plain;
+}
 
 /* out (rows, columns) of `type`, contiguous. `most` caps the instructions (3, 2, 0), for tests. 0, or -1: unknown kind. */
 int veneer_gguf_dequantise(int kind, const uint8_t *blocks, int64_t rows, int64_t columns, void *out, int type, int most) {
     if (format_of(kind).size == 0 || columns % format_of(kind).size) return -1;
     struct rows call = {kind, type, blocks, columns, out};
-    int level = chosen(most);
-    veneer_parallel(PICK(dequantise, level), &call, rows, 1 + (1 << 16) / (columns + 1));
+    veneer_parallel(body_of(kind, type, most), &call, rows, 1 + (1 << 16) / (columns + 1));
     return 0;
 }
 
@@ -115,6 +169,5 @@ int veneer_gguf_dequantise(int kind, const uint8_t *blocks, int64_t rows, int64_
 void gguf_decode(int kind, const uint8_t *blocks, int64_t first, int64_t rows, int64_t columns, void *out, int type, int most) {
     const struct format format = format_of(kind);
     struct rows call = {kind, type, blocks + first * (columns / format.size * format.bytes), columns, out};
-    const int level = chosen(most);
-    PICK(dequantise, level)(&call, 0, rows);
+    body_of(kind, type, most)(&call, 0, rows);
 }
