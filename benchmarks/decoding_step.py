@@ -2,6 +2,7 @@
 
     python benchmarks/decoding_step.py                                  smollm2-135m: bf16, NF4, blocks of the file
     python benchmarks/decoding_step.py --formats bf16 --rows 1 --turns 3
+    python benchmarks/decoding_step.py --formats bf16 --rows 16 --turns 1 --peft   beside PEFT
 
 Prints a list of `measurements`, as docs/results/*.json hold them. Prompts of 64 tokens, 128 new ones, greedy, nothing
 stops; a step is timed from the second new token on. Ways alternate within a turn; milliseconds and tokens/s are medians
@@ -32,7 +33,7 @@ from veneer.decoding.blocks import Identity
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sequence import Request
 
-PROMPT, NEW = 64, 128
+PROMPT, NEW, FEW = 64, 128, 8
 FORMATS: dict[str, Any] = {"bf16": None, "nf4": "nf4", "gguf": "gguf"}
 
 
@@ -96,6 +97,33 @@ def by_transformers(model: Any, rows: int) -> dict[str, float]:
     return {"ms a step": 1e3 * whole / NEW, "tokens/s": rows * NEW / whole}
 
 
+def by_peft(model: Any, rows: int, adapters: int, rank: int) -> dict[str, float]:
+    """PEFT's `adapter_names`, each row with an adapter of its own: what the last tokens of few take."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned: Any = get_peft_model(copy.deepcopy(model), config, adapter_name="a0")
+    for number in range(1, adapters):
+        tuned.add_adapter(f"a{number}", config)
+    tuned.set_adapter("a0")
+    tuned.eval()
+    ids, names = torch.tensor(prompts(rows)), [f"a{row % adapters}" for row in range(rows)]
+
+    def seconds(new: int) -> float:
+        settings = GenerationConfig(
+            max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        start = time.perf_counter()
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            tuned.generate(input_ids=ids, attention_mask=mask, generation_config=settings, adapter_names=names)
+        return time.perf_counter() - start
+
+    seconds(2)
+    few, more = seconds(FEW), seconds(2 * FEW)
+    return {"ms a step": 1e3 * (more - few) / FEW, "tokens/s": rows * 2 * FEW / more}
+
+
 def dense_copy(base: Base) -> Any:
     """transformers' own modules with the base's weights, before anything stands beside them."""
     config = copy.deepcopy(base.config)  # which says how the base attends
@@ -131,6 +159,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--peft", action="store_true", help="PEFT's adapter_names too, once, over bf16")
     asked = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     measurements = []
@@ -153,7 +182,9 @@ def main() -> None:
                 f"{min(rows, asked.adapters)} adapters": partial(by_engine, base, identities[:rows], rows),
                 "transformers.generate": partial(by_transformers, plain, rows),
             }
-            values = alternating(ways, asked.turns)
+            values: dict[str, Any] = alternating(ways, asked.turns)
+            if asked.peft:
+                values["PEFT adapter_names"] = by_peft(plain, rows, min(rows, asked.adapters), asked.rank)
             values["base"]["torch calls a step"] = calls_of_a_step(base, [()], rows)
             values[f"{min(rows, asked.adapters)} adapters"]["torch calls a step"] = calls_of_a_step(
                 base, identities[:rows], rows

@@ -20,6 +20,7 @@ from veneer.adapters.acting import Acting
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
@@ -42,8 +43,10 @@ ALIKE = ("a", "b", "c", "d", "e", "f")
 PROMPT = tuple((7 * n) % 250 for n in range(21))
 
 
-def publish(library: Library, folder: Path, name: str, config, seed: int, family="llama_untied", **tags):
-    base = tiny_base(family)
+def publish(
+    library: Library, folder: Path, name: str, config, seed: int, family="llama_untied", dtype=torch.float32, **tags
+):
+    base = tiny_base(family, dtype)
     _ = base.paths
     head = base.model.get_output_embeddings()
     made = attach(base.model, config, name=name, routing=base.routing, head=head)
@@ -211,6 +214,26 @@ def test_every_method_is_read_when_it_is_asked_for_and_answers_as_alone(library,
     assert {each.reference for each in shown} == {f"{name}@1" for name in METHODS}
     assert all(each.tier is Tier.READY and not each.holders and not each.pinned for each in shown)
     assert sum(each.bytes for each in shown) == served.residents.used_bytes()
+
+
+def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_file(tmp_path):
+    library = Library(tmp_path / "library")
+    publish(library, tmp_path, "lora", METHODS["lora"], 0, dtype=torch.bfloat16)
+    base, other = tiny_base("llama_untied", torch.bfloat16), tiny_base("llama_untied", torch.bfloat16)
+    for each in (base, other):
+        _ = each.paths
+    residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
+    engine = Engine(base, budget_bytes=2**22, adapters=residents)
+    (held,) = engine.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora")))
+    while not engine.scheduler.idle:
+        engine.step(0.0)
+    own = ((load_adapter(other, library.path("lora"), name="lora"), 1.0),)
+    identity = (("lora", 1.0),)
+    read = Engine(other, budget_bytes=2**22, adapters=Fixed({identity: own}))
+    (expected,) = read.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=identity))
+    read.run()
+    (shown,) = residents.shown()
+    assert held.answer == expected.answer and shown.bytes == 2 * library.get("lora").version.facts.parameters
 
 
 @pytest.mark.parametrize("room", [1, 2.5])

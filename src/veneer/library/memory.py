@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.lora import LoRALayer
 from veneer.errors import CorruptFileError
 from veneer.formats.adapter import StoredAdapter, read_adapter
 
 Key = TypeVar("Key")
 HELD_ITEM_BYTES = 4
-"""Of a trained value, which is float32 whatever its file has."""
+"""Of a trained value as it is loaded, float32 whatever its file has."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,6 +49,15 @@ def room_for(
 def bytes_of(attachment: Attachment) -> int:
     """Of its tensors."""
     return sum(p.numel() * p.element_size() for p in attachment.parameters().values())
+
+
+@torch.no_grad()
+def hold_as(attachment: Attachment, dtype: torch.dtype) -> None:
+    """For one that only answers: LoRA's factors in the type they are multiplied in, as they would be typed each time.
+    What computes with them in float32 first, DoRA's norms say, stays as it is."""
+    for layer in attachment.layers.values():
+        if type(layer) is LoRALayer and layer.kind == "linear" and layer.offset is None and layer.start is None:
+            layer.A.data, layer.B.data = layer.A.data.to(dtype), layer.B.data.to(dtype)
 
 
 def bytes_needed(stored: StoredAdapter) -> int:

@@ -24,7 +24,7 @@ from veneer.decoding.blocks import Identity
 from veneer.errors import BudgetFullError, ConfigError, CorruptFileError, RefusedError, SourceError, VeneerError
 from veneer.formats.adapter import load_adapter
 from veneer.library.loaders import Loaders
-from veneer.library.memory import bytes_needed, bytes_of, read_version, room_for
+from veneer.library.memory import bytes_needed, bytes_of, hold_as, read_version, room_for
 from veneer.library.resident import Files, Resident, Shown, Tier
 from veneer.models.frozen_base import FrozenBase
 
@@ -394,6 +394,7 @@ class Tiers:
         except VeneerError:
             self.base.detach(name)
             raise
+        hold_as(made, self.base.dtype)
         with self._lock:
             if each.load == number and each.tier is Tier.LOADING:
                 each.attachment, each.places, each.tier, each.bytes = made, places, Tier.READY, bytes_of(made)
