@@ -1,4 +1,4 @@
-"""Processes that Veneer starts import nothing that lies in the current folder."""
+"""Processes that Veneer starts import nothing that lies in the current folder, and do not outlive it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -34,9 +36,9 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands_of_a_comparison_do_not(trapped: Path) -> None:
-    done = command_of(["--version"], lambda: None)
+    done = command_of(["--version"], lambda: None, os.environ)
     assert (done.code, done.out.split()[0]) == (0, "veneer")
-    done = command_of(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: None)
+    done = command_of(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: None, os.environ)
     assert done.code == 2 and "Traceback" not in done.talk
     assert not trapped.exists()
 
@@ -83,3 +85,33 @@ def test_an_installed_veneer_is_found_without_help(monkeypatch: pytest.MonkeyPat
 def test_no_other_place_starts_a_python() -> None:
     starting = [path.name for path in SOURCES if re.search(r"sys\.executable", path.read_text())]
     assert set(starting) <= {"child.py", "doctor.py"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child goes on alone")
+def test_a_child_is_asked_to_end_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """The child answers SIGTERM, so that it may save; its parent gets SIGKILL, and can tell nobody."""
+    said = tmp_path / "said"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        f"said = pathlib.Path({str(said)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (said.write_text('asked'), sys.exit()))\n"
+        "said.write_text('here')\n"
+        "time.sleep(60)\n"
+    )
+    parent = (
+        "import subprocess, sys; from veneer.child import end_with_parent\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], preexec_fn=end_with_parent)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    waited(lambda: said.is_file() and said.read_text() == "here")
+    process.kill()
+    process.wait()
+    waited(lambda: said.read_text() == "asked")
+
+
+def waited(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within a minute")

@@ -19,6 +19,8 @@ from veneer.bases.compute import HeldAs
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, check_numbers
 from veneer.compare.comparison import run_comparison
+from veneer.compare.jobs import Place
+from veneer.compare.local import Here
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.check import refuse_beyond
 from veneer.data.examples import Example
@@ -321,10 +323,12 @@ def compare(
     max_new_tokens: int = 128,
     general: str | None = None,
     say: Callable[[str], None] | None = None,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Methods side by side: the content of comparison.json (docs/format.md); compare/plan.py says what is chosen.
 
     candidates   names of methods, over `base` and `data`; or (name, settings) each
+    place        where runs are computed: processes of this machine, or OnRay (compare/ray_place.py)
     """
     chosen = [
         Candidate(each, RunConfig.of({"base": base or "", "data": data or "", "method": each, "out": str(out)}))
@@ -357,7 +361,7 @@ def compare(
             max_new_tokens=max_new_tokens,
             general=general or BUILT_IN,
         )
-        return run_comparison(comparison, say or (lambda text: None))
+        return run_comparison(comparison, place or Here(), say or (lambda text: None))
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

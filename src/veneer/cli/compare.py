@@ -7,13 +7,15 @@ For instance:
 
 Every candidate gets the same rows, the same budget, a search for its learning rate and --seeds runs, each in a
 process of its own. Stopped with Ctrl-C, the same command goes on; finished runs are used again. Run files are taken
-as they are, except for rows, budget, learning rate, seed and folder.
+as they are, except for rows, budget, learning rate, seed and folder. --on ray computes them on a cluster:
+docs/guides/ray.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from veneer.wording import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from veneer.compare.jobs import Place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,11 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting, for all"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the comparison")
+    where = parser.add_argument_group("where the runs are computed")
+    where.add_argument("--on", choices=PLACES, default="here", help="processes here, or tasks of Ray; default: here")
+    where.add_argument("--address", metavar="A", help="of the Ray cluster, or auto; default: one is started here")
+    where.add_argument("--store", metavar="S", help="s3://... or a folder that all nodes see; default: DIR/gathered")
+    where.add_argument("--cpus", type=COUNT, metavar="N", help="of each run on Ray; default: threads of this process")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
+    place = PLACES[args.on](args)
     from veneer import api
     from veneer.compare.jobs import RUNNING
 
@@ -103,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
                 max_new_tokens=args.max_tokens,
                 general=args.general,
                 say=say,
+                place=place,
             )
     finally:
         for each, handler in before.items():
@@ -119,6 +130,25 @@ def run(args: argparse.Namespace) -> int:
         screen.print(shown(sentence))
     screen.print(f"\n{args.out / 'comparison.html'}", soft_wrap=True)
     return 0
+
+
+def _here(args: argparse.Namespace) -> Place:
+    """ConfigError: flags that only a cluster has a use for."""
+    from veneer.compare.local import Here
+
+    given = [f"--{name}" for name in ("address", "store", "cpus") if getattr(args, name) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: only for runs on Ray", [], "Give --on ray too, or leave them out.")
+    return Here()
+
+
+def _on_ray(args: argparse.Namespace) -> Place:
+    from veneer.compare.ray_place import OnRay
+
+    return OnRay(args.address, args.store or str((args.out / "gathered").resolve()), args.cpus)
+
+
+PLACES: dict[str, Callable[[argparse.Namespace], Place]] = {"here": _here, "ray": _on_ray}
 
 
 def _table(figures: dict[str, Any]) -> Table:

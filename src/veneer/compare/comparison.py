@@ -12,42 +12,42 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from veneer.bases.compute import Compute, DtypeName
+from veneer.bases.compute import DtypeName
 from veneer.bases.without_weights import load_skeleton
-from veneer.compare.circumstances import circumstances
 from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Worker
 from veneer.compare.figures import Finished, make_figures
-from veneer.compare.jobs import Asking, Say, answer, together
-from veneer.compare.local import Here
+from veneer.compare.jobs import Asking, Place, Say, answer, together
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
 from veneer.data.sources import read_rows
 from veneer.files.atomic import atomic_file
 from veneer.models.frozen_base import hidden_size
-from veneer.models.load import compute_of
 
 
-def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
-    """Runs what is not finished yet, writes comparison.json and comparison.html, and returns the figures.
+def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, Any]:
+    """Runs what is not finished yet at the place, writes comparison.json and comparison.html, and returns the figures.
 
     Raises Interrupted: the same call goes on. VeneerError: a run failed in another way than by diverging or by
     not fitting, which are results.
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
-    computes = [compute_of_candidate(c) for c in comparison.candidates]
-    for line in dict.fromkeys(each.line for each in computes if each.line is not None):
-        say(line)
-    pairs = zip(comparison.candidates, computes, strict=True)
-    comparison = replace(comparison, candidates=[with_dtype(c, each.name) for c, each in pairs])
     format = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, format)
     width = hidden_size(load_skeleton(comparison.base).model.config)
-    worker = Worker(comparison, width, circumstances(comparison.base), say, ran=[])
-    candidates = together(_candidate(worker, each) for each in comparison.candidates)
-    asking: Asking[list[Any]] = together([worker.evaluate("the base", None), candidates])
-    base, finished = answer(asking, Here(), say)
+    try:
+        found = place.look(comparison.base, [each.config for each in comparison.candidates])
+        for line in found.lines:
+            say(line)
+        pairs = zip(comparison.candidates, found.dtypes, strict=True)
+        comparison = replace(comparison, candidates=[with_dtype(c, dtype) for c, dtype in pairs])
+        worker = Worker(comparison, width, found.circumstances, say, ran=[])
+        candidates = together(_candidate(worker, each) for each in comparison.candidates)
+        asking: Asking[list[Any]] = together([worker.evaluate("the base", None), candidates])
+        base, finished = answer(asking, place, say)
+    finally:
+        place.stop()
     figures = make_figures(comparison, finished, base, rows)
     figures["conclusion"] = conclude(figures)
     figures["new_runs"] = len([path for path in worker.ran if path.suffix != ".json"])
@@ -58,11 +58,6 @@ def run_comparison(comparison: Comparison, say: Say) -> dict[str, Any]:
         with atomic_file(comparison.out / name, replace=True) as partial:
             partial.write_text(text, encoding="utf-8")
     return figures
-
-
-def compute_of_candidate(candidate: Candidate) -> Compute:
-    c = candidate.config
-    return compute_of(c.base, dtype=c.dtype, device=c.device, quantize=c.quantize)
 
 
 def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:

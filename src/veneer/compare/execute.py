@@ -82,7 +82,7 @@ class Worker:
         job = Job(
             what,
             folder,
-            begin=("train", self._run_file(config), "--json", "--quiet"),
+            begin=("train", self._run_file(config), *self._places(folder), "--json", "--quiet"),
             resume=("train", "--resume", folder, "--json", "--quiet"),
             config=config,
             step=lambda: f"{_step(folder)}of {steps:,} steps{RUNNING}",
@@ -162,6 +162,11 @@ class Worker:
         )
         rows = [file_hash(self.comparison.train), file_hash(self.comparison.validation)]
         return _hash([settings, rows, dict(self.circumstances)])
+
+    def _places(self, folder: Path) -> tuple[str | Path, ...]:
+        """Where things are, which the run file says, too: on another machine they are elsewhere."""
+        c = self.comparison
+        return ("--data", c.train, "--validation", c.validation, "--out", folder)
 
     def _finished(self, folder: Path, config: RunConfig, with_result: bool) -> Done | None:
         if (folder / FAILURE).is_file():

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from veneer.compare.surroundings import Surroundings
+from veneer.errors import Interrupted
 from veneer.train.config import RunConfig
 
 T = TypeVar("T")
@@ -57,6 +59,10 @@ Asking = Generator[Sequence[Job], Over, T]
 class Place(Protocol):
     """Where jobs run."""
 
+    def look(self, base: str, asked: Sequence[RunConfig]) -> Surroundings:
+        """What is there for these settings of runs. Asked first."""
+        ...
+
     def take(self, jobs: Sequence[Job]) -> None:
         """To run; before those that wait already, which somebody wanted who comes later."""
         ...
@@ -66,7 +72,7 @@ class Place(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends what runs; it saves first what it can go on from."""
+        """Ends what runs; it saves first what it can go on from. Nothing is asked afterwards."""
         ...
 
 
@@ -98,5 +104,10 @@ def answer(asking: Asking[T], place: Place, say: Say) -> T:
             place.take(asking.send(place.over(say)))
     except StopIteration as end:
         return end.value
-    finally:
-        place.stop()
+
+
+def interrupted() -> Interrupted:
+    return Interrupted(
+        "stopped; finished runs stay, what was running has saved a checkpoint if it had begun",
+        next_step="Go on with the same command: what is finished is not run again.",
+    )

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from veneer.child import environment_for, module_command
-from veneer.compare.jobs import Job, Outcome, Over, Say
-from veneer.errors import Interrupted
+from veneer.child import end_with_parent, environment_for, module_command
+from veneer.compare.jobs import Job, Outcome, Over, Say, interrupted
+from veneer.compare.surroundings import Surroundings, surroundings
 from veneer.train.checkpoint import newest_valid
+from veneer.train.config import RunConfig
 
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 """How a command ends that was asked to: it has saved before."""
@@ -22,18 +24,21 @@ class Here:
     def __init__(self) -> None:
         self._waiting = deque[Job]()
 
+    def look(self, base: str, asked: Sequence[RunConfig]) -> Surroundings:
+        return surroundings(base, asked)
+
     def take(self, jobs: Sequence[Job]) -> None:
         self._waiting.extendleft(reversed(jobs))
 
     def over(self, say: Say) -> Over:
         job = self._waiting.popleft()
         try:
-            return job, command_of(chosen(job), lambda: say(f"{job.what}: {job.step()}"))
+            outcome = command_of(chosen(job), lambda: say(f"{job.what}: {job.step()}"), os.environ)
         except KeyboardInterrupt:
-            raise Interrupted(
-                "stopped; finished runs stay, the one that was running has saved a checkpoint if it had begun",
-                next_step="Go on with the same command: what is finished is not run again.",
-            ) from None
+            raise interrupted() from None
+        if outcome.code in INTERRUPTED:
+            raise interrupted()
+        return job, outcome
 
     def stop(self) -> None:
         self._waiting.clear()
@@ -50,7 +55,9 @@ def chosen(job: Job) -> list[str]:
     return [str(each) for each in job.begin]
 
 
-def command_of(arguments: Sequence[str], each_second: Callable[[], None]) -> Outcome:
+def command_of(
+    arguments: Sequence[str], each_second: Callable[[], None], variables: Mapping[str, str], cwd: Path | None = None
+) -> Outcome:
     """`veneer ...` in a process of its own. KeyboardInterrupt goes on to it, and it saves first.
 
     In a session of its own: Ctrl-C would reach it twice otherwise, and twice means at once.
@@ -62,8 +69,10 @@ def command_of(arguments: Sequence[str], each_second: Callable[[], None]) -> Out
         stdin=subprocess.DEVNULL,
         text=True,
         encoding="utf-8",
-        env=environment_for(os.environ),
+        env=environment_for(variables),
+        cwd=cwd,
         start_new_session=True,
+        preexec_fn=end_with_parent,
     )
     try:
         while True:
@@ -76,6 +85,4 @@ def command_of(arguments: Sequence[str], each_second: Callable[[], None]) -> Out
         child.send_signal(signal.SIGTERM)  # SIGINT may be ignored there: a shell starts jobs so
         child.communicate()
         raise
-    if child.returncode in INTERRUPTED:
-        raise KeyboardInterrupt
     return Outcome(child.returncode, out, talk, ("veneer", *arguments))
