@@ -16,6 +16,8 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,12 @@ from veneer.quant.config import FORMATS
 from veneer.wording import folded, shown, size
 
 if TYPE_CHECKING:
-    from veneer.serve.start import Opened, Settings
+    import socket
+
+    from veneer.library.library import Library
+    from veneer.serve.keys import Keys
+    from veneer.serve.run import Server
+    from veneer.serve.start import Settings
 
 NAMES_SHOWN = 6
 COLUMNS = 80
@@ -76,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], metavar="NAME", help="a host name it is reached by"
     )
     access.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask")
+    where = parser.add_argument_group("where answers are computed")
+    where.add_argument("--on", choices=PLACES, default="here", help="in this process, or on Ray; default: here")
+    where.add_argument("--address", metavar="A", help="of the Ray cluster, or auto; default: one is started here")
+    where.add_argument("--replicas", type=COUNT, metavar="N", help="at least; default: 1")
+    where.add_argument("--max-replicas", type=COUNT, metavar="N", help="while requests wait; default: --replicas")
+    where.add_argument("--cpus", type=COUNT, metavar="N", help="of a replica; default: the cluster's, shared out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,23 +98,77 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("no base is named", [], "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).")
     _require_extra()
     with no_collection():
-        from veneer import api
         from veneer.library.library import Library
         from veneer.serve.run import run as run_server
-        from veneer.serve.start import keys_of, open_server
+        from veneer.serve.start import keys_of
     settings = _settings(args)
     keys = keys_of(settings, os.environ)
     library = Library(args.library)
     library.entries()  # it is one, before a base is loaded for it
-    base = api.load(args.base, dtype=args.dtype, device=args.device, quantize=args.quantize)
-    opened = open_server(base, library, settings, keys)
+    ready = PLACES[args.on](args, settings, keys, library)
     _log()
     console = make_console(json=False)
-    for line in _told(opened, args.host):
+    for line in ready.told:
         console.print(shown(line), soft_wrap=True)
-    run_server(opened.server, [opened.socket])
+    try:
+        run_server(ready.server, [ready.socket])
+    finally:
+        ready.close()
     console.print("ended")
     return 0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A server that listens already. told: on the screen. close: what stands behind it."""
+
+    server: Server
+    socket: socket.socket
+    told: list[str]
+    close: Callable[[], None] = lambda: None
+
+
+def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+    """In this process. ConfigError: flags that only a cluster has a use for."""
+    given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: only for replicas on Ray", [], "Give --on ray too, or leave them out.")
+    with no_collection():
+        from veneer import api
+        from veneer.serve.start import open_server
+    base = api.load(args.base, dtype=args.dtype, device=args.device, quantize=args.quantize)
+    opened = open_server(base, library, settings, keys)
+    service = opened.service
+    adapters = [card["id"] for card in service.names.cards()[1:]]
+    holds = f"keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
+    told = _told(service.names.base_name, adapters, holds, opened.url, keys, args.host)
+    return Ready(opened.server, opened.socket, told)
+
+
+def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+    from veneer.serve.front import open_front
+    from veneer.serve.ray_replicas import RayReplicas, Size
+    from veneer.serve.replica import Served
+    from veneer.serve.start import name_of, url_of
+
+    replicas = args.replicas or 1
+    most = args.max_replicas or replicas
+    if most < replicas:
+        raise ConfigError(f"--replicas is {replicas} and --max-replicas {most}", [], "Give as many at most, or more.")
+    base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
+    settings = replace(settings, name=settings.name or name_of(args.base))
+    served = Served(base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings)
+    behind = RayReplicas(args.address, served, Size(replicas, most, args.cpus))
+    server, listener = open_front(behind, settings, keys)
+    number = f"{replicas} replica{'' if replicas == 1 else 's'} on Ray"
+    holds = number + (f", up to {most} while requests wait" if most > replicas else "")
+    adapters = [entry.name for entry in library.entries()]
+    told = _told(str(settings.name), adapters, holds, url_of(listener), keys, args.host)
+    return Ready(server, listener, told, behind.close)
+
+
+PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], Ready]] = {"here": _here, "ray": _on_ray}
+ON_RAY = ("address", "replicas", "max_replicas", "cpus")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -128,23 +195,21 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _told(opened: Opened, host: str) -> list[str]:
+def _told(base: str, adapters: list[str], holds: str, url: str, keys: Keys, host: str) -> list[str]:
     """What is served, where, and to whom."""
     from veneer.serve.run import is_loopback
 
-    service, names = opened.service, opened.service.names
-    adapters = [card["id"] for card in names.cards()[1:]]
     count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
     some = ", ".join(adapters[:NAMES_SHOWN]) + (", …" if len(adapters) > NAMES_SHOWN else "")
-    if not opened.keys:
+    if not keys:
         who = "no key is asked for"
     else:
         who = "a key is asked for" + ("" if is_loopback(host) else " · without TLS: put a proxy in front")
     return [
-        folded(f"{names.base_name} · {count}" + (f" · {some}" if some else ""), COLUMNS),
-        f"  keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens",
-        f"  {opened.url}/v1 · {who}",
-        f"  {opened.url}/ in a browser: base and adapters side by side",
+        folded(f"{base} · {count}" + (f" · {some}" if some else ""), COLUMNS),
+        f"  {holds}",
+        f"  {url}/v1 · {who}",
+        f"  {url}/ in a browser: base and adapters side by side",
         "  Ctrl-C ends it",
     ]
 

@@ -25,6 +25,11 @@ async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
         raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "The body must not be compressed.")
+    return parsed(await gathered(request, most_bytes))
+
+
+async def gathered(request: Request, most_bytes: int) -> bytes:
+    """The whole body. Refusal: 400, 408 or 413."""
     text, seen = bytearray(), 0
     try:
         async with asyncio.timeout(SECONDS):
@@ -40,7 +45,7 @@ async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
         raise Refusal(400, "The body was cut short.") from None
     if seen > most_bytes:
         raise Refusal(413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"})
-    return parsed(bytes(text))
+    return bytes(text)
 
 
 def parsed(text: bytes) -> dict[str, Any]:

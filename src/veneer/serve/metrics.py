@@ -124,12 +124,34 @@ class Metrics:
         yield from _metric("vllm:request_success_total", "counter", ends)
         yield from _histogram("vllm:time_to_first_token_seconds", own, self._first)
         yield from _histogram("vllm:e2e_request_latency_seconds", own, self._whole)
-        answers = [({"path": p, "status": str(s)}, count) for (p, s), count in sorted(self._answers.items())]
-        yield from _metric("veneer:http_answers_total", "counter", answers)
+        yield from answers_lines(self._answers)
         held: list[tuple[Mapping[str, str], float]] = [({"adapter": name}, taken) for name, taken in memory.items()]
         yield from _metric("veneer:adapter_in_memory_bytes", "gauge", held[:MOST_NAMES])
         for name, value in sorted(extra.items()):
             yield from _metric(f"veneer:{name}", "gauge", [({}, value)])
+
+
+def answers_lines(answers: Mapping[tuple[str, int], int]) -> Iterator[str]:
+    """How often each (path, status) was answered."""
+    samples = [({"path": path, "status": str(status)}, count) for (path, status), count in sorted(answers.items())]
+    yield from _metric("veneer:http_answers_total", "counter", samples)
+
+
+def merged(texts: Mapping[str, str]) -> Iterator[str]:
+    """The lines of several processes, by name: each sample has its process as a label `replica`."""
+    groups: dict[str, list[str]] = {}
+    for replica, text in sorted(texts.items()):
+        samples: list[str] = []
+        for line in text.splitlines():
+            if line.startswith("#"):
+                samples = groups.setdefault(line, [])
+            else:
+                name, value = line.rsplit(" ", 1)
+                own = _labels({"replica": replica})
+                samples.append(f"{name[:-1]},{own[1:]} {value}" if name.endswith("}") else f"{name}{own} {value}")
+    for head, samples in groups.items():
+        if samples:
+            yield from (head, *samples)
 
 
 def _named(adapters: Sequence[Identity], names: Mapping[str, str]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
@@ -79,8 +81,7 @@ class Opened:
 
     @property
     def url(self) -> str:
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of(self.socket)
 
 
 def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
@@ -90,8 +91,8 @@ def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
     return keys
 
 
-def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Keys) -> Opened:
-    """VeneerError: the base cannot be served, the port is taken, an adapter that is to stay does not fit."""
+def service_of(base: FrozenBase, library: Library, settings: Settings) -> Service:
+    """What answers. VeneerError: the base cannot be served, an adapter that is to stay does not fit."""
     runs = Runs(settings.runs)
     name = settings.name or name_of(base.source)
     names_of_base = {name, base.source, base.name_or_path}
@@ -105,16 +106,36 @@ def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Ke
     residents.on_change(service.loop.wake)
     for each in settings.pinned:
         residents.pin(each)
-    app = Guard(
-        application(service),
-        keys=keys,
-        hosts=[settings.host, *settings.hosts],
-        origins=settings.origins,
-        counted=service.metrics.answered,
+    return service
+
+
+def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Keys) -> Opened:
+    """VeneerError: as service_of, and the port is taken."""
+    service = service_of(base, library, settings)
+    server, listener = guarded(
+        application(service), settings, keys, counted=service.metrics.answered, closing=service.loop.refuse_new
     )
+    return Opened(server, listener, service, service.residents, keys)
+
+
+def guarded(
+    app: ASGIApp,
+    settings: Settings,
+    keys: Keys,
+    *,
+    counted: Callable[[str, int, float], None],
+    closing: Callable[[], None],
+) -> tuple[Server, socket.socket]:
+    """The application as a server, and the socket that it listens on. ConfigError: the port is taken."""
+    hosts = [settings.host, *settings.hosts]
+    guard = Guard(app, keys=keys, hosts=hosts, origins=settings.origins, counted=counted)
     listener = listening(settings.host, settings.port)
-    server = Server(app, drain_seconds=settings.drain_seconds, closing=service.loop.refuse_new)
-    return Opened(server, listener, service, residents, keys)
+    return Server(guard, drain_seconds=settings.drain_seconds, closing=closing), listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def name_of(source: str) -> str:

@@ -1,0 +1,210 @@
+"""Several replicas behind one front, without a cluster: which one answers, what all of them are told, what is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from tests.serve.server import BASE, add_adapter
+from tests.tiny import save_tiny
+from veneer.decoding.engine import bytes_per_token
+from veneer.errors import LostProcessError, QueueFullError
+from veneer.library.library import Library
+from veneer.serve.front import Front
+from veneer.serve.guard import Guard
+from veneer.serve.keys import Key, Keys, hashed
+from veneer.serve.replica import Change, Passed, Replica, Served, model_of
+from veneer.serve.start import Settings
+
+HELLO = [{"role": "user", "content": "hello"}]
+USE, ADMIN = "use-" + "u" * 32, "admin-" + "a" * 32
+
+
+class Two:
+    """Real replicas in this process. asked: (which, model) of each request. loses: how many are yet to be lost, after
+    so many messages."""
+
+    def __init__(self, served: Served) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.loses, self.after, self.next = 0, 0, 0
+        self.homes: dict[str, int] = {}
+        self.replicas = [Replica(served, name, self._known) for name in ("one", "two")]
+
+    async def _known(self, model: str) -> str:
+        return model
+
+    async def answer(self, request: Passed, model: str, changes: Sequence[Change]) -> AsyncIterator[Message]:
+        which = self.next % 2
+        self.next += 1
+        self.asked.append((self.replicas[which].name, model))
+        sent = 0
+        if self.loses and not self.after:
+            self.loses -= 1
+            raise LostProcessError("gone")
+        async for message in self.replicas[which].answer(request, model, changes):
+            yield message
+            sent += 1
+            if self.loses and sent >= self.after:
+                self.loses -= 1
+                raise LostProcessError("gone")
+
+    async def adopt(self, changes: Sequence[Change]) -> None:
+        """Nobody hears it, as where a replica begins later: requests bring it."""
+
+    async def metrics(self) -> dict[str, str]:
+        return dict([await each.metrics() for each in self.replicas])
+
+    async def shown(self) -> dict[str, list[dict[str, Any]]]:
+        return dict([await each.shown() for each in self.replicas])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    from veneer import api
+
+    folder = tmp_path_factory.mktemp("replicas")
+    save_tiny(folder / "tiny", "llama_untied")
+    base = api.load(str(folder / "tiny"))
+    library = Library(folder / "adapters")
+    add_adapter(library, folder / "made", "tickets", 1, base)
+    settings = Settings(name=BASE, cache_bytes=2048 * bytes_per_token(base))
+    return Served(str(folder / "tiny"), str(folder / "adapters"), "auto", "cpu", None, settings)
+
+
+def asking(served: Served, question: Any, *, keys: Keys | None = None) -> Any:
+    """What `question(client, two)` finds out; both replicas are new."""
+
+    async def run() -> Any:
+        two = Two(served)
+        front = Front(two, body_bytes=2**20)
+        app = Guard(front, keys=keys or Keys([]), counted=front.answered)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
+            return await question(client, two, front)
+
+    return asyncio.run(run())
+
+
+def chat(model: str = "tickets", **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": HELLO, "max_tokens": 6, "temperature": 0, **fields}
+
+
+async def said(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
+    answer = await client.post("/v1/chat/completions", json=chat(model, **fields))
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: Served) -> None:
+    async def question(client: Any, two: Two, front: Front) -> None:
+        tickets = [await said(client, "tickets") for _ in range(2)]
+        bases = [await said(client, BASE) for _ in range(2)]
+        assert tickets[0] == tickets[1] != bases[0] == bases[1]
+        assert two.asked == [("one", "tickets"), ("two", "tickets"), ("one", BASE), ("two", BASE)]
+        async with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as stream:
+            lines = [line async for line in stream.aiter_lines() if line]
+        assert lines[-1] == "data: [DONE]" and len(lines) > 3
+        unknown = await client.post("/v1/chat/completions", json=chat("nobody"))
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        faulty = await client.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+        assert faulty.status_code == 400
+        large = await client.post("/v1/chat/completions", json=chat(user="x" * 2**21))
+        assert large.status_code == 413
+
+    asking(served, question)
+
+
+def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_later_is_told(served: Served) -> None:
+    async def question(client: Any, two: Two, front: Front) -> None:
+        whole = await said(client, "tickets")
+        two.loses = 2
+        assert await said(client, "tickets") == whole
+        two.loses = 3
+        lost = await client.post("/v1/chat/completions", json=chat())
+        assert (lost.status_code, lost.json()["error"]["code"]) == (503, "replica_lost")
+        assert lost.headers["retry-after"]
+        two.loses, two.after = 1, 3
+        async with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as stream:
+            lines = [line async for line in stream.aiter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
+        assert await said(client, "tickets") == whole
+
+    asking(served, question)
+
+
+def test_what_an_administrator_changes_holds_on_all_replicas(served: Served) -> None:
+    keys = Keys([Key("use", hashed(USE), "u"), Key("admin", hashed(ADMIN), "a")])
+
+    async def question(client: Any, two: Two, front: Front) -> None:
+        use, admin = ({"authorization": f"Bearer {key}"} for key in (USE, ADMIN))
+        body = {"lora_name": "other", "lora_path": "tickets@1"}
+        assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 401
+        assert (await client.post("/v1/load_lora_adapter", json=body, headers=use)).status_code == 403
+        assert (await client.post("/v1/load_lora_adapter", json=body, headers=admin)).status_code == 200
+        for _ in range(2):  # one of them was not there when it was said
+            answer = await client.post("/v1/chat/completions", json=chat("other"), headers=use)
+            assert answer.status_code == 200
+        cards = (await client.get("/v1/adapters", headers=use)).json()["data"]
+        assert {card["replica"] for card in cards} == {"one", "two"}
+        gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "other"}, headers=admin)
+        assert gone.status_code == 200
+        for _ in range(2):
+            answer = await client.post("/v1/chat/completions", json=chat("other"), headers=use)
+            assert answer.status_code == 404
+        assert len(front._changes) == 1  # the later one of a name is all that counts
+
+    asking(served, question, keys=keys)
+
+
+def test_metrics_are_those_of_every_replica_and_of_the_front(served: Served) -> None:
+    async def question(client: Any, two: Two, front: Front) -> None:
+        for _ in range(2):
+            await said(client, "tickets")
+        lines = (await client.get("/metrics")).text.splitlines()
+        for name in ("one", "two"):
+            assert f'vllm:generation_tokens_total{{model_name="{BASE}",replica="{name}"}} 6' in lines
+            assert f'veneer:adapters_ready{{replica="{name}"}} 1' in lines
+        assert 'veneer:http_answers_total{path="/v1/chat/completions",status="200"} 2' in lines
+        heads = [line for line in lines if line.startswith("#")]
+        assert len(heads) == len(set(heads))
+
+    asking(served, question)
+
+
+def test_one_that_is_closing_refuses_and_a_full_queue_is_429(served: Served) -> None:
+    async def question(client: Any, two: Two, front: Front) -> None:
+        async def full(*_: Any) -> AsyncIterator[Message]:
+            raise QueueFullError(9, 9)
+            yield
+
+        two.answer = full  # type: ignore[method-assign]
+        assert (await client.post("/v1/chat/completions", json=chat())).status_code == 429
+        assert (await client.get("/readyz")).status_code == 200
+        front.refuse_new()
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await client.post("/v1/chat/completions", json=chat())).status_code == 503
+        assert (await client.get("/healthz")).status_code == 200
+
+    asking(served, question)
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        (b'{"model": "a"}', "a"),
+        (b'{"model": "base", "adapters": [{"name": "a", "weight": 1}, {"name": "b"}]}', "a+b"),
+        (b'{"model": 3}', ""),
+        (b"[]", ""),
+        (b"", ""),
+        (b"\xff", ""),
+        (b'{"model": "a", "adapters": 7}', "a"),
+    ],
+)
+def test_affinity_goes_by_the_name_in_the_body_whatever_else_is_in_it(body: bytes, model: str) -> None:
+    assert model_of(body) == model
