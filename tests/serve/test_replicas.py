@@ -82,7 +82,7 @@ def asking(served: Served, question: Any, *, keys: Keys | None = None) -> Any:
 
     async def run() -> Any:
         two = Two(served)
-        front = Front(two, body_bytes=2**20)
+        front = Front(two, body_bytes=2**20, seconds=600)
         app = Guard(front, keys=keys or Keys([]), counted=front.answered)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
@@ -177,14 +177,22 @@ def test_metrics_are_those_of_every_replica_and_of_the_front(served: Served) -> 
     asking(served, question)
 
 
-def test_one_that_is_closing_refuses_and_a_full_queue_is_429(served: Served) -> None:
+def test_one_that_is_closing_refuses_a_full_queue_is_429_and_nobody_is_503(served: Served) -> None:
     async def question(client: Any, two: Two, front: Front) -> None:
         async def full(*_: Any) -> AsyncIterator[Message]:
             raise QueueFullError(9, 9)
             yield
 
+        async def nobody(*_: Any) -> AsyncIterator[Message]:
+            await asyncio.sleep(60)
+            yield {}
+
         two.answer = full  # type: ignore[method-assign]
         assert (await client.post("/v1/chat/completions", json=chat())).status_code == 429
+        two.answer = nobody  # type: ignore[method-assign]
+        front._seconds = 0.1
+        late = await client.post("/v1/chat/completions", json=chat())
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "no_replica")
         assert (await client.get("/readyz")).status_code == 200
         front.refuse_new()
         assert (await client.get("/readyz")).status_code == 503

@@ -159,7 +159,11 @@ def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: L
     settings = replace(settings, name=settings.name or name_of(args.base))
     served = Served(base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings)
     behind = RayReplicas(args.address, served, Size(replicas, most, args.cpus))
-    server, listener = open_front(behind, settings, keys)
+    try:
+        server, listener = open_front(behind, settings, keys)
+    except BaseException:
+        behind.close()
+        raise
     number = f"{replicas} replica{'' if replicas == 1 else 's'} on Ray"
     holds = number + (f", up to {most} while requests wait" if most > replicas else "")
     adapters = [entry.name for entry in library.entries()]

@@ -17,8 +17,8 @@ import torch
 from veneer.bases.from_config import blueprint
 from veneer.compare.jobs import RUNNING, Job, Outcome, Over, Say, interrupted
 from veneer.compare.ray_cluster import connect
-from veneer.compare.ray_trial import ROWS, Asked, Word, done_name, job_key, look, relocate, run_trial
-from veneer.compare.store import Store
+from veneer.compare.ray_trial import ROWS, Asked, Word, done_name, look, relocate, run_trial
+from veneer.compare.store import Store, key_of, results
 from veneer.compare.surroundings import Surroundings
 from veneer.errors import DoesNotFitError, LostProcessError, VeneerError
 from veneer.plan.estimate import PROCESS_BYTES
@@ -29,6 +29,9 @@ from veneer.wording import size
 
 RETRIES = 20
 """Nodes that a task may be lost with."""
+JUDGED = ("adapter", "model")
+LEFT = (*JUDGED, "summary.json", "predictions.jsonl")
+"""Of a run's folder: what an evaluation reads, and what jobs are for. The name of a run says all that it depends on."""
 STOP_SECONDS = 60.0
 """For tasks to save in."""
 
@@ -103,11 +106,11 @@ class OnRay:
         own = newest_valid(job.folder / "checkpoints")[0] if job.resume else job.folder
         if own is not None and own.exists():
             self._store.put_folder(job.folder, name)
-        listed = {} if job.resume else self._store.listed(name) or {}
         begin, resume = ([self._word(each, job) for each in words] for words in (job.begin, job.resume))
         config = job.config.model_dump(mode="json")
         rows = {row: self._word(Path(file), job) for row in ROWS if (file := getattr(job.config.data, row))}
-        key = job_key(begin, self._circumstances, listed)
+        judged = results(self._store.listed(name) or {}, JUDGED)
+        key = key_of([name] if job.resume else [begin, self._circumstances, judged])
         cwd = str(Path.cwd())
         return Asked(
             self._store.address, name, key, begin, resume, config, rows, self._threads, cwd, self._circumstances
@@ -127,7 +130,7 @@ class OnRay:
             return None
         done = json.loads(text)
         listed = self._store.listed(asked.name) or {}
-        kept = done["files"].items() <= dict(listed).items()
+        kept = results(done["files"], LEFT).items() <= listed.items()
         outcome = Outcome(**{**done["outcome"], "command": tuple(done["outcome"]["command"])})
         return outcome if kept and outcome.code == 0 else None
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -23,7 +23,7 @@ from typing import Any
 from veneer.child import environment_for, module_command
 from veneer.compare.jobs import Job, Outcome
 from veneer.compare.local import INTERRUPTED, chosen, command_of
-from veneer.compare.store import Store, key_of
+from veneer.compare.store import Store
 from veneer.errors import LostProcessError, RefusedError, VeneerError
 from veneer.files.partial import scratch_folder, sweep
 from veneer.train.checkpoint import newest_valid, numbers
@@ -195,8 +195,3 @@ def relocate(folder: Path, config: RunConfig) -> None:
     rows = {name: getattr(config.data, name) for name in ROWS}
     here = {"base": config.base, "out": str(folder), "data": there.data.model_copy(update=rows)}
     write_run_file(there.model_copy(update=here))
-
-
-def job_key(begin: Sequence[Word], circumstances: Mapping[str, str], folder: Mapping[str, str]) -> str:
-    """The same for the same command on the same files under the same circumstances."""
-    return key_of([list(begin), dict(circumstances), dict(folder)])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,11 @@ def files_of(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: file_hash(path) for name, path in names.items() if not _unfinished(name)}
+
+
+def results(listed: Listed, names: Collection[str]) -> dict[str, str]:
+    """Of a folder's files those of this name, and those in folders of this name."""
+    return {path: digest for path, digest in listed.items() if path.partition("/")[0] in names}
 
 
 def key_of(value: Any) -> str:

@@ -6,6 +6,7 @@ out already, the answer ends with an error, for its client to ask again.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -33,6 +34,8 @@ from veneer.serve.start import Settings, guarded
 log = logging.getLogger("veneer.serve")
 CHANGING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters/pin", "/v1/adapters/unpin")
 """What an administrator asks of all replicas, those that are yet to come too."""
+PATIENCE_SECONDS = 30.0
+"""Beyond the time that a request has at a replica: for one to be there."""
 ATTEMPTS = 3
 """Replicas that a request may be lost with before it is answered."""
 
@@ -58,10 +61,10 @@ class Replicas(Protocol):
 
 
 class Front:
-    """An ASGI application, behind Guard."""
+    """An ASGI application, behind Guard. seconds: that a request has at a replica."""
 
-    def __init__(self, replicas: Replicas, *, body_bytes: int) -> None:
-        self._replicas, self._body_bytes = replicas, body_bytes
+    def __init__(self, replicas: Replicas, *, body_bytes: int, seconds: float) -> None:
+        self._replicas, self._body_bytes, self._seconds = replicas, body_bytes, seconds + PATIENCE_SECONDS
         self._changes: list[Change] = []
         self._answers: Counter[tuple[str, int]] = Counter()
         self._closing = False
@@ -131,9 +134,13 @@ class Front:
     async def _pass_on(self, request: Passed, out: _Sent) -> None:
         for left in reversed(range(ATTEMPTS)):
             try:
-                async for message in self._replicas.answer(request, model_of(request.body), tuple(self._changes)):
-                    await out(message)
+                async with asyncio.timeout(self._seconds) as until:
+                    async for message in self._replicas.answer(request, model_of(request.body), tuple(self._changes)):
+                        until.reschedule(None)  # from here on it is the replica that says how long it takes
+                        await out(message)
                 break
+            except TimeoutError:
+                raise Refusal(503, "No replica has answered in time.", code="no_replica") from None
             except LostProcessError:
                 if out.status or not left:
                     raise
@@ -158,7 +165,7 @@ class _Sent:
 
 def open_front(replicas: Replicas, settings: Settings, keys: Keys) -> tuple[Server, socket.socket]:
     """ConfigError: the port is taken."""
-    front = Front(replicas, body_bytes=ServeLimits.body_bytes)
+    front = Front(replicas, body_bytes=ServeLimits.body_bytes, seconds=settings.seconds)
     return guarded(front, settings, keys, counted=front.answered, closing=front.refuse_new)
 
 

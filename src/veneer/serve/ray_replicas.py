@@ -64,11 +64,12 @@ class RayReplicas:
         try:
             self._serve.start(proxy_location="Disabled", logging_config=QUIET)
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            self._handle: Any = self._serve.run(
-                deployment.bind(served), name=self._name, route_prefix=None, logging_config=QUIET
-            )
-        except Exception as fault:  # whatever a replica raised, as Ray tells it
+            bound = deployment.bind(served)
+            self._handle: Any = self._serve.run(bound, name=self._name, route_prefix=None, logging_config=QUIET)
+        except BaseException as fault:  # whatever a replica raised, as Ray tells it; or Ctrl-C: nothing stays behind
             self.close()
+            if not isinstance(fault, Exception):
+                raise
             said = [line for line in str(fault).splitlines() if line.strip()]
             raise VeneerError(
                 "the replicas could not be started", said[-6:], "Mend that, then start them again."
