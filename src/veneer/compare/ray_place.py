@@ -18,7 +18,7 @@ from veneer.bases.from_config import blueprint
 from veneer.compare.jobs import RUNNING, Job, Outcome, Over, Say, interrupted
 from veneer.compare.ray_cluster import connect
 from veneer.compare.ray_trial import ROWS, Asked, Word, done_name, look, relocate, run_trial
-from veneer.compare.store import Store, key_of, results
+from veneer.compare.store import Store, files_of, key_of, results
 from veneer.compare.surroundings import Surroundings
 from veneer.errors import DoesNotFitError, LostProcessError, VeneerError
 from veneer.plan.estimate import PROCESS_BYTES
@@ -104,7 +104,7 @@ class OnRay:
     def _asked(self, job: Job) -> Asked:
         name = job.folder.name
         own = newest_valid(job.folder / "checkpoints")[0] if job.resume else job.folder
-        if own is not None and own.exists():
+        if own is not None and files_of(job.folder):
             self._store.put_folder(job.folder, name)
         begin, resume = ([self._word(each, job) for each in words] for words in (job.begin, job.resume))
         config = job.config.model_dump(mode="json")
