@@ -16,7 +16,8 @@ from tests.tiny import save_tiny
 from veneer.decoding.engine import bytes_per_token
 from veneer.errors import LostProcessError, QueueFullError
 from veneer.library.library import Library
-from veneer.serve.front import Front
+from veneer.serve.app import PATHS
+from veneer.serve.front import CHANGING, Front
 from veneer.serve.guard import Guard
 from veneer.serve.keys import Key, Keys, hashed
 from veneer.serve.replica import Change, Passed, Replica, Served, model_of
@@ -158,6 +159,17 @@ def test_what_an_administrator_changes_holds_on_all_replicas(served: Served) -> 
             answer = await client.post("/v1/chat/completions", json=chat("other"), headers=use)
             assert answer.status_code == 404
         assert len(front._changes) == 1  # the later one of a name is all that counts
+
+    asking(served, question, keys=keys)
+
+
+def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(served: Served) -> None:
+    keys = Keys([Key("use", hashed(USE), "u")])
+
+    async def question(client: Any, two: Two, front: Front) -> None:
+        use = {"authorization": f"Bearer {USE}"}
+        refused = [path for path in PATHS if (await client.post(path, json={}, headers=use)).status_code == 403]
+        assert sorted(refused) == sorted(CHANGING)
 
     asking(served, question, keys=keys)
 
