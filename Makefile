@@ -23,7 +23,7 @@ check: $(VENV)/.ready-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-soak: $(VENV)/.ready-dev
+soak: $(VENV)/.ready-soak
 	VENEER_SOAK=1 $(BIN)/python -m pytest tests/soak tests/test_native_calls.py
 
 bench: $(VENV)/.ready-dev
@@ -47,3 +47,8 @@ $(VENV)/.ready: pyproject.toml $(NATIVE) | $(BIN)/python
 $(VENV)/.ready-dev: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/.ready $@
+
+# 350 MB more, for loops that start clusters.
+$(VENV)/.ready-soak: pyproject.toml $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
+	@touch $(VENV)/.ready $(VENV)/.ready-dev $@
