@@ -1,17 +1,20 @@
-"""What a data set would teach, as the model will see it; trains nothing and loads no weights.
+"""Look at rows as the model will see them, convert, divide and draw them; trains nothing and loads no weights.
 
 For instance:
 
   veneer data check tickets.jsonl --base smollm2-135m
+  veneer data convert old.csv --map question=prompt --map answer=completion --out rows.jsonl
+  veneer data split rows.jsonl --out rows --validation 0.05 --test 0.1
+  veneer data sample org/name 2000 --out general.jsonl
 
-Shows a row with the trained tokens marked, tokens by role, lengths, and every problem with its rows.
-Exits 4 if a run would refuse the data.
+check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with its rows.
+It exits 4 if a run would refuse the data.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import LINE
@@ -25,6 +28,7 @@ from veneer.cli.common import (
     print_json,
     variables_of,
 )
+from veneer.cli.data_verbs import add_verbs
 from veneer.errors import InputError
 from veneer.wording import folded, percent, shown
 
@@ -38,9 +42,12 @@ SAMPLE_CHARACTERS = 1200  # of a stretch of tokens; the middle of a longer one i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "veneer data check D --base B [--validation V] [--length N] [--format F] [--json]"
-    parser.add_argument("action", choices=["check"], metavar="check", help="the one thing to do here so far")
-    parser.add_argument("data", metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    help = "what a data set would teach, as the model will see it; exits 4 if a run would refuse it"
+    parser = actions.add_parser("check", help=help, allow_abbrev=False)
+    parser.set_defaults(act=_check)
+    add_verbs(actions)
+    parser.add_argument("data", metavar="D", help="file, folder, pattern, address, data set of the hub")
     parser.add_argument("--base", required=True, metavar="B", help="whose tokens and chat template are taken")
     parser.add_argument("--validation", metavar="V", help="held-out rows; also looked through for rows of D")
     add_data(parser, "long_rows")
@@ -51,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    act: Callable[[argparse.Namespace], int] = args.act
+    return act(args)
+
+
+def _check(args: argparse.Namespace) -> int:
     from veneer import api
 
     data, tokenizer = api.check_data(

@@ -13,6 +13,7 @@ from veneer.data.columns import ColumnMap
 from veneer.data.examples import Layout, Row
 from veneer.data.sources import read_rows
 from veneer.data.split import split
+from veneer.data.writing import record_of
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.general import BUILT_IN, general_documents
 from veneer.evaluate.labels import read_labels
@@ -142,7 +143,7 @@ def prepare_rows(
     folder.mkdir(parents=True, exist_ok=True)
     for name, side in sides.items():
         if side:
-            text = "".join(json.dumps(_record(row), ensure_ascii=False) + "\n" for row in side)
+            text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in side)
             with atomic_file(paths[name], replace=True) as partial:
                 partial.write_text(text, encoding="utf-8")
     return Files(paths["train"], paths["validation"], paths["test"], "auto")
@@ -162,18 +163,3 @@ def _divided(
         above = VALIDATION_SHARE if given["validation"] is None else 0.0
         rows, tested = split(rows, above + TEST_SHARE)
     return rows, held, tested
-
-
-def _record(row: Row) -> dict[str, Any]:
-    if row.text is not None:
-        return {"text": row.text}
-    record: dict[str, Any] = {"messages": row.messages}
-    if row.format == "prompt_completion":  # which a base without a chat template can take, and messages it cannot
-        learnt = (n for n, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0)
-        answer = next(learnt, len(row.messages) - 1)
-        record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}
-    if row.tools:
-        record["tools"] = row.tools
-    if row.references:
-        record["references"] = list(row.references)
-    return record

@@ -183,6 +183,11 @@ def row_key(row: Row) -> int:
     return _hash63([row.messages, row.tools, row.text])
 
 
+def sampling_key(key: int, seed: int, number: int) -> int:
+    """63 bits by which a row is drawn or not; number: where it stands, for rows that repeat another."""
+    return _hash63([key, seed, number])
+
+
 def rows_behind(examples: Sequence[Example]) -> int:
     """How many rows these examples came from."""
     pairs = zip([None, *(each.row for each in examples)], examples, strict=False)

@@ -47,32 +47,43 @@ def scan_rows(
     columns: under which name each is read; None: it is left out. Raises DataError for an unknown format name, and for a
     set that is not found or cannot be brought here.
     """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for found in rows_in(path, format, columns):
+        if isinstance(found, Row):
+            rows.append(found)
+        else:
+            problems.append(found)
+    return rows, grouped(problems + mixed_layouts(rows))
+
+
+def rows_in(path: str | Path, format: str = "auto", columns: ColumnMap | None = None) -> Iterator[Row | Problem]:
+    """The same one by one, so that no more than a row is held."""
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}.")
     named: Format | None = next((name for name in FORMATS if name == format), None)
-    rows: list[Row] = []
-    problems: list[Problem] = []
     renames, seen = Renames(columns or {}), False
     for place in places_of(str(path)):
         empty = True
         for record in _records(place):
             empty, seen = False, True
             if isinstance(record, Problem):
-                problems.append(record)
+                yield record
                 continue
             line, values = record
             ref = RowRef(place.name, line)
             try:
                 values = renames.of(values)
                 found = frozenset(name for name, value in values.items() if value is not None)
-                rows.append(to_row(values, ref, named or detect(found)))
+                row = to_row(values, ref, named or detect(found))
             except RowFault as fault:
-                problems.append(fault.at(ref))
+                yield fault.at(ref)
+            else:
+                yield row
         if empty:
-            problems.append(Problem("D100", place.name, "the file has no rows"))
+            yield Problem("D100", place.name, "the file has no rows")
     if seen:
-        problems += renames.unused(str(path))
-    return rows, grouped(problems + mixed_layouts(rows))
+        yield from renames.unused(str(path))
 
 
 def _records(place: Place) -> Records:

@@ -1,0 +1,153 @@
+"""Rows to a file, as they are read again: what people do by hand with a set before they train on it.
+
+    .jsonl   .jsonl.gz      one record a line: messages, or prompt and completion, or text
+
+A set is read row by row and written row by row; only a sample is held, and of split rows nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.data.columns import ColumnMap
+from veneer.data.examples import Problem, Row, grouped, prompt_key, refusal, row_key, sampling_key
+from veneer.data.sources import rows_in
+from veneer.errors import ConfigError
+from veneer.files.atomic import atomic_file
+
+KINDS = (".jsonl", ".jsonl.gz")
+
+
+def record_of(row: Row) -> dict[str, Any]:
+    """The row as a record of its layout, alpaca and ShareGPT as chat."""
+    if row.text is not None:
+        return {"text": row.text}
+    record: dict[str, Any] = {"messages": row.messages}
+    if row.format == "prompt_completion":  # which a base without a chat template can take, and messages it cannot
+        learnt = (n for n, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0)
+        answer = next(learnt, len(row.messages) - 1)
+        record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}
+    if row.tools:
+        record["tools"] = row.tools
+    if row.references:
+        record["references"] = list(row.references)
+    return record
+
+
+@dataclass
+class Written:
+    """rows: in each file. problems: of rows that were left out."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def convert(
+    sets: Iterable[str], out: Path, *, format: str = "auto", columns: ColumnMap | None = None, leave_out: bool = False
+) -> Written:
+    """All rows of these sets into one file. DataError with every row that cannot be read, unless these are left out."""
+    return _distributed(sets, {out: lambda row: True}, _Reading(format, columns, leave_out))
+
+
+def split_rows(
+    named: str,
+    folder: Path,
+    *,
+    validation: float,
+    test: float,
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    leave_out: bool = False,
+) -> Written:
+    """train.jsonl, validation.jsonl and test.jsonl by a hash of each row's prompt, as a run holds rows out: the same
+    prompt never stands in two, and more rows move none."""
+    ends = {"validation": validation, "test": validation + test, "train": 1.0}
+
+    def belongs(name: str) -> Callable[[Row], bool]:
+        def to_it(row: Row) -> bool:
+            at = prompt_key(row) / (1 << 63)
+            return next(each for each, end in ends.items() if at < end or each == "train") == name
+
+        return to_it
+
+    wanted = ["train", *(name for name, share in (("validation", validation), ("test", test)) if share)]
+    files = {folder / f"{name}.jsonl": belongs(name) for name in wanted}
+    return _distributed([named], files, _Reading(format, columns, leave_out))
+
+
+def sample_rows(
+    named: str,
+    count: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    leave_out: bool = False,
+) -> Written:
+    """So many rows, drawn by a hash of their content and the seed, in the order in which they stand."""
+    written = Written()
+    kept: list[tuple[int, int, Row]] = []  # the largest key first
+    for number, row in enumerate(_Reading(format, columns, leave_out).good([named], written)):
+        entry = (-sampling_key(row_key(row), seed, number), -number, row)
+        if len(kept) < count:
+            heapq.heappush(kept, entry)
+        elif entry[0] > kept[0][0]:
+            heapq.heapreplace(kept, entry)
+    with _opened(out) as put:
+        for _, _, row in sorted(kept, key=lambda entry: -entry[1]):
+            put(record_of(row))
+    written.rows[str(out)] = len(kept)
+    return written
+
+
+@dataclass(frozen=True)
+class _Reading:
+    format: str
+    columns: ColumnMap | None
+    leave_out: bool
+
+    def good(self, sets: Iterable[str], written: Written) -> Iterator[Row]:
+        """Rows; what is wrong with others goes to `written`, or is raised after the last of them."""
+        problems: list[Problem] = []
+        for named in sets:
+            for found in rows_in(named, self.format, self.columns):
+                if isinstance(found, Row):
+                    yield found
+                else:
+                    problems.append(found)
+        written.problems = grouped(problems)
+        if problems and not self.leave_out:
+            raise refusal("some rows cannot be read, and nothing is written", problems)
+
+
+def _distributed(sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], reading: _Reading) -> Written:
+    written = Written(dict.fromkeys(map(str, files), 0))
+    with ExitStack() as stack:
+        puts = {file: stack.enter_context(_opened(file)) for file in files}
+        for row in reading.good(sets, written):
+            for file, takes in files.items():
+                if takes(row):
+                    puts[file](record_of(row))
+                    written.rows[str(file)] += 1
+    return written
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Where records go; the file is whole or absent. ConfigError: it exists, or is of another kind."""
+    if not path.name.endswith(KINDS):
+        raise ConfigError(f"{path}: rows are not written so", next_step=f"Kinds of file: {', '.join(KINDS)}.")
+    if path.exists():
+        raise ConfigError(f"{path} exists", next_step="Name another file: nothing is written over.")
+    with atomic_file(path) as partial:
+        opener: Any = gzip.open if path.suffix == ".gz" else open
+        with opener(partial, "wt", encoding="utf-8") as out:
+            yield lambda record: print(json.dumps(record, ensure_ascii=False), file=out)
