@@ -23,7 +23,8 @@ from veneer.compare.jobs import Place
 from veneer.compare.local import Here
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.check import refuse_beyond
-from veneer.data.examples import Example
+from veneer.data.closer import look_closer
+from veneer.data.examples import Example, grouped
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.errors import ConfigError
 from veneer.evaluate.bootstrap import Counts
@@ -187,6 +188,7 @@ def check_data(
         tokenizer=tokenizer,
         preamble=Preamble(variables=variables or {}),
     )
+    found.report.problems.extend(grouped(look_closer(data, found.train_rows, found.validation_rows)))
     return found, tokenizer
 
 
