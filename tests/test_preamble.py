@@ -62,6 +62,18 @@ def test_the_run_keeps_in_its_adapter_what_all_rows_began_with_and_what_their_te
     assert (manifest["system"], manifest["template_variables"]) == (SYSTEM, QUIET)
 
 
+def test_a_run_that_goes_on_from_it_says_what_the_template_is_told(world, tmp_path):
+    settings = {"from_adapter": str(world / "run"), "steps": 1, "batch": 2}
+    rows = str(world / "rows.jsonl")
+    with pytest.raises(ConfigError, match="enable_thinking: false"):
+        veneer.train(str(world / "base"), rows, out=tmp_path / "a", **settings)
+    for name, variables in (("b", QUIET), ("c", {"enable_thinking": None})):
+        said = {"template": {"variables": variables}}
+        veneer.train(str(world / "base"), rows, out=tmp_path / name, **settings, **said)
+    manifests = [read_json(tmp_path / name / "adapter" / "veneer.json") for name in "bc"]
+    assert [each["template_variables"] for each in manifests] == [QUIET, {}]
+
+
 def test_rows_that_begin_differently_have_no_system_turn_in_common(world, tmp_path):
     rows = [{"system": f"{n % 2}", "prompt": f"number {n}", "completion": "a"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

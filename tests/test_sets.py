@@ -163,6 +163,16 @@ def test_a_run_over_sets_says_what_it_mixes_tells_their_losses_apart_and_resumes
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_over_sets_from_python_has_a_report(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(records(8, name)))
+    sets = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "weight": 0.5}]
+    data = {"train": sets, "validation_share": 0.2}
+    veneer.train(str(tmp_path / "base"), data, out=tmp_path / "run", steps=1, batch=2)
+    assert "b.jsonl" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_other_shares_are_other_rows_to_a_run_that_goes_on(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(records(10, name)))

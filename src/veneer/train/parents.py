@@ -6,6 +6,7 @@ Values that it has are taken over bit for bit: a run of no steps would write the
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.preamble import NONE, shared
 from veneer.data.examples import Example
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
@@ -53,6 +55,7 @@ def _from_parents(base: FrozenBase, config: RunConfig, examples: Sequence[Exampl
         StartFrom(adapter=str(folder.absolute()), weight=each.weight, content=adapter.content_hash)
         for each, folder, adapter in zip(config.from_adapter, folders, stored, strict=True)
     ]
+    _refuse_untold(config, stored)
     asked = _asked(config)
     with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
         source = _one(config, stored, asked, Path(scratch) / "sum")
@@ -65,6 +68,17 @@ def _from_parents(base: FrozenBase, config: RunConfig, examples: Sequence[Exampl
     said = " + ".join(f"{k.weight:g} * {k.adapter}" if k.weight != 1 else k.adapter for k in known)
     line = f"goes on from {said} ({', '.join(adapter.content_hash[:12] for adapter in stored)})"
     return config.model_copy(update={"from_adapter": known}), Begun(begun.attachment, None, [line])
+
+
+def _refuse_untold(config: RunConfig, stored: Sequence[StoredAdapter]) -> None:
+    """ConfigError: its template was told something when it was trained, and this run tells it nothing."""
+    told = shared(NONE if each.manifest is None else each.manifest.preamble for each in stored).variables
+    if told and not config.template.variables:
+        said = ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in told.items())
+        raise ConfigError(
+            f"the adapter was trained with template variables, and this run has none: {said}",
+            next_step=f"Say them again, template: {{variables: {{{said}}}}}, or null for each that is to be left out.",
+        )
 
 
 def _one(config: RunConfig, stored: Sequence[StoredAdapter], asked: Mapping[str, Any], out: Path) -> StoredAdapter:
