@@ -350,6 +350,22 @@ def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
         in_parts.encode_prompt([user("abc")])
 
 
+def test_a_template_that_joins_arguments_to_text_gets_them_as_text() -> None:
+    """As DeepSeek's does; most want the object, and one that takes both gets it."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"in": "Köln<|im_end|>"}}}
+    messages = [user("a"), assistant("", tool_calls=[call])]
+    source = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    ids, trained = with_template(source).encode_row(row(*messages), train_on="last")
+    learnt = [number for number, on in zip(ids, trained, strict=True) if on]
+    assert with_template(source).tokenizer.decode(learnt) == 'weather {"in": "Köln<|im_end|>"}<|im_end|>'
+    assert learnt.count(END) == 1
+    assert '"arguments": {"in": "Köln' in template("bytes").render(messages)
+
+
 def test_a_template_may_leave_out_the_reasoning_of_earlier_answers() -> None:
     shown = "m.content if loop.last else (m.content.split('</think>') | last)"
     coded = with_template(

@@ -83,6 +83,7 @@ class ChatTemplate:
         self._names = Sentinels(tokenizer, self.source)
         self._tokens = TextTokens(tokenizer, self._names)
         self._templates: dict[str, Template] = {}
+        self._text_arguments: dict[int, bool] = {}
         self.variables: dict[str, Any] = {}
         self._hidden: dict[str, Any] = {}
         if variables:
@@ -260,7 +261,25 @@ class ChatTemplate:
         if template is None:
             template = Template(source, self.tokenizer.special_tokens_map, self.today)
             self._templates[source] = template
+        if any(message.get("tool_calls") for message in messages) and self._takes_text(template):
+            messages = [_with_text_arguments(message) for message in messages]
         return Conversation(template, messages, tools, self._hidden)
+
+    def _takes_text(self, template: Template) -> bool:
+        """Whether a template wants arguments of calls as JSON text, as the OpenAI API sends them."""
+        if template.number not in self._text_arguments:
+            call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"n": 1}}}
+            turns: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
+            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            as_text = [_with_text_arguments(turn) for turn in turns]
+            renders = []
+            for probe in (turns, as_text):
+                try:
+                    renders.append(Conversation(template, probe, None).text(2, add_generation_prompt=False) != "")
+                except TemplateFault:
+                    renders.append(False)
+            self._text_arguments[template.number] = renders == [False, True]
+        return self._text_arguments[template.number]
 
     def _put_in_front(self) -> tuple[int, ...]:
         """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most that have one)."""
@@ -284,6 +303,19 @@ class ChatTemplate:
                     break
             stops += after[-1:]
         return tuple(dict.fromkeys(stops))
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message, the arguments of its calls as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        function = {**function, "arguments": text}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
 
 
 def _masked(tokens: Tokens, plan: Plan) -> Encoded:
