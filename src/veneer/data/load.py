@@ -23,6 +23,9 @@ from veneer.data.sources import scan_rows
 from veneer.data.split import split
 from veneer.data.template import ChatTemplate, Encoded
 
+_TOGETHER = 4096
+"""Rows whose tokens are lists of Python's at once, forty bytes each; then they are arrays."""
+
 
 @dataclass(frozen=True)
 class SetSize:
@@ -196,12 +199,14 @@ class _Reading:
         before, whole = len(kept.examples), len(kept.whole)
         keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
         rows = [replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row for row in rows]
-        coded = self.template.encode_rows(rows, train_on=self.data.train_on)
-        for row, key, found in zip(rows, keys, coded, strict=True):
-            if isinstance(found, Problem):
-                self.findings.problems.append(found)
-            else:
-                self._keep(row, key, found, kept)
+        for at in range(0, len(rows), _TOGETHER):
+            some = slice(at, at + _TOGETHER)
+            coded = self.template.encode_rows(rows[some], train_on=self.data.train_on)
+            for row, key, found in zip(rows[some], keys[some], coded, strict=True):
+                if isinstance(found, Problem):
+                    self.findings.problems.append(found)
+                else:
+                    self._keep(row, key, found, kept)
         added = kept.examples[before:]
         kept.sets.append(SetSize(name, len(kept.whole) - whole, len(added), sum(len(e.ids) for e in added)))
 
