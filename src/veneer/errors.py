@@ -116,6 +116,20 @@ def is_out_of_memory(fault: Exception) -> bool:
 
 
 @contextmanager
+def told_as(place: object, name: str) -> Iterator[None]:
+    """Errors of the block call a place by a name: who is told of them elsewhere is not told where it is."""
+
+    def said(line: str) -> str:
+        return line.replace(str(place), name)
+
+    try:
+        yield
+    except VeneerError as fault:
+        VeneerError.__init__(fault, said(fault.headline), [*map(said, fault.faults)], said(fault.next_step))
+        raise
+
+
+@contextmanager
 def fits_memory(doing: str, faults: Sequence[str] = (), next_step: str = "") -> Iterator[None]:
     """What does not fit within the block as a DoesNotFitError: out of memory `doing` this."""
     try:

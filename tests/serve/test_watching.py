@@ -1,6 +1,7 @@
 """What the page reads of the library and of runs, asked without a browser."""
 
 import json
+import shutil
 
 import pytest
 
@@ -56,6 +57,29 @@ def test_an_adapter_is_told_with_metrics_lineage_and_layers(server, places):
         assert next(norm for layer, norm in norms.items() if layer in path) == pytest.approx(update.norm())
     assert get(server, "/v1/adapters/nobody", 404)["error"]["code"] == "model_not_found"
     assert get(server, "/v1/adapters/..%2Fx", 404)["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "veneer.json", ""])
+def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(tmp_path, caplog, file):
+    library = Library(tmp_path / "somewhere")
+    add_adapter(library, tmp_path / "made", "tickets", 1)
+    folder = library.path("tickets")
+    if file:
+        (folder / file).chmod(0o600)
+        (folder / file).write_bytes(b"{broken")
+    else:
+        shutil.rmtree(folder)
+    with running(library) as server:
+        ask = {"model": "tickets", "prompt": "a", "max_tokens": 1}
+        answers = [server.post("/v1/completions", ask), server.http().get("/v1/adapters/tickets")]
+        answers.append(server.post("/tokenize", {"model": "tickets", "messages": [{"role": "user", "content": "a"}]}))
+        answers.append(server.http().get("/v1/adapters"))
+    statuses = [answer.status_code for answer in answers]
+    assert statuses[:2] == [422, 422] and statuses[3] == 200
+    for answer in answers:
+        assert "somewhere" not in answer.text and folder.name not in answer.text, answer.text
+        assert answer.status_code == 200 or (file or "gone") in answer.json()["error"]["message"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def write(places, name, lines):

@@ -15,7 +15,7 @@ from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
 from veneer.decoding.adapters import one_front
 from veneer.decoding.blocks import Identity
-from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError
+from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError, told_as
 from veneer.formats.adapter import front_places_in
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
@@ -101,7 +101,8 @@ class Residents:
         found = self._preambles.get(files.folder)
         if found is None:
             manifest = files.folder / MANIFEST_NAME
-            found = read_manifest(manifest).preamble if manifest.is_file() else NONE
+            with told_as(files.folder, files.reference):
+                found = read_manifest(manifest).preamble if manifest.is_file() else NONE
             self._remember(self._preambles, files.folder, found)
         return found
 

@@ -21,7 +21,15 @@ from veneer.adapters.acting import Applied
 from veneer.bounds import BYTES, COUNT, SECONDS, WAITS, check_numbers
 from veneer.decoding.adapters import front_places
 from veneer.decoding.blocks import Identity
-from veneer.errors import BudgetFullError, ConfigError, CorruptFileError, RefusedError, SourceError, VeneerError
+from veneer.errors import (
+    BudgetFullError,
+    ConfigError,
+    CorruptFileError,
+    RefusedError,
+    SourceError,
+    VeneerError,
+    told_as,
+)
 from veneer.formats.adapter import load_adapter
 from veneer.library.loaders import Loaders
 from veneer.library.memory import bytes_needed, bytes_of, hold_as, read_version, room_for
@@ -366,7 +374,8 @@ class Tiers:
             with self._lock:
                 each.begun, each.reading = self._clock(), each.reading + 1
             try:
-                self._bring(each, number, files)
+                with told_as(files.folder, files.reference):
+                    self._bring(each, number, files)
             except VeneerError as error:
                 fault = error
             except Exception as error:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import told_as
 from veneer.formats.adapter import read_adapter
 from veneer.formats.norms import by_kind, updates
 from veneer.library.library import Entry, Library
@@ -22,7 +23,8 @@ def details(library: Library, entry: Entry) -> dict[str, Any]:
     """Reads files. Raises what reading an adapter raises."""
     version = entry.version
     facts = version.facts
-    picture, parents = _contents(library.path(entry.reference))
+    with told_as(library.folder, "the library"), told_as(library.objects / version.object, entry.reference):
+        picture, parents = _contents(library.path(entry.reference))
     known = by_content(library) if parents else {}
     return {
         "name": entry.name,

@@ -109,7 +109,10 @@ class Service:
 
     async def ids(self, prompts: Sequence[Prompt], model: Model) -> list[list[int]]:
         """Of each prompt, asked as the model was trained. Refusal."""
-        preamble = await self.apart(lambda: self.residents.preamble(model.identity))
+        try:
+            preamble = await self.apart(lambda: self.residents.preamble(model.identity))
+        except VeneerError as fault:
+            raise refusal_of(fault, param="model") from None
         return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
