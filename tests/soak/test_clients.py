@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -102,6 +103,7 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
     limits = Limits(rows=8, step_tokens=64, max_waiting=32, max_adapters=3)
     with running(library, limits=limits, tokens=2048) as server, ThreadPoolExecutor(CLIENTS) as pool:
         clients = [Client(server, library, tmp_path, number) for number in range(CLIENTS)]
+        began = time.monotonic()
         ended = sum(pool.map(Client.run, clients), Counter())
         assert ended.total() == CLIENTS * ACTIONS, ended
         for _ in range(600):
@@ -117,3 +119,4 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
         assert [each.holders for each in residents] == [0] * len(residents)
         server.ask_engine(lambda engine: engine.scheduler.blocks.check())
         assert server.service.loop.open_answers == 0
+        print(f"{ended.total():,} actions of {CLIENTS} clients in {time.monotonic() - began:.0f} s: {dict(ended)}")

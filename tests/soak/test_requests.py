@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -51,6 +52,7 @@ def test_no_request_is_a_fault_of_the_server(server, wrong, caplog):
             if status != 200:
                 assert data["error"].keys() == {"message", "type", "param", "code"}, where
             statuses.append(status)
+    print(f"{REQUESTS:,} requests, {'mutated' if wrong else 'made'}: {sorted(Counter(statuses).items())}")
     assert [record.getMessage() for record in caplog.records] == []
     assert statuses.count(200) > (0 if wrong else REQUESTS // 10), statuses
     assert "vllm:num_requests_running" in server.http().get("/metrics").text
