@@ -515,6 +515,15 @@ def test_what_has_come_for_a_request_that_waits_is_not_sent_away_for_the_next(li
     assert set(reads.values()) == {1}
 
 
+def test_what_has_come_before_anyone_could_ask_for_it_is_not_sent_away(library, reads):
+    """Requests wait before the first step, and reading is faster than that comes."""
+    served = Served(library, room=1, rows=1)
+    served.add("a"), served.add("b")
+    assert served.came.wait(20)
+    served.run()
+    assert set(reads.values()) == {1}
+
+
 def test_a_cancelled_request_asks_for_nothing_any_more(library, reads):
     served = Served(library, room=1, rows=4)
     held = served.add("a", new=9)

@@ -92,7 +92,7 @@ class Tiers:
         self._queue: dict[Identity, _Asked] = {}
         self._asked: set[Identity] = set()  # in this round
         self._offered: set[str] = set()  # contents that were called ready in this round
-        self._wanted: set[str] = set()  # contents that were asked for in the last round
+        self._wanted: set[str] = set()  # contents that were asked for in the last round, or are expected
         self._pinned: set[Resident] = set()
         self._gone: list[str] = []
         self._left: list[str] = []  # names that could not be taken off the base yet
@@ -167,6 +167,7 @@ class Tiers:
             found = self._checked(identity)
             for each in found:
                 each.unwanted = False
+                self._wanted.add(each.content)  # it is asked for in the next round
             if any(each.tier is Tier.DISK for each in found):
                 self._queue.setdefault(identity, _Asked())
                 self._place()
