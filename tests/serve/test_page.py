@@ -252,6 +252,9 @@ def test_the_library_shows_what_each_adapter_changes(tab):
     assert "lora, rank 3" in tab.text("#adapter")
     kinds = tab.run("[...document.querySelectorAll('.picture svg')].map((s) => [s.ariaLabel, s.children.length])")
     assert sorted(kinds) == [["down_proj", 2], ["q_proj", 2], ["v_proj", 2]]
+    tab.type("#adapter input", "tickets\n")
+    tab.until("document.querySelectorAll('#adapter .picture svg[aria-label^=cosine] rect').length === 2")
+    assert "° to tickets@1" in tab.text("#adapter")
     tab.click("#adapter .actions button")
     names = "[...document.querySelectorAll('.column input[type=text]')].map((e) => e.value)"
     assert tab.run(names) == ["poems", "weather"]

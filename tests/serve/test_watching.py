@@ -59,6 +59,15 @@ def test_an_adapter_is_told_with_metrics_lineage_and_layers(server, places):
     assert get(server, "/v1/adapters/..%2Fx", 404)["error"]["code"] == "model_not_found"
 
 
+def test_two_adapters_are_told_by_the_angle_between_their_updates(server, places):
+    found = get(server, "/v1/adapters/tickets@1?against=tickets@2")
+    assert (found["reference"], found["against"], found["modules_in_both"]) == ("tickets@1", "tickets@2", 0)
+    assert found["cosine"] == 0
+    same = get(server, "/v1/adapters/tickets?against=tickets@2")
+    assert same["cosine"] == pytest.approx(1) and set(same["by_layer"]) == {"layer 0", "layer 1"}
+    get(server, "/v1/adapters/tickets?against=nobody", 404)
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "veneer.json", ""])
 def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(tmp_path, caplog, file):
     library = Library(tmp_path / "somewhere")

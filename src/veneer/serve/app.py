@@ -18,7 +18,7 @@ from veneer.errors import VeneerError
 from veneer.serve import chat, completions, messages, responses
 from veneer.serve.adapters import card_of, loaded, pinned, unloaded
 from veneer.serve.body import read_body
-from veneer.serve.details import details
+from veneer.serve.details import angle_between, details
 from veneer.serve.exchange import Exchange
 from veneer.serve.guard import answer_to
 from veneer.serve.keys import Caller
@@ -133,8 +133,14 @@ def _routes(service: Service) -> list[Route]:
         return JSONResponse({"object": "list", "data": [card_of(each) for each in service.residents.shown()]})
 
     async def adapter(request: Request) -> Response:
-        name = request.path_params["name"]
-        return JSONResponse(await service.apart(lambda: details(service.residents.library, service.names.entry(name))))
+        name, against = request.path_params["name"], request.query_params.get("against")
+        library, names = service.residents.library, service.names
+
+        def told() -> dict[str, Any]:
+            own = names.entry(name)
+            return details(library, own) if against is None else angle_between(library, own, names.entry(against))
+
+        return JSONResponse(await service.apart(told))
 
     async def runs(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": await service.apart(service.runs.cards)})

@@ -5,13 +5,15 @@ Neither its recipe nor what it calls its base is told: these may be paths of who
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import told_as
 from veneer.formats.adapter import read_adapter
-from veneer.formats.norms import by_kind, updates
+from veneer.formats.norms import Update, angle, by_kind, updates
 from veneer.library.library import Entry, Library
 from veneer.library.lineage import ancestors, by_content
 
@@ -23,7 +25,7 @@ def details(library: Library, entry: Entry) -> dict[str, Any]:
     """Reads files. Raises what reading an adapter raises."""
     version = entry.version
     facts = version.facts
-    with told_as(library.folder, "the library"), told_as(library.objects / version.object, entry.reference):
+    with _called(library, entry):
         picture, parents = _contents(library.path(entry.reference))
     known = by_content(library) if parents else {}
     return {
@@ -40,6 +42,31 @@ def details(library: Library, entry: Entry) -> dict[str, Any]:
         ],
         **picture,
     }
+
+
+def angle_between(library: Library, one: Entry, other: Entry) -> dict[str, Any]:
+    """Cosines between the updates of two adapters, in total and by layer; null where one changes nothing."""
+    first, second = (_updates(library, entry) for entry in (one, other))
+    found = angle(first, second)
+    return {
+        "reference": one.reference,
+        "against": other.reference,
+        "cosine": found.total,
+        "by_layer": found.by_layer,
+        "modules_in_both": found.in_both,
+    }
+
+
+def _updates(library: Library, entry: Entry) -> dict[str, Update]:
+    with _called(library, entry):
+        return updates(read_adapter(library.path(entry.reference)))[0]
+
+
+@contextmanager
+def _called(library: Library, entry: Entry) -> Iterator[None]:
+    place = library.objects / entry.version.object
+    with told_as(library.folder, "the library"), told_as(place, entry.reference):
+        yield
 
 
 def _named(entry: Entry | None) -> dict[str, str | None]:

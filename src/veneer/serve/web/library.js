@@ -97,8 +97,47 @@ function adapterParts(name, facts) {
     ...(metrics.length ? section("Metrics", list(metrics.map(([key, value]) => [key, figure(value)]))) : []),
     ...(from.length + parents.length ? section("Lineage", list([...from, ...parents])) : []),
     ...(facts.layers.length ? section("Size of the update by layer, ‖ΔW‖", picture(facts.layers)) : []),
+    ...(facts.layers.length && served.adapters.length > 1 ? angles(name) : []),
     ...(alone.length ? section("Outside the layers", list(alone)) : []),
     ...(facts.others ? [make("p", { className: "soft" }, rest)] : []),
+  ];
+}
+
+/** Whether another adapter's update goes the same way, by layer. */
+function angles(name) {
+  const place = make("div");
+  const other = make("input", { type: "text", list: "names", placeholder: "another adapter", spellcheck: false });
+  other.setAttribute("aria-label", "Another adapter");
+  other.addEventListener("change", () =>
+    told(place, async () => {
+      const against = encodeURIComponent(other.value.trim());
+      const found = await read(`/v1/adapters/${encodeURIComponent(name)}?against=${against}`);
+      place.replaceChildren(...anglesShown(found));
+    }),
+  );
+  return [make("h3", {}, "Angle between the updates"), make("div", { className: "actions" }, other), place];
+}
+
+function anglesShown(found) {
+  const none = "None: one changes nothing that the other does.";
+  if (found.cosine === null) return [make("p", { className: "soft" }, none)];
+  const values = Object.entries(found.by_layer).filter(([, value]) => value !== null);
+  const bars = values.map(([layer, value], place) => {
+    const height = Math.max(0.6, Math.abs(value) * 17);
+    const look = value < 0 ? "less" : "more";
+    const box = { x: place * 10 + 1, y: value < 0 ? 17 : 17 - height, width: 8, height, class: look };
+    const bar = draw("rect", box);
+    bar.append(draw("title", {}, `${layer}: ${figure(value)}`));
+    return bar;
+  });
+  const zero = draw("line", { class: "grid", x1: 0, x2: values.length * 10, y1: 17, y2: 17 });
+  const viewBox = `0 0 ${values.length * 10} 34`;
+  const box = { viewBox, preserveAspectRatio: "none", role: "img", "aria-label": "cosine by layer" };
+  const degrees = Math.round((Math.acos(found.cosine) * 180) / Math.PI);
+  const parts = [make("span", {}, "cosine"), draw("svg", box, zero, ...bars), make("span", {}, "−1 to 1")];
+  return [
+    make("div", { className: "picture" }, ...parts),
+    make("p", { className: "soft" }, `${figure(found.cosine)} in all, ${degrees}° to ${found.against}`),
   ];
 }
 
