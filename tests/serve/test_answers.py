@@ -8,7 +8,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
 
 from veneer.serve import chat, completions, messages, responses
-from veneer.serve.answers import Answer, Call, End, Piece, Usage
+from veneer.serve.answers import Answer, Call, End, Piece, Usage, event
 from veneer.serve.asked import Asked, Chat
 from veneer.serve.refusals import Refusal
 
@@ -93,6 +93,16 @@ def test_messages_have_a_block_for_each_call():
     inputs = [e["delta"]["partial_json"] for e in data if e.get("delta", {}).get("type") == "input_json_delta"]
     assert list(map(json.loads, inputs)) == [{"city": "Bern"}, {}]
     assert data[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+def test_an_event_is_one_line_whatever_a_client_takes_for_the_end_of_one():
+    text = "".join(map(chr, [*range(32), 0x85, 0x2028, 0x2029])) + "é\U0001f600"
+    for protocol in (chat, messages, responses):
+        stream = protocol.Stream(protocol.head("m", "f"), ASKED)
+        lines = "".join([*stream.begin(Usage()), *stream.piece(Piece(0, text))])
+        assert lines.splitlines() == lines.split("\n")[:-1]
+        assert "é\U0001f600" in lines
+    assert json.loads(event({"x": text}).removeprefix("data: ")) == {"x": text}
 
 
 @pytest.mark.parametrize("protocol", [chat, responses, messages], ids=lambda each: each.__name__.rpartition(".")[2])

@@ -106,9 +106,13 @@ class Streamed(Protocol):
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One server-sent event."""
+    """One server-sent event. Whatever a client takes for the end of a line, the data is one."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {compact(data)}\n\n"
+    return f"{head}data: {compact(data).translate(_LINE_ENDS)}\n\n"
+
+
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""Only strings hold them, and there they may be escaped, as others are: httpx and others end lines at them."""
 
 
 DONE = "data: [DONE]\n\n"
