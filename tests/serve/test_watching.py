@@ -24,7 +24,9 @@ def places(tmp_path_factory):
     made = base.attach(LoRA(rank=2, alpha=6.0, targets=["up_proj"]), name="a")
     fill(made.parameters().values(), seed=3)
     recipe = {"data": {"train": "/home/somebody/rows.jsonl"}}
-    manifest = manifest_for(base, method="lora", parent=parent, metrics={"validation_loss": 1.5}, recipe=recipe)
+    manifest = manifest_for(
+        base, method="lora", parents=[(parent, 1.0)], metrics={"validation_loss": 1.5}, recipe=recipe
+    )
     write_adapter(folder / "next", made, manifest, model=base.model)
     library.add(folder / "next", name="tickets", tags=["best"], note="longer rows")
     (folder / "runs").mkdir()
