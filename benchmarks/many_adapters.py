@@ -1,0 +1,152 @@
+"""One base and a library of up to a thousand adapters, asked for by a power law: what is answered, how soon, in what
+memory.
+
+    python benchmarks/many_adapters.py                                smollm2-135m; 1, 16, 128 and 1,000 adapters
+    python benchmarks/many_adapters.py --numbers 1,16 --requests 64
+
+Prints `measurements`, as docs/results/*.json hold them. LoRA of rank 8 on q and v; prompts of 64 tokens, 32 new ones;
+16 requests are in flight, a new one comes as one ends; the adapter of rank k is asked for 1/k as often as the first.
+Cold: nothing is in memory at first. Warm: the same requests once more. `first token`: from the request's coming.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from swap import resident_bytes
+
+import veneer
+from veneer.adapters.config import LoRA
+from veneer.base import Base
+from veneer.decoding.adapters import Fixed
+from veneer.decoding.engine import Engine, bytes_per_token
+from veneer.decoding.sequence import Request
+from veneer.decoding.sequence import Sequence as Answer
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.library.library import Library
+from veneer.library.residents import Residents
+
+PROMPT, NEW, FLIGHT, RANK = 64, 32, 16, 8
+
+
+def make_library(folder: Path, base: Base, number: int) -> Library:
+    library = Library(folder / "library")
+    made = base.attach(LoRA(rank=RANK, targets=["q_proj", "v_proj"]), name="made", seed=0)
+    manifest = manifest_for(base, method="lora")
+    for each in range(number):
+        draw = torch.Generator().manual_seed(each)
+        for parameter in made.parameters().values():
+            parameter.data.normal_(std=0.01, generator=draw)
+        write_adapter(folder / "written", made, manifest, model=base.model, replace=True)
+        library.add(folder / "written", name=f"a{each}")
+    base.detach("made")
+    return library
+
+
+def asked_for(number: int, requests: int) -> list[int]:
+    weights = [1 / (1 + each) for each in range(number)]
+    return random.Random(0).choices(range(number), weights, k=requests)
+
+
+def answered(engine: Engine, requests: list[Request]) -> dict[str, float]:
+    """tokens/s over all, and how long each waited for its first token, ms."""
+    waiting, came, first = list(reversed(requests)), {}, {}
+    flying: list[Answer] = []
+    start = time.perf_counter()
+    while waiting or flying:
+        while waiting and len(flying) < FLIGHT:
+            (answer,) = engine.add(waiting.pop())
+            came[answer.number], flying = time.perf_counter(), [*flying, answer]
+        engine.step(0.0)
+        now = time.perf_counter()
+        for answer in flying:
+            if answer.new:
+                first.setdefault(answer.number, now - came[answer.number])
+            if answer.error is not None:
+                raise answer.error
+        flying = [answer for answer in flying if answer.reason is None]
+        if flying and not engine.scheduler.running:
+            time.sleep(0.001)  # adapters are on their way
+    seconds, waits = time.perf_counter() - start, sorted(first.values())
+    return {
+        "tokens/s": round(len(requests) * NEW / seconds, 1),
+        "first token, median ms": round(1e3 * statistics.median(waits), 1),
+        "first token, 95 of 100 within ms": round(1e3 * waits[int(0.95 * (len(waits) - 1))], 1),
+    }
+
+
+def requests_for(identities: list[Any]) -> list[Request]:
+    draw = torch.Generator().manual_seed(1)
+    prompts = torch.randint(100, 40000, (len(identities), PROMPT), generator=draw).tolist()
+    return [
+        Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity)
+        for prompt, identity in zip(prompts, identities, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--numbers", default="1,16,128,1000")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--budget-mb", type=int, default=64)
+    asked = parser.parse_args()
+    base = veneer.load(asked.base)
+    _ = base.paths
+    room = 2 * FLIGHT * (PROMPT + NEW + 16) * bytes_per_token(base)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = [int(each) for each in asked.numbers.split(",")]
+        library = make_library(Path(folder), base, max(numbers))
+        bare = Engine(base, budget_bytes=room, adapters=Fixed({}))
+        answered(bare, requests_for([()] * FLIGHT))
+        found["the base alone, no library"] = answered(bare, requests_for([()] * asked.requests))
+        for number in numbers:
+            residents = Residents(base, library, budget_bytes=asked.budget_mb * 2**20, base_names=["base"])
+            engine = Engine(base, budget_bytes=room, adapters=residents)
+            names = asked_for(number, asked.requests)
+            identities = [residents.resolve(f"a{each}") for each in names]
+            own: dict[str, Any] = {"adapters asked for": len(set(names))}
+            for way in ("cold", "warm"):
+                own[way] = answered(engine, requests_for(identities))
+            own["adapters in memory, MB"] = round(residents.used_bytes() / 2**20, 1)
+            own["process, MB"] = round(resident_bytes() / 2**20)
+            if number == max(numbers):
+                found["the base alone, beside these"] = answered(engine, requests_for([()] * asked.requests))
+            found[f"{number} adapters"] = own
+            for attached in list(base.attachments):
+                base.detach(attached)
+            del engine, residents
+            gc.collect()
+    print(
+        json.dumps(
+            {
+                "measurements": [
+                    {
+                        "what": f"answers of adapters by a power law: {asked.base}, LoRA of rank {RANK} on q and v, "
+                        f"{FLIGHT} requests in flight, {PROMPT} tokens read and {NEW} new ones, "
+                        f"{asked.budget_mb} MB for adapters",
+                        "machine": f"{platform.processor() or platform.machine()}; torch {torch.__version__}",
+                        "commit": commit.stdout.strip(),
+                        "command": f"python benchmarks/many_adapters.py --requests {asked.requests}",
+                        "values": {"threads": torch.get_num_threads(), "dtype": str(base.dtype), **found},
+                    }
+                ]
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
