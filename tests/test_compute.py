@@ -24,8 +24,9 @@ from veneer.bases.compute import choose
 from veneer.bases.fingerprint import fingerprint
 from veneer.bases.from_config import Blueprint
 from veneer.bases.quiet_transformers import quiet
-from veneer.compare.comparison import compute_of_candidate, with_dtype
+from veneer.compare.comparison import with_dtype
 from veneer.compare.plan import Candidate
+from veneer.compare.surroundings import surroundings
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels import native
@@ -232,8 +233,8 @@ def test_the_plan_counts_the_bytes_of_the_type_that_is_chosen(slow):
 def test_a_comparison_names_one_type_for_all_its_processes(slow, tmp_path):
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     candidate = Candidate("lora", settings(tmp_path, "out"))
-    found = compute_of_candidate(candidate)
-    assert found.name == "float32" and with_dtype(candidate, found.name).config.dtype == "float32"
+    found = surroundings(str(tmp_path / "base"), [candidate.config])
+    assert found.dtypes == ["float32"] and with_dtype(candidate, found.dtypes[0]).config.dtype == "float32"
     assert compute_of(str(tmp_path / "base"), dtype="bfloat16", device="cpu", quantize=None).name == "bfloat16"
 
 
