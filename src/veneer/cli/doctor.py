@@ -38,6 +38,7 @@ EXTRAS = {
     "llamacpp": "llama_cpp",
     "grammar": "llguidance",
     "serve": "uvicorn",
+    "ray": "ray",
 }
 """What `pip install 'veneer[NAME]'` adds, and a module that is there then."""
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
