@@ -14,6 +14,7 @@ import pytest
 
 from tests.tiny import save_tiny
 from veneer import demo
+from veneer.child import typed_command
 from veneer.cli.main import main
 from veneer.data.bfcl import Call, parse_calls
 from veneer.errors import ConfigError, SourceError
@@ -176,9 +177,28 @@ def test_the_next_commands_run_as_they_are_printed(
 ) -> None:
     run()
     text = capsys.readouterr().out
-    commands = [shlex.split(line) for line in re.findall(r"^  (veneer (?:.|\n(?!  veneer))*)", text, re.M)]
+    commands = [shlex.split(line) for line in re.findall(r"^  (\S*veneer (?:.|\n(?!  \S*veneer))*)", text, re.M)]
     assert [command[1] for command in commands] == ["generate", "chat", "evaluate"]
     for _, *arguments in commands:
         monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
         assert main(arguments) == 0, arguments
         assert capsys.readouterr().out or arguments[0] == "chat"
+
+
+def test_next_names_the_program_as_it_can_be_called_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bin_folder = tmp_path / "with space" / "bin"
+    bin_folder.mkdir(parents=True)
+    for name in ("python", "veneer"):
+        (bin_folder / name).write_text("#!/bin/sh\n")
+        (bin_folder / name).chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(bin_folder / "python"))
+    monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shlex.split(typed_command()) == ["with space/bin/veneer"]
+    monkeypatch.chdir(Path(__file__).parent)
+    assert shlex.split(typed_command()) == [str(bin_folder / "veneer")]
+    monkeypatch.setenv("PATH", str(bin_folder))
+    assert typed_command() == "veneer"
+    (bin_folder / "veneer").unlink()
+    assert typed_command() == "veneer"

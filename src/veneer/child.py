@@ -5,6 +5,8 @@
 
 import ctypes
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -23,6 +25,16 @@ def end_with_parent() -> None:
     Linux; elsewhere it goes on alone."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def typed_command(program: str = "veneer") -> str:
+    """How a person in this folder calls a program of this installation: its name where that finds it, else its path."""
+    beside = Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if not beside.exists() or (found and Path(found).resolve() == beside.resolve()):
+        return program
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 def module_command(name: str) -> list[str]:

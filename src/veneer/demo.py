@@ -29,6 +29,7 @@ from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.bases.compute import DtypeName
 from veneer.bases.packages import fetch_wheel
+from veneer.child import typed_command
 from veneer.data import bfcl
 from veneer.data.bfcl import Call, Score
 from veneer.data.examples import Row, RowRef
@@ -278,12 +279,11 @@ def _print_shares(console: Console, shares: dict[str, dict[str, float]], total: 
 
 
 def _print_next(console: Console, out: Path, held_out: _Rows, summary: dict[str, Any]) -> None:
-    run = shlex.quote(str(out / "run"))
-    system = shlex.quote(bfcl.INSTRUCTION)
+    veneer, run = typed_command(), shlex.quote(str(out / "run"))
     question = shlex.quote(bfcl.prompt(held_out.calls[-1]))
     data = shlex.quote(str(held_out.held_out_file))
     _say(console, f"\nAdapter: {summary['adapter']}, {size(summary['adapter_bytes'])}")
     _say(console, "Next:")
-    _say(console, f"  veneer generate --adapter {run} --system {system} {question}")
-    _say(console, f"  veneer chat --adapter {run} --system {system}")
-    _say(console, f"  veneer evaluate --adapter {run} --data {data} --metrics field_f1")
+    _say(console, f"  {veneer} generate --adapter {run} {question}")
+    _say(console, f"  {veneer} chat --adapter {run}")
+    _say(console, f"  {veneer} evaluate --adapter {run} --data {data} --metrics field_f1")
