@@ -61,6 +61,12 @@ def test_calls_that_are_made_again_are_numbered_alike_on_both_sides():
     assert int(most) == recorded.MOST_GIVEN
 
 
+def test_the_most_that_a_caller_allows_is_not_kept_as_what_the_processor_has():
+    """It ends the process on a processor with less (4 bits, a few rows, AVX2 alone). Kept is what features.c says."""
+    for path in (KERNELS / "native").glob("*.c"):
+        assert not re.search(r" = \{[^;]*[ ,{](?:most|level)[,}]", path.read_text()), path
+
+
 @needs_bf16
 def test_there_is_a_case_for_every_call_and_each_is_valid():
     cases = valid_calls(0)

@@ -11,7 +11,7 @@ int veneer_level(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
     if (most >= 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         return 3;
     if (most >= 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 2;
 #endif
@@ -22,7 +22,7 @@ int veneer_level(void) {
 int veneer_has_bf16(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return most >= 4 && __builtin_cpu_supports("avx512bf16") != 0;
+    return most >= 4 && veneer_level() == 3 && __builtin_cpu_supports("avx512bf16") != 0;
 #else
     return 0;
 #endif

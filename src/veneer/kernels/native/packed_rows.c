@@ -33,7 +33,7 @@ static void of_gguf(const void *packed, int64_t first, int64_t count, void *out)
 
 /* most: caps the instructions (4, 3, 2, 0), for tests. 1: no memory for four rows of W. */
 int veneer_packed_rows(const struct packed_rows *call, int most) {
-    const struct source source = {call, most};
+    const struct source source = {call, nf4_level(most)};
     const struct piece piece = {call->x,     &source,    call->bias,  call->y, call->rows,
                                 call->width, call->outs, call->width, call->kind < 0 ? of_nf4 : of_gguf};
     return veneer_pieces(&piece, 1, call->type, most);
