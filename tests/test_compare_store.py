@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.test_compare import write_rows
 from tests.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.compare import ray_trial
-from veneer.compare.ray_trial import Asked, done_name, run_trial
+from veneer.compare.ray_trial import Asked, copy_as_it_goes_on, done_name, run_trial
 from veneer.compare.store import Store, files_of
 from veneer.compare.surroundings import surroundings
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.train.checkpoint import numbers
+from veneer.files.atomic import verify_manifest
+from veneer.train.checkpoint import checkpoint_path, numbers, prune, save_checkpoint
 from veneer.train.config import RunConfig
+from veneer.train.origin import Origin
+from veneer.train.progress import Progress, load_state
+from veneer.train.records import read_records
 
 
 @pytest.fixture(params=["folder", "file", "memory"])
@@ -104,18 +113,43 @@ def asked_for(asked: Asked) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(True, reason="a quick machine ends the trial before its first checkpoint is gathered")
+def children_of(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            number, _, rest = status.read_text().partition(" (")
+            if int(rest.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(number))
+    return found
+
+
+def until(found: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
+    end = time.monotonic() + 300
+    while not (what := found()):
+        assert process.poll() is None and time.monotonic() < end, "it ended, or never came so far"
+        time.sleep(0.002)
+    return what
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the trial's process in /proc")
 def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(world: Any, tmp_path: Path) -> None:
-    """Killed as a node is lost: the process that runs the trial ends at once, and its child with it."""
+    """Killed as a node is lost, with the process of the run. That stands still from its first checkpoint on: it would
+    end before the node has gathered anything."""
     _, asked, here = world
-    store = Store(asked.store)
+    store, work = Store(asked.store), tmp_path / "of the node"
+    work.mkdir()
     code = "import sys; from veneer.compare.ray_trial import run_trial; run_trial(sys.argv[1])"
-    node = subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(asked))])
-    while not any(path.startswith("checkpoints/") for path in store.listed(asked.name) or {}):
-        assert node.poll() is None, "it ended before a checkpoint was gathered"
-        time.sleep(0.05)
-    node.kill()
-    node.wait()
+    command = [sys.executable, "-c", code, json.dumps(asdict(asked))]
+    node = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(work)})
+    until(lambda: list(work.glob("*/*/*/checkpoints/000*")), node)
+    (run,) = children_of(node.pid)
+    os.kill(run, signal.SIGSTOP)
+    try:
+        until(lambda: any(path.startswith("checkpoints/") for path in store.listed(asked.name) or {}), node)
+    finally:
+        node.kill()
+        node.wait()
+        os.killpg(run, signal.SIGKILL)
     store.get_folder(asked.name, tmp_path / "gathered")
     (begun,) = numbers(tmp_path / "gathered" / "checkpoints")[-1:]
     assert 0 < begun < 60
@@ -124,8 +158,47 @@ def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(world: 
     store.get_folder(asked.name, tmp_path / "out")
     adapter = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "out" / adapter).read_bytes() == (here / adapter).read_bytes()
+    assert [r["step"] for r in read_records(tmp_path / "out" / "metrics.jsonl") if r["kind"] == "step"] == [
+        *range(1, 61)
+    ]
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert store.text(done_name(asked.name, asked.key)) is not None
+
+
+def saved(run: Path, step: int, best: int | None) -> None:
+    """A run that has come so far, as its loop writes it."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "step", "step": step}) + "\n")
+    state = {"origin": vars(Origin("", None, None, None, None)), "progress": vars(Progress(step=step, best_step=best))}
+    save_checkpoint(run / "checkpoints", step, {"values": torch.zeros(2)}, state)
+    prune(run / "checkpoints", keep=1, best=best)
+
+
+@pytest.mark.parametrize("best", [None, 1], ids=["none is the best", "another is the best"])
+@pytest.mark.parametrize("file", ["metrics.jsonl", "state.json", "MANIFEST.json"])
+def test_a_run_that_saves_while_it_is_copied_leaves_what_goes_on_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, best: int | None
+) -> None:
+    """It saves a second time, and removes the first checkpoint, when a file of that name has been copied."""
+    run, copy, right, steps = tmp_path / "run", tmp_path / "copy", shutil.copystat, iter(range(2, 9))
+    run.mkdir()
+    saved(run, 1, best)
+
+    def copied(source: Any, target: Any, **given: Any) -> None:
+        right(source, target, **given)
+        if Path(source).name == file and (step := next(steps, None)):
+            saved(run, step, best and step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copystat", copied)  # the last that is done for a file
+        step = copy_as_it_goes_on(run, copy)
+    if step is not None:
+        assert numbers(copy / "checkpoints")[-1] == step
+        progress = load_state(checkpoint_path(copy / "checkpoints", step)).progress
+        assert progress.best_step in (None, *numbers(copy / "checkpoints"))
+        assert not any(verify_manifest(path) for path in (copy / "checkpoints").iterdir())
+        assert [r["step"] for r in read_records(copy / "metrics.jsonl")][:step] == [*range(1, step + 1)]
+    assert copy_as_it_goes_on(run, tmp_path / "again") is not None
 
 
 def test_a_node_of_another_kind_is_refused_with_both_sides(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,12 @@ from veneer.compare.jobs import Job, Outcome
 from veneer.compare.local import INTERRUPTED, chosen, command_of
 from veneer.compare.store import Store
 from veneer.errors import LostProcessError, RefusedError, VeneerError
-from veneer.files.partial import scratch_folder, sweep
-from veneer.train.checkpoint import newest_valid, numbers
+from veneer.files.atomic import verify_manifest
+from veneer.files.partial import PREFIX, scratch_folder, sweep
+from veneer.train.checkpoint import checkpoint_path, newest_valid, numbers
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config, write_run_file
+from veneer.train.progress import load_state
 
 Word = str | dict[str, str]
 """Of a command: a text; {folder: path in the run's folder}; {input: its hash, name}."""
@@ -178,13 +180,35 @@ class _Trial:
             return
         copy = self.work / "gathered"
         shutil.rmtree(copy, ignore_errors=True)
-        with suppress(shutil.Error, OSError):  # it goes on meanwhile; the next second is another chance
-            shutil.copytree(self.job.folder, copy)
-        path, _ = newest_valid(copy / "checkpoints")
-        if path is not None:
-            with suppress(VeneerError):  # the same; what is lost is time
+        step = copy_as_it_goes_on(self.job.folder, copy)
+        if step is not None:
+            with suppress(VeneerError):  # the next second is another chance; what is lost is time
                 self.store.put_folder(copy, self.asked.name)
-                self._gathered = int(path.name)
+                self._gathered = step
+
+
+def copy_as_it_goes_on(folder: Path, copy: Path) -> int | None:
+    """A run's folder, copied while the run writes and removes checkpoints: all that going on from the newest takes.
+
+    Checkpoints first: the records that are copied behind them know of their steps. Returns the newest one's step;
+    None where it or the best one went meanwhile, or what stands beside them did.
+    """
+    with suppress(OSError):  # of checkpoints that go; shutil's own error is one
+        shutil.copytree(folder / "checkpoints", copy / "checkpoints")
+    checkpoints = [checkpoint_path(copy / "checkpoints", step) for step in numbers(copy / "checkpoints")]
+    for path in [path for path in checkpoints if verify_manifest(path)]:
+        shutil.rmtree(path)
+    newest, _ = newest_valid(copy / "checkpoints")
+    if newest is None:
+        return None
+    best = load_state(newest).progress.best_step
+    if best not in (None, *numbers(copy / "checkpoints")):
+        return None
+    try:
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints", f"{PREFIX}*"), dirs_exist_ok=True)
+    except OSError:
+        return None
+    return int(newest.name)
 
 
 def relocate(folder: Path, config: RunConfig) -> None:
