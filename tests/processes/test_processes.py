@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,14 @@ from safetensors.torch import load_file
 
 from tests.tiny import save_tiny
 from veneer.child import environment_for
-from veneer.train.launch import _free_port
+from veneer.train.launch import GRACE_SECONDS, listening
 from veneer.train.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT = "300"
+WAIT = "60"
 """Seconds for which a process waits for the others here."""
+LIMIT = 240
+"""Seconds after which processes are ended, whatever they do."""
 
 RUNS = {
     "lora": {"method": {"name": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.2}},
@@ -55,32 +59,43 @@ def settings(world, out, **others):
     return {**fields, "learning_rate": 0.01, "reduce": "exact", "out": str(out), **others}
 
 
-def start(jobs, processes, *, port=None):
-    """The processes that compute these jobs one after another."""
+@contextmanager
+def started(jobs, processes):
+    """The processes that compute these jobs one after another; none of them is left when the block ends."""
     common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "VENEER_WAIT_SECONDS": WAIT}
     common["PYTHONPATH"] = os.pathsep.join([str(ROOT), common.get("PYTHONPATH", "")])
-    common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or _free_port())}
-    command = [sys.executable, "-m", "tests.processes.worker", json.dumps(jobs)]
-    return [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(processes)
-    ]
+    common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    with ExitStack() as stack:
+        meetings = [stack.enter_context(listening()) for _ in jobs]
+        command = [sys.executable, "-m", "tests.processes.worker", json.dumps(jobs), json.dumps(meetings)]
+        found = [
+            subprocess.Popen(
+                command,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                pass_fds=[descriptor for _, descriptor in meetings] if rank == 0 else (),
+            )
+            for rank in range(processes)
+        ]
+        try:
+            yield found
+        finally:
+            for process in found:
+                process.kill()
+                process.wait()
 
 
 def told(jobs, processes):
     """What each process says of each job."""
     found = []
-    for process in start(jobs, processes):
-        out, err = process.communicate(timeout=600)
-        assert process.returncode in (0, 9), err
-        found.append(json.loads(out.splitlines()[-1]) if out.strip() else process.returncode)
+    with started(jobs, processes) as waiting:
+        for process in waiting:
+            out, err = process.communicate(timeout=LIMIT)
+            assert process.returncode in (0, 9), err
+            found.append(json.loads(out.splitlines()[-1]) if out.strip() else process.returncode)
     return found
 
 
@@ -202,23 +217,29 @@ def test_the_command_starts_its_processes_and_torchrun_starts_the_same_run(world
     common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1"}
     file.write_text(json.dumps(run))
     own = [sys.executable, "-m", "veneer", "train", str(file), "--quiet"]
-    done = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     file.write_text(json.dumps({**run, "out": str(tmp_path / "torchrun")}))
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(_free_port()),
-    ]
-    done = subprocess.run([*torchrun, *own[1:]], env=common, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, *own[1:]], env=common, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     one = values(alone / "lora")
     for out in ("started", "torchrun"):
         other = values(tmp_path / out)
         assert all(one[key].equal(other[key]) for key in one)
-    again = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=300)
+    again = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=LIMIT)
     assert again.returncode == 2 and "not empty" in again.stderr
+
+
+def test_where_a_process_is_gone_before_all_have_met_the_others_end_at_once(tmp_path):
+    """Process 0 is, which the others wait for: whatever they would wait, the command ends."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '0':\n    os._exit(7)\n")
+    run = {"base": "smollm2", "data": {"train": "rows.jsonl"}, "out": str(tmp_path / "run")}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    common = {**os.environ, "PYTHONPATH": str(tmp_path), "VENEER_WAIT_SECONDS": str(LIMIT)}
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "veneer", "train", str(tmp_path / "run.yaml"), "--processes", "3"]
+    environment = environment_for(common)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, cwd=tmp_path)
+    assert done.returncode == 7
+    assert time.monotonic() - begun < GRACE_SECONDS + 10

@@ -1,8 +1,9 @@
 """One process of several: runs each of the given settings one after another, in a process group of its own each.
 
-    python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": {...}}, ...]'
+    python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": {...}}, ...]' MEETINGS
 
-folders: where each process works. at: {"step", "rank", "does": "signal" | "die"}, when that step is done.
+MEETINGS: port and descriptor of each job's socket. folders: where each process works. at: {"step", "rank", "does":
+"signal" | "die"}, when that step is done.
 """
 
 import json
@@ -14,16 +15,17 @@ from pathlib import Path
 from veneer import api
 from veneer.errors import VeneerError
 from veneer.train.config import RunConfig
+from veneer.train.launch import MEETING
 from veneer.train.loop import Loop
 from veneer.train.screen import QuietScreen
 
 
 def main() -> None:
-    rank, port = os.environ["RANK"], int(os.environ["MASTER_PORT"])
+    rank, meetings = os.environ["RANK"], json.loads(sys.argv[2])
     told = []
     inner = Loop._step
     for number, job in enumerate(json.loads(sys.argv[1])):
-        os.environ["MASTER_PORT"] = str(port + number)
+        os.environ["MASTER_PORT"], os.environ[MEETING] = map(str, meetings[number])
         at = job.get("at")
 
         def step(loop: Loop, *, timed: bool, at=at) -> float:

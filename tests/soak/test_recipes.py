@@ -17,7 +17,7 @@ from tests.soak.counts import count
 from tests.test_compare import write_rows
 from tests.tiny import save_tiny
 from veneer.child import environment_for
-from veneer.train.launch import _free_port
+from veneer.train.launch import listening
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "several_machines.md").read_text()
 LAUNCHERS = ["SLURM", "Kubeflow TrainJob", "SkyPilot", "ssh alone"]
@@ -69,7 +69,8 @@ def shell(script: str, place: Path, **variables: str) -> subprocess.Popen[str]:
 
 def commands(launcher: str, place: Path) -> list[subprocess.Popen[str]]:
     """As each machine gets them."""
-    port = str(_free_port())
+    with listening() as (free, _):  # closed again: the launchers bind it themselves
+        port = str(free)
     text = (
         recipe(launcher)
         .replace("29500", port)

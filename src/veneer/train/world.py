@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from veneer.bounds import PROCESSES, number_faults
 from veneer.errors import ConfigError, LostProcessError, VeneerError
+from veneer.train.launch import MEETING
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WAIT_SECONDS = 600.0
@@ -144,7 +146,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     if world.size == 1:
         yield ALONE
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu, wait = torch.cuda.is_available(), timedelta(seconds=_wait(environment))
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
     world._call(
@@ -152,13 +154,25 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
             "nccl" if on_gpu else "gloo",
             rank=world.rank,
             world_size=world.size,
-            timeout=timedelta(seconds=_wait(environment)),
+            timeout=wait,
+            store=_meeting(world, environment, wait),
         )
     )
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def _meeting(world: World, environment: Mapping[str, str], wait: timedelta) -> Store | None:
+    """Where the processes of this machine meet, at the socket that the launcher bound; None: torchrun's place."""
+    if not environment.get(MEETING):
+        return None
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if not world.leads:
+        return TCPStore(host, port, world.size, False, timeout=wait)
+    listens = int(environment[MEETING])
+    return TCPStore(host, port, world.size, True, timeout=wait, master_listen_fd=listens, use_libuv=True)
 
 
 def world_of(environment: Mapping[str, str]) -> World:
