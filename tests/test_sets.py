@@ -265,7 +265,7 @@ def test_a_data_set_that_is_not_reached_is_an_error_with_what_to_do(hub: Hub) ->
     with pytest.raises(DataError) as caught:
         scan_rows("org/other")
     assert "org/other" in str(caught.value)
-    with pytest.raises(DataError, match="no address that fsspec knows"):
+    with pytest.raises(ConfigError, match="no address that fsspec knows"):
         scan_rows("nothing://rows.jsonl")
 
 
