@@ -29,6 +29,7 @@ OTHER_VALUES = {
     "method.svd_iterations": 16,
     "method.name": "full",
     "from_adapter": [StartFrom(adapter="tickets")],
+    "new_tokens": ["<order>"],
     "quantize": "nf4",
     "keep_dense": ["k_proj"],
     "method.rank": 3,

@@ -50,7 +50,6 @@ def test_missing_fields_take_peft_s_defaults(read):
         ("use_bdlora", {"nblocks": 2}),
         ("monteclora_config", {"num_samples": 8}),
         ("megatron_config", {"x": 1}),
-        ("trainable_token_indices", [3]),
         ("ensure_weight_tying", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),

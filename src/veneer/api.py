@@ -233,12 +233,12 @@ def evaluate(
     fields = DataConfig.of(
         {"train": data, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
     )
-    capacity = capacity_of(base)
-    loaded = load_data(fields, length=length, capacity=capacity, tokenizer=base.tokenizer, preamble=preamble)
+    capacity, tokenizer = capacity_of(base), base.acting_tokenizer
+    loaded = load_data(fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble)
     paths = base.paths
 
     def nats(examples: Sequence[Example]) -> Counts:
-        refuse_beyond("this cannot be computed", examples, capacity, base.tokenizer)
+        refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
         return example_nats(base.model, paths, examples, batch=batch)
 
     with base.routing.held():

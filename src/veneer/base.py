@@ -16,6 +16,7 @@ from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
+from veneer.data.new_tokens import bring
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.decoding.text import TextStream, text_of
@@ -25,6 +26,7 @@ from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
 from veneer.merge.in_memory import Merged, merged_weights
+from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 
@@ -56,11 +58,16 @@ class Base(FrozenBase):
     def adapter_budget_bytes(self, limit: int | None) -> None:
         self._pool.budget_bytes = limit
 
-    def attach(self, config: AdapterConfig, *, name: str, seed: int = 0) -> Attachment:
-        """A fresh adapter; it acts once `use(name)` is called. ConfigError if its settings match nothing."""
+    def attach(self, config: AdapterConfig, *, name: str, seed: int = 0, new_tokens: Sequence[str] = ()) -> Attachment:
+        """A fresh adapter; it acts once `use(name)` is called. new_tokens: texts that become tokens of its own.
+
+        ConfigError: its settings match nothing; one of the texts is a token already.
+        """
         check_numbers(seed=(SEED, seed))
         _ = self.paths
-        return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed).attachment)
+        with self.routing.none():
+            tokens = bring(self.tokenizer, new_tokens, rows=capacity_of(self).tokens)
+        return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed, tokens=tokens).attachment)
 
     def load_adapter(self, folder: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
         """Read an adapter folder (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
@@ -160,13 +167,14 @@ class Base(FrozenBase):
         It is asked as what acts was trained: with the system turn of all its rows, unless the messages have one, and
         what their template was told. system and variables say otherwise; "" is no system turn, None no variable.
         """
-        stream = TextStream(self.tokenizer)
 
         def say(text: str) -> None:
             if on_text is not None and text:
                 on_text(text)
 
         with self.routing.held():  # a switch by another thread is for its next answer
+            tokenizer = self.acting_tokenizer
+            stream = TextStream(tokenizer)
             ids = self._prompt_ids(prompt, self.preamble.asked(system, variables))
             (answer,) = generate(
                 self,
@@ -178,7 +186,7 @@ class Base(FrozenBase):
                 on_token=None if on_text is None else lambda token: say(stream.push(token)),
             )
         say(stream.end())
-        return text_of(self.tokenizer, answer)
+        return text_of(tokenizer, answer)
 
     def _prompt_ids(self, prompt: Prompt, preamble: Preamble) -> list[int]:
         messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
@@ -189,7 +197,7 @@ class Base(FrozenBase):
                 raise ConfigError("this base has no chat template: give the prompt as a string")
             if preamble:
                 raise ConfigError("this base has no chat template: it takes neither a system turn nor variables")
-            return list(self.tokenizer(prompt)["input_ids"])
+            return list(self.acting_tokenizer(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        template = ChatTemplate(self.tokenizer, variables=preamble.variables)
+        template = ChatTemplate(self.acting_tokenizer, variables=preamble.variables)
         return template.encode_prompt(preamble.opening(messages))

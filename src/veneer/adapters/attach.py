@@ -13,9 +13,11 @@ from veneer.adapters.attachment import Attachment
 from veneer.adapters.bottleneck import build_bottleneck
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.low_rank import build_dora, build_lora
+from veneer.adapters.new_tokens import put_tokens
 from veneer.adapters.prefix import build_prefix
 from veneer.adapters.routing import Routing
 from veneer.adapters.site import Site
+from veneer.adapters.token_rows import Brought
 from veneer.adapters.wrapping import plain_modules, unwrap, unwrapped
 from veneer.errors import ConfigError
 
@@ -35,12 +37,14 @@ def attach(
     name: str,
     routing: Routing,
     head: nn.Module | None,
+    tokens: Brought | None = None,
     seed: int = 0,
     values_follow: bool = False,
     read_past: Collection[str] | None = None,
     idle: Collection[str] = (),
 ) -> Attachment:
     """A fresh adapter beside `model`, not yet active: no output changes. head: the output head, never in all-linear.
+    tokens: those that it brings.
 
     values_follow: the caller gives every trained value before anything is computed; none is drawn then.
     read_past: the weights that the model takes past their modules (reads.py); None: the model is asked, where it
@@ -67,6 +71,8 @@ def attach(
         )
         try:
             _BUILDERS[type(config)](site, config)
+            if tokens is not None:
+                put_tokens(site, tokens, model.get_input_embeddings())  # type: ignore[operator]
         except BaseException:
             unwrap(model)
             raise

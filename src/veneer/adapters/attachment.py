@@ -8,6 +8,7 @@ from torch import nn
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.layer import Layer
 from veneer.adapters.preamble import Preamble
+from veneer.adapters.token_rows import NewTokens
 
 
 @dataclass(eq=False)
@@ -32,6 +33,8 @@ class Attachment:
     adaptable: int = 0
     places: int | None = None
     """Places taken where one layer serves several; None: each layer one."""
+    tokens: NewTokens | None = None
+    """That it brings."""
     preamble: Preamble = field(default_factory=Preamble)
     """Of the conversations it was trained on."""
 
@@ -40,13 +43,14 @@ class Attachment:
         return len(self.layers) if self.places is None else self.places
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by part, values last."""
+        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by part, then values,
+        rows of tokens last."""
         found = {
             f"{path}.{part}": parameter
             for path, layer in self.layers.items()
             for part, parameter in layer.parts().items()
         }
-        return found | self.values
+        return found | self.values | (self.tokens.parameters() if self.tokens is not None else {})
 
     def learning_rate_factors(self) -> dict[str, float]:
         """What the learning rate of each of `parameters()` is multiplied with."""

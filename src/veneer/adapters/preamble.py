@@ -22,10 +22,12 @@ _TAKEN = {
 
 @dataclass(frozen=True)
 class Preamble:
-    """system: the turn that a conversation without one gets; None: none. variables: of the chat template."""
+    """system: the turn that a conversation without one gets; None: none. variables: of the chat template. tokens: texts
+    that are tokens of the adapter's own."""
 
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.system is not None or bool(self.variables)
@@ -46,7 +48,7 @@ NONE = Preamble()
 
 
 def shared(preambles: Iterable[Preamble]) -> Preamble:
-    """What all of them say alike: of adapters that act together."""
+    """What all of them say alike: of adapters that act together, of which one may bring tokens."""
     first, *others = [*preambles] or [Preamble()]
     system = first.system if all(each.system == first.system for each in others) else None
     alike = {
@@ -54,7 +56,7 @@ def shared(preambles: Iterable[Preamble]) -> Preamble:
         for name, value in first.variables.items()
         if all(name in each.variables and each.variables[name] == value for each in others)
     }
-    return Preamble(system, alike)
+    return Preamble(system, alike, next((each.tokens for each in (first, *others) if each.tokens), ()))
 
 
 def given(variables: Mapping[str, Any]) -> dict[str, Any]:

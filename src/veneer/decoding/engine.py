@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.acting import Acting, in_step
+from veneer.adapters.new_tokens import width_of
 from veneer.decoding.adapters import Adapters, prefixes
 from veneer.decoding.blocks import BlockManager
 from veneer.decoding.direct import Way
@@ -63,15 +64,19 @@ class Engine:
         self.way = _way(base)
         self._forward = PagedForward(base.device, blocks, self.way.logits)
         self._drawings: dict[int, Drawing] = {}
-        self._ids = capacity_of(base).tokens
+        with base.routing.none():
+            self._ids = capacity_of(base).tokens
         self._acting: tuple[Any, Acting] | None = None
         self._before: Prepared | None = None
         self._nobody: dict[int, Acting] = {}
 
     def add(self, request: Request) -> tuple[Answer, ...]:
-        """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise."""
+        """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise.
+
+        Which ids an adapter brings is for whoever asks with it to know.
+        """
         ids = (*request.prompt, *(token for token, _ in request.sampling.logit_bias))
-        if self._ids is not None and (most := max(ids)) >= self._ids:
+        if self._ids is not None and not request.adapter and (most := max(ids)) >= self._ids:
             raise ConfigError(f"the request holds token {most}, and the model has rows for {self._ids:,}")
         if request.adapter:
             self._adapters.expect(request.adapter)
@@ -159,8 +164,24 @@ class Engine:
             return {}
         if rows != list(range(len(plan.spans))):
             logits = logits[rows]
-        drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers])
-        return dict(zip((answer.number for answer in answers), drawn, strict=True))
+        return self._drawn(logits, answers)
+
+    def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, Drawn]:
+        """Each of the ids that it knows: tokens that one adapter brings are none to the others."""
+        widths = [self._width(answer, logits.shape[1]) for answer in answers]
+        found: dict[int, Drawn] = {}
+        for width in sorted(set(widths)):
+            numbers = [n for n, own in enumerate(widths) if own == width]
+            some = logits if len(numbers) == len(answers) else logits[numbers]
+            drawn = draw(some[:, :width], [(self._drawing(answers[n]), answers[n].new) for n in numbers])
+            found |= dict(zip((answers[n].number for n in numbers), drawn, strict=True))
+        return found
+
+    def _width(self, answer: Answer, most: int) -> int:
+        if self._ids is None or most <= self._ids:
+            return most
+        applied = self._adapters.applied(answer.request.adapter) if answer.request.adapter else ()
+        return width_of(applied, self._ids)
 
     def _drawing(self, answer: Answer) -> Drawing:
         if answer.number not in self._drawings:

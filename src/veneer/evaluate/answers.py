@@ -42,7 +42,7 @@ def evaluate_answers(
     Raises DataError, naming the rows, where a row has no assistant turn at its end to compare with.
     """
     expected = expected_answers(base, rows, variables)
-    template = ChatTemplate(base.tokenizer, variables=variables)
+    template = ChatTemplate(base.acting_tokenizer, variables=variables)
     prompts = [template.encode_prompt(row.messages[:-1], tools=row.tools) for row in rows]
 
     def done(count: int) -> None:
@@ -61,7 +61,7 @@ def expected_answers(base: FrozenBase, rows: Sequence[Row], variables: Mapping[s
         [row.ref for row in rows if not row.messages or row.messages[-1]["role"] != "assistant"],
         "Give rows that end with the expected answer, or ask for the loss alone.",
     )
-    template = ChatTemplate(base.tokenizer, variables=variables)
+    template = ChatTemplate(base.acting_tokenizer, variables=variables)
     return [_expected(base, template, row) for row in rows]
 
 
@@ -83,7 +83,7 @@ def _expected(base: FrozenBase, template: ChatTemplate, row: Row) -> str:
 
 
 def _text(base: FrozenBase, ids: list[int]) -> str:
-    return text_of(base.tokenizer, ids).strip()
+    return text_of(base.acting_tokenizer, ids).strip()
 
 
 def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str) -> None:

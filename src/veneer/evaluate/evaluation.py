@@ -140,7 +140,7 @@ def _answer(
         line["references"] = right
     if labels:
         chosen = likeliest_labels(
-            base.tokenizer,
+            base.acting_tokenizer,
             rows,
             labels,
             nats=nats,

@@ -21,7 +21,9 @@ from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
+from veneer.adapters.token_rows import Brought
 from veneer.bases.fingerprint import Fingerprint
+from veneer.data.new_tokens import bring
 from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.atomic import atomic_folder
 from veneer.files.hashes import file_hash
@@ -41,6 +43,17 @@ from veneer.formats.peft_config import CONFIG_NAME, config_text
 from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
 from veneer.formats.same_base import other_base, other_text
+from veneer.formats.token_files import (
+    KEY,
+    TokenFile,
+    TokenFit,
+    apart,
+    fit_tokens,
+    read_tokens,
+    token_settings,
+    token_tensors,
+)
+from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -64,6 +77,7 @@ class StoredAdapter:
     layout    what its files are laid out as
     file      the settings in the file's terms
     tensors   by name, without PEFT's prefix
+    tokens    those that it brings, whose rows are among the tensors
     content_hash  of the files as they were read, by the rule of veneer.json
     manifest  veneer.json; None for an adapter from elsewhere
     notes     what was repaired or ignored while reading
@@ -74,6 +88,7 @@ class StoredAdapter:
     layout: Layout
     file: FileSettings
     tensors: Mapping[str, Tensor]
+    tokens: TokenFile | None
     content_hash: str
     manifest: Manifest | None
     notes: list[str]
@@ -92,7 +107,11 @@ class StoredAdapter:
 
 def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
     """Size that adapter_model.safetensors will have, known before training. model: the one it is attached to."""
-    return tensor_file_bytes(layout_of(attachment.config).tensors(attachment, model))
+    return tensor_file_bytes(_tensors(attachment, model))
+
+
+def _tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
+    return layout_of(attachment.config).tensors(attachment, model) | token_tensors(attachment)
 
 
 def manifest_for(
@@ -136,8 +155,7 @@ def write_adapter(
     manifest give the same bytes. Raises CorruptFileError (values not finite: nothing is written; or the disk
     gave back something else), ConfigError (the folder exists), DoesNotFitError (disk full).
     """
-    layout = layout_of(attachment.config)
-    tensors = layout.tensors(attachment, model)
+    tensors = _tensors(attachment, model)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise CorruptFileError(
             f"adapter {attachment.name!r} holds values that are not finite and is not written",
@@ -145,7 +163,7 @@ def write_adapter(
             "Take the last checkpoint before they appeared, and train on with a lower learning rate.",
         )
     expected_bytes = tensor_file_bytes(tensors)
-    config = layout.config(attachment, model, manifest.base)
+    config = layout_of(attachment.config).config(attachment, model, manifest.base) | token_settings(attachment)
     with atomic_folder(folder, replace=replace, needed_bytes=expected_bytes) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         (partial / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
@@ -153,6 +171,7 @@ def write_adapter(
             update={
                 "scaling": {path: layer.scaling for path, layer in sorted(attachment.layers.items())},
                 "content_hash": content_hash(partial / WEIGHTS_NAME, config),
+                "new_tokens": [] if attachment.tokens is None else list(attachment.tokens.texts),
             }
         )
         (partial / MANIFEST_NAME).write_text(filled.to_json(), encoding="utf-8")
@@ -186,7 +205,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     does not compute).
     """
     folder = Path(folder)
-    stored, layout, file, ignored = _read_settings(folder)
+    stored, layout, file, tokens, ignored = _read_settings(folder)
     notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
     tensors: dict[str, Tensor] = {}
     twice, repaired = [], 0
@@ -211,26 +230,28 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
                 f"Restore it; or, if you changed it on purpose, remove {MANIFEST_NAME}: it is then read as PEFT's.",
             )
     try:
-        settings = file.settings(tensors)
+        settings = file.settings(apart(tensors)[0])
     except ValidationError as fault:
         raise CorruptFileError(
             f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
         ) from fault
-    return StoredAdapter(folder, settings, layout, file, tensors, found, manifest, notes)
+    return StoredAdapter(folder, settings, layout, file, tensors, tokens, found, manifest, notes)
 
 
 def front_places_in(folder: Path) -> int:
     """Positions that an adapter takes in front of every text, without its tensors. Raises what read_adapter raises."""
-    _, _, file, _ = _read_settings(folder)
+    _, _, file, _, _ = _read_settings(folder)
     return file.front_places
 
 
-def _read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, list[str]]:
-    """adapter_config.json, what it is laid out as, its settings, and the names that were ignored."""
+def _read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, TokenFile | None, list[str]]:
+    """adapter_config.json, what it is laid out as, its settings, its tokens, and the names that were ignored."""
     _require_files(folder)
     stored = read_json(folder / CONFIG_NAME)
     layout = layout_in(folder / CONFIG_NAME, stored)
-    return stored, layout, *layout.read(folder / CONFIG_NAME, stored)
+    tokens = read_tokens(folder / CONFIG_NAME, stored)
+    file, ignored = layout.read(folder / CONFIG_NAME, {name: each for name, each in stored.items() if name != KEY})
+    return stored, layout, file, tokens, ignored
 
 
 def _require_files(folder: Path) -> None:
@@ -272,11 +293,15 @@ def load_adapter(
     if stored.config.through_attention:
         _ = base.paths  # proves it, and hands attention over
     head = base.model.get_output_embeddings()
-    found = stored.file.fit(stored.tensors, base.model, head, base.read_past)
-    if found.faults:
+    tensors, rows = apart(stored.tensors)
+    found = stored.file.fit(tensors, base.model, head, base.read_past)
+    token_fit = fit_tokens(stored.tokens, rows, base.model, head)
+    unfit = [*found.faults, *([] if token_fit is None else token_fit.faults)]
+    brought = None if token_fit is None or unfit else _brought(stored, token_fit, base, unfit)
+    if unfit:
         raise AdapterMismatchError(
             f"adapter {name!r} does not fit {base.source}" + _share(found.concerned, stored),
-            faults + reading + found.faults,
+            faults + reading + unfit,
             f"It was made for {stored.name_or_path}: load it on that base."
             if stored.name_or_path
             else "Load it on the base it was made for; the file does not name it.",
@@ -301,17 +326,43 @@ def load_adapter(
         name=name,
         routing=base.routing,
         head=head,
+        tokens=brought,
         values_follow=True,
         read_past=base.read_past,
     )
     if stored.manifest is not None:
         attachment.preamble = stored.manifest.preamble
     try:
-        _fill(attachment, found.values, take=take or stored is not source)  # nobody else holds what was read here
+        values = dict(found.values) | (token_fit.values if token_fit is not None else {})
+        _fill(attachment, values, take=take or stored is not source)  # nobody else holds what was read here
     except BaseException:
         base.detach(name)
         raise
     return attachment
+
+
+def _brought(stored: StoredAdapter, fit: TokenFit, base: FrozenBase, faults: list[str]) -> Brought | None:
+    """The tokens that it brings to this base; to faults why not."""
+    assert stored.tokens is not None
+    ids, own = stored.tokens.ids, len(base.tokenizer)
+    texts = [] if stored.manifest is None else stored.manifest.new_tokens
+    with base.routing.none():
+        rows = capacity_of(base).tokens
+    if not texts:
+        if max(ids) >= min(own, rows or own):
+            faults.append(
+                f"rows of token {max(ids):,}, of which the base has none, and no {MANIFEST_NAME} says what its text is"
+            )
+        return Brought((), ids, head=fit.head)
+    made = bring(base.tokenizer, texts, rows=rows)
+    assert made is not None
+    if made.ids != ids:
+        faults.append(f"its tokens {_listed(texts)} are {_listed(ids)} there, and {_listed(made.ids)} on this base")
+    return Brought(made.texts, ids, head=fit.head)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:4])) + (", …" if len(values) > 4 else "")
 
 
 @torch.no_grad()

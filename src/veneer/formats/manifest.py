@@ -70,6 +70,8 @@ class Manifest(_Strict):
     """System turn that every conversation it was trained on begins with: given to those that have none."""
     template_variables: dict[str, JsonValue] = Field(default_factory=dict)
     """What the chat template was told (enable_thinking, ...)."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Texts of the tokens that it brings, in the order of their rows."""
     data_fingerprint: str | None = None
     """Hash over the rows it was trained on."""
     recipe: dict[str, JsonValue] | None = None
@@ -85,7 +87,7 @@ class Manifest(_Strict):
 
     @property
     def preamble(self) -> Preamble:
-        return Preamble(self.system, self.template_variables)
+        return Preamble(self.system, self.template_variables, tuple(self.new_tokens))
 
     def to_json(self) -> str:
         """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it could not be

@@ -36,7 +36,6 @@ _CHANGES_THE_MATHS = {
     "use_bdlora": "block-diagonal LoRA is not supported",
     "monteclora_config": "MonteCLoRA samples its weights: not supported",
     "megatron_config": "Megatron's parallel layers are not supported",
-    "trainable_token_indices": "single trained rows of an embedding are not supported yet",
     "ensure_weight_tying": "an adapter shared by the embedding and the head is not supported",
 }
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -6,7 +6,9 @@ Only rows that predict a trained token are given; their logits live for one chun
 in the forward pass, while the logits are there, so backward costs one multiplication. `total` is the number of
 trained tokens of the whole step and must be known beforehand: it is what makes accumulation token-exact.
 Logits are rounded to h's type as in the model itself; log-sum-exp and the loss are float32 (float64 for float64).
-Shapes: M rows, D hidden, V vocabulary.
+A head may have rows of tokens beside its own, which train: their columns take the places of its own, or stand behind
+them, and the sum is over all.
+Shapes: M rows, D hidden, V vocabulary, n rows beside it.
 """
 
 from dataclasses import dataclass
@@ -25,16 +27,39 @@ CHUNK = 128
 
 
 @dataclass(frozen=True)
+class Beside:
+    """rows (n, D), in any type, trained; at (n) int64: the columns that they make, distinct; bias (n) or None."""
+
+    rows: Tensor
+    at: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.rows.to(h.dtype), self.bias)
+
+
+@dataclass(frozen=True)
 class Head:
-    """The output head: W (V, D), bias (V) or None, logits multiplied by `scale`, then softcap * tanh(z / softcap)."""
+    """The output head: W (V, D), bias (V) or None, logits multiplied by `scale`, then softcap * tanh(z / softcap).
+
+    beside: rows that train beside W; columns: how many there are with theirs, W's or theirs each.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    beside: Beside | None = None
+    columns: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(self.columns, self.weight.shape[0])
 
     def logits(self, h: Tensor) -> Tensor:
         z = F.linear(h, self.weight, self.bias)
+        if self.beside is not None:
+            z = F.pad(z, (0, self.width - z.shape[-1])).index_copy(-1, self.beside.at, self.beside.logits(h))
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
@@ -44,10 +69,13 @@ class Head:
 
     def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
         """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more is paged in anew."""
+        own = out[:, : self.weight.shape[0]]
         if self.bias is None:
-            torch.mm(h, self.weight.t(), out=out)
+            torch.mm(h, self.weight.t(), out=own)
         else:
-            torch.addmm(self.bias, h, self.weight.t(), out=out)
+            torch.addmm(self.bias, h, self.weight.t(), out=own)
+        if self.beside is not None:
+            out.index_copy_(1, self.beside.at, self.beside.logits(h))
         if self.scale != 1.0:
             out.mul_(self.scale)
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -92,12 +120,26 @@ def _check_targets(z: Tensor, targets: Tensor) -> None:
             raise IndexError(f"target {high if low >= 0 else low} is outside of {z.shape[1]} logits")
 
 
+def _back(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """d_z (M, columns) -> what it is of h, (M, D), and the columns of the rows beside W. d_z is overwritten."""
+    own = d_z[:, : head.weight.shape[0]]
+    if head.beside is None:
+        return own @ head.weight, None
+    columns = d_z.index_select(1, head.beside.at)
+    d_z.index_fill_(1, head.beside.at, 0)  # of W none of these was used
+    return (own @ head.weight).addmm_(columns, head.beside.rows.to(d_z.dtype)), columns
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
+    """rows: those of head.beside, once more, as what autograd asks about; None: there are none."""
+
     @staticmethod
-    def forward(ctx: Any, h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head, total: float) -> Tensor:
         loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
-        grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        held = h.new_empty(round_up(min(CHUNK, h.shape[0])), head.weight.shape[0])
+        wanted = any(ctx.needs_input_grad[:2])
+        grad = torch.empty_like(h) if wanted else None
+        grad_rows = None if rows_nD is None or not wanted else torch.zeros_like(rows_nD)
+        held = h.new_empty(round_up(min(CHUNK, h.shape[0])), head.width)
         for start in range(0, h.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             chosen = targets[rows]
@@ -110,21 +152,26 @@ class _FrozenHeadLoss(torch.autograd.Function):
             loss += one
             if grad is not None:
                 d_z = d_z if slope is None else d_z * slope
-                grad[rows] = (d_z @ head.weight)[:count].mul_(head.scale / total)
-        ctx.save_for_backward(grad)
+                d_h, columns = _back(d_z, head)
+                grad[rows] = d_h[:count].mul_(head.scale / total)
+                if columns is not None and grad_rows is not None:
+                    own = (columns[:count].t() @ h[rows]).to(grad_rows.dtype)
+                    grad_rows.add_(own, alpha=head.scale / total)
+        ctx.save_for_backward(grad, grad_rows)
         return loss / total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_h,) = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        grad_h, grad_rows = ctx.saved_tensors
+        own = None if grad_rows is None else grad_rows * grad.to(grad_rows.dtype)
+        return grad_h * grad.to(grad_h.dtype), own, None, None, None
 
 
 def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """h (M, D), targets (M) int64 -> scalar, differentiable in h alone."""
+    """h (M, D), targets (M) int64 -> scalar, differentiable in h and in the rows beside W alone."""
     apply: Any = _FrozenHeadLoss.apply
-    return apply(h, targets, head, total)
+    return apply(h, None if head.beside is None else head.beside.rows, targets, head, total)
 
 
 def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:

@@ -26,6 +26,7 @@ from veneer.formats.layout import Fit
 from veneer.formats.manifest import BaseIdentity, Manifest, Parent, content_hash
 from veneer.formats.matching import Strength, exact_settings
 from veneer.formats.peft_config import CONFIG_NAME, PeftLoRA
+from veneer.formats.token_files import apart, fit_tokens
 from veneer.library.names import said_of
 from veneer.merge.combine import Update
 from veneer.models.load import load_base
@@ -60,12 +61,12 @@ def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
     """What of its files goes where on a base. model: the base or its skeleton. AdapterMismatchError: it does not
     fit."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    found = stored.file.fit(stored.tensors, model, head, weights_read_past(model))
-    if found.faults or found.settings is None:
+    tensors, rows = apart(stored.tensors)
+    found = stored.file.fit(tensors, model, head, weights_read_past(model))
+    tokens = fit_tokens(stored.tokens, rows, model, head)
+    if (faults := [*found.faults, *(tokens.faults if tokens else [])]) or found.settings is None:
         raise AdapterMismatchError(
-            f"{stored.folder} does not fit the base",
-            found.faults,
-            f"It was made for {stored.name_or_path}: name that base.",
+            f"{stored.folder} does not fit the base", faults, f"It was made for {stored.name_or_path}: name that base."
         )
     return found
 
@@ -76,6 +77,11 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
         raise RefusedError(
             f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
             next_step=stored.config.instead_of_folding,
+        )
+    if stored.tokens is not None:
+        raise RefusedError(
+            f"{stored.folder} brings {len(stored.tokens.ids):,} tokens, whose rows are no update",
+            next_step="Use it beside its base (--adapter), or merge it: veneer merge.",
         )
     found = fitted(stored, model)
     settings = found.settings

@@ -15,6 +15,7 @@ from veneer.bases.without_weights import Skeleton
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_folder
 from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
+from veneer.formats.low_rank import LOW_RANK
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft_config import CONFIG_NAME
 from veneer.merge.adapters import Placed, attachment_of, common_base, descended
@@ -72,6 +73,11 @@ def export_peft(stored: StoredAdapter, out: str | Path) -> ExportReport:
     if not stored.layout.peft_reads:
         raise RefusedError(
             f"PEFT has no method {stored.layout.peft_type}: only Veneer computes this adapter",
+            next_step="Keep it as it is: veneer generate --adapter computes it beside its base.",
+        )
+    if stored.tokens is not None and stored.layout is not LOW_RANK:
+        raise RefusedError(
+            f"PEFT reads no rows of tokens beside {stored.layout.peft_type}, and would leave them out in silence",
             next_step="Keep it as it is: veneer generate --adapter computes it beside its base.",
         )
     needed = (stored.folder / WEIGHTS_NAME).stat().st_size

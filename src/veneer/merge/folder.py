@@ -19,16 +19,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from veneer.adapters.targets import layer_number
 from veneer.bases.fingerprint import tokenizer_hash
+from veneer.data.new_tokens import extended
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_folder
 from veneer.merge.fold import Stored, parting, refuse_unfoldable, stored_tensors, tied_names, wanted_weights
 from veneer.merge.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
 from veneer.merge.shards import MAX_SHARD_BYTES, ShardWriter
+from veneer.merge.tokens import tokens_of, with_rows
 from veneer.merge.verify import LogitCheck, Reference, compare, limited, reference, text_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
@@ -109,6 +111,7 @@ def merge_into_folder(
         raise ConfigError("no adapter is named", next_step="Name at least one to merge.")
     applied = [(base.attachments[name], weight) for name, weight in names]
     refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
+    tokens = tokens_of(applied)
     asked = None
     if check_logits:
         asked = reference(base, names, text_rows(base) if rows is None else limited(rows))
@@ -119,16 +122,19 @@ def merge_into_folder(
     tied = tied_names(base.model)
     parted = parting(tied, wanted)
     target = None if dtype is None else DTYPES[dtype]
-    plan = _Plan(
-        base.model, {n: s for n, s in stored_tensors(base.model).items() if n in parted or n not in tied}, target
-    )
+    stored = stored_tensors(base.model)
+    if tokens is not None:
+        stored, wanted = with_rows(stored, wanted, tokens, tied)
+    plan = _Plan(base.model, {n: s for n, s in stored.items() if n in parted or n not in tied}, target)
+    tokenizer = base.tokenizer if tokens is None else extended(base.tokenizer, tokens.texts)
     with atomic_folder(out, needed_bytes=plan.total_bytes) as partial:
         weights = plan.write(
             partial, wanted, stochastic_seed=seed if stochastic else None, max_shard_bytes=max_shard_bytes
         )
         _refuse_lost(weights, plan.dtype_name, stochastic, least_survival)
-        write_surroundings(partial, base, dtype=plan.dtype, untied=bool(parted))
-        check, trained_check = _checked(partial, base, asked, as_trained)
+        ids = None if tokens is None else tokens.end
+        write_surroundings(partial, base, tokenizer, dtype=plan.dtype, untied=bool(parted), ids=ids)
+        check, trained_check = _checked(partial, base, tokenizer, asked, as_trained)
         size = sum(path.stat().st_size for path in partial.iterdir())
         report = MergeReport(Path(out), size, plan.dtype_name, stochastic, bool(parted), weights, check, trained_check)
         text = json.dumps({"format_version": 1, **(record or {}), **_without_place(report)}, indent=2, sort_keys=True)
@@ -254,8 +260,16 @@ def _refuse_lost(weights: Mapping[str, Survival], dtype: str, stochastic: bool, 
     )
 
 
-def write_surroundings(folder: Path, base: FrozenBase, *, dtype: torch.dtype, untied: bool) -> None:
-    """config.json, generation_config.json, the tokenizer and its chat template."""
+def write_surroundings(
+    folder: Path,
+    base: FrozenBase,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    untied: bool,
+    ids: int | None = None,
+) -> None:
+    """config.json, generation_config.json, the tokenizer and its chat template. ids: that the tables have at least."""
     config = copy.deepcopy(base.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -263,23 +277,29 @@ def write_surroundings(folder: Path, base: FrozenBase, *, dtype: torch.dtype, un
         part.dtype = dtype
         if untied:
             part.tie_word_embeddings = False
+        if ids is not None and isinstance(known := getattr(part, "vocab_size", None), int):
+            part.vocab_size = max(known, ids)
     config.architectures = [type(base.model).__name__]
     config.save_pretrained(folder)
     if base.model.generation_config is not None:
         base.model.generation_config.to_json_file(folder / "generation_config.json")
-    base.tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _checked(
-    folder: Path, base: FrozenBase, asked: Reference | None, as_trained: Reference | None
+    folder: Path,
+    base: FrozenBase,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Reference | None,
+    as_trained: Reference | None,
 ) -> tuple[LogitCheck | None, LogitCheck | None]:
     """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the adapter on its
     base."""
     if asked is None:
         return None, None
     merged = load_base(str(folder), dtype="stored", device=str(base.device))
-    if tokenizer_hash(merged.tokenizer) != tokenizer_hash(base.tokenizer) or (
-        merged.tokenizer.chat_template != base.tokenizer.chat_template
+    if tokenizer_hash(merged.tokenizer) != tokenizer_hash(tokenizer) or (
+        merged.tokenizer.chat_template != tokenizer.chat_template
     ):
         raise RefusedError(
             "the written tokenizer does not read text as the base's does",

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Ll
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from veneer.data.new_tokens import extended
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_file
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
@@ -25,6 +26,7 @@ from veneer.merge.gguf_bytes import written
 from veneer.merge.gguf_names import Names, names_of
 from veneer.merge.gguf_tokenizer import write_tokenizer
 from veneer.merge.rounding import OverWeights, Survival, survival, total
+from veneer.merge.tokens import refuse_tokens, tokens_of, with_rows
 from veneer.models.frozen_base import FrozenBase
 
 ModelType = Literal["f16", "q8_0"]
@@ -59,14 +61,20 @@ def write_gguf_model(
     source_file: the .gguf file that the base came from, whose metadata is copied.
     RefusedError: a family or a tokenizer that is not known here, or too little of the update is left.
     """
-    wanted = wanted_weights(base.model, [(base.attachments[name], weight) for name, weight in names])
+    applied = [(base.attachments[name], weight) for name, weight in names]
+    wanted, tokens = wanted_weights(base.model, applied), tokens_of(applied)
+    if source_file is not None:
+        refuse_tokens(applied, f"the vocabulary is that of {source_file.name}", "Merge into a folder: veneer merge.")
     base.routing.active = ()
     for name, _ in names:
         base.detach(name)
     where = names_of(base.config)
     tied = tied_names(base.model)
     parted = {alias for alias, source in tied.items() if alias in wanted or source in wanted}
-    stored = {n: s for n, s in stored_tensors(base.model).items() if n not in tied or n in parted}
+    stored = stored_tensors(base.model)
+    if tokens is not None:
+        stored, wanted = with_rows(stored, wanted, tokens, tied)
+    stored = {n: s for n, s in stored.items() if n not in tied or n in parted}
     if homeless := [name for name in stored if where.of(name) is None]:
         raise RefusedError(
             "these weights have no place in a .gguf file",
@@ -80,8 +88,9 @@ def write_gguf_model(
         if source_file is not None:
             _copy_metadata(writer, source_file)
         else:
-            _write_hyperparameters(writer, base.config, where)
-            write_tokenizer(writer, base.tokenizer, base.config.vocab_size)
+            ids = max(base.config.vocab_size, 0 if tokens is None else tokens.end)
+            _write_hyperparameters(writer, base.config, where, ids)
+            write_tokenizer(writer, extended(base.tokenizer, tokens.texts if tokens else ()), ids)
         writer.add_file_type(_FILE_TYPES[type])
         writer.add_quantization_version(2)
         _announce(writer, stored, kinds, where)
@@ -143,7 +152,7 @@ def _encoded(
     return data, survival(where.rows(gguf_name, own), where.rows(gguf_name, new), decoded)
 
 
-def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names) -> None:
+def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names, ids: int) -> None:
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     rope = dict(getattr(config, "rope_parameters", None) or {})
@@ -173,7 +182,7 @@ def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_vocab_size(ids)
 
 
 def _rope_factors(config: PreTrainedConfig) -> Iterator[np.ndarray[Any, Any]]:

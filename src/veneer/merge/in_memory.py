@@ -12,6 +12,7 @@ from torch import nn
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import RefusedError
 from veneer.merge.fold import Applied, stored_tensors, wanted_weights
+from veneer.merge.tokens import refuse_tokens
 
 
 @dataclass
@@ -45,6 +46,7 @@ def merged_weights(model: nn.Module, applied: Applied) -> Merged:
 
     RefusedError: a method that does not fold, quantised weights, values not finite.
     """
+    refuse_tokens(applied, "the base's tables would grow", "Write a merged folder: veneer merge.")
     wanted = wanted_weights(model, applied)
     stored = stored_tensors(model)
     if packed := [name for name in wanted if stored[name].quantised]:

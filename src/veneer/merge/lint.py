@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from veneer.adapters.config import AdapterConfig, DoRA, Prefix
 from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
+from veneer.formats.low_rank import LOW_RANK
+from veneer.formats.manifest import MANIFEST_NAME
 from veneer.merge.adapters import Placed, fitted, place
 from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf_adapter import gguf_adapter_faults
@@ -37,13 +39,25 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Consumer) -> l
     try:
         fitted(stored, model)
         if consumer in READS_EVERY_LAYOUT:
-            return []
+            return _beside_tokens(stored)
         if (known := _OF_METHOD.get(type(stored.config), {}).get(consumer)) is not None:
             return [known]
         placed = place(stored, model)
     except VeneerError as fault:
         return [Finding(False, fault.headline, fault.next_step)]
     return [*_LORA[consumer](placed, model)]
+
+
+def _beside_tokens(stored: StoredAdapter) -> list[Finding]:
+    if stored.tokens is None:
+        return []
+    if stored.layout is not LOW_RANK:
+        what = f"rows of {len(stored.tokens.ids):,} tokens: not read beside {stored.layout.peft_type}"
+        return [Finding(True, what, "veneer generate --adapter computes it beside its base")]
+    if stored.manifest is None or not stored.manifest.new_tokens:
+        return []
+    how = "add them to the tokenizer, and model.resize_token_embeddings(len(tokenizer)), before it is loaded"
+    return [Finding(False, f"it brings {len(stored.tokens.ids):,} tokens, whose texts {MANIFEST_NAME} says", how)]
 
 
 def _differing(placed: Placed) -> list[str]:

@@ -27,6 +27,8 @@ TEXTS = (
 """Rows for the check where no data is named."""
 MAX_TOKENS = 512
 """Tokens compared at most, over all rows: their logits are held until the merged model is there."""
+NEW_TOKENS = 32
+"""Tokens that an adapter brings, asked at most."""
 MAX_SHARE = 0.5
 """Largest mean difference, as a share of the adapter's mean effect; 1 is a merge that lost the adapter."""
 HALF = (torch.bfloat16, torch.float16)
@@ -84,19 +86,25 @@ def limited(rows: Sequence[list[int]]) -> list[list[int]]:
 
 
 def reference(base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[list[int]]) -> Reference:
-    """The logits with the adapters acting, and how far they are from the base's own."""
+    """The logits with the adapters acting, and how far they are from the base's own; the tokens that they bring are
+    asked too."""
     before = base.routing.active
+    brought = [a.tokens.ids for a in (base.attachments[name] for name, _ in names) if a.tokens is not None]
+    rows = rows + [list(ids[:NEW_TOKENS]) for ids in brought]
     said, effects, largest = [], 0.0, 0.0
-    for row in rows:
-        base.routing.active = ()
-        bare = logits(base, row)
+    known = rows[: len(rows) - len(brought)]
+    for number, row in enumerate(rows):
         base.routing.active = tuple(names)
         said.append(logits(base, row))
-        effect = (said[-1] - bare).abs()
+        if number >= len(known):
+            continue  # the base has no such tokens
+        base.routing.active = ()
+        bare = logits(base, row)
+        effect = (said[-1][:, : bare.shape[-1]] - bare).abs()
         effects, largest = effects + float(effect.mean()) * len(row), max(largest, float(effect.max()))
     base.routing.active = before
     found = Reference(rows, said, max_effect=largest)
-    found.mean_effect = effects / found.tokens
+    found.mean_effect = effects / sum(map(len, known))
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from veneer.adapters.new_tokens import width_of
 from veneer.adapters.prefix import tokens_in_front
 from veneer.adapters.wrapping import unwrapped
 from veneer.data.examples import Capacity
@@ -33,14 +34,16 @@ def configured_capacity(config: PreTrainedConfig) -> Capacity:
 
 
 def capacity_of(base: FrozenBase) -> Capacity:
-    """Of a loaded base: the rows its tables really have, and the positions left behind the prefixes that act."""
+    """Of a loaded base: the rows its tables really have, with those of the tokens that what acts everywhere brings, and
+    the positions left behind the prefixes that act."""
     said = configured_capacity(base.config)
     tables: list[Any] = [base.model.get_input_embeddings(), base.model.get_output_embeddings()]
     rows = [n for table in tables if (n := _rows(table)) is not None]
     parts = base.routing.acting.parts
     before = max(tokens_in_front(layer for a, _ in p.adapters for layer in a.layers.values()) for p in parts)
     positions = None if said.positions is None else max(0, said.positions - before)
-    return Capacity(positions, min(rows, default=said.tokens))
+    known = min(rows, default=said.tokens)
+    return Capacity(positions, None if known is None else min(width_of(p.adapters, known) for p in parts))
 
 
 def read_alike(config: PreTrainedConfig) -> int | None:

@@ -16,11 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from veneer.adapters.attach import detach
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.new_tokens import texts_of
 from veneer.adapters.preamble import Preamble, shared
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.bases.compute import Compute
 from veneer.bases.fingerprint import Fingerprint, fingerprint, tokenizer_hash
+from veneer.data.new_tokens import extended
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.models.step import Paths, prepare
@@ -58,6 +60,7 @@ class FrozenBase:
     way: Any = field(default=None, init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
+    _extended: tuple[tuple[str, ...], PreTrainedTokenizerBase] | None = field(default=None, init=False, repr=False)
     _paths: Paths | None = field(default=None, init=False, repr=False)
     _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
@@ -84,6 +87,17 @@ class FrozenBase:
     def preamble(self) -> Preamble:
         """Of the conversations that what acts now was trained on."""
         return shared(adapter.preamble for adapter in self.routing.acting.adapters)
+
+    @property
+    def acting_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, with the tokens that what acts now brings."""
+        texts = texts_of(self.routing.acting.adapters)
+        if not texts:
+            return self.tokenizer
+        known = self._extended
+        if known is None or known[0] != texts:
+            known = self._extended = texts, extended(self.tokenizer, texts)
+        return known[1]
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
+from veneer.adapters.token_rows import Brought
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase
@@ -29,9 +30,16 @@ class Begun:
 
 
 def begin(
-    base: FrozenBase, config: AdapterConfig, *, name: str, seed: int = 0, examples: Sequence[Example] = ()
+    base: FrozenBase,
+    config: AdapterConfig,
+    *,
+    name: str,
+    seed: int = 0,
+    examples: Sequence[Example] = (),
+    tokens: Brought | None = None,
 ) -> Begun:
-    """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the training rows, if any.
+    """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the training rows, if any;
+    tokens: those that it brings.
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then. RefusedError: the
     model cannot be trained.
@@ -47,6 +55,7 @@ def begin(
         name=name,
         routing=base.routing,
         head=head,
+        tokens=tokens,
         seed=seed,
         read_past=base.read_past,
         idle=paths.idle,
@@ -56,4 +65,7 @@ def begin(
     except BaseException:
         base.detach(name)
         raise
-    return Begun(attachment, None if start is None else start.prompt, [] if line is None else [line])
+    lines = [] if line is None else [line]
+    if tokens is not None:
+        lines.append(f"{len(tokens.ids):,} new tokens, whose rows alone train of the vocabulary")
+    return Begun(attachment, None if start is None else start.prompt, lines)

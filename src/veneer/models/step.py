@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.acting import Acting, Applied, in_turn
+from veneer.adapters.new_tokens import ExtendedHead
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
-from veneer.kernels.loss import Head, frozen_head_loss, trained_head_loss
+from veneer.kernels.loss import Beside, Head, frozen_head_loss, trained_head_loss
 from veneer.models.attention import NAME, Traced, hidden_states, unused_mask
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.switches import Switches, forget_lengths, sides, switches
@@ -142,13 +143,28 @@ def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
 def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
     """The output head as the loss takes it: its weights, or the wrapper where the head itself is adapted."""
     head: Any = model.get_output_embeddings()
-    if isinstance(head, AdaptedModule):
-        acting = head.routing.acting
-        if any(head.concerned(part.adapters) for part in acting.parts):
-            weight: Any = head.weight
-            return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head, rows=acting)
     plain: Any = unwrapped(head)
-    return Head(plain.weight, plain.bias, paths.scale, paths.softcap)
+    own = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
+    if not isinstance(head, AdaptedModule):
+        return own
+    acting = head.routing.acting
+    around = [each for each in _around(head) if any(each.concerned(part.adapters) for part in acting.parts)]
+    if not around:
+        return own
+    if acting.whole is not None and [type(each) for each in around] == [ExtendedHead]:
+        tokens = around[0].rows_beside(acting.whole)
+        bias = None if plain.bias is None else tokens.of_bias(plain.bias)
+        return replace(own, beside=Beside(tokens.rows, tokens.at, bias), columns=tokens.end)
+    weight: Any = head.weight
+    return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head, rows=acting)
+
+
+def _around(head: AdaptedModule) -> Iterator[Any]:
+    """The wrappers of a head, the outermost first."""
+    module: Any = head
+    while isinstance(module, AdaptedModule):
+        yield module
+        module = module.base
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,10 @@ class _AdaptedHead(Head):
         with self.module.routing.held(self.rows):
             z = self.module(h)
         z = z if self.scale == 1.0 else z * self.scale
-        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+        if self.softcap is None:
+            return z
+        unknown = z == float("-inf")  # tokens that others bring
+        return (torch.tanh(z / self.softcap) * self.softcap).masked_fill(unknown, float("-inf"))
 
 
 def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Tensor:

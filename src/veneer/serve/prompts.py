@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from veneer.adapters.preamble import NONE, Preamble
+from veneer.data.new_tokens import extended
 from veneer.data.rendering import forgive
 from veneer.data.template import ChatTemplate
 from veneer.decoding.calls import CallStyle
@@ -23,6 +24,8 @@ from veneer.serve.tools import call_style
 
 MOST_WAITING = 256
 """Requests whose prompts wait to be tokenised."""
+TOKENIZERS_KEPT = 8
+"""With tokens that adapters bring: each is a whole vocabulary."""
 
 
 class Prompts:
@@ -32,6 +35,7 @@ class Prompts:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.positions, self.ids = positions, ids
         self.template = ChatTemplate(self.tokenizer)
+        self._templates: dict[tuple[str, ...], ChatTemplate] = {(): self.template}
         self.style: CallStyle | None = call_style(self.template)
         self._longest = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veneer-prompts")
@@ -70,12 +74,23 @@ class Prompts:
         else:
             text = prompt.text or ""
             self._check_length(len(text))
-            ids = list(self.tokenizer(text)["input_ids"])
+            ids = list(self._of(preamble.tokens).tokenizer(text)["input_ids"])
         if not ids:
             raise Refusal(400, "The prompt has no tokens.", "prompt")
-        if self.ids is not None and max(ids) >= self.ids:
-            raise Refusal(400, f"prompt: {max(ids)} is no token: there are {self.ids:,}.", "prompt")
+        known = self.ids
+        if known is not None and preamble.tokens:
+            known = max(known, len(self._of(preamble.tokens).tokenizer))
+        if known is not None and max(ids) >= known:
+            raise Refusal(400, f"prompt: {max(ids)} is no token: there are {known:,}.", "prompt")
         return ids
+
+    def _of(self, tokens: tuple[str, ...]) -> ChatTemplate:
+        """The template over a tokenizer with these tokens. On the thread of prompts alone."""
+        if tokens not in self._templates:
+            while len(self._templates) > TOKENIZERS_KEPT:
+                del self._templates[list(self._templates)[1]]
+            self._templates[tokens] = ChatTemplate(extended(self.tokenizer, tokens))
+        return self._templates[tokens]
 
     def _chat(self, prompt: Chat, preamble: Preamble) -> list[int]:
         if prompt.tools and self.style is None:
@@ -83,7 +98,7 @@ class Prompts:
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
         forgive()  # whatever conversation it did not survive is not this one
-        template = self.template.telling({**preamble.variables, **prompt.variables})
+        template = self._of(preamble.tokens).telling({**preamble.variables, **prompt.variables})
         return template.encode_prompt(messages, tools=prompt.tools)
 
     def _check_length(self, characters: int) -> None:

@@ -109,16 +109,21 @@ class Service:
 
     async def ids(self, prompts: Sequence[Prompt], model: Model) -> list[list[int]]:
         """Of each prompt, asked as the model was trained. Refusal."""
+        return await self.prompts.encoded(prompts, self._asked_as(await self._preamble(model)))
+
+    async def _preamble(self, model: Model) -> Preamble:
+        """Of its conversations, as it was trained. Refusal."""
         try:
-            preamble = await self.apart(lambda: self.residents.preamble(model.identity))
+            return await self.apart(lambda: self.residents.preamble(model.identity))
         except VeneerError as fault:
             raise refusal_of(fault, param="model") from None
-        return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
         model = await self.model(asked.model, asked.adapters)
-        prompts = await self.ids(asked.prompts, model)
+        preamble = await self._preamble(model)
+        prompts = await self.prompts.encoded(asked.prompts, self._asked_as(preamble))
+        texts = await self.apart(lambda: self.texts.having(preamble.tokens))
         front = await self.apart(lambda: self._front_places(model))
         places = self._most_places(front)
         lengths = [self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts]
@@ -130,7 +135,7 @@ class Service:
                 lengths,
                 adapter=model.identity,
                 stops=self._stops,
-                tokenizer=self.texts.tokenizer,
+                tokenizer=texts.tokenizer,
                 constraints=grammar,
                 salt=f"{caller}|{asked.salt}",
                 now=self.loop.clock(),
@@ -143,7 +148,7 @@ class Service:
                 400, "min_tokens: is not for requests with stop strings: a string may lie across.", "min_tokens"
             )
         self.metrics.prompt(sum(map(len, prompts)))
-        answering = Answering(self.loop, requests, asked, self.texts, grammar)
+        answering = Answering(self.loop, requests, asked, texts, grammar)
         answering.style = self.prompts.style if asked.parses_calls else None
         return model, answering
 

@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from veneer.data.new_tokens import extended
 from veneer.serve.answers import Chance
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -19,7 +20,12 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._spelled = lru_cache(maxsize=65536)(self._spell)
+        self._others = lru_cache(maxsize=8)(lambda tokens: TokenTexts(extended(tokenizer, tokens)))
         self._byte_level = "ByteLevel" in str(type(getattr(tokenizer.backend_tokenizer, "decoder", None)))
+
+    def having(self, tokens: tuple[str, ...]) -> TokenTexts:
+        """The same with tokens that an adapter brings."""
+        return self._others(tokens) if tokens else self
 
     def chance(self, token: int, logprob: float, alternatives: tuple[Chance, ...] = ()) -> Chance:
         text, own = self._spelled(token)

@@ -9,6 +9,7 @@ from veneer.adapters.config import LoRA, Method
 from veneer.adapters.preamble import variable_faults
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT, WEIGHT_DECAY
 from veneer.data.config import DataConfig as DataConfig
+from veneer.data.new_tokens import text_faults
 from veneer.files.settings import Settings
 from veneer.quant.config import FOUR_BITS, Quantize
 
@@ -57,6 +58,9 @@ class RunConfig(Settings):
     from_adapter: list[StartFrom] = Field(default_factory=list)
     """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list [{adapter, weight}] that is
     added up. It keeps its own settings but for those of `method` that are given; a larger rank keeps its update."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Texts that become tokens of their own, ["<order>", "</order>"]: their rows train and are stored beside the
+    method's values, the base's own tokens stay as they are. Not with full."""
     quantize: Quantize | None = None
     """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); not with full."""
     keep_dense: list[str] = Field(default_factory=list)
@@ -148,6 +152,13 @@ class RunConfig(Settings):
                     values["quantize"] = held
         return values
 
+    @field_validator("new_tokens")
+    @classmethod
+    def _can_be_tokens(cls, value: list[str]) -> list[str]:
+        if faults := text_faults(value):
+            raise ValueError("; ".join(faults))
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> "RunConfig":
         if self.steps is not None and self.epochs is not None:
@@ -159,6 +170,11 @@ class RunConfig(Settings):
         if self.from_adapter and self.method.trains_base:
             raise ValueError(
                 f"method {self.method.name} trains every weight, and from_adapter names an adapter: give one"
+            )
+        if self.new_tokens and self.method.trains_base:
+            raise ValueError(
+                f"method {self.method.name} trains the base's own weights, and new_tokens brings rows beside them: "
+                "take method lora"
             )
         if self.quantize is not None and self.method.trains_base:
             raise ValueError(

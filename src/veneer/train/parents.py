@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import NONE, shared
+from veneer.adapters.token_rows import Brought
 from veneer.data.examples import Example
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
@@ -33,22 +34,34 @@ _PARENT = "started from"
 
 
 def begin_adapter(
-    base: FrozenBase, config: RunConfig, examples: Sequence[Example], *, resumes: bool
+    base: FrozenBase, config: RunConfig, examples: Sequence[Example], *, tokens: Brought | None = None, resumes: bool
 ) -> tuple[RunConfig, Begun]:
-    """The adapter that trains, on the base and acting; the run with all settings resolved.
+    """The adapter that trains, on the base and acting; the run with all settings resolved. tokens: those that it
+    brings.
 
     resumes: its values come from a checkpoint. Raises what reading and fitting the parents raises.
     """
     assert isinstance(config.method, AdapterConfig)
     if not config.from_adapter or resumes:
-        begun = begin(base, config.method, name=ADAPTER_NAME, seed=config.seed, examples=examples)
+        begun = begin(base, config.method, name=ADAPTER_NAME, seed=config.seed, examples=examples, tokens=tokens)
     else:
-        config, begun = _from_parents(base, config, examples)
+        config, begun = _from_parents(base, config, examples, tokens)
     base.routing.active = ((ADAPTER_NAME, 1.0),)
     return config.model_copy(update={"method": begun.attachment.config}), begun
 
 
-def _from_parents(base: FrozenBase, config: RunConfig, examples: Sequence[Example]) -> tuple[RunConfig, Begun]:
+def with_tokens(config: RunConfig) -> RunConfig:
+    """The run with the tokens that its parent brings, before those that it adds itself."""
+    if len(config.from_adapter) != 1:
+        return config
+    manifest = read_adapter(Library().locate(config.from_adapter[0].adapter)).manifest
+    theirs = [] if manifest is None else manifest.new_tokens
+    return config.model_copy(update={"new_tokens": [*theirs, *(t for t in config.new_tokens if t not in theirs)]})
+
+
+def _from_parents(
+    base: FrozenBase, config: RunConfig, examples: Sequence[Example], tokens: Brought | None
+) -> tuple[RunConfig, Begun]:
     folders = [Library().locate(each.adapter) for each in config.from_adapter]
     stored = [read_adapter(folder) for folder in folders]
     known = [
@@ -61,7 +74,8 @@ def _from_parents(base: FrozenBase, config: RunConfig, examples: Sequence[Exampl
         source = _one(config, stored, asked, Path(scratch) / "sum")
         old = load_adapter(base, source, name=_PARENT)
         try:
-            begun = begin(base, _settings(old.config, asked), name=ADAPTER_NAME, seed=config.seed, examples=examples)
+            settings = _settings(old.config, asked)
+            begun = begin(base, settings, name=ADAPTER_NAME, seed=config.seed, examples=examples, tokens=tokens)
             _take_over(old, begun.attachment)
         finally:
             base.detach(_PARENT)
@@ -143,6 +157,9 @@ def _take_over(old: Attachment, new: Attachment) -> None:
         )
     for path, value in old.values.items():
         new.values[path].copy_(value)
+    if old.tokens is not None and new.tokens is not None:
+        for path, mine in old.tokens.places.items():
+            new.tokens.places[path].rows[: len(mine.ids)].copy_(mine.rows)
 
 
 def _fits(value: Tensor, target: Tensor) -> bool:

@@ -19,13 +19,15 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.preamble import Preamble
+from veneer.adapters.token_rows import Brought
 from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
 from veneer.data.batching import Rows, plan_epoch
 from veneer.data.check import refuse_beyond
-from veneer.data.examples import Row
+from veneer.data.examples import Capacity, Row
 from veneer.data.load import DataSet, load_data
+from veneer.data.new_tokens import bring, extended
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.errors import ConfigError, DataError, fits_memory
@@ -48,7 +50,7 @@ from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Job, Loop
 from veneer.train.optim import FlatParameters
 from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
-from veneer.train.parents import begin_adapter
+from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
@@ -155,11 +157,13 @@ def _run(
         with world.together("before its first step"):
             if then is not None:
                 check_base(then, origin_of(config, base, day), config)
+            config = with_tokens(config) if then is None else config
+            tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
             data = load_data(
                 config.data,
                 length=config.length,
-                capacity=capacity_of(base),
-                tokenizer=base.tokenizer,
+                capacity=_with_tokens(capacity_of(base), tokens),
+                tokenizer=extended(base.tokenizer, config.new_tokens),
                 today=day,
                 preamble=Preamble(variables=config.template.variables),
             )
@@ -170,8 +174,8 @@ def _run(
             refuse_untrainable(base.model, paths)
             begun = None
             if not config.method.trains_base:
-                config, begun = begin_adapter(base, config, data.train, resumes=then is not None)
-            refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.tokenizer)
+                config, begun = begin_adapter(base, config, data.train, tokens=tokens, resumes=then is not None)
+            refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer)
             attachment = None if begun is None else begun.attachment
             origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
             _manifest(config, base, data, best=None)
@@ -211,6 +215,12 @@ def _run(
         with atomic_file(out / "summary.json", replace=True) as partial:
             partial.write_text(json_text(summary), encoding="utf-8")
     return summary
+
+
+def _with_tokens(capacity: Capacity, tokens: Brought | None) -> Capacity:
+    if tokens is None or capacity.tokens is None:
+        return capacity
+    return replace(capacity, tokens=max(capacity.tokens, *(number + 1 for number in tokens.ids)))
 
 
 def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Screen) -> Records:
@@ -273,7 +283,7 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
 
 def _sampler(base: FrozenBase, rows: Sequence[Row], preamble: Preamble) -> Callable[[], dict[str, Any]] | None:
     """Answers the first of the rows whose question leaves room for an answer; None where there is none."""
-    template = ChatTemplate(base.tokenizer, variables=preamble.variables)
+    template = ChatTemplate(base.acting_tokenizer, variables=preamble.variables)
     found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
     if found is None:
         return None
@@ -284,7 +294,7 @@ def _sampler(base: FrozenBase, rows: Sequence[Row], preamble: Preamble) -> Calla
 
     def answer() -> dict[str, Any]:
         (new,) = generate(base, [ids], max_new_tokens=SAMPLE_TOKENS)
-        told = str(base.tokenizer.decode(new, skip_special_tokens=True))
+        told = str(base.acting_tokenizer.decode(new, skip_special_tokens=True))
         return {"prompt": question, "expected": expected, "answer": cut(told, SAMPLE_CHARACTERS)}
 
     return answer
