@@ -1,6 +1,8 @@
 """Products of a few rows with a dense weight, against plain torch and against themselves, and the layers that take
 them."""
 
+import concurrent.futures
+
 import pytest
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ def near(ours, theirs):
 
 @each_type
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33, 64, 150])
 def test_a_product_is_torchs(dtype, level, rows):
     for width, outs in [(1, 1), (7, 3), (32, 4), (33, 9), (96, 64), (100, 5), (161, 130)]:
         x, weight, bias = drawn(dtype, rows, width), drawn(dtype, outs, width), drawn(dtype, outs)
@@ -44,15 +46,15 @@ def test_a_product_is_torchs(dtype, level, rows):
 @pytest.mark.parametrize("width", [31, 576])
 def test_a_rows_bits_depend_on_nothing_beside_it(dtype, level, width):
     """Neither on how many rows there are, nor where it stands among them, nor on the threads."""
-    x, weight, bias = drawn(dtype, 64, width), drawn(dtype, 130, width), drawn(dtype, 130)
+    x, weight, bias = drawn(dtype, 260, width), drawn(dtype, 130, width), drawn(dtype, 130)
     alone = torch.cat([few_rows.product(row[None], weight, bias, level=level) for row in x])
     before = torch.get_num_threads()
     try:
-        for threads, counts in ((1, range(1, 65)), (2, (1, 7, 64)), (5, (3, 16))):
+        for threads, counts in ((1, range(1, 65)), (2, (1, 7, 64, 260)), (5, (3, 16, 115))):
             torch.set_num_threads(threads)
             for rows in counts:
-                found = few_rows.product(x[64 - rows :], weight, bias, level=level)
-                assert torch.equal(found, alone[64 - rows :]), (threads, rows)
+                found = few_rows.product(x[260 - rows :], weight, bias, level=level)
+                assert torch.equal(found, alone[260 - rows :]), (threads, rows)
     finally:
         torch.set_num_threads(before)
 
@@ -91,7 +93,7 @@ def test_a_call_that_c_would_not_understand_is_refused(dtype):
         (x.T.contiguous().T, [(weight, bias, y)]),
         (x[:, :39], [(weight, bias, y)]),
         (x[:0], [(weight, bias, y[:0])]),
-        (drawn(dtype, 65, 40), [(weight, bias, drawn(dtype, 65, 8))]),
+        (drawn(dtype, 1, 40).expand(2**20 + 1, -1), [(weight, bias, y)]),
         (x, [(weight.to(other), bias, y)]),
         (x, [(weight.T.contiguous().T, bias, y)]),
         (x, [(weight, bias[:7], y)]),
@@ -125,6 +127,12 @@ def test_it_is_taken_where_it_is_the_fast_way():
     assert not few_rows.usable(drawn(torch.float32, 3, 300)[:, :256], weight)
     assert not few_rows.usable(x, weight, torch.zeros(300, dtype=torch.bfloat16))
     assert not few_rows.usable(x, weight, torch.zeros(600)[::2])
+    with few_rows.any_rows():
+        assert few_rows.usable(drawn(torch.float32, 65, 256), weight) and few_rows.usable(x, weight[:40])
+        assert not few_rows.usable(x[:0], weight) and not few_rows.usable(x, weight.T.contiguous().T)
+        with concurrent.futures.ThreadPoolExecutor(1) as other:  # who reads a prompt says nothing to who trains beside
+            assert not other.submit(few_rows.usable, drawn(torch.float32, 65, 256), weight).result()
+    assert not few_rows.usable(drawn(torch.float32, 65, 256), weight)
 
 
 def made_updates(dtype, rows, width, outs, *, ranks=(16, 3, 40, 1, 16)):
@@ -244,7 +252,10 @@ def test_a_layer_gives_torchs_product_and_gradient_and_the_same_bits_with_one_as
         assert torch.equal(DenseLinear(module).product(x, module.bias), y)
         assert torch.equal(SliceLinear(module.weight, transposed=False).product(x, module.bias), y)
         assert torch.equal(torch.cat([layer(row[None]) for row in x.view(14, 256)]), y.view(14, 300))
-    assert layer(drawn(dtype, 65, 256)).shape == (65, 300) and 65 not in counted.rows
+    many = drawn(dtype, 65, 256)
+    assert layer(many).shape == (65, 300) and 65 not in counted.rows
+    with torch.no_grad(), few_rows.any_rows():
+        assert torch.equal(layer(many)[-1:], layer(many[-1:])) and counted.rows[-2:] == [65, 1]
 
 
 def test_a_weight_or_a_bias_that_trains_gets_its_gradient(counted):

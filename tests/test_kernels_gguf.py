@@ -75,7 +75,7 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
     for dtype in kernels.PRODUCTS:
         weight = kernels.dequantise(blocks, kind, torch.empty(exact_weight.shape, dtype=dtype))
         bias = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
-        for rows in (1, 2, 3, 4, 5, 9, 64):
+        for rows in (1, 2, 3, 4, 5, 9, 64, 150):
             x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
             y = kernels.product(x, blocks, kind, bias, most=level)
             assert torch.equal(y, few_rows.product(x, weight, bias, level=level))
@@ -117,3 +117,11 @@ def test_without_the_compiled_kernel_the_reference_runs(monkeypatch):
     out = kernels.dequantise(blocks, "Q6_K", torch.empty(3, 512, dtype=torch.bfloat16))
     assert torch.equal(out, theirs(blocks, "Q6_K").bfloat16())
     assert not kernels.has_product(torch.zeros(1, 512), None)
+
+
+@needs_kernel
+def test_many_rows_are_dequantised_first_but_where_each_has_to_be_as_it_is_alone():
+    x = torch.zeros(65, 512)
+    assert kernels.has_product(x[1:], None) and not kernels.has_product(x, None)
+    with few_rows.any_rows():
+        assert kernels.has_product(x, None) and not kernels.has_product(x[:0], None)

@@ -1,5 +1,7 @@
 """Prompts of several adapters read in one forward and continued together give what each gives alone."""
 
+import random
+
 import pytest
 import torch
 
@@ -9,10 +11,11 @@ from veneer.adapters.acting import in_turn
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.decoding.adapters import Fixed
-from veneer.decoding.engine import Engine
+from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling import Sampling
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Request
+from veneer.kernels import native
 
 METHODS = {
     "lora": LoRA(rank=3, alpha=5.0),
@@ -98,3 +101,41 @@ def test_a_mix_keeps_what_it_prepared_until_its_plan_is_told_to_forget():
     mixed.plan.forget()
     after = said()
     assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1])
+
+
+@pytest.mark.skipif(native.level() < 2, reason="a processor whose registers were not measured")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alone(dtype, seed):
+    """Drawn ones too, with every chance that they tell: prompts read together, in chunks, found again or read twice."""
+    base = tiny_base("llama_untied", dtype, max_position_embeddings=512)
+    _ = base.paths
+    for number, name in enumerate("abc"):
+        made = attach(base.model, LoRA(rank=3 + number), name=name, routing=base.routing, head=None, seed=number)
+        move(made, seed=number)
+    names = [(), (("a", 1.0),), (("b", 0.7),), (("c", 1.0),), (("a", 0.5), ("b", 1.0))]
+    applied = {each: base.routing.applied(each) for each in names if each}
+    draw = random.Random(seed)
+    shared = [draw.randrange(4, 200) for _ in range(80)]
+    asked = []
+    for number in range(12):
+        prompt = shared[: draw.choice([0, 17, 80])] + [
+            draw.randrange(4, 200) for _ in range(draw.choice([1, 9, 40, 90]))
+        ]
+        how = Sampling(temperature=draw.choice([0.0, 0.8, 1.5]), top_p=draw.choice([1.0, 0.9]), logprobs=3)
+        asked.append(
+            Request(prompt=tuple(prompt), max_new_tokens=24, adapter=names[number % 5], sampling=how, seed=number)
+        )
+
+    def answers(requests, limits, places=8192):
+        budget = places * bytes_per_token(base)
+        engine = Engine(base, budget_bytes=budget, adapters=Fixed(applied), limits=limits)
+        assert engine.way.not_by_parts is None
+        made = [engine.add(each)[0] for each in requests]
+        engine.run()
+        return [(each.new, each.logprobs) for each in made]
+
+    alone = [answers([each], Limits())[0] for each in asked]
+    assert answers(asked, Limits()) == alone
+    assert answers(asked, Limits(rows=5, step_tokens=100, chunk_tokens=33)) == alone
+    assert answers(asked[::-1], Limits(rows=7, step_tokens=64, chunk_tokens=64), places=560) == alone[::-1]

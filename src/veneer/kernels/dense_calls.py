@@ -13,15 +13,14 @@ from torch.nn import functional as F
 
 from veneer.kernels.arguments import CallError, at, call, number, numbers, pointers, reachable, whole
 
-MOST_ROWS = 64
-"""Rows of one product. C takes any number: beyond these a product that is made for squarer shapes is quicker."""
 MOST_PARTS = 16
 """Weights that share one x."""
 MOST_UPDATES = 128
 """Of one layer: native/few_rows.c and updates.c name these numbers."""
 BLOCK = 64
 """Outs of B that lie side by side."""
-MOST_UPDATE_ROWS = 2**20
+MOST_ROWS = 2**20
+"""Of one call."""
 MOST_RANK = 2**16
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -42,7 +41,8 @@ _ARRAYS = {count: _Part * count for count in range(1, MOST_PARTS + 1)}
 def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], level: int) -> None:
     """parts: (W (O, I), bias (O) or None, y (M, O)) each, y = x (M, I) W^T + bias; all float32 or all bf16.
 
-    x's rows may lie apart from one another; M from 1 to 64. level: the most instructions used (4 bf16 pairs, 3, 2, 0).
+    x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (4 bf16 pairs, 3, 2,
+    0).
     """
     (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
     number(rows, 1, MOST_ROWS)
@@ -130,7 +130,7 @@ class Updates:
             if (factors.dtype, factors.width, factors.outs) != (self.dtype, self.width, self.outs):
                 raise CallError(f"factors of {factors.width} to {factors.outs} beside {self.width} to {self.outs}")
             start, stop = number(rows.start), number(rows.stop, rows.start + 1)
-            count = number(stop - start, 1, MOST_UPDATE_ROWS)
+            count = number(stop - start, 1, MOST_ROWS)
             made.append((*factors.places, start, count, factors.rank, turn, scale))
             self.rows, self.room = max(self.rows, stop), self.room + count * factors.rank
         self._given = (_Update * len(made))(*[_Update(*each) for each in made])
@@ -159,7 +159,7 @@ def _in_turns(given: Sequence[Given]) -> list[tuple[int, Given]]:
 def few_rows_updated(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, updates: Updates, level: int
 ) -> None:
-    """y (M, O) = x (M, I) W^T + bias, M up to 64, or, without W, as it stands, any M; plus the updates of its rows."""
+    """y (M, O) = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the updates of its rows."""
     (rows, width), dtype, outs = x.shape, x.dtype, y.shape[1]
     if dtype is not updates.dtype or width != updates.width or outs != updates.outs or rows < updates.rows:
         raise CallError(f"updates of ({updates.rows}, {updates.width}) to {updates.outs} where x is {tuple(x.shape)}")

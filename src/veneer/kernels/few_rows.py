@@ -3,13 +3,17 @@
     product(x, W, bias)       x W^T + bias                (M, I) x (O, I) -> (M, O)
     products(x, [(W, bias)])  the same of several W, which share one x, in one call
     updated(x, W, bias, u)    the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each factor is read once
+    any_rows()                within, of any number of rows
 
 Compiled for bf16 and float32 (native/few_rows.c): W is read once, sums are in float32 and rounded once with the bias in
 them. What a row gives depends neither on the rows beside it nor on the number of threads: the same bits alone and
-among 64. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
+among any number. Beyond MOST_ROWS a product that is made for squarer shapes may be quicker, so these are for those who
+ask for the same bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -20,12 +24,30 @@ from veneer.kernels import dense_calls, native
 from veneer.kernels.dense_calls import Factors as Factors
 from veneer.kernels.dense_calls import Updates as Updates
 
-MOST_ROWS = dense_calls.MOST_ROWS
+MOST_ROWS = 64
+"""From here on what is made for squarer shapes may be quicker."""
 MOST_UPDATES = dense_calls.MOST_UPDATES
 LEAST_VALUES = 2**16
 """Of W: below, calling costs as much as the product."""
 ANY_LEVEL = 4
 """As native.level() counts them, and 4 for products of bf16 pairs; tests lower it."""
+_ANY: ContextVar[bool] = ContextVar("any rows", default=False)
+
+
+@contextmanager
+def any_rows() -> Iterator[None]:
+    """Within, this thread's products and updates are computed here whatever their number of rows and size of W, packed
+    ones too (nf4.py, gguf.py): a row's bits are those that it has alone. 4-bit weights: from 7 rows on."""
+    before = _ANY.set(True)
+    try:
+        yield
+    finally:
+        _ANY.reset(before)
+
+
+def takes(rows: int, most: int) -> bool:
+    """Whether what is the fast way up to `most` rows is to compute so many."""
+    return 0 < rows <= (dense_calls.MOST_ROWS if _ANY.get() else most)
 
 
 @cache
@@ -36,7 +58,9 @@ def _level() -> int:
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I) and bias."""
-    if not x.is_cpu or weight.numel() < LEAST_VALUES or not 0 < x.numel() <= MOST_ROWS * weight.shape[1]:
+    if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _ANY.get()):
+        return False
+    if not takes(x.numel() // weight.shape[1], MOST_ROWS):
         return False
     dtype = x.dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
@@ -47,7 +71,7 @@ def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
-    """(M, O) in x's type; all float32 or all bf16 on a CPU, M from 1 to 64. Without a gradient."""
+    """(M, O) in x's type; all float32 or all bf16 on a CPU. Without a gradient."""
     y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
     dense_calls.few_rows(x_MI, ((weight, bias, y_MO),), level)
     return y_MO
@@ -73,7 +97,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def takes_updates(count: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a kernel for so many updates, each of up to MOST_ROWS rows."""
+    """Whether there is a kernel for so many updates."""
     fits = device.type == "cpu" and dtype in dense_calls.TYPE_NUMBERS and 0 < count <= MOST_UPDATES
     return fits and _level() >= 0
 

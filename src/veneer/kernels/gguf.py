@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.kernels import packed_calls
+from veneer.kernels import few_rows, packed_calls
 from veneer.kernels.arguments import available
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -50,7 +50,7 @@ FORMATS: dict[Kind, Format] = {
 MOST_INSTRUCTIONS = 4
 """As native.level() counts them, and 4 for products of bf16 pairs; tests lower it."""
 
-MOST_ROWS = packed_calls.MOST_ROWS
+MOST_ROWS = 64
 """Rows of x up to which a product straight from the blocks beats dequantising them first."""
 PRODUCTS = (torch.float32, torch.bfloat16)
 
@@ -70,7 +70,7 @@ def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = MOST_INST
 def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
     """Whether `product` is the fast way for this x: few rows, on the CPU, with the compiled kernel."""
     fits = all(t.device.type == "cpu" and t.dtype is x_MI.dtype for t in (x_MI, bias) if t is not None)
-    return fits and x_MI.dtype in PRODUCTS and 0 < x_MI.shape[0] <= MOST_ROWS and is_compiled()
+    return fits and x_MI.dtype in PRODUCTS and few_rows.takes(len(x_MI), MOST_ROWS) and is_compiled()
 
 
 def product(

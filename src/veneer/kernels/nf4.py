@@ -14,19 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels import few_rows, packed_calls
 from veneer.kernels import nf4_reference as reference
-from veneer.kernels import packed_calls
 from veneer.kernels.arguments import TYPES, available
 from veneer.kernels.packed_calls import NF4Weights
 
 FUSED_ROWS = 6
 """Rows of x up to which each nibble is looked up as it is multiplied; beyond, rows of W are decoded a few at a time."""
-MOST_ROWS = {
-    torch.float32: packed_calls.MOST_ROWS,
-    torch.bfloat16: packed_calls.MOST_ROWS,
-    torch.float16: packed_calls.MOST_PRODUCT_ROWS,
-}
-"""Rows of x up to which `product` reads the packed weight once instead of writing it out."""
+MOST_ROWS = 64
+"""Rows of x up to which `product` reads the packed weight once instead of writing it out; of float16 fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,15 +139,17 @@ def has_product(weights: Blocks, x: Tensor) -> bool:
         return False
     if x.is_cuda:
         return x.shape[0] <= FUSED_ROWS and _triton() is not None
-    return x.device.type == "cpu" and x.shape[0] <= MOST_ROWS[x.dtype] and is_compiled()
+    if x.dtype is torch.float16:
+        return x.device.type == "cpu" and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS and is_compiled()
+    return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
 
 
 def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
-    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on; M up to MOST_ROWS.
+    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on. M: see has_product.
 
     The weights as dequantize gives them in x's type, products and sums in float32.
     """
-    assert x.dim() == 2 and x.shape[0] <= MOST_ROWS[x.dtype]
+    assert x.dim() == 2
     assert start >= 0 and start + outs * x.shape[1] <= weights.count
     x = x.detach().contiguous()
     y = torch.empty(x.shape[0], outs, dtype=x.dtype, device=x.device)

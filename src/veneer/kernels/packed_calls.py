@@ -24,7 +24,8 @@ from veneer.kernels.arguments import (
 )
 
 MOST_PRODUCT_ROWS = 8
-MOST_ROWS = 64
+MOST_ROWS = 2**20
+"""Of one call of the products that decode W."""
 BLOCKS = {
     2: (32, 18),
     3: (32, 20),

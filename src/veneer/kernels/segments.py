@@ -175,10 +175,10 @@ class Plan:
         return self._bundles[shape]
 
     def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
-        short = [update for update in updates if update.count <= FEW]
+        short = [update for update in updates if few_rows.takes(update.count, FEW)]
         if few_rows.takes_updates(len(short), dtype, device):
             few = few_rows.Updates([(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short])
-            long = (_typed(update, dtype) for update in updates if update.count > FEW)
+            long = (_typed(update, dtype) for update in updates if not few_rows.takes(update.count, FEW))
             return Prepared(tuple(long), (), few)
         bundles = self.bundles(updates, device)
         alone = [_typed(updates[number], dtype) for number in _alone(updates, bundles)]

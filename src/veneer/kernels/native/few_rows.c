@@ -8,7 +8,9 @@
 #include <stddef.h>
 #include <stdlib.h>
 
-/* room: bytes for four rows of a packed W; 0 where none is. */
+enum { NEAR = 1 << 14, FAR = 1 << 18, GROUPED = 7 }; /* bytes; rows */
+
+/* room: bytes for a group of rows of a packed W; 0 where none is. */
 struct pieces {
     const struct piece *of;
     int64_t count, room;
@@ -19,10 +21,24 @@ struct pieces {
 INLINE int64_t blocks_of(const struct piece *part) { return (part->outs + 3) / 4; }
 INLINE int64_t cost_of(const struct piece *part) { return part->rows + 3; }
 
+INLINE int64_t row_bytes(const struct pieces *all, const struct piece *part) { return part->width * (all->type == FEW_FP32 ? 4 : 2); }
+
+/* Blocks of W that the nearest cache has room for beside a few rows of x, where more than these go by. */
+INLINE int64_t group_of(const struct pieces *all, const struct piece *part) {
+    const int64_t fit = NEAR / (4 * row_bytes(all, part));
+    return part->rows < GROUPED || fit < 1 ? 1 : fit;
+}
+
+/* Rows of x that the second cache has room for. */
+INLINE int64_t rows_of(const struct pieces *all, const struct piece *part) {
+    const int64_t fit = FAR / row_bytes(all, part);
+    return fit < GROUPED ? GROUPED : fit;
+}
+
 /* Where the block begins that memory should bring next: the one behind, or, where rows are short, some 2 KiB on; of the
    next piece, where this one ends before. */
 INLINE const char *soon_read(const struct pieces *all, const struct piece *part, int64_t block) {
-    const int64_t bytes = 4 * part->width * (all->type == FEW_FP32 ? 4 : 2);
+    const int64_t bytes = 4 * row_bytes(all, part);
     int64_t next = block + 1 + 2048 / bytes;
     if (next < blocks_of(part) || part + 1 == all->of + all->count) return (const char *)part->w + next * bytes;
     return (const char *)part[1].w + (next - blocks_of(part)) * bytes;
@@ -119,7 +135,7 @@ typedef __m512 value_avx512, sum_avx512;
 #define NAME(x) x##_avx2
 #define TARGET AVX2
 #define VALUES 8
-#define MOST 2
+#define MOST 3
 typedef __m256 value_avx2, sum_avx2;
 #define LOAD floats_256
 #define LOAD_SOME some_256
@@ -165,11 +181,12 @@ int veneer_few_level(int type, int most) {
 
 int veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
     const int level = veneer_few_level(type, most);
-    int64_t cost = 0, values = 0, room = 0;
+    struct pieces all = {of, count, 0, type, 0};
+    int64_t cost = 0, worth = 0;
     for (int64_t i = 0; i < count; i++) {
-        const int64_t four = 4 * of[i].width * (type == FEW_FP32 ? 4 : 2);
-        cost += blocks_of(of + i) * cost_of(of + i), values += of[i].outs * of[i].width;
-        if (of[i].decode != NULL && four > room) room = four;
+        const int64_t four = 4 * row_bytes(&all, of + i);
+        cost += blocks_of(of + i) * cost_of(of + i), worth += of[i].outs * of[i].width * (1 + of[i].rows / 16);
+        if (of[i].decode != NULL && four * group_of(&all, of + i) > all.room) all.room = four * group_of(&all, of + i);
     }
     veneer_body body = few_rows_plain;
 #if defined(__x86_64__)
@@ -179,8 +196,7 @@ int veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
 #else
     (void)level;
 #endif
-    struct pieces all = {of, count, room, type, 0};
-    veneer_parallel_dealt(body, &all, cost, cost * ALONE / (values + 1) + 1, TURNS);
+    veneer_parallel_dealt(body, &all, cost, cost * ALONE / (worth + 1) + 1, TURNS);
     return all.failed;
 }
 

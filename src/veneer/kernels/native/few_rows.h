@@ -7,7 +7,7 @@
 
 enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 
-#define ALONE (1 << 15) /* values of W that are not worth a second thread */
+#define ALONE (1 << 15) /* values of W that are not worth a second thread, where rows are few */
 #define TURNS 8         /* runs of a thread: memory is not equally quick for both */
 
 /* Rows [first, first + count) of a packed W to `out`, one behind the other, in the type of x. */

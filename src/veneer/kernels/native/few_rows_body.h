@@ -58,6 +58,13 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
     case 5: TILE(5, fetch); break;           \
     default: TILE(6, fetch);                 \
     }
+#elif MOST == 3
+#define UP_TO_MOST(rows, fetch)              \
+    switch (rows) {                          \
+    case 1: TILE(1, fetch); break;           \
+    case 2: TILE(2, fetch); break;           \
+    default: TILE(3, fetch);                 \
+    }
 #else
 #define UP_TO_MOST(rows, fetch)              \
     switch (rows) {                          \
@@ -66,12 +73,18 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
     }
 #endif
 
-/* All rows of x, near enough equally many at a time. soon: NULL, nothing is fetched. */
-INLINE TARGET void NAME(four)(const struct piece *part, const int type, const char *block, const char *soon, int64_t out) {
-    const int64_t turns = (part->rows + MOST - 1) / MOST;
-    for (int64_t turn = 0, first = 0; turn < turns; turn++) {
-        int64_t next = part->rows * (turn + 1) / turns;
-        if (turn == 0 && soon != NULL) UP_TO_MOST(next - first, 1) else UP_TO_MOST(next - first, 0)
+/* `count` blocks of W against rows [from, to) of x, near enough equally many at a time: those stay in the nearest cache
+   while all of these blocks are multiplied with them. soon: of each block, or NULL, nothing is fetched. */
+INLINE TARGET void NAME(group)(const struct pieces *all, const struct piece *part, const int type, const char *rows, int64_t number,
+                               int64_t count, int64_t from, int64_t to, int fetch) {
+    const int64_t turns = (to - from + MOST - 1) / MOST, bytes = 4 * part->width * (type == FEW_FP32 ? 4 : 2);
+    for (int64_t turn = 0, first = from; turn < turns; turn++) {
+        const int64_t next = from + (to - from) * (turn + 1) / turns;
+        for (int64_t i = 0; i < count; i++) {
+            const char *block = rows + i * bytes, *soon = fetch && turn == 0 ? soon_read(all, part, number + i) : NULL;
+            const int64_t out = 4 * (number + i);
+            if (soon != NULL) UP_TO_MOST(next - first, 1) else UP_TO_MOST(next - first, 0)
+        }
         first = next;
     }
 }
@@ -86,19 +99,23 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
     }
     int64_t before = 0;
     for (const struct piece *part = all->of; part < all->of + all->count && before < stop; part++) {
-        const int64_t cost = cost_of(part), blocks = blocks_of(part);
-        int64_t block = start <= before ? 0 : (start - before + cost - 1) / cost;
-        for (; block < blocks && before + block * cost < stop; block++) {
-            const char *rows = (const char *)part->w + 4 * block * part->width * (all->type == FEW_FP32 ? 4 : 2);
-            const char *soon = NULL;
-            if (part->decode != NULL) {
-                part->decode(part->w, 4 * block, part->outs - 4 * block < 4 ? part->outs - 4 * block : 4, room);
-                rows = room;
-            } else {
-                soon = soon_read(all, part, block);
+        const int64_t cost = cost_of(part), blocks = blocks_of(part), bytes = row_bytes(all, part), together = group_of(all, part);
+        const int64_t begin = start <= before ? 0 : (start - before + cost - 1) / cost;
+        const int64_t end = stop - before >= blocks * cost ? blocks : (stop - before + cost - 1) / cost, most = rows_of(all, part);
+        for (int64_t from = 0; from < part->rows && begin < end; from += most) {
+            const int64_t to = part->rows - from < most ? part->rows : from + most;
+            for (int64_t block = begin, count; block < end; block += count) {
+                count = end - block < together ? end - block : together;
+                const char *rows = (const char *)part->w + 4 * block * bytes;
+                if (part->decode != NULL) {
+                    const int64_t left = part->outs - 4 * block;
+                    part->decode(part->w, 4 * block, left < 4 * count ? left : 4 * count, room);
+                    rows = room;
+                }
+                const int fetch = part->decode == NULL && from == 0;
+                if (all->type == FEW_FP32) NAME(group)(all, part, FEW_FP32, rows, block, count, from, to, fetch);
+                else NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch);
             }
-            if (all->type == FEW_FP32) NAME(four)(part, FEW_FP32, rows, soon, 4 * block);
-            else NAME(four)(part, FEW_BF16, rows, soon, 4 * block);
         }
         before += blocks * cost;
     }
