@@ -14,7 +14,7 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.recorded import _Recorded
 from veneer.decoding.sequence import Request
-from veneer.kernels import few_rows, native
+from veneer.kernels import few_rows, native, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.recorded import recording
 
@@ -140,3 +140,16 @@ def test_what_torch_computed_is_no_part_of_it():
     assert noted.spoiled == "ones"
     with pytest.raises(CallError, match="not all there was"):
         noted.again()
+
+
+def test_a_recording_within_another_is_refused_for_the_outer_one_would_miss_its_calls():
+    x, y = torch.ones(2, 8), torch.empty(2, 8)
+    with recording() as outer:
+        step_calls.step_gate(x, x, y)
+        with pytest.raises(CallError, match="within a block that notes"), recording():
+            pass
+        step_calls.step_gate(x, x, y)
+    assert len(outer.structs("veneer_step_gate")) == 2
+    with recording() as again:
+        step_calls.step_gate(x, x, y)
+    assert len(again.structs("veneer_step_gate")) == 1

@@ -56,7 +56,10 @@ def call(name: str, *arguments: Any) -> int:
 
 @contextmanager
 def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Within the block `note` hears of every call of this thread: its name, and what it is given."""
+    """Within the block `note` hears of every call of this thread: its name, and what it is given. One block at a time:
+    the outer one would miss what the inner one hears."""
+    if _of_thread.note is not None:
+        raise CallError("calls are noted within a block that notes them")
     _of_thread.note = note
     try:
         yield
