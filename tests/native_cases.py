@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls, dense_calls, packed_calls, paged_calls, step_calls
+from veneer.kernels import calls, dense_calls, native, packed_calls, paged_calls, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
 
@@ -349,10 +349,14 @@ def _step(rng: random.Random) -> list[Call]:
 
 
 def valid_calls(seed: int) -> list[Call]:
-    """One of each, of random sizes."""
+    """One of each, of random sizes; those that this processor computes."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    return [*_rank(rng), *_rows(rng), *_attention(rng), *_packed(rng), *_dense(rng), *_paged(rng), *_step(rng)]
+    of_pairs, *others = _rank(rng), _rows(rng), _attention(rng), _packed(rng), _dense(rng), _paged(rng), _step(rng)
+    *normed, dropout = others[0]
+    of_pairs += [*normed, *others[1]]
+    rest = [dropout, *(call for each in others[2:] for call in each)]
+    return of_pairs + rest if native.has_bf16() else rest
 
 
 def spoiled(value: Any, rng: random.Random) -> Any:

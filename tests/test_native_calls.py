@@ -67,6 +67,14 @@ def test_the_most_that_a_caller_allows_is_not_kept_as_what_the_processor_has():
         assert not re.search(r" = \{[^;]*[ ,{](?:most|level)[,}]", path.read_text()), path
 
 
+@pytest.mark.parametrize("level", [0, 2, 3])
+def test_codes_that_are_none_become_some_byte(level):
+    """Shifted as they are they have no meaning in C: the sanitizers end such a call."""
+    packed, codes = torch.zeros(48, dtype=torch.uint8), torch.full((16,), -(2**20), dtype=torch.int32)
+    limits = torch.arange(16, dtype=torch.float32)
+    packed_calls.nf4_quantize(torch.linspace(-1, 1, 96), limits, codes, 64, packed, torch.zeros(2), level)
+
+
 @needs_bf16
 def test_there_is_a_case_for_every_call_and_each_is_valid():
     cases = valid_calls(0)
@@ -87,7 +95,6 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
             assert all(margins(t) for a in arguments.values() for t in tensors(a)), function.__name__
 
 
-@needs_bf16
 def test_a_tensor_of_another_type_or_place_or_with_one_more_axis_is_refused():
     for function, arguments in valid_calls(3):
         for name, value in arguments.items():
@@ -142,7 +149,6 @@ def test_shares_of_a_document_that_c_would_count_for_ever_are_refused(splits):
         calls.attention_forward(q, q, q, None, starts, out, lse, scale=1.0, window=None, splits=splits)
 
 
-@needs_bf16
 def test_spoiled_calls_are_refused_or_stay_within_their_tensors():
     refused = computed = 0
     for seed in range(count("calls", ci=100, soak=20_000)):

@@ -39,12 +39,12 @@ static void block_plain(const struct call *c, int64_t number) {
     float reciprocal = 1.0f / scale;
     c->absmax[number] = whole ? absmax : absmax > SMALLEST || absmax != absmax ? absmax : SMALLEST;
     for (int64_t i = 0; i < count; i += 2) {
-        int nibbles[2];
+        uint32_t nibbles[2]; /* of any codes: what they should not be still shifts */
         for (int part = 0; part < 2; part++) {
             float value = i + part < count ? load_as(c->x, start + i + part, c->type) : 0.0f;
             float scaled = whole ? value * reciprocal : value / scale;
             scaled = scaled > 1.0f ? 1.0f : scaled < -1.0f ? -1.0f : scaled;
-            nibbles[part] = code_of(c, scaled);
+            nibbles[part] = (uint32_t)code_of(c, scaled);
         }
         c->packed[(start + i) / 2] = (uint8_t)(nibbles[0] << 4 | nibbles[1]);
     }
@@ -121,7 +121,7 @@ AVX2 INLINE void blocks_256(const struct call *c, int64_t first, int64_t last, i
             int32_t below[8];
             _mm256_storeu_si256((__m256i *)below, n);
             for (int j = 0; j < 8; j += 2)
-                c->packed[(i + j) / 2] = (uint8_t)(c->codes[below[j]] << 4 | c->codes[below[j + 1]]);
+                c->packed[(i + j) / 2] = (uint8_t)((uint32_t)c->codes[below[j]] << 4 | (uint32_t)c->codes[below[j + 1]]);
         }
     }
 }
