@@ -159,6 +159,8 @@ COMPARISONS = {
     "is not": "is",
 }
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "&": "|", "|": "&", "@": "*"}
+SYMMETRIC = {"max", "min", "maximum", "minimum", "equal"}
+"""Functions to which the order of two arguments is nothing."""
 LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 
 
@@ -289,7 +291,13 @@ class _Python(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         simple = [a for a in node.args if isinstance(a, ast.Name | ast.Attribute)]
-        if len(node.args) >= 2 and simple[:2] == node.args[:2] and ast.dump(simple[0]) != ast.dump(simple[1]):
+        named = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if (
+            named not in SYMMETRIC
+            and len(node.args) >= 2
+            and simple[:2] == node.args[:2]
+            and ast.dump(simple[0]) != ast.dump(simple[1])
+        ):
             (start, middle), (after, end) = self.place(simple[0]), self.place(simple[1])
             one, gap, other = (self.data[a:b].decode() for a, b in ((start, middle), (middle, after), (after, end)))
             self.add(node, "exchanged", start, end, other + gap + one)
