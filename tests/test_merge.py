@@ -19,8 +19,8 @@ from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.formats import adapter as adapter_module
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.merge.fold import stored_tensors, wanted_weights
-from veneer.merge.folder import _Plan, _refuse_lost, merge_into_folder
+from veneer.merge.fold import Stored, stored_tensors, wanted_weights
+from veneer.merge.folder import _common, _Plan, _refuse_lost, merge_into_folder
 from veneer.merge.in_memory import merged_weights
 from veneer.merge.merge_run import merge_adapters
 from veneer.merge.rounding import Survival, by_layer, stochastic, survival
@@ -491,3 +491,15 @@ def test_what_is_written_is_every_tensor_of_the_model():
     adapted_base = adapted("gpt2")
     assert sorted(stored_tensors(adapted_base.model)) == sorted(base.model.state_dict())
     assert plain_modules(adapted_base.model).keys() == plain_modules(base.model).keys()
+
+
+def test_the_type_of_a_merged_folder_is_that_of_most_values_and_not_of_most_tensors():
+    def stored(count, dtype, **more):
+        return Stored(torch.Size([count]), dtype, lambda: None, **more)
+
+    small, large = stored(3, torch.bfloat16), stored(5, torch.float16)
+    assert _common({"a": small, "b": large}) is torch.float16
+    assert _common({"a": small, "b": large, "c": small}) is torch.bfloat16
+    ids, packed = stored(99, torch.int64), stored(99, torch.float32, quantised=True)
+    assert _common({"a": small, "b": ids, "c": packed}) is torch.bfloat16
+    assert _common({"b": ids, "c": packed}) is torch.float32

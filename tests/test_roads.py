@@ -1,0 +1,66 @@
+"""Where a compiled function computes the same bits as torch, only the time shows which was taken: so the calls are
+counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.kernels import decoder_step, few_rows, gguf, native, nf4
+from veneer.kernels.arguments import noting
+from veneer.kernels.dropout import drop_out
+from veneer.kernels.gguf import FORMATS
+from veneer.quant.nf4 import quantize
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
+KIND = next(iter(FORMATS))
+LAYOUT = FORMATS[KIND]
+wide = pytest.mark.skipif(native.level() < 2, reason="products of few rows take AVX2")
+
+
+def called(function: Callable[[], Any]) -> list[str]:
+    """Compiled functions, in their order."""
+    names: list[str] = []
+    with noting(lambda name, given: names.append(name)):
+        function()
+    return names
+
+
+def one(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(*shape, dtype=dtype)
+
+
+def blocks() -> torch.Tensor:
+    return torch.zeros(2, LAYOUT.bytes, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("veneer_dropout", lambda: drop_out(one(3, 8), torch.arange(3), key=1, dropout=0.5)),
+        ("veneer_step_norm", lambda: decoder_step.add_norm(one(2, 8), one(2, 8), one(8), 1e-5)),
+        ("veneer_step_rotate", lambda: decoder_step.rotate(one(2, 8), one(2, 8), one(2, 8), one(2, 8))),
+        ("veneer_step_gate", lambda: decoder_step.gate(one(2, 8), one(2, 8))),
+        ("veneer_nf4_quantize", lambda: quantize(one(640))),
+        ("veneer_gguf_dequantise", lambda: gguf.dequantise(blocks(), KIND, torch.empty(2, LAYOUT.size))),
+        pytest.param("veneer_few_rows", lambda: few_rows.linear(one(3, 256), one(256, 256), None), marks=wide),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_what_is_compiled_is_called(name: str, function: Callable[[], Any]) -> None:
+    assert called(function) == [name]
+
+
+def test_packed_weights_are_decoded_by_what_is_compiled() -> None:
+    weight = quantize(one(640))
+    assert called(lambda: nf4.dequantize(weight.blocks, torch.empty(640))) == ["veneer_nf4_dequantize"]
+
+
+def test_what_is_not_compiled_for_the_type_is_torchs() -> None:
+    twice = torch.float64
+    assert not called(lambda: drop_out(one(3, 8, dtype=twice), torch.arange(3), key=1, dropout=0.5))
+    assert not called(lambda: decoder_step.gate(one(2, 8, dtype=twice), one(2, 8, dtype=twice)))
+    assert not called(lambda: few_rows.linear(one(3, 256), one(256, 256).requires_grad_(), None))
