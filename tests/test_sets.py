@@ -84,6 +84,20 @@ def test_shares_are_of_rows_or_of_tokens_and_the_rest_is_seen_once() -> None:
     assert mixed([10, 30], [1, 1], [1, 1], [None, None], by="rows").is_plain
 
 
+@pytest.mark.parametrize(("share", "by"), [(0.9999, "rows"), (1 - 1e-16, "rows"), (0.99999, "tokens")])
+def test_a_share_that_would_repeat_a_small_set_for_ever_is_refused_with_the_number(
+    tmp_path: Path, share: float, by: str
+) -> None:
+    """Of one row beside five: 0.999999 of an epoch is five million of it."""
+    for name, count in (("many", 5), ("one", 1)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(records(count)))
+    sets = [str(tmp_path / "many.jsonl"), {"path": str(tmp_path / "one.jsonl"), "share": share, "name": "replay"}]
+    with pytest.raises(ConfigError, match=r"each of the 1 rows of replay [\d,]+ times"):
+        loaded(sets, shares_of=by)
+    sets[1]["share"] = 0.99  # type: ignore[index]
+    assert loaded(sets).mixture.draws == pytest.approx((5, 495))
+
+
 def test_a_plan_takes_what_is_mixed_in_batches_and_a_plain_mixture_is_none() -> None:
     lengths = [3 + n % 5 for n in range(20)]
     mixture = Mixture((10, 10), (10.0, 2.5))
@@ -265,7 +279,7 @@ def test_a_data_set_that_is_not_reached_is_an_error_with_what_to_do(hub: Hub) ->
     with pytest.raises(DataError) as caught:
         scan_rows("org/other")
     assert "org/other" in str(caught.value)
-    with pytest.raises(DataError, match="no address that fsspec knows"):
+    with pytest.raises(ConfigError, match="no address that fsspec knows"):
         scan_rows("nothing://rows.jsonl")
 
 

@@ -9,10 +9,11 @@ from tests.helpers import fill
 from tests.serve.server import add_adapter, made_base, running
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main
+from veneer.errors import VeneerError
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.norms import updates
 from veneer.library.library import Library
-from veneer.serve.runs import PART_BYTES
+from veneer.serve.runs import PART_BYTES, Runs
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,23 @@ def test_a_long_run_comes_in_parts(server, places):
         steps += [record["step"] for record in found["records"] if record["kind"] == "step"]
         after, more, parts = found["next"], found["more"], parts + 1
     assert steps == [*range(1, 12_000)] and parts == 2
+
+
+def test_the_step_of_a_run_is_told_behind_an_evaluation_with_long_answers(server, places):
+    long = {"kind": "evaluation", "step": 2, "loss": 1.0, "sample": {"answer": "\U0001f600" * 20_000}}
+    write(places, "wordy", [START, step(1), step(2), long, {"kind": "end", "reason": "done", "step": 2}])
+    (card,) = [run for run in get(server, "/v1/runs")["data"] if run["name"] == "wordy"]
+    assert (card["step"], card["loss"], card["reason"], card["error"]) == (2, 1.0, "done", None)
+
+
+def test_a_folder_of_runs_that_is_gone_is_told_by_its_name(tmp_path):
+    (tmp_path / "runs").mkdir()
+    runs = Runs(tmp_path / "runs")
+    (tmp_path / "runs").rmdir()
+    for asked in (runs.cards, lambda: runs.records("one", 0)):
+        with pytest.raises(VeneerError, match=r"^runs cannot") as told:
+            asked()
+        assert str(tmp_path) not in str(told.value)
 
 
 def test_what_is_no_run_is_not_told_and_a_broken_one_says_so_without_a_path(server, places):

@@ -29,6 +29,7 @@ from veneer.bases.shapes import SHAPES, shape_of
 from veneer.bases.sources import gguf_file
 from veneer.bases.stored_type import most_common_dtype, stored_dtypes
 from veneer.errors import SourceError, VeneerError
+from veneer.files.home import expanded
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def blueprint(source: str) -> Blueprint:
     """The config that `source` names: a named size, a folder, a .gguf file, a hub id. SourceError lists what exists."""
     if source in NAMED and (kept := converted_folder(NAMED[source].sha256)).is_dir():
         return _from_folder(source, kept)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source.strip() and path.is_dir():
         return _from_folder(source, path)
     if (file := gguf_file(source)) is not None and file.is_file():

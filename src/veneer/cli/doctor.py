@@ -66,10 +66,11 @@ def find_facts() -> dict[str, dict[str, Any]]:
     import torch
 
     from veneer.bases.compute import DTYPES, choose
+    from veneer.files.home import expanded
 
     memory = _memory()
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
-    cache = cache.expanduser()
+    cache = expanded(cache)
     cuda = torch.cuda.is_available()
     return {
         "versions": {

@@ -12,6 +12,7 @@ import torch
 
 from veneer.bases.sources import locate
 from veneer.files.hashes import file_hash
+from veneer.files.home import expanded
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 """Files of a base that something of it is read from."""
@@ -29,7 +30,7 @@ def circumstances(base: str) -> dict[str, str]:
 
 def base_hash(base: str) -> str:
     """SHA-256, in hex, over the files that the base is read from, by name."""
-    file = Path(base).expanduser()
+    file = expanded(base)
     return file_hash(file) if file.is_file() else folder_hash(locate(base).folder)
 
 

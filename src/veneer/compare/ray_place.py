@@ -125,10 +125,9 @@ class OnRay:
 
     def _found(self, asked: Asked) -> Outcome | None:
         """How the job ended before, where what it left is still there."""
-        text = self._store.text(done_name(asked.name, asked.key))
-        if text is None:
+        done = self._store.object(done_name(asked.name, asked.key))
+        if done is None:
             return None
-        done = json.loads(text)
         listed = self._store.listed(asked.name) or {}
         kept = results(done["files"], LEFT).items() <= listed.items()
         outcome = Outcome(**{**done["outcome"], "command": tuple(done["outcome"]["command"])})

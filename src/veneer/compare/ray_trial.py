@@ -7,10 +7,10 @@ asked and what is answered is JSON.
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ from veneer.compare.store import Store
 from veneer.errors import LostProcessError, RefusedError, VeneerError
 from veneer.files.atomic import verify_manifest
 from veneer.files.partial import PREFIX, scratch_folder, sweep
+from veneer.files.system_errors import explained
 from veneer.train.checkpoint import checkpoint_path, newest_valid, numbers
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config, write_run_file
@@ -119,8 +120,7 @@ def _check(asked: Asked) -> None:
 
 def _outcome(asked: Asked) -> Outcome:
     _check(asked)
-    home = Path(tempfile.gettempdir()) / f"veneer-{getpass.getuser()}"
-    home.mkdir(mode=0o700, exist_ok=True)
+    home = own_folder()
     sweep(home)  # what a process that was killed left
     store = Store(asked.store)
     with scratch_folder(home) as work:
@@ -142,6 +142,20 @@ def _outcome(asked: Asked) -> Outcome:
         files = store.put_folder(trial.job.folder, asked.name)
         store.put_text(done_name(asked.name, asked.key), json.dumps({"outcome": asdict(outcome), "files": files}))
     return outcome
+
+
+def own_folder() -> Path:
+    """Where jobs of this user work. RefusedError: under its name lies what others could change."""
+    home = Path(tempfile.gettempdir()) / f"veneer-{os.getuid()}"  # containers have users without a name
+    with explained(home):
+        home.mkdir(mode=0o700, exist_ok=True)
+        found = home.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise RefusedError(
+            f"{home} on {os.uname().nodename} is no folder that this user alone writes to",
+            next_step="Remove it, or set TMPDIR there to a folder of this user's.",
+        )
+    return home
 
 
 def done_name(name: str, key: str) -> str:

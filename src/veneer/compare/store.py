@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from veneer.errors import ConfigError, CorruptFileError, InputError, VeneerError
+from veneer.errors import CorruptFileError, InputError, VeneerError
+from veneer.files.addresses import file_system
 from veneer.files.hashes import file_hash
 from veneer.files.partial import PREFIX
+from veneer.files.strict_json import parse_json
 from veneer.train.folder import LOCK
 
+MOST_BYTES = 2**28
+"""Of a text: what a job said stands in one."""
 Listed = Mapping[str, str]
 """SHA-256 of each file of a folder, by its path in it."""
 
@@ -32,16 +36,7 @@ class Store:
     def __init__(self, address: str) -> None:
         """ConfigError: no address, or one that needs a package."""
         self.address = address.rstrip("/")
-        try:
-            import fsspec
-
-            self._fs, self._root = fsspec.core.url_to_fs(self.address)
-        except ImportError as fault:
-            raise ConfigError(
-                f"{address} needs a package that is not installed", [str(fault)], "pip install 'veneer[remote]'"
-            ) from fault
-        except ValueError as fault:
-            raise ConfigError(f"{address} is no address that fsspec knows", [str(fault)]) from fault
+        self._fs, self._root = file_system(self.address)
 
     # texts
 
@@ -52,7 +47,13 @@ class Store:
                 found = self._fs.cat_file(self._at(name))
             except FileNotFoundError:
                 return None
-        return str(found.decode("utf-8"))
+        return str(found.decode("utf-8", "replace"))
+
+    def object(self, name: str) -> dict[str, Any] | None:
+        """The same of JSON. CorruptFileError: it is none."""
+        text = self.text(name)
+        where = Path(f"{self.address}/{name}")
+        return None if text is None else parse_json(text.encode(), where, max_bytes=MOST_BYTES, mend=True)
 
     def put_text(self, name: str, text: str) -> None:
         """Whole or not at all, in place of what was there."""
@@ -77,8 +78,8 @@ class Store:
 
     def listed(self, name: str) -> Listed | None:
         """The files of a folder; None: it was never put."""
-        text = self.text(f"runs/{name}.json")
-        return None if text is None else {str(path): str(digest) for path, digest in json.loads(text).items()}
+        found = self.object(f"runs/{name}.json")
+        return None if found is None else {path: str(digest) for path, digest in found.items()}
 
     def put_folder(self, folder: Path, name: str) -> Listed:
         """FileNotFoundError: it changed meanwhile, and what was put before stays."""
@@ -164,6 +165,6 @@ def _unfinished(name: str) -> bool:
 def _within(folder: Path, path: str) -> Path:
     """CorruptFileError: it would lie elsewhere."""
     found = folder / path
-    if not found.resolve().is_relative_to(folder.resolve()):
+    if "\0" in path or found.resolve() == folder.resolve() or not found.resolve().is_relative_to(folder.resolve()):
         raise CorruptFileError(f"{path!r} leads out of the folder that it is in")
     return found

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from veneer.adapters.preamble import NONE, Preamble
+from veneer.bounds import SET_WEIGHT
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.config import DataConfig, SetConfig
 from veneer.data.examples import Capacity, Example, Problem, Row, part_key, row_key
@@ -22,6 +23,7 @@ from veneer.data.mixture import Mixture, mixed
 from veneer.data.sources import scan_rows
 from veneer.data.split import split
 from veneer.data.template import ChatTemplate, Encoded
+from veneer.errors import ConfigError
 
 _TOGETHER = 4096
 """Rows whose tokens are lists of Python's at once, forty bytes each; then they are arrays."""
@@ -141,10 +143,17 @@ def examine_data(
 
 
 def _mixture(data: DataConfig, found: Sequence[SetSize]) -> Mixture | None:
-    """None: every row once an epoch."""
+    """None: every row once an epoch. ConfigError: a share that a set is too small for."""
     sets = data.train_sets
     sizes, tokens = [each.rows for each in found], [each.tokens for each in found]
     made = mixed(sizes, tokens, [s.weight for s in sets], [s.share for s in sets], by=data.shares_of)
+    for of_it, there, draw in zip(sets, found, made.draws, strict=True):
+        if draw > SET_WEIGHT.most * there.rows:
+            raise ConfigError(
+                f"an epoch would take each of the {there.rows:,} rows of {of_it.called} {draw / there.rows:,.0f} times",
+                [f"share {of_it.share} of an epoch; {SET_WEIGHT.most:,} times at most"],
+                "Give it a smaller share, or more rows.",
+            )
     return None if made.is_plain else made
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import DataError
+from veneer.files.addresses import file_system
 from veneer.files.cache import CACHE_STEP, cache_folder
+from veneer.files.home import expanded
 from veneer.files.partial import scratch_folder, sweep
 from veneer.files.system_errors import explained
 
@@ -47,13 +49,24 @@ def kind_of(name: str) -> str:
 
 
 def places_of(named: str) -> list[Place]:
-    """All files of a set, in order. Raises DataError: there are none, or they cannot be brought here.
+    """All files of a set, in order. Raises DataError: there are none, or they cannot be brought here; ConfigError: no
+    address that is known.
 
     A single file is taken at its word: whoever opens it says what is wrong.
     """
+    if not named.strip() or "\0" in named:
+        raise DataError(
+            f"no set of rows is called {named!r}", next_step="Name a file, a folder, a pattern or an address."
+        )
     if "://" in named:
         return _elsewhere(named)
-    path = Path(named).expanduser()
+    try:
+        return _here(named, expanded(named))
+    except (OSError, ValueError) as fault:  # no right to look, a name that none can be, ** beside other letters
+        raise _unreachable(named, fault) from fault
+
+
+def _here(named: str, path: Path) -> list[Place]:
     if path.is_dir():
         found = sorted(each for each in path.rglob("*") if each.is_file() and kind_of(each.name))
         return _some([Place(str(each), each) for each in found], named)
@@ -83,7 +96,7 @@ def _of_the_hub(named: str) -> list[Place]:
     """org/name, org/name:split, org/name:config/split."""
     name, _, part = named.partition(":")
     address = f"hf://datasets/{name}{_CONVERTED}"
-    fs, root = _file_system(address)
+    fs, root = file_system(address)
     found = _listed(fs, f"{root}/**/*.parquet", named)
     parts: dict[tuple[str, str], list[str]] = {}
     for file in found:
@@ -105,7 +118,7 @@ def _of_the_hub(named: str) -> list[Place]:
 
 def _elsewhere(named: str) -> list[Place]:
     scheme = named.partition("://")[0]
-    fs, root = _file_system(named)
+    fs, root = file_system(named)
     if any(mark in root for mark in "*?["):
         found = _listed(fs, root, named)
     elif kind_of(root):
@@ -115,20 +128,8 @@ def _elsewhere(named: str) -> list[Place]:
     else:
         found = _listed(fs, f"{root.rstrip('/')}/**", named)
     files = [file for file in found if kind_of(file)]
-    return _some([Place(f"{scheme}://{file}", _brought(fs, file, f"{scheme}://{file}")) for file in files], named)
-
-
-def _file_system(address: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        fs, root = fsspec.core.url_to_fs(address)
-    except ImportError as fault:
-        step = "pip install 'veneer[remote]'"
-        raise DataError(f"{address} needs a package that is not installed", [str(fault)], step) from fault
-    except ValueError as fault:
-        raise DataError(f"{address} is no address that fsspec knows", [str(fault)]) from fault
-    return fs, str(root)
+    names = [file if "://" in file else f"{scheme}://{file}" for file in files]
+    return _some([Place(name, _brought(fs, file, name)) for name, file in zip(names, files, strict=True)], named)
 
 
 def _listed(fs: Any, pattern: str, named: str) -> list[str]:

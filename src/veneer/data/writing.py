@@ -21,6 +21,7 @@ from veneer.data.examples import Problem, Row, grouped, prompt_key, refusal, row
 from veneer.data.sources import rows_in
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_file
+from veneer.files.partial import remove
 
 KINDS = (".jsonl", ".jsonl.gz")
 
@@ -101,7 +102,7 @@ def sample_rows(
             heapq.heappush(kept, entry)
         elif entry[0] > kept[0][0]:
             heapq.heapreplace(kept, entry)
-    with _opened(out) as put:
+    with _opened(out, []) as put:
         for _, _, row in sorted(kept, key=lambda entry: -entry[1]):
             put(record_of(row))
     written.rows[str(out)] = len(kept)
@@ -130,8 +131,8 @@ class _Reading:
 
 def _distributed(sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], reading: _Reading) -> Written:
     written = Written(dict.fromkeys(map(str, files), 0))
-    with ExitStack() as stack:
-        puts = {file: stack.enter_context(_opened(file)) for file in files}
+    with _all_or_none() as published, ExitStack() as stack:
+        puts = {file: stack.enter_context(_opened(file, published)) for file in files}
         for row in reading.good(sets, written):
             for file, takes in files.items():
                 if takes(row):
@@ -141,7 +142,19 @@ def _distributed(sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], 
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _all_or_none() -> Iterator[list[Path]]:
+    """Files that were published go again where another cannot be."""
+    published: list[Path] = []
+    try:
+        yield published
+    except BaseException:
+        for file in published:
+            remove(file)
+        raise
+
+
+@contextmanager
+def _opened(path: Path, published: list[Path]) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Where records go; the file is whole or absent. ConfigError: it exists, or is of another kind."""
     if not path.name.endswith(KINDS):
         raise ConfigError(f"{path}: rows are not written so", next_step=f"Kinds of file: {', '.join(KINDS)}.")
@@ -151,3 +164,4 @@ def _opened(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         opener: Any = gzip.open if path.suffix == ".gz" else open
         with opener(partial, "wt", encoding="utf-8") as out:
             yield lambda record: print(json.dumps(record, ensure_ascii=False), file=out)
+    published.append(path)

@@ -6,15 +6,17 @@ import os
 import sys
 from pathlib import Path
 
+from veneer.files.home import expanded, home
+
 CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
 
 
 def cache_folder() -> Path:
     """Where downloads and converted models are kept: $VENEER_CACHE, or the platform's cache folder."""
     if chosen := os.environ.get("VENEER_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen).absolute()
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "veneer"
+        return home() / "Library" / "Caches" / "veneer"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "veneer" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+        return Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local") / "veneer" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "veneer"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
 from veneer.files.atomic import atomic_file
+from veneer.files.home import expanded, home
 from veneer.files.lock import locked
 from veneer.files.partial import sweep, unfinished
 from veneer.files.strict_json import read_json
@@ -61,13 +62,12 @@ class Entry:
 
 def default_folder() -> Path:
     """Where the user's library is, by the rules of the system."""
-    home = Path.home()
     if os.name == "nt":
-        data = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+        data = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
     elif os.uname().sysname == "Darwin":
-        data = home / "Library" / "Application Support"
+        data = home() / "Library" / "Application Support"
     else:
-        data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+        data = Path(os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share")
     return data / "veneer" / "adapters"
 
 
@@ -78,7 +78,7 @@ class Library:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = default_folder() if folder is None else Path(folder).expanduser()
+        self.folder = default_folder() if folder is None else expanded(folder)
         self._own = folder is None
         self.names, self.objects = self.folder / "names", self.folder / "objects"
 
@@ -145,7 +145,7 @@ class Library:
         A folder with an adapter wins over anything that is not one; if the library has an adapter of that name
         as well, neither is taken. Raises SourceError (nothing there), ConfigError (both, or no such name).
         """
-        path, text = Path(named).expanduser(), str(named)
+        path, text = expanded(named), str(named)
         bare = is_reference(text) and "/" not in text and os.sep not in text
         if bare and self._file(text.partition("@")[0]).is_file():
             if holds_adapter(path):

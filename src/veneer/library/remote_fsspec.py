@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from veneer.errors import ConfigError, CorruptFileError, InputError, SourceError, VeneerError
+from veneer.files.addresses import file_system
 from veneer.files.atomic import MANIFEST
 from veneer.files.strict_json import MAX_JSON_BYTES, parse_json
 from veneer.library.records import Record, Version, parse_record
@@ -26,16 +27,7 @@ class FsspecRemote:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         scheme = address.partition("://")[0]
-        try:
-            import fsspec
-
-            self._fs, self._root = fsspec.core.url_to_fs(self.address)
-        except ImportError as fault:
-            raise ConfigError(
-                f"{scheme}:// needs a package that is not installed", [str(fault)], "pip install 'veneer[remote]'"
-            ) from fault
-        except ValueError as fault:
-            raise ConfigError(f"{address} is no address that fsspec knows", [str(fault)]) from fault
+        self._fs, self._root = file_system(self.address)
         self._read_only = scheme in _READ_ONLY
 
     def _at(self, path: str) -> str:

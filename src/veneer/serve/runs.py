@@ -51,7 +51,9 @@ class Runs:
         if self._folder is None:
             return []
         there = []
-        for folder in self._folder.iterdir():
+        with explained(self._folder.name):
+            folders = list(self._folder.iterdir())
+        for folder in folders:
             with suppress(OSError):  # it went while we looked, or is not for us to see
                 if not folder.name.startswith(".") and (folder / RECORDS).is_file():
                     there.append(((folder / RECORDS).stat().st_mtime, folder))
@@ -87,13 +89,20 @@ def _first(file: Path, name: str) -> list[Record]:
 
 
 def _last(file: Path, name: str) -> list[Record]:
-    """Those at the end, from the beginning of a line on."""
-    start = max(file.stat().st_size - END_BYTES, 0)
-    if start:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            start += len(opened.readline())
-    return records_after(file, start, most_bytes=2 * END_BYTES, shown=f"{name}/{RECORDS}")[0]
+    """Those at the end, from the beginning of a line on: as many as tell the step. An evaluation's line is long."""
+    found: list[Record] = []
+    size, back = file.stat().st_size, END_BYTES
+    while not any(each["kind"] == "step" for each in found) and back <= 2 * PART_BYTES:
+        start = max(size - back, 0)
+        if start:
+            with file.open("rb") as opened:
+                opened.seek(start)
+                start += len(opened.readline())
+        found = records_after(file, start, most_bytes=2 * back, shown=f"{name}/{RECORDS}")[0]
+        if start == 0:
+            break
+        back *= 4
+    return found
 
 
 def _public(base: Any) -> str | None:

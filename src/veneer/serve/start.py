@@ -16,6 +16,7 @@ from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
 from veneer.decoding.scheduler import Limits
+from veneer.files.home import expanded
 from veneer.library.library import Library
 from veneer.library.residents import Residents
 from veneer.models.frozen_base import FrozenBase
@@ -140,7 +141,7 @@ def url_of(listener: socket.socket) -> str:
 
 def name_of(source: str) -> str:
     """What a base is called as a model: as it was named; of a path the last part, which tells nobody where it is."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.resolve().name if path.exists() else source
 
 

@@ -1,0 +1,24 @@
+"""The home folder, and what `~` stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from veneer.errors import ConfigError
+
+
+def expanded(named: str | Path) -> Path:
+    """`~` and `~name` as folders; a name that the system does not know stays as it is written, as in a shell."""
+    path = Path(named)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def home() -> Path:
+    """ConfigError: the system knows none for this user, as in a container whose user has no name."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ConfigError("this user has no home folder", [], "Set HOME to a folder that can be written.") from None
