@@ -17,6 +17,7 @@ OTHER_VALUES = {
     "data.train": "other.jsonl",
     "data.validation": "v.jsonl",
     "data.validation_share": 0.2,
+    "data.tokens": "files",
     "data.format": "chat",
     "data.train_on": "last",
     "data.shares_of": "tokens",

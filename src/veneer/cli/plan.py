@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +136,8 @@ def _question(args: argparse.Namespace) -> Question:
         length=args.length,
         checkpointing=args.checkpointing,
     )
-    rows: list[Any] = []
-    held_out: list[Any] = []
+    rows: Sequence[Any] = []
+    held_out: Sequence[Any] = []
     if args.data:
         from veneer import api
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
+from veneer.data.on_disk import StoredExamples, lengths_of
 from veneer.kernels.dropout import row_keys
 from veneer.kernels.layout import Group, Layout, round_up
 
@@ -99,11 +100,13 @@ def best_groups(examples: Sequence[Example]) -> list[list[Example]]:
 class Rows:
     """The rows that examples came from: row r became starts[r] up to starts[r + 1], which take lengths[r] tokens."""
 
-    starts: NDArray[np.int64]
+    starts: Sequence[int] | NDArray[np.int64]
     lengths: NDArray[np.int64]
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Self:
+        if isinstance(examples, StoredExamples):
+            return cls._of_stored(examples)
         first = [
             number
             for number, example in enumerate(examples)
@@ -112,6 +115,16 @@ class Rows:
         starts = np.array([*first, len(examples)], dtype=np.int64)
         used = np.array([used_length(example) for example in examples], dtype=np.int64)
         return cls(starts, np.add.reduceat(used, starts[:-1]) if len(used) else used)
+
+    @classmethod
+    def _of_stored(cls, examples: StoredExamples) -> Self:
+        if examples.single:
+            return cls(range(len(examples) + 1), examples.used)
+        rows = examples.rows
+        begins = np.ones(len(rows) + 1, dtype=np.bool_)  # and where the last one ends
+        begins[1:-1] = (rows[1:] < 0) | (rows[1:] != rows[:-1])
+        starts = np.flatnonzero(begins)
+        return cls(starts, np.add.reduceat(examples.used.astype(np.int64), starts[:-1]))
 
     def examples(self, rows: Iterable[int]) -> list[int]:
         """Numbers of the examples of these rows."""
@@ -204,9 +217,9 @@ class _Rows:
 def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:
     """Numbers of the examples of `batch` rows of like length, as they are evaluated: a last one that is not full is
     kept."""
-    rows = Rows.of(examples)
-    longest = [max(len(examples[i].ids) for i in rows.examples([row])) for row in range(len(rows.lengths))]
-    order = sorted(range(len(longest)), key=longest.__getitem__)
+    rows, sizes = Rows.of(examples), lengths_of(examples)
+    longest = np.maximum.reduceat(sizes, np.asarray(rows.starts[:-1])) if len(sizes) else sizes
+    order = np.argsort(longest, kind="stable").tolist()
     return [rows.examples(order[start : start + batch]) for start in range(0, len(order), batch)]
 
 
@@ -219,6 +232,44 @@ def plan_epoch(
     order: Literal["bucketed", "shuffled", "file"],
     mixture: Mixture | None = None,
 ) -> list[list[int]]:
+    """As planned_epoch, all of it at once."""
+    return list(planned_epoch(lengths, batch=batch, seed=seed, epoch=epoch, order=order, mixture=mixture))
+
+
+@dataclass(frozen=True)
+class EpochPlan(Sequence[list[int]]):
+    """Row numbers of each batch. order: in which they come; None: as they lie."""
+
+    rows: NDArray[np.int64]
+    batch: int
+    order: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch)
+
+    def __getitem__(self, number: Any) -> Any:
+        at = range(len(self))[number]
+        start = (at if self.order is None else int(self.order[at])) * self.batch
+        return self.rows[start : start + self.batch].tolist()
+
+    def costliest(self, lengths: NDArray[np.int64]) -> list[int]:
+        """The first of the batches with most tokens."""
+        sums = np.add.reduceat(
+            np.asarray(lengths)[self.rows].astype(np.int64), np.arange(0, len(self.rows), self.batch)
+        )
+        batches: list[int] = self[int(np.argmax(sums if self.order is None else sums[self.order]))]
+        return batches
+
+
+def planned_epoch(
+    lengths: Sequence[int] | NDArray[np.int64],
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    order: Literal["bucketed", "shuffled", "file"],
+    mixture: Mixture | None = None,
+) -> EpochPlan:
     """Row numbers of every batch of one epoch, by the rows' lengths. A last batch that is not full is kept.
 
     mixture: which rows an epoch takes, and how often; None: each once
@@ -232,6 +283,5 @@ def plan_epoch(
         sizes = np.asarray(lengths)
         parts = [rows[i : i + window] for i in range(0, len(rows), window)]
         rows = np.concatenate([part[np.argsort(sizes[part], kind="stable")] for part in parts])
-        batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-        return [batches[i].tolist() for i in generator.permutation(len(batches))]
-    return [rows[i : i + batch].tolist() for i in range(0, len(rows), batch)]
+        return EpochPlan(rows, batch, generator.permutation(-(-len(rows) // batch)))
+    return EpochPlan(rows, batch)

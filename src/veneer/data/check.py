@@ -7,20 +7,21 @@ not start on it. Codes of problems: D1xx rows that cannot be read, D2xx rows and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, prompt_key, refusal, rows_behind
+from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, refusal
+from veneer.data.on_disk import StoredExamples, lengths_of
 from veneer.data.reasoning import reasoning_problems
+from veneer.data.tally import Tally
 from veneer.data.template import Encoded
 
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspect."""
 _SHOWN_LENGTHS = 5
-_STOP_REACH = 4  # tokens from the end of an answer within which its stop token is looked for
 
 
 @dataclass(frozen=True)
@@ -124,55 +125,50 @@ class Findings:
 
 def check(
     file: str,
-    train: Sequence[Example],
-    validation: Sequence[Example],
+    train: Tally,
+    validation: Tally,
     *,
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row],
     findings: Findings,
     length: int,
     by_model: bool,
     long_rows: LongRows,
-    stop_ids: Sequence[int],
     stop_tokens: Sequence[str],
 ) -> CheckReport:
     """The report on a data set. file: what the set as a whole is called in problems; by_model: `length` is all the
     model's positions, and less than was asked for."""
-    lengths = np.array([len(example.ids) for example in train], dtype=np.int64)
-    tokens, trained = int(lengths.sum()), sum(int(example.trained.sum()) for example in train)
-    by_role, trained_by_role = _roles(train)
-    masked = [example for example in [*train, *validation] if not example.trained.any()]
-    answers, stopped = _stops(train, frozenset(stop_ids))
-    keys = Counter(example.key for example in train)
-    asked = {prompt_key(row) for row in train_rows}
-    leaked = [row for row in validation_rows if prompt_key(row) in asked]
+    lengths = np.array(train.lengths, dtype=np.int64)
+    masked, repeated = [*train.masked, *validation.masked], train.repeated()
+    leaked = validation.places(validation.asked_in(train))
     report = CheckReport(
-        rows=rows_behind(train),
+        rows=train.rows,
         examples=len(train),
-        validation_rows=rows_behind(validation),
+        validation_rows=validation.rows,
         reasons=dict(findings.reasons),
         formats=dict(findings.formats),
         length=length,
-        tokens=tokens,
-        trained_tokens=trained,
-        tokens_by_role=by_role,
-        trained_by_role=trained_by_role,
+        tokens=int(lengths.sum()),
+        trained_tokens=train.trained_tokens,
+        tokens_by_role=dict(train.roles),
+        trained_by_role={role: train.trained_roles[role] for role in train.roles},
         histogram=_histogram(lengths),
         longest=int(lengths.max(initial=0)),
         median=int(np.median(lengths)) if len(lengths) else 0,
         too_long=len(findings.too_long),
         truncated=len(findings.too_long) if long_rows == "cut" else 0,
         dropped=len(findings.too_long) if long_rows == "drop" else 0,
-        duplicates=len(train) - len(keys),
+        duplicates=int(repeated.sum()),
         fully_masked=len(masked),
-        answers=answers,
-        answers_stopped=stopped,
+        answers=train.answers,
+        answers_stopped=train.stopped,
         stop_tokens=list(stop_tokens),
         control_rows=len(findings.control),
-        leaked=len(leaked),
+        leaked=sum(map(len, leaked.values())),
     )
     problems = [*findings.problems, *_length_problems(findings, length, by_model, long_rows)]
-    problems += _row_problems(masked, train, findings.control, leaked)
+    problems += [Problem("D205", ref.file, "nothing in the row is trained on", (ref.line,)) for ref in masked]
+    problems += _control_problems(findings.control)
+    problems += _told("D209", "repeats an earlier row", train.places(repeated))
+    problems += _told("D210", "held out, but its prompt is trained on too (leak)", leaked)
     problems += reasoning_problems(file, findings.reasons, findings.unreasoned, findings.several)
     problems += _set_problems(report, file, any(problem.fatal for problem in problems))
     report.problems.extend(grouped(problems))
@@ -208,7 +204,7 @@ def _length_problems(findings: Findings, length: int, by_model: bool, long_rows:
     return problems + [Problem("D204", row.ref.file, message, (row.ref.line,), step) for row in findings.lost]
 
 
-def unknown_tokens(examples: Sequence[Example], capacity: Capacity, tokenizer: Any) -> list[Problem]:
+def unknown_tokens(examples: Iterable[Example], capacity: Capacity, tokenizer: Any) -> list[Problem]:
     """Rows with ids that the model has no row for: tokens that were added to its tokenizer alone."""
     if (known := capacity.tokens) is None:
         return []
@@ -224,37 +220,26 @@ def unknown_tokens(examples: Sequence[Example], capacity: Capacity, tokenizer: A
 def refuse_beyond(headline: str, examples: Sequence[Example], capacity: Capacity, tokenizer: Any) -> None:
     """Raises DataError for examples that the model cannot compute; returns if there are none."""
     places = capacity.positions
-    long = [example for example in examples if places is not None and len(example.ids) > places]
+    long = [examples[i] for i in np.flatnonzero(lengths_of(examples) > places).tolist()] if places is not None else []
     findings = Findings(too_long=[(Row(example.ref, []), len(example.ids)) for example in long])
     problems = _length_problems(findings, places or 0, True, "refuse")
-    if problems := [*problems, *unknown_tokens(examples, capacity, tokenizer)]:
+    # Those in files were looked at when they were written, for a model that knows no more.
+    unknown = [] if isinstance(examples, StoredExamples) else unknown_tokens(examples, capacity, tokenizer)
+    if problems := [*problems, *unknown]:
         raise refusal(headline, problems)
 
 
-def _row_problems(
-    masked: Sequence[Example], train: Sequence[Example], control: Sequence[Row], leaked: Sequence[Row]
-) -> list[Problem]:
-    problems = [
-        Problem("D205", example.ref.file, "nothing in the row is trained on", (example.ref.line,)) for example in masked
-    ]
+def _control_problems(control: Sequence[Row]) -> list[Problem]:
     message = "text holds the name of a control token: it is learnt as text, not as the token"
     plain = "plain text holds control tokens: they are learnt as such"
-    problems += [
+    return [
         Problem("D208", row.ref.file, message if row.text is None else plain, (row.ref.line,), fatal=False)
         for row in control
     ]
-    seen: set[int] = set()
-    for example in train:
-        if example.key in seen:
-            problems.append(
-                Problem("D209", example.ref.file, "repeats an earlier row", (example.ref.line,), fatal=False)
-            )
-        seen.add(example.key)
-    problems += [
-        Problem("D210", row.ref.file, "held out, but its prompt is trained on too (leak)", (row.ref.line,), fatal=False)
-        for row in leaked
-    ]
-    return problems
+
+
+def _told(code: str, message: str, places: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+    return [Problem(code, file, message, lines, fatal=False) for file, lines in places.items()]
 
 
 def _set_problems(report: CheckReport, file: str, others: bool) -> list[Problem]:
@@ -287,31 +272,6 @@ def _set_problems(report: CheckReport, file: str, others: bool) -> list[Problem]
         message = "no rows are held out: there will be no evaluation"
         problems.append(Problem("D212", file, message, fatal=False))
     return problems
-
-
-def _roles(examples: Sequence[Example]) -> tuple[dict[str, int], dict[str, int]]:
-    tokens: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    for example in examples:
-        start = 0
-        before = np.concatenate(([0], np.cumsum(example.trained)))
-        for role, end in example.roles:
-            end = min(end, len(example.ids))  # the row may have been cut
-            tokens[role] += max(0, end - start)
-            trained[role] += int(before[max(start, end)] - before[start])
-            start = max(start, end)
-    return dict(tokens), {role: trained[role] for role in tokens}
-
-
-def _stops(examples: Sequence[Example], stop_ids: frozenset[int]) -> tuple[int, int]:
-    """Trained spans, and how many of them hold a stop token among their last few tokens."""
-    spans = stopped = 0
-    for example in examples:
-        edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False))
-        for start, end in zip(edges[::2], edges[1::2], strict=True):
-            spans += 1
-            stopped += not stop_ids.isdisjoint(example.ids[max(start, end - _STOP_REACH) : end].tolist())
-    return spans, stopped
 
 
 def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[int, int]]:

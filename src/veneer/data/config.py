@@ -55,6 +55,9 @@ class DataConfig(Settings):
     """Share of rows held out, of each set, chosen by a hash of their content; 0 holds nothing out."""
     shares_of: Literal["rows", "tokens"] = "rows"
     """What the sets' shares are counted in."""
+    tokens: Literal["auto", "memory", "files"] = "auto"
+    """Where a run keeps its tokens: auto puts those of 64 MiB of rows and more into files of the cache folder, built
+    once."""
     format: RowFormat = "auto"
     """How a row is laid out; auto looks at the columns."""
     map: ColumnMap = Field(default_factory=dict)

@@ -188,12 +188,6 @@ def sampling_key(key: int, seed: int, number: int) -> int:
     return _hash63([key, seed, number])
 
 
-def rows_behind(examples: Sequence[Example]) -> int:
-    """How many rows these examples came from."""
-    pairs = zip([None, *(each.row for each in examples)], examples, strict=False)
-    return sum(each.row is None or each.row != before for before, each in pairs)
-
-
 def part_key(key: int, part: int) -> int:
     """Of one of the examples that a row of this key became."""
     return _hash63([key, part])

@@ -17,7 +17,7 @@ Knows nothing of files or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
 from functools import lru_cache
 from typing import Any, get_args
 
@@ -334,16 +334,27 @@ def check_order(messages: list[dict[str, Any]]) -> None:
         raise RowFault("D112", f"the last message is the {before}'s, not the assistant's: nothing to learn")
 
 
-def mixed_layouts(rows: Iterable[Row]) -> list[Problem]:
-    """One problem per layout if the rows of a file have more than one, else none."""
-    lines: dict[Format, list[int]] = {}
-    file = ""
-    for row in rows:
-        file = row.ref.file
-        lines.setdefault(row.format, []).append(row.ref.line)
-    if len(lines) < 2:
-        return []
-    step = "Put each layout into a file of its own."
-    return [
-        Problem("D108", file, f"{len(found):,} rows are {name}", tuple(found), step) for name, found in lines.items()
-    ]
+class Layouts:
+    """Which rows of a set are in which layout, eight bytes a row."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Format, array[int]] = {}
+        self._file = ""
+
+    def add(self, row: Row) -> None:
+        self._file = row.ref.file
+        self._lines.setdefault(row.format, array("q")).append(row.ref.line)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(lines) for name, lines in self._lines.items()}
+
+    def problems(self) -> list[Problem]:
+        """One for each layout if there are several, else none."""
+        if len(self._lines) < 2:
+            return []
+        step = "Put each layout into a file of its own."
+        return [
+            Problem("D108", self._file, f"{len(found):,} rows are {name}", tuple(found), step)
+            for name, found in self._lines.items()
+        ]

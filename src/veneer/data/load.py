@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.config import DataConfig, SetConfig
-from veneer.data.examples import Capacity, Example, Problem, Row, part_key, row_key
+from veneer.data.examples import Capacity, Example, Problem, Row, grouped, part_key, row_key
+from veneer.data.formats import Layouts
 from veneer.data.mixture import Mixture, mixed
-from veneer.data.sources import scan_rows
+from veneer.data.sources import rows_in
 from veneer.data.split import split
+from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate, Encoded
 from veneer.errors import ConfigError
 
@@ -48,10 +51,11 @@ class DataSet:
     preamble      the system turn that all training rows begin with, and what their template was told
     mixture       how many rows of each set an epoch takes; None: all of one
     sets, held    the sets that train and validation consist of, one behind the other
+    in_files      a line that says so where its tokens are in files; of the rows there are a few then
     """
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     train_rows: list[Row]
     validation_rows: list[Row]
     report: CheckReport
@@ -60,6 +64,7 @@ class DataSet:
     mixture: Mixture | None = None
     sets: Sequence[SetSize] = ()
     held: Sequence[SetSize] = ()
+    in_files: str | None = None
 
 
 def load_data(
@@ -97,45 +102,70 @@ def examine_data(
     Raises DataError only if nothing can be said at all: a set that is not found, a tokenizer that cannot be used.
     """
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
-    findings = Findings()
+    kept, held = (Kept(Tally(frozenset(template.stop_ids))) for _ in range(2))
+    return read_data(data, template, kept, held, length=length, capacity=capacity, preamble=preamble)
+
+
+def read_data(
+    data: DataConfig,
+    template: ChatTemplate,
+    kept: Kept,
+    held: Kept,
+    *,
+    length: int,
+    capacity: Capacity,
+    preamble: Preamble,
+    say: Callable[[int], None] = lambda rows: None,
+) -> DataSet:
+    """The rows of all sets, one after another, into what is trained on and what is held out. say: is told how many
+    rows there were so far."""
     asked, length = length, min(length, capacity.positions or length)
+    findings, total = Findings(), 0
     reading = _Reading(data, template, preamble, length, findings)
-    kept, held = _Kept(), _Kept()
     for one in data.train_sets:
-        rows = reading.scan(one)
+        count = out = 0
+        for rows in reading.scan(one):
+            count += len(rows)
+            if not data.validation_sets:
+                rows, held_out = split(rows, data.validation_share)
+                out += len(held_out)
+                reading.encode(held_out, held)
+            reading.encode(rows, kept)
+            say(total + count)
+        total += count
         if not data.validation_sets:
-            rows, held_out = split(rows, data.validation_share)
-            _tell_share(one.path, len(held_out), len(rows) + len(held_out), data.validation_share, findings)
-            reading.encode(held_out, held, one.called)
-        reading.encode(rows, kept, one.called)
+            _tell_share(one.path, out, count, data.validation_share, findings)
+            held.end_set(one.called)
+        kept.end_set(one.called)
     for one in data.validation_sets:
-        reading.encode(reading.scan(one), held, one.called)
-    if template.writes_date and any(row.messages for row in kept.rows):
+        for rows in reading.scan(one):
+            reading.encode(rows, held)
+        held.end_set(one.called)
+    if template.writes_date and kept.chats:
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
-    findings.problems += unknown_tokens([*kept.examples, *held.examples], capacity, tokenizer)
+    train, validation = kept.close(), held.close()
+    if capacity.tokens is not None and max(kept.tally.largest_id, held.tally.largest_id) >= capacity.tokens:
+        findings.problems += unknown_tokens(chain(train, validation), capacity, template.tokenizer)
     report = check(
         data.called,
-        kept.examples,
-        held.examples,
-        train_rows=kept.whole,
-        validation_rows=held.whole,
+        kept.tally,
+        held.tally,
         findings=findings,
         length=length,
         by_model=length < asked,
         long_rows=data.long_rows,
-        stop_ids=template.stop_ids,
-        stop_tokens=[tokenizer.decode([number]) for number in template.stop_ids],
+        stop_tokens=[template.tokenizer.decode([number]) for number in template.stop_ids],
     )
     mixture = None if len(kept.sets) < 2 else _mixture(data, kept.sets)
     return DataSet(
-        kept.examples,
-        held.examples,
+        train,
+        validation,
         kept.rows,
         held.rows,
         report,
-        _fingerprint(kept.examples, held.examples, mixture=mixture),
-        Preamble(common_system(kept.rows), template.variables),
+        _fingerprint(train, validation, mixture=mixture),
+        Preamble(kept.common_system, template.variables),
         mixture,
         kept.sets,
         held.sets,
@@ -166,25 +196,53 @@ def _tell_share(file: str, held_out: int, total: int, share: float, findings: Fi
         findings.problems.append(Problem("D216", file, message, fatal=False))
 
 
-def common_system(rows: Sequence[Row]) -> str | None:
-    """The system turn that all of these begin with."""
-    turns = {row.messages[0]["content"] if _has_system(row) else None for row in rows}
-    return turns.pop() if len(turns) == 1 else None
-
-
-def _has_system(row: Row) -> bool:
-    return bool(row.messages) and row.messages[0]["role"] == "system"
+def _system_of(row: Row) -> str | None:
+    """The turn that it begins with."""
+    found = row.messages[0] if row.messages else {}
+    return found["content"] if found.get("role") == "system" else None
 
 
 @dataclass
-class _Kept:
-    """Rows that are trained on or evaluated, each as far as its example goes, with these in the same order; whole: as
-    they stand in the file."""
+class Kept:
+    """Rows that are trained on or evaluated, each as far as its example goes, with these in the same order."""
 
+    tally: Tally
     rows: list[Row] = field(default_factory=list)
-    whole: list[Row] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
     sets: list[SetSize] = field(default_factory=list)
+    chats: bool = False
+    """Whether any row has messages, which a template writes."""
+    _examples: list[Example] = field(default_factory=list)
+    _systems: set[str | None] = field(default_factory=set)
+    _counted: tuple[int, int, int] = (0, 0, 0)
+    _tokens: int = 0
+
+    def add(self, row: Row, parts: Sequence[tuple[Row, Example]]) -> None:
+        """A row, and what it became, each example with the row as far as it goes."""
+        self.tally.add(row, [example for _, example in parts])
+        self._tokens += sum(len(example.ids) for _, example in parts)
+        if len(self._systems) < 2:
+            self._systems |= {_system_of(part) for part, _ in parts}
+        self.chats |= bool(row.messages)
+        self.keep(parts)
+
+    def keep(self, parts: Sequence[tuple[Row, Example]]) -> None:
+        for row, example in parts:
+            self.rows.append(row)
+            self._examples.append(example)
+
+    def end_set(self, name: str) -> None:
+        """What came since the last one is a set."""
+        now = self.tally.rows, len(self.tally), self._tokens
+        self.sets.append(SetSize(name, *(here - before for here, before in zip(now, self._counted, strict=True))))
+        self._counted = now
+
+    def close(self) -> Sequence[Example]:
+        return self._examples
+
+    @property
+    def common_system(self) -> str | None:
+        """The system turn that all rows begin with."""
+        return next(iter(self._systems)) if len(self._systems) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -197,49 +255,57 @@ class _Reading:
     length: int
     findings: Findings
 
-    def scan(self, one: SetConfig) -> list[Row]:
-        rows, problems = scan_rows(one.path, one.format or self.data.format, one.map or self.data.map)
-        self.findings.problems += problems
-        self.findings.formats.update(row.format for row in rows)
-        return rows
+    def scan(self, one: SetConfig) -> Iterator[list[Row]]:
+        """The rows of a set, some at a time."""
+        problems: list[Problem] = []
+        some: list[Row] = []
+        layouts = Layouts()
+        for found in rows_in(one.path, one.format or self.data.format, one.map or self.data.map):
+            if isinstance(found, Problem):
+                problems.append(found)
+                continue
+            some.append(found)
+            layouts.add(found)
+            if len(some) == _TOGETHER:
+                yield some
+                some = []
+        yield some
+        self.findings.problems += grouped(problems + layouts.problems())
+        self.findings.formats.update(layouts.counts)
 
-    def encode(self, rows: Sequence[Row], kept: _Kept, name: str) -> None:
-        """Adds them to what is kept, as a set of their own."""
-        before, whole = len(kept.examples), len(kept.whole)
+    def encode(self, rows: Sequence[Row], kept: Kept) -> None:
+        """Adds them to what is kept."""
         keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
         rows = [replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row for row in rows]
-        for at in range(0, len(rows), _TOGETHER):
-            some = slice(at, at + _TOGETHER)
-            coded = self.template.encode_rows(rows[some], train_on=self.data.train_on)
-            for row, key, found in zip(rows[some], keys[some], coded, strict=True):
-                if isinstance(found, Problem):
-                    self.findings.problems.append(found)
-                else:
-                    self._keep(row, key, found, kept)
-        added = kept.examples[before:]
-        kept.sets.append(SetSize(name, len(kept.whole) - whole, len(added), sum(len(e.ids) for e in added)))
+        coded = self.template.encode_rows(rows, train_on=self.data.train_on)
+        for row, key, found in zip(rows, keys, coded, strict=True):
+            if isinstance(found, Problem):
+                self.findings.problems.append(found)
+            else:
+                self._keep(row, key, found, kept)
 
-    def _keep(self, row: Row, key: int, found: Sequence[Encoded], kept: _Kept) -> None:
+    def _keep(self, row: Row, key: int, found: Sequence[Encoded], kept: Kept) -> None:
         findings, length, long_rows = self.findings, self.length, self.data.long_rows
+        named = Row(row.ref, [], text=None if row.text is None else "")  # all that findings tell of it
         if found[-1].control:
-            findings.control.append(row)
-        findings.saw(row, found)
-        examples = []
+            findings.control.append(named)
+        findings.saw(named, found)
+        parts: list[tuple[Row, Example]] = []
         for number, each in enumerate(found):
             size = len(each.ids)
             if size > length:
-                findings.too_long.append((row, size))
+                findings.too_long.append((named, size))
                 if long_rows == "drop":
                     continue
                 if long_rows == "cut" and any(each.trained) and not any(each.trained[:length]):
-                    findings.lost.append(row)
+                    findings.lost.append(named)
                     continue
-            kept.rows.append(row if each.upto in (None, len(row.messages)) else _beginning(row, each.upto))
+            part = row if each.upto in (None, len(row.messages)) else _beginning(row, each.upto)
             own = key if len(found) == 1 else part_key(key, number)
             example = _example(row, own, each, length if long_rows == "cut" else size)
-            examples.append(example if len(found) == 1 else replace(example, row=key))
-        kept.whole += [row] if examples else []
-        kept.examples += examples
+            parts.append((part, example if len(found) == 1 else replace(example, row=key)))
+        if parts:
+            kept.add(row, parts)
 
 
 def _beginning(row: Row, count: int) -> Row:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from veneer.data.columns import ColumnMap, Renames
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
-from veneer.data.formats import FORMATS, detect, mixed_layouts, to_row
+from veneer.data.formats import FORMATS, Layouts, detect, to_row
 from veneer.data.json_text import JSONText, whole_value
 from veneer.data.places import PACKED, Place, kind_of, places_of
 from veneer.errors import DataError
@@ -49,12 +49,14 @@ def scan_rows(
     """
     rows: list[Row] = []
     problems: list[Problem] = []
+    layouts = Layouts()
     for found in rows_in(path, format, columns):
         if isinstance(found, Row):
             rows.append(found)
+            layouts.add(found)
         else:
             problems.append(found)
-    return rows, grouped(problems + mixed_layouts(rows))
+    return rows, grouped(problems + layouts.problems())
 
 
 def rows_in(path: str | Path, format: str = "auto", columns: ColumnMap | None = None) -> Iterator[Row | Problem]:

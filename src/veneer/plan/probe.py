@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from veneer.bases.compute import NAMES
 from veneer.bases.from_config import Blueprint, blueprint
 from veneer.data.load import DataSet
+from veneer.data.on_disk import some_of
 from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
@@ -32,8 +33,8 @@ def estimate_of_run(
         Blueprint(config.base, model_config, dtype),
         device="cuda" if device.startswith("cuda") else "cpu",
         idle_bytes=idle_bytes,
-        rows=data.train,
-        held_out=data.validation,
+        rows=some_of(data.train),
+        held_out=some_of(data.validation),
         seed=config.seed,
         order=config.order,
         steps=config.steps,

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.routing import Routing
-from veneer.data.batching import Rows, plan_epoch, used_length
+from veneer.data.batching import EpochPlan, Rows, planned_epoch, used_length
 from veneer.data.examples import Example
 from veneer.data.load import SetSize
 from veneer.data.mixture import Mixture
@@ -118,7 +118,7 @@ class Loop:
         self.offload = offload_for(self.device, weights) if job.config.offload else None
         self._rows = Rows.of(job.train)
         self._set_losses: dict[str, float] = {}
-        self._epoch_plan: tuple[int, list[list[int]]] | None = None
+        self._epoch_plan: tuple[int, EpochPlan] | None = None
         if resume_from is not None:
             self._resume(resume_from)
 
@@ -171,11 +171,12 @@ class Loop:
         del self.optimizer, self.reduce
         self.job.flat.release()
 
-    def _plan(self, epoch: int) -> list[list[int]]:
+    def _plan(self, epoch: int) -> EpochPlan:
         if self._epoch_plan is None or self._epoch_plan[0] != epoch:
             config = self.job.config
             lengths = self._rows.lengths
-            plan = plan_epoch(
+            self._epoch_plan = None  # two would be held
+            plan = planned_epoch(
                 lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order, mixture=self.job.mixture
             )
             self._epoch_plan = epoch, plan
@@ -272,8 +273,7 @@ class Loop:
 
     def _longest_batch(self) -> None:
         """Run the costliest batch of the first epoch once and forget it: too large shows now, not in hour three."""
-        plan = self._plan(self.progress.epoch)
-        costliest = max(plan, key=lambda rows: int(self._rows.lengths[rows].sum()))
+        costliest = self._plan(self.progress.epoch).costliest(self._rows.lengths)
         # What diverges is told again, with its step, when the batch's turn comes.
         with suppress(DivergedError):
             self._backward(costliest)

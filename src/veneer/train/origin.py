@@ -116,7 +116,9 @@ def check_rows(then: Origin, now: str, config: RunConfig) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation"}})
+    return config.model_dump(
+        mode="json", exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation", "tokens"}}
+    )
 
 
 def _short(digest: str | None) -> str:

@@ -23,10 +23,11 @@ from veneer.adapters.token_rows import Brought
 from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
-from veneer.data.batching import Rows, plan_epoch
+from veneer.data.batching import Rows
 from veneer.data.check import refuse_beyond
 from veneer.data.examples import Capacity, Row
-from veneer.data.load import DataSet, load_data
+from veneer.data.large import training_data
+from veneer.data.load import DataSet
 from veneer.data.new_tokens import bring, extended
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
@@ -159,13 +160,14 @@ def _run(
                 check_base(then, origin_of(config, base, day), config)
             config = with_tokens(config) if then is None else config
             tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
-            data = load_data(
+            data = training_data(
                 config.data,
                 length=config.length,
                 capacity=_with_tokens(capacity_of(base), tokens),
                 tokenizer=extended(base.tokenizer, config.new_tokens),
                 today=day,
                 preamble=Preamble(variables=config.template.variables),
+                say=screen.message,
             )
             config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
             if then is not None:
@@ -257,9 +259,8 @@ def _planned(
 
 
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
-    lengths = Rows.of(data.train).lengths
-    plan = plan_epoch(lengths, batch=config.batch, seed=config.seed, epoch=0, order=config.order, mixture=data.mixture)
-    per_epoch = len(plan)
+    rows = len(Rows.of(data.train).lengths)
+    per_epoch = -(-(rows if data.mixture is None else len(data.mixture.rows(config.seed, 0))) // config.batch)
     epochs = 3.0 if config.epochs is None else config.epochs
     shows = config.show_answers and base.tokenizer.chat_template is not None
     return Job(
@@ -342,6 +343,8 @@ def _start_record(
         lines.append(f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were answered")
     if data.mixture is not None:
         lines.append(_mixed_line(data))
+    if data.in_files is not None:
+        lines.append(data.in_files)
     if attachment is not None:
         does = (
             "can be merged into the base" if attachment.config.folds else "cannot be merged: it stays beside the base"

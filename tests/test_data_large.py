@@ -1,0 +1,209 @@
+"""Tokens in files: the same examples, batches and adapters as in memory, built once, found by what they are made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import save_tiny
+from veneer.data.batching import Rows, by_length, plan_epoch, planned_epoch
+from veneer.data.config import DataConfig
+from veneer.data.examples import Capacity, Example, RowRef
+from veneer.data.large import training_data
+from veneer.data.load import DataSet, load_data
+from veneer.data.on_disk import ExampleWriter, StoredExamples, some_of
+from veneer.errors import CorruptFileError, DataError
+from veneer.files.strict_tensors import read_tensors
+from veneer.models.load import load_base
+from veneer.train.config import RunConfig
+from veneer.train.screen import QuietScreen
+from veneer.train.training import run_training
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("world")
+    save_tiny(place / "base", "llama")
+    rows = [{"prompt": f"number {n} " * (1 + n % 5), "completion": f"it is {n}"} for n in range(40)]
+    (place / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))
+    turns = [{"role": r, "content": f"{r} says {n}"} for n in range(2) for r in ("user", "assistant")]
+    chats = [
+        {"messages": [{"role": "system", "content": "be"}, *turns, {"role": "user", "content": f"x{n}"}, turns[1]]}
+        for n in range(9)
+    ]
+    (place / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    return place
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: Path) -> Any:
+    return load_base(str(world / "base")).tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+
+
+def read(world: Path, tokenizer: Any, say: Any = lambda line: None, **fields: Any) -> tuple[DataSet, DataSet]:
+    data = DataConfig.of({"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields})
+    asked: dict[str, Any] = {"length": 200, "capacity": Capacity(1024, 272), "tokenizer": tokenizer}
+    files = data.model_copy(update={"tokens": "files"})
+    return load_data(data, **asked), training_data(files, say=say, **asked)
+
+
+def plain(examples: Any) -> list[Any]:
+    return [(e.ids.tolist(), e.trained.tolist(), e.ids.dtype, e.ref, e.key, e.row) for e in examples]
+
+
+SETS = {
+    "one": {},
+    "mixed": {"train": [{"path": "a.jsonl", "weight": 0.5}, {"path": "b.jsonl", "share": 0.3, "name": "chats"}]},
+    "with its own held-out rows": {"train": "b.jsonl", "validation": "a.jsonl", "train_on": "last"},
+    "cut": {"long_rows": "cut"},
+}
+
+
+@pytest.mark.parametrize("fields", SETS.values(), ids=SETS)
+def test_a_set_in_files_is_the_one_in_memory(
+    world: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(world)
+    said: list[str] = []
+    memory, files = read(world, tokenizer, said.append, **fields)
+    assert isinstance(files.train, StoredExamples)
+    assert plain(files.train) == plain(memory.train) and plain(files.validation) == plain(memory.validation)
+    for name in ("report", "fingerprint", "preamble", "mixture", "sets", "held"):
+        assert getattr(files, name) == getattr(memory, name), name
+    assert files.validation_rows == memory.validation_rows
+    ours, theirs = Rows.of(files.train), Rows.of(memory.train)
+    assert list(ours.starts) == list(theirs.starts) and list(ours.lengths) == list(theirs.lengths)
+    assert by_length(files.train[3:20], 4) == by_length(memory.train[3:20], 4)
+    assert files.in_files is not None and "tokens in files" in files.in_files
+    again = training_data(
+        DataConfig.of({"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields, "tokens": "files"}),
+        length=200,
+        capacity=Capacity(1024, 272),
+        tokenizer=tokenizer,
+        say=said.append,
+    )
+    assert again.fingerprint == memory.fingerprint and again.report == memory.report
+    assert [line.split(" ")[0] for line in said] == ["tokens", "built", "tokens"]
+
+
+def test_what_decides_the_tokens_decides_which_files_are_found(world: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((world / "a.jsonl").read_text())
+    said: list[str] = []
+    asked: dict[str, Any] = {"length": 200, "capacity": Capacity(1024, 272), "tokenizer": tokenizer, "say": said.append}
+    data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
+    training_data(data, **asked)
+    for changed in (data.model_copy(update={"train_on": "all"}), data.model_copy(update={"validation_share": 0.3})):
+        training_data(changed, **asked)
+    training_data(data, **{**asked, "length": 199})
+    rows.write_text(rows.read_text().replace("number 3 ", "number 4 "))
+    training_data(data, **asked)
+    assert [line for line in said if "found" in line] == []
+    training_data(data, **asked)
+    assert "found" in said[-1]
+    (folder,) = {line.rpartition(" ")[2] for line in said[-1:]}
+    tokens = Path(folder) / "train" / "tokens.i4"
+    tokens.write_bytes(tokens.read_bytes()[:-4])
+    with pytest.raises(CorruptFileError, match="tokens"):
+        StoredExamples(Path(folder) / "train")
+    before = len(said)
+    training_data(data, **asked)  # damaged: it is built anew
+    assert "into files once" in said[before]
+
+
+def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(world: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError) as in_memory:
+        load_data(
+            DataConfig.of({"train": str(world / "a.jsonl")}),
+            length=20,
+            capacity=Capacity(1024, 272),
+            tokenizer=tokenizer,
+        )
+    with pytest.raises(DataError) as in_files:
+        training_data(
+            DataConfig.of({"train": str(world / "a.jsonl"), "tokens": "files"}),
+            length=20,
+            capacity=Capacity(1024, 272),
+            tokenizer=tokenizer,
+        )
+    assert str(in_files.value) == str(in_memory.value)
+
+
+def run_of(world: Path, out: Path, tokens: str, **fields: Any) -> RunConfig:
+    data = {"train": str(world / "a.jsonl"), "validation_share": 0.2, "tokens": tokens}
+    own = {"base": str(world / "base"), "data": data, "out": str(out), "steps": 4, "batch": 4, "evaluate_every": 2}
+    return RunConfig.of({**own, **fields})
+
+
+def test_a_run_learns_the_same_bits_and_resumes_from_either(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.cli import main
+    from veneer.train.loop import Loop
+
+    for tokens in ("memory", "files"):
+        run_training(run_of(world, tmp_path / tokens, tokens), resume=False, screen=QuietScreen())
+    own = Loop._step
+
+    def dying(self: Any, *, timed: bool) -> float:
+        if self.progress.step == 2:
+            raise KeyboardInterrupt
+        return own(self, timed=timed)
+
+    monkeypatch.setattr(Loop, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(run_of(world, tmp_path / "parts", "memory"), resume=False, screen=QuietScreen())
+    monkeypatch.setattr(Loop, "_step", own)
+    file = tmp_path / "parts" / "run.yaml"
+    file.write_text(file.read_text().replace("tokens: memory", "tokens: files"))
+    assert main.main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
+    found = [read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("memory", "files", "parts")]
+    for other in found[1:]:
+        assert all((found[0][name] == other[name]).all() for name in found[0])
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("memory", "files")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_plan_of_an_epoch_is_its_list_and_its_costliest_batch_is_found(tmp_path: Path) -> None:
+    lengths = np.random.Generator(np.random.Philox(key=[1, 2])).integers(1, 90, 1003)
+    for order in ("bucketed", "shuffled", "file"):
+        asked: dict[str, Any] = {"batch": 8, "seed": 3, "epoch": 1, "order": order}
+        plan, listed = planned_epoch(lengths, **asked), plan_epoch(lengths, **asked)
+        assert [plan[i] for i in range(len(plan))] == listed and plan[-1] == listed[-1]
+        assert plan.costliest(lengths) == max(listed, key=lambda rows: int(lengths[rows].sum()))
+        assert sorted(row for rows in listed for row in rows) == list(range(1003))
+
+
+def test_examples_come_back_from_files_as_they_were_written(tmp_path: Path) -> None:
+    generator = np.random.Generator(np.random.Philox(key=[3, 4]))
+    made = []
+    for n in range(5000):
+        size = int(generator.integers(1, 20))
+        trained = generator.random(size) < 0.3
+        ids = generator.integers(0, 2**31 - 1, size).astype(np.int32)
+        made.append(Example(ids, trained, RowRef(f"f{n % 3}", n), n * 2**40, row=n // 2 if n > 4000 else None))
+    writer = ExampleWriter(tmp_path)
+    for start in range(0, len(made), 7):
+        writer.add(made[start : start + 7])
+    writer.close()
+    found = StoredExamples(tmp_path)
+    assert plain(found) == plain(made) and len(found) == len(made)
+    assert plain(found[-3:]) == plain(made[-3:]) and found.lengths.tolist() == [len(e.ids) for e in made]
+    assert plain([found[-1]]) == plain([made[-1]])
+    learnt = [replace(e, trained=np.ones(len(e.ids), dtype=np.bool_)) for e in made]
+    assert len(some_of(learnt)) == len(made) and len(some_of(found)) < 2100
+    with pytest.raises(IndexError):
+        found[len(made)]
