@@ -19,7 +19,7 @@ from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.formats import adapter as adapter_module
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.merge.fold import Stored, stored_tensors, wanted_weights
+from veneer.merge.fold import Stored, stored_tensors, trained_values, wanted_weights
 from veneer.merge.folder import _common, _Plan, _refuse_lost, merge_into_folder
 from veneer.merge.in_memory import merged_weights
 from veneer.merge.merge_run import merge_adapters
@@ -503,3 +503,13 @@ def test_the_type_of_a_merged_folder_is_that_of_most_values_and_not_of_most_tens
     ids, packed = stored(99, torch.int64), stored(99, torch.float32, quantised=True)
     assert _common({"a": small, "b": ids, "c": packed}) is torch.bfloat16
     assert _common({"b": ids, "c": packed}) is torch.float32
+
+
+def test_values_trained_in_full_are_those_of_one_adapter_or_the_same_in_several():
+    one, other = {"norm": torch.ones(2)}, {"norm": torch.full((2,), 3.0)}
+    assert torch.equal(trained_values([("a", one, 1.0), ("b", dict(one), 1.0)])["norm"], torch.ones(2))
+    assert trained_values([("a", one, 1.0), ("b", {}, 0.5)]).keys() == {"norm"}
+    for second, said in ((("b", other, 1.0), "by more than one adapter"), (("b", one, 0.5), "would act with 0.5")):
+        with pytest.raises(RefusedError, match="do not add up") as refused:
+            trained_values([("a", one, 1.0), second])
+        assert said in refused.value.faults[0]
