@@ -61,6 +61,7 @@ OTHER_VALUES = {
     "checkpointing": True,
     "offload": True,
     "reduce": "exact",
+    "shard": True,
     "optimizer": "adamw8bit",
     "evaluate_every": 4,
     "save_every": 5,

@@ -3,7 +3,7 @@
     python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": {...}}, ...]' MEETINGS
 
 MEETINGS: port and descriptor of each job's socket. folders: where each process works. at: {"step", "rank", "does":
-"signal" | "die"}, when that step is done.
+"signal" | "die" | "fail"}, when that step is done; fail: before the gradient of the next.
 """
 
 import json
@@ -13,11 +13,19 @@ import sys
 from pathlib import Path
 
 from veneer import api
-from veneer.errors import VeneerError
+from veneer.errors import DoesNotFitError, VeneerError
+from veneer.train import loop as train_loop
 from veneer.train.config import RunConfig
 from veneer.train.launch import MEETING
 from veneer.train.loop import Loop
 from veneer.train.screen import QuietScreen
+
+_BATCH_LOSS = train_loop.batch_loss
+
+
+def _fails(*_: object, **__: object) -> None:
+    train_loop.batch_loss = _BATCH_LOSS
+    raise DoesNotFitError("no memory is left for this batch")
 
 
 def main() -> None:
@@ -33,6 +41,9 @@ def main() -> None:
             if at is not None and at["step"] == loop.progress.step and str(at["rank"]) == rank:
                 if at["does"] == "die":
                     os._exit(9)
+                if at["does"] == "fail":
+                    train_loop.batch_loss = _fails
+                    return seconds
                 os.kill(os.getpid(), signal.SIGTERM)
             return seconds
 

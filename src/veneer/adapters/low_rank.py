@@ -17,6 +17,7 @@ from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, is_plain_embedding, matrix_shape
 from veneer.patterns import first_match
+from veneer.shards import make_whole
 
 
 def build_lora(site: Site, config: LoRA) -> None:
@@ -45,6 +46,7 @@ def build_lora(site: Site, config: LoRA) -> None:
         )
     for path in targets.linears:
         made, frozen = _linear_layer(site, config, path)
+        make_whole(site.modules[path])
         if (start := _START.get(config.init)) is not None:
             A0, B0 = start(frozen.dense_weight(torch.float32), made, config, site.generator)
             made.begin_at(A0.to(frozen.device), B0.to(frozen.device))
@@ -95,6 +97,7 @@ def build_dora(site: Site, config: DoRA) -> None:
         )
     for path in targets.linears:
         made, frozen = _linear_layer(site, config, path)
+        make_whole(site.modules[path])
         site.put(path, AdaptedLinear, DoRALayer(made, frozen))
     for path in targets.embeddings:
         table = TransposedLinear(site.modules[path])
@@ -151,6 +154,7 @@ def _train_in_full(site: Site, targets: Targets) -> None:
     trained = {path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained}
     for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
         module = site.modules[path]
+        make_whole(module)
         for parameter in names:
             value = nn.Parameter(module.get_parameter(parameter).detach().clone())
             site.replace(path, _kind(module), parameter, value)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -287,9 +288,18 @@ def key_shape(model: nn.Module) -> KeyShape:
     """The one shape that the keys and values of all layers have, as a forward leaves them in the model's cache.
 
     ConfigError: they differ, and the table has room for one. Weights are not needed: a model on the meta device
-    will do.
+    will do, and a model is asked once.
     """
     _, decoder = decoder_of(model)
+    if (known := _KEY_SHAPES.get(decoder)) is None:
+        known = _KEY_SHAPES[decoder] = _key_shape(decoder)
+    return known
+
+
+_KEY_SHAPES: WeakKeyDictionary[nn.Module, KeyShape] = WeakKeyDictionary()
+
+
+def _key_shape(decoder: nn.Module) -> KeyShape:
     with torch.no_grad():
         out = decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(decoder)), use_cache=True)
     name = _cache_name(out)

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import CorruptFileError
+from veneer.shards import make_whole
 
 NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
 MOST_BEAMS = 64
@@ -103,16 +104,21 @@ def _not_finite(model: PreTrainedModel) -> list[str]:
     """Names of such weights and tables; a mask may hold infinities."""
     buffers = [(name, b) for name, b in model.named_buffers() if not _MASK.search(name)]
     named = [
-        (name, tensor.detach())
+        (name, tensor)
         for name, tensor in [*model.named_parameters(), *buffers]
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
     ]
     # The extremes are NaN if one value is; read from the device once for all.
-    good = [torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for _, tensor in named]
+    good = [torch.isfinite(_extremes(tensor)).all() for _, tensor in named]
     if not good:
         return []
     finite = torch.stack([each.to(model.device) for each in good]).tolist()
     return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+
+
+def _extremes(tensor: torch.Tensor) -> torch.Tensor:
+    make_whole(tensor)
+    return torch.stack(torch.aminmax(tensor.detach()))
 
 
 def _without_numbers(name: str) -> str:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule, num_parameters
 from veneer.quant.config import FORMATS
+from veneer.shards import make_whole
 
 SAMPLES_PER_TENSOR = 4096
 """Elements hashed of every tensor: 1.1 M values for a 135M model (a few ms), and every tensor is seen."""
@@ -184,6 +185,7 @@ def _sample(tensor: Tensor) -> bytes:
     One from each of equally wide stretches, at an offset that varies from stretch to stretch: a fixed
     stride that divides the row length would see a single column.
     """
+    make_whole(tensor)
     flat = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
     size, count = flat.numel(), min(flat.numel(), SAMPLES_PER_TENSOR)
     if size > count:
@@ -191,7 +193,7 @@ def _sample(tensor: Tensor) -> bytes:
         # Knuth's multiplicative hash; its high bits, for the low ones repeat with the row length.
         offsets = (torch.arange(count) * 2654435761 % 2**32 * starts.diff()) >> 32
         flat = flat[(starts[:-1] + offsets).to(flat.device)]
-    return flat.cpu().numpy().tobytes()
+    return flat.cpu().clone().numpy().tobytes()  # numpy fixes the size of the memory that it is given
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ read as it is, per tensor: what it left dense stays dense.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,18 @@ _NAME = "veneer"
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Endings of linear layers that choose experts: a few values that decide where every token goes."""
 
+Placed = Callable[[PreTrainedModel], object]
+"""What is told of a model while its weights come, layer after layer: those before the next one are in their places."""
+
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class _Settings(QuantizationConfigMixin):
     """What transformers hands to the quantiser."""
 
-    def __init__(self, book: BookName | None, keep_dense: tuple[str, ...]) -> None:
+    def __init__(self, book: BookName | None, keep_dense: tuple[str, ...], placed: Placed) -> None:
         self.quant_method = _NAME  # type: ignore[assignment]
+        self.placed = placed
         self.book, self.keep_dense = book, keep_dense
         self.unused: list[str] = []
         """Names of keep_dense that the model does not have."""
@@ -109,6 +113,7 @@ class _Quantizer(HfQuantizer):
 
     def place(self, model: PreTrainedModel, target: str, value: Tensor | Moving) -> bool:
         """Put the weight called `target` into the model, packed; False: it stays dense."""
+        self.quantization_config.placed(model)
         book = self.quantization_config.book
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
@@ -204,13 +209,15 @@ def build_packed(
     *,
     book: BookName | None,
     keep_dense: Sequence[str] = (),
+    placed: Placed = bool,
 ) -> PreTrainedModel:
-    """book None: read packed what the files hold packed, and nothing else.
+    """book None: read packed what the files hold packed, and nothing else. placed: told before each weight, and at
+    the end.
 
     Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing).
     """
     weights = stored_weights(stored_tensors(weight_files(found.folder)))
-    settings = _Settings(book, tuple(keep_dense))
+    settings = _Settings(book, tuple(keep_dense), placed)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = kind.from_pretrained(
         None,
@@ -232,6 +239,7 @@ def build_packed(
             "keep_dense names modules that the model does not have", settings.unused, "Correct the names."
         )
     check_loaded(found.folder, built, info, quantizer.faults)
+    placed(built)
     quantizer.remove_quantization_config(built)  # for transformers it is an ordinary model with modules of ours
     for module in built.modules():
         if isinstance(module, PreTrainedModel):

@@ -42,6 +42,7 @@ FLAGS: dict[str, KeyPath] = {
     "length": ("length",),
     "learning_rate": ("learning_rate",),
     "checkpointing": ("checkpointing",),
+    "shard": ("shard",),
     "seed": ("seed",),
     "out": ("out",),
 }

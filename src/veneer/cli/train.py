@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file; see the settings below")
     for name, path in FLAGS.items():
         flag, help_text = "--" + name.replace("_", "-"), field_help(path).replace("%", "%%")
-        if name == "checkpointing":
+        if name in ("checkpointing", "shard"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         else:
             parser.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)

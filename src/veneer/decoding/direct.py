@@ -37,6 +37,7 @@ from veneer.models.attention import NAME, decoder, unused_mask
 from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
 from veneer.models.proof import apart, sample_texts, structure_key, tried
 from veneer.models.structure import NoCopyError, small_copy
+from veneer.shards import in_shards
 
 SLOTS = 16
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -326,6 +327,8 @@ def _taken_apart(model: PreTrainedModel, rules: Sequence[Rules]) -> DirectForwar
     found = []
     for wrapped, own_rules in zip(places.layers, rules, strict=True):
         layer = unwrapped(wrapped)
+        if in_shards(layer):
+            return f"the layers of {name} lie in shards: they are called whole"
         parts = dict(layer.named_children())
         attention, feed = unwrapped(parts.get("self_attn", layer)), unwrapped(parts.get("mlp", layer))
         own = {each for each, _ in attention.named_children()}

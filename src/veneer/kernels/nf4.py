@@ -65,9 +65,20 @@ class Blocks:
             self.scales, None if nested is None else (nested.table, nested.scales, nested.block, nested.offset)
         )
 
-    @cached_property
+    @property
     def checked(self) -> NF4Weights:
-        """The addresses, for C; the tensors stay where they are for as long as this object lives."""
+        """The addresses, for C; made again where the tensors have moved, all of them together (shards.py)."""
+        start = self.packed.data_ptr()
+        if (known := self._addresses.get(start)) is None:
+            self._addresses.clear()
+            known = self._addresses[start] = self._checked()
+        return known
+
+    @cached_property
+    def _addresses(self) -> dict[int, NF4Weights]:
+        return {}
+
+    def _checked(self) -> NF4Weights:
         inner = self.nested
         return packed_calls.nf4_weights(
             self.packed,

@@ -48,15 +48,17 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return lists[0] if lists else None
 
 
-def _give_back(*_: object) -> None:
-    """Return free pages to the system, where the C library is glibc.
+def give_back() -> None:
+    """Return free pages to the system, where the C library is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
-    The temporaries of the layers have left holes in its heap, and the logits, which come next, do not fit into them.
-    """
-    if torch.is_grad_enabled() and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+
+def _before_logits(*_: object) -> None:
+    """The temporaries of the layers have left holes in the heap, and the logits, which come next, do not fit."""
+    if torch.is_grad_enabled():
+        give_back()
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Itera
         )
     own = list(layers or ())
     on_cpu = next(model.parameters()).device.type == "cpu"
-    hook = (decoder(model) or model).register_forward_hook(_give_back) if own and on_cpu else None
+    hook = (decoder(model) or model).register_forward_hook(_before_logits) if own and on_cpu else None
     try:
         for index, layer in enumerate(own):
             assert layers is not None

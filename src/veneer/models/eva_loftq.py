@@ -27,6 +27,7 @@ from veneer.models.attention import decoder
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.start import Start
 from veneer.quant.config import FOUR_BITS, weight_format
+from veneer.shards import make_whole
 
 EVA_TOKENS = 4096
 """Tokens of the training rows that are looked at: the directions hardly move after that."""
@@ -121,6 +122,7 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
         frozen = frozen_linear(modules[path])
         tensor = originals[path]
         assert frozen is not None and tensor is not None
+        make_whole(modules[path])
         quantised = frozen.dense_weight(torch.float32).cpu()
         original = _turned(tensor[...].float(), quantised)
         A, B = loftq_start(original, quantised, rank=layer.rank, scaling=layer.scaling)

@@ -9,6 +9,7 @@ from torch import nn
 
 from veneer.kernels import few_rows
 from veneer.linear import FewRowsLinear
+from veneer.shards import make_whole
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 """Largest difference relative to the largest value: sums in another order; two roundings of a value near 1."""
@@ -25,6 +26,7 @@ def take_few_rows(model: nn.Module) -> None:
             continue
         kind = module.weight.shape, module.weight.dtype, module.weight.device, module.bias is None
         if kind not in agreed:
+            make_whole(module)
             agreed[kind] = _agrees(module)
         if agreed[kind]:
             head, _, last = path.rpartition(".")

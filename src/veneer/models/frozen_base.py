@@ -27,6 +27,7 @@ from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.models.step import Paths, prepare
 from veneer.quant.config import Quantize
+from veneer.shards import Shards
 
 
 @dataclass
@@ -42,6 +43,7 @@ class FrozenBase:
     as_held       the same of the values as they are held: what versions that did not widen called a base loaded in
                   float32
     routing       the adapters on this base, and which of them act
+    shards        in which its decoder layers lie, where several processes hold it together
     decodes_packed  whether our own engine gives what the model gives (decoding/proof.py); None: not asked yet
     way             how it computes a step (decoding/direct.py); None: not asked yet
     """
@@ -56,6 +58,7 @@ class FrozenBase:
     identity: Fingerprint = field(default=None, repr=False)  # type: ignore[assignment]
     as_held: Fingerprint | None = field(default=None, repr=False)
     routing: Routing = field(default_factory=Routing)
+    shards: Shards | None = field(default=None, repr=False)
     decodes_packed: bool | None = field(default=None, init=False, repr=False)
     way: Any = field(default=None, init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)

@@ -18,6 +18,7 @@ from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
 from veneer.models.stand_in import StandIn
+from veneer.shards import make_whole
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Largest difference relative to the largest value: two roundings of a value near 1."""
@@ -118,6 +119,7 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
         kind = (type(module), activation, width, dtype, getattr(made, "epsilon", None))
         known = _AGREED_WITHOUT_VALUES if device.type == "meta" else agreed
         if kind not in known:
+            make_whole(module)
             known[kind] = (
                 _agree_without_values(module, made)
                 if device.type == "meta"

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from veneer.bases.bnb_files import stored_book
 from veneer.bases.builders import builder_for
@@ -27,15 +30,17 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.bases.sources import locate, locate_blocks
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bases.stored_type import stored_type
-from veneer.bases.streaming import build_packed, holds_experts_apart
+from veneer.bases.streaming import Placed, build_packed, holds_experts_apart
 from veneer.bases.tensor_files import StoredTensor, counted, stored_tensors
 from veneer.bases.tokenizer import check_vocabulary, read_tokenizer
 from veneer.bases.widen import widen
-from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, RefusedError, VeneerError, is_out_of_memory
+from veneer.models.checkpointing import decoder_layers, give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.quant.config import Quantize, weight_format
 from veneer.quant.nf4 import BookName
+from veneer.shards import Shards
 
 
 def load_base(
@@ -45,6 +50,7 @@ def load_base(
     device: str = "auto",
     quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (),
+    shards: Shards | None = None,
 ) -> FrozenBase:
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
@@ -54,6 +60,7 @@ def load_base(
     quantize  the format its linear layers are held in (bases/builders.py); None: as they are stored, which may be
               in 4 bits: a folder that bitsandbytes quantised is read as it is, whatever `quantize` says
     keep_dense  modules (names, or endings of paths) that stay as they are stored
+    shards  holds this process's run of every decoder layer; all processes load together then. None: all of it is here
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles, code),
     CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory), ConfigError
@@ -78,6 +85,9 @@ def load_base(
         quantize, build = book, partial(build_packed, book=None)
     elif build is None and holds_experts_apart(tensors):
         build = partial(build_packed, book=None)
+    if shards is not None:
+        layer_by_layer: Any = build or partial(build_packed, book=None)
+        build = partial(layer_by_layer, placed=_taking(shards))
     compute = choose(stored_type(found.folder, stored, held, dtype), dtype, place)
     with quiet():
         config = checked_config(found.folder)
@@ -91,8 +101,15 @@ def load_base(
             else:
                 model = build_dense(found.folder, config, read_as)
                 torch.nn.Module.to(model, place)
+            if shards is not None and not len(shards):
+                raise RefusedError(
+                    f"{type(model).__name__} has no list of decoder layers, and shard holds each of them in shards",
+                    next_step="Leave shard out: every process then holds the whole base.",
+                )
             identity = as_held = fingerprint(model)
             if compute.widens:
+                if shards is not None:
+                    shards.changed(lambda layer: layer.to(compute.held))
                 widen(model, compute.held)
                 as_held = fingerprint(model)
             if model.generation_config is not None:
@@ -113,7 +130,23 @@ def load_base(
         compute=compute,
         identity=identity,
         as_held=as_held,
+        shards=shards,
     )
+
+
+def _taking(shards: Shards) -> Placed:
+    """Takes each decoder layer as soon as all its weights are there: at most one is whole while they are read."""
+    left: list[nn.Module] | None = None
+
+    def placed(model: PreTrainedModel) -> None:
+        nonlocal left
+        if left is None:
+            left = list(decoder_layers(model) or ())
+        while left and not any(each.is_meta for each in left[0].parameters()):
+            shards.take(left.pop(0).requires_grad_(False))
+            give_back()  # what was read of it leaves holes, into which the next layer's run does not fit
+
+    return placed
 
 
 def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | None) -> Compute:

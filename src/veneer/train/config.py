@@ -11,7 +11,7 @@ from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED
 from veneer.data.config import DataConfig as DataConfig
 from veneer.data.new_tokens import text_faults
 from veneer.files.settings import Settings
-from veneer.quant.config import FOUR_BITS, Quantize
+from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
@@ -99,6 +99,9 @@ class RunConfig(Settings):
     """Keep only each layer's input and compute the rest again in backward: less memory, more time."""
     offload: bool = False
     """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
+    shard: bool = False
+    """On several processes: each holds a part of the base's layers, gathered layer by layer as they are computed; the
+    same result with less memory and more traffic."""
     reduce: Literal["plain", "exact"] = "plain"
     """How micro-batches' gradients are added; exact gives the same bits on any number of processes with as many threads
     each, for 16 bytes a trained value."""
@@ -167,6 +170,15 @@ class RunConfig(Settings):
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
         if self.offload and self.checkpointing:
             raise ValueError("checkpointing keeps so little that offload finds nothing to move: give one")
+        if self.shard and weight_format(self.quantize).from_gguf:
+            raise ValueError(f"quantize {self.quantize} maps a file and takes no memory of a process: leave shard out")
+        if self.shard and self.offload:
+            raise ValueError("offload moves what backward needs to the host, and shard lets go of it: give one")
+        if self.shard and self.method.trains_base:
+            raise ValueError(
+                f"shard holds layers that stay as they are, and method {self.method.name} trains them: "
+                "leave shard out, or take method lora"
+            )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(
                 f"method {self.method.name} trains every weight, and from_adapter names an adapter: give one"

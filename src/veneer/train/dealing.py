@@ -14,3 +14,10 @@ def dealt(costs: Sequence[int], size: int) -> list[int]:
         owner[number] = min(range(size), key=lambda rank: (shares[rank], rank))
         shares[owner[number]] += costs[number]
     return owner
+
+
+def in_rounds(costs: Sequence[int], size: int) -> list[list[int]]:
+    """Rounds of at most `size` micro-batches that are computed at the same time, one by each process: those of like
+    cost together, as all wait for the costliest."""
+    order = sorted(range(len(costs)), key=lambda n: (-costs[n], n))
+    return [order[start : start + size] for start in range(0, len(order), size)]

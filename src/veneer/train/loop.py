@@ -40,7 +40,7 @@ from veneer.train.checkpoint import (
     tensor_hash,
 )
 from veneer.train.config import RunConfig
-from veneer.train.dealing import dealt
+from veneer.train.dealing import dealt, in_rounds
 from veneer.train.held_out import losses_by_set, parts_by_set
 from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
@@ -75,6 +75,8 @@ class Job:
     answer: Callable[[], dict[str, Any]] | None
     """Answers the sample row with the model as it stands: {prompt, expected, answer}."""
     mixture: Mixture | None = None
+    together: bool = False
+    """All processes compute at the same time, each its micro-batch: they gather the base's layers for one another."""
     held: Sequence[SetSize] = ()
     """The sets that validation consists of, one behind the other; none or one: it is not told apart."""
 
@@ -196,10 +198,14 @@ class Loop:
         parts = (self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size))
         return list(parts_of(job.model, job.paths, job.train, parts))
 
-    def _own(self, parts: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[bool]:
-        """Which of the parts this process computes."""
-        owners = dealt([sum(used_length(examples[i]) for i in part) for part in parts], self.world.size)
-        return [owner == self.world.rank for owner in owners]
+    def _own(self, parts: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[tuple[int, bool]]:
+        """Which of the parts this process computes, and whether it counts: in a round where there is none left for it,
+        it computes another's for the layers that all gather."""
+        costs = [sum(used_length(examples[i]) for i in part) for part in parts]
+        rank, size = self.world.rank, self.world.size
+        if self.job.together:
+            return [(each[min(rank, len(each) - 1)], rank < len(each)) for each in in_rounds(costs, size)]
+        return [(number, True) for number, owner in enumerate(dealt(costs, size)) if owner == rank]
 
     def _backward(self, rows: list[int]) -> Counted:
         """Gradient of the mean over the step's trained tokens, into the flat buffer of every process."""
@@ -209,21 +215,20 @@ class Loop:
         losses, counts = [0.0] * len(parts), [0, 0, 0]
         self.reduce.begin()
         with self.world.together(f"at step {self.progress.step + 1}"), self._fits(rows):
-            for number, own in enumerate(self._own(parts, job.train)):
-                if not own:
-                    continue
+            for number, counts_here in self._own(parts, job.train):
                 batch = batch_of(job.model, job.paths, job.train, parts[number], share_prompt=job.share_prompt)
                 keys = TokenKeys(batch.dropout_rows, self.progress.step * 4096 + number)
                 with job.routing.drawing(keys):
                     with offloaded(self.offload):
-                        part = batch_loss(job.model, job.paths, job.routing, batch, total=total)
+                        of = total if counts_here else math.inf  # then its gradient is 0
+                        part = batch_loss(job.model, job.paths, job.routing, batch, total=of)
                     part.backward()
                 self.reduce.add()
+                if not counts_here:
+                    continue
                 losses[number] = part.item()
                 for place, count in enumerate((batch.tokens, batch.trained_tokens, batch.computed_tokens)):
                     counts[place] += count
-                if not math.isfinite(losses[number]):
-                    break
         # Every loss is of one process and 0 at the others: these sums are exact.
         *losses, tokens, trained, computed = self.world.summed([*losses, *counts])
         for part_rows, value in zip(parts, losses, strict=True):
@@ -316,9 +321,10 @@ class Loop:
         parts = [part for of_set in planned for part in of_set]
         own = self._own(parts, rows)
         with self._evaluating():
-            mine = [part for part, is_own in zip(parts, own, strict=True) if is_own]
-            found = iter(part_nats(job.model, job.paths, job.routing, rows, mine))
-            nats = [next(found) if is_own else 0.0 for is_own in own]
+            found = part_nats(job.model, job.paths, job.routing, rows, [parts[number] for number, _ in own])
+            nats = [0.0] * len(parts)
+            for (number, counts), value in zip(own, found, strict=True):
+                nats[number] = value if counts else nats[number]
         nats = self.world.summed(nats)
         self._set_losses = losses_by_set(rows, job.held, planned, nats)
         return sum(nats) / sum(int(e.trained.sum()) for e in rows)
@@ -334,7 +340,7 @@ class Loop:
         start = time.perf_counter()
         loss = self._held_out_loss()
         with self._evaluating():
-            sample = job.answer() if job.answer is not None and self.world.leads else None
+            sample = job.answer() if job.answer is not None and (self.world.leads or job.together) else None
         if sample is not None:
             if at.step == 0:
                 at.sample = {"before": sample["answer"]}

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "checkpointing",
     "offload",
     "micro_batch",
+    "shard",
     "show_answers",
     "from_adapter",
 )

@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import Brought
-from veneer.bases.compute import HeldAs
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
 from veneer.data.batching import Rows
@@ -42,9 +41,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun
-from veneer.models.load import load_base
 from veneer.models.step import Paths, refuse_untrainable
-from veneer.train.checkpoint import tensor_hash
 from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
@@ -55,6 +52,7 @@ from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
+from veneer.train.together import agree, in_parts, load_together, shard_line
 from veneer.train.world import ALONE, World
 from veneer.wording import cut, percent
 
@@ -101,35 +99,7 @@ def run_training(
                 then = None if point is None else load_state(point).origin
         told = world.shared([point and str(point), then and then.to_dict()])
         point, then = told[0] and Path(told[0]), told[1] and Origin(**told[1])
-        return _run(_in_parts(config, world, screen), out, point, then, screen, plan, world)
-
-
-def _in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
-    """Several processes need several micro-batches: where nothing is said, one each, kept in the run file."""
-    if world.size == 1 or config.micro_batch is not None:
-        return config
-    size = math.ceil(config.batch / world.size)
-    screen.message(f"{world.size} processes: micro_batch {size} of batch {config.batch}")
-    return config.model_copy(update={"micro_batch": size})
-
-
-def _load(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
-    """The leader first, which says the type for all; then one of each machine, which fetches for its neighbours."""
-    base, chosen = None, dtype
-    turn = 0 if world.leads else 1 if world.local_rank == 0 else 2
-    for now in range(3 if world.size > 1 else 1):
-        with world.together("on loading its base"):
-            if now == turn:
-                base = load_base(
-                    config.base,
-                    dtype=chosen,
-                    device=world.device(config.device),
-                    quantize=config.quantize,
-                    keep_dense=config.keep_dense,
-                )
-        chosen = world.shared(base.compute.name if base is not None else None)
-    assert base is not None
-    return base
+        return _run(in_parts(config, world, screen), out, point, then, screen, plan, world)
 
 
 def _run(
@@ -149,7 +119,7 @@ def _run(
     idle = process_memory_bytes()
     # That version trained in the stored type, whatever is faster here.
     stored = then is not None and not known and config.dtype == "auto"
-    base = _load(config, "stored" if stored else config.dtype, world)
+    base = load_together(config, "stored" if stored else config.dtype, world)
     config = config.model_copy(update={"dtype": base.compute.name})
     reset_peak_memory(str(base.device))
     # A chat template may write the date: a resumed run keeps the day it started on.
@@ -193,13 +163,16 @@ def _run(
             records = _records(config, out, resume_from, screen) if world.leads else Unwritten()
             stack.enter_context(records)
         if world.size > 1:
-            _agree(world, base, data, flat)
+            agree(world, base, data, flat)
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
         start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen) if world.leads else None
         if one_pass:
             start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
+            start["paths"] += shard_line(base)
+        elif config.shard:
+            start["paths"].append("shard: one process holds the whole base")
         if resume_from is None:
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
@@ -229,19 +202,6 @@ def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Scr
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
     return Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message)
-
-
-def _agree(world: World, base: FrozenBase, data: DataSet, flat: FlatParameters) -> None:
-    """What would make processes compute different runs shows before the first step."""
-    found = {
-        "base": base.fingerprint().digest,
-        "rows": data.fingerprint,
-        "ways of computing": "; ".join(base.paths.lines),
-        "values at the start": tensor_hash(flat.values),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
-    world.same(found, "Give every process the same base, rows and versions.")
 
 
 def _planned(
@@ -278,6 +238,7 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
         out=Path(config.out),
         answer=_sampler(base, data.validation_rows, data.preamble) if shows else None,
         mixture=data.mixture,
+        together=base.shards is not None,
         held=data.held,
     )
 

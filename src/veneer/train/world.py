@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from veneer.errors import ConfigError, LostProcessError, VeneerError
 from veneer.train.launch import MEETING
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GATHERS = -1
+"""What a process that gathers gives in place of how much it would tell."""
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name from torch 2.13 on, and before."""
 WAIT_SECONDS = 600.0
 """How long the others are waited for. VENEER_WAIT_SECONDS sets another number."""
 
@@ -71,12 +75,23 @@ class World:
         """The leader's value, whatever the others give; what JSON can say."""
         return self.gathered(value if self.leads else None)[0]
 
+    def gather(self, whole: Tensor, own: Tensor) -> None:
+        """Everyone's `own`, by rank, into `whole`. LostProcessError: not all ask for it; some have ended, or failed."""
+        if any(count != _GATHERS for count in self._counts(_GATHERS)):
+            self._apart(self.gathered(None))
+        self._call(lambda: _ALL_GATHER(whole, own))
+
     def gathered(self, value: Any) -> list[Any]:
         """Everyone's, by rank; what JSON can say."""
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._wire)
-        counts = [round(count) for count in self.summed([len(own) * (rank == self.rank) for rank in range(self.size)])]
+        counts = self._counts(len(own))
+        if _GATHERS in counts:
+            told = self.gathered(value)
+            if value is None:
+                self._apart(told)
+            return told
         padded = own.new_zeros(max(counts))
         padded[: len(own)] = own
         found = [torch.empty_like(padded) for _ in counts]
@@ -87,7 +102,7 @@ class World:
     def together(self, doing: str) -> Iterator[None]:
         """What ends the block here ends it everywhere: this process's own fault, or LostProcessError naming others'.
 
-        Nothing in the block may wait for another process.
+        Nothing in the block may wait for another process, but to gather what all of them gather.
         """
         if self.size == 1:
             yield
@@ -99,8 +114,7 @@ class World:
         except VeneerError as fault:
             self.gathered(fault.headline)
             raise
-        told = self.gathered(None)
-        if faults := [f"process {rank}: {headline}" for rank, headline in enumerate(told) if headline is not None]:
+        if faults := _faults(self.gathered(None)):
             raise LostProcessError(f"the run ends {doing}", faults)
 
     def same(self, what: Mapping[str, Any], next_step: str) -> None:
@@ -114,6 +128,15 @@ class World:
         ]
         if faults:
             raise ConfigError("the processes of this run do not have the same", faults, next_step)
+
+    def _counts(self, own: int) -> list[int]:
+        """What each process is about to give."""
+        return [round(count) for count in self.summed([own * (rank == self.rank) for rank in range(self.size)])]
+
+    def _apart(self, told: Sequence[Any]) -> NoReturn:
+        """Some would gather while others told what ended them, or that they are done."""
+        faults = _faults(told) or ["they do not compute the same layers: are machines, threads and versions alike?"]
+        raise LostProcessError("the processes of this run do not go on together", faults)
 
     @property
     def _wire(self) -> torch.device:
@@ -131,6 +154,10 @@ class World:
                 [" ".join(str(fault).split())[:300]],
                 "Look at what the other processes said; then go on with --resume.",
             ) from fault
+
+
+def _faults(told: Sequence[Any]) -> list[str]:
+    return [f"process {rank}: {headline}" for rank, headline in enumerate(told) if headline is not None]
 
 
 ALONE = World()

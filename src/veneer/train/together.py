@@ -1,0 +1,68 @@
+"""What the processes of a run do together before its first step: find and load its base, and agree on what it is."""
+
+import math
+from importlib.metadata import version
+
+import torch
+
+from veneer.bases.compute import HeldAs
+from veneer.data.load import DataSet
+from veneer.models.frozen_base import FrozenBase
+from veneer.models.load import compute_of, load_base
+from veneer.shards import Shards
+from veneer.train.checkpoint import tensor_hash
+from veneer.train.config import RunConfig
+from veneer.train.optim import FlatParameters
+from veneer.train.screen import Screen
+from veneer.train.world import World
+
+
+def in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
+    """Several processes need several micro-batches: where nothing is said, one each, kept in the run file."""
+    if world.size == 1 or config.micro_batch is not None:
+        return config
+    size = math.ceil(config.batch / world.size)
+    screen.message(f"{world.size} processes: micro_batch {size} of batch {config.batch}")
+    return config.model_copy(update={"micro_batch": size})
+
+
+def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
+    """Found by the leader first, which says the type for all, then by one of each machine, which fetches for its
+    neighbours; then loaded by all."""
+    device, found = world.device(config.device), ""
+    for turn in range(3 if world.size > 1 else 0):
+        with world.together("on finding its base"):
+            if turn == (0 if world.leads else 1 if world.local_rank == 0 else 2):
+                found = compute_of(config.base, dtype=dtype, device=device, quantize=config.quantize).name
+        told = world.shared(found)
+        dtype = told if turn == 0 and not world.leads else dtype
+    shards = Shards(world.rank, world.size, world.gather) if config.shard and world.size > 1 else None
+    with world.together("on loading its base"):
+        return load_base(
+            config.base,
+            dtype=dtype,
+            device=device,
+            quantize=config.quantize,
+            keep_dense=config.keep_dense,
+            shards=shards,
+        )
+
+
+def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatParameters) -> None:
+    """What would make processes compute different runs shows before the first step."""
+    found = {
+        "base": base.fingerprint().digest,
+        "rows": data.fingerprint,
+        "ways of computing": "; ".join(base.paths.lines),
+        "values at the start": tensor_hash(flat.values),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    world.same(found, "Give every process the same base, rows and versions.")
+
+
+def shard_line(base: FrozenBase) -> list[str]:
+    if base.shards is None:
+        return []
+    own, whole = base.shards.own_bytes / 1e6, base.shards.all_bytes / 1e6
+    return [f"{len(base.shards)} layers in shards: {own:.1f} of {whole:.1f} MB held by each process"]

@@ -1,0 +1,119 @@
+"""A base in shards gives what a whole one gives, to the bit, whoever holds what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.processes.test_processes import RUNS, losses, settings, told, values, world
+from veneer.shards import Shards, make_whole
+from veneer.train.dealing import in_rounds
+
+__all__ = ["world"]
+SHARDED = {
+    "lora": RUNS["lora"],
+    "dora nf4": RUNS["dora nf4"],
+    "prefix": RUNS["prefix"],
+    "bottleneck": {**RUNS["bottleneck"], "show_answers": True},
+    "olora": {"method": {"name": "lora", "rank": 2, "init": "olora", "train_modules": ["norm"]}, "micro_batch": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """The same runs by one process that holds the whole base and by two that hold a half of its layers each."""
+    jobs = [{"config": settings(world, world / "whole" / name, **own)} for name, own in SHARDED.items()]
+    assert told(jobs, 1) == [["done"] * len(jobs)]
+    jobs = [{"config": settings(world, world / "shards" / name, **own, shard=True)} for name, own in SHARDED.items()]
+    assert told(jobs, 2) == [["done"] * len(jobs)] * 2
+    return world
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_base_in_shards_gives_the_bits_of_a_whole_one(runs, name):
+    one, other = values(runs / "whole" / name), values(runs / "shards" / name)
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+    assert losses(runs / "whole" / name) == losses(runs / "shards" / name)
+
+
+def test_four_processes_with_a_round_that_is_not_full_give_the_same_bits(runs):
+    run = settings(runs, runs / "four", **SHARDED["dora nf4"], shard=True)
+    assert told([{"config": run}], 4) == [["done"]] * 4
+    one, other = values(runs / "whole" / "dora nf4"), values(runs / "four")
+    assert all(one[key].equal(other[key]) for key in one)
+    assert losses(runs / "whole" / "dora nf4") == losses(runs / "four")
+
+
+def test_a_run_goes_on_with_shards_and_without(runs):
+    """2 processes with shards, then one with the whole base, then 4 with shards."""
+    out = runs / "resumed"
+    run = {"config": settings(runs, out, **SHARDED["lora"], shard=True)}
+    first = told([{**run, "at": {"step": 1, "rank": 1, "does": "signal"}}], 2)
+    assert all(said[0].startswith("130 stopped at step 1 of 4") for said in first)
+    shard(out, on=False)
+    second = told([{**run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1)
+    assert second[0][0].startswith("130 stopped at step 3 of 4")
+    shard(out, on=True)
+    assert told([{**run, "resume": True}], 4) == [["done"]] * 4
+    one, other = values(runs / "whole" / "lora"), values(out)
+    assert all(one[key].equal(other[key]) for key in one)
+    assert losses(runs / "whole" / "lora") == losses(out)
+
+
+def shard(out, *, on):
+    file = out / "run.yaml"
+    before, after = f"shard: {str(not on).lower()}", f"shard: {str(on).lower()}"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(runs):
+    run = settings(runs, runs / "failed", **SHARDED["lora"], shard=True)
+    first, second = told([{"config": run, "at": {"step": 1, "rank": 1, "does": "fail"}}], 2)
+    assert second == ["3 no memory is left for this batch"]
+    assert first[0].startswith("6 the processes of this run do not go on together")
+    assert "process 1: no memory is left for this batch" in first[0]
+
+
+def layer_in_shards():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)).requires_grad_(False)
+    shards = Shards(0, 1, lambda whole, own: whole.copy_(own))
+    weight = layer[0].weight.clone()
+    shards.take(layer)
+    return shards, layer, weight
+
+
+def test_what_is_not_whole_takes_no_memory_and_reads_as_nan():
+    shards, layer, weight = layer_in_shards()
+    assert layer[0].weight.shape == (48, 64) and layer[0].weight.isnan().all()
+    assert layer[0].weight.untyped_storage().nbytes() == 4
+    make_whole(layer[0])
+    assert layer[0].weight.equal(weight)
+    shards.changed(lambda module: module.double())
+    make_whole(layer[0])
+    assert layer[0].weight.dtype == torch.float64 and layer[0].weight.equal(weight.double())
+
+
+def test_a_gradient_finds_the_weights_of_its_own_layer():
+    """Autograd keeps them for backward, after another layer was whole."""
+    shards, first, weight = layer_in_shards()
+    second = nn.Linear(64, 64).requires_grad_(False)
+    plain = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64), nn.Linear(64, 64)).requires_grad_(False)
+    make_whole(first)
+    plain.load_state_dict({**first.state_dict(), **{f"2.{name}": each for name, each in second.state_dict().items()}})
+    shards.take(second)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for run in (plain, lambda x: second(first(x))):
+        own = x.clone().requires_grad_()
+        run(own).square().sum().backward()
+        gradients.append(own.grad)
+    assert first[0].weight.equal(weight) and gradients[0].equal(gradients[1])
+
+
+def test_micro_batches_of_like_cost_are_computed_at_the_same_time():
+    assert in_rounds([5, 1, 9, 4, 8], 2) == [[2, 4], [0, 3], [1]]
+    assert in_rounds([5], 4) == [[0]]
