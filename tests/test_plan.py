@@ -93,7 +93,7 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     ran = []
     monkeypatch.setattr(planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
-    choice = Choice(method=LoRA(), batch=1)
+    choice = Choice(method=LoRA(), batch=1, dtype="bfloat16")
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
     assert len(ran) == 2  # with all that changes time alone, and with everything changed
     row = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30)
@@ -166,7 +166,7 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
         for i, n in enumerate([10, 30, 40, 70, 90, 200])
     ]
     whole = Planner(Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows)
-    choice = Choice(method=TINY.method, batch=1, length=256)
+    choice = Choice(method=TINY.method, batch=1, length=256, dtype="bfloat16")
     sizes = whole.epoch(choice).sizes
     assert sizes == {round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)} and len(sizes) == 4
     few = Planner(whole.blueprint, idle_bytes=0, rows=rows, order="file", steps=2)

@@ -153,6 +153,7 @@ def test_with_the_compiled_kernels_too_it_holds_what_the_real_step_holds(checkpo
         assert one.end_bytes == pytest.approx(other.end_bytes, rel=0.01), one.name
 
 
+@pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
 @pytest.mark.parametrize(("checkpointing", "products"), [(False, 2 + 5), (True, 2 + 2 + 5)])
 def test_what_compiled_attention_computes_is_counted(checkpointing, products):
     (row,) = make_examples(1, longest=40)

@@ -11,9 +11,9 @@ among any number. Beyond MOST_ROWS a product that is made for squarer shapes may
 ask for the same bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -31,23 +31,31 @@ LEAST_VALUES = 2**16
 """Of W: below, calling costs as much as the product."""
 ANY_LEVEL = 4
 """As native.level() counts them, and 4 for products of bf16 pairs; tests lower it."""
-_ANY: ContextVar[bool] = ContextVar("any rows", default=False)
+
+
+class _Here(threading.local):
+    """Of this thread. torch.compile traces a thread's values, and no context variable."""
+
+    any_rows = False
+
+
+_HERE = _Here()
 
 
 @contextmanager
 def any_rows() -> Iterator[None]:
     """Within, this thread's products and updates are computed here whatever their number of rows and size of W, packed
     ones too (nf4.py, gguf.py): a row's bits are those that it has alone. 4-bit weights: from 7 rows on."""
-    before = _ANY.set(True)
+    before, _HERE.any_rows = _HERE.any_rows, True
     try:
         yield
     finally:
-        _ANY.reset(before)
+        _HERE.any_rows = before
 
 
 def takes(rows: int, most: int) -> bool:
     """Whether what is the fast way up to `most` rows is to compute so many."""
-    return 0 < rows <= (dense_calls.MOST_ROWS if _ANY.get() else most)
+    return 0 < rows <= (dense_calls.MOST_ROWS if _HERE.any_rows else most)
 
 
 @cache
@@ -58,7 +66,7 @@ def _level() -> int:
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I) and bias."""
-    if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _ANY.get()):
+    if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _HERE.any_rows):
         return False
     if not takes(x.numel() // weight.shape[1], MOST_ROWS):
         return False
