@@ -100,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Asked, Path]:
             resume=["train", "--resume", within, "--json", "--quiet"],
             config=config.model_dump(mode="json"),
             rows={"train": file, "validation": file},
-            threads=1,
+            threads=torch.get_num_threads(),
             cwd=str(folder),
             circumstances=surroundings(str(base), []).circumstances,
         ),
@@ -141,7 +141,7 @@ def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(world: 
     code = "import sys; from veneer.compare.ray_trial import run_trial; run_trial(sys.argv[1])"
     command = [sys.executable, "-c", code, json.dumps(asdict(asked))]
     node = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(work)})
-    until(lambda: list(work.glob("*/*/*/checkpoints/000*")), node)
+    until(lambda: list(work.rglob("checkpoints/000*")), node)
     (run,) = children_of(node.pid)
     os.kill(run, signal.SIGSTOP)
     try:
