@@ -24,7 +24,7 @@ check: $(VENV)/.ready-dev
 	$(BIN)/lint-imports --no-logo
 
 soak: $(VENV)/.ready-soak
-	VENEER_SOAK=1 $(BIN)/python -m pytest tests/soak tests/test_native_calls.py
+	VENEER_SOAK=1 $(BIN)/python -m pytest tests/soak tests/processes tests/test_native_calls.py
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/run.py

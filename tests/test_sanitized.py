@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from veneer.kernels import native
 SOURCES = Path(native.__file__).parent / "native"
 TESTS = Path(__file__).parent
 FLAGS = (
-    *("-std=gnu11", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-shared"),
+    *("-std=gnu11", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
 )
 RUN = (
@@ -44,13 +45,24 @@ def sanitizer() -> str:
     return str(Path(done.stdout.strip()).resolve())
 
 
+def gcc(*arguments: str | Path) -> None:
+    done = subprocess.run(["gcc", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     preload = sanitizer()
     built = tmp_path_factory.mktemp("sanitized") / "native.so"
-    sources = sorted(map(str, SOURCES.glob("*.c")))
-    done = subprocess.run(["gcc", *FLAGS, *sources, "-o", str(built), "-lm"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def compiled(source: Path) -> Path:
+        made = built.with_name(f"{source.stem}.o")
+        gcc(*FLAGS, "-c", source, "-o", made)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [*pool.map(compiled, sorted(SOURCES.glob("*.c")))]
+    gcc(*FLAGS, "-shared", *objects, "-o", built, "-lm")
     return {
         **os.environ,
         native.BUILT_ELSEWHERE: str(built),
