@@ -21,6 +21,7 @@ SHARDED = {
 }
 
 
+WHOLE = pytest.mark.skipif(count("shards", ci=0, soak=1) == 0, reason="starts many processes: make soak")
 HERE = [*SHARDED][: count("shards", ci=2, soak=len(SHARDED))]
 
 
@@ -41,6 +42,7 @@ def test_a_base_in_shards_gives_the_bits_of_a_whole_one(runs, name):
     assert losses(runs / "whole" / name) == losses(runs / "shards" / name)
 
 
+@WHOLE
 def test_four_processes_with_a_round_that_is_not_full_give_the_same_bits(runs):
     run = settings(runs, runs / "four", **SHARDED["dora nf4"], shard=True)
     assert told([{"config": run}], 4) == [["done"]] * 4
@@ -49,6 +51,7 @@ def test_four_processes_with_a_round_that_is_not_full_give_the_same_bits(runs):
     assert losses(runs / "whole" / "dora nf4") == losses(runs / "four")
 
 
+@WHOLE
 def test_a_run_goes_on_with_shards_and_without(runs):
     """2 processes with shards, then one with the whole base, then 4 with shards."""
     out = runs / "resumed"
