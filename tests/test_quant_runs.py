@@ -11,7 +11,7 @@ from tests.tiny import save_tiny
 from veneer import api
 from veneer.cli import main
 from veneer.models.load import load_base
-from veneer.train import training as train_run_module
+from veneer.train import together
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config
 from veneer.train.loop import Loop
@@ -67,7 +67,7 @@ def test_a_resumed_run_over_4_bits_is_the_run_that_never_stopped(family, others,
         seen.append((base := load_base(*args, **named), digest(base.model)))
         return base
 
-    monkeypatch.setattr(train_run_module, "load_base", loaded)
+    monkeypatch.setattr(together, "load_base", loaded)
     whole = run(settings(tmp_path, "whole", **others))
     own = Loop._save
 
