@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from veneer.data.batching import Rows, make_batch, planned_epoch
+from veneer.data.batching import Rows, make_batch, plan_epoch
 from veneer.data.examples import Example, Row, RowRef, row_key
 from veneer.data.on_disk import COLUMNS, INDEX, ExampleWriter, StoredExamples
 from veneer.data.tally import Tally
@@ -114,7 +114,7 @@ def read(folder: Path) -> dict[str, Any]:
     before, start = resident(), time.process_time()
     examples = StoredExamples(folder)
     rows = Rows.of(examples)
-    plan = planned_epoch(rows.lengths, batch=8, seed=0, epoch=0, order="bucketed")
+    plan = plan_epoch(rows.lengths, batch=8, seed=0, epoch=0, order="bucketed")
     costliest = plan.costliest(rows.lengths)
     for chosen in (costliest, plan[0]):
         some = [examples[i] for i in rows.examples(chosen)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import save_tiny
-from veneer.data.batching import Rows, by_length, plan_epoch, planned_epoch
+from veneer.data.batching import Rows, by_length, plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, RowRef
 from veneer.data.large import training_data
@@ -181,7 +181,8 @@ def test_the_plan_of_an_epoch_is_its_list_and_its_costliest_batch_is_found(tmp_p
     lengths = np.random.Generator(np.random.Philox(key=[1, 2])).integers(1, 90, 1003)
     for order in ("bucketed", "shuffled", "file"):
         asked: dict[str, Any] = {"batch": 8, "seed": 3, "epoch": 1, "order": order}
-        plan, listed = planned_epoch(lengths, **asked), plan_epoch(lengths, **asked)
+        plan = plan_epoch(lengths, **asked)
+        listed = [*plan]
         assert [plan[i] for i in range(len(plan))] == listed and plan[-1] == listed[-1]
         assert plan.costliest(lengths) == max(listed, key=lambda rows: int(lengths[rows].sum()))
         assert sorted(row for rows in listed for row in rows) == list(range(1003))

@@ -63,7 +63,7 @@ def test_the_examples_of_a_row_stay_together_and_a_batch_counts_rows(tmp_path: A
     rows = Rows.of(data.train)
     assert [rows.examples([n]) for n in range(3)] == [[0, 1, 2], [3], [4, 5]]
     assert (data.report.rows, data.report.examples) == (3, 6)
-    plan = plan_epoch(rows.lengths, batch=2, seed=0, epoch=0, order="shuffled")
+    plan = [*plan_epoch(rows.lengths, batch=2, seed=0, epoch=0, order="shuffled")]
     assert sorted(i for batch in plan for i in batch) == [0, 1, 2] and [len(batch) for batch in plan] == [2, 1]
     assert len({example.key for example in data.train}) == 6
 

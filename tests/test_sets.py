@@ -103,10 +103,10 @@ def test_a_plan_takes_what_is_mixed_in_batches_and_a_plain_mixture_is_none() -> 
     mixture = Mixture((10, 10), (10.0, 2.5))
     for order in ("bucketed", "shuffled", "file"):
         asked = {"batch": 4, "seed": 3, "order": order}
-        plan = plan_epoch(lengths, epoch=1, mixture=mixture, **asked)  # type: ignore[arg-type]
+        plan = [*plan_epoch(lengths, epoch=1, mixture=mixture, **asked)]  # type: ignore[arg-type]
         assert sorted(row for batch in plan for row in batch) == sorted(mixture.rows(3, 1).tolist())
-        plain = plan_epoch(lengths, epoch=1, mixture=Mixture((10, 10), (10.0, 10.0)), **asked)  # type: ignore[arg-type]
-        assert plain == plan_epoch(lengths, epoch=1, **asked)  # type: ignore[arg-type]
+        plain = [*plan_epoch(lengths, epoch=1, mixture=Mixture((10, 10), (10.0, 10.0)), **asked)]  # type: ignore[arg-type]
+        assert plain == [*plan_epoch(lengths, epoch=1, **asked)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -223,19 +223,6 @@ def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:
     return [rows.examples(order[start : start + batch]) for start in range(0, len(order), batch)]
 
 
-def plan_epoch(
-    lengths: Sequence[int] | NDArray[np.int64],
-    *,
-    batch: int,
-    seed: int,
-    epoch: int,
-    order: Literal["bucketed", "shuffled", "file"],
-    mixture: Mixture | None = None,
-) -> list[list[int]]:
-    """As planned_epoch, all of it at once."""
-    return list(planned_epoch(lengths, batch=batch, seed=seed, epoch=epoch, order=order, mixture=mixture))
-
-
 @dataclass(frozen=True)
 class EpochPlan(Sequence[list[int]]):
     """Row numbers of each batch. order: in which they come; None: as they lie."""
@@ -261,7 +248,7 @@ class EpochPlan(Sequence[list[int]]):
         return batches
 
 
-def planned_epoch(
+def plan_epoch(
     lengths: Sequence[int] | NDArray[np.int64],
     *,
     batch: int,

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.routing import Routing
-from veneer.data.batching import EpochPlan, Rows, planned_epoch, used_length
+from veneer.data.batching import EpochPlan, Rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.data.load import SetSize
 from veneer.data.mixture import Mixture
@@ -178,7 +178,7 @@ class Loop:
             config = self.job.config
             lengths = self._rows.lengths
             self._epoch_plan = None  # two would be held
-            plan = planned_epoch(
+            plan = plan_epoch(
                 lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order, mixture=self.job.mixture
             )
             self._epoch_plan = epoch, plan
