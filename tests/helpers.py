@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from multiprocessing import reduction
 from pathlib import Path
 
@@ -148,3 +149,20 @@ def veneer(arguments, *, stdout, stderr):
     process = start_veneer(arguments, stdout=stdout, stderr=stderr)
     process.join()
     return process.exitcode
+
+
+@contextmanager
+def ended_before_step(number):
+    """Within, a run ends as by Ctrl-C when so many steps are done; it is expected to."""
+    from veneer.train.loop import Loop
+
+    own = Loop._step
+
+    def step(self, *, timed):
+        if self.progress.step == number:
+            raise KeyboardInterrupt
+        return own(self, timed=timed)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "_step", step)
+        yield

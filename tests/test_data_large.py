@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import ended_before_step
 from tests.tiny import save_tiny
 from veneer.data.batching import Rows, by_length, plan_epoch
 from veneer.data.config import DataConfig
@@ -145,25 +146,13 @@ def run_of(world: Path, out: Path, tokens: str, **fields: Any) -> RunConfig:
     return RunConfig.of({**own, **fields})
 
 
-def test_a_run_learns_the_same_bits_and_resumes_from_either(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_learns_the_same_bits_and_resumes_from_either(world: Path, tmp_path: Path) -> None:
     from veneer.cli import main
-    from veneer.train.loop import Loop
 
     for tokens in ("memory", "files"):
         run_training(run_of(world, tmp_path / tokens, tokens), resume=False, screen=QuietScreen())
-    own = Loop._step
-
-    def dying(self: Any, *, timed: bool) -> float:
-        if self.progress.step == 2:
-            raise KeyboardInterrupt
-        return own(self, timed=timed)
-
-    monkeypatch.setattr(Loop, "_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with ended_before_step(2):
         run_training(run_of(world, tmp_path / "parts", "memory"), resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Loop, "_step", own)
     file = tmp_path / "parts" / "run.yaml"
     file.write_text(file.read_text().replace("tokens: memory", "tokens: files"))
     assert main.main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0

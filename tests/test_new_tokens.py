@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import veneer
+from tests.helpers import ended_before_step
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
 from veneer.adapters.acting import Acting, Part
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
@@ -273,22 +274,12 @@ def test_a_run_trains_the_rows_and_an_answer_may_say_them(
     assert found["loss"] > 0
 
 
-def test_a_resumed_run_learns_the_same_bits(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_learns_the_same_bits(world: Path, tmp_path: Path) -> None:
     from veneer.cli import main
-    from veneer.train.loop import Loop
 
     run_training(run_of(world, tmp_path / "whole"), resume=False, screen=QuietScreen())
-    own = Loop._step
-
-    def dying(self: Any, *, timed: bool) -> float:
-        if self.progress.step == 2:
-            raise KeyboardInterrupt
-        return own(self, timed=timed)
-
-    monkeypatch.setattr(Loop, "_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with ended_before_step(2):
         run_training(run_of(world, tmp_path / "parts"), resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Loop, "_step", own)
     assert main.main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
     whole, parts = (read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

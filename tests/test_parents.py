@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import veneer
-from tests.helpers import fill
+from tests.helpers import ended_before_step, fill
 from tests.tiny import save_tiny
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.cli import main
@@ -174,23 +174,12 @@ def test_a_second_stage_keeps_its_lineage_and_resumes_without_its_parent(
     assert (manifest["parent"], manifest["parents"]) == (content, [])
     assert any("goes on from" in line and content[:12] in line for line in said)
 
-    from veneer.train.loop import Loop
-
-    own = Loop._step
-
-    def dying(self: Any, *, timed: bool) -> float:
-        if self.progress.step == 2:
-            raise KeyboardInterrupt
-        return own(self, timed=timed)
-
-    monkeypatch.setattr(Loop, "_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with ended_before_step(2):
         run_training(
             run_of(world, tmp_path / "b", from_adapter=str(parent), steps=4, evaluate_every=1),
             resume=False,
             screen=QuietScreen(),
         )
-    monkeypatch.setattr(Loop, "_step", own)
     (parent / "adapter_model.safetensors").unlink()
     assert main.main(["train", "--resume", str(tmp_path / "b"), "--quiet"]) == 0
     assert read_json(tmp_path / "b" / "adapter" / "veneer.json")["parent"] == content

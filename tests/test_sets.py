@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import veneer
+from tests.helpers import ended_before_step
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.cli import main
 from veneer.data.batching import plan_epoch
@@ -158,20 +159,9 @@ def test_a_run_over_sets_says_what_it_mixes_tells_their_losses_apart_and_resumes
     found = [record for record in read_records(tmp_path / "a" / "metrics.jsonl") if record["kind"] == "evaluation"]
     assert all(set(record["sets"]) == {str(tmp_path / "own.jsonl"), "replay"} for record in found)
 
-    from veneer.train.loop import Loop
-
-    own = Loop._step
-
-    def dying(self: Any, *, timed: bool) -> float:
-        if self.progress.step == 4:
-            raise KeyboardInterrupt
-        return own(self, timed=timed)
-
-    monkeypatch.setattr(Loop, "_step", dying)
     other = veneer.RunConfig.model_validate({**fields, "out": str(tmp_path / "b")})
-    with pytest.raises(KeyboardInterrupt):
+    with ended_before_step(4):
         run_training(other, resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Loop, "_step", own)
     run_training(resume_config(tmp_path / "b"), resume=True, screen=QuietScreen())
     first, second = (read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
