@@ -93,24 +93,22 @@ def put_tokens(site: Site, brought: Brought, embedding: nn.Module | None) -> Non
             ["its embedding is no plain table, or its head no plain linear layer"],
             "Leave new_tokens out.",
         )
-    weight = table.get_parameter("weight")
-    # A tied head is the same tensor, and follows.
-    tied = getattr(site.head, "weight", None) is weight
-    where = [paths[id(table)], *([] if tied or not brought.head else [paths[id(site.head)]])]
-    if past := [
-        path for path in [paths[id(table)], paths[id(site.head)]] if f"{path}.weight" in (site.read_past or ())
-    ]:
+    at_table, at_head = paths[id(table)], paths[id(site.head)]
+    if past := [path for path in (at_table, at_head) if f"{path}.weight" in (site.read_past or ())]:
         raise ConfigError(
             "this model takes no new tokens: it reads a table past its module, where new rows would not act",
             past,
             "Leave new_tokens out.",
         )
-    places = {path: _rows(brought, site, path) for path in where}
+    tied = getattr(site.head, "weight", None) is table.get_parameter("weight")
+    places = {at_table: _rows(brought, site, at_table)}
+    if brought.head and not tied:
+        places[at_head] = _rows(brought, site, at_head)
     site.attachment.tokens = NewTokens(brought.texts, brought.ids, places)
     beside = site.attachment.beside
-    beside[site.wrap(paths[id(table)], ExtendedEmbedding).key] = places[paths[id(table)]]
-    if tied or brought.head:
-        beside[site.wrap(paths[id(site.head)], ExtendedHead).key] = places[where[-1]]
+    beside[site.wrap(at_table, ExtendedEmbedding).key] = places[at_table]
+    if tied or brought.head:  # a tied head is the same tensor, and follows
+        beside[site.wrap(at_head, ExtendedHead).key] = places.get(at_head, places[at_table])
 
 
 def _rows(brought: Brought, site: Site, path: str) -> TokenRows:

@@ -89,7 +89,10 @@ def _group_rows(examples: Sequence[Example], share_prompt: bool = True) -> int:
 
 def best_groups(examples: Sequence[Example]) -> list[list[Example]]:
     """As fewest tokens are computed: all in one group, or the examples of each row in a group of their own."""
-    together, found = [list(examples)], Rows.of(examples)
+    together = [list(examples)]
+    if all(example.row is None for example in examples):
+        return together
+    found = Rows.of(examples)
     if len(found.lengths) in (1, len(examples)):
         return together
     apart = [[examples[i] for i in found.examples([row])] for row in range(len(found.lengths))]

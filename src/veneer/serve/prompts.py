@@ -10,6 +10,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 from veneer.adapters.preamble import NONE, Preamble
@@ -35,7 +36,7 @@ class Prompts:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.positions, self.ids = positions, ids
         self.template = ChatTemplate(self.tokenizer)
-        self._templates: dict[tuple[str, ...], ChatTemplate] = {(): self.template}
+        self._others = lru_cache(TOKENIZERS_KEPT)(lambda tokens: ChatTemplate(extended(self.tokenizer, tokens)))
         self.style: CallStyle | None = call_style(self.template)
         self._longest = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veneer-prompts")
@@ -86,11 +87,7 @@ class Prompts:
 
     def _of(self, tokens: tuple[str, ...]) -> ChatTemplate:
         """The template over a tokenizer with these tokens. On the thread of prompts alone."""
-        if tokens not in self._templates:
-            while len(self._templates) > TOKENIZERS_KEPT:
-                del self._templates[list(self._templates)[1]]
-            self._templates[tokens] = ChatTemplate(extended(self.tokenizer, tokens))
-        return self._templates[tokens]
+        return self._others(tokens) if tokens else self.template
 
     def _chat(self, prompt: Chat, preamble: Preamble) -> list[int]:
         if prompt.tools and self.style is None:
