@@ -3,10 +3,12 @@
 # make soak    the loops of tests/soak at their full counts (hours)
 # make bench   benchmarks/run.py
 #
-# PYTHON=python3.12 picks an interpreter, VENV=/some/where another virtual environment.
+# PYTHON=python3.12 picks an interpreter, VENV=/some/where another virtual environment, JOBS=4 how many processes test
+# (2 GB of memory each).
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN = $(VENV)/bin
 
 .PHONY: demo test check soak bench clean
@@ -15,7 +17,7 @@ demo: $(VENV)/.ready
 	$(BIN)/veneer demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
