@@ -131,6 +131,16 @@ def test_short_forms_in_a_file_are_opened_by_flags(tmp_path):
     assert config.method == LoRA(rank=4)
 
 
+def test_adapters_to_go_on_from_are_names_or_carry_weights(tmp_path):
+    (file := tmp_path / "run.yaml").write_text(
+        "base: b\ndata: d\nout: o\nfrom_adapter: [tickets, {adapter: tone, weight: 0.5}]\n"
+    )
+    assert read_run_config(file, {}).from_adapter == [
+        StartFrom(adapter="tickets"),
+        StartFrom(adapter="tone", weight=0.5),
+    ]
+
+
 def test_a_method_named_by_a_flag_replaces_the_files_method_with_its_settings(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("base: b\ndata: d\nmethod: {name: lora, rank: 4}\nout: o\n")

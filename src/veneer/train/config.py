@@ -56,8 +56,9 @@ class RunConfig(Settings):
     method: Method = Field(default_factory=LoRA)
     """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
     from_adapter: list[StartFrom] = Field(default_factory=list)
-    """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list [{adapter, weight}] that is
-    added up. It keeps its own settings but for those of `method` that are given; a larger rank keeps its update."""
+    """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list of such or of {adapter, weight}
+    that is added up. It keeps its own settings but for those of `method` that are given; a larger rank keeps its
+    update."""
     new_tokens: list[str] = Field(default_factory=list)
     """Texts that become tokens of their own, ["<order>", "</order>"]: their rows train and are stored beside the
     method's values, the base's own tokens stay as they are. Not with full."""
@@ -140,10 +141,9 @@ class RunConfig(Settings):
             values = dict(values)
             if isinstance(values.get("data"), (str, Path)):
                 values["data"] = {"train": str(values["data"])}
-            if isinstance(start := values.get("from_adapter"), str | Path):
-                values["from_adapter"] = [{"adapter": str(start)}]
-            elif isinstance(start, dict):
-                values["from_adapter"] = [start]
+            if isinstance(start := values.get("from_adapter"), str | Path | dict | list):
+                several = start if isinstance(start, list) else [start]
+                values["from_adapter"] = [{"adapter": str(e)} if isinstance(e, str | Path) else e for e in several]
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
             method = values.get("method")
