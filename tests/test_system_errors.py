@@ -15,7 +15,7 @@ from veneer.cli import main as cli
 from veneer.errors import ConfigError, DoesNotFitError, InputError
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.system_errors import explained, refusal
-from veneer.train.records import Records
+from veneer.train.records import Records, records_after
 
 IN_RUST = "Error while serializing: I/O error: {} (os error {})"
 FOREIGN = [
@@ -126,6 +126,11 @@ def test_where_a_file_stands_there_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
         pytest.fail("must not be reached")
+
+
+def test_what_was_to_be_read_is_not_said_to_be_written(tmp_path):
+    with pytest.raises(InputError, match="records cannot be read: No such file"):
+        records_after(tmp_path / "metrics.jsonl", 0, most_bytes=10, shown="records")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of this kind is Linux's")

@@ -60,11 +60,17 @@ def system_errno(fault: BaseException) -> int | None:
 
 
 def refusal(
-    fault: BaseException, path: str | Path | None = None, *, needed_bytes: int | None = None, next_step: str = ""
+    fault: BaseException,
+    path: str | Path | None = None,
+    *,
+    needed_bytes: int | None = None,
+    next_step: str = "",
+    reading: bool = False,
 ) -> VeneerError | None:
     """What to raise instead of `fault`; None if the system said nothing about a file.
 
     path       what the user asked for (None: what the fault itself names)
+    reading    it was to be read, else written
     next_step  where the place asks for another than the usual one
     """
     number = system_errno(fault)
@@ -92,7 +98,7 @@ def refusal(
         return InputError(f"{subject}: {said}", [], next_step or _NEXT_STEPS.get(number, _MEND))
     other = isinstance(named, str) and place.name not in named and not _passing(named)
     return InputError(
-        f"{subject} cannot be written: {said}",
+        f"{subject} cannot be {'read' if reading else 'written'}: {said}",
         [f"{named}: {said}"] if other else [],
         next_step or _NEXT_STEPS.get(number, _MEND),
     )
@@ -104,12 +110,14 @@ def tells_of_the_disk(said: str) -> bool:
 
 
 @contextmanager
-def explained(path: str | Path, *, needed_bytes: int | None = None, next_step: str = "") -> Iterator[None]:
+def explained(
+    path: str | Path, *, needed_bytes: int | None = None, next_step: str = "", reading: bool = False
+) -> Iterator[None]:
     """What the system refuses within the block is raised as an error of `path`; every other exception passes."""
     try:
         yield
     except Exception as fault:
-        told = refusal(fault, path, needed_bytes=needed_bytes, next_step=next_step)
+        told = refusal(fault, path, needed_bytes=needed_bytes, next_step=next_step, reading=reading)
         if told is None:
             raise
         raise told from fault

@@ -51,7 +51,7 @@ class Runs:
         if self._folder is None:
             return []
         there = []
-        with explained(self._folder.name):
+        with explained(self._folder.name, reading=True):
             folders = list(self._folder.iterdir())
         for folder in folders:
             with suppress(OSError):  # it went while we looked, or is not for us to see
@@ -63,7 +63,7 @@ class Runs:
         file = folder / RECORDS
         about: dict[str, Any] = {"name": folder.name}
         try:
-            with explained(folder.name):
+            with explained(folder.name, reading=True):
                 now = file.stat()
                 about |= {"bytes": now.st_size, "idle_seconds": round(max(time.time() - now.st_mtime, 0), 3)}
                 ends = [*_first(file, folder.name), *_last(file, folder.name)]

@@ -136,7 +136,7 @@ def records_after(path: Path, start: int, *, most_bytes: int, shown: str) -> tup
     They begin at 0 where no record begins at `start` any more: a resumed run has written the file anew.
     Raises what read_records raises.
     """
-    with explained(shown), path.open("rb") as file:
+    with explained(shown, reading=True), path.open("rb") as file:
         file.seek(max(start - 1, 0))
         start = start if start and file.read(1) == b"\n" else 0
         file.seek(start)
