@@ -2,6 +2,7 @@
 
     python benchmarks/plan_accuracy.py                    the 40 of the documentation
     python benchmarks/plan_accuracy.py --only qwen        those whose name holds this word
+    python benchmarks/plan_accuracy.py --dtype float32    all in this type, where bf16 products would take for ever
     python benchmarks/plan_accuracy.py --keep found.json  also write every case's figures
 
 Every run is `veneer.train` for two steps; summary.json holds what was planned before the first step and what was
@@ -105,13 +106,15 @@ smollm2-135m bfloat16 nf4      8 x 128 kept  smollm2-135m bfloat16 lora     2 x 
 """base, type, method, rows x tokens, checkpointing ("kept": only a layer's input is kept)."""
 
 
-def cases() -> list[str]:
+def cases(dtype: str | None) -> list[str]:
+    """Each case once; in `dtype`, where one is given."""
     words, found = CASES.split(), []
     while words:
         size = 7 if len(words) > 6 and words[6] == "kept" else 6
-        found.append(" ".join(words[:size]))
+        base, own, *rest = words[:size]
+        found.append(" ".join([base, dtype or own, *rest]))
         words = words[size:]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def one(folder: Path, case: str) -> dict[str, int]:
@@ -160,6 +163,7 @@ def one(folder: Path, case: str) -> dict[str, int]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", metavar="WORD")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"])
     p.add_argument("--keep", type=Path, metavar="FILE")
     p.add_argument("--scratch", type=Path, help="keep the random bases here, for the next time")
     p.add_argument("--one", nargs=2, metavar="X", help=argparse.SUPPRESS)
@@ -170,7 +174,7 @@ def main() -> None:
     errors, kept = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = (args.scratch or Path(temporary)).resolve()
-        for case in (case for case in cases() if args.only in case):
+        for case in (case for case in cases(args.dtype) if args.only in case):
             found = None
             for _ in range(2):  # the first call for a random base only makes it
                 command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--one", str(scratch), case]
