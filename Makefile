@@ -17,7 +17,7 @@ demo: $(VENV)/.ready
 	$(BIN)/veneer demo
 
 test: check
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
