@@ -27,6 +27,7 @@ from veneer.train.loop import Job, Loop
 from veneer.train.optim import AdamW, FlatParameters, learning_rate_at
 from veneer.train.origin import Origin
 from veneer.train.records import Records, read_records
+from veneer.train.reduce import Plain
 from veneer.train.screen import QuietScreen
 
 ORIGIN = Origin("2026-01-31", base={}, tokenizer="", template=None, settings={})
@@ -165,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(AdamW, "gradient_norm", lambda self: math.inf)
+    monkeypatch.setattr(Plain, "norm", lambda self: math.inf)
     job = make_job(tmp_path, validation=0)
     before = job.flat.values.data.clone()
     with pytest.raises(DivergedError, match="gradient norm is inf at step 1"):
@@ -372,7 +373,7 @@ def test_flat_parameters_round_small_steps_into_the_master_and_not_away():
     optimizer = AdamW(flat, weight_decay=0.0)
     for _ in range(20):
         parameter.sum().backward()
-        optimizer.step(learning_rate=1e-3, clip=1e9, norm=optimizer.gradient_norm())
+        optimizer.step(learning_rate=1e-3, clip=1e9, norm=optimizer.flat.gradient.norm().item())
     assert flat.values.data[:40].max().item() == pytest.approx(0.98, abs=1e-4)
     assert parameter.max().item() == pytest.approx(0.98, abs=4e-3)
     assert not flat.values.data[40:].any()
@@ -388,7 +389,7 @@ def test_the_flat_step_is_torchs_adamw_on_the_separate_tensors():
     for number in range(5):
         for group in (list(ours.values()), theirs):
             (sum((p * (number + 1)).pow(3).sum() for p in group)).backward()
-        norm = optimizer.gradient_norm()
+        norm = flat.gradient.norm().item()
         assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 2.0).item(), rel=1e-5)
         optimizer.step(learning_rate=0.02, clip=2.0, norm=norm)
         other.step()

@@ -32,11 +32,17 @@ class Shards:
 
     def __init__(self, rank: int, size: int, gather: Gather) -> None:
         self.rank, self.size, self.gather = rank, size, gather
-        self.whole: _Sharded | None = None
-        self._held: dict[nn.Module, _Sharded] = {}
+        self.whole: Sharded | None = None
+        self.begins: Callable[[Sharded], None] | None = None
+        """Told of each module whose backward begins, by all processes together: where they train (train/parts.py)."""
+        self._held: dict[nn.Module, Sharded] = {}
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def held(self) -> list["Sharded"]:
+        return list(self._held.values())
 
     @property
     def own_bytes(self) -> int:
@@ -48,7 +54,7 @@ class Shards:
 
     def take(self, module: nn.Module) -> None:
         """Keep this process's run of the module's bytes alone from now on. RefusedError: another holds some of them."""
-        self._held[module] = _Sharded(self, module, [each for each in _tensors(module) if _bytes(each) > LEAST])
+        self._held[module] = Sharded(self, module, [each for each in _tensors(module) if _bytes(each) > LEAST])
 
     def changed(self, change: Callable[[nn.Module], object]) -> None:
         """Let `change` give the modules other tensors, one whole module after the other."""
@@ -58,9 +64,24 @@ class Shards:
             change(module)
             self.take(module)
 
+    def let_go(self) -> None:
+        """None is whole any more."""
+        if self.whole is not None:
+            self.whole.let_go()
 
-class _Sharded:
-    """One module. memory: of all its bytes, empty while it is not whole; own: this process's run of them."""
+    def give_back(self, *, keep: bool) -> None:
+        """The modules are in no shards any more: whole on the processes that keep them, empty on the others."""
+        for held in self.held:
+            held.gather()
+            held.give_back(empty=not keep)
+        self._held.clear()
+
+
+class Sharded:
+    """One module. memory: of all its bytes, empty while it is not whole; own: this process's run of them.
+
+    starts: where each tensor's bytes begin.
+    """
 
     def __init__(self, shards: Shards, module: nn.Module, tensors: list[Tensor]) -> None:
         if any(_mark(each) is not None for each in tensors):
@@ -68,17 +89,17 @@ class _Sharded:
                 "layers that share weights with one another cannot be held in shards",
                 next_step="Leave shard out: every process then holds the whole base.",
             )
-        self.shards, self.tensors, starts, end = shards, tensors, [], 0
+        self.shards, self.tensors, self.starts, end = shards, tensors, list[int](), 0
         for each in tensors:
-            starts.append(end)
+            self.starts.append(end)
             end += -(-_bytes(each) // ALIGNMENT) * ALIGNMENT
         run = -(-end // (ALIGNMENT * shards.size)) * ALIGNMENT
         self.bytes = run * shards.size
         device = tensors[0].device if tensors else torch.device("cpu")
-        self.memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        self.memory = torch.zeros(self.bytes, dtype=torch.uint8, device=device)
         self.views = [
             self.memory[start : start + _bytes(each)].view(each.dtype).view(each.shape)
-            for start, each in zip(starts, tensors, strict=True)
+            for start, each in zip(self.starts, tensors, strict=True)
         ]
         for view, each in zip(self.views, tensors, strict=True):
             view.copy_(each.detach())
@@ -94,8 +115,7 @@ class _Sharded:
         """All processes together; nothing where it is whole."""
         if self.shards.whole is self:
             return
-        if self.shards.whole is not None:
-            self.shards.whole.let_go()
+        self.shards.let_go()
         self.memory.untyped_storage().resize_(self.bytes)
         try:
             self.shards.gather(self.memory, self.own)
@@ -113,10 +133,10 @@ class _Sharded:
         if self.shards.whole is self:
             self.shards.whole = None
 
-    def give_back(self) -> None:
-        """While it is whole: the tensors stand for themselves again."""
-        for each, view in zip(self.tensors, self.views, strict=True):
-            each.data = view.clone()
+    def give_back(self, *, empty: bool = False) -> None:
+        """While it is whole: the tensors stand for themselves again, or for nothing."""
+        for each, view, absent in zip(self.tensors, self.views, self.absent, strict=True):
+            each.data = absent if empty else view.clone()
             del each._veneer_shard  # type: ignore[attr-defined]
         for hook in self.hooks:
             hook.remove()
@@ -130,7 +150,12 @@ class _Sharded:
         """Its backward begins with the gradient of what it gives."""
         for each in output if isinstance(output, tuple) else (output,):
             if isinstance(each, Tensor) and each.requires_grad:
-                each.register_hook(lambda gradient: self.gather())
+                each.register_hook(self._turned)
+
+    def _turned(self, gradient: Tensor) -> None:
+        if self.shards.begins is not None:
+            self.shards.begins(self)
+        self.gather()
 
 
 def make_whole(of: nn.Module | Tensor) -> None:
@@ -145,7 +170,7 @@ def in_shards(module: nn.Module) -> bool:
     return any(_mark(each) is not None for each in _tensors(module))
 
 
-def _mark(tensor: Tensor) -> _Sharded | None:
+def _mark(tensor: Tensor) -> Sharded | None:
     return getattr(tensor, "_veneer_shard", None)
 
 

@@ -15,12 +15,12 @@ SET = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host",
 
 def summed(parts):
     gradient = torch.zeros(parts.shape[1])
-    exact = Exact(gradient)
+    exact = Exact(gradient, ALONE, apart=False)
     exact.begin()
     for part in parts:
         gradient += part
         exact.add()
-    exact.finish(ALONE)
+    exact.finish()
     return gradient
 
 
@@ -38,6 +38,20 @@ def test_exact_sums_are_not_finite_where_a_part_is_not():
         parts = torch.ones(3, 4)
         parts[1, 2] = wrong
         assert summed(parts).isfinite().tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e8])
+def test_the_exact_norm_is_the_true_one_in_any_order(scale):
+    draw = torch.Generator().manual_seed(0)
+    gradient = torch.randn(3_000_000, generator=draw) * 2.0 ** torch.randint(-40, 1, (3_000_000,), generator=draw)
+    gradient *= scale
+    true = math.sqrt(math.fsum(value * value for value in gradient.tolist()))
+    found = Exact(gradient, ALONE, apart=False).norm()
+    assert found == pytest.approx(true, rel=1e-12)
+    assert Exact(gradient.flip(0), ALONE, apart=False).norm() == found
+    assert Exact(torch.zeros(3), ALONE, apart=False).norm() == 0
+    assert not math.isfinite(Exact(torch.tensor([1.0, math.nan, 3.0]), ALONE, apart=False).norm())
+    assert Exact(torch.tensor([1.0, -math.inf]), ALONE, apart=False).norm() == math.inf
 
 
 def test_micro_batches_go_to_whoever_has_least_and_the_same_plan_is_made_everywhere():

@@ -4,58 +4,78 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from tests.processes.test_processes import RUNS, losses, settings, told, values, world
 from tests.soak.counts import count
+from veneer.errors import RefusedError
 from veneer.shards import Shards, make_whole
+from veneer.train.config import RunConfig
 from veneer.train.dealing import in_rounds
+from veneer.train.parts import FlatParts
+from veneer.train.world import ALONE
 
 __all__ = ["world"]
 SHARDED = {
     "lora": RUNS["lora"],
     "dora nf4": RUNS["dora nf4"],
+    "full": {"method": {"name": "full"}, "learning_rate": 1e-3, "weight_decay": 0.1, "clip": 0.5},
     "prefix": RUNS["prefix"],
     "bottleneck": {**RUNS["bottleneck"], "show_answers": True},
     "olora": {"method": {"name": "lora", "rank": 2, "init": "olora", "train_modules": ["norm"]}, "micro_batch": 3},
+    "full bfloat16": {**RUNS["full"], "checkpointing": True, "show_answers": True},
 }
 
 
 WHOLE = pytest.mark.skipif(count("shards", ci=0, soak=1) == 0, reason="starts many processes: make soak")
-HERE = [*SHARDED][: count("shards", ci=2, soak=len(SHARDED))]
+HERE = {name: SHARDED[name] for name in [*SHARDED][: count("shards", ci=3, soak=len(SHARDED))]}
+HERE["plain full"] = {**SHARDED["full"], "reduce": "plain"}
 
 
 @pytest.fixture(scope="module")
 def runs(world):
     """The same runs by one process that holds the whole base and by two that hold a half of its layers each."""
-    jobs = [{"config": settings(world, world / "whole" / name, **SHARDED[name])} for name in HERE]
+    jobs = [{"config": settings(world, world / "whole" / name, **own)} for name, own in HERE.items()]
     assert told(jobs, 1) == [["done"] * len(jobs)]
-    jobs = [{"config": settings(world, world / "shards" / name, **SHARDED[name], shard=True)} for name in HERE]
+    jobs = [{"config": settings(world, world / "shards" / name, **own, shard=True)} for name, own in HERE.items()]
     assert told(jobs, 2) == [["done"] * len(jobs)] * 2
     return world
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", [name for name in HERE if "plain" not in name])
 def test_a_base_in_shards_gives_the_bits_of_a_whole_one(runs, name):
     one, other = values(runs / "whole" / name), values(runs / "shards" / name)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert losses(runs / "whole" / name) == losses(runs / "shards" / name)
 
 
+def test_full_fine_tuning_in_parts_keeps_the_checkpoints_of_a_whole_one(runs):
+    """The same bytes, which any number of processes reads."""
+    whole, parts = (runs / each / "full" / "checkpoints" for each in ("whole", "shards"))
+    names = sorted(path.name for path in whole.iterdir())
+    assert names and names == sorted(path.name for path in parts.iterdir())
+    for name in names:
+        assert (whole / name / "state.safetensors").read_bytes() == (parts / name / "state.safetensors").read_bytes()
+
+
 @WHOLE
-def test_four_processes_with_a_round_that_is_not_full_give_the_same_bits(runs):
-    run = settings(runs, runs / "four", **SHARDED["dora nf4"], shard=True)
+@pytest.mark.parametrize("name", ["dora nf4", "full"])
+def test_four_processes_with_a_round_that_is_not_full_give_the_same_bits(runs, name):
+    out = runs / "four" / name
+    run = settings(runs, out, **SHARDED[name], shard=True)
     assert told([{"config": run}], 4) == [["done"]] * 4
-    one, other = values(runs / "whole" / "dora nf4"), values(runs / "four")
+    one, other = values(runs / "whole" / name), values(out)
     assert all(one[key].equal(other[key]) for key in one)
-    assert losses(runs / "whole" / "dora nf4") == losses(runs / "four")
+    assert losses(runs / "whole" / name) == losses(out)
 
 
 @WHOLE
-def test_a_run_goes_on_with_shards_and_without(runs):
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_goes_on_with_shards_and_without(runs, name):
     """2 processes with shards, then one with the whole base, then 4 with shards."""
-    out = runs / "resumed"
-    run = {"config": settings(runs, out, **SHARDED["lora"], shard=True)}
+    out = runs / "resumed" / name
+    run = {"config": settings(runs, out, **SHARDED[name], shard=True)}
     first = told([{**run, "at": {"step": 1, "rank": 1, "does": "signal"}}], 2)
     assert all(said[0].startswith("130 stopped at step 1 of 4") for said in first)
     shard(out, on=False)
@@ -63,9 +83,15 @@ def test_a_run_goes_on_with_shards_and_without(runs):
     assert second[0][0].startswith("130 stopped at step 3 of 4")
     shard(out, on=True)
     assert told([{**run, "resume": True}], 4) == [["done"]] * 4
-    one, other = values(runs / "whole" / "lora"), values(out)
+    one, other = values(runs / "whole" / name), values(out)
     assert all(one[key].equal(other[key]) for key in one)
-    assert losses(runs / "whole" / "lora") == losses(out)
+    assert losses(runs / "whole" / name) == losses(out)
+
+
+def test_full_fine_tuning_in_parts_with_plain_sums_differs_by_rounding_alone(runs):
+    one, other = losses(runs / "whole" / "plain full"), losses(runs / "shards" / "plain full")
+    assert [each[:2] for each in one] == [each[:2] for each in other]
+    assert all(abs(a - b) <= 1e-5 * abs(a) for (_, _, a), (_, _, b) in zip(one, other, strict=True))
 
 
 def shard(out, *, on):
@@ -76,12 +102,28 @@ def shard(out, *, on):
     file.write_text(text.replace(before, after))
 
 
-def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(runs):
-    run = settings(runs, runs / "failed", **SHARDED["lora"], shard=True)
+@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=WHOLE)])
+def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(runs, name):
+    run = settings(runs, runs / "failed" / name, **SHARDED[name], shard=True)
     first, second = told([{"config": run, "at": {"step": 1, "rank": 1, "does": "fail"}}], 2)
     assert second == ["3 no memory is left for this batch"]
     assert first[0].startswith("6 the processes of this run do not go on together")
     assert "process 1: no memory is left for this batch" in first[0]
+
+
+def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():
+    with pytest.raises(ValidationError, match="adamw8bit scales them in blocks that parts cut through"):
+        RunConfig(base="b", data="d", out="o", method="full", shard=True, optimizer="adamw8bit")
+    with pytest.raises(RefusedError, match="tensors are all trained and of one type") as told:
+        FlatParts({"a": nn.Parameter(torch.zeros(3))}, in_two_types(), ALONE)
+    assert told.value.faults == ["Parameter of bfloat16", "Parameter of float32"]
+
+
+def in_two_types():
+    layer = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64, dtype=torch.bfloat16)).requires_grad_(False)
+    shards = Shards(0, 1, lambda whole, own: whole.copy_(own))
+    shards.take(layer)
+    return shards
 
 
 def layer_in_shards():

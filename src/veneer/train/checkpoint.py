@@ -8,10 +8,14 @@ valid one or the best, and looks at the bytes before it removes another.
 """
 
 import hashlib
+import json
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,19 +29,66 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{step:06d}"
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Scattered:
+    """A float32 tensor of one dimension that no process holds whole. pieces: (where it begins, its values), from all
+    processes: each of them goes through all of it."""
+
+    size: int
+    pieces: Callable[[], Iterator[tuple[int, Tensor]]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor | Scattered], state: dict[str, Any]) -> Path:
     """Write checkpoints/NNNNNN; DoesNotFitError if the disk is full, with every earlier checkpoint intact."""
     path = checkpoint_path(folder, step)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    size = sum(t.nbytes for t in tensors.values())
     with atomic_folder(path, replace=True, needed_bytes=size + 2**16) as partial:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial / "state.safetensors")
+        _write(partial / "state.safetensors", tensors)
         (partial / "state.json").write_text(json_text(state), encoding="utf-8")
         write_manifest(partial)
     return path
 
 
+def pass_by(tensors: Mapping[str, Tensor | Scattered]) -> None:
+    """What the others do while the leader saves these: they give their pieces."""
+    for each in tensors.values():
+        for _ in each.pieces() if isinstance(each, Scattered) else ():
+            pass
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor | Scattered]) -> None:
+    """As safetensors' save_file writes them; what is scattered piece by piece."""
+    whole = {name: each.detach().cpu().contiguous() for name, each in tensors.items() if isinstance(each, Tensor)}
+    scattered = {name: each for name, each in tensors.items() if isinstance(each, Scattered)}
+    if not scattered:
+        save_file(whole, path)
+        return
+    assert all(each.dtype == torch.float32 for each in whole.values())
+    header, begins, end = dict[str, Any](), dict[str, int](), 0
+    for name in sorted(tensors):
+        begins[name], end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for name in tensors:
+            for start, piece in scattered[name].pieces() if name in scattered else [(0, whole[name].view(-1))]:
+                file.seek(8 + len(text) + begins[name] + 4 * start)
+                file.write(piece.detach().cpu().contiguous().numpy().data)
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state); CorruptFileError lists what is wrong."""
+    """(tensors, mapped into memory as they are read; state). CorruptFileError lists what is wrong."""
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
     return load_file(path / "state.safetensors"), read_state(path)

@@ -101,8 +101,8 @@ class RunConfig(Settings):
     offload: bool = False
     """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
     shard: bool = False
-    """On several processes: each holds a part of the base's layers, gathered layer by layer as they are computed; the
-    same result with less memory and more traffic."""
+    """On several processes: each holds a part of the base's layers, gathered layer by layer as they are computed, and
+    with full of gradient, masters and moments; the same result with less memory and more traffic."""
     reduce: Literal["plain", "exact"] = "plain"
     """How micro-batches' gradients are added; exact gives the same bits on any number of processes with as many threads
     each, for 16 bytes a trained value."""
@@ -174,10 +174,10 @@ class RunConfig(Settings):
             raise ValueError(f"quantize {self.quantize} maps a file and takes no memory of a process: leave shard out")
         if self.shard and self.offload:
             raise ValueError("offload moves what backward needs to the host, and shard lets go of it: give one")
-        if self.shard and self.method.trains_base:
+        if self.shard and self.method.trains_base and self.optimizer != "adamw":
             raise ValueError(
-                f"shard holds layers that stay as they are, and method {self.method.name} trains them: "
-                "leave shard out, or take method lora"
+                f"with method {self.method.name} shard holds moments in parts, and {self.optimizer} scales them in "
+                "blocks that parts cut through: take optimizer adamw, or leave shard out"
             )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(

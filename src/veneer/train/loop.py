@@ -13,7 +13,7 @@ Knows nothing of methods: it trains the tensors it is given.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,20 +31,21 @@ from veneer.data.mixture import Mixture
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.models.step import Paths, batch_loss, batch_of, part_nats, parts_of
 from veneer.train.checkpoint import (
+    Scattered,
     checkpoint_path,
     load_checkpoint,
     load_values,
     numbers,
+    pass_by,
     prune,
     save_checkpoint,
-    tensor_hash,
 )
 from veneer.train.config import RunConfig
 from veneer.train.dealing import dealt, in_rounds
 from veneer.train.held_out import losses_by_set, parts_by_set
 from veneer.train.interrupt import Interrupt
 from veneer.train.offload import offload_for, offloaded
-from veneer.train.optim import FlatParameters, learning_rate_at
+from veneer.train.optim import Flat, learning_rate_at
 from veneer.train.optimizers import make_optimizer
 from veneer.train.origin import Origin
 from veneer.train.progress import Progress, load_state
@@ -64,7 +65,7 @@ class Job:
     model: PreTrainedModel
     paths: Paths
     routing: Routing
-    flat: FlatParameters
+    flat: Flat
     train: Sequence[Example]
     validation: Sequence[Example]
     config: RunConfig
@@ -113,7 +114,8 @@ class Loop:
         """The best checkpoint, where it was damaged and another had to be taken."""
         with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
             self.optimizer = make_optimizer(job.config.optimizer, job.flat, weight_decay=job.config.weight_decay)
-            self.reduce: Reduce = KINDS[job.config.reduce](job.flat.gradient)
+            self.reduce: Reduce = KINDS[job.config.reduce](job.flat.gradient, world, apart=job.flat.apart)
+            job.flat.deliver_to(self.reduce.receive)
         self.progress = Progress()
         self.device = job.flat.values.device
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
@@ -128,14 +130,13 @@ class Loop:
         doing = f"on reading {path}"
         with self.world.together(doing), fits_memory(doing, next_step="Free memory, then resume again."):
             if self.world.leads:
-                tensors, _ = load_checkpoint(path)
-                self.optimizer.load(tensors)
+                stored, _ = load_checkpoint(path)
                 self.progress = load_state(path).progress
-        if self.world.size > 1:
-            tensors = self.optimizer.state()
-            for name in sorted(tensors):
-                self.world.follow(tensors[name])
-            self.optimizer.load(tensors)
+        with fits_memory(doing, next_step="Free memory, then resume again."):
+            state = self.optimizer.state()
+            for name in sorted(state):
+                self.job.flat.fill(state[name], stored[name] if self.world.leads else None, self.world)
+            self.optimizer.load(state)
         self.progress = Progress(**self.world.shared(vars(self.progress)))
 
     def run(self) -> str:
@@ -223,6 +224,7 @@ class Loop:
                         of = total if counts_here else math.inf  # then its gradient is 0
                         part = batch_loss(job.model, job.paths, job.routing, batch, total=of)
                     part.backward()
+                job.flat.deliver()
                 self.reduce.add()
                 if not counts_here:
                     continue
@@ -234,7 +236,7 @@ class Loop:
         for part_rows, value in zip(parts, losses, strict=True):
             if not math.isfinite(value):
                 raise self._diverged("loss", value, part_rows)
-        self.reduce.finish(self.world)
+        self.reduce.finish()
         return Counted(sum(losses), round(tokens), round(trained), round(computed))
 
     def _step(self, *, timed: bool) -> float:
@@ -247,7 +249,7 @@ class Loop:
         counted = self._backward(rows)
         loss = counted.loss
         with fits_memory(f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)):
-            norm = self.optimizer.gradient_norm()
+            norm = self.reduce.norm()
             if not math.isfinite(norm):
                 raise self._diverged("gradient norm", norm, self._rows.examples(rows))
             self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
@@ -370,20 +372,23 @@ class Loop:
 
     def _save(self) -> None:
         if self.world.size > 1:
-            held = {f"the values of step {self.progress.step}": tensor_hash(self.job.flat.values)}
+            held = {f"the values of step {self.progress.step}": self.job.flat.digest()}
             self.world.same(held, "Start again from the last checkpoint with --resume.")
         with self.world.together(f"on the checkpoint of step {self.progress.step}"):
+            tensors = {name: self.job.flat.whole(each) for name, each in self.optimizer.state().items()}
             if self.world.leads:
-                self._write_checkpoint()
+                self._write_checkpoint(tensors)
+            else:
+                pass_by(tensors)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, tensors: Mapping[str, Tensor | Scattered]) -> None:
         at, folder = self.progress, self.job.out / "checkpoints"
         there = {str(step) for step in (*numbers(folder), at.step)}
         at.losses = {step: loss for step, loss in at.losses.items() if step in there}
         self.records.sync()  # a checkpoint on the disk never knows of steps that the records there do not
         state = {"origin": self.origin.to_dict(), "progress": vars(at)}
         with fits_memory(f"on the checkpoint of step {at.step}", next_step=self._freed(FEWER_VALUES)):
-            save_checkpoint(folder, at.step, self.optimizer.state(), state)
+            save_checkpoint(folder, at.step, tensors, state)
         prune(folder, keep=self.job.config.keep, best=at.best_step)
 
     def _take_best(self) -> None:
@@ -392,27 +397,26 @@ class Loop:
         if at.best_step is None or at.best_step == at.step:
             return
         with self.world.together("on reading the best checkpoint"):
-            if self.world.leads:
-                self._read_best()
-        self.world.follow(self.job.flat.values.data)
-        self.job.flat.publish()
+            best = self._read_best() if self.world.leads else None
+        if self.world.any(best is not None):
+            self.job.flat.fill(self.job.flat.values.data, best, self.world)
+            self.job.flat.publish()
         self.progress = Progress(**self.world.shared(vars(at)))
 
-    def _read_best(self) -> None:
+    def _read_best(self) -> Tensor | None:
+        """None: where every better one is damaged, the last values stay."""
         at = self.progress
         assert at.best_step is not None
-        folder = self.job.out / "checkpoints"
         # The values alone: the moments, twice as large, are of no use any more.
         try:
-            values = load_values(checkpoint_path(folder, at.best_step))
+            values = load_values(checkpoint_path(self.job.out / "checkpoints", at.best_step))
         except CorruptFileError as fault:
-            self._take_next_best(fault)
-            return
-        self._take(values)
+            return self._next_best(fault)
         self.screen.message(f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}")
+        return values
 
-    def _take_next_best(self, fault: CorruptFileError) -> None:
-        at = self.progress
+    def _next_best(self, fault: CorruptFileError) -> Tensor | None:
+        at, values = self.progress, None
         self.damaged_best = {"step": at.best_step, "loss": at.best_loss, "faults": fault.faults}
         self.screen.message(f"{fault.headline}, the best one: {'; '.join(fault.faults)}")
         at.losses.pop(str(at.best_step), None)
@@ -420,13 +424,11 @@ class Loop:
         for loss, step in sorted((loss, int(step)) for step, loss in at.losses.items()):
             if step != at.step:
                 try:
-                    self._take(load_values(checkpoint_path(self.job.out / "checkpoints", step)))
+                    values = load_values(checkpoint_path(self.job.out / "checkpoints", step))
                 except CorruptFileError:
                     continue
             at.best_step, at.best_loss = step, loss
             break
         kept = f"those of step {at.best_step}, held-out loss {at.best_loss:.4f}," if at.best_step else "the last"
         self.screen.message(f"instead of the values of that step {kept} are kept")
-
-    def _take(self, values: Tensor) -> None:
-        self.job.flat.values.data.copy_(values)
+        return values

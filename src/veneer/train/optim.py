@@ -6,15 +6,56 @@ products, and their float32 master, gradient sum and moments live here: small st
 """
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from veneer.train.checkpoint import Scattered, tensor_hash
+from veneer.train.world import World
+
 ALIGNMENT = 16
 """Every parameter starts at a multiple of this many values: 64 bytes, a cache line."""
+
+
+Receive = Callable[[slice, Tensor, int], None]
+"""(place, part, owner): reduce.py's."""
+
+
+class Flat(Protocol):
+    """Trained values as the loop, an optimizer and a checkpoint see them: all of them, or in parts (train/parts.py).
+
+    apart: `values` and `gradient` are this process's part. groups: as of FlatParameters.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    values: nn.Parameter
+    gradient: Tensor
+    groups: list[tuple[float, slice]]
+    apart: bool
+
+    def deliver_to(self, receive: Receive) -> None:
+        """Where values lie apart: who adds up a micro-batch's gradient, and puts it into `gradient`."""
+
+    def deliver(self) -> None:
+        """Of a micro-batch whose backward is over, what was not delivered."""
+
+    def publish(self) -> None:
+        """The values, rounded, into the parameters that the model computes with."""
+
+    def release(self) -> None:
+        """Stop training, drop the gradient, and give every parameter storage of its own."""
+
+    def whole(self, own: Tensor) -> Tensor | Scattered:
+        """Of a tensor that an optimizer keeps: what a checkpoint holds of it."""
+
+    def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
+        """The inverse, on every process. stored: what the leader has read."""
+
+    def digest(self) -> str:
+        """Of what all processes should hold alike, in hex."""
 
 
 class FlatParameters:
@@ -23,11 +64,13 @@ class FlatParameters:
     groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to each other.
     """
 
+    apart = False
+
     def __init__(self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None) -> None:
         factors = {name: 1.0 if factors is None else factors[name] for name in parameters}
         self.parameters = dict(sorted(parameters.items(), key=lambda item: factors[item[0]]))
         device = next(iter(self.parameters.values())).device
-        sizes = [math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT for p in self.parameters.values()]
+        sizes = aligned_sizes(self.parameters.values())
         self.values = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
         self.gradient = torch.zeros_like(self.values.data)
         self.values.grad = self.gradient
@@ -52,6 +95,10 @@ class FlatParameters:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(gradient)))
             offset += size
 
+    def deliver_to(self, receive: Receive) -> None: ...
+
+    def deliver(self) -> None: ...
+
     def publish(self) -> None:
         """Round the masters into the parameters that the model computes with."""
         for parameter, master in self._masters:
@@ -69,6 +116,22 @@ class FlatParameters:
         for parameter in self.parameters.values():
             parameter.data = parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
 
+    def whole(self, own: Tensor) -> Tensor:
+        return own
+
+    def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
+        if stored is not None:
+            own.copy_(stored)
+        world.follow(own)
+
+    def digest(self) -> str:
+        return tensor_hash(self.values)
+
+
+def aligned_sizes(parameters: Iterable[Tensor]) -> list[int]:
+    """Values that each takes in a flat buffer, with the zeros behind it."""
+    return [math.ceil(each.numel() / ALIGNMENT) * ALIGNMENT for each in parameters]
+
 
 def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
     def hook(parameter: Tensor) -> None:
@@ -82,7 +145,7 @@ def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
 class AdamW:
     """torch's fused AdamW over the flat buffer. beta 0.9, 0.999, epsilon 1e-8."""
 
-    def __init__(self, flat: FlatParameters, *, weight_decay: float) -> None:
+    def __init__(self, flat: Flat, *, weight_decay: float) -> None:
         self.flat = flat
         self.parts = [nn.Parameter(flat.values.data[place]) for _, place in flat.groups]
         for part, (_, place) in zip(self.parts, flat.groups, strict=True):
@@ -91,10 +154,6 @@ class AdamW:
         self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
         # torch makes them at the first step: too large must be known before.
         self.inner.state.update({part: _no_moments(part) for part in self.parts})
-
-    def gradient_norm(self) -> float:
-        """Of the whole gradient; nan or inf if any part is not finite."""
-        return torch.linalg.vector_norm(self.flat.gradient).item()
 
     def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
         if clip is not None and norm > clip:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError
 from veneer.train.config import OptimizerName
-from veneer.train.optim import AdamW, FlatParameters
+from veneer.train.optim import AdamW, Flat
 
 _PART = 2**30
 """Values that the library steps at once: its kernels count in 32 bits."""
@@ -26,7 +26,7 @@ class AdamW8bit:
     """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its moments are
     float32."""
 
-    def __init__(self, flat: FlatParameters, *, weight_decay: float) -> None:
+    def __init__(self, flat: Flat, *, weight_decay: float) -> None:
         self.flat = flat
         values, gradients = flat.values.data.split(_PART), flat.gradient.split(_PART)
         self.parts = [nn.Parameter(part) for part in values]
@@ -37,10 +37,6 @@ class AdamW8bit:
         self.inner.initialized = True
         for number, part in enumerate(self.parts):
             self.inner.init_state(self.inner.param_groups[0], part, 0, number)
-
-    def gradient_norm(self) -> float:
-        """Of the whole gradient; nan or inf if any part is not finite."""
-        return torch.linalg.vector_norm(self.flat.gradient).item()
 
     def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
         if clip is not None and norm > clip:
@@ -69,7 +65,7 @@ class AdamW8bit:
                 own[name] = int(kept) if name == "step" else kept.to(part.device).clone()
 
 
-def make_optimizer(name: OptimizerName, flat: FlatParameters, *, weight_decay: float) -> AdamW | AdamW8bit:
+def make_optimizer(name: OptimizerName, flat: Flat, *, weight_decay: float) -> AdamW | AdamW8bit:
     """Raises ConfigError if the library of adamw8bit is not installed, or several rates are asked of it."""
     if name == "adamw8bit" and len(flat.groups) > 1:
         raise ConfigError(

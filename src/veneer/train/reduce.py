@@ -3,9 +3,12 @@
 plain   each process adds up its own, and the processes' sums are added: as fast as can be; which process
         computed what shows in the last bits
 exact   each micro-batch's gradient is rounded to a fixed grid and added as whole numbers, so that neither order
-        nor the number of processes matters: equal bits on 1, 2 and 4 (with as many threads each)
+        nor the number of processes matters: equal bits on 1, 2 and 4 (with as many threads each); so is its norm
+
+Where values lie in parts (train/parts.py), a micro-batch's gradient is added up at their owners, in both ways.
 """
 
+import math
 from typing import Literal, Protocol
 
 import torch
@@ -19,63 +22,113 @@ LOWER = 2.0**40
 """What the finer half splits each of them into: multiples of 2^-60, below which a float32 gradient is rounded."""
 LIMIT = 2.0**30
 """From here on a value is taken for infinite, which stops the run: 2^13 micro-batches of it fit into 64 bits."""
+SQUARE_BITS = 29
+"""Of each half of a square, as a share of the largest: the squares of 2^33 values add up within 64 bits."""
 
 Kind = Literal["plain", "exact"]
 
 
 class Reduce(Protocol):
-    """gradient: of the flat buffer, which backward adds to."""
+    """gradient: of the flat buffer, or of this process's part of it (apart), which is 0 until `finish`."""
 
     def begin(self) -> None: ...
 
     def add(self) -> None:
         """A micro-batch's gradient has been computed."""
 
-    def finish(self, world: World) -> None:
+    def receive(self, place: slice, part: Tensor, owner: int) -> None:
+        """Where values lie apart: all processes' `part` of a micro-batch's gradient, to `place` of its owner's."""
+
+    def finish(self) -> None:
         """The gradient is that of all micro-batches of all processes."""
+
+    def norm(self) -> float:
+        """Of the whole gradient; nan or inf if any part is not finite."""
 
 
 class Plain:
-    def __init__(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+    def __init__(self, gradient: Tensor, world: World, *, apart: bool) -> None:
+        self.gradient, self.world, self.apart = gradient, world, apart
 
     def begin(self) -> None: ...
 
     def add(self) -> None: ...
 
-    def finish(self, world: World) -> None:
-        world.sum(self.gradient)
+    def receive(self, place: slice, part: Tensor, owner: int) -> None:
+        self.world.sum_at(part, owner)
+        if owner == self.world.rank:
+            self.gradient[place] += part
+
+    def finish(self) -> None:
+        if not self.apart:
+            self.world.sum(self.gradient)
+
+    def norm(self) -> float:
+        own = torch.linalg.vector_norm(self.gradient).item()
+        return math.sqrt(self.world.summed([own**2])[0]) if self.apart else own
 
 
 class Exact:
-    """16 bytes more a trained value; four times plain's traffic."""
+    """16 bytes more a trained value that is held here; four times plain's traffic."""
 
-    def __init__(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+    def __init__(self, gradient: Tensor, world: World, *, apart: bool) -> None:
+        self.gradient, self.world, self.apart = gradient, world, apart
         self.sums = torch.zeros(2, gradient.numel(), dtype=torch.int64, device=gradient.device)
 
     def begin(self) -> None:
         self.sums.zero_()
 
     def add(self) -> None:
-        """Rounds in slices: float64 of all values at once would be as much memory again."""
+        if self.apart:
+            return
         for part in _slices(self.gradient):
-            wide = self.gradient[part].double()
-            wide = torch.where(wide.abs() < LIMIT, wide, LIMIT)  # nan too: seen by its size at the end
-            upper = (wide * UPPER).round()
-            self.sums[0, part] += upper.long()
-            self.sums[1, part] += ((wide * UPPER - upper) * LOWER).round().long()
+            self.sums[:, part] += _halves(self.gradient[part])
         self.gradient.zero_()
 
-    def finish(self, world: World) -> None:
-        world.sum(self.sums)
+    def receive(self, place: slice, part: Tensor, owner: int) -> None:
+        sums = self.sums[:, place]
+        for each in _slices(part):
+            halves = _halves(part[each])
+            self.world.sum_at(halves, owner)
+            if owner == self.world.rank:
+                sums[:, each] += halves
+
+    def finish(self) -> None:
+        if not self.apart:
+            self.world.sum(self.sums)
         for part in _slices(self.gradient):
             upper, lower = self.sums[:, part]
             found = (upper.double() + lower.double() / LOWER) / UPPER
             self.gradient[part] = torch.where(upper.abs() < LIMIT * UPPER, found, torch.inf).float()
 
+    def norm(self) -> float:
+        """Squares as shares of the largest value's, in whole numbers: the same whoever adds which."""
+        own = torch.linalg.vector_norm(self.gradient, torch.inf).item() if self.gradient.numel() else 0.0
+        largest = max(self.world.gathered(own)) if self.apart else own
+        if largest == 0 or not math.isfinite(largest):
+            return largest
+        scale, grid = math.ldexp(1.0, -math.frexp(largest)[1]), 2.0**SQUARE_BITS
+        totals = torch.zeros(2, dtype=torch.int64, device=self.gradient.device)
+        for part in _slices(self.gradient):
+            squares = (self.gradient[part].double() * scale).square() * grid
+            upper = squares.floor()
+            totals[0] += upper.long().sum()
+            totals[1] += ((squares - upper) * grid).round().long().sum()
+        if self.apart:
+            self.world.sum(totals)
+        upper_sum, lower_sum = totals.tolist()
+        return math.sqrt(upper_sum / grid + lower_sum / grid**2) / scale
+
 
 KINDS: dict[Kind, type[Plain] | type[Exact]] = {"plain": Plain, "exact": Exact}
+
+
+def _halves(values: Tensor) -> Tensor:
+    """[2, values]: on the grid. In slices: float64 of all values at once would be as much memory again."""
+    wide = values.double()
+    wide = torch.where(wide.abs() < LIMIT, wide, LIMIT)  # nan too: seen by its size at the end
+    upper = (wide * UPPER).round()
+    return torch.stack([upper.long(), ((wide * UPPER - upper) * LOWER).round().long()])
 
 
 def _slices(values: Tensor, size: int = 1 << 20) -> list[slice]:

@@ -10,9 +10,9 @@ from veneer.data.load import DataSet
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import compute_of, load_base
 from veneer.shards import Shards
-from veneer.train.checkpoint import tensor_hash
 from veneer.train.config import RunConfig
-from veneer.train.optim import FlatParameters
+from veneer.train.optim import Flat, FlatParameters
+from veneer.train.parts import FlatParts
 from veneer.train.screen import Screen
 from veneer.train.world import World
 
@@ -48,21 +48,31 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
         )
 
 
-def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatParameters) -> None:
+def every_weight(base: FrozenBase, world: World) -> Flat:
+    """What full fine-tuning trains: in parts where the base's layers lie in shards."""
+    parameters = dict(base.model.named_parameters())
+    return FlatParameters(parameters) if base.shards is None else FlatParts(parameters, base.shards, world)
+
+
+def agree(world: World, base: FrozenBase, data: DataSet, flat: Flat) -> None:
     """What would make processes compute different runs shows before the first step."""
     found = {
         "base": base.fingerprint().digest,
         "rows": data.fingerprint,
         "ways of computing": "; ".join(base.paths.lines),
-        "values at the start": tensor_hash(flat.values),
+        "values at the start": flat.digest(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
     world.same(found, "Give every process the same base, rows and versions.")
 
 
-def shard_line(base: FrozenBase) -> list[str]:
+def shard_lines(base: FrozenBase, flat: Flat) -> list[str]:
     if base.shards is None:
         return []
     own, whole = base.shards.own_bytes / 1e6, base.shards.all_bytes / 1e6
-    return [f"{len(base.shards)} layers in shards: {own:.1f} of {whole:.1f} MB held by each process"]
+    lines = [f"{len(base.shards)} layers in shards: {own:.1f} of {whole:.1f} MB held by each process"]
+    if flat.apart:
+        total = sum(each.numel() for each in flat.parameters.values())
+        lines.append(f"masters, gradient and moments of {flat.values.numel():,} of {total:,} values on each process")
+    return lines

@@ -46,13 +46,13 @@ from veneer.train.config import RunConfig
 from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Job, Loop
-from veneer.train.optim import FlatParameters
+from veneer.train.optim import Flat, FlatParameters
 from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
 from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
-from veneer.train.together import agree, in_parts, load_together, shard_line
+from veneer.train.together import agree, every_weight, in_parts, load_together, shard_lines
 from veneer.train.world import ALONE, World
 from veneer.wording import cut, percent
 
@@ -154,7 +154,7 @@ def _run(
             one_pass = replacements(base.model)
             with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
                 if attachment is None:
-                    flat = FlatParameters(dict(base.model.named_parameters()))
+                    flat = every_weight(base, world)
                 else:
                     flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
             job = _job(config, base, data, paths, flat)
@@ -170,7 +170,7 @@ def _run(
             start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
-            start["paths"] += shard_line(base)
+            start["paths"] += shard_lines(base, flat)
         elif config.shard:
             start["paths"].append("shard: one process holds the whole base")
         if resume_from is None:
@@ -218,7 +218,7 @@ def _planned(
     return None
 
 
-def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatParameters) -> Job:
+def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: Flat) -> Job:
     rows = len(Rows.of(data.train).lengths)
     per_epoch = -(-(rows if data.mixture is None else len(data.mixture.rows(config.seed, 0))) // config.batch)
     epochs = 3.0 if config.epochs is None else config.epochs
@@ -285,7 +285,7 @@ def _start_record(
     data: DataSet,
     paths: Paths,
     begun: Begun | None,
-    flat: FlatParameters,
+    flat: Flat,
     job: Job,
     idle: int,
 ) -> dict[str, Any]:

@@ -76,10 +76,18 @@ class World:
         return self.gathered(value if self.leads else None)[0]
 
     def gather(self, whole: Tensor, own: Tensor) -> None:
-        """Everyone's `own`, by rank, into `whole`. LostProcessError: not all ask for it; some have ended, or failed."""
-        if any(count != _GATHERS for count in self._counts(_GATHERS)):
-            self._apart(self.gathered(None))
+        """Everyone's `own`, by rank, into `whole`. Raises as meet does."""
+        self.meet()
         self._call(lambda: _ALL_GATHER(whole, own))
+
+    def meet(self) -> None:
+        """Before what all gather or add up. LostProcessError: not all ask for it; some have ended, or failed."""
+        if self.size > 1 and any(count != _GATHERS for count in self._counts(_GATHERS)):
+            self._apart(self.gathered(None))
+
+    def sum_at(self, values: Tensor, rank: int) -> None:
+        """Over all processes, in place at this one; the others' are of no use any more. Behind `meet`."""
+        self._call(lambda: dist.reduce(values, dst=rank))
 
     def gathered(self, value: Any) -> list[Any]:
         """Everyone's, by rank; what JSON can say."""
