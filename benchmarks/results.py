@@ -164,7 +164,7 @@ def run(task: str, args: argparse.Namespace) -> None:
         str(args.extend),
         "--metrics",
         metrics,
-        "--max-tokens",
+        "--max-new-tokens",
         str(tokens),
         "--out",
         str(out),

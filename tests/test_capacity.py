@@ -119,8 +119,8 @@ def test_every_command_that_reads_rows_refuses_what_the_model_cannot_take(folder
         assert "D217" in said.out + said.err and "64 positions" in said.out + said.err
     assert main.main(["evaluate", "--data", str(folder / "short.jsonl"), *base, "--general", "--json"]) == 0
     answered = ["evaluate", "--data", str(folder / "short.jsonl"), *base, "--metrics", "exact_match"]
-    assert main.main([*answered, "--max-tokens", "500", "--json"]) == 0
-    assert main.main(["generate", *base, "--max-tokens", "500", "hello"]) == 0
+    assert main.main([*answered, "--max-new-tokens", "500", "--json"]) == 0
+    assert main.main(["generate", *base, "--max-new-tokens", "500", "hello"]) == 0
     assert main.main(["generate", *base, "x" * 100]) == 2
     assert "64 positions" in capsys.readouterr().err
 
@@ -148,7 +148,7 @@ def test_held_out_rows_must_find_room_behind_a_prefix_too(folder, tmp_path):
 
 
 def test_a_prompt_that_is_no_utf_8_is_refused_where_it_is_asked(folder, monkeypatch, capsys):
-    base = ["--base", str(folder / "llama"), "--max-tokens", "2"]
+    base = ["--base", str(folder / "llama"), "--max-new-tokens", "2"]
     assert main.main(["generate", *base, "caf\udce9"]) == 2
     assert "not UTF-8" in capsys.readouterr().err
     assert main.main(["generate", *base, "--system", "caf\udce9", "x"]) == 2

@@ -160,7 +160,7 @@ def test_help_of_train_has_every_setting_with_its_sentence(capsys, monkeypatch):
 
 
 def test_generate_prints_the_answer_to_an_argument(api, capsys):
-    assert main.main(["generate", "--base", "b", "hello", "--max-tokens", "5", "--temperature", "0.5"]) == 0
+    assert main.main(["generate", "--base", "b", "hello", "--max-new-tokens", "5", "--temperature", "0.5"]) == 0
     assert capsys.readouterr().out.startswith("HELLO")
     assert api.base.asked == [("hello", 5, 0.5)]
 
@@ -179,7 +179,8 @@ def test_generate_json_has_prompt_and_answer(api, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--temperature", "nan"], ["--temperature", "101"], ["--temperature", "-1"], ["--max-tokens", "0"]]
+    "arguments",
+    [["--temperature", "nan"], ["--temperature", "101"], ["--temperature", "-1"], ["--max-new-tokens", "0"]],
 )
 def test_generate_refuses_numbers_out_of_range(api, capsys, arguments):
     assert main.main(["generate", "--base", "b", "hello", *arguments]) == 2

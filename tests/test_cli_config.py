@@ -1,13 +1,20 @@
 """A run's settings from a file, flags and --set: what reaches RunConfig, and what is refused how."""
 
+import argparse
+import re
+from importlib import import_module
+
 import pytest
 import yaml
 from pydantic import BaseModel
 
+from veneer import train
 from veneer.adapters.config import Bottleneck, Full, LoRA
-from veneer.cli.config_file import FLAGS, KNOWN_ELSEWHERE, field_help, read_run_config, setting_paths
+from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
+from veneer.cli.main import Parser, main
 from veneer.errors import ConfigError
 from veneer.train.config import DataConfig, RunConfig, StartFrom
+from veneer.vocabulary import FLAGS_ELSEWHERE, KNOWN_ELSEWHERE
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
 
@@ -198,6 +205,7 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("method: {name: lora, targets: '('}", "'(' is not a regular expression"),
         ("steps: 3\nepochs: 3", "steps and epochs are both given"),
         ("data: {}", "'data.train' is missing"),
+        ("data: {train: [{pth: a}]}", "data.train: unknown key 'pth'"),
     ],
 )
 def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
@@ -263,3 +271,87 @@ def test_names_from_other_tools_lead_to_settings_that_exist():
     valid = {".".join(path) for path in setting_paths()} | {"data", "method"}
     assert set(KNOWN_ELSEWHERE.values()) <= valid
     assert not set(KNOWN_ELSEWHERE) & set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", [*KNOWN_ELSEWHERE, *FLAGS_ELSEWHERE])
+def test_a_flag_of_another_tool_is_refused_with_one_that_the_command_has(name, capsys):
+    said = {}
+    for command in ("train", "generate", "merge"):
+        assert main([command, f"--{name.replace('_', '-')}", "7", "--nothing-of-the-kind", "1"]) == 2
+        said[command] = capsys.readouterr().err
+        assert "--nothing-of-the-kind" in said[command] and f"See veneer {command} --help" in said[command]
+        meant = re.search(rf"--{name.replace('_', '-')}: did you mean (--[^ ?]+)", said[command])
+        assert meant is None or meant[1] in flags_of(command)
+    if name in KNOWN_ELSEWHERE:
+        path = tuple(KNOWN_ELSEWHERE[name].split("."))
+        flag = {path: "--" + flag.replace("_", "-") for flag, path in FLAGS.items()}.get(path)
+        path = ("data", "train") if path == ("data",) else path
+        flag = "--data" if path == ("data", "train") else flag
+        assert f": did you mean {flag or '--set ' + '.'.join(path) + '=7'}?" in said["train"]
+
+
+def flags_of(command: str) -> set[str]:
+    parser = argparse.ArgumentParser()
+    import_module(f"veneer.cli.{command}").add_arguments(parser)
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("train --learning_rate 1e-3", "unknown flag --learning_rate: did you mean --learning-rate?"),
+        ("train --lora-r=8", "--lora-r: did you mean --rank?"),
+        ("train --dropout=0.1", "--dropout: did you mean --set method.dropout=0.1?"),
+        ("compare --lr", "--lr: did you mean --set learning_rate=...?"),
+        ("generate --max-tokens 3 hello", "--max-tokens: did you mean --max-new-tokens?"),
+        ("evaluate --model m", "--model: did you mean --base?"),
+        ("lint --model m", "--model: did you mean --base?"),  # before what is missing too
+        ("data check --model m", "--model: did you mean --base?"),
+        ("adapters ls --libary d", "--libary: did you mean --library?"),
+        ("plan -o p.html", "unknown flag -o"),
+        ("--lr 3", "unknown flag --lr"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_that_was_meant(typed, said, capsys):
+    assert main(typed.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "flag"), [("generate --base b -- --lr", "--lr"), ("merge --adapter a --weights -1 -0.5 --out o", "-1")]
+)
+def test_what_only_looks_like_a_flag_is_none(typed, flag, capsys):
+    parser = Parser()
+    words = typed.split()
+    import_module(f"veneer.cli.{words[0]}").add_arguments(parser)
+    found = vars(parser.parse_args(words[1:]))
+    assert flag in map(str, found.values()) or [-1.0, -0.5] in found.values()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: LoRA(r=16, dropout=3), ["LoRA", "'r': did you mean 'rank'?", "C310 dropout is 3: should be a number"]),
+        (lambda: LoRA(16), ["LoRA takes its settings by name", "LoRA(rank=...)"]),
+        (lambda: Full(rank=3), ["Full", "unknown key 'rank': there is name"]),
+        (
+            lambda: train("b", "d", out="o", lr=1e-3, rank=8, long_rows="drop", schedule="cosin"),
+            [
+                "'lr': did you mean 'learning_rate'?",
+                "'rank': did you mean method=LoRA(rank=...)?",
+                "'long_rows': did you mean data={'long_rows': ...}?",
+                "schedule is 'cosin', not one of",
+            ],
+        ),
+        (
+            lambda: RunConfig(data={"train": 3, "val": 1}),
+            ["'base' is missing: Hub id", "data.train is 3", "'val' in data"],
+        ),
+        (lambda: RunConfig(**NEEDED, method={"name": "lroa"}), ["method is 'lroa', not one of lora, dora"]),
+    ],
+)
+def test_settings_given_in_python_are_refused_in_our_words_all_at_once(make, said):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert all(each in str(caught.value) for each in said), str(caught.value)
+    assert "pydantic" not in str(caught.value)

@@ -58,8 +58,8 @@ def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
         (["combine", "a", "b", "--rank", "3", "--out", "c"], "keeps the exact sum"),
         (["extract", "--base", "base", "--model", "base", "--out", "e"], "either a rank or an energy share"),
         (["export", "a", "--to", "vllm", "--merged", "--out", "v"], "--merged: a merged folder is made by"),
-        (["export", "a", "--to", "gguf", "--type", "q8_0", "--out", "v.gguf"], "adapters are f32 or f16"),
-        (["export", "a", "--to", "gguf", "--out", "v"], "v.gguf"),
+        (["export", "a", "--to", "llamacpp", "--type", "q8_0", "--out", "v.gguf"], "adapters are f32 or f16"),
+        (["export", "a", "--to", "llamacpp", "--out", "v"], "v.gguf"),
     ],
 )
 def test_what_does_not_go_together_is_told_and_nothing_is_written(typed, said, made, capsys):
@@ -100,6 +100,6 @@ def test_lint_ends_with_4_where_something_would_go_wrong(made, capsys):
 
 @pytest.mark.parametrize("typed", [["--out", "x.gguf"], ["--merged", "--type", "q8_0", "--out", "x.gguf"]])
 def test_export_writes_a_gguf_file_and_says_so(typed, made, capsys):
-    assert main(["export", "a", "--to", "gguf", *typed]) == 0
+    assert main(["export", "a", "--to", "llamacpp", *typed]) == 0
     assert "x.gguf: " in capsys.readouterr().out
     assert (made / "x.gguf").read_bytes()[:4] == b"GGUF"

@@ -48,7 +48,7 @@ from veneer.cli.main import main
 base, data, out = sys.argv[1:]
 for command in (
     ["train", "--base", base, "--data", data, "--out", out, "--set", "steps=2", "--set", "show_answers=false"],
-    ["generate", "--adapter", out, "--max-tokens", "2", "hello"],
+    ["generate", "--adapter", out, "--max-new-tokens", "2", "hello"],
     ["evaluate", "--adapter", out, "--data", data],
     ["plan", "--base", base, "--length", "64", "--json"],
     ["doctor"],

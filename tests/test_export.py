@@ -1,6 +1,9 @@
 """Exports: what another program computes from the file is what was trained; what it would not, is told before."""
 
+import argparse
 import json
+from importlib import import_module
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, wri
 from veneer.merge.export_run import export_adapter, export_merged_gguf, lint_adapter
 from veneer.merge.gguf_names import names_of
 from veneer.merge.gguf_tokenizer import word_rule
+from veneer.merge.programs import Program
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 
@@ -73,9 +77,10 @@ def test_what_vllm_would_ignore_is_refused_by_name(untied, tmp_path):
 # PEFT
 
 
-def test_peft_gets_the_files_as_they_are(untied, tmp_path):
+@pytest.mark.parametrize("program", ["peft", "transformers"])
+def test_peft_and_transformers_get_the_files_as_they_are(program, untied, tmp_path):
     adapter = make(tmp_path / "a", untied, PATTERNS, seed=1)
-    export_adapter(adapter, to="peft", base=untied, out=tmp_path / "p")
+    export_adapter(adapter, to=program, base=untied, out=tmp_path / "p")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "p" / name).read_bytes() == (adapter / name).read_bytes()
 
@@ -109,7 +114,7 @@ def gguf_updates(path, model, heads):
 @pytest.mark.parametrize("name", ["a", "rslora", "patterns", "embedding"])
 def test_a_gguf_adapter_is_the_same_update_in_llama_cpp_s_terms(name, untied, tmp_path):
     adapter = make(tmp_path / "a", untied, SETTINGS[name], seed=1)
-    export_adapter(adapter, to="gguf", base=untied, out=tmp_path / "a.gguf")
+    export_adapter(adapter, to="llamacpp", base=untied, out=tmp_path / "a.gguf")
     found = gguf_updates(tmp_path / "a.gguf", load_base(untied).model, (4, 2))
     assert_equal_updates(found, changes(adapter, untied), EXACT)
 
@@ -117,7 +122,7 @@ def test_a_gguf_adapter_is_the_same_update_in_llama_cpp_s_terms(name, untied, tm
 def test_qwen_s_rows_stay_in_their_order(folders, tmp_path):
     base = str(folders["qwen3"])
     adapter = make(tmp_path / "a", base, {"rank": 2, "alpha": 3, "targets": ["q_proj", "k_proj"]}, seed=1)
-    export_adapter(adapter, to="gguf", base=base, out=tmp_path / "a.gguf")
+    export_adapter(adapter, to="llamacpp", base=base, out=tmp_path / "a.gguf")
     assert_equal_updates(gguf_updates(tmp_path / "a.gguf", load_base(base).model, (None, None)), changes(adapter, base))
 
 
@@ -138,7 +143,7 @@ def test_what_llama_cpp_has_no_place_for_is_refused(family, fields, said, folder
     base = str(folders[family])
     adapter = make(tmp_path / "a", base, {"rank": 2, "alpha": 3, **fields}, seed=1)
     with pytest.raises(RefusedError, match=said):
-        export_adapter(adapter, to="gguf", base=base, out=tmp_path / "a.gguf")
+        export_adapter(adapter, to="llamacpp", base=base, out=tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
     assert any(lint_adapter(adapter, "llamacpp", base=base))
 
@@ -238,7 +243,9 @@ def test_what_the_file_would_lose_is_refused(untied, tmp_path):
 
 def test_a_gguf_export_is_a_file_of_that_name(untied, tmp_path):
     with pytest.raises(ConfigError, match=r"\.gguf"):
-        export_adapter(make(tmp_path / "a", untied, SETTINGS["a"], seed=1), to="gguf", base=untied, out=tmp_path / "x")
+        export_adapter(
+            make(tmp_path / "a", untied, SETTINGS["a"], seed=1), to="llamacpp", base=untied, out=tmp_path / "x"
+        )
 
 
 def test_ways_of_cutting_text_are_known_by_what_they_do_or_refused():
@@ -317,6 +324,24 @@ def test_lint_tells_who_reads_a_method_that_is_more_than_two_factors(method, rea
     assert [consumer for consumer, findings in found.items() if not findings] == reads
     assert says in found["transformers"][0].what
     assert all(finding.mended for findings in found.values() for finding in findings)
+
+
+@pytest.mark.parametrize("method", ["dora", "prefix"])
+def test_transformers_gets_no_adapter_that_it_would_apply_otherwise(method, untied, tmp_path):
+    adapter = make_of(METHODS[method], tmp_path / "a", untied)
+    with pytest.raises(RefusedError, match="load it with PEFT"):
+        export_adapter(adapter, to="transformers", base=untied, out=tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_export_and_lint_call_programs_by_the_same_names():
+    assert choices_of("export", "--to") == choices_of("lint", "--for") == list(get_args(Program))
+
+
+def choices_of(command, flag):
+    parser = argparse.ArgumentParser()
+    import_module(f"veneer.cli.{command}").add_arguments(parser)
+    return list(parser._option_string_actions[flag].choices)
 
 
 @pytest.mark.parametrize("consumer", ["peft", "transformers", "vllm", "llamacpp"])

@@ -68,7 +68,7 @@ def test_a_gguf_model_that_finds_no_room_is_told_as_such(world, tmp_path, capsys
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         out = tmp_path / "o.gguf"
-        line = f"export {world}/a --to gguf --merged --base {world}/base --out {out}"
+        line = f"export {world}/a --to llamacpp --merged --base {world}/base --out {out}"
         assert main(line.split()) == 3
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -82,7 +82,7 @@ def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_u
         for line in (
             "quantize --base {w}/base --out {o}/nf4",
             "export {w}/a --to vllm --base {w}/base --out {o}/vllm",
-            "export {w}/a --to gguf --merged --base {w}/base --out {o}/whole.gguf",
+            "export {w}/a --to llamacpp --merged --base {w}/base --out {o}/whole.gguf",
             "extract --base {w}/base --model {w}/tuned --rank 2 --out {o}/extracted",
         ):
             assert main(line.format(w=world, o=tmp_path / "o").split()) == 0

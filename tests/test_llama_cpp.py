@@ -71,7 +71,7 @@ def test_adapter_and_merged_model_answer_as_ours(family, settings, tmp_path):
     adapted = ours(base)
     assert all(one != other for one, other in zip(plain, adapted, strict=True))
     export_merged_gguf([], base=source, out=tmp_path / "base.gguf")
-    export_adapter(tmp_path / "a", to="gguf", base=source, out=tmp_path / "a.gguf")
+    export_adapter(tmp_path / "a", to="llamacpp", base=source, out=tmp_path / "a.gguf")
     export_merged_gguf([(tmp_path / "a", 1.0)], base=source, out=tmp_path / "m.gguf")
     assert answers(tmp_path / "base.gguf") == plain
     assert answers(tmp_path / "base.gguf", tmp_path / "a.gguf") == adapted

@@ -76,7 +76,7 @@ def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
     adapter, expected = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
     refused = [
         lambda: combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c"),
-        lambda: export_adapter(adapter, to="gguf", base=str(folder), out=tmp_path / "c.gguf"),
+        lambda: export_adapter(adapter, to="llamacpp", base=str(folder), out=tmp_path / "c.gguf"),
         lambda: export_adapter(adapter, to="vllm", base=str(folder), out=tmp_path / "c"),
     ]
     for attempt in refused:

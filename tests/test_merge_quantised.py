@@ -113,7 +113,7 @@ def test_what_stayed_dense_in_training_is_dense_when_it_is_merged(how, tmp_path,
     if how == "folder":
         typed = ["merge", "--adapter", "a", "--into", "dequantised", "--out", "m"]
     else:
-        typed = ["export", "a", "--to", "gguf", "--merged", "--into", "dequantised", "--out", "m.gguf"]
+        typed = ["export", "a", "--to", "llamacpp", "--merged", "--into", "dequantised", "--out", "m.gguf"]
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     assert main([*typed, "--base", "base"]) == 0
     found = logits(load_base("m" if how == "folder" else "m.gguf", dtype="float32").model)
@@ -169,7 +169,7 @@ def test_the_original_of_the_blocks_is_named_and_gets_the_update(over_blocks, tm
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 def test_a_gguf_model_of_blocks_and_update_in_either_way(into, over_blocks):
     _, expected = over_blocks
-    typed = ["export", "a", "--base", "base.gguf", "--to", "gguf", "--merged", "--out", "m.gguf", "--into", into]
+    typed = ["export", "a", "--base", "base.gguf", "--to", "llamacpp", "--merged", "--out", "m.gguf", "--into", into]
     assert main([*typed, *(["--original", "original"] if into == "original" else [])]) == 0
     gap = (logits(load_base("m.gguf", dtype="float32").model) - expected).abs().max()
     # f16 in the file; the original weights differ by what 4 bits lost
@@ -178,6 +178,6 @@ def test_a_gguf_model_of_blocks_and_update_in_either_way(into, over_blocks):
 
 def test_an_adapter_of_another_base_is_no_more_merged_into_the_original_weights(over_blocks, tmp_path, capsys):
     write_gguf(tmp_path / "other.gguf", tiny("llama", seed=4), "llama", kind=GGMLQuantizationType.Q4_1)
-    typed = ["export", "a", "--base", "other.gguf", "--to", "gguf", "--merged", "--out", "m.gguf"]
+    typed = ["export", "a", "--base", "other.gguf", "--to", "llamacpp", "--merged", "--out", "m.gguf"]
     assert main([*typed, "--into", "original", "--original", "original"]) == 4
     assert "another base" in capsys.readouterr().err

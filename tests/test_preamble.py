@@ -133,7 +133,7 @@ def test_an_evaluation_with_a_system_turn_compares_with_one_without(world, tmp_p
 
 
 def test_the_command_says_how_it_asks_and_how_to_turn_it_off(world, capsys):
-    command = ["generate", "--adapter", str(world / "run"), "--max-tokens", "2", "--json", "hi"]
+    command = ["generate", "--adapter", str(world / "run"), "--max-new-tokens", "2", "--json", "hi"]
     assert main.main(command) == 0
     said = capsys.readouterr()
     assert f"system: '{SYSTEM}' · enable_thinking: false  (--system '' leaves it out)" in said.err

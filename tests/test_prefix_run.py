@@ -87,7 +87,7 @@ def test_it_starts_from_what_all_rows_begin_with_and_says_so(made, tmp_path, cap
 def test_every_command_takes_the_adapter(made, tmp_path, capsys):
     out = tmp_path / "run"
     api.train_run(config(made, out), resume=False, screen=QuietScreen())
-    assert main(["generate", "--adapter", str(out), "--max-tokens", "5", "--json", INSTRUCTION]) == 0
+    assert main(["generate", "--adapter", str(out), "--max-new-tokens", "5", "--json", INSTRUCTION]) == 0
     assert "answer" in json.loads(capsys.readouterr().out)
     assert main(["evaluate", "--adapter", str(out), "--data", str(made[1]), "--json"]) == 0
     with_prefix = json.loads(capsys.readouterr().out)["loss"]

@@ -130,7 +130,7 @@ PATTERNS = ["regex:(a", "regex:()*", "regex:(?P<x>a)"]
 
 def files_beside(random: Random, folder: Path, world: Path) -> list[str]:
     """What `evaluate` reads beside rows."""
-    line = f"evaluate --base {world}/base --data {world}/few.jsonl --max-tokens 2".split()
+    line = f"evaluate --base {world}/base --data {world}/few.jsonl --max-new-tokens 2".split()
     what = random.choice(["labels", "named labels", "code", "general", "against", "metrics"])
     file = folder / what
     if what == "labels":
@@ -167,8 +167,8 @@ def flags(random: Random, folder: Path, world: Path) -> list[str]:
     w, out, library = str(world), str(folder / "out"), str(folder / "library")
     lines = [
         f"data check {w}/rows.jsonl --base {w}/base --length 64",
-        f"evaluate --base {w}/base --data {w}/few.jsonl --max-tokens 2 --batch 2",
-        f"generate --base {w}/base --max-tokens 2 --temperature 0.5 hello",
+        f"evaluate --base {w}/base --data {w}/few.jsonl --max-new-tokens 2 --batch 2",
+        f"generate --base {w}/base --max-new-tokens 2 --temperature 0.5 hello",
         f"plan --base {w}/base --data {w}/few.jsonl --batch 1 --length 16 --gpu H100",
         f"adapters ls --library {w}/library",
         f"adapters show x@1 --library {w}/library",

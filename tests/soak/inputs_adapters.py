@@ -56,10 +56,10 @@ def adapters(random: Random, folder: Path, world: Path) -> list[str]:
         ["adapters", "add", named, *library, *base],
         ["adapters", "verify", named, *base],
         ["lint", named, "--for", random.choice(["vllm", "llamacpp", "transformers", "peft"]), *base],
-        ["export", named, "--to", random.choice(["peft", "vllm", "gguf"]), *out, *base],
-        ["generate", "--adapter", named, "--max-tokens", "1", "x"],
-        ["generate", "--adapter", named, *base, "--max-tokens", "1", "x"],
-        ["generate", "--adapter", named, *base, "--force-base", "--max-tokens", "1", "x"],
+        ["export", named, "--to", random.choice(["peft", "transformers", "vllm", "llamacpp"]), *out, *base],
+        ["generate", "--adapter", named, "--max-new-tokens", "1", "x"],
+        ["generate", "--adapter", named, *base, "--max-new-tokens", "1", "x"],
+        ["generate", "--adapter", named, *base, "--force-base", "--max-new-tokens", "1", "x"],
         ["merge", "--adapter", named, *base, *out],
         ["combine", "--adapter", named, "--adapter", str(world / "a"), *base, *out],
     ]
@@ -96,7 +96,7 @@ def run_folders(random: Random, folder: Path, world: Path) -> list[str]:
         ["report", str(run)],
         ["report", str(run)],
         ["train", "--resume", str(run), "--quiet"],
-        ["generate", "--adapter", str(run), "--max-tokens", "1", "x"],
+        ["generate", "--adapter", str(run), "--max-new-tokens", "1", "x"],
         ["adapters", "add", str(run), "--library", str(folder / "library")],
     ]
     return random.choice(lines)

@@ -125,7 +125,7 @@ def rows(random: Random, folder: Path, world: Path) -> list[str]:
     if what < 0.9:
         metric = random.choice("exact_match field_f1 accuracy rougeL,bleu json_validity".split())  # noqa: SIM905
         more += ["--metrics", metric] if random.random() < 0.7 else []
-        more += ["--max-tokens", "2", *(["--json"] if random.random() < 0.5 else [])]
+        more += ["--max-new-tokens", "2", *(["--json"] if random.random() < 0.5 else [])]
         return ["evaluate", "--data", file, *base, *more]
     more = f"--steps 1 --batch 2 --set method.rank=1 --quiet --out {folder}/out".split()
     more += ["--set", f"data.long_rows={random.choice(['refuse', 'drop', 'cut'])}"]
@@ -211,10 +211,10 @@ def templates(random: Random, folder: Path, world: Path) -> list[str]:
     if random.random() < 0.7:
         return ["data", "check", str(world / "rows.jsonl"), "--base", str(base), *more]
     if random.random() < 0.5:
-        line = f"evaluate --data {world}/few.jsonl --base {base} --metrics exact_match --max-tokens 2".split()
+        line = f"evaluate --data {world}/few.jsonl --base {base} --metrics exact_match --max-new-tokens 2".split()
         return [*line, *more]
     asked = random.choice(["hello", *TEXTS[-10:], "<|im_end|>"])
-    return [*f"generate --base {base} --max-tokens 2".split(), *more, spoken(asked)]
+    return [*f"generate --base {base} --max-new-tokens 2".split(), *more, spoken(asked)]
 
 
 def linked_base(folder: Path, of: Path, *without: str) -> Path:

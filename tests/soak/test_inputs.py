@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (world / "rows.jsonl").read_text().splitlines()
     (world / "few.jsonl").write_text("\n".join(rows[:3]) + "\n")
     line = (
-        f"evaluate --base {world}/base --data {world}/few.jsonl --metrics exact_match --max-tokens 2 "
+        f"evaluate --base {world}/base --data {world}/few.jsonl --metrics exact_match --max-new-tokens 2 "
         f"--predictions {world}/predictions.jsonl"
     )
     assert run(line) == 0

@@ -21,7 +21,7 @@ READING = {
     "diff": "adapters diff x@1 x@2 --library {w}/library",
     "verify": "adapters verify --library {w}/library",
     "gc, told": "adapters gc --library {w}/library",
-    "generate": "generate --base {w}/base --adapter x --library {w}/library --max-tokens 3 hello",
+    "generate": "generate --base {w}/base --adapter x --library {w}/library --max-new-tokens 3 hello",
     "evaluate": "evaluate --base {w}/base --adapter x --library {w}/library --data {w}/rows.jsonl --json",
     "lint": "lint x@1 --for peft --base {w}/base --library {w}/library",
 }

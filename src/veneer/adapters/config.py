@@ -6,15 +6,16 @@ arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li 
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from veneer.bounds import ALPHA, LAYER, PLACES, POWER_ITERATIONS, RANK, RATIO, SCALING, SHARE, WIDTH
+from veneer.files.settings import Settings
 from veneer.patterns import pattern
 
 USUAL_WIDTH = 2000
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Settings):
     """What every method declares, beside its settings.
 
     trains_base            it trains the base's own weights, which must be dense; its result is a model, not an adapter
@@ -27,8 +28,6 @@ class MethodConfig(BaseModel):
                            (Schulman et al. 2025, "LoRA Without Regret"). Held against searches at hidden size 576
                            in docs/benchmarks.md
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     trains_base: ClassVar[bool] = False
     folds: ClassVar[bool] = True

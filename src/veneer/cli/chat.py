@@ -95,7 +95,7 @@ def _answer(base: Base, messages: list[dict[str, Any]], args: argparse.Namespace
     try:
         answer = base.generate(
             messages,
-            max_new_tokens=args.max_tokens,
+            max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             system="",  # what stands in front is in the messages
             variables=variables_of(args),

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", default="", metavar="M,M", help="see veneer evaluate; the first decides; default: loss"
     )
     parser.add_argument("--labels", metavar="L", help="for accuracy: A,B,C or a file with one label a line")
-    parser.add_argument("--max-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens")
+    parser.add_argument("--max-new-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens")
     parser.add_argument("--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting, for all"
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
                 extend=args.extend,
                 metrics=_names(args.metrics),
                 labels=args.labels,
-                max_new_tokens=args.max_tokens,
+                max_new_tokens=args.max_new_tokens,
                 general=args.general,
                 say=say,
                 place=place,

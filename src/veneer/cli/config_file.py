@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
+from veneer.files.settings import described, faults_of
 from veneer.train.config import DataConfig, RunConfig, TemplateConfig
-
-KeyPath = tuple[str, ...]  # ("method", "rank")
+from veneer.vocabulary import KeyPath
 
 MAX_FILE_BYTES = 1_000_000
 
@@ -34,11 +32,13 @@ FLAGS: dict[str, KeyPath] = {
     "from": ("from_adapter",),
     "method": ("method", "name"),
     "quantize": ("quantize",),
+    "dtype": ("dtype",),
     "rank": ("method", "rank"),
     "alpha": ("method", "alpha"),
     "steps": ("steps",),
     "epochs": ("epochs",),
     "batch": ("batch",),
+    "micro_batch": ("micro_batch",),
     "length": ("length",),
     "learning_rate": ("learning_rate",),
     "checkpointing": ("checkpointing",),
@@ -49,35 +49,6 @@ FLAGS: dict[str, KeyPath] = {
 
 PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateConfig}
 """Settings that hold settings, beside the method."""
-
-# What other tools call our fields: closer to what was meant than the nearest spelling is.
-KNOWN_ELSEWHERE = {
-    "batch_size": "batch",
-    "chat_template_kwargs": "template.variables",
-    "enable_thinking": "template.variables",
-    "adapter": "from_adapter",
-    "adapter_name_or_path": "from_adapter",
-    "dataset": "data",
-    "gradient_checkpointing": "checkpointing",
-    "iters": "steps",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_r": "method.rank",
-    "lora_rank": "method.rank",
-    "lr": "learning_rate",
-    "max_grad_norm": "clip",
-    "max_length": "length",
-    "max_seq_length": "length",
-    "max_steps": "steps",
-    "model": "base",
-    "model_name_or_path": "base",
-    "num_train_epochs": "epochs",
-    "output_dir": "out",
-    "per_device_train_batch_size": "batch",
-    "r": "method.rank",
-    "target_modules": "method.targets",
-    "warmup_ratio": "warmup",
-}
 
 
 @dataclass
@@ -147,14 +118,7 @@ def read_run_config(
 
 def field_help(path: KeyPath) -> str:
     """The sentence under a field, as one line: the command line's help is written there, once."""
-    model: type[BaseModel] = RunConfig
-    if path[0] in PARTS and len(path) > 1:
-        model, path = PARTS[path[0]], path[1:]
-    elif path[0] == "method" and len(path) > 1 and path[1] != "name":
-        model, path = METHODS["lora"], path[1:]
-    description = model.model_fields[path[0]].description
-    assert description, f"{path} has no docstring"
-    return " ".join(description.split())
+    return described(RunConfig, path[:1] if path == ("method", "name") else path)
 
 
 def _read_file(settings: Settings, file: Path) -> None:
@@ -248,30 +212,12 @@ def _validated(settings: Settings) -> tuple[RunConfig | None, list[str]]:
         try:
             config = RunConfig.model_validate(values)
         except ValidationError as error:
-            by_place: dict[tuple[KeyPath, str], list[ErrorDetails]] = {}
-            for detail in error.errors(include_url=False):
-                kind = detail["type"]
-                # A field of two types (a name or a list) fails once for each: that is one fault.
-                known = kind in ("extra_forbidden", "missing", "value_error", "union_tag_not_found")
-                by_place.setdefault((_path(detail, values), kind if known else ""), []).append(detail)
-            faults += [_fault(details, path, settings) for (path, _), details in by_place.items()]
-            for path, kind in by_place:
+            found = faults_of(RunConfig, error, values, _names(settings.values), lambda path: repr(".".join(path)))
+            faults += [f"{code} {settings.origin(path)} {said}" for (path, _), (code, said) in found.items()]
+            for path, kind in found:
                 _mend(values, path, missing=kind == "missing")
         else:
             return (None if faults else config), faults
-
-
-def _path(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
-    """The place of an error in the values, without the types that pydantic tried on the way."""
-    path = [str(each) for each in detail["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
-        del path[1]
-    node: Any = values
-    for depth, key in enumerate(path):
-        if not isinstance(node, dict):
-            return tuple(path[:depth])
-        node = next((value for each, value in node.items() if str(each) == key), None)
-    return tuple(path)
 
 
 def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
@@ -294,45 +240,11 @@ def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
             del node[key]
 
 
-def _fault(details: Sequence[ErrorDetails], path: KeyPath, settings: Settings) -> str:
-    detail = details[0]
-    kind, name, origin = detail["type"], ".".join(path), settings.origin(path)
-    if kind == "extra_forbidden":
-        place = f" in {'.'.join(path[:-1])}" if len(path) > 1 else ""
-        return f"C312 {origin} unknown key {path[-1]!r}{place}{_nearest(path, settings.values)}"
-    if kind == "missing":
-        return f"C311 {origin} {name!r} is missing: {field_help(path)}"
-    if kind == "union_tag_not_found":
-        return f"C311 {origin} 'method.name' is missing: {' or '.join(METHODS)}"
-    context = detail.get("ctx", {})
-    if kind == "value_error":
-        return f"C315 {origin} {context['error']}"
-    if kind == "union_tag_invalid":
-        return f"C310 {origin} method is {context['tag']!r}, not one of {', '.join(METHODS)}"
-    given = repr(detail["input"])
-    given = given if len(given) <= 60 else given[:59] + "…"
-    if kind == "literal_error":
-        return f"C310 {origin} {name} is {given}, not one of {context['expected']}"
-    wrong = " or ".join(each["msg"].removeprefix("Input ") for each in details)
-    return f"C310 {origin} {name} is {given}: {wrong}"
-
-
-def _nearest(path: KeyPath, values: Mapping[str, Any]) -> str:
-    """What an unknown key was meant to be: one spelt like it here, another tool's name for one of ours,
-    one of that name elsewhere, or else one that resembles it."""
-    *around, key = path
+def _names(values: Mapping[str, Any]) -> list[KeyPath]:
+    """What an unknown key may have been meant as, beside the method that is chosen."""
     method = values.get("method")
     chosen = str(method.get("name") if isinstance(method, dict) else method)
-    valid = [*((name,) for name in PARTS), ("method",), *setting_paths(chosen if chosen in METHODS else "lora")]
-    here = [each[-1] for each in valid if list(each[:-1]) == around]
-    elsewhere = [".".join(each) for each in valid if each[-1] == key]
-    known = (
-        [KNOWN_ELSEWHERE[key].removeprefix("".join(f"{each}." for each in around))] if key in KNOWN_ELSEWHERE else []
-    )
-    close = get_close_matches(key, here, n=1, cutoff=0.8)
-    for meant in [*close, *known, *elsewhere, *get_close_matches(key, here, n=1, cutoff=0.5)]:
-        return f": did you mean {meant!r}?"
-    return f": there is {', '.join(sorted(here))}" if here else ""
+    return [*((name,) for name in PARTS), ("method",), *setting_paths(chosen if chosen in METHODS else "lora")]
 
 
 def setting_paths(method: str = "lora") -> list[KeyPath]:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_preamble(parser)
     add_data(parser)
     add_map(parser)
-    parser.add_argument("--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens")
+    parser.add_argument("--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens")
     parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="write every row's answer and figures there, as JSONL"
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             length=args.length,
             format=args.format,
             train_on=args.train_on,
-            max_new_tokens=args.max_tokens,
+            max_new_tokens=args.max_new_tokens,
             batch=args.batch,
             predictions=args.predictions,
             system=args.system,

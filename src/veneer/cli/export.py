@@ -1,42 +1,43 @@
-"""Write an adapter for another program: PEFT, vLLM, or llama.cpp; or base and adapter as one .gguf model.
+"""Write an adapter for another program: PEFT, transformers, vLLM or llama.cpp; or base and adapter as one .gguf model.
 
-  peft   PEFT's two files as they are
-  vllm   one rank and one scaling for all modules, which is what vLLM reads
-  gguf   an adapter file for llama.cpp's --lora; with --merged the whole model, f16 or q8_0
+  peft          PEFT's two files as they are
+  transformers  the same, where its load_adapter applies them as they were trained
+  vllm          one rank and one scaling for all modules, which is what vLLM reads
+  llamacpp      a .gguf file for llama.cpp's --lora; with --merged the whole model, f16 or q8_0
 
 For instance:
 
   veneer export runs/tickets --to vllm --out served
-  veneer export runs/tickets --to gguf --out tickets.gguf
-  veneer export runs/tickets --to gguf --merged --type q8_0 --out model.gguf
+  veneer export runs/tickets --to llamacpp --out tickets.gguf
+  veneer export runs/tickets --to llamacpp --merged --type q8_0 --out model.gguf
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import add_json, add_library, base_and_adapter, held_as, make_console, print_json
 from veneer.errors import ConfigError
+from veneer.merge.programs import ONE_FILE, Program
 from veneer.wording import size
 
 if TYPE_CHECKING:
     from veneer.merge.gguf_model import GGUFReport
 
-ONE_FILE = ("gguf",)
-"""Targets that are one file, in a type of its own, and a whole model where it is merged; the others are folders."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="A", help="name in the library, or a folder of an adapter or a run")
-    parser.add_argument("--to", required=True, choices=["peft", "vllm", *ONE_FILE])
-    parser.add_argument("--out", required=True, metavar="PATH", help="folder (gguf: file) to write; it must not exist")
+    parser.add_argument("--to", required=True, choices=get_args(Program), help="the program")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="folder (llamacpp: file) to write; it must not exist"
+    )
     parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
-    parser.add_argument("--merged", action="store_true", help="gguf: the base with the adapter in it")
+    parser.add_argument("--merged", action="store_true", help="llamacpp: the base with the adapter in it")
     parser.add_argument(
         "--type",
         choices=["f32", "f16", "q8_0"],
-        help="gguf: adapter f32 (default) or f16; merged f16 (default) or q8_0",
+        help="llamacpp: adapter f32 (default) or f16; merged f16 (default) or q8_0",
     )
     parser.add_argument(
         "--into", choices=["original", "dequantised"], help="merged, over a quantised base: the weights to add to"

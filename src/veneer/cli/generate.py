@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """--max-tokens and --temperature, with their limits."""
+    """--max-new-tokens and --temperature, with their limits."""
     parser.add_argument(
-        "--max-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens; default: 256"
+        "--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens; default: 256"
     )
     parser.add_argument(
         "--temperature",
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
         asked,
-        max_new_tokens=args.max_tokens,
+        max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         system="",
         variables=variables_of(args),

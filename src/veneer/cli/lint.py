@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import get_args
 
 from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json
+from veneer.merge.programs import Program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="A", help="name in the library, or a folder of an adapter or a run")
-    parser.add_argument("--for", dest="consumer", required=True, choices=["vllm", "llamacpp", "transformers", "peft"])
+    parser.add_argument("--for", dest="consumer", required=True, choices=get_args(Program), help="the program")
     parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
     add_library(parser)
     add_json(parser)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
+from veneer.vocabulary import KeyPath, nearest
 from veneer.wording import shown
 
 COMMANDS = {
@@ -53,9 +55,48 @@ EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors look like all others: what is wrong, then what to do; exit code 2."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Flags that are none are told first, whatever else is missing, and with those that were meant."""
+        given = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None and (unknown := _unknown_flags(self, given)):
+            head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
+            self.error(head + "\n  ".join(unknown))
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
         print_error(f"{self.prog}: {message}\nSee {self.prog} --help.")
         raise SystemExit(2)
+
+
+def _unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+    """Each flag that the parser does not have, with the one that was meant."""
+    found = []
+    for place, word in enumerate(given):
+        flag, sign, value = word.partition("=")
+        if word == "--":
+            break
+        if not re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", flag) or flag in parser._option_string_actions:
+            continue
+        following = given[place + 1 : place + 2]
+        value = value if sign else "".join(each for each in following if not each.startswith("-"))
+        meant = _meant(parser, flag.strip("-").replace("-", "_").lower(), value or "...")
+        found.append(flag + (f": did you mean {meant}?" if meant else ""))
+    return found
+
+
+def _meant(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
+    """The flag, or the --set of a setting that has none, which somebody meant by a flag that is none."""
+    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    ours: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in own}
+    if "--set" in own:  # a command that takes settings, which has loaded them by now
+        from veneer.cli.config_file import FLAGS, setting_paths
+
+        flags = {path: "--" + name.replace("_", "-") for name, path in FLAGS.items()}
+        for path in setting_paths():
+            flag = flags.get(path)
+            ours.setdefault(path, flag if flag in own else f"--set {'.'.join(path)}={value}")
+    meant = nearest((key,), ours)
+    return None if meant is None else ours[meant]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

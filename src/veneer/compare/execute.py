@@ -117,7 +117,7 @@ class Worker:
         c = self.comparison
         wanted: list[str | Path] = ["--data", c.test, "--format", config.data.format]
         wanted += ["--train-on", config.data.train_on, "--length", str(config.length), "--dtype", config.dtype]
-        wanted += ["--device", config.device, "--max-tokens", str(c.max_new_tokens)]
+        wanted += ["--device", config.device, "--max-new-tokens", str(c.max_new_tokens)]
         for metric in c.metrics:
             wanted += ["--metric", metric]
         labels = None if c.labels is None else labels_file(c.labels)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,10 +24,10 @@ from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import Brought
 from veneer.bases.fingerprint import Fingerprint
 from veneer.data.new_tokens import bring
-from veneer.errors import AdapterMismatchError, CorruptFileError, SourceError, UnsafeFileError
+from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.atomic import atomic_folder
 from veneer.files.hashes import file_hash
-from veneer.files.strict_json import field_faults, read_json
+from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensor_file
 from veneer.formats.layout import FileSettings, Layout
 from veneer.formats.manifest import (
@@ -231,9 +231,9 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             )
     try:
         settings = file.settings(apart(tensors)[0])
-    except ValidationError as fault:
+    except ConfigError as fault:
         raise CorruptFileError(
-            f"{folder / CONFIG_NAME} makes no adapter", field_faults(fault), "Restore the file."
+            f"{folder / CONFIG_NAME} makes no adapter", fault.faults or [fault.headline], "Restore the file."
         ) from fault
     return StoredAdapter(folder, settings, layout, file, tensors, tokens, found, manifest, notes)
 

@@ -50,7 +50,7 @@ class FileSettings(Protocol):
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:
         """In Veneer's terms, without a model to resolve them on. tensors: the file's, by bare names.
 
-        Raises CorruptFileError where the tensors are not those of such an adapter, ValidationError where the
+        Raises CorruptFileError where the tensors are not those of such an adapter, ConfigError where the
         settings make no adapter.
         """
 

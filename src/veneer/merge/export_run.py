@@ -2,33 +2,39 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from veneer.bases.sources import gguf_file
 from veneer.bases.without_weights import load_skeleton
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_file
 from veneer.formats.adapter import read_adapter
 from veneer.merge.adapters import place
 from veneer.merge.export import ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
 from veneer.merge.gguf_model import GGUFReport, ModelType, write_gguf_model
-from veneer.merge.lint import Consumer, Finding, lint
+from veneer.merge.lint import Finding, lint
 from veneer.merge.merge_run import Into, open_merge
+from veneer.merge.programs import Program
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 
-Target = Literal["peft", "vllm", "gguf"]
-
 
 def export_adapter(
-    folder: str | Path, *, to: Target, base: str, out: str | Path, dtype: AdapterType = "f32"
+    folder: str | Path, *, to: Program, base: str, out: str | Path, dtype: AdapterType = "f32"
 ) -> ExportReport:
-    """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf adapter's tensors."""
+    """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf adapter's tensors.
+
+    RefusedError: the program would not apply all of it.
+    """
     stored = read_adapter(folder)
     if to == "peft":
         return export_peft(stored, out)
     skeleton = load_skeleton(base)
+    if to == "transformers":  # which reads PEFT's layout, of some methods
+        if found := lint(stored, skeleton.model, to):
+            way = next((each.mended for each in found if each.mended), "")
+            raise RefusedError("transformers would not apply this adapter as it is", [f.what for f in found], way)
+        return export_peft(stored, out)
     placed = place(stored, skeleton.model)
     if to == "vllm":
         return export_vllm(placed, skeleton, out, base=base)
@@ -71,7 +77,7 @@ def export_merged_gguf(
     return write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source))
 
 
-def lint_adapter(folder: str | Path, consumer: Consumer, *, base: str) -> list[Finding]:
+def lint_adapter(folder: str | Path, consumer: Program, *, base: str) -> list[Finding]:
     """What the consumer would refuse of the adapter, or apply wrongly. base: only its config is read."""
     return lint(read_adapter(folder), load_skeleton(base).model, consumer)
 

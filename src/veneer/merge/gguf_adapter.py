@@ -60,7 +60,7 @@ def write_gguf_adapter(path: Path, placed: Placed, model: PreTrainedModel, *, dt
         raise RefusedError(
             "llama.cpp cannot use this adapter",
             faults,
-            "Export the merged model instead: veneer export --to gguf --merged.",
+            "Export the merged model instead: veneer export --to llamacpp --merged.",
         )
     names = names_of(model.config)
     ranks = [update.A.shape[0] for update in placed.updates.values()]

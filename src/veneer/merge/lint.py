@@ -6,7 +6,6 @@ Facts: PEFT 0.21, transformers 5.24, vLLM's LoRA loader, llama.cpp's convert_lor
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -18,8 +17,7 @@ from veneer.formats.manifest import MANIFEST_NAME
 from veneer.merge.adapters import Placed, fitted, place
 from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf_adapter import gguf_adapter_faults
-
-Consumer = Literal["vllm", "llamacpp", "transformers", "peft"]
+from veneer.merge.programs import Program
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Finding:
     mended: str = ""
 
 
-def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Consumer) -> list[Finding]:
+def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> list[Finding]:
     """Everything that stands in the way; empty: it is applied as it was trained. model: the base or its skeleton."""
     if not stored.layout.peft_reads:
         what = f"method {stored.config.name}: no layout that anyone else reads"
@@ -82,7 +80,7 @@ def _vllm(placed: Placed, model: PreTrainedModel) -> list[Finding]:
 
 
 def _llamacpp(placed: Placed, model: PreTrainedModel) -> list[Finding]:
-    export = "veneer export --to gguf folds it in"
+    export = "veneer export --to llamacpp folds it in"
     findings = [
         Finding(True, f"{name}: its converter ignores it, the scaling is wrong", export) for name in _differing(placed)
     ]
@@ -90,7 +88,8 @@ def _llamacpp(placed: Placed, model: PreTrainedModel) -> list[Finding]:
         findings.append(Finding(True, "rsLoRA: its converter ignores it, the scaling is wrong", export))
     try:
         findings += [
-            Finding(False, fault, "veneer export --to gguf --merged") for fault in gguf_adapter_faults(placed, model)
+            Finding(False, fault, "veneer export --to llamacpp --merged")
+            for fault in gguf_adapter_faults(placed, model)
         ]
     except VeneerError as fault:
         findings.append(Finding(False, fault.headline, "llama.cpp's own converter, after veneer merge"))
@@ -101,13 +100,13 @@ def _nothing(placed: Placed, model: PreTrainedModel) -> list[Finding]:
     return []
 
 
-_LORA: Mapping[Consumer, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
+_LORA: Mapping[Program, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
     "vllm": _vllm,
     "llamacpp": _llamacpp,
     "transformers": _nothing,
 }
-READS_EVERY_LAYOUT: tuple[Consumer, ...] = ("peft",)
-_OF_METHOD: Mapping[type[AdapterConfig], Mapping[Consumer, Finding]] = {
+READS_EVERY_LAYOUT: tuple[Program, ...] = ("peft",)
+_OF_METHOD: Mapping[type[AdapterConfig], Mapping[Program, Finding]] = {
     DoRA: {
         "transformers": Finding(
             True, "DoRA: transformers drops its magnitudes and starts new ones", "load it with PEFT, or veneer merge"
