@@ -18,12 +18,14 @@ import yaml
 
 import veneer
 from veneer.adapters.preamble import NONE
+from veneer.base import Answer
 from veneer.cli import chat, main
 from veneer.data.check import CheckReport
 from veneer.data.examples import Example, Problem, RowRef
 from veneer.data.load import DataSet
 from veneer.errors import InputError
 from veneer.train.config import RunConfig
+from veneer.wording import WordWrap
 
 RUN = ["--base", "b", "--data", "d.jsonl", "--out", "o"]
 SUMMARY = {"first_loss": 2.0, "last_loss": 1.0, "validation_loss": None}
@@ -34,15 +36,19 @@ class StandInBase:
 
     source = "b"
     compute = SimpleNamespace(widens=False, line=None)
+    tokenizer = SimpleNamespace(chat_template="...")
     preamble = NONE
+    cut_after: int | None = None
 
     def __init__(self) -> None:
         self.asked: list[object] = []
         self.used: list[str | None] = []
         self.loaded: list[tuple[str, bool]] = []
+        self.attachments: set[str] = set()
 
     def load_adapter(self, folder, *, name=None, force_base=False):
         self.loaded.append((str(folder), force_base))
+        self.attachments.add(name)
         return name
 
     def use(self, name):
@@ -57,7 +63,7 @@ class StandInBase:
         if on_text is not None:
             on_text(answer[:2])
             on_text(answer[2:])
-        return answer
+        return Answer(answer, cut_after=self.cut_after)
 
 
 @pytest.fixture
@@ -250,11 +256,71 @@ def test_chat_goes_on_after_an_error_without_the_question(api, capsys, stdin):
     assert [m["content"] for m in api.base.asked[-1][0]] == ["short"]
 
 
-def test_chat_names_its_commands_when_one_is_unknown(api, capsys, stdin):
-    stdin("/what\n")
+@pytest.mark.parametrize("typed", ["/what", "/help"])
+def test_chat_lists_its_commands_when_asked_and_when_one_is_unknown(api, capsys, stdin, typed):
+    stdin(f"{typed}\n")
     main.main(["chat", "--base", "b"])
-    assert chat.HELP in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert chat.HELP in err and all(each in err for each in ("/use NAME", "/system TEXT", "/reset", "/help", "/exit"))
     assert not api.base.asked
+
+
+def test_chat_names_base_and_adapter_on_a_terminal(api, capsys, stdin, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for arguments, said in (
+        (["--base", "b"], "b · no adapter"),
+        (["--adapter", str(adapter_at(tmp_path / "a"))], "a · /"),
+    ):
+        monkeypatch.setattr(sys, "stdin", Terminal("/exit\n"))
+        assert main.main(["chat", *arguments]) == 0
+        assert said in capsys.readouterr().err
+
+
+def test_use_lets_another_adapter_answer_and_the_base_again(api, capsys, stdin, tmp_path):
+    adapter = adapter_at(tmp_path / "a")
+    stdin(f"one\n/use {adapter}\ntwo\n/use nowhere\n/use {adapter}\n/use\nthree\n")
+    assert main.main(["chat", "--base", "b"]) == 0
+    assert [[m["content"] for m in asked] for asked, _, _ in api.base.asked] == [["one"], ["two"], ["three"]]
+    assert api.base.used == [str(adapter), str(adapter), None] and api.base.loaded == [(str(adapter), False)]
+    err = capsys.readouterr().err
+    assert "there is no adapter 'nowhere'" in err and "no adapter, new conversation" in err
+
+
+def test_an_answer_that_was_cut_says_so(api, capsys, stdin):
+    api.base.cut_after = 5
+    assert main.main(["generate", "--base", "b", "--json", "hello"]) == 0
+    assert json.loads(capsys.readouterr().out)["cut_after"] == 5
+    assert main.main(["generate", "--base", "b", "--max-new-tokens", "5", "hello"]) == 0
+    assert "cut after 5 tokens: --max-new-tokens lets it go on" in capsys.readouterr().err
+    stdin("hello\n")
+    assert main.main(["chat", "--base", "b", "--max-new-tokens", "9"]) == 0
+    assert "cut after 5 tokens: the model has no more positions" in capsys.readouterr().err
+
+
+def test_a_base_without_a_chat_template_says_so(api, capsys, stdin, monkeypatch):
+    monkeypatch.setattr(api.base, "tokenizer", SimpleNamespace(chat_template=None), raising=False)
+    assert main.main(["generate", "--base", "b", "hello"]) == 0
+    assert "b has no chat template: it goes on from the text" in capsys.readouterr().err
+    stdin("hello\n")
+    assert main.main(["chat", "--base", "b"]) == 2
+    assert "veneer generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [None, 1, 7, 20, 80])
+def test_answers_are_broken_between_words_however_they_come(width):
+    text = "A veneer is a thin  layer\nof wood, glued onto something-that-is-plainer.\n\n  Good."
+    whole = WordWrap(width)
+    said = "".join(map(whole.push, text)) + whole.end()
+    pieces = WordWrap(width)
+    assert pieces.push(text[:9]) + pieces.push(text[9:30]) + pieces.push(text[30:]) + pieces.end() == said
+    assert said.split() == text.split() and said.replace("\n", "") == text.replace("\n", "")
+    if width is None or width == 80:
+        assert said == text
+    else:
+        assert all(len(line.rstrip()) <= width or " " not in line.strip() for line in said.splitlines())
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_came(api, capsys, stdin, monkeypatch):

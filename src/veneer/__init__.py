@@ -24,7 +24,7 @@ _HOMES = {
     "compare": "veneer.api",
     "evaluate": "veneer.api",
     "load": "veneer.api",
-    "train": "veneer.api",
+    "train": "veneer.trained",
 }
 
 __all__ = [
@@ -52,11 +52,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.api import compare as compare
     from veneer.api import evaluate as evaluate
     from veneer.api import load as load
-    from veneer.api import train as train
     from veneer.base import Base as Base
     from veneer.errors import VeneerError as VeneerError
     from veneer.library.library import Library as Library
     from veneer.train.config import RunConfig as RunConfig
+    from veneer.trained import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -2,17 +2,18 @@
 
 base    = veneer.load("smollm2-135m")
 adapter = base.attach(veneer.LoRA(rank=16), name="tickets")
-run     = veneer.train("smollm2-135m", "tickets.jsonl", out="runs/tickets")
-base.load_adapter("runs/tickets/adapter", name="tickets")
+run     = veneer.train("smollm2-135m", "tickets.jsonl", out="runs/tickets")        (trained.py)
+base.load_adapter("runs/tickets", name="tickets")
 base.use("tickets")
 print(base.generate("Where is my parcel?"))
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from veneer.adapters.config import LoRA, Method
 from veneer.adapters.preamble import Preamble
 from veneer.base import Base
 from veneer.bases.compute import HeldAs
@@ -24,8 +25,9 @@ from veneer.compare.local import Here
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.check import refuse_beyond
 from veneer.data.closer import look_closer
-from veneer.data.examples import Example, grouped
+from veneer.data.examples import Example, RowRef, grouped
 from veneer.data.load import DataSet, examine_data, load_data
+from veneer.data.writing import GIVEN, Record, as_set, is_rows
 from veneer.errors import ConfigError
 from veneer.evaluate.bootstrap import Counts
 from veneer.evaluate.evaluation import Choices, Progress
@@ -53,7 +55,7 @@ from veneer.report.page import write_report
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config
-from veneer.train.screen import QuietScreen, Screen
+from veneer.train.screen import Screen
 from veneer.train.training import run_training
 from veneer.train.world import joined
 
@@ -100,16 +102,16 @@ def write_quantized(base: Base, out: str | Path) -> WrittenBase:
     return write_packed(base, out)
 
 
-def train(
-    base: str, data: str | Mapping[str, Any], *, out: str | Path, method: Method | None = None, **settings: Any
+def train_run(
+    config: RunConfig | None,
+    *,
+    resume: bool,
+    screen: Screen,
+    rows: Mapping[str, Iterable[Record]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Train and return the run's summary (the content of summary.json). `settings`: the run file's fields."""
-    config = RunConfig.of({"base": base, "data": data, "out": str(out), "method": method or LoRA(), **settings})
-    return train_run(config, resume=False, screen=QuietScreen())
-
-
-def train_run(config: RunConfig | None, *, resume: bool, screen: Screen) -> dict[str, Any]:
     """Run what a run file says, write its report, and return what summary.json holds.
+
+    rows: files of rows that are written into its folder first, by name.
 
     With torchrun's variables in the environment this is one process of several (train/world.py): all compute what the
     leader, rank 0, was given, and None is enough for the others.
@@ -119,7 +121,7 @@ def train_run(config: RunConfig | None, *, resume: bool, screen: Screen) -> dict
         asked = with_given(RunConfig.model_validate(settings), given) if config is None else config
         if asked.model_dump(mode="json") != settings:
             raise ConfigError("the processes of this run were given different settings", next_step="Give all the same.")
-        summary = run_training(asked, resume=resume, screen=screen, plan=planned_memory_bytes, world=world)
+        summary = run_training(asked, resume=resume, screen=screen, plan=planned_memory_bytes, world=world, rows=rows)
         if world.leads:
             write_report(Path(asked.out))
             screen.end(summary)
@@ -194,7 +196,7 @@ def check_data(
 
 def evaluate(
     base: Base,
-    data: str,
+    data: str | Path | Iterable[Record],
     *,
     metrics: Sequence[str | UserFunction] = (),
     labels: Sequence[str] = (),
@@ -214,7 +216,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
 
-    Rows are asked as what acts was trained (base.preamble), unless system or variables say otherwise, as for generate.
+    data is what a set is called, or the rows themselves, each a dict. They are asked as what acts was trained
+    (base.preamble), unless system or variables say otherwise, as for generate.
     What else can be asked, and what comes back: evaluate/evaluation.py. A metric is a name, `regex:PATTERN`, or a
     function (answer, references) -> number.
     """
@@ -230,11 +233,16 @@ def evaluate(
         general=general,
         variables=preamble.variables,
     )
-    fields = DataConfig.of(
-        {"train": data, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
-    )
     capacity, tokenizer = capacity_of(base), base.acting_tokenizer
-    loaded = load_data(fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble)
+    with as_set(data) as named:
+        fields = DataConfig.of(
+            {"train": named, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
+        )
+        loaded = load_data(fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble)
+    rows, examples = list(loaded.train_rows), list(loaded.train)
+    if is_rows(data):
+        rows = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in rows]
+        examples = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in examples]
     paths = base.paths
 
     def nats(examples: Sequence[Example]) -> Counts:
@@ -242,7 +250,7 @@ def evaluate(
         return example_nats(base.model, paths, examples, batch=batch)
 
     with base.routing.held():
-        return evaluate_rows(base, loaded.train_rows, loaded.train, choices, nats=nats, progress=progress)
+        return evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
 
 
 def merge(

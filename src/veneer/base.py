@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, overload
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
@@ -18,7 +18,7 @@ from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.data.new_tokens import bring
 from veneer.data.template import ChatTemplate
-from veneer.decoding.generate import generate
+from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk
@@ -31,6 +31,17 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 
 Prompt = str | Sequence[Mapping[str, Any]]
+
+
+class Answer(str):
+    """An answer's text. cut_after: tokens after which it was cut; None: it came to its end."""
+
+    cut_after: int | None
+
+    def __new__(cls, text: str, *, cut_after: int | None = None) -> Self:
+        made = super().__new__(cls, text)
+        made.cut_after = cut_after
+        return made
 
 
 @dataclass
@@ -69,13 +80,16 @@ class Base(FrozenBase):
             tokens = bring(self.tokenizer, new_tokens, rows=capacity_of(self).tokens)
         return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed, tokens=tokens).attachment)
 
-    def load_adapter(self, folder: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
-        """Read an adapter folder (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
+    def load_adapter(self, named: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
+        """Read an adapter (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
 
+        named   as --adapter takes it: an adapter's folder, a run's, or a name in the library (NAME, NAME@2)
         AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
+        SourceError: there is no such adapter.
         """
         _ = self.paths
-        chosen = Path(folder).name if name is None else name
+        folder = (self.library or Library(None)).locate(named)
+        chosen = Path(named).name if name is None else name
         self._pool.adopt(lambda: load_adapter(self, folder, name=chosen, force_base=force_base))
         return chosen
 
@@ -150,9 +164,10 @@ class Base(FrozenBase):
                 self._merged.restore()
                 self._merged = None
 
-    def generate(
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # str is a sequence of str
         self,
-        prompt: Prompt,
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -161,12 +176,44 @@ class Base(FrozenBase):
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
         on_text: Callable[[str], None] | None = None,
-    ) -> str:
-        """The answer to a user's sentence or to chat messages. on_text gets the text as it grows, piece by piece.
+    ) -> Answer: ...
 
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[Answer]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer | list[Answer]:
+        """The answer to a user's sentence or to chat messages; of a list of them the answers, computed together.
+
+        on_text gets the text of a single one as it grows, piece by piece.
         It is asked as what acts was trained: with the system turn of all its rows, unless the messages have one, and
         what their template was told. system and variables say otherwise; "" is no system turn, None no variable.
         """
+
+        several = not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in prompt)
+        prompts: Sequence[Any] = prompt if several else [prompt]
+        if several and on_text is not None:
+            raise ConfigError("on_text is given, and several prompts", next_step="Ask one at a time to read along.")
 
         def say(text: str) -> None:
             if on_text is not None and text:
@@ -175,18 +222,24 @@ class Base(FrozenBase):
         with self.routing.held():  # a switch by another thread is for its next answer
             tokenizer = self.acting_tokenizer
             stream = TextStream(tokenizer)
-            ids = self._prompt_ids(prompt, self.preamble.asked(system, variables))
-            (answer,) = generate(
+            asked = self.preamble.asked(system, variables)
+            ids = [self._prompt_ids(each, asked) for each in prompts]
+            found = generate(
                 self,
-                [ids],
+                ids,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
                 on_token=None if on_text is None else lambda token: say(stream.push(token)),
             )
+            most = limits_of(self, ids, max_new_tokens)
         say(stream.end())
-        return text_of(tokenizer, answer)
+        answers = [
+            Answer(text_of(tokenizer, each), cut_after=limit if len(each) >= limit else None)
+            for each, limit in zip(found, most, strict=True)
+        ]
+        return answers if several else answers[0]
 
     def _prompt_ids(self, prompt: Prompt, preamble: Preamble) -> list[int]:
         messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]

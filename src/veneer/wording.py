@@ -28,6 +28,39 @@ def folded(line: str, width: int) -> str:
     return "\n".join(indent + each for each in lines)
 
 
+class WordWrap:
+    """Text that comes in pieces, broken between words so that no line is wider than `width`; None: as it comes.
+
+    A word is held back until it is whole. One that is wider than a line is left to the terminal.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self._width, self._column, self._word = width, 0, ""
+
+    def push(self, text: str) -> str:
+        """What may be shown now."""
+        if self._width is None:
+            return text
+        said = ""
+        for character in text:
+            if character.isspace():
+                said += self._placed() + character
+                self._column = 0 if character == "\n" else self._column + 1
+            else:
+                self._word += character
+        return said
+
+    def end(self) -> str:
+        """The rest."""
+        return self._placed()
+
+    def _placed(self) -> str:
+        word, self._word = self._word, ""
+        breaks = self._width is not None and self._column and self._column + len(word) > self._width
+        self._column = len(word) if breaks else self._column + len(word)
+        return "\n" + word if breaks else word
+
+
 def number(value: float | None) -> str:
     """Three significant digits; – for a number that is not there or not finite."""
     return "–" if value is None else f"{value:#.3g}".rstrip(".")

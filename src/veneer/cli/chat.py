@@ -1,26 +1,35 @@
 """Talk to a base, with or without an adapter; the answer is shown as it is made.
 
-In the conversation: /system TEXT sets the system message and starts anew, /reset starts anew,
-/exit or Ctrl-D leaves, Ctrl-C stops an answer. Three double quotes open a text of several lines,
-three more end it.
+In the conversation:
+
+  /use NAME     let another adapter answer: a name in the library, or a folder; alone: the base
+  /system TEXT  set the system message; alone: none
+  /reset        start anew, as /use and /system do
+  /help         this list
+  /exit         leave; so does Ctrl-D. Ctrl-C stops an answer
+
+Three double quotes open a text of several lines, three more end it.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import add_base, add_preamble, asked_as, load_base, standard_input, variables_of
-from veneer.cli.generate import add_sampling
-from veneer.errors import VeneerError
-from veneer.wording import shown
+from veneer.cli.common import adapter_folder, add_base, add_preamble, asked_as, load_base, standard_input, variables_of
+from veneer.cli.generate import add_sampling, tell_cut
+from veneer.errors import ConfigError, VeneerError
+from veneer.wording import WordWrap, shown
 
 if TYPE_CHECKING:
     from veneer.base import Base
 
-HELP = "/system TEXT  /reset  /exit"
+HELP = __doc__.partition("In the conversation:\n\n")[2].rstrip()
 FENCE = '"""'
+
+Messages = list[dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     source = standard_input()
     base = load_base(args)
+    if base.tokenizer.chat_template is None:
+        step = "veneer generate goes on from a text; or take a base that was tuned to chat."
+        raise ConfigError(f"{base.source} has no chat template, and so no conversations", next_step=step)
     if source.isatty():
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
-        print(f"{HELP}  {FENCE} several lines {FENCE}  (Ctrl-C stops an answer)", file=sys.stderr)
+        who = f"adapter {args.adapter}" if args.adapter else "no adapter"
+        _tell(f"{base.source} · {who} · /help lists commands, Ctrl-D leaves")
     system = asked_as(args, base).system
     messages = _opening(system)
     while True:
@@ -44,20 +57,40 @@ def run(args: argparse.Namespace) -> int:
         except EOFError:
             return 0
         command, _, rest = line.partition(" ")
-        if fenced:  # whatever it begins with, it is no command
+        rest = rest.strip()
+        if fenced or not line.startswith("/"):  # fenced: whatever it begins with, it is no command
             if line:
                 messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
         elif command == "/exit":
             return 0
+        elif command == "/use":
+            if _use(base, rest, args):
+                system = asked_as(args, base).system
+                messages = _opening(system)
         elif command in ("/reset", "/system"):
             if command == "/system":
-                system = rest.strip() or None
+                system = rest or None
             messages = _opening(system)
-            print("new conversation", file=sys.stderr)
-        elif line.startswith("/"):
-            print(f"unknown command {command}: there is {HELP}", file=sys.stderr)
-        elif line:
-            messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
+            _tell("new conversation")
+        else:
+            _tell(HELP if command == "/help" else f"unknown command {command}:\n{HELP}")
+
+
+def _tell(text: str) -> None:
+    print(shown(text), file=sys.stderr)
+
+
+def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
+    """Whether that adapter answers from now on; none is named: the base alone."""
+    try:
+        if named and named not in base.attachments:
+            base.load_adapter(adapter_folder(named, args.library), name=named, force_base=args.force_base)
+        base.use(named or None)
+    except VeneerError as error:
+        _tell(str(error))
+        return False
+    _tell(f"adapter {named}, new conversation" if named else "no adapter, new conversation")
+    return True
 
 
 def _read() -> tuple[str, bool]:
@@ -80,18 +113,20 @@ def _read() -> tuple[str, bool]:
     return "\n".join(lines).strip("\n"), True
 
 
-def _opening(system: str | None) -> list[dict[str, Any]]:
+def _opening(system: str | None) -> Messages:
     return [{"role": "system", "content": system}] if system is not None else []
 
 
-def _answer(base: Base, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Messages:
     """The conversation with the answer, which is printed; without the question where it failed."""
     pieces: list[str] = []
+    wrap = WordWrap(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
     def show(text: str) -> None:
         pieces.append(text)
-        print(shown(text), end="", flush=True)
+        print(wrap.push(shown(text)), end="", flush=True)
 
+    answer: str
     try:
         answer = base.generate(
             messages,
@@ -104,7 +139,8 @@ def _answer(base: Base, messages: list[dict[str, Any]], args: argparse.Namespace
     except KeyboardInterrupt:
         answer = "".join(pieces)
     except VeneerError as error:  # too long for the model, say: the conversation goes on without it
-        print(shown(error), file=sys.stderr)
+        _tell(str(error))
         return messages[:-1]
-    print()
-    return [*messages, {"role": "assistant", "content": answer}]
+    print(wrap.end())
+    tell_cut(answer, args.max_new_tokens)
+    return [*messages, {"role": "assistant", "content": str(answer)}]

@@ -36,7 +36,7 @@ from veneer.cli.common import (
 )
 from veneer.wording import number, shown
 
-UNITS = {"loss": "nats a token", "tokens": "trained tokens"}
+UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

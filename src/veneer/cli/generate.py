@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
     if preamble.system is not None:
         asked = preamble.opening([{"role": "user", "content": prompt}])
+    if base.tokenizer.chat_template is None:
+        print(f"{shown(base.source)} has no chat template: it goes on from the text as it stands", file=sys.stderr)
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
         asked,
@@ -68,11 +70,20 @@ def run(args: argparse.Namespace) -> int:
         on_text=_print_piece if streams else None,
     )
     if args.json:
-        print_json({"prompt": asked, "answer": answer})
+        print_json({"prompt": asked, "answer": answer, "cut_after": answer.cut_after})
     else:
         # A file or a pipe gets the answer as it is; a terminal never gets its control characters.
         print("" if streams else answer)
+        tell_cut(answer, args.max_new_tokens)
     return 0
+
+
+def tell_cut(answer: str, asked: int) -> None:
+    """On stderr: that an answer did not come to its end, and what lets it."""
+    cut_after: int | None = getattr(answer, "cut_after", None)  # none of an answer that was stopped by hand
+    if cut_after is not None:
+        way = "--max-new-tokens lets it go on" if cut_after == asked else "the model has no more positions"
+        print(f"cut after {cut_after:,} tokens: {way}", file=sys.stderr)
 
 
 def _print_piece(text: str) -> None:

@@ -10,20 +10,68 @@ from __future__ import annotations
 import gzip
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from veneer.data.columns import ColumnMap
 from veneer.data.examples import Problem, Row, grouped, prompt_key, refusal, row_key, sampling_key
 from veneer.data.sources import rows_in
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError, told_as
 from veneer.files.atomic import atomic_file
 from veneer.files.partial import remove
 
 KINDS = (".jsonl", ".jsonl.gz")
+
+Record = Mapping[str, Any]
+"""One row as it stands in a file."""
+
+
+def is_rows(data: object, *, beside_sets: bool = False) -> bool:
+    """Whether this is rows and no name of a set; beside_sets: nor a list of sets, as a run file has it."""
+    if not isinstance(data, Iterable) or isinstance(data, str | bytes | Path | Mapping):
+        return False
+    if not beside_sets or not isinstance(data, Sequence):
+        return True
+    return bool(data) and isinstance(data[0], Mapping) and "path" not in data[0]
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """One record a line, into a file that replaces an older one. DataError: one is no dict of JSON."""
+    with atomic_file(path, replace=True) as partial, partial.open("w", encoding="utf-8") as file:
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, Mapping):
+                step = (
+                    "Each row is a dict, {'prompt': ..., 'completion': ...} say; of pandas: frame.to_dict('records')."
+                )
+                raise DataError(f"row {number} is a {type(record).__name__}", next_step=step)
+            try:
+                file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+            except (TypeError, ValueError) as fault:
+                raise DataError(
+                    f"row {number} is no JSON: {fault}", next_step="Give texts, numbers and lists."
+                ) from None
+
+
+@contextmanager
+def as_set(data: str | Path | Iterable[Record]) -> Iterator[str]:
+    """What a set is called within the block: itself, or a file that holds the rows."""
+    if not is_rows(data):
+        yield str(data)
+        return
+    assert not isinstance(data, str | Path)
+    with TemporaryDirectory(prefix="veneer-") as folder:
+        file = Path(folder) / "rows.jsonl"
+        write_records(file, data)
+        with told_as(file, GIVEN):
+            yield str(file)
+
+
+GIVEN = "rows"
+"""What rows are called that were given and stand in no file."""
 
 
 def record_of(row: Row) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def generate(
 
     told = say if on_token is not None and len(prompts) == 1 else None
     with base.routing.held():  # who acts now acts for all of it
-        limits = _limits(prompts, max_new_tokens, capacity_of(base))
+        limits = limits_of(base, prompts, max_new_tokens)
         asked = _Asked(
             base, prompts, limits, stops, Sampling(temperature=temperature, top_p=top_p), seed, told, on_done
         )
@@ -89,8 +89,10 @@ def generate(
     return asked.answers
 
 
-def _limits(prompts: Sequence[list[int]], max_new_tokens: int, capacity: Capacity) -> list[int]:
-    """New tokens that each may get. ConfigError: prompts that cannot be answered."""
+def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
+    """New tokens that each may get, its stop token among them: an answer of so many was cut. ConfigError: prompts that
+    cannot be answered."""
+    capacity = capacity_of(base)
     _check_prompts(prompts, capacity)
     if capacity.positions is None:
         return [max_new_tokens] * len(prompts)

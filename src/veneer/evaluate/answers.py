@@ -8,7 +8,7 @@ from typing import Any
 
 from veneer.data.examples import Row, RowRef
 from veneer.data.template import ChatTemplate
-from veneer.decoding.generate import generate
+from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import text_of
 from veneer.errors import DataError
 from veneer.models.frozen_base import FrozenBase
@@ -19,11 +19,12 @@ NAMED_ROWS = 10
 
 @dataclass(frozen=True)
 class Answer:
-    """One row's last turn: as it stands in the data, and as the model gives it (greedy)."""
+    """One row's last turn: as it stands in the data, and as the model gives it (greedy). cut: at its longest."""
 
     row: Row
     expected: str
     answer: str
+    cut: bool
 
 
 def evaluate_answers(
@@ -51,7 +52,9 @@ def evaluate_answers(
 
     generated = generate(base, prompts, max_new_tokens=max_new_tokens, on_done=done)
     answers = [_text(base, ids) for ids in generated]
-    return [Answer(*fields) for fields in zip(rows, expected, answers, strict=True)]
+    most = limits_of(base, prompts, max_new_tokens)
+    cut = [len(ids) >= limit for ids, limit in zip(generated, most, strict=True)]
+    return [Answer(*fields) for fields in zip(rows, expected, answers, cut, strict=True)]
 
 
 def expected_answers(base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None) -> list[str]:

@@ -63,6 +63,7 @@ def evaluate(
 
         rows, tokens      rows evaluated; trained tokens that the loss is over
         loss, perplexity  nats per trained token, every token counting the same; its exponential
+        cut_answers       where rows were answered: how many answers were cut at max_new_tokens
         <metric>          each metric asked for; units says of each whether it is a share or points
         intervals         {loss, metric: [low, high]}, 95%, bootstrapped over rows
         general           of general text: loss, interval, and with an adapter: before, forgetting
@@ -159,7 +160,7 @@ def _answer(
             progress=lambda done, total: report("answers", done, total),
         )
         for line, answer in zip(lines, answers, strict=True):
-            line["answer"] = answer.answer
+            line["answer"], line["cut"] = answer.answer, answer.cut
 
 
 def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -172,6 +173,8 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
         "intervals": {"loss": list(interval(losses, ratio))},
         "units": {},
     }
+    if any("cut" in line for line in lines):
+        result["cut_answers"] = sum(line["cut"] for line in lines)
     for metric in metrics:
         counts = counts_of(lines, metric)
         result[metric.name] = metric.of_totals(counts.sum(axis=0))

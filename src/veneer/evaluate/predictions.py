@@ -5,7 +5,7 @@ One JSON object a line:
     row, key      where the row stands, and a hash of its content (hexadecimal): what rows are matched by
     references    the right answers; the first one is the row's own last turn
     nats, tokens  of the row's trained tokens
-    answer        what the model wrote, if answers were asked for
+    answer, cut   what the model wrote, if answers were asked for; whether it was cut at their longest
     label         the likeliest label, if accuracy was asked for
     <metric>      the figure of this row
 """

@@ -1,13 +1,14 @@
 """A run's folder: one process at a time, a new run only where nothing is, and where a resumed one begins."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
+from veneer.data.writing import Record, write_records
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.atomic import atomic_file
 from veneer.files.lock import locked
@@ -35,6 +36,19 @@ def held(out: Path) -> Iterator[None]:
                 (out / LOCK).unlink(missing_ok=True)
                 if made and not any(out.iterdir()):
                     out.rmdir()
+
+
+@contextmanager
+def given_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None]:
+    """Writes these rows into the folder's files of these names; where no run begins within the block, they go."""
+    try:
+        for name, records in rows.items():
+            write_records(out / name, records)
+        yield
+    finally:
+        if not (out / "run.yaml").is_file():
+            for name in rows:
+                (out / name).unlink(missing_ok=True)
 
 
 def refuse_unless_new(out: Path) -> None:

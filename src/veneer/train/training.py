@@ -6,12 +6,13 @@ run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summ
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.new_tokens import bring, extended
 from veneer.data.template import ChatTemplate
+from veneer.data.writing import Record
 from veneer.decoding.generate import generate
 from veneer.errors import ConfigError, DataError, fits_memory
 from veneer.files.atomic import atomic_file, atomic_folder
@@ -43,7 +45,7 @@ from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun
 from veneer.models.step import Paths, refuse_untrainable
 from veneer.train.config import RunConfig
-from veneer.train.folder import held, refuse_unless_new, resume_point, sweep, write_run_file
+from veneer.train.folder import given_rows, held, refuse_unless_new, resume_point, sweep, write_run_file
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Job, Loop
 from veneer.train.optim import Flat, FlatParameters
@@ -78,10 +80,17 @@ class MemoryPlan(Protocol):
 
 
 def run_training(
-    config: RunConfig, *, resume: bool, screen: Screen, plan: MemoryPlan | None = None, world: World = ALONE
+    config: RunConfig,
+    *,
+    resume: bool,
+    screen: Screen,
+    plan: MemoryPlan | None = None,
+    world: World = ALONE,
+    rows: Mapping[str, Iterable[Record]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole.
 
+    rows: files of rows to write into the folder first.
     world: the processes that compute it together, all with the same settings. The leader alone touches the folder.
     """
     out = Path(config.out)
@@ -95,6 +104,7 @@ def run_training(
                 if not resume:
                     refuse_unless_new(out)
                 sweep(out)
+                stack.enter_context(given_rows(out, rows))
                 point = resume_point(out, screen.message) if resume else None
                 then = None if point is None else load_state(point).origin
         told = world.shared([point and str(point), then and then.to_dict()])

@@ -1,0 +1,136 @@
+"""`veneer.train`, and what it gives back: a run's figures, which print well and lead on to adapter and report."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from veneer import api
+from veneer.adapters.config import LoRA, Method
+from veneer.base import Base
+from veneer.data.writing import Record, is_rows
+from veneer.evaluate.user_function import UserFunction
+from veneer.report.page import NAME as REPORT
+from veneer.train.config import RunConfig
+from veneer.train.screen import end_lines, make_screen
+from veneer.wording import clock, shown
+
+
+def train(
+    base: str,
+    data: str | Path | Mapping[str, Any] | Iterable[Record],
+    *,
+    out: str | Path,
+    method: Method | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> "TrainedRun":
+    """Train; progress is shown on a terminal as it goes, elsewhere line by line, and not at all with quiet.
+
+    data      what `data` may be in a run file, or the rows themselves, each a dict; so may data["train"] and
+              data["validation"]. They are written into the run's folder.
+    settings  the run file's other fields
+    """
+    named, rows = _in_files(data, Path(out))
+    config = RunConfig.of({"base": base, "data": named, "out": str(out), "method": method or LoRA(), **settings})
+    screen = make_screen(quiet=quiet or os.environ.get("RANK", "0") != "0")
+    screen.message(f"loading {config.base}")
+    try:
+        summary = api.train_run(config, resume=False, screen=screen, rows=rows)
+    finally:
+        screen.close()
+    return TrainedRun(Path(out), summary)
+
+
+def _in_files(data: Any, out: Path) -> tuple[Any, dict[str, Iterable[Record]]]:
+    """`data` with the files that its rows will stand in; name of each in the run's folder -> its rows."""
+    if is_rows(data):
+        data = {"train": data}
+    if not isinstance(data, Mapping):
+        return data, {}
+    sets = {"train": "rows.jsonl", "validation": "validation_rows.jsonl"}
+    rows = {file: data[name] for name, file in sets.items() if is_rows(data.get(name), beside_sets=True)}
+    named = {name: str(out / file) for name, file in sets.items() if file in rows}
+    return {**data, **named}, rows
+
+
+class TrainedRun(Mapping[str, Any]):
+    """A finished run: what its summary.json holds, by name, and where its results are.
+
+    folder   the run's, which `--adapter` takes
+    adapter  the adapter's; None where every weight was trained
+    model    the model's folder, where every weight was trained; else None
+    report   the page
+    """
+
+    def __init__(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        self.folder, self._summary = folder, dict(summary)
+        self.adapter = Path(summary["adapter"]) if "adapter" in summary else None
+        self.model = Path(summary["model"]) if "model" in summary else None
+        self.report = folder / REPORT
+
+    def __getitem__(self, name: str) -> Any:
+        return self._summary[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._summary)
+
+    def __len__(self) -> int:
+        return len(self._summary)
+
+    @cached_property
+    def base(self) -> Base:
+        """The base as it was trained on, with the adapter on it and in use; loaded once."""
+        config = api.resume_config(self.folder)
+        if self.model is not None:
+            return api.load(str(self.model), dtype=config.dtype, device=config.device)
+        base = api.load(
+            config.base,
+            dtype=config.dtype,
+            device=config.device,
+            quantize=config.quantize,
+            keep_dense=config.keep_dense,
+        )
+        assert self.adapter is not None
+        base.use(base.load_adapter(self.adapter, name=self.folder.resolve().name))
+        return base
+
+    def evaluate(
+        self,
+        data: str | Path | Iterable[Record],
+        *,
+        metrics: Iterable[str | UserFunction] = (),
+        labels: Iterable[str] = (),
+        max_new_tokens: int = 256,
+    ) -> dict[str, Any]:
+        """As veneer.evaluate, of `base`."""
+        return api.evaluate(self.base, data, metrics=list(metrics), labels=list(labels), max_new_tokens=max_new_tokens)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        figures, made = end_lines(self)[:2]
+        return [
+            ("figures", figures.strip()),
+            ("model" if self.adapter is None else "adapter", made.strip().removeprefix("✓ ")),
+            ("report", shown(self.report)),
+        ]
+
+    @property
+    def _title(self) -> str:
+        took = clock(self["total_seconds"])
+        return (
+            f"{shown(self.folder)} · {shown(self['base'])} · {shown(self['method'])} · {self['steps']:,} steps · {took}"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([self._title, *(f"  {name:<8} {text}" for name, text in self._facts())])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{escape(text)}</td></tr>"
+            for name, text in self._facts()
+        )
+        return f"<table><caption style='text-align:left'>{escape(self._title)}</caption>{rows}</table>"

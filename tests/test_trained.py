@@ -1,0 +1,131 @@
+"""What a notebook does: train on rows it holds, look at what came back, and go on from it."""
+
+import json
+
+import pytest
+
+import veneer
+from tests.tiny import save_tiny
+from veneer.errors import ConfigError, DataError, SourceError
+from veneer.files.strict_json import read_json
+from veneer.library.library import Library
+from veneer.train.folder import resume_config
+
+ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("base") / "base", "llama"))
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    data = {"train": ROWS, "validation": ROWS[:2]}
+    out = tmp_path_factory.mktemp("runs") / "a <run>"
+    return veneer.train(base, data, out=out, steps=2, batch=2, show_answers=False, quiet=True)
+
+
+def test_rows_stand_in_the_runs_folder_where_a_resumed_run_finds_them(run):
+    config = resume_config(run.folder)
+    held_out = config.data.validation
+    assert [json.loads(line) for line in (run.folder / "rows.jsonl").read_text().splitlines()] == ROWS
+    assert (config.data.train, held_out) == (str(run.folder / "rows.jsonl"), str(run.folder / "validation_rows.jsonl"))
+
+
+def test_a_run_is_what_its_summary_holds_and_says_where_its_results_are(run):
+    assert dict(run) == read_json(run.folder / "summary.json")
+    assert run["steps"] == 2 and len(run) == len(dict(run))
+    assert (run.adapter, run.model, run.report) == (run.folder / "adapter", None, run.folder / "report.html")
+    assert run.report.is_file()
+    for place in (run.adapter, run.report):
+        assert str(place) in str(run)
+    assert "2 steps" in str(run) and "held-out loss" in str(run)
+    html = run._repr_html_()
+    assert "a &lt;run&gt;/adapter" in html and "<run>" not in html
+
+
+def test_a_run_is_evaluated_on_the_base_it_made_its_adapter_for(run, base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    loaded = veneer.load(base)
+    untuned = veneer.evaluate(loaded, ROWS)["loss"]
+    loaded.use(loaded.load_adapter(run.folder, name="a"))
+    tuned = veneer.evaluate(loaded, tmp_path / "rows.jsonl")["loss"]
+    assert run.evaluate(ROWS)["loss"] == tuned == run.evaluate(tuple(ROWS))["loss"] != untuned
+
+
+def test_progress_is_told_line_by_line_where_it_cannot_be_drawn_and_not_at_all_when_quiet(base, tmp_path, capsys):
+    settings = {"steps": 1, "batch": 2, "show_answers": False}
+    veneer.train(base, ROWS, out=tmp_path / "a", **settings)
+    said = capsys.readouterr().out
+    assert f"loading {base}" in said and "step 1/1" in said and "✓" in said
+    veneer.train(base, ROWS, out=tmp_path / "b", quiet=True, **settings)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"nothing": "known"}], "rows.jsonl"),
+        ([ROWS[0], "a text"], "row 2 is a str"),
+        ([ROWS[0], {"prompt": {1, 2}}], "row 2 is no JSON"),
+        ([ROWS[0], {"prompt": float("nan")}], "row 2 is no JSON"),
+    ],
+)
+def test_rows_that_are_none_are_refused_and_leave_no_folder(rows, said, base, tmp_path):
+    for _ in range(2):
+        with pytest.raises(DataError, match=said):
+            veneer.train(base, rows, out=tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError) as caught:
+        veneer.evaluate(veneer.load(base), rows)
+    assert "veneer-" not in str(caught.value), "rows that were given are not called by a file that is gone"
+
+
+def test_files_of_rows_that_somebody_has_are_never_overwritten(base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        veneer.train(base, ROWS, out=tmp_path, quiet=True)
+    assert (tmp_path / "rows.jsonl").read_text() == "mine"
+
+
+def test_load_adapter_takes_what_the_command_line_takes(run, base, tmp_path):
+    library = Library(tmp_path / "library")
+    for _ in range(2):
+        library.add(run.folder, name="tickets", tags=["best"])
+    loaded = veneer.load(base, library=library)
+    names = [loaded.load_adapter(named) for named in ("tickets", "tickets@1", "tickets@best", run.folder, run.adapter)]
+    assert names == ["tickets", "tickets@1", "tickets@best", "a <run>", "adapter"]
+    values = [list(loaded.attachments[name].parameters().values()) for name in names]
+    assert all((a == b).all() for others in values for a, b in zip(values[0], others, strict=True))
+    with pytest.raises(SourceError, match="tickest"):
+        loaded.load_adapter("tickest")
+
+
+def test_prompts_in_a_list_are_answered_as_one_alone_and_say_where_they_were_cut(base):
+    loaded = veneer.load(base)
+    prompts = ["one", [{"role": "user", "content": "two and more"}], "three"]
+    alone = [loaded.generate(each, max_new_tokens=4) for each in prompts]
+    together = loaded.generate(prompts, max_new_tokens=4)
+    assert isinstance(together, list) and together == alone
+    assert [each.cut_after for each in together] == [each.cut_after for each in alone]
+    assert {each.cut_after for each in together} <= {4, None}
+    assert loaded.generate([]) == []
+    assert isinstance(loaded.generate(prompts[1], max_new_tokens=1), str)
+    with pytest.raises(ConfigError, match="on_text"):
+        loaded.generate(prompts, on_text=print)
+
+
+def test_an_answer_that_ends_by_itself_was_not_cut(base, monkeypatch):
+    loaded = veneer.load(base)
+    for answer, cut in (([65] * 3, None), ([65] * 4, 4)):
+        monkeypatch.setattr("veneer.base.generate", lambda *_, answer=answer, **__: [answer])
+        assert loaded.generate("one", max_new_tokens=4).cut_after == cut
+
+
+def test_an_evaluation_counts_the_answers_that_were_cut(base, tmp_path):
+    file = tmp_path / "p.jsonl"
+    found = veneer.evaluate(veneer.load(base), ROWS[:3], metrics=["exact_match"], max_new_tokens=1, predictions=file)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert found["cut_answers"] == sum(line["cut"] for line in lines) == 3
+    assert [line["row"] for line in lines] == ["rows:1", "rows:2", "rows:3"]
