@@ -13,7 +13,8 @@ from tests.soak.counts import count
 from tests.tiny import tiny_base
 from veneer.bases.kept import cache_folder
 from veneer.decoding.adapters import Fixed
-from veneer.decoding.calls import CallStyle
+from veneer.decoding.call_elements import ElementCalls
+from veneer.decoding.call_forms import ObjectCalls
 from veneer.decoding.engine import Engine
 from veneer.decoding.grammar import Grammars
 from veneer.decoding.json_check import JsonCheck
@@ -128,7 +129,7 @@ def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(b
         "lark": grammars.grammar('start: "a" b "c"\nb: /[xy]{1,3}/'),
         "calls": grammars.calls(
             {"f": {"properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}},
-            CallStyle("object", "<t>", "</t>"),
+            ObjectCalls("<t>", "</t>"),
         ),
         "none": None,
     }
@@ -233,9 +234,9 @@ def test_each_answer_has_a_way_of_its_own(base, grammars):
         (lambda g: g.grammar("start: nobody"), "nobody"),
         (lambda g: g.grammar("start: /(a{1000}){1000}/"), "multiplied"),
         (lambda g: g.grammar('start: A{999}\nA: B{999}\nB: "x"'), "multiplied"),
-        (lambda g: g.calls({}, CallStyle("object", "<", ">")), "no tool"),
-        (lambda g: g.calls({"f": {"uniqueItems": True}}, CallStyle("object", "<", ">")), "uniqueItems"),
-        (lambda g: g.calls({"f": {}}, CallStyle("object", "<", ">"), most=99), "99 calls"),
+        (lambda g: g.calls({}, ObjectCalls("<", ">")), "no tool"),
+        (lambda g: g.calls({"f": {"uniqueItems": True}}, ObjectCalls("<", ">")), "uniqueItems"),
+        (lambda g: g.calls({"f": {}}, ObjectCalls("<", ">"), most=99), "99 calls"),
     ],
 )
 def test_a_shape_that_cannot_be_followed_is_an_error_that_says_why(grammars, ask, said):
@@ -249,7 +250,7 @@ def test_what_lies_at_a_limit_is_followed_and_what_lies_beyond_is_not(grammars):
         return lambda g: g.grammar(source)
 
     def called(most):
-        return lambda g: g.calls({"f": {}}, CallStyle("object", "<", ">"), most=most)
+        return lambda g: g.calls({"f": {}}, ObjectCalls("<", ">"), most=most)
 
     for within, beyond in [
         (counted("start: /(a{100}){100}/"), counted("start: /(a{100}){101}/")),
@@ -274,7 +275,7 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
         },
         "say": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
     }
-    one = grammars.calls(tools, CallStyle("object", "<tool_call>", "</tool_call>"))
+    one = grammars.calls(tools, ObjectCalls("<tool_call>", "</tool_call>"))
     right = '<tool_call>\n{"name": "add", "arguments": {"n": 3}}\n</tool_call>'
     assert one.makes(right) and not one.faults(right)
     wrong = {
@@ -287,7 +288,7 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
     }
     for text, said in wrong.items():
         assert not one.makes(text) and said in "".join(one.faults(text)), text
-    two = grammars.calls(tools, CallStyle("object", "<tool_call>", "</tool_call>", "tool", "input"), most=2)
+    two = grammars.calls(tools, ObjectCalls("<tool_call>", "</tool_call>", name="tool", arguments="input"), most=2)
     right = right.replace("name", "tool").replace("arguments", "input")
     assert two.makes(right) and two.makes(right + "\n" + right) and not two.makes(right * 3)
     assert not two.faults(right + "\n" + right)
@@ -330,3 +331,20 @@ def test_without_the_extra_the_error_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
     with pytest.raises(ConfigError, match=r"veneer\[grammar\]"):
         Grammars(base.tokenizer, rows=272, stops=[STOP])
+
+
+def test_values_without_quotes_end_at_their_mark(grammars):
+    style = ElementCalls(
+        "<tool_call>", "</tool_call>", name_ends="\n", key_opens="<k>", key_ends="</k><v>", value_ends="</v>\n"
+    )
+    fields = {"said": {"type": "string"}, "n": {"type": "integer"}, "one": {"enum": ["a", "b", 3]}}
+    made = grammars.calls({"f": {"properties": fields, "required": ["said"], "additionalProperties": False}}, style)
+
+    def call(**values):
+        return "<tool_call>f\n" + "".join(f"<k>{k}</k><v>{v}</v>\n" for k, v in values.items()) + "</tool_call>"
+
+    for values in ({"said": 'two\nlines, "<v>" & </'}, {"said": "", "n": 12}, {"said": "x", "n": -1, "one": "b"}):
+        assert made.makes(call(**values)) and made.faults(call(**values)) == []
+    for values in ({}, {"n": 12}, {"said": "x", "n": "x"}, {"said": "x", "one": "c"}, {"said": "x", "other": 1}):
+        assert not made.makes(call(**values))
+    assert made.faults(call(said="x", n="x"))

@@ -9,12 +9,13 @@ from tests.serve.server import BASE, made_base, running
 from tests.serve.tool_templates import TEMPLATES
 from tests.tiny import tiny_tokenizer
 from veneer.data.template import ChatTemplate
-from veneer.decoding.calls import CallReader, CallStyle
+from veneer.decoding.call_forms import BareCall, ListedCalls, ObjectCalls
+from veneer.decoding.calls import CallReader
 from veneer.library.library import Library
-from veneer.serve.tools import call_style
+from veneer.serve.call_style import call_style
 
-STYLE = CallStyle("object", "<tool_call>", "</tool_call>")
-BARE = CallStyle("bare", "", arguments="parameters")
+STYLE = ObjectCalls("<tool_call>", "</tool_call>")
+BARE = BareCall("", arguments="parameters")
 FIELDS = {"n": {"enum": [1, 2]}}
 TOOL = {"name": "f", "parameters": {"properties": FIELDS, "required": ["n"], "additionalProperties": False}}
 TOOLS = [{"type": "function", "function": TOOL}]
@@ -26,8 +27,8 @@ def call(name, **arguments):
     return "<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>"
 
 
-def read(pieces, style=STYLE, tools=("f",)):
-    reader = CallReader(style, tools)
+def read(pieces, style=STYLE, tools=None):
+    reader = CallReader(style, tools or {"f": TOOL["parameters"]})
     said, calls = "", []
     for text, found in [*map(reader.push, pieces), reader.end()]:
         said += text
@@ -42,7 +43,7 @@ def cut(text, size):
 @SIZES
 def test_calls_are_found_however_the_text_is_cut(size):
     text = "Let me see. " + call("a", x=1) + "\n" + call("b", y="</") + " <tool"
-    assert read(cut(text, size)) == ("Let me see. \n <tool", [("a", {"x": 1}), ("b", {"y": "</"})])
+    assert read(cut(text, size)) == ("Let me see.  <tool", [("a", {"x": 1}), ("b", {"y": "</"})])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_call_whose_closing_mark_ended_the_answer_counts():
 
 
 def test_text_is_given_as_soon_as_it_can_be_no_mark():
-    reader = CallReader(STYLE)
+    reader = CallReader(STYLE, {})
     assert reader.push("a <") == ("a ", [])
     assert reader.push("b") == ("<b", [])
 
@@ -77,11 +78,48 @@ def test_each_form_is_read_off_its_template_and_out_of_its_answers(written, size
     style = call_style(ChatTemplate(written.tokenizer()))
     assert style is not None and dataclasses.replace(style, special=()) == written.style
     assert read(cut(written.answer, size), style) == ("", [("f", {"n": 1})])
-    if written.two and style.form != "list":
+    if written.two and not isinstance(style, ListedCalls):
         assert read(cut(written.answer * 2, size), style) == ("", [("f", {"n": 1})] * 2)
     if style.opens:
         text = f"I look.{written.answer}\nDone [ < "
         assert read(cut(text, size), style) == ("I look.\nDone [ < ", [("f", {"n": 1})])
+
+
+SCHEMA = {
+    "properties": {
+        "text": {"type": "string"},
+        "number": {"type": "integer"},
+        "flag": {"type": "boolean"},
+        "list": {"type": "array"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "either": {"enum": ["1", "2"]},
+        "shape": {"$ref": "#/$defs/shape"},
+    },
+    "$defs": {"shape": {"type": "object"}},
+}
+SAID = {
+    "text": "two\n lines: </parameter> and <parameter=x>, </arg_value>, 12",
+    "number": "12",
+    "flag": "True",
+    "list": '["a", {"b": null}]',
+    "maybe": "None",
+    "either": "1",
+    "shape": '{"w": 1.5}',
+    "unknown": "3",
+}
+MEANT = SAID | {"number": 12, "flag": True, "list": ["a", {"b": None}], "maybe": None, "shape": {"w": 1.5}}
+
+
+@pytest.mark.parametrize("name", ["qwen 3 coder", "glm"])
+@SIZES
+def test_values_without_quotes_are_what_the_tools_schema_says(name, size):
+    style = TEMPLATES[name].style
+    elements = [style.key_opens + key + style.key_ends + value + style.value_ends for key, value in SAID.items()]
+    text = style.opens + "g" + style.name_ends + "".join(elements) + style.tail + style.closes
+    assert read(cut(text, size), style, {"g": SCHEMA}) == ("", [("g", MEANT)])
+    none = style.opens + "g" + style.name_ends + style.tail + style.closes
+    assert read(cut(none, size), style) == ("", [("g", {})])
+    assert read([text.removesuffix(style.closes)], style, {"g": SCHEMA}) == ("", [("g", MEANT)])
 
 
 @SIZES
@@ -101,6 +139,11 @@ def test_a_list_has_several_calls_and_values_hold_brackets_and_quotes(size):
         ("mistral with [ARGS]", "[TOOL_CALLS]f[CALL_ID]abc[ARGS]no object"),
         ("mistral with [ARGS]", "[TOOL_CALLS]" + "f" * 5000 + "[ARGS]{}"),
         ("mistral with [ARGS]", "[TOOL_CALLS]f and nothing"),
+        ("qwen 3 coder", "<tool_call>\n<function=f>\n<parameter=n>\n1\n</function>\n</tool_call>"),
+        ("qwen 3 coder", "<tool_call>\n<function=f>\n<parameter=n\n1\n</parameter>\n</function>\n</tool_call>"),
+        ("qwen 3 coder", "<tool_call>\n<function=>\n</function>\n</tool_call>"),
+        ("glm", "<tool_call>f\n<arg_key>n</arg_key>\n1\n</tool_call>"),
+        ("glm", "<tool_call>" + "<arg_key>a" * 3000 + "</tool_call>"),
         ("llama 3", '{"name": "f", "parameters": 3}'),
         ("llama 3", '{"name": "somebody", "parameters": {}}'),
         ("llama 3", '{"answer": 42} is what I say'),
@@ -114,14 +157,14 @@ def test_what_is_no_call_in_these_forms_stays_text(style, text, size):
 
 
 def test_an_answer_that_is_no_json_is_given_as_it_comes_where_calls_have_no_marks():
-    reader = CallReader(BARE, ("f",))
+    reader = CallReader(BARE, {"f": {}})
     assert reader.push("  ") == ("", [])
     assert reader.push("I") == ("  I", [])
     assert reader.push(' say {"') == (' say {"', [])
 
 
 def test_a_long_value_is_not_read_anew_with_every_piece():
-    reader = CallReader(BARE, ("f",))
+    reader = CallReader(BARE, {"f": {}})
     reader.push('{"name": "f", "parameters": {"s": "')
     for _ in range(20_000):
         assert reader.push("x{") == ("", [])
@@ -136,7 +179,8 @@ def test_a_call_that_is_required_is_made_in_the_form_of_the_template(written, tm
     base.tokenizer = written.tokenizer()
     with running(Library(tmp_path / "adapters"), base=base) as server:
         client = server.openai()
-        asked = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "tools": TOOLS, "max_tokens": 500}
+        asked = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "tools": TOOLS}
+        asked["max_tokens"] = 8 * len(written.answer) + 60
         for stream in (False, True):
             found = client.chat.completions.create(**asked, tool_choice="required", temperature=0, stream=stream)
             if stream:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import tiny_tokenizer
+from veneer.decoding.call_elements import ElementCalls
+from veneer.decoding.call_forms import BareCall, ListedCalls, NamedCalls, ObjectCalls
 from veneer.decoding.calls import CallStyle
 
 HERMES = (
@@ -57,6 +59,20 @@ GRANITE = (
     "{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}"
 )
 
+QWEN_3_CODER = HERMES.partition("{{- '\\n<tool_call>")[0] + (
+    "{{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n' }}"
+    "{%- for key, value in tool_call.arguments|items %}{{- '<parameter=' + key + '>\\n' }}"
+    "{{- (value if value is string else value | tojson) }}{{- '\\n</parameter>\\n' }}{%- endfor %}"
+    "{{- '</function>\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"
+)
+GLM = QWEN_3_CODER.partition("{{- '\\n<tool_call>")[0] + (
+    "{{- '\\n<tool_call>' + tool_call.name + '\\n' }}{%- for key, value in tool_call.arguments|items %}"
+    "{{- '<arg_key>' + key + '</arg_key>\\n<arg_value>' }}{{- (value if value is string else value | tojson) }}"
+    "{{- '</arg_value>\\n' }}{%- endfor %}{{- '</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"
+)
+
 
 @dataclass(frozen=True)
 class Written:
@@ -80,38 +96,65 @@ TEMPLATES = {
     "hermes": Written(
         HERMES,
         (),
-        CallStyle("object", "<tool_call>", "</tool_call>"),
+        ObjectCalls("<tool_call>", "</tool_call>"),
         '<tool_call>\n{"name": "f", "arguments": {"n": 1}}\n</tool_call>',
     ),
     "llama 3": Written(
         LLAMA_3,
         ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
-        CallStyle("bare", "", arguments="parameters"),
+        BareCall("", arguments="parameters"),
         '{"name": "f", "parameters": {"n": 1}}',
         two=False,
     ),
     "mistral": Written(
         MISTRAL,
         ("[TOOL_CALLS]", "[INST]", "[/INST]"),
-        CallStyle("list", "[TOOL_CALLS]"),
+        ListedCalls("[TOOL_CALLS]"),
         '[TOOL_CALLS] [{"name": "f", "arguments": {"n": 1}, "id": "abcdefghi"}]',
     ),
     "mistral with [ARGS]": Written(
         MISTRAL_ARGS,
         ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
-        CallStyle("named", "[TOOL_CALLS]", id_mark="[CALL_ID]", between="[ARGS]"),
+        NamedCalls("[TOOL_CALLS]", id_mark="[CALL_ID]", between="[ARGS]"),
         '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"n": 1}',
     ),
     "mistral without ids": Written(
         MISTRAL_ARGS.replace(" + '[CALL_ID]' + tool_call.id", ""),
         ("[TOOL_CALLS]", "[ARGS]"),
-        CallStyle("named", "[TOOL_CALLS]", between="[ARGS]"),
+        NamedCalls("[TOOL_CALLS]", between="[ARGS]"),
         '[TOOL_CALLS]f[ARGS]{"n": 1}',
     ),
     "granite": Written(
         GRANITE,
         ("<|start_of_role|>", "<|end_of_role|>"),
-        CallStyle("list", "<|tool_call|>"),
+        ListedCalls("<|tool_call|>"),
         '<|tool_call|>[{"name": "f", "arguments": {"n": 1}}]',
+    ),
+    "qwen 3 coder": Written(
+        QWEN_3_CODER,
+        (),
+        ElementCalls(
+            "<tool_call>\n<function=",
+            "</tool_call>",
+            name_ends=">\n",
+            key_opens="<parameter=",
+            key_ends=">\n",
+            value_ends="\n</parameter>\n",
+            tail="</function>\n",
+        ),
+        "<tool_call>\n<function=f>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>",
+    ),
+    "glm": Written(
+        GLM,
+        (),
+        ElementCalls(
+            "<tool_call>",
+            "</tool_call>",
+            name_ends="\n",
+            key_opens="<arg_key>",
+            key_ends="</arg_key>\n<arg_value>",
+            value_ends="</arg_value>\n",
+        ),
+        "<tool_call>f\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
     ),
 }

@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -131,11 +131,11 @@ class Grammars:
             raise ConfigError("there is no tool to call")
         if not 1 <= most <= MOST_CALLS:
             raise ConfigError(f"{most} calls are asked for; from 1 to {MOST_CALLS} may be")
-        read = {tool: _read_schema({"type": "object", **schema}) for tool, schema in tools.items()}
+        read = {t: cast(Mapping[str, Any], _read_schema({"type": "object", **s})) for t, s in tools.items()}
         _check_size("the tools", sum(len(json.dumps([tool, schema])) for tool, schema in read.items()))
         checks = {tool: JsonCheck(schema) for tool, schema in read.items()}
-        lines = style.grammar({tool: f"%json {_with_options(schema)}" for tool, schema in read.items()}, most)
-        return self._made("the tools", "\n".join(lines), lambda text: _call_faults(text, style, checks))
+        lines = style.grammar(read, most, lambda schema: f"%json {_with_options(schema)}")
+        return self._made("the tools", "\n".join(lines), lambda text: _call_faults(text, style, read, checks))
 
     @staticmethod
     def _of_schema(schema: Mapping[str, Any] | bool) -> str:
@@ -255,8 +255,10 @@ def _counts(source: str) -> list[int]:
     return found
 
 
-def _call_faults(text: str, style: CallStyle, checks: Mapping[str, JsonCheck]) -> list[str]:
-    reader = CallReader(style, checks)
+def _call_faults(
+    text: str, style: CallStyle, tools: Mapping[str, Mapping[str, Any]], checks: Mapping[str, JsonCheck]
+) -> list[str]:
+    reader = CallReader(style, tools)
     (said, calls), (rest, last) = reader.push(text), reader.end()
     if (said + rest).strip():
         return ["it is not calls alone"]

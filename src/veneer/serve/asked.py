@@ -74,7 +74,8 @@ class Asked:
     echo: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def tools(self) -> frozenset[str]:
-        """Names of those that the model was told of."""
+    def tools(self) -> dict[str, Mapping[str, Any]]:
+        """Those that the model was told of, each with the schema of its arguments."""
         told = [tool for prompt in self.prompts if isinstance(prompt, Chat) for tool in prompt.tools or ()]
-        return frozenset(tool.get("function", tool)["name"] for tool in told)
+        functions = [tool.get("function", tool) for tool in told]
+        return {function["name"]: function.get("parameters") or {} for function in functions}

@@ -20,8 +20,8 @@ from veneer.data.template import ChatTemplate
 from veneer.decoding.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.serve.asked import Chat, Prompt
+from veneer.serve.call_style import call_style
 from veneer.serve.refusals import Refusal, refusal_of
-from veneer.serve.tools import call_style
 
 MOST_WAITING = 256
 """Requests whose prompts wait to be tokenised."""
