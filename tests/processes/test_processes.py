@@ -35,6 +35,7 @@ RUNS = {
     "lora plus": {"method": {"name": "lora", "rank": 2, "lr_ratio": 4.0}, "order": "shuffled", "weight_decay": 0.1},
 }
 HERE = {name: RUNS[name] for name in [*RUNS][: count("processes", ci=3, soak=len(RUNS))]}
+STANDING = pytest.mark.skipif(count("standing", ci=0, soak=1) == 0, reason="waits for who never comes: make soak")
 PLAIN = {f"plain {name}": {**RUNS[name], "reduce": "plain"} for name in ("lora", "full")}
 
 
@@ -62,9 +63,9 @@ def settings(world, out, **others):
 
 
 @contextmanager
-def started(jobs, processes):
+def started(jobs, processes, wait=WAIT):
     """The processes that compute these jobs one after another; none of them is left when the block ends."""
-    common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "VENEER_WAIT_SECONDS": WAIT}
+    common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "VENEER_WAIT_SECONDS": wait}
     common["PYTHONPATH"] = os.pathsep.join([str(ROOT), common.get("PYTHONPATH", "")])
     common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     with ExitStack() as stack:
@@ -178,6 +179,34 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
     assert all(one[key].equal(other[key]) for key in one)
 
 
+@STANDING
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("own", [{}, {"shard": True}], ids=["whole", "shards"])
+def test_a_process_that_stands_still_ends_the_others_in_time_and_the_run_goes_on(world, alone, rank, own, tmp_path):
+    run = settings(world, tmp_path / "run", **RUNS["lora"], **own)
+    job = {"config": run, "at": {"step": 3, "rank": rank, "does": "stop"}}
+    with started([job], 2, wait="20") as found:
+        other, begun = found[1 - rank], time.monotonic()
+        while not stopped(found[rank]):
+            assert time.monotonic() - begun < LIMIT and found[rank].poll() is None
+            time.sleep(0.1)
+        begun = time.monotonic()
+        out, err = other.communicate(timeout=LIMIT)
+        assert time.monotonic() - begun < 20 + 40
+    (said,) = json.loads(out.splitlines()[-1])
+    assert said.startswith("6 another process of this run is gone, or waited too long"), err
+    assert "VENEER_WAIT_SECONDS" in said and "--resume" in said
+    assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
+    one, two = values(alone / "lora"), values(tmp_path / "run")
+    assert all(one[key].equal(two[key]) for key in one)
+    assert losses(alone / "lora") == losses(tmp_path / "run")
+
+
+def stopped(process):
+    """Whether the system says that it stands still."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def test_no_shared_disk_is_needed_and_the_leader_alone_writes(world, alone, tmp_path):
     folders = [str(tmp_path / name) for name in ("first", "second")]
     for folder in folders:
@@ -233,15 +262,20 @@ def test_the_command_starts_its_processes_and_torchrun_starts_the_same_run(world
     assert again.returncode == 2 and "not empty" in again.stderr
 
 
-def test_where_a_process_is_gone_before_all_have_met_the_others_end_at_once(tmp_path):
-    """Process 0 is, which the others wait for: whatever they would wait, the command ends."""
-    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '0':\n    os._exit(7)\n")
+@pytest.mark.parametrize(
+    ("rank", "does", "wait", "code"),
+    [("0", "os._exit(7)", LIMIT, 7), pytest.param("1", "os.kill(os.getpid(), 19)", 5, 6, marks=STANDING)],
+)
+def test_where_a_process_is_gone_before_all_have_met_the_others_end(rank, does, wait, code, tmp_path):
+    """Process 0, which the others wait for: whatever they would wait. One that stands still: when they have waited."""
+    hook = f"import os\nif os.environ.get('RANK') == '{rank}':\n    {does}\n"
+    (tmp_path / "sitecustomize.py").write_text(hook)
     run = {"base": "smollm2", "data": {"train": "rows.jsonl"}, "out": str(tmp_path / "run")}
     (tmp_path / "run.yaml").write_text(json.dumps(run))
-    common = {**os.environ, "PYTHONPATH": str(tmp_path), "VENEER_WAIT_SECONDS": str(LIMIT)}
+    common = {**os.environ, "PYTHONPATH": str(tmp_path), "VENEER_WAIT_SECONDS": str(wait)}
     begun = time.monotonic()
     command = [sys.executable, "-m", "veneer", "train", str(tmp_path / "run.yaml"), "--processes", "3"]
     environment = environment_for(common)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, cwd=tmp_path)
-    assert done.returncode == 7
-    assert time.monotonic() - begun < GRACE_SECONDS + 10
+    assert done.returncode == code
+    assert time.monotonic() - begun < GRACE_SECONDS + (10 if code == 7 else wait + 60)

@@ -14,13 +14,14 @@ from veneer.shards import Shards, make_whole
 from veneer.train.config import RunConfig
 from veneer.train.dealing import in_rounds
 from veneer.train.parts import FlatParts
+from veneer.train.records import read_records
 from veneer.train.world import ALONE
 
 __all__ = ["world"]
 SHARDED = {
-    "lora": RUNS["lora"],
+    "lora": {**RUNS["lora"], "show_answers": True},
     "dora nf4": RUNS["dora nf4"],
-    "full": {"method": {"name": "full"}, "learning_rate": 1e-3, "weight_decay": 0.1, "clip": 0.5},
+    "full": {"show_answers": True, "method": {"name": "full"}, "learning_rate": 1e-3, "weight_decay": 0.1, "clip": 0.5},
     "prefix": RUNS["prefix"],
     "bottleneck": {**RUNS["bottleneck"], "show_answers": True},
     "olora": {"method": {"name": "lora", "rank": 2, "init": "olora", "train_modules": ["norm"]}, "micro_batch": 3},
@@ -30,6 +31,7 @@ SHARDED = {
 
 WHOLE = pytest.mark.skipif(count("shards", ci=0, soak=1) == 0, reason="starts many processes: make soak")
 HERE = {name: SHARDED[name] for name in [*SHARDED][: count("shards", ci=3, soak=len(SHARDED))]}
+EXACT = [*HERE]
 HERE["plain full"] = {**SHARDED["full"], "reduce": "plain"}
 
 
@@ -43,11 +45,24 @@ def runs(world):
     return world
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if "plain" not in name])
+@pytest.mark.parametrize("name", EXACT)
 def test_a_base_in_shards_gives_the_bits_of_a_whole_one(runs, name):
     one, other = values(runs / "whole" / name), values(runs / "shards" / name)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert losses(runs / "whole" / name) == losses(runs / "shards" / name)
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if HERE[name].get("show_answers")])
+def test_a_base_in_shards_answers_and_is_evaluated_as_a_whole_one(runs, name):
+    one, other = evaluations(runs / "whole" / name), evaluations(runs / "shards" / name)
+    assert one == other and len(one) == 3
+    assert len({each["sample"]["answer"] for each in one}) > 1, "training changed no answer: nothing is compared"
+
+
+def evaluations(out):
+    """All that is said of each, but for how long it took."""
+    records = [each for each in read_records(out / "metrics.jsonl") if each["kind"] == "evaluation"]
+    return [{name: value for name, value in each.items() if name != "seconds"} for each in records]
 
 
 def test_full_fine_tuning_in_parts_keeps_the_checkpoints_of_a_whole_one(runs):

@@ -3,7 +3,7 @@
     python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": {...}}, ...]' MEETINGS
 
 MEETINGS: port and descriptor of each job's socket. folders: where each process works. at: {"step", "rank", "does":
-"signal" | "die" | "fail"}, when that step is done; fail: before the gradient of the next.
+"signal" | "die" | "stop" | "fail"}, when that step is done; stop: stand still; fail: before the gradient of the next.
 """
 
 import json
@@ -44,7 +44,7 @@ def main() -> None:
                 if at["does"] == "fail":
                     train_loop.batch_loss = _fails
                     return seconds
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGSTOP if at["does"] == "stop" else signal.SIGTERM)
             return seconds
 
         Loop._step = step

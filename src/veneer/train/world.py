@@ -160,7 +160,8 @@ class World:
             raise LostProcessError(
                 "another process of this run is gone, or waited too long",
                 [" ".join(str(fault).split())[:300]],
-                "Look at what the other processes said; then go on with --resume.",
+                "Look at what the other processes said; then go on with --resume. VENEER_WAIT_SECONDS says how long "
+                "they are waited for.",
             ) from fault
 
 
