@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from tests.processes.test_processes import RUNS, losses, settings, told, values, world
 from tests.soak.counts import count
-from veneer.errors import RefusedError
+from veneer.errors import ConfigError, RefusedError
 from veneer.shards import Shards, make_whole
 from veneer.train.config import RunConfig
 from veneer.train.dealing import in_rounds
@@ -127,7 +126,7 @@ def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(runs, n
 
 
 def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():
-    with pytest.raises(ValidationError, match="adamw8bit scales them in blocks that parts cut through"):
+    with pytest.raises(ConfigError, match="adamw8bit scales them in blocks that parts cut through"):
         RunConfig(base="b", data="d", out="o", method="full", shard=True, optimizer="adamw8bit")
     with pytest.raises(RefusedError, match="tensors are all trained and of one type") as told:
         FlatParts({"a": nn.Parameter(torch.zeros(3))}, in_two_types(), ALONE)
