@@ -110,6 +110,7 @@ def load_base(
             if compute.widens:
                 if shards is not None:
                     shards.changed(lambda layer: layer.to(compute.held))
+                    give_back()
                 widen(model, compute.held)
                 as_held = fingerprint(model)
             if model.generation_config is not None:

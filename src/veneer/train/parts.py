@@ -202,6 +202,7 @@ class FlatParts:
             for parameter in unit.parameters:
                 parameter.data = parameter.data.clone()
         self.shards.give_back(keep=self.world.leads)
+        self.values.data = self.gradient
 
     def whole(self, own: Tensor) -> Tensor | Scattered:
         return Scattered(self.size, partial(self._pieces, own)) if own.shape == self.values.shape else own

@@ -7,6 +7,7 @@ import torch
 
 from veneer.bases.compute import HeldAs
 from veneer.data.load import DataSet
+from veneer.models.checkpointing import give_back
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import compute_of, load_base
 from veneer.shards import Shards
@@ -51,7 +52,11 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
 def every_weight(base: FrozenBase, world: World) -> Flat:
     """What full fine-tuning trains: in parts where the base's layers lie in shards."""
     parameters = dict(base.model.named_parameters())
-    return FlatParameters(parameters) if base.shards is None else FlatParts(parameters, base.shards, world)
+    if base.shards is None:
+        return FlatParameters(parameters)
+    flat = FlatParts(parameters, base.shards, world)
+    give_back()  # what each layer's run took before it lay among the others
+    return flat
 
 
 def agree(world: World, base: FrozenBase, data: DataSet, flat: Flat) -> None:
