@@ -271,7 +271,7 @@ def test_commands_import_by_the_names_that_help_shows():
 # The README invites: it is read in one sitting. Figures and their caveats stand in docs/benchmarks.md.
 MOST_PARAGRAPH_LINES, COLUMNS = 4, 110
 MOST_CELL_WORDS = 12
-TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "llms.txt")]
 PAGES = [*TOP, *sorted(ROOT.glob("docs/**/*.md"))]
 SHORT = [page for page in PAGES if page.name not in ("architecture.md", "families.md")]  # pictures, a list
 

@@ -49,7 +49,8 @@ READER_GONE = 128 + 13
 """As of a program that SIGPIPE ended: whoever read our stdout has left (`veneer ... | head`)."""
 
 EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it does not fit (memory, disk),
-4 a check refused, 5 training diverged, 130 interrupted with a checkpoint saved, 141 nobody read on"""
+4 a check refused, 5 training diverged, 6 another process of the run failed, 130 interrupted with a
+checkpoint saved, 141 nobody read on"""
 
 
 class Parser(argparse.ArgumentParser):

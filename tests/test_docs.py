@@ -1,0 +1,61 @@
+"""What pages tell people and agents to type is a command, with flags that there are."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import veneer.errors
+from veneer.cli.main import COMMANDS, EXIT_CODES, Parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", *sorted(ROOT.glob("docs/**/*.md")))]
+PAGES = [page for page in PAGES if page.name != "about.md"]  # the head of another
+
+
+def commands(text: str) -> list[list[str]]:
+    """The lines of a page's blocks that call veneer, with what goes on behind a backslash, each as its words."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    called = [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("veneer ")]
+    return [shlex.split(line, comments=True)[1:] for line in called]
+
+
+def parsed(words: list[str]) -> None:
+    parser = Parser(prog=f"veneer {words[0]}", allow_abbrev=False)
+    import_module(f"veneer.cli.{words[0]}").add_arguments(parser)
+    parser.parse_args(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_one(page, capsys):
+    for words in commands(page.read_text()):
+        assert words[0] in COMMANDS, words
+        try:
+            parsed(words)
+        except SystemExit:
+            pytest.fail(f"veneer {shlex.join(words)}: {capsys.readouterr().err}")
+
+
+def test_a_command_with_a_flag_that_is_none_would_be_found(capsys):
+    (first, second) = commands("```\n$ veneer plan --base b \\\n  --nothing\n# veneer no\nveneer doctor # yes\n```\n")
+    assert first == ["plan", "--base", "b", "--nothing"] and second == ["doctor"]
+    parsed(second)
+    with pytest.raises(SystemExit):
+        parsed(first)
+
+
+def test_agents_are_told_every_page():
+    listed = re.findall(r"\]\(([^)]+)\)", (ROOT / "llms.txt").read_text())
+    pages = [str(page.relative_to(ROOT)) for page in PAGES]
+    assert [page for page in pages if page not in listed] == []
+
+
+def test_every_exit_code_is_told():
+    kinds = [kind for kind in vars(veneer.errors).values() if isinstance(kind, type)]
+    codes = {0, 141, *(kind.exit_code for kind in kinds if hasattr(kind, "exit_code"))}
+    assert len(codes) > 7
+    for told in (EXIT_CODES, *((ROOT / name).read_text() for name in ("AGENTS.md", "README.md"))):
+        assert [code for code in codes if not re.search(rf"\b{code} [a-z]", told)] == []
