@@ -122,8 +122,8 @@ def one(folder: Path, case: str) -> dict[str, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    import veneer
     from tests.tiny import tiny_tokenizer
-    from veneer import api
     from veneer.bases.from_config import config_from
 
     base, dtype, method, batch, _, length, *kept = case.split()
@@ -141,7 +141,7 @@ def one(folder: Path, case: str) -> dict[str, int]:
     words = ("abcdefghij klmnop " * int(length))[: (int(length) - 4) * (1 if fields is not None else 2)]
     rows.write_text("\n".join(json.dumps({"text": f"{n:03d}{words}"}) for n in range(4 * int(batch))))
     with tempfile.TemporaryDirectory() as out:
-        summary = api.train(
+        summary = veneer.train(
             source,
             {"train": str(rows), "validation_share": 0.0, "long_rows": "cut"},
             out=f"{out}/run",
@@ -152,6 +152,7 @@ def one(folder: Path, case: str) -> dict[str, int]:
             steps=2,
             checkpointing=bool(kept),
             dtype=dtype,
+            quiet=True,
         )
         lines = [json.loads(line) for line in Path(f"{out}/run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

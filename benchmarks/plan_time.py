@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from veneer import api
+import veneer
 from veneer.bases.from_config import blueprint
 from veneer.plan.ask import method_named
 from veneer.plan.machine import this_machine
@@ -57,7 +57,9 @@ def main() -> None:
                 "checkpointing": kept,
                 "steps": args.steps + 1,
             }
-            summary = api.train(args.base, data, out=Path(folder) / "run", share_prompt=False, **settings)
+            summary = veneer.train(
+                args.base, data, out=Path(folder) / "run", share_prompt=False, quiet=True, **settings
+            )
         planner = Planner(found)
         machine = this_machine(planner.step_run(choice).work, planner.dtype(choice))
         predicted = batch * length / planner.seconds_per_step(choice, machine)

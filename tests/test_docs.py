@@ -1,9 +1,12 @@
-"""What pages tell people and agents to type is a command, with flags that there are."""
+"""What pages tell people and agents to type is a command, with flags that there are; benchmarks call what is there."""
 
+import ast
 import re
 import shlex
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,6 +48,32 @@ def test_a_command_with_a_flag_that_is_none_would_be_found(capsys):
     parsed(second)
     with pytest.raises(SystemExit):
         parsed(first)
+
+
+def missing_names(source: str) -> list[str]:
+    """What a file takes of ours by a name that is not there, where it imports it from or asks a module for it."""
+    missing = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("veneer", "tests"):
+            there = import_module(node.module or "")
+            missing += [each.name for each in node.names if not _is_there(there, each.name)]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("api", "veneer"):
+            there = import_module("veneer.api" if node.value.id == "api" else "veneer")
+            missing += [] if _is_there(there, node.attr) else [node.attr]
+    return missing
+
+
+def _is_there(module: ModuleType, name: str) -> bool:
+    return hasattr(module, name) or (hasattr(module, "__path__") and find_spec(f"{module.__name__}.{name}") is not None)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda file: file.stem)
+def test_what_benchmarks_call_is_there(file):
+    assert missing_names(file.read_text()) == []
+
+
+def test_a_name_that_is_not_there_would_be_found():
+    assert missing_names("from veneer.api import no\nfrom veneer import base, api\napi.none") == ["no", "none"]
 
 
 def test_agents_are_told_every_page():
