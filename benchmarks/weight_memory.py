@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.bases.from_config import build, config_from
 from veneer.bases.shapes import SHAPES
-from veneer.plan.dry_run import packing
+from veneer.plan.weights import packing
 
 LLAMA = SHAPES["llama-2-7b"]
 MODELS = {
@@ -50,7 +50,7 @@ def main() -> None:
     for name, shape in MODELS.items():
         model = build(config_from(shape), torch.bfloat16)
         dense = sum(p.nbytes for p in model.parameters())
-        saved, _ = packing(model, "nf4")
+        saved, _ = packing(model)
         head = model.get_output_embeddings()
         values = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         packed = 2 * values - saved

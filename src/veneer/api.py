@@ -8,6 +8,7 @@ base.use("tickets")
 print(base.generate("Where is my parcel?"))
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from veneer.data.check import refuse_beyond
 from veneer.data.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
 from veneer.data.load import DataSet, examine_data, load_data
+from veneer.data.new_tokens import bring, extended, room_with
 from veneer.data.writing import GIVEN, Record, as_set, is_rows
 from veneer.errors import ConfigError
 from veneer.evaluate.bootstrap import Counts
@@ -49,7 +51,7 @@ from veneer.merge.merge_run import Into, merge_adapters
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
-from veneer.plan.probe import fitted, planned_memory_bytes
+from veneer.plan.probe import fitted, planned
 from veneer.quant.config import Quantize
 from veneer.report.page import write_report
 from veneer.train.config import DataConfig, RunConfig
@@ -57,7 +59,7 @@ from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config
 from veneer.train.screen import Screen
 from veneer.train.training import run_training
-from veneer.train.world import joined
+from veneer.train.world import joined, world_of
 
 
 def load(
@@ -121,7 +123,7 @@ def train_run(
         asked = with_given(RunConfig.model_validate(settings), given) if config is None else config
         if asked.model_dump(mode="json") != settings:
             raise ConfigError("the processes of this run were given different settings", next_step="Give all the same.")
-        summary = run_training(asked, resume=resume, screen=screen, plan=planned_memory_bytes, world=world, rows=rows)
+        summary = run_training(asked, resume=resume, screen=screen, plan=planned, world=world, rows=rows)
         if world.leads:
             write_report(Path(asked.out))
             screen.end(summary)
@@ -147,16 +149,21 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
     if config.from_adapter:
         step = "Leave --fit out, and change micro_batch, length or checkpointing yourself."
         raise ConfigError("a run that goes on from an adapter is not changed so that it fits", next_step=step)
-    fields = config.data.model_copy(update={"long_rows": "cut"})
+    return fitted(config, run_rows(config), memory_bytes, world_of(os.environ).size)
+
+
+def run_rows(config: RunConfig) -> DataSet:
+    """The rows of a run as it would read them, those that are too long cut. Loads no weights."""
     tokenizer, model_config = load_tokenizer(config.base)
-    data = examine_data(
-        fields,
+    capacity = configured_capacity(model_config)
+    tokens = bring(tokenizer, config.new_tokens, rows=capacity.tokens)
+    return examine_data(
+        config.data.model_copy(update={"long_rows": "cut"}),
         length=config.length,
-        capacity=configured_capacity(model_config),
-        tokenizer=tokenizer,
+        capacity=room_with(capacity, tokens),
+        tokenizer=extended(tokenizer, config.new_tokens),
         preamble=Preamble(variables=config.template.variables),
     )
-    return fitted(config, data, memory_bytes)
 
 
 def check_data(

@@ -157,6 +157,8 @@ PRICE = Number(float, 0, 10**9)
 LINE = Number(int, 1, 2**53)
 """Of a file, counted from 1."""
 BYTES = Number(int, 1, 2**60)
+LINK = Number(float, 1000, 10**15)
+"""Bytes a second from one process to another."""
 BLOCK = Number(int, 1, 4096)
 """Tokens of a block of keys and values."""
 TOKEN = Number(int, 0, 2**31 - 1)

@@ -7,7 +7,10 @@ For instance:
   veneer plan --base smollm2-135m --data tickets.jsonl --kind format --write run.yaml
   veneer plan --models llama-3.2-1b,qwen3-4b,llama-70b --gpu H100 --batch 1
   veneer plan --base smollm2-135m --data tickets.jsonl --probe
+  veneer plan RUN.yaml --processes 4 --link 10Gb/s
+  veneer plan --base llama-70b --batch 8 --gpu H100 --processes 8 --shard --link 200Gb/s
 
+RUN.yaml is planned with its own settings and rows.
 --base is a folder, a .gguf file, a hub id (its config alone is fetched) or a named size such as llama-70b. Exits 3
 if the one thing asked for does not fit.
 """
@@ -20,8 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, RANK, ROWS
+from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
+from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.wording import clock, folded, millions, number, shown, size
@@ -35,27 +39,49 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DOES_NOT_FIT = 3
 BAR = 40
+SETTINGS = (
+    *("base", "models", "method", "rank", "quantize", "dtype", "batch", "micro_batch", "length", "checkpointing"),
+    *("shard", "reduce", "data", "steps", "epochs"),
+)
+"""Flags for what a run file says."""
+EPOCHS_UNSAID = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "veneer plan --base B [--method M] [--data D] [--memory 24GiB] [--compare] [--gpu NAME]"
+    parser.usage = "veneer plan [RUN.yaml | --base B [--method M] [--data D]] [--memory 24GiB] [--compare] [--gpu NAME]"
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file, in place of the settings below")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any of its own")
     parser.add_argument(
         "--base", metavar="B", help="folder, .gguf file, hub id, or named size (llama-70b, qwen3-4b, ...)"
     )
     parser.add_argument("--models", metavar="A,B", help="several bases: a matrix of bases and methods")
-    parser.add_argument("--method", default="lora", metavar="M", help="lora, qlora, prefix, full, ...; default: lora")
+    parser.add_argument("--method", metavar="M", help="lora, qlora, prefix, full, ...; default: lora")
     parser.add_argument("--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice that")
     parser.add_argument("--quantize", choices=FORMATS, help="hold the base in 4 bits")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--batch", type=ROWS, default=8, metavar="N", help="rows per optimizer step; default: 8")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=ROWS, metavar="N", help="rows per optimizer step; default: 8")
     parser.add_argument("--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: batch")
-    parser.add_argument("--length", type=LENGTH, default=2048, metavar="N", help="longest row, tokens; default: 2048")
-    parser.add_argument("--checkpointing", action="store_true", help="keep only each layer's input")
+    parser.add_argument("--length", type=LENGTH, metavar="N", help="longest row, tokens; default: 2048")
+    parser.add_argument("--checkpointing", action="store_true", default=None, help="keep only each layer's input")
+    parser.add_argument(
+        "--processes",
+        type=PROCESSES,
+        default=1,
+        metavar="N",
+        help="so many compute the run, each on a machine like this",
+    )
+    parser.add_argument(
+        "--shard", action="store_true", default=None, help="each of them holds a part of the base's layers"
+    )
+    parser.add_argument("--reduce", choices=["plain", "exact"], help="how they add their gradients; default: plain")
+    parser.add_argument(
+        "--link", metavar="SPEED", help="between them, 10Gb/s (bits) or 3GB/s (bytes): the efficiency to expect"
+    )
     parser.add_argument(
         "--data", metavar="D", help="rows to plan with; without it rows of --length, all tokens trained"
     )
     parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
-    parser.add_argument("--epochs", type=EPOCHS, default=3.0, metavar="E", help="passes over --data; default: 3")
+    parser.add_argument("--epochs", type=EPOCHS, metavar="E", help="passes over --data; default: 3")
     parser.add_argument(
         "--memory", metavar="M", help="what must suffice, for instance 24GiB; default: the machine's own"
     )
@@ -100,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"wrote {args.html}")
     if args.write:
         _write(args, found)
-        console.print(f"wrote {args.write} · veneer train {args.write} --out runs/NAME")
+        several = f" --processes {args.processes}" if args.processes > 1 else ""
+        console.print(f"wrote {args.write} · veneer train {args.write} --out runs/NAME{several}")
     alone = found.rows[0] if len(found.rows) == 1 else None
     return DOES_NOT_FIT if alone is not None and alone.fits is False else 0
 
@@ -117,42 +144,19 @@ def parse_size(text: str) -> int:
 
 
 def _question(args: argparse.Namespace) -> Question:
-    bases = [each.strip() for each in args.models.split(",") if each.strip()] if args.models else []
-    bases = bases or ([args.base] if args.base else [])
-    if not bases:
-        raise ConfigError("no base is named", next_step="Give --base (or --models A,B).")
     memory = parse_size(args.memory) if args.memory else None
     with no_collection():
-        from veneer.plan.ask import Question, method_named
-        from veneer.plan.planner import Choice
+        from veneer.plan.ask import Question
+        from veneer.plan.spread import parse_link
 
-    method, quantize = method_named(args.method, args.rank)
-    choice = Choice(
-        method=method,
-        quantize=args.quantize or quantize,
-        dtype=args.dtype,
-        batch=args.batch,
-        micro_batch=args.micro_batch,
-        length=args.length,
-        checkpointing=args.checkpointing,
-    )
-    rows: Sequence[Any] = []
-    held_out: Sequence[Any] = []
-    if args.data:
-        from veneer import api
-
-        data, _ = api.check_data(args.data, base=bases[0], length=args.length, long_rows="cut")
-        rows, held_out = data.train, data.validation
+    link = parse_link(args.link) if args.link else None
+    what = _run_asked(args) if args.run is not None else _flags_asked(args)
     return Question(
-        bases,
-        choice,
+        **what,
         compare=args.compare,
         memory=memory,
         gpu=args.gpu,
-        rows=rows,
-        held_out=held_out,
-        steps=args.steps,
-        epochs=args.epochs,
+        link=link,
         price_per_hour=args.price,
         kind=args.kind,
         variants=args.variants,
@@ -160,19 +164,86 @@ def _question(args: argparse.Namespace) -> Question:
     )
 
 
+def _run_asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Of a question, what a run file answers."""
+    given = [name for name in SETTINGS if getattr(args, name) is not None]
+    if given or args.write:
+        flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["write"] if args.write else [])])
+        raise ConfigError(
+            f"{args.run} says what is planned; also given: {flags}",
+            next_step="Leave them out, or change settings with --set path=value.",
+        )
+    config = read_run_config(args.run, {"out": "planned"}, args.sets)
+    if config.from_adapter:
+        raise ConfigError(
+            f"{args.run} goes on from an adapter, which is not planned",
+            next_step="Leave from_adapter out and give its method: veneer plan RUN.yaml --set from_adapter=[].",
+        )
+    from veneer import api
+    from veneer.plan.planner import choice_of
+
+    data = api.run_rows(config)
+    return {
+        "bases": [config.base],
+        "choice": choice_of(config, args.processes),
+        "rows": data.train,
+        "held_out": data.validation,
+        "mixture": data.mixture,
+        "seed": config.seed,
+        "order": config.order,
+        "steps": config.steps,
+        "epochs": config.epochs or EPOCHS_UNSAID,
+    }
+
+
+def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
+    if args.sets:
+        raise ConfigError("--set changes a run file, and none is named", next_step="veneer plan RUN.yaml --set ...")
+    bases = [each.strip() for each in args.models.split(",") if each.strip()] if args.models else []
+    bases = bases or ([args.base] if args.base else [])
+    if not bases:
+        raise ConfigError("no base is named", next_step="Give --base (or --models A,B), or a run file.")
+    from veneer.plan.ask import method_named
+    from veneer.plan.planner import Choice
+
+    method, quantize = method_named(args.method or "lora", args.rank)
+    choice = Choice(
+        method=method,
+        quantize=args.quantize or quantize,
+        dtype=args.dtype or "auto",
+        batch=args.batch or 8,
+        micro_batch=args.micro_batch,
+        length=args.length or 2048,
+        checkpointing=bool(args.checkpointing),
+        shard=bool(args.shard),
+        reduce=args.reduce or "plain",
+        processes=args.processes,
+    )
+    rows: Sequence[Any] = []
+    held_out: Sequence[Any] = []
+    if args.data:
+        from veneer import api
+
+        data, _ = api.check_data(args.data, base=bases[0], length=choice.length, long_rows="cut")
+        rows, held_out = data.train, data.validation
+    passes = args.epochs or EPOCHS_UNSAID
+    return {"bases": bases, "choice": choice, "rows": rows, "held_out": held_out, "steps": args.steps, "epochs": passes}
+
+
 def _show(console: Console, found: Answer, question: Question) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.report.plan_page import verdict
+    from veneer.report.plan_page import spread_lines, verdict
 
     matrix = len(question.bases) > 1
     rows = question.rows
     what = f"{len(rows):,} rows" if rows else f"{question.choice.batch} × {question.choice.length} tokens a step"
     memory = f" · {size(found.memory)} of memory" if found.memory else ""
-    console.print(
-        Text(folded(f"{shown(', '.join(question.bases))} · {what} · {found.machine.name}{memory}", console.width))
-    )
+    many = question.choice.processes
+    several = f" · {many:,} processes{', the base in shards' if question.choice.in_shards else ''}" if many > 1 else ""
+    head = f"{shown(', '.join(question.bases))} · {what} · {found.machine.name}{memory}{several}"
+    console.print(Text(folded(head, console.width)))
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     names = ["method", "trained", "file", "memory", "tokens/s", "run"]
     for name in (["base"] if matrix else []) + names + (["cost"] if question.price_per_hour else []) + ["fits"]:
@@ -196,6 +267,8 @@ def _show(console: Console, found: Answer, question: Question) -> None:
     for row in found.rows:
         if not matrix:
             _bar(console, row, max(r.needed_bytes for r in found.rows))
+            for line in spread_lines(row):
+                console.print(Text(folded("    " + line, console.width), style="dim"))
     for row in found.rows if not matrix else []:
         if (told := verdict(row)) and (row.fits is False or len(found.rows) == 1):
             console.print(Text(folded(f"  {row.choice.label}: {told}", console.width)))
@@ -245,7 +318,7 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
     if found.advice is not None:
         choice, rate = found.advice.choice, found.advice.learning_rate
     settings: dict[str, Any] = {
-        "base": args.base,
+        "base": args.base or row.base,
         "data": args.data or "ROWS.jsonl",
         "method": choice.method.model_dump(mode="json", exclude_defaults=True) | {"name": choice.method.name},
         "batch": choice.batch,
@@ -257,6 +330,8 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
         ("learning_rate", rate),
         ("steps", args.steps),
         ("checkpointing", choice.checkpointing or None),
+        ("shard", choice.shard or None),
+        ("reduce", None if choice.reduce == "plain" else choice.reduce),
         ("dtype", None if choice.dtype == "auto" else choice.dtype),
     ):
         if value is not None:

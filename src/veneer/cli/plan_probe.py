@@ -15,12 +15,14 @@ from veneer.wording import size
 def run_probe(args: argparse.Namespace) -> int:
     if not args.base or not args.data:
         raise ConfigError("--probe runs a step on real rows", next_step="Give --base and --data.")
+    if args.processes > 1:
+        raise ConfigError("--probe runs its step in one process", next_step="Leave --processes out.")
     from veneer import api
     from veneer.plan.ask import method_named
     from veneer.train.config import RunConfig
     from veneer.train.screen import QuietScreen
 
-    method, quantize = method_named(args.method, args.rank)
+    method, quantize = method_named(args.method or "lora", args.rank)
     with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:
         config = RunConfig.model_validate(
             {
@@ -28,12 +30,12 @@ def run_probe(args: argparse.Namespace) -> int:
                 "data": {"train": args.data, "validation_share": 0.0, "long_rows": "cut"},
                 "method": method.model_dump(),
                 "quantize": args.quantize or quantize,
-                "dtype": args.dtype,
-                "batch": args.batch,
+                "dtype": args.dtype or "auto",
+                "batch": args.batch or 8,
                 "micro_batch": args.micro_batch,
-                "length": args.length,
+                "length": args.length or 2048,
                 "steps": 2,
-                "checkpointing": args.checkpointing,
+                "checkpointing": bool(args.checkpointing),
                 "out": str(Path(folder) / "run"),
             }
         )

@@ -40,6 +40,13 @@ class Mixture:
             first += size
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
+    def among(self, rows: NDArray[np.int64]) -> Mixture:
+        """Of these rows alone, whose numbers rise: each is taken as often as before."""
+        ends = np.searchsorted(rows, np.cumsum([0, *self.sizes]))
+        sizes = tuple(np.diff(ends).tolist())
+        draws = zip(self.draws, sizes, self.sizes, strict=True)
+        return Mixture(sizes, tuple(draw * now / before if before else 0.0 for draw, now, before in draws))
+
 
 def mixed(
     sizes: Sequence[int], tokens: Sequence[int], weights: Sequence[float], shares: Sequence[float | None], *, by: str

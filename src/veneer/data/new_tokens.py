@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
@@ -15,6 +16,7 @@ from veneer.files.nesting import is_text
 
 if TYPE_CHECKING:
     from veneer.adapters.token_rows import Brought
+    from veneer.data.examples import Capacity
 
 MOST_NEW_TOKENS = 4096
 LONGEST = 256
@@ -67,6 +69,13 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> Brought 
     ]:
         raise ConfigError("the tokenizer makes no tokens of these", _few(map(repr, unfit)), "Name them otherwise.")
     return Brought(tuple(texts), ids, tuple(pieces))
+
+
+def room_with(capacity: Capacity, tokens: Brought | None) -> Capacity:
+    """Of a base beside which these have rows."""
+    if tokens is None or capacity.tokens is None:
+        return capacity
+    return replace(capacity, tokens=max(capacity.tokens, *(number + 1 for number in tokens.ids)))
 
 
 def extended(tokenizer: Any, texts: Sequence[str]) -> Any:

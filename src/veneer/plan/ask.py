@@ -14,9 +14,10 @@ import torch
 
 from veneer.adapters.config import METHODS, MethodConfig
 from veneer.bases.from_config import Blueprint, blueprint
-from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, ROWS, check_numbers
+from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, LINK, PRICE, PROCESSES, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
+from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
 from veneer.models.capacity import configured_capacity
 from veneer.models.frozen_base import hidden_size
@@ -25,9 +26,10 @@ from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
 from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Choice, Planner
+from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.quant.config import Quantize
-from veneer.train.config import SHORT_FORMS
+from veneer.train.config import SHORT_FORMS, RunConfig
 from veneer.train.records import process_memory_bytes
 
 MOST_TOKENS = 2**22
@@ -37,15 +39,19 @@ MOST_TOKENS = 2**22
 @dataclass(frozen=True)
 class Question:
     """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes; None: the
-    machine's own."""
+    machine's own. link: bytes a second between processes; None: what they send takes no time in the plan."""
 
     bases: Sequence[str]
     choice: Choice
     compare: bool = False
     memory: int | None = None
     gpu: str | None = None
+    link: float | None = None
     rows: Sequence[Example] = ()
     held_out: Sequence[Example] = ()
+    mixture: Mixture | None = None
+    seed: int = 0
+    order: str = "bucketed"
     steps: int | None = None
     epochs: float = 3.0
     price_per_hour: float | None = None
@@ -114,7 +120,12 @@ def answer(question: Question) -> Answer:
         price=(PRICE, question.price_per_hour),
         variants=(COUNT, question.variants),
         memory=(BYTES, question.memory),
+        processes=(PROCESSES, choice.processes),
+        link=(LINK, question.link),
     )
+    if choice.shard:  # what a run refuses is not planned
+        held = {"quantize": choice.quantize, "shard": True, "offload": choice.offload}
+        RunConfig.of({"base": question.bases[0], "data": "rows", "out": "run", "method": choice.method, **held})
     if (tokens := choice.rows_at_once * choice.length) > MOST_TOKENS:
         raise ConfigError(
             f"{choice.rows_at_once:,} rows of {choice.length:,} tokens at once are not planned:"
@@ -166,15 +177,19 @@ def _planner(found: Blueprint, question: Question) -> Planner:
         idle_bytes=process_memory_bytes() or 0,
         rows=question.rows,
         held_out=question.held_out,
+        mixture=question.mixture,
+        seed=question.seed,
+        order=question.order,
         steps=question.steps,
     )
 
 
 def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
     if question.gpu is not None:
-        return named_gpu(question.gpu)
+        return replace(named_gpu(question.gpu), link=question.link)
     run = planner.step_run(choice)
-    return this_machine(run.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu")
+    here = this_machine(run.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu")
+    return replace(here, link=question.link)
 
 
 def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memory: int) -> Advice | None:
@@ -211,4 +226,12 @@ def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
         else f"Time: published figures of the {machine.name}, half of its product rate assumed: not measured."
     )
     line = planner.compute(question.choice).line
-    return [memory, *([] if line is None else [f"Weights: {line}."]), time]
+    notes = [memory, *([] if line is None else [f"Weights: {line}."]), time]
+    if question.choice.processes > 1:
+        sends = (
+            f"{HOP_SECONDS * 1e6:.0f} µs from one to the next assumed"
+            if question.link is not None
+            else "what they send takes no time here: --link says how fast it goes"
+        )
+        notes.append(f"Processes: memory is each one's, on a machine of its own like this one; computed, {sends}.")
+    return notes

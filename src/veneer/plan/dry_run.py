@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, MethodConfig
 from veneer.adapters.routing import Routing
+from veneer.adapters.token_rows import Brought
 from veneer.bases.from_config import build
 from veneer.data.batching import make_batch
 from veneer.data.examples import Example
@@ -35,7 +36,6 @@ from veneer.formats.adapter import adapter_file_bytes
 from veneer.formats.peft_tensors import tensor_file_bytes
 from veneer.kernels.layout import round_up
 from veneer.kernels.native import planning, take_noted_flops
-from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
@@ -43,13 +43,16 @@ from veneer.models.fused import fused, replacements
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refuse_untrainable
 from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work, without_values
+from veneer.plan.weights import BaseBytes, base_bytes
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
 
 WEIGHTS, VALUES, GRADIENTS, MOMENTS = "weights", "trained values", "gradients", "optimizer"
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits", "backward"
-SCRATCH = "decoded weights"
-STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS)
+SCRATCH, GATHERED, SUMS = "decoded weights", "gathered layer", "exact sums"
+STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS, SUMS)
+SUM_BYTES = 16
+"""Of each trained value under `reduce: exact` (train/reduce.py)."""
 COMPILED = (0, 0, 0)
 """Shape that products within compiled functions are counted under: that of no matrix product of a library."""
 PERIODS = (1, 2, 3, 4, 6)
@@ -58,7 +61,7 @@ PERIODS = (1, 2, 3, 4, 6)
 
 @dataclass(frozen=True)
 class Step:
-    """What decides a step's cost. rows: those of the largest micro-batch, one Example each."""
+    """What decides a step's cost. rows: those of the largest micro-batch, one Example each. new_tokens: so many."""
 
     config: PreTrainedConfig
     dtype: torch.dtype
@@ -68,6 +71,7 @@ class Step:
     share_prompt: bool = True
     optimizer: OptimizerName = "adamw"
     offload: bool = False
+    new_tokens: int = 0
     on_cpu: bool = True
     """Whether the compiled kernels of this machine will run (kernels/native.py), which hold less than plain torch."""
 
@@ -79,7 +83,6 @@ class DryRun:
 
     expert_rows: of the products of an expert beside which an adapter stands, the rows spread evenly; 0: none does.
     forward_shapes: of the products of the forward alone, as an evaluation runs it.
-    packable: (bytes that the linear layers but the head lose in 4 bits, bytes of the buffer that one is decoded into).
     """
 
     static: Parts
@@ -95,7 +98,7 @@ class DryRun:
     experts: int
     expert_rows: int
     forward_shapes: int
-    packable: tuple[int, int] = (0, 0)
+    base: BaseBytes = field(default_factory=BaseBytes)
 
     @property
     def activation_bytes(self) -> int:
@@ -105,16 +108,30 @@ class DryRun:
 
     def in_four_bits(self) -> DryRun:
         """The same step over packed weights: out of every figure goes what they do not hold."""
-        saved, scratch = self.packable
+        saved, scratch = self.base.packing
+        packed = replace(self.base, packing=(0, 0), layers=self.base.packed_layers)
+        return replace(self._holding({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed)
+
+    def in_shards(self, processes: int) -> DryRun:
+        """The same step where each of the processes holds a part of every layer, and one layer is whole."""
+        runs = self.base.runs(processes)
+        if not runs:
+            return self
+        gathered = processes * max(runs)
+        return self._holding({WEIGHTS: sum(runs) - sum(self.base.layers), GATHERED: gathered})
+
+    def with_exact_sums(self) -> DryRun:
+        return self._holding({SUMS: SUM_BYTES * self.trainable_parameters})
+
+    def _holding(self, more: Mapping[str, int]) -> DryRun:
+        """With so many bytes more of each label, from the step's begin to its end."""
         run = replace(self, static=dict(self.static), phases=[replace(p, parts=dict(p.parts)) for p in self.phases])
-        if not saved:
-            return run
-        run.static[WEIGHTS] -= saved
-        for phase in run.phases:
-            phase.peak_bytes += scratch - saved
-            phase.end_bytes -= saved
-            phase.parts[WEIGHTS] -= saved
-            phase.parts[SCRATCH] = scratch
+        for label, count in more.items():
+            run.static[label] = run.static.get(label, 0) + count
+            for phase in run.phases:
+                phase.peak_bytes += count
+                phase.end_bytes += count
+                phase.parts[label] = phase.parts.get(label, 0) + count
         return run
 
 
@@ -130,7 +147,7 @@ class Whole:
     experts: int
     paths: Paths
     static: Parts
-    packable: tuple[int, int]
+    base: BaseBytes
     trainable_parameters: int
     total_parameters: int
     file_bytes: int
@@ -146,9 +163,9 @@ def whole(step: Step) -> Whole:
         depth = 0 if layers is None else len(layers)
         experts = _num_experts(step.config)
         paths = _paths(step, model, depth, experts)
-        packable = packing(model)
+        base = base_bytes(model)
         with META, Tracker(experts=experts):
-            attachment, parameters = _install(model, step.method, Routing(), paths)
+            attachment, parameters = _install(model, step, Routing(), paths)
         period = _period(model, parameters)
         static = _static(model, parameters, step.optimizer)
         return Whole(
@@ -157,7 +174,7 @@ def whole(step: Step) -> Whole:
             experts,
             paths,
             static,
-            packable,
+            base,
             trainable_parameters=sum(p.numel() for p in parameters.values()),
             total_parameters=sum(p.numel() for p in model.parameters()),
             file_bytes=_file_bytes(model, attachment),
@@ -178,7 +195,7 @@ def dry_run(step: Step, known: Whole | None = None) -> DryRun:
             found = _extrapolated(step, known.depth, known.period, known.experts, known.paths)
         if found is None:
             found = _run(step, build(step.config, step.dtype), known.experts, paths=known.paths)
-    found.static, found.packable, found.file_bytes = dict(known.static), known.packable, known.file_bytes
+    found.static, found.base, found.file_bytes = dict(known.static), known.base, known.file_bytes
     found.trainable_parameters, found.total_parameters = known.trainable_parameters, known.total_parameters
     found.modules_adapted, found.modules_total = known.modules_adapted, known.modules_total
     return found
@@ -201,15 +218,18 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
 
 
 def _install(
-    model: PreTrainedModel, method: MethodConfig, routing: Routing, paths: Paths
+    model: PreTrainedModel, step: Step, routing: Routing, paths: Paths
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
     """What trains, as train/training.py has it."""
     refuse_untrainable(model, paths)
-    if method.trains_base:
+    if step.method.trains_base:
         return None, dict(model.named_parameters())
-    assert isinstance(method, AdapterConfig)
-    head = model.get_output_embeddings()
-    attachment = attach(model, method, name="planned", routing=routing, head=head, idle=paths.idle)
+    assert isinstance(step.method, AdapterConfig)
+    head, tokens = model.get_output_embeddings(), None
+    if step.new_tokens:
+        known = model.get_input_embeddings().get_parameter("weight").shape[0]
+        tokens = Brought((), tuple(range(known, known + step.new_tokens)))
+    attachment = attach(model, step.method, name="planned", routing=routing, head=head, tokens=tokens, idle=paths.idle)
     routing.active = (("planned", 1.0),)
     return attachment, attachment.parameters()
 
@@ -229,7 +249,7 @@ def _run(
     else:
         keep_paths(model, paths)
     with device, Tracker(experts=experts) if device == META else nullcontext():
-        _, parameters = _install(model, step.method, routing, paths)
+        _, parameters = _install(model, step, routing, paths)
     one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
@@ -307,26 +327,6 @@ def _static(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Op
     size = buffer.nbytes()
     moments = moment_bytes(flat.values.numel(), optimizer)
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
-
-
-def packing(model: PreTrainedModel) -> tuple[int, int]:
-    """(bytes that the linear layers but the head lose in 4 bits, bytes of the reused buffer one is decoded into).
-
-    Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those, tables: quant/nf4.py.
-    The blocks of a .gguf file are as large as the file says; they are taken as 4 bits too.
-    """
-    head = model.get_output_embeddings()
-    saved = largest = 0
-    for module in model.modules():
-        if module is head or frozen_linear(module) is None:
-            continue
-        weight = module.get_parameter("weight")
-        count = weight.numel()
-        blocks = -(-count // 64)
-        packed = -(-count // 2) + blocks + 4 * -(-blocks // 256) + 64 + 1024
-        saved += weight.nbytes - packed
-        largest = max(largest, weight.nbytes)
-    return saved, largest
 
 
 def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:

@@ -114,7 +114,7 @@ def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: 
     if device == "cuda":
         return live
     kept_share = KEPT_SHARE_CHECKPOINTED if checkpointing and phase.name == "backward" else KEPT_SHARE
-    own = max(0, live - sum(run.static[label] for label in STATIC))
+    own = max(0, live - sum(run.static.get(label, 0) for label in STATIC))
     return idle + LIBRARIES_BYTES + live + round(kept_share * own)
 
 

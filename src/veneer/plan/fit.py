@@ -15,7 +15,7 @@ import torch
 from veneer.adapters.config import LoRA
 from veneer.bases.compute import choose
 from veneer.plan.planner import Choice, Planner
-from veneer.quant.config import FOUR_BITS
+from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.wording import size
 
 MOST_ROWS = 256
@@ -50,11 +50,11 @@ def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
 
 def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Rows of `choice.length` that fit at once; 0 if not even one does."""
-    bare = replace(planner, rows=(), _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(planner, rows=(), mixture=None, _runs=planner._runs, _wholes=planner._wholes)
     most = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
 
     def needs(rows: int) -> int:
-        return bare.estimate(replace(choice, batch=rows, micro_batch=None)).needed_bytes
+        return bare.estimate(replace(choice, batch=rows, micro_batch=rows)).needed_bytes
 
     return _largest(needs, memory_bytes, most)
 
@@ -63,7 +63,7 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Tokens of a single row that fit, a multiple of SHORTEST; 0 if not even the shortest does."""
     if sum(planner.estimate(choice).run.static.values()) > memory_bytes:
         return 0  # what any length holds
-    bare = replace(planner, rows=(), _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(planner, rows=(), mixture=None, _runs=planner._runs, _wholes=planner._wholes)
 
     def needs(units: int) -> int:
         one = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)
@@ -192,9 +192,16 @@ def _checkpointing(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _offload(planner: Planner, choice: Choice) -> Change | None:
-    if planner.device != "cuda" or choice.checkpointing or choice.offload:
+    if planner.device != "cuda" or choice.checkpointing or choice.offload or choice.shard:
         return None
     return Change("offload=true", "saved activations in host memory", replace(choice, offload=True))
+
+
+def _shard(planner: Planner, choice: Choice) -> Change | None:
+    blocks = weight_format(choice.quantize).from_gguf
+    if choice.processes == 1 or choice.shard or choice.offload or choice.method.trains_base or blocks:
+        return None
+    return Change("shard=true", "a part of every layer on each process", replace(choice, shard=True))
 
 
 def _four_bits(planner: Planner, choice: Choice) -> Change | None:
@@ -240,6 +247,7 @@ _CHANGES: tuple[_Make, ...] = (
     _single_rows,
     _checkpointing,
     _offload,
+    _shard,
     _bfloat16,
     _four_bits,
     _lora_instead,

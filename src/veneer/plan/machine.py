@@ -74,6 +74,7 @@ GPUS = {
 @dataclass(frozen=True)
 class Machine:
     """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where unknown.
+    link: bytes a second to others like it; None where nothing is said of it.
 
     measured: whether these are this machine's own figures.
     """
@@ -85,6 +86,7 @@ class Machine:
     bytes_per_second: float
     start_seconds: float
     share: float
+    link: float | None = None
 
     def seconds(self, work: Work) -> float:
         """Of one step's forward and backward."""

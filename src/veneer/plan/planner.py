@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from veneer.adapters.config import MethodConfig
@@ -17,6 +18,7 @@ from veneer.bases.compute import Compute, DtypeName, choose
 from veneer.bases.from_config import Blueprint
 from veneer.data.batching import Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
+from veneer.data.mixture import Mixture
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import (
     KERNEL_BYTES,
@@ -28,8 +30,10 @@ from veneer.plan.estimate import (
     synthetic_rows,
 )
 from veneer.plan.machine import Machine
+from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
 from veneer.train.config import OptimizerName, RunConfig
+from veneer.train.reduce import Kind
 
 SAMPLE_SIZES = 2
 """Sizes that a sample answer adds: the question, and the single row of every new token."""
@@ -37,7 +41,8 @@ SAMPLE_SIZES = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides a run's cost; the fields are RunConfig's."""
+    """What decides a run's cost; the fields are RunConfig's, but for the number of its processes and of its new
+    tokens."""
 
     method: MethodConfig
     quantize: Quantize | None = None
@@ -49,10 +54,20 @@ class Choice:
     share_prompt: bool = True
     optimizer: OptimizerName = "adamw"
     offload: bool = False
+    shard: bool = False
+    reduce: Kind = "plain"
+    new_tokens: int = 0
+    processes: int = 1
 
     @property
     def rows_at_once(self) -> int:
-        return min(self.batch, self.micro_batch or self.batch)
+        """As train/together.py has it where nothing is said."""
+        return min(self.batch, self.micro_batch or -(-self.batch // self.processes))
+
+    @property
+    def in_shards(self) -> bool:
+        """One process alone holds everything."""
+        return self.shard and self.processes > 1
 
     @property
     def shares_prompt(self) -> bool:
@@ -67,7 +82,7 @@ class Choice:
         return weight_format(self.quantize).before_method + self.method.name
 
 
-def choice_of(config: RunConfig) -> Choice:
+def choice_of(config: RunConfig, processes: int = 1) -> Choice:
     return Choice(
         method=config.method,
         quantize=config.quantize,
@@ -79,6 +94,10 @@ def choice_of(config: RunConfig) -> Choice:
         share_prompt=config.share_prompt,
         optimizer=config.optimizer,
         offload=config.offload,
+        shard=config.shard,
+        reduce=config.reduce,
+        new_tokens=len(config.new_tokens),
+        processes=processes,
     )
 
 
@@ -90,18 +109,20 @@ class Epoch:
     usual    the one of median size
     sizes    the different numbers of rows that the products of the steps that are taken have
     taken    how many micro-batches they have
+    costs    tokens of each micro-batch of the steps that are taken
     """
 
     largest: Sequence[Example]
     usual: Sequence[Example]
     sizes: frozenset[int]
     taken: int
+    costs: Costs
 
 
 @dataclass
 class Planner:
     """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there
-    are any; held_out: those that are evaluated meanwhile.
+    are any; mixture: how many of each set an epoch takes; held_out: those that are evaluated meanwhile.
 
     steps: optimizer steps that the run takes, where they are fewer than an epoch's; None: unknown.
     """
@@ -111,6 +132,7 @@ class Planner:
     idle_bytes: int = PROCESS_BYTES
     rows: Sequence[Example] = ()
     held_out: Sequence[Example] = ()
+    mixture: Mixture | None = None
     seed: int = 0
     order: str = "bucketed"
     trained_share: float = 1.0
@@ -141,8 +163,23 @@ class Planner:
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
         """Of one optimizer step with a batch of middling length."""
-        run = self._run(choice, self.epoch(choice).usual)
-        return machine.seconds(run.work) * choice.batch / choice.rows_at_once
+        return self.step_time(choice, machine).seconds
+
+    def step_time(self, choice: Choice, machine: Machine) -> StepTime:
+        """The same by part."""
+        epoch = self.epoch(choice)
+        alone = machine.seconds(self._run(choice, epoch.usual).work) * choice.batch / choice.rows_at_once
+        if choice.processes == 1:
+            return StepTime(alone)
+        share = longest_share(epoch.costs, choice.processes, together=choice.in_shards)
+        return step_time(alone, share, choice.processes, self.sent(choice), machine.link)
+
+    def sent(self, choice: Choice) -> Sent:
+        """By each process in a step."""
+        epoch = self.epoch(choice)
+        rounds = sum(-(-len(step) // choice.processes) for step in epoch.costs) / len(epoch.costs)
+        run = self._run(choice, epoch.usual)
+        return sent(run, choice.processes, reduce=choice.reduce, shard=choice.in_shards, rounds=rounds)
 
     def step_run(self, choice: Choice) -> DryRun:
         """The dry run of a usual micro-batch."""
@@ -151,14 +188,14 @@ class Planner:
     def epoch(self, choice: Choice) -> Epoch:
         key = choice.batch, choice.rows_at_once, choice.length, choice.shares_prompt
         if key not in self._epochs:
-            batches = self._micro_batches(choice)
-            tokens = [sum(map(used_length, batch)) for batch in batches]
+            steps = self._steps(choice)
+            costs = [[sum(map(used_length, part)) for part in parts] for parts in steps]
+            batches, tokens = [part for parts in steps for part in parts], [cost for step in costs for cost in step]
             by_size = sorted(range(len(batches)), key=tokens.__getitem__)
-            each = -(-choice.batch // choice.rows_at_once)
-            taken = batches if self.steps is None else batches[: self.steps * each]
-            sizes = frozenset(packed_rows(batch, share_prompt=choice.shares_prompt) for batch in taken)
+            taken = [part for parts in steps[: self.steps] for part in parts]
+            sizes = frozenset(packed_rows(part, share_prompt=choice.shares_prompt) for part in taken)
             largest, usual = tokens.index(max(tokens)), by_size[len(by_size) // 2]
-            self._epochs[key] = Epoch(batches[largest], batches[usual], sizes, len(taken))
+            self._epochs[key] = Epoch(batches[largest], batches[usual], sizes, len(taken), costs[: self.steps])
         return self._epochs[key]
 
     def _kernels(self, run: DryRun, choice: Choice) -> int:
@@ -173,27 +210,50 @@ class Planner:
         return compiled_kernels(run, len(sizes), draws) + run.forward_shapes * (len(looked_at) + answered)
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
+        if self.mixture is not None:
+            return -(-len(self.mixture.rows(self.seed, 0)) // choice.batch)
         kept = [row for row in self.rows if len(row.ids) <= choice.length]
         return -(-len(Rows.of(kept).lengths) // choice.batch) if kept else None
 
     def median_length(self) -> int | None:
         return round(statistics.median(len(row.ids) for row in self.rows)) if self.rows else None
 
-    def _micro_batches(self, choice: Choice) -> list[Sequence[Example]]:
-        """Of the first epoch, in the order of training; one of synthetic rows where there is no data."""
+    def _steps(self, choice: Choice) -> list[list[Sequence[Example]]]:
+        """The micro-batches of each step of the first epoch, in the order of training; one step of synthetic rows
+        where there is no data."""
+        size = choice.rows_at_once
         if not self.rows:
-            return [synthetic_rows(choice.rows_at_once, choice.length, trained_share=self.trained_share)]
-        rows = [_cut(row, choice.length) for row in self.rows]
-        rows = [row for row in rows if row.trained.any()]
-        found, size = Rows.of(rows), choice.rows_at_once
-        plan = plan_epoch(found.lengths, batch=choice.batch, seed=self.seed, epoch=0, order=self.order)  # type: ignore[arg-type]
-        parts = [chosen[start : start + size] for chosen in plan for start in range(0, len(chosen), size)]
-        return [[rows[i] for i in found.examples(part)] for part in parts]
+            parts = [min(size, choice.batch - start) for start in range(0, choice.batch, size)]
+            return [[synthetic_rows(rows, choice.length, trained_share=self.trained_share) for rows in parts]]
+        rows, mixture = self._cut_rows(choice.length)
+        found = Rows.of(rows)
+        plan = plan_epoch(
+            found.lengths,
+            batch=choice.batch,
+            seed=self.seed,
+            epoch=0,
+            order=self.order,  # type: ignore[arg-type]
+            mixture=mixture,
+        )
+        return [
+            [[rows[i] for i in found.examples(chosen[start : start + size])] for start in range(0, len(chosen), size)]
+            for chosen in plan
+        ]
+
+    def _cut_rows(self, length: int) -> tuple[list[Example], Mixture | None]:
+        """The rows as far as they are that long, and the mixture of those of which anything is trained then."""
+        rows = [_cut(row, length) for row in self.rows]
+        kept = [number for number, row in enumerate(rows) if row.trained.any()]
+        mixture = self.mixture
+        if mixture is not None and len(kept) < len(rows):
+            ends = np.asarray(Rows.of(self.rows).starts[1:])
+            mixture = mixture.among(np.unique(np.searchsorted(ends, kept, side="right")))
+        return [rows[number] for number in kept], mixture
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
-        """Of a base in 4 bits the step is that of the dense one, less what packed weights do not hold: one dry run
-        for both."""
-        of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer
+        """Of a base in 4 bits, and of one in shards, the step is that of the dense one, less what is not held: one dry
+        run for all."""
+        of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.new_tokens
         key = (
             *of_base,
             choice.checkpointing,
@@ -211,13 +271,18 @@ class Planner:
                 share_prompt=choice.shares_prompt,
                 optimizer=choice.optimizer,
                 offload=choice.offload,
+                new_tokens=choice.new_tokens,
                 on_cpu=self.device == "cpu",
             )
             if of_base not in self._wholes:
                 self._wholes[of_base] = whole(step)
             self._runs[key] = dry_run(step, self._wholes[of_base])
         run = self._runs[key]
-        return run if choice.quantize is None else run.in_four_bits()
+        if choice.quantize is not None:
+            run = run.in_four_bits()
+        if choice.in_shards:
+            run = run.in_shards(choice.processes)
+        return run.with_exact_sums() if choice.reduce == "exact" else run
 
 
 def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:

@@ -14,8 +14,10 @@ from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
+from veneer.plan.spread import Sent
 from veneer.train.config import RunConfig
 from veneer.train.records import process_memory_bytes
+from veneer.train.training import Planned
 from veneer.wording import size
 
 
@@ -27,22 +29,26 @@ def estimate_of_run(
     *,
     idle_bytes: int,
     device: str,
-) -> Estimate:
-    """What a run on this data should hold at most; idle_bytes: resident before its base was loaded."""
+    processes: int = 1,
+) -> tuple[Estimate, Sent]:
+    """What each process of a run on this data should hold at most, and sends in a step; idle_bytes: resident before
+    its base was loaded."""
     planner = Planner(
         Blueprint(config.base, model_config, dtype),
         device="cuda" if device.startswith("cuda") else "cpu",
         idle_bytes=idle_bytes,
         rows=some_of(data.train),
         held_out=some_of(data.validation),
+        mixture=None if data.in_files is not None else data.mixture,  # some of the rows stand for all of them
         seed=config.seed,
         order=config.order,
         steps=config.steps,
     )
-    return planner.estimate(choice_of(config).with_dtype(NAMES[dtype]))
+    choice = choice_of(config, processes).with_dtype(NAMES[dtype])
+    return planner.estimate(choice), planner.sent(choice)
 
 
-def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConfig, list[str]]:
+def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int = 1) -> tuple[RunConfig, list[str]]:
     """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where nothing helps.
 
     Time is compared by FLOP: what matters here is the order of the changes.
@@ -54,11 +60,12 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConf
         idle_bytes=process_memory_bytes(),
         rows=data.train,
         held_out=data.validation,
+        mixture=data.mixture,
         seed=config.seed,
         order=config.order,
         steps=config.steps,
     )
-    choice = choice_of(config)
+    choice = choice_of(config, processes)
     needed = planner.estimate(choice).needed_bytes
     if needed <= memory_bytes:
         return config, [f"fits as it is: {size(needed)} of {size(memory_bytes)}"]
@@ -82,13 +89,14 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int) -> tuple[RunConf
         "length": way.choice.length,
         "checkpointing": way.choice.checkpointing,
         "offload": way.choice.offload,
+        "shard": way.choice.shard,
     }
     lines = [f"{change.setting}: {change.says}" for change in way.changes]
     lines.append(f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the arithmetic")
     return RunConfig.model_validate(values), lines
 
 
-def planned_memory_bytes(
+def planned(
     config: RunConfig,
     model_config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -96,7 +104,10 @@ def planned_memory_bytes(
     *,
     idle_bytes: int,
     device: str,
-) -> int:
-    """The peak alone: what train/training.py records beside the measured one."""
-    found = estimate_of_run(config, model_config, dtype, data, idle_bytes=idle_bytes, device=device)
-    return found.peak_bytes
+    processes: int,
+) -> Planned:
+    """What train/training.py records beside what it measures."""
+    found, sends = estimate_of_run(
+        config, model_config, dtype, data, idle_bytes=idle_bytes, device=device, processes=processes
+    )
+    return Planned(found.peak_bytes, sends.gradient, sends.layers)

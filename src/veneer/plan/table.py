@@ -5,6 +5,7 @@ Units: bytes, seconds, tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from veneer.bases.compute import DtypeName
 from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, nearest, ways
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
+from veneer.plan.spread import Sent, StepTime
 from veneer.train.config import SHORT_FORMS
 
 
@@ -23,7 +25,8 @@ class PlanRow:
     named. way: None where it fits or nothing helps. nearest: None but where it was looked for and nothing helps.
 
     largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that
-    fit of a single row which is too long.
+    fit of a single row which is too long. time: of a step, by part; sent: by each process in a step; link: bytes a
+    second that were asked for.
     """
 
     base: str
@@ -39,7 +42,9 @@ class PlanRow:
     total_parameters: int
     file_bytes: int
     flops_per_token: float
-    step_seconds: float
+    time: StepTime
+    sent: Sent
+    link: float | None
     tokens_per_step: int
     steps: int | None
     price_per_hour: float | None
@@ -48,6 +53,15 @@ class PlanRow:
     largest_length: int | None = None
     way: Way | None = None
     nearest: Nearest | None = None
+
+    @property
+    def step_seconds(self) -> float:
+        return self.time.seconds
+
+    @property
+    def efficiency(self) -> float | None:
+        """Of several processes, whose link is known."""
+        return self.time.efficiency if self.choice.processes > 1 and self.link is not None else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +89,10 @@ class PlanRow:
             "micro_batch": choice.micro_batch,
             "length": choice.length,
             "checkpointing": choice.checkpointing,
+            "shard": choice.shard,
+            "reduce": choice.reduce,
+            "new_tokens": choice.new_tokens,
+            "processes": choice.processes,
             "peak_memory_bytes": self.peak_bytes,
             "needed_memory_bytes": self.needed_bytes,
             "peak_phase": self.phase,
@@ -85,6 +103,10 @@ class PlanRow:
             "file_bytes": self.file_bytes,
             "flops_per_token": self.flops_per_token,
             "step_seconds": self.step_seconds,
+            "step_parts": vars(self.time),
+            "sent_bytes_per_step": {"gradient": self.sent.gradient, "layers": self.sent.layers},
+            "link_bytes_per_second": self.link,
+            "efficiency": self.efficiency,
             "tokens_per_second": self.tokens_per_second,
             "steps": self.steps,
             "run_seconds": self.run_seconds,
@@ -130,9 +152,11 @@ def plan_row(
         total_parameters=run.total_parameters,
         file_bytes=run.file_bytes,
         flops_per_token=run.work.flops / tokens,
-        step_seconds=planner.seconds_per_step(choice, machine),
+        time=planner.step_time(choice, machine),
+        sent=planner.sent(choice),
+        link=machine.link,
         tokens_per_step=tokens * choice.batch // choice.rows_at_once,
-        steps=steps or (None if per_epoch is None else max(1, round(per_epoch * epochs))),
+        steps=steps or (None if per_epoch is None else max(1, math.ceil(per_epoch * epochs))),
         price_per_hour=price_per_hour,
     )
     if memory_bytes is None:
@@ -149,11 +173,13 @@ def plan_row(
 
 
 def all_methods(choice: Choice) -> list[Choice]:
-    """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among them."""
+    """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among them. What trains the
+    base has none of it in shards, nor new tokens beside it."""
     made = []
     for name, kind in METHODS.items():
         method = choice.method if choice.method.name == name else kind(name=name)
-        made.append(replace(choice, method=method, quantize=None))
+        own = replace(choice, shard=False, new_tokens=0) if method.trains_base else choice
+        made.append(replace(own, method=method, quantize=None))
         made += [replace(choice, method=method, quantize=held) for of, held in SHORT_FORMS.values() if of == name]
     return sorted(made, key=lambda c: c.method.trains_base)
 

@@ -7,7 +7,7 @@ from html import escape
 
 from veneer.plan.table import PlanRow
 from veneer.report.style import STYLE
-from veneer.wording import clock, millions, number, size
+from veneer.wording import clock, millions, number, percent, size
 
 COLOURS = ("#2456d6", "#c2580a", "#0f7b5a", "#8a3ffc", "#b9c3da", "#d6a419", "#5b6472", "#e0749a", "#3aa6b9", "#7d5a3c")
 OWN = """
@@ -68,6 +68,21 @@ def verdict(row: PlanRow) -> str:
     return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
 
 
+def spread_lines(row: PlanRow) -> list[str]:
+    """Over several processes: what each sends, how long a step takes by part."""
+    many, sent, time = row.choice.processes, row.sent, row.time
+    if many == 1:
+        return []
+    layers = f", {size(sent.layers)} of layers" if sent.layers else ""
+    lines = [f"each of {many:,} processes sends {size(sent.gradient)} of gradient{layers} a step"]
+    parts = [f"compute {number(time.compute)}", f"wait {number(time.wait)}"]
+    if row.efficiency is None:
+        return [*lines, f"computed: a step {number(time.seconds)} s without what they send: {', '.join(parts)}"]
+    parts += [f"sum {number(time.reduce)}", *([f"gather {number(time.gather)}"] if sent.layers else [])]
+    told = f"computed: a step {number(time.seconds)} s: {', '.join(parts)} · efficiency {percent(row.efficiency, 1)}"
+    return [*lines, told]
+
+
 def _table(rows: Sequence[PlanRow]) -> str:
     head = ("base", "method", "trained", "file", "memory", "peak in", "tokens/s", "run", "verdict")
     cells = [
@@ -95,7 +110,8 @@ def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
         for label, size_ in row.parts.items()
     )
     name = f"{row.base} · {row.choice.label} · {size(row.peak_bytes)}, in {row.phase}"
-    return f"<div class=row><p>{escape(name)}</p><div class=stack>{parts}</div></div>"
+    told = "".join(f"<p>{escape(line)}</p>" for line in spread_lines(row))
+    return f"<div class=row><p>{escape(name)}</p><div class=stack>{parts}</div>{told}</div>"
 
 
 def _legend(colours: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +20,14 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.preamble import Preamble
-from veneer.adapters.token_rows import Brought
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import weight_line
 from veneer.data.batching import Rows
 from veneer.data.check import refuse_beyond
-from veneer.data.examples import Capacity, Row
+from veneer.data.examples import Row
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
-from veneer.data.new_tokens import bring, extended
+from veneer.data.new_tokens import bring, extended, room_with
 from veneer.data.template import ChatTemplate
 from veneer.data.writing import Record
 from veneer.decoding.generate import generate
@@ -56,7 +55,7 @@ from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_
 from veneer.train.screen import Screen
 from veneer.train.together import agree, every_weight, in_parts, load_together, shard_lines
 from veneer.train.world import ALONE, World
-from veneer.wording import cut, percent
+from veneer.wording import cut, percent, size
 
 SAMPLE_TOKENS = 96
 """New tokens of a sample answer at most: it is a glance, not an evaluation."""
@@ -64,8 +63,17 @@ SAMPLE_CHARACTERS = 20_000
 """Of its question and answers: they stand in every record of an evaluation, the first answer in every checkpoint."""
 
 
-class MemoryPlan(Protocol):
-    """What a run on this data should hold at most, bytes (plan/probe.py). The config and the dtype are the base's."""
+@dataclass(frozen=True)
+class Planned:
+    """Of each process, bytes: what it should hold at most; what it sends in a step, of the gradient and of layers."""
+
+    peak: int
+    gradient: int = 0
+    layers: int = 0
+
+
+class RunPlan(Protocol):
+    """What a run on this data should need (plan/probe.py). The config and the dtype are the base's."""
 
     def __call__(
         self,
@@ -76,7 +84,8 @@ class MemoryPlan(Protocol):
         *,
         idle_bytes: int,
         device: str,
-    ) -> int: ...
+        processes: int,
+    ) -> Planned: ...
 
 
 def run_training(
@@ -84,7 +93,7 @@ def run_training(
     *,
     resume: bool,
     screen: Screen,
-    plan: MemoryPlan | None = None,
+    plan: RunPlan | None = None,
     world: World = ALONE,
     rows: Mapping[str, Iterable[Record]] = MappingProxyType({}),
 ) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def _run(
     resume_from: Path | None,
     then: Origin | None,
     screen: Screen,
-    plan: MemoryPlan | None,
+    plan: RunPlan | None,
     world: World,
 ) -> dict[str, Any]:
     if then is not None:
@@ -143,7 +152,7 @@ def _run(
             data = training_data(
                 config.data,
                 length=config.length,
-                capacity=_with_tokens(capacity_of(base), tokens),
+                capacity=room_with(capacity_of(base), tokens),
                 tokenizer=extended(base.tokenizer, config.new_tokens),
                 today=day,
                 preamble=Preamble(variables=config.template.variables),
@@ -175,12 +184,13 @@ def _run(
         if world.size > 1:
             agree(world, base, data, flat)
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
-        start["planned_memory_bytes"] = _planned(plan, config, base, data, idle, screen) if world.leads else None
+        planned = _planned(plan, config, base, data, idle, screen, world) if world.leads else None
+        start["planned_memory_bytes"] = None if planned is None else planned.peak
         if one_pass:
             start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
-            start["paths"] += shard_lines(base, flat)
+            start["paths"] += [*shard_lines(base, flat), *([] if planned is None else [_each(planned)])]
         elif config.shard:
             start["paths"].append("shard: one process holds the whole base")
         if resume_from is None:
@@ -202,12 +212,6 @@ def _run(
     return summary
 
 
-def _with_tokens(capacity: Capacity, tokens: Brought | None) -> Capacity:
-    if tokens is None or capacity.tokens is None:
-        return capacity
-    return replace(capacity, tokens=max(capacity.tokens, *(number + 1 for number in tokens.ids)))
-
-
 def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Screen) -> Records:
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
@@ -215,17 +219,24 @@ def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Scr
 
 
 def _planned(
-    plan: MemoryPlan | None, config: RunConfig, base: FrozenBase, data: DataSet, idle: int, screen: Screen
-) -> int | None:
+    plan: RunPlan | None, config: RunConfig, base: FrozenBase, data: DataSet, idle: int, screen: Screen, world: World
+) -> Planned | None:
     if plan is None:
         return None
     try:
-        return plan(config, base.model.config, base.dtype, data, idle_bytes=idle, device=str(base.device))
+        return plan(
+            config, base.model.config, base.dtype, data, idle_bytes=idle, device=str(base.device), processes=world.size
+        )
     except ConfigError as fault:  # a model that looks at values: it trains all the same
         screen.message(f"no plan of its memory: {fault.headline}")
     except (RuntimeError, NotImplementedError, TypeError) as fault:
         screen.message(f"no plan of its memory: {type(fault).__name__}: {str(fault)[:80]}")
     return None
+
+
+def _each(planned: Planned) -> str:
+    layers = f" and {size(planned.layers)} of layers" if planned.layers else ""
+    return f"planned: each holds {size(planned.peak)} and sends {size(planned.gradient)} of gradient{layers} a step"
 
 
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: Flat) -> Job:
@@ -378,8 +389,8 @@ def _write_result(
         with quiet():
             base.model.save_pretrained(partial)
         base.tokenizer.save_pretrained(partial)
-    size = sum(f.stat().st_size for f in (out / "model").iterdir())
-    return {"model": str(out / "model"), "adapter_bytes": size}
+    total = sum(f.stat().st_size for f in (out / "model").iterdir())
+    return {"model": str(out / "model"), "adapter_bytes": total}
 
 
 def _summary(config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: Loop, reason: str) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""What a base's weights take, from its modules alone: dense, in 4 bits, layer by layer. Units: bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.linear import frozen_linear
+from veneer.models.checkpointing import decoder_layers
+from veneer.shards import ALIGNMENT, LEAST
+
+TABLES_BYTES = 64 + 1024
+"""Of a packed matrix: the code books of its values and of their scales. Too small for shards."""
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """packing: (what the linear layers but the head lose in 4 bits, the buffer that one of them is decoded into).
+    layers, packed_layers: of each decoder layer what goes into shards, dense and in 4 bits."""
+
+    packing: tuple[int, int] = (0, 0)
+    layers: tuple[int, ...] = ()
+    packed_layers: tuple[int, ...] = ()
+
+    def runs(self, processes: int) -> list[int]:
+        """Of each layer the part that one of the processes holds."""
+        return [ALIGNMENT * -(-size // (ALIGNMENT * processes)) for size in self.layers]
+
+
+def base_bytes(model: PreTrainedModel) -> BaseBytes:
+    """Before anything is attached to it."""
+    layers = decoder_layers(model) or ()
+    return BaseBytes(
+        packing(model),
+        tuple(_in_shards(_tensors(layer, packed=False)) for layer in layers),
+        tuple(_in_shards(_tensors(layer, packed=True)) for layer in layers),
+    )
+
+
+def packing(model: PreTrainedModel) -> tuple[int, int]:
+    """Of every linear layer but the head. The blocks of a .gguf file are as large as the file says; they are taken as
+    4 bits too."""
+    head = model.get_output_embeddings()
+    saved = largest = 0
+    for module in model.modules():
+        if module is head or frozen_linear(module) is None:
+            continue
+        weight = module.get_parameter("weight")
+        saved += weight.nbytes - _packed_bytes(weight.numel()) - TABLES_BYTES
+        largest = max(largest, weight.nbytes)
+    return saved, largest
+
+
+def _packed_bytes(count: int) -> int:
+    """Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those: quant/nf4.py."""
+    blocks = -(-count // 64)
+    return -(-count // 2) + blocks + 4 * -(-blocks // 256)
+
+
+def _tensors(layer: nn.Module, *, packed: bool) -> Iterable[int]:
+    for module in layer.modules():
+        linear = packed and frozen_linear(module) is not None
+        for name, parameter in module.named_parameters(recurse=False):
+            yield _packed_bytes(parameter.numel()) if linear and name == "weight" else parameter.nbytes
+        yield from (each.nbytes for each in module.buffers(recurse=False))
+
+
+def _in_shards(sizes: Iterable[int]) -> int:
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes if size > LEAST)
