@@ -20,7 +20,7 @@ from tests.tiny import save_tiny, tiny_model
 from veneer import api
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
-from veneer.adapters.config import Full, LoRA
+from veneer.adapters.config import LoRA
 from veneer.adapters.routing import Routing
 from veneer.bases.from_config import Blueprint, blueprint
 from veneer.bounds import LINK
@@ -195,11 +195,10 @@ def test_a_link_is_bounded_for_programs_too(numbers: dict[str, float]) -> None:
         answer(Question(["llama-3.2-1b"], FOUR, gpu="H100", **numbers))
 
 
-def test_what_a_run_refuses_in_shards_is_not_planned(planner: Planner) -> None:
-    for method, held in ((Full(), None), (LoRA(), "gguf")):
-        asked = Choice(method=method, quantize=held, shard=True, processes=2, length=64)
-        with pytest.raises(VeneerError, match="shard"):
-            answer(Question(["llama-3.2-1b"], asked, gpu="H100"))
+def test_what_a_run_refuses_in_shards_is_not_planned() -> None:
+    asked = Choice(method=LoRA(), quantize="gguf", shard=True, processes=2, length=64)
+    with pytest.raises(VeneerError, match="shard"):
+        answer(Question(["llama-3.2-1b"], asked, gpu="H100"))
 
 
 def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
