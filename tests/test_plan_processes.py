@@ -20,7 +20,7 @@ from tests.tiny import save_tiny, tiny_model
 from veneer import api
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import Full, LoRA
 from veneer.adapters.routing import Routing
 from veneer.bases.from_config import Blueprint, blueprint
 from veneer.bounds import LINK
@@ -201,10 +201,11 @@ def test_what_a_run_refuses_in_shards_is_not_planned() -> None:
         answer(Question(["llama-3.2-1b"], asked, gpu="H100"))
 
 
-def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
-    own = Planner(blueprint("llama-70b"), device="cuda")
-    choice = Choice(method=LoRA(), batch=8, micro_batch=1, processes=8, checkpointing=True, dtype="bfloat16")
-    way = ways(own, choice, 80 * 10**9, lambda choice: 1.0)
+def test_shards_are_offered_where_several_processes_do_not_fit(planner: Planner) -> None:
+    choice = replace(FOUR, micro_batch=1, checkpointing=True)
+    memory = planner.estimate(replace(choice, shard=True)).needed_bytes
+    assert memory < planner.estimate(choice).needed_bytes
+    way = ways(planner, choice, memory, lambda choice: 1.0)
     assert way is not None and [change.setting for change in way.changes] == ["shard=true"]
 
 
@@ -322,3 +323,19 @@ def test_the_plan_that_a_run_makes_says_what_each_process_sends(place: Path) -> 
     assert "of gradient" in _each(made) and "of layers" in _each(made)
     alone = planned(config, found.config, torch.float32, data, idle_bytes=0, device="cpu", processes=1)
     assert (alone.gradient, alone.layers) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_in_shards_holds_a_part_of_what_an_optimizer_keeps(planner: Planner, dtype: Any) -> None:
+    whole = replace(FOUR, method=Full(), dtype=dtype)
+    parts = replace(whole, shard=True)
+    one, other = (planner.estimate(choice).run for choice in (whole, parts))
+    for name in ("trained values", "gradients", "optimizer"):
+        assert other.static[name] == one.static[name] // 4
+    base = one.base
+    rest = base.total - sum(base.layers)
+    held = rest + (0 if dtype == "float32" else sum(base.runs(4)))
+    buffers = sum(each.nbytes for each in tiny_model("llama_untied").buffers())
+    assert other.static["weights"] == pytest.approx(held + buffers, abs=64 * 10)
+    values = one.trainable_parameters
+    assert planner.sent(parts).gradient == round(3 / 4 * 4 * values)  # one micro-batch each

@@ -50,6 +50,7 @@ from veneer.train.optim import FlatParameters
 WEIGHTS, VALUES, GRADIENTS, MOMENTS = "weights", "trained values", "gradients", "optimizer"
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits", "backward"
 SCRATCH, GATHERED, SUMS = "decoded weights", "gathered layer", "exact sums"
+WHOLE_GRADIENTS = "gradients of a layer and of what lies whole"
 STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS, SUMS)
 SUM_BYTES = 16
 """Of each trained value under `reduce: exact` (train/reduce.py)."""
@@ -113,12 +114,21 @@ class DryRun:
         return replace(self._holding({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed)
 
     def in_shards(self, processes: int) -> DryRun:
-        """The same step where each of the processes holds a part of every layer, and one layer is whole."""
-        runs = self.base.runs(processes)
+        """The same step where each of the processes holds a part of every layer, and one layer is whole; where the base
+        trains, a part of its masters, gradient and moments (train/parts.py)."""
+        runs, layers = self.base.runs(processes), sum(self.base.layers)
         if not runs:
             return self
-        gathered = processes * max(runs)
-        return self._holding({WEIGHTS: sum(runs) - sum(self.base.layers), GATHERED: gathered})
+        more = {WEIGHTS: sum(runs) - layers, GATHERED: processes * max(runs)}
+        if self.trainable_parameters == self.total_parameters:
+            value_bytes = self.base.total / self.total_parameters
+            rest = self.base.total - layers
+            # Masters of float32 are the parts of the layers themselves; what lies whole has masters beside it.
+            more[WEIGHTS] = rest if value_bytes == 4 else more[WEIGHTS]
+            apart = (VALUES, GRADIENTS, MOMENTS, SUMS)
+            more |= {name: self.static.get(name, 0) // processes - self.static.get(name, 0) for name in apart}
+            more[WHOLE_GRADIENTS] = round(4 / value_bytes * (rest + max(self.base.layers)))
+        return self._holding(more)
 
     def with_exact_sums(self) -> DryRun:
         return self._holding({SUMS: SUM_BYTES * self.trainable_parameters})

@@ -198,8 +198,8 @@ def _offload(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _shard(planner: Planner, choice: Choice) -> Change | None:
-    blocks = weight_format(choice.quantize).from_gguf
-    if choice.processes == 1 or choice.shard or choice.offload or choice.method.trains_base or blocks:
+    blocks, full = weight_format(choice.quantize).from_gguf, choice.method.trains_base
+    if choice.processes == 1 or choice.shard or choice.offload or blocks or (full and choice.optimizer != "adamw"):
         return None
     return Change("shard=true", "a part of every layer on each process", replace(choice, shard=True))
 

@@ -280,9 +280,9 @@ class Planner:
         run = self._runs[key]
         if choice.quantize is not None:
             run = run.in_four_bits()
-        if choice.in_shards:
-            run = run.in_shards(choice.processes)
-        return run.with_exact_sums() if choice.reduce == "exact" else run
+        if choice.reduce == "exact":
+            run = run.with_exact_sums()
+        return run.in_shards(choice.processes) if choice.in_shards else run
 
 
 def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:

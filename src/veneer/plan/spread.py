@@ -4,6 +4,7 @@ takes on a link. Computed from the plan that the run itself makes (train/dealing
     gradient   one sum a step over a ring: 2 (N - 1) / N of its bytes from each process
     layers     in shards: each is gathered forward and again backward, (N - 1) / N of its bytes from each process. The
                last one is still whole when backward begins, the first when the next micro-batch does
+    full       in shards: each layer's gradient goes to its owners behind every micro-batch, (N - 1) / N of its bytes
     small      what processes decide together: a few numbers, which cost their way alone
 
 Every process is taken to be as fast as the others, and nothing is computed while something is sent. Units: bytes,
@@ -67,11 +68,12 @@ def sent(run: DryRun, processes: int, *, reduce: Kind, shard: bool, rounds: floa
     if processes == 1:
         return Sent()
     ring, small = 2 * (processes - 1), SMALL_SUMS
-    gradient = round(ring / processes * VALUE_BYTES[reduce] * run.trainable_parameters)
     runs = run.base.runs(processes) if shard else []
     gathered = [*runs, *reversed(runs[:-1])][1:]
+    in_parts = shard and run.trainable_parameters == run.total_parameters
+    times = rounds * (processes - 1) if in_parts else ring
     return Sent(
-        gradient,
+        round(times / processes * VALUE_BYTES[reduce] * run.trainable_parameters),
         round(rounds * (processes - 1) * sum(gathered)),
         ring * (1 + small),
         # Before each one the processes tell each other that they ask for it: a small sum.

@@ -174,11 +174,11 @@ def plan_row(
 
 def all_methods(choice: Choice) -> list[Choice]:
     """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among them. What trains the
-    base has none of it in shards, nor new tokens beside it."""
+    base has no new tokens beside it."""
     made = []
     for name, kind in METHODS.items():
         method = choice.method if choice.method.name == name else kind(name=name)
-        own = replace(choice, shard=False, new_tokens=0) if method.trains_base else choice
+        own = replace(choice, new_tokens=0) if method.trains_base else choice
         made.append(replace(own, method=method, quantize=None))
         made += [replace(choice, method=method, quantize=held) for of, held in SHORT_FORMS.values() if of == name]
     return sorted(made, key=lambda c: c.method.trains_base)

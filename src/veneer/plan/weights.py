@@ -19,9 +19,10 @@ TABLES_BYTES = 64 + 1024
 @dataclass(frozen=True)
 class BaseBytes:
     """packing: (what the linear layers but the head lose in 4 bits, the buffer that one of them is decoded into).
-    layers, packed_layers: of each decoder layer what goes into shards, dense and in 4 bits."""
+    layers, packed_layers: of each decoder layer what goes into shards, dense and in 4 bits. total: dense, all of it."""
 
     packing: tuple[int, int] = (0, 0)
+    total: int = 0
     layers: tuple[int, ...] = ()
     packed_layers: tuple[int, ...] = ()
 
@@ -35,6 +36,7 @@ def base_bytes(model: PreTrainedModel) -> BaseBytes:
     layers = decoder_layers(model) or ()
     return BaseBytes(
         packing(model),
+        sum({id(each): each.nbytes for each in model.parameters()}.values()),
         tuple(_in_shards(_tensors(layer, packed=False)) for layer in layers),
         tuple(_in_shards(_tensors(layer, packed=True)) for layer in layers),
     )
