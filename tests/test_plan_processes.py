@@ -201,7 +201,9 @@ def test_what_a_run_refuses_in_shards_is_not_planned() -> None:
         answer(Question(["llama-3.2-1b"], asked, gpu="H100"))
 
 
-def test_shards_are_offered_where_several_processes_do_not_fit(planner: Planner) -> None:
+def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
+    deep = tiny_model("llama_untied", num_hidden_layers=12).config
+    planner = Planner(Blueprint("deep", deep, torch.float32), idle_bytes=0)
     choice = replace(FOUR, micro_batch=1, checkpointing=True)
     memory = planner.estimate(replace(choice, shard=True)).needed_bytes
     assert memory < planner.estimate(choice).needed_bytes
