@@ -1,9 +1,11 @@
-"""One run on two processes of this machine, over gloo: what each holds beside what was planned.
+"""One run on two processes of this machine, over gloo: what each holds beside what was planned; a step's time by part.
 
     python -m benchmarks.processes memory
     python -m benchmarks.processes memory --base random --scratch FOLDER     a Llama of 230 M weights, kept in FOLDER
+    python -m benchmarks.processes time --rows ROWS.jsonl      1 and 2 processes of one thread each, in turn
 
-With --out FILE.json what was measured is added to a list there. Memory does not depend on other work on the machine.
+With --out FILE.json what was measured is added to a list there. Memory does not depend on other work on the machine; for
+times it has to be quiet. --only takes one way of a round, --steps and --batch are those of a run.
 """
 
 import argparse
@@ -30,6 +32,14 @@ MEMORY: dict[str, dict[str, Any]] = {
     "lora over nf4, in shards": {"quantize": "nf4", "shard": True},
     "prefix, in shards": {"method": {"name": "prefix"}, "shard": True},
     "full": {"method": {"name": "full"}},
+}
+
+
+TIMES: dict[str, dict[str, Any]] = {
+    "1 process": {"processes": 1},
+    "2 processes": {"processes": 2},
+    "2 processes, exact": {"processes": 2, "reduce": "exact"},
+    "2 processes, in shards": {"processes": 2, "shard": True},
 }
 
 
@@ -67,7 +77,8 @@ def one(config: dict[str, Any]) -> dict[str, Any]:
 
     leads = os.environ["RANK"] == "0"
     summary = api.train_run(RunConfig.model_validate(config) if leads else None, resume=False, screen=QuietScreen())
-    return {name: summary[name] for name in ("planned_memory_bytes", "peak_memory_bytes", "last_loss")}
+    names = ("planned_memory_bytes", "peak_memory_bytes", "last_loss", "seconds", "tokens_per_second")
+    return {name: summary[name] for name in (*names, "seconds_by_part", "steps")}
 
 
 def memory(base: str, folder: Path, only: str) -> list[dict[str, Any]]:
@@ -100,13 +111,42 @@ def memory(base: str, folder: Path, only: str) -> list[dict[str, Any]]:
     return found
 
 
+def time(base: str, rows: str, only: str, *, steps: int, batch: int) -> list[dict[str, Any]]:
+    """Micro-batches are the same on one process and on two: half a batch."""
+    found = []
+    for name, own in TIMES.items():
+        if only not in (name, ""):
+            continue
+        with tempfile.TemporaryDirectory() as out:
+            fields = {"base": base, "data": {"train": rows, "validation_share": 0.0}, "out": f"{out}/run"}
+            fields |= {"batch": batch, "micro_batch": batch // 2, "steps": steps, "order": "file", "dtype": "float32"}
+            own, processes = {key: value for key, value in own.items() if key != "processes"}, own["processes"]
+            said = together({**fields, "show_answers": False, **own}, processes)[0]
+        timed = said["steps"] - 1
+        parts = {part: each / timed for part, each in (said["seconds_by_part"] or {}).items()}
+        found.append(
+            {
+                "run": name,
+                "step_seconds": said["seconds"] / timed,
+                "tokens_per_second": said["tokens_per_second"],
+                "parts": parts,
+                "last_loss": said["last_loss"],
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["memory"])
+    p.add_argument("what", nargs="?", choices=["memory", "time"])
     p.add_argument("--base", default="smollm2-135m", help="or random")
     p.add_argument("--only", default="", metavar="WORD", help="runs whose name holds it")
     p.add_argument("--scratch", type=Path, metavar="FOLDER")
     p.add_argument("--out", type=Path, metavar="FILE.json")
+    p.add_argument("--rows", metavar="ROWS.jsonl")
+    p.add_argument("--steps", type=int, default=5)
+    p.add_argument("--batch", type=int, default=8)
     p.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
@@ -115,7 +155,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.scratch or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        found = memory(args.base, folder, args.only)
+        if args.what == "memory":
+            found = memory(args.base, folder, args.only)
+        else:
+            found = time(args.base, str(Path(args.rows).resolve()), args.only, steps=args.steps, batch=args.batch)
     if args.out:
         before = json.loads(args.out.read_text()) if args.out.exists() else []
         args.out.write_text(json.dumps([*before, *found], indent=1))

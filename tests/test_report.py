@@ -102,6 +102,12 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     assert not re.search(r"https?:|//\w|url\(|@import|<link|<script", page)
 
 
+def test_the_page_says_what_the_time_of_several_processes_went_into(tmp_path):
+    summary = '{"tokens_per_second": 1602.4, "seconds_by_part": {"compute": 9.0, "wait": 1.0}}'
+    text = "".join(Tags(page_of(run_folder(tmp_path, summary=summary))).words)
+    assert "compute 90% · wait 10%" in text
+
+
 def test_the_page_says_what_the_run_was(tmp_path):
     summary = '{"peak_memory_bytes": 1310000000, "planned_memory_bytes": 1280000000, "tokens_per_second": 1602.4}'
     text = " ".join("".join(Tags(page_of(run_folder(tmp_path, summary=summary))).words).split())

@@ -88,6 +88,11 @@ def test_the_end_says_where_the_result_is():
     ]
 
 
+def test_the_end_of_a_run_of_several_processes_says_what_its_time_went_into():
+    parts = {"compute": 8.5, "wait": 0.5, "reduce": 1.0}
+    assert "  a step's time: compute 85% · wait 5.0% · reduce 10%" in end_lines({**SUMMARY, "seconds_by_part": parts})
+
+
 @pytest.mark.parametrize("kind", [PlainScreen, LiveScreen])
 def test_an_evaluation_shows_the_answer_beside_the_expected_one(kind):
     text = shown_by(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 
 
 def shown(text: object) -> str:
@@ -70,6 +71,11 @@ def percent(part: float, whole: float) -> str:
     """3.5%, 0.012%, 100%: two digits, three above 10%; 0% of nothing."""
     share = 100 * part / whole if whole else 0.0
     return f"{share:.0f}%" if share >= 9.95 or not share else f"{share:#.2g}%"
+
+
+def shares(parts: Mapping[str, float]) -> str:
+    """compute 87% · wait 13%"""
+    return " · ".join(f"{name} {percent(part, sum(parts.values()))}" for name, part in parts.items())
 
 
 def size(num_bytes: float) -> str:

@@ -25,8 +25,8 @@ from veneer.train.reduce import Kind
 
 HOP_SECONDS = 50e-6
 """From one process to the next, however little is sent: assumed, of TCP within a building."""
-SMALL_SUMS = 5
-"""Of a few numbers, in every step: losses and counts, faults, whether to stop (train/loop.py)."""
+SMALL_SUMS = 6
+"""Of a few numbers, in every step: losses and counts, faults, time by part, whether to stop (train/loop.py)."""
 VALUE_BYTES = {"plain": 4, "exact": SUM_BYTES}
 """Of each trained value, in the sum of a step's gradient."""
 

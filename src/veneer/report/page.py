@@ -27,7 +27,7 @@ from veneer.report.style import STYLE
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.loggers import flat
 from veneer.train.records import Record, read_records
-from veneer.wording import clock, millions, number, percent, size
+from veneer.wording import clock, millions, number, percent, shares, size
 
 NAME = "report.html"
 SAMPLES = 20  # most that are shown
@@ -128,7 +128,8 @@ def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record],
         rate = summary.get("tokens_per_second") or (sum(r["tokens"] for r in steps) / seconds if seconds else 0)
         per_row = summary.get("examples_per_second")
         figures.append((f"{rate:,.0f}", "tokens per second", f"{number(per_row)} rows per second" if per_row else ""))
-        figures.append((clock(seconds), "training time", f"{number(seconds / len(steps))} s a step"))
+        parts = shares(summary.get("seconds_by_part") or {})
+        figures.append((clock(seconds), "training time", parts or f"{number(seconds / len(steps))} s a step"))
     if peak := summary.get("peak_memory_bytes"):
         idle = summary.get("idle_memory_bytes")
         figures.append((size(peak), "peak memory", f"{size(idle)} before the base" if idle else ""))

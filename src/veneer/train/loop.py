@@ -242,6 +242,7 @@ class Loop:
     def _step(self, *, timed: bool) -> float:
         job, at = self.job, self.progress
         start = time.perf_counter()
+        self.world.spent.clear()
         rate = learning_rate_at(
             at.step, steps=job.steps, peak=job.learning_rate, warmup=job.config.warmup, schedule=job.config.schedule
         )
@@ -254,6 +255,7 @@ class Loop:
                 raise self._diverged("gradient norm", norm, self._rows.examples(rows))
             self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
         seconds = time.perf_counter() - start
+        parts = self._parts(seconds)
         at.step += 1
         at.first_loss = loss if at.first_loss is None else at.first_loss
         at.last_loss = loss
@@ -262,6 +264,8 @@ class Loop:
             at.timed_seconds += seconds
             at.timed_examples += len(rows)
             at.timed_tokens += counted.tokens
+            for part, spent in parts.items():
+                at.timed_parts[part] = at.timed_parts.get(part, 0.0) + spent
         record = {
             "kind": "step",
             "step": at.step,
@@ -273,10 +277,20 @@ class Loop:
             "computed_tokens": counted.computed_tokens,
             "seconds": seconds,
             "memory_bytes": process_memory_bytes(),
+            **({"parts": parts} if parts else {}),
         }
         self.records.write(record)
         self.screen.step(record)
         return seconds
+
+    def _parts(self, seconds: float) -> dict[str, float]:
+        """What a step's seconds went into, the mean over all processes; nothing for one alone."""
+        if self.world.size == 1:
+            return {}
+        names = ("wait", "reduce", *(["gather"] if self.job.together else []))
+        spent = [self.world.spent[name] for name in names]
+        found = self.world.summed([seconds - sum(spent), *spent])
+        return {name: each / self.world.size for name, each in zip(("compute", *names), found, strict=True)}
 
     def _longest_batch(self) -> None:
         """Run the costliest batch of the first epoch once and forget it: too large shows now, not in hour three."""

@@ -26,6 +26,8 @@ class Progress:
     """Steps only, the first of every process left out."""
     timed_examples: int = 0
     timed_tokens: int = 0
+    timed_parts: dict[str, float] = field(default_factory=dict)
+    """Of several processes: what the timed seconds went into, the mean of all."""
     total_seconds: float = 0.0
     trained_tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
 from veneer.train.talk import talking_console
-from veneer.wording import clock, cut, folded, millions, number, percent, shown, size
+from veneer.wording import clock, cut, folded, millions, number, percent, shares, shown, size
 
 Facts = Mapping[str, Any]
 
@@ -284,6 +284,8 @@ def end_lines(summary: Facts) -> list[str]:
     planned = summary.get("planned_memory_bytes")
     figures.append(f"peak {size(summary['peak_memory_bytes'])}" + (f" (plan {size(planned)})" if planned else ""))
     lines = ["  " + " · ".join(figures)]
+    if parts := summary.get("seconds_by_part"):
+        lines.append(f"  a step's time: {shares(parts)}")
     made = summary.get("adapter") or summary.get("model")
     if made:
         digest = f" · sha256 {summary['adapter_sha256'][:12]}…" if "adapter_sha256" in summary else ""

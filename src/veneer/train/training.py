@@ -401,6 +401,7 @@ def _summary(config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: L
         "steps": at.step,
         "seconds": seconds,
         "total_seconds": at.total_seconds,
+        "seconds_by_part": at.timed_parts or None,
         "examples_per_second": at.timed_examples / seconds if seconds else None,
         "tokens_per_second": at.timed_tokens / seconds if seconds else None,
         "trained_tokens": at.trained_tokens,

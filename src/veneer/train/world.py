@@ -9,9 +9,11 @@ decides, all decide, and an error of one ends all (`together`). What goes over t
 import json
 import math
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -35,11 +37,16 @@ WAIT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class World:
-    """rank: 0 leads: it alone writes and is heard. local_rank: the place on its machine."""
+    """rank: 0 leads: it alone writes and is heard. local_rank: the place on its machine.
+
+    spent: seconds that calls took, by part: reduce, gather, and wait, for the others: whatever is decided together.
+    On a GPU a call may be back before it is done; what waits for it next has its time.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    spent: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -53,14 +60,14 @@ class World:
     def sum(self, values: Tensor) -> None:
         """Over all processes, in place."""
         if self.size > 1:
-            self._call(lambda: dist.all_reduce(values))
+            self._call(lambda: dist.all_reduce(values), "reduce")
 
     def summed(self, values: Sequence[float]) -> list[float]:
         """The sum of each over all processes, in float64: exact where all but one give 0."""
         if self.size == 1:
             return list(values)
         held = torch.tensor(values, dtype=torch.float64, device=self._wire)
-        self.sum(held)
+        self._call(lambda: dist.all_reduce(held))
         return held.tolist()
 
     def any(self, value: bool) -> bool:
@@ -78,7 +85,7 @@ class World:
     def gather(self, whole: Tensor, own: Tensor) -> None:
         """Everyone's `own`, by rank, into `whole`. Raises as meet does."""
         self.meet()
-        self._call(lambda: _ALL_GATHER(whole, own))
+        self._call(lambda: _ALL_GATHER(whole, own), "gather")
 
     def meet(self) -> None:
         """Before what all gather or add up. LostProcessError: not all ask for it; some have ended, or failed."""
@@ -87,7 +94,7 @@ class World:
 
     def sum_at(self, values: Tensor, rank: int) -> None:
         """Over all processes, in place at this one; the others' are of no use any more. Behind `meet`."""
-        self._call(lambda: dist.reduce(values, dst=rank))
+        self._call(lambda: dist.reduce(values, dst=rank), "reduce")
 
     def gathered(self, value: Any) -> list[Any]:
         """Everyone's, by rank; what JSON can say."""
@@ -151,9 +158,11 @@ class World:
         """Where the backend takes tensors from."""
         return torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
 
-    def _call(self, call: Callable[[], object]) -> None:
+    def _call(self, call: Callable[[], object], part: str = "wait") -> None:
+        start = time.perf_counter()
         try:
             call()
+            self.spent[part] += time.perf_counter() - start
         except (RuntimeError, dist.DistError) as fault:
             if isinstance(fault, torch.OutOfMemoryError):
                 raise
