@@ -4,8 +4,8 @@
     python -m benchmarks.processes memory --base random --scratch FOLDER     a Llama of 230 M weights, kept in FOLDER
     python -m benchmarks.processes time --rows ROWS.jsonl      1 and 2 processes of one thread each, in turn
 
-With --out FILE.json what was measured is added to a list there. Memory does not depend on other work on the machine; for
-times it has to be quiet. --only takes one way of a round, --steps and --batch are those of a run.
+With --out FILE.json what was measured is added to a list there. Memory does not depend on other work on the machine;
+for times it has to be quiet. --only takes one way of a round, --steps and --batch are those of a run.
 """
 
 import argparse
