@@ -144,19 +144,6 @@ def test_plain_sums_differ_by_rounding_alone(alone, two, name):
         assert abs(a - b) <= (1e-6 if "lora" in name else 1e-2) * abs(a)
 
 
-def test_a_step_says_what_its_time_went_into(alone, two):
-    steps = [record for record in read_records(two / "lora" / "metrics.jsonl") if record["kind"] == "step"]
-    for record in steps:
-        assert list(record["parts"]) == ["compute", "wait", "reduce"] and min(record["parts"].values()) > 0
-    whole = json.loads((two / "lora" / "summary.json").read_text())
-    assert whole["seconds_by_part"] == pytest.approx(
-        {part: sum(record["parts"][part] for record in steps[1:]) for part in steps[0]["parts"]}
-    )
-    assert sum(whole["seconds_by_part"].values()) == pytest.approx(whole["seconds"], rel=0.3)  # of all, and of one
-    single = json.loads((alone / "lora" / "summary.json").read_text())
-    assert single["seconds_by_part"] is None
-
-
 def test_four_processes_with_more_of_them_than_micro_batches_give_the_same_bits(world, alone):
     out = world / "four"
     jobs = [{"config": settings(world, out / "lora", **RUNS["lora"])}]
