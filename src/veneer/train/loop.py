@@ -288,7 +288,7 @@ class Loop:
         if self.world.size == 1:
             return {}
         names = ("wait", "reduce", *(["gather"] if self.job.together else []))
-        spent = [self.world.spent[name] for name in names]
+        spent = [self.world.spent.get(name, 0.0) for name in names]
         found = self.world.summed([seconds - sum(spent), *spent])
         return {name: each / self.world.size for name, each in zip(("compute", *names), found, strict=True)}
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    spent: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    spent: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -162,7 +161,7 @@ class World:
         start = time.perf_counter()
         try:
             call()
-            self.spent[part] += time.perf_counter() - start
+            self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - start
         except (RuntimeError, dist.DistError) as fault:
             if isinstance(fault, torch.OutOfMemoryError):
                 raise
