@@ -42,6 +42,7 @@ COMMANDS = {
     "export": "write an adapter for PEFT, vLLM or llama.cpp",
     "lint": "what another program would refuse of an adapter, or apply wrongly",
     "quantize": "write a base in 4 bits, as a folder that transformers loads too",
+    "explain": "what a code in a message means, and the way out: veneer explain D107",
     "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
 }
 
@@ -138,7 +139,7 @@ def _code(argv: list[str], result: Result) -> int:
     try:
         return _run(argv)
     except VeneerError as error:
-        print_error(str(error))
+        print_error(_with_codes(str(error)))
         return error.exit_code
     except SystemExit as leaving:  # argparse, after --help or an error that it has printed
         return int(leaving.code or 0)
@@ -163,6 +164,14 @@ def _code(argv: list[str], result: Result) -> int:
             " tracker, with the lines above and what `veneer doctor --json` prints."
         )
         return 1
+
+
+def _with_codes(message: str) -> str:
+    """An error with what leads from its codes to more about them."""
+    from veneer.cli.explain import codes_in, more
+
+    found = codes_in(message)
+    return f"{message}\n{more(found)}" if found else message
 
 
 def _nowhere() -> TextIO:
