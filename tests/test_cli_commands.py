@@ -24,6 +24,7 @@ from veneer.data.check import CheckReport
 from veneer.data.examples import Example, Problem, RowRef
 from veneer.data.load import DataSet
 from veneer.errors import InputError
+from veneer.library.library import Library
 from veneer.train.config import RunConfig
 from veneer.wording import WordWrap
 
@@ -86,6 +87,8 @@ def api(monkeypatch):
     returns("evaluate", lambda: module.evaluated)
     monkeypatch.setitem(sys.modules, "veneer.api", module)
     monkeypatch.setattr(veneer, "api", module, raising=False)
+    for name in ("refuse_unknown", "refuse_missing"):  # bases and rows of these names are nowhere
+        monkeypatch.setattr(f"veneer.cli.early.{name}", lambda named: None)
     return module
 
 
@@ -552,6 +555,14 @@ def test_doctor_says_versions_and_machine_and_exits_0(capsys):
     assert facts["disk"]["free here_bytes"] > 0
     extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     assert set(facts["extras"]) == set(extras["project"]["optional-dependencies"]) - {"dev"}
+
+
+def test_doctor_names_the_caches_and_the_library(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    assert main.main(["doctor", "--json"]) == 0
+    disk = json.loads(capsys.readouterr().out)["disk"]
+    assert disk["our cache"] == str(tmp_path / "cache")
+    assert disk["library"] == str(Library().folder) and disk["adapters in it"] == len(Library().all_names())
 
 
 def test_doctor_prints_the_same_for_people(capsys):

@@ -41,6 +41,47 @@ def test_help_can_be_printed_under_a_windows_code_page(command, capsys, monkeypa
     capsys.readouterr().out.encode("cp1252")
 
 
+EARLY = {
+    "a base of no such name": ("evaluate --base ./nowhere --data {0}/rows.jsonl", "there is no base './nowhere'"),
+    "an adapter of no such name": ("chat --adapter nowhere --library {0}", "there is no adapter 'nowhere'"),
+    "rows that are not there": ("data check {0}/row.jsonl --base {0}", "did you mean {0}/rows.jsonl?"),
+    "rows of a run": ("train --base {0} --data {0}/x.jsonl --validation {0}/y.jsonl --out {0}/new", "no such files"),
+    "a base of a run": ("train --base smolm2-135m --data {0}/rows.jsonl --out {0}/new", "did you mean  smollm2-135m"),
+    "a metric misspelt": ("evaluate --base {0} --data {0}/rows.jsonl --metrics exact_mach", "exact_match?"),
+    "predictions that are not there": (
+        "evaluate --base {0} --data {0}/rows.jsonl --against {0}/p.jsonl",
+        "p.jsonl is not there",
+    ),
+    "a run's folder that is taken": ("train --base {0} --data {0}/rows.jsonl --out {0}/run", "--resume"),
+    "a finished run": ("train --resume {0}/done", "is finished"),
+    "a place that is taken": ("merge --base {0} --adapter {0}/a --out {0}/run", "exists and is not overwritten"),
+    "another place": ("export {0}/a --base {0} --to peft --out {0}/run", "exists and is not overwritten"),
+    "a folder of weights": ("quantize --base {0} --out {0}/run", "exists and is not overwritten"),
+}
+"""Mistakes that are told before torch is loaded, which takes seconds."""
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_a_mistake_is_told_before_torch_is_loaded(case, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for run in ("run", "done"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run.yaml").write_text(f"base: {tmp_path}\ndata: {tmp_path}/rows.jsonl\nout: x\n")
+    (tmp_path / "done" / "summary.json").write_text("{}")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    typed, said = (text.replace("{0}", str(tmp_path)) for text in EARLY[case])
+    code = f"""
+import contextlib, io
+from veneer.cli.main import main
+with contextlib.redirect_stderr(io.StringIO()) as err:
+    code = main({typed.split()!r})
+assert code == 2, (code, err.getvalue())
+assert {said!r} in err.getvalue(), err.getvalue()
+"""
+    assert not loaded_after(code) & {"torch", "transformers"}
+
+
 def test_help_names_every_command(capsys):
     assert main.main(["--help"]) == 0
     out = capsys.readouterr().out

@@ -150,8 +150,8 @@ def test_field_f1_counts_the_fields_of_answers_that_are_no_json_as_missed(base: 
 
 
 def test_the_result_is_the_same_every_time_and_goes_into_json(base: FrozenBase) -> None:
-    asked = rows(['{"a": 1}', "2", "3", "4"])
-    first, second = (run(base, asked, list(METRICS)) for _ in range(2))
+    answers = ['{"a": 1}', "2", "3", "4"]
+    first, second = (run(base, rows(answers), list(METRICS), labels=answers) for _ in range(2))
     assert json.loads(json.dumps(first)) == second
 
 
@@ -271,6 +271,9 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: FrozenBase) ->
         one.messages[-1]["content"] = next(each for each in LABELS if each != label)
     found = run(base, asked, ["accuracy"], labels=LABELS, nats=own_nats(base))
     assert found["accuracy"] == pytest.approx(2 / 6)
+    assert found["labels"] == {"own": False, "names": LABELS}
+    own = run(base, rows(["card", "refund"] * 3), ["accuracy"], nats=own_nats(base))
+    assert own["labels"] == {"own": True, "names": ["card", "refund"]}
 
 
 def test_all_labels_of_a_row_are_computed_behind_one_prompt(base: FrozenBase) -> None:
@@ -294,6 +297,10 @@ def test_labels_come_from_a_file_a_list_or_the_rows(tmp_path: Path) -> None:
     assert read_labels(str(file)) == ["a b", "c, d"]
     assert read_labels("x, y") == ["x", "y"]
     assert labels_of([["b"], ["a"], ["b"]]) == ["a", "b"]
+    assert labels_of([["b"], ["a"], ["c"]] * 2) == ["a", "b", "c"]
+    for free in ([["b"], ["a"], ["c"]], [["b"], ["a" * 61]] * 9):  # the likeliest of these says little
+        with pytest.raises(ConfigError, match="--labels A,B,C"):
+            labels_of(free)
     for bad in ([["a"]], [[str(i)] for i in range(500)]):
         with pytest.raises(ConfigError):
             labels_of(bad)

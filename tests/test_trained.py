@@ -1,6 +1,7 @@
 """What a notebook does: train on rows it holds, look at what came back, and go on from it."""
 
 import json
+import os
 
 import pytest
 
@@ -9,7 +10,7 @@ from tests.tiny import save_tiny
 from veneer.errors import ConfigError, DataError, SourceError
 from veneer.files.strict_json import read_json
 from veneer.library.library import Library
-from veneer.train.folder import resume_config
+from veneer.train.folder import resume_config, settled
 
 ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
 
@@ -52,6 +53,21 @@ def test_a_run_is_evaluated_on_the_base_it_made_its_adapter_for(run, base, tmp_p
     loaded.use(loaded.load_adapter(run.folder, name="a"))
     tuned = veneer.evaluate(loaded, tmp_path / "rows.jsonl")["loss"]
     assert run.evaluate(ROWS)["loss"] == tuned == run.evaluate(tuple(ROWS))["loss"] != untuned
+
+
+def test_a_run_file_names_files_so_that_they_are_found_from_any_folder(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    veneer.train(os.path.relpath(base), "rows.jsonl", out="run", steps=1, batch=2, show_answers=False, quiet=True)
+    config = resume_config(tmp_path / "run")
+    assert (os.path.normpath(config.base), config.data.train) == (base, str(tmp_path / "rows.jsonl"))
+    mixed = {"train": ["rows.jsonl", {"path": "more/*.jsonl", "name": "more"}], "validation": "org/name"}
+    found = settled(veneer.RunConfig(base="smollm2-135m", out="o", data=mixed))
+    assert [(each.path, each.name) for each in found.data.train_sets] == [
+        (str(tmp_path / "rows.jsonl"), "rows.jsonl"),
+        (str(tmp_path / "more/*.jsonl"), "more"),
+    ]
+    assert (found.base, found.data.validation) == ("smollm2-135m", "org/name") and settled(found) == found
 
 
 def test_progress_is_told_line_by_line_where_it_cannot_be_drawn_and_not_at_all_when_quiet(base, tmp_path, capsys):

@@ -19,11 +19,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from veneer.bases.announced import without_storage
 from veneer.bases.compute import DTYPES, DtypeName
 from veneer.bases.gguf import header_config
-from veneer.bases.hub import HUB_ID, PATIENCE_SECONDS, HubUnreachableError, within
+from veneer.bases.hub import PATIENCE_SECONDS, HubUnreachableError, within
 from veneer.bases.kept import converted_folder
 from veneer.bases.model_config import checked_config
 from veneer.bases.model_folder import weight_files
-from veneer.bases.named import NAMED
+from veneer.bases.named import HUB_ID, NAMED
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.shapes import SHAPES, shape_of
 from veneer.bases.sources import gguf_file

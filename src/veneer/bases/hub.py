@@ -31,7 +31,6 @@ IGNORED_FILES = ["*/*", "consolidated*", "adapter_*"]  # subfolders, a second co
 
 PATIENCE_SECONDS = 15.0
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

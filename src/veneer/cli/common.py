@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from veneer.bounds import LENGTH
+from veneer.cli.early import check_base
 from veneer.errors import ConfigError, InputError, SourceError
 from veneer.files.strict_json import finite_or_null, read_json, read_yaml
 from veneer.quant.config import FORMATS, Quantize, weight_format
@@ -168,10 +169,11 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
 
 def load_base(args: argparse.Namespace) -> Base:
     """The base that the arguments name, with the adapter on it and in use, if one is named."""
-    from veneer import api
-
     source, adapter = base_and_adapter(args.base, args.adapter, args.library)
     quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
+    check_base(source)
+    with no_collection():
+        from veneer import api
     base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if base.compute.widens and base.compute.line is not None:
         make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # talk, wherever data goes

@@ -29,6 +29,8 @@ from veneer.cli.common import (
     variables_of,
 )
 from veneer.cli.data_verbs import add_verbs
+from veneer.cli.early import check_base, check_rows
+from veneer.cli.explain import more
 from veneer.errors import InputError
 from veneer.wording import folded, percent, shown
 
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    check_base(args.base)
+    check_rows(args.data, args.validation)
     from veneer import api
 
     data, tokenizer = api.check_data(
@@ -146,6 +150,8 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
             console.print(f"      {shown(problem.next_step)}", soft_wrap=True)
     if report.refused:
         console.print("A run would refuse this data.", soft_wrap=True)
+    if report.problems:
+        console.print(more(list(dict.fromkeys(problem.code for problem in report.problems))), soft_wrap=True)
 
 
 def _middle_cut(text: str) -> str:

@@ -66,11 +66,14 @@ def find_facts() -> dict[str, dict[str, Any]]:
     import torch
 
     from veneer.bases.compute import DTYPES, choose
+    from veneer.files.cache import cache_folder
     from veneer.files.home import expanded
+    from veneer.library.library import Library
 
     memory = _memory()
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
     cache = expanded(cache)
+    library = Library()
     cuda = torch.cuda.is_available()
     return {
         "versions": {
@@ -103,6 +106,9 @@ def find_facts() -> dict[str, dict[str, Any]]:
         "disk": {
             "hub cache": str(cache),
             "hub cache exists": cache.is_dir(),
+            "our cache": str(cache_folder()),
+            "library": str(library.folder),
+            "adapters in it": len(library.all_names()),
             "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
             "free here_bytes": shutil.disk_usage(".").free,
             "free for the cache_bytes": shutil.disk_usage(_nearest_existing(cache)).free,

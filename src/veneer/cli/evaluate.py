@@ -28,13 +28,16 @@ from veneer.cli.common import (
     add_map,
     add_preamble,
     asked_as,
+    base_and_adapter,
     columns_of,
     load_base,
     make_console,
+    no_collection,
     print_json,
     variables_of,
 )
-from veneer.wording import number, shown
+from veneer.cli.early import check_base, check_files, check_rows
+from veneer.wording import cut, number, shown
 
 UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
 
@@ -56,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         metavar="L",
-        help="for accuracy: A,B,C or a file with one label a line; default: the rows' own answers",
+        help="for accuracy: A,B,C or a file with one label a line; default: the rows' own answers, where they are few "
+        "and short",
     )
     parser.add_argument(
         "--length-normalised", action="store_true", help="compare labels by their log-probability per token"
@@ -87,14 +91,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    asked = _asked(args)
-    from veneer import api
-    from veneer.evaluate.labels import read_labels
     from veneer.evaluate.registry import find_metrics
     from veneer.evaluate.user_function import function_from_file
 
-    metrics = [function_from_file(name) if _is_file(name) else name for name in asked]
-    find_metrics(metrics)  # a misspelt name is told before the base is loaded
+    metrics = [function_from_file(name) if _is_file(name) else name for name in _asked(args)]
+    find_metrics(metrics)  # a misspelt name is told before anything is loaded
+    check_rows(args.data)
+    check_files([args.against])
+    check_base(base_and_adapter(args.base, args.adapter, args.library)[0])
+    with no_collection():
+        from veneer import api
+        from veneer.evaluate.labels import read_labels
     labels = read_labels(args.labels) if args.labels else []
     console = make_console(json=True)  # progress is talk
     base = load_base(args)
@@ -151,7 +158,7 @@ def _print_table(result: dict[str, Any]) -> None:
         console.print(row, soft_wrap=True)
 
     for name, value in result.items():
-        if name in ("intervals", "units", "general", "against"):
+        if name in ("intervals", "units", "general", "against", "labels"):
             continue
         share = name in intervals and units.get(name, "share") == "share" and name != "loss"
         beside = [UNITS[name]] if name in UNITS else []
@@ -162,6 +169,14 @@ def _print_table(result: dict[str, Any]) -> None:
             beside.append(f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})")
         said = f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}%" if share else number(value)
         line(name, said, *beside)
+    if "labels" in result:
+        found = result["labels"]
+        whose = "the rows' own answers" if found["own"] else "as given"
+        line(
+            "labels",
+            f"{len(found['names']):,}",
+            f"chosen among, {whose}: {cut(', '.join(map(shown, found['names'])), 60)}",
+        )
     if "general" in result:
         found = result["general"]
         beside = ["nats a token of general text", f"{found['documents']} documents"]

@@ -18,6 +18,7 @@ import argparse
 from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import add_json, add_library, base_and_adapter, held_as, make_console, print_json
+from veneer.cli.early import check_base, check_new
 from veneer.errors import ConfigError
 from veneer.merge.programs import ONE_FILE, Program
 from veneer.wording import size
@@ -49,10 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from veneer import api
-
+    check_new(args.out)
     base, folder = base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
+    check_base(base)
+    from veneer import api
+
     console = make_console(json=args.json)
     assert folder is not None
     if args.merged:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import ENERGY, RANK
 from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.early import check_base, check_new
 from veneer.wording import size
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    check_base(args.base)
+    check_base(args.model)
     from veneer import api
 
     report = api.extract(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import SEED, WEIGHT
 from veneer.cli.common import add_json, add_library, base_and_adapter, held_as, make_console, print_json, weighted
+from veneer.cli.early import check_base, check_new, check_rows
 from veneer.quant.config import FORMATS
 from veneer.wording import number, size
 
@@ -59,11 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from veneer import api
-
+    check_new(args.out)
     base, folder = base_and_adapter(args.base, args.adapter[0], args.library)
     adapters = weighted(args.adapter, args.weights, args.library)
     quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
+    check_base(base)
+    check_rows(args.data)
+    from veneer import api
+
     report = api.merge(
         base,
         adapters,

@@ -15,6 +15,7 @@ import argparse
 from dataclasses import asdict
 
 from veneer.cli.common import add_json, as_stored, make_console, print_json
+from veneer.cli.early import check_base, check_new
 from veneer.quant.config import FOUR_BITS, formats_that
 
 
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    check_base(args.base)
     from veneer import api
     from veneer.bases.weight_table import weight_table
 

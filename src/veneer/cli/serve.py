@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
 from veneer.cli.common import add_library, add_variables, make_console, no_collection, variables_of
+from veneer.cli.early import check_base
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.wording import folded, shown, size
@@ -133,6 +134,7 @@ def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Lib
     given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
     if given:
         raise ConfigError(f"{', '.join(given)}: only for replicas on Ray", [], "Give --on ray too, or leave them out.")
+    check_base(args.base)
     with no_collection():
         from veneer import api
         from veneer.serve.start import open_server

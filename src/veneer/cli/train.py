@@ -24,9 +24,11 @@ from typing import Any
 from veneer.bounds import PROCESSES
 from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, print_json
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
+from veneer.cli.early import check_run
 from veneer.cli.plan import parse_size
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
+from veneer.train.place import refuse_finished, refuse_unless_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError("--processes starts processes, and this is one of several already", [], "Leave it out.")
         return _launched(args.processes)
+    if config is not None:
+        refuse_finished(Path(config.out)) if args.resume is not None else refuse_unless_new(Path(config.out))
+        check_run(config)
     # Imported once the settings are known to be sound: torch takes seconds to load, a typo should not.
     from veneer.train.screen import make_screen
 

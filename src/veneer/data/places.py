@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,48 @@ def places_of(named: str) -> list[Place]:
         raise _unreachable(named, fault) from fault
 
 
+def refuse_missing(names: Sequence[str]) -> None:
+    """DataError with each of these that is the name of a file which is not there; others are looked for later."""
+    missing = [named for named in names if "://" not in named and _absent(named)]
+    if missing:
+        faults = [_missing(named, expanded(named)) for named in missing]
+        raise DataError(
+            "there is no such file" if len(faults) == 1 else "there are no such files",
+            [f"D100 {fault}" for fault in faults],
+            "A set is a file, a folder, a pattern such as rows/*.jsonl, an address, or a hub's data set (org/name).",
+        )
+
+
+def absolute(named: str) -> str:
+    """What a set is called from any folder."""
+    if "://" in named:
+        return named
+    path = expanded(named)
+    here = path.exists() or any(mark in named for mark in "*?[") or kind_of(named)
+    return str(path.absolute()) if here else named
+
+
+def _absent(named: str) -> bool:
+    try:
+        path = expanded(named)
+        there = path.exists() or any(mark in named for mark in "*?[")
+        return bool(named.strip()) and not there and not _may_be_the_hubs(named, path)
+    except (OSError, ValueError):  # told where it is opened
+        return False
+
+
+def _may_be_the_hubs(named: str, path: Path) -> bool:
+    return bool(_ON_THE_HUB.fullmatch(named)) and not kind_of(named) and not path.parent.is_dir()
+
+
+def _missing(named: str, path: Path) -> str:
+    """The file, and what is spelt like it; or that its folder is not there either."""
+    if not path.parent.is_dir():
+        return f"{named}  its folder {path.parent} does not exist either"
+    near = get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
+    return f"{named}" + (f"  did you mean {path.parent / near[0]}?" if near else "")
+
+
 def _here(named: str, path: Path) -> list[Place]:
     if path.is_dir():
         found = sorted(each for each in path.rglob("*") if each.is_file() and kind_of(each.name))
@@ -77,8 +121,9 @@ def _here(named: str, path: Path) -> list[Place]:
         found = sorted(each for each in root.glob(str(path.relative_to(path.anchor))) if each.is_file())
         found = [each for each in found if kind_of(each.name)]
         return _some([Place(str(each), each) for each in found], named)
-    if _ON_THE_HUB.fullmatch(named) and not kind_of(named) and not path.parent.is_dir():
+    if _may_be_the_hubs(named, path):
         return _of_the_hub(named)
+    refuse_missing([named])
     return [Place(named, path)]
 
 

@@ -32,7 +32,7 @@ class Choices:
 
     metrics            none that needs answers: nothing is generated
     max_new_tokens     an answer that is not finished by then is cut there
-    labels             what accuracy chooses from; none: the distinct answers of the rows
+    labels             what accuracy chooses from; none: the distinct answers of the rows, if they are few and short
     length_normalised  labels are compared by their log-probability per token
     predictions        a JSONL file to write (predictions.py)
     against            another evaluation's predictions, to be compared row by row
@@ -65,6 +65,7 @@ def evaluate(
         loss, perplexity  nats per trained token, every token counting the same; its exponential
         cut_answers       where rows were answered: how many answers were cut at max_new_tokens
         <metric>          each metric asked for; units says of each whether it is a share or points
+        labels            for accuracy: {own, names}: what was chosen among, and whether it is the rows' own answers
         intervals         {loss, metric: [low, high]}, 95%, bootstrapped over rows
         general           of general text: loss, interval, and with an adapter: before, forgetting
         against           of the other predictions: {loss, metric: other, difference, interval}
@@ -91,6 +92,8 @@ def evaluate(
     ]
     _answer(base, rows, references, labels, choices, nats, lines, report)
     result = _figures(losses, lines, choices.metrics)
+    if labels:
+        result["labels"] = {"own": not choices.labels, "names": labels}
     if general is not None:
         result["general"] = _general(base, *general, nats)
     if other is not None:

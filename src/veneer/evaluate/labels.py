@@ -22,6 +22,8 @@ from veneer.files.nesting import is_text
 
 MOST_LABELS = 200
 """Distinct answers that are taken for labels where none are given: more look like free text."""
+LONGEST_LABEL = 60
+"""Characters of such an answer."""
 
 Nats = Callable[[Sequence[Example]], Counts]
 """Examples -> (N, 2): the nats of the trained tokens of each, and their number."""
@@ -61,12 +63,22 @@ def checked_labels(labels: Sequence[str]) -> list[str]:
 
 
 def labels_of(references: Sequence[Sequence[str]]) -> list[str]:
-    """The distinct answers of the rows, sorted. Raises ConfigError where they look like free text."""
+    """The distinct answers of the rows, sorted. Raises ConfigError where they look like free text: one that is chosen
+    among the rows' own answers then says little of what the model would write."""
     distinct = sorted({reference for row in references for reference in row})
-    if len(distinct) > MOST_LABELS:
+    longest = max(map(len, distinct), default=0)
+    faults = [f"{len(distinct):,} different answers of {len(references):,} rows"]
+    if len(distinct) > 2 and (len(distinct) > MOST_LABELS or 2 * len(distinct) > len(references)):
+        faults.append("labels stand in two rows each, on average, at least")
+    elif longest > LONGEST_LABEL:
+        faults.append(f"the longest has {longest:,} characters, {LONGEST_LABEL} are taken")
+    else:
+        faults = []
+    if faults:
         raise ConfigError(
-            f"the rows have {len(distinct):,} different answers: that is no set of labels",
-            next_step="Give --labels, or ask for another metric than accuracy.",
+            "accuracy chooses among labels, and the rows' own answers look like free text",
+            faults,
+            "Name them: --labels A,B,C or a file; or ask for exact_match, which compares what the model writes.",
         )
     return checked_labels(distinct)
 

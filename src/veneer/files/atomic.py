@@ -43,7 +43,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False, needed_bytes: int 
         sweep(path.parent)
         _put_back(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
-        _refuse_existing(path, unless=replace)
+        refuse_existing(path, unless=replace)
         if needed_bytes is not None and needed_bytes > free_bytes(path):
             raise OSError(errno.ENOSPC, "what is to be written is more than is free")
         try:
@@ -51,7 +51,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False, needed_bytes: int 
                 mode = partial.stat().st_mode
                 yield partial
                 share_and_sync(partial, mode)
-                _refuse_existing(path, unless=replace)
+                refuse_existing(path, unless=replace)
                 if replace and _stands(path):
                     path.rename(aside)
                 partial.rename(path)
@@ -75,13 +75,13 @@ def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        _refuse_existing(path, unless=replace)
+        refuse_existing(path, unless=replace)
         with unfinished(path.parent) as partial:
             partial.touch(exist_ok=False)
             mode = partial.stat().st_mode
             yield partial
             share_and_sync(partial, mode)
-            _refuse_existing(path, unless=replace)
+            refuse_existing(path, unless=replace)
             (partial.replace if replace else partial.rename)(path)
             with nullcontext() if replace else _undone(path, partial):
                 sync_folder(path.parent)
@@ -138,7 +138,8 @@ def _files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _refuse_existing(path: Path, *, unless: bool) -> None:
+def refuse_existing(path: Path, *, unless: bool) -> None:
+    """ConfigError: something stands there, and may not be replaced."""
     if _stands(path) and not unless:
         raise ConfigError(f"{path} exists and is not overwritten", [], "Give another place, or remove it first.")
 

@@ -8,16 +8,19 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from veneer.bases.named import NAMED
+from veneer.data.config import SetConfig
+from veneer.data.places import absolute
 from veneer.data.writing import Record, write_records
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.atomic import atomic_file
+from veneer.files.home import expanded
 from veneer.files.lock import locked
 from veneer.files.partial import PREFIX, remove
 from veneer.files.strict_json import field_faults, read_yaml
 from veneer.train.checkpoint import newest_valid, numbers
 from veneer.train.config import RunConfig
-
-LOCK = ".lock"
+from veneer.train.place import LOCK, refuse_finished
 
 
 @contextmanager
@@ -51,28 +54,12 @@ def given_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None
                 (out / name).unlink(missing_ok=True)
 
 
-def refuse_unless_new(out: Path) -> None:
-    """ConfigError where a new run would stand among other files; remains of a write that was never done are none."""
-    if not out.exists() or all(_remains(path.name) for path in out.iterdir()):
-        return
-    hint = "Take another --out."
-    if (out / "summary.json").is_file():
-        hint = f"The run in it is finished; its page again: veneer report {out}. {hint}"
-    elif (out / "run.yaml").is_file():
-        hint = f"Continue it with --resume {out}, or take another --out."
-    raise ConfigError(f"{out} exists and is not empty: nothing is overwritten", next_step=hint)
-
-
 def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to continue from; None where the run ended before its first: it begins again.
 
     Raises ConfigError for a finished run, CorruptFileError where every checkpoint is damaged.
     """
-    if (out / "summary.json").is_file():
-        raise ConfigError(
-            f"the run in {out} is finished",
-            next_step=f"Start a new run with another --out; its page again: veneer report {out}",
-        )
+    refuse_finished(out)
     folder = out / "checkpoints"
     if not numbers(folder):
         say("stopped before its first checkpoint: it begins again")
@@ -85,6 +72,24 @@ def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
             f"no checkpoint in {out} can be resumed", faults, f"Restore one, or remove {folder} to begin again."
         )
     return path
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The run with the files that it names as they are called from anywhere."""
+
+    def sets(named: str | list[SetConfig] | None) -> str | list[SetConfig] | None:
+        if not isinstance(named, list):
+            return None if named is None else absolute(named)
+        return [each.model_copy(update={"path": absolute(each.path), "name": each.called}) for each in named]
+
+    rows = {"train": sets(config.data.train), "validation": sets(config.data.validation)}
+    base = config.base if config.base in NAMED else _from_anywhere(config.base)
+    return config.model_copy(update={"base": base, "data": config.data.model_copy(update=rows)})
+
+
+def _from_anywhere(named: str) -> str:
+    path = expanded(named)
+    return str(path.absolute()) if path.exists() else named
 
 
 def write_run_file(config: RunConfig) -> None:
@@ -119,7 +124,3 @@ def sweep(out: Path) -> None:
     for folder in (out, out / "checkpoints"):
         for path in folder.glob(f"{PREFIX}*"):  # of whatever machine: we hold the lock
             remove(path)
-
-
-def _remains(name: str) -> bool:
-    return name == LOCK or name.startswith(PREFIX)

@@ -44,12 +44,13 @@ from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun
 from veneer.models.step import Paths, refuse_untrainable
 from veneer.train.config import RunConfig
-from veneer.train.folder import given_rows, held, refuse_unless_new, resume_point, sweep, write_run_file
+from veneer.train.folder import given_rows, held, resume_point, settled, sweep, write_run_file
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Job, Loop
 from veneer.train.optim import Flat, FlatParameters
 from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
 from veneer.train.parents import begin_adapter, with_tokens
+from veneer.train.place import refuse_unless_new
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.screen import Screen
@@ -178,7 +179,7 @@ def _run(
                     flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
             job = _job(config, base, data, paths, flat)
             if world.leads and not known:  # else it is what the run started with
-                write_run_file(config)
+                write_run_file(settled(config))
             records = _records(config, out, resume_from, screen) if world.leads else Unwritten()
             stack.enter_context(records)
         if world.size > 1:

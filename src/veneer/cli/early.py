@@ -1,0 +1,42 @@
+"""What can be refused before torch is loaded, which takes seconds: names of nothing, files that are not there, places
+that are taken. The rooms below refuse the same, in the same words; they are asked here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from veneer.bases.named import refuse_unknown
+from veneer.data.places import refuse_missing
+from veneer.errors import DataError
+from veneer.files.atomic import refuse_existing
+from veneer.train.config import RunConfig
+
+
+def check_base(source: str | None) -> None:
+    """SourceError: it names no base."""
+    if source is not None:
+        refuse_unknown(source)
+
+
+def check_rows(*named: str | None) -> None:
+    """DataError with every set that is not there."""
+    refuse_missing([each for each in named if each is not None])
+
+
+def check_run(config: RunConfig) -> None:
+    """Its base and its rows."""
+    check_base(config.base)
+    check_rows(*(one.path for one in (*config.data.train_sets, *config.data.validation_sets)))
+
+
+def check_new(out: str | Path) -> None:
+    """ConfigError: something stands there."""
+    refuse_existing(Path(out), unless=False)
+
+
+def check_files(files: Iterable[Path | None]) -> None:
+    """DataError with every one that is not there."""
+    if missing := [f"{file} is not there" for file in files if file is not None and not file.is_file()]:
+        raise DataError("a file cannot be read", missing)
