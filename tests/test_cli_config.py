@@ -205,7 +205,7 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("method: {name: lora, targets: '('}", "'(' is not a regular expression"),
         ("steps: 3\nepochs: 3", "steps and epochs are both given"),
         ("data: {}", "'data.train' is missing"),
-        ("data: {train: [{pth: a}]}", "data.train: unknown key 'pth'"),
+        ("data: {train: [{pth: a}]}", "data.train.0: unknown key 'pth'"),
     ],
 )
 def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):

@@ -132,5 +132,5 @@ def test_on_a_cpu_it_is_refused_because_it_would_save_nothing():
 
 
 def test_with_checkpointing_there_would_be_nothing_to_move():
-    with pytest.raises(ValueError, match="give one"):
+    with pytest.raises(ConfigError, match="give one"):
         RunConfig(base="b", data="d.jsonl", out="o", checkpointing=True, offload=True)

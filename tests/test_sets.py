@@ -114,7 +114,7 @@ def test_a_plan_takes_what_is_mixed_in_batches_and_a_plain_mixture_is_none() -> 
     ("train", "said"),
     [
         ([], "empty list"),
-        ([{"path": "a", "weight": 0}], "data.train.sets.0.weight: Input should be a number above 0"),
+        ([{"path": "a", "weight": 0}], "data.train.0.weight is 0: should be a number above 0"),
         ([{"path": "a", "share": 0.5, "weight": 2}], "a weight and a share"),
         ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.4}, "c"], "nothing is left"),
         ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.3}], "not 1"),

@@ -22,6 +22,7 @@ from veneer.errors import DataError
 from veneer.files.addresses import file_system
 from veneer.files.cache import CACHE_STEP, cache_folder
 from veneer.files.home import expanded
+from veneer.files.nesting import is_text
 from veneer.files.partial import scratch_folder, sweep
 from veneer.files.system_errors import explained
 
@@ -90,6 +91,8 @@ def absolute(named: str) -> str:
 
 
 def _absent(named: str) -> bool:
+    if not is_text(named):  # told as what it is, elsewhere
+        return False
     try:
         path = expanded(named)
         there = path.exists() or any(mark in named for mark in "*?[")

@@ -148,6 +148,12 @@ def _place(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
     return tuple(path)
 
 
+def _within_list(rest: Sequence[int | str]) -> list[str]:
+    """Of the rest of a place what lies in a list: which of its items, and where in that."""
+    begin = next((i for i, each in enumerate(rest) if isinstance(each, int)), len(rest))
+    return [str(each) for each in rest[begin:]]
+
+
 def _said(
     model: type[BaseModel],
     details: Sequence[ErrorDetails],
@@ -155,12 +161,12 @@ def _said(
     ours: Sequence[KeyPath],
     written: Callable[[KeyPath], str],
 ) -> tuple[str, str]:
-    detail, name = details[0], ".".join(path)
+    detail = details[0]
+    name = ".".join([*path, *_within_list(detail["loc"][len(path) :])])
     kind, context, last = detail["type"], detail.get("ctx", {}), str(detail["loc"][-1]) if detail["loc"] else ""
     if kind in ("extra_forbidden", "missing") and path[-1:] != (last,):  # in a list
-        return (
-            ("C311", f"{name}: {last!r} is missing") if kind == "missing" else ("C312", f"{name}: unknown key {last!r}")
-        )
+        within, unknown = name.removesuffix(f".{last}"), kind == "extra_forbidden"
+        return ("C312", f"{within}: unknown key {last!r}") if unknown else ("C311", f"{within}: {last!r} is missing")
     if kind == "extra_forbidden":
         around = path[:-1]
         meant = nearest(path, ours)
