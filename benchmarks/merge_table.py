@@ -37,7 +37,7 @@ from veneer.merge.verify import LogitCheck, compare, limited, reference, text_ro
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant import nf4
-from veneer.quant.nf4_linear import NF4Linear
+from veneer.quant.layers import HeldLinear
 
 DENSE = {
     "fp32": {"dtype": "fp32"},
@@ -93,7 +93,7 @@ def requantised(base: FrozenBase, rows: list[list[int]]) -> dict[str, Any]:
     left = []
     for name, new in wanted.items():
         module = modules[name.rpartition(".")[0]]
-        if not isinstance(module, NF4Linear):
+        if not isinstance(module, HeldLinear):
             continue
         own = stored[name].read()
         target = new(own)

@@ -17,8 +17,8 @@ from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, S
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.packed_base import write_packed
 from veneer.models.load import load_base
+from veneer.quant.layers import HeldLinear
 from veneer.quant.nf4 import quantize
-from veneer.quant.nf4_linear import NF4Linear
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
@@ -184,12 +184,7 @@ def test_parts_of_a_type_that_is_not_read_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [
-        ({"quant_method": "gptq"}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
-    ],
+    [({"quant_method": "hqq"}, "hqq"), ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bits")],
     ids=str,
 )
 def test_other_quantised_folders_are_named_and_refused(settings, says, tmp_path):
@@ -244,7 +239,7 @@ def test_the_table_of_weights_adds_up_and_tells_what_is_not_packed(tmp_path):
     base = load_base(str(save_tiny(tmp_path, "mixtral", torch.bfloat16)), dtype="stored", quantize="nf4")
     table = {(g.what, g.held): g for g in weight_table(base.model)}
     assert sum(g.values for g in table.values()) == base.fingerprint().num_parameters
-    layers = [m for m in packed_modules(base.model).values() if isinstance(m, NF4Linear)]
+    layers = [m for m in packed_modules(base.model).values() if isinstance(m, HeldLinear)]
     assert table["linear layers", "nf4"].modules == len(layers)
     assert ("experts", "nf4") in table
     assert ("output head", "bfloat16") in table

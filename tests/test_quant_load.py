@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES, save_tiny
 from veneer.errors import CorruptFileError
 from veneer.linear import num_parameters
 from veneer.models.load import load_base
-from veneer.quant.nf4_linear import NF4Experts, NF4Linear
+from veneer.quant.layers import HeldExperts, HeldLinear
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 
@@ -58,7 +58,7 @@ def test_half_types_are_what_the_products_are_in_and_what_stays_is_stored_in(dty
 def test_fused_experts_are_packed_and_routers_are_not(family, tmp_path):
     base = load_base(str(save_tiny(tmp_path, family)), quantize="nf4")
     kinds = {type(m) for m in packed_modules(base.model).values()}
-    assert kinds == {NF4Linear, NF4Experts}
+    assert kinds == {HeldLinear, HeldExperts}
     routers = [p for n, p in base.model.named_parameters() if n.endswith("gate.weight")]
     assert len(routers) == 2
     assert all(p.is_floating_point() for p in routers)

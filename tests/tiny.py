@@ -22,6 +22,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -139,6 +140,18 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
 FAMILIES = tuple(_CONFIGS)
 _CONFIGS |= {  # by name alone, not in every test of all families
     "olmoe": (OlmoeConfig, {**_MODERN, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            **_MODERN,
+            "intermediate_size": 64,
+            "head_dim": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": _SLIDING_THEN_FULL,
+        },
+    ),
     "deepseek_v3": (
         DeepseekV3Config,
         {

@@ -11,123 +11,68 @@ Decided per weight by which keys are there: what a folder's config.json says abo
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.bases.moving import Waiting
 from veneer.bases.tensor_files import StoredTensor
-from veneer.errors import CorruptFileError
 from veneer.kernels.nf4 import Nested
 from veneer.quant.nf4 import BLOCK_SIZES, BOOKS, BookName, Packed
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NEXT = "Download the model again; if it stays, ask its author."
 _MOST_AXES = 8
 _MOST_NESTED_BLOCK = 2**20  # bitsandbytes writes 256
 _MOST_OFFSET = 3e38  # what float32 holds
 
 
-@dataclass(frozen=True)
-class StoredPacked:
-    """A weight that lies packed in its files; `[...]` reads it. `.to` is what transformers calls afterwards."""
-
-    name: str
-    book: BookName
-    parts: Mapping[str, StoredTensor]
-    state: Mapping[str, Any]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _TYPES[self.state["dtype"]]
-
-    def __getitem__(self, everything: Any) -> "Moving":
-        raw = {key: tensor[...] for key, tensor in self.parts.items()}
-        nested = None
-        if "nested_absmax" in raw:
-            nested = Nested(
-                raw["nested_quant_map"],
-                raw["nested_absmax"],
-                int(self.state["nested_blocksize"]),
-                float(self.state["nested_offset"]),
-            )
-        packed = raw[""].reshape(-1).view(torch.uint8)
-        return Moving(
-            Packed(
-                self.book,
-                packed,
-                raw["absmax"],
-                raw["quant_map"],
-                int(self.state["blocksize"]),
-                tuple(self.state["shape"]),
-                self.dtype,
-                nested,
-            )
-        )
-
-    def get_dtype(self) -> str:
-        return "U8"
-
-    def get_shape(self) -> list[int]:
-        return list(self.state["shape"])
+def is_bnb(tensors: Mapping[str, StoredTensor]) -> bool:
+    return any(_STATE in name for name in tensors)
 
 
-@dataclass(frozen=True)
-class Moving:
-    """A packed weight between its file and the model; it follows to a device and keeps its types."""
-
-    weight: Packed
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Moving":
-        w, nested = self.weight, self.weight.nested
-        if nested is not None:
-            nested = Nested(nested.table.to(device), nested.scales.to(device), nested.block, nested.offset)
-        tensors = (w.packed.to(device), w.absmax.to(device), w.table.to(device))
-        return Moving(Packed(w.book, *tensors, w.block, w.shape, w.dtype, nested))
-
-
-def stored_weights(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """The weights of a folder: dense ones as they are, packed ones with all their parts as one.
-
-    Raises CorruptFileError with every packed weight whose parts do not belong together.
-    """
-    states = {key.split(_STATE)[0]: key for key in tensors if _STATE in key}
-    weights: dict[str, Any] = {}
+def bnb_weights(
+    tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> tuple[dict[str, Waiting], set[str], list[str]]:
+    """As fp8_weights (fp8_files.py); settings are not read."""
+    found: dict[str, Waiting] = {}
     taken: set[str] = set()
     faults: list[str] = []
-    for name, key in states.items():
+    for key in [key for key in tensors if _STATE in key]:
+        name, book = key.split(_STATE)[0], key.split(_STATE)[1]
         parts = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
         if name in tensors:
             parts[""] = tensors[name]
         taken |= {key, name, *(f"{name}.{part}" for part in parts if part)}
         try:
             state = _read_state(tensors[key])
-            wrong = _faults(key.split(_STATE)[1], state, parts)
+            wrong = _faults(book, state, parts)
         except RecursionError:
             wrong = ["its state is nested too deep"]
         except (ValueError, OSError) as fault:
             wrong = [str(fault)]
         if wrong:
             faults += [f"{name}: {line}" for line in wrong]
-            continue
-        weights[name] = StoredPacked(name, key.split(_STATE)[1], parts, state)  # type: ignore[arg-type]
-    if faults:
-        raise CorruptFileError("packed weights in the files cannot be read", faults[:20], _NEXT)
-    return weights | {name: tensor for name, tensor in tensors.items() if name not in taken}
+        else:
+            found[name] = _waiting(name, book, parts, state)  # type: ignore[arg-type]
+    return found, taken, faults
 
 
-def stored_book(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[BookName, torch.dtype] | None:
-    """(format, type of the weights before they were packed) of a folder's tensors; None: none is packed."""
-    if not any(_STATE in name for name in tensors):
-        return None
-    packed = [weight for weight in stored_weights(tensors).values() if isinstance(weight, StoredPacked)]
-    if len(books := {weight.book for weight in packed}) > 1:
-        raise CorruptFileError(f"{folder} mixes {' and '.join(sorted(books))}", [], _NEXT)
-    return packed[0].book, packed[0].dtype
+def _waiting(name: str, book: BookName, parts: Mapping[str, StoredTensor], state: Mapping[str, Any]) -> Waiting:
+    shape, dtype = tuple(state["shape"]), _TYPES[state["dtype"]]
+
+    def read() -> Packed:
+        raw = {key: tensor[...] for key, tensor in parts.items()}
+        nested = None
+        if "nested_absmax" in raw:
+            block, offset = int(state["nested_blocksize"]), float(state["nested_offset"])
+            nested = Nested(raw["nested_quant_map"], raw["nested_absmax"], block, offset)
+        packed = raw[""].reshape(-1).view(torch.uint8)
+        return Packed(book, packed, raw["absmax"], raw["quant_map"], int(state["blocksize"]), shape, dtype, nested)
+
+    return Waiting(name, book, shape, sum(part.bytes for part in parts.values()), read, before=dtype)
 
 
 def _read_state(stored: StoredTensor) -> dict[str, Any]:

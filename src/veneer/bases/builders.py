@@ -27,6 +27,7 @@ BUILDERS: Mapping[Quantize, Builder] = {
     "nf4": partial(build_packed, book="nf4"),
     "fp4": partial(build_packed, book="fp4"),
     "gguf": gguf_blocks.build,
+    **dict.fromkeys(formats_that("from_folder"), partial(build_packed, book=None)),
 }
 
 

@@ -27,18 +27,26 @@ from veneer.bases.named import HUB_ID, NAMED
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.shapes import SHAPES, shape_of
 from veneer.bases.sources import gguf_file
-from veneer.bases.stored_type import most_common_dtype, stored_dtypes
+from veneer.bases.stored_formats import announced_format, stored_format
+from veneer.bases.stored_type import most_common_dtype
+from veneer.bases.tensor_files import counted, stored_tensors
 from veneer.errors import SourceError, VeneerError
 from veneer.files.home import expanded
+from veneer.quant.config import Quantize
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a base's config says. dtype: of the weights as they are stored, as far as that is known."""
+    """What a base's config says.
+
+    dtype     of the weights as they are stored, or were before they were packed, as far as that is known
+    quantize  the format that its files hold them in, which then is how it is held; None: dense
+    """
 
     source: str
     config: PreTrainedConfig
     dtype: torch.dtype
+    quantize: Quantize | None = None
 
     def build(self, dtype: DtypeName = "auto") -> PreTrainedModel:
         """The model on the meta device, in eval mode, nothing trainable; as load_base would return it."""
@@ -86,10 +94,13 @@ def _from_folder(source: str, folder: Path) -> Blueprint:
     with quiet():
         config = checked_config(folder)
     try:
-        weight_files(folder)
+        files = weight_files(folder)
     except VeneerError:
-        return Blueprint(source, config, _said_dtype(config))
-    return Blueprint(source, config, most_common_dtype(folder, stored_dtypes(folder)))
+        return Blueprint(source, config, _said_dtype(config), announced_format(folder))
+    tensors = stored_tensors(files)
+    if (packed := stored_format(folder, tensors)) is not None:
+        return Blueprint(source, config, packed[1], packed[0])
+    return Blueprint(source, config, most_common_dtype(folder, counted(tensors)))
 
 
 def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
@@ -104,7 +115,7 @@ def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
             raise _not_reached(repo, str(fault)) from fault
     with quiet():
         config = checked_config(Path(cached).parent)
-    return Blueprint(source, config, _said_dtype(config))
+    return Blueprint(source, config, _said_dtype(config), announced_format(Path(cached).parent))
 
 
 def _not_reached(repo: str, reason: str) -> SourceError:

@@ -15,12 +15,16 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from veneer.bases.announced import announced_faults, built_faults
 from veneer.bases.faults import NEXT_DOWNLOAD
 from veneer.bases.model_folder import weight_files
+from veneer.bases.stored_formats import refuse_unread
 from veneer.bases.tensor_files import stored_tensors
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.strict_json import read_model_json
 
 ATTENTION_NAMES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 """What a config may name as its attention. Any other name would be fetched from the hub and run."""
+
+_MOST_VALUES = {"U8": 2, "I8": 2, "I32": 8}
+"""That one value of a file may stand for: weights of 4 bits lie two in a byte."""
 
 _CHANGES_LOADING = ("fusion_config", "distributed_config", "transformers_weights")
 """Config fields that make transformers load other files or rewrite modules; plain checkpoints have none."""
@@ -45,13 +49,14 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             f"model type {kind!r} in {path} is not known to the installed transformers",
             next_step="Is the model newer than transformers? pip install --upgrade transformers",
         )
+    quantized = raw.pop("quantization_config", None)  # its numbers are checked by who reads them
     _check_announced(folder, raw)
     if unsafe := [fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)]:
         raise UnsafeFileError(
             f"{path} asks for more than a model's settings", unsafe, "Remove these fields if you trust the model."
         )
-    if isinstance(quantized := raw.get("quantization_config"), dict):
-        _check_quantized(folder, quantized)
+    if isinstance(quantized, dict):
+        refuse_unread(folder, quantized)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # every config class checks its fields in its own way
@@ -60,7 +65,7 @@ def checked_config(folder: Path) -> PreTrainedConfig:
         ) from fault
     _check_causal(folder, config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # read by us (bases/bnb_files.py), not by transformers
+        del config.quantization_config  # read by us (bases/stored_formats.py), not by transformers
     return config
 
 
@@ -82,25 +87,11 @@ def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
 
 def check_size(folder: Path, config: PreTrainedConfig, stored: Mapping[str, int], num_tensors: int) -> None:
     """Raises CorruptFileError if the model that the config builds is many times what is stored."""
-    # Weights of 4 bits lie two in a byte.
-    num_values = sum(count * (2 if kind in ("U8", "I8") else 1) for kind, count in stored.items())
+    num_values = sum(count * _MOST_VALUES.get(kind, 1) for kind, count in stored.items())
     if faults := built_faults(config, num_tensors=num_tensors, num_values=num_values):
         raise CorruptFileError(
             f"{folder / 'config.json'} does not describe the weights beside it", faults, NEXT_DOWNLOAD
         )
-
-
-def _check_quantized(folder: Path, settings: dict[str, Any]) -> None:
-    """4-bit weights of bitsandbytes are read; every other kind of quantised weights is refused by its name."""
-    method = settings.get("quant_method", "unknown method")
-    if method == "bitsandbytes" and settings.get("load_in_4bit"):
-        return
-    name = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
-    raise SourceError(
-        f"the weights in {folder} are stored quantised ({name}), which is not read yet",
-        next_step="Take the model's unquantised version and quantize: nf4, or one that bitsandbytes quantised "
-        "in 4 bits.",
-    )
 
 
 def _check_causal(folder: Path, config: PreTrainedConfig) -> None:

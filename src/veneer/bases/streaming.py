@@ -2,8 +2,8 @@
 
 transformers builds the model without storage and places the tensors, with its own renaming and fusing of checkpoints;
 its quantiser seam asks us, tensor by tensor, what to put there. Linear layers and gated stacks of experts are packed;
-the output head, embeddings, norms, routers and what `keep_dense` names stay. A folder that bitsandbytes quantised is
-read as it is, per tensor: what it left dense stays dense.
+the output head, embeddings, norms, routers and what `keep_dense` names stay. A folder that holds packed weights is
+read as it is, per tensor: what it left dense stays dense (stored_formats.py).
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from veneer.adapters.experts import is_gated_stack
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.targets import ends_with
-from veneer.bases.bnb_files import Moving, stored_weights
 from veneer.bases.faults import check_loaded
 from veneer.bases.model_folder import Found, weight_files
+from veneer.bases.moving import Moving
+from veneer.bases.stored_formats import stored_weights
 from veneer.bases.tensor_files import stored_tensors
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import is_plain_linear, is_transposed_linear
-from veneer.quant.nf4 import BookName, Packed, quantize
-from veneer.quant.nf4_linear import NF4Experts, NF4Linear
+from veneer.quant.layers import HeldExperts, HeldLinear
+from veneer.quant.nf4 import BookName, quantize
+from veneer.quant.weight import PackedWeight
 
 _NAME = "veneer"
 
@@ -67,8 +69,8 @@ class _Pack(ConversionOps):
         left = {}
         for target, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
-            if not self.quantizer.place(others["model"], target, value):
-                left[target] = value
+            if (dense := self.quantizer.place(others["model"], target, value)) is not None:
+                left[target] = dense
             elif (missing := others.get("missing_keys")) is not None:
                 missing.discard(target)
         return left
@@ -86,6 +88,8 @@ class _Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         self.faults: list[str] = []
         self.wanted = _packable(model)
+        matrices = (name for name, each in model.named_parameters() if each.dim() == 2 and each.dtype == model.dtype)
+        self.matrices = set(matrices) if self.quantization_config.book is None else set()
         keep = self.quantization_config.keep_dense
         paths = {path for path, _ in model.named_modules()} | self.wanted.keys()
         self.quantization_config.unused = [k for k in keep if not any(ends_with(p, k) for p in paths)]
@@ -99,7 +103,7 @@ class _Quantizer(HfQuantizer):
         return 0.52
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
-        return param_name in self.wanted
+        return param_name in self.wanted or param_name in self.matrices
 
     def get_quantize_ops(self) -> _Pack:
         return _Pack(self)
@@ -111,38 +115,45 @@ class _Quantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    def place(self, model: PreTrainedModel, target: str, value: Tensor | Moving) -> bool:
-        """Put the weight called `target` into the model, packed; False: it stays dense."""
+    def place(self, model: PreTrainedModel, target: str, value: Tensor | Moving) -> Tensor | None:
+        """Put the weight called `target` into the model, packed; what is given back stays dense."""
         self.quantization_config.placed(model)
         book = self.quantization_config.book
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
         packed = value.weight if isinstance(value, Moving) else None
-        stays = packed is None and (book is None or target in self.kept)
+        stays = target not in self.wanted or (packed is None and book is None) or target in self.kept
         dense = tuple(_dense(module).get_parameter(name).shape)
-        turned = is_transposed_linear(module) and not stays
-        expected = dense[::-1] if turned else dense
-        if isinstance(value, Tensor) and turned:
-            value = value.T
+        turned = is_transposed_linear(module) and not (stays and packed is None)
         found = tuple(value.shape) if isinstance(value, Tensor) else value.weight.shape
-        if found != expected:
+        if isinstance(value, Tensor) and turned:
+            value, found = value.T, found[::-1]
+        if isinstance(value, Moving) and value.fault is not None:
+            self.faults.append(f"packed     {target}: {value.fault}")
+            return None
+        if found != (expected := dense[::-1] if turned else dense):
             self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
-            return True
-        if packed is not None and target in self.read_past:
-            self.faults.append(f"packed     {target}: the model multiplies by it itself, which takes dense values")
-            return True
+            return None
         if stays:
-            return False
+            # What no module of ours stands for (a head, a table, weights that the model takes past their modules).
+            return value if isinstance(value, Tensor) else self._decoded(target, value.weight, model.dtype, turned)
         if isinstance(value, Tensor):
             assert book is not None
             try:
                 packed = quantize(value, book=book, name=target)
             except CorruptFileError as fault:
                 self.faults.append(f"not finite {target}: {fault.faults[0]}")
-                return True
+                return None
         assert packed is not None
         _install(model, path, name, packed)
-        return True
+        return None
+
+    def _decoded(self, target: str, weight: PackedWeight, dtype: torch.dtype, turned: bool) -> Tensor | None:
+        if len(weight.shape) != 2:
+            self.faults.append(f"packed     {target}: no module for packed weights takes its place")
+            return None
+        dense = weight.matrix(dtype).dense_weight(dtype)
+        return dense.T.contiguous() if turned else dense
 
 
 AUTO_QUANTIZER_MAPPING[_NAME] = _Quantizer
@@ -168,23 +179,23 @@ def _names(entry: str, path: str, target: str) -> bool:
 
 
 def _dense(module: nn.Module) -> nn.Module:
-    return module._plain[0] if isinstance(module, NF4Experts) else module
+    return module._plain[0] if isinstance(module, HeldExperts) else module
 
 
-def _install(model: PreTrainedModel, path: str, name: str, weight: Packed) -> None:
+def _install(model: PreTrainedModel, path: str, name: str, weight: PackedWeight) -> None:
     """The packed module in the dense one's place; a bias that has not come yet finds it there."""
     module = model.get_submodule(path)
-    if isinstance(module, NF4Experts):
+    if isinstance(module, HeldExperts):
         module.hold(name, weight)
     elif is_gated_stack(module):
-        experts = NF4Experts(module, dtype=model.dtype, device=weight.packed.device)
+        experts = HeldExperts(module, dtype=model.dtype, device=weight.tensors[""].device)
         experts.hold(name, weight)
         model.set_submodule(path, experts)
         module = experts
     else:
         bias = module.bias if isinstance(module.bias, nn.Parameter) else None
         turned = is_transposed_linear(module)
-        module = NF4Linear(weight, bias, dtype=model.dtype)
+        module = HeldLinear(weight, bias, dtype=model.dtype)
         module.replaces_transposed = turned
         model.set_submodule(path, module)
     for each in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -216,7 +227,7 @@ def build_packed(
 
     Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing).
     """
-    weights = stored_weights(stored_tensors(weight_files(found.folder)))
+    weights = stored_weights(found.folder, stored_tensors(weight_files(found.folder)))
     settings = _Settings(book, tuple(keep_dense), placed)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = kind.from_pretrained(

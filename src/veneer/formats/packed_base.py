@@ -19,7 +19,9 @@ from veneer.files.atomic import atomic_folder
 from veneer.linear import PackedModule
 from veneer.models.frozen_base import FrozenBase
 from veneer.quant.config import FOUR_BITS, weight_format
-from veneer.quant.nf4_linear import NF4Experts, NF4Linear
+from veneer.quant.layers import HeldExperts, HeldLinear
+from veneer.quant.nf4 import Packed
+from veneer.quant.weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
         path = partial / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": _settings(base)}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    experts = any(isinstance(module, NF4Experts) for module in base.model.modules())
+    experts = any(isinstance(module, HeldExperts) for module in base.model.modules())
     return WrittenBase(Path(folder), size, not experts)
 
 
@@ -61,11 +63,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     parts: set[str] = set()
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        if isinstance(module, NF4Linear | NF4Experts):
+        if isinstance(module, HeldLinear | HeldExperts):
             for name in module.packed_shapes():
-                tensors |= file_tensors(f"{path}.{name}", module.packed(name))
+                tensors |= file_tensors(f"{path}.{name}", _code_book(module.packed(name)))
             parts |= {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
-        assert isinstance(module, NF4Linear | NF4Experts) or not isinstance(module, PackedModule)
+        assert isinstance(module, HeldLinear | HeldExperts) or not isinstance(module, PackedModule)
     for name, tensor in model.state_dict().items():
         if name not in tied and name not in parts and name not in tensors:
             tensors[name] = tensor
@@ -73,10 +75,15 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous() for n, t in tensors.items()}
 
 
+def _code_book(weight: PackedWeight) -> Packed:
+    assert isinstance(weight, Packed)  # of the formats, only these are written
+    return weight
+
+
 def _settings(base: FrozenBase) -> dict[str, object]:
     """What transformers wants to find; it leaves dense what llm_int8_skip_modules names."""
     dense = [path for path, module in base.model.named_modules() if isinstance(module, nn.Linear)]
-    double = [m.packed().nested is not None for m in base.model.modules() if isinstance(m, NF4Linear)]
+    double = [_code_book(m.packed()).nested is not None for m in base.model.modules() if isinstance(m, HeldLinear)]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,

@@ -79,6 +79,11 @@ def open_merge(
         del loaded
         gc.collect()
         loaded = load_base(original or base, dtype="stored", device=device)
+        if loaded.quantize is not None:
+            raise ConfigError(
+                f"{original or base} holds its weights as {loaded.quantize}: these are not the original ones",
+                next_step="Name the weights before quantisation with --original, or merge --into dequantised.",
+            )
         for name, (adapter, _) in zip(names, stored, strict=True):
             # its fingerprint is the quantised base's
             load_adapter(loaded, adapter, name=name, force_base=True)

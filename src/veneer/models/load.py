@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.bases.bnb_files import stored_book
 from veneer.bases.builders import builder_for
 from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
 from veneer.bases.dense import build_dense
@@ -29,6 +28,7 @@ from veneer.bases.model_folder import Found, weight_files
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.sources import locate, locate_blocks
 from veneer.bases.stop_tokens import stop_token_ids
+from veneer.bases.stored_formats import stored_format
 from veneer.bases.stored_type import stored_type
 from veneer.bases.streaming import Placed, build_packed, holds_experts_apart
 from veneer.bases.tensor_files import StoredTensor, counted, stored_tensors
@@ -38,8 +38,7 @@ from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, Refuse
 from veneer.models.checkpointing import decoder_layers, give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
-from veneer.quant.config import Quantize, weight_format
-from veneer.quant.nf4 import BookName
+from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 from veneer.shards import Shards
 
 
@@ -58,7 +57,7 @@ def load_base(
             Widening to float32 keeps the fingerprint; a type that rounds the stored values is another base's
     device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
     quantize  the format its linear layers are held in (bases/builders.py); None: as they are stored, which may be
-              in 4 bits: a folder that bitsandbytes quantised is read as it is, whatever `quantize` says
+              packed: a folder with such weights (bases/stored_formats.py) is read as it is
     keep_dense  modules (names, or endings of paths) that stay as they are stored
     shards  holds this process's run of every decoder layer; all processes load together then. None: all of it is here
 
@@ -76,13 +75,18 @@ def load_base(
     found, tensors, held = _files(source, quantize)
     stored = counted(tensors)
     if held is not None:
-        book, _ = held
-        if quantize not in (None, book):
+        name, _ = held
+        if quantize not in (None, name):
             raise ConfigError(
-                f"{found.folder} holds its weights as {book}, not as {quantize}",
+                f"{found.folder} holds its weights as {name}, not as {quantize}",
                 next_step="Leave quantize out: such a folder is read as it is.",
             )
-        quantize, build = book, partial(build_packed, book=None)
+        quantize, build = name, partial(build_packed, book=None)
+    elif weight_format(quantize).from_folder:
+        raise ConfigError(
+            f"{found.folder} does not hold its weights as {quantize}, and nothing here makes such weights",
+            next_step=f"Leave quantize out, or take {FOUR_BITS}.",
+        )
     elif build is None and holds_experts_apart(tensors):
         build = partial(build_packed, book=None)
     if shards is not None:
@@ -159,13 +163,12 @@ def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | 
 
 def _files(
     source: str, quantize: Quantize | None
-) -> tuple[Found, dict[str, StoredTensor], tuple[BookName, torch.dtype] | None]:
-    """Where the base is, what its files hold, and of weights that are packed in them the code book and the type
-    before."""
+) -> tuple[Found, dict[str, StoredTensor], tuple[Quantize, torch.dtype] | None]:
+    """Where the base is, what its files hold, and of weights that are packed in them the format and the type before."""
     blocks = weight_format(quantize).from_gguf
     found = locate_blocks(source) if blocks else locate(source)
     tensors = stored_tensors(weight_files(found.folder))
-    return found, tensors, None if blocks else stored_book(found.folder, tensors)
+    return found, tensors, None if blocks else stored_format(found.folder, tensors)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
-from veneer.quant.config import Quantize
+from veneer.quant.config import Quantize, weight_format
 from veneer.train.config import SHORT_FORMS, RunConfig
 from veneer.train.records import process_memory_bytes
 
@@ -133,6 +133,12 @@ def answer(question: Question) -> Answer:
             next_step="Give a smaller --micro-batch, --batch or --length.",
         )
     blueprints = [blueprint(base) for base in question.bases]
+    for each in blueprints:
+        if weight_format(each.quantize).from_folder:
+            raise ConfigError(
+                f"{each.source} holds its weights as {each.quantize}, which is not planned yet",
+                next_step="Plan the model that it was made of; a run over it holds less.",
+            )
     planners = [_planner(each, question) for each in blueprints]
     choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
     machine = _machine(planners[0], choices[0], question)

@@ -6,8 +6,9 @@ from typing import Literal, get_args
 
 from veneer.errors import ConfigError
 
-Quantize = Literal["nf4", "fp4", "gguf"]
-"""nf4, fp4: 4-bit code books with block scales, made while the weights are read; gguf: the blocks of a .gguf file."""
+Quantize = Literal["nf4", "fp4", "gguf", "fp8", "mxfp4", "gptq", "awq"]
+"""nf4, fp4: 4-bit code books with block scales, made while the weights are read; gguf: the blocks of a .gguf file; the
+others: as a folder's files hold them, which nothing here makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,7 @@ class WeightFormat:
     """What those ask who load, plan, write and start: nobody compares a format's name.
 
     from_gguf      held as the blocks of a .gguf file: no other base can be, and the file's own checks hold
+    from_folder    held as the files of a folder hold it: no other base can be
     keeps_dense    keep_dense can leave single modules as they are stored
     has_original   made of weights that the base still has: LoftQ reads them to bring back what was lost
     writes_folder  such a base can be written as a folder (formats/packed_base.py)
@@ -22,6 +24,7 @@ class WeightFormat:
     """
 
     from_gguf: bool = False
+    from_folder: bool = False
     keeps_dense: bool = False
     has_original: bool = False
     writes_folder: bool = False
@@ -31,7 +34,16 @@ class WeightFormat:
 DENSE = WeightFormat()
 """What a base is without one: its linear layers as they are stored."""
 _CODES = WeightFormat(keeps_dense=True, has_original=True, writes_folder=True, before_method="q")
-FORMATS: Mapping[Quantize, WeightFormat] = {"nf4": _CODES, "fp4": _CODES, "gguf": WeightFormat(from_gguf=True)}
+_STORED = WeightFormat(from_folder=True)
+FORMATS: Mapping[Quantize, WeightFormat] = {
+    "nf4": _CODES,
+    "fp4": _CODES,
+    "gguf": WeightFormat(from_gguf=True),
+    "fp8": _STORED,
+    "mxfp4": _STORED,
+    "gptq": _STORED,
+    "awq": _STORED,
+}
 assert tuple(FORMATS) == get_args(Quantize)
 FOUR_BITS: Quantize = "nf4"
 """Taken where only "4 bits" is said."""

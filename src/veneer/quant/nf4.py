@@ -12,7 +12,8 @@ or refuses. Source: Dettmers et al. 2023, arXiv:2305.14314; the numbers are thos
 import itertools
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal
 
@@ -23,6 +24,7 @@ from veneer.errors import CorruptFileError
 from veneer.kernels import nf4 as kernels
 from veneer.kernels.nf4 import Blocks, Nested
 from veneer.kernels.wide import wide
+from veneer.quant.matrix import PackedMatrix
 
 BookName = Literal["nf4", "fp4"]
 
@@ -110,11 +112,35 @@ class Packed:
         return Blocks(self.packed, self.absmax, self.table, self.block, math.prod(self.shape), self.nested)
 
     @property
-    def bytes(self) -> int:
-        tensors = [self.packed, self.absmax, self.table]
+    def format(self) -> BookName:
+        return self.book
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"": self.packed, "absmax": self.absmax, "quant_map": self.table}
         if self.nested is not None:
-            tensors += [self.nested.table, self.nested.scales]
-        return sum(t.numel() * t.element_size() for t in tensors)
+            found |= {"nested_absmax": self.nested.scales, "nested_quant_map": self.nested.table}
+        return found
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> "Packed":
+        nested = self.nested
+        if nested is not None:
+            nested = replace(nested, table=tensors["nested_quant_map"], scales=tensors["nested_absmax"])
+        return replace(self, packed=tensors[""], absmax=tensors["absmax"], table=tensors["quant_map"], nested=nested)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {} if self.nested is None else {"nested_offset": self.nested.offset}
+
+    def matrix(self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False) -> PackedMatrix:
+        rows, columns = self.shape[-2:]
+        O, I = (columns, rows) if transposed else (rows, columns)
+        start = (number or 0) * rows * columns
+        return PackedMatrix(self.blocks, I, O, dtype, start=start, transposed=transposed)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 def quantize(

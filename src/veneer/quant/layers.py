@@ -1,8 +1,8 @@
-"""Modules whose weights are held in 4 bits: a linear layer, and a stack of experts.
+"""Modules whose weights are held packed: a linear layer, and a stack of experts. Which format: weight.py.
 
 The packed bytes stand under the dense weight's name, as a parameter that never trains; scales and tables are buffers
-called after it (weight_absmax, weight_quant_map, weight_nested_absmax, weight_nested_quant_map). Moving a model to
-another type never touches them: only biases and the type of the products change.
+called after it (weight_absmax, weight_quant_map, weight_scale, ...). Moving a model to another type never touches them:
+only biases and the type of the products change.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.experts import by_expert, expert_bias
-from veneer.kernels.nf4 import Nested
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
-from veneer.quant.matrix import PackedMatrix
-from veneer.quant.nf4 import BookName, Packed
+from veneer.quant.weight import PackedWeight
 
 
 class _Holder(PackedModule):
@@ -23,58 +21,40 @@ class _Holder(PackedModule):
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self._facts: dict[str, tuple[BookName, int, tuple[int, ...], torch.dtype, int, float]] = {}
+        self._facts: dict[str, PackedWeight] = {}
+        """Without storage: what is there beside the tensors."""
         self._views: dict[Any, Any] = {}
         # Follows the model to another device or type: what the products are computed in.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
-    def hold(self, name: str, weight: Packed) -> None:
-        nested = weight.nested
-        self.register_parameter(name, nn.Parameter(weight.packed, requires_grad=False))
-        self.register_buffer(f"{name}_absmax", weight.absmax)
-        self.register_buffer(f"{name}_quant_map", weight.table)
-        if nested is not None:
-            self.register_buffer(f"{name}_nested_absmax", nested.scales)
-            self.register_buffer(f"{name}_nested_quant_map", nested.table)
-        self._facts[name] = (
-            weight.book,
-            weight.block,
-            weight.shape,
-            weight.dtype,
-            0 if nested is None else nested.block,
-            0.0 if nested is None else nested.offset,
-        )
-        self.packed_format = weight.book
+    def hold(self, name: str, weight: PackedWeight) -> None:
+        for key, tensor in weight.tensors.items():
+            if key:
+                self.register_buffer(f"{name}_{key}", tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._facts[name] = weight.holding({key: tensor.to("meta") for key, tensor in weight.tensors.items()})
+        self.packed_format = weight.format
         self._views.clear()
 
-    def packed(self, name: str = "weight") -> Packed:
+    def packed(self, name: str = "weight") -> PackedWeight:
         """The weight called `name`; shares its tensors with this module."""
         if (found := self._views.get(name)) is None:
-            book, block, shape, dtype, nested_block, offset = self._facts[name]
-            nested = None
-            if nested_block:
-                table, scales = (self.get_buffer(f"{name}_nested_quant_map"), self.get_buffer(f"{name}_nested_absmax"))
-                nested = Nested(table, scales, nested_block, offset)
-            found = self._views[name] = Packed(
-                book,
-                self.get_parameter(name).data,
-                self.get_buffer(f"{name}_absmax"),
-                self.get_buffer(f"{name}_quant_map"),
-                block,
-                shape,
-                dtype,
-                nested,
-            )
+            facts = self._facts[name]
+            held = {k: self.get_buffer(f"{name}_{k}") if k else self.get_parameter(name).data for k in facts.tensors}
+            found = self._views[name] = facts.holding(held)
         return found
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._facts[name][2] for name, _ in self.named_parameters(recurse=False) if name in self._facts}
+        return {
+            name: self._facts[name].shape for name, _ in self.named_parameters(recurse=False) if name in self._facts
+        }
 
     def packed_numbers(self) -> dict[str, Tensor]:
         return {
-            f"{name}_nested_offset": torch.tensor([offset])
-            for name, (*_, nested_block, offset) in self._facts.items()
-            if nested_block
+            f"{name}_{key}": torch.tensor([number])
+            for name, weight in self._facts.items()
+            for key, number in weight.numbers.items()
         }
 
     @property
@@ -86,7 +66,7 @@ class _Holder(PackedModule):
         return self.get_buffer("like").dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Holder":
-        """Another device is followed, another type is not: scales and tables are float32 whatever the model is."""
+        """Another device is followed, another type is not: scales and tables keep theirs whatever the model is."""
         exact = {name: b.dtype for name, b in self._buffers.items() if b is not None and name != "like"}
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -99,23 +79,21 @@ class _Holder(PackedModule):
         return self
 
 
-class NF4Linear(_Holder, PackedLinear):
-    """nn.Linear with W (O, I) in 4 bits."""
+class HeldLinear(_Holder, PackedLinear):
+    """nn.Linear with W (O, I) packed."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Packed, bias: nn.Parameter | None, *, dtype: torch.dtype) -> None:
-        super().__init__(dtype, weight.packed.device)
-        assert len(weight.shape) == 2
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None, *, dtype: torch.dtype) -> None:
+        super().__init__(dtype, weight.tensors[""].device)
         self.out_features, self.in_features = weight.shape
         self.hold("weight", weight)
         self.register_parameter("bias", bias)
 
     @property
-    def matrix(self) -> PackedMatrix:
+    def matrix(self) -> FrozenLinear:
         if (found := self._views.get("matrix")) is None:
-            blocks = self.packed().blocks
-            found = self._views["matrix"] = PackedMatrix(blocks, self.in_features, self.out_features, self.dtype)
+            found = self._views["matrix"] = self.packed().matrix(self.dtype)
         return found
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,12 +109,11 @@ class NF4Linear(_Holder, PackedLinear):
         return self.bias
 
     def extra_repr(self) -> str:
-        book, block, *_ = self._facts["weight"]
-        return f"in_features={self.in_features}, out_features={self.out_features}, {book}, block={block}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed_format}"
 
 
-class NF4Experts(_Holder, PackedExperts):
-    """A gated stack of experts, both of its 3-D weights in 4 bits; each expert is multiplied on its own."""
+class HeldExperts(_Holder, PackedExperts):
+    """A gated stack of experts, both of its 3-D weights packed; each expert is multiplied on its own."""
 
     def __init__(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
         """experts: the dense module, whose own forward is not used any more; `hold` brings the weights."""
@@ -150,11 +127,7 @@ class NF4Experts(_Holder, PackedExperts):
     def expert(self, name: str, number: int) -> FrozenLinear:
         if (found := self._views.get((name, number))) is None:
             weight = self.packed(name)
-            _, rows, columns = weight.shape
-            O, I = (columns, rows) if self.is_transposed else (rows, columns)
-            found = self._views[name, number] = PackedMatrix(
-                weight.blocks, I, O, self.dtype, start=number * rows * columns, transposed=self.is_transposed
-            )
+            found = self._views[name, number] = weight.matrix(self.dtype, number=number, transposed=self.is_transposed)
         return found
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""Which format a folder holds its weights in, and its weights so. One line in READERS for each quant_method.
+
+What bitsandbytes packed is told by its tensors' names (bnb_files.py), the others by quantization_config in config.json.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.bases.bnb_files import bnb_weights, is_bnb
+from veneer.bases.fp8_files import fp8_weights, unread_compressed, unread_fp8
+from veneer.bases.int4_files import AWQ, GPTQ, int4_weights, unread_awq, unread_gptq
+from veneer.bases.moving import NEXT, Waiting
+from veneer.bases.mxfp4_files import mxfp4_weights, unread_mxfp4
+from veneer.bases.stored_type import most_common_dtype
+from veneer.bases.tensor_files import StoredTensor, counted
+from veneer.errors import CorruptFileError, SourceError
+from veneer.files.strict_json import read_model_json
+from veneer.quant.config import FOUR_BITS, Quantize
+from veneer.quant.nf4 import BOOKS
+
+Settings = Mapping[str, Any]
+Tensors = Mapping[str, StoredTensor]
+Read = Callable[[Tensors, Settings], tuple[dict[str, Waiting], set[str], list[str]]]
+"""(by name, the tensors that they are made of, what does not belong together)"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """unread: what of the settings is not read."""
+
+    format: Quantize
+    unread: Callable[[Settings], list[str]]
+    weights: Read
+
+
+READERS: Mapping[str, Reader] = {
+    "fp8": Reader("fp8", unread_fp8, fp8_weights),
+    "compressed-tensors": Reader("fp8", unread_compressed, fp8_weights),
+    "mxfp4": Reader("mxfp4", unread_mxfp4, mxfp4_weights),
+    "gptq": Reader("gptq", unread_gptq, partial(int4_weights, layout=GPTQ)),
+    "awq": Reader("awq", unread_awq, partial(int4_weights, layout=AWQ)),
+}
+
+
+def refuse_unread(folder: Path, settings: Settings) -> None:
+    """SourceError, by name, for quantised weights that are not read. settings: quantization_config."""
+    method = settings.get("quant_method", "unknown method")
+    if method == "bitsandbytes":
+        faults = [] if settings.get("load_in_4bit") else ["in 8 bits"]
+    elif isinstance(method, str) and method in READERS:
+        faults = READERS[method].unread(settings)
+    else:
+        faults = ["of these nothing is known here"]
+    if faults:
+        raise SourceError(
+            f"the weights in {folder} are stored quantised ({str(method)[:60]}) in a way that is not read yet",
+            faults[:8],
+            "Take the model's unquantised version and quantize: nf4, or one that bitsandbytes quantised in 4 bits, "
+            f"or one of {', '.join(READERS)}.",
+        )
+
+
+def stored_settings(folder: Path) -> Settings:
+    found = read_model_json(folder / "config.json").get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def announced_format(folder: Path) -> Quantize | None:
+    """By config.json alone. SourceError as refuse_unread."""
+    if not (settings := stored_settings(folder)):
+        return None
+    refuse_unread(folder, settings)
+    found = READERS.get(str(settings["quant_method"]))
+    if found is not None:
+        return found.format
+    said = settings.get("bnb_4bit_quant_type")
+    return next((book for book in BOOKS if book == said), FOUR_BITS)
+
+
+def stored_weights(folder: Path, tensors: Tensors) -> dict[str, Any]:
+    """The weights of a folder: dense ones as they are, packed ones with all their parts as one Waiting.
+
+    Raises CorruptFileError with every packed weight whose parts do not belong together.
+    """
+    settings = stored_settings(folder)
+    read = _reader(folder, tensors, settings)
+    if read is None:
+        return dict(tensors)
+    weights, taken, faults = read(tensors, settings)
+    if faults:
+        raise CorruptFileError("packed weights in the files cannot be read", faults[:20], NEXT)
+    if not weights:
+        raise CorruptFileError(
+            f"{folder / 'config.json'} says that the weights are stored as {settings['quant_method']}, and the "
+            f"{len(tensors):,} tensors beside it are none of these",
+            next_step="If they are dense, take quantization_config out of config.json.",
+        )
+    return {**weights, **{name: tensor for name, tensor in tensors.items() if name not in taken}}
+
+
+def stored_format(folder: Path, tensors: Tensors) -> tuple[Quantize, torch.dtype] | None:
+    """(format, type of the weights before they were packed) of a folder's tensors; None: none is packed.
+
+    Where the files do not say that type, it is the one of most of the values beside the packed ones.
+    """
+    weights = stored_weights(folder, tensors)
+    packed = [weight for weight in weights.values() if isinstance(weight, Waiting)]
+    if not packed:
+        return None
+    if len(formats := {weight.format for weight in packed}) > 1:
+        raise CorruptFileError(f"{folder} mixes {' and '.join(sorted(formats))}", [], NEXT)
+    dense = {name: tensor for name, tensor in weights.items() if not isinstance(tensor, Waiting)}
+    return packed[0].format, packed[0].before or most_common_dtype(folder, counted(dense))
+
+
+def _reader(folder: Path, tensors: Tensors, settings: Settings) -> Read | None:
+    if is_bnb(tensors):
+        return bnb_weights
+    if settings:
+        refuse_unread(folder, settings)
+    found = READERS.get(str(settings.get("quant_method")))
+    return None if found is None else found.weights

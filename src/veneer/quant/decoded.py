@@ -1,0 +1,45 @@
+"""A packed matrix as a FrozenLinear where a format has no product of its own: decoded into scratch, then multiplied.
+
+Nothing of a decoded weight is kept. Shapes: M rows, I in_features, O out_features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import few_rows
+from veneer.quant.scratch import scratch
+
+
+@dataclass(eq=False)
+class DecodedMatrix:
+    """decode: writes W into what it is given, (O, I) and contiguous, in any floating type."""
+
+    decode: Callable[[Tensor], object]
+    in_features: int
+    out_features: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return few_rows.linear(x, self._decoded(x.dtype), bias)
+
+    @torch.no_grad()
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        return grad @ self._decoded(grad.dtype)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        self.decode(out)
+        return out
+
+    def own_bias(self) -> Tensor | None:
+        return None
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        out = scratch(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        self.decode(out)
+        return out

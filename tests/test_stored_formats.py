@@ -1,0 +1,342 @@
+"""Folders that other programs quantised: read as they are, decoded as their own programs do it, trained over, refused
+where they are damaged or hold what is not read."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests import test_methods as methods
+from tests.packed import packed_modules
+from tests.packed_folders import WRITERS, write_awq, write_compressed, write_fp8, write_gptq, write_mxfp4
+from tests.test_quant_runs import rows
+from tests.tiny import save_tiny
+from veneer import api
+from veneer.adapters.config import LoRA
+from veneer.bases.quiet_transformers import quiet
+from veneer.bases.weight_table import weight_table
+from veneer.cli.main import main
+from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.linear import PackedExperts, num_parameters
+from veneer.models.load import load_base
+from veneer.plan.ask import Question, answer
+from veneer.plan.planner import Choice
+
+IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
+PLAIN = {
+    "fp8": ("llama", write_fp8),
+    "fp8, experts": ("mixtral", write_fp8),
+    "fp8, row": ("llama", write_compressed),
+    "fp8, weight": ("llama", lambda folder: write_compressed(folder, "tensor")),
+    "gptq": ("llama", write_gptq),
+    "gptq, Conv1D": ("gpt2", write_gptq),
+    "gptq, symmetric": ("qwen2", lambda folder: write_gptq(folder, symmetric=True, layout="gptq_v2")),
+    "gptq, order": ("llama", lambda folder: write_gptq(folder, act_order=True)),
+    "gptq, last group short": ("llama", lambda folder: write_gptq(folder, group=20)),
+    "gptq, whole rows": ("llama", lambda folder: write_gptq(folder, group=48)),
+    "gptq, experts": ("qwen3_moe", write_gptq),
+    "awq": ("llama", write_awq),
+    "awq, experts": ("mixtral", write_awq),
+    "mxfp4": ("gpt_oss", write_mxfp4),
+}
+every_layout = pytest.mark.parametrize(("family", "write"), PLAIN.values(), ids=PLAIN)
+
+
+def folder_of(tmp_path, family, write, dtype=torch.bfloat16, **overrides):
+    folder = save_tiny(tmp_path / "base", family, dtype, **overrides)
+    return folder, write(folder)
+
+
+def edit(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@every_layout
+def test_weights_are_decoded_to_what_was_written_and_the_model_computes_with_them(family, write, tmp_path):
+    folder, dense = folder_of(tmp_path, family, write)
+    base, twin = packed_and_dense_of(folder, tmp_path, family, dense)
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(IDS).logits, twin(IDS).logits, rtol=2e-4, atol=2e-4)
+        few = base.model(IDS[:, :1]).logits
+    torch.testing.assert_close(few, twin(IDS[:, :1]).logits, rtol=2e-4, atol=2e-4)
+    assert num_parameters(base.model) == num_parameters(twin)
+    assert [n for n, _ in base.model.named_parameters()] == [n for n, _ in twin.named_parameters()]
+    name = write.__name__.removeprefix("write_")
+    assert base.quantize in WRITERS
+    assert name in (base.quantize, "compressed", "<lambda>")
+
+
+def packed_and_dense_of(folder, tmp_path, family, dense):
+    """(the base in float32, the same family's model with `dense` in the places of the packed weights)."""
+    twin = save_tiny(tmp_path / "dense", family, torch.bfloat16)
+    weights = {name: each.float() for name, each in load_file(twin / "model.safetensors").items()}
+    save_file(
+        {n: t.contiguous() for n, t in (weights | dense).items()}, twin / "model.safetensors", metadata={"format": "pt"}
+    )
+    base = load_base(str(folder), dtype="float32", device="cpu")
+    assert packed_modules(base.model)
+    return base, load_base(str(twin), dtype="float32", device="cpu").model
+
+
+@pytest.mark.parametrize(("family", "write"), [("llama", lambda f: write_fp8(f, (8, 16))), ("gpt_oss", write_mxfp4)])
+def test_the_bits_are_those_that_transformers_decodes_to(family, write, tmp_path):
+    folder, _ = folder_of(tmp_path, family, write)
+    with quiet():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
+    base = load_base(str(folder), dtype="stored", device="cpu")
+    for path, module in packed_modules(base.model).items():
+        own = theirs.get_submodule(path)
+        if isinstance(module, PackedExperts):
+            for name in module.packed_shapes():
+                for number in range(4):
+                    found = module.expert(name, number).dense_weight(torch.bfloat16)
+                    assert torch.equal(found, own.get_parameter(name)[number].T)
+        else:
+            assert torch.equal(module.dense_weight(torch.bfloat16), own.weight)
+
+
+def test_a_weight_that_no_module_of_ours_takes_is_held_dense_as_it_decodes(tmp_path):
+    """The head, and what a model takes past its modules."""
+    folder, dense = folder_of(tmp_path, "llama_untied", lambda f: write_gptq(f, names=r"(.*_proj|lm_head)\.weight"))
+    base = load_base(str(folder), dtype="float32", device="cpu")
+    torch.testing.assert_close(base.model.lm_head.weight, dense["lm_head.weight"].bfloat16().float())
+    held = {g.what: g.held for g in weight_table(base.model)}
+    assert (held["output head"], held["linear layers"]) == ("float32", "gptq")
+
+
+@pytest.mark.parametrize(
+    ("family", "write", "bits"),
+    [
+        ("llama", lambda f: write_fp8(f, (128, 128)), 8 + 32 / 128**2),
+        ("llama", lambda f: write_gptq(f, group=128), 4 + 24 / 128),
+        ("llama", lambda f: write_awq(f, group=128), 4 + 24 / 128),
+        ("gpt_oss", write_mxfp4, 4.25),
+    ],
+    ids=["fp8", "gptq", "awq", "mxfp4"],
+)
+def test_what_is_packed_takes_no_more_memory_than_in_the_files(family, write, bits, tmp_path):
+    folder, _ = folder_of(tmp_path, family, write, hidden_size=256, intermediate_size=512, head_dim=64)
+    base = load_base(str(folder), dtype="float32", device="cpu")
+    packed = {g.what: g for g in weight_table(base.model) if g.held == base.quantize}
+    (group,) = packed.values()
+    biases = 4 * 4 * (512 * 2 + 256) * 2 if family == "gpt_oss" else 0
+    assert group.bytes - biases == pytest.approx(group.values * bits / 8, rel=0.03)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_moving_to_another_type_leaves_packed_values_to_the_bit(name, tmp_path):
+    folder, _ = folder_of(tmp_path, *PLAIN[name])
+    model = load_base(str(folder), dtype="float32", device="cpu").model
+    modules = packed_modules(model)
+    held = {
+        n: t.clone() for p, m in modules.items() for n, t in m.state_dict(prefix=f"{p}.").items() if "bias" not in n
+    }
+    model.to(torch.bfloat16)
+    assert all(
+        torch.equal(model.state_dict()[n], t) and model.state_dict()[n].dtype == t.dtype for n, t in held.items()
+    )
+    assert all(m.dtype == torch.bfloat16 for m in modules.values())
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_the_same_folder_is_the_same_base_and_another_scale_another_one(tmp_path):
+    folder, _ = folder_of(tmp_path, "llama", write_awq)
+    base, again = (load_base(str(folder), quantize=quantize, device="cpu") for quantize in (None, "awq"))
+    assert base.fingerprint() == again.fingerprint()
+    assert base.fingerprint().dtype == "awq+bfloat16"
+    assert base.fingerprint().quantize == "awq"
+    dense = load_base(str(save_tiny(tmp_path / "dense", "llama", torch.bfloat16)), device="cpu").fingerprint()
+    assert dense.shapes_hash == base.fingerprint().shapes_hash
+    edit(folder, lambda w: w["model.layers.0.mlp.up_proj.scales"][0].mul_(2))
+    assert load_base(str(folder), device="cpu").fingerprint().weights_hash != base.fingerprint().weights_hash
+
+
+def test_a_format_that_the_folder_does_not_hold_is_refused(tmp_path):
+    packed, _ = folder_of(tmp_path, "llama", write_awq)
+    for quantize in ("gptq", "nf4"):
+        with pytest.raises(ConfigError, match=f"holds its weights as awq, not as {quantize}"):
+            load_base(str(packed), quantize=quantize)
+    dense = save_tiny(tmp_path / "dense", "llama")
+    with pytest.raises(ConfigError, match="does not hold its weights as gptq"):
+        load_base(str(dense), quantize="gptq")
+    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptFileError, match="says that the weights are stored as gptq"):
+        load_base(str(dense))
+
+
+UNREAD = {
+    "3 bits": (write_gptq, {"bits": 3}, "3 bits: 4 are read"),
+    "bits of text": (write_gptq, {"bits": "4"}, "bits: 4 are read"),
+    "marlin": (write_gptq, {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    "words of 64 bits": (write_gptq, {"pack_dtype": "int64"}, "pack_dtype 'int64'"),
+    "group 0": (write_gptq, {"group_size": 0}, "group_size 0"),
+    "group 2^63": (write_awq, {"group_size": 2**63}, "group_size 9223372036854775808"),
+    "gemv": (write_awq, {"version": "gemv"}, "version 'gemv'"),
+    "8-bit awq": (write_awq, {"bits": 8}, "8 bits: 4 are read"),
+    "e5m2": (write_fp8, {"fmt": "e5m2"}, "fmt 'e5m2'"),
+    "fp4 experts": (write_fp8, {"expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
+    "block": (write_fp8, {"weight_block_size": [0, 128]}, "blocks of [0, 128]"),
+    "blocks": (write_fp8, {"weight_block_size": [128, 128, 1]}, "blocks of [128, 128, 1]"),
+    "compressed, int4": (write_compressed, {"format": "pack-quantized"}, "format 'pack-quantized'"),
+    "compressed, groups": (write_compressed, {"config_groups": {"a": {"weights": {"num_bits": 4}}}}, "config_groups.a"),
+    "compressed, turned": (write_compressed, {"transform_config": {"r1": 1}}, "transform_config is set"),
+    "another": (write_fp8, {"quant_method": "hqq"}, "hqq"),
+}
+
+
+@pytest.mark.parametrize(("write", "settings", "says"), UNREAD.values(), ids=UNREAD)
+def test_what_is_not_read_is_refused_by_name(write, settings, says, tmp_path):
+    folder, _ = folder_of(tmp_path, "llama", write)
+    configure(folder, **settings)
+    with pytest.raises(SourceError, match="not read yet") as raised:
+        load_base(str(folder))
+    assert says in str(raised.value)
+
+
+UP = "model.layers.1.mlp.up_proj"
+EXPERTS = "model.layers.1.mlp.experts.down_proj"
+
+
+def _nan(weights):
+    weights[f"{UP}.weight"].view(torch.uint8)[7, 5] = 0xFF
+
+
+DAMAGED = {
+    "gptq, no zeros": (write_gptq, lambda w: w.pop(f"{UP}.qzeros"), f"{UP}: qzeros is missing"),
+    "gptq, fewer groups": (write_gptq, lambda w: _cut(w, f"{UP}.scales"), "scales is F16 of shape (1, 48); F16"),
+    "gptq, words": (write_gptq, lambda w: _as(w, f"{UP}.qweight", torch.int64), "qweight is I64"),
+    "gptq, order": (write_gptq, lambda w: _set(w, f"{UP}.g_idx", 2), "g_idx names groups from 0 to 2, there are 2"),
+    "gptq, order below": (write_gptq, lambda w: _set(w, f"{UP}.g_idx", -1), "groups from -1 to 1, there are 2"),
+    "gptq, scale": (write_gptq, lambda w: _set(w, f"{UP}.scales", float("inf")), "a scale is not finite"),
+    "gptq, another shape": (write_gptq, lambda w: _half(w, UP), "(24, 32) in the file, (48, 32) in the model"),
+    "gptq, gone": (write_gptq, lambda w: _gone(w, UP), f"missing    {UP}.weight"),
+    "awq, zeros": (write_awq, lambda w: _cut(w, f"{UP}.qzeros"), "qzeros is I32 of shape (1, 6); I32 of shape (2, 6)"),
+    "fp8, no scale": (write_fp8, lambda w: w.pop(f"{UP}.weight_scale_inv"), "has no scales"),
+    "fp8, fewer blocks": (write_fp8, lambda w: _cut(w, f"{UP}.weight_scale_inv"), "of shape (1, 2), for a weight"),
+    "fp8, scale": (write_fp8, lambda w: _set(w, f"{UP}.weight_scale_inv", float("nan")), "a scale is not finite"),
+    "fp8, value": (write_fp8, _nan, "the value at [7, 5] is no number"),
+    "mxfp4, no scales": (write_mxfp4, lambda w: w.pop(f"{EXPERTS}_scales"), f"{EXPERTS}_scales is missing"),
+    "mxfp4, fewer": (write_mxfp4, lambda w: _cut(w, f"{EXPERTS}_scales"), "_scales U8 of shape (1, 32, 2)"),
+    "mxfp4, exponent": (write_mxfp4, lambda w: _set(w, f"{EXPERTS}_scales", 255), "an exponent of 255, at most 252"),
+}
+
+
+def _cut(weights, name):
+    weights[name] = weights[name][:1].clone()
+
+
+def _as(weights, name, dtype):
+    weights[name] = weights[name].to(dtype)
+
+
+def _set(weights, name, value):
+    weights[name].view(-1)[-1] = value
+
+
+def _half(weights, path):
+    for part in ("qweight", "scales", "qzeros"):
+        own = weights[f"{path}.{part}"]
+        weights[f"{path}.{part}"] = own[:, : own.shape[1] // 2].clone()
+
+
+def _gone(weights, path):
+    for name in [name for name in weights if name.startswith(path)]:
+        del weights[name]
+
+
+@pytest.mark.parametrize(("write", "change", "says"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files_are_refused_with_both_sides(write, change, says, tmp_path):
+    folder, _ = folder_of(tmp_path, "gpt_oss" if write is write_mxfp4 else "llama", write)
+    edit(folder, change)
+    with pytest.raises(CorruptFileError) as raised:
+        load_base(str(folder))
+    assert says in str(raised.value)
+
+
+def test_experts_of_different_orders_are_refused_by_name(tmp_path):
+    folder, _ = folder_of(tmp_path, "qwen3_moe", lambda f: write_gptq(f, act_order=True))
+    edit(folder, lambda w: w["model.layers.0.mlp.experts.0.up_proj.g_idx"].copy_(torch.arange(32) // 16))
+    with pytest.raises(CorruptFileError, match=r"experts\.gate_up_proj: of weights that the model holds as one, some"):
+        load_base(str(folder))
+
+
+def test_an_adapter_trained_over_it_answers_is_measured_and_merged(tmp_path, monkeypatch, capsys):
+    folder, _ = folder_of(tmp_path, "gpt_oss", write_mxfp4)
+    monkeypatch.chdir(tmp_path)
+    data = rows(tmp_path / "rows.jsonl")
+    started = ["--data", data, "--out", "run", "--steps", "2", "--batch", "4"]
+    assert main(["train", "--base", str(folder), *started]) == 0
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "veneer.json").read_text())["base"]["fingerprint"]["dtype"] == "bfloat16+mxfp4"
+    for typed in (["generate", "what is 3", "--max-new-tokens", "3"], ["evaluate", "--data", data]):
+        assert main([*typed, "--base", str(folder), "--adapter", str(adapter)]) == 0
+    merging = ["merge", "--base", str(folder), "--adapter", str(adapter)]
+    assert main([*merging, "--out", "no"]) != 0
+    assert "say --into original or --into dequantised" in capsys.readouterr().err
+    assert main([*merging, "--into", "original", "--out", "no"]) != 0
+    assert "these are not the original ones" in capsys.readouterr().err
+    assert main([*merging, "--into", "dequantised", "--out", "merged"]) == 0
+    merged = load_base("merged")
+    assert merged.quantize is None
+    base = api.load(str(folder), dtype="float32")
+    base.use(base.load_adapter(adapter))
+    with torch.no_grad():
+        expected = base.model(IDS).logits
+        assert (merged.model(IDS).logits.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_it_is_not_planned_as_if_it_were_dense(tmp_path):
+    folder, _ = folder_of(tmp_path, "llama", write_gptq)
+    with pytest.raises(ConfigError, match="holds its weights as gptq, which is not planned yet"):
+        answer(Question([str(folder)], Choice(method=LoRA())))
+
+
+CONTRACT = [
+    methods.test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit,
+    methods.test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row,
+    methods.test_only_the_adapters_parameters_train_and_all_of_them_do,
+]
+CELLS = [
+    ("lora", "llama", "gptq", torch.float32),
+    ("dora", "llama", "gptq", torch.float32),
+    ("houlsby", "llama", "gptq", torch.float32),
+    ("prefix", "llama", "gptq", torch.float32),
+    ("lora", "gpt2", "gptq", torch.bfloat16),
+    ("lora", "llama", "fp8", torch.float32),
+    ("lora", "llama", "awq", torch.float32),
+    ("lora", "gpt_oss", "mxfp4", torch.float32),  # of fused experts DoRA is refused
+    ("prefix", "gpt_oss", "mxfp4", torch.float32),
+]
+
+
+def methods_base(tmp_path, family, name, monkeypatch):
+    """The table of test_methods over a folder of ours: what a base of it is called there."""
+    folder, _ = folder_of(tmp_path, family, WRITERS[name], torch.float32)
+    monkeypatch.setattr(methods, "written", lambda family: folder)
+    return f"{family} {name}"
+
+
+@pytest.mark.parametrize("contract", CONTRACT, ids=["detached", "step", "trains"])
+@pytest.mark.parametrize(("method", "family", "name", "dtype"), CELLS, ids=lambda cell: str(cell))
+def test_what_every_method_owes_it_keeps_over_packed_weights(
+    contract, method, family, name, dtype, tmp_path, monkeypatch
+):
+    contract(methods.METHODS[method], methods_base(tmp_path, family, name, monkeypatch), dtype)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "gptq"), ("gpt_oss", "mxfp4")])
+def test_its_files_and_checkpointing_are_those_of_any_base(family, name, tmp_path, monkeypatch):
+    cell = methods.METHODS["lora"], methods_base(tmp_path, family, name, monkeypatch), torch.float32
+    methods.test_its_files_hold_all_of_it_in_the_size_foretold(*cell, tmp_path)
+    methods.test_checkpointing_changes_no_bit(cell[0], 0.3, *cell[1:])
