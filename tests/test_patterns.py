@@ -89,14 +89,14 @@ def test_no_pattern_takes_for_ever(source):
 def test_what_cannot_be_matched_in_linear_time_is_refused_with_the_reason(source, said, capfd):
     with pytest.raises(PatternError, match=re.escape(said).replace(r"\\\\1", r"\\\\1")):
         pattern(source)
-    with pytest.raises(ValueError):
+    with pytest.raises(ConfigError):
         LoRA(targets=source)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_lookahead_that_says_not_from_where_is_refused_in_rank_and_alpha_patterns():
     for field in ("rank_pattern", "alpha_pattern"):
-        with pytest.raises(ValueError, match=r"write \^"):
+        with pytest.raises(ConfigError, match=r"write \^"):
             LoRA(**{field: {"(?!a)b": 3}})
         LoRA(**{field: {"^(?!a)b": 3}})
 

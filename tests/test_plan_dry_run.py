@@ -186,7 +186,7 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
     experts = module._num_experts(config)
     model = build(config, torch.bfloat16)
     with torch.device("meta"):
-        _, parameters = module._install(model, method, Routing(), Paths(False, None, 1.0, None, None))
+        _, parameters = module._install(model, step, Routing(), Paths(False, None, 1.0, None, None))
     grown = module._extrapolated(step, depth, module._period(model, parameters), experts)
     whole = module._run(step, build(config, torch.bfloat16), experts)
     assert grown is not None

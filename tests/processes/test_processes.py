@@ -36,6 +36,7 @@ RUNS = {
 }
 HERE = {name: RUNS[name] for name in [*RUNS][: count("processes", ci=3, soak=len(RUNS))]}
 STANDING = pytest.mark.skipif(count("standing", ci=0, soak=1) == 0, reason="waits for who never comes: make soak")
+MANY = pytest.mark.skipif(count("processes", ci=0, soak=1) == 0, reason="starts many processes: make soak")
 PLAIN = {f"plain {name}": {**RUNS[name], "reduce": "plain"} for name in ("lora", "full")}
 
 
@@ -144,6 +145,7 @@ def test_plain_sums_differ_by_rounding_alone(alone, two, name):
         assert abs(a - b) <= (1e-6 if "lora" in name else 1e-2) * abs(a)
 
 
+@MANY
 def test_four_processes_with_more_of_them_than_micro_batches_give_the_same_bits(world, alone):
     out = world / "four"
     jobs = [{"config": settings(world, out / "lora", **RUNS["lora"])}]
@@ -154,6 +156,7 @@ def test_four_processes_with_more_of_them_than_micro_batches_give_the_same_bits(
     assert losses(alone / "lora") == losses(out / "lora")
 
 
+@MANY
 def test_a_run_goes_on_with_another_number_of_processes(world, alone):
     out = world / "resumed"
     run = settings(world, out, **RUNS["lora"])
