@@ -133,8 +133,8 @@ def test_what_is_no_causal_language_model_is_refused_by_its_name(tmp_path: Path)
 
 
 def test_quantised_weights_are_refused_by_the_name_of_their_method(tmp_path: Path) -> None:
-    folder = edit_config(save_tiny(tmp_path, "llama"), quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "gptq" in refusal(SourceError, folder)
+    folder = edit_config(save_tiny(tmp_path, "llama"), quantization_config={"quant_method": "hqq", "bits": 4})
+    assert "hqq" in refusal(SourceError, folder)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])

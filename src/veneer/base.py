@@ -88,9 +88,13 @@ class Base(FrozenBase):
         SourceError: there is no such adapter.
         """
         _ = self.paths
-        folder = (self.library or Library(None)).locate(named)
         chosen = Path(named).name if name is None else name
-        self._pool.adopt(lambda: load_adapter(self, folder, name=chosen, force_base=force_base))
+
+        def loaded() -> Attachment:
+            folder = (self.library or Library(None)).locate(named)
+            return load_adapter(self, folder, name=chosen, force_base=force_base)
+
+        self._pool.adopt(loaded)
         return chosen
 
     def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
