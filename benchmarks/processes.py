@@ -43,15 +43,15 @@ TIMES: dict[str, dict[str, Any]] = {
 }
 
 
-def together(config: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    """What each process of this run says at its end."""
+def together(config: dict[str, Any], processes: int, module: str = "processes") -> list[dict[str, Any]]:
+    """What each process of this run says at its end, by the --one of a module of this folder."""
     with ExitStack() as stack:
         port, meeting = stack.enter_context(listening())
         common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.processes", "--one", json.dumps(config)],
+                [sys.executable, "-m", f"benchmarks.{module}", "--one", json.dumps(config)],
                 env={**common, MEETING: str(meeting), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

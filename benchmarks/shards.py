@@ -10,15 +10,10 @@ on the machine changes nothing.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-from veneer.child import environment_for
-from veneer.train.launch import MEETING, listening
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"hidden": 1024, "feed_forward": 2816, "layers": 16, "heads": 16, "kv_heads": 4}
@@ -29,25 +24,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora, bfloat16": {"method": {"name": "lora"}, "dtype": "bfloat16"},
 }
 PLACES: dict[str, tuple[int, bool]] = {"2, shards": (2, True), "2, whole": (2, False), "1 process": (1, False)}
-
-
-def together(config: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    """What each process of this run says at its end."""
-    with ExitStack() as stack:
-        port, meeting = stack.enter_context(listening())
-        common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1"}
-        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--one", json.dumps(config)],
-                env={**common, MEETING: str(meeting), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-                pass_fds=(meeting,) if rank == 0 else (),
-            )
-            for rank in range(processes)
-        ]
-        return [json.loads(process.communicate()[0].strip().splitlines()[-1]) for process in started]
 
 
 def one(config: dict[str, Any]) -> dict[str, float]:
@@ -75,6 +51,7 @@ def one(config: dict[str, Any]) -> dict[str, float]:
 
 
 def measured(scratch: Path, only: str) -> list[dict[str, Any]]:
+    from benchmarks.processes import together
     from benchmarks.random_llama import write_random_llama
     from veneer.bases.sources import locate
 
@@ -93,7 +70,7 @@ def measured(scratch: Path, only: str) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory(dir=scratch) as out:
                 config = {"base": str(base), "data": {"train": str(rows), "validation_share": 0.0}, "shard": shard}
                 config |= {"out": f"{out}/run", "batch": 4, "micro_batch": 1, "steps": 2, **own}
-                said = together(config, processes)
+                said = together(config, processes, "shards")
             row = {"run": name, "processes": place, "idle_mb": [round(each["idle"] / 1e6) for each in said]}
             row |= {"with_result_mb": [round(each["ended"] / 1e6) for each in said]}
             row |= {"training_mb": [round(each["training"] / 1e6) for each in said], "loss": said[0]["loss"]}

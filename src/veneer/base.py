@@ -213,7 +213,6 @@ class Base(FrozenBase):
         It is asked as what acts was trained: with the system turn of all its rows, unless the messages have one, and
         what their template was told. system and variables say otherwise; "" is no system turn, None no variable.
         """
-
         several = not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in prompt)
         prompts: Sequence[Any] = prompt if several else [prompt]
         if several and on_text is not None:

@@ -28,15 +28,13 @@ from veneer.cli.common import (
     add_map,
     add_preamble,
     asked_as,
-    base_and_adapter,
     columns_of,
     load_base,
     make_console,
-    no_collection,
     print_json,
     variables_of,
 )
-from veneer.cli.early import check_base, check_files, check_rows
+from veneer.cli.early import check_files, check_rows
 from veneer.wording import cut, number, shown
 
 UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
@@ -91,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from veneer.evaluate.labels import read_labels
     from veneer.evaluate.registry import find_metrics
     from veneer.evaluate.user_function import function_from_file
 
@@ -98,13 +97,11 @@ def run(args: argparse.Namespace) -> int:
     find_metrics(metrics)  # a misspelt name is told before anything is loaded
     check_rows(args.data)
     check_files([args.against])
-    check_base(base_and_adapter(args.base, args.adapter, args.library)[0])
-    with no_collection():
-        from veneer import api
-        from veneer.evaluate.labels import read_labels
     labels = read_labels(args.labels) if args.labels else []
     console = make_console(json=True)  # progress is talk
     base = load_base(args)
+    from veneer import api
+
     asked_as(args, base)
     with console.status("") as status:
         result = api.evaluate(

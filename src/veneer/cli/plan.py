@@ -28,6 +28,7 @@ from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
+from veneer.train.config import EPOCHS_UNSAID
 from veneer.wording import clock, folded, millions, number, shown, size
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ SETTINGS = (
     *("shard", "reduce", "data", "steps", "epochs"),
 )
 """Flags for what a run file says."""
-EPOCHS_UNSAID = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--processes starts processes, and this is one of several already", [], "Leave it out.")
         return _launched(args.processes)
     if config is not None:
-        refuse_finished(Path(config.out)) if args.resume is not None else refuse_unless_new(Path(config.out))
+        (refuse_unless_new if args.resume is None else refuse_finished)(Path(config.out))
         check_run(config)
     # Imported once the settings are known to be sound: torch takes seconds to load, a typo should not.
     from veneer.train.screen import make_screen

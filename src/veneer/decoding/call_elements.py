@@ -47,6 +47,7 @@ class ElementCalls(CallStyle):
         if not _plain(name):
             return None
         arguments: dict[str, Any] = {}
+        schema = tools.get(name, {})
         while begin >= 0:
             key_end = text.find(key_ends, begin + len(opens))
             value_end, begin_next = self._value_end(text, key_end + len(key_ends)) if key_end >= 0 else (-1, -1)
@@ -56,7 +57,7 @@ class ElementCalls(CallStyle):
             value = text[key_end + len(key_ends) : value_end]
             value = value.removeprefix("\n") if self.key_ends.endswith("\n") else value
             value = value.removesuffix("\n") if self.value_ends.startswith("\n") else value
-            arguments[key] = _value(value, _kinds(_properties(tools.get(name, {})).get(key), tools.get(name, {})))
+            arguments[key] = _value(value, _kinds(_properties(schema).get(key), schema))
             begin = begin_next
         return [(name, compact(arguments))]
 

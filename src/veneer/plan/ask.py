@@ -29,7 +29,7 @@ from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.quant.config import Quantize, weight_format
-from veneer.train.config import SHORT_FORMS, RunConfig
+from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
 from veneer.train.records import process_memory_bytes
 
 MOST_TOKENS = 2**22
@@ -53,7 +53,7 @@ class Question:
     seed: int = 0
     order: str = "bucketed"
     steps: int | None = None
-    epochs: float = 3.0
+    epochs: float = EPOCHS_UNSAID
     price_per_hour: float | None = None
     kind: Kind | None = None
     variants: int = 1

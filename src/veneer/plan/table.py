@@ -16,7 +16,7 @@ from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, n
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import Sent, StepTime
-from veneer.train.config import SHORT_FORMS
+from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def plan_row(
     memory_bytes: int | None = None,
     search: bool = True,
     steps: int | None = None,
-    epochs: float = 3.0,
+    epochs: float = EPOCHS_UNSAID,
     price_per_hour: float | None = None,
 ) -> PlanRow:
     """search: also look for the largest batch, or for the changes that make it fit."""

@@ -18,6 +18,9 @@ OptimizerName = Literal["adamw", "adamw8bit"]
 MOMENT_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}
 """Bytes that an optimizer keeps of each trained value, beside the value and its gradient."""
 
+EPOCHS_UNSAID = 3.0
+"""Passes over the rows where neither epochs nor steps are given."""
+
 SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
 """Names that a run file may give for a method over a weight format."""
 

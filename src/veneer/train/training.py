@@ -43,7 +43,7 @@ from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun
 from veneer.models.step import Paths, refuse_untrainable
-from veneer.train.config import RunConfig
+from veneer.train.config import EPOCHS_UNSAID, RunConfig
 from veneer.train.folder import given_rows, held, resume_point, settled, sweep, write_run_file
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Job, Loop
@@ -243,7 +243,7 @@ def _each(planned: Planned) -> str:
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: Flat) -> Job:
     rows = len(Rows.of(data.train).lengths)
     per_epoch = -(-(rows if data.mixture is None else len(data.mixture.rows(config.seed, 0))) // config.batch)
-    epochs = 3.0 if config.epochs is None else config.epochs
+    epochs = EPOCHS_UNSAID if config.epochs is None else config.epochs
     shows = config.show_answers and base.tokenizer.chat_template is not None
     return Job(
         model=base.model,
