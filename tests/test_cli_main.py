@@ -195,3 +195,15 @@ def test_a_base_is_looked_for_in_nested_files_of_strangers(tmp_path, capsys):
         assert main.main(["generate", "--adapter", str(adapter), "x"]) in (2, 4)
         said = capsys.readouterr().err
         assert f"{file.name} is nested deeper than 64 levels" in said
+
+
+def test_what_imports_made_is_looked_at_again_as_a_command_ends():
+    """Triton's bindings report every object of theirs that is still there then."""
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "from veneer.cli.common import no_collection\n"
+        "with no_collection(): import pydantic\n"
+        "assert gc.get_freeze_count() > 0"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

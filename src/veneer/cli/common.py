@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 import sys
@@ -36,13 +37,15 @@ def standard_input() -> TextIO:
 @contextmanager
 def no_collection() -> Iterator[None]:
     """Around the imports of torch and transformers: thousands of modules whose objects all stay, which the garbage
-    collector would look through again and again, a sixth of their time. What they made is never looked at again."""
+    collector would look through again and again, a sixth of their time. What they made is not looked at again before
+    the process ends; some libraries count then what is left, and would report all of it."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
         gc.freeze()
+        atexit.register(gc.unfreeze)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
