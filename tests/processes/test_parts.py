@@ -7,7 +7,7 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.train.dealing import dealt
-from veneer.train.reduce import Exact
+from veneer.train.reduce import Exact, Plain
 from veneer.train.world import ALONE, World, world_of
 
 SET = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
@@ -52,6 +52,16 @@ def test_the_exact_norm_is_the_true_one_in_any_order(scale):
     assert Exact(torch.zeros(3), ALONE, apart=False).norm() == 0
     assert not math.isfinite(Exact(torch.tensor([1.0, math.nan, 3.0]), ALONE, apart=False).norm())
     assert Exact(torch.tensor([1.0, -math.inf]), ALONE, apart=False).norm() == math.inf
+
+
+def test_the_plain_norm_of_many_values_is_the_true_one_but_for_rounding():
+    draw = torch.Generator().manual_seed(0)
+    gradient = torch.randn(3_000_300, generator=draw) * 1e-3
+    true = gradient.double().norm().item()
+    assert Plain(gradient, ALONE, apart=False).norm() == pytest.approx(true, rel=1e-6)
+    assert Plain(gradient[:3], ALONE, apart=False).norm() == pytest.approx(gradient[:3].double().norm().item())
+    gradient[-1] = math.nan
+    assert math.isnan(Plain(gradient, ALONE, apart=False).norm())
 
 
 def test_micro_batches_go_to_whoever_has_least_and_the_same_plan_is_made_everywhere():

@@ -64,7 +64,7 @@ class Plain:
             self.world.sum(self.gradient)
 
     def norm(self) -> float:
-        own = torch.linalg.vector_norm(self.gradient).item()
+        own = _norm(self.gradient)
         return math.sqrt(self.world.summed([own**2])[0]) if self.apart else own
 
 
@@ -118,6 +118,13 @@ class Exact:
             self.world.sum(totals)
         upper_sum, lower_sum = totals.tolist()
         return math.sqrt(upper_sum / grid + lower_sum / grid**2) / scale
+
+
+def _norm(values: Tensor) -> float:
+    """By rows of 1,024, then of those: torch's own of 5 million float32 values is 3 parts in 10,000 too small."""
+    whole = values.numel() - values.numel() % 1024
+    rows = torch.linalg.vector_norm(values[:whole].view(-1, 1024), dim=1)
+    return torch.linalg.vector_norm(torch.cat([rows, values[whole:]]), dtype=torch.float64).item()
 
 
 KINDS: dict[Kind, type[Plain] | type[Exact]] = {"plain": Plain, "exact": Exact}
