@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.go_template import read_modelfile
 from tests.helpers import fill
 from tests.tiny import save_tiny
 from veneer.adapters.attach import attach
@@ -103,3 +104,29 @@ def test_export_writes_a_gguf_file_and_says_so(typed, made, capsys):
     assert main(["export", "a", "--to", "llamacpp", *typed]) == 0
     assert "x.gguf: " in capsys.readouterr().out
     assert (made / "x.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_export_to_ollama_writes_model_modelfile_and_card(made, capsys):
+    assert main(["export", "a", "--to", "ollama", "--type", "q8_0", "--out", "Served Here"]) == 0
+    said = capsys.readouterr().out
+    assert "$ ollama create served-here -f 'Served Here/Modelfile'" in said
+    facts = dict(read_modelfile((made / "Served Here" / "Modelfile").read_text()))
+    assert facts["FROM"] == "./model.gguf" and facts["stop"] == "<|im_end|>"
+    assert (made / "Served Here" / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert "ollama run served-here" in (made / "Served Here" / "README.md").read_text()
+    assert main(["lint", "a", "--for", "ollama"]) == 0
+
+
+def test_a_type_that_llama_cpp_makes_is_made_by_its_program_or_refused(made, capsys, monkeypatch):
+    """Beside it stands a program of that name that keeps the file as it is: what is left is read out of its result."""
+    typed = ["export", "a", "--to", "llamacpp", "--merged", "--type", "q4_k_m", "--out", "m.gguf", "--json"]
+    monkeypatch.setenv("PATH", str(made))
+    assert main(typed) == 2 and "llama-quantize" in capsys.readouterr().err
+    tool = made / "llama-quantize"
+    tool.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && /bin/cp "$1" "$2"\n')
+    tool.chmod(0o755)
+    assert main(typed) == 0
+    assert json.loads(capsys.readouterr().out)["survival"] == pytest.approx(1, abs=0.01)
+    tool.write_text("#!/bin/sh\necho no such type >&2\nexit 1\n")
+    assert main([*typed[:-2], "n.gguf"]) == 4 and "no such type" in capsys.readouterr().err
+    assert not [path for path in made.iterdir() if "n.gguf" in path.name]

@@ -274,6 +274,8 @@ class Hub:
                     return self._json(
                         {"url": f"http://{self.headers['Host']}/org/repo", "name": "org/repo", "id": "org/repo"}
                     )
+                if path == "/api/validate-yaml":
+                    return self._json({"errors": [], "warnings": []})
                 if "/preupload/" in path:
                     asked = json.loads(body)["files"]
                     return self._json(
@@ -312,8 +314,9 @@ def hub(serve, monkeypatch, tmp_path):
 
 
 def test_the_hub_takes_an_adapter_in_one_commit_and_gives_it_back(library, hub, tmp_path):
-    moved = push(library, "x@1", "hf://org/repo")
-    assert len(hub.commits) == 2 and moved.reference == f"org/repo@{hub.sha}"
+    moved = push(library, "x@1", "hf://org/repo", lambda entry, folder: f"card of {entry.reference}")
+    assert len(hub.commits) == 2 and hub.commits[-1]["README.md"] == b"card of x@1"
+    assert moved.reference == f"org/repo@{hub.sha}"
     back = Library(tmp_path / "back")
     entry = pull(back, "hf://org/repo")
     assert entry.reference == "repo@1" and same_bytes(back.path("repo"), library.path("x@1"))

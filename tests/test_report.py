@@ -5,8 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from veneer.errors import CorruptFileError, SourceError, VeneerError
+from veneer.formats.manifest import BaseIdentity, Manifest
+from veneer.report.card import model_card
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
 from veneer.train.config import RunConfig
@@ -267,3 +270,28 @@ def test_ticks_are_round_numbers_within_the_range(low, high, wanted):
 
 def test_labels_are_short():
     assert [label(v) for v in (0, 2.5, 1200, 2e-4, 0.05)] == ["0", "2.5", "1,200", "2e-4", "0.05"]
+
+
+def test_a_model_card_is_the_hub_s_and_holds_strangers_in_code(tmp_path):
+    hostile = "a | b\n---\nlicense: mit\n```\n<script>alert(1)</script> ``x`` [x](javascript:1)"
+    manifest = Manifest(
+        veneer_version="1",
+        method="lora",
+        base=BaseIdentity(name=hostile, fingerprint={"weights_hash": "abc"}),
+        data_fingerprint=hostile,
+        system=hostile,
+        recipe={"out": hostile, "method": {"name": "lora", "rank": 5}},
+    )
+    figures = {"rows": 40, "loss": 0.5, "exact_match": 0.25, "data": hostile, "intervals": {"exact_match": [0.1, 0.4]}}
+    sample = {"prompt": hostile, "expected": hostile, "before": hostile, "answer": hostile}
+    text = model_card(manifest, name=hostile, commands=["veneer chat"], figures=figures, sample=sample)
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["veneer", "lora"],
+    }
+    page = MarkdownIt().enable("table").render(body)
+    assert "<script>" not in page and "href" not in page
+    assert "<td><code>0.250</code></td>\n<td><code>0.100 to 0.400</code></td>" in page
+    assert page.count("<h2>") == 6 and "method.rank" in page

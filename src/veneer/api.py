@@ -42,8 +42,10 @@ from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import CombineReport, combine_adapters
+from veneer.merge.export_run import Weights as Weights
 from veneer.merge.export_run import export_adapter as export_adapter
 from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
+from veneer.merge.export_run import export_ollama as export_ollama
 from veneer.merge.export_run import lint_adapter as lint_adapter
 from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport

@@ -12,12 +12,23 @@ NAME is a name (its newest version), NAME@2 or NAME@tag.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
-from veneer.cli.common import add_json, add_library, as_stored, held_as, load_plain_base, make_console, print_json
+from veneer.cli.common import (
+    add_figures,
+    add_json,
+    add_library,
+    as_stored,
+    held_as,
+    load_plain_base,
+    make_console,
+    print_json,
+)
+from veneer.cli.early import check_files
 from veneer.errors import ConfigError
 from veneer.wording import shown, size
 
@@ -69,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push = action("push", _push, "copy a version to another place, checked there")
     push.add_argument("adapter", metavar="NAME[@V]")
     push.add_argument("to", metavar="PLACE", help=PLACES)
+    add_figures(push)
     pull = action("pull", _pull, "fetch a version from another place, checked here; goes on where it stopped")
     pull.add_argument("place", metavar="PLACE", help=PLACES)
     pull.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://")
@@ -125,7 +137,21 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
 def _push(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.transfer import push
 
-    moved = push(library, args.adapter, args.to)
+    check_files([args.figures])
+
+    def card(entry: Entry, folder: Path) -> str | None:
+        from veneer.merge.serving import commands
+        from veneer.report.card import card_for, figures_in
+
+        base, repository = entry.version.facts.base or "", args.to.removeprefix("hf://").partition("@")[0]
+        run = [
+            f"veneer adapters pull {shlex.quote(args.to)} --name {entry.name}",
+            f"veneer chat --adapter {entry.name}",
+            *commands("peft", base=base, out=repository),
+        ]
+        return card_for(folder, name=repository, commands=run, base=base, figures=figures_in(args.figures))
+
+    moved = push(library, args.adapter, args.to, card)
     if args.json:
         print_json(
             {"reference": moved.reference, "address": moved.address, "bytes": moved.bytes, "skipped": moved.skipped}

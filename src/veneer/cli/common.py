@@ -147,6 +147,15 @@ def asked_as(args: argparse.Namespace, base: Base) -> Preamble:
     return asked
 
 
+def add_figures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="FILE",
+        help="what veneer evaluate --json wrote: figures with intervals for the model card",
+    )
+
+
 def add_library(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--library", metavar="DIR", help="folder of adapters; default: your own")
 

@@ -1,7 +1,7 @@
 """One adapter in one repository of the Hugging Face hub, in its root, where PEFT looks for it.
 
-A push is one commit: all files or none. A pull resolves the revision to a commit first and takes every file from that
-commit. Pickles and whatever else lies there stay there.
+A push is one commit, the model card with it: all files or none. A pull resolves the revision to a commit first and
+takes every file from that commit. Pickles and whatever else lies there stay there.
 """
 
 import re
@@ -28,12 +28,14 @@ def _parsed(address: str) -> tuple[str, str | None]:
     return match["repository"], match["revision"]
 
 
-def push_to_hub(entry: Entry, folder: Path, address: str) -> Moved:
+def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = None) -> Moved:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     repository, revision = _parsed(address)
     api = HfApi()
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in sorted(folder.iterdir())]
+    if card is not None:
+        operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()))
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         made = api.create_commit(

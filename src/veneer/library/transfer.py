@@ -7,11 +7,16 @@
 What a record says of an object is not believed: the facts are read from the object.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 from veneer.errors import ConfigError, SourceError
 from veneer.library.library import Entry, Library, chosen_version
 from veneer.library.names import Reference, check_name, parse_reference
 from veneer.library.records import Version
 from veneer.library.remote import FolderRemote, Moved, Remote, fetch_object
+
+CardOf = Callable[[Entry, Path], str | None]
 
 
 def remote_at(address: str) -> Remote:
@@ -24,14 +29,17 @@ def remote_at(address: str) -> Remote:
     return FsspecRemote(address)
 
 
-def push(library: Library, reference: str, address: str) -> Moved:
-    """Copies a version to another library, under its own name. The same bytes there are not sent again."""
+def push(library: Library, reference: str, address: str, card: CardOf | None = None) -> Moved:
+    """Copies a version to another library, under its own name. The same bytes there are not sent again.
+
+    card   says the README.md of a repository of the hub; in libraries objects are called by what they hold
+    """
     entry = library.get(reference)
     folder = library.whole(entry.reference)
     if address.startswith("hf://"):
         from veneer.library.remote_hub import push_to_hub
 
-        return push_to_hub(entry, folder, address)
+        return push_to_hub(entry, folder, address, None if card is None else card(entry, folder))
     remote = remote_at(address)
     there = remote.record(entry.name)
     skipped = there is not None and any(v.object == entry.version.object for v in there.versions)

@@ -28,11 +28,14 @@ VLLM_DEFAULT_RANK = 16
 
 @dataclass(frozen=True)
 class ExportReport:
-    """notes: what the one who uses it must know."""
+    """notes: what the one who uses it must know. serve: the commands that answer with it. rank: that the
+    program must be told; None: none."""
 
     out: Path
     bytes: int
     notes: list[str] = field(default_factory=list)
+    serve: list[str] = field(default_factory=list)
+    rank: int | None = None
 
 
 def vllm_faults(placed: Placed, model: Any) -> list[str]:
@@ -57,7 +60,7 @@ def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, *, base: st
     manifest = descended(common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)])
     written = write_adapter(out, made, manifest, model=skeleton.model)
     notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
-    return ExportReport(Path(out), written.bytes, notes)
+    return ExportReport(Path(out), written.bytes, notes, rank=rank if notes else None)
 
 
 def padded(update: Update, rank: int) -> Update:

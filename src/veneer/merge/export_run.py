@@ -1,20 +1,33 @@
 """A whole export, from an adapter's folder to what another program reads; and the check beforehand."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
+from veneer.adapters.preamble import Preamble
 from veneer.bases.sources import gguf_file
+from veneer.bases.tokenizer import load_tokenizer
 from veneer.bases.without_weights import load_skeleton
+from veneer.data.new_tokens import extended
+from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, RefusedError
-from veneer.files.atomic import atomic_file
-from veneer.formats.adapter import read_adapter
+from veneer.files.atomic import atomic_file, atomic_folder
+from veneer.formats.adapter import StoredAdapter, read_adapter
+from veneer.formats.manifest import MANIFEST_NAME
+from veneer.library.names import said_of
 from veneer.merge.adapters import place
 from veneer.merge.export import ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
-from veneer.merge.gguf_model import GGUFReport, ModelType, write_gguf_model
+from veneer.merge.gguf_model import GGUFReport, write_gguf_model
 from veneer.merge.lint import Finding, lint
 from veneer.merge.merge_run import Into, open_merge
-from veneer.merge.programs import Program
+from veneer.merge.ollama import modelfile
+from veneer.merge.programs import ModelType, Program
+from veneer.merge.serving import commands, whole_model_commands
+from veneer.merge.turns import turns_of
+from veneer.models.capacity import configured_capacity
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 
@@ -27,6 +40,16 @@ def export_adapter(
     RefusedError: the program would not apply all of it.
     """
     stored = read_adapter(folder)
+    report = _exported(stored, to, base, out, dtype)
+    told = [] if stored.manifest is None or stored.manifest.system is None else [SYSTEM_NOTE]
+    rank = report.rank if to == "vllm" else None
+    return replace(report, notes=[*report.notes, *told], serve=commands(to, base=base, out=out, rank=rank))
+
+
+SYSTEM_NOTE = f"its rows began with a system turn: send it too (system in {MANIFEST_NAME})"
+
+
+def _exported(stored: StoredAdapter, to: Program, base: str, out: str | Path, dtype: AdapterType) -> ExportReport:
     if to == "peft":
         return export_peft(stored, out)
     skeleton = load_skeleton(base)
@@ -44,37 +67,78 @@ def export_adapter(
     return ExportReport(Path(out), size)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of a base a whole model is made of: how the base is held (quantize, keep_dense), and what is merged
+    into, see open_merge."""
+
+    quantize: Quantize | None = None
+    keep_dense: Sequence[str] = ()
+    into: Into | None = None
+    original: str | None = None
+    force_base: bool = False
+
+
 def export_merged_gguf(
     adapters: Sequence[tuple[str | Path, float]],
     *,
     base: str,
     out: str | Path,
     type: ModelType = "f16",
-    quantize: Quantize | None = None,
-    keep_dense: Sequence[str] = (),
-    into: Into | None = None,
-    original: str | None = None,
-    force_base: bool = False,
+    weights: Weights = Weights(),
 ) -> GGUFReport:
-    """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file.
-
-    quantize, keep_dense, into, original: for adapters trained over a quantised base, see merge_run.py's open_merge.
-    """
+    """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file."""
     _named_gguf(out)
-    if adapters:
-        opened = open_merge(
-            base,
-            adapters,
-            quantize=quantize,
-            keep_dense=keep_dense,
-            into=into,
-            original=original,
-            force_base=force_base,
+    loaded, acting = _opened(adapters, base, weights)
+    report = write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source))
+    return replace(report, serve=whole_model_commands("llamacpp", out))
+
+
+def export_ollama(
+    folder: str | Path, *, base: str, out: str | Path, type: ModelType = "f16", weights: Weights = Weights()
+) -> GGUFReport:
+    """Writes a folder with base and adapter as one .gguf model, and the Modelfile that Ollama makes a model of.
+
+    RefusedError: Ollama's language has no words for the base's chat template; told before any weight is read.
+    """
+    stored = read_adapter(folder)
+    preamble = Preamble() if stored.manifest is None else stored.manifest.preamble
+    turns_of(ChatTemplate(load_tokenizer(base)[0], variables=preamble.variables))
+    with atomic_folder(out) as partial:
+        loaded, acting = _opened([(folder, 1.0)], base, weights)
+        generation, positions = loaded.model.generation_config, configured_capacity(loaded.config).positions
+        ends = generation.eos_token_id if generation is not None else None
+        text, notes = modelfile(
+            extended(loaded.tokenizer, preamble.tokens),
+            preamble,
+            model=MODEL_NAME,
+            stops=ends if isinstance(ends, list) else [],
+            positions=positions,
+            made_of=f"Veneer {version('veneer')}: {said_of(stored.folder)} over {base}",
         )
-        loaded, acting = opened.base, opened.acting
-    else:
-        loaded, acting = load_base(base, dtype="stored", device="cpu", quantize=quantize), []
-    return write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source))
+        report = write_gguf_model(loaded, acting, partial / MODEL_NAME, type=type, source_file=gguf_file(loaded.source))
+        (partial / "Modelfile").write_text(text, encoding="utf-8")
+    return replace(report, out=Path(out), notes=notes, serve=whole_model_commands("ollama", out))
+
+
+MODEL_NAME = "model.gguf"
+
+
+def _opened(
+    adapters: Sequence[tuple[str | Path, float]], base: str, weights: Weights
+) -> tuple[FrozenBase, list[tuple[str, float]]]:
+    if not adapters:
+        return load_base(base, dtype="stored", device="cpu", quantize=weights.quantize), []
+    opened = open_merge(
+        base,
+        adapters,
+        quantize=weights.quantize,
+        keep_dense=weights.keep_dense,
+        into=weights.into,
+        original=weights.original,
+        force_base=weights.force_base,
+    )
+    return opened.base, opened.acting
 
 
 def lint_adapter(folder: str | Path, consumer: Program, *, base: str) -> list[Finding]:

@@ -1,4 +1,5 @@
-"""A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor by tensor.
+"""A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor by tensor. Smaller
+types are made of the f16 file by llama.cpp's own program.
 
 Matrices whose rows are no multiple of 32 stay f16 in a Q8_0 file, as llama.cpp's own quantiser leaves them. How much of
 the update is left is measured on what the file decodes to. Metadata and tokenizer come from the base: from its own
@@ -7,9 +8,9 @@ Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,14 @@ from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
 from veneer.merge.folder import LEAST_SURVIVAL
 from veneer.merge.gguf_bytes import written
 from veneer.merge.gguf_names import Names, names_of
+from veneer.merge.gguf_quantise import quantise, quantiser
 from veneer.merge.gguf_tokenizer import write_tokenizer
+from veneer.merge.programs import BY_LLAMA_CPP, ModelType
 from veneer.merge.rounding import OverWeights, Survival, survival, total
 from veneer.merge.tokens import refuse_tokens, tokens_of, with_rows
 from veneer.models.frozen_base import FrozenBase
 
-ModelType = Literal["f16", "q8_0"]
-_FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+_FILE_TYPES = {"q8_0": LlamaFileType.MOSTLY_Q8_0}
 _BLOCK = 32
 _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
@@ -38,13 +40,15 @@ _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.qu
 @dataclass(frozen=True)
 class GGUFReport(OverWeights):
     """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot
-    hold."""
+    hold. notes: what the one who uses it must know. serve: the commands that answer with it."""
 
     out: Path
     bytes: int
     type: ModelType
     weights: Mapping[str, Survival]
     f16_instead: int
+    notes: list[str] = field(default_factory=list)
+    serve: list[str] = field(default_factory=list)
 
 
 def write_gguf_model(
@@ -59,8 +63,11 @@ def write_gguf_model(
     """Merges loaded adapters (none: the base alone) into a new file. The base is left without these adapters.
 
     source_file: the .gguf file that the base came from, whose metadata is copied.
-    RefusedError: a family or a tokenizer that is not known here, or too little of the update is left.
+    RefusedError: a family or a tokenizer that is not known here, or too little of the update is left. ConfigError:
+    llama.cpp's program for this type is not installed.
     """
+    if type in BY_LLAMA_CPP:
+        quantiser(type)
     applied = [(base.attachments[name], weight) for name, weight in names]
     wanted, tokens = wanted_weights(base.model, applied), tokens_of(applied)
     if source_file is not None:
@@ -91,7 +98,7 @@ def write_gguf_model(
             ids = max(base.config.vocab_size, 0 if tokens is None else tokens.end)
             _write_hyperparameters(writer, base.config, where, ids)
             write_tokenizer(writer, extended(base.tokenizer, tokens.texts if tokens else ()), ids)
-        writer.add_file_type(_FILE_TYPES[type])
+        writer.add_file_type(_FILE_TYPES.get(type, LlamaFileType.MOSTLY_F16))
         writer.add_quantization_version(2)
         _announce(writer, stored, kinds, where)
         writer.write_header_to_file()
@@ -105,6 +112,9 @@ def write_gguf_model(
             if left is not None:
                 kept[name] = left
         writer.close()
+        if type in BY_LLAMA_CPP:
+            quantise(partial, type)
+            kept = _kept_in(partial, stored, wanted, where)
         whole = total(kept.values())
         if abs(1 - whole.share) > 1 - least_survival:
             raise RefusedError(
@@ -150,6 +160,19 @@ def _encoded(
     decoded = torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(new.shape)
     # both in the file's row order, which does not matter to sums
     return data, survival(where.rows(gguf_name, own), where.rows(gguf_name, new), decoded)
+
+
+def _kept_in(file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any], where: Names) -> dict[str, Survival]:
+    """What is left of each update in what a finished file decodes to."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    found = {}
+    for name, change in wanted.items():
+        gguf_name = str(where.of(name))
+        own = stored[name].read().float().cpu()
+        new, tensor = change(own), tensors[gguf_name]
+        decoded = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        found[name] = survival(where.rows(gguf_name, own), where.rows(gguf_name, new), decoded.view(new.shape))
+    return found
 
 
 def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names, ids: int) -> None:
@@ -200,9 +223,9 @@ def _rope_factors(config: PreTrainedConfig) -> Iterator[np.ndarray[Any, Any]]:
 
 def _copy_metadata(writer: GGUFWriter, source: Path) -> None:
     """Everything the base's file says, but what is about its own types."""
-    for name, field in GGUFReader(source).fields.items():
+    for name, entry in GGUFReader(source).fields.items():
         if name.startswith(_NOT_COPIED):
             continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), kind, inner)
+        kind = entry.types[0]
+        inner = entry.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, entry.contents(), kind, inner)

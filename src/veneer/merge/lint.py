@@ -16,8 +16,10 @@ from veneer.formats.low_rank import LOW_RANK
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.merge.adapters import Placed, fitted, place
 from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
+from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.gguf_adapter import gguf_adapter_faults
-from veneer.merge.programs import Program
+from veneer.merge.gguf_names import names_of
+from veneer.merge.programs import WHOLE_MODEL, Program
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Finding:
 
 def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> list[Finding]:
     """Everything that stands in the way; empty: it is applied as it was trained. model: the base or its skeleton."""
+    if consumer in WHOLE_MODEL:
+        return _merged(stored, model)
     if not stored.layout.peft_reads:
         what = f"method {stored.config.name}: no layout that anyone else reads"
         return [Finding(False, what, "veneer generate --adapter computes it beside its base")]
@@ -44,6 +48,15 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
     except VeneerError as fault:
         return [Finding(False, fault.headline, fault.next_step)]
     return [*_LORA[consumer](placed, model)]
+
+
+def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[Finding]:
+    try:
+        refuse_unfoldable({str(stored.folder): stored.config})
+        names_of(model.config)
+    except VeneerError as fault:
+        return [Finding(False, fault.headline, fault.next_step)]
+    return []
 
 
 def _beside_tokens(stored: StoredAdapter) -> list[Finding]:

@@ -249,15 +249,19 @@ def _data(start: Record, steps: Sequence[Record]) -> str:
 
 def _recipe(settings: Mapping[str, Any]) -> str:
     """Every setting; those that differ from the default first, the others folded away."""
-    defaults = _defaults(settings)
-    values = flat({**settings, "data": settings.get("data") or {}})
-    rows = [(name, _said(value), _said(defaults.get(name))) for name, value in values.items()]
-    changed = [row for row in rows if row[1] != row[2]]
-    same = [row[:2] for row in rows if row[1] == row[2]]
-    folded = _table((), same)
+    changed, same = recipe_rows(settings)
+    folded = _table((), [row[:2] for row in same])
     return _table(("setting", "value", "default"), changed) + (
         f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>" if same else ""
     )
+
+
+def recipe_rows(settings: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """(setting, value, default) of those that differ from the default, and of the others."""
+    defaults = _defaults(settings)
+    values = flat({**settings, "data": settings.get("data") or {}})
+    rows = [(name, _said(value), _said(defaults.get(name))) for name, value in values.items()]
+    return [row for row in rows if row[1] != row[2]], [row for row in rows if row[1] == row[2]]
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""README.md beside an adapter, or a model with it inside: a model card as the hub reads it.
+
+What comes from users, models or files stands in code, inline or fenced, and in YAML that is dumped: it is neither
+markup nor a field. Not known here: where the card goes (library/transfer.py, cli/export.py).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from veneer.bases.named import HUB_ID, NAMED
+from veneer.bases.sources import gguf_file
+from veneer.errors import CorruptFileError, VeneerError
+from veneer.files.strict_json import MAX_JSON_BYTES, read_json
+from veneer.formats.adapter import read_adapter
+from veneer.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from veneer.report.page import recipe_rows
+from veneer.train.records import read_records
+from veneer.wording import cut, number, shown
+
+NAME = "README.md"
+WHOLE = "gguf"
+MOST_CHARACTERS = 2000
+"""Of a sample's text."""
+_NOT_FIGURES = ("perplexity", "tokens", "rows", "cut_answers")
+
+
+def model_card(
+    manifest: Manifest,
+    *,
+    name: str,
+    commands: Sequence[str],
+    library_name: str = "peft",
+    figures: Mapping[str, Any] | None = None,
+    sample: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+) -> str:
+    """The file's text.
+
+    commands      that answer with it
+    library_name  that reads the files: peft, veneer, or gguf, of a model with the base in it
+    figures       what `veneer evaluate --json` said; None: the held-out loss that the manifest has
+    sample        a held-out row: prompt, expected, before, answer
+    licence       of the base; None: not known
+    """
+    what = "A model with an adapter merged in" if library_name == WHOLE else "An adapter"
+    base = manifest.base.name + (f"@{manifest.base.revision}" if manifest.base.revision else "")
+    parts = [
+        f"---\n{_front_matter(manifest, library_name, licence)}---\n",
+        f"# {_code(name)}\n",
+        f"{what}: {_code(manifest.method)} over {_code(base)}, made with Veneer {_code(manifest.veneer_version)}.\n",
+        "## Run it\n\n" + _block("\n".join(commands), "bash"),
+        _figures(manifest, figures),
+        _before_after(sample),
+        _recipe(manifest),
+        "## Where it comes from\n\n" + _table(("what", "value"), _identity(manifest)),
+        "## Licence\n\n" + _licence(licence, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(manifest: Manifest, library_name: str, licence: str | None) -> str:
+    base = manifest.base.name
+    fields: dict[str, Any] = {"library_name": library_name}
+    if base in NAMED or (manifest.base.revision and HUB_ID.fullmatch(base)):
+        fields["base_model"] = NAMED[base].hub_id if base in NAMED else base.partition("@")[0]
+        fields["base_model_relation"] = "finetune" if library_name == WHOLE else "adapter"
+    fields["pipeline_tag"] = "text-generation"
+    if licence:
+        fields["license"] = licence
+    fields["tags"] = ["veneer", manifest.method]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _figures(manifest: Manifest, figures: Mapping[str, Any] | None) -> str:
+    title = "## Figures\n\n"
+    if figures is None:
+        loss = manifest.metrics.get("validation_loss")
+        if loss is None:
+            return ""
+        return (
+            title + f"Held-out loss {number(loss)} nats a token, as training measured it; no interval was computed.\n"
+        )
+    try:
+        intervals, rows = figures.get("intervals") or {}, []
+        for name, value in figures.items():
+            if isinstance(value, int | float) and name not in _NOT_FIGURES:
+                low, high = intervals.get(name) or (None, None)
+                rows.append((name, number(value), "–" if low is None else f"{number(low)} to {number(high)}"))
+    except (AttributeError, TypeError, ValueError):
+        raise CorruptFileError(
+            "these are not figures that veneer evaluate --json wrote", next_step="Write them anew."
+        ) from None
+    over = f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n" if "rows" in figures else ""
+    return title + _table(("figure", "value", "95% interval"), rows) + over
+
+
+def _before_after(sample: Mapping[str, Any] | None) -> str:
+    if sample is None:
+        return ""
+    texts = [(title, sample.get(key)) for title, key in _SAMPLE if sample.get(key) is not None]
+    said = "\n".join(f"{title}:\n\n{_block(cut(str(text), MOST_CHARACTERS))}" for title, text in texts)
+    return "## A held-out row, before and after\n\n" + said
+
+
+_SAMPLE = (("Asked", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "answer"))
+
+
+def _recipe(manifest: Manifest) -> str:
+    if manifest.recipe is None:
+        return ""
+    changed, same = recipe_rows(manifest.recipe)
+    rest = f"\n{len(same)} settings at their defaults; all of them stand in {MANIFEST_NAME}.\n"
+    return "## Recipe\n\n" + _table(("setting", "value"), [row[:2] for row in changed]) + rest
+
+
+def _identity(manifest: Manifest) -> list[tuple[str, str]]:
+    found = {
+        "adapter (content hash)": manifest.content_hash,
+        "data (fingerprint)": manifest.data_fingerprint,
+        "base (weights hash)": manifest.base.fingerprint.get("weights_hash"),
+        "chat template (hash)": manifest.template_hash,
+        "system turn of its rows": manifest.system,
+        "continued from": manifest.parent,
+    }
+    return [(name, cut(str(value), 200)) for name, value in found.items() if value]
+
+
+def _licence(licence: str | None, base: str) -> str:
+    said = f"The base's: {_code(licence)}." if licence else f"That of the base, {_code(base)}, holds too; look there."
+    return said + "\n"
+
+
+def card_for(
+    folder: Path,
+    *,
+    name: str,
+    commands: Sequence[str],
+    base: str,
+    whole_model: bool = False,
+    figures: Mapping[str, Any] | None = None,
+) -> str | None:
+    """The card of an adapter's folder; None: it has no manifest, so there is nothing to say. base: as we name it."""
+    stored = read_adapter(folder)
+    if stored.manifest is None:
+        return None
+    return model_card(
+        stored.manifest,
+        name=name,
+        commands=commands,
+        library_name=WHOLE if whole_model else "peft" if stored.layout.peft_reads else "veneer",
+        figures=figures,
+        sample=sample_of(folder, stored.manifest),
+        licence=licence_of(base),
+    )
+
+
+def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The last answer to a held-out row of the run that made the adapter, where that run is still there."""
+    out = (manifest.recipe or {}).get("out")
+    for run in [folder.parent, *([Path(out)] if isinstance(out, str) else [])]:
+        try:
+            made = run / "adapter" / MANIFEST_NAME
+            if made.is_file() and read_manifest(made).content_hash == manifest.content_hash:
+                records = read_records(run / "metrics.jsonl")
+                return next((r["sample"] for r in reversed(records) if isinstance(r.get("sample"), dict)), None)
+        except (VeneerError, OSError):
+            continue
+    return None
+
+
+def licence_of(base: str) -> str | None:
+    """What the base's own files say: a .gguf file's metadata, or the head of the model card in its folder."""
+    found: Any = None
+    if not base:
+        return None
+    if (file := gguf_file(base)) is not None:
+        from gguf import GGUFReader
+
+        entry = GGUFReader(file).fields.get("general.license")
+        found = None if entry is None else entry.contents()
+    elif (card := Path(base) / NAME).is_file() and card.stat().st_size <= MAX_JSON_BYTES:
+        head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        try:
+            fields = yaml.safe_load(head[1]) if head else None
+        except yaml.YAMLError:
+            fields = None
+        found = fields.get("license") if isinstance(fields, dict) else None
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,60}", found) else None
+
+
+def _code(text: object) -> str:
+    """Inline, on one line, whatever it holds."""
+    line = " ".join(shown(text).split()) or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _block(text: str, language: str = "") -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{shown(text)}\n{fence}\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join([row[0] if head[0] != "setting" else _code(row[0]), *map(_cell, row[1:])]) for row in rows]
+    return "\n".join([" | ".join(head), " | ".join("---" for _ in head), *lines]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return _code(text).replace("|", "\\|")
+
+
+def figures_in(file: Path | None) -> dict[str, Any] | None:
+    """What `veneer evaluate --json` wrote; None: no file is named."""
+    return None if file is None else read_json(file)
