@@ -8,6 +8,7 @@ import pytest
 
 from veneer import __version__
 from veneer.cli import doctor, main
+from veneer.cli.completion import bash, fish, known_words
 from veneer.errors import DivergedError, DoesNotFitError, InputError, Interrupted, RefusedError
 
 HEAVY = ("torch", "transformers", "pydantic", "rich", "numpy", "yaml")
@@ -80,6 +81,57 @@ assert code == 2, (code, err.getvalue())
 assert {said!r} in err.getvalue(), err.getvalue()
 """
     assert not loaded_after(code) & {"torch", "transformers"}
+
+
+def test_every_command_that_prints_a_result_prints_it_as_json_too():
+    without = {name for name, words in known_words().items() if not words.actions and "--json" not in words.flags}
+    assert without == {"serve", "chat", "completion"}  # they go on until they are ended; a script is its own format
+
+
+def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
+    (tmp_path / "c").write_text(bash(known_words()))
+
+    def offered(*typed):
+        words = " ".join(f"'{word}'" for word in ("veneer", *typed))
+        script = f"source {tmp_path}/c; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _veneer; echo ${{COMPREPLY[@]}}"
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert offered("ex") == ["extract", "export", "explain"]
+    assert offered("adapters", "p") == ["push", "pull"]
+    assert offered("export", "x", "--to", "o") == ["ollama"]
+    assert offered("adapters", "push", "--fig") == ["--figures"]
+    assert offered("train", "") == []  # a file
+    assert "-a export -d" in fish(known_words())
+
+
+def test_alone_in_a_terminal_it_says_what_to_do_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    main.main([])
+    assert "usage: veneer COMMAND" in capsys.readouterr().out  # no terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main.main([])
+    assert "veneer demo" in capsys.readouterr().out
+    for run, left in {"runs/a b": "summary.json", "runs/c": "checkpoints/1/x"}.items():
+        for file in ("run.yaml", left):
+            (tmp_path / run / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / run / file).write_text("{}")
+    (tmp_path / "rows\x1b.jsonl").write_text("")
+    (tmp_path / "r.yaml").write_text("base: b\ndata: d\n")
+    (tmp_path / "other.yaml").write_text("base: b\n")
+    (tmp_path / "data" / "veneer" / "adapters" / "names").mkdir(parents=True)
+    (tmp_path / "data" / "veneer" / "adapters" / "names" / "tickets.json").write_text("{}")
+    main.main([])
+    said = capsys.readouterr().out
+    for line in (
+        "veneer train --resume runs/c",
+        "veneer chat --adapter 'runs/a b'",
+        "veneer train r.yaml",
+        "veneer chat --adapter tickets",
+        "--out 'runs/rows·'",
+    ):
+        assert line in said
+    assert "other.yaml" not in said and "\x1b" not in said
 
 
 def test_help_names_every_command(capsys):

@@ -42,6 +42,7 @@ COMMANDS = {
     "export": "write an adapter for PEFT, vLLM or llama.cpp",
     "lint": "what another program would refuse of an adapter, or apply wrongly",
     "quantize": "write a base in 4 bits, as a folder that transformers loads too",
+    "completion": "Tab in bash, zsh and fish: veneer completion bash",
     "explain": "what a code in a message means, and the way out: veneer explain D107",
     "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
 }
@@ -183,7 +184,7 @@ def _run(argv: list[str]) -> int:
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
-        epilog="\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+        epilog="\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
         + f"\n\nveneer COMMAND --help says more.\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="veneer COMMAND ...",
@@ -191,8 +192,7 @@ def _run(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"veneer {__version__}")
     if not argv:
-        parser.print_help()
-        return 0
+        return _alone(parser)
     if argv[0].startswith("-"):
         parser.parse_args(argv)  # --help and --version leave from here
     if argv[0] not in COMMANDS:
@@ -211,6 +211,18 @@ def _run(argv: list[str]) -> int:
     command.add_arguments(own)
     code: int = command.run(own.parse_args(argv[1:]))
     return code
+
+
+def _alone(parser: argparse.ArgumentParser) -> int:
+    """What to do next, to a person; all commands, to whoever reads a file or a pipe."""
+    if not sys.stdout.isatty():
+        parser.print_help()
+        return 0
+    from veneer.cli.next_steps import told
+    from veneer.library.library import default_folder
+
+    print(told(Path(), default_folder()))
+    return 0
 
 
 def print_error(message: str) -> None:

@@ -1,0 +1,145 @@
+"""Completion of commands, flags and their choices for a shell. The script is whole: pressing Tab starts no Python.
+
+For instance:
+
+  veneer completion bash > ~/.local/share/bash-completion/completions/veneer
+  veneer completion zsh  > ~/.veneer.zsh; echo 'source ~/.veneer.zsh' >> ~/.zshrc
+  veneer completion fish > ~/.config/fish/completions/veneer.fish
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="the shell that reads it")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(SHELLS[args.shell](known_words()), end="")
+    return 0
+
+
+@dataclass(frozen=True)
+class Words:
+    """What may follow a command. flags: each with its choices; none: a value, a file, or nothing."""
+
+    about: str
+    flags: Mapping[str, tuple[str, ...]]
+    actions: tuple[str, ...]
+    choices: tuple[str, ...]
+
+
+def known_words() -> dict[str, Words]:
+    """Every command, and every action as `command action`."""
+    from veneer.cli.main import COMMANDS
+
+    found: dict[str, Words] = {}
+    for name, about in COMMANDS.items():
+        parser = argparse.ArgumentParser(add_help=True)
+        import_module(f"veneer.cli.{name}").add_arguments(parser)
+        found |= _words(name, about, parser)
+    return found
+
+
+def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, Words]:
+    flags: dict[str, tuple[str, ...]] = {}
+    inner: dict[str, Words] = {}
+    actions: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    for each in parser._actions:
+        if isinstance(each, argparse._SubParsersAction):
+            helps = {action.dest: action.help or "" for action in each._choices_actions}
+            for action, its in each.choices.items():
+                inner |= _words(f"{name} {action}", helps.get(action, ""), its)
+            actions = tuple(each.choices)
+        elif each.option_strings:
+            known = tuple(map(str, each.choices or ()))
+            flags |= {flag: known for flag in each.option_strings if flag.startswith("--")}
+        else:
+            choices += tuple(map(str, each.choices or ()))
+    return {name: Words(about, flags, actions, choices), **inner}
+
+
+def bash(words: Mapping[str, Words]) -> str:
+    tops = [name for name in words if " " not in name]
+    nested = [name for name in tops if words[name].actions]
+    values, flags, others = [], [], []
+    for name, its in words.items():
+        flags.append(f"    {shlex.quote(name)}) words={shlex.quote(' '.join(its.flags))} ;;")
+        values += [
+            f"    {shlex.quote(f'{name} {flag}')}) words={shlex.quote(' '.join(known))} ;;"
+            for flag, known in its.flags.items()
+            if known
+        ]
+        if its.actions or its.choices:
+            others.append(f"    {shlex.quote(name)}) words={shlex.quote(' '.join(its.actions + its.choices))} ;;")
+    return "\n".join(
+        [
+            "# veneer: what may be typed next; made by `veneer completion`",
+            "_veneer() {",
+            "  local words='' command=${COMP_WORDS[1]} current=${COMP_WORDS[COMP_CWORD]}",
+            "  local before=${COMP_WORDS[COMP_CWORD-1]}",
+            f"  case $command in {'|'.join(nested)})",
+            '    if [ "$COMP_CWORD" -gt 2 ]; then command="$command ${COMP_WORDS[2]}"; fi ;;',
+            "  esac",
+            '  case "$command $before" in',
+            *values,
+            "  esac",
+            '  if [ "$COMP_CWORD" -eq 1 ]; then',
+            f"    words={shlex.quote(' '.join([*tops, '--help', '--version']))}",
+            '  elif [ -z "$words" ]; then',
+            '    case "$current" in',
+            '    -*) case "$command" in',
+            *flags,
+            "    esac ;;",
+            '    *) case "$command" in',
+            *others,
+            "    esac ;;",
+            "    esac",
+            "  fi",
+            '  COMPREPLY=( $(compgen -W "$words" -- "$current") )',
+            "}",
+            "complete -o default -F _veneer veneer",
+            "",
+        ]
+    )
+
+
+def zsh(words: Mapping[str, Words]) -> str:
+    """bash's, which zsh runs."""
+    return "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n" + bash(words)
+
+
+def fish(words: Mapping[str, Words]) -> str:
+    lines = ["# veneer: what may be typed next; made by `veneer completion`"]
+    for name, its in words.items():
+        top, _, action = name.partition(" ")
+        about = _fish(its.about)
+        if action:
+            seen = f"__fish_seen_subcommand_from {top}; and __fish_seen_subcommand_from {action}"
+            none = (
+                f"__fish_seen_subcommand_from {top}; and not __fish_seen_subcommand_from {' '.join(words[top].actions)}"
+            )
+            lines.append(f"complete -c veneer -n {_fish(none)} -a {action} -d {about}")
+        else:
+            seen = f"__fish_seen_subcommand_from {top}"
+            lines.append(f"complete -c veneer -n __fish_use_subcommand -a {top} -d {about}")
+        for flag, known in its.flags.items():
+            takes = f" -xa {_fish(' '.join(known))}" if known else ""
+            lines.append(f"complete -c veneer -n {_fish(seen)} -l {flag[2:]}{takes}")
+        if its.choices:
+            lines.append(f"complete -c veneer -n {_fish(seen)} -a {_fish(' '.join(its.choices))}")
+    return "\n".join([*lines, ""])
+
+
+def _fish(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+SHELLS: dict[str, Callable[[Mapping[str, Words]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}

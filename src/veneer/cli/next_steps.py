@@ -1,0 +1,101 @@
+"""What `veneer` alone says in a terminal: what to do next, from what lies in this folder and in the library.
+
+Looks at names of files alone, and at the first lines of .yaml files; loads nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from veneer.wording import shown
+
+MOST = 3
+"""Of a kind that are named."""
+ROWS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+BASE = "smollm2-135m"
+
+
+def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
+    """(what was found, commands for it), what is nearest to its end first."""
+    found = []
+    runs = list(_runs(folder))
+    done = [run for run in runs if (run / "summary.json").is_file()]
+    for run in [run for run in runs if run not in done and (run / "checkpoints").is_dir()][:MOST]:
+        found.append((f"a run that is not finished: {run}", [f"veneer train --resume {_named(run)}"]))
+    for run in done[:MOST]:
+        whole = (run / "model").is_dir()
+        named = f"--base {_named(run / 'model')}" if whole else f"--adapter {_named(run)}"
+        commands = [f"veneer chat {named}", f"veneer evaluate {named} --data HELD_OUT.jsonl"]
+        commands += [] if whole else [f"veneer adapters add {_named(run)}"]
+        found.append((f"a finished run: {run}", commands))
+    for file in [file for file in _files(folder, (".yaml", ".yml")) if _is_run_file(file)][:MOST]:
+        found.append((f"a run file: {file}", [f"veneer plan {_named(file)}", f"veneer train {_named(file)}"]))
+    for file in _files(folder, ROWS)[:MOST]:
+        out = _named(Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name))
+        found.append(
+            (
+                f"rows: {file}",
+                [
+                    f"veneer data check {_named(file)} --base {BASE}",
+                    f"veneer train --base {BASE} --data {_named(file)} --out {out}",
+                ],
+            )
+        )
+    names = sorted(each.stem for each in _listed(library / "names") if each.suffix == ".json")
+    if names:
+        some = ", ".join(names[:MOST]) + (", …" if len(names) > MOST else "")
+        commands = ["veneer adapters ls", f"veneer chat --adapter {shlex.quote(names[0])}"]
+        found.append((f"a library of {len(names):,}: {some}", commands))
+    if not found:
+        found.append(("nothing of ours lies here", ["veneer demo", "veneer train --help"]))
+    return found
+
+
+def told(folder: Path, library: Path) -> str:
+    """The same as text."""
+    lines = []
+    for what, commands in next_steps(folder, library):
+        lines += [shown(what), *(f"  {shown(command)}" for command in commands)]
+    return "\n".join([*lines, "", "veneer --help lists all commands."])
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    """Folders of runs here and in runs/, the newest first, relative to here."""
+    near = [*_listed(folder), *_listed(folder / "runs"), *(each / "run" for each in _listed(folder / "runs"))]
+    runs = [each for each in near if (each / "run.yaml").is_file()]
+    yield from (each.relative_to(folder) for each in sorted(runs, key=_changed, reverse=True))
+
+
+def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    files = [each for each in _listed(folder) if each.name.endswith(endings) and each.is_file()]
+    return [each.relative_to(folder) for each in sorted(files)]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return [each for each in folder.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_run_file(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8", errors="replace") as text:
+            head = text.read(4000)
+    except OSError:
+        return False
+    return all(re.search(rf"^{key}\s*:", head, re.MULTILINE) for key in ("base", "data"))
+
+
+def _named(path: Path) -> str:
+    return shlex.quote(str(path))
