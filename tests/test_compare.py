@@ -463,7 +463,10 @@ def test_the_words_follow_the_figures() -> None:
     assert "lora cannot be told apart from it" in text
     assert "prefix is behind by 30.0% (20.0% to 40.0%)" in text
     assert "If one merged model is wanted, take lora" in text and "prefix cannot be merged" in text
-    assert "If memory is short, take lora: 1.00 GB" in text or "If memory is short, take lora: 1 GB" in text
+    assert (
+        "If memory is short, the file must be small or training must be quick, take lora: 1.00 GB at its peak" in text
+    )
+    assert "At the price of quality there would be prefix 100 kB on disk." in text
     worse = copy.deepcopy(LORA)
     worse["to_best"]["exact_match"]["interval"] = [-0.3, -0.1]
     changed = " ".join(conclude(figures_of(FULL, worse, PREFIX, best="full")))

@@ -101,18 +101,28 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
             f"{_best_folding(methods)}"
         )
     rules: list[tuple[str, str, Callable[[Method], str]]] = [
-        ("If memory is short", "peak_memory_bytes", lambda m: f"{size(m['peak_memory_bytes'])} at its peak"),
-        ("If the file must be small", "adapter_bytes", lambda m: f"{size(m['adapter_bytes'])} on disk"),
-        ("If training must be quick", "seconds", lambda m: f"{clock(m['seconds'])} of steps"),
+        ("memory is short", "peak_memory_bytes", lambda m: f"{size(m['peak_memory_bytes'])} at its peak"),
+        ("the file must be small", "adapter_bytes", lambda m: f"{size(m['adapter_bytes'])} on disk"),
+        ("training must be quick", "seconds", lambda m: f"{clock(m['seconds'])} of steps"),
     ]
+    chosen: dict[str, list[tuple[str, str]]] = {}
+    dearer = []
     for start, field, told in rules:
-        least = min(equal, key=lambda m: m[field])
-        most = max(methods, key=lambda m: m[field])
-        beside = f"; {most['name']} needs {told(most)}" if most is not least else ""
-        sentences.append(f"{start}, take {least['name']}: {told(least)}, {among}{beside}.")
-        least_of_all = min(methods, key=lambda m: m[field])
+        least, most, least_of_all = (
+            min(equal, key=lambda m: m[field]),
+            max(methods, key=lambda m: m[field]),
+            min(methods, key=lambda m: m[field]),
+        )
+        beside = f" ({most['name']} {told(most)})" if most is not least else ""
+        chosen.setdefault(least["name"], []).append((start, told(least) + beside))
         if least_of_all[field] < 0.95 * least[field]:
-            sentences[-1] += f" {least_of_all['name']} would need {told(least_of_all)}, at the price of quality."
+            dearer.append(f"{least_of_all['name']} {told(least_of_all)}")
+    for name, reasons in chosen.items():
+        starts, figures = zip(*reasons, strict=True)
+        sentences.append(f"If {_joined(starts, ' or ')}, take {name}: {', '.join(figures)}.")
+    sentences[-1] += f" This is {among}."
+    if dearer:
+        sentences.append(f"At the price of quality there would be {_joined(dearer)}.")
     return sentences
 
 
@@ -157,8 +167,8 @@ def _names(methods: Sequence[Method]) -> str:
     return _joined([m["name"] for m in methods])
 
 
-def _joined(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else ""
+def _joined(names: Sequence[str], last: str = " and ") -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + last + names[-1] if names else ""
 
 
 def measure(name: str) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from veneer.compare.conclusion import HEAD, facts, measure, quantity
-from veneer.report.plots import Series, bars, line_chart
+from veneer.report.plots import Series, bars, line_chart, spans
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.report.style import STYLE
 from veneer.wording import clock, millions, percent, size
@@ -19,6 +19,8 @@ from veneer.wording import clock, millions, percent, size
 COLOURS = ("#2456d6", "#c2580a", "#1f8a4c", "#8a3fc2", "#b3261e", "#0e7f93", "#8a6d00", "#5f6470")
 DARK = ("#7aa2ff", "#f0a052", "#5fd08a", "#c99af5", "#ff8a80", "#5fc9dc", "#dcc050", "#a8adb8")
 Method = dict[str, Any]
+FORGETTING_SHOWN = 0.1
+"""Nats per token that the scale of forgetting shows at least."""
 
 
 def _method_style() -> str:
@@ -40,7 +42,12 @@ def _method_style() -> str:
         " { white-space: nowrap; width: auto; padding-right: 16px; } .wide-table td:first-child { width: auto;"
         " color: var(--ink); font-weight: 600; } .wide-table td:nth-child(3) { color: var(--ink); } .words p { "
         "margin: 0 0 10px; max-width: 68ch; } main { max-width: 1000px; }"
-        " @media (max-width: 640px) { .plots { grid-template-columns: 1fr; } }"
+        " @media (max-width: 640px) { .plots { grid-template-columns: 1fr; }"
+        " .wide-table tr:first-child { display: none; } .wide-table,"
+        " .wide-table tbody, .wide-table tr { display: block; } .wide-table tr { padding: 10px 0;"
+        " border-bottom: 1px solid var(--rule); } .wide-table td { display: flex; justify-content: space-between;"
+        " gap: 16px; border: 0; padding: 2px 0; white-space: normal; } .wide-table td::before { content:"
+        " attr(data-of); color: var(--soft); font-weight: 400; } .wide-table td:empty { display: none; } }"
     )
 
 
@@ -173,21 +180,27 @@ def _forgetting(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> 
     known = [(place, m["name"], m["forgetting"]) for place, m in good if m.get("forgetting")]
     if not known:
         return ""
-    rows = [
-        (place, name, f["value"], f"{f['value']:+.3f} ({f['interval'][0]:+.3f} to {f['interval'][1]:+.3f})")
-        for place, name, f in known
-    ]
+    rows = []
+    for place, name, f in known:
+        low, high = f["interval"]
+        rows.append((name, f["value"], low, high, f"{f['value']:+.3f} ({low:+.3f} to {high:+.3f})", _colour(place)))
     note = (
         "Loss on general text after training minus before, nats per token; 95% intervals over documents. "
         f"The base has {figures['untuned_general']:.3f}."
     )
-    return f"{_bars(rows)}<p>{escape(note)}</p>"
+    return f"{spans(rows, FORGETTING_SHOWN)}<p>{escape(note)}</p>"
 
 
 def _disagreements(figures: dict[str, Any]) -> str:
     primary, cards = figures["primary"], []
     unit = figures["units"][primary]
+    places = {m["name"]: place for place, m in enumerate(figures["methods"])}
     for each in figures["disagreements"]:
+        if all(answer["text"] is None for answer in each["answers"].values()):  # the loss: nothing was answered
+            found = [(places[n], n, a["value"], quantity(a["value"], unit)) for n, a in each["answers"].items()]
+            right = f"<p>{escape(each['expected'])}</p><h4>Loss of this answer, nats per token</h4>"
+            cards.append(f"<article><h3>{escape(each['prompt'])}</h3>{right}{_bars(found)}</article>")
+            continue
         cells = [("expected", each["expected"], "")]
         for name, answer in each["answers"].items():
             cells.append((name, answer["text"], quantity(answer["value"], unit)))
@@ -228,7 +241,10 @@ def _method_text(figures: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    lines = [
+        "".join(f'<td data-of="{escape(title)}">{escape(cell)}</td>' for title, cell in zip(head, row, strict=True))
+        for row in rows
+    ]
     if not lines:
         return ""
     titles = "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>"

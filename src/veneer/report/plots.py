@@ -14,6 +14,7 @@ from html import escape
 WIDE = (760, 300)
 NARROW = (360, 250)
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 26, 40  # room for the labels of the axes, px
+LEAST_SPAN = 0.1  # of an axis, of its larger end
 MAX_POINTS = 500  # of a line: more than a screen's columns only makes the file large
 
 Point = tuple[float, float | None]
@@ -129,12 +130,21 @@ def _svg(
 
 
 def _range(ys: Sequence[float]) -> tuple[float, float]:
-    """A little more than the values; down to 0 where they come near it."""
-    low, high = min(ys), max(ys)
+    """A little more than the values, which are not blown up; down to 0 where they come near it."""
+    low, high = not_blown_up(min(ys), max(ys))
     if 0 <= low < 0.35 * high:
         low = 0.0
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (low if low == 0.0 else low - room), high + room
+
+
+def not_blown_up(low: float, high: float) -> tuple[float, float]:
+    """An axis from low to high, at least LEAST_SPAN of what is the larger: less would show noise as a landscape."""
+    missing = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    if missing <= 0:
+        return low, high
+    below = missing / 2 if low < 0 else min(missing / 2, low)
+    return low - below, high + missing - below
 
 
 def _unbroken(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
@@ -153,6 +163,29 @@ def label(value: float) -> str:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{float(digits):g}e{int(power)}"
     return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+
+
+def spans(rows: Sequence[tuple[str, float, float, float, str, str]], least: float) -> str:
+    """Bars from a zero that all share, to either side, with a line over the interval: name, value, its two ends, label,
+    class. least: what the scale shows at least, however small the values are."""
+    if not rows:
+        return ""
+    low = min(0.0, *(a for _, _, a, _, _, _ in rows))
+    high = max(least, *(b for _, _, _, b, _, _ in rows))
+
+    def at(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
+    def between(a: float, b: float) -> str:
+        return f"left:{at(min(a, b)):.1f}%;width:{abs(at(a) - at(b)):.1f}%"
+
+    lines = (
+        f"<div><dt>{escape(name)}</dt><dd><span class=track><b style=left:{at(0.0):.1f}%></b>"
+        f'<i class={colour} style="{between(0.0, value)}"></i><u style="{between(a, b)}"></u></span>'
+        f"<span>{escape(text)}</span></dd></div>"
+        for name, value, a, b, text, colour in rows
+    )
+    return f'<dl class="bars spans">{"".join(lines)}</dl>'
 
 
 def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:

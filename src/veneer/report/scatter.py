@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from veneer.report.plots import BOTTOM, LEFT, RIGHT, TOP, label, ticks
+from veneer.report.plots import BOTTOM, LEFT, RIGHT, TOP, label, not_blown_up, ticks
 
 WIDE = (370, 260)
 NARROW = (360, 250)
@@ -47,9 +47,11 @@ def _svg(marks: Sequence[Mark], width: int, height: int, kind: str, *, title: st
     xs = [math.log10(m.x) if logarithmic else m.x for m in marks]
     spread = (max(xs) - min(xs)) or abs(max(xs)) or 1.0
     x_low, x_high = min(xs) - 0.12 * spread, max(xs) + 0.12 * spread
+    if not logarithmic:
+        x_low, x_high = not_blown_up(x_low, x_high)
     if not logarithmic and min(xs) >= 0:
         x_low = max(x_low, 0.0)
-    y_low, y_high = min(m.low for m in marks), max(m.high for m in marks)
+    y_low, y_high = not_blown_up(min(m.low for m in marks), max(m.high for m in marks))
     room = (y_high - y_low) * 0.12 or abs(y_high) * 0.1 or 1.0
     y_low, y_high = y_low - room, y_high + room
 

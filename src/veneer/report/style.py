@@ -49,6 +49,10 @@ h4 { margin: 0; font-size: 14px; font-weight: 400; color: var(--soft); }
 .bars dd { display: flex; align-items: center; gap: 10px; margin: 0; white-space: nowrap; }
 .bars i { height: 14px; border-radius: 3px; min-width: 2px; background: var(--quiet); }
 .bars i.a { background: var(--a); } .bars i.b { background: var(--b); }
+.spans dd { flex-wrap: wrap; } .track { position: relative; flex: 1 1 200px; height: 18px; }
+.track i, .track u, .track b { position: absolute; } .track i { top: 2px; min-width: 1px; }
+.track b { top: 0; bottom: 0; border-left: 1px solid var(--soft); }
+.track u { top: 8px; border-top: 2px solid var(--ink); opacity: .55; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
 td, th { padding: 7px 20px 7px 0; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
