@@ -87,7 +87,7 @@ def _at_an_end(methods: Sequence[Method]) -> list[str]:
 
 
 def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str]:
-    among = "of those that are as good as the best" if len(equal) > 1 else "and nothing else is as good"
+    among = "Nothing that is as good as the best needs less." if len(equal) > 1 else "Nothing else is as good."
     folding = [m for m in equal if m["folds"]]
     fixed = [m["name"] for m in methods if not m["folds"]]
     sentences = []
@@ -100,27 +100,27 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
             f"If one merged model is wanted, none of the best will do: {_joined(fixed)} cannot be merged. "
             f"{_best_folding(methods)}"
         )
-    rules: list[tuple[str, str, Callable[[Method], str]]] = [
-        ("memory is short", "peak_memory_bytes", lambda m: f"{size(m['peak_memory_bytes'])} at its peak"),
-        ("the file must be small", "adapter_bytes", lambda m: f"{size(m['adapter_bytes'])} on disk"),
-        ("training must be quick", "seconds", lambda m: f"{clock(m['seconds'])} of steps"),
+    rules: list[tuple[str, str, Callable[[float], str], str]] = [
+        ("memory is short", "peak_memory_bytes", size, "at its peak"),
+        ("the file must be small", "adapter_bytes", size, "on disk"),
+        ("training must be quick", "seconds", clock, "of steps"),
     ]
     chosen: dict[str, list[tuple[str, str]]] = {}
     dearer = []
-    for start, field, told in rules:
+    for start, field, told, what in rules:
         least, most, least_of_all = (
-            min(equal, key=lambda m: m[field]),
+            min(equal, key=lambda m: (m[field], m["adapter_bytes"])),
             max(methods, key=lambda m: m[field]),
             min(methods, key=lambda m: m[field]),
         )
-        beside = f" ({most['name']} {told(most)})" if most is not least else ""
-        chosen.setdefault(least["name"], []).append((start, told(least) + beside))
+        beside = f" ({most['name']} {told(most[field])})" if most is not least else ""
+        chosen.setdefault(least["name"], []).append((start, f"{told(least[field])} {what}{beside}"))
         if least_of_all[field] < 0.95 * least[field]:
-            dearer.append(f"{least_of_all['name']} {told(least_of_all)}")
+            dearer.append(f"{least_of_all['name']} ({told(least_of_all[field])} {what})")
     for name, reasons in chosen.items():
         starts, figures = zip(*reasons, strict=True)
         sentences.append(f"If {_joined(starts, ' or ')}, take {name}: {', '.join(figures)}.")
-    sentences[-1] += f" This is {among}."
+    sentences[-1] += f" {among}"
     if dearer:
         sentences.append(f"At the price of quality there would be {_joined(dearer)}.")
     return sentences
