@@ -31,13 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.families_page import LIMITS, LOGITS, PAGE, Result, page, rows_of, words
@@ -45,6 +39,7 @@ from tests.helpers import fill, make_examples
 from tests.tiny import tiny_tokenizer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.bases.model_class import model_class
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
 from veneer.errors import RefusedError, VeneerError
@@ -138,10 +133,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "qwen3_5, images": ("qwen3_5", {"architectures": ["Qwen3_5ForConditionalGeneration"]}),
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
 }
 """Settings that change the path, beside the defaults."""
+WITH_IMAGES = ("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Checkpoints of texts and images that have no class for their text alone; it is trained with the tower left out."""
 SAMPLE = (
     "qwen2_moe, window",
     "llama4_text",
@@ -156,7 +154,7 @@ SAMPLE = (
 
 
 def names() -> list[str]:
-    return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
+    return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WITH_IMAGES, *VARIANTS])
 
 
 def family_config(name: str) -> PreTrainedConfig:
@@ -172,7 +170,7 @@ def family_model(name: str) -> PreTrainedModel:
     with quiet():
         if name not in _SMALL:
             config = family_config(name)
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            kind = model_class(config)
             if kind.config_class is not type(config):  # the text's part of a model that sees or hears
                 config = config.get_text_config()
             _SMALL[name] = kind, small_copy(kind, config, window=WINDOW, switch=SWITCH).config

@@ -66,11 +66,12 @@ def page(rows: dict[str, str]) -> str:
         "# Families",
         "",
         "Written by `python -m tests.families`; a sample is held in CI, the whole by `make soak`. Every causal LM that "
-        f"transformers {transformers.__version__} names, small and random in float32, beside PEFT {peft.__version__}.",
+        f"transformers {transformers.__version__} names, and models of texts and images around them, small and random "
+        f"in float32, beside PEFT {peft.__version__}.",
         "",
         "- **rows**: how a batch is computed and, where documents are not packed, why. Padded and one by one "
         "are slower, "
-        "not less exact.",
+        "not less exact. A tower for images is left out of what is trained, by name.",
         f"- **loss**, **gradient**: of a batch with a shared prompt, against PEFT and the model's own forward "
         f"one row at "
         f"a time; yes: within {LOSS:g} and {GRADIENT:g} of the largest value.",

@@ -129,10 +129,11 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
     wanted: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [("feed-forward", FEED_FORWARD)]
     if config.placement == "houlsby":
         wanted.insert(0, ("attention", ATTENTION))
+    inside = {id(module) for module in _language_model(modules[""]).modules()}
     layers = {
         f"{path}.{number}": layer
         for path, stack in modules.items()
-        if isinstance(stack, nn.ModuleList)
+        if isinstance(stack, nn.ModuleList) and id(stack) in inside
         for number, layer in enumerate(stack)
         if {*ATTENTION, *FEED_FORWARD} & {name for name, _ in modules_below(path, number, modules)}
     }
@@ -159,6 +160,12 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
             "Choose other layers or another placement, or take lora, which works on every model.",
         )
     return found
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """Without towers for images or sound, whose layers look alike."""
+    get: Any = getattr(model, "get_decoder", None)
+    return model if get is None else get()
 
 
 def modules_below(path: str, number: int | None, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:

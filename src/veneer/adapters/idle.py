@@ -1,13 +1,14 @@
 """Places of a model that no gradient of its logits reaches: what stands beside them would never train.
 
-An index that picks the tokens to attend to is made of products, and what leaves it are numbers of tokens; a part may
-be computed without gradients, or for something else than the logits. Found by the graph of one forward: every
-module's output is made to ask for its gradient, as what an adapter adds to it would, and the graph is walked back from
-the logits. What holds of one layer holds of all, if it holds of every one that was called.
+A tower for images is not even called where there is text alone. An index that picks the tokens to attend to is made of
+products, and what leaves it are numbers of tokens; a part may be computed without gradients, or for something else than
+the logits. Found by the graph of one forward: every module's output is made to ask for its gradient, as what an adapter
+adds to it would, and the graph is walked back from the logits. What holds of one layer holds of all, if it holds of
+every one that was called.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,8 @@ def in_any_layer(path: str) -> str:
 
 
 def places_without_gradient(model: nn.Module, ids: Tensor) -> frozenset[str]:
-    """Paths, numbers left open, of the modules that `model` calls on ids (B, T) and that no gradient comes back to.
+    """Paths, numbers left open, of the modules with weights that no gradient comes back to from what `model` makes of
+    ids (B, T): it comes to none of what they give, or they are not called, nor is their weight taken.
 
     The text should be longer than every window: what short texts leave out is not looked at.
     """
@@ -31,7 +33,31 @@ def places_without_gradient(model: nn.Module, ids: Tensor) -> frozenset[str]:
     with torch.enable_grad(), _watched(plain_modules(model), outputs):
         logits = model(input_ids=ids, use_cache=False).logits
     reached = set(_graph(logits.grad_fn))
-    return frozenset(path for path, nodes in outputs.items() if not reached & set(nodes))
+    without = {path for path, nodes in outputs.items() if not reached & set(nodes)}
+    return frozenset(without | _not_taken(model, ids, outputs.keys()))
+
+
+def _not_taken(model: nn.Module, ids: Tensor, called: Collection[str]) -> set[str]:
+    """Of the modules that are not called, those whose weights the logits do not follow either."""
+    weights = {
+        parameter: in_any_layer(path)
+        for path, module in plain_modules(model).items()
+        if in_any_layer(path) not in called
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point() and not parameter.requires_grad
+    }
+    if not weights:
+        return set()
+    try:
+        for parameter in weights:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        taken = {weights.get(node.variable) for node in _graph(logits.grad_fn) if hasattr(node, "variable")}
+    finally:
+        for parameter in weights:
+            parameter.requires_grad_(False)
+    return set(weights.values()) - taken
 
 
 def _graph(last: Any) -> Iterator[Any]:

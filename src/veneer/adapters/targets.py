@@ -63,8 +63,9 @@ def find_targets(
     """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
 
     read_past: weights that the model takes past their modules (reads.py); idle: places that no gradient reaches
-    (idle.py). all-linear leaves both out; ConfigError lists every entry that names one, and every one that matches
-    nothing.
+    (idle.py). all-linear leaves both out, and an entry that matches others too those that no gradient reaches: q_proj
+    are the language model's, not its tower's. ConfigError lists every entry that names such alone, and every one that
+    matches nothing.
     """
     places = _places(modules, head=head, read_past=read_past, idle=idle)
     faults: list[str] = []
@@ -96,7 +97,8 @@ class _Places:
     """Where a low-rank update could stand, by kind, and where it would not act or not train.
 
     head     the output head's path
-    unfit    of all of them, those whose weight the model takes past its module, or that no gradient reaches
+    past     of all of them, those whose weight the model takes past its module
+    still    those that no gradient reaches
     """
 
     linears: list[str]
@@ -104,7 +106,8 @@ class _Places:
     experts: list[str]
     routers: list[str]
     head: str | None
-    unfit: frozenset[str]
+    past: frozenset[str] = frozenset()
+    still: frozenset[str] = frozenset()
 
     @property
     def everything(self) -> list[str]:
@@ -113,7 +116,8 @@ class _Places:
     @property
     def all_linear(self) -> list[str]:
         """Linear layers but the head, and fused experts; nothing that would not train."""
-        return [p for p in (*self.linears, *self.experts) if p != self.head and p not in self.unfit]
+        unfit = {self.head, *self.past, *self.still}
+        return [p for p in (*self.linears, *self.experts) if p not in unfit]
 
     def adaptable(self, chosen: Sequence[str]) -> int:
         """How many could be: the head, and a linear layer that is unfit, only where they are chosen."""
@@ -130,10 +134,12 @@ def _places(
         experts=[f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)],
         routers=[path for path, module in modules.items() if matrix_shape(module) is not None],
         head=next((path for path, module in modules.items() if module is head), None),
-        unfit=frozenset(),
     )
-    unfit = (p for p in found.everything if _weight(p, modules) in read_past or _is_idle(p, modules, idle))
-    return replace(found, unfit=frozenset(unfit))
+    return replace(
+        found,
+        past=frozenset(p for p in found.everything if _weight(p, modules) in read_past),
+        still=frozenset(p for p in found.everything if _is_idle(p, modules, idle)),
+    )
 
 
 # what the settings name
@@ -155,8 +161,9 @@ def _named(places: _Places, config: LowRank, faults: list[str]) -> list[str]:
     if config.targets == "all-linear":
         return places.all_linear
     if not isinstance(config.targets, str):
-        return _by_entries(config.targets, "targets", places.everything, faults)
+        return _by_entries(config.targets, "targets", places.everything, faults, places.still)
     chosen = [path for path in places.everything if pattern(config.targets).full(path)]
+    chosen = [path for path in chosen if path not in places.still] or chosen
     if not chosen:
         faults.append(
             f"targets {config.targets!r} is a regular expression and matches no whole path; "
@@ -165,8 +172,11 @@ def _named(places: _Places, config: LowRank, faults: list[str]) -> list[str]:
     return chosen
 
 
-def _by_entries(entries: Sequence[str], what: str, among: Sequence[str], faults: list[str]) -> list[str]:
-    """Paths that entries name, exactly or by their ending; `what`: the setting that lists them."""
+def _by_entries(
+    entries: Sequence[str], what: str, among: Sequence[str], faults: list[str], still: Collection[str] = ()
+) -> list[str]:
+    """Paths that entries name, exactly or by their ending, those of `still` where an entry names no others; `what`:
+    the setting that lists them."""
     found: set[str] = set()
     by_ending: dict[str, list[str]] = {}  # an adapter from a file lists every module: no loop in a loop
     for path in among if entries else ():
@@ -176,7 +186,7 @@ def _by_entries(entries: Sequence[str], what: str, among: Sequence[str], faults:
         hits = by_ending.get(entry, [])
         if not hits:
             faults.append(f"{what} {entry!r} matches no module; {near(entry, among)}")
-        found.update(hits)
+        found.update([path for path in hits if path not in still] or hits)
     return [path for path in among if path in found]
 
 
@@ -196,7 +206,8 @@ def _left(
     left = [path for path in named if path not in excluded and not _within(path, trained)]
     if not config.layers:
         return left
-    numbers = {number for path in places.everything if (number := layer_number(path)) is not None}
+    fit = (path for path in places.everything if path not in places.still)
+    numbers = {number for path in fit if (number := layer_number(path)) is not None}
     if unknown := sorted(set(config.layers) - numbers):
         faults.append(f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}")
     return [path for path in left if layer_number(path) in config.layers]

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.bases.model_class import auto_class
 from veneer.errors import CorruptFileError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,14 +40,15 @@ _PARTS = re.compile(r".*(^|_)(layers?|blocks?|experts?|heads?|(expert|head|block
 _SIZES = re.compile(
     r"(.*_)?(size|dim|length|positions|position_embeddings|embd|inner|rank)|n_ctx|d_(model|ff|inner|state|conv)|dimension_count"
 )
-_NOT_COUNTED = ("max_window_layers",)  # Qwen2's default of 28 stands in configs of fewer layers
+_NOT_COUNTED = ("max_window_layers", "vision_feature_layer")
+"""Qwen2's default of 28 stands in configs of fewer layers; a layer by its number, -1 the last."""
 
 
 def without_storage(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the meta device. Raises CorruptFileError for a config that its class cannot be built from."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as fault:  # every class trips over nonsense in its own way
         raise CorruptFileError(
             f"transformers cannot build the {config.model_type} model that the config describes",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.faults import check_loaded
+from veneer.bases.model_class import auto_class
 
 
 def build_dense(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the CPU, every weight from the files. Raises CorruptFileError otherwise."""
-    loader: Any = AutoModelForCausalLM  # annotated as if it always returned the model alone
-    model, info = loader.from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype,

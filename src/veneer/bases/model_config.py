@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from veneer.bases.announced import announced_faults, built_faults
 from veneer.bases.faults import NEXT_DOWNLOAD
+from veneer.bases.model_class import model_class
 from veneer.bases.model_folder import weight_files
 from veneer.bases.stored_formats import refuse_unread
 from veneer.bases.tensor_files import stored_tensors
@@ -96,7 +97,7 @@ def check_size(folder: Path, config: PreTrainedConfig, stored: Mapping[str, int]
 
 def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
     names = config.architectures or []
-    wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    wanted = model_class(config)
     if config.is_encoder_decoder or wanted is None:
         fault = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
     elif names and not any(

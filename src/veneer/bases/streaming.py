@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -24,6 +24,7 @@ from veneer.adapters.experts import is_gated_stack
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.targets import ends_with
 from veneer.bases.faults import check_loaded
+from veneer.bases.model_class import model_class
 from veneer.bases.model_folder import Found, weight_files
 from veneer.bases.moving import Moving
 from veneer.bases.stored_formats import stored_weights
@@ -229,8 +230,7 @@ def build_packed(
     """
     weights = stored_weights(found.folder, stored_tensors(weight_files(found.folder)))
     settings = _Settings(book, tuple(keep_dense), placed)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = kind.from_pretrained(
+    model, info = model_class(config).from_pretrained(
         None,
         config=config,
         state_dict=weights,

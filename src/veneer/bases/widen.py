@@ -9,7 +9,9 @@ import copy
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+
+from veneer.bases.model_class import auto_class
 
 
 def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -20,7 +22,7 @@ def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
         config.dtype = dtype
     if rounded:
         with init_empty_weights(include_buffers=False):
-            fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
+            fresh = auto_class(model.config).from_config(copy.deepcopy(model.config), dtype=dtype)
         for name in rounded:
             model.get_buffer(name).copy_(fresh.get_buffer(name))
 

@@ -12,6 +12,7 @@ work, besides the base, whose files are mapped and not copied.
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from veneer.merge.verify import LogitCheck, Reference, compare, limited, referen
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 RECORD_NAME = "veneer_merge.json"
 LEAST_SURVIVAL = 0.9
 """Below it a merge is refused: a tenth of the update gone is as if the adapter acted with weight 0.9, which is more
@@ -269,7 +271,8 @@ def write_surroundings(
     untied: bool,
     ids: int | None = None,
 ) -> None:
-    """config.json, generation_config.json, the tokenizer and its chat template. ids: that the tables have at least."""
+    """config.json, generation_config.json, the tokenizer, its chat template, processors of images. ids: that the tables
+    have at least."""
     config = copy.deepcopy(base.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -284,6 +287,9 @@ def write_surroundings(
     if base.model.generation_config is not None:
         base.model.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
+    for beside in PROCESSORS:  # how a tower's images are made of pictures
+        if (own := Path(base.model.config.name_or_path or "") / beside).is_file():
+            shutil.copyfile(own, folder / beside)
 
 
 def _checked(

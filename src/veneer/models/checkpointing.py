@@ -44,8 +44,11 @@ class CheckpointedLayer(StandIn):
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     """The list that holds one module per hidden layer."""
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return lists[0] if lists else None
+    for part in (decoder(model), model):  # a tower may be as deep
+        for module in () if part is None else part.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+    return None
 
 
 def give_back() -> None:

@@ -26,6 +26,7 @@ from veneer.errors import RefusedError
 from veneer.kernels.loss import Beside, Head, frozen_head_loss, trained_head_loss
 from veneer.models.attention import NAME, Traced, hidden_states, unused_mask
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
+from veneer.models.left_out import left_out
 from veneer.models.switches import Switches, forget_lengths, sides, switches
 
 
@@ -37,6 +38,7 @@ class Paths:
     switches        the lengths that change how a whole batch is read: rows go together on one side of them only
     untrainable     why nothing of the model can be trained
     idle            the places that no gradient reaches (adapters/idle.py)
+    left_out        the parts that no text reaches (models/left_out.py)
     """
 
     packed: bool
@@ -48,6 +50,7 @@ class Paths:
     switches: Switches = field(default_factory=Switches)
     untrainable: str | None = None
     idle: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -59,9 +62,11 @@ class Paths:
             rows = f"rows one by one: {self.packed_reason}; {self.padded_reason}"
         words = self.switches.words
         head = "logits only where a token is trained, in chunks"
+        beside = [f"left out, as no text reaches it: {', '.join(self.left_out)}"] if self.left_out else []
         return [
             rows if words is None else f"{rows}; {words}",
             head if self.head_reason is None else f"whole logits: {self.head_reason}",
+            *beside,
         ]
 
     def together(self, examples: Sequence[Example], in_front: int) -> list[list[int]]:
@@ -102,6 +107,7 @@ def _paths(model: PreTrainedModel, packed: str | None, scale: float, softcap: fl
         switches(model.config),
         untrainable=found.gradient,
         idle=found.idle,
+        left_out=left_out(model, found.idle),
     )
 
 

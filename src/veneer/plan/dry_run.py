@@ -40,6 +40,7 @@ from veneer.models.attention import decoder
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
+from veneer.models.left_out import reached_weights
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refuse_untrainable
 from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work, without_values
@@ -233,7 +234,7 @@ def _install(
     """What trains, as train/training.py has it."""
     refuse_untrainable(model, paths)
     if step.method.trains_base:
-        return None, dict(model.named_parameters())
+        return None, reached_weights(model, paths.left_out)
     assert isinstance(step.method, AdapterConfig)
     head, tokens = model.get_output_embeddings(), None
     if step.new_tokens:

@@ -9,6 +9,7 @@ from veneer.bases.compute import HeldAs
 from veneer.data.load import DataSet
 from veneer.models.checkpointing import give_back
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.left_out import reached_weights
 from veneer.models.load import compute_of, load_base
 from veneer.shards import Shards
 from veneer.train.config import RunConfig
@@ -51,7 +52,7 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
 
 def every_weight(base: FrozenBase, world: World) -> Flat:
     """What full fine-tuning trains: in parts where the base's layers lie in shards."""
-    parameters = dict(base.model.named_parameters())
+    parameters = reached_weights(base.model, base.paths.left_out)
     if base.shards is None:
         return FlatParameters(parameters)
     flat = FlatParts(parameters, base.shards, world)
