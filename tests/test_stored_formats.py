@@ -15,14 +15,17 @@ from tests.test_quant_runs import rows
 from tests.tiny import save_tiny
 from veneer import api
 from veneer.adapters.config import LoRA
+from veneer.bases.from_config import blueprint
 from veneer.bases.quiet_transformers import quiet
-from veneer.bases.weight_table import weight_table
+from veneer.bases.weight_table import packed_sizes, weight_table
 from veneer.cli.main import main
 from veneer.errors import ConfigError, CorruptFileError, SourceError
 from veneer.linear import PackedExperts, num_parameters
 from veneer.models.load import load_base
 from veneer.plan.ask import Question, answer
-from veneer.plan.planner import Choice
+from veneer.plan.fit import ways
+from veneer.plan.planner import Choice, Planner
+from veneer.plan.table import all_methods
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 PLAIN = {
@@ -296,10 +299,49 @@ def test_an_adapter_trained_over_it_answers_is_measured_and_merged(tmp_path, mon
         assert (merged.model(IDS).logits.float() - expected).norm() <= 0.02 * expected.norm()
 
 
-def test_it_is_not_planned_as_if_it_were_dense(tmp_path):
+@pytest.mark.parametrize("name", ["fp8, experts", "gptq, order", "mxfp4"])
+def test_it_is_planned_by_the_bytes_that_it_is_held_in(name, tmp_path):
+    folder, _ = folder_of(tmp_path, *PLAIN[name])
+    base = load_base(str(folder), device="cpu")
+    found = blueprint(str(folder))
+    held, told = packed_sizes(base.model), found.packed
+    joined = name == "fp8, experts"  # gate and up by the model alone, where no block of scales goes over both
+    assert joined or [(each.name, each.shape) for each in sorted(told, key=lambda e: e.name)] == [
+        (each.name, each.shape) for each in sorted(held, key=lambda e: e.name)
+    ]
+    assert sum(each.bytes for each in told) == pytest.approx(
+        sum(each.bytes for each in held), rel=0.03 if joined else 0
+    )
+    planner, choice = Planner(found), Choice(method=LoRA(rank=2), length=16)
+    static = planner.step_run(choice).static
+    assert static["weights"] == pytest.approx(num_bytes(base.model), rel=0.01 if joined else 2e-3)
+    assert static["decoded weights"] * (1 + joined) == 4 * max(each.shape[-1] * each.shape[-2] for each in held)
+    assert ways(planner, choice, 10**6, lambda choice: 1.0) is None  # 4 bits are not offered again
+
+
+def num_bytes(model):
+    return sum(each.nbytes for each in [*model.parameters(), *model.buffers()])
+
+
+def test_what_a_run_over_it_refuses_is_not_planned(tmp_path, monkeypatch, capsys):
     folder, _ = folder_of(tmp_path, "llama", write_gptq)
-    with pytest.raises(ConfigError, match="holds its weights as gptq, which is not planned yet"):
+    monkeypatch.chdir(tmp_path)
+    for method, says in (
+        (["--method", "full"], "method full trains every weight, and weights held as gptq cannot train"),
+        (["--method", "qlora"], "holds its weights as gptq, not as nf4"),
+    ):
+        assert main(["plan", "--base", str(folder), *method]) != 0
+        assert says in capsys.readouterr().err
+        typed = ["train", "--base", str(folder), "--data", rows(tmp_path / "rows.jsonl"), "--out", "run", *method]
+        assert main(typed) != 0
+        assert says in capsys.readouterr().err
+    planner = Planner(blueprint(str(folder)))
+    assert [c.label for c in all_methods(Choice(method=LoRA())) if not planner.takes(c)] == ["qlora", "full"]
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ConfigError) as caught:
         answer(Question([str(folder)], Choice(method=LoRA())))
+    assert "how large they are only its files say" in str(caught.value)
 
 
 CONTRACT = [

@@ -27,12 +27,13 @@ from veneer.bases.named import HUB_ID, NAMED
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.shapes import SHAPES, shape_of
 from veneer.bases.sources import gguf_file
-from veneer.bases.stored_formats import announced_format, stored_format
+from veneer.bases.stored_formats import announced_format, packed_sizes, stored_format
 from veneer.bases.stored_type import most_common_dtype
 from veneer.bases.tensor_files import counted, stored_tensors
 from veneer.errors import SourceError, VeneerError
 from veneer.files.home import expanded
 from veneer.quant.config import Quantize
+from veneer.quant.weight import PackedSize
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Blueprint:
 
     dtype     of the weights as they are stored, or were before they were packed, as far as that is known
     quantize  the format that its files hold them in, which then is how it is held; None: dense
+    packed    what each weight so held takes, where the files are there
     """
 
     source: str
     config: PreTrainedConfig
     dtype: torch.dtype
     quantize: Quantize | None = None
+    packed: tuple[PackedSize, ...] = ()
 
     def build(self, dtype: DtypeName = "auto") -> PreTrainedModel:
         """The model on the meta device, in eval mode, nothing trainable; as load_base would return it."""
@@ -99,7 +102,7 @@ def _from_folder(source: str, folder: Path) -> Blueprint:
         return Blueprint(source, config, _said_dtype(config), announced_format(folder))
     tensors = stored_tensors(files)
     if (packed := stored_format(folder, tensors)) is not None:
-        return Blueprint(source, config, packed[1], packed[0])
+        return Blueprint(source, config, packed[1], packed[0], packed_sizes(folder, tensors))
     return Blueprint(source, config, most_common_dtype(folder, counted(tensors)))
 
 

@@ -163,6 +163,8 @@ def _waiting(name: str, parts: Mapping[str, StoredTensor], settings: Mapping[str
         return Int4(format=layout.format, tensors=held, width=width)
 
     size = O * I // 2 + parts["scales"].bytes + parts["scales"].bytes // parts["scales"].dtype.itemsize
+    if "g_idx" in parts and settings.get("desc_act"):
+        size += 4 * I
     return Waiting(name, layout.format, (O, I), size, read, partial(_wrong, groups=parts["scales"].shape[0]))
 
 

@@ -22,6 +22,7 @@ from veneer.errors import CorruptFileError, SourceError
 from veneer.files.strict_json import read_model_json
 from veneer.quant.config import FOUR_BITS, Quantize
 from veneer.quant.nf4 import BOOKS
+from veneer.quant.weight import PackedSize
 
 Settings = Mapping[str, Any]
 Tensors = Mapping[str, StoredTensor]
@@ -116,6 +117,12 @@ def stored_format(folder: Path, tensors: Tensors) -> tuple[Quantize, torch.dtype
         raise CorruptFileError(f"{folder} mixes {' and '.join(sorted(formats))}", [], NEXT)
     dense = {name: tensor for name, tensor in weights.items() if not isinstance(tensor, Waiting)}
     return packed[0].format, packed[0].before or most_common_dtype(folder, counted(dense))
+
+
+def packed_sizes(folder: Path, tensors: Tensors) -> tuple[PackedSize, ...]:
+    """What each packed weight of a folder takes once it is read."""
+    weights = stored_weights(folder, tensors).values()
+    return tuple(PackedSize(each.name, each.shape, each.bytes) for each in weights if isinstance(each, Waiting))
 
 
 def _reader(folder: Path, tensors: Tensors, settings: Settings) -> Read | None:

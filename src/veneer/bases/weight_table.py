@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.experts import expert_parameters
 from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear
+from veneer.quant.layers import Holder
+from veneer.quant.weight import PackedSize
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ def _what(module: nn.Module, head: nn.Module | None) -> str:
 
 def _type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def packed_sizes(model: PreTrainedModel) -> tuple[PackedSize, ...]:
+    """What each weight takes that a loaded model holds packed."""
+    return tuple(
+        PackedSize(f"{path}.{name}", shape, sum(each.nbytes for each in module.packed(name).tensors.values()))
+        for path, module in model.named_modules()
+        if isinstance(module, Holder)
+        for name, shape in module.packed_shapes().items()
+    )
 
 
 def weight_line(model: PreTrainedModel) -> str:

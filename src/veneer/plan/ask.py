@@ -28,7 +28,7 @@ from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
-from veneer.quant.config import Quantize, weight_format
+from veneer.quant.config import Quantize
 from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
 from veneer.train.records import process_memory_bytes
 
@@ -133,12 +133,6 @@ def answer(question: Question) -> Answer:
             next_step="Give a smaller --micro-batch, --batch or --length.",
         )
     blueprints = [blueprint(base) for base in question.bases]
-    for each in blueprints:
-        if weight_format(each.quantize).from_folder:
-            raise ConfigError(
-                f"{each.source} holds its weights as {each.quantize}, which is not planned yet",
-                next_step="Plan the model that it was made of; a run over it holds less.",
-            )
     planners = [_planner(each, question) for each in blueprints]
     choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
     machine = _machine(planners[0], choices[0], question)
@@ -212,7 +206,8 @@ def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memor
         hidden_size=hidden_size(planner.blueprint.config),
         fixed_instruction=len(examples) > 1 and shared_prompt(examples) >= 32 and question.variants == 1,
     )
-    return advise(job, replace(question.choice, quantize=None), lambda choice: fits(planner, choice, memory))
+    choice = replace(question.choice, quantize=None)
+    return advise(job, choice, lambda choice: planner.takes(choice) and fits(planner, choice, memory))
 
 
 def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:

@@ -45,6 +45,7 @@ from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refu
 from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work, without_values
 from veneer.plan.weights import BaseBytes, base_bytes
+from veneer.quant.weight import PackedSize
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
 
@@ -107,6 +108,10 @@ class DryRun:
         """Kept for backward when the loss begins."""
         held = next(phase for phase in self.phases if phase.name == "forward").end_bytes
         return held - sum(self.static.values())
+
+    def over(self, sizes: Sequence[PackedSize], dtype: torch.dtype) -> DryRun:
+        """The same step, of type `dtype`, over a base that holds these weights packed."""
+        return replace(self, base=self.base.packed(sizes, dtype.itemsize)).in_four_bits()
 
     def in_four_bits(self) -> DryRun:
         """The same step over packed weights: out of every figure goes what they do not hold."""

@@ -198,14 +198,14 @@ def _offload(planner: Planner, choice: Choice) -> Change | None:
 
 
 def _shard(planner: Planner, choice: Choice) -> Change | None:
-    blocks, full = weight_format(choice.quantize).from_gguf, choice.method.trains_base
+    blocks, full = weight_format(planner.quantize(choice)).from_gguf, choice.method.trains_base
     if choice.processes == 1 or choice.shard or choice.offload or blocks or (full and choice.optimizer != "adamw"):
         return None
     return Change("shard=true", "a part of every layer on each process", replace(choice, shard=True))
 
 
 def _four_bits(planner: Planner, choice: Choice) -> Change | None:
-    if choice.quantize is not None or choice.method.trains_base:
+    if planner.quantize(choice) is not None or choice.method.trains_base:
         return None
     return Change(f"quantize={FOUR_BITS}", "the base in 4 bits", replace(choice, quantize=FOUR_BITS))
 

@@ -19,6 +19,7 @@ from veneer.bases.from_config import Blueprint
 from veneer.data.batching import Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
+from veneer.errors import ConfigError
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 from veneer.plan.estimate import (
     KERNEL_BYTES,
@@ -32,7 +33,7 @@ from veneer.plan.estimate import (
 from veneer.plan.machine import Machine
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
-from veneer.train.config import OptimizerName, RunConfig
+from veneer.train.config import OptimizerName, RunConfig, trains_packed
 from veneer.train.reduce import Kind
 
 SAMPLE_SIZES = 2
@@ -148,6 +149,33 @@ class Planner:
     def dtype(self, choice: Choice) -> torch.dtype:
         return self.compute(choice).held
 
+    def quantize(self, choice: Choice) -> Quantize | None:
+        """The format that the base would be held in. Raises ConfigError as loading it does."""
+        own = self.blueprint.quantize
+        if own is None:
+            return choice.quantize
+        if choice.quantize not in (None, own):
+            raise ConfigError(
+                f"{self.blueprint.source} holds its weights as {own}, not as {choice.quantize}",
+                next_step="Leave quantize out: such a folder is read as it is.",
+            )
+        if weight_format(own).from_folder and not self.blueprint.packed:
+            raise ConfigError(
+                f"{self.blueprint.source} holds its weights as {own}, and how large they are only its files say",
+                next_step="Download the model, then plan its folder.",
+            )
+        if choice.method.trains_base:
+            raise ConfigError(trains_packed(choice.method, own), next_step="Take method lora.")
+        return own
+
+    def takes(self, choice: Choice) -> bool:
+        """Whether such a run can be over this base, as far as its weights are concerned."""
+        try:
+            self.quantize(choice)
+        except ConfigError:
+            return False
+        return True
+
     def estimate(self, choice: Choice) -> Estimate:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
         epoch = self.epoch(choice)
@@ -253,6 +281,7 @@ class Planner:
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
         """Of a base in 4 bits, and of one in shards, the step is that of the dense one, less what is not held: one dry
         run for all."""
+        held = self.quantize(choice)
         of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.new_tokens
         key = (
             *of_base,
@@ -278,7 +307,9 @@ class Planner:
                 self._wholes[of_base] = whole(step)
             self._runs[key] = dry_run(step, self._wholes[of_base])
         run = self._runs[key]
-        if choice.quantize is not None:
+        if self.blueprint.packed:
+            run = run.over(self.blueprint.packed, self.dtype(choice))
+        elif held is not None:
             run = run.in_four_bits()
         if choice.reduce == "exact":
             run = run.with_exact_sums()

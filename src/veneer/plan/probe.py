@@ -15,6 +15,7 @@ from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.plan.spread import Sent
+from veneer.quant.weight import PackedSize
 from veneer.train.config import RunConfig
 from veneer.train.records import process_memory_bytes
 from veneer.train.training import Planned
@@ -30,11 +31,12 @@ def estimate_of_run(
     idle_bytes: int,
     device: str,
     processes: int = 1,
+    packed: tuple[PackedSize, ...] = (),
 ) -> tuple[Estimate, Sent]:
     """What each process of a run on this data should hold at most, and sends in a step; idle_bytes: resident before
-    its base was loaded."""
+    its base was loaded; packed: what its base holds so."""
     planner = Planner(
-        Blueprint(config.base, model_config, dtype),
+        Blueprint(config.base, model_config, dtype, packed=packed),
         device="cuda" if device.startswith("cuda") else "cpu",
         idle_bytes=idle_bytes,
         rows=some_of(data.train),
@@ -105,9 +107,10 @@ def planned(
     idle_bytes: int,
     device: str,
     processes: int,
+    packed: tuple[PackedSize, ...],
 ) -> Planned:
     """What train/training.py records beside what it measures."""
     found, sends = estimate_of_run(
-        config, model_config, dtype, data, idle_bytes=idle_bytes, device=device, processes=processes
+        config, model_config, dtype, data, idle_bytes=idle_bytes, device=device, processes=processes, packed=packed
     )
     return Planned(found.peak_bytes, sends.gradient, sends.layers)

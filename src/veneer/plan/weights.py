@@ -1,15 +1,19 @@
-"""What a base's weights take, from its modules alone: dense, in 4 bits, layer by layer. Units: bytes."""
+"""What a base's weights take, layer by layer: dense or in 4 bits from its modules alone, packed as it is told. Units:
+bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from veneer.adapters.targets import layer_number
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import decoder_layers
+from veneer.quant.weight import PackedSize
 from veneer.shards import ALIGNMENT, LEAST
 
 TABLES_BYTES = 64 + 1024
@@ -29,6 +33,17 @@ class BaseBytes:
     def runs(self, processes: int) -> list[int]:
         """Of each layer the part that one of the processes holds."""
         return [ALIGNMENT * -(-size // (ALIGNMENT * processes)) for size in self.layers]
+
+    def packed(self, sizes: Sequence[PackedSize], value_bytes: int) -> BaseBytes:
+        """The same where these weights are held packed, dense ones with so many bytes a value."""
+        saved, decoded, layers = 0, 0, list(self.layers)
+        for each in sizes:
+            less = value_bytes * math.prod(each.shape) - each.bytes
+            saved, decoded = saved + less, max(decoded, value_bytes * math.prod(each.shape[-2:]))
+            number = layer_number(each.name)
+            if number is not None and number < len(layers):
+                layers[number] -= less
+        return replace(self, packing=(saved, decoded), packed_layers=tuple(layers))
 
 
 def base_bytes(model: PreTrainedModel) -> BaseBytes:

@@ -16,7 +16,7 @@ from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModul
 from veneer.quant.weight import PackedWeight
 
 
-class _Holder(PackedModule):
+class Holder(PackedModule):
     """Packed weights by the names of their parameters."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -65,7 +65,7 @@ class _Holder(PackedModule):
     def dtype(self) -> torch.dtype:
         return self.get_buffer("like").dtype
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Holder":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Holder":
         """Another device is followed, another type is not: scales and tables keep theirs whatever the model is."""
         exact = {name: b.dtype for name, b in self._buffers.items() if b is not None and name != "like"}
         before = dict(self._buffers)
@@ -79,7 +79,7 @@ class _Holder(PackedModule):
         return self
 
 
-class HeldLinear(_Holder, PackedLinear):
+class HeldLinear(Holder, PackedLinear):
     """nn.Linear with W (O, I) packed."""
 
     bias: nn.Parameter | None
@@ -112,7 +112,7 @@ class HeldLinear(_Holder, PackedLinear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed_format}"
 
 
-class HeldExperts(_Holder, PackedExperts):
+class HeldExperts(Holder, PackedExperts):
     """A gated stack of experts, both of its 3-D weights packed; each expert is multiplied on its own."""
 
     def __init__(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:

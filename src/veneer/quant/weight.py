@@ -5,6 +5,7 @@ tables, orders. Formats: nf4.py (made here), fp8.py, mxfp4.py and int4.py (as fi
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
@@ -12,6 +13,15 @@ from torch import Tensor
 
 from veneer.linear import FrozenLinear
 from veneer.quant.config import Quantize
+
+
+@dataclass(frozen=True)
+class PackedSize:
+    """What one takes in memory. name: in its files or in its model; shape: of the dense weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
 
 
 class PackedWeight(Protocol):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from veneer.adapters.config import LoRA, Method
+from veneer.adapters.config import LoRA, Method, MethodConfig
 from veneer.adapters.preamble import variable_faults
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT, WEIGHT_DECAY
 from veneer.data.config import DataConfig as DataConfig
@@ -47,6 +47,10 @@ class StartFrom(Settings):
     """What its update is multiplied with; several are added up."""
     content: str | None = None
     """Its content hash; filled in when the run begins."""
+
+
+def trains_packed(method: MethodConfig, quantize: Quantize) -> str:
+    return f"method {method.name} trains every weight, and weights held as {quantize} cannot train"
 
 
 class RunConfig(Settings):
@@ -192,8 +196,5 @@ class RunConfig(Settings):
                 "take method lora"
             )
         if self.quantize is not None and self.method.trains_base:
-            raise ValueError(
-                f"method {self.method.name} trains every weight, and weights held as {self.quantize} cannot train: "
-                "leave quantize out, or take method lora"
-            )
+            raise ValueError(f"{trains_packed(self.method, self.quantize)}: leave quantize out, or take method lora")
         return self

@@ -7,12 +7,13 @@ import torch
 
 from veneer.bases.compute import HeldAs
 from veneer.data.load import DataSet
+from veneer.errors import ConfigError
 from veneer.models.checkpointing import give_back
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.left_out import reached_weights
 from veneer.models.load import compute_of, load_base
 from veneer.shards import Shards
-from veneer.train.config import RunConfig
+from veneer.train.config import RunConfig, trains_packed
 from veneer.train.optim import Flat, FlatParameters
 from veneer.train.parts import FlatParts
 from veneer.train.screen import Screen
@@ -40,7 +41,7 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
         dtype = told if turn == 0 and not world.leads else dtype
     shards = Shards(world.rank, world.size, world.gather) if config.shard and world.size > 1 else None
     with world.together("on loading its base"):
-        return load_base(
+        base = load_base(
             config.base,
             dtype=dtype,
             device=device,
@@ -48,6 +49,9 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
             keep_dense=config.keep_dense,
             shards=shards,
         )
+        if config.method.trains_base and base.quantize is not None:
+            raise ConfigError(trains_packed(config.method, base.quantize), next_step="Take method lora.")
+        return base
 
 
 def every_weight(base: FrozenBase, world: World) -> Flat:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.preamble import Preamble
 from veneer.bases.quiet_transformers import quiet
-from veneer.bases.weight_table import weight_line
+from veneer.bases.weight_table import packed_sizes, weight_line
 from veneer.data.batching import Rows
 from veneer.data.check import refuse_beyond
 from veneer.data.examples import Row
@@ -43,6 +43,7 @@ from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import Begun
 from veneer.models.step import Paths, refuse_untrainable
+from veneer.quant.weight import PackedSize
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
 from veneer.train.folder import given_rows, held, resume_point, settled, sweep, write_run_file
 from veneer.train.loggers import open_loggers
@@ -86,6 +87,7 @@ class RunPlan(Protocol):
         idle_bytes: int,
         device: str,
         processes: int,
+        packed: tuple[PackedSize, ...],
     ) -> Planned: ...
 
 
@@ -226,7 +228,14 @@ def _planned(
         return None
     try:
         return plan(
-            config, base.model.config, base.dtype, data, idle_bytes=idle, device=str(base.device), processes=world.size
+            config,
+            base.model.config,
+            base.dtype,
+            data,
+            idle_bytes=idle,
+            device=str(base.device),
+            processes=world.size,
+            packed=packed_sizes(base.model),
         )
     except ConfigError as fault:  # a model that looks at values: it trains all the same
         screen.message(f"no plan of its memory: {fault.headline}")
