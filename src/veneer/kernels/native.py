@@ -127,7 +127,7 @@ def _library() -> Any:
         return None
     here = Path(__file__).parent
     elsewhere = os.environ.get(BUILT_ELSEWHERE)
-    names = [elsewhere] if elsewhere else [f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    names = [elsewhere] if elsewhere else [f"_native{suffix}" for suffix in reversed(EXTENSION_SUFFIXES)]
     files = [path for name in names if (path := here / name).is_file()]
     if not files:
         return None
