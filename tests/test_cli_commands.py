@@ -554,7 +554,7 @@ def test_doctor_says_versions_and_machine_and_exits_0(capsys):
     assert facts["processor"]["torch threads"] >= 1
     assert facts["disk"]["free here_bytes"] > 0
     extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert set(facts["extras"]) == set(extras["project"]["optional-dependencies"]) - {"dev"}
+    assert set(facts["extras"]) == set(extras["project"]["optional-dependencies"]) - {"dev", "docs"}
 
 
 def test_doctor_names_the_caches_and_the_library(capsys, monkeypatch, tmp_path):
@@ -572,12 +572,13 @@ def test_doctor_prints_the_same_for_people(capsys):
     assert "_bytes" not in out
 
 
-def test_demo_hands_its_folder_on(monkeypatch, tmp_path):
+def test_demo_hands_its_folder_and_steps_on(monkeypatch, tmp_path):
     ran = []
-    demo = SimpleNamespace(run_demo=lambda out, *, again: ran.append((out, again)))
+    demo = SimpleNamespace(run_demo=lambda out, *, again, steps: ran.append((str(out), again, steps)))
     monkeypatch.setitem(sys.modules, "veneer.demo", demo)
     assert main.main(["demo", "--out", str(tmp_path), "--again"]) == 0
-    assert ran == [(tmp_path, True)]
+    assert main.main(["demo", "--steps", "2"]) == 0
+    assert ran == [(str(tmp_path), True, None), ("runs/demo-short", False, 2)]
 
 
 def test_the_real_api_takes_what_the_commands_give():
@@ -589,7 +590,7 @@ def test_the_real_api_takes_what_the_commands_give():
         inspect.signature(function).bind(*positional, **named)
 
     takes(real.train_run, "config", resume=False, screen=None)
-    takes(run_demo, "out", again=True)
+    takes(run_demo, "out", again=True, steps=2)
     takes(real.load, "b", dtype="auto", device="auto")
     data = {"length": 1, "format": "auto", "train_on": "all"}
     takes(real.check_data, "d", base="b", long_rows="cut", validation=None, **data)

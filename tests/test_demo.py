@@ -87,6 +87,11 @@ def test_it_leaves_rows_a_run_and_both_sides_answers(run: Demo, tmp_path: Path) 
     assert figures["summary"]["steps"] == 2  # 12 rows in batches of 8
 
 
+def test_a_short_one_trains_so_many_steps_and_holds_out_what_it_answers(run: Demo, tmp_path: Path) -> None:
+    assert run(steps=1)["summary"]["steps"] == 1
+    assert len((tmp_path / "demo" / "held_out.jsonl").read_text().splitlines()) == demo.TRIED
+
+
 def test_running_it_again_trains_nothing_and_answers_nothing(
     run: Demo, trainings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ from veneer.wording import cut, shown, size
 BASE = "smollm2-135m"
 EPOCHS = 4
 SHOWN = 5
+TRIED = 2  # rows of a step, and held out, where only so many steps are asked for: does all of it work here?
 MAX_NEW_TOKENS = 112  # the longest accepted call of the data set takes 97
 CHARACTERS = 240  # of an answer that is shown: an untuned one can ramble on
 
@@ -64,22 +65,28 @@ class _Rows:
         return _digest(self.train_file.read_text("utf-8"), self.held_out_file.read_text("utf-8"))
 
 
-def run_demo(out: Path, *, again: bool = False, base: str = BASE, epochs: float = EPOCHS) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, again: bool = False, steps: int | None = None, base: str = BASE, epochs: float = EPOCHS
+) -> dict[str, Any]:
     """The whole demo; returns its figures: {"untuned": {...}, "tuned": {...}, "summary": {...}}.
 
     out     folder of the demo; made if absent
     again   train anew although a finished run is there
+    steps   train so many steps of TRIED rows instead of `epochs`, and answer as many questions
     base    what is trained: a hub id, a folder, a .gguf file or a named default
     Raises SourceError, with what to do, where a download fails; BusyError while another demo runs there.
     """
     with held(out):
-        return _demo(out, again=again, base=base, epochs=epochs)
+        if steps is None:
+            return _demo(out, again=again, base=base, schedule={"epochs": epochs, "batch": 8})
+        return _demo(out, again=again, base=base, schedule={"steps": steps, "batch": TRIED, "show_answers": False})
 
 
-def _demo(out: Path, *, again: bool, base: str, epochs: float) -> dict[str, Any]:
+def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dict[str, Any]:
+    """schedule: settings of the run that say how long it trains, and on how much at once."""
     console = talking_console(stderr=False)
     _say(console, "Teaching a small language model to answer with function calls, on this machine.")
-    held_out = _prepare_rows(out, console)
+    held_out = _prepare_rows(out, console, most=TRIED if "steps" in schedule else None)
     loaded = api.load(base)
     _say(console, f"Base: {base}, {loaded.model.num_parameters() / 1e6:.0f} M parameters, frozen.")
 
@@ -94,7 +101,7 @@ def _demo(out: Path, *, again: bool, base: str, epochs: float) -> dict[str, Any]
     untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)
     _print_answers(console, held_out.calls, {"untuned": untuned})
 
-    summary = _trained(out, base, loaded.compute.name, epochs, context, held_out, console, again=again)
+    summary = _trained(out, base, loaded.compute.name, schedule, context, held_out, console, again=again)
     adapter = Path(summary["adapter"])
     loaded.use(loaded.load_adapter(adapter, name="demo"))
     context.append(summary["adapter_sha256"])
@@ -110,9 +117,10 @@ def _demo(out: Path, *, again: bool, base: str, epochs: float) -> dict[str, Any]
 # --- data ----------------------------------------------------------------------------------------------
 
 
-def _prepare_rows(out: Path, console: Console) -> _Rows:
+def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _Rows:
     calls = bfcl.read_bfcl(fetch_wheel(bfcl.REQUIREMENT))
     trained, held_out = bfcl.split(calls)
+    held_out = held_out[:most]
     out.mkdir(parents=True, exist_ok=True)
     train_file, held_out_file = out / "train.jsonl", out / "held_out.jsonl"
     for path, side in ((train_file, trained), (held_out_file, held_out)):
@@ -175,7 +183,7 @@ def _trained(
     out: Path,
     base: str,
     dtype: DtypeName,
-    epochs: float,
+    schedule: dict[str, Any],
     context: Sequence[str],
     held_out: _Rows,
     console: Console,
@@ -189,8 +197,7 @@ def _trained(
         dtype=dtype,
         data=DataConfig(train=str(held_out.train_file), validation=str(held_out.held_out_file)),
         method=LoRA(rank=16, alpha=32),
-        epochs=epochs,
-        batch=8,
+        **schedule,
         learning_rate=1e-3,
         # Held-out rows are looked at before and after, never in between: no step is chosen by them.
         evaluate_every=10**6,
