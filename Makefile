@@ -1,5 +1,6 @@
 # make demo    fine-tune a small real model here, see before and after
 # make test    checks and tests     make check   the checks alone
+# make docs    the pages as a site, in build/site
 # make soak    the loops of tests/soak at their full counts (hours)
 # make bench   benchmarks/run.py
 #
@@ -11,7 +12,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test check soak bench clean
+.PHONY: demo test check docs soak bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/veneer demo
@@ -19,11 +20,14 @@ demo: $(VENV)/.ready
 test: check
 	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --durations 20 --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/.ready-dev
+check: $(VENV)/.ready-dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: $(VENV)/.ready-soak
 	VENEER_SOAK=1 $(BIN)/python -m pytest tests/soak tests/processes tests/test_native_calls.py

@@ -1,30 +1,35 @@
 """What pages tell people and agents to type is a command, with flags that there are; benchmarks call what is there."""
 
 import ast
+import json
 import re
 import shlex
+import subprocess
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import veneer.errors
+from tests.pages import OUTPUT, blocks
 from veneer.cli.main import COMMANDS, EXIT_CODES, Parser
+from veneer.train.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", *sorted(ROOT.glob("docs/**/*.md")))]
 PAGES = [page for page in PAGES if page.name != "about.md"]  # the head of another
 WITH_COMMANDS = [page for page in PAGES if page.name != "errors.md"]  # whose blocks are what is said
+PROGRAMS = {"veneer", "pip", "python", "make", "git", "curl", "torchrun", "docker", "mkdocs", "for", ".ci/run"}
+PROGRAMS |= {"VENEER_SOAK_KILLS=50", "VENEER_SOAK=1"}
+ELSEWHERE = {"several_machines.md": "tests/soak/test_recipes.py runs its blocks"}
 
 
 def commands(text: str) -> list[list[str]]:
     """The lines of a page's blocks that call veneer, with what goes on behind a backslash, each as its words."""
-    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    called = [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("veneer ")]
-    return [shlex.split(line, comments=True)[1:] for line in called]
+    return [words for block in blocks(text) for words in block.commands]
 
 
 def parsed(words: list[str]) -> None:
@@ -44,11 +49,65 @@ def test_every_command_of_a_page_is_one(page, capsys):
 
 
 def test_a_command_with_a_flag_that_is_none_would_be_found(capsys):
-    (first, second) = commands("```\n$ veneer plan --base b \\\n  --nothing\n# veneer no\nveneer doctor # yes\n```\n")
+    (first, second) = commands(
+        "```\n$ veneer plan --base b \\\n  --nothing\n```\n\n```\n# veneer no\nveneer doctor # yes\n```\n"
+    )
     assert first == ["plan", "--base", "b", "--nothing"] and second == ["doctor"]
     parsed(second)
     with pytest.raises(SystemExit):
         parsed(first)
+
+
+def faults(text: str) -> list[str]:
+    """Of a page's blocks what is neither output nor able to run: in a shell, in Python, as rows or as a run."""
+    found = []
+    for block in blocks(text):
+        if block.kind == "python":
+            found += missing_names(block.text)
+        elif block.kind == "yaml":
+            found += settings_faults(block.text)
+        elif block.kind in ("json", "jsonl"):
+            _ = [json.loads(row) for row in block.text.splitlines()]
+        elif block.kind == "":
+            done = subprocess.run(["bash", "-n"], input=block.script, capture_output=True, text=True)
+            found += [done.stderr] if done.returncode else []
+            begins = [line for line in block.script.splitlines() if re.match(r"[^\s#}\"'-]", line)]
+            found += [line for line in begins if line.split()[0] not in PROGRAMS]
+        elif block.kind != OUTPUT:
+            found.append(f"a block of kind {block.kind!r}")
+    return found
+
+
+def settings_faults(text: str) -> list[str]:
+    """Of a run's settings; what else is written as YAML belongs to another program and begins as a list."""
+    said = yaml.safe_load(text)
+    if isinstance(said, dict):
+        said.setdefault("data", "d.jsonl")
+        if isinstance(said["data"], dict):
+            said["data"].setdefault("train", "d.jsonl")
+        RunConfig.of({"base": "b", "out": "o", **said})
+    return []
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_a_page_can_run_or_is_marked_as_output(page):
+    if page.name not in ELSEWHERE:
+        assert faults(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "\nsomething else",
+        "\nveneer 'train",
+        "\n$ none --of ours\n",
+        "python\nimport veneer\nveneer.none()",
+        "cpp\nint x;",
+    ],
+)
+def test_a_block_that_cannot_run_would_be_found(block):
+    assert faults(f"```{block}\n```\n")
+    assert not faults("```text\nanything\n```\n\n```\n$ veneer doctor\nversions\n```\n```yaml\nbatch: 4\n```\n")
 
 
 def missing_names(source: str) -> list[str]:

@@ -90,7 +90,7 @@ def test_the_subject_of_a_commit_is_one_idea_and_fits_a_line():
 
 def test_the_architecture_names_every_room_and_file_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    rooms = re.split(r"\n(?=\w)", page.partition("## Rooms")[2].partition("```\n")[2].partition("```")[0])
+    rooms = re.split(r"\n(?=\w)", page.partition("## Rooms")[2].partition("```text\n")[2].partition("```")[0])
     for room in rooms:
         name, files = room.split()[0], set(re.findall(r"[\w.]+\.py\b", room))
         folder = ROOT / "src" / "veneer" / name
