@@ -57,6 +57,16 @@ EARLY = {
     "a finished run": ("train --resume {0}/done", "is finished"),
     "a place that is taken": ("merge --base {0} --adapter {0}/a --out {0}/run", "exists and is not overwritten"),
     "another place": ("export {0}/a --base {0} --to peft --out {0}/run", "exists and is not overwritten"),
+    "a base to compare on": ("compare --base nowhere --data {0}/rows.jsonl --methods lora,full --out {0}/c", "no base"),
+    "test rows": (
+        "compare --base {0} --data {0}/rows.jsonl --test {0}/x.jsonl --methods lora,full --out {0}/c",
+        "x.jsonl",
+    ),
+    "a base to plan": ("plan --base lama-3.1-8b", "there is no base"),
+    "rows to plan with": ("plan --base llama-3.1-8b --data {0}/x.jsonl", "no such file"),
+    "a base to serve": ("serve --base ./nowhere", "there is no base"),
+    "a library to serve": ("serve --base {0} --library {0}/nowhere", "is no library"),
+    "a program's other name": ("export {0}/a --to gguf --out x", "--to gguf: did you mean llamacpp?"),
     "a folder of weights": ("quantize --base {0} --out {0}/run", "exists and is not overwritten"),
 }
 """Mistakes that are told before torch is loaded, which takes seconds."""

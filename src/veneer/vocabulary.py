@@ -44,6 +44,19 @@ KNOWN_ELSEWHERE = {
 }
 """Their name -> the path of our setting."""
 
+CHOICES_ELSEWHERE = {
+    "4bit": "nf4",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "gguf": "llamacpp",
+    "hf": "transformers",
+    "llama.cpp": "llamacpp",
+    "q8": "q8_0",
+    "q4": "q4_k_m",
+}
+"""A value of theirs -> ours, where a flag takes it."""
+
 FLAGS_ELSEWHERE = {
     "device_map": "device",
     "lora": "adapter",

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
 from veneer.cli.common import add_json, make_console, print_json
 from veneer.cli.config_file import read_run_config
+from veneer.cli.early import check_files, check_new, check_rows, check_run
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import ASKING
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
+    _check(args, configs)
     place = PLACES[args.on](args)
     from veneer import api
     from veneer.compare.jobs import RUNNING
@@ -130,6 +132,22 @@ def run(args: argparse.Namespace) -> int:
         screen.print(shown(sentence))
     screen.print(f"\n{args.out / 'comparison.html'}", soft_wrap=True)
     return 0
+
+
+def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
+    """What can be told before torch is loaded."""
+    from veneer.evaluate.labels import read_labels
+    from veneer.evaluate.registry import find_metrics
+
+    if args.out.exists() and not args.out.is_dir():
+        check_new(args.out)
+    for _, config in configs:
+        check_run(config)
+    check_rows(args.validation, args.test)
+    check_files([None if args.general is None else Path(args.general)])
+    find_metrics(_names(args.metrics))
+    if args.labels:
+        read_labels(args.labels)
 
 
 def _here(args: argparse.Namespace) -> Place:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from veneer.bases.named import refuse_unknown
+from veneer.bases.shapes import shape_of
 from veneer.data.places import refuse_missing
 from veneer.errors import DataError
 from veneer.files.atomic import refuse_existing
@@ -17,6 +18,12 @@ from veneer.train.config import RunConfig
 def check_base(source: str | None) -> None:
     """SourceError: it names no base."""
     if source is not None:
+        refuse_unknown(source)
+
+
+def check_plannable(source: str) -> None:
+    """SourceError: it names no base, and no size that a plan knows."""
+    if shape_of(source) is None:
         refuse_unknown(source)
 
 

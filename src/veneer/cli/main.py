@@ -21,7 +21,7 @@ from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
-from veneer.vocabulary import KeyPath, nearest
+from veneer.vocabulary import CHOICES_ELSEWHERE, KeyPath, nearest
 from veneer.wording import shown
 
 COMMANDS = {
@@ -65,6 +65,17 @@ class Parser(argparse.ArgumentParser):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
             self.error(head + "\n  ".join(unknown))
         return super().parse_known_args(given, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """A choice that is none is told with the one that was meant."""
+        if action.choices is not None and value not in action.choices and action.option_strings:
+            from difflib import get_close_matches
+
+            known = [str(each) for each in action.choices]
+            meant = CHOICES_ELSEWHERE.get(str(value)) or next(iter(get_close_matches(str(value), known, n=1)), None)
+            hint = f"did you mean {meant}?" if meant in known else f"one of {', '.join(known)}"
+            self.error(f"{action.option_strings[-1]} {value}: {hint}")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         print_error(f"{self.prog}: {message}\nSee {self.prog} --help.")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
+from veneer.cli.early import check_plannable, check_rows
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.train.config import EPOCHS_UNSAID
@@ -145,6 +146,9 @@ def parse_size(text: str) -> int:
 
 def _question(args: argparse.Namespace) -> Question:
     memory = parse_size(args.memory) if args.memory else None
+    for base in [*_bases(args), *([read_run_config(args.run, {"out": "planned"}, args.sets).base] if args.run else [])]:
+        check_plannable(base)
+    check_rows(args.data)
     with no_collection():
         from veneer.plan.ask import Question
         from veneer.plan.spread import parse_link
@@ -196,11 +200,15 @@ def _run_asked(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _bases(args: argparse.Namespace) -> list[str]:
+    several = [each.strip() for each in args.models.split(",") if each.strip()] if args.models else []
+    return several or ([args.base] if args.base else [])
+
+
 def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
     if args.sets:
         raise ConfigError("--set changes a run file, and none is named", next_step="veneer plan RUN.yaml --set ...")
-    bases = [each.strip() for each in args.models.split(",") if each.strip()] if args.models else []
-    bases = bases or ([args.base] if args.base else [])
+    bases = _bases(args)
     if not bases:
         raise ConfigError("no base is named", next_step="Give --base (or --models A,B), or a run file.")
     from veneer.plan.ask import method_named

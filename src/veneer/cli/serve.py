@@ -98,14 +98,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.base:
         raise ConfigError("no base is named", [], "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).")
     _require_extra()
+    check_base(args.base)
+    from veneer.library.library import Library
+
+    library = Library(args.library)
+    library.entries()  # it is one, before a base is loaded for it
     with no_collection():
-        from veneer.library.library import Library
         from veneer.serve.run import run as run_server
         from veneer.serve.start import keys_of
     settings = _settings(args)
     keys = keys_of(settings, os.environ)
-    library = Library(args.library)
-    library.entries()  # it is one, before a base is loaded for it
     ready = PLACES[args.on](args, settings, keys, library)
     _log()
     console = make_console(json=False)
@@ -134,7 +136,6 @@ def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Lib
     given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
     if given:
         raise ConfigError(f"{', '.join(given)}: only for replicas on Ray", [], "Give --on ray too, or leave them out.")
-    check_base(args.base)
     with no_collection():
         from veneer import api
         from veneer.serve.start import open_server

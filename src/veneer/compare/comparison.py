@@ -9,6 +9,7 @@ comparison.json    the figures; comparison.html, the same for people
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,9 @@ from veneer.compare.jobs import Asking, Place, Say, answer, together
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
+from veneer.data.examples import Row
 from veneer.data.sources import read_rows
+from veneer.evaluate.labels import labels_of
 from veneer.files.atomic import atomic_file
 from veneer.models.frozen_base import hidden_size
 
@@ -35,6 +38,7 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
     comparison.out.mkdir(parents=True, exist_ok=True)
     format = comparison.candidates[0].config.data.format
     rows = read_rows(comparison.test, format)
+    _refuse_free_text(comparison, rows)
     width = hidden_size(load_skeleton(comparison.base).model.config)
     try:
         found = place.look(comparison.base, [each.config for each in comparison.candidates])
@@ -58,6 +62,13 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
         with atomic_file(comparison.out / name, replace=True) as partial:
             partial.write_text(text, encoding="utf-8")
     return figures
+
+
+def _refuse_free_text(comparison: Comparison, rows: Sequence[Row]) -> None:
+    """ConfigError: accuracy is asked for without labels, and the rows' own answers are none. Before anything runs."""
+    if comparison.labels is None and any(metric.needs == "label" for metric in comparison.found):
+        plain = [row for row in rows if row.messages and not row.messages[-1].get("tool_calls")]
+        labels_of([[str(row.messages[-1]["content"]).strip(), *row.references] for row in plain])
 
 
 def with_dtype(candidate: Candidate, dtype: DtypeName) -> Candidate:
