@@ -58,7 +58,7 @@ def _flags(parser: argparse.ArgumentParser, level: int) -> str:
                 below.append(heading + "\n" + _flags(inner, level + 1))
         elif action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
             rows.append(f"| {_called(action)} | {_cell(_said(action))} |")
-    table = ["| | |", "|---|---|", *rows, ""] if rows else []
+    table = ["| flag | |", "|---|---|", *rows, ""] if rows else []
     return "\n".join([*table, *below])
 
 
@@ -77,7 +77,10 @@ def _said(action: argparse.Action) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    """As one cell of a table; what stands in backticks stays as it is."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    plain = [each.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_") for each in parts[::2]]
+    return "`".join(each for pair in zip(plain, [*parts[1::2], ""], strict=True) for each in pair).removesuffix("`")
 
 
 def settings() -> str:
