@@ -105,8 +105,8 @@ MIXERS = {
 otherwise."""
 
 
-def mixer(family, device="cpu"):
-    config = AutoConfig.for_model(family, **{**_COMMON, **MIXERS[family]})
+def mixer(family, device="cpu", **fields):
+    config = AutoConfig.for_model(family, **{**_COMMON, **MIXERS[family], **fields})
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
@@ -250,6 +250,8 @@ def test_quantising_leaves_dense_what_the_model_multiplies_by_itself(tmp_path):
 def test_what_a_model_takes_itself_is_known_without_its_values_too():
     for family in ("jamba", "mamba", "lfm2"):
         assert weights_read_past(mixer(family, "meta")) == weights_read_past(mixer(family)) != frozenset()
+    few, more = mixer("mamba", "meta"), mixer("mamba", "meta", num_hidden_layers=5)
+    assert weights_read_past(more, like=few) == weights_read_past(more) > weights_read_past(few)
     assert weights_read_past(tiny_model("llama")) == weights_read_past(tiny_model("mixtral")) == frozenset()
 
 

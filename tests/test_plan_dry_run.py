@@ -15,6 +15,7 @@ from veneer.data.batching import used_length
 from veneer.kernels import native
 from veneer.models.step import Paths, assume_paths, prepare
 from veneer.plan import dry_run as module
+from veneer.plan.depth import period_of
 from veneer.plan.dry_run import Step, dry_run
 from veneer.plan.estimate import estimate, synthetic_rows
 from veneer.plan.tracker import Tracker
@@ -187,7 +188,7 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
     model = build(config, torch.bfloat16)
     with torch.device("meta"):
         _, parameters = module._install(model, step, Routing(), Paths(False, None, 1.0, None, None))
-    grown = module._extrapolated(step, depth, module._period(model, parameters), experts)
+    grown = module._extrapolated(step, depth, period_of(model, parameters), experts)
     whole = module._run(step, build(config, torch.bfloat16), experts)
     assert grown is not None
     for one, other in zip(grown.phases, whole.phases, strict=True):

@@ -23,25 +23,30 @@ _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
 """Operations that may take an argument for its shape or type."""
 
 
-def weights_read_past(model: nn.Module) -> frozenset[str]:
+def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozenset[str]:
     """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without calling their module.
+
+    like: the same with fewer layers, which is watched in its place.
 
     What writes into a weight (RWKV divides some before its first answer) does not read it. Three tokens are run. A
     model without values (meta device) may not get to the end, as nothing says which expert a token goes to: it is
     watched up to there.
     """
-    modules = plain_modules(model)
+    watched = like or model
+    modules = plain_modules(watched)
     watch = _Watch(modules)
-    device = next(model.parameters()).device
+    device = next(watched.parameters()).device
     with torch.no_grad(), _at_work(modules, watch), watch:
         try:
             # Without values only with a cache: else transformers looks into the positions, which have none there.
-            model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta")
+            watched(input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta")
         except Exception:  # every model trips in its own way
             if device.type != "meta":
                 raise
     seen = {in_any_layer(path) for path in watch.past}
-    held = (f"{path}.{name}" for path, m in modules.items() for name, _ in m.named_parameters(recurse=False))
+    held = (
+        f"{path}.{name}" for path, m in plain_modules(model).items() for name, _ in m.named_parameters(recurse=False)
+    )
     return frozenset(path for path in held if in_any_layer(path) in seen)
 
 

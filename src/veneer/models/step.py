@@ -39,6 +39,7 @@ class Paths:
     untrainable     why nothing of the model can be trained
     idle            the places that no gradient reaches (adapters/idle.py)
     left_out        the parts that no text reaches (models/left_out.py)
+    read_past       the weights that the model takes past their modules (adapters/reads.py); None: not asked yet
     """
 
     packed: bool
@@ -51,6 +52,7 @@ class Paths:
     untrainable: str | None = None
     idle: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
+    read_past: frozenset[str] | None = None
 
     @property
     def lines(self) -> list[str]:

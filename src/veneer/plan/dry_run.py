@@ -11,8 +11,6 @@ Knows nothing of devices: what an allocator, a kernel or the process adds is est
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +24,7 @@ from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, MethodConfig
+from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.adapters.token_rows import Brought
 from veneer.bases.from_config import build
@@ -42,6 +41,7 @@ from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
 from veneer.models.left_out import reached_weights
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refuse_untrainable
+from veneer.plan.depth import first_layers, grown_phase, grown_work, period_of
 from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, Parts, Phase, Tracker, Work, without_values
 from veneer.plan.weights import BaseBytes, base_bytes
@@ -58,8 +58,6 @@ SUM_BYTES = 16
 """Of each trained value under `reduce: exact` (train/reduce.py)."""
 COMPILED = (0, 0, 0)
 """Shape that products within compiled functions are counted under: that of no matrix product of a library."""
-PERIODS = (1, 2, 3, 4, 6)
-"""How often a pattern of layers may repeat: every layer alike, or sliding and full attention in turn."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def whole(step: Step) -> Whole:
         base = base_bytes(model)
         with META, Tracker(experts=experts):
             attachment, parameters = _install(model, step, Routing(), paths)
-        period = _period(model, parameters)
+        period = period_of(model, parameters)
         static = _static(model, parameters, step.optimizer)
         return Whole(
             depth,
@@ -222,12 +220,14 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
 
     Of a deep model of equal layers a few are asked: their structure decides, and it is the same in all.
     """
-    period = _period(model, {})
-    few = None if period is None or depth <= 4 * period else _shallow(step, 2 * period)
+    period = period_of(model, {})
+    few = None if period is None or depth <= 4 * period else first_layers(step.config, step.dtype, 2 * period)
     asked = model if few is None else few
     structure(asked)  # runs a small copy, which is no part of the plan
     with Tracker(experts=experts):
         paths = assume_paths(asked)
+    with META, Tracker(experts=experts):
+        paths = replace(paths, read_past=weights_read_past(model, like=asked))
     if few is not None:
         keep_paths(model, paths)
     return paths
@@ -245,7 +245,16 @@ def _install(
     if step.new_tokens:
         known = model.get_input_embeddings().get_parameter("weight").shape[0]
         tokens = Brought((), tuple(range(known, known + step.new_tokens)))
-    attachment = attach(model, step.method, name="planned", routing=routing, head=head, tokens=tokens, idle=paths.idle)
+    attachment = attach(
+        model,
+        step.method,
+        name="planned",
+        routing=routing,
+        head=head,
+        tokens=tokens,
+        read_past=paths.read_past,
+        idle=paths.idle,
+    )
     routing.active = (("planned", 1.0),)
     return attachment, attachment.parameters()
 
@@ -361,55 +370,18 @@ def _num_experts(config: PreTrainedConfig) -> int:
     return 1
 
 
-# deep models
-
-
-def _period(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> int | None:
-    """After how many layers the pattern of layers repeats; None where it does not."""
-    layers = decoder_layers(model)
-    if layers is None:
-        return None
-    path = next(name for name, module in model.named_modules() if module is layers)
-    kinds = getattr(model.config.get_text_config(), "layer_types", None)
-    signs: list[object] = []
-    for number, layer in enumerate(layers):
-        prefix = f"{path}.{number}."
-        own = [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
-        trained = [(n.removeprefix(prefix), p.shape) for n, p in parameters.items() if n.startswith(prefix)]
-        kind = kinds[number] if isinstance(kinds, list | tuple) and number < len(kinds) else None
-        signs.append((tuple(own), tuple(trained), kind))
-    for period in PERIODS:
-        if all(signs[i] == signs[i % period] for i in range(len(signs))):
-            return period
-    return None
-
-
-def _shallow(step: Step, depth: int) -> PreTrainedModel:
-    """The first `depth` layers of the base between its embedding and its head."""
-    config = copy.deepcopy(step.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = depth
-    if isinstance(kinds := getattr(text, "layer_types", None), list | tuple):
-        text.layer_types = list(kinds)[:depth]
-    model = build(config, step.dtype)
-    layers = decoder_layers(model)
-    assert layers is not None
-    del layers[depth:]  # of a model that counts its layers otherwise
-    return model
-
-
 def _extrapolated(step: Step, depth: int, period: int, experts: int, paths: Paths | None = None) -> DryRun | None:
     """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
     first = depth % period + period * (1 if depth % period else 2)
     runs = []
-    for shallow in (first, first + period, first + 2 * period):
+    for few in (first, first + period, first + 2 * period):
         with suppress(ConfigError):  # settings that name a layer which is not there: run the whole depth
-            runs.append(_run(step, _shallow(step, shallow), experts, paths=paths))
+            runs.append(_run(step, first_layers(step.config, step.dtype, few), experts, paths=paths))
     if len(runs) < 3:
         return None
     one, two, three = runs
     steps = (depth - first) // period
-    grown = [_grown(a, b, c, steps) for a, b, c in zip(one.phases, two.phases, three.phases, strict=True)]
+    grown = [grown_phase(a, b, c, steps) for a, b, c in zip(one.phases, two.phases, three.phases, strict=True)]
     held = [run.phases[0].end_bytes for run in runs]
     linear = held[2] - held[1] == held[1] - held[0]
     # The most that anything grows by: a moment that grew by less could be overtaken at a greater depth.
@@ -418,29 +390,5 @@ def _extrapolated(step: Step, depth: int, period: int, experts: int, paths: Path
     phases = [phase for phase in grown if phase is not None]
     if not linear or len(phases) < len(grown):
         return None
-    one.phases, one.work = phases, _grown_work(one.work, two.work, steps)
+    one.phases, one.work = phases, grown_work(one.work, two.work, steps)
     return one
-
-
-def _grown(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | None:
-    figures = []
-    for a, b, c in (
-        (one.peak_bytes, two.peak_bytes, three.peak_bytes),
-        (one.end_bytes, two.end_bytes, three.end_bytes),
-        *((one.parts.get(k, 0), two.parts.get(k, 0), three.parts.get(k, 0)) for k in three.parts),
-    ):
-        if c - b != b - a:
-            return None
-        figures.append(a + (b - a) * steps)
-    peak, end, *parts = figures
-    return Phase(one.name, peak, dict(zip(three.parts, parts, strict=True)), end)
-
-
-def _grown_work(one: Work, two: Work, steps: int) -> Work:
-    products = Counter({k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products})
-    return Work(
-        products,
-        one.moved_bytes + (two.moved_bytes - one.moved_bytes) * steps,
-        one.operations + (two.operations - one.operations) * steps,
-        one.host_bytes + (two.host_bytes - one.host_bytes) * steps,
-    )
