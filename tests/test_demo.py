@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,46 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("base")))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def offline() -> Iterator[None]:
     split = demo.bfcl.split
-    monkeypatch.setattr(demo, "fetch_wheel", lambda requirement: Path("w.whl"))
-    monkeypatch.setattr(demo.bfcl, "read_bfcl", lambda wheel: made_up_calls())
-    monkeypatch.setattr(demo.bfcl, "split", lambda calls: split(calls, TRAINED))
-    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "fetch_wheel", lambda requirement: Path("w.whl"))
+        patch.setattr(demo.bfcl, "read_bfcl", lambda wheel: made_up_calls())
+        patch.setattr(demo.bfcl, "split", lambda calls: split(calls, TRAINED))
+        patch.setattr(demo, "MAX_NEW_TOKENS", 4)
+        yield
 
 
 Demo = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(scope="module")
+def finished(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """Where every test finds a demo that has run, a copy of it as it was then, and its figures."""
+    place = tmp_path_factory.mktemp("demo")
+    figures = demo.run_demo(place / "demo", base=base, epochs=1)
+    shutil.copytree(place / "demo", place / "kept")
+    return place / "demo", place / "kept", figures
+
+
 @pytest.fixture
-def run(base: str, tmp_path: Path) -> Demo:
-    return lambda **options: demo.run_demo(tmp_path / "demo", base=base, **{"epochs": 1, **options})
+def out(finished: tuple[Path, Path, dict[str, Any]]) -> Path:
+    """The folder of a finished demo, which a test may change."""
+    folder, kept, _ = finished
+    shutil.rmtree(folder)
+    shutil.copytree(kept, folder)
+    return folder
+
+
+@pytest.fixture
+def first(finished: tuple[Path, Path, dict[str, Any]]) -> dict[str, Any]:
+    return finished[2]
+
+
+@pytest.fixture
+def run(base: str, out: Path) -> Demo:
+    return lambda **options: demo.run_demo(out, base=base, **{"epochs": 1, **options})
 
 
 @pytest.fixture
@@ -71,9 +96,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_it_leaves_rows_a_run_and_both_sides_answers(run: Demo, tmp_path: Path) -> None:
-    figures = run()
-    out = tmp_path / "demo"
+def test_it_leaves_rows_a_run_and_both_sides_answers(out: Path, first: dict[str, Any]) -> None:
     assert len((out / "train.jsonl").read_text().splitlines()) == TRAINED
     assert len((out / "held_out.jsonl").read_text().splitlines()) == HELD_OUT
     assert {path.name for path in (out / "run" / "adapter").iterdir()} >= {
@@ -83,69 +106,64 @@ def test_it_leaves_rows_a_run_and_both_sides_answers(run: Demo, tmp_path: Path) 
     untuned, tuned = (json.loads((out / f"{name}.json").read_text())["answers"] for name in ("untuned", "tuned"))
     assert len(untuned) == len(tuned) == HELD_OUT
     assert untuned != tuned  # the adapter acted
-    assert figures["untuned"].keys() == figures["tuned"].keys()
-    assert figures["summary"]["steps"] == 2  # 12 rows in batches of 8
+    assert first["untuned"].keys() == first["tuned"].keys()
+    assert first["summary"]["steps"] == 2  # 12 rows in batches of 8
 
 
-def test_a_short_one_trains_so_many_steps_and_holds_out_what_it_answers(run: Demo, tmp_path: Path) -> None:
+def test_a_short_one_trains_so_many_steps_and_holds_out_what_it_answers(run: Demo, out: Path) -> None:
     assert run(steps=1)["summary"]["steps"] == 1
-    assert len((tmp_path / "demo" / "held_out.jsonl").read_text().splitlines()) == demo.TRIED
+    assert len((out / "held_out.jsonl").read_text().splitlines()) == demo.TRIED
 
 
 def test_running_it_again_trains_nothing_and_answers_nothing(
-    run: Demo, trainings: list[str], monkeypatch: pytest.MonkeyPatch
+    run: Demo, first: dict[str, Any], trainings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run()
     monkeypatch.setattr(demo, "evaluate_answers", lambda *a, **k: pytest.fail("answered again"))
     assert run() == first
-    assert trainings == ["new"]
+    assert trainings == []
 
 
 def test_again_and_other_settings_train_anew(run: Demo, trainings: list[str]) -> None:
-    run()
     run(again=True)
     run(epochs=2)
-    assert trainings == ["new"] * 3
+    assert trainings == ["new"] * 2
 
 
-def test_a_run_that_was_stopped_continues(run: Demo, trainings: list[str], tmp_path: Path) -> None:
-    first = run()
-    folder = tmp_path / "demo" / "run"
+def test_a_run_that_was_stopped_continues(run: Demo, first: dict[str, Any], trainings: list[str], out: Path) -> None:
+    folder = out / "run"
     (folder / "summary.json").unlink()  # as if it had been stopped after its last checkpoint
     shutil.rmtree(folder / "adapter")
     assert run()["tuned"] == first["tuned"]
-    assert trainings == ["new", "resumed"]
+    assert trainings == ["resumed"]
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_anew(
-    run: Demo, trainings: list[str], tmp_path: Path
+    run: Demo, trainings: list[str], out: Path
 ) -> None:
+    (out / "run" / "summary.json").unlink()
+    shutil.rmtree(out / "run" / "checkpoints")
     run()
-    (tmp_path / "demo" / "run" / "summary.json").unlink()
-    shutil.rmtree(tmp_path / "demo" / "run" / "checkpoints")
-    run()
-    assert trainings == ["new", "new"]
+    assert trainings == ["new"]
 
 
-def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(run: Demo, tmp_path: Path) -> None:
-    run()
-    folder = tmp_path / "demo" / "run"
+def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(run: Demo, out: Path) -> None:
+    folder = out / "run"
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints")
-    for place in (tmp_path / "demo", folder):
+    for place in (out, folder):
         with held(place), pytest.raises(BusyError):
             run()
         assert (folder / "run.yaml").is_file()
 
 
-def test_damaged_answers_are_made_anew(run: Demo, tmp_path: Path) -> None:
-    first = run()
-    (tmp_path / "demo" / "untuned.json").write_text("{")
+def test_damaged_answers_are_made_anew(run: Demo, first: dict[str, Any], out: Path) -> None:
+    (out / "untuned.json").write_text("{")
     assert run() == first
 
 
-def test_a_folder_that_the_demo_did_not_make_is_left_alone(run: Demo, tmp_path: Path) -> None:
-    precious = tmp_path / "demo" / "run" / "precious.txt"
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(run: Demo, out: Path) -> None:
+    shutil.rmtree(out)
+    precious = out / "run" / "precious.txt"
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
     with pytest.raises(ConfigError, match="not made by the demo"):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import textwrap
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,13 +139,18 @@ ROOMS_OF_FORMATS = ("quant/",)
 ROOMS_OF_METHODS = ("adapters/", "formats/bottleneck.py", "formats/peft_config.py", "formats/prefix.py")
 
 
+@cache
+def tree(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def compared(source: str) -> list[tuple[int, object]]:
     """(line, text) of every text that something is compared with: ==, in a list, a case, the beginning or end of one.
 
     A text that is looked for within another is no comparison.
     """
     found: list[ast.expr] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree(source)):
         if isinstance(node, ast.Compare):
             within = isinstance(node.ops[0], ast.In | ast.NotIn)
             found += [*([] if within else [node.left]), *node.comparators]
@@ -180,10 +186,10 @@ def test_nobody_asks_which_weight_format_it_is():
 def classes_asked(source: str) -> list[tuple[int, str]]:
     """(line, name) of every class that something is asked for, outside asserts: isinstance, issubclass, type(x) is
     C."""
-    tree = ast.parse(source)
-    asserted = {id(each) for node in ast.walk(tree) if isinstance(node, ast.Assert) for each in ast.walk(node)}
+    nodes = list(ast.walk(tree(source)))
+    asserted = {id(each) for node in nodes if isinstance(node, ast.Assert) for each in ast.walk(node)}
     found: list[ast.expr] = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if id(node) in asserted:
             continue
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
