@@ -6,15 +6,16 @@ import re
 import shlex
 import subprocess
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
 
 import veneer.errors
 from tests.pages import OUTPUT, blocks
+from veneer.cli.config_file import setting_paths
 from veneer.cli.main import COMMANDS, EXIT_CODES, Parser
 from veneer.train.config import RunConfig
 
@@ -140,6 +141,42 @@ def test_agents_are_told_every_page():
     listed = re.findall(r"\]\(([^)]+)\)", (ROOT / "llms.txt").read_text())
     pages = [str(page.relative_to(ROOT)) for page in PAGES]
     assert [page for page in pages if page not in listed] == []
+
+
+def written_by_the_site() -> ModuleType:
+    spec = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    return hooks
+
+
+def test_the_site_has_every_command_flag_and_setting():
+    hooks = written_by_the_site()
+    told, settings = hooks.commands(), hooks.settings()
+    for name in COMMANDS:
+        section = re.search(rf"^## veneer {name}$(.*?)(?=^## |\Z)", told, re.MULTILINE | re.DOTALL)[1]
+        parser = Parser(prog=f"veneer {name}", allow_abbrev=False)
+        import_module(f"veneer.cli.{name}").add_arguments(parser)
+        flags = [flag for flag in parser._option_string_actions if flag not in ("-h", "--help")]
+        assert [flag for flag in flags if flag not in section] == [], name
+    paths = [".".join(path) for path in setting_paths() if path != ("method", "name")]  # its values are headings
+    assert len(paths) > 40 and [path for path in paths if f"| `{path}` |" not in settings] == []
+
+
+def test_a_page_that_would_fetch_from_elsewhere_is_refused():
+    hooks = written_by_the_site()
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    with pytest.raises(ValueError, match=r"index\.md would fetch"):
+        hooks.on_post_page('<link rel="stylesheet" href="https://fonts.example.com/css">', page)
+    kept = '<a href="https://example.com">there</a><script src="assets/a.js"></script>'
+    assert hooks.on_post_page(kept, page) == kept
+
+
+def test_every_extra_says_what_it_adds():
+    (extras,) = re.findall(
+        r"^\[project.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(re.findall(r"^\w+ = ", extras, re.MULTILINE)) == len(re.findall(r"^# .*\n\w+ = ", extras, re.MULTILINE))
 
 
 def test_every_exit_code_is_told():
