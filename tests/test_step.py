@@ -86,7 +86,7 @@ def assert_same(one, other, tolerance=FP32):
         assert difference < 20 * tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "stablelm"])
 def test_the_step_gives_the_models_own_loss_and_gradients(family):
     model, paths, routing, attachment = adapted(family)
     assert paths.packed == (family not in UNPACKED), paths.packed_reason
@@ -107,7 +107,7 @@ def test_accumulation_is_token_exact_on_ragged_rows(family):
         assert_same(loss_and_gradients(model, paths, routing, attachment, examples, parts=parts), whole)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "qwen3_moe", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "qwen3_moe", "bloom", "stablelm"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_checkpointing_changes_no_bit(family, dropout):
     model, paths, routing, attachment = adapted(family, dropout=dropout)

@@ -37,6 +37,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    StableLmConfig,
 )
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
 }
 FAMILIES = tuple(_CONFIGS)
 _CONFIGS |= {  # by name alone, not in every test of all families
+    "stablelm": (StableLmConfig, _MODERN),  # its layers hand no keyword on to attention
     "olmoe": (OlmoeConfig, {**_MODERN, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": (
         GptOssConfig,

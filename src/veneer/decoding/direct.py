@@ -33,7 +33,7 @@ from veneer.kernels.groups import Pair
 from veneer.kernels.paged_attention import SpanRows
 from veneer.kernels.rules import Rules
 from veneer.linear import FewRowsLinear
-from veneer.models.attention import NAME, decoder, unused_mask
+from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask
 from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
 from veneer.models.proof import apart, sample_texts, structure_key, tried
 from veneer.models.structure import NoCopyError, small_copy
@@ -280,14 +280,7 @@ def own_forward(model: PreTrainedModel) -> Run:
 
     def run(rows: Tensor, laid: Any, kept: Tensor | None) -> Tensor:
         call: Any = model
-        out = call(
-            input_ids=rows[:1],
-            position_ids=rows[1:],
-            attention_mask=unused_mask(rows.device),
-            use_cache=False,
-            veneer_layout=laid,
-            logits_to_keep=0 if kept is None else kept,
-        )
+        out = call(input_ids=rows[:1], logits_to_keep=0 if kept is None else kept, **packed_arguments(rows[1:], laid))
         logits: Tensor = out.logits[0]
         return logits
 

@@ -2,19 +2,21 @@
 
 `AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword of the
 model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through untouched, so no mask is
-built. A trained prefix (adapters/prefix.py) reaches it the same way. Where a model does not go through the interface,
-mixes tokens elsewhere than in attention, or answers differently when packed, models/proof.py and models/checks.py
-say why, and batches are padded for transformers' own attention.
+built; what stands in its place tells the layout where a layer hands on no keyword (Nemotron, StableLM). A trained
+prefix (adapters/prefix.py) comes by a keyword alone. Where a model does not go through the interface, mixes tokens
+elsewhere than in attention, or answers differently when packed, models/proof.py and models/checks.py say why, and
+batches are padded for transformers' own attention.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -64,6 +66,8 @@ def attention_forward(
     if veneer_keys is not None:
         veneer_keys.take(_layer_number(module), key, value)
     prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
+    if veneer_layout is None and attention_mask is not None:
+        veneer_layout = _LAID.get(attention_mask)
     if veneer_layout is not None:
         q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
         return veneer_layout.attend(q, k, v, prefix, rules)[None], None
@@ -171,6 +175,18 @@ class Traced:
         return grouped_attention(query_NHD, key_NKD, value_NKD, self.layout, first, rules)
 
 
+_LAID: MutableMapping[Tensor, Laid] = WeakTensorKeyDictionary()
+"""A mask that nothing looks at -> the layout that it stands for. Kept by the mask, as a checkpointed layer keeps it
+until it is computed again."""
+
+
+def packed_arguments(positions: Tensor, laid: Laid) -> dict[str, Any]:
+    """Of a model's forward, beside (1, N) ids; positions (1, N)."""
+    mask = unused_mask(positions.device)
+    _LAID[mask] = laid
+    return {"position_ids": positions, "attention_mask": mask, "use_cache": False, "veneer_layout": laid}
+
+
 def unused_mask(device: torch.device) -> Tensor:
     """Any 4-D mask is handed through as it is; the packed attention does not look at it."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -208,13 +224,7 @@ def packed_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout
     """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were reached."""
     inner, traced = decoder(model), Traced(layout)
     assert inner is not None
-    out = inner(
-        input_ids=ids,
-        position_ids=positions,
-        attention_mask=unused_mask(ids.device),
-        use_cache=False,
-        veneer_layout=traced,
-    )
+    out = inner(input_ids=ids, **packed_arguments(positions, traced))
     return out.last_hidden_state[0], traced.calls
 
 

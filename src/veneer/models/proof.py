@@ -199,9 +199,12 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         return apart(states, expected)
 
     before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        return f"{type(model).__name__} does not offer transformers' attention interface"
     reason = tried(model, "packed rows", lambda: _by_side(model, texts, run))
-    if reason is None:
-        reason = unreached(model, calls[0])
+    if calls and (short := unreached(model, calls[0])) is not None:
+        reason = short
     if reason is not None:
         model.set_attn_implementation(before)
     return reason
@@ -209,20 +212,20 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
 
 def no_seam(model: PreTrainedModel) -> str | None:
     """Why packed rows cannot reach the model's attention, as far as its class says."""
-    name = type(model).__name__
     if decoder(model) is None:
-        return f"{name} has no part that gives its hidden states"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{name} does not offer transformers' attention interface"
+        return f"{type(model).__name__} has no part that gives its hidden states"
     return None
 
 
 def unreached(model: PreTrainedModel, calls: int) -> str | None:
     """Why not, if packed attention was called for fewer layers than mix tokens."""
-    layers = model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    layers = text.num_hidden_layers
     if calls == layers:
         return None
-    return f"only {calls} of {layers} layers of {type(model).__name__} mix tokens by attention"
+    told: Any = getattr(text, "layer_types", None) or ()
+    kinds = f" ({', '.join(dict.fromkeys(map(str, told)))})" if told and calls < layers else ""
+    return f"only {calls} of {layers} layers of {type(model).__name__} mix tokens by attention{kinds}"
 
 
 def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None, str | None]:

@@ -24,7 +24,7 @@ from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.kernels.loss import Beside, Head, frozen_head_loss, trained_head_loss
-from veneer.models.attention import NAME, Traced, hidden_states, unused_mask
+from veneer.models.attention import NAME, Traced, hidden_states, packed_arguments
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.left_out import left_out
 from veneer.models.switches import Switches, forget_lengths, sides, switches
@@ -204,14 +204,10 @@ def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Te
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, V) of the rows that predict a trained token, from the model's own head."""
     forget_lengths(model)
-    own: dict[str, Any] = {"attention_mask": batch.mask}
+    own: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
     if batch.layout is not None:
-        own = {
-            "attention_mask": unused_mask(batch.ids.device),
-            "position_ids": batch.positions,
-            "veneer_layout": Traced(batch.layout),
-        }
-    logits: Tensor = model(input_ids=batch.ids, use_cache=False, **own).logits
+        own = packed_arguments(batch.positions, Traced(batch.layout))
+    logits: Tensor = model(input_ids=batch.ids, **own).logits
     return logits.flatten(0, 1).index_select(0, batch.loss_rows)
 
 
