@@ -136,6 +136,7 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
 
 def _push(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.transfer import push
+    from veneer.train.working import working
 
     check_files([args.figures])
 
@@ -151,7 +152,8 @@ def _push(args: argparse.Namespace, library: Library) -> int:
         ]
         return card_for(folder, name=repository, commands=run, base=base, figures=figures_in(args.figures))
 
-    moved = push(library, args.adapter, args.to, card)
+    with working(f"pushing {args.adapter}"):
+        moved = push(library, args.adapter, args.to, card)
     if args.json:
         print_json(
             {"reference": moved.reference, "address": moved.address, "bytes": moved.bytes, "skipped": moved.skipped}
@@ -164,8 +166,10 @@ def _push(args: argparse.Namespace, library: Library) -> int:
 
 def _pull(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.transfer import pull
+    from veneer.train.working import working
 
-    entry = pull(library, args.place, args.adapter, name=args.name)
+    with working(f"pulling from {args.place}"):
+        entry = pull(library, args.place, args.adapter, name=args.name)
     again = f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
     return _tell_added(entry, library, args, again=again)
 

@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
     check_base(base)
     from veneer import api
     from veneer.merge.combine import Recipe
+    from veneer.train.working import working
 
     recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
-    report = api.combine(adapters, recipe, base=base, out=args.out)
+    with working("combining"):
+        report = api.combine(adapters, recipe, base=base, out=args.out)
     if args.json:
         print_json(report.to_dict())
     else:

@@ -184,9 +184,12 @@ def load_base(args: argparse.Namespace) -> Base:
     source, adapter = base_and_adapter(args.base, args.adapter, args.library)
     quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
     check_base(source)
-    with no_collection():
-        from veneer import api
-    base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
+    from veneer.train.working import working
+
+    with working(f"loading {source}"):
+        with no_collection():
+            from veneer import api
+        base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if base.compute.widens and base.compute.line is not None:
         make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # talk, wherever data goes
     if adapter is not None:

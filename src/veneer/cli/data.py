@@ -68,18 +68,20 @@ def _check(args: argparse.Namespace) -> int:
     check_base(args.base)
     check_rows(args.data, args.validation)
     from veneer import api
+    from veneer.train.working import working
 
-    data, tokenizer = api.check_data(
-        args.data,
-        base=args.base,
-        length=args.length,
-        format=args.format,
-        train_on=args.train_on,
-        long_rows=args.long_rows,
-        validation=args.validation,
-        variables=variables_of(args),
-        columns=columns_of(args),
-    )
+    with working(f"reading {args.data}"):
+        data, tokenizer = api.check_data(
+            args.data,
+            base=args.base,
+            length=args.length,
+            format=args.format,
+            train_on=args.train_on,
+            long_rows=args.long_rows,
+            validation=args.validation,
+            variables=variables_of(args),
+            columns=columns_of(args),
+        )
     if args.json:
         print_json(data.report.to_dict())
     else:

@@ -98,12 +98,12 @@ def run(args: argparse.Namespace) -> int:
     check_rows(args.data)
     check_files([args.against])
     labels = read_labels(args.labels) if args.labels else []
-    console = make_console(json=True)  # progress is talk
     base = load_base(args)
     from veneer import api
+    from veneer.train.working import working
 
     asked_as(args, base)
-    with console.status("") as status:
+    with working("evaluating") as tell:
         result = api.evaluate(
             base,
             args.data,
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             system=args.system,
             variables=variables_of(args),
             columns=columns_of(args),
-            progress=lambda what, done, total: status.update(f"{what}: {done:,} of {total:,} rows"),
+            progress=tell,
         )
     if args.json:
         print_json({"base": base.source, "adapter": args.adapter, "data": args.data, **result})

@@ -21,7 +21,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from veneer.cli.common import add_figures, add_json, add_library, base_and_adapter, held_as, make_console, print_json
 from veneer.cli.early import check_base, check_files, check_new
@@ -66,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     check_base(base)
     from veneer import api
+    from veneer.train.working import working
 
     console = make_console(json=args.json)
     assert folder is not None
     if _whole(args):
         return _export_model(args, base, folder, console)
-    made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32")
+    with working(f"writing for {args.to}"):
+        made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32")
     _write_card(args, base, folder, made.serve)
     if args.json:
         print_json({"out": str(made.out), "bytes": made.bytes, "notes": made.notes, "serve": made.serve})
@@ -87,14 +89,17 @@ def _whole(args: argparse.Namespace) -> bool:
 
 def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
     from veneer import api
+    from veneer.train.working import working
 
     quantize, keep_dense = held_as(None, folder, force_base=args.force_base)
     weights = api.Weights(quantize, keep_dense, args.into, args.original, args.force_base)
     type: ModelType = args.type or "f16"
-    if args.to in WHOLE_MODEL:
-        report = api.export_ollama(folder, base=base, out=args.out, type=type, weights=weights)
-    else:
-        report = api.export_merged_gguf([(folder, 1.0)], base=base, out=args.out, type=type, weights=weights)
+    with working(f"loading {base}") as tell:
+        how: dict[str, Any] = {"base": base, "out": args.out, "type": type, "weights": weights, "progress": tell}
+        if args.to in WHOLE_MODEL:
+            report = api.export_ollama(folder, **how)
+        else:
+            report = api.export_merged_gguf([(folder, 1.0)], **how)
     _write_card(args, base, folder, report.serve)
     if args.json:
         said = {"out": str(report.out), "bytes": report.bytes, "type": report.type, "survival": report.total.share}

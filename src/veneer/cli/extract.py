@@ -40,16 +40,18 @@ def run(args: argparse.Namespace) -> int:
     check_base(args.base)
     check_base(args.model)
     from veneer import api
+    from veneer.train.working import working
 
-    report = api.extract(
-        args.base,
-        args.model,
-        out=args.out,
-        rank=args.rank,
-        energy=args.energy,
-        keep=args.keep,
-        check_logits=not args.no_logits,
-    )
+    with working("extracting"):
+        report = api.extract(
+            args.base,
+            args.model,
+            out=args.out,
+            rank=args.rank,
+            energy=args.energy,
+            keep=args.keep,
+            check_logits=not args.no_logits,
+        )
     if args.json:
         print_json(report.to_dict())
     else:

@@ -67,22 +67,24 @@ def run(args: argparse.Namespace) -> int:
     check_base(base)
     check_rows(args.data)
     from veneer import api
+    from veneer.train.working import working
 
-    report = api.merge(
-        base,
-        adapters,
-        out=args.out,
-        dtype=args.dtype,
-        stochastic=args.stochastic,
-        seed=args.seed,
-        quantize=quantize,
-        keep_dense=keep_dense,
-        into=args.into,
-        original=args.original,
-        data=args.data,
-        check_logits=not args.no_logits,
-        force_base=args.force_base,
-    )
+    with working("merging"):
+        report = api.merge(
+            base,
+            adapters,
+            out=args.out,
+            dtype=args.dtype,
+            stochastic=args.stochastic,
+            seed=args.seed,
+            quantize=quantize,
+            keep_dense=keep_dense,
+            into=args.into,
+            original=args.original,
+            data=args.data,
+            check_logits=not args.no_logits,
+            force_base=args.force_base,
+        )
     if args.json:
         print_json(report.to_dict())
     else:

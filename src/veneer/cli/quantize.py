@@ -40,11 +40,13 @@ def run(args: argparse.Namespace) -> int:
     check_base(args.base)
     from veneer import api
     from veneer.bases.weight_table import weight_table
+    from veneer.train.working import working
 
-    base = api.load(
-        args.base, dtype=as_stored(args.dtype), device="cpu", quantize=args.quantize, keep_dense=args.keep_dense
-    )
-    written = api.write_quantized(base, args.out)
+    with working(f"quantising {args.base}"):
+        base = api.load(
+            args.base, dtype=as_stored(args.dtype), device="cpu", quantize=args.quantize, keep_dense=args.keep_dense
+        )
+        written = api.write_quantized(base, args.out)
     table = weight_table(base.model)
     console = make_console(json=args.json)
     console.print(f"{'':<18}{'held in':<10}{'modules':>9}{'M values':>11}{'MB':>9}")

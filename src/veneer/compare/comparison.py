@@ -19,6 +19,7 @@ from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Worker
 from veneer.compare.figures import Finished, make_figures
 from veneer.compare.jobs import Asking, Place, Say, answer, together
+from veneer.compare.pace import Pace
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
@@ -46,10 +47,11 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
             say(line)
         pairs = zip(comparison.candidates, found.dtypes, strict=True)
         comparison = replace(comparison, candidates=[with_dtype(c, dtype) for c, dtype in pairs])
-        worker = Worker(comparison, width, found.circumstances, say, ran=[])
+        runs = len(comparison.candidates) * (len(comparison.factors) + comparison.seeds - 1)
+        worker = Worker(comparison, width, found.circumstances, say, ran=[], pace=Pace(runs))
         candidates = together(_candidate(worker, each) for each in comparison.candidates)
         asking: Asking[list[Any]] = together([worker.evaluate("the base", None), candidates])
-        base, finished = answer(asking, place, say)
+        base, finished = answer(asking, place, lambda text: say(worker.pace.said(text)))
     finally:
         place.stop()
     figures = make_figures(comparison, finished, base, rows)

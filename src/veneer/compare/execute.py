@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 
 from veneer.compare.circumstances import folder_hash
 from veneer.compare.jobs import RUNNING, Asking, Job, Outcome, Say
+from veneer.compare.pace import Pace
 from veneer.compare.plan import Candidate, Comparison
 from veneer.errors import DataError, VeneerError
 from veneer.evaluate.general import BUILT_IN
@@ -52,7 +53,8 @@ class Done:
 
 @dataclass(frozen=True)
 class Worker:
-    """Asks for commands of Veneer (jobs.py). `say` hears what goes on; `ran` counts what was not found finished.
+    """Asks for commands of Veneer (jobs.py). `say` hears what goes on; `ran` counts what was not found finished; `pace`
+    the runs that are over.
 
     hidden_size: of the base; default learning rates depend on it. circumstances: see circumstances.py.
     """
@@ -62,6 +64,7 @@ class Worker:
     circumstances: Mapping[str, str]
     say: Say
     ran: list[Path]
+    pace: Pace = field(default_factory=lambda: Pace(1))
 
     def train(self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool) -> Asking[Done]:
         """The run of this candidate; with_result: its adapter or model must be there, not only its figures."""
@@ -74,6 +77,7 @@ class Worker:
         found = self._finished(folder, config, with_result)
         if found is not None:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # where its page could not be written
+            self.pace.finished(made=False)
             return _with_loss(what, found)
         self.ran.append(folder)
         if folder.exists():
@@ -100,7 +104,8 @@ class Worker:
             raise _failed(what, outcome)
         done = self._finished(folder, config, with_result)
         assert done is not None
-        self.say(f"{what}: {done.failure or _told(_with_loss(what, done))}")
+        self.say(self.pace.said(f"{what}: {done.failure or _told(_with_loss(what, done))}"))
+        self.pace.finished(made=True)
         return done
 
     def evaluate(self, name: str, done: Done | None) -> Asking[dict[str, Any]]:

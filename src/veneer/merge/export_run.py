@@ -19,7 +19,7 @@ from veneer.library.names import said_of
 from veneer.merge.adapters import place
 from veneer.merge.export import ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
-from veneer.merge.gguf_model import GGUFReport, write_gguf_model
+from veneer.merge.gguf_model import GGUFReport, Told, write_gguf_model
 from veneer.merge.lint import Finding, lint
 from veneer.merge.merge_run import Into, open_merge
 from veneer.merge.ollama import modelfile
@@ -86,16 +86,23 @@ def export_merged_gguf(
     out: str | Path,
     type: ModelType = "f16",
     weights: Weights = Weights(),
+    progress: Told | None = None,
 ) -> GGUFReport:
     """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file."""
     _named_gguf(out)
     loaded, acting = _opened(adapters, base, weights)
-    report = write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source))
+    report = write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source), progress=progress)
     return replace(report, serve=whole_model_commands("llamacpp", out))
 
 
 def export_ollama(
-    folder: str | Path, *, base: str, out: str | Path, type: ModelType = "f16", weights: Weights = Weights()
+    folder: str | Path,
+    *,
+    base: str,
+    out: str | Path,
+    type: ModelType = "f16",
+    weights: Weights = Weights(),
+    progress: Told | None = None,
 ) -> GGUFReport:
     """Writes a folder with base and adapter as one .gguf model, and the Modelfile that Ollama makes a model of.
 
@@ -116,7 +123,8 @@ def export_ollama(
             positions=positions,
             made_of=f"Veneer {version('veneer')}: {said_of(stored.folder)} over {base}",
         )
-        report = write_gguf_model(loaded, acting, partial / MODEL_NAME, type=type, source_file=gguf_file(loaded.source))
+        file, source = partial / MODEL_NAME, gguf_file(loaded.source)
+        report = write_gguf_model(loaded, acting, file, type=type, source_file=source, progress=progress)
         (partial / "Modelfile").write_text(text, encoding="utf-8")
     return replace(report, out=Path(out), notes=notes, serve=whole_model_commands("ollama", out))
 

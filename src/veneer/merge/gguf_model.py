@@ -7,7 +7,7 @@ the update is left is measured on what the file decodes to. Metadata and tokeniz
 Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from veneer.models.frozen_base import FrozenBase
 
 _FILE_TYPES = {"q8_0": LlamaFileType.MOSTLY_Q8_0}
 _BLOCK = 32
+Told = Callable[[str, int, int], None]
+"""(what, done, of how many)."""
 _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
@@ -59,6 +61,7 @@ def write_gguf_model(
     type: ModelType,
     source_file: Path | None = None,
     least_survival: float = LEAST_SURVIVAL,
+    progress: Told | None = None,
 ) -> GGUFReport:
     """Merges loaded adapters (none: the base alone) into a new file. The base is left without these adapters.
 
@@ -106,13 +109,17 @@ def write_gguf_model(
         writer.write_ti_data_to_file()
         for extra in _rope_factors(base.config):
             writer.write_tensor_data(written(extra))
-        for name, s in stored.items():
+        for done, (name, s) in enumerate(stored.items()):
+            if progress is not None:
+                progress(f"writing {type}", done, len(stored))
             data, left = _encoded(s.read(), wanted.get(name), kinds[name], where, str(where.of(name)))
             writer.write_tensor_data(written(data))
             if left is not None:
                 kept[name] = left
         writer.close()
         if type in BY_LLAMA_CPP:
+            if progress is not None:
+                progress(f"llama-quantize, {type}", 0, 0)
             quantise(partial, type)
             kept = _kept_in(partial, stored, wanted, where)
         whole = total(kept.values())
