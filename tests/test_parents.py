@@ -20,7 +20,7 @@ from veneer.files.strict_tensors import read_tensors
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.models.load import load_base
 from veneer.train.config import RunConfig
-from veneer.train.parents import begin_adapter
+from veneer.train.parents import begin_adapter, going_on
 from veneer.train.screen import QuietScreen
 from veneer.train.training import run_training
 
@@ -60,8 +60,14 @@ def run_of(world: Path, out: Path, **fields: Any) -> RunConfig:
 
 
 def begun(world: Path, **fields: Any) -> tuple[Any, RunConfig, Any]:
-    base = load_base(str(world / "base"))
-    config, found = begin_adapter(base, run_of(world, Path("out"), **fields), [], resumes=False)
+    """As a run begins; a plan knows the shapes of what would train, without a base."""
+    base, asked = load_base(str(world / "base")), run_of(world, Path("out"), **fields)
+    config, found = begin_adapter(base, asked, [], resumes=False)
+    planned = going_on(asked).method
+    assert planned.update_rank == config.method.update_rank
+    if len(asked.from_adapter) == 1:
+        named = {"targets", "rank_pattern", "alpha_pattern"}  # in short, or by whole paths
+        assert planned.model_dump(exclude=named) == config.method.model_dump(exclude=named)
     return base, config, found
 
 
@@ -139,6 +145,16 @@ def test_the_weighted_sum_of_several_is_where_it_starts(world: Path, tmp_path: P
     assert run.method.update_rank == 5
     base, run, _ = begun(world, from_adapter=parents, method={"name": "lora", "rank": 5})
     assert torch.allclose(logits(base), logits(before), atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_that_goes_on_is_planned(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = made(world, tmp_path / "parent", METHODS["lora"])
+    _, _, found = begun(world, from_adapter=str(parent), method={"name": "lora", "rank": 8})
+    run = run_of(world, tmp_path / "run", from_adapter=str(parent), method={"name": "lora", "rank": 8}, steps=4)
+    (tmp_path / "run.yaml").write_text(json.dumps(run.model_dump(mode="json", exclude_unset=True)))
+    assert main.main(["plan", str(tmp_path / "run.yaml"), "--json"]) == 0
+    (planned,) = json.loads(capsys.readouterr().out)["plans"]
+    assert planned["trainable_parameters"] == found.attachment.num_parameters()
 
 
 def test_an_adapter_of_pefts_goes_on_too(world: Path, tmp_path: Path) -> None:

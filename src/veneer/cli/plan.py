@@ -178,14 +178,11 @@ def _run_asked(args: argparse.Namespace) -> dict[str, Any]:
             next_step="Leave them out, or change settings with --set path=value.",
         )
     config = read_run_config(args.run, {"out": "planned"}, args.sets)
-    if config.from_adapter:
-        raise ConfigError(
-            f"{args.run} goes on from an adapter, which is not planned",
-            next_step="Leave from_adapter out and give its method: veneer plan RUN.yaml --set from_adapter=[].",
-        )
     from veneer import api
     from veneer.plan.planner import choice_of
+    from veneer.train.parents import going_on
 
+    config = going_on(config)
     data = api.run_rows(config)
     return {
         "bases": [config.base],

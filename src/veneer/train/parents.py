@@ -59,6 +59,20 @@ def with_tokens(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"new_tokens": [*theirs, *(t for t in config.new_tokens if t not in theirs)]})
 
 
+def going_on(config: RunConfig) -> RunConfig:
+    """The run with the settings and tokens of what it goes on from, as it would train them; no base is loaded.
+
+    Raises what reading the parents raises, and ConfigError where the settings do not fit.
+    """
+    if not config.from_adapter:
+        return config
+    stored = [read_adapter(Library().locate(each.adapter)) for each in config.from_adapter]
+    own, ranks, asked = stored[0].config, [each.config.update_rank for each in stored], _asked(config)
+    if [each.weight for each in config.from_adapter] != [1.0]:  # as _one adds them up
+        own = own.of_rank(asked.get("rank") or sum(rank or 0 for rank in ranks))
+    return with_tokens(config).model_copy(update={"method": _settings(own, asked)})
+
+
 def _from_parents(
     base: FrozenBase, config: RunConfig, examples: Sequence[Example], tokens: Brought | None
 ) -> tuple[RunConfig, Begun]:
