@@ -1,5 +1,6 @@
-"""A stranger's first hour, word for word: the steps of the Dockerfile in a new environment, then what the README and
-every tutorial say to type, page after page, in one empty folder. A screen's lines must come, by their first words."""
+"""A stranger's first hour, word for word: the steps of the Dockerfile in a new environment, then what the README,
+every tutorial and most guides say to type, page after page, in one folder. A screen's lines must come, by their first
+words."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from tests.pages import Block, blocks
 from tests.soak.counts import count
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("tutorials/first_adapter.md", "../README.md", "tutorials/your_rows.md", "tutorials/seven_b.md")
+TUTORIALS = ("tutorials/first_adapter.md", "../README.md", "tutorials/your_rows.md", "tutorials/seven_b.md")
+GUIDES = ("guides/choose.md", "guides/rows.md", "guides/report.md", "guides/keep.md", "guides/not_learning.md")
+PAGES = TUTORIALS + GUIDES
 """In this order: rows of the first stand in the others."""
 AS_ROOT = ("apt-get install", "apt-get update", "useradd")
 """Steps of the container that change the system."""
