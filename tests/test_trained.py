@@ -2,6 +2,10 @@
 
 import json
 import os
+import sys
+from html import escape
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +14,10 @@ from tests.tiny import save_tiny
 from veneer.errors import ConfigError, DataError, SourceError
 from veneer.files.strict_json import read_json
 from veneer.library.library import Library
+from veneer.report.notebook import NotebookScreen, screen_here
 from veneer.train.folder import resume_config, settled
+from veneer.train.records import read_records
+from veneer.train.screen import QuietScreen
 
 ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
 
@@ -44,6 +51,62 @@ def test_a_run_is_what_its_summary_holds_and_says_where_its_results_are(run):
     assert "2 steps" in str(run) and "held-out loss" in str(run)
     html = run._repr_html_()
     assert "a &lt;run&gt;/adapter" in html and "<run>" not in html
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self):
+        self.seconds += 1
+        return self.seconds
+
+
+def test_a_notebook_shows_a_run_as_it_goes_and_what_came_of_it(base, tmp_path, monkeypatch, run):
+    drawn = []
+    shell = SimpleNamespace(kernel=object())
+    display = SimpleNamespace(HTML=lambda text: text, display=lambda *_, **__: SimpleNamespace(update=drawn.append))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    assert isinstance(screen_here(quiet=False), NotebookScreen) and isinstance(screen_here(quiet=True), QuietScreen)
+    screen = NotebookScreen(drawn.append, Clock())
+    for record in read_records(run.folder / "metrics.jsonl"):
+        told = {"start": screen.start, "step": screen.step, "evaluation": screen.evaluation, "end": None}[
+            record["kind"]
+        ]
+        if told is not None:
+            told({**record, "paths": ["<b>"], "sample": {"prompt": "<i>", "expected": "e", "answer": "<script>"}})
+    screen.end(run)
+    assert "step 2 of 2" in drawn[-1] and "<polyline" in drawn[-1] and "adapter" in drawn[-1]
+    assert "&lt;script&gt;" in drawn[-1] and "<script" not in drawn[-1] and "<b>" not in drawn[-1]
+
+
+def test_bases_adapters_libraries_and_figures_are_tables_in_a_notebook(run, tmp_path):
+    library = Library(tmp_path / "<library>")
+    library.add(run.adapter, name="a", note="<b>")
+    loaded = run.base
+    figures = veneer.evaluate(loaded, ROWS)
+    for shown, said in (
+        (loaded, "a <run>"),
+        (next(iter(loaded.attachments.values())), "lora"),
+        (library, "a@1"),
+        (figures, "loss"),
+    ):
+        html = shown._repr_html_()
+        assert escape(said) in html and "<run>" not in html and "<b>" not in html and "<library>" not in html
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_the_notebook_of_the_tutorials_runs(base, tmp_path, monkeypatch):
+    """Its cells one after another, without a kernel, over a tiny base."""
+    page = json.loads((Path(__file__).parents[1] / "docs" / "tutorials" / "notebook.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in page["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 5 and all(not cell["outputs"] for cell in page["cells"] if cell["cell_type"] == "code")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in cells:
+        code = cell.replace("smollm2-135m", base).replace("steps=60", "steps=2")
+        exec(compile(code, "notebook", "exec"), names)
+    assert names["run"]["steps"] == 2 and names["tuned"]["loss"] != names["untuned"]["loss"]
 
 
 def test_a_run_is_evaluated_on_the_base_it_made_its_adapter_for(run, base, tmp_path):

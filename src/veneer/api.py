@@ -55,6 +55,7 @@ from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
 from veneer.plan.probe import fitted, planned
 from veneer.quant.config import Quantize
+from veneer.report.notebook import Evaluation
 from veneer.report.page import write_report
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import held
@@ -259,7 +260,7 @@ def evaluate(
         return example_nats(base.model, paths, examples, batch=batch)
 
     with base.routing.held():
-        return evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
+        return Evaluation(evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress))
 
 
 def merge(

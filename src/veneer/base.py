@@ -29,6 +29,7 @@ from veneer.merge.in_memory import Merged, merged_weights
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
+from veneer.wording import html_table, millions
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -58,6 +59,17 @@ class Base(FrozenBase):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pool = Pool(self, lambda: self.library, self._unmerged)
+
+    def _repr_html_(self) -> str:
+        held = str(self.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
+        acting = ", ".join(adapter.name for adapter in self.routing.acting.adapters) or "the base alone"
+        facts = [
+            ("parameters", millions(self.model.num_parameters())),
+            ("held as", f"{held} on {self.device}"),
+            ("adapters", ", ".join(self.attachments) or "none"),
+            ("acts", acting),
+        ]
+        return html_table(f"base {self.source}", facts)
 
     @property
     def adapter_budget_bytes(self) -> int | None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from veneer.adapters.config import LoRA, Method
 from veneer.base import Base
 from veneer.data.writing import Record, is_rows
 from veneer.evaluate.user_function import UserFunction
+from veneer.report.notebook import screen_here
 from veneer.report.page import NAME as REPORT
 from veneer.train.config import RunConfig
-from veneer.train.screen import end_lines, make_screen
-from veneer.wording import clock, shown
+from veneer.train.screen import end_lines
+from veneer.wording import clock, html_table, shown
 
 
 def train(
@@ -27,7 +27,8 @@ def train(
     quiet: bool = False,
     **settings: Any,
 ) -> "TrainedRun":
-    """Train; progress is shown on a terminal as it goes, elsewhere line by line, and not at all with quiet.
+    """Train; progress is shown on a terminal and in a notebook as it goes, elsewhere line by line, and not at all with
+    quiet.
 
     data      what `data` may be in a run file, or the rows themselves, each a dict; so may data["train"] and
               data["validation"]. They are written into the run's folder.
@@ -35,7 +36,7 @@ def train(
     """
     named, rows = _in_files(data, Path(out))
     config = RunConfig.of({"base": base, "data": named, "out": str(out), "method": method or LoRA(), **settings})
-    screen = make_screen(quiet=quiet or os.environ.get("RANK", "0") != "0")
+    screen = screen_here(quiet=quiet or os.environ.get("RANK", "0") != "0")
     screen.message(f"loading {config.base}")
     try:
         summary = api.train_run(config, resume=False, screen=screen, rows=rows)
@@ -129,8 +130,4 @@ class TrainedRun(Mapping[str, Any]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{escape(text)}</td></tr>"
-            for name, text in self._facts()
-        )
-        return f"<table><caption style='text-align:left'>{escape(self._title)}</caption>{rows}</table>"
+        return html_table(self._title, self._facts())

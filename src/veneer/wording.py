@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 
 
 def shown(text: object) -> str:
@@ -16,6 +17,21 @@ def shown(text: object) -> str:
 
 def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """What a notebook shows of an object: its facts, a row each. All of it is escaped."""
+    left = "style='text-align:left'"
+    titles = "".join(f"<th {left}>{escape(shown(cell))}</th>" for cell in head)
+    lines = [
+        "".join(
+            f"<{'th' if at == 0 else 'td'} {left}>{escape(shown(cell))}</{'th' if at == 0 else 'td'}>"
+            for at, cell in enumerate(row)
+        )
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in [*([titles] if titles else []), *lines])
+    return f"<table><caption {left}>{escape(shown(title))}</caption>{body}</table>"
 
 
 def folded(line: str, width: int) -> str:

@@ -9,6 +9,7 @@ from veneer.adapters.config import AdapterConfig
 from veneer.adapters.layer import Layer
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import NewTokens
+from veneer.wording import html_table
 
 
 @dataclass(eq=False)
@@ -59,6 +60,15 @@ class Attachment:
             for part in layer.parts():
                 factors[f"{path}.{part}"] = self.config.rate_of(part)
         return factors
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("method", self.config.name),
+            ("trained values", f"{self.num_parameters():,}"),
+            ("places", f"{self.adapted:,} of {self.adaptable:,}"),
+        ]
+        facts += [("system turn", self.preamble.system)] if self.preamble.system is not None else []
+        return html_table(f"adapter {self.name}", facts)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters().values())

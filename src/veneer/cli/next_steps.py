@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
+from veneer.child import typed_command
 from veneer.wording import shown
 
 MOST = 3
@@ -34,7 +36,7 @@ def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
     for file in [file for file in _files(folder, (".yaml", ".yml")) if _is_run_file(file)][:MOST]:
         found.append((f"a run file: {file}", [f"veneer plan {_named(file)}", f"veneer train {_named(file)}"]))
     for file in _files(folder, ROWS)[:MOST]:
-        out = _named(Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name))
+        out = _named(_free(folder, Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name)))
         found.append(
             (
                 f"rows: {file}",
@@ -58,8 +60,19 @@ def told(folder: Path, library: Path) -> str:
     """The same as text."""
     lines = []
     for what, commands in next_steps(folder, library):
-        lines += [shown(what), *(f"  {shown(command)}" for command in commands)]
-    return "\n".join([*lines, "", "veneer --help lists all commands."])
+        lines += [shown(what), *(f"  {shown(_here(command))}" for command in commands)]
+    return "\n".join([*lines, "", f"{_here('veneer --help')} lists all commands."])
+
+
+def _here(command: str) -> str:
+    """As it runs in this shell."""
+    return typed_command() + command.removeprefix("veneer")
+
+
+def _free(folder: Path, out: Path) -> Path:
+    """A place where nothing stands: runs/rows, runs/rows-2, ..."""
+    numbered = (out.with_name(f"{out.name}-{number}") for number in count(2))
+    return next(each for each in chain([out], numbered) if not (folder / each).exists())
 
 
 def _runs(folder: Path) -> Iterator[Path]:

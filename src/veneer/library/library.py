@@ -34,11 +34,13 @@ from veneer.library.leftovers import Leftovers, find_leftovers
 from veneer.library.names import MAX_NOTE, Reference, check_name, check_tag, is_reference, nearest, parse_reference
 from veneer.library.objects import object_faults, put
 from veneer.library.records import Facts, Record, Version, known_version, read_record, write_record
+from veneer.wording import html_table
 
 if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
 
 MARKER = "library.json"
+MOST_SHOWN = 50
 COLLECT_WAIT_SECONDS = 60.0
 SortKey = Literal["name", "added", "size", "method", "base"]
 
@@ -81,6 +83,11 @@ class Library:
         self.folder = default_folder() if folder is None else expanded(folder)
         self._own = folder is None
         self.names, self.objects = self.folder / "names", self.folder / "objects"
+
+    def _repr_html_(self) -> str:
+        found = self.entries() if (self.folder / MARKER).is_file() else []
+        rows = [(each.reference, *each.version.told()) for each in found[:MOST_SHOWN]]
+        return html_table(f"library {self.folder}: {len(found):,}", rows, ("name", "method", "size", "base", "note"))
 
     # reading
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from veneer.errors import CorruptFileError, InputError
 from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import field_faults, illegible, read_json
+from veneer.wording import size
 
 FORMAT_VERSION = 1
 
@@ -66,6 +67,10 @@ class Version(_Strict):
     tags: list[str] = Field(default_factory=list)
     note: str = ""
     facts: Facts
+
+    def told(self) -> tuple[str, str, str, str]:
+        """Method, size, base and note, as a table says them."""
+        return self.facts.method, size(self.facts.bytes), self.facts.base or "–", self.note
 
 
 class Record(_Strict):
