@@ -284,6 +284,10 @@ def test_an_adapter_trained_over_it_answers_is_measured_and_merged(tmp_path, mon
     assert json.loads((adapter / "veneer.json").read_text())["base"]["fingerprint"]["dtype"] == "bfloat16+mxfp4"
     for typed in (["generate", "what is 3", "--max-new-tokens", "3"], ["evaluate", "--data", data]):
         assert main([*typed, "--base", str(folder), "--adapter", str(adapter)]) == 0
+    more = ["--from", "run", "--set", 'new_tokens=["<call>"]', "--out", "more"]
+    assert main(["train", "--base", str(folder), "--data", data, "--steps", "1", "--batch", "4", *more]) == 0
+    says = json.loads((tmp_path / "more" / "adapter" / "veneer.json").read_text())
+    assert "<call>" in str(says["new_tokens"]) and says["parent"]
     merging = ["merge", "--base", str(folder), "--adapter", str(adapter)]
     assert main([*merging, "--out", "no"]) != 0
     assert "say --into original or --into dequantised" in capsys.readouterr().err

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.packed_folders import write_gptq
 from tests.processes.test_processes import RUNS, losses, settings, told, values, world
 from tests.soak.counts import count
+from tests.tiny import save_tiny
 from veneer.errors import ConfigError, RefusedError
 from veneer.shards import Shards, make_whole
 from veneer.train.config import RunConfig
@@ -25,6 +27,7 @@ SHARDED = {
     "bottleneck": {**RUNS["bottleneck"], "show_answers": True},
     "olora": {"method": {"name": "lora", "rank": 2, "init": "olora", "train_modules": ["norm"]}, "micro_batch": 3},
     "full bfloat16": {**RUNS["full"], "checkpointing": True, "show_answers": True},
+    "lora gptq": {"method": {"name": "lora", "rank": 2}, "base": "gptq"},
 }
 
 
@@ -37,6 +40,9 @@ HERE["plain full"] = {**SHARDED["full"], "reduce": "plain"}
 @pytest.fixture(scope="module")
 def runs(world):
     """The same runs by one process that holds the whole base and by two that hold a half of its layers each."""
+    write_gptq(save_tiny(world / "gptq"))
+    for own in HERE.values():
+        own.update({"base": str(world / own["base"])} if "base" in own else {})
     jobs = [{"config": settings(world, world / "whole" / name, **own)} for name, own in HERE.items()]
     assert told(jobs, 1) == [["done"] * len(jobs)]
     jobs = [{"config": settings(world, world / "shards" / name, **own, shard=True)} for name, own in HERE.items()]

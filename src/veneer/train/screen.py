@@ -224,7 +224,7 @@ def make_screen(*, json: bool = False, quiet: bool = False) -> LiveScreen | Plai
 def start_lines(info: Facts) -> list[str]:
     """What will be trained, and by which paths: printed before step 1."""
     trainable, total = int(info["trainable_parameters"]), int(info["total_parameters"])
-    what = "every weight trains"
+    what = "every weight trains" if trainable == total else "every weight that text reaches trains"
     if info["modules_total"] is not None:
         what = f"{info['modules_adapted']} of {info['modules_total']} modules adapted"
     facts = [what, f"{millions(trainable)} trainable ({percent(trainable, total)})"]
