@@ -1,10 +1,10 @@
-# Veneer on a CPU, as a user without rights:
+# Veneer as a user without rights:
 #
 #   docker build -t veneer .
 #   docker run --rm -it -v "$PWD":/work -v veneer:/home/veneer/.cache veneer demo
 #
-# For a GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130, and docker run --gpus all.
-# Podman takes the same lines. Models and data sets are kept in the volume.
+# --build-arg TORCH_INDEX=ADDRESS takes torch from another index, such as PyTorch's own for CPUs, which leaves out some
+# GB, or for one CUDA. For a GPU: docker run --gpus all. Podman takes the same lines. Models and data sets are kept in the volume.
 
 FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
@@ -12,9 +12,9 @@ COPY . /source
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
 
 FROM python:3.12-slim
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 COPY --from=build /wheels /wheels
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 RUN pip install --no-cache-dir "$(ls /wheels/veneer-*.whl)[serve,parquet,metrics]"
 RUN useradd --create-home --uid 1000 veneer && mkdir /work && chown veneer /work
 USER veneer

@@ -104,12 +104,7 @@ def test_a_stranger_follows_every_page_from_the_container_to_an_answer(turn, tmp
     venv.create(tmp_path / "python", with_pip=True, symlinks=True)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = f"{tmp_path / 'python' / 'bin'}{os.pathsep}{kept['PATH']}"
-    environment = kept | {
-        "PATH": path,
-        "XDG_DATA_HOME": str(tmp_path / "home"),
-        "TORCH_INDEX": "https://pypi.org/simple",
-        "COLUMNS": "100",
-    }
+    environment = kept | {"PATH": path, "XDG_DATA_HOME": str(tmp_path / "home"), "COLUMNS": "100"}
     source, begun = copied(tmp_path / "source"), time.monotonic()
     for step in steps():
         step = step.replace("/wheels", str(tmp_path / "wheels")).replace("/source", str(source))
