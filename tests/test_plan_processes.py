@@ -300,7 +300,7 @@ def test_it_is_read_on_a_terminal_of_80_columns(
         assert "4 processes" in shown and "computed" in shown and ("efficiency" in shown) == ("--link" in more)
 
 
-@pytest.mark.parametrize("flags", [["--batch", "4"], ["--shard"], ["--write", "x.yaml"], ["--base", "b"]])
+@pytest.mark.parametrize("flags", [["--batch", "4"], ["--shard"], ["--write", "x.yaml"], ["--base", "smollm2-135m"]])
 def test_what_a_run_file_says_is_not_said_again(
     place: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

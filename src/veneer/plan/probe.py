@@ -107,7 +107,7 @@ def planned(
     idle_bytes: int,
     device: str,
     processes: int,
-    packed: tuple[PackedSize, ...],
+    packed: tuple[PackedSize, ...] = (),
 ) -> Planned:
     """What train/training.py records beside what it measures."""
     found, sends = estimate_of_run(
