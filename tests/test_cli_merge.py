@@ -1,6 +1,7 @@
 """merge, combine, extract, export and lint as typed: what they print, what they write, how they end."""
 
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models.load import load_base
+from veneer.train.records import Records
 
 
 @pytest.fixture
@@ -115,6 +117,17 @@ def test_export_to_ollama_writes_model_modelfile_and_card(made, capsys):
     assert (made / "Served Here" / "model.gguf").read_bytes()[:4] == b"GGUF"
     assert "ollama run served-here" in (made / "Served Here" / "README.md").read_text()
     assert main(["lint", "a", "--for", "ollama"]) == 0
+
+
+def test_a_held_out_row_stands_in_the_card_only_where_it_is_asked_for(made):
+    shutil.copytree(made / "a", made / "run" / "adapter")
+    sample = {"prompt": "what a customer asked", "expected": "e", "before": "b", "answer": "a"}
+    with Records(made / "run" / "metrics.jsonl") as records:
+        records.write({"kind": "evaluation", "step": 1, "loss": 2.0, "best": True, "seconds": 2.0, "sample": sample})
+    for typed, shown in ([], False), (["--sample"], True):
+        out = f"out{len(typed)}"
+        assert main(["export", "run", "--to", "peft", "--out", out, *typed]) == 0
+        assert ("what a customer asked" in (made / out / "README.md").read_text()) is shown
 
 
 def test_a_type_that_llama_cpp_makes_is_made_by_its_program_or_refused(made, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
 from veneer.cli.common import (
-    add_figures,
+    add_card,
     add_json,
     add_library,
     as_stored,
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push = action("push", _push, "copy a version to another place, checked there")
     push.add_argument("adapter", metavar="NAME[@V]")
     push.add_argument("to", metavar="PLACE", help=PLACES)
-    add_figures(push)
+    add_card(push)
     pull = action("pull", _pull, "fetch a version from another place, checked here; goes on where it stopped")
     pull.add_argument("place", metavar="PLACE", help=PLACES)
     pull.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://")
@@ -150,7 +150,9 @@ def _push(args: argparse.Namespace, library: Library) -> int:
             f"veneer chat --adapter {entry.name}",
             *commands("peft", base=base, out=repository),
         ]
-        return card_for(folder, name=repository, commands=run, base=base, figures=figures_in(args.figures))
+        return card_for(
+            folder, name=repository, commands=run, base=base, figures=figures_in(args.figures), sample=args.sample
+        )
 
     with working(f"pushing {args.adapter}"):
         moved = push(library, args.adapter, args.to, card)

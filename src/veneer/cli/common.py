@@ -147,12 +147,18 @@ def asked_as(args: argparse.Namespace, base: Base) -> Preamble:
     return asked
 
 
-def add_figures(parser: argparse.ArgumentParser) -> None:
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """What a model card says beyond the adapter's manifest."""
     parser.add_argument(
         "--figures",
         type=Path,
         metavar="FILE",
         help="what veneer evaluate --json wrote: figures with intervals for the model card",
+    )
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="the model card shows a held-out row of yours, with the answers before and after",
     )
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from veneer.cli.common import add_figures, add_json, add_library, base_and_adapter, held_as, make_console, print_json
+from veneer.cli.common import add_card, add_json, add_library, base_and_adapter, held_as, make_console, print_json
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError
 from veneer.merge.programs import ONE_FILE, WHOLE_MODEL, ModelType, Program
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--original", metavar="B", help="with --into original over a .gguf file: where they are")
     parser.add_argument("--force-base", action="store_true", help="merged: though it was trained on another base")
-    add_figures(parser)
+    add_card(parser)
     add_library(parser)
     add_json(parser)
 
@@ -125,6 +125,7 @@ def _write_card(args: argparse.Namespace, base: str, folder: Path, serve: Sequen
         base=base,
         whole_model=_whole(args),
         figures=figures_in(args.figures),
+        sample=args.sample,
     )
     if card is not None:
         with atomic_file(out / NAME) as partial:

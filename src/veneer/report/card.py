@@ -142,8 +142,12 @@ def card_for(
     base: str,
     whole_model: bool = False,
     figures: Mapping[str, Any] | None = None,
+    sample: bool = False,
 ) -> str | None:
-    """The card of an adapter's folder; None: it has no manifest, so there is nothing to say. base: as we name it."""
+    """The card of an adapter's folder; None: it has no manifest, so there is nothing to say. base: as we name it.
+
+    sample: with the held-out row that its run showed last, which whoever reads the card then reads.
+    """
     stored = read_adapter(folder)
     if stored.manifest is None:
         return None
@@ -153,7 +157,7 @@ def card_for(
         commands=commands,
         library_name=WHOLE if whole_model else "peft" if stored.layout.peft_reads else "veneer",
         figures=figures,
-        sample=sample_of(folder, stored.manifest),
+        sample=sample_of(folder, stored.manifest) if sample else None,
         licence=licence_of(base),
     )
 
