@@ -209,17 +209,22 @@ def test_a_node_of_another_kind_is_refused_with_both_sides(world: Any, monkeypat
     assert "another kind of machine" in found["refused"][0] and "here 'X'" in found["refused"][1][0]
 
 
+def words_of_a_comparison(place: Path) -> list[str]:
+    base, rows = save_tiny(place / "base"), write_rows(place / "rows.jsonl", 4, 0)
+    return ["compare", "--base", str(base), "--data", str(rows), "--methods", "lora,full", "--out", str(place / "o")]
+
+
 def test_flags_that_only_a_cluster_has_a_use_for_are_refused_elsewhere(capsys: Any, tmp_path: Path) -> None:
-    words = ["compare", "--base", "b", "--data", "d", "--methods", "lora,full", "--out", str(tmp_path / "o")]
+    words = words_of_a_comparison(tmp_path)
     assert main([*words, "--cpus", "2", "--store", "s"]) == 2
     assert "--store, --cpus: only for runs on Ray" in capsys.readouterr().err
-    assert main(["serve", "--base", "b", "--replicas", "2"]) == 2
+    assert main(["serve", "--base", str(tmp_path / "base"), "--replicas", "2"]) == 2
     assert "--replicas: only for replicas on Ray" in capsys.readouterr().err
 
 
 def test_without_ray_the_error_names_the_extra(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    words = ["compare", "--base", "b", "--data", "d", "--methods", "lora,full", "--out", str(tmp_path / "o")]
+    words = words_of_a_comparison(tmp_path)
     assert main([*words, "--on", "ray"]) == 2
     assert "pip install 'veneer[ray]'" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
