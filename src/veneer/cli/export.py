@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -73,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if _whole(args):
         return _export_model(args, base, folder, console)
     with working(f"writing for {args.to}"):
-        made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32")
-    _write_card(args, base, folder, made.serve)
+        card = partial(_card, args, base, folder)
+        made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32", card=card)
     if args.json:
         print_json({"out": str(made.out), "bytes": made.bytes, "notes": made.notes, "serve": made.serve})
     else:
@@ -97,10 +98,9 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
     with working(f"loading {base}") as tell:
         how: dict[str, Any] = {"base": base, "out": args.out, "type": type, "weights": weights, "progress": tell}
         if args.to in WHOLE_MODEL:
-            report = api.export_ollama(folder, **how)
+            report = api.export_ollama(folder, card=partial(_card, args, base, folder), **how)
         else:
             report = api.export_merged_gguf([(folder, 1.0)], **how)
-    _write_card(args, base, folder, report.serve)
     if args.json:
         said = {"out": str(report.out), "bytes": report.bytes, "type": report.type, "survival": report.total.share}
         print_json({**said, "notes": report.notes, "serve": report.serve})
@@ -109,27 +109,19 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
     return 0
 
 
-def _write_card(args: argparse.Namespace, base: str, folder: Path, serve: Sequence[str]) -> None:
-    """README.md, where a folder was written."""
-    from veneer.files.atomic import atomic_file
-    from veneer.report.card import NAME, card_for, figures_in
+def _card(args: argparse.Namespace, base: str, folder: Path, serve: Sequence[str]) -> str | None:
+    from veneer.report.card import card_for, figures_in
 
-    out = Path(args.out)
-    if not out.is_dir():
-        return
     ours = [] if _whole(args) else [f"veneer chat --adapter {shlex.quote(args.out)}"]
-    card = card_for(
+    return card_for(
         folder,
-        name=out.name,
+        name=Path(args.out).name,
         commands=[*ours, *serve],
         base=base,
         whole_model=_whole(args),
         figures=figures_in(args.figures),
         sample=args.sample,
     )
-    if card is not None:
-        with atomic_file(out / NAME) as partial:
-            partial.write_text(card, encoding="utf-8")
 
 
 def _after(notes: Sequence[str], serve: Sequence[str]) -> list[str]:

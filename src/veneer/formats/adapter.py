@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -147,13 +148,20 @@ def manifest_for(
 
 
 def write_adapter(
-    folder: str | Path, attachment: Attachment, manifest: Manifest, *, model: nn.Module, replace: bool = False
+    folder: str | Path,
+    attachment: Attachment,
+    manifest: Manifest,
+    *,
+    model: nn.Module,
+    replace: bool = False,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> WrittenAdapter:
     """Writes the folder, reads it back and compares every tensor with the live one before it becomes visible.
 
-    model: the one the adapter is attached to, which decides how its targets are named. The same adapter and
-    manifest give the same bytes. Raises CorruptFileError (values not finite: nothing is written; or the disk
-    gave back something else), ConfigError (the folder exists), DoesNotFitError (disk full).
+    model: the one the adapter is attached to, which decides how its targets are named. beside: further texts of the
+    folder, by name. The same adapter and manifest give the same bytes. Raises CorruptFileError (values not finite:
+    nothing is written; or the disk gave back something else), ConfigError (the folder exists), DoesNotFitError (disk
+    full).
     """
     tensors = _tensors(attachment, model)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
@@ -174,7 +182,8 @@ def write_adapter(
                 "new_tokens": [] if attachment.tokens is None else list(attachment.tokens.texts),
             }
         )
-        (partial / MANIFEST_NAME).write_text(filled.to_json(), encoding="utf-8")
+        for name, text in {**beside, MANIFEST_NAME: filled.to_json()}.items():
+            (partial / name).write_text(text, encoding="utf-8")
         _compare_with_live(partial, tensors, expected_bytes)
         digest = file_hash(partial / WEIGHTS_NAME)
     return WrittenAdapter(Path(folder), expected_bytes, digest)

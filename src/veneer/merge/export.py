@@ -5,6 +5,7 @@ with zeros to one rank that vLLM allows and has scaling 1: nothing is left for i
 """
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,11 @@ def vllm_faults(placed: Placed, model: Any) -> list[str]:
     return faults
 
 
-def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, *, base: str) -> ExportReport:
+Beside = Callable[[int | None], Mapping[str, str]]
+"""Of the rank that the program must be told, if any: further texts of the folder, by name."""
+
+
+def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str) -> ExportReport:
     """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
     if faults := vllm_faults(placed, skeleton.model):
         raise RefusedError("vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge.")
@@ -58,9 +63,10 @@ def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, *, base: st
     updates = {where: padded(update, rank) for where, update in placed.updates.items()}
     made = attachment_of(updates, {}, [], skeleton.model, rank=rank)
     manifest = descended(common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)])
-    written = write_adapter(out, made, manifest, model=skeleton.model)
     notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
-    return ExportReport(Path(out), written.bytes, notes, rank=rank if notes else None)
+    told = rank if notes else None
+    written = write_adapter(out, made, manifest, model=skeleton.model, beside=beside(told))
+    return ExportReport(Path(out), written.bytes, notes, rank=told)
 
 
 def padded(update: Update, rank: int) -> Update:
@@ -71,7 +77,7 @@ def padded(update: Update, rank: int) -> Update:
     return Update(torch.cat([update.A, zeros_A], dim=-2), torch.cat([update.B, zeros_B], dim=-1))
 
 
-def export_peft(stored: StoredAdapter, out: str | Path) -> ExportReport:
+def export_peft(stored: StoredAdapter, out: str | Path, beside: Beside) -> ExportReport:
     """PEFT's two files as they are, byte for byte. RefusedError for methods that PEFT has no layout for."""
     if not stored.layout.peft_reads:
         raise RefusedError(
@@ -88,4 +94,6 @@ def export_peft(stored: StoredAdapter, out: str | Path) -> ExportReport:
         for name in (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME):
             if (stored.folder / name).is_file():
                 shutil.copyfile(stored.folder / name, partial / name)
+        for name, text in beside(None).items():
+            (partial / name).write_text(text, encoding="utf-8")
     return ExportReport(Path(out), needed)

@@ -1,6 +1,6 @@
 """A whole export, from an adapter's folder to what another program reads; and the check beforehand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.library.names import said_of
 from veneer.merge.adapters import place
-from veneer.merge.export import ExportReport, export_peft, export_vllm
+from veneer.merge.export import Beside, ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
 from veneer.merge.gguf_model import GGUFReport, Told, write_gguf_model
 from veneer.merge.lint import Finding, lint
@@ -31,36 +31,51 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 
+Card = Callable[[Sequence[str]], str | None]
+"""Of the commands that answer: the text of a README.md; None: none is written."""
+CARD_NAME = "README.md"
+
+
+def _no_card(serve: Sequence[str]) -> str | None:
+    return None
+
 
 def export_adapter(
-    folder: str | Path, *, to: Program, base: str, out: str | Path, dtype: AdapterType = "f32"
+    folder: str | Path, *, to: Program, base: str, out: str | Path, dtype: AdapterType = "f32", card: Card = _no_card
 ) -> ExportReport:
     """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf adapter's tensors.
+    card: of a folder.
 
     RefusedError: the program would not apply all of it.
     """
     stored = read_adapter(folder)
-    report = _exported(stored, to, base, out, dtype)
+
+    def beside(rank: int | None) -> dict[str, str]:
+        text = card(commands(to, base=base, out=out, rank=rank))
+        return {} if text is None else {CARD_NAME: text}
+
+    report = _exported(stored, to, base, out, dtype, beside)
     told = [] if stored.manifest is None or stored.manifest.system is None else [SYSTEM_NOTE]
-    rank = report.rank if to == "vllm" else None
-    return replace(report, notes=[*report.notes, *told], serve=commands(to, base=base, out=out, rank=rank))
+    return replace(report, notes=[*report.notes, *told], serve=commands(to, base=base, out=out, rank=report.rank))
 
 
 SYSTEM_NOTE = f"its rows began with a system turn: send it too (system in {MANIFEST_NAME})"
 
 
-def _exported(stored: StoredAdapter, to: Program, base: str, out: str | Path, dtype: AdapterType) -> ExportReport:
+def _exported(
+    stored: StoredAdapter, to: Program, base: str, out: str | Path, dtype: AdapterType, beside: Beside
+) -> ExportReport:
     if to == "peft":
-        return export_peft(stored, out)
+        return export_peft(stored, out, beside)
     skeleton = load_skeleton(base)
     if to == "transformers":  # which reads PEFT's layout, of some methods
         if found := lint(stored, skeleton.model, to):
             way = next((each.mended for each in found if each.mended), "")
             raise RefusedError("transformers would not apply this adapter as it is", [f.what for f in found], way)
-        return export_peft(stored, out)
+        return export_peft(stored, out, beside)
     placed = place(stored, skeleton.model)
     if to == "vllm":
-        return export_vllm(placed, skeleton, out, base=base)
+        return export_vllm(placed, skeleton, out, beside, base=base)
     _named_gguf(out)
     with atomic_file(out) as partial:
         size = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)
@@ -103,12 +118,13 @@ def export_ollama(
     type: ModelType = "f16",
     weights: Weights = Weights(),
     progress: Told | None = None,
+    card: Card = _no_card,
 ) -> GGUFReport:
     """Writes a folder with base and adapter as one .gguf model, and the Modelfile that Ollama makes a model of.
 
     RefusedError: Ollama's language has no words for the base's chat template; told before any weight is read.
     """
-    stored = read_adapter(folder)
+    stored, serve = read_adapter(folder), whole_model_commands("ollama", out)
     preamble = Preamble() if stored.manifest is None else stored.manifest.preamble
     turns_of(ChatTemplate(load_tokenizer(base)[0], variables=preamble.variables))
     with atomic_folder(out) as partial:
@@ -126,7 +142,9 @@ def export_ollama(
         file, source = partial / MODEL_NAME, gguf_file(loaded.source)
         report = write_gguf_model(loaded, acting, file, type=type, source_file=source, progress=progress)
         (partial / "Modelfile").write_text(text, encoding="utf-8")
-    return replace(report, out=Path(out), notes=notes, serve=whole_model_commands("ollama", out))
+        if (said := card(serve)) is not None:
+            (partial / CARD_NAME).write_text(said, encoding="utf-8")
+    return replace(report, out=Path(out), notes=notes, serve=serve)
 
 
 MODEL_NAME = "model.gguf"
