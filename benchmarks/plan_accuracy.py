@@ -175,6 +175,7 @@ def main() -> None:
     errors, kept = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = (args.scratch or Path(temporary)).resolve()
+        scratch.mkdir(parents=True, exist_ok=True)
         for case in (case for case in cases(args.dtype) if args.only in case):
             found = None
             for _ in range(2):  # the first call for a random base only makes it
