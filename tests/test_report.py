@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.formats.manifest import BaseIdentity, Manifest
-from veneer.report.card import model_card
+from veneer.report.card import licence_of, model_card
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
 from veneer.train.config import RunConfig
@@ -295,3 +295,10 @@ def test_a_model_card_is_the_hub_s_and_holds_strangers_in_code(tmp_path):
     assert "<script>" not in page and "href" not in page
     assert "<td><code>0.250</code></td>\n<td><code>0.100 to 0.400</code></td>" in page
     assert page.count("<h2>") == 6 and "method.rank" in page
+
+
+def test_the_licence_of_a_stranger_s_file_is_read_within_what_the_file_holds(tmp_path):
+    announced = b"GGUF" + (3).to_bytes(4, "little") + (2**50).to_bytes(8, "little") * 2 + b"\0" * 25
+    (tmp_path / "base.gguf").write_bytes(announced)
+    with pytest.raises(CorruptFileError, match="not a whole"):
+        licence_of(str(tmp_path / "base.gguf"))

@@ -100,6 +100,7 @@ class Header:
     dtype: torch.dtype
     num_values: int  # of all tensors that are weights
     tensors: Mapping[str, ReaderTensor]  # those weights by their names in the file, mapped
+    licence: object = None  # as the file says it
 
     @property
     def quantised(self) -> bool:
@@ -351,6 +352,7 @@ def read_header(path: Path) -> Header:
         dtype=_FLOATS.get(next(iter(kinds)), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16,
         num_values=sum(int(tensor.n_elements) for tensor in tensors.values()),
         tensors=tensors,
+        licence=fields.get("general.license"),
     )
 
 

@@ -23,6 +23,7 @@ from veneer.files.hashes import file_hash
 from veneer.files.strict_json import MAX_JSON_BYTES, field_faults, illegible, parse_json, read_json
 
 MANIFEST_NAME = "veneer.json"
+CARD_NAME = "README.md"
 FORMAT_VERSION = 1
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from veneer.errors import ConfigError, CorruptFileError, RefusedError, SourceError, UnsafeFileError
 from veneer.files.atomic import MANIFEST, verify_manifest
 from veneer.files.system_errors import refusal
+from veneer.formats.manifest import CARD_NAME
 from veneer.library.library import Entry, Library
 from veneer.library.names import check_name
 from veneer.library.objects import ADAPTER_FILES, put
@@ -35,7 +36,7 @@ def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = Non
     api = HfApi()
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in sorted(folder.iterdir())]
     if card is not None:
-        operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()))
+        operations.append(CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=card.encode()))
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         made = api.create_commit(

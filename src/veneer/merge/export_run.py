@@ -14,7 +14,7 @@ from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.formats.adapter import StoredAdapter, read_adapter
-from veneer.formats.manifest import MANIFEST_NAME
+from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME
 from veneer.library.names import said_of
 from veneer.merge.adapters import place
 from veneer.merge.export import Beside, ExportReport, export_peft, export_vllm
@@ -33,7 +33,6 @@ from veneer.quant.config import Quantize
 
 Card = Callable[[Sequence[str]], str | None]
 """Of the commands that answer: the text of a README.md; None: none is written."""
-CARD_NAME = "README.md"
 
 
 def _no_card(serve: Sequence[str]) -> str | None:

@@ -16,12 +16,11 @@ from veneer.bases.sources import gguf_file
 from veneer.errors import CorruptFileError, VeneerError
 from veneer.files.strict_json import MAX_JSON_BYTES, read_json
 from veneer.formats.adapter import read_adapter
-from veneer.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from veneer.report.page import recipe_rows
 from veneer.train.records import read_records
 from veneer.wording import cut, number, shown
 
-NAME = "README.md"
 WHOLE = "gguf"
 MOST_CHARACTERS = 2000
 """Of a sample's text."""
@@ -182,11 +181,10 @@ def licence_of(base: str) -> str | None:
     if not base:
         return None
     if (file := gguf_file(base)) is not None:
-        from gguf import GGUFReader
+        from veneer.bases.gguf import read_header
 
-        entry = GGUFReader(file).fields.get("general.license")
-        found = None if entry is None else entry.contents()
-    elif (card := Path(base) / NAME).is_file() and card.stat().st_size <= MAX_JSON_BYTES:
+        found = read_header(file).licence
+    elif (card := Path(base) / CARD_NAME).is_file() and card.stat().st_size <= MAX_JSON_BYTES:
         head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         try:
             fields = yaml.safe_load(head[1]) if head else None
