@@ -29,7 +29,7 @@ from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
-from veneer.train.config import EPOCHS_UNSAID
+from veneer.train.config import EPOCHS_UNSAID, RunConfig
 from veneer.wording import clock, folded, millions, number, shown, size
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ def parse_size(text: str) -> int:
 
 def _question(args: argparse.Namespace) -> Question:
     memory = parse_size(args.memory) if args.memory else None
-    for base in [*_bases(args), *([read_run_config(args.run, {"out": "planned"}, args.sets).base] if args.run else [])]:
+    config = None if args.run is None else read_run_config(args.run, {"out": "planned"}, args.sets)
+    for base in [*_bases(args), *([] if config is None else [config.base])]:
         check_plannable(base)
     check_rows(args.data)
     with no_collection():
@@ -154,7 +155,7 @@ def _question(args: argparse.Namespace) -> Question:
         from veneer.plan.spread import parse_link
 
     link = parse_link(args.link) if args.link else None
-    what = _run_asked(args) if args.run is not None else _flags_asked(args)
+    what = _run_asked(args, config) if config is not None else _flags_asked(args)
     return Question(
         **what,
         compare=args.compare,
@@ -168,7 +169,7 @@ def _question(args: argparse.Namespace) -> Question:
     )
 
 
-def _run_asked(args: argparse.Namespace) -> dict[str, Any]:
+def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Of a question, what a run file answers."""
     given = [name for name in SETTINGS if getattr(args, name) is not None]
     if given or args.write:
@@ -177,7 +178,6 @@ def _run_asked(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.run} says what is planned; also given: {flags}",
             next_step="Leave them out, or change settings with --set path=value.",
         )
-    config = read_run_config(args.run, {"out": "planned"}, args.sets)
     from veneer import api
     from veneer.plan.planner import choice_of
     from veneer.train.parents import going_on

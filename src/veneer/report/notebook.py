@@ -23,7 +23,7 @@ from veneer.train.screen import (
     sample_parts,
     start_lines,
 )
-from veneer.wording import number, shown
+from veneer.wording import html_table, number, shown
 
 DRAWN_SECONDS = 0.5
 """A picture at most this often: each goes through the notebook's connection."""
@@ -114,8 +114,6 @@ class Evaluation(dict[str, Any]):
     """What an evaluation found, as a dict; a notebook shows its figures as a table."""
 
     def _repr_html_(self) -> str:
-        from veneer.wording import html_table
-
         intervals, rows = self.get("intervals", {}), []
         for name, value in self.items():
             if isinstance(value, int | float):
