@@ -106,7 +106,7 @@ def test_choices_are_drawn_each_by_its_own_number_and_the_seed(client):
     def texts(**more):
         found = client.chat.completions.create(**settings, **more)
         assert [choice.index for choice in found.choices] == [0, 1, 2]
-        assert found.usage.completion_tokens == 24
+        assert found.usage.completion_tokens <= 24  # a drawn answer may end before its limit
         return [choice.message.content for choice in found.choices]
 
     first = texts(seed=7)
