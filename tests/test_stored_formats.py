@@ -318,8 +318,9 @@ def test_it_is_planned_by_the_bytes_that_it_is_held_in(name, tmp_path):
     )
     planner, choice = Planner(found), Choice(method=LoRA(rank=2), length=16)
     static = planner.step_run(choice).static
-    assert static["weights"] == pytest.approx(num_bytes(base.model), rel=0.01 if joined else 2e-3)
-    assert static["decoded weights"] * (1 + joined) == 4 * max(each.shape[-1] * each.shape[-2] for each in held)
+    assert static["weights"] == pytest.approx(num_bytes(base.model), rel=0.02 if joined else 2e-3)
+    largest = max(each.shape[-1] * each.shape[-2] for each in held)
+    assert static["decoded weights"] * (1 + joined) == base.dtype.itemsize * largest
     assert ways(planner, choice, 10**6, lambda choice: 1.0) is None  # 4 bits are not offered again
 
 
