@@ -1,0 +1,143 @@
+"""What training makes a model forget, what replay saves of it, and what a second stage keeps of the first.
+
+    python benchmarks/forgetting.py --data DATA --out forgetting      (an hour and a half on two cores; restartable)
+    python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 --replies 12   (a trial)
+
+replay   each of four data sets (results.py), LoRA, once as it is and once with a share of general rows: what the base
+         itself answers to everyday requests, written here before training, so that they teach nothing new. The task's
+         own measure on held-out rows, and forgetting: nats per token of general text that no run saw, after - before.
+stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and without: both
+         measures after each stage.
+
+Quality alone: nothing here is timed, so the machine may be busy. Writes OUT/forgetting.json as results come.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from results import TASKS, intent, write_rows
+
+from veneer import api
+from veneer.base import Base
+from veneer.train.config import RunConfig
+from veneer.train.screen import QuietScreen
+
+PRIMARY = {"e2e_json": "field_f1", "viggo_text": "bleu", "banking77": "accuracy", "wikisql": "exact_match"}
+STAGES = ("e2e_json", "viggo_text")
+REQUESTS = (
+    "Explain {} to a child of ten.",
+    "Write three sentences about {}.",
+    "What should one know about {}?",
+    "Give five short tips about {}.",
+    "Write a friendly letter to a neighbour about {}.",
+    "Tell a short story in which {} matters.",
+    "What are the advantages and disadvantages of {}?",
+    "Write a dialogue between two people who talk about {}.",
+)
+TOPICS = (
+    "rain; bread; bicycles; the moon; gardens in winter; learning an instrument; old maps; trains; bees; the sea; "
+    "a good night's sleep; saving money; public libraries; cats; moving to another town; tea; chess; "
+    "hospitals; the history of paper; maths; repairing a chair; long walks; electricity; being patient; "
+    "markets; birds; writing by hand; mountains; recycling; friendship; clocks; football; first aid; "
+    "photographs; volcanoes; working from home; cheese; museums; rivers; computers"
+)
+
+
+def replies(base: Base, count: int) -> list[dict[str, str]]:
+    """Rows of general requests, and what the base itself answers, drawn at temperature 0.7 with a seed."""
+    pairs = [request.format(topic) for topic in TOPICS.split("; ") for request in REQUESTS]
+    asked = random.Random(0).sample(pairs, min(count, len(pairs)))
+    told = base.generate(asked, max_new_tokens=96, temperature=0.7, top_p=0.95, seed=0)
+    return [{"prompt": p, "completion": str(a).strip()} for p, a in zip(asked, told, strict=True) if str(a).strip()]
+
+
+def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float]:
+    """The task's measure and loss on its test rows, and the loss on general text."""
+    labels = []
+    if task == "banking77":
+        named = json.loads((args.data / "banking77" / "categories.json").read_text(encoding="utf-8"))
+        labels = [intent(name) for name in named]
+    name, limit = PRIMARY[task], TASKS[task][2]
+    test = args.out / "rows" / task / "test.jsonl"
+    found = api.evaluate(base, test, metrics=[name], labels=labels, max_new_tokens=limit, batch=16, general="built-in")
+    general = found["general"]
+    told = {name: found[name], "loss": found["loss"], "general_loss": general["loss"]}
+    if "forgetting" in general:
+        told["forgetting"], told["interval"] = general["forgetting"], general["forgetting_interval"]
+    return told
+
+
+def trained(name: str, data: Any, args: argparse.Namespace, start: Path | None = None) -> Path:
+    """The folder of a finished run."""
+    out = args.out / "runs" / name
+    if not (out / "summary.json").is_file():
+        settings = {"base": args.base, "data": data, "out": str(out), "batch": 8, "steps": args.steps}
+        more = {"learning_rate": args.rate} if args.rate else {}
+        more |= {"from_adapter": [str(start)]} if start else {}
+        config = RunConfig.of({**settings, **more, "method": "lora", "seed": args.seed})
+        api.train_run(config, resume=out.exists(), screen=QuietScreen())
+    return out
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--out", type=Path, default=Path("forgetting"))
+    p.add_argument("--base", default="smollm2-135m")
+    p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    p.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25])
+    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--rate", type=float, help="learning rate; default: the method's own")
+    p.add_argument("--train", type=int, default=1600)
+    p.add_argument("--validation", type=int, default=64)
+    p.add_argument("--test", type=int, default=200)
+    p.add_argument("--replies", type=int, default=320)
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "forgetting.json"
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    rows = {task: write_rows(task, args, args.out / "rows" / task)[0] for task in args.tasks}
+    base = api.load(args.base)
+    own = args.out / "rows" / "replies.jsonl"
+    if not own.is_file():
+        own.write_text("".join(json.dumps(row) + "\n" for row in replies(base, args.replies)), encoding="utf-8")
+
+    def keep(name: str, task: str, run: Path | None) -> None:
+        place = f"{name}: {task}"
+        if place in found:
+            return
+        if run is None:
+            found[place] = measured(base, task, args)
+        else:
+            acting = base.load_adapter(run)
+            with base.using(acting):
+                found[place] = measured(base, task, args)
+            base.detach(acting)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(place, json.dumps(found[place]), flush=True)
+
+    for task in args.tasks:
+        keep("base", task, None)
+        keep("alone", task, trained(f"{task}-alone", {"train": str(rows[task]), "validation_share": 0.0}, args))
+        for share in args.shares:
+            mixed = [{"path": str(rows[task])}, {"path": str(own), "share": share, "name": "replay"}]
+            keep(f"replay {share}", task, trained(f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args))
+    if set(STAGES) <= set(args.tasks):
+        first, second = STAGES
+        start = args.out / "runs" / f"{first}-alone"
+        keep("stage one", second, start)
+        for share in (0.0, *args.shares):
+            data: list[dict[str, Any]] = [{"path": str(rows[second])}]
+            if share:
+                data.append({"path": str(rows[first]), "share": share, "name": "replay"})
+            run = trained(f"stages-{share}", {"train": data, "validation_share": 0.0}, args, start)
+            for task in STAGES:
+                keep(f"stage two, {share} of stage one's rows", task, run)
+
+
+if __name__ == "__main__":
+    main()
