@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ import pytest
 
 from tests.helpers import ended_before_step
 from tests.tiny import save_tiny
+from veneer.cli.main import main
 from veneer.data.batching import Rows, by_length, plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, RowRef
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, load_data
 from veneer.data.on_disk import ExampleWriter, StoredExamples, some_of
+from veneer.data.unused import lock_of
 from veneer.errors import CorruptFileError, DataError
+from veneer.files.lock import locked
 from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
 from veneer.train.config import RunConfig
@@ -122,6 +127,36 @@ def test_what_decides_the_tokens_decides_which_files_are_found(world: Path, toke
     assert "into files once" in said[before]
 
 
+def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
+    world: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "gc"]) == 0 and "tokens of 0 sets" in capsys.readouterr().out
+    said: list[str] = []
+    old, _ = [read(world, tokenizer, said.append, validation_share=share)[1] for share in (0.2, 0.3)]
+    first, second = [Path(line.rpartition(" ")[2]) for line in said if "into files once" in line]
+    month_ago = time.time() - 31 * 24 * 3600
+    for folder in (first, second):
+        os.utime(folder / "set.json", (month_ago, month_ago))
+    read(world, tokenizer, validation_share=0.3)  # found: asked for now
+    assert main(["data", "gc", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    size = sum(file.stat().st_size for file in first.rglob("*") if file.is_file())
+    (one,) = told["sets"]
+    assert (one["folder"], one["bytes"], told["bytes"], told["removed"]) == (str(first), size, size, False)
+    assert one["files"] == [str(world / "a.jsonl")] and 30.9 < one["days"] < 31.1
+    assert main(["data", "gc", "--days", "32", "--yes"]) == 0 and first.is_dir()
+    with locked(lock_of(first)):  # another process opens it
+        assert main(["data", "gc", "--yes"]) == 0 and first.is_dir()
+    before = plain(old.train[:5])
+    assert main(["data", "gc", "--yes"]) == 0
+    assert not first.exists() and second.is_dir() and not lock_of(first).exists()
+    assert sorted(each.name for each in first.parent.iterdir()) == sorted([second.name, lock_of(second).name])
+    assert plain(old.train[:5]) == before  # whoever has opened them reads on
+    assert main(["data", "gc", "--days", "0", "--yes"]) == 0 and not second.exists()
+    read(world, tokenizer, said.append)
+    assert "into files once" in said[-2]
+
+
 def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(world: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError) as in_memory:
         load_data(
@@ -147,15 +182,13 @@ def run_of(world: Path, out: Path, tokens: str, **fields: Any) -> RunConfig:
 
 
 def test_a_run_learns_the_same_bits_and_resumes_from_either(world: Path, tmp_path: Path) -> None:
-    from veneer.cli import main
-
     for tokens in ("memory", "files"):
         run_training(run_of(world, tmp_path / tokens, tokens), resume=False, screen=QuietScreen())
     with ended_before_step(2):
         run_training(run_of(world, tmp_path / "parts", "memory"), resume=False, screen=QuietScreen())
     file = tmp_path / "parts" / "run.yaml"
     file.write_text(file.read_text().replace("tokens: memory", "tokens: files"))
-    assert main.main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
     found = [read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("memory", "files", "parts")]
     for other in found[1:]:
         assert all((found[0][name] == other[name]).all() for name in found[0])

@@ -111,6 +111,7 @@ ROWS = Number(int, 1, 2**20)
 LENGTH = Number(int, 2, 2**24)
 """Tokens of a row: a token is trained only where another stands before it."""
 NEW_TOKENS = Number(int, 1, 2**24)
+DAYS = Number(int, 0, 36500)
 EPOCHS = Number(float, 0, 10**6, above=True)
 LEARNING_RATE = Number(float, 0, 1000, above=True)
 SHARE = Number(float, 0, 1, below=True)

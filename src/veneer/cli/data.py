@@ -6,6 +6,7 @@ For instance:
   veneer data convert old.csv --map question=prompt --map answer=completion --out rows.jsonl
   veneer data split rows.jsonl --out rows --validation 0.05 --test 0.1
   veneer data sample org/name 2000 --out general.jsonl
+  veneer data gc --days 30 --yes
 
 check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with its rows.
 It exits 4 if a run would refuse the data.

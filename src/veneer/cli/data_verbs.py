@@ -1,4 +1,5 @@
-"""veneer data convert, split, sample: rows from where and how they lie into files that are read as they stand."""
+"""veneer data convert, split, sample: rows from where and how they lie into files that are read as they stand; gc:
+tokens of large sets that nobody asks for any more."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.bounds import COUNT, SEED, SHARE
+from veneer.bounds import COUNT, DAYS, SEED, SHARE
 from veneer.cli.common import add_json, add_map, columns_of, make_console, print_json
-from veneer.wording import shown
+from veneer.wording import shown, size
 
 if TYPE_CHECKING:
     from veneer.data.writing import Written
@@ -54,6 +55,12 @@ def add_verbs(actions: Any) -> None:
     sample.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
     sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
     reading(sample)
+    gc = verb("gc", _gc, "show tokens of large sets that no run has asked for lately; with --yes, remove them")
+    gc.add_argument(
+        "--days", type=DAYS, default=30, metavar="N", help="not asked for since; default: 30, 0: all of them"
+    )
+    gc.add_argument("--yes", action="store_true", help="remove them")
+    add_json(gc)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -88,4 +95,26 @@ def _told(args: argparse.Namespace, write: Callable[..., Written]) -> int:
         console.print(f"{shown(file)}: {rows:,} rows", soft_wrap=True)
     for problem in written.problems:
         console.print(f"  left out: {shown(problem)}", style="yellow", soft_wrap=True)
+    return 0
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from veneer.data.large import tokens_folder
+    from veneer.data.unused import find_unused, remove_unused
+
+    sets = (remove_unused if args.yes else find_unused)(tokens_folder(), args.days)
+    total = sum(each.bytes for each in sets)
+    if args.json:
+        listed = [{"folder": str(s.folder), "bytes": s.bytes, "days": s.days, "files": [*s.files]} for s in sets]
+        print_json({"sets": listed, "bytes": total, "removed": args.yes})
+        return 0
+    console = make_console(json=False)
+    for each in sets:
+        made_of = ", ".join(map(shown, each.files[:3])) + (" and others" if len(each.files) > 3 else "")
+        console.print(f"  {size(each.bytes)}, last asked for {each.days:.0f} days ago: {made_of}", soft_wrap=True)
+        console.print(f"      {shown(each.folder)}", soft_wrap=True)
+    counts = f"tokens of {len(sets):,} set{'' if len(sets) == 1 else 's'}, {size(total)}"
+    console.print(f"{'removed' if args.yes else f'not asked for in {args.days} days'}: {counts}", soft_wrap=True)
+    if sets and not args.yes:
+        console.print("Remove them: veneer data gc --yes; a run that needs them builds them again.", soft_wrap=True)
     return 0

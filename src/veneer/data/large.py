@@ -30,6 +30,7 @@ from veneer.data.on_disk import ExampleWriter, StoredExamples
 from veneer.data.places import places_of
 from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate
+from veneer.data.unused import lock_of, use
 from veneer.errors import CorruptFileError
 from veneer.files.atomic import atomic_folder
 from veneer.files.cache import cache_folder
@@ -67,9 +68,9 @@ def training_data(
     if not _in_files(data):
         return load_data(data, tokenizer=tokenizer, today=today, **asked)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
-    folder = cache_folder() / "tokens" / _name(data, template, **asked)
+    folder = tokens_folder() / _name(data, template, **asked)
     begun = time.monotonic()
-    with locked(folder.with_name(f".{folder.name}.lock"), wait_seconds=_WAIT_SECONDS):
+    with locked(lock_of(folder), wait_seconds=_WAIT_SECONDS):
         found = _found(folder)
         if found is None:
             say(f"tokens of a large set are put into files once, in {folder}")
@@ -78,9 +79,15 @@ def training_data(
             assert found is not None
             say(f"built in {time.monotonic() - begun:.0f} s")
         else:
+            use(folder)
             say(f"tokens found in {folder}")
     refuse(found.report, data.called)
     return found
+
+
+def tokens_folder() -> Path:
+    """Where they are kept."""
+    return cache_folder() / "tokens"
 
 
 def _in_files(data: DataConfig) -> bool:
