@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import veneer
 from tests.soak.counts import count
@@ -42,6 +43,17 @@ TIMES = (
     "idle_memory_bytes",
 )
 """Of a method's figures: what differs from one run to the next on one machine, too."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """What runs outside the cluster has as many threads as a node has processors: the key of a run says it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
