@@ -22,7 +22,7 @@ from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
-from veneer.plan import planner as planner_module
+from veneer.plan import kept
 from veneer.plan.advise import Job, advise
 from veneer.plan.ask import method_named
 from veneer.plan.dry_run import dry_run
@@ -91,7 +91,7 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
     """A dry run is what a plan's time goes into: a second and less each."""
     ran = []
-    monkeypatch.setattr(planner_module, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
+    monkeypatch.setattr(kept, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1, dtype="bfloat16")
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.files import remembered
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
 from veneer.vocabulary import CHOICES_ELSEWHERE, KeyPath, nearest
@@ -126,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: Any = Result(sys.stdout)
     talk: Any = Talk(sys.stderr)
     sys.stdout, sys.stderr = result, talk
+    if argv is None:  # this process is ours alone
+        remembered.begin()
     try:
         code = _code(list(sys.argv[1:] if argv is None else argv), result)
         with suppress(OSError, ValueError):

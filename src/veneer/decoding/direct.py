@@ -35,7 +35,7 @@ from veneer.kernels.rules import Rules
 from veneer.linear import FewRowsLinear
 from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask
 from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
-from veneer.models.proof import apart, sample_texts, structure_key, tried
+from veneer.models.proof import apart, kept_proof, sample_texts, structure_key, tried
 from veneer.models.structure import NoCopyError, small_copy
 from veneer.shards import in_shards
 
@@ -242,7 +242,7 @@ def _on_itself(model: PreTrainedModel) -> tuple[Rules, ...] | str:
         return "its numbers are of a type or on a device for which no kernels are compiled"
     if (key := structure_key(type(model), model.config)) not in _KNOWN:
         with quiet():
-            _KNOWN[key] = _on_a_copy(model)
+            _KNOWN[key] = kept_proof("parts", type(model), model.config, str | None, lambda: _on_a_copy(model))
     if (reason := _KNOWN[key]) is not None:
         return reason
     ids = some_ids(model, 23, 4).tolist()

@@ -6,8 +6,9 @@
     cached    that loop over one prompt gives the logits of whole texts: some caches are built wrongly, and RoBERTa's
               positions begin elsewhere; else the whole text is read for every token
 
-First on a small copy of the model's structure (models/structure.py), once in a process for a config; our own then once
-more on the model itself, before any adapter is attached. What is not proven goes prompt by prompt through transformers.
+First on a small copy of the model's structure (models/structure.py), once for a config (models/proof.py); our own then
+once more on the model itself, before any adapter is attached. What is not proven goes prompt by prompt through
+transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from veneer.models.attention import NAME
 from veneer.models.capacity import read_alike
 from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.proof import apart, logits_alone, sample_texts, structure_key, tried
+from veneer.models.proof import apart, kept_proof, logits_alone, sample_texts, structure_key, tried
 from veneer.models.structure import SWITCH, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths
 
@@ -48,7 +49,7 @@ def loops(model: PreTrainedModel) -> Loops:
     found, key = structure(model), structure_key(type(model), model.config)
     if key not in _KNOWN:
         with quiet():
-            _KNOWN[key] = _prove(model, found.packed)
+            _KNOWN[key] = kept_proof("loops", type(model), model.config, Loops, lambda: _prove(model, found.packed))
     return _KNOWN[key]
 
 

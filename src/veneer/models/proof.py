@@ -9,7 +9,7 @@
 The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what float32's rounding
 explains: a window that is lost, a selection that is ignored or a cap on logits that is not known shows a hundred times
 larger. What cannot be copied is not assumed: rows one by one, through the model's own head and loop.
-A config is proven once in a process.
+A config of transformers' own classes is proven once on a machine, others once in a process (files/remembered.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
+from veneer.files.remembered import remembered
 from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
 from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths, sides, switches
+
+Result = TypeVar("Result")
 
 FP32 = 1e-4
 """Largest difference relative to the largest value: float32 sums in another order through a few layers."""
@@ -61,8 +64,19 @@ def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     key = structure_key(kind, config)
     if key not in _KNOWN:
         with quiet():
-            _KNOWN[key] = _prove(kind, config)
+            _KNOWN[key] = kept_proof("structure", kind, config, Proven, lambda: _prove(kind, config))
     return _KNOWN[key]
+
+
+def kept_proof(
+    what: str, kind: type[PreTrainedModel], config: PreTrainedConfig, of: Any, prove: Callable[[], Result]
+) -> Result:
+    """What `prove` finds of models of this class and config, remembered where the class is transformers' own: of
+    others the code is not known."""
+    if not kind.__module__.startswith("transformers.models."):
+        return prove()
+    key = {"class": f"{kind.__module__}.{kind.__qualname__}", "structure": structure_key(kind, config)}
+    return remembered(what, {**key, "threads": torch.get_num_threads()}, of, prove)
 
 
 def structure_key(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str:

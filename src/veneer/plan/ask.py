@@ -222,8 +222,8 @@ def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
         )
     )
     time = (
-        "Time: rates of this machine, measured a moment ago at the step's own shapes."
-        if machine.measured
+        f"Time: rates of this machine, measured on {machine.measured.isoformat()} at the step's own shapes."
+        if machine.measured is not None
         else f"Time: published figures of the {machine.name}, half of its product rate assumed: not measured."
     )
     line = planner.compute(question.choice).line

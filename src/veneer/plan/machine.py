@@ -4,9 +4,9 @@ A step's time is the sum of its parts, as the dry run counts them (tracker.py):
 
     seconds = products / rate  +  moved bytes / bandwidth  +  operations * start
 
-On this machine rates are measured at the step's own shapes; how much of them the step reaches was measured with whole
-steps (benchmarks/plan_time.py). Of a GPU the published dense rates are taken, and a share of them that is an assumption
-and is called one. Units: FLOP and bytes a second.
+On this machine rates are measured at the step's own shapes, once a week; how much of them the step reaches was measured
+with whole steps (benchmarks/plan_time.py). Of a GPU the published dense rates are taken, and a share of them that is an
+assumption and is called one. Units: FLOP and bytes a second.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 
 import torch
 
 from veneer.errors import ConfigError
-from veneer.plan.tracker import Work
+from veneer.files.remembered import remembered
+from veneer.plan.tracker import Shape, Work
 
 SHAPES_MEASURED = 4
 """Products timed: those with most of the step's FLOP; the others run at the mean of their rates."""
@@ -30,6 +32,8 @@ MOST_ROWS = 1024
 ENOUGH_SECONDS, ROUNDS = 0.05, 2
 """Per figure, in each of so many rounds over all of them: short enough to answer at once, long enough to pass the
 first, slow calls; a moment in which the machine is slow must not decide a figure."""
+MEASURED_FOR = timedelta(days=7)
+"""How long they are taken as they were measured."""
 STEP_SHARE = 0.73
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of
 ten runs of benchmarks/plan_time.py on Zen 4, their predictions corrected by hand for attention, which was not
@@ -76,13 +80,13 @@ class Machine:
     """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where unknown.
     link: bytes a second to others like it; None where nothing is said of it.
 
-    measured: whether these are this machine's own figures.
+    measured: the day on which, as these are this machine's own figures; None: they are published ones.
     """
 
     name: str
     memory_bytes: int
-    measured: bool
-    rate: Callable[[tuple[int, int, int]], float]
+    measured: date | None
+    rate: Callable[[Shape], float]
     bytes_per_second: float
     start_seconds: float
     share: float
@@ -104,33 +108,58 @@ def named_gpu(name: str) -> Machine:
     gpu = GPUS[key]
     rate = gpu.teraflops * 1e12 * GPU_PRODUCTS_SHARE
     return Machine(
-        key, round(gpu.memory_gb * 1e9), False, lambda _: rate, gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE, 5e-6, 1.0
+        key, round(gpu.memory_gb * 1e9), None, lambda _: rate, gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE, 5e-6, 1.0
     )
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What was measured here: FLOP a second of each shape in turn, and of any other; bytes a second; seconds."""
+
+    day: date
+    of_shapes: tuple[float, ...]
+    other: float
+    bytes_per_second: float
+    start_seconds: float
+
+    @property
+    def recent(self) -> bool:
+        return timedelta() <= date.today() - self.day < MEASURED_FOR
+
+
 def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
-    """Measured now, at the shapes that `work` spends most in; about a second."""
+    """Measured at the shapes that `work` spends most in; about a second, and not again for MEASURED_FOR."""
     place = torch.device(device)
     named = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
-    rates: dict[tuple[int, int, int], float] = {}
-    for shape, _ in named.most_common(SHAPES_MEASURED) * ROUNDS:
-        rates[shape] = max(rates.get(shape, 0.0), product_rate(shape, dtype, place))
-    flops = sum(named[shape] for shape in rates)
-    mean = flops / sum(named[s] / r for s, r in rates.items()) if rates else product_rate((512, 512, 512), dtype, place)
+    most = dict(named.most_common(SHAPES_MEASURED))
     cuda, threads = place.type == "cuda", torch.get_num_threads()
+    on = torch.cuda.get_device_name(place) if cuda else f"{threads} threads"
+    key = {"shapes": [[*each, flops] for each, flops in most.items()], "dtype": str(dtype), "device": [device, on]}
+    rates = remembered("rates", key, Rates, lambda: _measured(most, dtype, place), still=lambda found: found.recent)
+    of_shapes = dict(zip(most, rates.of_shapes, strict=True))
     here = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
-        name=torch.cuda.get_device_name(place) if cuda else here,
+        name=on if cuda else here,
         memory_bytes=torch.cuda.get_device_properties(place).total_memory if cuda else memory_bytes(),
-        measured=True,
-        rate=lambda shape: rates.get(shape, mean),
-        bytes_per_second=bandwidth(dtype, place),
-        start_seconds=start_seconds(place),
+        measured=rates.day,
+        rate=lambda shape: of_shapes.get(shape, rates.other),
+        bytes_per_second=rates.bytes_per_second,
+        start_seconds=rates.start_seconds,
         share=STEP_SHARE,
     )
 
 
-def product_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, place: torch.device) -> Rates:
+    """Of products of these shapes, each with the FLOP that are spent in it."""
+    rates: dict[Shape, float] = {}
+    for shape in [*shapes] * ROUNDS:
+        rates[shape] = max(rates.get(shape, 0.0), product_rate(shape, dtype, place))
+    seconds = sum(shapes[s] / r for s, r in rates.items())
+    other = sum(shapes.values()) / seconds if rates else product_rate((512, 512, 512), dtype, place)
+    return Rates(date.today(), tuple(rates.values()), other, bandwidth(dtype, place), start_seconds(place))
+
+
+def product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP a second of x (rows, inner) times W (inner, columns), the best of what fits into ENOUGH_SECONDS."""
     rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
     columns = min(columns, max(256, 2**23 // inner))  # wider ones run no faster, and three calls must end soon

@@ -20,7 +20,7 @@ from veneer.data.batching import Rows, by_length, packed_rows, plan_epoch, used_
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
-from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
+from veneer.plan.dry_run import DryRun, Step, Whole
 from veneer.plan.estimate import (
     KERNEL_BYTES,
     PROCESS_BYTES,
@@ -30,6 +30,7 @@ from veneer.plan.estimate import (
     estimate,
     synthetic_rows,
 )
+from veneer.plan.kept import kept_run, kept_whole
 from veneer.plan.machine import Machine
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
@@ -204,6 +205,8 @@ class Planner:
 
     def sent(self, choice: Choice) -> Sent:
         """By each process in a step."""
+        if choice.processes == 1:
+            return Sent()
         epoch = self.epoch(choice)
         rounds = sum(-(-len(step) // choice.processes) for step in epoch.costs) / len(epoch.costs)
         run = self._run(choice, epoch.usual)
@@ -303,9 +306,7 @@ class Planner:
                 new_tokens=choice.new_tokens,
                 on_cpu=self.device == "cpu",
             )
-            if of_base not in self._wholes:
-                self._wholes[of_base] = whole(step)
-            self._runs[key] = dry_run(step, self._wholes[of_base])
+            self._runs[key] = kept_run(step, lambda: self._whole(of_base, step))
         run = self._runs[key]
         if self.blueprint.packed:
             run = run.over(self.blueprint.packed, self.dtype(choice))
@@ -314,6 +315,11 @@ class Planner:
         if choice.reduce == "exact":
             run = run.with_exact_sums()
         return run.in_shards(choice.processes) if choice.in_shards else run
+
+    def _whole(self, of_base: object, step: Step) -> Whole:
+        if of_base not in self._wholes:
+            self._wholes[of_base] = kept_whole(step)
+        return self._wholes[of_base]
 
 
 def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +26,13 @@ from veneer.errors import ConfigError, VeneerError
 
 META = torch.device("meta")
 Parts = dict[str, int]
+Shape = tuple[int, int, int]
+Products = Annotated[
+    Counter[Shape],
+    PlainSerializer(lambda counted: [[*shape, flops] for shape, flops in counted.items()]),
+    BeforeValidator(lambda told: Counter({(rows, inner, columns): flops for rows, inner, columns, flops in told})),
+]
+"""In files a list: a shape is no key of JSON."""
 
 
 @dataclass
@@ -42,7 +50,7 @@ class Work:
     """What the operations would cost: products by (rows, inner, columns) -> FLOP, bytes that others read and write,
     bytes that offload copies to host memory and back."""
 
-    products: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    products: Products = field(default_factory=Counter)
     moved_bytes: int = 0
     operations: int = 0
     host_bytes: int = 0
@@ -204,7 +212,7 @@ _FREE = {
 """Operations that neither read nor write values."""
 
 
-def _shape(packet: Any, args: tuple[Any, ...]) -> tuple[int, int, int]:
+def _shape(packet: Any, args: tuple[Any, ...]) -> Shape:
     """(rows, inner, columns) of a product, a batch of them as more rows; zeros where it is no plain product."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):

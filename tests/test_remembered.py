@@ -1,0 +1,261 @@
+"""What an earlier process found is taken only where everything that it depends on is the same (files/remembered.py)."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from veneer.adapters.config import LoRA
+from veneer.cli import main as cli
+from veneer.files import remembered as memory
+from veneer.models.proof import Proven, kept_proof
+from veneer.plan import kept, machine
+from veneer.plan.dry_run import Step, dry_run, whole
+from veneer.plan.estimate import synthetic_rows
+from veneer.plan.machine import Rates, this_machine
+from veneer.plan.tracker import Work
+
+
+@dataclass(frozen=True)
+class Found:
+    count: int
+    words: frozenset[str] = frozenset()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(memory, "_begun", True)
+    memory.surroundings.cache_clear()
+    yield tmp_path
+    memory.surroundings.cache_clear()
+
+
+class Maker:
+    """Counts how often it is asked."""
+
+    def __init__(self, value):
+        self.value, self.calls = value, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.value
+
+
+def entries(cache):
+    return sorted(cache.glob("found/*/*.json"))
+
+
+def test_a_second_process_takes_what_the_first_found(cache):
+    make = Maker(Found(3, frozenset({"a"})))
+    assert memory.remembered("things", {"of": 1}, Found, make) == make.value
+    assert memory.remembered("things", {"of": 1}, Found, make) == make.value
+    assert make.calls == 1
+    assert memory.remembered("things", {"of": 2}, Found, Maker(Found(4))) == Found(4)
+    assert memory.remembered("others", {"of": 1}, Found, Maker(Found(5))) == Found(5)
+
+
+def test_nothing_is_remembered_where_it_was_not_begun(cache, monkeypatch):
+    monkeypatch.setattr(memory, "_begun", False)
+    make = Maker(Found(3))
+    assert [memory.remembered("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
+    assert make.calls == 2 and not entries(cache)
+
+
+def test_only_the_command_line_begins_and_a_variable_keeps_it_from_it(cache, monkeypatch):
+    monkeypatch.setattr(memory, "_begun", False)
+    monkeypatch.setattr("sys.argv", ["veneer", "--version"])
+    cli.main(["--version"])
+    assert not memory._begun, "within a process that others write"
+    monkeypatch.setenv(memory.OFF, "1")
+    cli.main()
+    assert not memory._begun
+    monkeypatch.delenv(memory.OFF)
+    cli.main()
+    assert memory._begun
+
+
+def damaged(entry):
+    """Bytes that a file of this entry may have come to hold."""
+    text = json.dumps(entry)
+    yield text[:-9]
+    yield ""
+    yield "[]"
+    yield json.dumps({**entry, "value": entry["value"].replace("3", "7")})
+    yield json.dumps({**entry, "value": '{"count": "x"}', "sha256": memory._hash('{"count": "x"}')})
+    yield json.dumps({**entry, "key": entry["key"].replace("1", "2")})
+    yield json.dumps({**entry, "value": 3})
+    yield "[" * 100_000
+    yield text + " " * memory.MOST_BYTES
+
+
+def test_a_damaged_entry_is_as_none_and_written_again(cache):
+    memory.remembered("things", {"of": 1}, Found, Maker(Found(3)))
+    (file,) = entries(cache)
+    whole_text = file.read_text()
+    for text in damaged(json.loads(whole_text)):
+        file.write_text(text)
+        make = Maker(Found(3))
+        assert memory.remembered("things", {"of": 1}, Found, make) == Found(3)
+        assert make.calls == 1, text[:80]
+        assert file.read_text() == whole_text
+
+
+def test_a_cache_that_cannot_be_written_is_none(cache, monkeypatch):
+    (cache / "found").write_text("a file where the folder would be")
+    make = Maker(Found(3))
+    assert [memory.remembered("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
+    assert make.calls == 2
+
+
+def test_the_oldest_go_where_there_are_many(cache, monkeypatch):
+    monkeypatch.setattr(memory, "MOST_ENTRIES", 3)
+    for number in range(5):
+        memory.remembered("things", {"of": number}, Found, Maker(Found(number)))
+        os.utime(max(entries(cache), key=lambda path: path.stat().st_mtime_ns), (number + 1, number + 1))
+    kept_counts = {json.loads(json.loads(path.read_text())["value"])["count"] for path in entries(cache)}
+    assert kept_counts == {2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["VENEER_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "VENEER_NO_NATIVE"])
+def test_variables_that_change_what_is_computed_are_part_of_every_key(cache, monkeypatch, name):
+    before = memory.surroundings()
+    monkeypatch.setenv(name, "2")
+    memory.surroundings.cache_clear()
+    assert memory.surroundings() != before
+
+
+def test_another_place_for_the_cache_is_no_other_key(cache, monkeypatch):
+    before = memory.surroundings()
+    monkeypatch.setenv("VENEER_CACHE", str(cache / "moved"))
+    memory.surroundings.cache_clear()
+    assert memory.surroundings() == before
+
+
+def test_a_byte_of_our_own_files_is_part_of_every_key(cache, monkeypatch):
+    own = cache / "veneer"
+    (own / "files").mkdir(parents=True)
+    monkeypatch.setattr(memory, "__file__", str(own / "files" / "remembered.py"))
+    found = set()
+    for name, text in [("a.py", "1"), ("a.py", "2"), ("b.py", ""), ("_native.abi3.so", "x"), ("_native.abi3.so", "y")]:
+        (own / name).write_text(text)
+        memory.surroundings.cache_clear()
+        found.add(memory.surroundings())
+    assert len(found) == 5
+
+
+class Installed:
+    def __init__(self, version, record, direct=""):
+        self.version, self.files = version, {"RECORD": record, "direct_url.json": direct}
+
+    def read_text(self, name):
+        return self.files.get(name)
+
+
+def test_libraries_are_part_of_every_key_by_version_and_files(cache, monkeypatch):
+    found = []
+    for of in (Installed("1", "a"), Installed("2", "a"), Installed("1", "b")):
+        monkeypatch.setattr(memory, "distribution", lambda name, of=of: of)
+        memory.surroundings.cache_clear()
+        found.append(memory.surroundings())
+    assert len(set(found)) == 3 and None not in found
+
+
+def test_nothing_is_remembered_beside_a_library_that_somebody_works_on(cache, monkeypatch):
+    of = Installed("1", "a", '{"dir_info": {"editable": true}}')
+    monkeypatch.setattr(memory, "distribution", lambda name: of)
+    memory.surroundings.cache_clear()
+    make = Maker(Found(3))
+    assert [memory.remembered("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
+    assert make.calls == 2 and not entries(cache)
+
+
+def small(**changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4}
+    return LlamaConfig(**{**sizes, "vocab_size": 128, "num_key_value_heads": 2, **changes})
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    """A class whose code no version names."""
+
+
+def test_proofs_are_remembered_of_classes_of_transformers_alone(cache):
+    make = Maker(Proven(packed="why not", idle=frozenset({"x"}), scale=0.5))
+    for _ in range(2):
+        assert kept_proof("structure", LlamaForCausalLM, small(), Proven, make) == make.value
+    assert make.calls == 1
+    kept_proof("structure", LlamaForCausalLM, small(rope_theta=500.0), Proven, make)
+    assert make.calls == 2
+    for _ in range(2):
+        kept_proof("structure", OwnForCausalLM, small(), Proven, make)
+    assert make.calls == 4
+
+
+def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
+    rows = synthetic_rows(2, 24)
+    step = Step(small(), torch.float32, LoRA(rank=4), rows)
+    fresh = dry_run(step)
+    ran = []
+    monkeypatch.setattr(kept, "dry_run", lambda *given: ran.append(1) or dry_run(*given))
+    monkeypatch.setattr(kept, "whole", lambda *given: ran.append(2) or whole(*given))
+
+    def run(step):
+        ran.clear()
+        return kept.kept_run(step, lambda: kept.kept_whole(step))
+
+    first, again = run(step), run(step)
+    assert not ran, "the second is read"
+    assert first == fresh and again == fresh
+    others = [
+        replace(step, rows=synthetic_rows(3, 24)),
+        replace(step, rows=synthetic_rows(2, 25)),
+        replace(step, rows=synthetic_rows(2, 24, trained_share=0.5)),
+        replace(step, checkpointing=True),
+        replace(step, share_prompt=False),
+        replace(step, offload=True),
+    ]
+    for other in others:
+        assert run(other) == dry_run(other)
+        assert ran == [1], "another step of the same base"
+    bases = [
+        replace(step, dtype=torch.bfloat16),
+        replace(step, method=LoRA(rank=5)),
+        replace(step, config=small(num_hidden_layers=9)),
+        replace(step, optimizer="adamw8bit"),
+        replace(step, on_cpu=False),
+        replace(step, new_tokens=1),
+    ]
+    for other in bases:
+        assert run(other) == dry_run(other)
+        assert ran == [1, 2] or ran == [2, 1], "another base"
+
+
+def test_rates_are_measured_once_a_week(cache, monkeypatch):
+    work, measured = Work(), []
+    work.products[(16, 32, 32)] = 1000
+    real = machine._measured
+    monkeypatch.setattr(machine, "_measured", lambda *given: measured.append(1) or real(*given))
+    first = this_machine(work, torch.float32)
+    assert first.measured == date.today()
+    second = this_machine(work, torch.float32)
+    assert len(measured) == 1 and second.rate((16, 32, 32)) == first.rate((16, 32, 32))
+    (file,) = entries(cache)
+    entry = json.loads(file.read_text())
+    old = json.loads(entry["value"])
+    old["day"] = (date.today() - timedelta(days=7)).isoformat()
+    text = json.dumps(old)
+    file.write_text(json.dumps({**entry, "value": text, "sha256": memory._hash(text)}))
+    this_machine(work, torch.float32)
+    assert len(measured) == 2
+    work.products[(16, 32, 48)] = 10
+    this_machine(work, torch.float32)
+    assert len(measured) == 3, "of other shapes"
+    assert not replace_day(date.today() + timedelta(days=1)).recent, "a clock that was wrong"
+
+
+def replace_day(day):
+    return Rates(day, (), 1.0, 1.0, 1.0)
