@@ -2,6 +2,9 @@
 as it is to the bit, and files have the names that PEFT has on the class that the checkpoint names."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +14,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from tests.helpers import fill
+from tests.packed_folders import write_fp8
 from tests.tiny import tiny_tokenizer
 from veneer import api
 from veneer.adapters.config import Bottleneck, Full, LoRA
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, SourceError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.merge.folder import merge_into_folder
 from veneer.models.checkpointing import decoder_layers
@@ -218,3 +222,24 @@ def test_it_answers_and_is_planned_as_any_base(folder):
     beside = sum(each.numel() for path in LEFT_OUT["gemma3"] for each in base.model.get_submodule(path).parameters())
     assert beside and lora.total_parameters == sum(each.numel() for each in base.model.parameters())
     assert full.trainable_parameters == full.total_parameters - beside
+
+
+def test_packed_text_is_read_by_the_settings_beside_it(folder, tmp_path):
+    """transformers would hand them to quantisers of its own."""
+    own = Path(shutil.copytree(folder("gemma3"), tmp_path / "own"))
+    write_fp8(own, names=re.compile(r".*language_model\..*_proj\.weight"))
+    config = json.loads((own / "config.json").read_text())
+    settings = config.pop("quantization_config")
+
+    def loaded(of_text, **of_all):
+        text = config["text_config"] | {"quantization_config": of_text}
+        (own / "config.json").write_text(json.dumps(config | {"text_config": text} | of_all))
+        return load_base(str(own), dtype="float32", device="cpu")
+
+    base = loaded(settings)
+    assert base.quantize == "fp8"
+    assert torch.isfinite(base.model(IDS).logits).all()
+    with pytest.raises(SourceError, match="has 2 quantization_config"):
+        loaded(settings, quantization_config={**settings, "weight_block_size": [8, 8]})
+    with pytest.raises(SourceError, match="not read yet"):
+        loaded({"quant_method": "hqq"})

@@ -23,7 +23,7 @@ from torch import Tensor
 from veneer.bases.moving import Waiting
 from veneer.bases.tensor_files import StoredTensor
 from veneer.quant.config import Quantize
-from veneer.quant.int4 import Int4, packed_columns
+from veneer.quant.int4 import MOST_VALUE, Int4, packed_columns
 
 _EIGHT_ONES = 0x11111111
 _LESS_ONE = {"gptq": _EIGHT_ONES, "gptq_v2": 0}
@@ -128,7 +128,7 @@ def int4_weights(
 def _faults(parts: Mapping[str, StoredTensor], settings: Mapping[str, Any], layout: Layout) -> list[str]:
     if missing := [part for part in ("qzeros", "scales") if part not in parts]:
         return [f"{part} is missing" for part in missing]
-    if len(parts["qweight"].shape) != 2:
+    if len(parts["qweight"].shape) != 2 or 0 in parts["qweight"].shape:
         return [f"qweight of shape {parts['qweight'].shape}: two axes are read"]
     O, I = layout.sides(parts["qweight"].shape)
     width = _width(settings) if _width(settings) != -1 else I
@@ -169,7 +169,8 @@ def _waiting(name: str, parts: Mapping[str, StoredTensor], settings: Mapping[str
 
 
 def _wrong(read: Int4, *, groups: int) -> list[str]:
-    faults = [] if read.tensors["scales"].isfinite().all() else ["a scale is not finite"]
+    most = read.tensors["scales"].float() * MOST_VALUE
+    faults = [] if most.isfinite().all() else ["a scale is not finite, or makes the largest value infinite"]
     if (own := read.tensors.get("groups")) is not None and not (int(own.min()) >= 0 and int(own.max()) < groups):
         faults.append(f"g_idx names groups from {int(own.min())} to {int(own.max())}, there are {groups}")
     return faults

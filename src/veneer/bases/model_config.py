@@ -16,7 +16,7 @@ from veneer.bases.announced import announced_faults, built_faults
 from veneer.bases.faults import NEXT_DOWNLOAD
 from veneer.bases.model_class import model_class
 from veneer.bases.model_folder import weight_files
-from veneer.bases.stored_formats import refuse_unread
+from veneer.bases.stored_formats import refuse_unread, stored_settings
 from veneer.bases.tensor_files import stored_tensors
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.strict_json import read_model_json
@@ -50,14 +50,14 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             f"model type {kind!r} in {path} is not known to the installed transformers",
             next_step="Is the model newer than transformers? pip install --upgrade transformers",
         )
-    quantized = raw.pop("quantization_config", None)  # its numbers are checked by who reads them
+    raw.pop("quantization_config", None)  # its numbers are checked by who reads them
     _check_announced(folder, raw)
     if unsafe := [fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)]:
         raise UnsafeFileError(
             f"{path} asks for more than a model's settings", unsafe, "Remove these fields if you trust the model."
         )
-    if isinstance(quantized, dict):
-        refuse_unread(folder, quantized)
+    if settings := stored_settings(folder):
+        refuse_unread(folder, settings)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # every config class checks its fields in its own way
@@ -65,9 +65,17 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             f"transformers cannot read {path}", [line.strip() for line in str(fault).splitlines()[:3]], NEXT_DOWNLOAD
         ) from fault
     _check_causal(folder, config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # read by us (bases/stored_formats.py), not by transformers
+    _leave_out_quantization(config)
     return config
+
+
+def _leave_out_quantization(config: PreTrainedConfig) -> None:
+    """It is read by us (bases/stored_formats.py), not by transformers."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            _leave_out_quantization(part)
 
 
 def _check_announced(folder: Path, raw: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ def mxfp4_weights(
             faults.append(f"{name}_scales is missing beside {key}")
         elif (
             len(blocks.shape) != 4
+            or 0 in blocks.shape
             or blocks.shape != (*scales.shape, GROUP // 2)
             or {blocks.kind, scales.kind} != {"U8"}
         ):

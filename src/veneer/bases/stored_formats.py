@@ -3,7 +3,7 @@
 What bitsandbytes packed is told by its tensors' names (bnb_files.py), the others by quantization_config in config.json.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from veneer.bases.bnb_files import bnb_weights, is_bnb
-from veneer.bases.fp8_files import fp8_weights, unread_compressed, unread_fp8
+from veneer.bases.fp8_files import blocks_compressed, blocks_fp8, fp8_weights, unread_compressed, unread_fp8
 from veneer.bases.int4_files import AWQ, GPTQ, int4_weights, unread_awq, unread_gptq
 from veneer.bases.moving import NEXT, Waiting
 from veneer.bases.mxfp4_files import mxfp4_weights, unread_mxfp4
@@ -30,6 +30,11 @@ Read = Callable[[Tensors, Settings], tuple[dict[str, Waiting], set[str], list[st
 """(by name, the tensors that they are made of, what does not belong together)"""
 
 
+_DENSE = ("F64", "F32", "F16", "BF16")
+_WEIGHTS = (".weight", "_proj")
+"""Ends of names; a model's masks and positions may be whole numbers."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """unread: what of the settings is not read."""
@@ -40,8 +45,8 @@ class Reader:
 
 
 READERS: Mapping[str, Reader] = {
-    "fp8": Reader("fp8", unread_fp8, fp8_weights),
-    "compressed-tensors": Reader("fp8", unread_compressed, fp8_weights),
+    "fp8": Reader("fp8", unread_fp8, partial(fp8_weights, blocks=blocks_fp8)),
+    "compressed-tensors": Reader("fp8", unread_compressed, partial(fp8_weights, blocks=blocks_compressed)),
     "mxfp4": Reader("mxfp4", unread_mxfp4, mxfp4_weights),
     "gptq": Reader("gptq", unread_gptq, partial(int4_weights, layout=GPTQ)),
     "awq": Reader("awq", unread_awq, partial(int4_weights, layout=AWQ)),
@@ -67,8 +72,31 @@ def refuse_unread(folder: Path, settings: Settings) -> None:
 
 
 def stored_settings(folder: Path) -> Settings:
-    found = read_model_json(folder / "config.json").get("quantization_config")
-    return found if isinstance(found, dict) else {}
+    """The quantization_config of config.json; {} if none. A model of texts and images may have it beside its text's.
+
+    Raises CorruptFileError for one that is no mapping, SourceError for two that differ.
+    """
+    path = folder / "config.json"
+    found: list[Settings] = []
+    for each in _settings_in(read_model_json(path)):
+        if not isinstance(each, dict):
+            raise CorruptFileError(f"quantization_config in {path} is {str(each)[:60]}, not a mapping", next_step=NEXT)
+        if each and each not in found:
+            found.append(each)
+    if len(found) > 1:
+        raise SourceError(
+            f"{path} has {len(found)} quantization_config, and one for all weights is read",
+            next_step="Take the model's unquantised version.",
+        )
+    return found[0] if found else {}
+
+
+def _settings_in(value: Mapping[str, Any]) -> Iterator[Any]:
+    for key, inner in value.items():
+        if key == "quantization_config":
+            yield from () if inner is None else (inner,)
+        elif isinstance(inner, dict):
+            yield from _settings_in(inner)
 
 
 def announced_format(folder: Path) -> Quantize | None:
@@ -86,22 +114,28 @@ def announced_format(folder: Path) -> Quantize | None:
 def stored_weights(folder: Path, tensors: Tensors) -> dict[str, Any]:
     """The weights of a folder: dense ones as they are, packed ones with all their parts as one Waiting.
 
-    Raises CorruptFileError with every packed weight whose parts do not belong together.
+    Raises CorruptFileError with every packed weight whose parts do not belong together, SourceError for weights that
+    are neither packed in a way that is read nor dense: numbers of another program's, which as such mean nothing.
     """
     settings = stored_settings(folder)
     read = _reader(folder, tensors, settings)
-    if read is None:
-        return dict(tensors)
-    weights, taken, faults = read(tensors, settings)
-    if faults:
+    weights, taken, faults = read(tensors, settings) if read is not None else ({}, set(), [])
+    dense = {name: tensor for name, tensor in tensors.items() if name not in taken}
+    if faults := faults + [f"{name} is there both packed and dense" for name in weights if name in dense]:
         raise CorruptFileError("packed weights in the files cannot be read", faults[:20], NEXT)
-    if not weights:
+    if read is not None and not weights:
         raise CorruptFileError(
             f"{folder / 'config.json'} says that the weights are stored as {settings['quant_method']}, and the "
             f"{len(tensors):,} tensors beside it are none of these",
             next_step="If they are dense, take quantization_config out of config.json.",
         )
-    return {**weights, **{name: tensor for name, tensor in tensors.items() if name not in taken}}
+    if unread := [f"{n} is {t.kind}" for n, t in dense.items() if n.endswith(_WEIGHTS) and t.kind not in _DENSE]:
+        raise SourceError(
+            f"of the weights in {folder} {len(unread):,} are stored packed, and config.json does not say how",
+            unread[:8],
+            f"Take a version of the model in bf16, f16 or f32, or one with its quantization_config. {NEXT}",
+        )
+    return {**weights, **dense}
 
 
 def stored_format(folder: Path, tensors: Tensors) -> tuple[Quantize, torch.dtype] | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from veneer.quant.config import Quantize
 from veneer.quant.in_files import InFiles, scaled
 
+MOST_VALUE = 448.0
 ROWS_AT_ONCE = 256
 _NAN = 0x7F
 
@@ -48,6 +49,8 @@ class FP8(InFiles):
     @classmethod
     def joined(cls, weights: Sequence[Self]) -> Self:
         """Blocks that would lie across two of them are cut into smaller ones of the same scale."""
+        if len({each.block[1] for each in weights}) > 1:
+            raise ValueError("weights that the model holds as one have scales for other numbers of columns")
         return super().joined([each._of_rows(math.gcd(*(other.shape[-2] for other in weights))) for each in weights])
 
     def _of_rows(self, rows: int) -> Self:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from veneer.quant.in_files import InFiles, scaled, shifted
 
+MOST_VALUE = 15.0
+"""Of a code less its zero."""
 ROWS_AT_ONCE = 256
 
 
