@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from tests.soak.inputs_adapters import adapters, run_folders
+from tests.soak.inputs_packed import packed_folders
 from tests.soak.inputs_rows import base_of, rows, templates
 from tests.soak.odd import as_json, mutated, odd, spoken, times, torn, yaml_of
 
@@ -214,4 +215,5 @@ KINDS: dict[str, Kind] = {
     "run folders": run_folders,
     "files beside": files_beside,
     "flags": flags,
+    "packed folders": packed_folders,
 }

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from tests.helpers import fill
 from tests.soak.counts import count
 from tests.soak.inputs import KINDS
+from tests.soak.inputs_packed import make_packed
 from tests.soak.world import make_world, run
 from tests.tiny import save_tiny
 from veneer.adapters.attach import attach
@@ -66,6 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_adapter(world / name, made, manifest_for(base, method=method.name), model=base.model)
     save_tiny(world / "short", "gpt2", max_position_embeddings=40)
     save_tiny(world / "untied", "llama_untied")
+    make_packed(world / "packed")
     bare = save_tiny(world / "bare")
     tokenizer = AutoTokenizer.from_pretrained(bare)
     tokenizer.chat_template = None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.soak.counts import count
+from tests.soak.inputs_packed import LAYOUTS, make_packed, spoil
 from tests.tiny import save_tiny
 from tests.tiny_gguf import tiny, write_gguf
 from veneer.bases.bnb_files import file_tensors
@@ -99,7 +102,8 @@ def read(source: Path, quantize: Quantize | None = None) -> bool:
         base = load_base(str(source), quantize=quantize)
         with torch.no_grad():
             logits = base.model(torch.tensor([[1, 2, 3, 4]])).logits
-        assert torch.isfinite(logits).all()
+            one = base.model(torch.tensor([[7]])).logits  # other products than those of several rows
+        assert torch.isfinite(logits).all() and torch.isfinite(one).all()
         if base.tokenizer.chat_template:
             ChatTemplate(base.tokenizer).render([{"role": "user", "content": "hi"}])
     except (InputError, RefusedError) as fault:
@@ -161,6 +165,26 @@ def test_states_of_packed_weights_of_any_kind_are_read_or_refused(tmp_path: Path
             )
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         read(folder)
+
+
+def test_folders_that_others_packed_are_read_or_refused(tmp_path: Path) -> None:
+    make_packed(tmp_path / "good")
+    came_out = refused = 0
+    first = int(os.environ.get("VENEER_SOAK_FIRST", "0"))
+    for number in range(first, first + count("packed", ci=60, soak=10_000)):
+        rng = random.Random(number)
+        folder = shutil.copytree(tmp_path / "good" / rng.choice(sorted(LAYOUTS)), tmp_path / "changed")
+        spoil(rng, folder)
+        try:
+            if read(folder):
+                came_out += 1
+            else:
+                refused += 1
+        except BaseException:
+            print(f"number {number}")
+            raise
+        shutil.rmtree(folder)
+    assert 0 < came_out < refused
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_0])
