@@ -353,8 +353,10 @@ def test_the_index_may_vanish_break_or_lie_and_the_listing_is_the_same(library, 
         assert references(library) == expected
     path.unlink()
     assert references(library) == expected
-    library.rename("x", "z")
     library.remove("y")
+    assert references(library) == ["x@1"]
+    assert set(index._cached(path)) == {"x"}
+    library.rename("x", "z")
     assert references(library) == ["z@1"]
     assert references(library) == ["z@1"]
 
