@@ -186,7 +186,7 @@ COMPARISONS = {
     "is not": "is",
 }
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "&": "|", "|": "&", "@": "*"}
-SYMMETRIC = {"max", "min", "maximum", "minimum", "equal"}
+SYMMETRIC = {"max", "min", "maximum", "minimum", "equal", "intersect1d"}
 """Functions to which the order of two arguments is nothing."""
 LEFT_OUT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 
