@@ -30,7 +30,19 @@ DEFAULT = (
     "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+FOLDED = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('they take turns') }}{% endif %}"
+    "{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (first if loop.first else '') }}"
+    "{{ m.content | trim + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}"
+    "{% endif %}"
+)
+MARKED = FOLDED.replace("messages[0].content + '\n\n'", "'<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n'")
 TEMPLATES = {
+    "folded": FOLDED,
+    "folded, marked": MARKED,
+    "folded, no begin": MARKED.replace("{{ bos_token }}", ""),
     "chatml": CHATML,
     "default": DEFAULT,
     "headers": HEADERS,

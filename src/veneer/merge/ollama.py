@@ -7,6 +7,7 @@ Source: ollama, parser/parser.go, template/template.go, server/prompt.go.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,13 +54,19 @@ def modelfile(
 
 
 def go_template(turns: Turns) -> str:
-    """The turns in Go's text/template, as Ollama gives it .Messages."""
+    """The turns in Go's text/template, as Ollama gives it .Messages.
+
+    A user is second only behind a system turn, as users and assistants take turns.
+    """
     text = "{{ range $i, $_ := .Messages }}"
     if turns.bare:
         text += f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{_words(turns.bare)}{{{{ end }}}}'
     branch = "if"
     for role, (before, behind) in turns.around.items():
-        text += f'{{{{ {branch} eq .Role "{role}" }}}}{_words(before)}{{{{ .Content }}}}{_words(behind)}'
+        begins = _words(before)
+        if turns.folds and role == "user":
+            begins = f"{{{{ if ne $i 1 }}}}{begins}{{{{ end }}}}"
+        text += f'{{{{ {branch} eq .Role "{role}" }}}}{begins}{{{{ .Content }}}}{_words(behind)}'
         branch = "else if"
     return text + "{{ end }}{{ end }}" + _words(turns.opens)
 
@@ -98,4 +105,4 @@ def _without_begin(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
     if not (turns.bare.startswith(begin) and before.startswith(begin)):
         raise RefusedError("the .gguf file puts a begin token in front that the base's template does not write")
     around = {role: (before.removeprefix(begin), behind) if role == "system" else a for role, a in turns.around.items()}
-    return Turns(around, turns.bare.removeprefix(begin), turns.opens)
+    return replace(turns, around=around, bare=turns.bare.removeprefix(begin))

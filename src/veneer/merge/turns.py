@@ -21,18 +21,22 @@ _LONG = "First line.\n\nThen {{ braces }}, {% more %}, naïve größe 漢字 �
 @dataclass(frozen=True)
 class Turns:
     """around: role -> (words before its content, words behind). bare: what stands in front of a conversation without a
-    system turn. opens: what stands in front of an answer."""
+    system turn. opens: what stands in front of an answer. folds: the system's text stands within the first user's turn,
+    whose words before it are among the system's."""
 
     around: Mapping[str, tuple[str, str]]
     bare: str
     opens: str
+    folds: bool = False
 
     def render(self, messages: Messages) -> str:
         """The conversation up to where the answer begins. KeyError: a role that has no words."""
-        said = "" if messages[0]["role"] == "system" else self.bare
+        said, above = "" if messages[0]["role"] == "system" else self.bare, ""
         for message in messages:
             before, behind = self.around[message["role"]]
-            said += before + message["content"] + behind
+            open_already = self.folds and (above, message["role"]) == ("system", "user")
+            said += ("" if open_already else before) + message["content"] + behind
+            above = message["role"]
         return said + self.opens
 
 
@@ -78,10 +82,12 @@ def _cut_out(template: ChatTemplate) -> Turns:
     talk = [_turn("user", _ASKED), _turn("assistant", _ANSWER)]
     front, to_answer, to_next, to_open = between([*talk, _turn("user", _AGAIN)])
     *_, answered = between(talk)
-    before_system, to_user = None, front
+    before_system, to_user = "", front
     with suppress(DataError):  # a template may refuse a system turn
         before_system, to_user, *_ = between([_turn("system", _SYSTEM), *talk])
-    user = _common_end(_common_end(front, to_next), to_user)
+    user = _common_end(front, to_next)
+    folds = bool(before_system and user) and before_system.startswith(front) and not to_user.endswith(user)
+    user = user if folds else _common_end(user, to_user)
     behind_answer = _without_end(to_next, user)
     opens = _without_start(answered, behind_answer)
     if not to_open.endswith(opens):
@@ -90,13 +96,13 @@ def _cut_out(template: ChatTemplate) -> Turns:
     words = {"user": (user, behind_user), "assistant": (_without_start(to_answer, behind_user), behind_answer)}
     bare = _without_end(front, user)
     if before_system:
-        words["system"] = (before_system, _without_end(to_user, user))
+        words["system"] = (before_system, to_user if folds else _without_end(to_user, user))
         ending = _ending([user, words["assistant"][0], opens], before_system[0]) if bare else ""
         words = {role: (a if role == "system" else a[len(ending) :], b + ending) for role, (a, b) in words.items()}
         bare, opens = bare + ending, opens[len(ending) :]
     back = {character: token for token, character in tokens.items()}
     around = {role: (_exchanged(a, back), _exchanged(b, back)) for role, (a, b) in words.items()}
-    return Turns(around, _exchanged(bare, back), _exchanged(opens, back))
+    return Turns(around, _exchanged(bare, back), _exchanged(opens, back), folds)
 
 
 def _ending(begins: Sequence[str], turn: str) -> str:
