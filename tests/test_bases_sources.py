@@ -342,7 +342,7 @@ def test_another_file_under_the_members_name_is_refused_and_not_kept(tmp_path: P
 def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A named default whose wheel lies in the package index; returns the wheel."""
     path = write_gguf(tmp_path / "tiny.Q4.gguf", tiny("llama"), "llama")
-    base = NamedBase("org/tiny", REQUIREMENT, path.name, file_hash(path))
+    base = NamedBase("org/tiny", REQUIREMENT, path.name, file_hash(path), "mit")
     monkeypatch.setitem(sources.NAMED, "tiny", base)
     return put_wheel(tmp_path / "index", {f"pkg/{path.name}": path.read_bytes()})
 

