@@ -23,6 +23,7 @@ from veneer.data.batching import make_batch
 from veneer.decoding import generate as answers
 from veneer.decoding.generate import generate
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.kernels import attention
 from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
@@ -53,6 +54,7 @@ CPU = SimpleNamespace(device=torch.device("cpu"), holds=lambda tensor: True)
 @pytest.fixture(autouse=True)
 def _whatever_this_machine_has(monkeypatch):
     monkeypatch.setattr(kernels, "_triton", lambda: None)  # it would launch on the pretended device
+    monkeypatch.setattr(attention, "declined", lambda *_: "pretended")
     monkeypatch.setattr(offload, "WORTH_BYTES", 512)
 
 

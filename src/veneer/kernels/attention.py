@@ -6,7 +6,8 @@
 Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows this is
 several times faster on a CPU than the fused flash kernel (its backward most of all; docs/log.md),
 needs no repetition of keys for grouped query heads, and expresses windows, soft caps and sinks.
-On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py).
+On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py), on CUDA torch's
+flash kernels (kernels/flash.py).
 Only q, k and v are kept for backward; the probabilities of one block at a time are computed again.
 
 Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values, where it is another),
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels.attention_native import native_attention, usable
+from veneer.kernels.flash import declined, flash_attention
 from veneer.kernels.layout import Group, round_up
 from veneer.kernels.rules import Rules
 
@@ -255,6 +257,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rule
     """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
     if usable(q, k, v, rules):
         return native_attention(q, k, v, layout, rules)
+    if q.is_cuda and declined(q, k, v, layout, rules) is None:
+        return flash_attention(q, k, v, layout, rules)
     apply: Any = _PackedAttention.apply
     return apply(q, k, v, rules.sinks, layout, _Scores(rules))
 

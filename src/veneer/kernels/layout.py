@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class Group:
     """(sum of L): place of every packed row in the square."""
     starts: Tensor = field(init=False)
     """(docs + 1) int64 on the CPU: first row of every document, counted after the prompt; then the sum of L."""
+    derived: dict[object, Any] = field(init=False, default_factory=dict, repr=False)
+    """What a kernel made of it, once for every layer, under a name of its own."""
     _behind: dict[int, "Group"] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

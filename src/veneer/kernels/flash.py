@@ -1,0 +1,266 @@
+"""Packed attention on CUDA by torch's own flash kernels, which never hold scores.
+
+    documents   every row of the batch sees its own document, causally: one call over all of them, the prompt among them
+    prompt      every row of a document sees the prompt whole: one call, unless a window ends within it
+
+The two are joined by their log-sum-exp, and each one's backward is given the joint output and log-sum-exp: its
+probabilities are then those of the whole row, and the gradients of the two add up. A window that is shorter than what a
+row may see ends at another key of the prompt for every row: then the last keys of the prompt stand before each
+document's own, in one call. Sinks take their share of the joint sum afterwards.
+
+Kept for backward: q, k, v, the output and one float32 a row and head. Has never run on a GPU: on a CPU the tests put an
+exact function in the kernels' place (tests/flash_reference.py).
+Shapes: as in kernels/attention.py. S sequences.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.layout import Group
+from veneer.kernels.rules import Rules
+
+MOST_SIZE = 256
+"""Values of a head that the kernels take."""
+MOST_PLACES = 2**31
+"""(rows + 128 S) H D from which their backward reads past its memory (flash-attention's 32-bit offsets)."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Sequences of queries and of keys, end to end. *_ends: (S + 1) int32, from 0; longest_*: rows."""
+
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(cls, queries: list[int], keys: list[int], device: torch.device) -> "Spans":
+        ends = [list(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
+        both = torch.tensor(ends, dtype=torch.int32).to(device)
+        return cls(both[0], both[1], max(queries), max(keys))
+
+
+class Flash(Protocol):
+    """The kernels, or what stands in their place. Causal: the last query of a sequence sees its last key; window: keys
+    before its own that a row sees besides."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, causal: bool, scale: float, before: int | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Output (rows, H, D), log-sum-exp (H, rows) float32, and what backward wants besides."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        entropy: Tensor,
+        state: tuple[Tensor, ...],
+        spans: Spans,
+        *,
+        causal: bool,
+        scale: float,
+        before: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v where `out` and `entropy` are those of the whole row."""
+
+
+class Aten:
+    """aten::_flash_attention_forward and _backward."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, causal: bool, scale: float, before: int | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out, entropy, *state, _ = torch.ops.aten._flash_attention_forward(
+            *(q, k, v, spans.query_ends, spans.key_ends, spans.longest_query, spans.longest_key),
+            *(0.0, causal, False),
+            scale=scale,
+            **_window(before),
+        )
+        return out, entropy, tuple(state)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        entropy: Tensor,
+        state: tuple[Tensor, ...],
+        spans: Spans,
+        *,
+        causal: bool,
+        scale: float,
+        before: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            *(grad, *inputs, out, entropy, spans.query_ends, spans.key_ends, spans.longest_query, spans.longest_key),
+            *(0.0, causal, *state),
+            scale=scale,
+            **_window(before),
+        )
+        return found
+
+
+def _window(before: int | None) -> dict[str, int]:
+    return {} if before is None else {"window_size_left": before, "window_size_right": 0}
+
+
+ATEN = Aten()
+
+
+def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> str | None:
+    """Why these are not the flash kernels'; None where they are."""
+    if not q.is_cuda:
+        return "not on CUDA"
+    if rules.softcap is not None:
+        return "a soft cap on scores"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"numbers of {q.dtype}"
+    size = q.shape[2]
+    if v.shape[2] != size or size % 8 or size > MOST_SIZE:
+        return f"heads of {size} and {v.shape[2]} values"
+    if (layout.rows + 128 * (1 + len(layout.lengths))) * q.shape[1] * size >= MOST_PLACES:
+        return "more rows than their backward can address"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "a torch without flash kernels"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "a GPU older than Ampere"
+    return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """own: every row with its document, or with what a window lets it see. places: rows of k and v that stand there,
+    None: as they are. prompt: the documents' rows with the prompt; None where there is none, or `own` holds it."""
+
+    own: Spans
+    places: Tensor | None
+    prompt: Spans | None
+    before: int | None
+
+
+def _plan(layout: Group, window: int | None, device: torch.device) -> _Plan:
+    P, lengths = layout.prompt, list(layout.lengths)
+    rows = [P, *lengths] if P else lengths
+    if window is None or window >= P + max(lengths):
+        prompt = Spans.of([sum(lengths)], [P], device) if P else None
+        return _Plan(Spans.of(rows, rows, device), None, prompt, None)
+    tail = min(P, window - 1)  # of the prompt, what the first row of a document sees
+    if not tail:
+        return _Plan(Spans.of(rows, rows, device), None, None, window - 1)
+    starts = accumulate(lengths, initial=P)
+    shared = list(range(P - tail, P))
+    places = [*range(P)]
+    for start, length in zip(starts, lengths, strict=False):
+        places += [*shared, *range(start, start + length)]
+    keys = [P, *(tail + length for length in lengths)]
+    return _Plan(Spans.of(rows, keys, device), torch.tensor(places).to(device), None, window - 1)
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        layout: Group,
+        scale: float,
+        window: int | None,
+        flash: Flash,
+    ) -> Tensor:
+        key = "flash", window
+        if key not in layout.derived:
+            layout.derived[key] = _plan(layout, window, q.device)
+        plan: _Plan = layout.derived[key]
+        rows, P = layout.rows, layout.prompt
+        own_q, own_k, own_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
+        out, entropy, state = flash.forward(own_q, own_k, own_v, plan.own, causal=True, scale=scale, before=plan.before)
+        seen: tuple[Tensor, ...] = ()
+        if plan.prompt is not None:
+            shared, over, seen = flash.forward(
+                q[P:rows], k[:P], v[:P], plan.prompt, causal=False, scale=scale, before=None
+            )
+            both = torch.logaddexp(entropy[:, P:], over)
+            out[P:] = _share(out[P:], entropy[:, P:] - both) + _share(shared, over - both)
+            entropy[:, P:] = both
+        if sinks is not None:
+            both = torch.logaddexp(entropy, sinks.to(entropy.dtype)[:, None])
+            out, entropy = _share(out, entropy - both), both
+        ctx.save_for_backward(q, k, v, sinks, out, entropy, *state, *seen)
+        ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = plan, layout, scale, flash, len(state)
+        whole = q.new_zeros(*q.shape[:2], v.shape[2])
+        whole[:rows] = out
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, out, entropy, *states = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        flash: Flash = ctx.flash
+        rows, P = ctx.layout.rows, ctx.layout.prompt
+        g, scale = grad[:rows].contiguous(), ctx.scale
+        state, seen = tuple(states[: ctx.states]), tuple(states[ctx.states :])
+        inputs = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
+        d_q, d_k, d_v = flash.backward(
+            g, inputs, out, entropy, state, plan.own, causal=True, scale=scale, before=plan.before
+        )
+        if plan.places is not None:
+            d_k, d_v = (_gathered(each, plan.places, rows) for each in (d_k, d_v))
+        if plan.prompt is not None:
+            over = entropy[:, P:].contiguous()
+            by_prompt = flash.backward(
+                *(g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, seen, plan.prompt),
+                causal=False,
+                scale=scale,
+                before=None,
+            )
+            d_q[P:] += by_prompt[0]
+            d_k[:P] += by_prompt[1]
+            d_v[:P] += by_prompt[2]
+        d_sinks = None
+        if sinks is not None:  # softmax's derivative in a column whose value is zero
+            wide = entropy.dtype
+            given = (g.to(wide) * out.to(wide)).sum(-1).T
+            share = torch.exp(sinks.to(wide)[:, None] - entropy)
+            d_sinks = -(share * given).sum(-1).to(sinks.dtype)
+        found = [_filled(each, of) for each, of in ((d_q, q), (d_k, k), (d_v, v))]
+        return *found, d_sinks, None, None, None, None
+
+
+def _placed(k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (k, v) if places is None else (k.index_select(0, places), v.index_select(0, places))
+
+
+def _share(out: Tensor, exponent: Tensor) -> Tensor:
+    """out (rows, H, D) times exp(exponent (H, rows)), in out's type."""
+    return (out * exponent.exp().T[..., None]).to(out.dtype)
+
+
+def _gathered(grad: Tensor, places: Tensor, rows: int) -> Tensor:
+    """The sum of what each row got where it stood, in float32."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = torch.zeros(rows, *grad.shape[1:], dtype=wide, device=grad.device)
+    return total.index_add_(0, places, grad.to(wide)).to(grad.dtype)
+
+
+def _filled(grad: Tensor, of: Tensor) -> Tensor:
+    """With zeros for the filler."""
+    if grad.shape[0] == of.shape[0]:
+        return grad
+    whole = torch.zeros_like(of)
+    whole[: grad.shape[0]] = grad
+    return whole
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, flash: Flash = ATEN) -> Tensor:
+    """As packed_attention, of what `declined` does not refuse."""
+    apply: Any = _Flash.apply
+    return apply(q, k, v, rules.sinks, layout, rules.scale, rules.window, flash)
