@@ -262,6 +262,8 @@ class _Operations(TorchDispatchMode):
             self._check(func, packet, args, kwargs, given, held)
         if packet is aten.histc and not given[0].is_floating_point():
             out = func(args[0].float(), *args[1:], **kwargs).to(given[0].dtype)  # a CPU counts floats alone
+        elif func is aten.mm.dtype:  # which a CPU lacks
+            out = args[0].to(args[2]) @ args[1].to(args[2])
         else:
             out = func(*args, **kwargs)
         if packet in (aten.copy_, aten.set_):

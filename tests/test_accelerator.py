@@ -23,7 +23,7 @@ from veneer.data.batching import make_batch
 from veneer.decoding import generate as answers
 from veneer.decoding.generate import generate
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
-from veneer.kernels import attention
+from veneer.kernels import attention, rank
 from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
@@ -327,6 +327,18 @@ def test_a_kernel_is_launched_on_the_device_that_holds_the_weights(monkeypatch):
         nf4.dequantize(packed)
         kernels.product(packed.blocks, torch.randn(1, 64).to("cuda:1"), 64)
         assert current == [1, 1] and torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", torch.float32), ("mps", torch.bfloat16)])
+def test_sums_over_rows_of_the_trained_sides_are_not_rounded_on_cuda(device, expected):
+    u, x = (torch.randn(96, width).bfloat16() for width in (4, 48))
+    with Accelerator(device) as there:
+        found = rank.gradient(u.to(there.device), x.to(there.device), 0.5)
+        assert found.dtype == expected and there.holds(found)
+        found = found.cpu()
+    exact = 0.5 * (u.double().T @ x.double())
+    error = ((found - exact).abs().max() / exact.abs().max()).item()
+    assert error < (1e-6 if expected == torch.float32 else 1e-2)
 
 
 # What is planted is found.

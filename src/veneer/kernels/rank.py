@@ -14,6 +14,8 @@ from torch import Tensor
 from veneer.kernels import calls
 from veneer.kernels.fused import compiled
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 def is_compiled(rank: int, width: int, *tensors: Tensor) -> bool:
     """Whether a kernel computes these: ranks and widths that fill registers, more than an answer's few rows."""
@@ -46,10 +48,10 @@ def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0) -> None:
 
 
 def gradient(u: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """In float32 where it is compiled, else in the inputs' type."""
+    """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the inputs' type."""
     rows, rank = u.shape
     if rows % 2 or not is_compiled(rank, x.shape[1], x, u):
-        found = u.T @ x
+        found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
     pairs = u.view(rows // 2, 2, rank).transpose(1, 2).contiguous()
