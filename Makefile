@@ -2,7 +2,7 @@
 # make test    checks and tests     make check   the checks alone
 # make docs    the pages as a site, in build/site
 # make soak    the loops of tests/soak at their full counts (hours)
-# make bench   benchmarks/run.py
+# make bench   benchmarks/run.py         make gpu     benchmarks/gpu: all that a GPU can show, in 25 minutes
 #
 # PYTHON=python3.12 picks an interpreter, VENV=/some/where another virtual environment, JOBS=4 how many processes test
 # (2 GB of memory each).
@@ -12,7 +12,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs soak bench clean
+.PHONY: demo test check docs soak bench gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/veneer demo
@@ -34,6 +34,9 @@ soak: $(VENV)/.ready-soak
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/run.py
+
+gpu: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/gpu
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info src/veneer/kernels/_native*

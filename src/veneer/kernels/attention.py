@@ -259,6 +259,11 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rule
         return native_attention(q, k, v, layout, rules)
     if q.is_cuda and declined(q, k, v, layout, rules) is None:
         return flash_attention(q, k, v, layout, rules)
+    return plain_attention(q, k, v, layout, rules)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+    """The same by batched products, whatever else would be taken."""
     apply: Any = _PackedAttention.apply
     return apply(q, k, v, rules.sinks, layout, _Scores(rules))
 

@@ -1,0 +1,384 @@
+"""What is run on a GPU, in this order: what is cheap and what everything else rests on first.
+
+Each item gives a JSON value. It is run in a process of its own (__main__.py), so a fault, a hang or memory that is gone
+ends one item. Sizes are those of an 8 B model on a GPU of 80 GB, or tiny ones on the CPU: `Place`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from steps import Shape, Training, attention_case, random_model
+
+from veneer import api
+from veneer.adapters.config import LoRA
+from veneer.kernels import attention, flash, nf4_reference
+from veneer.kernels import nf4 as kernels
+from veneer.kernels.layout import Group
+from veneer.kernels.rules import Rules
+from veneer.quant import nf4
+from veneer.train.config import DataConfig, RunConfig
+from veneer.train.screen import QuietScreen
+
+
+@dataclass(frozen=True)
+class Place:
+    """device, and the sizes that fit it. peak: dense bf16 FLOP a second that its maker names; None: unknown."""
+
+    device: torch.device
+    model: Shape
+    rows: int
+    length: int
+    long: int
+    repeats: int
+    peak: float | None
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """The median of as many calls as repeats, after one."""
+        found = []
+        for _ in range(self.repeats + 1):
+            self.wait()
+            start = time.perf_counter()
+            call()
+            self.wait()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found[1:])
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Of the allocator, above what was there before."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        call()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+EIGHT_BILLION = Shape(128_256, 4096, 14_336, 32, 32, 8)
+TINY = Shape(256, 64, 96, 2, 4, 2)
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "5090": 210e12}
+
+
+def place(*, trial: bool) -> Place:
+    if trial:
+        return Place(torch.device("cpu"), TINY, 2, 24, 48, 1, None)
+    name = torch.cuda.get_device_name()
+    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    return Place(torch.device("cuda"), EIGHT_BILLION, 8, 1024, 16_384, 5, peak)
+
+
+def versions(at: Place) -> dict[str, Any]:
+    cuda = at.device.type == "cuda"
+    return {
+        **{name: version(name) for name in ("veneer", "torch", "transformers")},
+        "triton": version("triton") if importlib.util.find_spec("triton") else None,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(at.device) if cuda else None,
+        "capability": list(torch.cuda.get_device_capability(at.device)) if cuda else None,
+        "memory_bytes": torch.cuda.get_device_properties(at.device).total_memory if cuda else None,
+    }
+
+
+def product_roof(at: Place) -> dict[str, Any]:
+    """TFLOP/s of x (rows, hidden) times the widths of the model."""
+    shape, rows, found = at.model, at.rows * at.length, {}
+    x = torch.randn(rows, shape.hidden, device=at.device).bfloat16()
+    for width in (shape.hidden, shape.hidden // shape.heads * shape.kv_heads, shape.feed_forward):
+        w = torch.randn(width, shape.hidden, device=at.device).bfloat16()
+        seconds = at.seconds(lambda w=w: torch.nn.functional.linear(x, w))
+        found[f"{rows} x {shape.hidden} x {width}"] = 2 * rows * shape.hidden * width / seconds / 1e12
+    return {"teraflops": found, "named_teraflops": at.peak and at.peak / 1e12}
+
+
+def copy_bandwidth(at: Place) -> dict[str, Any]:
+    """GB/s read and written by a copy on the device, and from pinned host memory."""
+    count = 2**28 if at.device.type == "cuda" else 2**16
+    a = torch.empty(count, dtype=torch.uint8, device=at.device)
+    b = torch.empty_like(a)
+    found = {"on the device": 2 * count / at.seconds(lambda: b.copy_(a)) / 1e9}
+    if at.device.type == "cuda":
+        host = torch.empty(count, dtype=torch.uint8, pin_memory=True)
+        found["from pinned memory"] = count / at.seconds(lambda: a.copy_(host, non_blocking=True)) / 1e9
+        found["to pinned memory"] = count / at.seconds(lambda: host.copy_(a, non_blocking=True)) / 1e9
+    return found
+
+
+def decoded_bits(at: Place) -> dict[str, Any]:
+    """Values of NF4 that are decoded to other bits there than by plain torch on the CPU. Raises where there are any."""
+    found, shape = {}, (96, 160)
+    for double in (False, True):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            weight = nf4.quantize(torch.randn(shape).to(dtype), double=double)
+            own = weight.blocks
+            scales, count = own.float_scales(), shape[0] * shape[1]
+            plain = nf4_reference.dequantize(
+                own.packed, scales, own.table, own.block, start=0, count=count, dtype=dtype
+            )
+            there = torch.empty(shape, dtype=dtype, device=at.device)
+            kernels.dequantize(moved(weight, at.device).blocks, there)
+            differ = int((there.cpu().flatten() != plain).sum())
+            found[f"{str(dtype).removeprefix('torch.')}, double {double}"] = differ
+    assert not any(found.values()), found
+    return {"values_that_differ": found, "triton": kernels._triton() is not None}
+
+
+def moved(weight: nf4.Packed, device: torch.device) -> nf4.Packed:
+    return weight.holding({name: tensor.to(device) for name, tensor in weight.tensors.items()})
+
+
+def same_as_the_cpu(at: Place) -> dict[str, Any]:
+    """A tiny model's first steps in float32, there and on the CPU: losses and trained values."""
+    found: dict[str, Any] = {}
+    ends = []
+    for device in (torch.device("cpu"), at.device):
+        training = Training(random_model(TINY, torch.float32, torch.device("cpu")).to(device), rows=4, length=40)
+        found[device.type] = [training.step() for _ in range(3)]
+        ends.append(training.values())
+    worst = float((ends[0] - ends[1]).abs().max() / ends[0].abs().max())
+    assert worst < 1e-3, worst
+    return {"losses": found, "values_apart_relative": worst}
+
+
+def resume_bits(at: Place) -> dict[str, Any]:
+    """A run of four steps, the same again, and one that goes on from its second step: bits of the adapter."""
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        base, rows = Path(scratch) / "base", Path(scratch) / "rows.jsonl"
+        random_model(TINY, torch.float32, torch.device("cpu")).save_pretrained(base)
+        write_tokenizer(base)
+        rows.write_text("".join(f'{{"text": "river {n} runs to the sea"}}\n' for n in range(16)))
+        for dtype in ("float32", "bfloat16"):
+            outs = [Path(scratch) / f"{dtype}-{name}" for name in ("once", "again", "resumed")]
+            config = RunConfig(
+                base=str(base),
+                out=str(outs[0]),
+                method=LoRA(rank=4, dropout=0.1),
+                data=DataConfig(train=str(rows), validation_share=0.0),
+                steps=4,
+                save_every=2,
+                keep=9,
+                batch=4,
+                dtype=dtype,
+                device=str(at.device),
+                show_answers=False,
+            )
+            for out in outs[:2]:
+                api.train_run(config.model_copy(update={"out": str(out)}), resume=False, screen=QuietScreen())
+            shutil.copytree(outs[0], outs[2])
+            for name in ("checkpoints/000004", "adapter"):
+                shutil.rmtree(outs[2] / name)
+            (outs[2] / "summary.json").unlink()
+            resumed = api.resume_config(outs[2])
+            api.train_run(resumed, resume=True, screen=QuietScreen())
+            hashes = [digest(out / "adapter" / "adapter_model.safetensors") for out in outs]
+            found[dtype] = {"repeated": hashes[0] == hashes[1], "resumed": hashes[0] == hashes[2]}
+    return found
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters[: TINY.vocabulary])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[0]).save_pretrained(folder)
+
+
+def attention_of(at: Place, prompt: int, lengths: tuple[int, ...], window: int | None = None) -> dict[str, Any]:
+    """Packed attention forward and backward: flash kernels beside the plain path, and both against float32."""
+    group = Group(prompt, lengths, at.device)
+    rules = Rules(at.model.head**-0.5, window)
+    dtype = torch.bfloat16 if at.device.type == "cuda" else torch.float32
+    q, k, v, grad = attention_case(at.model, group.rows, dtype, at.device)
+    exact = run_attention(attention.plain_attention, [t.float() for t in (q, k, v, grad)], group, rules)
+    paths = {"plain": attention.plain_attention}
+    declined = flash.declined(q, k, v, group, rules)
+    if declined is None:
+        paths["flash"] = flash.flash_attention
+    found: dict[str, Any] = {"rows": group.rows, "flash_declined": declined}
+    for name, path in paths.items():
+        ours = run_attention(path, [q, k, v, grad], group, rules)
+        apart = [
+            float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in zip(ours, exact, strict=True)
+        ]
+        found[name] = {
+            "milliseconds": 1000 * at.seconds(lambda path=path: run_attention(path, [q, k, v, grad], group, rules)),
+            "peak_bytes": at.peak_bytes(lambda path=path: run_attention(path, [q, k, v, grad], group, rules)),
+            "apart_from_float32": dict(zip(("out", "dq", "dk", "dv"), apart, strict=True)),
+        }
+        assert max(apart) < 0.05, found
+    return found
+
+
+def largest_apart(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative to the largest value."""
+    return float((found.float() - exact).abs().max() / exact.abs().max().clamp_min(1e-6))
+
+
+def run_attention(path: Any, tensors: list[torch.Tensor], group: Group, rules: Rules) -> list[torch.Tensor]:
+    *inputs, grad = tensors
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    out = path(*leaves, group, rules)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def decode_rate(at: Place) -> dict[str, Any]:
+    """GB/s of packed bytes read and dense ones written, by shape."""
+    found = {}
+    for out, width in ((at.model.hidden, at.model.hidden), (at.model.feed_forward, at.model.hidden)):
+        weight = moved(nf4.quantize(torch.randn(out, width).bfloat16()), at.device)
+        dense = torch.empty(out, width, dtype=torch.bfloat16, device=at.device)
+        blocks = weight.blocks
+        seconds = at.seconds(lambda blocks=blocks, dense=dense: kernels.dequantize(blocks, dense))
+        found[f"{out} x {width}"] = (weight.bytes + dense.nbytes) / seconds / 1e9
+    return {"gigabytes_per_second": found}
+
+
+def training_step(
+    at: Place, *, quantize: bool = False, length: int | None = None, plain: bool = False, chunk: int | None = None
+) -> dict[str, Any]:
+    """Tokens a second of whole steps, LoRA r 16: the loop's own."""
+    long = length is not None
+    model = random_model(at.model, torch.bfloat16, at.device, quantize=quantize)
+    rows, length = (1, length) if length is not None else (at.rows, at.length)
+    with Training.settings(plain_attention=plain, loss_chunk=chunk):
+        training = Training(model, rows=rows, length=length, checkpointing=long)
+        training.step()
+        peak = at.peak_bytes(training.step)
+        held = torch.cuda.memory_allocated(at.device) if at.device.type == "cuda" else None
+        seconds = at.seconds(training.step)
+    flops = training.flops_per_step()
+    return {
+        "rows": rows,
+        "length": length,
+        "tokens_per_second": rows * length / seconds,
+        "milliseconds": 1000 * seconds,
+        "share_of_peak": None if at.peak is None else flops / seconds / at.peak,
+        "peak_bytes": None if peak is None or held is None else peak + held,
+        "planned_peak_bytes": training.planned_bytes(at.device),
+        "checkpointing": long,
+    }
+
+
+def traced_step(at: Place) -> dict[str, Any]:
+    """Where one step's time goes: milliseconds by operation, the first 40."""
+    from torch.profiler import ProfilerActivity, profile
+
+    training = Training(random_model(at.model, torch.bfloat16, at.device), rows=at.rows, length=at.length)
+    training.step()
+    cuda = at.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=kinds) as seen:
+        training.step()
+        at.wait()
+    own = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000) for e in seen.key_averages()]
+    return {"milliseconds": dict(sorted(own, key=lambda each: -each[1])[:40])}
+
+
+def waits_of_a_step(at: Place) -> dict[str, Any]:
+    """How often the host waits in a step, as CUDA's own debug mode counts."""
+    import warnings
+
+    training = Training(random_model(TINY, torch.bfloat16, at.device), rows=2, length=24)
+    training.step()
+    if at.device.type != "cuda":
+        training.step()
+        return {"waits": None}
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            training.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"waits": sum("synchroniz" in str(each.message) for each in told)}
+
+
+def peft_step(at: Place) -> dict[str, Any]:
+    """The same rows and rank by PEFT over transformers' model: no padding, as all rows are equally long."""
+    import peft
+
+    model = random_model(at.model, torch.bfloat16, at.device).requires_grad_(False)
+    own = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, own)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=at.device.type == "cuda")
+    ids = torch.randint(0, at.model.vocabulary, (at.rows, at.length), device=at.device)
+
+    def step() -> None:
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    peak = at.peak_bytes(step)
+    seconds = at.seconds(step)
+    held = torch.cuda.memory_allocated(at.device) if at.device.type == "cuda" else None
+    return {
+        "tokens_per_second": at.rows * at.length / seconds,
+        "peak_bytes": None if peak is None or held is None else peak + held,
+        "versions": {"peft": version("peft")},
+    }
+
+
+@dataclass(frozen=True)
+class Item:
+    """most_seconds: after which it is ended. needs: a package without which it is passed over, said as such."""
+
+    name: str
+    run: Callable[[Place], dict[str, Any]]
+    most_seconds: int = 120
+    needs: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        absent = self.needs is not None and importlib.util.find_spec(self.needs) is None
+        return f"{self.needs} is not installed" if absent else None
+
+
+def items(at: Place) -> list[Item]:
+    """In the order in which they are run."""
+    long, short = at.rows * at.length, at.length // 8
+    documents = (short,) * (64 if at.device.type == "cuda" else 3)
+    return [
+        Item("1.1 versions", versions, 60),
+        Item("1.2 product roof", product_roof),
+        Item("1.3 copy bandwidth", copy_bandwidth, 60),
+        Item("2.1 decoded bits", decoded_bits),
+        Item("2.2 a tiny model as on the CPU", same_as_the_cpu),
+        Item("2.3 bits repeated and resumed", resume_bits),
+        Item("2.4 waits of a step", waits_of_a_step),
+        Item("3.1 attention, one document", lambda at: attention_of(at, 0, (long,))),
+        Item("3.2 attention, rows of the step", lambda at: attention_of(at, 0, (at.length,) * at.rows)),
+        Item("3.3 attention, many behind a prompt", lambda at: attention_of(at, at.length // 2, documents)),
+        Item("3.4 attention, a window", lambda at: attention_of(at, 0, (at.length,) * at.rows, at.length // 4)),
+        Item("3.5 attention, a window and a prompt", lambda at: attention_of(at, short, documents, short // 2 + 1)),
+        Item("4.1 decode rate", decode_rate),
+        Item("5.1 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
+        Item("5.2 lora step", training_step, 180),
+        Item("5.3 lora step, loss in chunks of 2,048", lambda at: training_step(at, chunk=2048), 180),
+        Item("5.4 lora step, traced", traced_step, 180),
+        Item("6.1 qlora step", lambda at: training_step(at, quantize=True), 180),
+        Item("6.2 qlora step, one long row", lambda at: training_step(at, quantize=True, length=at.long), 180),
+        Item("7.1 peft step", peft_step, 180, "peft"),
+    ]

@@ -1,0 +1,69 @@
+"""benchmarks/gpu: refused where there is no GPU; all of it tried at tiny sizes, so that it runs where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_without_a_gpu_it_refuses_and_says_what_to_do(tmp_path):
+    done = run("--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "no CUDA device is here" in done.stderr and "--trial" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu")
+    return run("--trial", "--out", out), out / "trial"
+
+
+def test_every_item_runs_and_its_result_is_written(tried):
+    done, out = tried
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {path.stem: json.loads(path.read_text()) for path in out.glob("[0-9]*.json")}
+    assert len(results) == 20
+    assert not {name: each["error"] for name, each in results.items() if "error" in each}
+    assert results["2.3"]["values"]["float32"] == {"repeated": True, "resumed": True}
+    gathered = json.loads((out / "gpu.json").read_text())["measurements"]
+    assert len(gathered) == 20
+    assert all(each[key] for each in gathered for key in ("what", "machine", "commit", "command", "values"))
+
+
+def test_it_goes_on_where_it_was_cut_off(tried):
+    _, out = tried
+    (out / "1.1.json").unlink()
+    (out / "1.2.json").write_text('{"here": {')
+    failed = json.loads((out / "1.3.json").read_text())
+    (out / "1.3.json").write_text(json.dumps({**failed, "error": "ended after 60 s"}))
+    done = run("--trial", "--out", out.parent)
+    assert done.returncode == 0
+    again = [line.partition(":")[0] for line in done.stdout.splitlines() if "there already" not in line]
+    assert again[:3] == ["1.1 versions", "1.2 product roof", "1.3 copy bandwidth"] and len(again) == 4
+    old = json.loads((out / "1.1.json").read_text())
+    (out / "1.1.json").write_text(json.dumps({**old, "here": {**old["here"], "commit": "another"}}))
+    done = run("--trial", "--out", out.parent, "--only", "1.1")
+    assert "there already" not in done.stdout, "of another commit"
+
+
+def test_nothing_begins_without_time(tmp_path):
+    done = run("--trial", "--out", tmp_path, "--minutes", "0")
+    assert done.returncode == 1 and "the next call goes on here" in done.stdout
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_item_by_itself_writes_its_value_as_one_line():
+    done = run("--trial", "--item", "1.1 versions")
+    assert done.returncode == 0 and json.loads(done.stdout)["gpu"] is None
