@@ -7,6 +7,7 @@ arguments.
 import inspect
 import io
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -490,6 +491,20 @@ def test_data_that_a_run_would_refuse_exits_4_with_every_problem(api, capsys):
     assert "D210 d.jsonl:5" in out
     assert "Take it out." in out
     assert "\x1b" not in out
+
+
+def test_data_check_breaks_its_lines_between_words_on_a_terminal_alone(api, capsys, monkeypatch):
+    problem = Problem("D225", "d.jsonl", "holds what looks like an e-mail address", (5,), "Take it out.", fatal=False)
+    api.checked = checked(problem)
+    monkeypatch.setenv("COLUMNS", "40")
+    main.main(["data", "check", "d.jsonl", "--base", "b"])
+    assert "  D225 d.jsonl:5  holds what looks like an e-mail address\n" in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main.main(["data", "check", "d.jsonl", "--base", "b"])
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 40
+    at = lines.index("  D225 d.jsonl:5  holds what looks like")
+    assert lines[at + 1] == "      an e-mail address"
 
 
 def test_data_check_json_is_the_report(api, capsys):

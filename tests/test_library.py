@@ -452,6 +452,21 @@ def test_screens_hold_in_80_columns_and_name_what_is_unverified(library, sources
         assert max(map(len, screen.splitlines())) <= 80
 
 
+def test_what_is_wider_than_the_screen_stands_below_each_other_setting_by_setting(
+    library, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, train in (("a", "/somewhere/rows.jsonl"), ("b", [{"path": "/somewhere/rows.jsonl", "weight": 0.5}])):
+        recipe = {"data": {"train": train, "format": "auto"}, "out": f"/some/{'deep/' * 12}{name}"}
+        write(tmp_path / name, *adapted(), recipe=recipe)
+    assert adapters(library, "diff", str(tmp_path / "a"), str(tmp_path / "b")) == 0
+    screen = capsys.readouterr().out
+    assert max(map(len, screen.splitlines())) <= 80 or str(tmp_path) in max(screen.splitlines(), key=len)
+    assert "recipe data.train.1.weight\n  A  –\n  B  0.500\n" in screen
+    assert "recipe data.train\n  A  /somewhere/rows.jsonl\n  B  –\n" in screen
+    assert "format" not in screen
+
+
 def test_damage_and_mistakes_have_their_exit_codes(library, sources, capsys):
     adapters(library, "add", str(sources / "a"), "--name", "x")
     assert adapters(library, "show", "y") == 2

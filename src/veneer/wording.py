@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from textwrap import TextWrapper
 
 
 def shown(text: object) -> str:
@@ -43,6 +44,13 @@ def folded(line: str, width: int) -> str:
             lines.append("")
         lines[-1] += (" · " if lines[-1] else "") + fact
     return "\n".join(indent + each for each in lines)
+
+
+def wrapped(line: str, width: int) -> str:
+    """A line broken between words where it is too wide; what follows stands four further in; a wider word stays."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    breaks = TextWrapper(width, indent, indent + "    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(breaks.wrap(line.strip()))
 
 
 class WordWrap:

@@ -89,7 +89,7 @@ def first_words(shown: str) -> list[str]:
 
 def ran(command: list[str], place: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
-        command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800
+        command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.adapters_ls import age, table
 from veneer.cli.common import load_plain_base, make_console, print_json
-from veneer.wording import folded, millions, number, shown, size
+from veneer.wording import folded, millions, number, shown, size, wrapped
 
 if TYPE_CHECKING:
     from veneer.formats.adapter import StoredAdapter
@@ -180,8 +180,9 @@ def _diff(args: argparse.Namespace, library: Library) -> int:
         )
         return 0
     say = make_console(json=False)
-    rows = [(name, _brief(a), _brief(b)) for name, (a, b) in settings.items()]
-    lines = table(("", args.one, args.other), rows, say.width) if rows else ["the settings are equal"]
+    leaves = _differences(*(_leaves({name: pair[side] for name, pair in settings.items()}) for side in (0, 1)))
+    rows = [(name, _brief(a), _brief(b)) for name, (a, b) in leaves.items()]
+    lines = _beside(args.one, args.other, rows, say.width) if rows else ["the settings are equal"]
     lines += ["", _angle_line(found.total)]
     width = max((len(name) for name in found.by_layer), default=0)
     lines += [f"  {name:<{width}}  {_arrow(value)}" for name, value in found.by_layer.items()]
@@ -191,6 +192,30 @@ def _diff(args: argparse.Namespace, library: Library) -> int:
     for line in lines:
         say.print(shown(line), soft_wrap=True)
     return 0
+
+
+def _beside(one: str, other: str, rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
+    """A table; where it is wider than the screen, the two values of a setting below each other."""
+    lines = table(("", one, other), rows, None)
+    if max(map(len, lines)) <= width:
+        return lines
+    blocks = [("", one, other), *rows]
+    return [
+        line
+        for name, a, b in blocks
+        for line in (name, wrapped(f"  A  {a}", width), wrapped(f"  B  {b}", width))
+        if line
+    ]
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings one level below another, and those of lists by number, under one name: `recipe data.train.1.path`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+            value = {str(number): each for number, each in enumerate(value, 1)}
+        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return found
 
 
 def _settings(stored: StoredAdapter) -> dict[str, Any]:

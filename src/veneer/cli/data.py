@@ -33,7 +33,7 @@ from veneer.cli.data_verbs import add_verbs
 from veneer.cli.early import check_base, check_rows
 from veneer.cli.explain import more
 from veneer.errors import InputError
-from veneer.wording import folded, percent, shown
+from veneer.wording import folded, percent, shown, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,8 +112,9 @@ def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any,
         else:
             text.append(piece if coloured else f"«{piece}»", style="bold green")
     marked = "in green" if coloured else "between « and »"
-    console.print(f"{chosen[0].ref}, as the model sees it; trained on: {marked}", soft_wrap=True)
-    console.print(text, soft_wrap=True)
+    head = f"{chosen[0].ref}, as the model sees it; trained on: {marked}"
+    console.print(_fit(console, head), soft_wrap=True)
+    console.print(text, soft_wrap=not console.is_terminal)
     console.print()
 
 
@@ -125,7 +126,7 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
         " and ".join(report.formats) or "no layout",
     ]
     facts.append(f"{problems} problem{'' if problems == 1 else 's'}")
-    console.print(f"{shown(data)}: {' · '.join(facts)}", style="bold", soft_wrap=True)
+    console.print(folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold", soft_wrap=True)
     console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
     rows = [(role or "plain text", n, report.trained_by_role.get(role, 0)) for role, n in report.tokens_by_role.items()]
     for role, tokens, trained in [*rows, ("all", report.tokens, report.trained_tokens)]:
@@ -142,19 +143,27 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
             "lost": "without theirs",
         }
         counts = [f"{report.reasons[kind]:,} {words}" for kind, words in said.items() if report.reasons.get(kind)]
-        console.print(f"  answers: {' · '.join(counts)}", soft_wrap=True)
+        console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)
     most = max((rows for _, rows in report.histogram), default=0)
     for longest, count in report.histogram:
         bar = "█" * max(round(30 * count / most), 1 if count else 0)
         console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip())
+
     for problem in report.problems:
-        console.print(f"  {shown(problem)}", style="red" if problem.fatal else "yellow", soft_wrap=True)
+        console.print(_fit(console, f"  {shown(problem)}"), style="red" if problem.fatal else "yellow", soft_wrap=True)
         if problem.next_step:
-            console.print(f"      {shown(problem.next_step)}", soft_wrap=True)
+            console.print(_fit(console, f"      {shown(problem.next_step)}"), soft_wrap=True)
     if report.refused:
         console.print("A run would refuse this data.", soft_wrap=True)
     if report.problems:
-        console.print(more(list(dict.fromkeys(problem.code for problem in report.problems))), soft_wrap=True)
+        console.print(
+            _fit(console, more(list(dict.fromkeys(problem.code for problem in report.problems)))), soft_wrap=True
+        )
+
+
+def _fit(console: Console, line: str) -> str:
+    """To a terminal's width; in a file or a pipe a line stays one."""
+    return wrapped(line, console.width) if console.is_terminal else line
 
 
 def _middle_cut(text: str) -> str:
