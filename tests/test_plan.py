@@ -24,7 +24,7 @@ from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan import kept
 from veneer.plan.advise import Job, advise
-from veneer.plan.ask import method_named
+from veneer.plan.ask import Question, answer, method_named
 from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import KERNEL_BYTES, MOST_KERNELS, compiled_kernels, estimate
 from veneer.plan.fit import _largest, _lower_rank, _offload, fits, largest_batch, ways
@@ -32,6 +32,7 @@ from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
 from veneer.plan.table import all_methods, plan_row
 from veneer.report.plan_page import plan_page, verdict
+from veneer.train import working
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
 
@@ -307,6 +308,25 @@ def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):
     found = {kind.__name__: _lower_rank(planner, replace(TINY, method=kind())) for kind in METHODS.values()}
     assert [name for name, change in found.items() if change] == ["LoRA", "DoRA"]
     assert found["DoRA"].choice.method == DoRA(rank=4, alpha=8.0)
+
+
+def test_a_terminal_sees_which_of_several_plans_is_made(tmp_path, capsys, monkeypatch):
+    told = []
+    asked = Question(
+        [str(save_tiny(tmp_path / "base", "llama"))], Choice(method=LoRA(), batch=1, length=16), compare=True
+    )
+    found = answer(asked, lambda done, total: told.append((done, total)))
+    total = len(found.rows) + len(found.faults)
+    assert told == [(done, total) for done in range(total)] and total > 5
+    monkeypatch.setattr(working, "SILENT_SECONDS", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    line = ["plan", "--base", str(tmp_path / "base"), "--batch", "1", "--length", "16"]
+    assert main(line) == 0
+    assert "planning" in capsys.readouterr().err
+    monkeypatch.delenv("FORCE_COLOR")
+    assert main(line) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_plan_is_of_no_longer_rows_than_the_model_has_positions_for(tmp_path, capsys):

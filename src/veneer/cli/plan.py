@@ -107,10 +107,13 @@ def run(args: argparse.Namespace) -> int:
         from veneer.cli.plan_probe import run_probe
 
         return run_probe(args)
-    question = _question(args)
-    from veneer.plan.ask import answer
+    from veneer.train.working import working
 
-    found = answer(question)
+    with working("planning") as tell:
+        question = _question(args)
+        from veneer.plan.ask import answer
+
+        found = answer(question, lambda done, total: tell("planning", done, total))
     if args.json:
         print_json(found.to_dict())
     console = make_console(json=args.json)

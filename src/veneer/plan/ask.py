@@ -6,7 +6,7 @@ was asked for, advice. Nothing is downloaded but a config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,8 +108,11 @@ def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quan
     return method.of_rank(rank), quantize
 
 
-def answer(question: Question) -> Answer:
-    """Raises SourceError for a base that is not found, ConfigError where nothing of the question fits a base."""
+def answer(question: Question, tell: Callable[[int, int], None] = lambda done, total: None) -> Answer:
+    """tell: gets how many of how many plans are made, where it is several.
+
+    Raises SourceError for a base that is not found, ConfigError where nothing of the question fits a base.
+    """
     choice = question.choice
     check_numbers(
         batch=(ROWS, choice.batch),
@@ -137,10 +140,13 @@ def answer(question: Question) -> Answer:
     choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
     machine = _machine(planners[0], choices[0], question)
     memory = question.memory or machine.memory_bytes
-    rows, faults = [], []
+    rows: list[PlanRow] = []
+    faults: list[str] = []
     for planner in planners:
         places = configured_capacity(planner.blueprint.config).positions
         for asked in choices:
+            if (total := len(planners) * len(choices)) > 1:
+                tell(len(rows) + len(faults), total)
             choice = replace(asked, length=min(asked.length, places or asked.length))  # as a run does
             try:
                 rows.append(
