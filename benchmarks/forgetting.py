@@ -4,8 +4,9 @@
     python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 --replies 12   (a trial)
 
 replay   each of four data sets (results.py), LoRA, once as it is and once with a share of general rows: what the base
-         itself answers to everyday requests, written here before training, so that they teach nothing new. The task's
-         own measure on held-out rows, and forgetting: nats per token of general text that no run saw, after - before.
+         itself answers to everyday requests and goes on to write, drawn before training, so that they teach nothing
+         new. The task's own measure on held-out rows, and forgetting: nats per token of general text that no run saw,
+         after - before.
 stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and without: both
          measures after each stage.
 
@@ -22,6 +23,7 @@ from results import TASKS, intent, write_rows
 
 from veneer import api
 from veneer.base import Base
+from veneer.decoding.generate import generate
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
 
@@ -46,12 +48,26 @@ TOPICS = (
 )
 
 
-def replies(base: Base, count: int) -> list[dict[str, str]]:
-    """Rows of general requests, and what the base itself answers, drawn at temperature 0.7 with a seed."""
-    pairs = [request.format(topic) for topic in TOPICS.split("; ") for request in REQUESTS]
-    asked = random.Random(0).sample(pairs, min(count, len(pairs)))
-    told = base.generate(asked, max_new_tokens=96, temperature=0.7, top_p=0.95, seed=0)
-    return [{"prompt": p, "completion": str(a).strip()} for p, a in zip(asked, told, strict=True) if str(a).strip()]
+OPENINGS = ("All about {}:", "{} is", "The history of {} begins", "We talked of {}", "Notes on {}", "A letter on {}")
+
+
+def own_rows(base: Base, count: int) -> dict[str, list[dict[str, str]]]:
+    """What the base says by itself: answers to general requests, and plain text that goes on from an opening.
+
+    Drawn at temperature 1 and from all tokens. What is drawn sharper teaches the base to be surer of itself, and the
+    loss on other people's text rises.
+    """
+    draw = random.Random(0)
+    asked = draw.sample([each.format(topic) for topic in TOPICS.split("; ") for each in REQUESTS], count)
+    opened = draw.sample([each.format(topic) for topic in TOPICS.split("; ") for each in OPENINGS], count)
+    told = base.generate(asked, max_new_tokens=96, temperature=1.0, seed=0)
+    starts = [base.tokenizer(each)["input_ids"] for each in opened]
+    gone_on = generate(base, starts, max_new_tokens=96, temperature=1.0, seed=0)
+    texts = [f"{opening}{base.tokenizer.decode(ids)}" for opening, ids in zip(opened, gone_on, strict=True)]
+    return {
+        "answers": [{"prompt": p, "completion": str(a).strip()} for p, a in zip(asked, told, strict=True) if a.strip()],
+        "texts": [{"text": text} for text in texts],
+    }
 
 
 def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float]:
@@ -95,16 +111,17 @@ def main() -> None:
     p.add_argument("--train", type=int, default=1600)
     p.add_argument("--validation", type=int, default=64)
     p.add_argument("--test", type=int, default=200)
-    p.add_argument("--replies", type=int, default=320)
+    p.add_argument("--replies", type=int, default=240, help="drawn rows of each kind")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "forgetting.json"
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rows = {task: write_rows(task, args, args.out / "rows" / task)[0] for task in args.tasks}
     base = api.load(args.base)
-    own = args.out / "rows" / "replies.jsonl"
-    if not own.is_file():
-        own.write_text("".join(json.dumps(row) + "\n" for row in replies(base, args.replies)), encoding="utf-8")
+    replay = [args.out / "rows" / f"{name}.jsonl" for name in ("answers", "texts")]
+    if not all(each.is_file() for each in replay):
+        for place, drawn in zip(replay, own_rows(base, args.replies).values(), strict=True):
+            place.write_text("".join(json.dumps(row) + "\n" for row in drawn), encoding="utf-8")
 
     def keep(name: str, task: str, run: Path | None) -> None:
         place = f"{name}: {task}"
@@ -124,7 +141,8 @@ def main() -> None:
         keep("base", task, None)
         keep("alone", task, trained(f"{task}-alone", {"train": str(rows[task]), "validation_share": 0.0}, args))
         for share in args.shares:
-            mixed = [{"path": str(rows[task])}, {"path": str(own), "share": share, "name": "replay"}]
+            mixed: list[dict[str, Any]] = [{"path": str(rows[task])}]
+            mixed += [{"path": str(each), "share": share / len(replay), "name": each.stem} for each in replay]
             keep(f"replay {share}", task, trained(f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args))
     if set(STAGES) <= set(args.tasks):
         first, second = STAGES
