@@ -73,7 +73,7 @@ def _rank(rng: random.Random) -> list[Call]:
         (
             calls.rank_gradient,
             {
-                "pairs": filled(BF16, rows // 2, rank, 2),
+                "turned": filled(BF16, rank, rows),
                 "x": x,
                 "out": filled(torch.float32, rank, width),
                 "scale": 2.0,

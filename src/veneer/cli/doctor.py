@@ -119,10 +119,10 @@ def find_facts() -> dict[str, dict[str, Any]]:
 
 def _kernels() -> str:
     """The instructions that the compiled kernels take (kernels/native.py)."""
-    from veneer.kernels.native import has_bf16, level
+    from veneer.kernels.native import has_amx, has_bf16, level
 
     names = {-1: "not compiled, or switched off", 0: "plain C", 2: "AVX2", 3: "AVX-512"}
-    return names[level()] + (" with bf16 products" if has_bf16() else "")
+    return names[level()] + (" with bf16 products" if has_bf16() else "") + (", on tiles (AMX)" if has_amx() else "")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -74,13 +74,13 @@ def rank_up(d: Tensor, pairs: Tensor, y: Tensor, scale: float) -> None:
     call("veneer_rank_up", ctypes.byref(_Rank(*given, made, None, rows, width, rank, scale)))
 
 
-def rank_gradient(pairs: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
-    """out (R, I) float32 = scale * u^T x (M, I); pairs (M / 2, R, 2) of u's rows, M even."""
-    (rows, width), rank = x.shape, pairs.shape[1]
+def rank_gradient(turned: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
+    """out (R, I) float32 = scale * turned (R, M) x (M, I), M even."""
+    (rows, width), rank = x.shape, turned.shape[0]
     _ranked(width, rank)
     if rows == 0 or rows % 2:
         raise CallError(f"{rows} rows where C takes pairs of them")
-    given = at(x, BF16, rows, width), at(pairs, BF16, rows // 2, rank, 2, words=PAIR_BYTES)
+    given = at(x, BF16, rows, width), at(turned, BF16, rank, rows, words=PAIR_BYTES)
     made = at(out, FP32, rank, width)
     call("veneer_rank_gradient", ctypes.byref(_Rank(*given, None, made, rows, width, rank, scale)))
 

@@ -28,8 +28,9 @@ MAX_ISA = "VENEER_MAX_CPU_ISA"
 library. torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all three a processor acts as an
 older one."""
 
-LIMITS = {"plain": 0, "avx2": 2, "avx512": 3}
-"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it."""
+LIMITS = {"plain": 0, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it; avx512_bf16: with
+these, without tiles (AMX)."""
 
 _POINTER, _NUMBER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ONE_STRUCT = (
@@ -47,6 +48,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_limit": (None, [_INT]),
     "veneer_level": (_INT, []),
     "veneer_has_bf16": (_INT, []),
+    "veneer_has_amx": (_INT, []),
     **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
     **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
     "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
@@ -106,7 +108,7 @@ class _Silent:
 
     def __getattr__(self, name: str) -> Any:
         own = getattr(self._loaded, name)
-        return own if name in ("veneer_has_bf16", "veneer_level") else _nothing()
+        return own if name in ("veneer_has_bf16", "veneer_has_amx", "veneer_level") else _nothing()
 
 
 def _nothing() -> Callable[..., None]:
@@ -161,6 +163,12 @@ def has_bf16() -> bool:
     """Whether compiled functions multiply bf16 pairs."""
     found = _library()
     return found is not None and found.multiplies_bf16  # asked thousands of times a step: C was asked once
+
+
+def has_amx() -> bool:
+    """Whether bf16 products that have enough rows are made of AMX tiles."""
+    found = library()
+    return found is not None and bool(found.veneer_has_amx())
 
 
 def _openmp() -> tuple[int, ...] | None:

@@ -54,6 +54,5 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
         found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    pairs = u.view(rows // 2, 2, rank).transpose(1, 2).contiguous()
-    calls.rank_gradient(pairs, x, out, scale)
+    calls.rank_gradient(u.T.contiguous(), x, out, scale)
     return out

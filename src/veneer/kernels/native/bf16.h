@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "amx.h"
+
 #define VENEER_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define VENEER_INLINE static inline __attribute__((always_inline)) VENEER_BF16
 
@@ -46,9 +48,17 @@ VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_
     default: bf16_tile(1, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);       \
     }
 
-/* C (M, N) [+]= A B, N a multiple of 16. */
+int veneer_has_amx(void);
+
+/* C (M, N) [+]= A B, N a multiple of 16. Either ak is 1, or am is and M a multiple of 16. */
 static inline VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B, int64_t ldb, float *C,
                                      int64_t ldc, int64_t M, int64_t N, int64_t K2, int add) {
+#if defined(VENEER_AMX_COMPILED)
+    if (veneer_has_amx()) {
+        amx_product(A, am, ak, B, ldb, C, ldc, M, N, K2, add);
+        return;
+    }
+#endif
     for (int64_t n = 0; n < N; n += 64) {
         int64_t wide = (N - n) / 16;
         for (int64_t m = 0; m < M; m += 6) {

@@ -1,7 +1,14 @@
 /* Which instructions this processor has: decided when called, never when compiled. */
+#include "amx.h"
 
-/* 4: every one; 3: AVX-512 without bf16 products and byte permutes; 2: AVX2 with FMA; 0: plain C. */
-static int most = 4;
+#if defined(VENEER_AMX_COMPILED)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* 5: every one; 4: no tiles; 3: AVX-512 without bf16 products and byte permutes; 2: AVX2 with FMA; 0: plain C. */
+static int most = 5;
 
 /* Use no more than this level, whatever the processor has (kernels/native.py: MAX_ISA). */
 void veneer_limit(int level) { most = level; }
@@ -33,6 +40,34 @@ int veneer_has_byte_permutes(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     return most >= 4 && __builtin_cpu_supports("avx512vbmi") != 0;
+#else
+    return 0;
+#endif
+}
+
+#if defined(VENEER_AMX_COMPILED)
+/* Whether the processor has tiles and bf16 products of them, the system keeps their registers (bits 17 and 18 of XCR0),
+   and this process may use them: Linux gives the 8 KiB that a thread's tiles take only to those that ask. */
+static int ask_for_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d, low, high;
+    if (!veneer_has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+}
+#endif
+
+/* 1 where bf16 products are made of tiles (AMX). The system is asked once. */
+int veneer_has_amx(void) {
+#if defined(VENEER_AMX_COMPILED)
+    static int found = -1;
+    if (most < 5) return 0;
+    int known = __atomic_load_n(&found, __ATOMIC_RELAXED);
+    if (known < 0) {
+        known = ask_for_tiles();
+        __atomic_store_n(&found, known, __ATOMIC_RELAXED);
+    }
+    return known;
 #else
     return 0;
 #endif

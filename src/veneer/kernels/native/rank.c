@@ -44,10 +44,10 @@ static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
     }
 }
 
-/* grad (R, width) = scale * u^T x; pairs (rows / 2, R) of u's rows, rows even. Items are blocks of columns. */
+/* grad (R, width) = scale * u^T x; pairs (R, rows / 2) of u^T, rows even. Items are blocks of columns. */
 static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
-    enum { DEPTH = 128 }; /* pairs of rows at a time: 32 KiB of x */
+    enum { DEPTH = 32 }; /* pairs of rows at a time: 8 KiB, which stay in the first cache */
     uint32_t packed[DEPTH * COLUMNS];
     for (int64_t block = from; block < to; block++) {
         int64_t c = block * COLUMNS, wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
@@ -61,7 +61,7 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
                     _mm512_storeu_si512(packed + k * COLUMNS + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
                 }
             }
-            bf16_product(a->pairs + pair * a->rank, 1, a->rank, packed, COLUMNS, a->grad + c, a->width, a->rank, wide, depth, pair > 0);
+            bf16_product(a->pairs + pair, a->rows / 2, 1, packed, COLUMNS, a->grad + c, a->width, a->rank, wide, depth, pair > 0);
         }
         if (a->scale != 1.0f)
             for (int64_t r = 0; r < a->rank; r++)
