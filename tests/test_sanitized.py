@@ -17,7 +17,7 @@ from veneer.kernels import native
 SOURCES = Path(native.__file__).parent / "native"
 TESTS = Path(__file__).parent
 FLAGS = (
-    *("-std=gnu11", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC"),
+    *("-std=gnu11", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
 )
 RUN = (
@@ -61,8 +61,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         gcc(*FLAGS, "-c", source, "-o", made)
         return made
 
+    largest_first = sorted(SOURCES.glob("*.c"), key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [*pool.map(compiled, sorted(SOURCES.glob("*.c")))]
+        objects = [*pool.map(compiled, largest_first)]
     gcc(*FLAGS, "-shared", *objects, "-o", built, "-lm")
     return {
         **os.environ,
