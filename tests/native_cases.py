@@ -72,12 +72,7 @@ def _rank(rng: random.Random) -> list[Call]:
         (calls.rank_up, {"d": d, "pairs": pairs(rank // 2, width), "y": y, "scale": 0.5}),
         (
             calls.rank_gradient,
-            {
-                "turned": filled(BF16, rank, rows),
-                "x": x,
-                "out": filled(torch.float32, rank, width),
-                "scale": 2.0,
-            },
+            {"turned": filled(BF16, rank, rows), "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0},
         ),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
