@@ -282,7 +282,14 @@ def test_a_model_card_is_the_hub_s_and_holds_strangers_in_code(tmp_path):
         system=hostile,
         recipe={"out": hostile, "method": {"name": "lora", "rank": 5}},
     )
-    figures = {"rows": 40, "loss": 0.5, "exact_match": 0.25, "data": hostile, "intervals": {"exact_match": [0.1, 0.4]}}
+    figures = {
+        "rows": 40,
+        "loss": 0.5,
+        "exact_match": 0.25,
+        hostile: 0.5,
+        "data": hostile,
+        "intervals": {"exact_match": [0.1, 0.4]},
+    }
     sample = {"prompt": hostile, "expected": hostile, "before": hostile, "answer": hostile}
     text = model_card(manifest, name=hostile, commands=["veneer chat"], figures=figures, sample=sample)
     _, head, body = text.split("---\n", 2)
@@ -310,3 +317,43 @@ def test_the_card_names_the_licence_of_a_named_default():
     )
     text = model_card(manifest, name="a", commands=["x"], licence=licence_of("smollm2-135m"))
     assert "\nlicense: apache-2.0\n" in text and text.endswith("The base's: `apache-2.0`.\n")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "---\nlicense: mit\ndate: 2024-13-45\n---\n",
+        "---\n" + "[" * 5000 + "\n---\n",
+        "---\nlicense: &a mit\nother: *a\n---\n",
+        "---\n[license]: mit\n---",
+        "---\n- license\n---",
+        "---" + "\n" * 900_000,
+        "license: mit",
+    ],
+)
+def test_a_stranger_s_card_without_a_head_that_can_be_read_names_no_licence(head, tmp_path):
+    (tmp_path / "README.md").write_text(head)
+    assert licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n" + head)
+    assert licence_of(str(tmp_path)) == "mit"
+
+
+@pytest.mark.parametrize("base", ["a" * 5000, "a\0b", "", "nowhere"])
+def test_a_base_that_is_no_folder_names_no_licence(base):
+    assert licence_of(base) is None
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"rows": "x"},
+        {"rows": [1]},
+        {"rows": None},
+        {"loss": 10**400},
+        {"loss": 1.0, "intervals": {"loss": [10**400, 1]}},
+    ],
+)
+def test_figures_that_are_none_are_refused(figures):
+    manifest = Manifest(veneer_version="1", method="lora", base=BaseIdentity(name="a", fingerprint={}))
+    with pytest.raises(CorruptFileError, match="not figures that veneer evaluate"):
+        model_card(manifest, name="a", commands=[], figures=figures)

@@ -66,19 +66,25 @@ def read_model_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
     """The mapping in a YAML file, a run's settings for instance. Raises SourceError."""
-    import yaml
-
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
-        if len(text) > max_bytes:
-            raise SourceError(f"{path} holds more than {max_bytes:,} bytes of YAML, the limit")
+    except OSError as fault:
+        raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
+    return parse_yaml(text, path, max_bytes=max_bytes)
+
+
+def parse_yaml(text: bytes, path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
+    """The mapping that `text` holds; `path` only names it in errors. Raises SourceError."""
+    import yaml
+
+    if len(text) > max_bytes:
+        raise SourceError(f"{path} holds more than {max_bytes:,} bytes of YAML, the limit")
+    try:
         decoded = text.decode("utf-8")
         if told := yaml_fault(decoded):
             raise SourceError(f"{path}{told}")
         value = yaml.safe_load(decoded)
-    except OSError as fault:
-        raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
     except RecursionError:
         raise SourceError(f"{path} {TOO_DEEP}") from None
     except (ValueError, yaml.YAMLError) as fault:  # a ValueError: not UTF-8, or a date that is none

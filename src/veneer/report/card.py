@@ -6,6 +6,7 @@ markup nor a field. Not known here: where the card goes (library/transfer.py, cl
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import yaml
 
 from veneer.bases.named import HUB_ID, NAMED
 from veneer.bases.sources import gguf_file
-from veneer.errors import CorruptFileError, VeneerError
-from veneer.files.strict_json import MAX_JSON_BYTES, read_json
+from veneer.errors import CorruptFileError, SourceError, VeneerError
+from veneer.files.strict_json import MAX_YAML_BYTES, parse_yaml, read_json
 from veneer.formats.adapter import read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME, Manifest, read_manifest
 from veneer.report.page import recipe_rows
@@ -24,6 +25,8 @@ from veneer.wording import cut, number, shown
 WHOLE = "gguf"
 MOST_CHARACTERS = 2000
 """Of a sample's text."""
+_PLAIN = re.compile(r"[a-zA-Z() ]+")
+"""What needs no code around it."""
 _NOT_FIGURES = ("perplexity", "tokens", "rows", "cut_answers")
 
 
@@ -89,11 +92,11 @@ def _figures(manifest: Manifest, figures: Mapping[str, Any] | None) -> str:
             if isinstance(value, int | float) and name not in _NOT_FIGURES:
                 low, high = intervals.get(name) or (None, None)
                 rows.append((name, number(value), "–" if low is None else f"{number(low)} to {number(high)}"))
-    except (AttributeError, TypeError, ValueError):
+        over = f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n" if "rows" in figures else ""
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise CorruptFileError(
             "these are not figures that veneer evaluate --json wrote", next_step="Write them anew."
         ) from None
-    over = f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n" if "rows" in figures else ""
     return title + _table(("figure", "value", "95% interval"), rows) + over
 
 
@@ -187,14 +190,23 @@ def licence_of(base: str) -> str | None:
         from veneer.bases.gguf import read_header
 
         found = read_header(file).licence
-    elif (card := Path(base) / CARD_NAME).is_file() and card.stat().st_size <= MAX_JSON_BYTES:
-        head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        try:
-            fields = yaml.safe_load(head[1]) if head else None
-        except yaml.YAMLError:
-            fields = None
-        found = fields.get("license") if isinstance(fields, dict) else None
+    else:
+        found = _head(Path(base) / CARD_NAME).get("license")
     return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,60}", found) else None
+
+
+def _head(card: Path) -> dict[str, Any]:
+    """The YAML at the head of a model card; {}: there is none, or none that can be read."""
+    try:
+        if not card.is_file():
+            return {}
+        with card.open("rb") as file:
+            lines = file.read(MAX_YAML_BYTES).split(b"\n")
+        if lines[0].rstrip() != b"---":
+            return {}
+        return parse_yaml(b"\n".join(takewhile(lambda line: not line.startswith(b"---"), lines[1:])), card)
+    except (OSError, ValueError, SourceError):  # a name that is none, too
+        return {}
 
 
 def _code(text: object) -> str:
@@ -211,7 +223,7 @@ def _block(text: str, language: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join([row[0] if head[0] != "setting" else _code(row[0]), *map(_cell, row[1:])]) for row in rows]
+    lines = [" | ".join([row[0] if _PLAIN.fullmatch(row[0]) else _cell(row[0]), *map(_cell, row[1:])]) for row in rows]
     return "\n".join([" | ".join(head), " | ".join("---" for _ in head), *lines]) + "\n"
 
 
