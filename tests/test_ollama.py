@@ -125,3 +125,20 @@ def test_a_template_or_a_system_turn_without_words_there_is_refused(source, prea
     with pytest.raises(RefusedError) as fault:
         made(source, preamble)
     assert re.search(said, str(fault.value))
+
+
+@pytest.mark.parametrize("text", ['"\nFROM /etc/b', 'a"b', "a\nSYSTEM b", "a\u200bb"])
+def test_a_token_that_would_end_its_line_is_refused(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]})
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(text)]
+    with pytest.raises(RefusedError, match="a token that ends answers cannot stand"):
+        modelfile(tokenizer, NONE, model="m.gguf", stops=stops, positions=512, made_of="a")
+
+
+def test_what_ends_answers_is_said_as_text():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    stops = [tokenizer.eos_token_id, *tokenizer(" ")["input_ids"], len(tokenizer) + 5]
+    text, _ = modelfile(tokenizer, NONE, model="m.gguf", stops=stops, positions=512, made_of="a")
+    assert [value for name, value in read_modelfile(text) if name == "stop"] == [tokenizer.eos_token, " "]

@@ -6,6 +6,7 @@ system turn, as our own commands do with an adapter's.
 Source: ollama, parser/parser.go, template/template.go, server/prompt.go.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ def modelfile(
     stops      ids of the tokens that end an answer
     positions  that the model has; None: not known
     made_of    what stands in its first line
-    RefusedError: the template cannot be said in Ollama's language, or the system turn not in a Modelfile.
+    RefusedError: the template cannot be said in Ollama's language, or the system turn or what stops not in a Modelfile.
     """
     template = ChatTemplate(tokenizer, variables=preamble.variables)
     turns, notes = turns_of(template)
@@ -46,8 +47,7 @@ def modelfile(
         if "system" not in turns.around:
             raise RefusedError("the adapter has a system turn, and the base's template takes none", [], INSTEAD)
         lines.append(f'SYSTEM """{_plain(preamble.system)}"""')
-    texts = [str(tokenizer.convert_ids_to_tokens(number)) for number in stops]
-    lines += [f'PARAMETER stop "{text}"' for text in texts]
+    lines += [f'PARAMETER stop "{text}"' for text in _ends(tokenizer, stops)]
     lines.append(f"PARAMETER num_ctx {min(positions or MOST_CONTEXT, MOST_CONTEXT)}")
     lines.append("PARAMETER temperature 0")
     return "\n".join(lines) + "\n", notes
@@ -94,6 +94,14 @@ def _plain(text: str) -> str:
     if faults:
         raise RefusedError("the adapter's system turn cannot stand in a Modelfile", faults, INSTEAD)
     return text
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[str]:
+    """Texts of these tokens. RefusedError: one would end its line, which others then go on from."""
+    texts = [str(tokenizer.decode([number])) for number in stops]
+    if faults := [shown(repr(text)) for text in texts if re.search(r'["\r\n]', text) or unkept(text)]:
+        raise RefusedError("a token that ends answers cannot stand in a Modelfile", faults, INSTEAD)
+    return [text for text in texts if text]
 
 
 def _without_begin(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
