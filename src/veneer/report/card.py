@@ -6,7 +6,6 @@ markup nor a field. Not known here: where the card goes (library/transfer.py, cl
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,8 @@ def _head(card: Path) -> dict[str, Any]:
             lines = file.read(MAX_YAML_BYTES).split(b"\n")
         if lines[0].rstrip() != b"---":
             return {}
-        return parse_yaml(b"\n".join(takewhile(lambda line: not line.startswith(b"---"), lines[1:])), card)
+        end = next((number for number, line in enumerate(lines[1:], 1) if line.startswith(b"---")), len(lines))
+        return parse_yaml(b"\n".join(lines[1:end]), card)
     except (OSError, ValueError, SourceError):  # a name that is none, too
         return {}
 
