@@ -1,6 +1,7 @@
 """What the page reads of the library and of runs, asked without a browser."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -146,6 +147,29 @@ def test_the_step_of_a_run_is_told_behind_an_evaluation_with_long_answers(server
     write(places, "wordy", [START, step(1), step(2), long, {"kind": "end", "reason": "done", "step": 2}])
     (card,) = [run for run in get(server, "/v1/runs")["data"] if run["name"] == "wordy"]
     assert (card["step"], card["loss"], card["reason"], card["error"]) == (2, 1.0, "done", None)
+
+
+def test_records_of_other_hands_are_told_as_far_as_json_goes(server, places):
+    odd = '{"kind": "step", "step": 1, "loss": NaN, "tokens": 1e999, "reason": "\\ud83d", "seconds": 1}\n'
+    begins = '{"kind": "start", "base": "a\\ud83d", "method": [Infinity], "steps": null}\n'
+    write(places, "odd", [begins, odd])
+    write(places, "deep", [START, '{"kind": "step", "step": 1, "loss": ' + "[" * 600 + "]" * 600 + "}\n"])
+    name = os.fsdecode(b"odd \xff")
+    write(places, name, [START, step(1)])
+    cards = {run["name"]: run for run in get(server, "/v1/runs")["data"]}
+    assert (cards["odd"]["base"], cards["odd"]["method"], cards["odd"]["loss"]) == ("a\ufffd", [None], None)
+    assert cards["odd \ufffd"]["step"] == 1
+    assert "nested deeper" in cards["deep"]["error"]
+    assert get(server, "/v1/runs/odd")["records"][1] == {
+        "kind": "step",
+        "step": 1,
+        "loss": None,
+        "tokens": None,
+        "seconds": 1,
+        "reason": "\ufffd",
+    }
+    get(server, "/v1/runs/deep", 422)
+    shutil.rmtree(places / "runs" / name)
 
 
 def test_a_folder_of_runs_that_is_gone_is_told_by_its_name(tmp_path):

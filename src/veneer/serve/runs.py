@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.files.strict_json import legible
 from veneer.files.system_errors import explained
 from veneer.serve.refusals import Refusal
 from veneer.train.records import Record, records_after
@@ -42,7 +43,7 @@ class Runs:
             raise Refusal(404, f"There is no run `{name[:80]}`.", "name", "run_not_found")
         file = folder / RECORDS
         found, start, next_byte = records_after(file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}")
-        told = [{key: each[key] for key in TOLD if key in each} for each in found]
+        told = [{key: legible(each[key]) for key in TOLD if key in each} for each in found]
         card = self._card(folder)
         more = card.get("bytes", 0) - start > PART_BYTES
         return {**card, "records": told, "start": start, "next": next_byte, "more": more}
@@ -60,6 +61,11 @@ class Runs:
         return [folder for _, folder in sorted(there, reverse=True)]
 
     def _card(self, folder: Path) -> dict[str, Any]:
+        """Legible: whatever its records and its name say, JSON can."""
+        card: dict[str, Any] = legible(self._facts(folder))
+        return card
+
+    def _facts(self, folder: Path) -> dict[str, Any]:
         file = folder / RECORDS
         about: dict[str, Any] = {"name": folder.name}
         try:

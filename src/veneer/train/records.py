@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from veneer.errors import CorruptFileError
 from veneer.files.atomic import atomic_file
+from veneer.files.nesting import TOO_DEEP, text_too_deep
 from veneer.files.strict_json import json_text
 from veneer.files.system_errors import explained
 
@@ -154,8 +155,10 @@ def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
     records, faults = [], []
     for number, line in enumerate(lines, 1):
         try:
+            if text_too_deep(line):
+                raise ValueError(TOO_DEEP)
             record = json.loads(line)
-        except (ValueError, RecursionError) as fault:
+        except ValueError as fault:
             faults.append(f"{path}:{number} {fault}")
             continue
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
