@@ -22,6 +22,7 @@ import veneer
 from tests.helpers import ended_before_step
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.cli import main
+from veneer.data import places
 from veneer.data.batching import plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity
@@ -263,6 +264,23 @@ def test_data_sets_of_the_hub_are_plain_parquet_brought_once(hub: Hub, tmp_path:
     with pytest.raises(DataError, match="has no validation") as caught:
         scan_rows("org/qa:validation")
     assert "default/test, default/train, hard/train" in str(caught.value)
+
+
+def test_files_beside_a_data_set_s_parts_are_none_of_it(hub: Hub) -> None:
+    root = "datasets/org/qa@refs/convert/parquet"
+    for name in ("odd.parquet", "default/odd.parquet"):
+        hub.pipe(f"{root}/{name}", as_parquet([{"question": "no", "answer": "no"}]))
+    assert prompts("org/qa", columns=QA) == ["x", "v"]
+
+
+def test_files_that_are_too_many_are_counted_before_one_is_brought(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "MOST_FILES", 1)
+    for name in ("org/qa", "hf://datasets/org/qa@refs/convert/parquet/default/train/*.parquet"):
+        with pytest.raises(DataError, match="2 files, 1 are read"):
+            scan_rows(name)
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
 
 
 def test_a_data_set_that_is_not_reached_is_an_error_with_what_to_do(hub: Hub) -> None:

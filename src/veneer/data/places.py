@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from veneer.errors import DataError
 from veneer.files.addresses import file_system
@@ -30,6 +30,7 @@ KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
 MOST_FILES = 100_000
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(/[\w.-]+)?)?")
+_T = TypeVar("_T")
 _CONVERTED = "@refs/convert/parquet"
 """The branch on which the hub keeps every data set as plain Parquet."""
 
@@ -130,7 +131,7 @@ def _here(named: str, path: Path) -> list[Place]:
     return [Place(named, path)]
 
 
-def _some(places: list[Place], named: str) -> list[Place]:
+def _some(places: list[_T], named: str) -> list[_T]:
     if not places:
         raise DataError(
             f"{named}: no file of rows is there", next_step=f"Kinds of file: {', '.join(KINDS)}, .gz, .zst."
@@ -148,7 +149,10 @@ def _of_the_hub(named: str) -> list[Place]:
     found = _listed(fs, f"{root}/**/*.parquet", named)
     parts: dict[tuple[str, str], list[str]] = {}
     for file in found:
-        config, split, *_ = file.removeprefix(root).strip("/").split("/")
+        config, _, within = file.removeprefix(root).strip("/").partition("/")
+        split, below, _ = within.partition("/")
+        if not below:  # no part of it: beside them
+            continue
         parts.setdefault((config, split.removeprefix("partial-")), []).append(file)
     configs = sorted({config for config, _ in parts})
     config, _, split = part.rpartition("/")
@@ -161,7 +165,7 @@ def _of_the_hub(named: str) -> list[Place]:
             [f"there is: {there}"],
             f"Name one: {name}:{'/'.join(sorted(parts)[0]) if parts else 'SPLIT'}.",
         )
-    return [Place(f"hf://{file}", _brought(fs, file, f"hf://{file}")) for file in sorted(chosen)]
+    return [Place(f"hf://{file}", _brought(fs, file, f"hf://{file}")) for file in _some(sorted(chosen), named)]
 
 
 def _elsewhere(named: str) -> list[Place]:
@@ -175,9 +179,9 @@ def _elsewhere(named: str) -> list[Place]:
         return _of_the_hub(root.removeprefix("datasets/"))
     else:
         found = _listed(fs, f"{root.rstrip('/')}/**", named)
-    files = [file for file in found if kind_of(file)]
+    files = _some([file for file in found if kind_of(file)], named)
     names = [file if "://" in file else f"{scheme}://{file}" for file in files]
-    return _some([Place(name, _brought(fs, file, name)) for name, file in zip(names, files, strict=True)], named)
+    return [Place(name, _brought(fs, file, name)) for name, file in zip(names, files, strict=True)]
 
 
 def _listed(fs: Any, pattern: str, named: str) -> list[str]:
