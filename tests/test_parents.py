@@ -14,7 +14,7 @@ from tests.helpers import ended_before_step, fill
 from tests.tiny import save_tiny
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.cli import main
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, RefusedError, VeneerError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
@@ -206,3 +206,12 @@ def test_the_command_takes_the_base_from_the_adapter(world: Path, tmp_path: Path
     command = ["train", "--from", str(parent), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "run")]
     assert main.main([*command, "--steps", "1", "--quiet"]) == 0
     assert main.main(["train", "--from", str(tmp_path / "none"), *command[3:]]) == 2
+
+
+@pytest.mark.parametrize("name", ["prefix", "bottleneck", "dora"])
+def test_a_sum_that_a_run_refuses_is_not_planned(world: Path, tmp_path: Path, name: str) -> None:
+    parent = made(world, tmp_path / "parent", METHODS[name])
+    asked = run_of(world, tmp_path / "out", from_adapter=[{"adapter": str(parent), "weight": 0.5}])
+    for begins in (lambda: going_on(asked), lambda: begin_adapter(load_base(asked.base), asked, [], resumes=False)):
+        with pytest.raises(RefusedError, match=f"of method {name}: it"):
+            begins()

@@ -6,6 +6,7 @@ Not known here: what is done with the updates (combine.py, extract.py, export.py
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -71,8 +72,8 @@ def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
     return found
 
 
-def place(stored: StoredAdapter, model: nn.Module) -> Placed:
-    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
+def refuse_no_update(stored: StoredAdapter) -> None:
+    """RefusedError for an adapter that is no sum of updates of weights; by its settings, before a base is read."""
     if not stored.config.folds:
         raise RefusedError(
             f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
@@ -83,6 +84,21 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
             f"{stored.folder} brings {len(stored.tokens.ids):,} tokens, whose rows are no update",
             next_step="Use it beside its base (--adapter), or merge it: veneer merge.",
         )
+    if not stored.config.two_factors:
+        raise _no_factors(stored.folder, stored.config.name, [])
+
+
+def _no_factors(folder: Path, method: str, odd: Sequence[str]) -> RefusedError:
+    return RefusedError(
+        f"{folder} is of method {method}: its update is no product of two factors",
+        [f"beside A and B it trains {', '.join(odd)}"] if odd else [],
+        "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the difference.",
+    )
+
+
+def place(stored: StoredAdapter, model: nn.Module) -> Placed:
+    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
+    refuse_no_update(stored)
     found = fitted(stored, model)
     settings = found.settings
     assert settings is not None
@@ -98,11 +114,7 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
             values[name] = tensor
     odd = sorted({part for parts in factors.values() for part in parts} - {"A", "B"})
     if odd or not settings.two_factors:
-        raise RefusedError(
-            f"{stored.folder} is of method {settings.name}: its update is no product of two factors",
-            [f"beside A and B it trains {', '.join(odd)}"] if odd else [],
-            "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the difference.",
-        )
+        raise _no_factors(stored.folder, settings.name, odd)
     assert isinstance(settings, LowRank)
     for where, parts in factors.items():
         updates[where] = Update(parts["A"].double(), parts["B"].double() * found.scaling[where])
