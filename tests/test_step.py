@@ -331,6 +331,14 @@ def test_no_cache_is_filled_where_nobody_reads_one(monkeypatch):
     record_keys(model.model, torch.arange(5))
 
 
+def test_a_text_is_continued_alone_as_the_model_reads_it():
+    model, text = tiny_model("llama"), [*range(3, 43)]
+    prepare(model)
+    (found,) = continued(model, [text[:20]], [text[20:]], Limits())
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(torch.tensor([text])).logits[0, 19:], rtol=1e-4, atol=1e-4)
+
+
 def test_evaluation_computes_a_prompt_that_rows_share_once(monkeypatch):
     model, asked = tiny_model("llama"), []
     for module in (step_module, likelihood):
