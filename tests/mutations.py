@@ -43,7 +43,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/layout.py": ("test_kernels.py", "test_step.py"),
     "kernels/lora.py": ("test_kernels.py",),
     "kernels/dora.py": ("test_dora.py",),
-    "kernels/loss.py": ("test_kernels.py", "test_fused.py", "test_step.py"),
+    "kernels/loss.py": ("test_kernels.py", "test_fused.py", "test_roads.py", "test_step.py"),
     "kernels/dropout.py": ("test_kernels.py", "test_native.py"),
     "kernels/rank.py": ("test_rank.py",),
     "kernels/segments.py": ("test_segments.py",),

@@ -216,6 +216,7 @@ def test_examples_come_back_from_files_as_they_were_written(tmp_path: Path) -> N
     for n in range(5000):
         size = int(generator.integers(1, 20))
         trained = generator.random(size) < 0.3
+        trained[-1] = True
         ids = generator.integers(0, 2**31 - 1, size).astype(np.int32)
         made.append(Example(ids, trained, RowRef(f"f{n % 3}", n), n * 2**40, row=n // 2 if n > 4000 else None))
     writer = ExampleWriter(tmp_path)
@@ -226,6 +227,8 @@ def test_examples_come_back_from_files_as_they_were_written(tmp_path: Path) -> N
     assert plain(found) == plain(made) and len(found) == len(made)
     assert plain(found[-3:]) == plain(made[-3:]) and found.lengths.tolist() == [len(e.ids) for e in made]
     assert plain([found[-1]]) == plain([made[-1]])
+    ours, theirs = Rows.of(found), Rows.of(made)
+    assert [*ours.starts] == [*theirs.starts] and [*ours.lengths] == [*theirs.lengths]
     learnt = [replace(e, trained=np.ones(len(e.ids), dtype=np.bool_)) for e in made]
     assert len(some_of(learnt)) == len(made) and len(some_of(found)) < 2100
     with pytest.raises(IndexError):

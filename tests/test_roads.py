@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from veneer.kernels import decoder_step, few_rows, gguf, native, nf4
-from veneer.kernels.arguments import noting
+from veneer.kernels.arguments import available, noting
 from veneer.kernels.dropout import drop_out
 from veneer.kernels.gguf import FORMATS
+from veneer.kernels.loss import Head, frozen_head_loss
 from veneer.quant.nf4 import quantize
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
@@ -57,6 +58,12 @@ def test_what_is_compiled_is_called(name: str, function: Callable[[], Any]) -> N
 def test_packed_weights_are_decoded_by_what_is_compiled() -> None:
     weight = quantize(one(640))
     assert called(lambda: nf4.dequantize(weight.blocks, torch.empty(640))) == ["veneer_nf4_dequantize"]
+
+
+@pytest.mark.skipif(not available("veneer_entropy"), reason="the compiled loss takes AVX-512")
+def test_the_loss_of_bf16_logits_is_what_is_compiled() -> None:
+    h, head = one(3, 8, dtype=torch.bfloat16).requires_grad_(), Head(one(16, 8, dtype=torch.bfloat16))
+    assert called(lambda: frozen_head_loss(h, torch.arange(3), head, 3.0)) == ["veneer_entropy"]
 
 
 def test_what_is_not_compiled_for_the_type_is_torchs() -> None:
