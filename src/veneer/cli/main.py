@@ -19,7 +19,6 @@ from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
-from veneer.files import remembered
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
 from veneer.vocabulary import CHOICES_ELSEWHERE, KeyPath, nearest
@@ -127,10 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: Any = Result(sys.stdout)
     talk: Any = Talk(sys.stderr)
     sys.stdout, sys.stderr = result, talk
-    if argv is None:  # this process is ours alone
-        remembered.begin()
     try:
-        code = _code(list(sys.argv[1:] if argv is None else argv), result)
+        code = _code(list(sys.argv[1:] if argv is None else argv), result, alone=argv is None)
         with suppress(OSError, ValueError):
             result.flush()
         talk.flush()
@@ -150,9 +147,9 @@ def _told(result: Result) -> int:
     return DoesNotFitError.exit_code
 
 
-def _code(argv: list[str], result: Result) -> int:
+def _code(argv: list[str], result: Result, alone: bool) -> int:
     try:
-        return _run(argv)
+        return _run(argv, alone)
     except VeneerError as error:
         print_error(_with_codes(str(error)))
         return error.exit_code
@@ -194,7 +191,8 @@ def _nowhere() -> TextIO:
     return Path(os.devnull).open("w", encoding="utf-8")
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], alone: bool) -> int:
+    """alone: this process is the command's; nobody else has replaced anything in it."""
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
@@ -223,7 +221,10 @@ def _run(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     command.add_arguments(own)
-    code: int = command.run(own.parse_args(argv[1:]))
+    parsed = own.parse_args(argv[1:])
+    if alone:
+        import_module("veneer.files.remembered").begin()
+    code: int = command.run(parsed)
     return code
 
 
