@@ -72,8 +72,14 @@ def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
     return found
 
 
-def refuse_no_update(stored: StoredAdapter) -> None:
-    """RefusedError for an adapter that is no sum of updates of weights; by its settings, before a base is read."""
+def refuse_no_sum(stored: StoredAdapter) -> None:
+    """RefusedError for an adapter that cannot be added to others; by its settings, before a base is read."""
+    _refuse_no_update(stored)
+    if not stored.config.two_factors:
+        raise _no_factors(stored.folder, stored.config.name, [])
+
+
+def _refuse_no_update(stored: StoredAdapter) -> None:
     if not stored.config.folds:
         raise RefusedError(
             f"{stored.folder} is of method {stored.config.name}: it is no change of weights",
@@ -84,8 +90,6 @@ def refuse_no_update(stored: StoredAdapter) -> None:
             f"{stored.folder} brings {len(stored.tokens.ids):,} tokens, whose rows are no update",
             next_step="Use it beside its base (--adapter), or merge it: veneer merge.",
         )
-    if not stored.config.two_factors:
-        raise _no_factors(stored.folder, stored.config.name, [])
 
 
 def _no_factors(folder: Path, method: str, odd: Sequence[str]) -> RefusedError:
@@ -98,7 +102,7 @@ def _no_factors(folder: Path, method: str, odd: Sequence[str]) -> RefusedError:
 
 def place(stored: StoredAdapter, model: nn.Module) -> Placed:
     """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
-    refuse_no_update(stored)
+    _refuse_no_update(stored)
     found = fitted(stored, model)
     settings = found.settings
     assert settings is not None

@@ -23,7 +23,7 @@ from veneer.data.examples import Example
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
 from veneer.library.library import Library
-from veneer.merge.adapters import refuse_no_update
+from veneer.merge.adapters import refuse_no_sum
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import combine_adapters
 from veneer.models.frozen_base import FrozenBase
@@ -71,7 +71,7 @@ def going_on(config: RunConfig) -> RunConfig:
     own, ranks, asked = stored[0].config, [each.config.update_rank for each in stored], _asked(config)
     if [each.weight for each in config.from_adapter] != [1.0]:  # as _one adds them up
         for each in stored:
-            refuse_no_update(each)
+            refuse_no_sum(each)
         own = own.of_rank(asked.get("rank") or sum(rank or 0 for rank in ranks))
     return with_tokens(config).model_copy(update={"method": _settings(own, asked)})
 
