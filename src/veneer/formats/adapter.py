@@ -44,6 +44,7 @@ from veneer.formats.peft_config import CONFIG_NAME, config_text
 from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
 from veneer.formats.same_base import other_base, other_text
+from veneer.formats.text_names import recorded_within
 from veneer.formats.token_files import (
     KEY,
     TokenFile,
@@ -406,7 +407,7 @@ def _check_scaling(stored: StoredAdapter, scaling: Mapping[str, float]) -> None:
     """The factors the settings give on this base are those it was trained with."""
     if stored.manifest is None:
         return
-    recorded = stored.manifest.scaling
+    recorded = recorded_within(stored.manifest.scaling, scaling)
     faults = [
         f"{path}: {scaling.get(path)} from {CONFIG_NAME}, {recorded.get(path)} while training"
         for path in sorted(scaling.keys() | recorded.keys())

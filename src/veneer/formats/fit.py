@@ -31,6 +31,7 @@ from veneer.formats.peft_tensors import (
     value_name,
     wrappers,
 )
+from veneer.formats.text_names import within_language_model
 from veneer.linear import matrix_shape
 
 
@@ -45,6 +46,7 @@ def fit(
     modules = plain_modules(model)
     own_head = None if head is None else unwrapped(head)
     head_path = next((path for path, module in modules.items() if module is own_head), None)
+    config, tensors = within_language_model(config, tensors, modules)
     config, tensors = fuse_old_experts(config, tensors, modules)
     slots, tensors = _without_idle(_slots(config, tensors, modules, head_path), tensors, modules, read_past)
     trained, faults = _trained(config, modules)
