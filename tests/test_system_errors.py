@@ -98,7 +98,7 @@ def test_another_file_than_the_one_that_is_written_is_named(tmp_path):
     ],
 )
 def test_the_command_line_tells_what_no_place_has_told(monkeypatch, capsys, fault, code, says):
-    def fail(argv):
+    def fail(argv, alone):
         raise fault
 
     monkeypatch.setattr(cli, "_run", fail)
