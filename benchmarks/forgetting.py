@@ -93,8 +93,11 @@ def trained(name: str, data: Any, args: argparse.Namespace, start: Path | None =
         settings = {"base": args.base, "data": data, "out": str(out), "batch": 8, "steps": args.steps}
         more = {"learning_rate": args.rate} if args.rate else {}
         more |= {"from_adapter": [str(start)]} if start else {}
-        config = RunConfig.of({**settings, **more, "method": "lora", "seed": args.seed})
-        api.train_run(config, resume=out.exists(), screen=QuietScreen())
+        begun = (out / "run.yaml").is_file()
+        config = (
+            api.resume_config(out) if begun else RunConfig.of({**settings, **more, "method": "lora", "seed": args.seed})
+        )
+        api.train_run(config, resume=begun, screen=QuietScreen())
     return out
 
 
