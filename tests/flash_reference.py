@@ -4,26 +4,28 @@ from itertools import pairwise
 
 import torch
 
+from veneer.kernels.flash import Aten
 
-class Exact:
-    """kernels/flash.py's Flash, in the inputs' own type."""
 
-    def forward(self, q, k, v, spans, *, causal, scale, before):
+class Exact(Aten):
+    """kernels/flash.py's Aten, in the inputs' own type."""
+
+    def forward(self, q, k, v, spans, scale):
         out, entropy = torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0])
         for queries, keys in sequences(spans):
-            scores = masked(q[queries], k[keys], causal, scale, before)
+            scores = masked(q[queries], k[keys], spans, scale)
             entropy[:, queries] = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - entropy[:, queries, None])
             out[queries] = torch.einsum("hij,jhd->ihd", weights, repeated(v[keys], q))
         return out, entropy, (torch.zeros(2), torch.zeros(0))
 
-    def backward(self, grad, inputs, out, entropy, state, spans, *, causal, scale, before):
+    def backward(self, grad, inputs, out, entropy, state, spans, scale):
         q, k, v = inputs
         assert len(state) == 2
         d_q, d_k, d_v = (torch.zeros_like(each) for each in inputs)
         given = (grad * out).sum(-1).T  # (H, rows): of the whole row, whatever part of it this is
         for queries, keys in sequences(spans):
-            scores = masked(q[queries], k[keys], causal, scale, before)
+            scores = masked(q[queries], k[keys], spans, scale)
             weights = torch.exp(scores - entropy[:, queries, None])
             d_weights = torch.einsum("ihd,jhd->hij", grad[queries], repeated(v[keys], q))
             d_scores = weights * (d_weights - given[:, queries, None]) * scale
@@ -42,15 +44,15 @@ def sequences(spans):
         yield slice(q_start, q_end), slice(k_start, k_end)
 
 
-def masked(q, k, causal, scale, before):
+def masked(q, k, spans, scale):
     """(H, rows, keys), the last row beside the last key."""
     scores = torch.einsum("ihd,jhd->hij", q, repeated(k, q)) * scale
     rows, keys = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0], torch.arange(k.shape[0])[None]
     hidden = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
-    if causal:
+    if spans.causal:
         hidden |= keys > rows
-    if before is not None:
-        hidden |= keys < rows - before
+    if spans.before is not None:
+        hidden |= keys < rows - spans.before
     return scores.masked_fill(hidden, float("-inf"))
 
 

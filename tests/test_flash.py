@@ -81,9 +81,9 @@ class Noting(Exact):
     def __init__(self):
         self.calls = []
 
-    def forward(self, q, k, v, spans, *, causal, scale, before):
-        self.calls.append((q.shape[0], k.shape[0], causal, before))
-        return super().forward(q, k, v, spans, causal=causal, scale=scale, before=before)
+    def forward(self, q, k, v, spans, scale):
+        self.calls.append((q.shape[0], k.shape[0], spans.causal, spans.before))
+        return super().forward(q, k, v, spans, scale)
 
 
 def asked(layout, window):
@@ -102,7 +102,7 @@ def test_a_prompt_is_read_once_for_all_documents_and_of_a_window_only_what_it_re
 
 def test_every_layer_takes_the_same_spans(monkeypatch):
     made, real = [], Spans.of
-    monkeypatch.setattr(Spans, "of", lambda *given: made.append(1) or real(*given))
+    monkeypatch.setattr(Spans, "of", lambda *given, **named: made.append(1) or real(*given, **named))
     group, (tensors, _) = Group(2, (3, 4), CPU), case(2, (3, 4), sinks=False)
     for _ in range(3):
         flash_attention(*tensors[:3], group, Rules(0.3), Exact())
@@ -154,11 +154,11 @@ def test_packed_attention_takes_them_where_they_are_not_declined(monkeypatch):
 def test_torch_has_the_operators_with_the_arguments_that_are_given():
     """Their meta functions take the call: names and order of the arguments, and what comes back."""
     meta = torch.device("meta")
-    spans = Spans(*(torch.empty(3, dtype=torch.int32, device=meta),) * 2, 8, 8)
+    ends = torch.empty(3, dtype=torch.int32, device=meta)
     q, k = (torch.empty(16, heads, 64, dtype=torch.bfloat16, device=meta) for heads in (4, 2))
     for causal, before in ((True, None), (True, 5), (False, None)):
-        rules = {"causal": causal, "scale": 0.3, "before": before}
-        out, entropy, state = flash.ATEN.forward(q, k, k, spans, **rules)
+        spans = Spans(ends, ends, 8, 8, causal, before)
+        out, entropy, state = flash.ATEN.forward(q, k, k, spans, 0.3)
         assert out.shape == q.shape and entropy.shape == (4, 16) and entropy.dtype == torch.float32
-        found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, **rules)
+        found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
         assert [each.shape for each in found] == [q.shape, k.shape, k.shape]

@@ -257,7 +257,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rule
     """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
     if usable(q, k, v, rules):
         return native_attention(q, k, v, layout, rules)
-    if q.is_cuda and declined(q, k, v, layout, rules) is None:
+    if declined(q, k, v, layout, rules) is None:
         return flash_attention(q, k, v, layout, rules)
     return plain_attention(q, k, v, layout, rules)
 

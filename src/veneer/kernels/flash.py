@@ -15,7 +15,7 @@ Shapes: as in kernels/attention.py. S sequences.
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,57 +31,52 @@ MOST_PLACES = 2**31
 
 @dataclass(frozen=True)
 class Spans:
-    """Sequences of queries and of keys, end to end. *_ends: (S + 1) int32, from 0; longest_*: rows."""
+    """Sequences of queries and of keys, end to end. *_ends: (S + 1) int32, from 0; longest_*: rows.
+
+    causal: the last query of a sequence sees its last key. before: keys before its own that a row sees besides; None:
+    all.
+    """
 
     query_ends: Tensor
     key_ends: Tensor
     longest_query: int
     longest_key: int
+    causal: bool
+    before: int | None
 
     @classmethod
-    def of(cls, queries: list[int], keys: list[int], device: torch.device) -> "Spans":
+    def of(
+        cls,
+        queries: list[int],
+        keys: list[int],
+        device: torch.device,
+        *,
+        causal: bool = True,
+        before: int | None = None,
+    ) -> "Spans":
         ends = [list(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
         both = torch.tensor(ends, dtype=torch.int32).to(device)
-        return cls(both[0], both[1], max(queries), max(keys))
+        return cls(both[0], both[1], max(queries), max(keys), causal, before)
 
+    @property
+    def given(self) -> tuple[Tensor, Tensor, int, int, float, bool]:
+        """As both kernels take them: without dropout."""
+        return self.query_ends, self.key_ends, self.longest_query, self.longest_key, 0.0, self.causal
 
-class Flash(Protocol):
-    """The kernels, or what stands in their place. Causal: the last query of a sequence sees its last key; window: keys
-    before its own that a row sees besides."""
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, causal: bool, scale: float, before: int | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Output (rows, H, D), log-sum-exp (H, rows) float32, and what backward wants besides."""
-
-    def backward(
-        self,
-        grad: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        out: Tensor,
-        entropy: Tensor,
-        state: tuple[Tensor, ...],
-        spans: Spans,
-        *,
-        causal: bool,
-        scale: float,
-        before: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v where `out` and `entropy` are those of the whole row."""
+    @property
+    def window(self) -> dict[str, int]:
+        return {} if self.before is None else {"window_size_left": self.before, "window_size_right": 0}
 
 
 class Aten:
-    """aten::_flash_attention_forward and _backward."""
+    """aten::_flash_attention_forward and _backward; tests put an exact function in their place."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, causal: bool, scale: float, before: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        out, entropy, *state, _ = torch.ops.aten._flash_attention_forward(
-            *(q, k, v, spans.query_ends, spans.key_ends, spans.longest_query, spans.longest_key),
-            *(0.0, causal, False),
-            scale=scale,
-            **_window(before),
-        )
+        """Output (rows, H, D), log-sum-exp (H, rows) float32, and what backward wants besides."""
+        found = torch.ops.aten._flash_attention_forward(q, k, v, *spans.given, False, scale=scale, **spans.window)
+        out, entropy, *state, _ = found
         return out, entropy, tuple(state)
 
     def backward(
@@ -92,22 +87,13 @@ class Aten:
         entropy: Tensor,
         state: tuple[Tensor, ...],
         spans: Spans,
-        *,
-        causal: bool,
         scale: float,
-        before: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v where `out` and `entropy` are those of the whole row."""
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            *(grad, *inputs, out, entropy, spans.query_ends, spans.key_ends, spans.longest_query, spans.longest_key),
-            *(0.0, causal, *state),
-            scale=scale,
-            **_window(before),
+            grad, *inputs, out, entropy, *spans.given, *state, scale=scale, **spans.window
         )
         return found
-
-
-def _window(before: int | None) -> dict[str, int]:
-    return {} if before is None else {"window_size_left": before, "window_size_right": 0}
 
 
 ATEN = Aten()
@@ -141,25 +127,24 @@ class _Plan:
     own: Spans
     places: Tensor | None
     prompt: Spans | None
-    before: int | None
 
 
 def _plan(layout: Group, window: int | None, device: torch.device) -> _Plan:
     P, lengths = layout.prompt, list(layout.lengths)
     rows = [P, *lengths] if P else lengths
     if window is None or window >= P + max(lengths):
-        prompt = Spans.of([sum(lengths)], [P], device) if P else None
-        return _Plan(Spans.of(rows, rows, device), None, prompt, None)
+        prompt = Spans.of([sum(lengths)], [P], device, causal=False) if P else None
+        return _Plan(Spans.of(rows, rows, device), None, prompt)
     tail = min(P, window - 1)  # of the prompt, what the first row of a document sees
     if not tail:
-        return _Plan(Spans.of(rows, rows, device), None, None, window - 1)
+        return _Plan(Spans.of(rows, rows, device, before=window - 1), None, None)
     starts = accumulate(lengths, initial=P)
     shared = list(range(P - tail, P))
     places = [*range(P)]
     for start, length in zip(starts, lengths, strict=False):
         places += [*shared, *range(start, start + length)]
     keys = [P, *(tail + length for length in lengths)]
-    return _Plan(Spans.of(rows, keys, device), torch.tensor(places).to(device), None, window - 1)
+    return _Plan(Spans.of(rows, keys, device, before=window - 1), torch.tensor(places).to(device), None)
 
 
 class _Flash(torch.autograd.Function):
@@ -173,7 +158,7 @@ class _Flash(torch.autograd.Function):
         layout: Group,
         scale: float,
         window: int | None,
-        flash: Flash,
+        flash: Aten,
     ) -> Tensor:
         key = "flash", window
         if key not in layout.derived:
@@ -181,12 +166,10 @@ class _Flash(torch.autograd.Function):
         plan: _Plan = layout.derived[key]
         rows, P = layout.rows, layout.prompt
         own_q, own_k, own_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
-        out, entropy, state = flash.forward(own_q, own_k, own_v, plan.own, causal=True, scale=scale, before=plan.before)
+        out, entropy, state = flash.forward(own_q, own_k, own_v, plan.own, scale)
         seen: tuple[Tensor, ...] = ()
         if plan.prompt is not None:
-            shared, over, seen = flash.forward(
-                q[P:rows], k[:P], v[:P], plan.prompt, causal=False, scale=scale, before=None
-            )
+            shared, over, seen = flash.forward(q[P:rows], k[:P], v[:P], plan.prompt, scale)
             both = torch.logaddexp(entropy[:, P:], over)
             out[P:] = _share(out[P:], entropy[:, P:] - both) + _share(shared, over - both)
             entropy[:, P:] = both
@@ -204,24 +187,17 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, entropy, *states = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        flash: Flash = ctx.flash
+        flash: Aten = ctx.flash
         rows, P = ctx.layout.rows, ctx.layout.prompt
         g, scale = grad[:rows].contiguous(), ctx.scale
         state, seen = tuple(states[: ctx.states]), tuple(states[ctx.states :])
         inputs = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
-        d_q, d_k, d_v = flash.backward(
-            g, inputs, out, entropy, state, plan.own, causal=True, scale=scale, before=plan.before
-        )
+        d_q, d_k, d_v = flash.backward(g, inputs, out, entropy, state, plan.own, scale)
         if plan.places is not None:
             d_k, d_v = (_gathered(each, plan.places, rows) for each in (d_k, d_v))
         if plan.prompt is not None:
             over = entropy[:, P:].contiguous()
-            by_prompt = flash.backward(
-                *(g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, seen, plan.prompt),
-                causal=False,
-                scale=scale,
-                before=None,
-            )
+            by_prompt = flash.backward(g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, seen, plan.prompt, scale)
             d_q[P:] += by_prompt[0]
             d_k[:P] += by_prompt[1]
             d_v[:P] += by_prompt[2]
@@ -260,7 +236,7 @@ def _filled(grad: Tensor, of: Tensor) -> Tensor:
     return whole
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, flash: Flash = ATEN) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, flash: Aten = ATEN) -> Tensor:
     """As packed_attention, of what `declined` does not refuse."""
     apply: Any = _Flash.apply
     return apply(q, k, v, rules.sinks, layout, rules.scale, rules.window, flash)
