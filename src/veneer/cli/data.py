@@ -148,7 +148,6 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     for longest, count in report.histogram:
         bar = "█" * max(round(30 * count / most), 1 if count else 0)
         console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip())
-
     for problem in report.problems:
         console.print(_fit(console, f"  {shown(problem)}"), style="red" if problem.fatal else "yellow", soft_wrap=True)
         if problem.next_step:
@@ -156,9 +155,8 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     if report.refused:
         console.print("A run would refuse this data.", soft_wrap=True)
     if report.problems:
-        console.print(
-            _fit(console, more(list(dict.fromkeys(problem.code for problem in report.problems)))), soft_wrap=True
-        )
+        codes = list(dict.fromkeys(problem.code for problem in report.problems))
+        console.print(_fit(console, more(codes)), soft_wrap=True)
 
 
 def _fit(console: Console, line: str) -> str:

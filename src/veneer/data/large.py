@@ -30,7 +30,7 @@ from veneer.data.on_disk import ExampleWriter, StoredExamples
 from veneer.data.places import places_of
 from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate
-from veneer.data.unused import lock_of, use
+from veneer.data.unused import DESCRIPTION, lock_of, use
 from veneer.errors import CorruptFileError
 from veneer.files.atomic import atomic_folder
 from veneer.files.cache import cache_folder
@@ -163,7 +163,7 @@ def _build(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **a
     with atomic_folder(folder, replace=True) as partial:
         kept, held = (_InFiles.into(partial / name, template) for name in ("train", "validation"))
         made = read_data(data, template, kept, held, say=progress, **asked)
-        (partial / "set.json").write_text(json.dumps(_as_json(made)), encoding="utf-8")
+        (partial / DESCRIPTION).write_text(json.dumps(_as_json(made)), encoding="utf-8")
 
 
 def _as_json(made: DataSet) -> dict[str, Any]:
@@ -181,10 +181,10 @@ def _as_json(made: DataSet) -> dict[str, Any]:
 
 def _found(folder: Path) -> DataSet | None:
     """What was built; None where nothing was, or it is damaged."""
-    if not (folder / "set.json").is_file():
+    if not (folder / DESCRIPTION).is_file():
         return None
     try:
-        kept = read_json(folder / "set.json", max_bytes=2**32)
+        kept = read_json(folder / DESCRIPTION, max_bytes=2**32)
         train, validation = (StoredExamples(folder / name) for name in ("train", "validation"))
     except (CorruptFileError, OSError):
         return None

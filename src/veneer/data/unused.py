@@ -1,6 +1,6 @@
 """Tokens of large sets (large.py) that no run has asked for lately. They can be built again from their rows.
 
-The last use is the time of a set's set.json: a run that finds it sets that anew.
+The last use is the time of a set's description: a run that finds it sets that anew.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from veneer.files.system_errors import explained
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _DAY = 24 * 3600.0
+DESCRIPTION = "set.json"
+"""Of a set, in its folder: what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Unused:
 def use(folder: Path) -> None:
     """It is asked for now."""
     with suppress(OSError):  # a folder of others' that may be read alone
-        os.utime(folder / "set.json")
+        os.utime(folder / DESCRIPTION)
 
 
 def lock_of(folder: Path) -> Path:
@@ -47,18 +49,22 @@ def lock_of(folder: Path) -> Path:
 
 def find_unused(tokens: Path, days: float) -> list[Unused]:
     """Sets in the folder `tokens` that were last asked for at least `days` ago, the longest ago first."""
-    found = []
     with explained(tokens):
         folders = [each for each in tokens.glob("*") if _NAME.fullmatch(each.name) and each.is_dir()]
-    for folder in folders:
-        with suppress(FileNotFoundError):  # another process removes it
-            set_file = folder / "set.json"
-            used = (set_file if set_file.is_file() else folder).stat().st_mtime
-            ago = max(time.time() - used, 0.0) / _DAY
-            if ago >= days:
-                size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-                found.append(Unused(folder, size, ago, _files(folder)))
-    return sorted(found, key=lambda each: -each.days)
+    found = [_unused(folder, days) for folder in folders]
+    return sorted((each for each in found if each is not None), key=lambda each: -each.days)
+
+
+def _unused(folder: Path, days: float) -> Unused | None:
+    """None: it was asked for since, or is gone."""
+    with suppress(FileNotFoundError):  # another process removes it
+        described = folder / DESCRIPTION
+        used = (described if described.is_file() else folder).stat().st_mtime
+        ago = max(time.time() - used, 0.0) / _DAY
+        if ago >= days:
+            size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+            return Unused(folder, size, ago, _files(folder))
+    return None
 
 
 def remove_unused(tokens: Path, days: float) -> list[Unused]:
@@ -67,7 +73,7 @@ def remove_unused(tokens: Path, days: float) -> list[Unused]:
     gone = []
     for each in find_unused(tokens, days):
         with suppress(BusyError), locked(lock_of(each.folder), wait_seconds=0):
-            if each.folder not in [now.folder for now in find_unused(tokens, days)]:
+            if _unused(each.folder, days) is None:
                 continue
             with explained(each.folder), unfinished(tokens) as aside:
                 each.folder.rename(aside)
