@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer import __version__
 from veneer.cli.common import add_json, make_console, print_json
+from veneer.files.processor import processor
 from veneer.wording import size
 
 PACKAGES = (
@@ -74,7 +75,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
     cache = expanded(cache)
     library = Library()
-    cuda = torch.cuda.is_available()
+    cuda, cpu = torch.cuda.is_available(), processor()
     return {
         "versions": {
             "veneer": __version__,
@@ -83,10 +84,10 @@ def find_facts() -> dict[str, dict[str, Any]]:
             **{name: _version(name) for name in PACKAGES},
         },
         "processor": {
-            "model": _cpu_line("model name") or platform.processor() or platform.machine(),
+            "model": cpu.get("model name") or platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "cores usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "features": [f for f in CPU_FLAGS if f in (_cpu_line("flags") or _cpu_line("Features") or "").split()],
+            "features": [f for f in CPU_FLAGS if f in (cpu.get("flags") or cpu.get("Features") or "").split()],
             "torch uses": torch.backends.cpu.get_cpu_capability(),
             "torch threads": torch.get_num_threads(),
             "our kernels use": _kernels(),
@@ -140,15 +141,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_line(name: str) -> str | None:
-    file = Path("/proc/cpuinfo")
-    if file.is_file():
-        for line in file.read_text(errors="replace").splitlines():
-            if line.split(":")[0].strip() == name:
-                return line.partition(":")[2].strip()
-    return None
 
 
 def _memory() -> dict[str, int]:

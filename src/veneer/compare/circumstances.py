@@ -13,6 +13,7 @@ import torch
 from veneer.bases.sources import locate
 from veneer.files.hashes import file_hash
 from veneer.files.home import expanded
+from veneer.files.processor import processor
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 """Files of a base that something of it is read from."""
@@ -20,10 +21,11 @@ READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
 def circumstances(base: str) -> dict[str, str]:
     """Of figures that are made here and now with this base."""
+    model = processor().get("model name") or platform.processor()
     return {
         "base": base_hash(base),
         **{name: version(name) for name in ("veneer", "torch", "transformers")},
-        "processor": f"{platform.machine()} {_processor()}, {torch.get_num_threads()} threads",
+        "processor": f"{platform.machine()} {model}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
 
@@ -40,10 +42,3 @@ def folder_hash(folder: Path) -> str:
     for path in sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file()):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()

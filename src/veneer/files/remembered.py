@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from veneer.errors import VeneerError
 from veneer.files.atomic import atomic_file
 from veneer.files.cache import cache_folder
+from veneer.files.processor import processor
 from veneer.files.strict_json import read_json
 
 Found = TypeVar("Found")
@@ -89,6 +90,11 @@ def remembered(
     return value
 
 
+def is_known(kind: type) -> bool:
+    """Whether the key says what code this class is: transformers' own, whose version stands in it."""
+    return kind.__module__.startswith("transformers.models.")
+
+
 def _forget_oldest(folder: Path) -> None:
     entries = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     for path in entries[:-MOST_ENTRIES]:
@@ -141,14 +147,8 @@ def _state(found: Distribution) -> str | None:
     return f"{found.version} {_hash(files)}"
 
 
-def _processor() -> str:
-    """Model and features of the first, as the system tells them."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    told = ("model name", "flags", "Features", "CPU part", "microcode")
-    first: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in told:
-            first.setdefault(name.strip(), value.strip())
-    return json.dumps(first or platform.processor(), sort_keys=True)
+def _processor() -> list[str | None]:
+    """Model and features, as the system tells them."""
+    told = processor()
+    names = ("model name", "flags", "Features", "CPU part", "microcode")
+    return [told.get(name) for name in names] if told else [platform.processor()]

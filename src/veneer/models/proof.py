@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
-from veneer.files.remembered import remembered
+from veneer.files.remembered import is_known, remembered
 from veneer.kernels.layout import Layout
 from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
@@ -73,7 +73,7 @@ def kept_proof(
 ) -> Result:
     """What `prove` finds of models of this class and config, remembered where the class is transformers' own: of
     others the code is not known."""
-    if not kind.__module__.startswith("transformers.models."):
+    if not is_known(kind):
         return prove()
     key = {"class": f"{kind.__module__}.{kind.__qualname__}", "structure": structure_key(kind, config)}
     return remembered(what, {**key, "threads": torch.get_num_threads()}, of, prove)

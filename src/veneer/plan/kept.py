@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from veneer.files.remembered import remembered
+from veneer.files.remembered import is_known, remembered
 from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
 
 _NO_STEP = ("_name_or_path", "transformers_version")
@@ -57,6 +57,4 @@ def _base_key(step: Step) -> dict[str, Any]:
 
 
 def _kept(what: str, step: Step, key: dict[str, Any], of: Any, make: Callable[[], Any]) -> Any:
-    if not type(step.config).__module__.startswith("transformers.models."):
-        return make()
-    return remembered(what, key, of, make)
+    return remembered(what, key, of, make) if is_known(type(step.config)) else make()
