@@ -208,10 +208,16 @@ def test_the_command_takes_the_base_from_the_adapter(world: Path, tmp_path: Path
     assert main.main(["train", "--from", str(tmp_path / "none"), *command[3:]]) == 2
 
 
-@pytest.mark.parametrize("name", ["prefix", "bottleneck", "dora"])
-def test_a_sum_that_a_run_refuses_is_not_planned(world: Path, tmp_path: Path, name: str) -> None:
-    parent = made(world, tmp_path / "parent", METHODS[name])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, f"of method {name}: it") for name in ("prefix", "bottleneck", "dora")),
+        ("biases", "trained biases are no low-rank update"),
+    ],
+)
+def test_a_sum_that_a_run_refuses_is_not_planned(world: Path, tmp_path: Path, name: str, said: str) -> None:
+    parent = made(world, tmp_path / "parent", METHODS.get(name) or METHODS["lora"].model_copy(update={"bias": "all"}))
     asked = run_of(world, tmp_path / "out", from_adapter=[{"adapter": str(parent), "weight": 0.5}])
     for begins in (lambda: going_on(asked), lambda: begin_adapter(load_base(asked.base), asked, [], resumes=False)):
-        with pytest.raises(RefusedError, match=f"of method {name}: it"):
+        with pytest.raises(RefusedError, match=said):
             begins()

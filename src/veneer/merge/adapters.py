@@ -77,6 +77,8 @@ def refuse_no_sum(stored: StoredAdapter) -> None:
     _refuse_no_update(stored)
     if not stored.config.two_factors:
         raise _no_factors(stored.folder, stored.config.name, [])
+    assert isinstance(stored.config, LowRank)
+    refuse_biases([(stored.folder, stored.config)])
 
 
 def _refuse_no_update(stored: StoredAdapter) -> None:
@@ -132,8 +134,8 @@ def _kind(modules: Mapping[str, nn.Module], where: str) -> Kind:
     return "embedding" if isinstance(modules[where], nn.Embedding) else "linear"
 
 
-def refuse_biases(placed: Sequence[Placed]) -> None:
-    if faults := [f"{p.stored.folder}: bias {p.settings.bias}" for p in placed if p.settings.bias != "none"]:
+def refuse_biases(settings: Sequence[tuple[Path, LowRank]]) -> None:
+    if faults := [f"{folder}: bias {each.bias}" for folder, each in settings if each.bias != "none"]:
         raise RefusedError(
             "trained biases are no low-rank update",
             faults,

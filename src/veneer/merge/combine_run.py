@@ -53,7 +53,7 @@ def combine_adapters(
     skeleton = load_skeleton(base)
     placed: list[Placed] = [place(read_adapter(folder), skeleton.model) for folder, _ in adapters]
     weights = [weight for _, weight in adapters]
-    refuse_biases(placed)
+    refuse_biases([(each.stored.folder, each.settings) for each in placed])
     values = trained_values(
         [(said_of(each.stored.folder), each.values, weight) for each, weight in zip(placed, weights, strict=True)]
     )
