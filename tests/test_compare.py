@@ -302,7 +302,7 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "q" * 200, "completion": "a"}) + "\n")
     config = {"base": str(base), "data": {"train": str(rows), "long_rows": "drop"}, "length": 100, "out": "o"}
-    with pytest.raises(DataError, match=r"lora, learning rate .* no held-out loss"):
+    with pytest.raises(DataError, match=r"lora, lr .* no held-out loss"):
         veneer.compare(
             [("lora", RunConfig(**config)), ("full", RunConfig(**config, method="full"))],  # type: ignore[arg-type]
             validation=str(long),

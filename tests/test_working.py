@@ -47,6 +47,10 @@ def test_a_comparison_says_which_run_of_how_many_and_the_time_left():
     assert pace.said("x") == "run 2 of 4 · x"
     pace.finished(made=True)
     assert pace.said("x") == "run 3 of 4 · about 2:00 left · x"
+    clock.seconds = 90  # of the third run, half
+    assert pace.said("x") == "run 3 of 4 · about 1:30 left · x"
+    clock.seconds = 600  # it takes longer: the fourth is still to come
+    assert pace.said("x") == "run 3 of 4 · about 1:00 left · x"
     for _ in range(4):
         pace.finished(made=True)
     assert pace.said("x") == "run 6 of 6 · x"

@@ -73,7 +73,7 @@ class Worker:
         )
         folder = self.comparison.out / "runs" / f"{candidate.name}-{self._key(config)}"
         config = config.model_copy(update={"out": str(folder), "show_answers": False})
-        what = f"{candidate.name}, learning rate {rate:g}, seed {seed}"
+        what = f"{candidate.name}, lr {rate:g}, seed {seed}"
         found = self._finished(folder, config, with_result)
         if found is not None:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # where its page could not be written
@@ -89,7 +89,7 @@ class Worker:
             begin=("train", self._run_file(config), *self._places(folder), "--json", "--quiet"),
             resume=("train", "--resume", folder, "--json", "--quiet"),
             config=config,
-            step=lambda: f"{_step(folder)}of {steps:,} steps{RUNNING}",
+            step=lambda: f"{_step(folder):,}/{steps:,}{RUNNING}",
         )
         _, outcome = yield [job]
         code, talk = outcome.code, outcome.talk
@@ -214,10 +214,10 @@ def _told(done: Done) -> str:
     )
 
 
-def _step(folder: Path) -> str:
+def _step(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     steps = [r["step"] for r in read_records(file) if r["kind"] == "step"] if file.is_file() else []
-    return f"{steps[-1]:,} " if steps else "0 "
+    return int(steps[-1]) if steps else 0
 
 
 def _failed(what: str, outcome: Outcome) -> VeneerError:

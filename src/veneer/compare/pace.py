@@ -13,6 +13,7 @@ class Pace:
 
     def __init__(self, total: int, now: Callable[[], float] = time.monotonic) -> None:
         self._total, self._now, self._began = total, now, now()
+        self._last = self._began
         self._over = self._made = 0
 
     def finished(self, *, made: bool) -> None:
@@ -20,11 +21,13 @@ class Pace:
         self._over += 1
         self._made += made
         self._total = max(self._total, self._over)
+        self._last = self._now()
 
     def said(self, text: str) -> str:
         """The line of what runs now, or was just over."""
         at = f"run {min(self._over + 1, self._total)} of {self._total}"
         if not self._made or self._over == self._total:
             return f"{at} · {text}"
-        left = (self._now() - self._began) / self._made * (self._total - self._over)
+        each = (self._last - self._began) / self._made
+        left = each * (self._total - self._over) - min(self._now() - self._last, each)
         return f"{at} · about {clock(left)} left · {text}"
