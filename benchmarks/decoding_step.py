@@ -3,6 +3,7 @@
     python benchmarks/decoding_step.py                                  smollm2-135m: bf16, NF4, blocks of the file
     python benchmarks/decoding_step.py --formats bf16 --rows 1 --turns 3
     python benchmarks/decoding_step.py --formats bf16 --rows 16 --turns 1 --peft   beside PEFT
+    python benchmarks/decoding_step.py --formats gguf --llama FILE.gguf            beside llama.cpp over the same file
 
 Prints a list of `measurements`, as docs/results/*.json hold them. Prompts of 64 tokens, 128 new ones, greedy, nothing
 stops; a step is timed from the second new token on. Ways alternate within a turn; milliseconds and tokens/s are medians
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -124,6 +126,51 @@ def by_peft(model: Any, rows: int, adapters: int, rank: int) -> dict[str, float]
     return {"ms a step": 1e3 * (more - few) / FEW, "tokens/s": rows * 2 * FEW / more}
 
 
+class LlamaCpp:
+    """llama.cpp over a .gguf file, `rows` sequences in one batch, through its Python binding (the extra llamacpp)."""
+
+    def __init__(self, file: str, rows: int) -> None:
+        import llama_cpp
+
+        self.of, self.rows = llama_cpp, rows
+        self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = rows * (PROMPT + NEW + 64)
+        settings.n_batch = settings.n_ubatch = rows * PROMPT
+        settings.n_seq_max = rows
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.batch = llama_cpp.llama_batch_init(rows * PROMPT, 0, 1)
+        self.tokens = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def best(self, parts: list[list[int]], first: int) -> list[list[int]]:
+        """The likeliest token behind each part, which begins at place `first` of its row."""
+        batch, last, count = self.batch, [], 0
+        for row, part in enumerate(parts):
+            for place, token in enumerate(part, first):
+                batch.token[count], batch.pos[count] = token, place
+                batch.n_seq_id[count], batch.seq_id[count][0] = 1, row
+                batch.logits[count] = place == first + len(part) - 1
+                count += 1
+            last.append(count - 1)
+        batch.n_tokens = count
+        if self.of.llama_decode(self.context, batch):
+            raise RuntimeError("llama.cpp did not decode the batch")
+        found = (self.of.llama_get_logits_ith(self.context, number) for number in last)
+        return [[int(np.ctypeslib.as_array(logits, (self.tokens,)).argmax())] for logits in found]
+
+    def __call__(self) -> dict[str, float]:
+        self.of.llama_memory_clear(self.of.llama_get_memory(self.context), True)
+        start = time.perf_counter()
+        parts, steps = self.best(prompts(self.rows), 0), []
+        for place in range(PROMPT, PROMPT + NEW - 1):
+            began = time.perf_counter()
+            parts = self.best(parts, place)
+            steps.append(time.perf_counter() - began)
+        whole = time.perf_counter() - start
+        return {"ms a step": 1e3 * statistics.median(steps), "tokens/s": self.rows * NEW / whole}
+
+
 def dense_copy(base: Base) -> Any:
     """transformers' own modules with the base's weights, before anything stands beside them."""
     config = copy.deepcopy(base.config)  # which says how the base attends
@@ -159,6 +206,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--llama", metavar="FILE.gguf", help="llama.cpp too, over this file")
     parser.add_argument("--peft", action="store_true", help="PEFT's adapter_names too, once, over bf16")
     asked = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -177,11 +225,13 @@ def main() -> None:
                 parameter.requires_grad_(False)
             identities.append(((f"a{number}", 1.0),))
         for rows in map(int, asked.rows.split(",")):
-            ways = {
+            ways: dict[str, Callable[[], dict[str, float]]] = {
                 "base": partial(by_engine, base, [()], rows),
                 f"{min(rows, asked.adapters)} adapters": partial(by_engine, base, identities[:rows], rows),
                 "transformers.generate": partial(by_transformers, plain, rows),
             }
+            if asked.llama is not None:
+                ways["llama.cpp"] = LlamaCpp(asked.llama, rows)
             values: dict[str, Any] = alternating(ways, asked.turns)
             if asked.peft:
                 values["PEFT adapter_names"] = by_peft(plain, rows, min(rows, asked.adapters), asked.rank)

@@ -111,6 +111,8 @@ def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
     assert offered("export", "x", "--to", "o") == ["ollama"]
     assert offered("adapters", "push", "--fig") == ["--figures"]
     assert offered("train", "") == []  # a file
+    assert offered("train", "--method", "d") == ["dora"] and offered("train", "--method", "q") == ["qlora"]
+    assert offered("train", "--dtype", "b") == ["bfloat16"] and offered("train", "--quantize", "f") == ["fp4", "fp8"]
     assert "-a export -d" in fish(known_words())
 
 

@@ -30,7 +30,7 @@ class Words:
     """What may follow a command. flags: each with its choices; none: a value, a file, or nothing."""
 
     about: str
-    flags: Mapping[str, tuple[str, ...]]
+    flags: dict[str, tuple[str, ...]]
     actions: tuple[str, ...]
     choices: tuple[str, ...]
 
@@ -44,7 +44,19 @@ def known_words() -> dict[str, Words]:
         parser = argparse.ArgumentParser(add_help=True)
         import_module(f"veneer.cli.{name}").add_arguments(parser)
         found |= _words(name, about, parser)
+    found["train"].flags.update(_words_of_settings())
     return found
+
+
+def _words_of_settings() -> dict[str, tuple[str, ...]]:
+    """Of the flags of `train` that are settings: what a run file may say there."""
+    from veneer.adapters.config import METHODS
+    from veneer.cli.config_file import FLAGS
+    from veneer.files.settings import words_at
+    from veneer.train.config import SHORT_FORMS, RunConfig
+
+    words = {f"--{name.replace('_', '-')}": words_at(RunConfig, path) for name, path in FLAGS.items()}
+    return {flag: each for flag, each in words.items() if each} | {"--method": (*METHODS, *SHORT_FORMS)}
 
 
 def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, Words]:

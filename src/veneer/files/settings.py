@@ -5,7 +5,7 @@ No torch here: `--help` reads this. A setting has a path: ("method", "rank") is 
 
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -107,6 +107,17 @@ def field_at(model: type[BaseModel], path: KeyPath) -> FieldInfo:
     for part in around:
         model = next(each for each in parts(model)[part] if name in each.model_fields)
     return model.model_fields[name]
+
+
+def words_at(model: type[BaseModel], path: KeyPath) -> tuple[str, ...]:
+    """The words that a field takes, where it takes words of a list."""
+    return _words(field_at(model, path).annotation)
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(word for inner in get_args(annotation) for word in _words(inner))
 
 
 def described(model: type[BaseModel], path: KeyPath) -> str:
