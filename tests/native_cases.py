@@ -249,7 +249,7 @@ def _packed(rng: random.Random) -> list[Call]:
                 "y": filled(few, rows, outs),
                 "bias": rng.choice([None, filled(few, outs)]),
                 "start": rng.randint(0, count - outs * width),
-                "level": max(level, 0),
+                "level": rng.choice([max(level, 0), 5]),
             },
         ),
     ]
@@ -263,7 +263,7 @@ def _dense(rng: random.Random) -> list[Call]:
         bias = rng.choice([None, filled(dtype, outs)])
         parts.append((filled(dtype, outs, width), bias, filled(dtype, rows, outs)))
     x = filled(dtype, rows, width + 3)[:, rng.randint(0, 3) :][:, :width]
-    level = rng.choice([0, 2, 3, 4])
+    level = rng.choice([0, 2, 3, 4, 5])
     weight, bias, y = parts[0]
     updates = []
     for _ in range(rng.randint(1, 4)):

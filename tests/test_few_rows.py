@@ -15,7 +15,8 @@ from veneer.models.few_rows import take_few_rows
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Largest difference relative to the largest value: sums in another order; one rounding of a value near 1."""
-LEVELS = [0, 2, 3, 4]
+LEVELS = [0, 2, 3, 4, 5]
+HALVES = (slice(0, 127), slice(127, 150))
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 each_type = pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -59,6 +60,18 @@ def test_a_rows_bits_depend_on_nothing_beside_it(dtype, level, width):
         torch.set_num_threads(before)
 
 
+def test_more_rows_than_tiles_turn_at_once_have_the_bits_that_they_have_alone():
+    """8 MiB of x are turned at a time, here of 128 rows; 32 of them pass with all of W."""
+    x, weight = drawn(torch.bfloat16, 150, 30_000), drawn(torch.bfloat16, 50, 30_000)
+    given = [(rows, drawn(torch.bfloat16, 8, 30_000), drawn(torch.bfloat16, 50, 8), 1.0) for rows in HALVES]
+    found, plain = few_rows.updated(x, weight, None, checked(given)), few_rows.product(x, weight, None)
+    near(plain, few_rows.product_reference(x, weight, None))
+    for n in (0, 15, 31, 32, 126, 127, 128, 129, 149):
+        own = [(slice(0, 1), A, B, scale) for rows, A, B, scale in given if rows.start <= n < rows.stop]
+        assert torch.equal(plain[n : n + 1], few_rows.product(x[n : n + 1], weight, None))
+        assert torch.equal(found[n : n + 1], few_rows.updated(x[n : n + 1], weight, None, checked(own)))
+
+
 @each_type
 @pytest.mark.parametrize("level", LEVELS)
 def test_several_weights_share_one_x(dtype, level):
@@ -86,7 +99,7 @@ def test_what_is_not_finite_stays_where_it_is(dtype):
 @each_type
 def test_a_call_that_c_would_not_understand_is_refused(dtype):
     x, weight, bias, y = drawn(dtype, 3, 40), drawn(dtype, 8, 40), drawn(dtype, 8), drawn(dtype, 3, 8)
-    dense_calls.few_rows(x, [(weight, bias, y)], 4)
+    dense_calls.few_rows(x, [(weight, bias, y)], 5)
     other = torch.float16
     wrong = [
         (x.to(other), [(weight, bias, y)]),
@@ -107,8 +120,8 @@ def test_a_call_that_c_would_not_understand_is_refused(dtype):
     ]
     for given, parts in wrong:
         with pytest.raises(CallError):
-            dense_calls.few_rows(given, parts, 4)
-    for level in (-1, 5, 2**32, True, None):
+            dense_calls.few_rows(given, parts, 5)
+    for level in (-1, 6, 2**32, True, None):
         with pytest.raises(CallError):
             dense_calls.few_rows(x, [(weight, bias, y)], level)
 

@@ -9,7 +9,7 @@ from veneer.kernels import few_rows, native, packed_calls
 from veneer.kernels import gguf as kernels
 
 KINDS = list(kernels.FORMATS)
-LEVELS = [4, 3, 2, 0]  # bf16 pairs, AVX-512, AVX2, plain: a processor takes the best it has up to this
+LEVELS = [5, 4, 3, 2, 0]  # tiles, bf16 pairs, AVX-512, AVX2, plain: a processor takes the best it has up to this
 TYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 FP32_SUM = 2e-6  # float32 sums of 512 terms in another order
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from veneer.kernels import attention_native, dora, native, rank
+from veneer.kernels import attention_native, dora, few_rows, native, rank
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
 
@@ -54,6 +54,16 @@ def test_products_of_whole_numbers_are_the_same_on_tiles(rows, width, size):
         assert torch.equal(ours, plain)
     exact = 3.0 * d.double().T @ x.double()
     assert torch.equal(products()[2].double(), exact.to(products()[2].dtype).double())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 15, 16, 17, 32, 33, 48, 64, 100, 300])
+@pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 63, 64, 577])
+def test_products_of_few_rows_of_whole_numbers_are_the_same_on_tiles(rows, width):
+    torch.manual_seed(0)
+    for outs in (1, 15, 16, 17, 31, 32, 33, 47, 100):
+        x, weight, bias = whole(rows, width), whole(outs, width), whole(outs)
+        ours, plain = (few_rows.product(x, weight, bias, level=level) for level in (5, 4))
+        assert torch.equal(ours, plain) and torch.equal(ours, few_rows.product_reference(x, weight, bias)), outs
 
 
 @pytest.mark.parametrize("rows", [16, 33, 97])
@@ -102,3 +112,5 @@ def test_tiles_are_taken():
     torch.manual_seed(0)
     x, A = torch.randn(64, 1024).bfloat16(), torch.randn(16, 1024).bfloat16()
     assert not torch.equal(*both(lambda: rank.gradient(A.T[:64].contiguous(), x)))
+    large = torch.cat([1000 * x, -1000 * x, x], dim=1)  # what cancels leaves its roundings behind
+    assert not torch.equal(*both(lambda: few_rows.product(large, A.repeat(1, 3), None)))

@@ -22,6 +22,7 @@ BLOCK = 64
 MOST_ROWS = 2**20
 """Of one call."""
 MOST_RANK = 2**16
+NO_ROOM = "no memory for the rows of x that tiles multiply"
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -41,8 +42,8 @@ _ARRAYS = {count: _Part * count for count in range(1, MOST_PARTS + 1)}
 def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], level: int) -> None:
     """parts: (W (O, I), bias (O) or None, y (M, O)) each, y = x (M, I) W^T + bias; all float32 or all bf16.
 
-    x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (4 bf16 pairs, 3, 2,
-    0).
+    x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (5 tiles, 4 bf16
+    pairs, 3, 2, 0). MemoryError without room for x on tiles.
     """
     (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
     number(rows, 1, MOST_ROWS)
@@ -60,7 +61,8 @@ def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], l
     )
     one = _FewRows(source, ctypes.addressof(given), count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
     one.kept = given
-    call("veneer_few_rows", ctypes.byref(one), number(level, 0, 4))
+    if call("veneer_few_rows", ctypes.byref(one), number(level, 0, 5)):
+        raise MemoryError(NO_ROOM)
 
 
 def _rows_of(x: Tensor) -> int:
@@ -180,4 +182,5 @@ def few_rows_updated(
         TYPE_NUMBERS[dtype],
     )
     one.kept = updates
-    call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 4))
+    if call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 5)):
+        raise MemoryError(NO_ROOM)

@@ -5,10 +5,10 @@
     updated(x, W, bias, u)    the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each factor is read once
     any_rows()                within, of any number of rows
 
-Compiled for bf16 and float32 (native/few_rows.c): W is read once, sums are in float32 and rounded once with the bias in
-them. What a row gives depends neither on the rows beside it nor on the number of threads: the same bits alone and
-among any number. Beyond MOST_ROWS a product that is made for squarer shapes may be quicker, so these are for those who
-ask for the same bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
+Compiled for bf16 and float32 (native/few_rows.c; on AMX few_rows_tiles.c): W is read once, sums are in float32 and
+rounded once with the bias in them. What a row gives depends neither on the rows beside it nor on the number of threads:
+the same bits alone and among any number. Beyond MOST_ROWS a product that is made for squarer shapes may be quicker, so
+these are for those who ask for the same bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
 import threading
@@ -29,8 +29,8 @@ MOST_ROWS = 64
 MOST_UPDATES = dense_calls.MOST_UPDATES
 LEAST_VALUES = 2**16
 """Of W: below, calling costs as much as the product."""
-ANY_LEVEL = 4
-"""As native.level() counts them, and 4 for products of bf16 pairs; tests lower it."""
+ANY_LEVEL = 5
+"""As native.level() counts them, 4 for products of bf16 pairs, and 5 for those on tiles; tests lower it."""
 
 
 class _Here(threading.local):

@@ -170,7 +170,9 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
         with torch.cuda.device_of(x):
             return _triton().product(weights, x, outs, start=start)
     if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
-        packed_calls.nf4_product(weights.checked, x, y, start=start, level=level)
+        packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
     else:
-        packed_calls.nf4_rows(weights.checked, x, y, None, start=start, level=4 if level < 0 else level)
+        packed_calls.nf4_rows(
+            weights.checked, x, y, None, start=start, level=few_rows.ANY_LEVEL if level < 0 else level
+        )
     return y

@@ -168,5 +168,5 @@ def _packed_rows(
     made, added = at(y, dtype, rows, outs), None if bias is None else at(bias, dtype, outs)
     one = _PackedRows(at(x, dtype, rows, width), packed, added, made, rows, width, outs, start, kind, type_)
     one.kept = kept
-    if call("veneer_packed_rows", ctypes.byref(one), number(level, 0, 4)):
-        raise MemoryError("no memory for four rows of a packed weight")
+    if call("veneer_packed_rows", ctypes.byref(one), number(level, 0, 5)):
+        raise MemoryError("no memory for some rows of a packed weight")

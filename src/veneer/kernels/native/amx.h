@@ -97,11 +97,9 @@ VENEER_AMX_INLINE void amx_rows(const uint32_t *A, int64_t am, const uint32_t *B
     }
 }
 
-/* to (16, 16) = words (K2, 16) across, K2 <= 16; their rows are ld apart. */
-VENEER_AMX_INLINE void amx_across(const uint32_t *from, int64_t ld, int64_t K2, uint32_t *to) {
-    __m512i x[16], y[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
+/* to (16, 16) = words x (16, 16) across; x is spoiled. */
+VENEER_AMX_INLINE void amx_turned(__m512i x[16], uint32_t *to) {
+    __m512i y[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
@@ -128,6 +126,14 @@ VENEER_AMX_INLINE void amx_across(const uint32_t *from, int64_t ld, int64_t K2, 
         _mm512_storeu_si512(to + 16 * (i + 8), _mm512_shuffle_i32x4(y[i], y[i + 8], 0xDD));
         _mm512_storeu_si512(to + 16 * (i + 12), _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xDD));
     }
+}
+
+/* to (16, 16) = words (K2, 16) across, K2 <= 16; their rows are ld apart. */
+VENEER_AMX_INLINE void amx_across(const uint32_t *from, int64_t ld, int64_t K2, uint32_t *to) {
+    __m512i x[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
+    amx_turned(x, to);
 }
 
 /* As bf16_product; M and N as there. */

@@ -3,7 +3,7 @@
    instructions and chosen when called.
 
    A sum stays in one register from the first value to the last, in their order, and its lanes are added up in one fixed
-   order: what a row gives depends neither on the rows beside it nor on the number of threads. */
+   order (of tiles: few_rows_tiles.c): what a row gives depends neither on the rows beside it nor on the number of threads. */
 #include "few_rows.h"
 #include <stddef.h>
 #include <stdlib.h>
@@ -171,16 +171,18 @@ typedef f4v value_plain, sum_plain;
 
 int veneer_level(void);
 int veneer_has_bf16(void);
+int veneer_has_amx(void);
 
 int veneer_few_level(int type, int most) {
     int level = veneer_level();
-    if (level == 3 && veneer_has_bf16()) level = 4;
+    if (level == 3 && veneer_has_bf16()) level = veneer_has_amx() ? 5 : 4;
     if (most < level) level = most;
-    return level == 4 && type != FEW_BF16 ? 3 : level;
+    return level >= 4 && type != FEW_BF16 ? 3 : level;
 }
 
 int veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
     const int level = veneer_few_level(type, most);
+    if (level == 5) return veneer_tiled_pieces(of, count);
     struct pieces all = {of, count, 0, type, 0};
     int64_t cost = 0, worth = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -216,11 +218,12 @@ struct few_rows {
     int type;
 };
 
-void veneer_few_rows(const struct few_rows *call, int most) {
+/* 1: no memory for x on tiles. */
+int veneer_few_rows(const struct few_rows *call, int most) {
     struct piece of[MOST_PARTS];
     for (int64_t i = 0; i < call->count; i++) {
         const struct few_rows_part *part = call->parts + i;
         of[i] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
     }
-    veneer_pieces(of, call->count, call->type, most);
+    return veneer_pieces(of, call->count, call->type, most);
 }

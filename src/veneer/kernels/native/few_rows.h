@@ -22,11 +22,14 @@ struct piece {
     row_decoder decode;
 };
 
-/* The pieces, which do not meet in y. `most` caps the instructions (4: bf16 pairs, 3, 2, 0), for tests. 1: no memory for
-   four rows of a packed W. */
+/* The pieces, which do not meet in y; all read rows of one x, of the same width and as far apart. `most` caps the
+   instructions (5: tiles, 4: bf16 pairs, 3, 2, 0), for tests. 1: no memory for rows of a packed W, or for x on tiles. */
 int veneer_pieces(const struct piece *of, int64_t count, int type, int most);
 
-/* 4: products of bf16 pairs, of that type alone; 3 AVX-512, 2 AVX2, 0 plain C; `most` at most. */
+/* The same on tiles: bf16, where veneer_few_level says 5. */
+int veneer_tiled_pieces(const struct piece *of, int64_t count);
+
+/* 5: tiles, and 4: products of bf16 pairs, of that type alone; 3 AVX-512, 2 AVX2, 0 plain C; `most` at most. */
 int veneer_few_level(int type, int most);
 
 typedef float f4v __attribute__((vector_size(16)));

@@ -1,5 +1,5 @@
-/* Products of a few rows with a packed W: four of its rows at a time are decoded to where they stay in the cache, and
-   multiplied with all rows of x (few_rows.c). The bits of a product with W decoded. */
+/* Products of a few rows with a packed W: some of its rows at a time are decoded to where they stay in the cache, and
+   multiplied with all rows of x (few_rows.c, few_rows_tiles.c). The bits of a product with W decoded. */
 #include "few_rows.h"
 #include "nf4.h"
 #include <stddef.h>
@@ -31,7 +31,7 @@ static void of_gguf(const void *packed, int64_t first, int64_t count, void *out)
     gguf_decode((int)s->of->kind, s->of->packed, first, count, s->of->width, out, s->of->type, s->level);
 }
 
-/* most: caps the instructions (4, 3, 2, 0), for tests. 1: no memory for four rows of W. */
+/* most: caps the instructions (5, 4, 3, 2, 0), for tests. 1: no memory for some rows of W. */
 int veneer_packed_rows(const struct packed_rows *call, int most) {
     const struct source source = {call, nf4_level(most)};
     const struct piece piece = {call->x,     &source,    call->bias,  call->y, call->rows,

@@ -11,8 +11,8 @@ struct recorded_call {
     int64_t function, given[MOST_GIVEN];
 };
 
-void veneer_few_rows(const void *, int);
-void veneer_few_rows_updated(const void *, int);
+int veneer_few_rows(const void *, int);
+int veneer_few_rows_updated(const void *, int);
 void veneer_step_norm(const void *, int64_t, int, int);
 void veneer_step_rotate(const void *, int64_t, int, int);
 void veneer_step_gate(const void *, int64_t, int, int);
@@ -25,8 +25,8 @@ static int made(const struct recorded_call *call) {
 #define P(i) ((void *)(intptr_t)g[i])
 #define I(i) ((int)g[i])
     switch (call->function) {
-    case FEW_ROWS: veneer_few_rows(P(0), I(1)); return 0;
-    case FEW_ROWS_UPDATED: veneer_few_rows_updated(P(0), I(1)); return 0;
+    case FEW_ROWS: return veneer_few_rows(P(0), I(1));
+    case FEW_ROWS_UPDATED: return veneer_few_rows_updated(P(0), I(1));
     case STEP_NORM: veneer_step_norm(P(0), g[1], I(2), I(3)); return 0;
     case STEP_ROTATE: veneer_step_rotate(P(0), g[1], I(2), I(3)); return 0;
     case STEP_GATE: veneer_step_gate(P(0), g[1], I(2), I(3)); return 0;

@@ -91,7 +91,7 @@ static void add_ups(const struct up *of, int64_t count, int type, int most) {
     for (int64_t i = 0; i < count; i++) cost += blocks_of(of + i) * cost_of(of + i);
     veneer_body body = add_plain;
 #if defined(__x86_64__)
-    if (level == 4) body = add_pairs;
+    if (level >= 4) body = add_pairs;
     else if (level == 3) body = add_avx512;
     else if (level == 2) body = add_avx2;
 #else
@@ -119,7 +119,8 @@ struct few_rows_updated {
     int type;
 };
 
-void veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
+/* 1: no memory for x on tiles. */
+int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     const int size = call->type == FEW_FP32 ? 4 : 2;
     struct piece of[1 + MOST_UPDATES];
     struct up up[MOST_UPDATES];
@@ -134,9 +135,10 @@ void veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
         up[i] = (struct up){(const uint32_t *)down, u->B, y, u->rows, u->rank * size / 4, call->outs, u->scale};
         down += u->rows * u->rank * size;
     }
-    (void)veneer_pieces(of, count, call->type, most);
+    if (veneer_pieces(of, count, call->type, most)) return 1;
     for (int64_t i = 0, next = 0; i < call->count; i = next) {
         while (next < call->count && call->updates[next].turn == call->updates[i].turn) next++;
         add_ups(up + i, next - i, call->type, most);
     }
+    return 0;
 }
