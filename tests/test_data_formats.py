@@ -192,6 +192,8 @@ SAID: list[tuple[str, dict[str, Any]]] = [
     ("the name of tool 2 is a number, not text", {"messages": [ASK, ANSWER], "tools": [*TOOLS, {"name": 3}]}),
     ("'references' is of type str, not a list of texts", {"messages": [ASK, ANSWER], "references": "4"}),
     ("'references' is a list, not a list of texts", {"messages": [ASK, ANSWER], "references": ["4", 4]}),
+    ("'unfinished' is of type str; true and false are read", {"messages": [ASK, ANSWER], "unfinished": "no"}),
+    ("'unfinished' is a number; true and false are read", {"text": "a", "unfinished": 1}),
     ("message 2 is a system message, which can only come first", {"messages": [ASK, SYSTEM, ANSWER]}),
     ("message 2 is the assistant's, with nothing asked before it", {"messages": [SYSTEM, ANSWER]}),
     ("messages 2 and 3 are both the assistant's", {"messages": [ASK, ANSWER, ANSWER]}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cache
 from typing import Any
@@ -412,6 +413,25 @@ def test_plain_text_is_learnt_whole_with_the_end_token_behind_and_control_tokens
     assert trained == [False, True, True, True]
     ended = Row(RowRef("rows.jsonl", 1), [], None, "ab<|im_end|>", "text")
     assert template("bytes").encode_row(ended, train_on="assistant")[0] == [*spelled("ab"), END]
+
+
+def test_that_an_unfinished_row_ends_where_it_does_is_not_learnt() -> None:
+    """What stops the last answer, or the text, has no target; all else of the row is as it was."""
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    joined = tiny_tokenizer()
+    joined.chat_template = None
+    rows: list[tuple[ChatTemplate, Row]] = [(template(name), row(*turns)) for name in TOKENIZERS]
+    rows.append((template("bytes"), Row(RowRef("rows.jsonl", 1), [], None, "ab", "text")))
+    rows.append((ChatTemplate(joined), row(user("a"), assistant(" b"), format="prompt_completion")))
+    for coded, whole in rows:
+        for train_on in MODES:
+            ids, trained = coded.encode_row(whole, train_on=train_on)
+            cut_ids, cut_trained = coded.encode_row(replace(whole, unfinished=True), train_on=train_on)
+            stop = max(
+                n for n, number in enumerate(ids) if number == coded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+            )
+            assert cut_ids == ids and trained[stop]
+            assert cut_trained == [*trained[:stop], *[False] * (len(ids) - stop)] and any(cut_trained)
 
 
 def test_a_tokenizer_without_a_template_joins_prompt_and_completion_and_refuses_chats() -> None:

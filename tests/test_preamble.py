@@ -74,6 +74,14 @@ def test_a_run_that_goes_on_from_it_says_what_the_template_is_told(world, tmp_pa
     assert [each["template_variables"] for each in manifests] == [QUIET, {}]
 
 
+def test_plain_text_beside_conversations_does_not_hide_their_system_turn(world, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "number one"}\n' * 4)
+    data = [str(world / "rows.jsonl"), str(tmp_path / "texts.jsonl")]
+    said = {"template": {"variables": QUIET}}
+    veneer.train(str(world / "base"), data, out=tmp_path / "run", steps=1, batch=2, **said)
+    assert read_json(tmp_path / "run" / "adapter" / "veneer.json")["system"] == SYSTEM
+
+
 def test_rows_that_begin_differently_have_no_system_turn_in_common(world, tmp_path):
     rows = [{"system": f"{n % 2}", "prompt": f"number {n}", "completion": "a"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

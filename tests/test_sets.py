@@ -347,6 +347,12 @@ def test_the_command_maps_columns(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_rows_of_any_layout_are_converted_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text("question,answer\nx,y\nv,w\n")
     shared = [{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]}]
+    for number, record in enumerate(({"text": "t", "unfinished": True}, {**shared[0], "unfinished": True})):
+        (tmp_path / f"cut{number}.jsonl").write_bytes(lines([record]))
+        out = tmp_path / f"still{number}.jsonl"
+        assert main.main(["data", "convert", str(tmp_path / f"cut{number}.jsonl"), "--out", str(out)]) == 0
+        (row,), _ = scan_rows(out)
+        assert row.unfinished
     (tmp_path / "b.jsonl").write_bytes(lines(shared))
     mapped = ["--map", "question=prompt", "--map", "answer=completion"]
     for out in ("rows.jsonl", "rows.jsonl.gz"):
@@ -356,7 +362,7 @@ def test_rows_of_any_layout_are_converted_and_read_again(tmp_path: Path, capsys:
         assert [[m["content"] for m in row.messages] for row in rows] == [["x", "y"], ["v", "w"]] and not problems
     assert main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]) == 0
     (row,), _ = scan_rows(tmp_path / "c.jsonl")
-    assert row.format == "chat" and row.messages[1] == {"role": "assistant", "content": "g"}
+    assert row.format == "chat" and row.messages[1] == {"role": "assistant", "content": "g"} and not row.unfinished
     assert main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]) == 2
     assert main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.txt")]) == 2
     capsys.readouterr()

@@ -58,6 +58,7 @@ class Row:
     tools      JSON schemas of the functions that the model may call
     text       set for plain text, where messages is empty
     references further right answers beside the last turn; read by evaluations alone, never trained on
+    unfinished its text, or its last answer, was cut: that it ends there is not learnt
     """
 
     ref: RowRef
@@ -66,6 +67,7 @@ class Row:
     text: str | None = None
     format: Format = "chat"
     references: tuple[str, ...] = ()
+    unfinished: bool = False
 
 
 class RoleRun(NamedTuple):

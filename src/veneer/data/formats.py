@@ -9,8 +9,9 @@
 A string prompt becomes a user message and its completion the assistant's, so that the base's chat template is
 used; on a base without a template the two are simply joined (template.py). `tools` is read in every layout, and
 `system` (a string) in every one that lacks a system message. An assistant message with `"weight": 0` is shown to
-the model but not learnt. `references`, a list of strings, holds further right answers for evaluations. Columns
-that no layout reads are ignored, except beside `text`: see `detect`.
+the model but not learnt. `references`, a list of strings, holds further right answers for evaluations. With
+`"unfinished": true` a text, or the last answer, was cut: that it ends there is not learnt. Columns that no layout reads
+are ignored, except beside `text`: see `detect`.
 
 Knows nothing of files or tokens.
 """
@@ -49,7 +50,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 # answer), and plain text would silently leave it out.
 _METADATA = frozenset(
     """id uuid idx index source src url meta metadata title timestamp date created added dump file_path path author
-    language lang language_score token_count num_tokens tokens score license split dataset subset""".split()  # noqa: SIM905
+    language lang language_score token_count num_tokens tokens score license split dataset subset unfinished""".split()  # noqa: SIM905
 )
 _PROMPT_LIKE = ("question", "query", "input", "instruction", "context", "sentence", "source", "user", "text")
 _ANSWER_LIKE = ("answer", "response", "output", "target", "label", "category", "intent", "class", "summary", "ref")
@@ -111,7 +112,7 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
         if record.get(name):
             raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
     if format == "text":
-        return Row(ref, [], None, _text(record["text"], "text"), "text")
+        return Row(ref, [], None, _text(record["text"], "text"), "text", unfinished=_unfinished(record))
     messages = _messages(record, format)
     system = record.get("system")
     if isinstance(system, str) and system.strip():
@@ -121,7 +122,7 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     check_order(messages)
     tools, references = _tools(record.get("tools")), _references(record.get("references"))
     _check_values(messages, tools)
-    return Row(ref, messages, tools, None, format, references)
+    return Row(ref, messages, tools, None, format, references, _unfinished(record))
 
 
 def to_conversation(messages: Any, tools: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
@@ -312,6 +313,13 @@ def _references(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise RowFault("D109", f"'references' is {_kind(value)}, not a list of texts")
     return tuple(_string(text, "references") for text in value)
+
+
+def _unfinished(record: dict[str, Any]) -> bool:
+    value = record.get("unfinished") or False
+    if not isinstance(value, bool):
+        raise RowFault("D109", f"'unfinished' is {_kind(value)}; true and false are read")
+    return value
 
 
 def check_order(messages: list[dict[str, Any]]) -> None:

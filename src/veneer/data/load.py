@@ -220,7 +220,7 @@ class Kept:
         """A row, and what it became, each example with the row as far as it goes."""
         self.tally.add(row, [example for _, example in parts])
         self._tokens += sum(len(example.ids) for _, example in parts)
-        if len(self._systems) < 2:
+        if row.messages and len(self._systems) < 2:
             self._systems |= {_system_of(part) for part, _ in parts}
         self.chats |= bool(row.messages)
         self.keep(parts)
@@ -241,7 +241,7 @@ class Kept:
 
     @property
     def common_system(self) -> str | None:
-        """The system turn that all rows begin with."""
+        """The system turn that all conversations begin with."""
         return next(iter(self._systems)) if len(self._systems) == 1 else None
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -184,7 +184,10 @@ class ChatTemplate:
             if fault is not None:
                 results.append(Unfit("D202", str(fault)).at(row.ref))
                 continue
-            results.append([_masked(t, p) for t, p in zip(coded, found, strict=True) if isinstance(t, Tokens)])
+            made = [_masked(t, p) for t, p in zip(coded, found, strict=True) if isinstance(t, Tokens)]
+            if row.unfinished:
+                made[-1] = self._without_end(made[-1], coded[-1], found[-1])
+            results.append(made)
         return results
 
     def _begun(self, row: Row) -> tuple[Conversation, int] | Unfit | None:
@@ -237,6 +240,14 @@ class ChatTemplate:
         roles = (("user", len(prompt)), ("assistant", len(text)))
         borders = (len(prompt),) if prompt else ()
         return Plan(Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,))
+
+    def _without_end(self, made: Encoded, tokens: Tokens | TokenFault, plan: Plan) -> Encoded:
+        """What stops its last answer, or its text, is not learnt."""
+        if not plan.spans or isinstance(tokens, TokenFault):
+            return made
+        first = len(plan.begin) + {0: 0, **tokens.at}[plan.spans[-1][0]]
+        stop = next((n for n in reversed(range(first, len(made.ids))) if made.ids[n] in self.stop_ids), len(made.ids))
+        return replace(made, trained=[*made.trained[:stop], *[False] * (len(made.ids) - stop)])
 
     def _alone(self, messages: Messages, tools: Tools) -> str:
         """The text of a single user message, which is all that can be asked without a template."""

@@ -76,8 +76,9 @@ GIVEN = "rows"
 
 def record_of(row: Row) -> dict[str, Any]:
     """The row as a record of its layout, alpaca and ShareGPT as chat."""
+    cut = {"unfinished": True} if row.unfinished else {}
     if row.text is not None:
-        return {"text": row.text}
+        return {"text": row.text, **cut}
     record: dict[str, Any] = {"messages": row.messages}
     if row.format == "prompt_completion":  # which a base without a chat template can take, and messages it cannot
         learnt = (n for n, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0)
@@ -87,7 +88,7 @@ def record_of(row: Row) -> dict[str, Any]:
         record["tools"] = row.tools
     if row.references:
         record["references"] = list(row.references)
-    return record
+    return record | cut
 
 
 @dataclass
