@@ -64,12 +64,17 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force-base", action="store_true", help="use the adapter though it was trained on another base"
     )
+    add_held(parser, "as the adapter was trained")
+
+
+def add_held(parser: argparse.ArgumentParser, default: str) -> None:
+    """--dtype, --quantize, --device: how a base is held, and where."""
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument(
         "--quantize",
         choices=FORMATS,
         help="hold the base's linear layers in 4 bits, or in a .gguf file's blocks (gguf: as they are in the file); "
-        "default: as the adapter was trained",
+        f"default: {default}",
     )
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
 
@@ -189,6 +194,16 @@ def load_base(args: argparse.Namespace) -> Base:
     """The base that the arguments name, with the adapter on it and in use, if one is named."""
     source, adapter = base_and_adapter(args.base, args.adapter, args.library)
     quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
+    base = load_alone(source, args, quantize, keep_dense)
+    if adapter is not None:
+        base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
+    return base
+
+
+def load_alone(
+    source: str, args: argparse.Namespace, quantize: Quantize | None, keep_dense: Sequence[str] = ()
+) -> Base:
+    """A base without adapters, by --dtype and --device; said is what it is widened to."""
     check_base(source)
     from veneer.train.working import working
 
@@ -198,8 +213,6 @@ def load_base(args: argparse.Namespace) -> Base:
         base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
     if base.compute.widens and base.compute.line is not None:
         make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # talk, wherever data goes
-    if adapter is not None:
-        base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
     return base
 
 

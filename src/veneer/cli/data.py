@@ -1,4 +1,4 @@
-"""Look at rows as the model will see them, convert, divide and draw them; trains nothing and loads no weights.
+"""Look at rows as the model will see them, convert, divide and draw them; trains nothing.
 
 For instance:
 
@@ -6,10 +6,12 @@ For instance:
   veneer data convert old.csv --map question=prompt --map answer=completion --out rows.jsonl
   veneer data split rows.jsonl --out rows --validation 0.05 --test 0.1
   veneer data sample org/name 2000 --out general.jsonl
+  veneer data replay --base smollm2-135m --out replay
   veneer data gc --days 30 --yes
 
 check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with its rows.
-It exits 4 if a run would refuse the data.
+It exits 4 if a run would refuse the data. replay alone loads weights: the base itself writes rows, which keep what it
+can do when they are mixed into a training.
 """
 
 from __future__ import annotations

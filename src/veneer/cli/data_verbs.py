@@ -1,5 +1,5 @@
 """veneer data convert, split, sample: rows from where and how they lie into files that are read as they stand; gc:
-tokens of large sets that nobody asks for any more."""
+tokens of large sets that nobody asks for any more. replay: data_replay.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, DAYS, SEED, SHARE
+from veneer.cli import data_replay
 from veneer.cli.common import add_json, add_map, columns_of, make_console, print_json
 from veneer.wording import shown, size
 
@@ -55,6 +56,9 @@ def add_verbs(actions: Any) -> None:
     sample.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
     sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
     reading(sample)
+    data_replay.add_arguments(
+        verb("replay", data_replay.run, "let a base draw rows, to be mixed into a training against forgetting")
+    )
     gc = verb("gc", _gc, "show tokens of large sets that no run has asked for lately; with --yes, remove them")
     gc.add_argument(
         "--days", type=DAYS, default=30, metavar="N", help="not asked for since; default: 30, 0: all of them"

@@ -29,7 +29,7 @@ COMMANDS = {
     "train": "train an adapter (or every weight) from a run file or from flags",
     "report": "the page of a run (report.html) anew, also of one that was stopped",
     "plan": "what fits, how long it takes, which method: before anything runs",
-    "data": "look at rows as the model will see them; convert, split, sample them; gc",
+    "data": "look at rows as the model will see them; convert, split, sample, replay; gc",
     "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
     "compare": "methods side by side on your own rows: quality, memory, time, file size, forgetting",
     "generate": "answer one prompt",

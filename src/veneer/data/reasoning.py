@@ -32,7 +32,13 @@ def thought_in(message: Mapping[str, Any]) -> str:
 
 def opens_reasoning(prompt: str) -> bool:
     """Whether it ends in the mark that reasoning begins with."""
-    return _OPENED.search(prompt[-_MARK:]) is not None
+    return bool(opening_mark(prompt))
+
+
+def opening_mark(prompt: str) -> str:
+    """That mark, with the space behind it; empty: there is none."""
+    found = _OPENED.search(prompt[-_MARK:])
+    return found[0] if found else ""
 
 
 def forbids_reasoning(prompt: str) -> bool:
