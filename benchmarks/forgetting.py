@@ -3,10 +3,9 @@
     python benchmarks/forgetting.py --data DATA --out forgetting      (an hour and a half on two cores; restartable)
     python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 --replies 12   (a trial)
 
-replay   each of four data sets (results.py), LoRA, once as it is and once with a share of general rows: what the base
-         itself answers to everyday requests and goes on to write, drawn before training, so that they teach nothing
-         new. The task's own measure on held-out rows, and forgetting: nats per token of general text that no run saw,
-         after - before.
+replay   each of four data sets (results.py), LoRA, once as it is and once with a share of rows that the base drew
+         before (`veneer data replay`), so that they teach nothing new. The task's own measure on held-out rows, and
+         forgetting: nats per token of general text that no run saw, after - before.
 stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and without: both
          measures after each stage.
 
@@ -15,7 +14,6 @@ Quality alone: nothing here is timed, so the machine may be busy. Writes OUT/for
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +21,13 @@ from results import TASKS, intent, write_rows
 
 from veneer import api
 from veneer.base import Base
-from veneer.decoding.generate import generate
+from veneer.data.writing import write_records
+from veneer.decoding.replay import draw_replay
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
 
 PRIMARY = {"e2e_json": "field_f1", "viggo_text": "bleu", "banking77": "accuracy", "wikisql": "exact_match"}
 STAGES = ("e2e_json", "viggo_text")
-REQUESTS = (
-    "Explain {} to a child of ten.",
-    "Write three sentences about {}.",
-    "What should one know about {}?",
-    "Give five short tips about {}.",
-    "Write a friendly letter to a neighbour about {}.",
-    "Tell a short story in which {} matters.",
-    "What are the advantages and disadvantages of {}?",
-    "Write a dialogue between two people who talk about {}.",
-)
-TOPICS = (
-    "rain; bread; bicycles; the moon; gardens in winter; learning an instrument; old maps; trains; bees; the sea; "
-    "a good night's sleep; saving money; public libraries; cats; moving to another town; tea; chess; "
-    "hospitals; the history of paper; maths; repairing a chair; long walks; electricity; being patient; "
-    "markets; birds; writing by hand; mountains; recycling; friendship; clocks; football; first aid; "
-    "photographs; volcanoes; working from home; cheese; museums; rivers; computers"
-)
-
-
-OPENINGS = ("All about {}:", "{} is", "The history of {} begins", "We talked of {}", "Notes on {}", "A letter on {}")
-
-
-def own_rows(base: Base, count: int) -> dict[str, list[dict[str, str]]]:
-    """What the base says by itself: answers to general requests, and plain text that goes on from an opening.
-
-    Drawn at temperature 1 and from all tokens. What is drawn sharper teaches the base to be surer of itself, and the
-    loss on other people's text rises.
-    """
-    draw = random.Random(0)
-    asked = draw.sample([each.format(topic) for topic in TOPICS.split("; ") for each in REQUESTS], count)
-    opened = draw.sample([each.format(topic) for topic in TOPICS.split("; ") for each in OPENINGS], count)
-    told = base.generate(asked, max_new_tokens=96, temperature=1.0, seed=0)
-    starts = [base.tokenizer(each)["input_ids"] for each in opened]
-    gone_on = generate(base, starts, max_new_tokens=96, temperature=1.0, seed=0)
-    texts = [f"{opening}{base.tokenizer.decode(ids)}" for opening, ids in zip(opened, gone_on, strict=True)]
-    return {
-        "answers": [{"prompt": p, "completion": str(a).strip()} for p, a in zip(asked, told, strict=True) if a.strip()],
-        "texts": [{"text": text} for text in texts],
-    }
 
 
 def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float]:
@@ -123,8 +83,8 @@ def main() -> None:
     base = api.load(args.base)
     replay = [args.out / "rows" / f"{name}.jsonl" for name in ("answers", "texts")]
     if not all(each.is_file() for each in replay):
-        for place, drawn in zip(replay, own_rows(base, args.replies).values(), strict=True):
-            place.write_text("".join(json.dumps(row) + "\n" for row in drawn), encoding="utf-8")
+        for place, drawn in zip(replay, draw_replay(base, 2 * args.replies).values(), strict=True):
+            write_records(place, drawn)
 
     def keep(name: str, task: str, run: Path | None) -> None:
         place = f"{name}: {task}"
