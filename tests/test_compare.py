@@ -22,6 +22,7 @@ from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Worker
 from veneer.compare.jobs import Asking, Job, Outcome, answer, together
 from veneer.compare.local import Here
+from veneer.compare.pace import Pace
 from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison, prepare_rows
 from veneer.compare.search import search
@@ -321,7 +322,7 @@ class Losses:
     """Stands in for the worker: a loss for each learning rate, and no process."""
 
     def __init__(self, losses: dict[float, float | None], *, extend: int) -> None:
-        self.losses, self.dropped, self.asked = losses, [], []
+        self.losses, self.dropped, self.asked, self.pace = losses, [], [], Pace(3)
         self.hidden_size = 576
         self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
 

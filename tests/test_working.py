@@ -51,6 +51,8 @@ def test_a_comparison_says_which_run_of_how_many_and_the_time_left():
     assert pace.said("x") == "run 3 of 4 · about 1:30 left · x"
     clock.seconds = 600  # it takes longer: the fourth is still to come
     assert pace.said("x") == "run 3 of 4 · about 1:00 left · x"
+    pace.one_more()
+    assert pace.said("x") == "run 3 of 5 · about 2:00 left · x"
     for _ in range(4):
         pace.finished(made=True)
     assert pace.said("x") == "run 6 of 6 · x"

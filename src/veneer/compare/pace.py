@@ -9,7 +9,7 @@ from veneer.wording import clock
 
 
 class Pace:
-    """total: runs, as far as they are known; a search that goes on adds some. now: a clock, in seconds."""
+    """total: runs, as far as they are known. now: a clock, in seconds."""
 
     def __init__(self, total: int, now: Callable[[], float] = time.monotonic) -> None:
         self._total, self._now, self._began = total, now, now()
@@ -22,6 +22,10 @@ class Pace:
         self._made += made
         self._total = max(self._total, self._over)
         self._last = self._now()
+
+    def one_more(self) -> None:
+        """A search goes on."""
+        self._total += 1
 
     def said(self, text: str) -> str:
         """The line of what runs now, or was just over."""

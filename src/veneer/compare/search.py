@@ -53,6 +53,7 @@ def search(worker: Worker, candidate: Candidate, steps: int) -> Asking[tuple[lis
         if left == 0 or 0 < best < len(factors) - 1:
             break
         left -= 1
+        worker.pace.one_more()
         factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]
     found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in map(rate_of, factors)]
     if best_place is not None:
