@@ -468,6 +468,9 @@ def test_the_words_follow_the_figures() -> None:
         "If memory is short, the file must be small or training must be quick, take lora: 1.00 GB at its peak" in text
     )
     assert "At the price of quality there would be prefix (100 kB on disk)." in text
+    small = {**PREFIX, "peak_memory_bytes": 5 * 10**8}
+    text = " ".join(conclude(figures_of(FULL, LORA, small, best="full")))
+    assert "At the price of quality there would be prefix (500 MB at its peak, 100 kB on disk)." in text
     worse = copy.deepcopy(LORA)
     worse["to_best"]["exact_match"]["interval"] = [-0.3, -0.1]
     changed = " ".join(conclude(figures_of(FULL, worse, PREFIX, best="full")))

@@ -106,7 +106,7 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
         ("training must be quick", "seconds", clock, "of steps"),
     ]
     chosen: dict[str, list[tuple[str, str]]] = {}
-    dearer = []
+    dearer: dict[str, list[str]] = {}
     for start, field, told, what in rules:
         least, most, least_of_all = (
             min(equal, key=lambda m: (m[field], m["adapter_bytes"])),
@@ -116,13 +116,14 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
         beside = f" ({most['name']} {told(most[field])})" if most is not least else ""
         chosen.setdefault(least["name"], []).append((start, f"{told(least[field])} {what}{beside}"))
         if least_of_all[field] < 0.95 * least[field]:
-            dearer.append(f"{least_of_all['name']} ({told(least_of_all[field])} {what})")
+            dearer.setdefault(least_of_all["name"], []).append(f"{told(least_of_all[field])} {what}")
     for name, reasons in chosen.items():
         starts, figures = zip(*reasons, strict=True)
         sentences.append(f"If {_joined(starts, ' or ')}, take {name}: {', '.join(figures)}.")
     sentences[-1] += f" {among}"
     if dearer:
-        sentences.append(f"At the price of quality there would be {_joined(dearer)}.")
+        named = [f"{name} ({', '.join(figures)})" for name, figures in dearer.items()]
+        sentences.append(f"At the price of quality there would be {_joined(named)}.")
     return sentences
 
 
