@@ -66,14 +66,15 @@ def _rank(rng: random.Random) -> list[Call]:
     def pairs(*shape: int) -> Tensor:
         return filled(torch.int32, *shape)
 
+    def factor(outs: int, ins: int) -> Tensor:
+        dtype = BF16 if rows % 4 else torch.float32
+        return filled(dtype, outs, ins) if rows % 3 else filled(dtype, ins, outs).T
+
     shared = {"bias": bias, "magnitude": magnitude, "norm": norm, "scale": 0.5}
     return [
-        (calls.rank_down, {"x": x, "pairs": pairs(width // 2, rank), "out": d, "scale": 0.5}),
-        (calls.rank_up, {"d": d, "pairs": pairs(rank // 2, width), "y": y, "scale": 0.5}),
-        (
-            calls.rank_gradient,
-            {"turned": filled(BF16, rank, rows), "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0},
-        ),
+        (calls.rank_down, {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5}),
+        (calls.rank_up, {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5}),
+        (calls.rank_gradient, {"u": d, "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0}),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
             calls.dora_backward,

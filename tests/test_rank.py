@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veneer.kernels import rank
-from veneer.kernels.lora import lora_linear, lora_linear_reference
+from veneer.kernels.lora import Adapted, Dropout, lora_linear, lora_linear_reference, lora_linears
 from veneer.kernels.native import has_bf16
 from veneer.linear import DenseLinear
 
@@ -57,6 +57,65 @@ def test_a_matrix_at_an_odd_address_is_left_to_torch():
     near(rank.gradient(A.new_ones(32, 16), odd), torch.ones(16, 32).double() @ x.double())
     rank.add_up(odd, A.new_ones(32, 16), A.T)
     near(odd, x.double() + torch.ones(32, 16).double() @ A.double())
+
+
+@pytest.mark.parametrize("rows", [16, 62, 130])
+def test_factors_are_rounded_as_torch_rounds_them_whichever_way_round_they_lie(rows):
+    torch.manual_seed(1)
+    x, y = torch.randn(rows, 80).bfloat16(), torch.randn(rows, 112).bfloat16()
+    A, B = torch.randn(32, 80), torch.randn(112, 32)
+    for one_A, one_B in ((A, B), (A.T.contiguous().T, B.T.contiguous().T), (A[:, :80], torch.randn(112, 40)[:, :32])):
+        ours, theirs = y.clone(), y.clone()
+        down = rank.down(x, one_A, 0.5)
+        assert torch.equal(down, rank.down(x, one_A.bfloat16(), 0.5))
+        rank.add_up(ours, down, one_B, 2.0)
+        rank.add_up(theirs, down, one_B.bfloat16().contiguous(), 2.0)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_the_narrow_side_may_be_columns_of_a_wider_matrix(size):
+    torch.manual_seed(2)
+    x, A = torch.randn(64, 48).bfloat16(), torch.randn(size, 48).bfloat16()
+    wide = torch.full((64, 3 * size), 9.0).bfloat16()
+    columns = wide[:, size : 2 * size]
+    alone = rank.down(x, A)
+    assert torch.equal(rank.down(x, A, out=columns), alone) and torch.equal(columns, alone)
+    assert (wide[:, :size] == 9).all() and (wide[:, 2 * size :] == 9).all()
+    assert torch.equal(rank.gradient(columns, x), rank.gradient(alone, x))
+    ours, theirs = x.clone(), x.clone()
+    rank.add_up(ours, columns, A.T)
+    rank.add_up(theirs, alone, A.T)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [(torch.bfloat16, (16, 32)), (torch.float64, (3, 5)), (torch.bfloat16, (16, 256))]
+)
+def test_layers_that_share_their_input_are_what_each_is_alone(dtype, sizes, dropout):
+    """Values and the factors' gradients to the bit; the gradient of x is summed up in another order."""
+    torch.manual_seed(4)
+    outs, rows = (64, 48), torch.arange(26) * 7919
+    x = torch.randn(2, 13, 96).to(dtype).requires_grad_()
+    layers, given = [], [x]
+    for number, (out, size) in enumerate(zip(outs, sizes, strict=True)):
+        base = DenseLinear(nn.Linear(96, out).to(dtype).requires_grad_(False))
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype
+        factors = [torch.randn(*shape, dtype=wide, requires_grad=True) for shape in ((size, 96), (out, size))]
+        bias = torch.randn(out).to(dtype).requires_grad_()
+        mask = Dropout(rows, number << 32, dropout) if dropout else None
+        layers.append(Adapted(*factors, bias, base, 0.3 + number, mask))
+        given += [*factors, bias]
+    grads = [torch.randn(2, 13, out).to(dtype) for out in outs]
+    together = lora_linears(x, layers)
+    apart = [lora_linear(x, e.A, e.B, e.bias, e.base, scaling=e.scaling, dropout=e.dropout) for e in layers]
+    ours, theirs = torch.autograd.grad(together, given, grads), torch.autograd.grad(apart, given, grads)
+    exact = dtype == torch.bfloat16
+    near(ours[0], theirs[0].double())
+    for a, b in zip((*together, *ours[1:]), (*apart, *theirs[1:]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0 if exact else 1e-12, atol=0 if exact else 1e-12)
+    together[1].mul_(2.0)  # models add into what a layer gave them
 
 
 def test_the_bits_do_not_depend_on_the_threads():

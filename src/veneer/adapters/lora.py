@@ -24,7 +24,7 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
-from veneer.kernels.lora import Dropout, dropped, lora_linear
+from veneer.kernels.lora import Adapted, Dropout, dropped, lora_linear, lora_linears
 from veneer.kernels.segments import Plan, Update, linear_with_updates
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
@@ -216,6 +216,19 @@ class AdaptedLinear(AdaptedModule):
             return self._alike(x, whole, acting.keys)
         return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(*x.shape[:-1], -1)
 
+    def alone(self, x: Tensor) -> Adapted | None:
+        """The layer and its update, where a single LoRA acts on all rows of x and nothing else is to be done."""
+        acting = self.routing.acting
+        whole, rows = acting.whole, x.numel() // x.shape[-1]
+        if not whole or acting.counts(rows) or self.replaced(whole) or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        drawing = self.drawing(whole, acting.keys)
+        if len(drawing) != 1 or not isinstance(drawing[0][0], LoRALayer) or drawing[0][0].offset is not None:
+            return None
+        layer, weight, keys = drawing[0]
+        mask, (A, B) = layer.active_dropout(x, keys), layer.factors()
+        return Adapted(A, B, self.frozen.own_bias(), self.frozen, layer.scaling * weight, mask)
+
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """All rows with these adapters."""
         by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float, TokenKeys | None]]] = {}
@@ -281,6 +294,13 @@ class AdaptedLinear(AdaptedModule):
         for layer, weight, own in self.drawing(adapters, keys):
             y = y + weight * layer.change(x, plain, self.frozen, own)
         return y.to(x.dtype)
+
+
+def side_by_side(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """x (..., I) through each of these: (..., O). As one node where a single LoRA adapts every one of them."""
+    layers = [module.alone(x) if isinstance(module, AdaptedLinear) else None for module in modules]
+    found = [layer for layer in layers if layer is not None]
+    return lora_linears(x, found) if len(found) == len(modules) else [module(x) for module in modules]
 
 
 def _of(keys: TokenKeys | None, segment: Segment) -> TokenKeys | None:

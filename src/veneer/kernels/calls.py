@@ -42,7 +42,12 @@ MOST_SPLITS = 1024
 
 
 class _Rank(ctypes.Structure):
-    _fields_ = [*pointers("x pairs out grad"), *numbers("rows width rank"), ("scale", ctypes.c_float)]
+    _fields_ = [
+        *pointers("x factor narrow grad"),
+        *numbers("rows width rank apart across half"),
+        ("scale", ctypes.c_float),
+        *pointers("pairs"),
+    ]
 
 
 def _registers(*sizes: int) -> None:
@@ -56,33 +61,58 @@ def _ranked(width: int, rank: int) -> None:
         raise CallError(f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}")
 
 
-def rank_down(x: Tensor, pairs: Tensor, out: Tensor, scale: float) -> None:
-    """out (M, R) = scale * x (M, I) W; pairs (I / 2, R) int32: two neighbours of a row of W^T in a word."""
-    (rows, width), rank = x.shape, pairs.shape[1]
-    _ranked(width, rank)
-    given = at(x, BF16, rows, width, words=PAIR_BYTES), at(pairs, INT32, width // 2, rank)
-    made = at(out, BF16, rows, rank)
-    call("veneer_rank_down", ctypes.byref(_Rank(*given, made, None, rows, width, rank, scale)))
+def _narrow(given: _Rank, tensor: Tensor, rows: int, rank: int) -> None:
+    """The side of R columns (M, R), its rows whole, with gaps between them or none."""
+    apart, inner = tensor.stride()
+    if tensor.shape != (rows, rank) or tensor.dtype is not BF16 or not reachable(tensor):
+        raise CallError(f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device} where C takes {(rows, rank)} bf16")
+    if inner != 1 or apart % 2 or tensor.data_ptr() % PAIR_BYTES:
+        raise CallError(f"steps of {tensor.stride()} where C takes pairs of neighbours")
+    given.narrow, given.apart = tensor.data_ptr(), number(apart, rank, MOST_STRIDE)
 
 
-def rank_up(d: Tensor, pairs: Tensor, y: Tensor, scale: float) -> None:
-    """y (M, O) += scale * d (M, R) W; pairs (R / 2, O)."""
+def _factor(given: _Rank, factor: Tensor, outs: int, ins: int) -> None:
+    """W^T (N, K), or a transposed view of W (K, N); float32 or bf16."""
+    if factor.dtype is not FP32 and factor.dtype is not BF16:
+        raise CallError(f"a factor of {factor.dtype} where C takes float32 or bf16")
+    given.across, given.half = int(factor.is_contiguous()), int(factor.dtype is BF16)
+    words = PAIR_BYTES if given.across else 1
+    if given.across:
+        given.factor = at(factor, factor.dtype, outs, ins, words=words)
+    else:
+        given.factor = at(factor.mT, factor.dtype, ins, outs)
+
+
+def rank_down(x: Tensor, factor: Tensor, out: Tensor, scale: float) -> None:
+    """out (M, R) = scale * x (M, I) factor^T; factor (R, I)."""
+    (rows, width), rank = x.shape, factor.shape[0]
+    _ranked(number(width, 16, MOST_STRIDE), rank)
+    given = _Rank(at(x, BF16, rows, width, words=PAIR_BYTES), rows=rows, width=width, rank=rank, scale=scale)
+    _narrow(given, out, rows, rank)
+    _factor(given, factor, rank, width)
+    call("veneer_rank_down", ctypes.byref(given))
+
+
+def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float) -> None:
+    """y (M, O) += scale * d (M, R) factor^T; factor (O, R)."""
     (rows, rank), width = d.shape, y.shape[1]
     _ranked(width, rank)
-    given = at(d, BF16, rows, rank, words=PAIR_BYTES), at(pairs, INT32, rank // 2, width)
-    made = at(y, BF16, rows, width)
-    call("veneer_rank_up", ctypes.byref(_Rank(*given, made, None, rows, width, rank, scale)))
+    given = _Rank(at(y, BF16, rows, width), rows=rows, width=width, rank=rank, scale=scale)
+    _narrow(given, d, rows, rank)
+    _factor(given, factor, width, rank)
+    call("veneer_rank_up", ctypes.byref(given))
 
 
-def rank_gradient(turned: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
-    """out (R, I) float32 = scale * turned (R, M) x (M, I), M even."""
-    (rows, width), rank = x.shape, turned.shape[0]
+def rank_gradient(u: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
+    """out (R, I) float32 = scale * u^T x, of u (M, R) and x (M, I), M even."""
+    (rows, width), rank = x.shape, u.shape[1]
     _ranked(width, rank)
     if rows == 0 or rows % 2:
         raise CallError(f"{rows} rows where C takes pairs of them")
-    given = at(x, BF16, rows, width), at(turned, BF16, rank, rows, words=PAIR_BYTES)
-    made = at(out, FP32, rank, width)
-    call("veneer_rank_gradient", ctypes.byref(_Rank(*given, None, made, rows, width, rank, scale)))
+    given = _Rank(at(x, BF16, rows, width), rows=number(rows, 2, MOST_STRIDE), width=width, rank=rank, scale=scale)
+    _narrow(given, u, rows, rank)
+    given.grad = at(out, FP32, rank, width)
+    call("veneer_rank_gradient", ctypes.byref(given))
 
 
 # -- a row of trained length: dora.c ---------------------------------------------------------------------------------

@@ -65,6 +65,15 @@ class DenseLinear:
         return self.module.bias
 
 
+def add_input_gradient(base: FrozenLinear, grad: Tensor, so_far: Tensor | None) -> Tensor:
+    """so_far (M, I) + grad (M, O) W, in place; None: nothing was found so far."""
+    if so_far is None:
+        return base.input_gradient(grad)
+    if isinstance(base, DenseLinear):
+        return torch.addmm(so_far, grad, base.module.weight, out=so_far)
+    return so_far.add_(base.input_gradient(grad))
+
+
 def writable(y: Tensor) -> Tensor:
     """A fresh y as a function of its own hands it out: models add into what a linear layer gave them, which torch
     forbids where that is a view made within such a function (products of three axes are views of one of two)."""

@@ -1,8 +1,9 @@
-"""The adapted linear layer as one node of the graph.
+"""The adapted linear layer, or several that share their x, as one node of the graph.
 
     y = x W^T + bias + scaling * (drop(x) A^T) B^T
 
-Saved for backward: x (by reference, in its own type: q, k and v keep one between them) and x A^T (M, R).
+Saved for backward: x (by reference, in its own type: q, k and v keep one between them) and x A^T (M, R). Of several
+all A are one factor, so that x is read once for them, and the gradient of x is summed up in one place.
 W is never copied, its gradient never formed. Rank-side products first, so every extra product costs M * D * R:
 
     U = scaling * (g B)     dB = scaling * g^T (x A^T)     dA = U^T drop(x)     dx = g W + drop(U A)
@@ -10,6 +11,7 @@ W is never copied, its gradient never formed. Rank-side products first, so every
 Shapes: M rows, I in_features, O out_features, R rank. Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import drop_out, drop_out_reference
-from veneer.kernels.frozen import FrozenLinear, bias_gradient, writable
+from veneer.kernels.frozen import FrozenLinear, add_input_gradient, bias_gradient, writable
 
 
 @dataclass(frozen=True)
@@ -79,50 +81,109 @@ def update_gradients(
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dA (R, I) and dB (O, R) of an update whose U is up_MR; to grad_x (M, I), if wanted, drop(U A) is added."""
-    grad_A = rank.gradient(up_MR, x_MI if dropout is None else dropout.apply(x_MI))
-    grad_B = rank.gradient(down_MR, g_MO, scaling).T
+    grad_A = _update_gradient(up_MR, x_MI, A_RI, dropout, grad_x)
+    return grad_A, rank.gradient(down_MR, g_MO, scaling).T
+
+
+def _update_gradient(
+    up_MR: Tensor, x_MI: Tensor, A_RI: Tensor, dropout: Dropout | None, grad_x: Tensor | None
+) -> Tensor:
+    """dA, (R, I), and its share of grad_x."""
     if grad_x is not None:
         if dropout is None:
             rank.add_up(grad_x, up_MR, A_RI.T)
         else:
-            grad_x += dropout.apply(up_MR @ A_RI)
-    return grad_A, grad_B
+            grad_x += dropout.apply(up_MR @ A_RI.to(up_MR.dtype))
+    return rank.gradient(up_MR, x_MI if dropout is None else dropout.apply(x_MI))
 
 
-class _LoRALinear(torch.autograd.Function):
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen linear layer and its update: A (R, I), B (O, R), bias (O) or None."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    base: FrozenLinear
+    scaling: float
+    dropout: Dropout | None = None
+
+
+class _LoRALinears(torch.autograd.Function):
+    """layers: (base, scaling, dropout) of each; given: A, B and bias of each, one behind the other."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        base: FrozenLinear,
-        scaling: float,
-        dropout: Dropout | None,
-    ) -> Tensor:
-        # A and B are cast, never x: a float32 copy of x would live until backward.
-        A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
-        y = base.product(x, bias)
-        y_MO, x_MI = y.view(-1, base.out_features), x.reshape(-1, base.in_features)
-        down_MR = add_update(y_MO, x_MI, A_RI, B_OR, scaling, dropout)
-        ctx.save_for_backward(x, A_RI, B_OR, down_MR)
-        ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
-        ctx.types = A.dtype, B.dtype, None if bias is None else bias.dtype
-        return writable(y)
+        ctx: Any, x: Tensor, layers: tuple[tuple[FrozenLinear, float, Dropout | None], ...], *given: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        x_MI = x.reshape(-1, x.shape[-1])
+        # Factors are rounded, never x: a float32 copy of x would live until backward.
+        A, B = [rank.typed(_there(A), x) for A in given[0::3]], [rank.typed(_there(B), x) for B in given[1::3]]
+        down_MR = x.new_empty(x_MI.shape[0], sum(len(A_RI) for A_RI in A))
+        downs = down_MR.split([len(A_RI) for A_RI in A], dim=1)
+        together = _together(layers, down_MR)
+        if together:
+            rank.down(x_MI, _joined(A), out=down_MR)
+        made = []
+        for (base, scaling, dropout), A_RI, B_OR, bias, down in zip(layers, A, B, given[2::3], downs, strict=True):
+            y = base.product(x, bias)
+            if not together:
+                rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI, out=down)
+            rank.add_up(y.view(-1, base.out_features), down, B_OR, scaling)
+            made.append(writable(y))
+        ctx.save_for_backward(x, down_MR, *A, *B)
+        ctx.layers, ctx.together = layers, together
+        ctx.types = [None if each is None else each.dtype for each in given]
+        return tuple(made)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A_RI, B_OR, down_MR = ctx.saved_tensors
-        base, scaling, (A_type, B_type, bias_type) = ctx.base, ctx.scaling, ctx.types
-        g_MO, x_MI = grad.reshape(-1, base.out_features), x.reshape(-1, base.in_features)
-        grad_x = base.input_gradient(g_MO) if ctx.needs_input_grad[0] else None
-        up_MR = rank.down(g_MO, B_OR.T, scaling)
-        grad_A, grad_B = update_gradients(up_MR, g_MO, x_MI, A_RI, down_MR, scaling, ctx.dropout, grad_x)
-        grad_x = None if grad_x is None else grad_x.view(x.shape)
-        grad_bias = bias_gradient(g_MO, bias_type) if ctx.needs_input_grad[3] else None
-        return grad_x, grad_A.to(A_type), grad_B.to(B_type), grad_bias, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, down_MR, *factors), layers, types = ctx.saved_tensors, ctx.layers, ctx.types
+        A, B = factors[: len(layers)], factors[len(layers) :]
+        x_MI, sizes = x.reshape(-1, x.shape[-1]), [len(A_RI) for A_RI in A]
+        up_MR, grad_x = torch.empty_like(down_MR), None
+        sides = zip(down_MR.split(sizes, dim=1), up_MR.split(sizes, dim=1), strict=True)
+        found: list[Tensor | None] = []
+        for number, ((base, scaling, dropout), (down, up), grad) in enumerate(zip(layers, sides, grads, strict=True)):
+            g_MO = grad.reshape(-1, base.out_features)
+            rank.down(g_MO, B[number].T, scaling, out=up)
+            if ctx.needs_input_grad[0]:
+                grad_x = add_input_gradient(base, g_MO, grad_x)
+            grad_A = None
+            if not ctx.together:
+                grad_A = _update_gradient(up, x_MI, A[number], dropout, grad_x)
+            grad_B = rank.gradient(down, g_MO, scaling).T
+            wants_bias = ctx.needs_input_grad[2 + 3 * number + 2]
+            found += [grad_A, grad_B, bias_gradient(g_MO, types[3 * number + 2]) if wants_bias else None]
+        if ctx.together:
+            found[0::3] = rank.gradient(up_MR, x_MI).split(sizes)
+            if grad_x is not None:
+                rank.add_up(grad_x, up_MR, _joined(A).T)
+        typed = (None if each is None else each.to(dtype) for each, dtype in zip(found, types, strict=True))
+        return None if grad_x is None else grad_x.view(x.shape), None, *typed
+
+
+def _there(factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return factor
+
+
+def _joined(A: Sequence[Tensor]) -> Tensor:
+    return A[0] if len(A) == 1 else torch.cat(list(A))
+
+
+def _together(layers: Sequence[tuple[FrozenLinear, float, Dropout | None]], down_MR: Tensor) -> bool:
+    """Whether all A are one factor: each sees x itself, and they are no more than a kernel takes."""
+    return all(dropout is None for _, _, dropout in layers) and (len(layers) == 1 or down_MR.shape[1] <= rank.MOST)
+
+
+def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """x (..., I) through each of these: (..., O) in x's type. One node: x is read once, and its gradient summed up."""
+    apply: Any = _LoRALinears.apply
+    given = (each for layer in layers for each in (layer.A, layer.B, layer.bias))
+    made: tuple[Tensor, ...] = apply(x, tuple((e.base, e.scaling, e.dropout) for e in layers), *given)
+    return made
 
 
 def lora_linear(
@@ -136,8 +197,7 @@ def lora_linear(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """x (..., I), A (R, I), B (O, R), bias (O) or None -> (..., O) in x's type."""
-    apply: Any = _LoRALinear.apply
-    return apply(x, A, B, bias, base, scaling, dropout)
+    return lora_linears(x, [Adapted(A, B, bias, base, scaling, dropout)])[0]
 
 
 def lora_linear_reference(

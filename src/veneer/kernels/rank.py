@@ -5,7 +5,8 @@
     gradient(u, x)    scale * u^T x             (M, R) x (M, I) -> (R, I)
 
 Compiled for bf16 on processors that multiply its pairs (native/rank.c), sums in float32 rounded once; elsewhere torch's
-matrix products, which are made for squarer shapes. Shapes: M rows, I and O widths, R rank.
+matrix products, which are made for squarer shapes. Factors are float32 or in the products' type; compiled kernels round
+them as they lay them out. Shapes: M rows, I and O widths, R rank.
 """
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from veneer.kernels import calls
 from veneer.kernels.fused import compiled
+from veneer.kernels.native import has_bf16, on_cpu
 
+MOST = calls.MOST_RANK
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -29,30 +32,51 @@ def across(matrix: Tensor) -> Tensor:
     return matrix.contiguous().view(torch.int32).T.contiguous()
 
 
-def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
+def typed(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor as the products of x take it: itself, where a kernel rounds it, else in x's type."""
+    taken = factor.dtype is torch.float32 and x.dtype is torch.bfloat16 and factor.shape[0] % 16 == 0
+    return (
+        factor
+        if taken and factor.shape[1] % 16 == 0 and factor.is_contiguous() and on_cpu(x) and has_bf16()
+        else factor.to(x.dtype)
+    )
+
+
+def _laid(factor: Tensor) -> Tensor:
+    """As the kernels read it: without gaps, one way round or the other."""
+    return factor if factor.is_contiguous() or factor.T.is_contiguous() else factor.contiguous()
+
+
+def _narrow(side: Tensor) -> bool:
+    """Whether rows of R columns are whole pairs; they may be columns of a wider matrix."""
+    return side.stride(1) == 1 and side.stride(0) % 2 == 0 and side.data_ptr() % calls.PAIR_BYTES == 0
+
+
+def down(x: Tensor, A: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """out: columns of a wider matrix that are written instead of a fresh one."""
     rank, width = A.shape
-    if not is_compiled(rank, width, x):
-        found = x @ A.T
-        return found if scale == 1.0 else found.mul_(scale)
-    out = torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device)
-    calls.rank_down(x, across(A), out, scale)
+    out = x.new_empty(x.shape[0], rank) if out is None else out
+    if not is_compiled(rank, width, x) or not _narrow(out):
+        torch.mm(x, A.to(x.dtype).T, out=out)
+        return out if scale == 1.0 else out.mul_(scale)
+    calls.rank_down(x, _laid(A), out, scale)
     return out
 
 
 def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0) -> None:
     width, rank = B.shape
-    if not is_compiled(rank, width, y, d):
-        y.addmm_(d, B.T, alpha=scale)
+    if not is_compiled(rank, width, y) or not _narrow(d):
+        y.addmm_(d, B.to(y.dtype).T, alpha=scale)
         return
-    calls.rank_up(d, across(B), y, scale)
+    calls.rank_up(d, _laid(B), y, scale)
 
 
 def gradient(u: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the inputs' type."""
     rows, rank = u.shape
-    if rows % 2 or not is_compiled(rank, x.shape[1], x, u):
+    if rows % 2 or not is_compiled(rank, x.shape[1], x) or not _narrow(u):
         found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    calls.rank_gradient(u.T.contiguous(), x, out, scale)
+    calls.rank_gradient(u, x, out, scale)
     return out

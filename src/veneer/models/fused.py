@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapters.lora import side_by_side
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
@@ -47,7 +48,8 @@ class FusedGate(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base
-        return base.down_proj(silu_gate(base.gate_proj(x), base.up_proj(x)))
+        gate, up = side_by_side([base.gate_proj, base.up_proj], x)
+        return base.down_proj(silu_gate(gate, up))
 
 
 def _norm(wrapped: nn.Module) -> FusedNorm | None:

@@ -97,7 +97,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
         float *partial = a->partial + block * a->width;
         for (; c + COLUMNS <= a->width; c += COLUMNS) turn_backward(a, row, n, c, 4, partial);
         for (; c < a->width; c += 16) turn_backward(a, row, n, c, 1, partial);
-        rank_down(a->turned + row * a->width, a->pairs, a->out + row * a->rank, n, a->width, a->rank, a->scale);
+        rank_down(a->turned + row * a->width, a->pairs, a->out + row * a->rank, a->rank, n, a->width, a->rank, a->scale);
     }
 }
 

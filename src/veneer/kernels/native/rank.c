@@ -1,30 +1,68 @@
 /* Products with a small rank, in bf16: see kernels/rank.py. One side has R columns, a few dozen; a library's matrix
    product is made for squarer shapes. Every result is summed in float32, in an order that no thread count changes.
-   R and the widths are multiples of 16; `pairs` are laid out as bf16.h says. */
+   R and the widths are multiples of 16; pairs are laid out as bf16.h says, from factors as they are trained. */
 #include "parallel.h"
 #include "rank.h"
+#include <stdlib.h>
 
 #if defined(__x86_64__)
 
+/* narrow: the side of R columns, its rows `apart` values from each other. factor: W (K, N), or, `across`, W^T (N, K);
+   float32, or bf16 where `half`. */
 struct rank {
     const uint16_t *x;
-    const uint32_t *pairs;
-    uint16_t *out;
+    const void *factor;
+    uint16_t *narrow;
     float *grad;
-    int64_t rows, width, rank;
+    int64_t rows, width, rank, apart, across, half;
     float scale;
+    uint32_t *pairs; /* C's own */
 };
 
-/* out (rows, R) = scale * x (rows, width) W; pairs (width / 2, R). Items are blocks of rows. */
+static uint32_t *words(int64_t count) {
+    void *found = NULL;
+    if (posix_memalign(&found, 64, (size_t)(4 * count + 64))) abort();
+    return found;
+}
+
+VENEER_INLINE __m512i bf16_words(const uint16_t *low, const uint16_t *high) {
+    __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
+    return _mm512_or_si512(l, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high)), 16));
+}
+
+/* factor -> pairs (K / 2, N), rounded to bf16; K even, N a multiple of 16. */
+static VENEER_BF16 void pack(struct rank *a, int64_t K, int64_t N) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const float *wide = a->factor;
+    const uint16_t *half = a->factor;
+    a->pairs = words(K / 2 * N);
+    for (int64_t n = 0; n < N; n += 16) {
+        const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)(a->half ? K / 2 : K)));
+        for (int64_t k = 0; k < K; k += 2) {
+            __m512i found;
+            if (a->across && a->half)
+                found = _mm512_i32gather_epi32(rows, half + n * K + k, 4);
+            else if (a->across)
+                found = bf16_pairs(_mm512_i32gather_ps(rows, wide + n * K + k, 4), _mm512_i32gather_ps(rows, wide + n * K + k + 1, 4));
+            else if (a->half)
+                found = bf16_words(half + k * N + n, half + (k + 1) * N + n);
+            else
+                found = bf16_pairs(_mm512_loadu_ps(wide + k * N + n), _mm512_loadu_ps(wide + (k + 1) * N + n));
+            _mm512_storeu_si512(a->pairs + k / 2 * N + n, found);
+        }
+    }
+}
+
+/* narrow (rows, R) = scale * x (rows, width) W. Items are blocks of rows. */
 static VENEER_BF16 void down_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
     for (int64_t block = from; block < to; block++) {
         int64_t row = block * BLOCK;
-        rank_down(a->x + row * a->width, a->pairs, a->out + row * a->rank, rank_rows(block, a->rows), a->width, a->rank, a->scale);
+        rank_down(a->x + row * a->width, a->pairs, a->narrow + row * a->apart, a->apart, rank_rows(block, a->rows), a->width, a->rank, a->scale);
     }
 }
 
-/* out (rows, width) += scale * x (rows, R) W; pairs (R / 2, width). */
+/* x (rows, width) += scale * narrow (rows, R) W. */
 static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
     float sums[BLOCK * COLUMNS];
@@ -32,11 +70,11 @@ static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
         int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
         for (int64_t c = 0; c < a->width; c += COLUMNS) {
             int64_t wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
-            bf16_product((const uint32_t *)(a->x + row * a->rank), a->rank / 2, 1, a->pairs + c, a->width, sums, COLUMNS, n, wide,
+            bf16_product((const uint32_t *)(a->narrow + row * a->apart), a->apart / 2, 1, a->pairs + c, a->width, sums, COLUMNS, n, wide,
                          a->rank / 2, 0);
             for (int64_t r = 0; r < n; r++)
                 for (int64_t i = 0; i < wide; i += 16) {
-                    uint16_t *to_add = a->out + (row + r) * a->width + c + i;
+                    uint16_t *to_add = (uint16_t *)a->x + (row + r) * a->width + c + i;
                     __m512 sum = _mm512_loadu_ps(sums + r * COLUMNS + i);
                     bf16_store(to_add, _mm512_fmadd_ps(sum, _mm512_set1_ps(a->scale), bf16_floats(to_add)));
                 }
@@ -44,7 +82,7 @@ static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
     }
 }
 
-/* grad (R, width) = scale * u^T x; pairs (R, rows / 2) of u^T, rows even. Items are blocks of columns. */
+/* grad (R, width) = scale * narrow^T x; pairs (R, rows / 2) of narrow^T, rows even. Items are blocks of columns. */
 static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
     enum { DEPTH = 32 }; /* pairs of rows at a time: 8 KiB, which stay in the first cache */
@@ -69,8 +107,34 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
     }
 }
 
-void veneer_rank_down(struct rank *a) { veneer_parallel(down_body, a, rank_blocks(a->rows), 1); }
-void veneer_rank_up(struct rank *a) { veneer_parallel(up_body, a, rank_blocks(a->rows), 1); }
-void veneer_rank_gradient(struct rank *a) { veneer_parallel(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1); }
+/* narrow -> pairs (R, rows / 2). */
+static VENEER_BF16 void pack_narrow(struct rank *a) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)(a->rows / 2)));
+    a->pairs = words(a->rank * (a->rows / 2));
+    for (int64_t r = 0; r < a->rank; r += 16)
+        for (int64_t m = 0; m < a->rows; m += 2) {
+            const uint16_t *first = a->narrow + m * a->apart + r;
+            _mm512_i32scatter_epi32(a->pairs + r * (a->rows / 2) + m / 2, places, bf16_words(first, first + a->apart), 4);
+        }
+}
+
+void veneer_rank_down(struct rank *a) {
+    pack(a, a->width, a->rank);
+    veneer_parallel(down_body, a, rank_blocks(a->rows), 1);
+    free(a->pairs);
+}
+
+void veneer_rank_up(struct rank *a) {
+    pack(a, a->rank, a->width);
+    veneer_parallel(up_body, a, rank_blocks(a->rows), 1);
+    free(a->pairs);
+}
+
+void veneer_rank_gradient(struct rank *a) {
+    pack_narrow(a);
+    veneer_parallel(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1);
+    free(a->pairs);
+}
 
 #endif
