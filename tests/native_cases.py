@@ -121,6 +121,14 @@ def _rows(rng: random.Random) -> list[Call]:
         (calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
         (calls.silu_gate_backward, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True))),
         (
+            calls.rotary,
+            {
+                **{name: filled(BF16, rows, 2, 64) for name in ("x", "out")},
+                **{name: filled(BF16, rows, 64) for name in ("cos", "sin")},
+                "back": bool(rows % 2),
+            },
+        ),
+        (
             calls.entropy,
             {
                 "logits": filled(BF16, rows + rng.randint(0, 3), vocabulary),

@@ -17,6 +17,7 @@ from veneer.kernels import fused as kernels
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
+from veneer.models.fused_attention import FusedAttention
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
 
@@ -61,6 +62,19 @@ def test_the_gate_is_its_reference(dtype, shape):
     wide = [t.detach().double().requires_grad_() for t in (gate, up)]
     ours, theirs = kernels.silu_gate(gate, up), kernels.silu_gate_reference(*wide)
     near_with_gradients(ours, theirs, (gate, up), wide, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [6, 32, 128])
+def test_the_rotation_is_its_reference_to_the_bit(dtype, size):
+    torch.manual_seed(3)
+    q, k = torch.randn(21, 3, size).to(dtype).requires_grad_(), torch.randn(21, 1, size).to(dtype).requires_grad_()
+    cos, sin = (torch.randn(21, size).to(dtype) for _ in range(2))
+    grads = [torch.randn(21, heads, size).to(dtype) for heads in (3, 1)]
+    ours, theirs = kernels.rotary(q, k, cos, sin), kernels.rotary_reference(q, k, cos, sin)
+    pairs = zip(torch.autograd.grad(ours, (q, k), grads), torch.autograd.grad(theirs, (q, k), grads), strict=True)
+    for a, b in [*zip(ours, theirs, strict=True), *pairs]:
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 49, 1000])
@@ -121,7 +135,46 @@ def test_what_agrees_is_exchanged_and_comes_back(family, norms, gates):
     assert dict(model.named_modules()) == own
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+@pytest.mark.parametrize(
+    ("family", "blocks", "window"),
+    [
+        ("llama", 2, None),
+        ("qwen2", 2, None),
+        ("mistral", 2, 8),
+        ("mixtral", 2, None),
+        ("qwen3", 0, None),
+        ("gpt2", 0, None),
+    ],
+)
+def test_attention_blocks_that_agree_are_exchanged_with_the_rules_of_theirs(family, blocks, window):
+    model = tiny_model(family)
+    assert not any(isinstance(made, FusedAttention) for made in replacements(model).values())
+    prepare(model)
+    found = [made for made in replacements(model).values() if isinstance(made, FusedAttention)]
+    assert len(found) == blocks
+    assert all(made.rules.window == window for made in found)
+    with torch.device("meta"):
+        planned = copy.deepcopy(model).to("meta")
+    assert {path: type(made) for path, made in replacements(planned).items()} == {
+        path: type(made) for path, made in replacements(model).items()
+    }
+
+
+def test_an_attention_block_that_turns_otherwise_stays(monkeypatch):
+    model = tiny_model("llama")
+    prepare(model)
+    block = type(model.model.layers[0].self_attn)
+    own = block.forward
+
+    def scaled(self, hidden_states, position_embeddings=None, attention_mask=None, **others):
+        cos, sin = position_embeddings
+        return own(self, hidden_states, (cos * 2, sin), attention_mask, **others)
+
+    monkeypatch.setattr(block, "forward", scaled)
+    assert not any(isinstance(made, FusedAttention) for made in replacements(model).values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "qwen3", "olmo2"])
 def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
     model, routing = tiny_model(family), Routing()
     paths = prepare(model)

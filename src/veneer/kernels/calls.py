@@ -214,6 +214,10 @@ class _Gate(ctypes.Structure):
     _fields_ = pointers("gate up grad out grad_gate grad_up")
 
 
+class _Rotary(ctypes.Structure):
+    _fields_ = [*pointers("x cos sin out"), *numbers("heads size back")]
+
+
 class _Entropy(ctypes.Structure):
     _fields_ = [*pointers("logits targets loss"), *numbers("vocabulary")]
 
@@ -258,6 +262,15 @@ def silu_gate_backward(gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor
     read = whole(gate, BF16, count), whole(up, BF16, count), whole(grad, BF16, count)
     given = _Gate(*read, None, whole(grad_gate, BF16, count), whole(grad_up, BF16, count))
     call("veneer_silu_gate_backward", ctypes.byref(given), count // 16)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
+    """out of x (M, H, D), D a multiple of 32, turned by cos and sin (M, D); back: by their transpose."""
+    rows, heads, size = x.shape
+    _registers(number(size, 32) // 2)
+    read = at(x, BF16, rows, heads, size), at(cos, BF16, rows, size), at(sin, BF16, rows, size)
+    given = _Rotary(*read, at(out, BF16, rows, heads, size), heads, size, int(back))
+    call("veneer_rotary", ctypes.byref(given), rows)
 
 
 def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Two chains of elementwise operations, each as one node of the graph that keeps no more than it needs.
+"""Chains of elementwise operations, each as one node of the graph that keeps no more than it needs.
 
     rms_norm     y = weight * (x / sqrt(mean(x^2) + epsilon))          keeps x and one float32 a row
     silu_gate    y = silu(gate) * up                                   keeps gate and up
+    rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
 
 Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of x. Compiled
 for bf16 on processors that have it (native/fused.c); elsewhere the same steps in torch. Values are rounded where the
@@ -86,6 +87,49 @@ class _SiluGate(torch.autograd.Function):
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
         calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
         return grad_gate, grad_up
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _turned(q, cos, sin), _turned(k, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_q, cos, sin, back=True), _turned(grad_k, cos, sin, back=True), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    x = x.contiguous()
+    if x.shape[-1] % 32 == 0 and compiled(x, cos, sin):
+        out = torch.empty_like(x)
+        calls.rotary(x, cos, sin, out, back=back)
+        return out
+    cos, sin = cos[:, None], sin[:, None]
+    return x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    """(a, b) -> (-b, a), a and b the halves of a head."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned. Source: Su et al. 2021,
+    arXiv:2104.09864."""
+    apply: Any = _Rotary.apply
+    found: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
+    return found
+
+
+def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same under torch's own autograd: the meaning of rotary."""
+    cos, sin = cos[:, None], sin[:, None]
+    return q * cos + _half_turned(q) * sin, k * cos + _half_turned(k) * sin
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

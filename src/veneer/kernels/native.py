@@ -40,7 +40,7 @@ _ONE_STRUCT = (
 )
 _STRUCT_AND_COUNT = (
     *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),
-    *("veneer_entropy", "veneer_dropout"),
+    *("veneer_rotary", "veneer_entropy", "veneer_dropout"),
 )
 _STEP = ("veneer_step_norm", "veneer_step_rotate", "veneer_step_gate")
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {

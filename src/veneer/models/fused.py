@@ -1,4 +1,4 @@
-"""Norms and gated feed-forward blocks of a model, computed in one pass while it trains.
+"""Norms, gated feed-forward and attention blocks of a model, computed in fewer passes while it trains.
 
 Which modules can be replaced is found by running them: a candidate and its replacement get the same random rows, and
 only what agrees is exchanged (Gemma's norms, which add 1 to their weight, do not, and stay). The base's modules stand
@@ -18,6 +18,8 @@ from veneer.adapters.lora import side_by_side
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
 from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
+from veneer.models import fused_attention
+from veneer.models.fused_attention import FusedAttention
 from veneer.models.stand_in import StandIn
 from veneer.shards import make_whole
 
@@ -69,6 +71,13 @@ def _gate(module: nn.Module) -> FusedGate | None:
     return FusedGate(module) if set(names) - wanted <= {"act_fn"} else None
 
 
+def _attention(place: nn.Module) -> FusedAttention | None:
+    """Proven on a small copy of the block, whatever its weights are stored as."""
+    q_proj = place._modules.get("q_proj")
+    view = None if q_proj is None or isinstance(place, AdaptedModule) else frozen_linear(unwrapped(q_proj))
+    return None if view is None else fused_attention.candidate(place, view.dtype)
+
+
 def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
     """What may stand at this place: of a norm around the wrapper that trains it, of a gate inside of wrappers."""
     if isinstance(place, AdaptedModule):
@@ -113,6 +122,8 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
     for path, place in model.named_modules():
         made = None if place in inside else _candidate(place)
         if made is None:
+            if (attention := _attention(place)) is not None:
+                found[path] = attention
             continue
         module = unwrapped(place)
         inside.add(module)

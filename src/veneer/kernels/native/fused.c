@@ -103,6 +103,37 @@ static VENEER_BF16 void gate_backward_body(void *arguments, int64_t from, int64_
 void veneer_silu_gate_forward(struct gate *a, int64_t runs) { veneer_parallel(gate_forward_body, a, runs, 256); }
 void veneer_silu_gate_backward(struct gate *a, int64_t runs) { veneer_parallel(gate_backward_body, a, runs, 256); }
 
+struct rotary {
+    const uint16_t *x, *cos, *sin; /* (rows, heads, size), (rows, size) twice */
+    uint16_t *out;
+    int64_t heads, size, back;
+};
+
+/* Rounded where models round: after each product. The two halves of a head are turned together. */
+static VENEER_BF16 void rotary_body(void *arguments, int64_t from, int64_t to) {
+    const struct rotary *a = arguments;
+    const int64_t half = a->size / 2;
+    for (int64_t row = from; row < to; row++) {
+        const uint16_t *cos = a->cos + row * a->size, *sin = a->sin + row * a->size;
+        for (int64_t i = 0; i < half; i += 16) {
+            const __m512 first_cos = bf16_floats(cos + i), second_cos = bf16_floats(cos + half + i);
+            const __m512 first_sin = bf16_floats(sin + i), second_sin = bf16_floats(sin + half + i);
+            for (int64_t h = 0; h < a->heads; h++) {
+                const uint16_t *x = a->x + (row * a->heads + h) * a->size + i;
+                uint16_t *out = a->out + (row * a->heads + h) * a->size + i;
+                const __m512 first = bf16_floats(x), second = bf16_floats(x + half);
+                const __m512 to_first = rounded(_mm512_mul_ps(second, a->back ? second_sin : first_sin));
+                const __m512 to_second = rounded(_mm512_mul_ps(first, a->back ? first_sin : second_sin));
+                const __m512 own_first = rounded(_mm512_mul_ps(first, first_cos)), own_second = rounded(_mm512_mul_ps(second, second_cos));
+                bf16_store(out, a->back ? _mm512_add_ps(own_first, to_first) : _mm512_sub_ps(own_first, to_first));
+                bf16_store(out + half, a->back ? _mm512_sub_ps(own_second, to_second) : _mm512_add_ps(own_second, to_second));
+            }
+        }
+    }
+}
+
+void veneer_rotary(struct rotary *a, int64_t rows) { veneer_parallel(rotary_body, a, rows, 32); }
+
 struct entropy {
     uint16_t *logits; /* (rows, V), replaced by softmax - onehot */
     const int64_t *targets;
