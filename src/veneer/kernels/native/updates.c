@@ -25,6 +25,7 @@ struct ups {
 
 typedef float f16v __attribute__((vector_size(64)));
 typedef uint32_t u16v __attribute__((vector_size(64)));
+typedef uint16_t v16h __attribute__((vector_size(32)));
 
 INLINE int64_t blocks_of(const struct up *up) { return (up->outs + BLOCK - 1) / BLOCK; }
 INLINE int64_t cost_of(const struct up *up) { return up->words * (up->rows + 3); }
@@ -36,16 +37,36 @@ INLINE const uint32_t *soon_read(const struct ups *all, const struct up *up, int
     return up->B + next * up->words * BLOCK;
 }
 
+/* scale * sums, added to values of y that stand side by side; rounded as bf16_of_float. */
+INLINE void add_whole(char *y, const int type, float scale, f16v sums) {
+    f16v own;
+    if (type == FEW_FP32) {
+        memcpy(&own, y, 64);
+        own = sums * scale + own;
+        memcpy(y, &own, 64);
+        return;
+    }
+    v16h halves;
+    memcpy(&halves, y, 32);
+    own = sums * scale + (f16v)(__builtin_convertvector(halves, u16v) << 16);
+    const u16v bits = (u16v)own;
+    halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, v16h);
+    memcpy(y, &halves, 32);
+}
+
 /* What a vector of sums is, added to y. */
 INLINE void add_sums(const struct up *up, const int type, int64_t row, int64_t out, f16v sums) {
     const int size = type == FEW_FP32 ? 4 : 2;
+    char *y = (char *)up->y + (row * up->outs + out) * size;
+    if (up->outs - out >= 16) {
+        add_whole(y, type, up->scale, sums);
+        return;
+    }
     f4v parts[4];
     memcpy(parts, &sums, 64);
-    for (int i = 0; i < 4; i++, out += 4) {
+    for (int i = 0; i < 4; i++, out += 4, y += 4 * size) {
         const int64_t count = up->outs - out < 4 ? up->outs - out : 4;
-        char *y = (char *)up->y + (row * up->outs + out) * size;
-        if (count == 4) put_floats(y, parts[i] * up->scale + some_floats(y, 4, type), 4, type);
-        else if (count > 0) put_floats(y, parts[i] * up->scale + some_floats(y, count, type), count, type);
+        if (count > 0) put_floats(y, parts[i] * up->scale + some_floats(y, count, type), count, type);
     }
 }
 
