@@ -16,7 +16,6 @@ from veneer.models.few_rows import take_few_rows
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Largest difference relative to the largest value: sums in another order; one rounding of a value near 1."""
 LEVELS = [0, 2, 3, 4, 5]
-HALVES = (slice(0, 127), slice(127, 150))
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 each_type = pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -60,14 +59,16 @@ def test_a_rows_bits_depend_on_nothing_beside_it(dtype, level, width):
         torch.set_num_threads(before)
 
 
-def test_more_rows_than_tiles_turn_at_once_have_the_bits_that_they_have_alone():
-    """8 MiB of x are turned at a time, here of 128 rows; 32 of them pass with all of W."""
-    x, weight = drawn(torch.bfloat16, 150, 30_000), drawn(torch.bfloat16, 50, 30_000)
-    given = [(rows, drawn(torch.bfloat16, 8, 30_000), drawn(torch.bfloat16, 50, 8), 1.0) for rows in HALVES]
+@pytest.mark.parametrize(("rows", "width", "outs"), [(150, 30_000, 50), (1100, 40, 20), (700, 600, 33)])
+def test_rows_that_tiles_take_in_several_goes_have_the_bits_that_they_have_alone(rows, width, outs):
+    """At most 8 MiB of x are turned at a time, 128 of the widest rows; 1 MiB and 1024 rows pass with all of W."""
+    x, weight = drawn(torch.bfloat16, rows, width), drawn(torch.bfloat16, outs, width)
+    places = [slice(0, 127), slice(127, 150), slice(150, rows)][: 2 + (rows > 150)]
+    given = [(place, drawn(torch.bfloat16, 8, width), drawn(torch.bfloat16, outs, 8), 1.0) for place in places]
     found, plain = few_rows.updated(x, weight, None, checked(given)), few_rows.product(x, weight, None)
     near(plain, few_rows.product_reference(x, weight, None))
-    for n in (0, 15, 31, 32, 126, 127, 128, 129, 149):
-        own = [(slice(0, 1), A, B, scale) for rows, A, B, scale in given if rows.start <= n < rows.stop]
+    for n in {0, 15, 31, 32, 126, 127, 128, 129, 149, rows // 2, rows - 1}:
+        own = [(slice(0, 1), A, B, scale) for place, A, B, scale in given if place.start <= n < place.stop]
         assert torch.equal(plain[n : n + 1], few_rows.product(x[n : n + 1], weight, None))
         assert torch.equal(found[n : n + 1], few_rows.updated(x[n : n + 1], weight, None, checked(own)))
 

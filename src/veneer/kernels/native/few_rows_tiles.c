@@ -16,6 +16,8 @@ enum {
     TILE = 256,          /* words of a tile */
     NEAR = 1 << 20,      /* bytes of x that stay in the second cache while W goes by */
     MOST = 1 << 23,      /* bytes of x that are turned at a time */
+    TOGETHER = 1024,     /* rows of x at most, however short */
+    CHUNK = 9,           /* steps: W's two tiles of so many stay in the first cache while x goes by */
     READ = 12,           /* what reading a tile of W costs, in tiles of products */
     PACKED_ALONE = 1024, /* tiles of x that are not worth a second thread */
 };
@@ -138,13 +140,22 @@ struct of_w {
     uint32_t last[2][TILE];
 };
 
-/* W tiles of W's rows with X of x's, which lie `next` words from one another. */
-VENEER_AMX_INLINE void tile(const int W, const int X, const struct of_w *w, const uint32_t *x, int64_t next, float *sums) {
+/* Steps [start, stop) of W tiles of W's rows with X of x's, which lie `next` words from one another; added to the sums
+   from the second on. */
+VENEER_AMX_INLINE void tile(const int W, const int X, const struct of_w *w, const uint32_t *x, int64_t next, float *sums, int64_t start,
+                            int64_t stop) {
     const char *second = w->rows + 16 * w->step;
-    _tile_zero(0);
-    if (X > 1) _tile_zero(1);
-    if (W > 1) _tile_zero(2);
-    if (W > 1 && X > 1) _tile_zero(3);
+#define EACH(DO)                  \
+    do {                          \
+        DO(0);                    \
+        if (X > 1) DO(1);         \
+        if (W > 1) DO(2);         \
+        if (W > 1 && X > 1) DO(3); \
+    } while (0)
+#define LOAD(i) _tile_loadd(i, sums + i * TILE, 64)
+#define STORE(i) _tile_stored(i, sums + i * TILE, 64)
+    if (start > 0) EACH(LOAD);
+    else EACH(_tile_zero);
 #define STEP(first_w, second_w, apart)                      \
     do {                                                    \
         _tile_loadd(4, first_w, apart);                     \
@@ -161,54 +172,67 @@ VENEER_AMX_INLINE void tile(const int W, const int X, const struct of_w *w, cons
         }                                                   \
         x += TILE;                                          \
     } while (0)
-    for (int64_t k = 0; k < w->whole; k++) STEP(w->rows + 64 * k, second + 64 * k, w->step);
-    if (w->rest) STEP(w->last[0], w->last[1], 64);
-#undef STEP
-    _tile_stored(0, sums, 64);
-    if (X > 1) _tile_stored(1, sums + TILE, 64);
-    if (W > 1) _tile_stored(2, sums + 2 * TILE, 64);
-    if (W > 1 && X > 1) _tile_stored(3, sums + 3 * TILE, 64);
+    x += start * TILE;
+    const int64_t whole = least(stop, w->whole);
+    for (int64_t k = start; k < whole; k++) STEP(w->rows + 64 * k, second + 64 * k, w->step);
+    if (whole < stop) STEP(w->last[0], w->last[1], 64);
+    EACH(STORE);
     __asm__ volatile("" ::: "memory");
+#undef EACH
+#undef LOAD
+#undef STORE
+#undef STEP
 }
 
 /* `outs` rows of W, 32 or fewer, with rows [from, to) of x. */
-static VENEER_AMX void group(const struct work *all, const struct piece *part, struct of_w *w, int64_t out, int64_t outs, int64_t from,
-                             int64_t to) {
-    float sums[4 * TILE] __attribute__((aligned(64)));
-    const int64_t first = first_of(all, part);
+static VENEER_AMX void group(const struct work *all, const struct piece *part, struct of_w *w, float *sums, int64_t out, int64_t outs,
+                             int64_t from, int64_t to) {
+    const int64_t head = from / 16 * 16, next = all->steps * TILE, first = first_of(all, part);
     if (w->rest) {
         const __mmask32 mask = ((uint32_t)1 << w->rest) - 1;
         for (int64_t r = 0; r < outs; r++)
             _mm512_storeu_si512(w->last[0] + 16 * r, _mm512_maskz_loadu_epi16(mask, w->rows + r * w->step + 64 * w->whole));
         __asm__ volatile("" ::: "memory");
     }
-    for (int64_t row = from / 16 * 16, two; row < to; row += 16 * two) {
-        const uint32_t *x = all->turned + (row - all->from) / 16 * all->steps * TILE;
-        const int64_t next = all->steps * TILE;
-        two = to - row > 16 ? 2 : 1;
-        if (outs > 16 && two == 2) tile(2, 2, w, x, next, sums);
-        else if (outs > 16) tile(2, 1, w, x, next, sums);
-        else if (two == 2) tile(1, 2, w, x, next, sums);
-        else tile(1, 1, w, x, next, sums);
-        for (int64_t i = 0; i < two; i++) {
-            const int64_t at = row + 16 * i, begin = at < from ? from - at : 0, end = least(16, to - at);
-            char *y = (char *)part->y + 2 * (at + begin - first) * part->outs;
-            put_tile(part, sums + i * TILE, out, least(outs, 16), y, begin, end);
-            if (outs > 16) put_tile(part, sums + (2 + i) * TILE, out + 16, outs - 16, y, begin, end);
+    const int64_t chunks = to - head > 32 ? (all->steps + CHUNK - 1) / CHUNK : 1;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t start = all->steps * chunk / chunks, stop = all->steps * (chunk + 1) / chunks;
+        float *own = sums;
+        for (int64_t row = head; row < to; row += 32, own += 4 * TILE) {
+            const uint32_t *x = all->turned + (row - all->from) / 16 * next;
+            const int64_t two = to - row > 16;
+            if (outs > 16 && two) tile(2, 2, w, x, next, own, start, stop);
+            else if (outs > 16) tile(2, 1, w, x, next, own, start, stop);
+            else if (two) tile(1, 2, w, x, next, own, start, stop);
+            else tile(1, 1, w, x, next, own, start, stop);
+            if (chunk + 1 < chunks) continue;
+            for (int64_t i = 0; i <= two; i++) {
+                const int64_t at = row + 16 * i, begin = at < from ? from - at : 0, end = least(16, to - at);
+                char *y = (char *)part->y + 2 * (at + begin - first) * part->outs;
+                put_tile(part, own + i * TILE, out, least(outs, 16), y, begin, end);
+                if (outs > 16) put_tile(part, own + (2 + i) * TILE, out + 16, outs - 16, y, begin, end);
+            }
         }
     }
+}
+
+/* Rows of x that the second cache has room for beside W. */
+INLINE int64_t rows_of(const struct work *all) {
+    const int64_t fit = NEAR / (2 * all->width) / 32 * 32;
+    return fit < 32 ? 32 : least(fit, TOGETHER);
 }
 
 /* The groups of W whose costs begin within [start, stop), all of them in a row. */
 static VENEER_AMX void products(void *arguments, int64_t start, int64_t stop) {
     struct work *all = arguments;
+    const int64_t most = rows_of(all), pairs = (least(all->to - all->from, most) + 31) / 32;
     void *room = NULL;
-    if (all->room > 0 && posix_memalign(&room, 64, (size_t)all->room)) {
+    if (posix_memalign(&room, 64, (size_t)(all->room + pairs * 16 * TILE))) {
         all->failed = 1;
         return;
     }
+    float *sums = (float *)((char *)room + all->room);
     struct of_w w = {NULL, 2 * all->width, all->width / 32, all->width % 32, {{0}}};
-    const int64_t fit = NEAR / (2 * all->width) / 32 * 32, most = fit < 32 ? 32 : fit;
     int64_t before = 0, shaped = 0;
     for (const struct piece *part = all->of; part < all->of + all->count && before < stop; part++) {
         const int64_t cost = cost_of(all, part), groups = groups_of(part);
@@ -226,7 +250,7 @@ static VENEER_AMX void products(void *arguments, int64_t start, int64_t stop) {
                     part->decode(part->w, out, outs, room);
                     w.rows = room;
                 }
-                group(all, part, &w, out, outs, from, to);
+                group(all, part, &w, sums, out, outs, from, to);
             }
         }
         before += groups * cost;
