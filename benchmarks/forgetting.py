@@ -4,8 +4,8 @@
     python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 --replies 12   (a trial)
 
 replay   each of four data sets (results.py), LoRA, once as it is and once with a share of rows that the base drew
-         before (`veneer data replay`), so that they teach nothing new. The task's own measure on held-out rows, and
-         forgetting: nats per token of general text that no run saw, after - before.
+         before (`veneer data replay`), so that they teach nothing new; both see as many rows of the task. Its own
+         measure on held-out rows, and forgetting: nats per token of general text that no run saw, after - before.
 stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and without: both
          measures after each stage.
 
@@ -46,11 +46,12 @@ def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float
     return told
 
 
-def trained(name: str, data: Any, args: argparse.Namespace, start: Path | None = None) -> Path:
-    """The folder of a finished run."""
+def trained(name: str, data: Any, args: argparse.Namespace, start: Path | None = None, *, share: float = 0.0) -> Path:
+    """The folder of a finished run. share: of its rows, beside the task's: it takes as many steps more."""
     out = args.out / "runs" / name
     if not (out / "summary.json").is_file():
-        settings = {"base": args.base, "data": data, "out": str(out), "batch": 8, "steps": args.steps}
+        settings: dict[str, Any] = {"base": args.base, "data": data, "out": str(out), "batch": 8}
+        settings["steps"] = round(args.steps / (1 - share))
         more = {"learning_rate": args.rate} if args.rate else {}
         more |= {"from_adapter": [str(start)]} if start else {}
         begun = (out / "run.yaml").is_file()
@@ -106,7 +107,11 @@ def main() -> None:
         for share in args.shares:
             mixed: list[dict[str, Any]] = [{"path": str(rows[task])}]
             mixed += [{"path": str(each), "share": share / len(replay), "name": each.stem} for each in replay]
-            keep(f"replay {share}", task, trained(f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args))
+            keep(
+                f"replay {share}",
+                task,
+                trained(f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args, share=share),
+            )
     if set(STAGES) <= set(args.tasks):
         first, second = STAGES
         start = args.out / "runs" / f"{first}-alone"
@@ -115,7 +120,7 @@ def main() -> None:
             data: list[dict[str, Any]] = [{"path": str(rows[second])}]
             if share:
                 data.append({"path": str(rows[first]), "share": share, "name": "replay"})
-            run = trained(f"stages-{share}", {"train": data, "validation_share": 0.0}, args, start)
+            run = trained(f"stages-{share}", {"train": data, "validation_share": 0.0}, args, start, share=share)
             for task in STAGES:
                 keep(f"stage two, {share} of stage one's rows", task, run)
 
