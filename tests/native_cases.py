@@ -70,11 +70,12 @@ def _rank(rng: random.Random) -> list[Call]:
         dtype = BF16 if rows % 4 else torch.float32
         return filled(dtype, outs, ins) if rows % 3 else filled(dtype, ins, outs).T
 
+    mask = None if rows % 5 else (filled(torch.int64, rows), 2**32 - 1, 7, 0.25)
     shared = {"bias": bias, "magnitude": magnitude, "norm": norm, "scale": 0.5}
     return [
-        (calls.rank_down, {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5}),
-        (calls.rank_up, {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5}),
-        (calls.rank_gradient, {"u": d, "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0}),
+        (calls.rank_down, {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5, "mask": mask}),
+        (calls.rank_up, {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5, "mask": mask}),
+        (calls.rank_gradient, {"u": d, "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0, "mask": mask}),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
             calls.dora_backward,

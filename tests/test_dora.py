@@ -13,8 +13,7 @@ from veneer.adapters.lora import LoRALayer
 from veneer.adapters.routing import Routing
 from veneer.errors import ConfigError
 from veneer.kernels.dora import dora_linear, dora_linear_reference, row_norms, row_squares
-from veneer.kernels.dropout import row_keys
-from veneer.kernels.lora import Dropout
+from veneer.kernels.dropout import Dropout, row_keys
 from veneer.linear import DenseLinear, TransposedLinear, frozen_linear
 
 M, I, O, R, SCALING = 7, 11, 5, 3, 0.6

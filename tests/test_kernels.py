@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.dora import dora_linear
-from veneer.kernels.dropout import drop_out, drop_out_reference, keep_mask, row_keys
+from veneer.kernels.dropout import Dropout, drop_out, drop_out_reference, keep_mask, row_keys
 from veneer.kernels.layout import Group, round_up
-from veneer.kernels.lora import Dropout, lora_linear, lora_linear_reference
+from veneer.kernels.lora import lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
 from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from veneer.kernels import rank
-from veneer.kernels.lora import Adapted, Dropout, lora_linear, lora_linear_reference, lora_linears
+from veneer.kernels.dropout import Dropout
+from veneer.kernels.lora import Adapted, lora_linear, lora_linear_reference, lora_linears
 from veneer.kernels.native import has_bf16
 from veneer.linear import DenseLinear
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from veneer.kernels import few_rows
-from veneer.kernels.lora import Dropout
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.segments import LONG, Plan, Update, linear_with_updates, linear_with_updates_reference
 from veneer.linear import DenseLinear
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.adapters.attachment import Attachment
 from veneer.errors import ConfigError
-from veneer.kernels.lora import Dropout
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.segments import Plan
 
 Applied = tuple[tuple[Attachment, float], ...]

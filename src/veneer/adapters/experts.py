@@ -20,8 +20,8 @@ from veneer.adapters.initial_factors import Factors
 from veneer.adapters.lora import LoRALayer, low_rank_product
 from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.layout import round_up
-from veneer.kernels.lora import Dropout
 from veneer.kernels.segments import Plan, Update, linear_with_updates
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 

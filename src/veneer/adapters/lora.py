@@ -24,7 +24,8 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
-from veneer.kernels.lora import Adapted, Dropout, dropped, lora_linear, lora_linears
+from veneer.kernels.dropout import Dropout
+from veneer.kernels.lora import Adapted, dropped, lora_linear, lora_linears
 from veneer.kernels.segments import Plan, Update, linear_with_updates
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 

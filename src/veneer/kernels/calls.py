@@ -46,8 +46,25 @@ class _Rank(ctypes.Structure):
         *pointers("x factor narrow grad"),
         *numbers("rows width rank apart across half"),
         ("scale", ctypes.c_float),
-        *pointers("pairs"),
+        *pointers("keys"),
+        *((name, ctypes.c_uint32) for name in ("row_key", "column_key", "threshold")),
+        *pointers("pairs hashes"),
     ]
+
+
+Mask = tuple[Tensor, int, int, float]
+"""Of dropout: keys of the rows (M) int64, those of all rows and of the columns, and the share that is dropped."""
+
+
+def _masked(given: _Rank, mask: Mask | None) -> None:
+    if mask is None:
+        return
+    rows, row_key, column_key, share = mask
+    if not 0 <= share < 1:
+        raise CallError(f"dropout of {share}")
+    given.keys, given.threshold = at(rows, INT64, given.rows), int(share * 2**32)
+    given.row_key, given.column_key = number(row_key, 0, 2**32 - 1), number(column_key, 0, 2**32 - 1)
+    given.scale /= 1 - share
 
 
 def _registers(*sizes: int) -> None:
@@ -83,28 +100,30 @@ def _factor(given: _Rank, factor: Tensor, outs: int, ins: int) -> None:
         given.factor = at(factor.mT, factor.dtype, ins, outs)
 
 
-def rank_down(x: Tensor, factor: Tensor, out: Tensor, scale: float) -> None:
-    """out (M, R) = scale * x (M, I) factor^T; factor (R, I)."""
+def rank_down(x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None) -> None:
+    """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
     (rows, width), rank = x.shape, factor.shape[0]
     _ranked(number(width, 16, MOST_STRIDE), rank)
     given = _Rank(at(x, BF16, rows, width, words=PAIR_BYTES), rows=rows, width=width, rank=rank, scale=scale)
     _narrow(given, out, rows, rank)
     _factor(given, factor, rank, width)
+    _masked(given, mask)
     call("veneer_rank_down", ctypes.byref(given))
 
 
-def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float) -> None:
-    """y (M, O) += scale * d (M, R) factor^T; factor (O, R)."""
+def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | None = None) -> None:
+    """y (M, O) += scale * d (M, R) factor^T, what is added through the mask; factor (O, R)."""
     (rows, rank), width = d.shape, y.shape[1]
     _ranked(width, rank)
     given = _Rank(at(y, BF16, rows, width), rows=rows, width=width, rank=rank, scale=scale)
     _narrow(given, d, rows, rank)
     _factor(given, factor, width, rank)
+    _masked(given, mask)
     call("veneer_rank_up", ctypes.byref(given))
 
 
-def rank_gradient(u: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
-    """out (R, I) float32 = scale * u^T x, of u (M, R) and x (M, I), M even."""
+def rank_gradient(u: Tensor, x: Tensor, out: Tensor, scale: float, mask: Mask | None = None) -> None:
+    """out (R, I) float32 = scale * u^T x, of u (M, R) and x (M, I) through the mask, M even."""
     (rows, width), rank = x.shape, u.shape[1]
     _ranked(width, rank)
     if rows == 0 or rows % 2:
@@ -112,6 +131,7 @@ def rank_gradient(u: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
     given = _Rank(at(x, BF16, rows, width), rows=number(rows, 2, MOST_STRIDE), width=width, rank=rank, scale=scale)
     _narrow(given, u, rows, rank)
     given.grad = at(out, FP32, rank, width)
+    _masked(given, mask)
     call("veneer_rank_gradient", ctypes.byref(given))
 
 

@@ -103,7 +103,7 @@ class Factors:
         pair = 1 + _kind(self.dtype)
         (rank, self.width), self.outs = A.shape, number(B.shape[0], 1)
         number(rank, 1, MOST_RANK), number(self.width, 1)
-        if B.dtype is not self.dtype or B.shape[1] != rank:
+        if B.dtype is not self.dtype or B.shape[1:] != (rank,):
             raise CallError(f"B {tuple(B.shape)} of {B.dtype} beside A {tuple(A.shape)} of {A.dtype}")
         self.rank, blocks = rank + rank % 2, -(-self.outs // BLOCK)
         more, room = self.rank - rank, blocks * BLOCK - self.outs

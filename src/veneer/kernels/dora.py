@@ -22,8 +22,9 @@ from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.kernels import calls, rank
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import DenseLinear, FrozenLinear, bias_gradient, writable
-from veneer.kernels.lora import Dropout, update_gradients
+from veneer.kernels.lora import update_gradients
 
 
 def row_norms(A: Tensor, B: Tensor, squares: Tensor, base: FrozenLinear, *, scaling: float) -> Tensor:
@@ -119,7 +120,7 @@ class _DoRALinear(torch.autograd.Function):
         A_RI, B_OR = A.to(x.dtype), B.to(x.dtype)
         y = writable(base.product(x, bias))
         x_MI = x.reshape(-1, base.in_features)
-        down_MR = rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI)
+        down_MR = rank.down(x_MI, A_RI, dropout=dropout)
         _turn_forward(y.view(-1, base.out_features), down_MR, B_OR, bias, magnitude, norm, scaling)
         ctx.save_for_backward(x, A_RI, B_OR, down_MR, y, bias, magnitude, norm)
         ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout

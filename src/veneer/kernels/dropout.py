@@ -7,6 +7,8 @@ gradient checkpointing, and after a resume. Two rounds of the 32-bit integer fin
 On a CPU one compiled pass does it all (native/dropout.c): a dozen passes over 64-bit integers cost more than the layer.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,22 @@ def drop_out_reference(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> 
     """The same under torch's own autograd: the meaning of drop_out."""
     keep = keep_mask(rows, x.shape[1], key=key, dropout=dropout)
     return torch.where(keep, x / (1 - dropout), 0)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """rows: (M) row keys; key: step and module; share: probability that an input of A is dropped."""
+
+    rows: Tensor
+    key: int
+    share: float
+
+    def apply(self, x_MI: Tensor) -> Tensor:
+        return drop_out(x_MI, self.rows, key=self.key, dropout=self.share)
+
+    def mask(self) -> calls.Mask:
+        """As products of a small rank compute it (rank.py)."""
+        return self.rows, self.key & _MASK32, self.key >> 32 & _MASK32, self.share
+
+    def apply_reference(self, x_MI: Tensor) -> Tensor:
+        return drop_out_reference(x_MI, self.rows, key=self.key, dropout=self.share)

@@ -19,23 +19,8 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import rank
-from veneer.kernels.dropout import drop_out, drop_out_reference
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import FrozenLinear, add_input_gradient, bias_gradient, writable
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """rows: (M) row keys; key: step and module; share: probability that an input of A is dropped."""
-
-    rows: Tensor
-    key: int
-    share: float
-
-    def apply(self, x_MI: Tensor) -> Tensor:
-        return drop_out(x_MI, self.rows, key=self.key, dropout=self.share)
-
-    def apply_reference(self, x_MI: Tensor) -> Tensor:
-        return drop_out_reference(x_MI, self.rows, key=self.key, dropout=self.share)
 
 
 class _Dropped(torch.autograd.Function):
@@ -65,7 +50,7 @@ def add_update(
     y_MO: Tensor, x_MI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: Dropout | None
 ) -> Tensor:
     """y += scaling * (drop(x) A^T) B^T. Returns drop(x) A^T, (M, R), which backward wants."""
-    down_MR = rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI)
+    down_MR = rank.down(x_MI, A_RI, dropout=dropout)
     rank.add_up(y_MO, down_MR, B_OR, scaling)
     return down_MR
 
@@ -90,11 +75,8 @@ def _update_gradient(
 ) -> Tensor:
     """dA, (R, I), and its share of grad_x."""
     if grad_x is not None:
-        if dropout is None:
-            rank.add_up(grad_x, up_MR, A_RI.T)
-        else:
-            grad_x += dropout.apply(up_MR @ A_RI.to(up_MR.dtype))
-    return rank.gradient(up_MR, x_MI if dropout is None else dropout.apply(x_MI))
+        rank.add_up(grad_x, up_MR, A_RI.T, dropout=dropout)
+    return rank.gradient(up_MR, x_MI, dropout=dropout)
 
 
 @dataclass(frozen=True)
@@ -128,7 +110,7 @@ class _LoRALinears(torch.autograd.Function):
         for (base, scaling, dropout), A_RI, B_OR, bias, down in zip(layers, A, B, given[2::3], downs, strict=True):
             y = base.product(x, bias)
             if not together:
-                rank.down(x_MI if dropout is None else dropout.apply(x_MI), A_RI, out=down)
+                rank.down(x_MI, A_RI, out=down, dropout=dropout)
             rank.add_up(y.view(-1, base.out_features), down, B_OR, scaling)
             made.append(writable(y))
         ctx.save_for_backward(x, down_MR, *A, *B)

@@ -4,6 +4,8 @@
     add_up(y, d, B)   y += scale * d B^T        (M, O) += (M, R) x (O, R)
     gradient(u, x)    scale * u^T x             (M, R) x (M, I) -> (R, I)
 
+With dropout the wide side is seen through its mask: x, or what is added to y, is 0 where it drops, else / (1 - share);
+compiled, no pass of its own is made for that, and the division is one of the sums.
 Compiled for bf16 on processors that multiply its pairs (native/rank.c), sums in float32 rounded once; elsewhere torch's
 matrix products, which are made for squarer shapes. Factors are float32 or in the products' type; compiled kernels round
 them as they lay them out. Shapes: M rows, I and O widths, R rank.
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import calls
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.fused import compiled
 from veneer.kernels.native import has_bf16, on_cpu
 
@@ -52,31 +55,40 @@ def _narrow(side: Tensor) -> bool:
     return side.stride(1) == 1 and side.stride(0) % 2 == 0 and side.data_ptr() % calls.PAIR_BYTES == 0
 
 
-def down(x: Tensor, A: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+def _mask(dropout: Dropout | None) -> calls.Mask | None:
+    return None if dropout is None else dropout.mask()
+
+
+def down(
+    x: Tensor, A: Tensor, scale: float = 1.0, out: Tensor | None = None, *, dropout: Dropout | None = None
+) -> Tensor:
     """out: columns of a wider matrix that are written instead of a fresh one."""
     rank, width = A.shape
     out = x.new_empty(x.shape[0], rank) if out is None else out
     if not is_compiled(rank, width, x) or not _narrow(out):
-        torch.mm(x, A.to(x.dtype).T, out=out)
+        torch.mm(x if dropout is None else dropout.apply(x), A.to(x.dtype).T, out=out)
         return out if scale == 1.0 else out.mul_(scale)
-    calls.rank_down(x, _laid(A), out, scale)
+    calls.rank_down(x, _laid(A), out, scale, _mask(dropout))
     return out
 
 
-def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0) -> None:
+def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> None:
     width, rank = B.shape
-    if not is_compiled(rank, width, y) or not _narrow(d):
+    if is_compiled(rank, width, y) and _narrow(d):
+        calls.rank_up(d, _laid(B), y, scale, _mask(dropout))
+    elif dropout is None:
         y.addmm_(d, B.to(y.dtype).T, alpha=scale)
-        return
-    calls.rank_up(d, _laid(B), y, scale)
+    else:
+        y.add_(dropout.apply(d @ B.to(y.dtype).T), alpha=scale)
 
 
-def gradient(u: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> Tensor:
     """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the inputs' type."""
     rows, rank = u.shape
     if rows % 2 or not is_compiled(rank, x.shape[1], x) or not _narrow(u):
+        x = x if dropout is None else dropout.apply(x)
         found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    calls.rank_gradient(u, x, out, scale)
+    calls.rank_gradient(u, x, out, scale, _mask(dropout))
     return out

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import few_rows, rank
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import DenseLinear, FrozenLinear, bias_gradient, frozen_product
-from veneer.kernels.lora import Dropout, add_update, update_gradients
+from veneer.kernels.lora import add_update, update_gradients
 
 LONG = 64
 """Rows from which a segment is taken by itself: its products then cost more than calling them."""

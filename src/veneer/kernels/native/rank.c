@@ -1,6 +1,7 @@
 /* Products with a small rank, in bf16: see kernels/rank.py. One side has R columns, a few dozen; a library's matrix
    product is made for squarer shapes. Every result is summed in float32, in an order that no thread count changes.
-   R and the widths are multiples of 16; pairs are laid out as bf16.h says, from factors as they are trained. */
+   R and the widths are multiples of 16; pairs are laid out as bf16.h says, from factors as they are trained.
+   Dropout is part of them: x is seen through its mask, which is computed where it is laid out (kernels/dropout.py). */
 #include "parallel.h"
 #include "rank.h"
 #include <stdlib.h>
@@ -16,13 +17,47 @@ struct rank {
     float *grad;
     int64_t rows, width, rank, apart, across, half;
     float scale;
-    uint32_t *pairs; /* C's own */
+    const int64_t *keys; /* dropout's, of the rows; NULL: x is seen whole */
+    uint32_t row_key, column_key, threshold;
+    uint32_t *pairs, *hashes; /* C's own: of the rows, then of the columns */
 };
 
 static uint32_t *words(int64_t count) {
     void *found = NULL;
     if (posix_memalign(&found, 64, (size_t)(4 * count + 64))) abort();
     return found;
+}
+
+/* As dropout.c: lowbias32, Wellons 2018. */
+static uint32_t mix(uint32_t value) {
+    value = (value ^ (value >> 16)) * 0x7FEB352Du;
+    value = (value ^ (value >> 15)) * 0x846CA68Bu;
+    return value ^ (value >> 16);
+}
+
+static void hash(struct rank *a) {
+    if (!a->keys) return;
+    a->hashes = words(a->rows + a->width);
+    for (int64_t r = 0; r < a->rows; r++) a->hashes[r] = mix((uint32_t)a->keys[r] + a->row_key);
+    for (int64_t c = 0; c < a->width; c++) a->hashes[a->rows + c] = mix((uint32_t)c * 0x85EBCA6Bu + a->column_key);
+}
+
+/* Which of 16 columns of a row stay. */
+VENEER_INLINE __mmask16 kept(const struct rank *a, int64_t row, int64_t column) {
+    const __m512i columns = _mm512_loadu_si512(a->hashes + a->rows + column);
+    __m512i value = _mm512_xor_si512(columns, _mm512_set1_epi32((int)a->hashes[row]));
+    value = _mm512_mullo_epi32(_mm512_xor_si512(value, _mm512_srli_epi32(value, 16)), _mm512_set1_epi32(0x7FEB352D));
+    value = _mm512_mullo_epi32(_mm512_xor_si512(value, _mm512_srli_epi32(value, 15)), _mm512_set1_epi32((int)0x846CA68Bu));
+    return _mm512_cmpge_epu32_mask(_mm512_xor_si512(value, _mm512_srli_epi32(value, 16)), _mm512_set1_epi32((int)a->threshold));
+}
+
+/* Rows [row, row + n) of x with zeros where they are dropped. */
+static VENEER_BF16 void drop(const struct rank *a, int64_t row, int64_t n, uint16_t *to) {
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t c = 0; c < a->width; c += 16) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *)(a->x + (row + r) * a->width + c));
+            _mm256_storeu_si256((__m256i *)(to + r * a->width + c), _mm256_maskz_mov_epi16(kept(a, row + r, c), x));
+        }
 }
 
 VENEER_INLINE __m512i bf16_words(const uint16_t *low, const uint16_t *high) {
@@ -56,10 +91,14 @@ static VENEER_BF16 void pack(struct rank *a, int64_t K, int64_t N) {
 /* narrow (rows, R) = scale * x (rows, width) W. Items are blocks of rows. */
 static VENEER_BF16 void down_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
+    uint16_t *dropped = a->keys ? (uint16_t *)words(BLOCK * a->width / 2) : NULL;
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK;
-        rank_down(a->x + row * a->width, a->pairs, a->narrow + row * a->apart, a->apart, rank_rows(block, a->rows), a->width, a->rank, a->scale);
+        int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
+        const uint16_t *x = dropped ? dropped : a->x + row * a->width;
+        if (dropped) drop(a, row, n, dropped);
+        rank_down(x, a->pairs, a->narrow + row * a->apart, a->apart, n, a->width, a->rank, a->scale);
     }
+    free(dropped);
 }
 
 /* x (rows, width) += scale * narrow (rows, R) W. */
@@ -76,6 +115,7 @@ static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
                 for (int64_t i = 0; i < wide; i += 16) {
                     uint16_t *to_add = (uint16_t *)a->x + (row + r) * a->width + c + i;
                     __m512 sum = _mm512_loadu_ps(sums + r * COLUMNS + i);
+                    if (a->keys) sum = _mm512_maskz_mov_ps(kept(a, row + r, c + i), sum);
                     bf16_store(to_add, _mm512_fmadd_ps(sum, _mm512_set1_ps(a->scale), bf16_floats(to_add)));
                 }
         }
@@ -96,6 +136,10 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
                 for (int64_t i = 0; i < wide; i += 16) {
                     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(first + i)));
                     __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(second + i)));
+                    if (a->keys) {
+                        low = _mm512_maskz_mov_epi32(kept(a, 2 * (pair + k), c + i), low);
+                        high = _mm512_maskz_mov_epi32(kept(a, 2 * (pair + k) + 1, c + i), high);
+                    }
                     _mm512_storeu_si512(packed + k * COLUMNS + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
                 }
             }
@@ -121,20 +165,26 @@ static VENEER_BF16 void pack_narrow(struct rank *a) {
 
 void veneer_rank_down(struct rank *a) {
     pack(a, a->width, a->rank);
+    hash(a);
     veneer_parallel(down_body, a, rank_blocks(a->rows), 1);
     free(a->pairs);
+    free(a->hashes);
 }
 
 void veneer_rank_up(struct rank *a) {
     pack(a, a->rank, a->width);
+    hash(a);
     veneer_parallel(up_body, a, rank_blocks(a->rows), 1);
     free(a->pairs);
+    free(a->hashes);
 }
 
 void veneer_rank_gradient(struct rank *a) {
     pack_narrow(a);
+    hash(a);
     veneer_parallel(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1);
     free(a->pairs);
+    free(a->hashes);
 }
 
 #endif
