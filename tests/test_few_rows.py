@@ -203,6 +203,13 @@ def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_tho
 
 
 @each_type
+def test_factors_may_begin_anywhere_in_what_they_are_part_of(dtype):
+    A, flat = drawn(dtype, 4, 40), drawn(dtype, 1 + 64 * 4)
+    B = flat[1:].view(64, 4)
+    assert torch.equal(few_rows.Factors(A, B).B, few_rows.Factors(A, B.clone()).B)
+
+
+@each_type
 def test_updates_that_do_not_fit_are_refused(dtype):
     x, y = drawn(dtype, 5, 40), drawn(dtype, 5, 8)
     A, B = drawn(dtype, 4, 40), drawn(dtype, 8, 4)

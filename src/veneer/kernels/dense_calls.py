@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.arguments import CallError, at, call, number, numbers, pointers, reachable, whole
+from veneer.kernels.arguments import INT32, CallError, at, call, number, numbers, pointers, reachable, whole
 
 MOST_PARTS = 16
 """Weights that share one x."""
@@ -109,9 +109,11 @@ class Factors:
         more, room = self.rank - rank, blocks * BLOCK - self.outs
         self.A = (F.pad(A.detach(), (0, 0, 0, more)) if more else A.detach()).contiguous()
         filled = F.pad(B.detach(), (0, more, 0, room)) if more or room else B.detach().contiguous()
-        self.B = filled.view(blocks, BLOCK, -1, pair).transpose(1, 2).contiguous()
-        words = self.rank // pair, BLOCK, pair
-        self.places = at(self.A, self.dtype, self.rank, self.width), at(self.B, self.dtype, blocks, *words)
+        if pair == 2:
+            filled = (filled.clone() if filled.storage_offset() % 2 else filled).view(INT32)
+        self.B = filled.view(blocks, BLOCK, -1).transpose(1, 2).contiguous()
+        b = at(self.B, filled.dtype, blocks, self.rank // pair, BLOCK)
+        self.places = at(self.A, self.dtype, self.rank, self.width), b
 
 
 Given = tuple[slice, Factors, float]

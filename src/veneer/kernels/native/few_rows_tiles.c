@@ -19,7 +19,7 @@ enum {
     TOGETHER = 1024,     /* rows of x at most, however short */
     CHUNK = 9,           /* steps: W's two tiles of so many stay in the first cache while x goes by */
     READ = 12,           /* what reading a tile of W costs, in tiles of products */
-    PACKED_ALONE = 1024, /* tiles of x that are not worth a second thread */
+    PACKED_ALONE = 512,  /* tiles of x that are not worth a second thread */
 };
 
 /* Rows [from, to) of x, turned: tiles of 16 rows and 32 values, those of a row behind one another. */
