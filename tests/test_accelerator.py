@@ -115,7 +115,7 @@ def a_loop(base, parameters, factors=None, **settings):
         steps=5,
         share_prompt=True,
         out=Path("nowhere"),
-        answer=None,
+        sample=None,
     )
     return Loop(job, SimpleNamespace(write=lambda record: None), QuietScreen(), origin=None, resume_from=None)
 

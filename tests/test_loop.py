@@ -67,7 +67,7 @@ def make_job(
         steps=steps,
         share_prompt=dropout == 0,
         out=out,
-        answer=None,
+        sample=None,
     )
 
 
@@ -177,7 +177,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("losses", [[math.nan, 2.0, 1.0], [3.0, math.inf, 2.0], [1.0, math.nan, math.nan]], ids=str)
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, monkeypatch):
     queue = iter([5.0, *losses])
-    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(queue))
+    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(queue))
     made, _ = run(make_job(tmp_path))
     best = min(v for v in losses if math.isfinite(v))
     assert made.progress.best_loss == best
@@ -186,7 +186,7 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, 
 
 def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, monkeypatch):
     queue = iter([9.0, 3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(queue))
+    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(queue))
     made, reason = run(make_job(tmp_path, steps=30, patience=2, keep=1))
     assert reason == "early_stop" and made.progress.step == 12
     tensors, _ = load_checkpoint(tmp_path / "checkpoints" / "000006")

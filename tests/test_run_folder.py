@@ -142,7 +142,7 @@ def test_remains_of_a_process_that_died_go_when_the_run_is_resumed(world, tmp_pa
 
 def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_result(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 0.5, 0.4])
-    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
     train_and_die(world, tmp_path, at=6, monkeypatch=monkeypatch, steps=20, patience=2)
     summary = resume(tmp_path)
     assert (summary["reason"], summary["steps"], summary["best_step"]) == ("early_stop", 6, 2)
@@ -452,7 +452,7 @@ def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, monkeypatc
 
 def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 3.0, 2.0, 5.0, 4.0])
-    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
     own = Loop._take_best
 
     def after_damage(self):
@@ -482,7 +482,7 @@ def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_
         own(self)
         shutil.rmtree(self.job.out / "checkpoints" / "000002", ignore_errors=True)  # there was no room left
 
-    monkeypatch.setattr(loop.Loop, "_held_out_loss", lambda self: next(losses))
+    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
     monkeypatch.setattr(Loop, "_save", save)
     summary = train(world, tmp_path / "out")
     assert summary["damaged_best"]["step"] == 2 and summary["best_step"] == 4

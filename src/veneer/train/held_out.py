@@ -31,6 +31,11 @@ def parts_by_set(
     ]
 
 
+def mean_loss(examples: Sequence[Example], nats: Sequence[float]) -> float | None:
+    """Nats per trained token, of those of all parts; None where nothing is held out."""
+    return sum(nats) / sum(int(example.trained.sum()) for example in examples) if examples else None
+
+
 def losses_by_set(
     examples: Sequence[Example], sets: Sequence[SetSize], planned: Sequence[Sequence[Part]], nats: Sequence[float]
 ) -> dict[str, float]:

@@ -13,23 +13,19 @@ Knows nothing of methods: it trains the tensors it is given.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
-from veneer.adapters.routing import Routing
 from veneer.data.batching import EpochPlan, Rows, plan_epoch, used_length
 from veneer.data.examples import Example
-from veneer.data.load import SetSize
-from veneer.data.mixture import Mixture
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
-from veneer.models.step import Paths, batch_loss, batch_of, part_nats, parts_of
+from veneer.models.step import batch_loss, batch_of, part_nats, parts_of
 from veneer.train.checkpoint import (
     Scattered,
     checkpoint_path,
@@ -40,12 +36,13 @@ from veneer.train.checkpoint import (
     prune,
     save_checkpoint,
 )
-from veneer.train.config import RunConfig
 from veneer.train.dealing import dealt, in_rounds
-from veneer.train.held_out import losses_by_set, parts_by_set
+from veneer.train.first_evaluation import Evaluated, first_evaluation
+from veneer.train.held_out import Part, losses_by_set, mean_loss, parts_by_set
 from veneer.train.interrupt import Interrupt
+from veneer.train.job import Job
 from veneer.train.offload import offload_for, offloaded
-from veneer.train.optim import Flat, learning_rate_at
+from veneer.train.optim import learning_rate_at
 from veneer.train.optimizers import make_optimizer
 from veneer.train.origin import Origin
 from veneer.train.progress import Progress, load_state
@@ -56,34 +53,6 @@ from veneer.train.world import ALONE, World
 
 FEWER_VALUES = "Train fewer values (an adapter instead of full, a smaller --rank), or --set optimizer=adamw8bit."
 FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
-
-
-@dataclass
-class Job:
-    """What the loop needs of a run. learning_rate: peak; evaluate_every and save_every: steps."""
-
-    model: PreTrainedModel
-    paths: Paths
-    routing: Routing
-    flat: Flat
-    train: Sequence[Example]
-    validation: Sequence[Example]
-    config: RunConfig
-    learning_rate: float
-    steps: int
-    share_prompt: bool
-    out: Path
-    answer: Callable[[], dict[str, Any]] | None
-    """Answers the sample row with the model as it stands: {prompt, expected, answer}."""
-    mixture: Mixture | None = None
-    together: bool = False
-    """All processes compute at the same time, each its micro-batch: they gather the base's layers for one another."""
-    held: Sequence[SetSize] = ()
-    """The sets that validation consists of, one behind the other; none or one: it is not told apart."""
-
-    @property
-    def evaluate_every(self) -> int:
-        return self.config.evaluate_every or max(1, math.ceil(self.steps / 5))
 
 
 @dataclass(frozen=True)
@@ -121,7 +90,6 @@ class Loop:
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
         self.offload = offload_for(self.device, weights) if job.config.offload else None
         self._rows = Rows.of(job.train)
-        self._set_losses: dict[str, float] = {}
         self._epoch_plan: tuple[int, EpochPlan] | None = None
         if resume_from is not None:
             self._resume(resume_from)
@@ -328,22 +296,18 @@ class Loop:
             f"checkpoints up to here are in {self.job.out / 'checkpoints'}.",
         )
 
-    def _held_out_loss(self) -> float | None:
-        """Nats per trained token of the held-out rows, each process with its own parts; None where there are none."""
-        job, rows = self.job, self.job.validation
-        if not rows:
-            return None
-        planned = parts_by_set(job.model, job.paths, rows, job.held, job.config.rows_at_once)
-        parts = [part for of_set in planned for part in of_set]
-        own = self._own(parts, rows)
+    def _evaluated(self, parts: Sequence[Part]) -> Evaluated:
+        """Nats of each part of the held-out rows, each process with its own; the leader's sample answer."""
+        job, rows, nats = self.job, self.job.validation, [0.0] * len(parts)
         with self._evaluating():
+            own = self._own(parts, rows)
             found = part_nats(job.model, job.paths, job.routing, rows, [parts[number] for number, _ in own])
-            nats = [0.0] * len(parts)
             for (number, counts), value in zip(own, found, strict=True):
                 nats[number] = value if counts else nats[number]
-        nats = self.world.summed(nats)
-        self._set_losses = losses_by_set(rows, job.held, planned, nats)
-        return sum(nats) / sum(int(e.trained.sum()) for e in rows)
+        nats = self.world.summed(nats) if parts else []
+        with self._evaluating():
+            answers = job.sample is not None and (self.world.leads or job.together)
+            return Evaluated(nats, job.sample.new() if job.sample is not None and answers else None)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -354,9 +318,15 @@ class Loop:
     def _evaluate(self) -> None:
         job, at = self.job, self.progress
         start = time.perf_counter()
-        loss = self._held_out_loss()
-        with self._evaluating():
-            sample = job.answer() if job.answer is not None and (self.world.leads or job.together) else None
+        planned = parts_by_set(job.model, job.paths, job.validation, job.held, job.config.rows_at_once)
+        parts = [part for of_set in planned for part in of_set]
+        if at.step == 0 and self.world.size == 1:
+            found = first_evaluation(job, lambda: self._evaluated(parts), self.screen.message)
+        else:
+            found = self._evaluated(parts)
+        loss = mean_loss(job.validation, found.nats)
+        sets = losses_by_set(job.validation, job.held, planned, found.nats)
+        sample = None if job.sample is None or found.new is None else job.sample.told(found.new)
         if sample is not None:
             if at.step == 0:
                 at.sample = {"before": sample["answer"]}
@@ -379,7 +349,7 @@ class Loop:
             "best": better,
             "seconds": time.perf_counter() - start,
             "sample": sample,
-            **({"sets": self._set_losses} if self._set_losses else {}),
+            **({"sets": sets} if sets else {}),
         }
         self.records.write(record)
         self.screen.evaluation(record)

@@ -3,10 +3,9 @@
 run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json  report.html
 """
 
-import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
@@ -24,14 +23,11 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import packed_sizes, weight_line
 from veneer.data.batching import Rows
 from veneer.data.check import refuse_beyond
-from veneer.data.examples import Row
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.new_tokens import bring, extended, room_with
-from veneer.data.template import ChatTemplate
 from veneer.data.writing import Record
-from veneer.decoding.generate import generate
-from veneer.errors import ConfigError, DataError, fits_memory
+from veneer.errors import ConfigError, fits_memory
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, write_adapter
@@ -46,23 +42,20 @@ from veneer.models.step import Paths, refuse_untrainable
 from veneer.quant.weight import PackedSize
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
 from veneer.train.folder import given_rows, held, resume_point, settled, sweep, write_run_file
+from veneer.train.job import Job
 from veneer.train.loggers import open_loggers
-from veneer.train.loop import FEWER_VALUES, Job, Loop
+from veneer.train.loop import FEWER_VALUES, Loop
 from veneer.train.optim import Flat, FlatParameters
 from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
 from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.place import refuse_unless_new
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
+from veneer.train.sample import sample_of
 from veneer.train.screen import Screen
 from veneer.train.together import agree, every_weight, in_parts, load_together, shard_lines
 from veneer.train.world import ALONE, World
-from veneer.wording import cut, percent, size
-
-SAMPLE_TOKENS = 96
-"""New tokens of a sample answer at most: it is a glance, not an evaluation."""
-SAMPLE_CHARACTERS = 20_000
-"""Of its question and answers: they stand in every record of an evaluation, the first answer in every checkpoint."""
+from veneer.wording import percent, size
 
 
 @dataclass(frozen=True)
@@ -267,47 +260,11 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
         # With dropout every row wants a mask of its own, also where rows begin alike.
         share_prompt=config.share_prompt and not config.method.drops_out,
         out=Path(config.out),
-        answer=_sampler(base, data.validation_rows, data.preamble) if shows else None,
+        sample=sample_of(base, data.validation_rows, data.preamble) if shows else None,
         mixture=data.mixture,
         together=base.shards is not None,
         held=data.held,
     )
-
-
-def _sampler(base: FrozenBase, rows: Sequence[Row], preamble: Preamble) -> Callable[[], dict[str, Any]] | None:
-    """Answers the first of the rows whose question leaves room for an answer; None where there is none."""
-    template = ChatTemplate(base.acting_tokenizer, variables=preamble.variables)
-    found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
-    if found is None:
-        return None
-    row, ids = found
-    asked = row.messages[:-1]
-    expected = _told(row.messages[-1].get("content") or row.messages[-1].get("tool_calls"))
-    question = _told(next((m["content"] for m in reversed(asked) if m.get("role") == "user"), ""))
-
-    def answer() -> dict[str, Any]:
-        (new,) = generate(base, [ids], max_new_tokens=SAMPLE_TOKENS)
-        told = str(base.acting_tokenizer.decode(new, skip_special_tokens=True))
-        return {"prompt": question, "expected": expected, "answer": cut(told, SAMPLE_CHARACTERS)}
-
-    return answer
-
-
-def _question_ids(base: FrozenBase, template: ChatTemplate, row: Row) -> list[int]:
-    """Of what comes before the row's last turn; none where that cannot be asked on this base."""
-    if not row.messages:
-        return []
-    try:
-        ids = template.encode_prompt(row.messages[:-1], tools=row.tools)
-    except DataError:
-        return []
-    places = capacity_of(base).positions
-    return ids if places is None or len(ids) < places else []
-
-
-def _told(content: object) -> str:
-    """A message's content as text that stands in every record of an evaluation."""
-    return cut(content if isinstance(content, str) else json.dumps(content), SAMPLE_CHARACTERS)
 
 
 def _start_record(

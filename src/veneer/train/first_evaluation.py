@@ -1,0 +1,87 @@
+"""What an evaluation computes, and the one before step 1 where an earlier run computed the same (files/remembered.py).
+
+That one takes nearly half of a start, and every try of another rate begins with it. The key holds all that it is
+computed from, to the last byte: weights and buffers, trained values, rows, question, and every setting that is not
+named here as one that only training reads. On one process and the CPU, over dense weights of transformers' own classes;
+elsewhere the bits are not known to come again, or bytes lie where they are not seen.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.data.examples import Example
+from veneer.files.remembered import is_known, remembered
+from veneer.linear import PackedModule
+from veneer.train.job import Job
+
+_TRAINING = (
+    *("learning_rate", "schedule", "warmup", "weight_decay", "clip", "optimizer", "order", "steps", "epochs"),
+    *("evaluate_every", "save_every", "keep", "patience", "log", "out"),
+)
+"""Settings that no evaluation reads."""
+_READ_ALREADY = ("base", "data", "template", "from_adapter")
+"""Those whose content is in the key itself: weights, values and ids."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """nats: of each part of the held-out rows. new: ids of the sample answer; None: none is given."""
+
+    nats: list[float]
+    new: list[int] | None
+
+
+def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str], None]) -> Evaluated:
+    """make(), or what it gave an earlier run, which is said."""
+    model, sample = job.model, job.sample
+    dense = not any(isinstance(module, PackedModule) for module in model.modules())
+    here = {each.device.type for each in model.parameters()} == {"cpu"}
+    if not (dense and here and is_known(type(model)) and is_known(type(model.config))):
+        return make()
+    question = None if sample is None else [list(sample.ids), list(sample.stops)]
+    key = {
+        "class": [f"{each.__module__}.{each.__qualname__}" for each in (type(model), type(model.config))],
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
+        "weights": _digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "values": _digest(job.flat.parameters),
+        "rows": _rows_digest(job.validation),
+        "sets": [asdict(each) for each in job.held],
+        "question": hashlib.sha256(repr(question).encode()).hexdigest(),
+        "paths": [job.paths.packed, job.paths.scale, job.paths.softcap, *job.paths.lines],
+        "threads": torch.get_num_threads(),
+    }
+    anew = False
+
+    def computed() -> Evaluated:
+        nonlocal anew
+        anew = True
+        return make()
+
+    found = remembered("evaluation", key, Evaluated, computed)
+    if not anew:
+        say("the evaluation before step 1 is that of an earlier run, which was the same (VENEER_FORGET=1: anew)")
+    return found
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and every byte."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _rows_digest(rows: Sequence[Example]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        for part in (row.ids, row.trained):
+            found.update(f"{part.dtype} {len(part)}\n".encode())
+            found.update(part.tobytes())
+    return found.hexdigest()

@@ -1,0 +1,44 @@
+"""What the loop needs of a run."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from veneer.adapters.routing import Routing
+from veneer.data.examples import Example
+from veneer.data.load import SetSize
+from veneer.data.mixture import Mixture
+from veneer.models.step import Paths
+from veneer.train.config import RunConfig
+from veneer.train.optim import Flat
+from veneer.train.sample import Sample
+
+
+@dataclass
+class Job:
+    """learning_rate: peak; evaluate_every and save_every: steps."""
+
+    model: PreTrainedModel
+    paths: Paths
+    routing: Routing
+    flat: Flat
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    config: RunConfig
+    learning_rate: float
+    steps: int
+    share_prompt: bool
+    out: Path
+    sample: Sample | None
+    mixture: Mixture | None = None
+    together: bool = False
+    """All processes compute at the same time, each its micro-batch: they gather the base's layers for one another."""
+    held: Sequence[SetSize] = ()
+    """The sets that validation consists of, one behind the other; none or one: it is not told apart."""
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.config.evaluate_every or max(1, math.ceil(self.steps / 5))
