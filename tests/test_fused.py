@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, OlmoConfig
 
 from tests.helpers import fill, make_examples
 from tests.tiny import save_tiny, tiny_model
@@ -172,6 +173,15 @@ def test_an_attention_block_that_turns_otherwise_stays(monkeypatch):
 
     monkeypatch.setattr(block, "forward", scaled)
     assert not any(isinstance(made, FusedAttention) for made in replacements(model).values())
+
+
+@pytest.mark.parametrize(("clip", "blocks"), [(None, 2), (8.0, 0), (1000.0, 0)])
+def test_an_attention_block_that_clips_what_it_projects_stays(clip, blocks):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(OlmoConfig(**sizes, **ids, clip_qkv=clip), dtype=torch.float32).eval()
+    prepare(model.requires_grad_(False))
+    assert sum(isinstance(made, FusedAttention) for made in replacements(model).values()) == blocks
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "qwen3", "olmo2"])

@@ -116,10 +116,13 @@ def _proven(block: Any, size: int, dtype: torch.dtype) -> FusedAttention | None:
 
     small = copy.copy(block)
     small._modules = {name: _small(block.get_submodule(name), name, values) for name in PROJECTIONS}
+    # From small to large: a block that clips what it projects shows it at whatever limit.
+    largest = 6 if torch.finfo(dtype).max > 1e30 else 2
     given = {
-        "hidden_states": values(1, ROWS, WIDTH),
+        "hidden_states": values(1, ROWS, WIDTH) * torch.logspace(-2, largest, ROWS).to(dtype).view(ROWS, 1),
         "position_embeddings": (values(1, ROWS, size), values(1, ROWS, size)),
         "attention_mask": None,
+        "position_ids": torch.arange(ROWS)[None] * 10**6,  # beyond whatever a block counts from
     }
     theirs, ours = _Seen(), _Seen()
     expected = small(**given, veneer_layout=theirs)
