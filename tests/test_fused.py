@@ -175,6 +175,20 @@ def test_an_attention_block_that_turns_otherwise_stays(monkeypatch):
     assert not any(isinstance(made, FusedAttention) for made in replacements(model).values())
 
 
+def test_a_gate_with_a_limit_far_from_what_its_small_weights_give_stays(monkeypatch):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.mul_(0.01)
+        layer.mlp.up_proj.weight.mul_(0.01)
+
+    def limited(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x).clamp(-10.0, 10.0))
+
+    assert any(isinstance(made, FusedGate) for made in replacements(model).values())
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", limited)
+    assert not any(isinstance(made, FusedGate) for made in replacements(model).values())
+
+
 @pytest.mark.parametrize(("clip", "blocks"), [(None, 2), (8.0, 0), (1000.0, 0)])
 def test_an_attention_block_that_clips_what_it_projects_stays(clip, blocks):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
