@@ -266,6 +266,15 @@ def test_the_copy_holds_every_kind_of_module_in_little(kind):
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
 
 
+def test_limits_of_the_copy_cut_off_what_its_layers_give():
+    config = CONFIG_MAPPING["olmo"](clip_qkv=1000.0)
+    copy, ids = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config), torch.arange(20)[None]
+    with torch.no_grad():
+        cut = copy(ids).logits
+        copy.config.clip_qkv = None
+        assert not torch.equal(copy(ids).logits, cut)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gpt_neo", "recurrent_gemma", "llama4_text"])
 def test_windows_of_the_copy_act_within_a_short_text(kind):
     config = CONFIG_MAPPING[kind]()

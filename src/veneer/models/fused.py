@@ -88,7 +88,7 @@ def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
 @torch.no_grad()
 def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
-    # From small to large: what clips, or adds something small, shows it at whatever limit. float16 holds no such values.
+    # From small to large: what clips, or adds something small, shows it. float16 holds no such values.
     scale = torch.logspace(-2, 6, 5) if torch.finfo(dtype).max > 1e30 else torch.full((5,), 3.0)
     x = (torch.randn(5, width, generator=generator) * scale[:, None]).to(dtype).to(device)
     try:

@@ -28,6 +28,8 @@ WINDOW = 6
 """Tokens of every window and chunk in the copy."""
 SWITCH = 24
 """Positions at which rotary frequencies change in the copy, where they follow the length of a text."""
+LIMIT = 0.5
+"""Beyond which values are cut off in the copy, where the model does so at all."""
 VOCABULARY = 128
 EXPERTS = 16  # a square, and a multiple of the groups
 MAX_PARAMETERS = 200_000_000
@@ -50,6 +52,8 @@ _WIDTH = re.compile(
 _INNER = re.compile(r"intermediate|ffn|dff|dim_ff|feed_forward_size|n_inner|d_inner")
 _EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")
 _CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_k$")
+_LIMIT = re.compile(r"clip_qkv|swiglu_limit")
+"""Where values are cut off."""
 _DEPTH = re.compile(r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)")
 
 
@@ -220,6 +224,8 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
                 setattr(part, name, max(1, value * len(own) // depth))
             elif isinstance(value, int):
                 setattr(part, name, _number(name, value, sizes))
+            elif isinstance(value, float) and _LIMIT.search(name):
+                setattr(part, name, min(value, LIMIT))
             elif isinstance(value, list | tuple | dict):
                 setattr(part, name, _listed(name, value, own, depth, sizes))
         if follows_length:
