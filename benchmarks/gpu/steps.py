@@ -121,7 +121,7 @@ class Training:
             steps=1000,
             share_prompt=False,
             out=Path("nowhere"),
-            answer=None,
+            sample=None,
         )
         self.records: list[dict[str, Any]] = []
         origin: Any = None

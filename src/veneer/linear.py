@@ -17,6 +17,7 @@ from veneer.kernels.frozen import DenseLinear as DenseLinear
 from veneer.kernels.frozen import FrozenLinear as FrozenLinear
 from veneer.kernels.frozen import bias_gradient as bias_gradient
 from veneer.kernels.frozen import frozen_product as frozen_product
+from veneer.kernels.frozen import times as times
 from veneer.kernels.frozen import writable as writable
 
 
@@ -71,8 +72,8 @@ class TransposedLinear:
         y_MO = x_MI @ self.weight if bias is None else torch.addmm(bias, x_MI, self.weight)
         return y_MO.view(*x.shape[:-1], self.out_features)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self.weight.T
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return times(grad, self.weight.T, so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         return self.weight.detach().T.to(dtype)
@@ -102,8 +103,8 @@ class SliceLinear:
             return F.linear(x, self.matrix.T, bias)
         return few_rows.linear(x, self.matrix, bias)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ (self.matrix.T if self.transposed else self.matrix)
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return times(grad, self.matrix.T if self.transposed else self.matrix, so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         return (self.matrix.T if self.transposed else self.matrix).detach().to(dtype)
@@ -149,7 +150,7 @@ class PackedLinear(PackedModule):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:

@@ -28,8 +28,8 @@ class FrozenLinear(Protocol):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(..., I) -> (..., O), a fresh tensor the caller may write to; `bias` replaces the layer's own."""
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        """(M, O) -> (M, I), a fresh tensor."""
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        """(M, O) -> (M, I), a fresh tensor, or added to `so_far` in place."""
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W as (O, I) in `dtype`; not to be written to."""
@@ -55,8 +55,8 @@ class DenseLinear:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return few_rows.linear(x, self.module.weight, bias)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self.module.weight
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return times(grad, self.module.weight, so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         return self.module.weight.detach().to(dtype)
@@ -65,13 +65,9 @@ class DenseLinear:
         return self.module.bias
 
 
-def add_input_gradient(base: FrozenLinear, grad: Tensor, so_far: Tensor | None) -> Tensor:
-    """so_far (M, I) + grad (M, O) W, in place; None: nothing was found so far."""
-    if so_far is None:
-        return base.input_gradient(grad)
-    if isinstance(base, DenseLinear):
-        return torch.addmm(so_far, grad, base.module.weight, out=so_far)
-    return so_far.add_(base.input_gradient(grad))
+def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
+    """so_far (M, I) + grad (M, O) W (O, I), in place and rounded once; None: nothing was found so far."""
+    return grad @ weight if so_far is None else torch.addmm(so_far, grad, weight, out=so_far)
 
 
 def writable(y: Tensor) -> Tensor:

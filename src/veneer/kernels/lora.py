@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.frozen import FrozenLinear, add_input_gradient, bias_gradient, writable
+from veneer.kernels.frozen import FrozenLinear, bias_gradient, writable
 
 
 class _Dropped(torch.autograd.Function):
@@ -131,7 +131,7 @@ class _LoRALinears(torch.autograd.Function):
             g_MO = grad.reshape(-1, base.out_features)
             rank.down(g_MO, B[number].T, scaling, out=up)
             if ctx.needs_input_grad[0]:
-                grad_x = add_input_gradient(base, g_MO, grad_x)
+                grad_x = base.input_gradient(g_MO, grad_x)
             grad_A = None
             if not ctx.together:
                 grad_A = _update_gradient(up, x_MI, A[number], dropout, grad_x)

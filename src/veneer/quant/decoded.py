@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import few_rows
+from veneer.linear import times
 from veneer.quant.scratch import scratch
 
 
@@ -28,8 +29,8 @@ class DecodedMatrix:
         return few_rows.linear(x, self._decoded(x.dtype), bias)
 
     @torch.no_grad()
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self._decoded(grad.dtype)
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return times(grad, self._decoded(grad.dtype), so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)

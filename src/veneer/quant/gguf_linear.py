@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_product, in_features, product
-from veneer.linear import PackedLinear
+from veneer.linear import PackedLinear, times
 from veneer.quant.scratch import scratch
 
 
@@ -58,8 +58,8 @@ class GGUFLinear(PackedLinear):
             y_MO = F.linear(x_MI, self._decoded(x.dtype), bias)
         return y_MO.view(*x.shape[:-1], self.out_features)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self._decoded(grad.dtype)
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return times(grad, self._decoded(grad.dtype), so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)

@@ -99,8 +99,8 @@ class HeldLinear(Holder, PackedLinear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.matrix.product(x, bias)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return self.matrix.input_gradient(grad)
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return self.matrix.input_gradient(grad, so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         return self.matrix.dense_weight(dtype)

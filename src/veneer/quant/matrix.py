@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from veneer.kernels import nf4
 from veneer.kernels.nf4 import Blocks
+from veneer.linear import times
 from veneer.quant.scratch import scratch
 
 
@@ -48,8 +49,8 @@ class PackedMatrix:
         return F.linear(x, self._decoded(x.dtype), bias)
 
     @torch.no_grad()
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self._decoded(grad.dtype)
+    def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
+        return times(grad, self._decoded(grad.dtype), so_far)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         O, I = self.out_features, self.in_features
