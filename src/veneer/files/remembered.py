@@ -55,6 +55,11 @@ def begin() -> None:
     _begun = not os.environ.get(OFF)
 
 
+def is_on() -> bool:
+    """Whether this process remembers: a key that is dear need not be made where it does not."""
+    return _begun and surroundings() is not None
+
+
 def remembered(
     kind: str,
     key: Mapping[str, Any],

@@ -59,6 +59,11 @@ def row_factor(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(real, magnitude / torch.where(real, norm, 1.0), 1.0)
 
 
+def _across(matrix: Tensor) -> Tensor:
+    """(R, K) -> (K / 2, R) words of two neighbours of a row."""
+    return matrix.contiguous().view(torch.int32).T.contiguous()
+
+
 def _turn_forward(
     y_MO: Tensor, down_MR: Tensor, B_OR: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scaling: float
 ) -> None:
@@ -69,7 +74,7 @@ def _turn_forward(
     width, size = B_OR.shape
     given = [y_MO, down_MR, *([] if bias is None else [bias])]
     if rank.is_compiled(size, width, *given):
-        calls.dora_forward(y_MO, down_MR, rank.across(B_OR), bias, magnitude, norm, scaling)
+        calls.dora_forward(y_MO, down_MR, _across(B_OR), bias, magnitude, norm, scaling)
         return
     factor = row_factor(magnitude, norm)
     if bias is None:
@@ -91,7 +96,7 @@ def _turn_backward(
         blocks, grad = calls.dora_blocks(len(g_MO)), torch.empty_like(magnitude)
         partial = torch.empty(blocks, width, dtype=torch.float32, device=g_MO.device)
         calls.dora_backward(
-            g_MO, y_MO, rank.across(B_OR.T), bias, magnitude, norm, scaling, up=up, turned=turned, partial=partial
+            g_MO, y_MO, _across(B_OR.T), bias, magnitude, norm, scaling, up=up, turned=turned, partial=partial
         )
         return turned, up, grad, bool(calls.dora_magnitudes(partial, magnitude, norm, grad))
     turned = g_MO * row_factor(magnitude, norm).to(g_MO.dtype)

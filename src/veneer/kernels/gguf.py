@@ -47,9 +47,6 @@ FORMATS: dict[Kind, Format] = {
     "Q6_K": Format(14, 256, 210, (208,)),
 }
 
-MOST_INSTRUCTIONS = 5
-"""As native.level() counts them, 4 for products of bf16 pairs, and 5 for those on tiles; tests lower it."""
-
 MOST_ROWS = 64
 """Rows of x up to which a product straight from the blocks beats dequantising them first."""
 PRODUCTS = (torch.float32, torch.bfloat16)
@@ -59,7 +56,7 @@ def in_features(blocks: Tensor, kind: Kind) -> int:
     return blocks.shape[1] // FORMATS[kind].bytes * FORMATS[kind].size
 
 
-def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = MOST_INSTRUCTIONS) -> Tensor:
+def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.ANY_LEVEL) -> Tensor:
     """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
     if blocks.device.type != "cpu" or not is_compiled():
         return out.copy_(dequantise_reference(blocks, kind))
@@ -74,7 +71,7 @@ def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
 
 
 def product(
-    x_MI: Tensor, blocks: Tensor, kind: Kind, bias: Tensor | None = None, *, most: int = MOST_INSTRUCTIONS
+    x_MI: Tensor, blocks: Tensor, kind: Kind, bias: Tensor | None = None, *, most: int = few_rows.ANY_LEVEL
 ) -> Tensor:
     """x W^T + bias (M, O) in x's type, with the weights as `dequantise` gives them in that type: W is read once, as
     blocks, and never written out."""

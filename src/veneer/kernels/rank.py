@@ -30,11 +30,6 @@ def is_compiled(rank: int, width: int, *tensors: Tensor) -> bool:
     return compiled(*tensors)
 
 
-def across(matrix: Tensor) -> Tensor:
-    """(R, K) -> (K / 2, R) words of two neighbours of a row."""
-    return matrix.contiguous().view(torch.int32).T.contiguous()
-
-
 def typed(factor: Tensor, x: Tensor) -> Tensor:
     """A factor as the products of x take it: itself, where a kernel rounds it, else in x's type."""
     taken = factor.dtype is torch.float32 and x.dtype is torch.bfloat16 and factor.shape[0] % 16 == 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.data.examples import Example
-from veneer.files.remembered import is_known, remembered
+from veneer.files.remembered import is_known, is_on, remembered
 from veneer.linear import PackedModule
 from veneer.train.job import Job
 
@@ -38,6 +38,8 @@ class Evaluated:
 def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str], None]) -> Evaluated:
     """make(), or what it gave an earlier run, which is said."""
     model, sample = job.model, job.sample
+    if not is_on():
+        return make()
     dense = not any(isinstance(module, PackedModule) for module in model.modules())
     here = {each.device.type for each in model.parameters()} == {"cpu"}
     if not (dense and here and is_known(type(model)) and is_known(type(model.config))):
