@@ -15,14 +15,16 @@ import argparse
 import copy
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -127,48 +129,23 @@ def by_peft(model: Any, rows: int, adapters: int, rank: int) -> dict[str, float]
 
 
 class LlamaCpp:
-    """llama.cpp over a .gguf file, `rows` sequences in one batch, through its Python binding (the extra llamacpp)."""
+    """llama.cpp over a .gguf file in a process of its own (llama_step.py)."""
 
     def __init__(self, file: str, rows: int) -> None:
-        import llama_cpp
-
-        self.of, self.rows = llama_cpp, rows
-        self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = rows * (PROMPT + NEW + 64)
-        settings.n_batch = settings.n_ubatch = rows * PROMPT
-        settings.n_seq_max = rows
-        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-        self.context = llama_cpp.llama_init_from_model(self.model, settings)
-        self.batch = llama_cpp.llama_batch_init(rows * PROMPT, 0, 1)
-        self.tokens = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-
-    def best(self, parts: list[list[int]], first: int) -> list[list[int]]:
-        """The likeliest token behind each part, which begins at place `first` of its row."""
-        batch, last, count = self.batch, [], 0
-        for row, part in enumerate(parts):
-            for place, token in enumerate(part, first):
-                batch.token[count], batch.pos[count] = token, place
-                batch.n_seq_id[count], batch.seq_id[count][0] = 1, row
-                batch.logits[count] = place == first + len(part) - 1
-                count += 1
-            last.append(count - 1)
-        batch.n_tokens = count
-        if self.of.llama_decode(self.context, batch):
-            raise RuntimeError("llama.cpp did not decode the batch")
-        found = (self.of.llama_get_logits_ith(self.context, number) for number in last)
-        return [[int(np.ctypeslib.as_array(logits, (self.tokens,)).argmax())] for logits in found]
+        threads = str(torch.get_num_threads())
+        command = [sys.executable, str(Path(__file__).with_name("llama_step.py")), file, "--rows", str(rows)]
+        command += ["--threads", threads, "--read", str(PROMPT), "--new", str(NEW)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
 
     def __call__(self) -> dict[str, float]:
-        self.of.llama_memory_clear(self.of.llama_get_memory(self.context), True)
-        start = time.perf_counter()
-        parts, steps = self.best(prompts(self.rows), 0), []
-        for place in range(PROMPT, PROMPT + NEW - 1):
-            began = time.perf_counter()
-            parts = self.best(parts, place)
-            steps.append(time.perf_counter() - began)
-        whole = time.perf_counter() - start
-        return {"ms a step": 1e3 * statistics.median(steps), "tokens/s": self.rows * NEW / whole}
+        self.process.stdin.write("run\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise SystemExit(f"llama.cpp ended with {self.process.wait()}: {shlex.join(map(str, self.process.args))}")
+        found: dict[str, float] = json.loads(line)
+        return found
 
 
 def dense_copy(base: Base) -> Any:
