@@ -57,6 +57,28 @@ def test_the_kernel_gives_the_bits_of_the_reference(kind, level, dtype):
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_may_be_any_finite_fp16_and_cancel_one_another(kind, level, dtype):
+    blocks, layout = random_blocks(kind, 40, 3), kernels.FORMATS[kind]
+    each = blocks.view(-1, layout.bytes)
+    finite = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    finite = finite[finite.isfinite()]
+    draw = torch.Generator().manual_seed(0)
+    for at in layout.scales:
+        some = finite[torch.randint(len(finite), (len(each),), generator=draw)]
+        each[:, at : at + 2] = some.view(-1, 1).view(torch.uint8)
+    if len(layout.scales) == 2:  # code 1 times the scale, and the offset: 0 or nearly
+        scale, offset = (slice(at, at + 2) for at in layout.scales)
+        nearly = (-each[::2, scale].view(torch.float16)).nextafter(torch.tensor(0.0).half())
+        each[::2, offset] = nearly.view(torch.uint8)
+    expected = kernels.dequantise_reference(blocks, kind).to(dtype)
+    out = kernels.dequantise(blocks, kind, torch.full(expected.shape, float("nan"), dtype=dtype), most=level)
+    assert torch.equal(bits(out), bits(expected))
+
+
+@needs_kernel
 def test_what_fp16_cannot_hold_becomes_infinite_as_in_torch():
     blocks = random_blocks("Q8_0", 8, 8)
     blocks.view(-1, 34)[:, :2] = torch.tensor([60000.0], dtype=torch.float16).view(torch.uint8)

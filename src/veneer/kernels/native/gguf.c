@@ -90,67 +90,105 @@ static inline float half(const uint8_t *p) {
 #undef W
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define NIBBLES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
+#define BF16_INLINE static inline __attribute__((always_inline)) BF16
+enum { TOGETHER = 16, AHEAD = 2048 }; /* blocks whose scales are read at once; bytes that memory should bring before */
 
-/* What the 16 codes of 4 bits stand for in bf16, twice: scaled, moved and rounded as `store` does. */
-static inline __attribute__((always_inline)) NIBBLES __m512i table_of(__m512 codes, float scale, float offset) {
-    const __m512 values = _mm512_add_ps(_mm512_mul_ps(codes, _mm512_set1_ps(scale)), _mm512_set1_ps(offset));
-    __m512i bits = _mm512_castps_si512(values);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
+/* The processor's own rounding to bf16 takes what is below float32's normal numbers for 0: no sum of an fp16 and a
+   multiple of one is. Products of a scale and a code are exact, so it does not matter that they are not rounded. */
+BF16_INLINE __m256i table_of(__m512 codes, const float *scale, const float *offset) {
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(codes, _mm512_set1_ps(*scale), _mm512_set1_ps(*offset)));
 }
 
-static inline __attribute__((always_inline)) NIBBLES void look_up(__m512i table, __m256i codes, uint16_t *out) {
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table));
+/* 16 bytes, the codes of 32 values: of the first 16 their low halves. The lookup reads 4 bits of a word. */
+BF16_INLINE void look_up(__m256i low, __m256i high, const uint8_t *p, uint16_t *first, uint16_t *second) {
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+    _mm256_storeu_si256((__m256i *)first, _mm256_permutexvar_epi16(words, low));
+    _mm256_storeu_si256((__m256i *)second, _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 4), high));
 }
 
-/* Codes of 4 bits to bf16, 32 at a time: each a lookup among 16 values that are rounded once. */
-static inline __attribute__((always_inline)) NIBBLES void nibbles_kind(const int kind, const struct rows *call, int64_t start, int64_t stop) {
-    const struct format format = format_of(kind);
-    const int64_t per_row = call->columns / format.size;
-    const uint8_t *p = call->blocks + start * per_row * format.bytes;
+/* The fp16 numbers in the low halves of 16 words. */
+BF16_INLINE __m512 halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
+
+/* Scales and offsets of `count` blocks, 16 or fewer, `bytes` apart. */
+BF16_INLINE void scales_of(const uint8_t *p, int64_t count, int bytes, int with_offset, float *scale, float *offset) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 mask = (__mmask16)((1u << count) - 1);
+    const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(bytes));
+    const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, at, p, 1);
+    _mm512_storeu_ps(scale, halves(words));
+    _mm512_storeu_ps(offset, with_offset ? halves(_mm512_srli_epi32(words, 16)) : _mm512_set1_ps(-0.0f));
+}
+
+/* Blocks of Q4_0, Q4_1 or Q8_0 to bf16. Codes of 4 bits are looked up among 16 values that are rounded once. */
+BF16_INLINE void plain_blocks(const int kind, const uint8_t *p, int64_t count, uint16_t *out) {
+    const int bytes = format_of(kind).bytes, begin = kind == Q4_1 ? 4 : 2;
     const __m512 from_zero = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 codes = kind == Q4_0 ? _mm512_sub_ps(from_zero, _mm512_set1_ps(8)) : from_zero;
-    const __m256i low = _mm256_set1_epi8(15);
-    uint16_t *out = (uint16_t *)call->out + start * call->columns;
-    for (int64_t block = 0; block < (stop - start) * per_row; block++, p += format.bytes) {
-        const float scale = _cvtsh_ss(load16(p)), offset = kind == Q4_0 ? -0.0f : _cvtsh_ss(load16(p + 2));
-        if (kind != Q4_K) {
-            const __m128i b = _mm_loadu_si128((const __m128i *)(p + (kind == Q4_1 ? 4 : 2)));
-            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(b), _mm_srli_epi16(b, 4), 1);
-            look_up(table_of(codes, scale, offset), _mm256_and_si256(both, low), out);
-            out += 32;
-            continue;
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < 8; j += 2, out += 64) {
-            int s[2], m[2];
-            scale_min_avx512(p + 4, j, s, m);
-            scale_min_avx512(p + 4, j + 1, s + 1, m + 1);
-            const __m256i b = _mm256_loadu_si256((const __m256i *)(p + 16 + 16 * j));
-            look_up(table_of(codes, scale * (float)s[0], -(offset * (float)m[0])), _mm256_and_si256(b, low), out);
-            look_up(table_of(codes, scale * (float)s[1], -(offset * (float)m[1])), _mm256_and_si256(_mm256_srli_epi16(b, 4), low), out + 32);
+    float scale[TOGETHER], offset[TOGETHER];
+    for (int64_t left = count; left > 0; left -= TOGETHER) {
+        const int64_t some = left < TOGETHER ? left : TOGETHER;
+        for (int line = 0; line < TOGETHER * bytes; line += 64) __builtin_prefetch(p + AHEAD + line);
+        scales_of(p, some, bytes, kind == Q4_1, scale, offset);
+        __asm__ volatile("" : "+m"(scale), "+m"(offset)); /* read from there: lanes of a register cost a shuffle each */
+        for (int64_t i = 0; i < some; i++, p += bytes, out += 32) {
+            if (kind == Q8_0) {
+                const __m512 one = _mm512_set1_ps(scale[i]);
+                const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 2))));
+                const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 18))));
+                _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, one), _mm512_mul_ps(a, one)));
+            } else {
+                const __m256i table = table_of(codes, scale + i, offset + i);
+                look_up(table, table, p + begin, out, out + 16);
+            }
         }
     }
 }
 
-static NIBBLES void dequantise_nibbles(void *arguments, int64_t start, int64_t stop) {
+/* Blocks of Q4_K, 256 values with eight scales each. */
+BF16_INLINE void super_blocks(const uint8_t *p, int64_t count, uint16_t *out) {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t block = 0; block < count; block++, p += 144) {
+        const float d = half(p), least = half(p + 2);
+#pragma GCC unroll 4
+        for (int j = 0; j < 8; j += 2, out += 64) {
+            int s[2], m[2];
+            float scale[2], offset[2];
+            for (int i = 0; i < 2; i++) {
+                scale_min_avx512(p + 4, j + i, s + i, m + i);
+                scale[i] = d * (float)s[i], offset[i] = -(least * (float)m[i]);
+            }
+            /* 32 bytes: the low halves are the first 32 values, the high ones those behind */
+            const __m256i low = table_of(codes, scale, offset), high = table_of(codes, scale + 1, offset + 1);
+            for (int i = 0; i < 32; i += 16) look_up(low, high, p + 16 + 16 * j + i, out + i, out + 32 + i);
+        }
+    }
+}
+
+static BF16 void dequantise_bf16(void *arguments, int64_t start, int64_t stop) {
     const struct rows *call = arguments;
-    if (call->kind == Q4_0) nibbles_kind(Q4_0, call, start, stop);
-    else if (call->kind == Q4_1) nibbles_kind(Q4_1, call, start, stop);
-    else nibbles_kind(Q4_K, call, start, stop);
+    const struct format format = format_of(call->kind);
+    const int64_t per_row = call->columns / format.size, count = (stop - start) * per_row;
+    const uint8_t *p = call->blocks + start * per_row * format.bytes;
+    uint16_t *out = (uint16_t *)call->out + start * call->columns;
+    switch (call->kind) {
+    case Q4_0: plain_blocks(Q4_0, p, count, out); break;
+    case Q4_1: plain_blocks(Q4_1, p, count, out); break;
+    case Q8_0: plain_blocks(Q8_0, p, count, out); break;
+    case Q4_K: super_blocks(p, count, out); break;
+    }
 }
 #endif
 
+int veneer_has_bf16(void);
 int veneer_level(void);
 
 /* The best of what both the caller and the processor allow. */
 static veneer_body body_of(int kind, int type, int most) {
     const int own = veneer_level(), level = most < own ? most : own;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (level >= 3 && type == BFLOAT16 && (kind == Q4_0 || kind == Q4_1 || kind == Q4_K)) return dequantise_nibbles;
+    const int known = kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K;
+    if (level >= 3 && type == BFLOAT16 && known && veneer_has_bf16()) return dequantise_bf16;
     return level >= 3 ? dequantise_avx512 : level >= 2 ? dequantise_avx2 : dequantise_plain;
 #endif
     (void)kind, (void)type, (void)level;
