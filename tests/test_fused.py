@@ -15,7 +15,7 @@ from veneer.adapters.wrapping import plain_modules
 from veneer.bases.from_config import build
 from veneer.data.batching import make_batch
 from veneer.kernels import fused as kernels
-from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference
+from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.fused_attention import FusedAttention
@@ -91,6 +91,8 @@ def test_the_entropy_of_bf16_logits_is_its_reference(vocabulary, softcap):
     theirs = head_loss_reference(wide, targets, head, 11.0)
     (theirs_h,) = torch.autograd.grad(theirs, wide)
     near(ours, theirs, 1e-5)
+    each = torch.nn.functional.cross_entropy(head.logits(wide).float(), targets, reduction="none")
+    near(head_nats(h, targets, head), each, 1e-5)
     near(ours_h, theirs_h.float(), 2**-5)
 
 
@@ -101,6 +103,8 @@ def test_a_target_beyond_the_vocabulary_is_an_error_and_no_memory_of_others(targ
     h = torch.randn(3, 24).to(dtype)
     with pytest.raises(IndexError, match=str(target)):
         frozen_head_loss(h, torch.tensor([1, target, 2]), head, 3.0)
+    with pytest.raises(IndexError, match=str(target)):
+        head_nats(h, torch.tensor([1, target, 2]), head)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

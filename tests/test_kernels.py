@@ -13,7 +13,7 @@ from veneer.kernels.dora import dora_linear
 from veneer.kernels.dropout import Dropout, drop_out, drop_out_reference, keep_mask, row_keys
 from veneer.kernels.layout import Group, round_up
 from veneer.kernels.lora import lora_linear, lora_linear_reference
-from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, trained_head_loss
+from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, head_nats, trained_head_loss
 from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
 from veneer.kernels.rules import Rules
@@ -252,6 +252,7 @@ def test_the_chunked_loss_is_its_reference(softcap, scale, with_bias, rows):
     losses = [loss(h, targets, head, 37.0) for loss in (frozen_head_loss, head_loss_reference, trained_head_loss)]
     for one, other in itertools.pairwise(losses):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(head_nats(h, targets, head).sum() / 37, losses[0], rtol=1e-10, atol=1e-12)
     grads = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
     for one, other in itertools.pairwise(grads):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

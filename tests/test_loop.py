@@ -20,7 +20,7 @@ from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Inte
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
-from veneer.train import held_out, loop
+from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import load_checkpoint, newest_valid, numbers, prune, save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.loop import Job, Loop
@@ -263,11 +263,31 @@ def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpo
 
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
     asked = []
-    own = held_out.by_length
-    monkeypatch.setattr(held_out, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch))
+    own = loop.by_length
+    monkeypatch.setattr(loop, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch))
     run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
     run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
     assert set(asked) == {2, 4}
+
+
+def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(tmp_path, monkeypatch):
+    own = checkpoint.save_checkpoint
+
+    def older(folder, step, tensors, state):
+        progress = {name: value for name, value in state["progress"].items() if name != "nats"}
+        return own(folder, step, tensors, {**state, "progress": progress})
+
+    with monkeypatch.context() as before:
+        before.setattr(loop, "save_checkpoint", older)
+        stop_after(before, make_job(tmp_path), 3)
+    resumed, _ = run(make_job(tmp_path), resume=True)
+    found = resumed.held_out()
+    if resumed.progress.best_step == 3:
+        assert found is None
+    else:
+        assert (
+            found is not None and found.before is None and found.loss.value == pytest.approx(resumed.progress.best_loss)
+        )
 
 
 def test_an_interrupt_finishes_the_step_saves_and_resumes_to_the_same_bits(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, Venee
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
-from veneer.kernels.loss import Beside, Head, frozen_head_loss, head_loss_reference
+from veneer.kernels.loss import Beside, Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.merge.merge_run import merge_adapters
 from veneer.models.load import load_base
 from veneer.serve.asked import Plain
@@ -216,6 +216,7 @@ def test_the_loss_in_chunks_is_the_references(softcap: float | None, bias: bool)
         found.append(value.detach())
         grads.append(torch.autograd.grad(value * 3, (h, rows)))
     assert torch.allclose(*found, rtol=1e-5)
+    assert torch.allclose(head_nats(h, targets, head).sum() / 77, found[0], rtol=1e-5)
     for mine, theirs in zip(*grads, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-4)
 

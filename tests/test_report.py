@@ -8,7 +8,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from veneer.errors import CorruptFileError, SourceError, VeneerError
-from veneer.formats.manifest import BaseIdentity, Manifest
+from veneer.formats.manifest import BaseIdentity, Figure, HeldOut, Manifest, SetHeldOut
 from veneer.report.card import licence_of, model_card
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
@@ -302,6 +302,35 @@ def test_a_model_card_is_the_hub_s_and_holds_strangers_in_code(tmp_path):
     assert "<script>" not in page and "href" not in page
     assert "<td><code>0.250</code></td>\n<td><code>0.100 to 0.400</code></td>" in page
     assert page.count("<h2>") == 6 and "method.rank" in page
+
+
+@pytest.mark.parametrize("figures", [None, {"rows": 4, "loss": 0.5, "intervals": {"loss": [0.4, 0.6]}}])
+def test_a_card_says_what_training_measured_with_intervals(figures):
+    measured = {
+        "rows": 9,
+        "loss": Figure(value=0.5, low=0.25, high=0.75),
+        "before": Figure(value=2.0, low=1.5, high=2.5),
+    }
+    change = Figure(value=-1.5, low=-1.75, high=-1.25)
+    found = HeldOut(tokens=1234, change=change, sets={"x|<b>": SetHeldOut(**measured)}, **measured)
+    identity = BaseIdentity(name="b", fingerprint={"weights_hash": "w"})
+    manifest = Manifest(
+        veneer_version="1", method="lora", base=identity, held_out=found, metrics={"validation_loss": 0.5}
+    )
+    text = model_card(manifest, name="a", commands=["x"], figures=figures)
+    for line in (
+        "held-out loss before | `2.00` | `1.50 to 2.50`",
+        "held-out loss after | `0.500` | `0.250 to 0.750`",
+        "held-out loss change | `-1.50` | `-1.75 to -1.25`",
+        "`held-out loss of x\\|<b> after` | `0.500` | `0.250 to 0.750`",
+    ):
+        assert line in text
+    assert "over 9 rows, 1,234 tokens" in text and ("`0.400 to 0.600`" in text) == (figures is not None)
+    assert text.count("## Figures") == 1 and "no interval" not in text
+    older = manifest.model_copy(update={"held_out": None})
+    assert "Held-out loss 0.500 nats a token, as training measured it; no interval" in model_card(
+        older, name="a", commands=["x"]
+    )
 
 
 def test_the_licence_of_a_stranger_s_file_is_read_within_what_the_file_holds(tmp_path):

@@ -28,7 +28,7 @@ from veneer.linear import DenseLinear
 from veneer.models import likelihood
 from veneer.models import step as step_module
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import batch_loss, evaluation_loss, prepare, whole_logits
+from veneer.models.step import batch_loss, batch_of, evaluation_loss, part_nats, prepare, whole_logits
 
 CPU = torch.device("cpu")
 UNPACKED = {"bloom": "interface", "falcon": "interface"}
@@ -251,6 +251,21 @@ def test_evaluation_is_weighted_by_token_and_does_not_depend_on_the_batch(family
     nats, tokens = evaluation_loss(model, paths, routing, examples, batch=7)
     assert tokens == sum(e.trained.sum() for e in examples)
     assert evaluation_loss(model, paths, routing, examples, batch=2)[0] == pytest.approx(nats, rel=FP32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "falcon"])
+@pytest.mark.parametrize("head", [False, True])
+def test_the_nats_of_each_example_are_those_that_it_has_alone(family, head):
+    model, paths, routing, _ = adapted(family, **({"targets": ["lm_head"]} if head else {}))
+    examples, parts = make_examples(7), [[0, 3, 2], [1], [6, 4, 5]]
+    found = part_nats(model, paths, routing, examples, parts)
+    assert list(map(len, found)) == [3, 1, 3] and part_nats(model, paths, routing, examples, []) == []
+    for part, nats in zip(parts, found, strict=True):
+        alone = [evaluation_loss(model, paths, routing, [examples[i]], batch=1)[0] for i in part]
+        assert nats == pytest.approx(alone, rel=FP32)
+        batch = batch_of(model, paths, examples, part, share_prompt=True)
+        with torch.no_grad():
+            assert sum(nats) == pytest.approx(batch_loss(model, paths, routing, batch, total=1.0).item(), rel=FP32)
 
 
 def test_the_shared_prompt_ends_before_the_row_that_predicts_the_first_trained_token():

@@ -91,6 +91,11 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:#.3g}".rstrip(".")
 
 
+def between(low: float, high: float) -> str:
+    """An interval."""
+    return f"{number(low)} to {number(high)}"
+
+
 def percent(part: float, whole: float) -> str:
     """3.5%, 0.012%, 100%: two digits, three above 10%; 0% of nothing."""
     share = 100 * part / whole if whole else 0.0

@@ -135,6 +135,8 @@ def test_exact_sums_give_the_same_bits_on_two_processes(alone, two, name):
     one, other = values(alone / name), values(two / name)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert losses(alone / name) == losses(two / name)
+    kept = [json.loads((out / name / "summary.json").read_text())["held_out"] for out in (alone, two)]
+    assert kept[0] == kept[1] and kept[0]["rows"] > 1 and kept[0]["before"] and kept[0]["change"]
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -10,7 +10,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, get_args
 
 from veneer.cli.common import print_json
-from veneer.wording import cut, number, shown, size
+from veneer.wording import between, cut, number, shown, size
 
 if TYPE_CHECKING:
     from veneer.library.library import Entry, Library
@@ -65,12 +65,16 @@ def _row(entry: Entry) -> tuple[str, ...]:
                 base + proof,
                 facts.method + (f" r{facts.rank}" if facts.rank else ""),
                 size(facts.bytes),
-                "" if metric is None else f"{metric[0]} {number(metric[1])}",
+                "" if metric is None else f"{metric[0]} {number(metric[1])}{_interval(facts.intervals.get(metric[0]))}",
                 age(version.added),
                 ", ".join(version.tags),
             ),
         )
     )
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f" ({between(*ends)})"
 
 
 def age(added: str) -> str:

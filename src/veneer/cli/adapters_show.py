@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.adapters_ls import age, table
 from veneer.cli.common import load_plain_base, make_console, print_json
-from veneer.wording import folded, millions, number, shown, size, wrapped
+from veneer.wording import between, folded, millions, number, shown, size, wrapped
 
 if TYPE_CHECKING:
     from veneer.formats.adapter import StoredAdapter
+    from veneer.formats.manifest import HeldOut
     from veneer.formats.norms import Update
     from veneer.library.library import Entry, Library
 
@@ -68,6 +69,8 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     lines += _picture(norms, relative=bool(theirs))
     if facts.metrics:
         lines.append("  metrics   " + " · ".join(f"{k} {number(v)}" for k, v in sorted(facts.metrics.items())))
+    if manifest is not None and manifest.held_out is not None:
+        lines.append("  held out  " + _held_out(manifest.held_out))
     if manifest is not None and manifest.recipe:
         lines.append("  recipe    " + " · ".join(_flat(manifest.recipe)))
     lines += [f"  from      {each}" for each in lineage(library, facts.parent)]
@@ -75,6 +78,15 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     for line in lines:
         say.print(folded(shown(line), max(say.width, 40)), soft_wrap=True)
     return 0
+
+
+def _held_out(found: HeldOut) -> str:
+    """The loss before and after, and how sure that is."""
+    before = "" if found.before is None else f"{number(found.before.value)} → "
+    line = f"loss {before}{number(found.loss.value)} ({between(found.loss.low, found.loss.high)})"
+    if found.change is not None:
+        line += f", change {number(found.change.value)} ({between(found.change.low, found.change.high)})"
+    return f"{line} over {found.rows:,} rows"
 
 
 def _weights(stored: StoredAdapter) -> str:

@@ -34,6 +34,7 @@ from veneer.formats.layout import FileSettings, Layout
 from veneer.formats.manifest import (
     MANIFEST_NAME,
     BaseIdentity,
+    HeldOut,
     Manifest,
     Parent,
     content_hash,
@@ -124,6 +125,7 @@ def manifest_for(
     data_fingerprint: str | None = None,
     recipe: Mapping[str, JsonValue] | None = None,
     metrics: Mapping[str, float] | None = None,
+    held_out: HeldOut | None = None,
     parents: Sequence[tuple[str, float]] = (),
     preamble: Preamble | None = None,
 ) -> Manifest:
@@ -141,6 +143,7 @@ def manifest_for(
         data_fingerprint=data_fingerprint,
         recipe=None if recipe is None else dict(recipe),
         metrics=dict(metrics or {}),
+        held_out=held_out,
         parent=parents[0][0] if alone else None,
         parents=[] if alone else [Parent(content_hash=content, weight=weight) for content, weight in parents],
         system=None if preamble is None else preamble.system,

@@ -51,6 +51,34 @@ class Parent(_Strict):
     """What its update was multiplied with."""
 
 
+class Figure(_Strict):
+    """A figure with its 95% interval, over other rows of the same kind."""
+
+    value: float
+    low: float
+    high: float
+
+
+class SetHeldOut(_Strict):
+    """Loss on rows that were not learnt, nats a token."""
+
+    rows: int
+    loss: Figure
+    """Of the values that were kept."""
+    before: Figure | None = None
+    """Before step 1."""
+    change: Figure | None = None
+    """The first less the second, on the same rows."""
+
+
+class HeldOut(SetHeldOut):
+    """Of all held-out rows."""
+
+    tokens: int
+    sets: dict[str, SetHeldOut] = Field(default_factory=dict)
+    """By name, where there are several."""
+
+
 class Manifest(_Strict):
     format_version: Literal[1] = 1
     """Raised when a reader of the old version would misread the new one."""
@@ -79,6 +107,8 @@ class Manifest(_Strict):
     """The run's settings, resolved; None for an adapter that no run of ours made."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """What was measured on the held-out rows."""
+    held_out: HeldOut | None = None
+    """The loss on them before and after, with intervals."""
     parent: str | None = None
     """content_hash of the adapter that training started from."""
     parents: list[Parent] = Field(default_factory=list)

@@ -94,7 +94,7 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # Elsewhere a look at values would wait for the device, which checks them itself.
     if z.device.type == "cpu":
         _check_targets(z, targets)
-    if compiled(z) and targets.is_contiguous() and targets.dtype == torch.int64:
+    if _is_compiled(z, targets):
         each = torch.empty(count, dtype=torch.float32, device=z.device)
         calls.entropy(z, targets, each)
         return each.sum(), z
@@ -108,6 +108,10 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     p.mul_(mass.reciprocal_())
     p[place, targets] -= 1
     return loss, p.to(z.dtype)
+
+
+def _is_compiled(z: Tensor, targets: Tensor) -> bool:
+    return compiled(z) and targets.is_contiguous() and targets.dtype == torch.int64
 
 
 def _check_targets(z: Tensor, targets: Tensor) -> None:
@@ -172,6 +176,25 @@ def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Te
     """h (M, D), targets (M) int64 -> scalar, differentiable in h and in the rows beside W alone."""
     apply: Any = _FrozenHeadLoss.apply
     return apply(h, None if head.beside is None else head.beside.rows, targets, head, total)
+
+
+@torch.no_grad()
+def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """-log softmax(z)[target] of each row, (M) float32 (float64 for float64), in the same chunks; no gradient."""
+    each = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
+    held = h.new_empty(round_up(min(CHUNK, len(h))), head.width)
+    for start in range(0, len(h), CHUNK):
+        rows = slice(start, start + CHUNK)
+        chosen, out = targets[rows], each[rows]
+        padded = round_up(len(chosen))
+        z = head.of(rows).logits_into(held[:padded], F.pad(h[rows], (0, 0, 0, padded - len(chosen))))
+        if z.device.type == "cpu":
+            _check_targets(z, chosen)
+        if _is_compiled(z, chosen):
+            calls.entropy(z, chosen, out)
+        else:
+            out.copy_(F.cross_entropy(z[: len(chosen)].to(each.dtype), chosen, reduction="none"))
+    return each
 
 
 def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:

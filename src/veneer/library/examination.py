@@ -43,6 +43,9 @@ def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content],
 def facts_of(stored: StoredAdapter) -> Facts:
     """What listing will say; bytes: of the adapter's files."""
     manifest = stored.manifest
+    intervals = {}
+    if manifest is not None and manifest.held_out is not None:
+        intervals["validation_loss"] = [manifest.held_out.loss.low, manifest.held_out.loss.high]
     theirs = manifest is None or manifest.trained_by != "veneer"
     return Facts(
         method=stored.config.name if manifest is None else manifest.method,
@@ -57,6 +60,7 @@ def facts_of(stored: StoredAdapter) -> Facts:
         parent=None if manifest is None else manifest.parent,
         data_fingerprint=None if manifest is None else manifest.data_fingerprint,
         metrics={} if manifest is None else dict(manifest.metrics),
+        intervals=intervals,
         origin="peft" if theirs else "veneer",
     )
 

@@ -52,6 +52,8 @@ class Facts(_Strict):
     """content_hash of the adapter that training started from."""
     data_fingerprint: str | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    intervals: dict[str, list[float]] = Field(default_factory=dict)
+    """Low and high end, 95%, of those metrics that have one."""
     origin: Literal["veneer", "peft"] = "veneer"
     """Which program wrote the tensors."""
 

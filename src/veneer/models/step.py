@@ -23,7 +23,7 @@ from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
-from veneer.kernels.loss import Beside, Head, frozen_head_loss, trained_head_loss
+from veneer.kernels.loss import Beside, Head, frozen_head_loss, head_nats, trained_head_loss
 from veneer.models.attention import NAME, Traced, hidden_states, packed_arguments
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.left_out import left_out
@@ -132,14 +132,28 @@ def batch_loss(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Ba
     """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the whole step."""
     if paths.head_reason is not None:
         return _whole_logits_loss(model, batch, total)
-    rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
-    linear = loss_head(model, paths)
-    if isinstance(linear, _AdaptedHead):
-        linear = replace(linear, rows=routing.acting.select(batch.loss_rows))
+    rows, linear = _predicting(model, paths, routing, batch)
     trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
     chunked = isinstance(linear, _AdaptedHead) or (trains and torch.is_grad_enabled())
     loss = trained_head_loss if chunked else frozen_head_loss
     return loss(rows, batch.targets, linear, total)
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch) -> Tensor:
+    """(T) -log p of every target of the batch: what batch_loss sums, without its gradient."""
+    if paths.head_reason is not None:
+        return nn.functional.cross_entropy(whole_logits(model, batch).float(), batch.targets, reduction="none")
+    rows, linear = _predicting(model, paths, routing, batch)
+    return head_nats(rows, batch.targets, linear)
+
+
+def _predicting(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch) -> tuple[Tensor, Head]:
+    """(T, D) hidden states of the rows that predict a trained token, and the head for them."""
+    rows, linear = hidden_states(model, batch).index_select(0, batch.loss_rows), loss_head(model, paths)
+    if isinstance(linear, _AdaptedHead):
+        linear = replace(linear, rows=routing.acting.select(batch.loss_rows))
+    return rows, linear
 
 
 def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
@@ -184,6 +198,9 @@ class _AdaptedHead(Head):
 
     def of(self, rows: slice) -> "Head":
         return replace(self, rows=self.rows.between(rows))
+
+    def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
+        return self.logits(h)
 
     def logits(self, h: Tensor) -> Tensor:
         with self.module.routing.held(self.rows):
@@ -234,14 +251,16 @@ def evaluation_loss(
     """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
     parts = list(parts_of(model, paths, examples, by_length(examples, batch)))
     tokens = sum(int(example.trained.sum()) for example in examples)
-    return sum(part_nats(model, paths, routing, examples, parts)), tokens
+    return sum(map(sum, part_nats(model, paths, routing, examples, parts))), tokens
 
 
-@torch.no_grad()
 def part_nats(
     model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], parts: Sequence[Sequence[int]]
-) -> list[float]:
-    """Nats of the trained tokens of each part."""
+) -> list[list[float]]:
+    """Nats of the trained tokens of each example of each part, summed in float64."""
     batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
-    nats = [batch_loss(model, paths, routing, batch, total=1.0) for batch in batches]
-    return torch.stack(nats).tolist() if nats else []  # one wait for the device, after the last batch
+    nats = [token_losses(model, paths, routing, batch) for batch in batches]
+    if not nats:
+        return []
+    each = iter(torch.cat(nats).cpu().double().split([int(examples[i].trained.sum()) for p in parts for i in p]))
+    return [[next(each).sum().item() for _ in part] for part in parts]  # one wait, after the last batch

@@ -16,15 +16,15 @@ from veneer.bases.sources import gguf_file
 from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.files.strict_json import MAX_YAML_BYTES, parse_yaml, read_json
 from veneer.formats.adapter import read_adapter
-from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME, Manifest, read_manifest
+from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME, Manifest, SetHeldOut, read_manifest
 from veneer.report.page import recipe_rows
 from veneer.train.records import read_records
-from veneer.wording import cut, number, shown
+from veneer.wording import between, cut, number, shown
 
 WHOLE = "gguf"
 MOST_CHARACTERS = 2000
 """Of a sample's text."""
-_PLAIN = re.compile(r"[a-zA-Z() ]+")
+_PLAIN = re.compile(r"[a-zA-Z() -]+")
 """What needs no code around it."""
 _NOT_FIGURES = ("perplexity", "tokens", "rows", "cut_answers")
 
@@ -43,7 +43,7 @@ def model_card(
 
     commands      that answer with it
     library_name  that reads the files: peft, veneer, or gguf, of a model with the base in it
-    figures       what `veneer evaluate --json` said; None: the held-out loss that the manifest has
+    figures       what `veneer evaluate --json` said, beside what training measured, which the manifest has
     sample        a held-out row: prompt, expected, before, answer
     licence       of the base; None: not known
     """
@@ -77,26 +77,46 @@ def _front_matter(manifest: Manifest, library_name: str, licence: str | None) ->
 
 
 def _figures(manifest: Manifest, figures: Mapping[str, Any] | None) -> str:
-    title = "## Figures\n\n"
-    if figures is None:
+    parts = [_evaluated(figures), _held_out(manifest)]
+    return "\n".join(["## Figures\n", *filter(None, parts)]) if any(parts) else ""
+
+
+def _held_out(manifest: Manifest) -> str:
+    """What training measured."""
+    found = manifest.held_out
+    if found is None:
         loss = manifest.metrics.get("validation_loss")
-        if loss is None:
-            return ""
-        return (
-            title + f"Held-out loss {number(loss)} nats a token, as training measured it; no interval was computed.\n"
-        )
+        said = f"Held-out loss {number(loss)} nats a token, as training measured it; no interval was computed.\n"
+        return "" if loss is None else said
+    rows = _change_rows("held-out loss", found)
+    for name, one in found.sets.items():
+        rows += _change_rows(f"held-out loss of {name}", one)
+    return _table(("figure", "value", "95% interval"), rows) + (
+        f"\nNats a token over {found.rows:,} rows, {found.tokens:,} tokens, that were not learnt, as training measured "
+        "them; by this loss the step was chosen whose values these are. The change is on the same rows.\n"
+    )
+
+
+def _change_rows(what: str, found: SetHeldOut) -> list[tuple[str, str, str]]:
+    named = ((f"{what} before", found.before), (f"{what} after", found.loss), (f"{what} change", found.change))
+    return [(name, number(each.value), between(each.low, each.high)) for name, each in named if each is not None]
+
+
+def _evaluated(figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return ""
     try:
         intervals, rows = figures.get("intervals") or {}, []
         for name, value in figures.items():
             if isinstance(value, int | float) and name not in _NOT_FIGURES:
-                low, high = intervals.get(name) or (None, None)
-                rows.append((name, number(value), "–" if low is None else f"{number(low)} to {number(high)}"))
+                found = intervals.get(name)
+                rows.append((name, number(value), "–" if not found else between(*found)))
         over = f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n" if "rows" in figures else ""
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise CorruptFileError(
             "these are not figures that veneer evaluate --json wrote", next_step="Write them anew."
         ) from None
-    return title + _table(("figure", "value", "95% interval"), rows) + over
+    return _table(("figure", "value", "95% interval"), rows) + over
 
 
 def _before_after(sample: Mapping[str, Any] | None) -> str:

@@ -23,7 +23,7 @@ from veneer.train.screen import (
     sample_parts,
     start_lines,
 )
-from veneer.wording import html_table, number, shown
+from veneer.wording import between, html_table, number, shown
 
 DRAWN_SECONDS = 0.5
 """A picture at most this often: each goes through the notebook's connection."""
@@ -118,6 +118,6 @@ class Evaluation(dict[str, Any]):
         for name, value in self.items():
             if isinstance(value, int | float):
                 low, high = intervals.get(name, (None, None))
-                between = "" if low is None else f"{number(low)} to {number(high)}"
-                rows.append((name, f"{value:,}" if isinstance(value, int) else number(value), between))
+                interval = "" if low is None else between(low, high)
+                rows.append((name, f"{value:,}" if isinstance(value, int) else number(value), interval))
         return html_table("", rows, head=("figure", "value", "95% interval"))

@@ -27,7 +27,7 @@ from veneer.report.style import STYLE
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.loggers import flat
 from veneer.train.records import Record, read_records
-from veneer.wording import clock, millions, number, percent, shares, size
+from veneer.wording import between, clock, millions, number, percent, shares, size
 
 NAME = "report.html"
 SAMPLES = 20  # most that are shown
@@ -117,7 +117,7 @@ def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record],
     held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
     if held_out:
         kept = [f"step {summary['best_step']:,}"] if summary.get("best_step") else []
-        beside = kept + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else [])
+        beside = kept + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else []) + _intervals(summary)
         figures.append((number(min(held_out)), "held-out loss, best", " · ".join(beside)))
     losses = [r["loss"] for r in steps if r["loss"] is not None]
     if losses:
@@ -145,6 +145,13 @@ def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record],
         for value, name, beside in figures
     )
     return f"<div class=figures>{''.join(cells)}</div>"
+
+
+def _intervals(summary: Mapping[str, Any]) -> list[str]:
+    """Of the held-out loss, and of its change."""
+    found = summary.get("held_out") or {}
+    named = ((name, found.get(key)) for name, key in (("95% interval", "loss"), ("of the change", "change")))
+    return [f"{name} {between(one['low'], one['high'])}" for name, one in named if one]
 
 
 def _loss_chart(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:

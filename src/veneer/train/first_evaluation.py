@@ -8,7 +8,7 @@ elsewhere the bits are not known to come again, or bytes lie where they are not 
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ _READ_ALREADY = ("base", "data", "template", "from_adapter")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """nats: of each part of the held-out rows. new: ids of the sample answer; None: none is given."""
+    """nats: of each held-out example. new: ids of the sample answer; None: none is given."""
 
     nats: list[float]
     new: list[int] | None
@@ -53,7 +53,6 @@ def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str
         "weights": _digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
         "values": _digest(job.flat.parameters),
         "rows": _rows_digest(job.validation),
-        "sets": [asdict(each) for each in job.held],
         "question": hashlib.sha256(repr(question).encode()).hexdigest(),
         "paths": [job.paths.packed, job.paths.scale, job.paths.softcap, *job.paths.lines],
         "threads": torch.get_num_threads(),

@@ -22,9 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapters.acting import TokenKeys
-from veneer.data.batching import EpochPlan, Rows, plan_epoch, used_length
+from veneer.data.batching import EpochPlan, Rows, by_length, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
+from veneer.formats.manifest import HeldOut
 from veneer.models.step import batch_loss, batch_of, part_nats, parts_of
 from veneer.train.checkpoint import (
     Scattered,
@@ -38,7 +39,7 @@ from veneer.train.checkpoint import (
 )
 from veneer.train.dealing import dealt, in_rounds
 from veneer.train.first_evaluation import Evaluated, first_evaluation
-from veneer.train.held_out import Part, losses_by_set, mean_loss, parts_by_set
+from veneer.train.held_out import Cells, losses_by_set, mean_loss
 from veneer.train.interrupt import Interrupt
 from veneer.train.job import Job
 from veneer.train.offload import offload_for, offloaded
@@ -90,6 +91,7 @@ class Loop:
         weights = [*job.model.parameters(), *job.model.buffers(), job.flat.values]
         self.offload = offload_for(self.device, weights) if job.config.offload else None
         self._rows = Rows.of(job.train)
+        self._cells = Cells.over(job.validation, job.held)
         self._epoch_plan: tuple[int, EpochPlan] | None = None
         if resume_from is not None:
             self._resume(resume_from)
@@ -136,6 +138,12 @@ class Loop:
     def _out_of_patience(self) -> bool:
         patience = self.job.config.patience
         return patience is not None and self.progress.evaluations_without_better >= patience
+
+    def held_out(self) -> HeldOut | None:
+        """Of the values that are kept; None: nothing was held out, or no loss was finite."""
+        at = self.progress
+        after = at.nats.get(str(at.best_step))
+        return None if after is None else self._cells.figures(at.nats.get("0"), after)
 
     def release(self) -> None:
         """Drop the optimizer and the gradient, which take more than the values; no further step can be taken."""
@@ -296,14 +304,16 @@ class Loop:
             f"checkpoints up to here are in {self.job.out / 'checkpoints'}.",
         )
 
-    def _evaluated(self, parts: Sequence[Part]) -> Evaluated:
-        """Nats of each part of the held-out rows, each process with its own; the leader's sample answer."""
-        job, rows, nats = self.job, self.job.validation, [0.0] * len(parts)
+    def _evaluated(self) -> Evaluated:
+        """Nats of each held-out example, each process with its own; the leader's sample answer."""
+        job, rows, nats = self.job, self.job.validation, [0.0] * len(self.job.validation)
+        parts = list(parts_of(job.model, job.paths, rows, by_length(rows, job.config.rows_at_once)))
         with self._evaluating():
             own = self._own(parts, rows)
             found = part_nats(job.model, job.paths, job.routing, rows, [parts[number] for number, _ in own])
-            for (number, counts), value in zip(own, found, strict=True):
-                nats[number] = value if counts else nats[number]
+            for (number, counts), values in zip(own, found, strict=True):
+                for example, value in zip(parts[number] if counts else [], values, strict=counts):
+                    nats[example] = value
         nats = self.world.summed(nats) if parts else []
         with self._evaluating():
             answers = job.sample is not None and (self.world.leads or job.together)
@@ -318,14 +328,12 @@ class Loop:
     def _evaluate(self) -> None:
         job, at = self.job, self.progress
         start = time.perf_counter()
-        planned = parts_by_set(job.model, job.paths, job.validation, job.held, job.config.rows_at_once)
-        parts = [part for of_set in planned for part in of_set]
         if at.step == 0 and self.world.size == 1:
-            found = first_evaluation(job, lambda: self._evaluated(parts), self.screen.message)
+            found = first_evaluation(job, self._evaluated, self.screen.message)
         else:
-            found = self._evaluated(parts)
+            found = self._evaluated()
         loss = mean_loss(job.validation, found.nats)
-        sets = losses_by_set(job.validation, job.held, planned, found.nats)
+        sets = losses_by_set(job.validation, job.held, found.nats)
         sample = None if job.sample is None or found.new is None else job.sample.told(found.new)
         if sample is not None:
             if at.step == 0:
@@ -334,8 +342,10 @@ class Loop:
         # Not (loss < best) would let a NaN be the best for ever: only a finite loss can be better.
         better = loss is not None and math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         better = better and at.step > 0  # the untrained base is no checkpoint
-        if loss is not None and math.isfinite(loss) and at.step > 0:
-            at.losses[str(at.step)] = loss
+        if loss is not None and math.isfinite(loss):
+            at.nats[str(at.step)] = self._cells.sums(found.nats)
+            if at.step > 0:
+                at.losses[str(at.step)] = loss
         if better:
             at.best_loss, at.best_step, at.evaluations_without_better = loss, at.step, 0
         elif at.step > 0 and loss is not None:
@@ -369,6 +379,7 @@ class Loop:
         at, folder = self.progress, self.job.out / "checkpoints"
         there = {str(step) for step in (*numbers(folder), at.step)}
         at.losses = {step: loss for step, loss in at.losses.items() if step in there}
+        at.nats = {step: nats for step, nats in at.nats.items() if step in there | {"0"}}
         self.records.sync()  # a checkpoint on the disk never knows of steps that the records there do not
         state = {"origin": self.origin.to_dict(), "progress": vars(at)}
         with fits_memory(f"on the checkpoint of step {at.step}", next_step=self._freed(FEWER_VALUES)):
@@ -403,7 +414,8 @@ class Loop:
         at, values = self.progress, None
         self.damaged_best = {"step": at.best_step, "loss": at.best_loss, "faults": fault.faults}
         self.screen.message(f"{fault.headline}, the best one: {'; '.join(fault.faults)}")
-        at.losses.pop(str(at.best_step), None)
+        for by_step in (at.losses, at.nats):
+            by_step.pop(str(at.best_step), None)
         at.best_step = at.best_loss = None
         for loss, step in sorted((loss, int(step)) for step, loss in at.losses.items()):
             if step != at.step:

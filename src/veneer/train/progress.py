@@ -32,6 +32,8 @@ class Progress:
     trained_tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     """Held-out loss of each checkpoint that there is, by its step, and of this one."""
+    nats: dict[str, list[float]] = field(default_factory=dict)
+    """Held-out nats, in cells (held_out.py): before step 1, by "0", and of each of these checkpoints."""
     sample: dict[str, Any] = field(default_factory=dict)
     """The sample row's answer before training."""
 

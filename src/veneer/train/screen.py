@@ -20,7 +20,7 @@ from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
 from veneer.train.talk import talking_console
-from veneer.wording import clock, cut, folded, millions, number, percent, shares, shown, size
+from veneer.wording import between, clock, cut, folded, millions, number, percent, shares, shown, size
 
 Facts = Mapping[str, Any]
 
@@ -274,11 +274,20 @@ def sample_table(sample: Facts, width: int) -> RenderableType:
     return Group(Text(f"  {asked}", style="dim"), table)
 
 
+def _held_out(summary: Facts) -> str:
+    """What it was before and is now, with its interval where one is known."""
+    loss, found = number(summary["validation_loss"]), summary.get("held_out")
+    if not found:
+        return loss
+    before = f"{number(found['before']['value'])} → " if found["before"] else ""
+    return f"{before}{loss} ({between(found['loss']['low'], found['loss']['high'])})"
+
+
 def end_lines(summary: Facts) -> list[str]:
     """The figures that matter, and where the result is."""
     figures = [f"loss {number(summary['first_loss'])} → {number(summary['last_loss'])}"]
     if summary["validation_loss"] is not None:
-        figures.append(f"held-out loss {number(summary['validation_loss'])}")
+        figures.append(f"held-out loss {_held_out(summary)}")
     if summary["tokens_per_second"]:
         figures.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     planned = summary.get("planned_memory_bytes")

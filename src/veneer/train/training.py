@@ -165,7 +165,7 @@ def _run(
             refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer)
             attachment = None if begun is None else begun.attachment
             origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
-            _manifest(config, base, data, best=None)
+            _manifest(config, base, data, None)
             one_pass = replacements(base.model)
             with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
                 if attachment is None:
@@ -328,8 +328,10 @@ def _mixed_line(data: DataSet) -> str:
     return f"an epoch takes {', '.join(parts)}"
 
 
-def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | None) -> Manifest:
-    """What veneer.json will say. Made before step 1 too: what cannot be written must not show after the last one."""
+def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, loop: Loop | None) -> Manifest:
+    """What veneer.json will say, and before step 1 (without a loop) could: what cannot be written must not show after
+    the last one."""
+    best = None if loop is None else loop.progress.best_loss
     return readable(
         lambda: manifest_for(
             base,
@@ -340,6 +342,7 @@ def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, best: float | 
             parents=[(each.content or "", each.weight) for each in config.from_adapter],
             template_hash=base.template_hash(),
             metrics={} if best is None else {"validation_loss": best},
+            held_out=None if loop is None else loop.held_out(),
         )
     )
 
@@ -349,7 +352,7 @@ def _write_result(
 ) -> dict[str, Any]:
     """The adapter, or the model folder; what summary.json says of it."""
     if attachment is not None:
-        manifest = _manifest(config, base, data, loop.progress.best_loss)
+        manifest = _manifest(config, base, data, loop)
         written = write_adapter(out / "adapter", attachment, manifest, model=base.model, replace=True)
         return {"adapter": str(written.path), "adapter_bytes": written.bytes, "adapter_sha256": written.sha256}
     with atomic_folder(out / "model", replace=True) as partial:
@@ -380,6 +383,7 @@ def _summary(config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: L
         "first_loss": at.first_loss,
         "last_loss": at.last_loss,
         "validation_loss": at.best_loss,
+        "held_out": None if (found := loop.held_out()) is None else found.model_dump(mode="json"),
         "best_step": at.best_step,
         "damaged_best": loop.damaged_best,
         "base_fingerprint": base.fingerprint().digest,
