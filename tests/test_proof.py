@@ -266,12 +266,25 @@ def test_the_copy_holds_every_kind_of_module_in_little(kind):
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
 
 
-def test_limits_of_the_copy_cut_off_what_its_layers_give():
-    config = CONFIG_MAPPING["olmo"](clip_qkv=1000.0)
+LIMITS = {
+    "olmo": [{"clip_qkv": 1000.0}],
+    "dbrx": [{"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": limit}} for limit in (1000, 1000.0)],
+    "mpt": [{"attn_config": {"clip_qkv": 1000.0}}],
+    "gpt_oss": [{"swiglu_limit": 1000.0}],
+}
+"""Some stand in a part of the config, some are whole numbers there, as in dbrx's own."""
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(kind, one) for kind, some in LIMITS.items() for one in some])
+def test_limits_of_the_copy_cut_off_what_its_layers_give(kind, fields):
+    config = CONFIG_MAPPING[kind](**fields)
     copy, ids = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config), torch.arange(20)[None]
     with torch.no_grad():
         cut = copy(ids).logits
-        copy.config.clip_qkv = None
+        for module in [copy.config, *copy.modules()]:
+            for name in ("clip_qkv", "limit"):
+                if getattr(module, name, None) is not None:
+                    setattr(module, name, 1000.0)
         assert not torch.equal(copy(ids).logits, cut)
 
 

@@ -222,10 +222,10 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
                 setattr(part, name, len(own))
             elif depth and isinstance(value, int) and _STACK.search(name):
                 setattr(part, name, max(1, value * len(own) // depth))
+            elif isinstance(value, int | float) and _LIMIT.search(name):  # of which some are whole numbers
+                setattr(part, name, min(value, LIMIT))
             elif isinstance(value, int):
                 setattr(part, name, _number(name, value, sizes))
-            elif isinstance(value, float) and _LIMIT.search(name):
-                setattr(part, name, min(value, LIMIT))
             elif isinstance(value, list | tuple | dict):
                 setattr(part, name, _listed(name, value, own, depth, sizes))
         if follows_length:
@@ -323,6 +323,8 @@ def _renumbered(value: dict[Any, Any], layers: Sequence[int]) -> dict[Any, Any]:
 def _within(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Sizes) -> Any:
     if isinstance(value, dict):
         return _listed(name, value, layers, depth, sizes)
+    if type(value) in (int, float) and _LIMIT.search(name):
+        return min(value, LIMIT)
     return _number(name, value, sizes) if type(value) is int else value
 
 
