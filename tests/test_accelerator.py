@@ -113,7 +113,6 @@ def a_loop(base, parameters, factors=None, **settings):
         config=config,
         learning_rate=0.01,
         steps=5,
-        share_prompt=True,
         out=Path("nowhere"),
         sample=None,
     )

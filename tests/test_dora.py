@@ -1,5 +1,6 @@
 """DoRA: its one node of the graph against the formula, its norms, and the rows that need care."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,9 +12,10 @@ from veneer.adapters.config import DoRA
 from veneer.adapters.dora import DoRALayer
 from veneer.adapters.lora import LoRALayer
 from veneer.adapters.routing import Routing
+from veneer.data.batching import prefix_keys
 from veneer.errors import ConfigError
 from veneer.kernels.dora import dora_linear, dora_linear_reference, row_norms, row_squares
-from veneer.kernels.dropout import Dropout, row_keys
+from veneer.kernels.dropout import Dropout
 from veneer.linear import DenseLinear, TransposedLinear, frozen_linear
 
 M, I, O, R, SCALING = 7, 11, 5, 3, 0.6
@@ -34,9 +36,8 @@ def pieces(dtype=torch.float64, *, bias, seed=0):
 
 
 def dropout(share):
-    return (
-        None if share == 0 else Dropout(row_keys(torch.full((M,), 5), torch.arange(M)), key=(3 << 32) + 1, share=share)
-    )
+    rows = torch.from_numpy(prefix_keys(np.full(M, 5, dtype=np.int32)))
+    return None if share == 0 else Dropout(rows, key=(3 << 32) + 1, share=share)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])

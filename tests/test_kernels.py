@@ -2,15 +2,17 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.data.batching import prefix_keys
 from veneer.kernels import attention
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.dora import dora_linear
-from veneer.kernels.dropout import Dropout, drop_out, drop_out_reference, keep_mask, row_keys
+from veneer.kernels.dropout import Dropout, drop_out, drop_out_reference, keep_mask
 from veneer.kernels.layout import Group, round_up
 from veneer.kernels.lora import lora_linear, lora_linear_reference
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, head_nats, trained_head_loss
@@ -163,8 +165,7 @@ def test_lora_linear_is_its_reference_and_its_gradients_are_right(kind, share, t
     A = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     B = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if trained_bias else base.own_bias()
-    rows = row_keys(torch.arange(6), torch.arange(6))
-    dropout = Dropout(rows, 17, share) if share else None
+    dropout = Dropout(keys_of(6), 17, share) if share else None
     inputs = [x, A, B, *([bias] if trained_bias else [])]
     fast = lora_linear(x, A, B, bias, base, scaling=1.75, dropout=dropout)
     slow = lora_linear_reference(x, A, B, bias, base, scaling=1.75, dropout=dropout)
@@ -267,13 +268,18 @@ def test_a_head_that_trains_fetches_no_random_state_for_its_chunks(monkeypatch):
     assert head.weight.grad is not None
 
 
-def test_a_dropout_mask_follows_the_document_wherever_it_lies():
-    documents, positions = torch.tensor([11, 11, 11, 42, 42]), torch.tensor([0, 1, 2, 0, 1])
-    order = torch.tensor([3, 4, 0, 1, 2])
-    mask = keep_mask(row_keys(documents, positions), 50, key=5, dropout=0.5)
-    moved = keep_mask(row_keys(documents[order], positions[order]), 50, key=5, dropout=0.5)
-    assert torch.equal(mask[order], moved)
-    assert not torch.equal(mask, keep_mask(row_keys(documents, positions), 50, key=6, dropout=0.5))
+def keys_of(tokens):
+    """Of a text that says one thing again and again."""
+    return torch.from_numpy(prefix_keys(np.full(tokens, 7, dtype=np.int32)))
+
+
+def test_a_dropout_mask_follows_its_row_key_wherever_it_lies():
+    keys, order = keys_of(5), torch.tensor([3, 4, 0, 1, 2])
+    mask = keep_mask(keys, 50, key=5, dropout=0.5)
+    assert torch.equal(mask[order], keep_mask(keys[order], 50, key=5, dropout=0.5))
+    assert len({tuple(row) for row in mask.tolist()}) == 5
+    for other in (6, 5 + (1 << 32)):
+        assert not (mask == keep_mask(keys, 50, key=other, dropout=0.5)).all(1).any()
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
@@ -284,7 +290,7 @@ def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
     torch.manual_seed(3)
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     x = (torch.randn(size) * torch.logspace(-30, 30, size[1])).to(dtype)
-    rows = row_keys(torch.arange(size[0]) * 7919, torch.arange(size[0]))
+    rows = keys_of(size[0])
     layered = (123 << 32) + 77 * 0x9E3779B1  # as a layer gives it: module above, step below, past 32 bits
     for key in (0, layered):
         found = drop_out(x, rows, key=key, dropout=share)
@@ -309,7 +315,7 @@ def test_the_compiled_dropout_keeps_what_is_not_finite():
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_dropout_drops_its_share_without_a_pattern_along_rows_or_columns(share):
-    keep = keep_mask(row_keys(torch.arange(400) * 7919, torch.arange(400)), 300, key=123 << 32, dropout=share).double()
+    keep = keep_mask(keys_of(400), 300, key=123 << 32, dropout=share).double()
     assert abs(keep.mean().item() - (1 - share)) < 0.006
     spread = (share * (1 - share)) ** 0.5
     assert keep.mean(0).std().item() < 1.3 * spread / 400**0.5

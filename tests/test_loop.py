@@ -65,7 +65,6 @@ def make_job(
         config=config,
         learning_rate=0.01,
         steps=steps,
-        share_prompt=dropout == 0,
         out=out,
         sample=None,
     )
@@ -149,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
 
     def poisoned(model, paths, routing, batch, **kwargs):
         loss = own(model, paths, routing, batch, **kwargs)
-        return loss * float("nan") if routing.acting.keys.step // 4096 == 4 else loss
+        return loss * float("nan") if routing.acting.keys.step == 4 else loss
 
     monkeypatch.setattr(loop, "batch_loss", poisoned)
     with pytest.raises(DivergedError) as caught:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers import make_examples
 from tests.test_report import Tags
 from tests.tiny import save_tiny, tiny_model
 from veneer import api
@@ -158,6 +159,18 @@ def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_med
     assert [len(r.ids) for r in own.epoch(choice).largest] == [60]
     assert len(own.epoch(choice).usual[0].ids) in (12, 14)
     assert [len(r.ids) for r in own.epoch(Choice(method=TINY.method, batch=1, length=32)).largest] == [32]
+
+
+def test_with_dropout_too_the_prompt_of_the_rows_is_counted_once(planner):
+    own = Planner(planner.blueprint, idle_bytes=0, rows=make_examples(6, prompt=30, longest=40))
+    plain = Choice(method=LoRA(rank=3), batch=6, length=64)
+    drops = replace(plain, method=LoRA(rank=3, dropout=0.1))
+    once, again = (own.epoch(each).sizes for each in (plain, drops))
+    apart = own.epoch(replace(drops, share_prompt=False)).sizes
+    assert once == again and min(apart) > max(once) + 60
+    assert own.step_run(drops).computed_tokens == own.step_run(plain).computed_tokens == max(once)
+    assert own.step_run(drops).work.flops == pytest.approx(own.step_run(plain).work.flops, rel=0.02)
+    assert needs(own, drops) == pytest.approx(needs(own, plain), rel=0.02)
 
 
 def test_every_size_of_a_batch_compiles_its_products_again(planner):

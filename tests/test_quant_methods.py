@@ -70,7 +70,7 @@ def step(model, routing, config, examples, *, packed, checkpoint=False):
     fill(made.parameters().values(), scale=0.1)
     for parameter in made.parameters().values():
         parameter.requires_grad_(True)
-    batch = make_batch(examples, packed=packed, share_prompt=config.dropout == 0, device=torch.device("cpu"))
+    batch = make_batch(examples, packed=packed, share_prompt=True, device=torch.device("cpu"))
     paths = prepare_without(model, routing)
     with checkpointed(model, routing, on=checkpoint), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
         loss = batch_loss(model, paths, routing, batch, total=10.0)

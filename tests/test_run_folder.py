@@ -202,6 +202,23 @@ def test_a_state_of_another_version_is_refused_by_name(world, tmp_path, monkeypa
         resume(tmp_path)
 
 
+def test_a_run_that_began_with_other_masks_of_dropout_is_refused_and_one_without_goes_on(world, tmp_path, monkeypatch):
+    def of_an_earlier_version(out, **settings):
+        train_and_die(world, out, at=2, monkeypatch=monkeypatch, **settings)
+        path = out / "checkpoints" / "000002"
+        tensors, state = checkpoint.load_checkpoint(path)
+        assert state["origin"].pop("masks") == "prefix"
+        save_checkpoint(out / "checkpoints", 2, {name: each.clone() for name, each in tensors.items()}, state)
+
+    of_an_earlier_version(tmp_path / "drops", method={"name": "lora", "rank": 2, "dropout": 0.1})
+    with pytest.raises(ConfigError, match="with other masks of dropout") as caught:
+        resume(tmp_path / "drops")
+    assert "masks then by row, now by prefix" in str(caught.value) and "the version that began it" in str(caught.value)
+    assert numbers(tmp_path / "drops" / "checkpoints") == [2] and caught.value.exit_code == 2
+    of_an_earlier_version(tmp_path / "plain", method={"name": "lora", "rank": 2})
+    assert resume(tmp_path / "plain")["steps"] == 6
+
+
 def as_the_first_layout_had_it(out, step):
     """The checkpoint as versions wrote it that kept the progress, the day and the rows alone; and their run.yaml."""
     folder = out / "checkpoints"

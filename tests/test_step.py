@@ -114,7 +114,7 @@ def test_checkpointing_changes_no_bit(family, dropout):
     examples = make_examples(4)
 
     def run(on):
-        batch = make_batch(examples, packed=paths.packed, share_prompt=False, device=CPU)
+        batch = make_batch(examples, packed=paths.packed, share_prompt=True, device=CPU)
         with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
             for parameter in attachment.parameters().values():
                 parameter.requires_grad_(True).grad = None
@@ -129,7 +129,7 @@ def test_checkpointing_changes_no_bit(family, dropout):
 
 def test_checkpointed_layers_are_computed_again_as_they_were_on_whatever_thread_that_happens():
     model, paths, routing, attachment = adapted("llama", dropout=0.25)
-    batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=False, device=CPU)
+    batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=True, device=CPU)
 
     def run(behind):
         for parameter in attachment.parameters().values():
@@ -164,7 +164,7 @@ def test_dropout_acts_in_training_only_and_does_not_depend_on_the_batch(case, mo
     without = loss_and_gradients(model, paths, routing, attachment, examples, share=False)[0]
 
     def loss_of(rows, step=0):
-        batch = make_batch(rows, packed=True, share_prompt=False, device=CPU)
+        batch = make_batch(rows, packed=True, share_prompt=True, device=CPU)
         with routing.drawing(TokenKeys(batch.dropout_rows, step)):
             return batch_loss(model, paths, routing, batch, total=1.0).item()
 
@@ -185,7 +185,7 @@ def test_adapters_that_train_together_keep_their_dropout(case):
         config = method(rank=3, alpha=5.0, dropout=0.5, **settings)
         fill(attach(model, config, name=name, routing=routing, head=head).parameters().values(), seed=number)
     routing.active = (("a", 1.0), ("b", -0.5))
-    batch = make_batch(make_examples(4), packed=True, share_prompt=False, device=CPU)
+    batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=CPU)
     plain = batch_loss(model, paths, routing, batch, total=1.0).item()
     with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
         assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(plain, rel=1e-3)

@@ -122,7 +122,6 @@ def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
     paths = prepare(model)
     some_adapters(model, routing, draw)
     packed, share, drops = draw.random() < 0.7, draw.random() < 0.5, draw.random() < 0.4
-    share = share and not drops
     examples = make_examples(12, seed=number)
     groups, adapters = [], []
     for _ in range(draw.randint(2, 5)):

@@ -24,13 +24,14 @@ Applied = tuple[tuple[Attachment, float], ...]
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """What dropout draws from: rows (M), a key for every row, and a number that no two micro-batches share.
+    """What dropout draws from: rows (M), a key for every row; the optimizer step and the run's seed.
 
     number: of a layer among those that act at one place, each of which draws masks of its own.
     """
 
     rows: Tensor
     step: int
+    seed: int = 0
     number: int = 0
 
     def of(self, rows: slice | Tensor) -> "TokenKeys":
@@ -38,8 +39,8 @@ class TokenKeys:
 
     def mask(self, module: int, share: float, *, expert: int = 0) -> Dropout:
         """module: its number in the adapter; expert: which of a stack."""
-        step = self.step * 0x9E3779B1 + expert * 0xC2B2AE35
-        return Dropout(self.rows, (module + self.number * 0x10001 << 32) + step, share)
+        drawn = self.step * 0x9E3779B1 + self.seed * 0x27D4EB2F + expert * 0xC2B2AE35
+        return Dropout(self.rows, (module + self.number * 0x10001 << 32) + (drawn & 0xFFFFFFFF), share)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class MethodConfig(Settings):
 
     @property
     def drops_out(self) -> bool:
-        """Whether training draws masks: every row then wants masks of its own."""
+        """Whether training draws masks of dropout."""
         return False
 
     @property
@@ -95,8 +95,8 @@ class LowRank(AdapterConfig):
     alpha: Annotated[float, ALPHA] = 32.0
     """Numerator of the scaling; no unit."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids, none. 0 trains
-    fastest."""
+    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids, none. Rows of
+    a step that begin alike are dropped alike there. 0 trains fastest."""
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
     targets: str | list[str] = "all-linear"

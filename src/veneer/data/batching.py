@@ -19,7 +19,6 @@ from torch import Tensor
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.data.on_disk import StoredExamples, lengths_of
-from veneer.kernels.dropout import row_keys
 from veneer.kernels.layout import Group, Layout, round_up
 
 WINDOW = 50
@@ -35,7 +34,7 @@ class Batch:
     mask             (B, L) int64, 1 on real tokens; None when packed
     loss_rows        (T) flat index of every row that predicts a trained token
     targets          (T) the tokens they predict
-    dropout_rows     (N or B*L) int64 keys of (document, position)
+    dropout_rows     (N or B*L) int64 keys (prefix_keys)
     group_rows       of each group, of the N or B*L; what is left is filler
     """
 
@@ -64,6 +63,25 @@ class Batch:
 def used_length(example: Example) -> int:
     """Rows computed for this example: up to the one that predicts its last trained token."""
     return int(np.flatnonzero(example.trained)[-1])
+
+
+def prefix_keys(ids: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(L) ids from a text's beginning -> (L) keys below 2**32, of each token by all ids up to it and its own.
+
+    What begins alike has the same keys as far as it does, whatever goes on behind it and wherever it lies; so dropout
+    gives it the same masks, and it is computed once. A sum of the hashes of (position, id), hashed again.
+    """
+    places = np.arange(len(ids), dtype=np.uint64) << np.uint64(32)
+    sums = np.cumsum(_mixed(places | ids.astype(np.uint64)), dtype=np.uint64)
+    return (_mixed(sums) >> np.uint64(32)).astype(np.int64)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood 2014), a bijection of 64 bits."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def shared_prompt(examples: Sequence[Example]) -> int:
@@ -153,18 +171,20 @@ def make_groups(
         before = laid.count
         prompt = shared_prompt(group) if packed and share_prompt else 0
         if prompt:
-            laid.add(group[0].ids[:prompt], 0, group[0].key)
+            laid.add(group[0].ids[:prompt], 0, prefix_keys(group[0].ids[:prompt]))
         lengths = [used_length(example) for example in group]
         for example, length in zip(group, lengths, strict=True):
-            row = np.zeros((length if packed else longest) - prompt, dtype=np.int64)
+            row, keys = np.zeros((2, (length if packed else longest) - prompt), dtype=np.int64)
             row[: length - prompt] = example.ids[prompt:length]
+            keys[: length - prompt] = prefix_keys(example.ids[:length])[prompt:]
             laid.train(example, prompt)
-            laid.add(row, prompt, example.key)
+            laid.add(row, prompt, keys)
         sizes.append(laid.count - before)
         if packed:
             found.append(Group(prompt, tuple(n - prompt for n in lengths), device))
     if packed and (filler := round_up(laid.count) - laid.count):
-        laid.add(np.zeros(filler, dtype=np.int64), None, 0)
+        zeros = np.zeros(filler, dtype=np.int64)
+        laid.add(zeros, None, zeros)
 
     # One copy to the device: the host waits for each.
     parts = laid.columns()
@@ -180,7 +200,7 @@ def make_groups(
         mask=mask,
         loss_rows=flat_rows,
         targets=flat_targets,
-        dropout_rows=row_keys(flat_keys, flat_positions),
+        dropout_rows=flat_keys,
         group_rows=tuple(sizes),
         tokens=sum(len(e.ids) for e in examples),
         examples=examples,
@@ -198,12 +218,12 @@ class _Rows:
     targets: list[Any] = field(default_factory=list)
     count: int = 0
 
-    def add(self, ids: Any, start: int | None, key: int) -> None:
+    def add(self, ids: Any, start: int | None, keys: Any) -> None:
         """Rows of one document from position `start` on; None: filler, all at 0."""
         size = len(ids)
         self.ids.append(ids)
         self.positions.append(np.zeros(size, dtype=np.int64) if start is None else np.arange(start, start + size))
-        self.keys.append(np.full(size, key))
+        self.keys.append(keys)
         self.count += size
 
     def train(self, example: Example, prompt: int) -> None:

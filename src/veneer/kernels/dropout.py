@@ -1,8 +1,9 @@
 """Dropout whose mask is computed from keys, so that it is never stored and never depends on the batch.
 
-A value is kept if hash(row key, column) reaches the threshold. The row key names the document, the position
-in it, the step and the module, so the mask is the same packed or padded, in any batch order, in backward, under
-gradient checkpointing, and after a resume. Two rounds of the 32-bit integer finaliser `lowbias32`
+A value is kept if hash(row key, column) reaches the threshold. The row key names a token by the text up to it
+(data/batching.py), and the seed, the step and the module, so the mask is the same packed or padded, with the prompt
+computed once or for every row, in any batch order, in backward, under gradient checkpointing, and after a resume. Two
+rounds of the 32-bit integer finaliser `lowbias32`
 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/) on 64-bit integers, which every device multiplies alike.
 On a CPU one compiled pass does it all (native/dropout.c): a dozen passes over 64-bit integers cost more than the layer.
 """
@@ -28,13 +29,8 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ (value >> 16)
 
 
-def row_keys(documents: Tensor, positions: Tensor) -> Tensor:
-    """(N) int64 document keys and positions -> (N) int64 keys below 2**32."""
-    return _mix(_mix(documents ^ (documents >> 32)) + positions * 0x9E3779B1)
-
-
 def keep_mask(rows: Tensor, columns: int, *, key: int, dropout: float) -> Tensor:
-    """(N) row keys -> (N, columns) bool, True with probability 1 - dropout. `key`: step and module."""
+    """(N) row keys -> (N, columns) bool, True with probability 1 - dropout. `key`: seed, step, module."""
     row = _mix(rows + (key & _MASK32))
     column = _mix(torch.arange(columns, device=rows.device) * 0x85EBCA6B + (key >> 32 & _MASK32))
     return _mix(row[:, None] ^ column[None]) >= int(dropout * 2**32)
@@ -64,7 +60,7 @@ def drop_out_reference(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> 
 
 @dataclass(frozen=True)
 class Dropout:
-    """rows: (M) row keys; key: step and module; share: probability that an input of A is dropped."""
+    """rows: (M) row keys; key: seed, step and module; share: probability that an input of A is dropped."""
 
     rows: Tensor
     key: int

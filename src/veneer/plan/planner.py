@@ -71,10 +71,6 @@ class Choice:
         """One process alone holds everything."""
         return self.shard and self.processes > 1
 
-    @property
-    def shares_prompt(self) -> bool:
-        return self.share_prompt and not self.method.drops_out
-
     def with_dtype(self, dtype: DtypeName) -> Choice:
         return replace(self, dtype=dtype)
 
@@ -217,14 +213,14 @@ class Planner:
         return self._run(choice, self.epoch(choice).usual)
 
     def epoch(self, choice: Choice) -> Epoch:
-        key = choice.batch, choice.rows_at_once, choice.length, choice.shares_prompt
+        key = choice.batch, choice.rows_at_once, choice.length, choice.share_prompt
         if key not in self._epochs:
             steps = self._steps(choice)
             costs = [[sum(map(used_length, part)) for part in parts] for parts in steps]
             batches, tokens = [part for parts in steps for part in parts], [cost for step in costs for cost in step]
             by_size = sorted(range(len(batches)), key=tokens.__getitem__)
             taken = [part for parts in steps[: self.steps] for part in parts]
-            sizes = frozenset(packed_rows(part, share_prompt=choice.shares_prompt) for part in taken)
+            sizes = frozenset(packed_rows(part, share_prompt=choice.share_prompt) for part in taken)
             largest, usual = tokens.index(max(tokens)), by_size[len(by_size) // 2]
             self._epochs[key] = Epoch(batches[largest], batches[usual], sizes, len(taken), costs[: self.steps])
         return self._epochs[key]
@@ -290,7 +286,7 @@ class Planner:
             *of_base,
             choice.checkpointing,
             choice.offload,
-            choice.shares_prompt,
+            choice.share_prompt,
             tuple((len(row.ids), int(row.trained.sum())) for row in rows),
         )
         if key not in self._runs:
@@ -300,7 +296,7 @@ class Planner:
                 choice.method,
                 rows,
                 checkpointing=choice.checkpointing,
-                share_prompt=choice.shares_prompt,
+                share_prompt=choice.share_prompt,
                 optimizer=choice.optimizer,
                 offload=choice.offload,
                 new_tokens=choice.new_tokens,

@@ -91,7 +91,7 @@ class RunConfig(Settings):
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
     """Rows of like length together (fastest), fully shuffled, or as they stand in the file."""
     share_prompt: bool = True
-    """Compute the tokens that all rows of a batch begin with once; off with dropout."""
+    """Compute the tokens that all rows of a batch begin with once."""
     learning_rate: Annotated[float, LEARNING_RATE] | None = None
     """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3, full 1.3e-4;
     4096: 2.9e-4, 2.9e-5)."""

@@ -30,7 +30,6 @@ class Job:
     config: RunConfig
     learning_rate: float
     steps: int
-    share_prompt: bool
     out: Path
     sample: Sample | None
     mixture: Mixture | None = None

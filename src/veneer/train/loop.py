@@ -193,8 +193,8 @@ class Loop:
         self.reduce.begin()
         with self.world.together(f"at step {self.progress.step + 1}"), self._fits(rows):
             for number, counts_here in self._own(parts, job.train):
-                batch = batch_of(job.model, job.paths, job.train, parts[number], share_prompt=job.share_prompt)
-                keys = TokenKeys(batch.dropout_rows, self.progress.step * 4096 + number)
+                batch = batch_of(job.model, job.paths, job.train, parts[number], share_prompt=job.config.share_prompt)
+                keys = TokenKeys(batch.dropout_rows, self.progress.step, job.config.seed)
                 with job.routing.drawing(keys):
                     with offloaded(self.offload):
                         of = total if counts_here else math.inf  # then its gradient is 0

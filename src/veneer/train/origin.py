@@ -29,6 +29,8 @@ MAY_CHANGE = (
 )
 """Settings that say where things are and how they are computed, not what. The base and the rows are compared as
 such."""
+MASKS = "prefix"
+"""By the text up to a token (data/batching.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Origin:
     settings: dict[str, Any] | None
     data: str = ""
     """Fingerprint of the rows."""
+    masks: str = "row"
+    """By what dropout's masks are drawn; of a version that did not say: by the row and the place in it."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,6 +60,7 @@ def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
         tokenizer=base.tokenizer_hash(),
         template=base.template_hash(),
         settings=_settings(config),
+        masks=MASKS,
     )
 
 
@@ -84,6 +89,16 @@ def check_settings(then: Origin, config: RunConfig) -> None:
             f"run.yaml in {config.out} is not what the run started with",
             faults,
             "Write these settings as they were, or start a new run with others.",
+        )
+
+
+def check_masks(then: Origin, config: RunConfig) -> None:
+    """Raises ConfigError if dropout would go on with other masks than the run began with."""
+    if config.method.drops_out and then.masks != MASKS:
+        raise ConfigError(
+            f"another version of Veneer began the run in {config.out}, with other masks of dropout",
+            [f"masks then by {then.masks}, now by {MASKS}: steps would not be those of the run that never stopped"],
+            "Continue it with the version that began it, or start a new run.",
         )
 
 

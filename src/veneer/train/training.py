@@ -46,7 +46,7 @@ from veneer.train.job import Job
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Loop
 from veneer.train.optim import Flat, FlatParameters
-from veneer.train.origin import Origin, check_base, check_rows, check_settings, origin_of
+from veneer.train.origin import Origin, check_base, check_masks, check_rows, check_settings, origin_of
 from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.place import refuse_unless_new
 from veneer.train.progress import load_state
@@ -128,6 +128,7 @@ def _run(
 ) -> dict[str, Any]:
     if then is not None:
         check_settings(then, config)
+        check_masks(then, config)
     known = then is not None and then.settings is not None
     if then is not None and not known:
         screen.message("an earlier version began this run and kept no fingerprint of its base: it is not compared")
@@ -257,8 +258,6 @@ def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat:
         config=config,
         learning_rate=config.peak_learning_rate(hidden_size(base.config)),
         steps=config.steps or max(1, math.ceil(epochs * per_epoch)),
-        # With dropout every row wants a mask of its own, also where rows begin alike.
-        share_prompt=config.share_prompt and not config.method.drops_out,
         out=Path(config.out),
         sample=sample_of(base, data.validation_rows, data.preamble) if shows else None,
         mixture=data.mixture,
@@ -284,10 +283,8 @@ def _start_record(
     lines += [*paths.lines, *([] if begun is None else begun.lines)]
     if base.quantize is not None:
         lines.append(weight_line(base.model))
-    if job.share_prompt and paths.packed:
+    if config.share_prompt and paths.packed:
         lines.append("the prompt that a batch's rows share is computed once")
-    elif config.share_prompt and paths.packed:
-        lines.append("with dropout every row computes its own prompt")
     if (examples := len(data.train)) > data.report.rows:
         lines.append(f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were answered")
     if data.mixture is not None:
