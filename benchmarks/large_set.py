@@ -5,14 +5,16 @@
     python benchmarks/large_set.py make 10000000 FOLDER    the same files, column by column: not measured
     python benchmarks/large_set.py read FOLDER             from opening them to the first batch, and 2,000 batches on
 
-With --out FILE.json what was measured is added to a list there. Seconds are those of the processor (of this process
-alone: the chat template's runs beside it), so that other work on the machine does not count. Resident bytes that are
+With --out FILE.json what was measured is added to a list there. Seconds are those of the processor (of this process;
+those of the chat template's stand beside them), so that other work on the machine does not count; `seconds` are on the
+clock. Resident bytes that are
 the process's own (anonymous) are told apart from mapped files, which the system takes back where it needs room.
 """
 
 import argparse
 import json
 import random
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,7 @@ def resident() -> dict[str, int]:
 
 def build(count: int, folder: Path, base: str) -> Iterator[dict[str, Any]]:
     from veneer.bases.tokenizer import load_tokenizer
+    from veneer.data import rendering
     from veneer.data.config import DataConfig
     from veneer.data.large import training_data
     from veneer.models.capacity import configured_capacity
@@ -51,14 +54,22 @@ def build(count: int, folder: Path, base: str) -> Iterator[dict[str, Any]]:
     tokenizer, config = load_tokenizer(base)
     fields = DataConfig.of({"train": str(rows), "tokens": "files"})
     for way in ("build", "found"):
-        before, start = resident(), time.process_time()
+        before, start, begun = resident(), time.process_time(), time.perf_counter()
+        beside = resource.getrusage(resource.RUSAGE_CHILDREN)
         data = training_data(fields, length=2048, capacity=configured_capacity(config), tokenizer=tokenizer)
+        own, seconds = time.process_time() - start, time.perf_counter() - begun
+        rendering._worker().close()  # its seconds are told when it has ended
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        rendered = after.ru_utime + after.ru_stime - beside.ru_utime - beside.ru_stime
         yield {
             "way": way,
             "rows": count,
             "tokens": data.report.tokens,
             "file_bytes": rows.stat().st_size,
-            "cpu_seconds": round(time.process_time() - start, 2),
+            "cpu_seconds": round(own, 2),
+            "template_cpu_seconds": round(rendered, 2),
+            "seconds": round(seconds, 2),
+            "rows_a_cpu_second": round(count / (own + rendered)),
             "before": before,
             "after": resident(),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import CHATML, tiny_tokenizer
+from veneer.data import load as load_module
 from veneer.data.check import render_sample
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Row, RowRef, row_key
@@ -291,3 +293,31 @@ def test_a_sample_shows_the_row_in_stretches_of_equal_mask_and_role(tmp_path: Pa
         ("🙂<|im_end|>\n", True, "assistant"),
     ]
     assert "".join(text for text, _, _ in pieces) == tokenizer.decode(example.ids)
+
+
+def test_garbage_is_looked_for_between_stretches_of_rows_and_as_before_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *(pair(f"question {number}") for number in range(20)))
+    own, seen, asked = load_module.ChatTemplate.encode_rows, [], []
+
+    def encode_rows(self: Any, rows: Any, **more: Any) -> Any:
+        seen.append(gc.isenabled())
+        return own(self, rows, **more)
+
+    monkeypatch.setattr(load_module, "_TOGETHER", 8)
+    monkeypatch.setattr(load_module.ChatTemplate, "encode_rows", encode_rows)
+    real = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *which: asked.append(which) or real(*which))
+    assert gc.isenabled()
+    assert len(load(path).train) == 20
+    assert seen[-3:] == [False] * 3 and asked == [(1,)] * 3 and gc.isenabled()
+    with pytest.raises(DataError):
+        load(str(tmp_path / "gone.jsonl"))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load(path)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

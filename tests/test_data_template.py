@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML, tiny_tokenizer
+from veneer.data import template as module
 from veneer.data.control_names import ControlNames, TokenFault
 from veneer.data.examples import Row, RowRef, TrainOn
 from veneer.data.template import ChatTemplate
@@ -510,3 +511,16 @@ def test_a_name_that_is_typed_is_spelled_in_two_parts_the_first_as_short_as_no_c
     for name in ("~", "[x"):  # of one character; of two, one of which is a control token itself
         with pytest.raises(TokenFault, match="cannot be written as text"):
             tokens._text_of(name)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 100])
+def test_rows_whose_next_ones_are_rendered_meanwhile_are_as_each_alone(chunk, monkeypatch):
+    template = ChatTemplate(tiny_tokenizer())
+    rows = [row(user(f"question {number}"), assistant("yes " * number)) for number in range(1, 12)]
+    rows[2] = row(text="a text <|im_end|>")
+    rows[4] = row(user("a private character \U0010fffd"), assistant("no"))
+    rows[7] = row(user("<|im_start|>"), assistant("told"), user("again"), assistant("<|im_end|>"))
+    alone = [template.encode_rows([one], train_on="assistant")[0] for one in rows]
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    assert template.encode_rows(rows, train_on="assistant") == alone
+    assert template.encode_rows([], train_on="assistant") == []

@@ -174,9 +174,11 @@ def refusal(headline: str, problems: Sequence[Problem]) -> DataError:
     return DataError(headline, faults, "\n".join(steps[:3]))
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def _hash63(content: Any) -> int:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(_CANONICAL.encode(content).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

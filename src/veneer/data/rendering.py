@@ -13,7 +13,8 @@ import select
 import subprocess
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -92,16 +93,35 @@ def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> l
     return list(dict.fromkeys(cuts))
 
 
-def render_all(wanted: Iterable[tuple[Conversation, Sequence[Cut]]]) -> None:
+Wanted = Iterable[tuple[Conversation, Sequence[Cut]]]
+_Asked = list[tuple[Conversation, Sequence[Cut], bytes]]
+
+
+def render_all(wanted: Wanted) -> None:
     """Fills in what each conversation knows; all of it is under way at once."""
-    asked: list[tuple[Conversation, Sequence[Cut], bytes]] = []
+    asked = _requests(wanted)
+    _fill_in(asked, _worker().answers([(c.template.number, request) for c, _, request in asked]))
+
+
+def rendering(wanted: Wanted, beside: Executor) -> Callable[[], None]:
+    """The same, begun: what it returns waits for it. beside: a thread that reads the answers meanwhile."""
+    asked = _requests(wanted)
+    answers = beside.submit(_worker().answers, [(c.template.number, request) for c, _, request in asked])
+    return lambda: _fill_in(asked, answers.result())
+
+
+def _requests(wanted: Wanted) -> _Asked:
+    asked: _Asked = []
     for conversation, cuts in wanted:
         try:
             asked.append((conversation, cuts, conversation.request(cuts)))
         except (TypeError, ValueError) as error:
             fault = TemplateFault(f"the messages hold what JSON cannot: {error}")
             conversation.known |= dict.fromkeys(cuts, fault)
-    answers = _worker().answers([(c.template.number, request) for c, _, request in asked])
+    return asked
+
+
+def _fill_in(asked: _Asked, answers: Sequence[dict[str, Any] | TemplateFault]) -> None:
     for (conversation, cuts, _), answer in zip(asked, answers, strict=True):
         if isinstance(answer, TemplateFault):
             conversation.known |= dict.fromkeys(cuts, answer)

@@ -15,16 +15,18 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import zip_longest
 from typing import Any
 
 from veneer.adapters.preamble import check_variables, given
 from veneer.data.control_names import Sentinels, TokenFault
 from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
 from veneer.data.reasoning import Reasons
-from veneer.data.rendering import Conversation, Template, beginnings, render_all
+from veneer.data.rendering import Conversation, Template, beginnings, render_all, rendering
 from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import Cut, TextTokens, Tokens
 from veneer.data.turns import Plan, borders_of, plan_chat
@@ -33,6 +35,8 @@ from veneer.errors import DataError
 
 _CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
 
+Begun = tuple[Conversation, int] | Unfit | None
+"""What the template is to render, and how many control tokens' names are hidden in it; None: no template."""
 Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
@@ -163,15 +167,27 @@ class ChatTemplate:
     def encode_rows(self, rows: Sequence[Row], *, train_on: TrainOn) -> list[list[Encoded] | Problem]:
         """Each row's tokens, or why it has none: of most one example; several where the template renders earlier
         answers otherwise than they were given."""
+        chunks = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
         results: list[list[Encoded] | Problem] = []
-        for at in range(0, len(rows), _CHUNK):
-            results += self._encode_chunk(rows[at : at + _CHUNK], train_on)
+        with ThreadPoolExecutor(1) as beside:
+            waiting = [self._rendering(chunk, beside) for chunk in chunks[:1]]
+            for chunk, following in zip_longest(chunks, chunks[1:]):
+                chats, wait = waiting.pop()
+                wait()
+                if following is not None:  # is rendered, in a process of its own, meanwhile
+                    waiting.append(self._rendering(following, beside))
+                results += self._encode_chunk(chunk, chats, train_on)
         return results
 
-    def _encode_chunk(self, rows: Sequence[Row], train_on: TrainOn) -> list[list[Encoded] | Problem]:
+    def _rendering(self, rows: Sequence[Row], beside: Executor) -> tuple[list[Begun], Callable[[], None]]:
+        """What the template writes of each row, and of what each begins with, once it was waited for."""
         chats = [self._begun(row) for row in rows]
         begun = [chat[0] for chat in chats if isinstance(chat, tuple)]
-        render_all([(chat, beginnings(chat.messages)) for chat in begun])
+        return chats, rendering([(chat, beginnings(chat.messages)) for chat in begun], beside)
+
+    def _encode_chunk(
+        self, rows: Sequence[Row], chats: Sequence[Begun], train_on: TrainOn
+    ) -> list[list[Encoded] | Problem]:
         plans = [self._planned(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)]
         tokens = iter(self._tokens.encode([plan.cut for found in plans if isinstance(found, list) for plan in found]))
         results: list[list[Encoded] | Problem] = []
@@ -190,8 +206,7 @@ class ChatTemplate:
             results.append(made)
         return results
 
-    def _begun(self, row: Row) -> tuple[Conversation, int] | Unfit | None:
-        """What the template is to render, and how many control tokens' names are hidden in it; None: no template."""
+    def _begun(self, row: Row) -> Begun:
         if row.text is not None or not self.source:
             return None
         try:
@@ -200,9 +215,7 @@ class ChatTemplate:
         except (Unfit, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _planned(
-        self, row: Row, chat: tuple[Conversation, int] | Unfit | None, train_on: TrainOn
-    ) -> list[Plan] | Unfit:
+    def _planned(self, row: Row, chat: Begun, train_on: TrainOn) -> list[Plan] | Unfit:
         try:
             if isinstance(chat, Unfit):
                 return chat

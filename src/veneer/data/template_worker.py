@@ -96,10 +96,13 @@ def _shared(a: str, b: str) -> int:
     return low
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def encoded(value: dict[str, Any]) -> bytes:
     """One line. Lone surrogates stand for control tokens' names (tokens.py): escaped, two neighbours would become
     one."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    return _JSON.encode(value).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def decoded(line: bytes) -> Any:

@@ -36,6 +36,8 @@ def walk(value: Any) -> Iterator[tuple[Any, int]]:
     while waiting:
         value, depth = waiting.pop()
         yield value, depth
+        if isinstance(value, str):  # most are, and to ask whether it is a Mapping is slow
+            continue
         if isinstance(value, Mapping):
             waiting += [(each, depth + 1) for pair in value.items() for each in pair]
         elif isinstance(value, list):
