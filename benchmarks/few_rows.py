@@ -88,8 +88,8 @@ def adapted(
     for w in weights:
         A, B = torch.randn(count, rank, w.shape[1]).to(dtype), torch.randn(count, w.shape[0], rank).to(dtype)
         stacked.append((A, B))
-        given = [(slice(n, n + 1), few_rows.Factors(A[n], B[n]), 0.5) for n in range(count)]
-        updates.append(few_rows.Updates(given))
+        laid = few_rows.laid_out([*zip(A, B, strict=True)], dtype)
+        updates.append(few_rows.Updates([(slice(n, n + 1), factors, 0.5) for n, factors in enumerate(laid)]))
 
     def batched() -> None:
         for w, (A, B) in zip(weights, stacked, strict=True):
@@ -99,7 +99,7 @@ def adapted(
 
     def kernel() -> None:
         for w, given in zip(weights, updates, strict=True):
-            few_rows.updated(x[w.shape[1]], w, None, given)
+            few_rows.updated(x[w.shape[1]], [(w, None, given)])
 
     def base() -> None:
         for w in weights:

@@ -274,24 +274,29 @@ def _dense(rng: random.Random) -> list[Call]:
         parts.append((filled(dtype, outs, width), bias, filled(dtype, rows, outs)))
     x = filled(dtype, rows, width + 3)[:, rng.randint(0, 3) :][:, :width]
     level = rng.choice([0, 2, 3, 4, 5])
-    weight, bias, y = parts[0]
-    updates = []
+    weight, updates = parts[0][0], []
     for _ in range(rng.randint(1, 4)):
         first, rank = rng.randint(0, rows - 1), rng.randint(1, 40)
         stop = rng.randint(first + 1, rows)
         updates.append((first, stop, filled(dtype, rank, width), filled(dtype, len(weight), rank)))
 
-    def updated(updates: tuple[tuple[Any, Any, Tensor, Tensor], ...], **given: Any) -> None:
-        checked = dense_calls.Updates(
-            [(slice(first, stop), dense_calls.Factors(A, B), 0.5) for first, stop, A, B in updates]
-        )
-        dense_calls.few_rows_updated(**given, updates=checked)
+    def updated(
+        x: Any, parts: tuple[Any, ...], updates: tuple[tuple[Any, Any, Tensor, Tensor], ...], level: Any
+    ) -> None:
+        laid = dense_calls.laid_out([(A, B) for _, _, A, B in updates], x.dtype)
+        places = zip(updates, laid, strict=True)
+        checked = dense_calls.Updates([(slice(first, stop), own, 0.5) for (first, stop, _, _), own in places])
+        given = [(weight, bias, None if n else checked, y) for n, (weight, bias, y) in enumerate(parts)]
+        dense_calls.few_rows_updated(x, given, level)
 
-    shared = {"x": x, "y": y, "updates": tuple(updates), "level": level}
+    some = {"x": x, "updates": tuple(updates), "level": level}
+    kind = rng.choice([torch.float32, BF16])
+    loose = tuple((filled(kind, *A.shape), filled(kind, *B.shape)) for *_, A, B in updates)
     return [
         (dense_calls.few_rows, {"x": x, "parts": tuple(parts), "level": level}),
-        (updated, {**shared, "weight": weight, "bias": bias}),
-        (updated, {**shared, "weight": None, "bias": None}),
+        (updated, {**some, "parts": tuple(parts)}),
+        (updated, {**some, "parts": ((None, None, parts[0][2]), *parts[1:])}),
+        (dense_calls.laid_out, {"pairs": loose, "dtype": dtype}),
     ]
 
 

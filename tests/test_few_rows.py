@@ -65,12 +65,12 @@ def test_rows_that_tiles_take_in_several_goes_have_the_bits_that_they_have_alone
     x, weight = drawn(torch.bfloat16, rows, width), drawn(torch.bfloat16, outs, width)
     places = [slice(0, 127), slice(127, 150), slice(150, rows)][: 2 + (rows > 150)]
     given = [(place, drawn(torch.bfloat16, 8, width), drawn(torch.bfloat16, outs, 8), 1.0) for place in places]
-    found, plain = few_rows.updated(x, weight, None, checked(given)), few_rows.product(x, weight, None)
+    found, plain = updated(x, weight, None, given), few_rows.product(x, weight, None)
     near(plain, few_rows.product_reference(x, weight, None))
     for n in {0, 15, 31, 32, 126, 127, 128, 129, 149, rows // 2, rows - 1}:
         own = [(slice(0, 1), A, B, scale) for place, A, B, scale in given if place.start <= n < place.stop]
         assert torch.equal(plain[n : n + 1], few_rows.product(x[n : n + 1], weight, None))
-        assert torch.equal(found[n : n + 1], few_rows.updated(x[n : n + 1], weight, None, checked(own)))
+        assert torch.equal(found[n : n + 1], updated(x[n : n + 1], weight, None, own))
 
 
 @each_type
@@ -157,7 +157,14 @@ def made_updates(dtype, rows, width, outs, *, ranks=(16, 3, 40, 1, 16)):
 
 
 def checked(given):
-    return few_rows.Updates([(rows, few_rows.Factors(A, B), scale) for rows, A, B, scale in given])
+    factors = few_rows.laid_out([(A, B) for _, A, B, _ in given], given[0][1].dtype if given else torch.float32)
+    places = zip(given, factors, strict=True)
+    return few_rows.Updates([(rows, laid, scale) for (rows, _, _, scale), laid in places])
+
+
+def updated(x, weight, bias, given, **how):
+    """With one weight."""
+    return few_rows.updated(x, [(weight, bias, checked(given))], **how)[0]
 
 
 def with_updates(x, weight, bias, given):
@@ -174,7 +181,7 @@ def test_updates_of_some_rows_are_added(dtype, level, rows, width, outs):
     x, weight, bias = drawn(dtype, rows, width), drawn(dtype, outs, width), drawn(dtype, outs)
     given = made_updates(dtype, rows, width, outs)
     expected = with_updates(x, weight, bias, given)
-    found = few_rows.updated(x, weight, bias, checked(given), level=level)
+    found = updated(x, weight, bias, given, level=level)
     worst = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
     assert worst <= 3 * CLOSE[dtype]  # a row that three updates meet is rounded three times
     later = few_rows.product(x, weight, bias, level=level)
@@ -191,22 +198,65 @@ def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_tho
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            found = few_rows.updated(x, weight, None, checked(given), level=level)
+            found = updated(x, weight, None, given, level=level)
         finally:
             torch.set_num_threads(before)
         for n, row in enumerate(x):
             own = [(slice(0, 1), A, B, s) for rows, A, B, s in given if rows.start <= n < rows.stop]
             alone = plain[n : n + 1]
             if own:
-                alone = few_rows.updated(row[None], weight, None, checked(own), level=level)
+                alone = updated(row[None], weight, None, own, level=level)
             assert torch.equal(found[n : n + 1], alone), (threads, n)
 
 
 @each_type
-def test_factors_may_begin_anywhere_in_what_they_are_part_of(dtype):
-    A, flat = drawn(dtype, 4, 40), drawn(dtype, 1 + 64 * 4)
-    B = flat[1:].view(64, 4)
-    assert torch.equal(few_rows.Factors(A, B).B, few_rows.Factors(A, B.clone()).B)
+@pytest.mark.parametrize("level", LEVELS)
+def test_several_weights_of_one_x_with_updates_give_what_each_gives(dtype, level):
+    x = drawn(dtype, 6, 70)
+    parts = []
+    for outs, ranks in ((9, (16, 3, 40, 1, 16)), (64, None), (130, (2, 2, 5, 1, 8))):
+        given = None if ranks is None else checked(made_updates(dtype, 6, 70, outs, ranks=ranks))
+        parts.append((drawn(dtype, outs, 70), drawn(dtype, outs) if outs % 2 else None, given))
+    found = few_rows.updated(x, parts, level=level)
+    for part, y in zip(parts, found, strict=True):
+        own = few_rows.updated(x, [part], level=level)[0] if part[2] else few_rows.product(x, *part[:2], level=level)
+        assert torch.equal(y, own)
+    with pytest.raises(CallError):
+        few_rows.updated(x, [part for part in parts if part[2] is None])
+    with pytest.raises(CallError):
+        few_rows.updated(x, parts[:1] * 17)
+    many = checked([(slice(0, 1), drawn(dtype, 1, 70), drawn(dtype, 9, 1), 1.0)] * 65)
+    with pytest.raises(CallError):
+        few_rows.updated(x, [(*parts[0][:2], many)] * 2)
+
+
+@each_type
+def test_factors_are_rounded_as_they_are_laid_out_and_may_begin_anywhere(dtype):
+    x, weight, other = (
+        drawn(dtype, 3, 40),
+        drawn(dtype, 70, 40),
+        {torch.float32: torch.bfloat16}.get(dtype, torch.float32),
+    )
+    pairs = [(drawn(other, rank, 40), drawn(other, 1 + 70 * rank)[1:].view(70, rank)) for rank in (4, 7, 16, 1)]
+    rounded = [(A.to(dtype), B.to(dtype)) for A, B in pairs]
+    for laid, own in zip(few_rows.laid_out(pairs, dtype), few_rows.laid_out(rounded, dtype), strict=True):
+        found, expected = (
+            few_rows.updated(x, [(weight, None, few_rows.Updates([(slice(0, 3), each, 0.5)]))])[0]
+            for each in (laid, own)
+        )
+        assert torch.equal(found, expected) and not torch.equal(found, few_rows.product(x, weight, None))
+
+
+def test_factors_of_a_whole_adapter_lie_on_huge_pages_one_behind_the_other():
+    pairs = [(drawn(torch.float32, 64, 4096), drawn(torch.float32, 4096, 64)) for _ in range(3)]
+    laid = few_rows.laid_out(pairs, torch.float32)
+    places = [place for each in laid for place in each.places]
+    assert places == sorted(places) and all(place % 64 == 0 for place in places)
+    assert len({each.kept.data_ptr() for each in laid}) == 1
+    x, weight = drawn(torch.float32, 1, 4096), drawn(torch.float32, 4096, 4096)
+    for each, (A, B) in zip(laid, pairs, strict=True):
+        found = few_rows.updated(x, [(weight, None, few_rows.Updates([(slice(0, 1), each, 1.0)]))])[0]
+        near(found, with_updates(x, weight, None, [(slice(0, 1), A, B, 1.0)]))
 
 
 @each_type
@@ -228,6 +278,7 @@ def test_updates_that_do_not_fit_are_refused(dtype):
         [(slice(0, 2), A, B, 1.0), (slice(3, 4), A[:, :39], B, 1.0)],
         [(slice(0, 2), A, B, 1.0), (slice(3, 4), A, B[:7], 1.0)],
         [(slice(0, 2), A, B, 1.0), (slice(3, 4), A.half(), B.half(), 1.0)],
+        [(slice(0, 2), A, B.half(), 1.0)],
     ):
         with pytest.raises(CallError):
             checked(given)

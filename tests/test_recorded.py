@@ -8,6 +8,7 @@ from tests.test_methods import move
 from tests.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.adapters.lora import AdaptedLinear
 from veneer.decoding import direct as direct_forward
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
@@ -84,6 +85,19 @@ def test_recorded_steps_give_the_same_bits(dtype, name, monkeypatch):
     assert same(found, expected) and not none
     if name in (None, "lora"):
         assert isinstance(kept[3], _Recorded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapted_layers_of_one_input_are_one_call_and_give_what_each_gives(dtype, monkeypatch):
+    base = based(dtype)
+    own = with_method(base, "lora")
+    found, kept = steps_of(base, [own, (), own], monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaptedLinear, "in_step", lambda *_: None)
+        expected, each = steps_of(base, [own, (), own], monkeypatch)
+    assert same(found, expected)
+    together, alone = (len(steps[3]._noted.structs("veneer_few_rows_updated")) for steps in (kept, each))
+    assert 0 < together < alone
 
 
 def test_what_computes_otherwise_is_never_recorded(monkeypatch):

@@ -24,6 +24,7 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.rows import put
 from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
+from veneer.kernels import few_rows
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.lora import Adapted, dropped, lora_linear, lora_linears
 from veneer.kernels.segments import Plan, Update, linear_with_updates
@@ -229,6 +230,14 @@ class AdaptedLinear(AdaptedModule):
         layer, weight, keys = drawing[0]
         mask, (A, B) = layer.active_dropout(x, keys), layer.factors()
         return Adapted(A, B, self.frozen.own_bias(), self.frozen, layer.scaling * weight, mask)
+
+    def in_step(self, x_MI: Tensor) -> few_rows.Part | None:
+        """W, bias and updates, where these are prepared and nothing else is to be done to x, all rows of a step."""
+        acting = self.routing.acting
+        if torch.is_grad_enabled() or acting.keys is not None or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        prepared = acting.plan.kept.get((self.key, len(x_MI))) if acting.counts(len(x_MI)) else None
+        return None if prepared is None else prepared.in_one_call(x_MI, self.frozen.own_bias(), self.frozen)
 
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """All rows with these adapters."""

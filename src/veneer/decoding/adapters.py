@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from veneer.adapters.acting import Applied
+from veneer.adapters.attachment import Attachment
+from veneer.adapters.lora import LoRALayer
 from veneer.adapters.prefix import PrefixLayer
 from veneer.decoding.blocks import Identity
 from veneer.errors import ConfigError
@@ -68,6 +70,12 @@ class Fixed:
 def prefixes(applied: Applied) -> list[PrefixLayer]:
     layers = [layer for attachment, _ in applied for layer in attachment.layers.values()]
     return [layer for layer in layers if isinstance(layer, PrefixLayer)]
+
+
+def updated_by(attachment: Attachment) -> list[LoRALayer]:
+    """The layers that change linear layers by updates alone."""
+    layers = [layer for layer in attachment.beside.values() if isinstance(layer, LoRALayer)]
+    return [layer for layer in layers if layer.kind == "linear" and layer.offset is None]
 
 
 def front_places(applied: Applied) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from veneer.adapters.lora import AdaptedLinear
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.paged import PagedKeys, PagedStep
@@ -180,7 +181,18 @@ def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
     own = [_dense(x, place) for place in places]
     if all(each is not None for each in own):
         return few_rows.products(x, [each for each in own if each is not None])
+    parts = [_part(x, place, dense) for place, dense in zip(places, own, strict=True)]
+    found = [part for part in parts if part is not None]
+    if len(found) == len(places) and 0 < sum(len(few or ()) for *_, few in found) <= few_rows.MOST_UPDATES:
+        return few_rows.updated(x, found)
     return [_product(x, place).contiguous() for place in places]
+
+
+def _part(x: Tensor, place: Any, dense: tuple[Tensor, Tensor | None] | None) -> few_rows.Part | None:
+    """What one call computes beside others of the same x."""
+    if dense is not None:
+        return (*dense, None)
+    return place.in_step(x) if isinstance(place, AdaptedLinear) else None
 
 
 def _by_heads(x: Tensor, size: int, place: nn.Module | None) -> Tensor:

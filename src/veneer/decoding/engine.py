@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veneer.adapters.acting import Acting, in_step
 from veneer.adapters.new_tokens import width_of
-from veneer.decoding.adapters import Adapters, prefixes
+from veneer.decoding.adapters import Adapters, prefixes, updated_by
 from veneer.decoding.blocks import BlockManager
 from veneer.decoding.direct import Way
 from veneer.decoding.draws import Drawing, draw
@@ -216,6 +216,8 @@ class Engine:
         if self._acting is None or self._acting[0] != (parts, filler):
             self._acting = (parts, filler), in_step(parts, self._before).padded(filler)
             self._before = self._acting[1].plan
+            for attachment in dict.fromkeys(attachment for _, applied in parts for attachment, _ in applied):
+                self._before.lay_out(updated_by(attachment), self.base.dtype, self.base.device)
         return self._acting[1]
 
     def _nobodys(self, rows: int) -> Acting:

@@ -1,4 +1,4 @@
-"""The calls into the kernels over dense weights (native/few_rows.c, updates.c).
+"""The calls into the kernels over dense weights (native/few_rows.c, updates.c, factors.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
@@ -6,19 +6,22 @@ Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from veneer.kernels.arguments import INT32, CallError, at, call, number, numbers, pointers, reachable, whole
+from veneer.kernels import pages
+from veneer.kernels.arguments import BYTES, CallError, at, call, number, numbers, pointers, reachable, whole
 
 MOST_PARTS = 16
 """Weights that share one x."""
 MOST_UPDATES = 128
 """Of one layer: native/few_rows.c and updates.c name these numbers."""
 BLOCK = 64
-"""Outs of B that lie side by side."""
+"""Outs of B that lie side by side; native/few_rows.h names it too."""
+LINE = 64
+"""Bytes of a cache line: where factors begin."""
 MOST_ROWS = 2**20
 """Of one call."""
 MOST_RANK = 2**16
@@ -89,31 +92,63 @@ class _Update(ctypes.Structure):
     _fields_ = [*pointers("A B"), *numbers("first rows rank turn"), ("scale", ctypes.c_float)]
 
 
+class _UpdatedPart(ctypes.Structure):
+    _fields_ = [*pointers("w bias y updates"), *numbers("outs count")]
+
+
 class _Updated(ctypes.Structure):
-    _fields_ = [*pointers("x w bias y down updates"), *numbers("count rows width outs apart"), ("type", ctypes.c_int)]
+    _fields_ = [*pointers("x down parts"), *numbers("count rows width apart"), ("type", ctypes.c_int)]
     kept: object
 
 
+class _Factors(ctypes.Structure):
+    _fields_ = [
+        *pointers("A B to_A to_B"),
+        *numbers("rank width outs"),
+        ("from_type", ctypes.c_int),
+        ("to", ctypes.c_int),
+    ]
+
+
+@dataclass(frozen=True)
 class Factors:
     """A (R, I) and B (O, R) of one type as C reads them: R even, filled up with zeros; of B BLOCK outs side by side,
-    word after word along R, a word two bf16 neighbours or one float."""
+    word after word along R, a word two bf16 neighbours or one float. places: where they lie in `kept`."""
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.dtype = A.dtype
-        pair = 1 + _kind(self.dtype)
-        (rank, self.width), self.outs = A.shape, number(B.shape[0], 1)
-        number(rank, 1, MOST_RANK), number(self.width, 1)
-        if B.dtype is not self.dtype or B.shape[1:] != (rank,):
-            raise CallError(f"B {tuple(B.shape)} of {B.dtype} beside A {tuple(A.shape)} of {A.dtype}")
-        self.rank, blocks = rank + rank % 2, -(-self.outs // BLOCK)
-        more, room = self.rank - rank, blocks * BLOCK - self.outs
-        self.A = (F.pad(A.detach(), (0, 0, 0, more)) if more else A.detach()).contiguous()
-        filled = F.pad(B.detach(), (0, more, 0, room)) if more or room else B.detach().contiguous()
-        if pair == 2:
-            filled = (filled.clone() if filled.storage_offset() % 2 else filled).view(INT32)
-        self.B = filled.view(blocks, BLOCK, -1).transpose(1, 2).contiguous()
-        b = at(self.B, filled.dtype, blocks, self.rank // pair, BLOCK)
-        self.places = at(self.A, self.dtype, self.rank, self.width), b
+    dtype: torch.dtype
+    rank: int
+    width: int
+    outs: int
+    places: tuple[int, int]
+    kept: Tensor
+
+
+def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Factors]:
+    """Of each A (R, I) and B (O, R), float32 or bf16, one behind the other in one piece of memory; as `dtype`."""
+    size, room = 2 if _kind(dtype) else 4, 0
+    sizes, given = [], []
+    for A, B in pairs:
+        A, B = A.detach().contiguous(), B.detach().contiguous()
+        _kind(A.dtype)
+        (rank, width), outs = A.shape, number(B.shape[0], 1)
+        number(rank, 1, MOST_RANK), number(width, 1)
+        given.append((A, at(A, A.dtype, rank, width), at(B, A.dtype, outs, rank), B))
+        even, filled = rank + rank % 2, -(-outs // BLOCK) * BLOCK
+        to_A = room
+        to_B = to_A + -(-even * width * size // LINE) * LINE
+        room = to_B + -(-even * filled * size // LINE) * LINE
+        sizes.append((rank, width, outs, to_A, to_B))
+    kept = pages.room(room)
+    start = at(kept, BYTES, room, words=LINE)
+    made = [
+        _Factors(a, b, start + to_A, start + to_B, *dims, TYPE_NUMBERS[A.dtype], TYPE_NUMBERS[dtype])
+        for (A, a, b, _), (*dims, to_A, to_B) in zip(given, sizes, strict=True)
+    ]
+    call("veneer_lay_out_factors", (_Factors * len(made))(*made), len(made))
+    return [
+        Factors(dtype, rank + rank % 2, width, outs, (start + to_A, start + to_B), kept)
+        for rank, width, outs, to_A, to_B in sizes
+    ]
 
 
 Given = tuple[slice, Factors, float]
@@ -160,29 +195,32 @@ def _in_turns(given: Sequence[Given]) -> list[tuple[int, Given]]:
     return [(number, update) for number, turn in enumerate(turns) for update in turn]
 
 
-def few_rows_updated(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, updates: Updates, level: int
-) -> None:
-    """y (M, O) = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the updates of its rows."""
-    (rows, width), dtype, outs = x.shape, x.dtype, y.shape[1]
-    if dtype is not updates.dtype or width != updates.width or outs != updates.outs or rows < updates.rows:
-        raise CallError(f"updates of ({updates.rows}, {updates.width}) to {updates.outs} where x is {tuple(x.shape)}")
-    number(rows, 1, 2**31 if weight is None else MOST_ROWS)
-    down = torch.empty(updates.room, dtype=dtype)  # read as words: torch's memory begins at a multiple of 64
-    one = _Updated(
-        _rows_of(x),
-        None if weight is None else at(weight, dtype, outs, width),
-        None if weight is None or bias is None else at(bias, dtype, outs),
-        at(y, dtype, rows, outs),
-        whole(down, dtype, updates.room),
-        updates.address,
-        len(updates),
-        rows,
-        width,
-        outs,
-        x.stride(0),
-        TYPE_NUMBERS[dtype],
-    )
-    one.kept = updates
+Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
+"""W (O, I) or None, bias (O) or None, updates of its rows, y (M, O)."""
+
+
+def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
+    """y (M, O) of each part = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the updates of its rows,
+    of all parts together MOST_UPDATES at most."""
+    (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
+    most, room, given = 2**31, 0, []
+    number(sum(len(updates or ()) for _, _, updates, _ in parts), 1, MOST_UPDATES)
+    for weight, bias, updates, y in parts:
+        outs, listed = number(y.shape[1], 1), None
+        if updates is not None:
+            if (dtype, width, outs) != (updates.dtype, updates.width, updates.outs) or rows < updates.rows:
+                wanted = f"updates of ({updates.rows}, {updates.width}) to {updates.outs}"
+                raise CallError(f"{wanted} where x is {tuple(x.shape)} {dtype} and y {tuple(y.shape)}")
+            listed, room = updates.address, room + updates.room
+        most = most if weight is None else MOST_ROWS
+        product = None if weight is None else at(weight, dtype, outs, width)
+        added = None if weight is None or bias is None else at(bias, dtype, outs)
+        given.append(_UpdatedPart(product, added, at(y, dtype, rows, outs), listed, outs, len(updates or ())))
+    number(rows, 1, most)
+    down = torch.empty(room, dtype=dtype)  # read as words: torch's memory begins at a multiple of 64
+    made = (_UpdatedPart * count)(*given)
+    source, place, all_ = _rows_of(x), whole(down, dtype, room), ctypes.addressof(made)
+    one = _Updated(source, place, all_, count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
+    one.kept = made, [updates for _, _, updates, _ in parts]
     if call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 5)):
         raise MemoryError(NO_ROOM)

@@ -1,9 +1,9 @@
 """Products of a few rows with a dense weight: a decoding step's, whose time is that of reading W.
 
-    product(x, W, bias)       x W^T + bias                (M, I) x (O, I) -> (M, O)
-    products(x, [(W, bias)])  the same of several W, which share one x, in one call
-    updated(x, W, bias, u)    the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each factor is read once
-    any_rows()                within, of any number of rows
+    product(x, W, bias)        x W^T + bias                (M, I) x (O, I) -> (M, O)
+    products(x, [(W, bias)])   the same of several W, which share one x, in one call
+    updated(x, [(W, bias, u)]) the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each factor is read once
+    any_rows()                 within, of any number of rows
 
 Compiled for bf16 and float32 (native/few_rows.c; on AMX few_rows_tiles.c): W is read once, sums are in float32 and
 rounded once with the bias in them. What a row gives depends neither on the rows beside it nor on the number of threads:
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from veneer.kernels import dense_calls, native
 from veneer.kernels.dense_calls import Factors as Factors
 from veneer.kernels.dense_calls import Updates as Updates
+from veneer.kernels.dense_calls import laid_out as laid_out
 
 MOST_ROWS = 64
 """From here on what is made for squarer shapes may be quicker."""
@@ -110,18 +111,22 @@ def takes_updates(count: int, dtype: torch.dtype, device: torch.device) -> bool:
     return fits and _level() >= 0
 
 
-def updated(x_MI: Tensor, weight: Tensor, bias: Tensor | None, updates: Updates, *, level: int = ANY_LEVEL) -> Tensor:
-    """(M, O) where `usable`, the updates' type being x's. What x A^T is, is rounded to it; rows without are `product`'s
-    to the bit."""
-    y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
-    dense_calls.few_rows_updated(x_MI, weight, bias, y_MO, updates, level)
-    return y_MO
+Part = tuple[Tensor, Tensor | None, Updates | None]
+"""W (O, I), bias (O) or None, and updates of some of its rows, or none."""
+
+
+def updated(x_MI: Tensor, parts: Sequence[Part], *, level: int = ANY_LEVEL) -> list[Tensor]:
+    """(M, O) of each where `usable`, the updates' type being x's, MOST_UPDATES at most. What x A^T is, is rounded to
+    it; rows without are `product`'s to the bit."""
+    made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, *_ in parts]
+    dense_calls.few_rows_updated(x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level)
+    return made
 
 
 def add_updates(y_MO: Tensor, x_MI: Tensor, updates: Updates, *, level: int = ANY_LEVEL) -> None:
     """To a product that is there, of any M."""
     x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
-    dense_calls.few_rows_updated(x_MI, None, None, y_MO, updates, level)
+    dense_calls.few_rows_updated(x_MI, [(None, None, updates, y_MO)], level)
 
 
 def product_reference(x_MI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -54,6 +54,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
     "veneer_few_rows": (_INT, [_POINTER, _INT]),
     "veneer_few_rows_updated": (_INT, [_POINTER, _INT]),
+    "veneer_lay_out_factors": (None, [_POINTER, _NUMBER]),
     "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
     "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),

@@ -13,7 +13,7 @@ stacks of rows, shorter segments and smaller ranks filled up with zeros.
 Shapes: M rows, m of an update, I in_features, O out_features, R rank; of a bundle n updates, L rows each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -125,11 +125,17 @@ class Prepared:
             bundle.add_to(y_MO, torch.bmm(bundle.stacked(x_MI), A.mT), B.mT)
         return y_MO
 
+    def in_one_call(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> few_rows.Part | None:
+        """What `few_rows.updated` computes this by, beside others of the same x; None: there is more to do."""
+        if self.alone or self.bundled or not isinstance(base, DenseLinear):
+            return None
+        return (base.module.weight, bias, self.few) if few_rows.usable(x_MI, base.module.weight, bias) else None
+
     def _with_few(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
         if self.few is None:
             return base.product(x_MI, bias)
         if isinstance(base, DenseLinear) and few_rows.usable(x_MI, base.module.weight, bias):
-            return few_rows.updated(x_MI, base.module.weight, bias, self.few)
+            return few_rows.updated(x_MI, [(base.module.weight, bias, self.few)])[0]
         y_MO = base.product(x_MI, bias).contiguous()
         few_rows.add_updates(y_MO, x_MI, self.few)
         return y_MO
@@ -161,12 +167,18 @@ class Plan:
         stay = set(map(id, layers))
         return Plan(_typed={key: found for key, found in self._typed.items() if key[0] in stay})
 
+    def lay_out(self, layers: Iterable[Factored], dtype: torch.dtype, device: torch.device) -> None:
+        """The factors of one adapter, one behind the other, before they are asked for one by one."""
+        new = [layer for layer in layers if (id(layer), dtype) not in self._typed]
+        if new and few_rows.takes_updates(1, dtype, device):
+            pairs = [layer.factors() for layer in new]
+            factors = few_rows.laid_out([(_readable(A), _readable(B)) for A, B in pairs], dtype)
+            # the layer too: its id is another's when it is gone
+            self._typed |= {(id(layer), dtype): (layer, each) for layer, each in zip(new, factors, strict=True)}
+
     def _factors(self, layer: Factored, dtype: torch.dtype) -> few_rows.Factors:
-        key = id(layer), dtype
-        if key not in self._typed:
-            A, B = (factor.to(dtype) for factor in layer.factors())
-            self._typed[key] = layer, few_rows.Factors(A, B)  # the layer too: its id is another's when it is gone
-        return self._typed[key][1]
+        self.lay_out([layer], dtype, torch.device("cpu"))
+        return self._typed[id(layer), dtype][1]
 
     def bundles(self, updates: Sequence[Update], device: torch.device) -> list[Bundle]:
         """Those of the short segments; what is in none is taken by itself."""
@@ -188,6 +200,10 @@ class Plan:
             own = [updates[n] for n in bundle.numbers]
             bundled.append((bundle, *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype)))
         return Prepared(tuple(alone), tuple(bundled))
+
+
+def _readable(factor: Tensor) -> Tensor:
+    return factor if factor.dtype is torch.bfloat16 else factor.float()
 
 
 def _typed(update: Update, dtype: torch.dtype) -> tuple[slice, Tensor, Tensor, float]:

@@ -9,6 +9,7 @@ enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 
 #define ALONE (1 << 15) /* values of W that are not worth a second thread, where rows are few */
 #define TURNS 8         /* runs of a thread: memory is not equally quick for both */
+#define UPDATE_BLOCK 64 /* outs of an update's B that lie side by side; kernels/dense_calls.py knows it too */
 
 /* Rows [first, first + count) of a packed W to `out`, one behind the other, in the type of x. */
 typedef void (*row_decoder)(const void *packed, int64_t first, int64_t count, void *out);

@@ -7,7 +7,7 @@
 #include "few_rows.h"
 #include <stddef.h>
 
-enum { BLOCK = 64, VECTORS = 4, AHEAD = 4, MOST_UPDATES = 128 }; /* kernels/dense_calls.py knows them too */
+enum { BLOCK = UPDATE_BLOCK, VECTORS = 4, AHEAD = 4, MOST_PARTS = 16, MOST_UPDATES = 128 }; /* kernels/dense_calls.py knows the last two */
 
 /* y (rows, outs) += scale * down B^T; down (rows, words), B (ceil(outs / BLOCK), words, BLOCK) words. */
 struct up {
@@ -122,44 +122,57 @@ static void add_ups(const struct up *of, int64_t count, int type, int most) {
     veneer_parallel_dealt(body, &all, cost, ALONE / BLOCK, TURNS);
 }
 
-/* Rows [first, first + rows) of y += scale * (x A^T) B^T; A (rank, width), B as in struct up. Those of one turn do not
-   meet. */
+/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A (rank, width), B as in struct up. Those of one turn
+   do not meet. */
 struct few_rows_update {
     const void *A, *B;
     int64_t first, rows, rank, turn;
     float scale;
 };
 
-/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. down: room
-   for each update's rows times its rank. */
-struct few_rows_updated {
-    const void *x, *w, *bias;
-    void *y, *down;
+/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. */
+struct few_rows_updated_part {
+    const void *w, *bias;
+    void *y;
     const struct few_rows_update *updates;
-    int64_t count, rows, width, outs, apart;
+    int64_t outs, count;
+};
+
+/* The parts share x. down: room for each update's rows times its rank. */
+struct few_rows_updated {
+    const void *x;
+    void *down;
+    const struct few_rows_updated_part *parts;
+    int64_t count, rows, width, apart;
     int type;
 };
 
 /* 1: no memory for x on tiles. */
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     const int size = call->type == FEW_FP32 ? 4 : 2;
-    struct piece of[1 + MOST_UPDATES];
-    struct up up[MOST_UPDATES];
-    int64_t count = 0;
+    struct piece of[MOST_PARTS + MOST_UPDATES];
+    struct up up[MOST_UPDATES], ups[MOST_UPDATES];
+    int64_t turns[MOST_UPDATES], pieces = 0, updates = 0;
     char *down = call->down;
-    if (call->w != NULL) of[count++] = (struct piece){call->x, call->w, call->bias, call->y, call->rows, call->width, call->outs, call->apart, NULL};
-    for (int64_t i = 0; i < call->count; i++) {
-        const struct few_rows_update *u = call->updates + i;
-        const char *x = (const char *)call->x + u->first * call->apart * size;
-        char *y = (char *)call->y + u->first * call->outs * size;
-        of[count++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart, NULL};
-        up[i] = (struct up){(const uint32_t *)down, u->B, y, u->rows, u->rank * size / 4, call->outs, u->scale};
-        down += u->rows * u->rank * size;
+    for (const struct few_rows_updated_part *part = call->parts; part < call->parts + call->count; part++) {
+        if (part->w != NULL)
+            of[pieces++] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
+        for (int64_t i = 0; i < part->count; i++) {
+            const struct few_rows_update *u = part->updates + i;
+            const char *x = (const char *)call->x + u->first * call->apart * size;
+            char *y = (char *)part->y + u->first * part->outs * size;
+            of[pieces++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart, NULL};
+            turns[updates] = u->turn;
+            up[updates++] = (struct up){(const uint32_t *)down, u->B, y, u->rows, u->rank * size / 4, part->outs, u->scale};
+            down += u->rows * u->rank * size;
+        }
     }
-    if (veneer_pieces(of, count, call->type, most)) return 1;
-    for (int64_t i = 0, next = 0; i < call->count; i = next) {
-        while (next < call->count && call->updates[next].turn == call->updates[i].turn) next++;
-        add_ups(up + i, next - i, call->type, most);
+    if (pieces > 0 && veneer_pieces(of, pieces, call->type, most)) return 1;
+    for (int64_t turn = 0, done = 0, now = 0; done < updates; turn++, done += now) {
+        now = 0;
+        for (int64_t i = 0; i < updates; i++)
+            if (turns[i] == turn) ups[now++] = up[i];
+        add_ups(ups, now, call->type, most);
     }
     return 0;
 }
