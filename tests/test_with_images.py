@@ -22,8 +22,9 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, Full, LoRA
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
-from veneer.errors import AdapterMismatchError, ConfigError, SourceError
+from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, SourceError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.merge.export_run import export_adapter
 from veneer.merge.folder import merge_into_folder
 from veneer.models.checkpointing import decoder_layers
 from veneer.models.initial_values import begin
@@ -209,6 +210,61 @@ def test_llama_4s_own_class_still_stops_on_text_and_its_language_model_is_read_w
     held = {f"language_model.{name}": weight for name, weight in base.model.state_dict().items()}
     common = held.keys() & stored.keys()
     assert len(common) > 20 and all(torch.equal(held[name], stored[name]) for name in common)
+
+
+def test_llama_4s_language_model_alone_is_adapted_and_its_tower_is_named_and_not_read(folder):
+    base = load_base(str(folder("llama4")))
+    assert base.not_read == base.paths.not_read == ("multi_modal_projector", "vision_model")
+    assert "not read, as no text reaches it: multi_modal_projector, vision_model" in base.paths.lines
+    linear = [path for path, module in base.model.named_modules() if type(module) is nn.Linear]
+    for settings in (LoRA(rank=2), LoRA(rank=2, layers=[1]), LoRA(rank=2, targets=["q_proj", "o_proj"])):
+        made = begin(base, settings, name="a").attachment
+        if settings.layers:
+            assert made.layers and all(".layers.1." in path for path in made.layers)
+        elif settings.targets == ["q_proj", "o_proj"]:
+            assert len(made.layers) == 2 * 3
+        else:
+            taken = set(made.layers)
+            assert {*linear} - {"lm_head"} <= taken and any("experts" in path for path in taken)
+            assert not any("router" in path for path in taken)
+        base.detach("a")
+    with pytest.raises(ConfigError, match="do not fit the model"):
+        begin(base, LoRA(layers=[3]), name="a")
+    assert not load_base(str(folder("gemma3"))).not_read
+
+
+def test_llama_4s_adapter_goes_to_peft_by_the_class_that_auto_model_takes_and_is_not_exported_for_vllm(
+    folder, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    source = str(folder("llama4"))
+    base = load_base(source, dtype="float32")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    made = begin(base, LoRA(rank=2, targets=targets), name="a").attachment
+    fill(made.parameters().values())
+    base.routing.active = (("a", 1.0),)
+    write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
+    with quiet():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert type(theirs) is type(base.model)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    found = peft.get_peft_model_state_dict(theirs)
+    assert found.keys() == load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RefusedError, match="vLLM") as caught:
+        export_adapter(tmp_path / "a", to="vllm", base=source, out=tmp_path / "v")
+    assert any("Llama4ForConditionalGeneration" in fault for fault in caught.value.faults)
+    base.routing.active = ()
+    merge_into_folder(base, [("a", 1.0)], tmp_path / "merged")
+    stored = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert stored["architectures"] == ["Llama4ForCausalLM"] and stored["model_type"] == "llama4_text"
+    again = load_base(str(tmp_path / "merged"), dtype="float32")
+    assert again.not_read == ()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_it_answers_and_is_planned_as_any_base(folder):

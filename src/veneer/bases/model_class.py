@@ -7,8 +7,10 @@ answered.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -20,6 +22,19 @@ from transformers import (
 _STOPS_ON_TEXT = ("Llama4ForConditionalGeneration",)
 """What stops in its own forward (transformers 5.24: its language model gives no image_outputs); the text's own class
 reads such a checkpoint without its tower. tests/test_with_images.py fails once that is mended."""
+
+
+def whole_class(config: PreTrainedConfig) -> str | None:
+    """The class of texts and images that the files name, where the text's own class is taken in its place."""
+    return next((name for name in config.architectures or () if name in _STOPS_ON_TEXT), None)
+
+
+def parts_not_read(config: PreTrainedConfig, stored: Iterable[str], model: nn.Module) -> tuple[str, ...]:
+    """What the files hold beside the text then, as far up as they name it. stored: names in the files."""
+    if whole_class(config) is None:
+        return ()
+    own = {str(getattr(model, "base_model_prefix", "")), *(name for name, _ in model.named_children())}
+    return tuple(dict.fromkeys(first for name in stored if (first := name.partition(".")[0]) not in own))
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from veneer.bases.announced import without_storage
+from veneer.bases.model_class import whole_class
 from veneer.bases.model_config import checked_config
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.sources import locate
@@ -18,11 +19,13 @@ from veneer.bases.sources import locate
 
 @dataclass(frozen=True)
 class Skeleton:
-    """model: on the meta device; name_or_path, revision: as FrozenBase (models) has them."""
+    """model: on the meta device; name_or_path, revision: as FrozenBase (models) has them. whole: the class that the
+    files name, where the model is the text's own (model_class.py)."""
 
     model: PreTrainedModel
     name_or_path: str
     revision: str | None
+    whole: str | None = None
 
 
 def load_skeleton(source: str) -> Skeleton:
@@ -31,4 +34,4 @@ def load_skeleton(source: str) -> Skeleton:
     with quiet():
         config = checked_config(found.folder)
         model = without_storage(config)
-    return Skeleton(model.eval().requires_grad_(False), found.name_or_path, found.revision)
+    return Skeleton(model.eval().requires_grad_(False), found.name_or_path, found.revision, whole_class(config))

@@ -56,7 +56,10 @@ Beside = Callable[[int | None], Mapping[str, str]]
 
 def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str) -> ExportReport:
     """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
-    if faults := vllm_faults(placed, skeleton.model):
+    faults = vllm_faults(placed, skeleton.model)
+    if skeleton.whole is not None:
+        faults.append(f"vLLM reads this checkpoint as {skeleton.whole}, within which these modules have other names")
+    if faults:
         raise RefusedError("vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge.")
     largest = max(update.A.shape[-2] for update in placed.updates.values())
     rank = next(legal for legal in VLLM_RANKS if legal >= largest)

@@ -8,7 +8,7 @@ It knows nothing of how it was found (bases/sources.py) or of what an adapter co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class FrozenBase:
                   float32
     routing       the adapters on this base, and which of them act
     shards        in which its decoder layers lie, where several processes hold it together
+    not_read        what its files hold beside the text that is read
     decodes_packed  whether our own engine gives what the model gives (decoding/proof.py); None: not asked yet
     way             how it computes a step (decoding/direct.py); None: not asked yet
     """
@@ -59,6 +60,7 @@ class FrozenBase:
     as_held: Fingerprint | None = field(default=None, repr=False)
     routing: Routing = field(default_factory=Routing)
     shards: Shards | None = field(default=None, repr=False)
+    not_read: tuple[str, ...] = ()
     decodes_packed: bool | None = field(default=None, init=False, repr=False)
     way: Any = field(default=None, init=False, repr=False)
     _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
@@ -142,7 +144,7 @@ class FrozenBase:
         """Which fast paths this model takes; proven on its first use, with no adapter acting."""
         if self._paths is None:
             with self.routing.none():
-                self._paths = prepare(self.model)
+                self._paths = replace(prepare(self.model), not_read=self.not_read)
         return self._paths
 
     @property

@@ -23,6 +23,7 @@ from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
 from veneer.bases.dense import build_dense
 from veneer.bases.faults import NEXT_DOWNLOAD, check_finite, check_generation
 from veneer.bases.fingerprint import fingerprint
+from veneer.bases.model_class import parts_not_read
 from veneer.bases.model_config import check_size, checked_config
 from veneer.bases.model_folder import Found, weight_files
 from veneer.bases.quiet_transformers import quiet
@@ -136,6 +137,7 @@ def load_base(
         identity=identity,
         as_held=as_held,
         shards=shards,
+        not_read=parts_not_read(config, tensors, model),
     )
 
 

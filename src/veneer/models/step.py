@@ -39,6 +39,7 @@ class Paths:
     untrainable     why nothing of the model can be trained
     idle            the places that no gradient reaches (adapters/idle.py)
     left_out        the parts that no text reaches (models/left_out.py)
+    not_read        the same, where they are not read from the files at all (bases/model_class.py)
     read_past       the weights that the model takes past their modules (adapters/reads.py); None: not asked yet
     """
 
@@ -52,6 +53,7 @@ class Paths:
     untrainable: str | None = None
     idle: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
     read_past: frozenset[str] | None = None
 
     @property
@@ -64,7 +66,8 @@ class Paths:
             rows = f"rows one by one: {self.packed_reason}; {self.padded_reason}"
         words = self.switches.words
         head = "logits only where a token is trained, in chunks"
-        beside = [f"left out, as no text reaches it: {', '.join(self.left_out)}"] if self.left_out else []
+        parts = {"left out": self.left_out, "not read": self.not_read}
+        beside = [f"{what}, as no text reaches it: {', '.join(each)}" for what, each in parts.items() if each]
         return [
             rows if words is None else f"{rows}; {words}",
             head if self.head_reason is None else f"whole logits: {self.head_reason}",
