@@ -5,6 +5,7 @@ Skipped where llama-cpp-python is not installed (pip install "veneer[llamacpp]")
 
 import pytest
 
+from tests.gemma import TEXTS, save_gemma
 from tests.helpers import fill
 from tests.tiny import save_tiny
 from tests.tiny_gguf import with_merges
@@ -56,15 +57,28 @@ def ours(base):
     return generate(base, PROMPTS, max_new_tokens=TOKENS)
 
 
+def test_a_tokenizer_of_pieces_cuts_text_as_ours(tmp_path):
+    source = str(save_gemma(tmp_path / "base"))
+    export_merged_gguf([], base=source, out=tmp_path / "base.gguf")
+    theirs = llama_cpp.Llama(str(tmp_path / "base.gguf"), vocab_only=True, verbose=False)
+    ours = load_base(source).tokenizer
+    for text in TEXTS:
+        found = theirs.tokenize(text.encode(), add_bos=False, special=True)
+        assert found == ours(text, add_special_tokens=False)["input_ids"], text
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("family", ["llama_untied", "qwen2"])
+@pytest.mark.parametrize("family", ["llama_untied", "qwen2", "gemma3"])
 def test_adapter_and_merged_model_answer_as_ours(family, settings, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96}
-    source = str(with_merges(save_tiny(tmp_path / "base", family, **sizes)))
+    if family == "gemma3":
+        source = str(save_gemma(tmp_path / "base", **sizes))
+    else:
+        source = str(with_merges(save_tiny(tmp_path / "base", family, **sizes)))
     base = load_base(source)
     head = base.model.get_output_embeddings()
     made = attach(base.model, LoRA(**settings), name="x", routing=base.routing, head=head)
-    fill(made.parameters().values(), scale=0.3)
+    fill(made.parameters().values(), scale=1.0 if family == "gemma3" else 0.3)  # norms stand behind its blocks
     write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
     plain = ours(base)
     base.routing.active = (("x", 1.0),)

@@ -7,7 +7,7 @@ the update is left is measured on what the file decodes to. Metadata and tokeniz
 Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize, quantize
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from veneer.data.new_tokens import extended
 from veneer.errors import RefusedError
@@ -24,6 +23,7 @@ from veneer.files.atomic import atomic_file
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
 from veneer.merge.folder import LEAST_SURVIVAL
 from veneer.merge.gguf_bytes import written
+from veneer.merge.gguf_hyperparameters import rope_factors, write_hyperparameters
 from veneer.merge.gguf_names import Names, names_of
 from veneer.merge.gguf_quantise import quantise, quantiser
 from veneer.merge.gguf_tokenizer import write_tokenizer
@@ -85,6 +85,9 @@ def write_gguf_model(
     if tokens is not None:
         stored, wanted = with_rows(stored, wanted, tokens, tied)
     stored = {n: s for n, s in stored.items() if n not in tied or n in parted}
+    if base.config.get_text_config() is not base.config:  # towers have no place in the file
+        beside = tuple(f"{each}." for each in base.paths.left_out)
+        stored = {n: s for n, s in stored.items() if not n.startswith(beside)}
     if homeless := [name for name in stored if where.of(name) is None]:
         raise RefusedError(
             "these weights have no place in a .gguf file",
@@ -98,8 +101,9 @@ def write_gguf_model(
         if source_file is not None:
             _copy_metadata(writer, source_file)
         else:
-            ids = max(base.config.vocab_size, 0 if tokens is None else tokens.end)
-            _write_hyperparameters(writer, base.config, where, ids)
+            text = base.config.get_text_config()
+            ids = max(text.vocab_size, 0 if tokens is None else tokens.end)
+            write_hyperparameters(writer, text, where, ids)
             write_tokenizer(writer, extended(base.tokenizer, tokens.texts if tokens else ()), ids)
         writer.add_file_type(_FILE_TYPES.get(type, LlamaFileType.MOSTLY_F16))
         writer.add_quantization_version(2)
@@ -107,7 +111,7 @@ def write_gguf_model(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for extra in _rope_factors(base.config):
+        for extra in rope_factors(base.config.get_text_config()):
             writer.write_tensor_data(written(extra))
         for done, (name, s) in enumerate(stored.items()):
             if progress is not None:
@@ -161,12 +165,12 @@ def _encoded(
 ) -> tuple[np.ndarray[Any, Any], Survival | None]:
     own = stored.float().cpu()
     new: Tensor = own if wanted is None else wanted(own)
-    data = quantize(where.rows(gguf_name, new).contiguous().numpy(), kind)
+    data = quantize(where.values(gguf_name, new).contiguous().numpy(), kind)
     if wanted is None:
         return data, None
     decoded = torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(new.shape)
     # both in the file's row order, which does not matter to sums
-    return data, survival(where.rows(gguf_name, own), where.rows(gguf_name, new), decoded)
+    return data, survival(where.values(gguf_name, own), where.values(gguf_name, new), decoded)
 
 
 def _kept_in(file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any], where: Names) -> dict[str, Survival]:
@@ -178,54 +182,8 @@ def _kept_in(file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any]
         own = stored[name].read().float().cpu()
         new, tensor = change(own), tensors[gguf_name]
         decoded = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        found[name] = survival(where.rows(gguf_name, own), where.rows(gguf_name, new), decoded.view(new.shape))
+        found[name] = survival(where.values(gguf_name, own), where.values(gguf_name, new), decoded.view(new.shape))
     return found
-
-
-def _write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names, ids: int) -> None:
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    faults = []
-    if rope.get("rope_type", "default") not in ("default", "llama3"):
-        faults.append(f"rotary scaling {rope['rope_type']}")
-    layers = getattr(config, "layer_types", None) or []
-    if getattr(config, "sliding_window", None) and (config.model_type == "mistral" or "sliding_attention" in layers):
-        faults.append(f"a sliding window of {config.sliding_window}")
-    if rope.get("rope_type") == "llama3":
-        writer.add_tensor_info("rope_freqs.weight", (head_dim // 2,), np.dtype(np.float32), head_dim // 2 * 4)
-    if faults:
-        raise RefusedError(
-            "this base has what is not written into .gguf files yet",
-            faults,
-            "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
-        )
-    writer.add_type("model")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(where.key_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_vocab_size(ids)
-
-
-def _rope_factors(config: PreTrainedConfig) -> Iterator[np.ndarray[Any, Any]]:
-    """Llama 3's frequency divisors, the first tensor of its files: transformers' formula of rope_type llama3."""
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if rope.get("rope_type") != "llama3":
-        return
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths, original = 2 * np.pi / frequencies, rope["original_max_position_embeddings"]
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    yield (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def _copy_metadata(writer: GGUFWriter, source: Path) -> None:

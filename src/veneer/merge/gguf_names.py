@@ -19,24 +19,32 @@ _ARCHITECTURES: dict[str, tuple[MODEL_ARCH, bool]] = {
     "mistral": (MODEL_ARCH.LLAMA, True),
     "qwen2": (MODEL_ARCH.QWEN2, False),
     "qwen3": (MODEL_ARCH.QWEN3, False),
+    "gemma3_text": (MODEL_ARCH.GEMMA3, False),
 }
 """transformers' model_type -> llama.cpp's architecture, and whether it puts the rows of q and k in another order."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """architecture: as general.architecture says it; reordered: q and k in llama.cpp's row order."""
+    """architecture: as general.architecture says it; reordered: q and k in llama.cpp's row order; shifted: norms stand
+    there with the 1 that transformers adds as it computes."""
 
     architecture: str
     reordered: bool
+    shifted: bool
     query_heads: int
     key_heads: int
     _map: Any
 
     def of(self, name: str) -> str | None:
         """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight; None: no place in such a file."""
-        found: str | None = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        of_text = name.replace("model.language_model.", "model.", 1) if name.startswith("model.language") else name
+        found: str | None = self._map.get_name(of_text, try_suffixes=(".weight", ".bias"))
         return found
+
+    def values(self, gguf_name: str, weight: Tensor) -> Tensor:
+        """A weight as the file holds it."""
+        return weight + 1 if self.shifted and gguf_name.endswith("norm.weight") else self.rows(gguf_name, weight)
 
     def rows(self, gguf_name: str, rows: Tensor) -> Tensor:
         """`rows` (O, ...) of a weight, a bias or a lora_b in the order of the file."""
@@ -50,6 +58,7 @@ class Names:
 
 def names_of(config: PreTrainedConfig) -> Names:
     """RefusedError for families whose files are not known here."""
+    config = config.get_text_config()
     kind = config.model_type
     if kind not in _ARCHITECTURES:
         raise RefusedError(
@@ -62,6 +71,7 @@ def names_of(config: PreTrainedConfig) -> Names:
     return Names(
         MODEL_ARCH_NAMES[architecture],
         reordered,
+        architecture == MODEL_ARCH.GEMMA3,
         heads,
         getattr(config, "num_key_value_heads", None) or heads,
         get_tensor_name_map(architecture, config.num_hidden_layers),

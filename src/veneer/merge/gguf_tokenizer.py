@@ -13,6 +13,7 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import RefusedError
+from veneer.merge.gguf_sentencepiece import is_sentencepiece, sentencepiece_faults, write_pieces
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,6 +27,31 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
     RefusedError: a kind of tokenizer that is not known here.
     """
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    if is_sentencepiece(stored):
+        _refuse(sentencepiece_faults(stored))
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        write_pieces(writer, stored, special, vocab_size)
+    else:
+        _write_words(writer, tokenizer, stored, vocab_size)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_space_prefix(False)
+    for number, add in (
+        (tokenizer.bos_token_id, writer.add_bos_token_id),
+        (tokenizer.eos_token_id, writer.add_eos_token_id),
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+        (tokenizer.pad_token_id, writer.add_pad_token_id),
+    ):
+        if isinstance(number, int):
+            add(number)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _write_words(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stored: dict[str, Any], vocab_size: int
+) -> None:
+    """Byte-level pieces, merged within words."""
     pre = word_rule(stored)
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -45,26 +71,15 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in stored["model"]["merges"]])
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
-    writer.add_add_space_prefix(False)
-    for number, add in (
-        (tokenizer.bos_token_id, writer.add_bos_token_id),
-        (tokenizer.eos_token_id, writer.add_eos_token_id),
-        (tokenizer.unk_token_id, writer.add_unk_token_id),
-        (tokenizer.pad_token_id, writer.add_pad_token_id),
-    ):
-        if isinstance(number, int):
-            add(number)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
 
 
 def word_rule(stored: dict[str, Any]) -> str:
     """tokenizer.ggml.pre of a tokenizer.json. RefusedError where llama.cpp has no rule that is known to be the same."""
     faults = []
     if stored["model"]["type"] != "BPE" or stored["model"].get("byte_fallback"):
-        faults.append(f"vocabulary {stored['model']['type']}: only byte-level BPE is written")
+        faults.append(
+            f"vocabulary {stored['model']['type']}: only BPE of bytes or with bytes to fall back on is written"
+        )
     steps = _steps(stored.get("pre_tokenizer"))
     name = _known(steps)
     if name is None:
@@ -77,14 +92,18 @@ def word_rule(stored: dict[str, Any]) -> str:
         faults.append(f"it rewrites text first ({normalizer['type']})")
     if name == "llama-bpe" and not stored["model"].get("ignore_merges"):
         faults.append("it merges words that are tokens already, which llama.cpp does not")
+    _refuse(faults)
+    assert name is not None
+    return name
+
+
+def _refuse(faults: list[str]) -> None:
     if faults:
         raise RefusedError(
             "this tokenizer cannot be written into a .gguf file",
             faults,
             "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
         )
-    assert name is not None
-    return name
 
 
 def _steps(rule: Any) -> list[dict[str, Any]]:
