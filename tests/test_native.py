@@ -2,6 +2,9 @@
 
 import ctypes
 import shutil
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +32,27 @@ def test_the_threads_are_those_of_the_openmp_that_torch_uses():
         assert most() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_helpers_of_a_thread_that_computes_no_more_end_before_another_computes():
+    if not sys.platform.startswith("linux") or not torch.backends.openmp.is_available():
+        pytest.skip("threads are counted as Linux counts them")
+    before, threads = torch.get_num_threads(), Path("/proc/self/task")
+    x = torch.ones(2**20)
+    try:
+        torch.set_num_threads(5)
+        x.add(1)
+        helped = len(list(threads.iterdir()))
+        native.end_helpers()
+        deadline = time.monotonic() + 10
+        while len(list(threads.iterdir())) > helped - 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(list(threads.iterdir())) <= helped - 4
+        assert x.add(1).sum() == 2**21  # others start
+        assert len(list(threads.iterdir())) >= helped
+    finally:
+        torch.set_num_threads(before)
+        native.end_helpers()
 
 
 def test_switched_off_there_are_none(monkeypatch):

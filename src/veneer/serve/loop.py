@@ -25,6 +25,7 @@ from veneer.decoding.sampling import TokenChance
 from veneer.decoding.sequence import Reason, Request
 from veneer.decoding.sequence import Sequence as Answer
 from veneer.errors import QueueFullError, VeneerError, is_out_of_memory
+from veneer.kernels.native import end_helpers
 from veneer.serve.refusals import Refusal, shutting_down
 
 log = logging.getLogger("veneer.serve")
@@ -117,8 +118,9 @@ class EngineLoop:
     # of the event loop
 
     def start(self) -> None:
-        """Call it on the event loop that tickets are for."""
+        """Call it on the event loop that tickets are for, in the thread that loaded the base: it computes no more."""
         self._events = asyncio.get_running_loop()
+        end_helpers()
         self._thread.start()
 
     def submit(self, request: Request) -> Ticket:
