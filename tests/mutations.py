@@ -67,7 +67,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/gguf.py": ("test_kernels_gguf.py",),
     "kernels/recorded.py": ("test_recorded.py", "test_native_calls.py"),
     "kernels/prefix.py": ("test_prefix.py", "test_kernels.py"),
-    "data/batching.py": ("test_data_load.py", "test_data_large.py", "test_step.py"),
+    "data/batching.py": ("test_data_load.py", "test_data_large.py", "test_step.py", "test_masks.py"),
     "data/check.py": ("test_data_check.py", "test_data_load.py"),
     "data/formats.py": ("test_data_formats.py",),
     "data/split.py": ("test_data_load.py",),
