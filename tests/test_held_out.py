@@ -114,6 +114,12 @@ def test_a_run_keeps_the_loss_before_and_after_with_intervals_and_every_reader_s
     assert interval_said in str(run)
     page = (tmp_path / "run" / "report.html").read_text()
     assert interval_said in page and change_said in page
+    assert main.main(["export", str(tmp_path / "run"), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert f"held-out loss after | `{found.loss.value:#.3g}` | `{interval_said}`" in card
+    assert (
+        f"`{change_said}`" in card and "`held-out loss of b after`" not in card and "held-out loss of b after" in card
+    )
     library = ["--library", str(tmp_path / "library")]
     assert main.main(["adapters", "add", str(tmp_path / "run"), "--name", "x", *library]) == 0
     capsys.readouterr()

@@ -158,7 +158,7 @@ def add_card(parser: argparse.ArgumentParser) -> None:
         "--figures",
         type=Path,
         metavar="FILE",
-        help="what veneer evaluate --json wrote: figures with intervals for the model card",
+        help="what veneer evaluate --json wrote: the model card has it beside what training measured",
     )
     parser.add_argument(
         "--sample",
