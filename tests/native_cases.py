@@ -1,4 +1,4 @@
-"""A valid call of every function of kernels/calls.py, packed_calls.py and dense_calls.py, and ways to make it wrong.
+"""A valid call of every function of kernels/*calls.py, and ways to make it wrong.
 
 `fuzz_calls` spoils one argument or two of a random valid call: it must be refused before C sees it, or compute within
 its tensors. The second is watched by words around every tensor that C writes, and by the sanitizers of
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.native_block_cases import block_cases
 from veneer.kernels import calls, dense_calls, native, packed_calls, paged_calls, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
@@ -364,7 +365,7 @@ def valid_calls(seed: int) -> list[Call]:
     torch.manual_seed(seed)
     of_pairs, *others = _rank(rng), _rows(rng), _attention(rng), _packed(rng), _dense(rng), _paged(rng), _step(rng)
     *normed, dropout = others[0]
-    of_pairs += [*normed, *others[1]]
+    of_pairs += [*normed, *others[1], *block_cases(rng, filled)]
     rest = [dropout, *(call for each in others[2:] for call in each)]
     return of_pairs + rest if native.has_bf16() else rest
 

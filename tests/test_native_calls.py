@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
 from tests.soak.counts import count
-from veneer.kernels import calls, dense_calls, native, nf4, packed_calls, paged_calls, recorded, step_calls
+from veneer.kernels import block_calls, calls, dense_calls, native, nf4, packed_calls, paged_calls, recorded, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
@@ -19,6 +19,7 @@ CALLING = (
     "native.py",
     "arguments.py",
     "calls.py",
+    "block_calls.py",
     "packed_calls.py",
     "dense_calls.py",
     "paged_calls.py",
@@ -83,6 +84,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated}
     assert (
         functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
+        | functions(block_calls)
         | functions(packed_calls)
         | functions(dense_calls)
         | functions(paged_calls)

@@ -6,6 +6,7 @@ float32 a row and head. Each part is one call: the prompt with itself; the docum
 Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen whole.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,11 +133,7 @@ class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        out[layout.rows :] = 0
-        kept = []
-        for rows, part in _parts(q, k, v, layout, rules):
-            kept.append(part.forward(out[rows]))
+        out, kept = attended(q, k, v, layout, rules)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.layout, ctx.rules = layout, rules
         return out
@@ -145,26 +142,35 @@ class _NativeAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        layout: Group = ctx.layout
-        grad = aligned(grad)
-        grad_q, grad_k, grad_v = (
-            torch.empty(q.shape, dtype=q.dtype, device=q.device),
-            torch.empty_like(k),
-            torch.empty_like(v),
-        )
-        for filler in (grad_q, grad_k, grad_v):
-            filler[layout.rows :] = 0
-        from_documents: tuple[Tensor | None, Tensor | None] = None, None
-        # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
-        parts = zip(_parts(q, k, v, layout, ctx.rules), kept, strict=True)
-        for (rows, part), lse in reversed(list(parts)):
-            own_q, own_k, own_v, *shared = part.backward(grad[rows], lse)
-            for given, more in zip((own_k, own_v), from_documents, strict=True):
-                if more is not None:
-                    given += more
-            grad_q[rows], grad_k[rows], grad_v[rows] = own_q, own_k, own_v
-            from_documents = shared[0], shared[1]
-        return grad_q, grad_k, grad_v, None, None
+        return *attended_gradients(q, k, v, kept, aligned(grad), ctx.layout, ctx.rules), None, None
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> tuple[Tensor, list[Tensor]]:
+    """(N, H, D) of aligned rows, zeros on filler, and what `attended_gradients` wants."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out[layout.rows :] = 0
+    return out, [part.forward(out[rows]) for rows, part in _parts(q, k, v, layout, rules)]
+
+
+def attended_gradients(
+    q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor], grad: Tensor, layout: Group, rules: Rules
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, without gaps; zeros on filler."""
+    found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
+    grad_q, grad_k, grad_v = found
+    for filler in found:
+        filler[layout.rows :] = 0
+    from_documents: tuple[Tensor | None, Tensor | None] = None, None
+    # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
+    parts = zip(_parts(q, k, v, layout, rules), kept, strict=True)
+    for (rows, part), lse in reversed(list(parts)):
+        own_q, own_k, own_v, *shared = part.backward(grad[rows], lse)
+        for given, more in zip((own_k, own_v), from_documents, strict=True):
+            if more is not None:
+                given += more
+        grad_q[rows], grad_k[rows], grad_v[rows] = own_q, own_k, own_v
+        from_documents = shared[0], shared[1]
+    return grad_q, grad_k, grad_v
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> list[tuple[slice, Part]]:

@@ -1,8 +1,8 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
-packed_calls.py, dense_calls.py, paged_calls.py and step_calls.py alone, which check what they hand over
-(arguments.py), and made again in recorded.py: C does not look.
+block_calls.py, packed_calls.py, dense_calls.py, paged_calls.py and step_calls.py alone, which check what they hand
+over (arguments.py), and made again in recorded.py: C does not look.
 """
 
 import ctypes
@@ -40,6 +40,8 @@ _ONE_STRUCT = (
     *("veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
     *("veneer_dora_forward", "veneer_dora_backward", "veneer_dora_norms"),
     *("veneer_attention_forward", "veneer_attention_backward"),
+    *("veneer_block_norm_forward", "veneer_block_norm_backward", "veneer_block_heads"),
+    *("veneer_block_gate_forward", "veneer_block_gate_backward"),
 )
 _STRUCT_AND_COUNT = (
     *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),

@@ -8,50 +8,21 @@ inside the replacements and come back to their places afterwards.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.lora import side_by_side
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
-from veneer.kernels.fused import rms_norm, silu_gate
 from veneer.linear import frozen_linear
-from veneer.models import fused_attention
+from veneer.models import fused_attention, fused_layer
 from veneer.models.fused_attention import FusedAttention
+from veneer.models.fused_parts import FusedGate, FusedNorm
 from veneer.models.stand_in import StandIn
 from veneer.shards import make_whole
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """Largest difference relative to the largest value: two roundings of a value near 1."""
-
-
-class FusedNorm(StandIn):
-    """base: the norm, or the wrapper around one whose weight an adapter trains."""
-
-    def __init__(self, base: nn.Module, epsilon: float) -> None:
-        super().__init__(base)
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        trained: dict[str, Tensor] = {}
-        if isinstance(self.base, SwappedModule):
-            acting = self.base.routing.acting.whole
-            if acting is None:  # rows of several adapters
-                return self.base(x)
-            trained = self.base.replaced(acting)
-        weight = trained.get("weight", unwrapped(self.base).get_parameter("weight"))
-        return rms_norm(x, weight, self.epsilon)
-
-
-class FusedGate(StandIn):
-    """down(silu(gate(x)) * up(x)), the projections being the model's own, adapted or not."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        base: Any = self.base
-        gate, up = side_by_side([base.gate_proj, base.up_proj], x)
-        return base.down_proj(silu_gate(gate, up))
 
 
 def _norm(wrapped: nn.Module) -> FusedNorm | None:
@@ -142,7 +113,7 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
             )
         if known[kind]:
             found[path] = made
-    return found
+    return found | fused_layer.replacements(model, found)
 
 
 def _rows(module: nn.Module, made: StandIn) -> tuple[int, torch.dtype, torch.device]:

@@ -43,7 +43,7 @@ class FusedAttention(StandIn):
         known = (
             position_embeddings is not None and others.get("cache") is None and others.get("past_key_values") is None
         )
-        if not known or position_embeddings is None or not _is_taken(base, hidden_states, *position_embeddings):
+        if not known or position_embeddings is None or not is_taken(base, hidden_states, *position_embeddings):
             return base(hidden_states, position_embeddings, attention_mask, **others)
         (rows, length), size = hidden_states.shape[:2], base.head_dim
         q, k, v = side_by_side([base.q_proj, base.k_proj, base.v_proj], hidden_states)
@@ -64,7 +64,7 @@ class FusedAttention(StandIn):
         return base.o_proj(out.reshape(rows, length, -1)), weights
 
 
-def _is_taken(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def is_taken(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether this forward is one that was proven: our attention, whole heads turned, in x's type."""
     if block.config._attn_implementation != NAME or x.dim() != 3:
         return False

@@ -184,7 +184,7 @@ def _run(
         planned = _planned(plan, config, base, data, idle, screen, world) if world.leads else None
         start["planned_memory_bytes"] = None if planned is None else planned.peak
         if one_pass:
-            start["paths"].append(f"{len(one_pass)} norms and gated blocks computed in one pass each")
+            start["paths"].append(f"{len(one_pass)} norms, blocks and layers computed in one pass each")
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
             start["paths"] += [*shard_lines(base, flat), *([] if planned is None else [_each(planned)])]

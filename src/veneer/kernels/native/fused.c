@@ -1,8 +1,7 @@
 /* Chains of elementwise operations on bf16 rows, each in one pass with float32 inside: see kernels/fused.py and loss.py
    for what they compute. One row never depends on another, so threads take rows. */
-#include "bf16.h"
+#include "fused.h"
 #include "parallel.h"
-#include <math.h>
 
 #if defined(__x86_64__)
 
@@ -14,56 +13,17 @@ struct norm {
     float epsilon;
 };
 
-/* The last lanes of a row whose width is no multiple of 16. */
-static inline __mmask16 rest(int64_t left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
-
-VENEER_INLINE __m512 load(const uint16_t *x, __mmask16 m) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, x)), 16));
-}
-
-VENEER_INLINE void store(uint16_t *to, __mmask16 m, __m512 x) { _mm256_mask_storeu_epi16(to, m, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-/* Rounded to bf16 and back: where the model itself rounds between two operations. */
-VENEER_INLINE __m512 rounded(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
-}
-
 static VENEER_BF16 void norm_forward_body(void *arguments, int64_t from, int64_t to) {
     const struct norm *a = arguments;
-    for (int64_t row = from; row < to; row++) {
-        const uint16_t *x = a->x + row * a->width;
-        uint16_t *out = a->out + row * a->width;
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < a->width; i += 16) {
-            __m512 v = load(x + i, rest(a->width - i));
-            squares = _mm512_fmadd_ps(v, v, squares);
-        }
-        float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)a->width + a->epsilon);
-        a->scale[row] = scale;
-        for (int64_t i = 0; i < a->width; i += 16) {
-            __mmask16 m = rest(a->width - i);
-            store(out + i, m, _mm512_mul_ps(rounded(_mm512_mul_ps(load(x + i, m), _mm512_set1_ps(scale))), load(a->weight + i, m)));
-        }
-    }
+    for (int64_t row = from; row < to; row++)
+        a->scale[row] = norm_row(a->x + row * a->width, a->weight, a->out + row * a->width, a->width, a->epsilon);
 }
 
 static VENEER_BF16 void norm_backward_body(void *arguments, int64_t from, int64_t to) {
     const struct norm *a = arguments;
     for (int64_t row = from; row < to; row++) {
-        const uint16_t *x = a->x + row * a->width, *g = a->grad + row * a->width;
-        uint16_t *out = a->out + row * a->width;
-        __m512 scale = _mm512_set1_ps(a->scale[row]), dot = _mm512_setzero_ps();
-        for (int64_t i = 0; i < a->width; i += 16) {
-            __mmask16 m = rest(a->width - i);
-            dot = _mm512_fmadd_ps(_mm512_mul_ps(load(g + i, m), load(a->weight + i, m)), load(x + i, m), dot);
-        }
-        float s = a->scale[row];
-        __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / (float)a->width * s * s);
-        for (int64_t i = 0; i < a->width; i += 16) {
-            __mmask16 m = rest(a->width - i);
-            __m512 inner = _mm512_mul_ps(load(g + i, m), load(a->weight + i, m));
-            store(out + i, m, _mm512_mul_ps(scale, _mm512_fnmadd_ps(load(x + i, m), mean, inner)));
-        }
+        const int64_t at = row * a->width;
+        norm_row_gradient(a->x + at, a->weight, a->grad + at, a->scale[row], NULL, a->out + at, a->width);
     }
 }
 
@@ -75,29 +35,17 @@ struct gate {
     uint16_t *out, *grad_gate, *grad_up;
 };
 
-VENEER_INLINE __m512 sigmoid(__m512 x) {
-    __m512 e = exp_floats(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f)));
-    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
 /* Items are runs of 16 values; the last one may be shorter and is the caller's to avoid. */
 static VENEER_BF16 void gate_forward_body(void *arguments, int64_t from, int64_t to) {
     const struct gate *a = arguments;
-    for (int64_t i = from * 16; i < to * 16; i += 16) {
-        __m512 x = bf16_floats(a->gate + i);
-        bf16_store(a->out + i, _mm512_mul_ps(rounded(_mm512_mul_ps(x, sigmoid(x))), bf16_floats(a->up + i)));
-    }
+    for (int64_t i = from * 16; i < to * 16; i += 16)
+        bf16_store(a->out + i, gated(bf16_floats(a->gate + i), bf16_floats(a->up + i)));
 }
 
 static VENEER_BF16 void gate_backward_body(void *arguments, int64_t from, int64_t to) {
     const struct gate *a = arguments;
-    const __m512 one = _mm512_set1_ps(1.0f);
-    for (int64_t i = from * 16; i < to * 16; i += 16) {
-        __m512 x = bf16_floats(a->gate + i), g = bf16_floats(a->grad + i), s = sigmoid(x);
-        __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one));
-        bf16_store(a->grad_up + i, _mm512_mul_ps(g, _mm512_mul_ps(x, s)));
-        bf16_store(a->grad_gate + i, _mm512_mul_ps(_mm512_mul_ps(g, bf16_floats(a->up + i)), slope));
-    }
+    for (int64_t i = from * 16; i < to * 16; i += 16)
+        gated_gradient(bf16_floats(a->gate + i), bf16_floats(a->up + i), bf16_floats(a->grad + i), a->grad_gate + i, a->grad_up + i);
 }
 
 void veneer_silu_gate_forward(struct gate *a, int64_t runs) { veneer_parallel(gate_forward_body, a, runs, 256); }
@@ -109,26 +57,11 @@ struct rotary {
     int64_t heads, size, back;
 };
 
-/* Rounded where models round: after each product. The two halves of a head are turned together. */
 static VENEER_BF16 void rotary_body(void *arguments, int64_t from, int64_t to) {
     const struct rotary *a = arguments;
-    const int64_t half = a->size / 2;
     for (int64_t row = from; row < to; row++) {
-        const uint16_t *cos = a->cos + row * a->size, *sin = a->sin + row * a->size;
-        for (int64_t i = 0; i < half; i += 16) {
-            const __m512 first_cos = bf16_floats(cos + i), second_cos = bf16_floats(cos + half + i);
-            const __m512 first_sin = bf16_floats(sin + i), second_sin = bf16_floats(sin + half + i);
-            for (int64_t h = 0; h < a->heads; h++) {
-                const uint16_t *x = a->x + (row * a->heads + h) * a->size + i;
-                uint16_t *out = a->out + (row * a->heads + h) * a->size + i;
-                const __m512 first = bf16_floats(x), second = bf16_floats(x + half);
-                const __m512 to_first = rounded(_mm512_mul_ps(second, a->back ? second_sin : first_sin));
-                const __m512 to_second = rounded(_mm512_mul_ps(first, a->back ? first_sin : second_sin));
-                const __m512 own_first = rounded(_mm512_mul_ps(first, first_cos)), own_second = rounded(_mm512_mul_ps(second, second_cos));
-                bf16_store(out, a->back ? _mm512_add_ps(own_first, to_first) : _mm512_sub_ps(own_first, to_first));
-                bf16_store(out + half, a->back ? _mm512_sub_ps(own_second, to_second) : _mm512_add_ps(own_second, to_second));
-            }
-        }
+        const int64_t at = row * a->heads * a->size;
+        rotate_row(a->x + at, a->cos + row * a->size, a->sin + row * a->size, a->out + at, a->heads, a->size, a->back);
     }
 }
 

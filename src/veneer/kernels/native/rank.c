@@ -4,7 +4,6 @@
    Dropout is part of them: x is seen through its mask, which is computed where it is laid out (kernels/dropout.py). */
 #include "parallel.h"
 #include "rank.h"
-#include <stdlib.h>
 
 #if defined(__x86_64__)
 
@@ -21,12 +20,6 @@ struct rank {
     uint32_t row_key, column_key, threshold;
     uint32_t *pairs, *hashes; /* C's own: of the rows, then of the columns */
 };
-
-static uint32_t *words(int64_t count) {
-    void *found = NULL;
-    if (posix_memalign(&found, 64, (size_t)(4 * count + 64))) abort();
-    return found;
-}
 
 /* As dropout.c: lowbias32, Wellons 2018. */
 static uint32_t mix(uint32_t value) {
@@ -60,32 +53,9 @@ static VENEER_BF16 void drop(const struct rank *a, int64_t row, int64_t n, uint1
         }
 }
 
-VENEER_INLINE __m512i bf16_words(const uint16_t *low, const uint16_t *high) {
-    __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
-    return _mm512_or_si512(l, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high)), 16));
-}
-
-/* factor -> pairs (K / 2, N), rounded to bf16; K even, N a multiple of 16. */
-static VENEER_BF16 void pack(struct rank *a, int64_t K, int64_t N) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const float *wide = a->factor;
-    const uint16_t *half = a->factor;
+static void pack(struct rank *a, int64_t K, int64_t N) {
     a->pairs = words(K / 2 * N);
-    for (int64_t n = 0; n < N; n += 16) {
-        const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)(a->half ? K / 2 : K)));
-        for (int64_t k = 0; k < K; k += 2) {
-            __m512i found;
-            if (a->across && a->half)
-                found = _mm512_i32gather_epi32(rows, half + n * K + k, 4);
-            else if (a->across)
-                found = bf16_pairs(_mm512_i32gather_ps(rows, wide + n * K + k, 4), _mm512_i32gather_ps(rows, wide + n * K + k + 1, 4));
-            else if (a->half)
-                found = bf16_words(half + k * N + n, half + (k + 1) * N + n);
-            else
-                found = bf16_pairs(_mm512_loadu_ps(wide + k * N + n), _mm512_loadu_ps(wide + (k + 1) * N + n));
-            _mm512_storeu_si512(a->pairs + k / 2 * N + n, found);
-        }
-    }
+    rank_pairs(a->factor, a->across, a->half, K, N, a->pairs, N);
 }
 
 /* narrow (rows, R) = scale * x (rows, width) W. Items are blocks of rows. */

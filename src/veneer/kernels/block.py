@@ -1,0 +1,195 @@
+"""A decoder layer with LoRA on all of its linear layers, as one node of the graph.
+
+    h = x + o(attention(rotated q(n), rotated k(n), v(n)))      n = norm(x)
+    y = h + down(silu(gate(m)) * up(m))                         m = norm(h)
+
+The same calls as those of its parts (lora.py, attention_native.py, fused.py), in the same order and to the same bits,
+without the graph between them: a sum and the norm behind it are one pass, forward and backward. In bf16 on processors
+that multiply its pairs, and there alone. Kept for backward: what the parts keep.
+Shapes: M rows, D hidden, H query heads, K key heads, S head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import block_calls, rank
+from veneer.kernels.attention_native import attended, attended_gradients
+from veneer.kernels.block_calls import Side
+from veneer.kernels.fused import compiled
+from veneer.kernels.layout import Group
+from veneer.kernels.lora import Adapted
+from veneer.kernels.rules import Rules
+
+QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
+"""The layers by their places among all."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """layers: q, k, v, o, gate, up, down, without dropout. cos and sin (M, S)."""
+
+    before: Norm
+    between: Norm
+    layers: Sequence[Adapted]
+    size: int
+    cos: Tensor
+    sin: Tensor
+    layout: Group
+    rules: Rules
+
+    def usable(self, x: Tensor) -> bool:
+        """Whether the kernels compute this of x (M, D)."""
+        widths = [layer.base.out_features for layer in self.layers]
+        heads, kv_heads = widths[0] // self.size, widths[1] // self.size
+        if self.size % 32 or any(width % self.size for width in widths[:3]) or widths[1] != widths[2]:
+            return False
+        if heads % max(1, kv_heads) or widths[4] != widths[5] or widths[4] % 16:
+            return False
+        if (
+            not all(_taken(each, len(x)) for each in self.layers)
+            or sum(len(each.A) for each in self.layers[:3]) > rank.MOST
+        ):
+            return False
+        rules = self.rules
+        known = rules.softcap is None and rules.sinks is None and (rules.window is None or rules.window > 0)
+        return known and compiled(x, self.before.weight, self.between.weight, self.cos, self.sin)
+
+    def factors(self) -> list[Tensor]:
+        return [*(each.A for each in self.layers), *(each.B for each in self.layers)]
+
+
+class _Block(torch.autograd.Function):
+    """given: A of each layer, then B of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, *given: Tensor) -> Tensor:
+        factors = [rank.typed(each, x) for each in given]
+        A, B, rows = factors[:LAYERS], factors[LAYERS:], len(x)
+
+        def product(number: int, x: Tensor) -> Tensor:
+            layer = block.layers[number]
+            return layer.base.product(x, layer.bias)
+
+        def update(number: int, down: Tensor) -> Side:
+            return (B[number],), down, block.layers[number].scaling
+
+        def narrow(numbers: Sequence[int]) -> Tensor:
+            return x.new_empty(rows, sum(len(A[number]) for number in numbers))
+
+        def norm_scale() -> Tensor:
+            return torch.empty(rows, dtype=torch.float32, device=x.device)
+
+        n, n_scale, n_down = torch.empty_like(x), norm_scale(), narrow(QKV)
+        behind: Side = tuple(A[:3]), n_down, 1.0
+        norm = block.before
+        block_calls.norm_forward(x, weight=norm.weight, out=n, scale=n_scale, epsilon=norm.epsilon, behind=behind)
+        made = [product(number, n) for number in QKV]
+        of = _split(n_down, A[:3])
+        block_calls.heads(made, block.cos, block.sin, [update(*each) for each in zip(QKV, of, strict=True)], back=False)
+        q, k, v = (each.view(rows, -1, block.size) for each in made)
+        out, kept = attended(q, k, v, block.layout, block.rules)
+        out_down = rank.down(out.view(rows, -1), A[O])
+        h, m, m_scale, m_down = product(O, out.view(rows, -1)), torch.empty_like(x), norm_scale(), narrow(GATES)
+        before, behind, norm = update(O, out_down), (tuple(A[4:6]), m_down, 1.0), block.between
+        block_calls.norm_forward(
+            h, before=before, beside=x, weight=norm.weight, out=m, scale=m_scale, epsilon=norm.epsilon, behind=behind
+        )
+        gate, up = (product(number, m) for number in GATES)
+        inner, inner_down = torch.empty_like(gate), narrow([DOWN])
+        of_gate, of_up = (update(*each) for each in zip(GATES, _split(m_down, A[4:6]), strict=True))
+        block_calls.gate_forward(gate, up, inner, of_gate, of_up, ((A[DOWN],), inner_down, 1.0))
+        y = product(DOWN, inner)
+        block_calls.norm_forward(y, before=update(DOWN, inner_down), beside=h)
+        saved = (x, n, n_scale, n_down, q, k, v, out, out_down, h, m, m_scale, m_down, gate, up, inner, inner_down)
+        ctx.save_for_backward(*saved, *factors, *kept)
+        ctx.block, ctx.types = block, [each.dtype for each in given]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, n, n_scale, n_down, q, k, v, out, out_down, h, m, m_scale, m_down, gate, up, inner, inner_down, *more = (
+            ctx.saved_tensors
+        )
+        block: Block = ctx.block
+        A, B, kept = more[:LAYERS], more[LAYERS : 2 * LAYERS], more[2 * LAYERS :]
+        rows, grad = len(x), grad.contiguous()
+        of_A, of_B = list[Tensor](), list[Tensor]()
+
+        def narrow(numbers: Sequence[int]) -> Tensor:
+            return x.new_empty(rows, sum(len(A[number]) for number in numbers))
+
+        def first(number: int, into: Tensor) -> Side:
+            return (B[number],), into, block.layers[number].scaling
+
+        def input_gradient(numbers: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
+            found: Tensor | None = None
+            for number, each in zip(numbers, grads, strict=True):
+                found = block.layers[number].base.input_gradient(each, found)
+            assert found is not None
+            return found
+
+        def keep(numbers: Sequence[int], x: Tensor, above: Tensor, grads: Sequence[Tensor], down: Tensor) -> None:
+            """The gradients of these layers' factors, in front of what was found so far. above: g B of each."""
+            own = [A[number] for number in numbers]
+            of_A[:0] = rank.gradient(above, x).split([len(each) for each in own])
+            downs = zip(numbers, _split(down, own), grads, strict=True)
+            of_B[:0] = [rank.gradient(low, g, block.layers[number].scaling).T for number, low, g in downs]
+
+        above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)
+        grad_gate, grad_up = input_gradient([DOWN], [grad]), torch.empty_like(up)
+        keep([DOWN], inner, above, [grad], inner_down)
+        before: Side = (A[DOWN],), above, 1.0
+        above = narrow(GATES)
+        of_gate, of_up = (first(*each) for each in zip(GATES, _split(above, A[4:6]), strict=True))
+        block_calls.gate_backward(grad_gate, gate, up, grad_up, before=before, of_gate=of_gate, of_up=of_up)
+        keep(GATES, m, above, [grad_gate, grad_up], m_down)
+        grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), (tuple(A[4:6]), above, 1.0), narrow([O])
+        block_calls.norm_backward(
+            grad_h, h, block.between.weight, m_scale, before=before, beside=grad, behind=first(O, above)
+        )
+        keep([O], out.view(rows, -1), above, [grad_h], out_down)
+        grad_out = input_gradient([O], [grad_h])
+        rank.add_up(grad_out, above, A[O].T)
+        turned = attended_gradients(q, k, v, kept, grad_out.view(q.shape), block.layout, block.rules)
+        grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
+        sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
+        block_calls.heads(grads, block.cos, block.sin, sides, back=True)
+        keep(QKV, n, above, grads, n_down)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x, before = input_gradient(QKV, grads), (tuple(A[:3]), above, 1.0)
+            block_calls.norm_backward(grad_x, x, block.before.weight, n_scale, before=before, beside=grad_h)
+        return grad_x, None, *(each.to(dtype) for each, dtype in zip((*of_A, *of_B), ctx.types, strict=True))
+
+
+def _split(narrow: Tensor, A: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(M, R) of several layers -> of each."""
+    return [narrow] if len(A) == 1 else narrow.split([len(each) for each in A], dim=1)
+
+
+def lora_block(x: Tensor, block: Block) -> Tensor:
+    """x (M, D), of which the block is usable -> (M, D)."""
+    apply: Any = _Block.apply
+    y: Tensor = apply(x, block, *block.factors())
+    return y
+
+
+def _taken(layer: Adapted, rows: int) -> bool:
+    """Whether the layer is one that the kernels update: no dropout, no bias that trains, whole registers."""
+    if layer.dropout is not None or (layer.bias is not None and layer.bias.requires_grad) or rows < 16:
+        return False
+    sides, rank_of = (layer.A, layer.B), len(layer.A)
+    if rank_of % 16 or not 0 < rank_of <= rank.MOST or any(size % 16 for size in (layer.A.shape[1], len(layer.B))):
+        return False
+    return all(each.is_contiguous() and each.dtype is torch.float32 for each in sides)

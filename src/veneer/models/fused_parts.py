@@ -1,0 +1,41 @@
+"""A norm and a gated feed-forward block, computed in fewer passes: what stands in for them (fused.py)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.adapters.lora import side_by_side
+from veneer.adapters.wrapping import SwappedModule, unwrapped
+from veneer.kernels.fused import rms_norm, silu_gate
+from veneer.models.stand_in import StandIn
+
+
+class FusedNorm(StandIn):
+    """base: the norm, or the wrapper around one whose weight an adapter trains."""
+
+    def __init__(self, base: nn.Module, epsilon: float) -> None:
+        super().__init__(base)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_acting()
+        return self.base(x) if weight is None else rms_norm(x, weight, self.epsilon)
+
+    def weight_acting(self) -> Tensor | None:
+        """The weight of all rows, trained or the base's own; None: rows of several adapters."""
+        trained: dict[str, Tensor] = {}
+        if isinstance(self.base, SwappedModule):
+            acting = self.base.routing.acting.whole
+            if acting is None:
+                return None
+            trained = self.base.replaced(acting)
+        return trained.get("weight", unwrapped(self.base).get_parameter("weight"))
+
+
+class FusedGate(StandIn):
+    """down(silu(gate(x)) * up(x)), the projections being the model's own, adapted or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        gate, up = side_by_side([base.gate_proj, base.up_proj], x)
+        return base.down_proj(silu_gate(gate, up))

@@ -1,0 +1,81 @@
+"""A valid call of every function of kernels/block_calls.py (native_cases.py has those of the others)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import block_calls
+
+BF16 = torch.bfloat16
+
+
+def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """filled: a tensor of random values between margins, of a type and a shape."""
+    rows, width, size = rng.randint(1, 110), 16 * rng.randint(1, 9), 32 * rng.randint(1, 2)
+    dtype = rng.choice([torch.float32, BF16])
+
+    def wide(columns: int = width) -> Tensor:
+        return filled(BF16, rows, columns)
+
+    def side(*, of_A: bool, columns: int = width, most: int = 1) -> block_calls.Side:
+        ranks = [16 * rng.randint(1, 3) for _ in range(rng.randint(1, most))]
+        factors = tuple(filled(dtype, *((r, columns) if of_A else (columns, r))) for r in ranks)
+        return factors, filled(BF16, rows, sum(ranks)), 0.5
+
+    weight, scale, heads = filled(BF16, width), filled(torch.float32, rows), [rng.randint(1, 3) for _ in range(3)]
+    norm = {"weight": weight, "out": wide(), "scale": scale, "epsilon": 1e-5, "behind": side(of_A=True, most=3)}
+    before, beside = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
+    of_gate, of_up = side(of_A=False), side(of_A=False)
+    return [
+        (block_calls.norm_forward, {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])}),
+        (
+            block_calls.norm_backward,
+            {
+                "grad": wide(),
+                "normed": wide(),
+                "weight": weight,
+                "scale": scale,
+                "beside": wide(),
+                "before": side(of_A=True, most=3),
+                "behind": rng.choice([None, side(of_A=False)]),
+            },
+        ),
+        (
+            block_calls.gate_forward,
+            {
+                "gate": wide(),
+                "up": wide(),
+                "out": wide(),
+                "of_gate": of_gate,
+                "of_up": of_up,
+                "behind": side(of_A=True),
+            },
+        ),
+        (
+            block_calls.gate_backward,
+            {
+                "grad": wide(),
+                "gate": wide(),
+                "up": wide(),
+                "grad_up": wide(),
+                "before": side(of_A=True),
+                "of_gate": of_gate,
+                "of_up": of_up,
+            },
+        ),
+        (
+            block_calls.heads,
+            {
+                "x": tuple(wide(own * size) for own in heads),
+                "cos": wide(size),
+                "sin": wide(size),
+                "back": bool(rng.randint(0, 1)),
+                "sides": tuple(side(of_A=False, columns=own * size) for own in heads),
+            },
+        ),
+    ]

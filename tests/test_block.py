@@ -1,0 +1,180 @@
+"""A decoder layer with LoRA as one node: the bits of the layer's own parts, and which layers and forwards it takes."""
+
+import pytest
+import torch
+
+from tests.helpers import fill, make_examples
+from tests.test_tiles import vectors
+from tests.tiny import tiny_model
+from veneer.adapters.acting import TokenKeys
+from veneer.adapters.attach import attach
+from veneer.adapters.config import DoRA, LoRA
+from veneer.adapters.routing import Routing
+from veneer.data.batching import make_batch
+from veneer.kernels import native
+from veneer.models.checkpointing import checkpointed
+from veneer.models.fused import fused, replacements
+from veneer.models.fused_layer import FusedLayer
+from veneer.models.step import batch_loss, prepare
+
+pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
+SIZES = {"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+class Trained:
+    """A tiny model in bf16 with an adapter on all linear layers, and one batch."""
+
+    def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, **settings):
+        self.model, self.routing = tiny_model(family, torch.bfloat16, **SIZES, head_dim=32), Routing()
+        self.paths = prepare(self.model)
+        settings = {"targets": "all-linear", "rank": rank, "alpha": 5.0, **settings}
+        head = self.model.get_output_embeddings()
+        attachment = attach(self.model, method(**settings), name="a", routing=self.routing, head=head)
+        fill(attachment.parameters().values(), scale=0.1)
+        self.parameters = list(attachment.parameters().values())
+        self.routing.active = (("a", 1.0),)
+        examples = make_examples(9, prompt=prompt)
+        self.batch = make_batch(examples, packed=True, share_prompt=True, device=torch.device("cpu"))
+
+    def measured(self):
+        loss = batch_loss(self.model, self.paths, self.routing, self.batch, total=float(self.batch.trained_tokens))
+        return [loss, *torch.autograd.grad(loss, self.parameters)]
+
+    def layers(self):
+        return [made for made in replacements(self.model).values() if isinstance(made, FusedLayer)]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many forwards of a layer were one node."""
+    counts, own = [], FusedLayer._block
+
+    def block(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        counts.append(found is not None)
+        return found
+
+    monkeypatch.setattr(FusedLayer, "_block", block)
+    return counts
+
+
+def by_parts(trained, monkeypatch):
+    """The same model, its layers computed part by part."""
+    with monkeypatch.context() as patch, fused(trained.model, replacements(trained.model)):
+        patch.setattr(FusedLayer, "_block", lambda *_, **__: None)
+        return trained.measured()
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 48}, {"rank_pattern": {"k_proj": 32, "up_proj": 64}}, {"prompt": 0}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
+    trained = Trained(family, **settings)
+    plain = by_parts(trained, monkeypatch)
+    with fused(trained.model, replacements(trained.model)):
+        ours = trained.measured()
+    assert taken == [True, True]
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
+    trained = Trained()
+    with fused(trained.model, replacements(trained.model)), checkpointed(trained.model, trained.routing, on=True):
+        ours = trained.measured()
+    assert taken == [True] * 4
+    assert all(torch.equal(a, b) for a, b in zip(ours, by_parts(trained, monkeypatch), strict=True))
+    if not native.has_amx():
+        return
+    with vectors():
+        with fused(trained.model, replacements(trained.model)):
+            ours = trained.measured()
+        assert all(torch.equal(a, b) for a, b in zip(ours, by_parts(trained, monkeypatch), strict=True))
+
+
+def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
+    trained = Trained()
+
+    def loss():
+        with torch.no_grad(), fused(trained.model, replacements(trained.model)):
+            return batch_loss(trained.model, trained.paths, trained.routing, trained.batch, total=1.0)
+
+    ours = loss()
+    assert taken == [True, True]
+    monkeypatch.setattr(FusedLayer, "_block", lambda *_, **__: None)
+    assert torch.equal(ours, loss())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 8},
+        {"targets": ["q_proj", "v_proj"]},
+        {"method": DoRA},
+        {"train_modules": ["input_layernorm"]},
+        {"dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_what_the_node_does_not_compute_goes_through_the_layer(settings, taken, monkeypatch):
+    trained = Trained(**settings)
+    keys = TokenKeys(torch.arange(trained.batch.ids.numel()), 3)
+    found = replacements(trained.model)
+    with trained.routing.held(trained.routing.acting.drawing(keys)), fused(trained.model, found):
+        ours = trained.measured()
+        monkeypatch.setattr(FusedLayer, "_block", lambda *_, **__: None)
+        plain = trained.measured()
+    assert not any(taken)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_a_layer_that_someone_watches_goes_through_itself(taken):
+    trained = Trained()
+    trained.model.model.layers[1].register_forward_hook(lambda *_: None)
+    with fused(trained.model, replacements(trained.model)):
+        trained.measured()
+    assert taken == [True, False]
+
+
+def _scaled(own):
+    return lambda self, x, **given: own(self, x, **given) * 0.5
+
+
+def _clipped(own):
+    return lambda self, x, **given: own(self, x, **given).clamp(-1000.0, 1000.0)
+
+
+def _straight(own):
+    def forward(self, hidden_states, **given):
+        n = self.input_layernorm(hidden_states)
+        return hidden_states + self.self_attn(hidden_states=n, **given)[0] + self.mlp(n)
+
+    return forward
+
+
+def _without_layout(own):
+    return lambda self, x, veneer_layout=None, **given: own(self, x, **given)
+
+
+@pytest.mark.parametrize("change", [_scaled, _clipped, _straight, _without_layout])
+def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
+    trained = Trained()
+    assert len(trained.layers()) == 2
+    kind = type(trained.model.model.layers[0])
+    monkeypatch.setattr(kind, "forward", change(kind.forward))
+    assert not trained.layers()
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "gemma2", "mixtral"])
+def test_layers_of_other_parts_stay(family):
+    model = tiny_model(family, torch.bfloat16)
+    prepare(model)
+    attach(model, LoRA(rank=16, targets="all-linear"), name="a", routing=Routing(), head=model.get_output_embeddings())
+    assert not any(isinstance(made, FusedLayer) for made in replacements(model).values())
+
+
+def test_layers_in_float32_and_bases_alone_stay():
+    trained = tiny_model("llama", torch.float32)
+    prepare(trained)
+    attach(trained, LoRA(rank=16, targets="all-linear"), name="a", routing=Routing(), head=None)
+    for model in (trained, tiny_model("llama", torch.bfloat16)):
+        assert not any(isinstance(made, FusedLayer) for made in replacements(model).values())
