@@ -6,7 +6,7 @@ run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summ
 import math
 import platform
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -42,6 +42,7 @@ from veneer.models.step import Paths, refuse_untrainable
 from veneer.quant.weight import PackedSize
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
 from veneer.train.folder import given_rows, held, resume_point, settled, sweep, write_run_file
+from veneer.train.heap import steady_heap
 from veneer.train.job import Job
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Loop
@@ -194,7 +195,8 @@ def _run(
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
         loop = Loop(job, records, screen, origin=origin, resume_from=resume_from, world=world)
-        with fused(base.model, one_pass), checkpointed(base.model, base.routing, on=config.checkpointing):
+        heap = steady_heap(0 if planned is None else planned.peak) if base.device.type == "cpu" else nullcontext()
+        with heap, fused(base.model, one_pass), checkpointed(base.model, base.routing, on=config.checkpointing):
             reason = loop.run()
         loop.release()
         summary = _summary(config, base, start, loop, reason)
