@@ -143,4 +143,6 @@ void veneer_step_norm(struct step_norm *a, int64_t rows, int bf16, int most) { R
 void veneer_step_rotate(struct step_rotate *a, int64_t rows, int bf16, int most) {
     RUN(rotate_rows, (a->q_heads + a->k_heads) * a->size);
 }
-void veneer_step_gate(struct step_gate *a, int64_t rows, int bf16, int most) { RUN(gate_rows, a->width); }
+void veneer_step_gate(struct step_gate *a, int64_t rows, int bf16, int most) {
+    RUN(gate_rows, 4 * a->width); /* each takes a division */
+}
