@@ -108,7 +108,8 @@ class Training:
         self.checkpointing, self.model, self.routing = checkpointing, model, routing
         self.flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
         self.one_pass = replacements(model)
-        settings = {"base": "b", "data": "d", "out": "o", "batch": rows, "checkpointing": checkpointing}
+        settings: dict[str, Any] = {"base": "b", "data": "d", "out": "o", "batch": rows}
+        settings |= {"checkpointing": checkpointing, "share_prompt": False}
         job = Job(
             model=model,
             paths=self.paths,
@@ -119,7 +120,6 @@ class Training:
             config=RunConfig.model_validate(settings),
             learning_rate=1e-3,
             steps=1000,
-            share_prompt=False,
             out=Path("nowhere"),
             sample=None,
         )
