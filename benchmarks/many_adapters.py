@@ -57,13 +57,13 @@ def asked_for(number: int, requests: int) -> list[int]:
     return random.Random(0).choices(range(number), weights, k=requests)
 
 
-def answered(engine: Engine, requests: list[Request]) -> dict[str, float]:
-    """tokens/s over all, and how long each waited for its first token, ms."""
+def in_flight(engine: Engine, requests: list[Request], flight: int) -> tuple[float, list[float]]:
+    """Seconds of all, and how long each waited for its first token, ascending."""
     waiting, came, first = list(reversed(requests)), {}, {}
     flying: list[Answer] = []
     start = time.perf_counter()
     while waiting or flying:
-        while waiting and len(flying) < FLIGHT:
+        while waiting and len(flying) < flight:
             (answer,) = engine.add(waiting.pop())
             came[answer.number], flying = time.perf_counter(), [*flying, answer]
         engine.step(0.0)
@@ -76,7 +76,11 @@ def answered(engine: Engine, requests: list[Request]) -> dict[str, float]:
         flying = [answer for answer in flying if answer.reason is None]
         if flying and not engine.scheduler.running:
             time.sleep(0.001)  # adapters are on their way
-    seconds, waits = time.perf_counter() - start, sorted(first.values())
+    return time.perf_counter() - start, sorted(first.values())
+
+
+def answered(engine: Engine, requests: list[Request]) -> dict[str, float]:
+    seconds, waits = in_flight(engine, requests, FLIGHT)
     return {
         "tokens/s": round(len(requests) * NEW / seconds, 1),
         "first token, median ms": round(1e3 * statistics.median(waits), 1),

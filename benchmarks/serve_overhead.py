@@ -27,14 +27,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from many_adapters import make_library
+from decoding_step import spread
+from many_adapters import in_flight, make_library
 
 import veneer
 from veneer.base import Base
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sequence import Request
-from veneer.decoding.sequence import Sequence as Answer
 from veneer.library.residents import Residents
 
 PROMPT, NEW, ADAPTERS = 64, 64, 16
@@ -52,22 +52,8 @@ def found(seconds: float, first: list[float], count: int) -> dict[str, float]:
 
 
 def in_process(engine: Engine, flight: int, requests: int, turn: int) -> dict[str, float]:
-    waiting = [Request(prompt=tuple(each), max_new_tokens=NEW) for each in prompts(requests, turn)]
-    flying: list[Answer] = []
-    came: dict[int, float] = {}
-    first: dict[int, float] = {}
-    start = time.perf_counter()
-    while waiting or flying:
-        while waiting and len(flying) < flight:
-            (answer,) = engine.add(waiting.pop())
-            came[answer.number], flying = time.perf_counter(), [*flying, answer]
-        engine.step(0.0)
-        now = time.perf_counter()
-        for answer in flying:
-            if answer.new:
-                first.setdefault(answer.number, now - came[answer.number])
-        flying = [answer for answer in flying if answer.reason is None]
-    return found(time.perf_counter() - start, list(first.values()), requests)
+    asked = [Request(prompt=tuple(each), max_new_tokens=NEW) for each in prompts(requests, turn)]
+    return found(*in_flight(engine, asked, flight), requests)
 
 
 async def _asked(port: int, waiting: list[list[int]], streamed: bool, first: list[float]) -> None:
@@ -131,21 +117,9 @@ def beside_a_library(base: Base, folder: Path, room: int) -> Engine:
     library = make_library(folder, base, ADAPTERS)
     residents = Residents(base, library, budget_bytes=2**30, base_names=["base"])
     engine = Engine(base, budget_bytes=room, adapters=residents)
-    answers: list[Answer] = []
-    for number in range(ADAPTERS):
-        identity = residents.resolve(f"a{number}")
-        answers += engine.add(Request(prompt=(5, 6, 7), max_new_tokens=2, adapter=identity))
-    while not engine.scheduler.idle:
-        engine.step(0.0)
-        time.sleep(0.001)
-    if not all(answer.reason is not None and answer.error is None for answer in answers):
-        raise RuntimeError("an adapter of the library did not answer")
+    names = [residents.resolve(f"a{number}") for number in range(ADAPTERS)]
+    in_flight(engine, [Request(prompt=(5, 6, 7), max_new_tokens=2, adapter=each) for each in names], ADAPTERS)
     return engine
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    middle = statistics.median(values)
-    return {"median": round(middle, 2), "least": round(min(values), 2), "most": round(max(values), 2)}
 
 
 def main() -> None:
