@@ -72,15 +72,20 @@ def page(rows: dict[str, str]) -> str:
         "- **rows**: how a batch is computed and, where documents are not packed, why. Padded and one by one "
         "are slower, "
         "not less exact. A tower for images is left out of what is trained, by name.",
+        "",
         "- **mix tokens by attention**: layers with a state (linear attention, state spaces, short convolutions) read "
         "documents that stand end to end as one; only kernels for GPUs are told where one ends, and nothing here "
         "has tried these. So their rows are padded.",
+        "",
         f"- **loss**, **gradient**: of a batch with a shared prompt, against PEFT and the model's own forward "
         f"one row at "
         f"a time; yes: within {LOSS:g} and {GRADIENT:g} of the largest value.",
+        "",
         "- **to PEFT**: our adapter's file in PEFT; **from PEFT**: PEFT's `all-linear` file here; yes: the same "
         "logits.",
+        "",
         "- **answers**: four greedy ones at once against transformers' loop in PEFT one at a time, all the same.",
+        "",
         "- Words in place of a yes say what PEFT or transformers does not do (tests/families_declared.py).",
         "",
         f"{len(compared)} are compared: {packed} of them packed, {clean} agree in every column.",

@@ -108,6 +108,8 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
     chosen: dict[str, list[tuple[str, str]]] = {}
     dearer: dict[str, list[str]] = {}
     for start, field, told, what in rules:
+        if any(field not in m for m in methods):  # it was not measured
+            continue
         least, most, least_of_all = (
             min(equal, key=lambda m: (m[field], m["adapter_bytes"])),
             max(methods, key=lambda m: m[field]),
