@@ -23,7 +23,7 @@ from veneer.data.batching import make_batch
 from veneer.decoding import generate as answers
 from veneer.decoding.generate import generate
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
-from veneer.kernels import attention, rank
+from veneer.kernels import attention, launch, rank
 from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
@@ -53,7 +53,7 @@ CPU = SimpleNamespace(device=torch.device("cpu"), holds=lambda tensor: True)
 
 @pytest.fixture(autouse=True)
 def _whatever_this_machine_has(monkeypatch):
-    monkeypatch.setattr(kernels, "_triton", lambda: None)  # it would launch on the pretended device
+    monkeypatch.setattr(launch, "module", lambda name: None)  # it would launch on the pretended device
     monkeypatch.setattr(attention, "declined", lambda *_: "pretended")
     monkeypatch.setattr(offload, "WORTH_BYTES", 512)
 
@@ -322,7 +322,7 @@ def test_a_kernel_is_launched_on_the_device_that_holds_the_weights(monkeypatch):
     )
     with there:
         packed = nf4.quantize(torch.randn(64, 64).to("cuda:1"))
-        monkeypatch.setattr(kernels, "_triton", lambda: launches)
+        monkeypatch.setattr(launch, "module", lambda name: launches)
         nf4.dequantize(packed)
         kernels.product(packed.blocks, torch.randn(1, 64).to("cuda:1"), 64)
         assert current == [1, 1] and torch.cuda.current_device() == 0

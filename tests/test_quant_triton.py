@@ -1,24 +1,14 @@
 """The CUDA kernels give the bits of the plain reference: on a GPU where there is one, else in Triton's interpreter."""
 
-import os
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed (it comes with torch for CUDA)", allow_module_level=True)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was loaded without its interpreter: run this file alone", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"  # before its first import
+from tests.interpreter import DEVICE  # before Triton is loaded
+from veneer.kernels import nf4 as kernels
+from veneer.kernels import nf4_reference as reference
+from veneer.quant import nf4
 
-from veneer.kernels import nf4 as kernels  # noqa: E402
-from veneer.kernels import nf4_reference as reference  # noqa: E402
-from veneer.kernels import triton_nf4  # noqa: E402
-from veneer.quant import nf4  # noqa: E402
+triton_nf4 = pytest.importorskip("veneer.kernels.triton_nf4")
 
 every_dtype = pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
 held = pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import one_pass
 import torch
 from steps import Shape, Training, attention_case, random_model
 
 from veneer import api
 from veneer.adapters.config import LoRA
-from veneer.kernels import attention, flash, nf4_reference
+from veneer.kernels import attention, flash, gguf, launch, nf4_reference
 from veneer.kernels import nf4 as kernels
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
@@ -134,7 +135,7 @@ def decoded_bits(at: Place) -> dict[str, Any]:
             differ = int((there.cpu().flatten() != plain).sum())
             found[f"{str(dtype).removeprefix('torch.')}, double {double}"] = differ
     assert not any(found.values()), found
-    return {"values_that_differ": found, "triton": kernels._triton() is not None}
+    return {"values_that_differ": found, "triton": launch.module("nf4") is not None}
 
 
 def moved(weight: nf4.Packed, device: torch.device) -> nf4.Packed:
@@ -252,6 +253,39 @@ def decode_rate(at: Place) -> dict[str, Any]:
         seconds = at.seconds(lambda blocks=blocks, dense=dense: kernels.dequantize(blocks, dense))
         found[f"{out} x {width}"] = (weight.bytes + dense.nbytes) / seconds / 1e9
     return {"gigabytes_per_second": found}
+
+
+def drawn(at: Place) -> Callable[..., torch.Tensor]:
+    """Values near 1 in bf16, the same each time."""
+    draw = torch.Generator(at.device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=draw, device=at.device).bfloat16()
+
+
+def one_pass_kernels(at: Place) -> dict[str, Any]:
+    """Norm, gates, rotation and dropout, forward and backward, beside plain torch."""
+    rows, shape, draw = at.rows * at.length, at.model, drawn(at)
+    cases = {
+        "norm": one_pass.norm_case(rows, shape.hidden, draw),
+        "silu gate": one_pass.gate_case(rows, shape.feed_forward, draw, gelu=False),
+        "gelu gate": one_pass.gate_case(rows, shape.feed_forward, draw, gelu=True),
+        "rotation": one_pass.rotary_case(rows, shape.heads, shape.head, draw),
+        "dropout": one_pass.dropout_case(rows, shape.hidden, draw),
+    }
+    return {name: one_pass.compared(case, at.seconds) for name, case in cases.items()}
+
+
+def entropy_kernel(at: Place) -> dict[str, Any]:
+    case = one_pass.entropy_case(min(1024, at.rows * at.length), at.model.vocabulary, drawn(at))
+    return one_pass.compared(case, at.seconds)
+
+
+def gguf_kernels(at: Place) -> dict[str, Any]:
+    """Blocks of every format to bf16: bits, and time beside plain torch."""
+    found = {}
+    for kind in gguf.FORMATS:
+        case = one_pass.gguf_case(kind, at.model.hidden, 256 * max(1, at.model.hidden // 256), at.device)
+        found[kind] = one_pass.compared(case, at.seconds)
+    return found
 
 
 def training_step(
@@ -374,6 +408,9 @@ def items(at: Place) -> list[Item]:
         Item("3.4 attention, a window", lambda at: attention_of(at, 0, (at.length,) * at.rows, at.length // 4)),
         Item("3.5 attention, a window and a prompt", lambda at: attention_of(at, short, documents, short // 2 + 1)),
         Item("4.1 decode rate", decode_rate),
+        Item("4.2 norm, gates, rotation, dropout", one_pass_kernels),
+        Item("4.3 loss from logits", entropy_kernel),
+        Item("4.4 gguf blocks decoded", gguf_kernels),
         Item("5.1 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
         Item("5.2 lora step", training_step, 180),
         Item("5.3 lora step, loss in chunks of 2,048", lambda at: training_step(at, chunk=2048), 180),

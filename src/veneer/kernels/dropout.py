@@ -5,7 +5,8 @@ A value is kept if hash(row key, column) reaches the threshold. The row key name
 computed once or for every row, in any batch order, in backward, under gradient checkpointing, and after a resume. Two
 rounds of the 32-bit integer finaliser `lowbias32`
 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/) on 64-bit integers, which every device multiplies alike.
-On a CPU one compiled pass does it all (native/dropout.c): a dozen passes over 64-bit integers cost more than the layer.
+One compiled pass does it all on a CPU (native/dropout.c), one in Triton on CUDA (triton_dropout.py): a dozen passes
+over 64-bit integers cost more than the layer.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls
+from veneer.kernels import calls, launch
 from veneer.kernels.arguments import available
 from veneer.kernels.native import on_cpu
 
@@ -43,12 +44,15 @@ def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
     """
     if rows.dtype != torch.int64 or rows.shape != x.shape[:1] or rows.device != x.device:
         raise ValueError(f"dropout wants one int64 key a row: {tuple(rows.shape)} keys, {tuple(x.shape)} values")
+    row_key, column_key = key & _MASK32, key >> 32 & _MASK32
+    if (triton := launch.triton("dropout", x)) is not None and rows.is_contiguous():
+        return triton.drop(x, rows, row_key, column_key, dropout)
     if x.dtype not in _COMPILED or not on_cpu(x) or not (x.is_contiguous() and rows.is_contiguous()):
         return drop_out_reference(x, rows, key=key, dropout=dropout)
     if not available("veneer_dropout"):
         return drop_out_reference(x, rows, key=key, dropout=dropout)
     out = torch.empty_like(x)
-    calls.dropout(x, out, rows, row_key=key & _MASK32, column_key=key >> 32 & _MASK32, share=dropout)
+    calls.dropout(x, out, rows, row_key=row_key, column_key=column_key, share=dropout)
     return out
 
 

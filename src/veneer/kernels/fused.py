@@ -1,11 +1,12 @@
 """Chains of elementwise operations, each as one node of the graph that keeps no more than it needs.
 
     rms_norm     y = weight * (x / sqrt(mean(x^2) + epsilon))          keeps x and one float32 a row
-    silu_gate    y = silu(gate) * up                                   keeps gate and up
+    silu_gate    y = silu(gate) * up, gelu_gate with gelu's tanh       keeps gate and up
     rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
 
 Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of x. Compiled
-for bf16 on processors that have it (native/fused.c); elsewhere the same steps in torch. Values are rounded where the
+for bf16 on processors that have it (native/fused.c), in Triton on CUDA (triton_norm.py, triton_gate.py,
+triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the
 models round: after the normalisation, after the activation. Shapes: M rows, D width.
 """
 
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import calls
+from veneer.kernels import calls, launch
 from veneer.kernels.native import has_bf16, on_cpu
+
+MOST_WIDTH = 2**14
+"""D of a norm in Triton: a row stays in the registers of one program."""
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -38,6 +42,8 @@ class _RMSNorm(torch.autograd.Function):
         if weight.shape == x.shape[-1:] and compiled(x, weight):
             out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
             calls.rms_norm_forward(x, weight, out, scale, epsilon)
+        elif (triton := _norms(x, weight)) is not None:
+            out, scale, _ = triton.norm_forward(x, weight, epsilon)
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -58,6 +64,8 @@ class _RMSNorm(torch.autograd.Function):
             out = torch.empty_like(x)
             calls.rms_norm_backward(x, weight, grad, out, scale)
             return out, grad_weight, None
+        if (triton := _norms(x, weight, grad)) is not None:
+            return triton.norm_backward(x, weight, grad, scale), grad_weight, None
         inverse = scale.view(*x.shape[:-1], 1)
         normal = x.to(scale.dtype) * inverse
         inner = grad.to(scale.dtype) * weight.to(scale.dtype)
@@ -65,11 +73,19 @@ class _RMSNorm(torch.autograd.Function):
         return out.to(x.dtype), grad_weight, None
 
 
+def _norms(x: Tensor, weight: Tensor, *others: Tensor) -> Any:
+    """Triton's norms, where they take these."""
+    fits = weight.shape == x.shape[-1:] and weight.numel() <= MOST_WIDTH
+    return launch.triton("norm", x, weight, *others) if fits else None
+
+
 class _SiluGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
+        if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
+            return triton.gate_forward(gate, up, False)
         if gate.shape != up.shape or gate.numel() % 16 or not compiled(gate, up):
             return F.silu(gate) * up
         out = torch.empty_like(gate)
@@ -81,12 +97,34 @@ class _SiluGate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad = grad.contiguous()
+        if (triton := launch.triton("gate", gate, up, grad)) is not None:
+            return triton.gate_backward(gate, up, grad, False)
         if gate.numel() % 16 or not compiled(gate, up, grad):
             share = torch.sigmoid(gate)
             return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
         calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
         return grad_gate, grad_up
+
+
+class _GeluGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
+            return triton.gate_forward(gate, up, True)
+        return F.gelu(gate, approximate="tanh") * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad = grad.contiguous()
+        if (triton := launch.triton("gate", gate, up, grad)) is not None:
+            return triton.gate_backward(gate, up, grad, True)
+        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return grad_gate, grad * F.gelu(gate, approximate="tanh")
 
 
 class _Rotary(torch.autograd.Function):
@@ -108,6 +146,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tenso
         out = torch.empty_like(x)
         calls.rotary(x, cos, sin, out, back=back)
         return out
+    if (triton := launch.triton("rotary", x, cos, sin)) is not None:
+        return triton.rotate(x, cos, sin, back)
     cos, sin = cos[:, None], sin[:, None]
     return x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
 
@@ -154,3 +194,14 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The same under torch's own autograd: the meaning of silu_gate."""
     return F.silu(gate) * up
+
+
+def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh. Source: Shazeer 2020, GEGLU."""
+    apply: Any = _GeluGate.apply
+    return apply(gate, up)
+
+
+def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same under torch's own autograd: the meaning of gelu_gate."""
+    return F.gelu(gate, approximate="tanh") * up

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.kernels import few_rows, packed_calls
+from veneer.kernels import few_rows, launch, packed_calls
 from veneer.kernels.arguments import available
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -58,9 +58,12 @@ def in_features(blocks: Tensor, kind: Kind) -> int:
 
 def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.ANY_LEVEL) -> Tensor:
     """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
+    layout = FORMATS[kind]
+    if (triton := launch.triton("gguf", out)) is not None and blocks.is_contiguous():
+        return triton.decode(blocks, out, layout.number, layout.size, layout.bytes)
     if blocks.device.type != "cpu" or not is_compiled():
         return out.copy_(dequantise_reference(blocks, kind))
-    packed_calls.gguf_dequantise(FORMATS[kind].number, blocks, out, min(most, 3))
+    packed_calls.gguf_dequantise(layout.number, blocks, out, min(most, 3))
     return out
 
 

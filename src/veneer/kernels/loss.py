@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import calls
+from veneer.kernels import calls, launch
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
 
@@ -98,6 +98,8 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         each = torch.empty(count, dtype=torch.float32, device=z.device)
         calls.entropy(z, targets, each)
         return each.sum(), z
+    if (triton := launch.triton("entropy", z)) is not None:
+        return triton.entropy(z, targets, True).sum(), z
     place = torch.arange(count, device=z.device)
     p = z.to(_wide(z.dtype))
     top = p.amax(dim=-1, keepdim=True)
@@ -192,6 +194,8 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
             _check_targets(z, chosen)
         if _is_compiled(z, chosen):
             calls.entropy(z, chosen, out)
+        elif (triton := launch.triton("entropy", z)) is not None:
+            out.copy_(triton.entropy(z, chosen, False))
         else:
             out.copy_(F.cross_entropy(z[: len(chosen)].to(each.dtype), chosen, reduction="none"))
     return each

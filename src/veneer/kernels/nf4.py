@@ -6,15 +6,12 @@ Knows nothing of modules, code books or shapes: a weight is flat, and a matrix i
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import few_rows, packed_calls
+from veneer.kernels import few_rows, launch, packed_calls
 from veneer.kernels import nf4_reference as reference
 from veneer.kernels.arguments import TYPES, available
 from veneer.kernels.packed_calls import NF4Weights
@@ -94,12 +91,6 @@ def is_compiled() -> bool:
     return available("veneer_nf4_product")
 
 
-@cache
-def _triton() -> Any:
-    """triton_nf4, or None where Triton is not installed: then CUDA tensors take the plain path."""
-    return import_module("veneer.kernels.triton_nf4") if find_spec("triton") is not None else None
-
-
 def quantize(
     values: Tensor, thresholds: Tensor, codes: Tensor, block: int, *, level: int = -1
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +117,7 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
     if not out.is_contiguous():
         out.copy_(dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start))
         return out
-    if out.is_cuda and out.dtype in TYPES and (triton := _triton()) is not None:
+    if (triton := launch.triton("nf4", out)) is not None:
         with torch.cuda.device_of(out):  # a launch goes to the current device, whichever holds the tensors
             return triton.dequantize(weights, out, start=start)
     if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
@@ -149,7 +140,7 @@ def has_product(weights: Blocks, x: Tensor) -> bool:
     if x.dtype not in TYPES:
         return False
     if x.is_cuda:
-        return x.shape[0] <= FUSED_ROWS and _triton() is not None
+        return x.shape[0] <= FUSED_ROWS and launch.module("nf4") is not None
     if x.dtype is torch.float16:
         return x.device.type == "cpu" and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS and is_compiled()
     return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
@@ -168,7 +159,7 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
         return y
     if x.is_cuda:
         with torch.cuda.device_of(x):
-            return _triton().product(weights, x, outs, start=start)
+            return launch.module("nf4").product(weights, x, outs, start=start)
     if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
         packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
     else:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from veneer.kernels.triton_numbers import rounded
+
 _ELEMENTS = 1024
 _OUTS, _WIDTH = 8, 256
 
@@ -43,16 +45,6 @@ def _weights(
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr):
-    """To `dtype`, ties to even; for bf16 by hand, because the interpreter cuts instead."""
-    if dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
 def _dequantize(
     packed,
     scales,
@@ -73,7 +65,7 @@ def _dequantize(
     value = _weights(
         packed, scales, table, nested_table, nested_scales, offset, start + place, inside, nested, block, nested_block
     )
-    tl.store(out + place, _rounded(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -117,12 +109,12 @@ def _product(
             block,
             nested_block,
         )
-        rounded_OI = _rounded(weight_OI, x.dtype.element_ty).to(tl.float32)
+        rounded_OI = rounded(weight_OI, x.dtype.element_ty).to(tl.float32)
         inside_MI = (row_M[:, None] < rows) & (column_I[None, :] < width)
         x_MI = tl.load(x + row_M[:, None] * width + column_I[None, :], mask=inside_MI, other=0.0).to(tl.float32)
         sums_MO += tl.sum(x_MI[:, None, :] * rounded_OI[None, :, :], axis=2)
     inside_MO = (row_M[:, None] < rows) & (out_O[None, :] < outs)
-    tl.store(y + row_M[:, None] * outs + out_O[None, :], _rounded(sums_MO, y.dtype.element_ty), mask=inside_MO)
+    tl.store(y + row_M[:, None] * outs + out_O[None, :], rounded(sums_MO, y.dtype.element_ty), mask=inside_MO)
 
 
 def _parts(weights: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ inside the replacements and come back to their places afterwards.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
+from veneer.kernels.fused import gelu_gate, silu_gate
 from veneer.linear import frozen_linear
 from veneer.models import fused_attention, fused_layer
 from veneer.models.fused_attention import FusedAttention
@@ -39,7 +40,22 @@ def _gate(module: nn.Module) -> FusedGate | None:
     wanted = {"gate_proj", "up_proj", "down_proj"}
     if not wanted <= set(names) or not isinstance(getattr(module, "act_fn", None), nn.Module):
         return None
-    return FusedGate(module) if set(names) - wanted <= {"act_fn"} else None
+    product = _product(module.get_submodule("act_fn")) if set(names) - wanted <= {"act_fn"} else None
+    return None if product is None else FusedGate(module, product)
+
+
+@torch.no_grad()
+def _product(activation: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """The gated product that has this activation."""
+    x, ones = torch.linspace(-4, 4, 64, device="cpu"), torch.ones(64, device="cpu")
+    if any(True for _ in activation.parameters()):
+        return None
+    try:
+        active = activation(x)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    known = (each for each in (silu_gate, gelu_gate) if torch.allclose(active, each(x, ones), atol=1e-6))
+    return next(known, None) if active.shape == x.shape else None
 
 
 def _attention(place: nn.Module) -> FusedAttention | None:
@@ -71,11 +87,10 @@ def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.d
     return bool(((ours - theirs).abs().amax(1) <= TOLERANCE[dtype] * theirs.abs().amax(1)).all())
 
 
-def _agree_without_values(module: nn.Module, made: StandIn) -> bool:
-    """On the meta device: a norm is tried with values of its own, of a gated block the activation alone."""
+def _agree_without_values(module: nn.Module, made: FusedNorm | FusedGate) -> bool:
+    """On the meta device: a norm is tried with values of its own; of a gated block the activation is known."""
     if not isinstance(made, FusedNorm):
-        x = torch.linspace(-4, 4, 64)
-        return torch.allclose(module.get_submodule("act_fn")(x), nn.functional.silu(x), atol=1e-6)
+        return True
     own = copy.deepcopy(module).to_empty(device="cpu")
     weight = own.get_parameter("weight")
     weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))

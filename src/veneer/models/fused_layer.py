@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.lora import AdaptedLinear
 from veneer.kernels.block import Block, Norm, lora_block
+from veneer.kernels.fused import silu_gate
 from veneer.kernels.native import has_bf16
 from veneer.models.attention import Traced
 from veneer.models.fused_attention import FusedAttention, is_taken
@@ -88,7 +89,7 @@ def replacements(model: PreTrainedModel, found: Mapping[str, StandIn]) -> dict[s
         above, _, name = path.rpartition(".")
         if name == "self_attn" and all(type(found.get(f"{above}.{each}")) is kind for each, kind in PARTS.items()):
             layer = model.get_submodule(above)
-            if _is_sum(layer, found[f"{above}.self_attn"]):
+            if found[f"{above}.mlp"].product is silu_gate and _is_sum(layer, found[f"{above}.self_attn"]):
                 layers[above] = FusedLayer(layer)
     return layers
 

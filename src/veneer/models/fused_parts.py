@@ -1,5 +1,6 @@
 """A norm and a gated feed-forward block, computed in fewer passes: what stands in for them (fused.py)."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,9 +34,14 @@ class FusedNorm(StandIn):
 
 
 class FusedGate(StandIn):
-    """down(silu(gate(x)) * up(x)), the projections being the model's own, adapted or not."""
+    """down(active(gate(x)) * up(x)), the projections being the model's own, adapted or not. product: of the gate's
+    activation and what it gates."""
+
+    def __init__(self, base: nn.Module, product: Callable[[Tensor, Tensor], Tensor] = silu_gate) -> None:
+        super().__init__(base)
+        self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base
         gate, up = side_by_side([base.gate_proj, base.up_proj], x)
-        return base.down_proj(silu_gate(gate, up))
+        return base.down_proj(self.product(gate, up))

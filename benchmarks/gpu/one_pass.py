@@ -1,0 +1,112 @@
+"""Each kernel in Triton beside what it stands for in plain torch: time, bytes a second, and how far the two lie apart.
+
+On the CPU, which has kernels of its own, a trial shows only that all of it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import dropout, fused, gguf, launch, loss
+
+APART = 2**-6
+"""Largest difference to float32, relative to the largest value: two roundings to bf16 of a value near 1."""
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within the block nothing is computed in Triton."""
+    with patch.object(launch, "module", lambda name: None):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """call: what is timed. inputs: tensors of it, which get gradients where `grad` is given, by that of the output.
+    moved_bytes: read and written by one pass of each way. exact: to the bit."""
+
+    call: Callable[..., Any]
+    inputs: list[Tensor]
+    grad: Tensor | None
+    moved_bytes: int
+    exact: bool = False
+
+    def run(self) -> list[Tensor]:
+        leaves = [each.detach().requires_grad_(self.grad is not None) for each in self.inputs]
+        out = self.call(*leaves)
+        if self.grad is None:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.grad)]
+
+    def wide(self) -> Case:
+        grad = None if self.grad is None else self.grad.float()
+        return Case(self.call, [each.float() for each in self.inputs], grad, 0)
+
+
+def compared(case: Case, seconds: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
+    """Raises AssertionError where they lie further apart than two roundings, or than any, as the case has it."""
+    found = {"milliseconds": 1000 * seconds(case.run), "apart": 0.0}
+    ours = case.run()
+    with plain():
+        found["milliseconds_plain"] = 1000 * seconds(case.run)
+        theirs = case.run() if case.exact else case.wide().run()
+    for one, other in zip(ours, theirs, strict=True):
+        scale = other.float().abs().max().clamp_min(1e-6)
+        found["apart"] = max(found["apart"], float((one.float() - other.float()).abs().max() / scale))
+    found["gigabytes_per_second"] = case.moved_bytes / found["milliseconds"] / 1e6
+    assert found["apart"] <= (0 if case.exact else APART), found
+    return found
+
+
+def norm_case(rows: int, width: int, draw: Callable[..., Tensor]) -> Case:
+    x = draw(rows, width)
+    return Case(lambda x, w: fused.rms_norm(x, w, 1e-5), [x, draw(width) + 1], draw(rows, width), 5 * x.nbytes)
+
+
+def gate_case(rows: int, width: int, draw: Callable[..., Tensor], *, gelu: bool) -> Case:
+    gate, up, grad = (draw(rows, width) for _ in range(3))
+    return Case(fused.gelu_gate if gelu else fused.silu_gate, [gate, up], grad, 8 * gate.nbytes)
+
+
+def rotary_case(rows: int, heads: int, size: int, draw: Callable[..., Tensor]) -> Case:
+    q, cos, sin = draw(rows, heads, size), draw(rows, size), draw(rows, size)
+
+    def turned(q: Tensor) -> Tensor:
+        return fused.rotary(q, q[:, :1], cos, sin)[0]
+
+    return Case(turned, [q], draw(rows, heads, size), 4 * q.nbytes, exact=True)
+
+
+def dropout_case(rows: int, width: int, draw: Callable[..., Tensor]) -> Case:
+    """Exact on a CPU; torch on CUDA multiplies by the inverse of what is kept."""
+    x = draw(rows, width)
+    keys = torch.arange(rows, device=x.device) * 2**33 + 12345
+    return Case(lambda x: dropout.drop_out(x, keys, key=2**40 + 7, dropout=0.1), [x], None, 2 * x.nbytes)
+
+
+def entropy_case(rows: int, vocabulary: int, draw: Callable[..., Tensor]) -> Case:
+    """Of logits that are there; the copy, which a step does not make, is timed on both sides."""
+    z = draw(rows, vocabulary)
+    targets = torch.arange(rows, device=z.device) % vocabulary
+
+    def gradient(z: Tensor) -> Tensor:
+        return loss._entropy(z.clone(), targets)[1]
+
+    return Case(gradient, [z], None, 5 * z.nbytes)
+
+
+def gguf_case(kind: gguf.Kind, rows: int, width: int, device: torch.device) -> Case:
+    layout = gguf.FORMATS[kind]
+    blocks = torch.randint(0, 256, (rows, width // layout.size, layout.bytes), dtype=torch.uint8, device=device)
+    for at in layout.scales:  # scales that are numbers
+        blocks[..., at : at + 2] = torch.tensor([0x66, 0x2E], dtype=torch.uint8, device=device)
+    packed = blocks.view(rows, -1)
+    out = torch.empty(rows, width, dtype=torch.bfloat16, device=device)
+    return Case(lambda b: gguf.dequantise(b, kind, out).clone(), [packed], None, packed.nbytes + 3 * out.nbytes, True)

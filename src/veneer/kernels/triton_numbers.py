@@ -1,0 +1,49 @@
+"""What the kernels in Triton share: how a value is rounded, and the device on which they are launched.
+
+All are compiled with enable_fp_fusion=False: which products and sums are one operation would be the compiler's choice.
+"""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BY_HAND = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Triton's interpreter cuts off what does not fit into bf16; a GPU rounds."""
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """float32 to `dtype`, ties to even."""
+    if _BY_HAND and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def as_rounded(value, dtype: tl.constexpr):
+    """float32 as it is after a model has rounded it to `dtype` between two operations."""
+    return rounded(value, dtype).to(tl.float32)
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A launch goes to the current device, whichever holds the tensors: that of the first argument, meanwhile."""
+
+    @wraps(function)
+    def launched(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *others)
+
+    return launched
+
+
+def warps_of(values: int) -> int:
+    """Threads by the 32 for a block of so many values."""
+    return min(max(values // 512, 4), 16)

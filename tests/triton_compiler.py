@@ -1,0 +1,91 @@
+"""Triton's kernels made into machine code of a GPU that is not here: python tests/triton_compiler.py CAPABILITY.
+
+Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel is compiled, by the
+same arguments, for that GPU. Prints one line a kernel: name, options, bytes of machine code.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from veneer.kernels import gguf, launch
+from veneer.quant import nf4
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def compiled_for(capability: int) -> Any:
+    target, seen = GPUTarget("cuda", capability, 32), set()
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
+        given = dict(zip(self.arg_names, args, strict=False)) | named
+        assert given.keys() == set(self.arg_names), (given.keys(), self.arg_names)
+        fixed = {param.name for param in self.params if param.is_constexpr}
+        signature = {name: "constexpr" if name in fixed else type_of(given[name]) for name in self.arg_names}
+        constants = {name: given[name] for name in fixed}
+        key = self.fn.__qualname__, str(signature), str(constants)
+        if key in seen:
+            return
+        seen.add(key)
+        made = triton.compile(ASTSource(self, signature, constants), target=target, options=options)
+        types = " ".join(each for each in signature.values() if each != "constexpr")
+        print(f"{self.fn.__module__}.{self.fn.__name__}({types}) {options}: {len(made.asm['cubin'])} bytes")
+
+    return run
+
+
+def everything() -> None:
+    for dtype in (torch.float32, *HALVES):
+        x, other, grad = (torch.randn(4, 64).to(dtype) for _ in range(3))
+        gate, norm, rotary = launch.module("gate"), launch.module("norm"), launch.module("rotary")
+        for gelu in (False, True):
+            gate.gate_forward(x, other, gelu)
+            gate.gate_backward(x, other, grad, gelu)
+        for width in (64, 4096, 2**15):
+            wide, weight = torch.empty(2, width, dtype=dtype), torch.empty(width, dtype=dtype)
+            for beside in (None, wide):
+                _, scale, _ = norm.norm_forward(wide, weight, 1e-5, beside)
+                norm.norm_backward(wide, weight, wide, scale, beside)
+        for back in (False, True):
+            rotary.rotate(torch.empty(4, 32, 128, dtype=dtype), x, x, back)
+        z, targets = torch.empty(4, 128_256, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        for writes in (False, True):
+            launch.module("entropy").entropy(z, targets, writes)
+        launch.module("dropout").drop(x, targets, 2**31 + 1, 5, 0.5)
+        for layout in gguf.FORMATS.values():
+            blocks = torch.empty(4, layout.bytes, dtype=torch.uint8)
+            launch.module("gguf").decode(
+                blocks, torch.empty(4, layout.size, dtype=dtype), layout.number, layout.size, layout.bytes
+            )
+        for double in (False, True):
+            packed = nf4.quantize(torch.randn(64, 64), double=double).blocks
+            launch.module("nf4").dequantize(packed, torch.empty(64, 64, dtype=dtype), start=0)
+            launch.module("nf4").product(packed, x, 64, start=0)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compiled_for(int(sys.argv[1]))
+    everything()
