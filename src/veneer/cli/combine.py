@@ -19,7 +19,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import PART, RANK, SEED, WEIGHT
-from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json, weighted
+from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, no_collection, print_json, weighted
 from veneer.cli.early import check_base, check_new
 from veneer.wording import size
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
     adapters = weighted(args.adapters, args.weights, args.library)
     check_base(base)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.merge.combine import Recipe
     from veneer.train.working import working
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
-from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_files, check_new, check_rows, check_run
 from veneer.errors import ConfigError
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
     _check(args, configs)
     place = PLACES[args.on](args)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.compare.jobs import RUNNING
 
     console = make_console(json=True)

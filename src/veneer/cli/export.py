@@ -24,7 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from veneer.cli.common import add_card, add_json, add_library, base_and_adapter, held_as, make_console, print_json
+from veneer.cli.common import (
+    add_card,
+    add_json,
+    add_library,
+    base_and_adapter,
+    held_as,
+    make_console,
+    no_collection,
+    print_json,
+)
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError
 from veneer.merge.programs import ONE_FILE, WHOLE_MODEL, ModelType, Program
@@ -66,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     base, folder = base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
     check_base(base)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.train.working import working
 
     console = make_console(json=args.json)
@@ -89,7 +99,8 @@ def _whole(args: argparse.Namespace) -> bool:
 
 
 def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.train.working import working
 
     quantize, keep_dense = held_as(None, folder, force_base=args.force_base)

@@ -12,7 +12,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import ENERGY, RANK
-from veneer.cli.common import add_json, make_console, print_json
+from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.cli.early import check_base, check_new
 from veneer.wording import size
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
     check_base(args.model)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.train.working import working
 
     with working("extracting"):

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import asdict
 from typing import get_args
 
-from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, print_json
+from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, no_collection, print_json
 from veneer.cli.early import check_base
 from veneer.merge.programs import Program
 
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     base, folder = base_and_adapter(args.base, args.adapter, args.library)
     assert folder is not None
     check_base(base)
-    from veneer import api
+    with no_collection():
+        from veneer import api
 
     findings = api.lint_adapter(folder, args.consumer, base=base)
     console = make_console(json=args.json)

@@ -16,7 +16,16 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import SEED, WEIGHT
-from veneer.cli.common import add_json, add_library, base_and_adapter, held_as, make_console, print_json, weighted
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    base_and_adapter,
+    held_as,
+    make_console,
+    no_collection,
+    print_json,
+    weighted,
+)
 from veneer.cli.early import check_base, check_new, check_rows
 from veneer.quant.config import FORMATS
 from veneer.wording import number, size
@@ -66,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
     check_base(base)
     check_rows(args.data)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.train.working import working
 
     with working("merging"):

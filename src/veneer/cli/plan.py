@@ -181,7 +181,8 @@ def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
             f"{args.run} says what is planned; also given: {flags}",
             next_step="Leave them out, or change settings with --set path=value.",
         )
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.plan.planner import choice_of
     from veneer.train.parents import going_on
 
@@ -230,7 +231,8 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
     rows: Sequence[Any] = []
     held_out: Sequence[Any] = []
     if args.data:
-        from veneer import api
+        with no_collection():
+            from veneer import api
 
         data, _ = api.check_data(args.data, base=bases[0], length=choice.length, long_rows="cut")
         rows, held_out = data.train, data.validation

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from veneer.cli.common import make_console, print_json
+from veneer.cli.common import make_console, no_collection, print_json
 from veneer.errors import ConfigError
 from veneer.wording import size
 
@@ -17,7 +17,8 @@ def run_probe(args: argparse.Namespace) -> int:
         raise ConfigError("--probe runs a step on real rows", next_step="Give --base and --data.")
     if args.processes > 1:
         raise ConfigError("--probe runs its step in one process", next_step="Leave --processes out.")
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.plan.ask import method_named
     from veneer.train.config import RunConfig
     from veneer.train.screen import QuietScreen

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from veneer.cli.common import add_json, as_stored, make_console, print_json
+from veneer.cli.common import add_json, as_stored, make_console, no_collection, print_json
 from veneer.cli.early import check_base, check_new
 from veneer.quant.config import FOUR_BITS, formats_that
 
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.bases.weight_table import weight_table
     from veneer.train.working import working
 

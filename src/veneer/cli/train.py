@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import PROCESSES
-from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, print_json
+from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, no_collection, print_json
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
 from veneer.cli.early import check_run
 from veneer.cli.plan import parse_size
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     screen = make_screen(json=args.json, quiet=args.quiet or not leads)
     if config is not None:
         screen.message(f"loading {config.base}")
-    from veneer import api
+    with no_collection():
+        from veneer import api
 
     try:
         if args.fit and config is not None:
