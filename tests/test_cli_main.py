@@ -3,6 +3,8 @@
 import io
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -271,3 +273,11 @@ def test_what_imports_made_is_looked_at_again_as_a_command_ends():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_commands_import_what_computes_without_the_collector():
+    for file in sorted(Path(main.__file__).parent.glob("*.py")):
+        lines = file.read_text().splitlines()
+        for above, line in pairwise(lines):
+            if line.strip() == "from veneer import api":
+                assert above.strip() == "with no_collection():", file.name

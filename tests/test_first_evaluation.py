@@ -14,7 +14,8 @@ import veneer
 from tests.tiny import save_tiny
 from veneer.files import remembered as memory
 from veneer.files.strict_tensors import read_tensors
-from veneer.train import first_evaluation, loop
+from veneer.models.stand_in import StandIn
+from veneer.train import first_evaluation, loop, sample
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
 
@@ -162,3 +163,19 @@ def test_no_evaluation_reads_what_the_key_leaves_out(base: Path, tmp_path: Path,
     for name, value in others.items():
         settings = {name: value} if name != "epochs" else {name: value, "steps": None}
         assert run(base, tmp_path / name, **settings)[0] == first, name
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": True}], ids=["", "checkpointing"])
+def test_a_sample_is_answered_by_the_models_own_modules(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    stood: list[int] = []
+    real = sample.generate
+
+    def generate(base: Any, *given: Any, **named: Any) -> Any:
+        stood.append(sum(isinstance(module, StandIn) for module in base.model.modules()))
+        return real(base, *given, **named)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    run(base, tmp_path / "out", **settings)
+    assert stood == [0, 0, 0]

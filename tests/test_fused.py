@@ -20,6 +20,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.fused_attention import FusedAttention
 from veneer.models.load import load_base
+from veneer.models.stand_in import put_aside
 from veneer.models.step import batch_loss, prepare
 
 BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
@@ -149,6 +150,9 @@ def test_what_agrees_is_exchanged_and_comes_back(family, norms, gates):
         assert sum(isinstance(m, FusedNorm) for m in modules) == norms
         assert sum(isinstance(m, FusedGate) for m in modules) == gates
         assert len(found) == norms + gates
+        with put_aside(model):
+            assert dict(model.named_modules()) == own
+        assert list(model.modules()) == modules
     assert dict(model.named_modules()) == own
 
 

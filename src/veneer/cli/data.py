@@ -28,6 +28,7 @@ from veneer.cli.common import (
     add_variables,
     columns_of,
     make_console,
+    no_collection,
     print_json,
     variables_of,
 )
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     check_base(args.base)
     check_rows(args.data, args.validation)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.train.working import working
 
     with working(f"reading {args.data}"):

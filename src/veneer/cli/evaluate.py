@@ -31,6 +31,7 @@ from veneer.cli.common import (
     columns_of,
     load_base,
     make_console,
+    no_collection,
     print_json,
     variables_of,
 )
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     check_files([args.against])
     labels = read_labels(args.labels) if args.labels else []
     base = load_base(args)
-    from veneer import api
+    with no_collection():
+        from veneer import api
     from veneer.train.working import working
 
     asked_as(args, base)
