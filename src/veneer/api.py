@@ -82,7 +82,7 @@ def load(
     modules that stay as they are stored.
     library is where Base.use finds adapters that are not loaded yet.
     """
-    loaded = load_base(source, dtype=dtype, device=device, quantize=quantize, keep_dense=keep_dense)
+    loaded = load_base(source, dtype=dtype, device=device, quantize=quantize, keep_dense=keep_dense, own_pages=True)
     return Base(
         model=loaded.model,
         tokenizer=loaded.tokenizer,

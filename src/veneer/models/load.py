@@ -26,6 +26,7 @@ from veneer.bases.fingerprint import fingerprint
 from veneer.bases.model_class import parts_not_read
 from veneer.bases.model_config import check_size, checked_config
 from veneer.bases.model_folder import Found, weight_files
+from veneer.bases.own_pages import take_own_pages
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.sources import locate, locate_blocks
 from veneer.bases.stop_tokens import stop_token_ids
@@ -51,6 +52,7 @@ def load_base(
     quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (),
     shards: Shards | None = None,
+    own_pages: bool = False,
 ) -> FrozenBase:
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
@@ -61,6 +63,8 @@ def load_base(
               packed: a folder with such weights (bases/stored_formats.py) is read as it is
     keep_dense  modules (names, or endings of paths) that stay as they are stored
     shards  holds this process's run of every decoder layer; all processes load together then. None: all of it is here
+    own_pages  weights that are mapped from files move into memory of this process (bases/own_pages.py): for one that
+            reads them again and again, alone on its machine
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles, code),
     CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory), ConfigError
@@ -106,6 +110,8 @@ def load_base(
             else:
                 model = build_dense(found.folder, config, read_as)
                 torch.nn.Module.to(model, place)
+                if own_pages and not compute.widens:
+                    take_own_pages(model)
             if shards is not None and not len(shards):
                 raise RefusedError(
                     f"{type(model).__name__} has no list of decoder layers, and shard holds each of them in shards",
