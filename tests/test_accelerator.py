@@ -46,8 +46,8 @@ PROMPTS = [[5, 9, 30, 7, 5], [5, 9, 30, 61, 2, 8, 44]]
 LAYERS, EXPERTS = 2, 4
 """Of the tiny models: decoder layers, experts a layer."""
 MIXTURES = ("mixtral", "qwen3_moe")
-PADDED = {"bloom": -1, "falcon": 7}
-"""Families whose rows are padded: uploads more, there and back: no layout, but copies in transformers' own code."""
+PADDED = {"falcon": 8}
+"""Families whose rows are padded: uploads more, there and back, in transformers' own code."""
 CPU = SimpleNamespace(device=torch.device("cpu"), holds=lambda tensor: True)
 
 
@@ -133,10 +133,11 @@ def choices(attachment):
     return len(stacks) * (2 + EXPERTS)
 
 
-def expected_step(attachment, family):
-    """(reads, uploads). A step reads its loss and its gradient's norm, and brings its ids and its layout."""
-    config, reads, uploads = attachment.config, 2, 2
-    if config.through_attention:
+def expected_step(there, attachment, family):
+    """(reads, uploads). A step reads once, its losses and its gradient's norm; to CUDA nothing that it brings is waited
+    for, elsewhere its ids and its layout are."""
+    config, reads, uploads = attachment.config, 1, 0 if there.device.type == "cuda" else 2
+    if config.through_attention and uploads:
         uploads += 1  # the same documents behind the prefix
     if config.name == "dora":  # whether a row of magnitude 0 is lost: asked of every linear layer
         reads += sum(not path.endswith(("embed_tokens", "wte")) for path in attachment.layers)
@@ -146,7 +147,7 @@ def expected_step(attachment, family):
 def trains_evaluates_and_decodes(there, base, config, family):
     with attached(there, base, config) as attachment:
         loop = a_loop(base, attachment.parameters(), attachment.learning_rate_factors())
-        waits, expected = step_waits(there, loop), expected_step(attachment, family)
+        waits, expected = step_waits(there, loop), expected_step(there, attachment, family)
         assert waits.counts[0] == expected[0], waits
         assert waits.counts[1] == expected[1] or (family in PADDED and waits.counts[1] < expected[1]), waits
         evaluates_and_decodes(there, base, attachment, family)
@@ -156,7 +157,8 @@ def evaluates_and_decodes(there, base, attachment, family):
     with there.counting() as waits:
         evaluation_loss(base.model, base.paths, base.routing, EXAMPLES, batch=4)
     chosen, batches = choices(attachment), 2
-    forward = 3 if attachment.config.through_attention else 2 + PADDED.get(family, 0) // 2
+    forward = 0 if there.device.type == "cuda" else 3 if attachment.config.through_attention else 2
+    forward += PADDED.get(family, 0) // 2
     assert waits.counts == (1 + batches * chosen, batches * forward), waits
     with there.counting() as waits:
         example_nats(base.model, base.paths, EXAMPLES, batch=4)  # these short ones are one batch
@@ -166,7 +168,8 @@ def evaluates_and_decodes(there, base, attachment, family):
             generate(base, PROMPTS, max_new_tokens=3)
         return
     generate(base, PROMPTS, max_new_tokens=1)  # proven, and caught up with
-    for drawn, expected in (({}, (1, 7)), ({"temperature": 0.7, "top_p": 0.9}, (1, 11))):
+    asked = (0, 3) if there.device.type == "cuda" else (7, 11)
+    for drawn, expected in (({}, (1, asked[0])), ({"temperature": 0.7, "top_p": 0.9}, (1, asked[1]))):
         found = []
         for tokens in (2, 3):
             with there.counting() as waits, pytest.MonkeyPatch.context() as patch:
@@ -223,7 +226,7 @@ def own_base(there, family="llama", dtype=torch.float32):
 def test_full_fine_tuning_waits_as_an_adapter_does():
     with on("cuda") as there, own_base(there, dtype=torch.bfloat16) as base:
         waits = step_waits(there, a_loop(base, dict(base.model.named_parameters())))
-        assert waits.counts == (2, 2), waits
+        assert waits.counts == (1, 0), waits
 
 
 @pytest.mark.parametrize(
@@ -247,8 +250,8 @@ def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family
                     loss.backward()
                 found[way] = [p.grad for p in parameters]
                 again = choices(attachment) if way == "checkpointed" else 0
-                expected = expected_step(attachment, family)
-                assert waits.counts == (expected[0] - 2 + again, expected[1]), (way, waits)
+                expected = expected_step(there, attachment, family)
+                assert waits.counts == (expected[0] - 1 + again, expected[1]), (way, waits)
             for way in ("checkpointed", "offloaded"):
                 assert all(map(torch.equal, found["plain"], found[way])), way
 

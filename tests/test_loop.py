@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(Plain, "norm", lambda self: math.inf)
+    monkeypatch.setattr(Plain, "norm", lambda self, measured: math.inf)
     job = make_job(tmp_path, validation=0)
     before = job.flat.values.data.clone()
     with pytest.raises(DivergedError, match="gradient norm is inf at step 1"):

@@ -20,6 +20,7 @@ from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.data.on_disk import StoredExamples, lengths_of
 from veneer.kernels.layout import Group, Layout, round_up
+from veneer.kernels.upload import sent
 
 WINDOW = 50
 """Batches sorted by length together in bucketed order: long enough to save padding, short enough to mix rows."""
@@ -189,7 +190,7 @@ def make_groups(
     # One copy to the device: the host waits for each.
     parts = laid.columns()
     parts.append(np.asarray([] if packed else [used_length(e) for e in examples], dtype=np.int64))
-    moved = torch.from_numpy(np.concatenate(parts)).to(device)
+    moved = sent(torch.from_numpy(np.concatenate(parts)), device)
     flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split([len(part) for part in parts])
     shape = (1, -1) if packed else (len(examples), longest)
     mask = None if packed else (torch.arange(longest, device=device)[None] < real[:, None]).long()

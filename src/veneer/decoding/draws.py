@@ -16,6 +16,7 @@ from veneer.decoding.sampling import Sampling, TokenChance, uniform
 from veneer.decoding.sequence import Request
 from veneer.decoding.step_plan import Chosen, Drawn
 from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.kernels.upload import sent
 
 CANDIDATES = 512
 _BROKEN, _NOTHING = -1, -2
@@ -132,7 +133,7 @@ def _of_changed(wide_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) 
 def sampled(logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[float], *, cut: bool) -> Tensor:
     """(B) tokens. drawn: a number in [0, 1) for each row; cut: whether tokens are left out, in all rows alike."""
     settings = [(s.temperature, s.top_k or logits_BV.shape[1], s.top_p, s.min_p) for s in samplings]
-    numbers = torch.tensor([(u, *each) for u, each in zip(drawn, settings, strict=True)], device=logits_BV.device)
+    numbers = sent(torch.tensor([(u, *each) for u, each in zip(drawn, settings, strict=True)]), logits_BV.device)
     u, temperature, top_k, top_p, min_p = numbers.T[:, :, None]
     # the shift keeps the quotient finite at the top
     below = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature

@@ -20,6 +20,7 @@ from veneer.decoding.step_plan import Plan, Span
 from veneer.kernels import few_rows
 from veneer.kernels.layout import round_up
 from veneer.kernels.paged_attention import SpanRows
+from veneer.kernels.upload import sent
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class PagedForward:
         ids = [token for span in plan.spans for token in span.tokens]
         positions = [place for span in plan.spans for place in range(span.start, span.stop)]
         if len(ids) == len(plan.spans):
-            return StepRows(torch.tensor([ids, positions], device=self._device), 0, None)
+            return StepRows(sent(torch.tensor([ids, positions]), self._device), 0, None)
         filler = round_up(len(ids)) - len(ids)
-        rows = torch.tensor([each + [0] * filler for each in (ids, positions)], device=self._device)
+        rows = sent(torch.tensor([each + [0] * filler for each in (ids, positions)]), self._device)
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
-        return StepRows(rows, filler, ends.to(self._device))
+        return StepRows(rows, filler, sent(ends, self._device))
 
     def logits(self, plan: Plan, step: StepRows, recorded: dict[int, Any] | None = None) -> Tensor:
         """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
+from veneer.kernels.upload import sent
 
 MOST_SIZE = 256
 """Values of a head that the kernels take."""
@@ -55,7 +56,7 @@ class Spans:
         before: int | None = None,
     ) -> "Spans":
         ends = [list(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
-        both = torch.tensor(ends, dtype=torch.int32).to(device)
+        both = sent(torch.tensor(ends, dtype=torch.int32), device)
         return cls(both[0], both[1], max(queries), max(keys), causal, before)
 
     @property
@@ -144,7 +145,7 @@ def _plan(layout: Group, window: int | None, device: torch.device) -> _Plan:
     for start, length in zip(starts, lengths, strict=False):
         places += [*shared, *range(start, start + length)]
     keys = [P, *(tail + length for length in lengths)]
-    return _Plan(Spans.of(rows, keys, device, before=window - 1), torch.tensor(places).to(device), None)
+    return _Plan(Spans.of(rows, keys, device, before=window - 1), sent(torch.tensor(places), device), None)
 
 
 class _Flash(torch.autograd.Function):

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.upload import sent
+
 STEP = 32
 """N and the longest document are multiples of this; on average half of it is wasted, 2% of a usual batch."""
 
@@ -58,7 +60,7 @@ class Group:
             square = starts[:, None] + torch.minimum(within[None], lengths[:, None] - 1)
             real = within[None] < lengths[:, None]
             places = square.reshape(-1), real.reshape(-1).nonzero()[:, 0]
-            moved = torch.cat(places).to(self.device)  # one copy: the host waits for each
+            moved = sent(torch.cat(places), self.device)
             self.to_square, self.from_square = moved.split([len(each) for each in places])
 
     @property

@@ -28,6 +28,7 @@ from veneer.kernels import paged_calls
 from veneer.kernels.arguments import available
 from veneer.kernels.native import on_cpu
 from veneer.kernels.rules import Rules
+from veneer.kernels.upload import sent
 
 
 class SpanRows(NamedTuple):
@@ -166,11 +167,11 @@ class _PlainSpans:
     def to(self, device: torch.device) -> _PlainSpans:
         """Moved once; nothing where they are there."""
         if self.written.device != device:
-            self.seen = [seen.to(device) for seen in self.seen]
-            self.written = self.written.to(device)
+            self.seen = [sent(seen, device) for seen in self.seen]
+            self.written = sent(self.written, device)
             if self.single:
-                self.places, self.lengths = self.places.to(device), self.lengths.to(device)
-                self.single_rows = self.single_rows.to(device)
+                self.places, self.lengths = sent(self.places, device), sent(self.lengths, device)
+                self.single_rows = sent(self.single_rows, device)
         return self
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer.adapters.acting import TokenKeys
@@ -58,9 +59,10 @@ FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --lengt
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one step, over all processes. loss: nats per trained token."""
+    """Of one step, over all processes. loss: nats per trained token. norm: the gradient's."""
 
     loss: float
+    norm: float
     tokens: int
     trained_tokens: int
     computed_tokens: int
@@ -189,7 +191,7 @@ class Loop:
         job = self.job
         parts = self._micro_batches(rows)
         total = float(sum(int(job.train[i].trained.sum()) for part in parts for i in part))
-        losses, counts = [0.0] * len(parts), [0, 0, 0]
+        own, counts = dict[int, Tensor](), [0, 0, 0]
         self.reduce.begin()
         with self.world.together(f"at step {self.progress.step + 1}"), self._fits(rows):
             for number, counts_here in self._own(parts, job.train):
@@ -204,16 +206,24 @@ class Loop:
                 self.reduce.add()
                 if not counts_here:
                     continue
-                losses[number] = part.item()
+                own[number] = part.detach()
                 for place, count in enumerate((batch.tokens, batch.trained_tokens, batch.computed_tokens)):
                     counts[place] += count
+        with fits_memory(f"on the gradient of step {self.progress.step + 1}", next_step=self._freed(FEWER_VALUES)):
+            self.reduce.finish()
+            measured = self.reduce.measured()
+        # All at once: nowhere else in a step does the host wait for a GPU.
+        *found, own_norm = torch.cat([each.view(1) for each in (*own.values(), measured)]).tolist()
+        losses = [0.0] * len(parts)
+        for number, value in zip(own, found, strict=True):
+            losses[number] = value
         # Every loss is of one process and 0 at the others: these sums are exact.
         *losses, tokens, trained, computed = self.world.summed([*losses, *counts])
+        norm = self.reduce.norm(own_norm)
         for part_rows, value in zip(parts, losses, strict=True):
             if not math.isfinite(value):
                 raise self._diverged("loss", value, part_rows)
-        self.reduce.finish()
-        return Counted(sum(losses), round(tokens), round(trained), round(computed))
+        return Counted(sum(losses), norm, round(tokens), round(trained), round(computed))
 
     def _step(self, *, timed: bool) -> float:
         job, at = self.job, self.progress
@@ -224,11 +234,10 @@ class Loop:
         )
         rows = self._next_rows()
         counted = self._backward(rows)
-        loss = counted.loss
+        loss, norm = counted.loss, counted.norm
+        if not math.isfinite(norm):
+            raise self._diverged("gradient norm", norm, self._rows.examples(rows))
         with fits_memory(f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)):
-            norm = self.reduce.norm()
-            if not math.isfinite(norm):
-                raise self._diverged("gradient norm", norm, self._rows.examples(rows))
             self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
         seconds = time.perf_counter() - start
         parts = self._parts(seconds)

@@ -42,7 +42,10 @@ class Reduce(Protocol):
     def finish(self) -> None:
         """The gradient is that of all micro-batches of all processes."""
 
-    def norm(self) -> float:
+    def measured(self) -> Tensor:
+        """One value on the gradient's device, for `norm`: the loop reads it together with others."""
+
+    def norm(self, measured: float) -> float:
         """Of the whole gradient; nan or inf if any part is not finite."""
 
 
@@ -63,9 +66,11 @@ class Plain:
         if not self.apart:
             self.world.sum(self.gradient)
 
-    def norm(self) -> float:
-        own = _norm(self.gradient)
-        return math.sqrt(self.world.summed([own**2])[0]) if self.apart else own
+    def measured(self) -> Tensor:
+        return _norm(self.gradient)
+
+    def norm(self, measured: float) -> float:
+        return math.sqrt(self.world.summed([measured**2])[0]) if self.apart else measured
 
 
 class Exact:
@@ -101,10 +106,14 @@ class Exact:
             found = (upper.double() + lower.double() / LOWER) / UPPER
             self.gradient[part] = torch.where(upper.abs() < LIMIT * UPPER, found, torch.inf).float()
 
-    def norm(self) -> float:
+    def measured(self) -> Tensor:
+        if not self.gradient.numel():
+            return self.gradient.new_zeros(())
+        return torch.linalg.vector_norm(self.gradient, torch.inf)
+
+    def norm(self, measured: float) -> float:
         """Squares as shares of the largest value's, in whole numbers: the same whoever adds which."""
-        own = torch.linalg.vector_norm(self.gradient, torch.inf).item() if self.gradient.numel() else 0.0
-        largest = max(self.world.gathered(own)) if self.apart else own
+        largest = max(self.world.gathered(measured)) if self.apart else measured
         if largest == 0 or not math.isfinite(largest):
             return largest
         scale, grid = math.ldexp(1.0, -math.frexp(largest)[1]), 2.0**SQUARE_BITS
@@ -120,13 +129,13 @@ class Exact:
         return math.sqrt(upper_sum / grid + lower_sum / grid**2) / scale
 
 
-def _norm(values: Tensor) -> float:
+def _norm(values: Tensor) -> Tensor:
     """By rows of 1,024, and those again: torch's own of 5 million float32 values is 3 parts in 10,000 too small."""
     while values.numel() > 1024:
         whole = values.numel() - values.numel() % 1024
         rows = torch.linalg.vector_norm(values[:whole].view(-1, 1024), dim=1)
         values = torch.cat([rows, values[whole:]])
-    return torch.linalg.vector_norm(values).item()
+    return torch.linalg.vector_norm(values)
 
 
 KINDS: dict[Kind, type[Plain] | type[Exact]] = {"plain": Plain, "exact": Exact}
