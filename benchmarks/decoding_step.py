@@ -2,6 +2,7 @@
 
     python benchmarks/decoding_step.py                                  smollm2-135m: bf16, NF4, blocks of the file
     python benchmarks/decoding_step.py --formats bf16 --rows 1 --turns 3
+    python benchmarks/decoding_step.py --formats bf16 --turns 2 --batching         beside its continuous batching
     python benchmarks/decoding_step.py --formats bf16 --rows 16 --turns 1 --peft   beside PEFT
     python benchmarks/decoding_step.py --formats gguf --llama FILE.gguf            beside llama.cpp over the same file
 
@@ -22,12 +23,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 import veneer
 from veneer.adapters.config import LoRA
@@ -99,6 +101,24 @@ def by_transformers(model: Any, rows: int) -> dict[str, float]:
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     whole = time.perf_counter() - start
     return {"ms a step": 1e3 * whole / NEW, "tokens/s": rows * NEW / whole}
+
+
+def by_batching(model: Any, rows: int) -> dict[str, float]:
+    """transformers' own continuous batching, with room for all rows at once."""
+    settings = GenerationConfig(
+        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=-1
+    )
+    room = ContinuousBatchingConfig(
+        page_size=PROMPT + NEW, num_blocks=2 * rows, max_batch_tokens=rows * PROMPT, use_async_batching=False
+    )
+    start = time.perf_counter()
+    answers = model.generate_batch(
+        prompts(rows), settings, continuous_batching_config=room, record_timestamps=True, warmup=False
+    )
+    whole = time.perf_counter() - start
+    came = next(iter(answers.values())).timestamps
+    steps = [after - before for before, after in pairwise(came)]
+    return {"ms a step": 1e3 * statistics.median(steps), "tokens/s": rows * NEW / whole}
 
 
 def by_peft(model: Any, rows: int, adapters: int, rank: int) -> dict[str, float]:
@@ -184,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--llama", metavar="FILE.gguf", help="llama.cpp too, over this file")
+    parser.add_argument("--batching", action="store_true", help="transformers' continuous batching too")
     parser.add_argument("--peft", action="store_true", help="PEFT's adapter_names too, once, over bf16")
     asked = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -207,6 +228,8 @@ def main() -> None:
                 f"{min(rows, asked.adapters)} adapters": partial(by_engine, base, identities[:rows], rows),
                 "transformers.generate": partial(by_transformers, plain, rows),
             }
+            if asked.batching:
+                ways["transformers' continuous batching"] = partial(by_batching, plain, rows)
             if asked.llama is not None:
                 ways["llama.cpp"] = LlamaCpp(asked.llama, rows)
             values: dict[str, Any] = alternating(ways, asked.turns)
