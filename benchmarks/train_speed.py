@@ -2,6 +2,9 @@
 
     python benchmarks/train_speed.py --base BASE --rows e2e.jsonl viggo.jsonl --peer-python PY --peer-scripts DIR
 
+Another processor's instructions: both tools under VENEER_MAX_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+ATEN_CPU_CAPABILITY=avx2, with --dtype float32.
+
 DIR holds `train_trl.py` (TRL's SFTTrainer with peft), which prints one JSON line with the same keys as
 train_veneer.py; PY is the Python of an environment with the peers. The tools round in places of their own, so the
 first loss of both is held against that of the same batch over the same weights in float32. Fails if one is further
@@ -22,6 +25,8 @@ SAME_LOSS = 0.012
 
 SAME_LOSS_4BIT = 0.02
 """Relative, of a peer against float32 over the same weights: bitsandbytes' CPU product was found 0.9% off."""
+
+PEERS_DTYPE = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 def run(command: list[str]) -> dict[str, object]:
@@ -53,6 +58,7 @@ def main() -> None:
     p.add_argument("--peer-python", required=True)
     p.add_argument("--peer-scripts", type=Path, required=True)
     p.add_argument("--qlora", action="store_true", help="both over 4 bits: NF4, double quantisation")
+    p.add_argument("--dtype", choices=PEERS_DTYPE, default="bfloat16", help="of the base in both")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--out", type=Path, help="JSONL of every single run")
@@ -61,6 +67,7 @@ def main() -> None:
     for rows in args.rows:
         ours = [sys.executable, str(HERE / "train_veneer.py"), *common, "--rows", rows]
         theirs = [args.peer_python, str(args.peer_scripts / "train_trl.py"), *common, "--rows", rows]
+        ours, theirs = [*ours, "--dtype", args.dtype], [*theirs, "--dtype", PEERS_DTYPE[args.dtype]]
         if args.qlora:
             ours, theirs = [*ours, "--quantize", "nf4"], [*theirs, "--method", "qlora"]
         found: dict[str, list[dict[str, float]]] = {"veneer": [], "trl": []}
