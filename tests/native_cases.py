@@ -161,10 +161,10 @@ def _attention(rng: random.Random) -> list[Call]:
         rng.randint(1, 3),
     )
     heads, docs, P = kv_heads * rng.randint(1, 3), len(lengths), rng.choice([0, 1, 40])
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    q, grad, grad_q = (filled(BF16, rows, heads, size) for _ in range(3))
-    k, v = (filled(BF16, rows, kv_heads, size) for _ in range(2))
-    before = None if P == 0 else (filled(BF16, P, kv_heads, size), filled(BF16, P, kv_heads, size))
+    starts, kind = torch.tensor([0, *lengths]).cumsum(0), rng.choice([BF16, torch.float32])
+    q, grad, grad_q = (filled(kind, rows, heads, size) for _ in range(3))
+    k, v = (filled(kind, rows, kv_heads, size) for _ in range(2))
+    before = None if P == 0 else (filled(kind, P, kv_heads, size), filled(kind, P, kv_heads, size))
     lse = filled(torch.float32, rows, heads)
     own, shared = (
         filled(torch.float32, 2, splits, rows, kv_heads, size),
@@ -182,7 +182,7 @@ def _attention(rng: random.Random) -> list[Call]:
         "splits": splits,
     }
     return [
-        (calls.attention_forward, {**given, "out": filled(BF16, rows, heads, size)}),
+        (calls.attention_forward, {**given, "out": filled(kind, rows, heads, size)}),
         (calls.attention_backward, {**given, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared}),
     ]
 

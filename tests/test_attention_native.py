@@ -1,16 +1,25 @@
 """The compiled attention against the plain reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from tests.test_kernels import CPU, gradients
-from veneer.kernels import attention_native
+from veneer.kernels import attention_native, native
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
 
 needs_kernel = pytest.mark.skipif(not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs")
+compiled = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest value
+KINDS = [
+    pytest.param(torch.bfloat16, BF16_ATOL, marks=needs_kernel, id="bf16"),
+    pytest.param(torch.float32, 4e-6, marks=compiled, id="float32"),
+]
 
 
 @pytest.mark.parametrize(
@@ -24,21 +33,32 @@ BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest val
     ],
     ids=str,
 )
-@needs_kernel
+@pytest.mark.parametrize(("dtype", "bound"), KINDS)
 @pytest.mark.parametrize("window", [None, 1, 17, 64])
-def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, window, monkeypatch):
+def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, window, dtype, bound, monkeypatch):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)  # one document at a time
     torch.manual_seed(0)
     layout = Group(prompt, lengths, CPU)
     N = layout.rows + 3
-    q, k, v = (torch.randn(N, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (torch.randn(N, h, size).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
     assert attention_native.usable(q, k, v, Rules(0.3))
     fast = packed_attention(q, k, v, layout, Rules(0.3, window))
-    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     slow = packed_attention_reference(*wide, layout, Rules(0.3, window))
     pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
     for ours, theirs in pairs:
-        assert (ours.float() - theirs).abs().max() < BF16_ATOL * theirs.abs().max().clamp_min(0.1)
+        assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max().clamp_min(0.1)
+
+
+@compiled
+@pytest.mark.parametrize("limit", native.LIMITS)
+def test_float32_is_its_reference_on_every_processor(limit):
+    """Each in a process of its own: what a processor is limited to is read once."""
+    here = os.environ | {native.MAX_ISA: limit, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "is_its_reference and float32 and 69"]
+    done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @needs_kernel
@@ -54,6 +74,7 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
         (q, k[:, :1], v, None),
         (q, k[:5], v[:5], None),
         (q, k.float(), v.float(), None),
+        (q.double(), k.double(), v.double(), None),
         (q, k, v.half(), None),
         (q[:, :3], k, v, None),
         (q, k, v, 0),
@@ -112,10 +133,10 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@needs_kernel
-def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run():
+@pytest.mark.parametrize(("dtype", "_"), KINDS)
+def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run(dtype, _):
     layout = Group(20, (90, 64, 7), CPU)
-    q, k, v = (torch.randn(layout.rows, h, 32).bfloat16().requires_grad_() for h in (4, 2, 2))
+    q, k, v = (torch.randn(layout.rows, h, 32).to(dtype).requires_grad_() for h in (4, 2, 2))
     assert attention_native.usable(q, k, v, Rules(0.3))
     before, found = torch.get_num_threads(), []
     try:
@@ -183,5 +204,5 @@ def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_a
 
 def test_what_lies_in_pairs_is_not_copied():
     x = torch.zeros(5, 2, 32).bfloat16()
-    for lying in (x, x[1:], x[:, 1:], torch.zeros(5, 2, 40).bfloat16()[..., 2:34]):
+    for lying in (x, x[1:], x[:, 1:], torch.zeros(5, 2, 40).bfloat16()[..., 2:34], torch.zeros(5, 2, 35)[..., 1:33]):
         assert attention_native.aligned(lying) is lying

@@ -1,4 +1,5 @@
-"""Packed attention by the compiled kernel (native/attention.c): bf16 on processors that multiply bf16 pairs.
+"""Packed attention by the compiled kernels: bf16 on processors that multiply bf16 pairs (native/attention.c), float32
+on any (native/attention_float.c).
 
 The same function as kernels/attention.py's, for models without soft caps and sinks: no padding to a rectangle, nothing
 computed that causality or the window hides, scores of a few rows at a time. Kept for backward: q, k, v and one
@@ -8,12 +9,13 @@ Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls
+from veneer.kernels import calls, native
 from veneer.kernels.layout import Group
 from veneer.kernels.native import has_bf16, note_flops, on_cpu
 from veneer.kernels.rules import Rules
@@ -25,17 +27,25 @@ HELD_BYTES = 64 * 2**20
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
-    """Whether the kernel computes what these are: bf16 on this processor, one head size, whole groups of heads."""
+    """Whether a kernel computes what these are: of a type that has one on this processor, one head size, whole groups
+    of heads."""
     if rules.softcap is not None or rules.sinks is not None:
         return False
-    if any(x.dtype != torch.bfloat16 or not on_cpu(x) or x.dim() != 3 for x in (q, k, v)):
+    dtype = q.dtype
+    if any(x.dtype is not dtype or not on_cpu(x) or x.dim() != 3 for x in (q, k, v)):
         return False
     rows, heads, size = q.shape
     if size % 16 or not k.numel() or k.shape != v.shape or (k.shape[0], k.shape[2]) != (rows, size):
         return False
     if heads % k.shape[1] or (rules.window is not None and rules.window < 1):
         return False
-    return has_bf16()
+    return has_bf16() if dtype is torch.bfloat16 else dtype is torch.float32 and _multiplies_floats()
+
+
+@cache
+def _multiplies_floats() -> bool:
+    """Wherever it is compiled: even without AVX2 it takes half the time of batched products."""
+    return native.level() >= 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Part:
         return lse
 
     def backward(self, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """grad (R, H, D) -> gradients of q (bf16), k, v, before_k, before_v (float32)."""
+        """grad (R, H, D) -> gradients of q (its type), k, v, before_k, before_v (float32)."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
         note_flops(lambda: 5 * self._product_flops())
@@ -124,9 +134,10 @@ class Part:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x as the kernel reads it: pairs of neighbouring values in one word."""
-    even = x.stride(-1) == 1 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % calls.PAIR_BYTES == 0
-    return x if even else x.clone(memory_format=torch.contiguous_format)
+    """x as the kernel reads it: bf16 neighbours in pairs, one word each."""
+    even = x.element_size() == calls.PAIR_BYTES or (x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0)
+    fits = even and x.stride(-1) == 1 and x.data_ptr() % calls.PAIR_BYTES == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 class _NativeAttention(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""The calls into the kernels over rows of bf16 (native/*.c): products of a small rank, norms, gates, losses, attention.
+"""The calls into the kernels over rows of bf16 (native/*.c): products of a small rank, norms, gates, losses; and
+attention, in float32 too.
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows, I and O widths, R rank, V vocabulary; R rows, H query heads, K key heads, D head size, P keys seen
@@ -9,6 +10,7 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from veneer.kernels.arguments import (
@@ -318,7 +320,9 @@ def dropout(x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: i
     call("veneer_dropout", ctypes.byref(given), count)
 
 
-# -- attention over packed documents: attention.c --------------------------------------------------------------------
+# -- attention over packed documents: attention.c, attention_float.c --------------------------------------------------
+
+ATTENDED = (BF16, FP32)
 
 
 class _Attention(ctypes.Structure):
@@ -330,13 +334,14 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def _rows_of_pairs(given: _Attention, name: str, short: str, tensor: Tensor, *shape: int) -> None:
-    """A tensor whose rows and heads may have gaps between them, each head's values in pairs without any."""
-    if tensor.shape != shape or tensor.dtype != BF16 or not reachable(tensor):
-        raise CallError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, C takes {shape} bf16")
+def _rows_of_heads(given: _Attention, name: str, short: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """A tensor whose rows and heads may have gaps between them, each head's values without any, bf16 ones in pairs."""
+    if tensor.shape != shape or tensor.dtype != dtype or not reachable(tensor):
+        raise CallError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, C takes {shape} {dtype}")
     row, head, inner = tensor.stride()
-    if inner != 1 or row % 2 or head % 2 or tensor.data_ptr() % PAIR_BYTES:
-        raise CallError(f"{name}: strides {tensor.stride()} where C takes pairs of neighbours")
+    odd = dtype is BF16 and (row % 2 or head % 2)
+    if inner != 1 or odd or tensor.data_ptr() % PAIR_BYTES:
+        raise CallError(f"{name}: strides {tensor.stride()} where C takes neighbours, and bf16 in pairs")
     setattr(given, name, tensor.data_ptr())
     setattr(given, f"{short}_row", number(row, 0, MOST_STRIDE))
     setattr(given, f"{short}_head", number(head))
@@ -359,8 +364,11 @@ def _attention(
     window: int | None,
     splits: int,
 ) -> _Attention:
-    """What both directions are given: q (R, H, D), k and v (R, K, D), before (P, K, D) each, starts (docs + 1)."""
-    (rows, heads, size), kv_heads = q.shape, k.shape[1]
+    """What both directions are given: q (R, H, D), k and v (R, K, D), before (P, K, D) each, starts (docs + 1); all
+    bf16 or all float32."""
+    (rows, heads, size), kv_heads, kind = q.shape, k.shape[1], q.dtype
+    if kind not in ATTENDED:
+        raise CallError(f"attention of {kind}, C takes {ATTENDED}")
     _registers(number(size, 16))
     if heads % number(kv_heads, 1):
         raise CallError(f"{heads} query heads over {kv_heads} key heads")
@@ -369,13 +377,13 @@ def _attention(
     given.splits, given.docs = number(splits, 1, MOST_SPLITS), number(starts.numel() - 1, 1)
     given.starts = at(starts, INT64, given.docs + 1)
     _check_documents(starts.tolist(), rows)
-    _rows_of_pairs(given, "q", "q", q, rows, heads, size)
-    _rows_of_pairs(given, "k", "k", k, rows, kv_heads, size)
-    _rows_of_pairs(given, "v", "v", v, rows, kv_heads, size)
+    _rows_of_heads(given, "q", "q", q, kind, rows, heads, size)
+    _rows_of_heads(given, "k", "k", k, kind, rows, kv_heads, size)
+    _rows_of_heads(given, "v", "v", v, kind, rows, kv_heads, size)
     if before is not None:
         given.before = before[0].shape[0]
-        _rows_of_pairs(given, "before_k", "bk", before[0], given.before, kv_heads, size)
-        _rows_of_pairs(given, "before_v", "bv", before[1], given.before, kv_heads, size)
+        _rows_of_heads(given, "before_k", "bk", before[0], kind, given.before, kv_heads, size)
+        _rows_of_heads(given, "before_v", "bv", before[1], kind, given.before, kv_heads, size)
     return given
 
 
@@ -394,8 +402,8 @@ def attention_forward(
 ) -> None:
     """out (R, H, D), lse (R, H) float32: log of the sum of exponentials."""
     given = _attention(q, k, v, before, starts, scale=scale, window=window, splits=splits)
-    given.out, given.lse = at(out, BF16, *q.shape), at(lse, FP32, *q.shape[:2])
-    call("veneer_attention_forward", ctypes.byref(given))
+    given.out, given.lse = at(out, q.dtype, *q.shape), at(lse, FP32, *q.shape[:2])
+    call("veneer_attention_forward" if q.dtype is BF16 else "veneer_attention_float_forward", ctypes.byref(given))
 
 
 def attention_backward(
@@ -414,13 +422,13 @@ def attention_backward(
     window: int | None,
     splits: int,
 ) -> None:
-    """grad_q (R, H, D) bf16; own (2, S, R, K, D) and shared (2, docs, S, K, P, D) float32: of keys, then of values."""
+    """grad_q (R, H, D) in q's type; own (2, S, R, K, D), shared (2, docs, S, K, P, D) float32: of keys, then values."""
     given = _attention(q, k, v, before, starts, scale=scale, window=window, splits=splits)
-    (rows, heads, size), kv_heads = q.shape, k.shape[1]
-    _rows_of_pairs(given, "grad", "grad", grad, rows, heads, size)
-    given.out, given.lse = at(grad_q, BF16, rows, heads, size), at(lse, FP32, rows, heads)
+    (rows, heads, size), kv_heads, kind = q.shape, k.shape[1], q.dtype
+    _rows_of_heads(given, "grad", "grad", grad, kind, rows, heads, size)
+    given.out, given.lse = at(grad_q, kind, rows, heads, size), at(lse, FP32, rows, heads)
     at(own, FP32, 2, splits, rows, kv_heads, size)
     at(shared, FP32, 2, given.docs, splits, kv_heads, given.before, size)
     given.grad_k, given.grad_v = own[0].data_ptr(), own[1].data_ptr()
     given.grad_before_k, given.grad_before_v = shared[0].data_ptr(), shared[1].data_ptr()
-    call("veneer_attention_backward", ctypes.byref(given))
+    call("veneer_attention_backward" if kind is BF16 else "veneer_attention_float_backward", ctypes.byref(given))

@@ -40,6 +40,7 @@ _ONE_STRUCT = (
     *("veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
     *("veneer_dora_forward", "veneer_dora_backward", "veneer_dora_norms"),
     *("veneer_attention_forward", "veneer_attention_backward"),
+    *("veneer_attention_float_forward", "veneer_attention_float_backward"),
     *("veneer_block_norm_forward", "veneer_block_norm_backward", "veneer_block_heads"),
     *("veneer_block_gate_forward", "veneer_block_gate_backward"),
 )

@@ -6,6 +6,7 @@
    causality or the window hides is not computed. Every sum over keys or rows runs in float32.
 
    Shapes: H query heads, K key heads, G = H / K, D head size (a multiple of 16), J keys = before + L. */
+#include "attention.h"
 #include "bf16.h"
 #include "parallel.h"
 #include <math.h>
@@ -13,22 +14,7 @@
 
 #define ROWS 32
 
-/* Strides in values; the innermost one is 1 everywhere. kernels/attention_native.py has the same fields in this order. */
-struct attention {
-    const uint16_t *q, *k, *v, *before_k, *before_v, *grad;
-    uint16_t *out;
-    float *lse;                        /* (rows, H) log of the sum of exponentials, forward writes, backward reads */
-    float *grad_k, *grad_v;            /* (splits, rows, K, D) */
-    float *grad_before_k, *grad_before_v; /* (docs, splits, K, before, D) */
-    const int64_t *starts;             /* (docs + 1) first row of every document, then the number of rows */
-    int64_t q_row, q_head, k_row, k_head, v_row, v_head, bk_row, bk_head, bv_row, bv_head, grad_row, grad_head;
-    int64_t rows, docs, heads, kv_heads, size, before, window, splits;
-    float scale;
-};
-
 #if defined(__x86_64__)
-
-static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
 
 static void *scratch(int64_t bytes) {
     void *found = NULL;
@@ -59,19 +45,14 @@ static VENEER_BF16 void pack_along(const uint16_t *first, const uint16_t *second
     }
 }
 
-/* One document and key head: where its rows and keys are. */
-struct place {
-    const struct attention *a;
-    int64_t doc, kv, split, start, L, J, width; /* width: J rounded up to 16 */
-};
-
 static const uint16_t *key_row(const struct place *p, int64_t j, int values) {
     const struct attention *a = p->a;
     if (j >= p->J) return NULL;
     if (j < a->before)
-        return values ? a->before_v + j * a->bv_row + p->kv * a->bv_head : a->before_k + j * a->bk_row + p->kv * a->bk_head;
+        return values ? (const uint16_t *)a->before_v + j * a->bv_row + p->kv * a->bv_head
+                      : (const uint16_t *)a->before_k + j * a->bk_row + p->kv * a->bk_head;
     j += p->start - a->before;
-    return values ? a->v + j * a->v_row + p->kv * a->v_head : a->k + j * a->k_row + p->kv * a->k_head;
+    return values ? (const uint16_t *)a->v + j * a->v_row + p->kv * a->v_head : (const uint16_t *)a->k + j * a->k_row + p->kv * a->k_head;
 }
 
 static VENEER_BF16 void keys_across(const struct place *p, int values, uint32_t *to) {
@@ -85,21 +66,6 @@ static VENEER_BF16 void keys_across(const struct place *p, int values, uint32_t 
 static VENEER_BF16 void keys_along(const struct place *p, int values, uint32_t *to) {
     for (int64_t j = 0; j < p->width; j += 2)
         pack_along(key_row(p, j, values), key_row(p, j + 1, values), p->a->size, to + j / 2 * p->a->size);
-}
-
-static struct place place_of(const struct attention *a, int64_t task) {
-    struct place p = {a, task / a->splits / a->kv_heads, task / a->splits % a->kv_heads, task % a->splits, 0, 0, 0, 0};
-    p.start = a->starts[p.doc];
-    p.L = a->starts[p.doc + 1] - p.start;
-    p.J = a->before + p.L;
-    p.width = up16(p.J);
-    return p;
-}
-
-/* Keys that query row i sees: [low, high). */
-static inline void seen(const struct attention *a, int64_t i, int64_t *low, int64_t *high) {
-    *high = a->before + i + 1;
-    *low = a->window && *high > a->window ? *high - a->window : 0;
 }
 
 static inline __mmask16 lanes(int64_t j, int64_t low, int64_t high) {
@@ -128,7 +94,7 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
                 seen(a, i0 + n - 1, &unused, &high);
                 first &= ~(int64_t)15;
                 int64_t width = up16(high) - first;
-                const uint16_t *q = a->q + (p.start + i0) * a->q_row + h * a->q_head;
+                const uint16_t *q = (const uint16_t *)a->q + (p.start + i0) * a->q_row + h * a->q_head;
                 bf16_product((const uint32_t *)q, a->q_row / 2, 1, keys + first, p.width, scores, p.width, n, width, D / 2, 0);
                 for (int64_t r = 0; r < n; r++) {
                     float *s = scores + r * p.width;
@@ -151,7 +117,7 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
                 }
                 bf16_product((const uint32_t *)shares, p.width / 2, 1, values + first / 2 * D, D, sums, D, n, D, width / 2, 0);
                 for (int64_t r = 0; r < n; r++) {
-                    uint16_t *out = a->out + ((p.start + i0 + r) * a->heads + h) * D;
+                    uint16_t *out = (uint16_t *)a->out + ((p.start + i0 + r) * a->heads + h) * D;
                     for (int64_t d = 0; d < D; d += 16)
                         bf16_store(out + d, _mm512_div_ps(_mm512_loadu_ps(sums + r * D + d), _mm512_set1_ps(total[r])));
                 }
@@ -218,14 +184,14 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
                 seen(a, i0 + n - 1, &unused, &high);
                 first &= ~(int64_t)15;
                 int64_t width = up16(high) - first;
-                const uint16_t *q = a->q + row * a->q_row + h * a->q_head, *g = a->grad + row * a->grad_row + h * a->grad_head;
+                const uint16_t *q = (const uint16_t *)a->q + row * a->q_row + h * a->q_head, *g = (const uint16_t *)a->grad + row * a->grad_row + h * a->grad_head;
                 bf16_product((const uint32_t *)q, a->q_row / 2, 1, keys + first, p.width, scores, p.width, n, width, D / 2, 0);
                 bf16_product((const uint32_t *)g, a->grad_row / 2, 1, values + first, p.width, grads, p.width, n, width, D / 2, 0);
                 block_gradient(a, a->lse + row * a->heads + h, i0, n, first, width, p.width, scores, grads, shares, rows, pairs);
                 bf16_product((const uint32_t *)rows, p.width / 2, 1, along + first / 2 * D, D, sums, D, n, D, width / 2, 0);
                 for (int64_t r = 0; r < n; r++)
                     for (int64_t d = 0; d < D; d += 16)
-                        bf16_store(a->out + ((row + r) * a->heads + h) * D + d, _mm512_loadu_ps(sums + r * D + d));
+                        bf16_store((uint16_t *)a->out + ((row + r) * a->heads + h) * D + d, _mm512_loadu_ps(sums + r * D + d));
                 for (int64_t r = 0; r < n; r += 2) {
                     pack_along(q + r * a->q_row, r + 1 < n ? q + (r + 1) * a->q_row : NULL, D, q_pairs + r / 2 * D);
                     pack_along(g + r * a->grad_row, r + 1 < n ? g + (r + 1) * a->grad_row : NULL, D, g_pairs + r / 2 * D);
@@ -235,9 +201,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
             }
         for (int64_t j = 0; j < p.J; j++)
             for (int64_t d = 0; d < D; d++) {
-                int64_t at = j < a->before
-                                 ? (((p.doc * a->splits + p.split) * a->kv_heads + p.kv) * a->before + j) * D + d
-                                 : ((p.split * a->rows + p.start + j - a->before) * a->kv_heads + p.kv) * D + d;
+                const int64_t at = place_of_gradient(&p, j) + d;
                 (j < a->before ? a->grad_before_k : a->grad_k)[at] = grad_k[j * D + d];
                 (j < a->before ? a->grad_before_v : a->grad_v)[at] = grad_v[j * D + d];
             }
