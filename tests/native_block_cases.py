@@ -1,4 +1,4 @@
-"""A valid call of every function of kernels/block_calls.py (native_cases.py has those of the others)."""
+"""A valid call of every function of kernels/block_calls.py and product_calls.py; native_cases.py has the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import block_calls
+from veneer.kernels import block_calls, native, product_calls
 
 BF16 = torch.bfloat16
 
@@ -31,7 +31,18 @@ def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple
     norm = {"weight": weight, "out": wide(), "scale": scale, "epsilon": 1e-5, "behind": side(of_A=True, most=3)}
     before, beside = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
     of_gate, of_up = side(of_A=False), side(of_A=False)
+    outs, along = rng.randint(1, 140), bool(rng.randint(0, 1))
+    whole = {
+        "x": wide(2 * rng.randint(1, 90)),
+        "bias": rng.choice([None, filled(BF16, outs)]),
+        "y": wide(outs),
+        "along": along,
+        "add": bool(rng.randint(0, 1)),
+    }
+    taken = whole["x"].shape[1]
+    whole["weight"] = filled(BF16, *((taken, outs) if along else (outs, taken)))
     return [
+        *([(product_calls.product, whole)] if native.has_amx() else []),
         (block_calls.norm_forward, {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])}),
         (
             block_calls.norm_backward,

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
 from tests.soak.counts import count
-from veneer.kernels import block_calls, calls, dense_calls, native, nf4, packed_calls, paged_calls, recorded, step_calls
+from veneer.kernels import (
+    block_calls,
+    calls,
+    dense_calls,
+    native,
+    nf4,
+    packed_calls,
+    paged_calls,
+    product_calls,
+    recorded,
+    step_calls,
+)
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
 
@@ -20,6 +31,7 @@ CALLING = (
     "arguments.py",
     "calls.py",
     "block_calls.py",
+    "product_calls.py",
     "packed_calls.py",
     "dense_calls.py",
     "paged_calls.py",
@@ -89,6 +101,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
         | functions(dense_calls)
         | functions(paged_calls)
         | functions(step_calls)
+        | (functions(product_calls) if native.has_amx() else set())
         <= tried | wrapped
     )
     for seed in range(20):

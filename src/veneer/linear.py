@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.kernels import few_rows
+from veneer.kernels import few_rows, products
 from veneer.kernels.frozen import DenseLinear as DenseLinear
 from veneer.kernels.frozen import FrozenLinear as FrozenLinear
 from veneer.kernels.frozen import bias_gradient as bias_gradient
@@ -36,8 +36,9 @@ class FewRowsLinear(nn.Linear):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         if not torch.is_grad_enabled() or not few_rows.wants_gradient(input, weight, bias):
-            return few_rows.linear(input, weight, bias)
-        if weight.requires_grad or not few_rows.usable(input, weight, bias):
+            return products.linear(input, weight, bias)
+        fast = few_rows.usable(input, weight, bias) or products.usable(input, weight, bias)
+        if weight.requires_grad or not fast:
             return F.linear(input, weight, bias)
         return frozen_product(input, bias, DenseLinear(self))
 
@@ -101,7 +102,7 @@ class SliceLinear:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.transposed:
             return F.linear(x, self.matrix.T, bias)
-        return few_rows.linear(x, self.matrix, bias)
+        return products.linear(x, self.matrix, bias)
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
         return times(grad, self.matrix.T if self.transposed else self.matrix, so_far)

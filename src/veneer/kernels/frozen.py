@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels import few_rows
+from veneer.kernels import products
 
 
 class FrozenLinear(Protocol):
@@ -53,7 +53,7 @@ class DenseLinear:
         return self.module.weight.dtype
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return few_rows.linear(x, self.module.weight, bias)
+        return products.linear(x, self.module.weight, bias)
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
         return times(grad, self.module.weight, so_far)
@@ -67,6 +67,8 @@ class DenseLinear:
 
 def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     """so_far (M, I) + grad (M, O) W (O, I), in place and rounded once; None: nothing was found so far."""
+    if products.times_usable(grad, weight, so_far):
+        return products.times(grad, weight, so_far)
     return grad @ weight if so_far is None else torch.addmm(so_far, grad, weight, out=so_far)
 
 

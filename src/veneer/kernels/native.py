@@ -59,6 +59,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
     "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
     "veneer_few_rows": (_INT, [_POINTER, _INT]),
+    "veneer_product": (_INT, [_POINTER]),
     "veneer_few_rows_updated": (_INT, [_POINTER, _INT]),
     "veneer_lay_out_factors": (None, [_POINTER, _NUMBER]),
     "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels import few_rows
+from veneer.kernels import products
 from veneer.linear import times
 from veneer.quant.scratch import scratch
 
@@ -26,7 +26,7 @@ class DecodedMatrix:
 
     @torch.no_grad()
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return few_rows.linear(x, self._decoded(x.dtype), bias)
+        return products.linear(x, self._decoded(x.dtype), bias)
 
     @torch.no_grad()
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:

@@ -1,0 +1,98 @@
+"""Products of many rows on tiles: few_rows.py's bits, near plain torch, and the layers that take them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.test_tiles import vectors
+from veneer.kernels import few_rows, native, product_calls, products
+from veneer.kernels.arguments import CallError
+from veneer.linear import DenseLinear, FewRowsLinear, frozen_linear
+
+pytestmark = pytest.mark.skipif(not native.has_amx(), reason="no AMX here")
+SHAPES = [(70, 576, 192), (65, 2048, 34), (96, 70, 1000), (131, 578, 130), (640, 64, 1024), (333, 1000, 77)]
+BF16 = 2**-8
+"""One rounding of a value near 1, relative to the largest."""
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def near(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert (ours.double() - theirs.double()).abs().max() <= BF16 * theirs.double().abs().max()
+
+
+@pytest.mark.parametrize(("rows", "width", "outs"), SHAPES)
+def test_a_rows_bits_are_those_that_it_has_among_few_whatever_the_threads(rows, width, outs):
+    x, weight, bias = drawn(rows, width), drawn(outs, width), drawn(outs)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for own in (None, bias):
+                ours = products.product(x, weight, own)
+                assert torch.equal(ours, few_rows.product(x, weight, own))
+                near(ours, few_rows.product_reference(x, weight, own))
+            assert torch.equal(products.product(x[3:], weight, None), products.product(x, weight, None)[3:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows", "width", "outs"), [shape for shape in SHAPES if shape[2] % 2 == 0])
+def test_the_gradient_of_the_input_is_torchs_alone_and_added(rows, width, outs):
+    grad, weight, so_far = drawn(rows, outs), drawn(outs, width), drawn(rows, width)
+    ours = products.times(grad, weight, None)
+    near(ours, products.times_reference(grad, weight, None))
+    expected = products.times_reference(grad, weight, so_far)
+    assert products.times(grad, weight, so_far) is so_far
+    near(so_far, expected)
+    assert torch.equal(products.times(grad, weight, torch.zeros_like(so_far)), ours)
+
+
+def test_sums_of_whole_numbers_are_exact():
+    torch.manual_seed(0)
+    x, weight = torch.randint(-3, 4, (100, 600)).bfloat16(), torch.randint(-3, 4, (110, 600)).bfloat16()
+    assert torch.equal(products.product(x, weight, None), few_rows.product_reference(x, weight, None))
+    assert torch.equal(products.times(x, weight.T.contiguous(), None), few_rows.product_reference(x, weight, None))
+
+
+def test_which_products_are_taken():
+    x, weight, bias = drawn(80, 576), drawn(128, 576), drawn(128)
+    assert products.usable(x, weight, bias) and products.usable(x.view(2, 40, 576), weight)
+    for other in (x[:64], x.float(), x[:, :70].contiguous(), drawn(576, 80).T):
+        assert not products.usable(other, weight, bias)
+    assert not products.usable(x, weight, bias.float())
+    assert not products.usable(x, drawn(576, 128).T)
+    assert not products.usable(drawn(80, 2050), drawn(128, 2050))
+    assert not products.usable(drawn(80, 577), drawn(128, 577))
+    assert not products.usable(x, drawn(100, 576))  # small: calling costs as much
+    assert products.times_usable(drawn(80, 128), weight, x)
+    assert not products.times_usable(drawn(80, 128), weight, x.float())
+    with vectors():
+        assert not products.usable(x, weight, bias)
+        with pytest.raises(CallError):
+            product_calls.product(x, weight, None, drawn(80, 128), along=False, add=False)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_layer_takes_them_and_one_that_an_adapter_stands_beside_gives_the_same(with_bias):
+    module = nn.Linear(576, 192, bias=with_bias).bfloat16().requires_grad_(False)
+    made, x, grad = FewRowsLinear.of(module), drawn(2, 60, 576).requires_grad_(), drawn(2, 60, 192)
+    y = made(x)
+    assert torch.equal(y, products.product(x.detach(), module.weight, module.bias))
+    assert torch.equal(y, made(x.detach())) and torch.equal(y, frozen_linear(made).product(x.detach(), module.bias))
+    (found,) = torch.autograd.grad(y, x, grad)
+    assert torch.equal(found.view(-1, 576), DenseLinear(module).input_gradient(grad.view(-1, 192)))
+    near(y.detach(), F.linear(x.detach(), module.weight, module.bias))
+    near(found.view(-1, 576), products.times_reference(grad.view(-1, 192), module.weight, None))
+
+
+def test_a_weight_that_trains_takes_torchs_product():
+    made = FewRowsLinear.of(nn.Linear(576, 192).bfloat16())
+    x = drawn(70, 576)
+    assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
+    made(x).sum().backward()
+    assert made.weight.grad is not None
