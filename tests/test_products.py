@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.test_tiles import vectors
-from veneer.kernels import few_rows, native, product_calls, products
+from veneer.kernels import few_rows, loss, native, product_calls, products
 from veneer.kernels.arguments import CallError
+from veneer.kernels.loss import Beside, Head
 from veneer.linear import DenseLinear, FewRowsLinear, frozen_linear
 
 pytestmark = pytest.mark.skipif(not native.has_amx(), reason="no AMX here")
@@ -96,3 +97,31 @@ def test_a_weight_that_trains_takes_torchs_product():
     assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
     made(x).sum().backward()
     assert made.weight.grad is not None
+
+
+@pytest.mark.parametrize("beside", [None, [3, 5], [1024]], ids=["alone", "in their places", "behind"])
+def test_a_heads_loss_is_near_torchs_whatever_its_chunks(beside, monkeypatch):
+    """300 rows: one and a part of a chunk of 256, and three of 128, the last of 44."""
+    columns = 1024 if beside is None else max(1024, max(beside) + 1)
+    rows = None if beside is None else Beside(drawn(len(beside), 128), torch.tensor(beside))
+    head = Head(drawn(1024, 128), scale=0.5, beside=rows, columns=columns)
+    h, targets = drawn(300, 128).requires_grad_(), torch.arange(300) * 7 % columns
+    found = []
+    for held in (loss.HELD_BYTES, 0):
+        monkeypatch.setattr(loss, "HELD_BYTES", held)
+        ours = loss.frozen_head_loss(h, targets, head, 300.0)
+        found.append((ours, *torch.autograd.grad(ours, h)))
+        assert abs(loss.head_nats(h.detach(), targets, head).sum() / 300 - ours) < 1e-5 * ours
+    theirs = loss.head_loss_reference(h, targets, head, 300.0)
+    (grad,) = torch.autograd.grad(theirs, h)
+    for ours, own in found:
+        assert abs(ours - theirs) < 1e-3 * theirs
+        assert (own - grad).abs().max() <= 2**-6 * grad.abs().max()
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6) and torch.equal(found[0][1], found[1][1])
+
+
+def test_chunks_of_the_head_hold_no_more_bytes_than_those_of_float32():
+    wide = 24 * 2**20 // 512
+    h = drawn(64, 32)
+    sizes = [loss._chunk(h, width) for width in (1000, wide, wide + 1, 2 * wide, 10 * wide)]
+    assert sizes == [256, 256, 128, 128, 128] and loss._chunk(h.float(), 1000) == 128

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import calls, launch
+from veneer.kernels import calls, launch, products
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
 
 CHUNK = 128
 """Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V = 49,152."""
+MOST_CHUNK, HELD_BYTES = 256, 24 * 2**20
+"""Where logits are never wider than bf16 so many, as far as they take no more bytes: W is read for each chunk."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Head:
     def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
         """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more is paged in anew."""
         own = out[:, : self.weight.shape[0]]
-        if self.bias is None:
+        if own.is_contiguous() and products.usable(h, self.weight, self.bias):
+            products.product(h, self.weight, self.bias, own)
+        elif self.bias is None:
             torch.mm(h, self.weight.t(), out=own)
         else:
             torch.addmm(self.bias, h, self.weight.t(), out=own)
@@ -112,6 +116,13 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, p.to(z.dtype)
 
 
+def _chunk(h: Tensor, width: int) -> int:
+    """Rows of h per chunk, width logits each."""
+    if not compiled(h):
+        return CHUNK
+    return max(CHUNK, min(MOST_CHUNK, HELD_BYTES // (h.element_size() * width)) // CHUNK * CHUNK)
+
+
 def _is_compiled(z: Tensor, targets: Tensor) -> bool:
     return compiled(z) and targets.is_contiguous() and targets.dtype == torch.int64
 
@@ -145,9 +156,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         grad = torch.empty_like(h) if wanted else None
         grad_rows = None if rows_nD is None or not wanted else torch.zeros_like(rows_nD)
-        held = h.new_empty(round_up(min(CHUNK, h.shape[0])), head.width)
-        for start in range(0, h.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
+        chunk = _chunk(h, head.width)
+        held = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
+        for start in range(0, h.shape[0], chunk):
+            rows = slice(start, start + chunk)
             chosen = targets[rows]
             count = chosen.numel()
             # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not read.
@@ -184,9 +196,10 @@ def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Te
 def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
     """-log softmax(z)[target] of each row, (M) float32 (float64 for float64), in the same chunks; no gradient."""
     each = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
-    held = h.new_empty(round_up(min(CHUNK, len(h))), head.width)
-    for start in range(0, len(h), CHUNK):
-        rows = slice(start, start + CHUNK)
+    chunk = _chunk(h, head.width)
+    held = h.new_empty(round_up(min(chunk, len(h))), head.width)
+    for start in range(0, len(h), chunk):
+        rows = slice(start, start + chunk)
         chosen, out = targets[rows], each[rows]
         padded = round_up(len(chosen))
         z = head.of(rows).logits_into(held[:padded], F.pad(h[rows], (0, 0, 0, padded - len(chosen))))

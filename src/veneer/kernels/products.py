@@ -39,10 +39,10 @@ def _taken(x: Tensor, width: int, values: int, given: tuple[Tensor, ...]) -> boo
     return all(t.dtype is torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in given) and has_amx()
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., O) of a usable x (..., I). Without a gradient."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """(..., O) of a usable x (..., I). out: (M, O) that is written instead of a fresh one. Without a gradient."""
     rows = x.view(-1, weight.shape[1])
-    y = torch.empty(len(rows), len(weight), dtype=x.dtype)
+    y = torch.empty(len(rows), len(weight), dtype=x.dtype) if out is None else out
     product_calls.product(rows, weight, bias, y, along=False, add=False)
     return y.view(*x.shape[:-1], len(weight))
 
