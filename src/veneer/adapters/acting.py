@@ -8,7 +8,7 @@ Knows nothing of what a layer computes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class Acting:
                 next_step="Leave the modules that see other rows out (method.exclude), or let one adapter act "
                 "on all rows.",
             )
-        starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        starts = accumulate(counts, initial=0)
         found = zip(pairwise(starts), self.parts, strict=True)
         return tuple(Segment(slice(a, b), part.adapters) for (a, b), part in found if a < b)
 

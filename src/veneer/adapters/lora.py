@@ -27,7 +27,7 @@ from veneer.errors import ConfigError
 from veneer.kernels import few_rows
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.lora import Adapted, dropped, lora_linear, lora_linears
-from veneer.kernels.segments import Plan, Update, linear_with_updates
+from veneer.kernels.segments import Plan, Prepared, Update, linear_with_updates
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
 Kind = Literal["linear", "embedding", "experts"]
@@ -214,7 +214,11 @@ class AdaptedLinear(AdaptedModule):
     def forward(self, x: Tensor) -> Tensor:
         acting = self.routing.acting
         whole, rows = acting.whole, x.numel() // x.shape[-1]
-        if whole is not None and not (whole and acting.counts(rows)):
+        counted = acting.counts(rows)
+        if counted and (prepared := self._listed(acting, rows, x.dtype)) is not None:
+            y_MO = prepared.product(x.reshape(rows, -1), self.frozen.own_bias(), self.frozen)
+            return y_MO.view(*x.shape[:-1], -1)
+        if whole is not None and not (whole and counted):
             return self._alike(x, whole, acting.keys)
         return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(*x.shape[:-1], -1)
 
@@ -234,10 +238,22 @@ class AdaptedLinear(AdaptedModule):
     def in_step(self, x_MI: Tensor) -> few_rows.Part | None:
         """W, bias and updates, where these are prepared and nothing else is to be done to x, all rows of a step."""
         acting = self.routing.acting
-        if torch.is_grad_enabled() or acting.keys is not None or self._forward_hooks or self._forward_pre_hooks:
+        if self._forward_hooks or self._forward_pre_hooks or not acting.counts(len(x_MI)):
             return None
-        prepared = acting.plan.kept.get((self.key, len(x_MI))) if acting.counts(len(x_MI)) else None
+        prepared = self._listed(acting, len(x_MI), x_MI.dtype)
         return None if prepared is None else prepared.in_one_call(x_MI, self.frozen.own_bias(), self.frozen)
+
+    def _listed(self, acting: Acting, rows: int, dtype: torch.dtype) -> Prepared | None:
+        """What was prepared, or what a mix lists of all rows of a step; None: nothing, or somebody is to hear of x."""
+        if (
+            torch.is_grad_enabled()
+            or acting.keys is not None
+            or self.base._forward_hooks
+            or self.base._forward_pre_hooks
+        ):
+            return None
+        found = acting.plan.kept.get((self.key, rows))
+        return acting.plan.listed(self.key, rows, dtype) if found is None and rows == acting.rows else found
 
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """All rows with these adapters."""

@@ -39,6 +39,13 @@ class AdaptedModule(nn.Module):
                 raise
             return getattr(super().__getattr__("base"), name)
 
+    def idle(self) -> bool:
+        """Whether the base's own module is all that acts here now; False too where that was not listed."""
+        acting = self.routing.acting
+        if (mix := acting.plan.mix) is not None:
+            return self.key not in mix.keys
+        return not any(part.adapters for part in acting.parts)
+
     def beside(self, adapters: Applied) -> list[tuple[Any, float]]:
         """What these adapters put here, with their weights, in their order; each wrapper knows what it is."""
         key = self.key

@@ -6,15 +6,20 @@ library/residents.py   those of a library, in memory while they are needed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
-from veneer.adapters.acting import Applied
+import torch
+
+from veneer.adapters.acting import Applied, Part
 from veneer.adapters.attachment import Attachment
-from veneer.adapters.lora import LoRALayer
+from veneer.adapters.lora import AdaptedLinear, LoRALayer
 from veneer.adapters.prefix import PrefixLayer
+from veneer.adapters.wrapping import key_of
 from veneer.decoding.blocks import Identity
 from veneer.errors import ConfigError
+from veneer.kernels.mixes import Entry, Mix, Table
+from veneer.kernels.segments import Plan
 
 
 class Adapters(Protocol):
@@ -72,10 +77,35 @@ def prefixes(applied: Applied) -> list[PrefixLayer]:
     return [layer for layer in layers if isinstance(layer, PrefixLayer)]
 
 
-def updated_by(attachment: Attachment) -> list[LoRALayer]:
-    """The layers that change linear layers by updates alone."""
-    layers = [layer for layer in attachment.beside.values() if isinstance(layer, LoRALayer)]
-    return [layer for layer in layers if layer.kind == "linear" and layer.offset is None]
+Updating = tuple[Table | None, frozenset[str]]
+"""The layers to which an adapter adds updates alone, as a table, or None; the keys of all others that it changes."""
+
+
+def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
+    """plan: where its factors are laid out, in this type."""
+    linear = key_of(AdaptedLinear, "")
+    layers = {
+        key: layer
+        for key, layer in adapter.beside.items()
+        if key.startswith(linear) and isinstance(layer, LoRALayer) and layer.offset is None
+        if key not in adapter.replaced
+    }
+    table = plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None
+    return table, frozenset(adapter.beside.keys() | adapter.replaced.keys()) - layers.keys()
+
+
+def mix_of(parts: Sequence[Part], of: Callable[[Attachment], Updating], dtype: torch.dtype) -> Mix:
+    """The updates of parts that say their rows."""
+    entries: list[Entry] = []
+    others: set[str] = set()
+    start = 0
+    for part in parts:
+        rows = slice(start, start := start + (part.rows or 0))
+        for adapter, weight in part.adapters:
+            table, more = of(adapter)
+            others |= more
+            entries += [(rows, table, weight)] if table is not None and rows.start < rows.stop else []
+    return Mix(entries, dtype, others)
 
 
 def front_places(applied: Applied) -> int:

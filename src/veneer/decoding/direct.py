@@ -28,7 +28,7 @@ from veneer.adapters.lora import AdaptedLinear
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.decoding.recorded import Inputs, computed
+from veneer.decoding.recorded import Inputs, Steps
 from veneer.kernels import decoder_step, few_rows
 from veneer.kernels.groups import Pair
 from veneer.kernels.paged_attention import SpanRows
@@ -68,6 +68,7 @@ class DirectForward:
     def __init__(self, model: PreTrainedModel, inner: nn.Module, layers: Sequence[_Layer]) -> None:
         self.model, self.layers = model, layers
         self.inner: Any = inner
+        self.steps = Steps()
 
     @property
     def fits(self) -> bool:
@@ -79,23 +80,25 @@ class DirectForward:
         """rows (2, N): ids and positions -> (kept, V); None: all rows."""
         h_1ND = self.inner.embed_tokens(rows[:1])
         cos_1NE, sin_1NE = self.inner.rotary_emb(h_1ND, position_ids=rows[1:])
-        inputs = h_1ND[0], cos_1NE[0], sin_1NE[0]
-        if kept is None and laid.recorded is not None:
-            return computed(inputs, laid, self._rest, self._called)
-        return self._rest(inputs, laid, kept)
+        inputs, head = (h_1ND[0], cos_1NE[0], sin_1NE[0]), self.model.get_output_embeddings()
+        with self.steps.taken() as free:
+            if free:
+                beside = _keys_around(self.inner.embed_tokens) | _keys_around(head)
+                states = self.steps.computed(inputs, laid, self._layers, self._called, beside)
+            else:
+                states = self._layers(inputs, laid)
+            return _product(states if kept is None else states[kept], head)
 
-    def _rest(self, inputs: Inputs, laid: PagedStep, kept: Tensor | None = None) -> Tensor:
+    def _layers(self, inputs: Inputs, laid: PagedStep) -> Tensor:
         h, cos, sin = inputs
         angles, delta = (cos[None], sin[None]), None
         for layer in self.layers:
             h, delta = _layer(layer, h, delta, angles, laid)
-        states = _add_norm(h, delta, self.inner.norm)[1]
-        head: Any = self.model.get_output_embeddings()
-        return _product(states if kept is None else states[kept], head)
+        return _add_norm(h, delta, self.inner.norm)[1]
 
     def _called(self) -> list[nn.Module]:
-        """All modules that `_rest` may call."""
-        within = (self.inner.layers, self.inner.norm, self.model.get_output_embeddings())
+        """All modules that `_layers` may call."""
+        within = (self.inner.layers, self.inner.norm)
         return [self.inner, *(module for each in within for module in each.modules())]
 
 
@@ -116,6 +119,11 @@ class Way:
         if self._parts is not None and self._parts.fits:
             return self._parts.logits(rows, laid, kept)
         return self._own(rows, laid, kept)
+
+    def let_go(self) -> None:
+        """No adapter is held that acted in a step before."""
+        if self._parts is not None:
+            self._parts.steps.let_go()
 
 
 def _layer(
@@ -154,7 +162,7 @@ def _layer(
 def _bare(module: nn.Module | None) -> nn.Module | None:
     """The base's own module where nothing acts beside it and nobody listens, else None."""
     while isinstance(module, AdaptedModule):
-        if any(part.adapters for part in module.routing.acting.parts) or module._forward_hooks:
+        if not module.idle() or module._forward_hooks or module._forward_pre_hooks:
             return None
         module = module.base
     return None if module is None or module._forward_hooks or module._forward_pre_hooks else module
@@ -169,30 +177,38 @@ def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] |
 
 
 def _product(x: Tensor, place: Any) -> Tensor:
-    own = _dense(x, place)
-    if own is not None:
-        return few_rows.product(x, *own)
+    part = _part(x, place)
+    if part is not None:
+        return few_rows.updated(x, [part])[0] if part[2] is not None else few_rows.product(x, *part[:2])
     out: Tensor = place(x[None])[0]
     return out
 
 
 def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
     """Of each, contiguous and nobody else's."""
-    own = [_dense(x, place) for place in places]
-    if all(each is not None for each in own):
-        return few_rows.products(x, [each for each in own if each is not None])
-    parts = [_part(x, place, dense) for place, dense in zip(places, own, strict=True)]
-    found = [part for part in parts if part is not None]
-    if len(found) == len(places) and 0 < sum(len(few or ()) for *_, few in found) <= few_rows.MOST_UPDATES:
-        return few_rows.updated(x, found)
+    parts = [part for place in places if (part := _part(x, place)) is not None]
+    if len(parts) == len(places) and sum(len(few or ()) for *_, few in parts) <= few_rows.MOST_UPDATES:
+        if all(few is None for *_, few in parts):
+            return few_rows.products(x, [(weight, bias) for weight, bias, _ in parts])
+        return few_rows.updated(x, parts)
     return [_product(x, place).contiguous() for place in places]
 
 
-def _part(x: Tensor, place: Any, dense: tuple[Tensor, Tensor | None] | None) -> few_rows.Part | None:
-    """What one call computes beside others of the same x."""
-    if dense is not None:
-        return (*dense, None)
-    return place.in_step(x) if isinstance(place, AdaptedLinear) else None
+def _part(x: Tensor, place: nn.Module | None) -> few_rows.Part | None:
+    """What one call computes beside others of the same x. What adapters may add is listed, be it nothing today."""
+    if isinstance(place, AdaptedLinear) and (own := place.in_step(x)) is not None:
+        return own
+    dense = _dense(x, place)
+    return None if dense is None else (*dense, None)
+
+
+def _keys_around(module: nn.Module) -> set[str]:
+    """Of the wrappers that stand there."""
+    found = set()
+    while isinstance(module, AdaptedModule):
+        found.add(module.key)
+        module = module.base
+    return found
 
 
 def _by_heads(x: Tensor, size: int, place: nn.Module | None) -> Tensor:

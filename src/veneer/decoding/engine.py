@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.acting import Acting, in_step
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.new_tokens import width_of
-from veneer.decoding.adapters import Adapters, prefixes, updated_by
+from veneer.decoding.adapters import Adapters, Updating, mix_of, prefixes, updating
 from veneer.decoding.blocks import BlockManager
 from veneer.decoding.direct import Way
 from veneer.decoding.draws import Drawing, draw
@@ -28,14 +29,13 @@ from veneer.decoding.sequence import Request, State
 from veneer.decoding.sequence import Sequence as Answer
 from veneer.decoding.step_plan import Drawn, Plan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
+from veneer.kernels import few_rows
 from veneer.kernels.segments import Plan as Prepared
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
 BLOCK_SLOTS = 16
 """Tokens of a block: what kernels know."""
-NUMBERS_KEPT = 4
-"""Of rows, for which steps of the base alone stay recorded: a recording holds the values between all layers."""
 
 
 class Engine:
@@ -62,13 +62,13 @@ class Engine:
         )
         self.scheduler = Scheduler(blocks, limits or Limits(), adapters, positions=read_alike(base.config))
         self.way = _way(base)
-        self._forward = PagedForward(base.device, blocks, self.way.logits)
+        self._forward = PagedForward(base.device, blocks, self.way.logits, filled=self.way.not_by_parts is not None)
         self._drawings: dict[int, Drawing] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens
         self._acting: tuple[Any, Acting] | None = None
         self._before: Prepared | None = None
-        self._nobody: dict[int, Acting] = {}
+        self._known: dict[Attachment, Updating] = {}
 
     def add(self, request: Request) -> tuple[Answer, ...]:
         """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise.
@@ -124,7 +124,7 @@ class Engine:
     def _undo(self) -> None:
         self.scheduler.undo_step()
         self._acting = self._before = None
-        self._nobody.clear()
+        self._known.clear()
 
     def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
         """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of it."""
@@ -196,6 +196,8 @@ class Engine:
             attached = [adapter for each in held for adapter, _ in self._adapters.applied(each)]
             layers = [layer for adapter in attached for layer in adapter.beside.values()]
             self._before, self._acting = self._acting[1].plan.following(layers), None
+            self._known = {adapter: self._known[adapter] for adapter in attached if adapter in self._known}
+            self.way.let_go()
         return ended
 
     def _logits(self, plan: Plan) -> Tensor:
@@ -206,27 +208,24 @@ class Engine:
         step = self._forward.rows(plan)
         acting = self._acting_of(plan, step.filler)
         with self.base.routing.held(acting if step.kept is None else acting.keeping(step.kept)):
-            return self._forward.logits(plan, step, acting.plan.steps)
+            return self._forward.logits(plan, step, acting.plan.mix)
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
-        if filler == 0 and not any(each for each, _ in plan.parts):
-            return self._nobodys(sum(count for _, count in plan.parts))
         parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
         if self._acting is None or self._acting[0] != (parts, filler):
             self._acting = (parts, filler), in_step(parts, self._before).padded(filler)
             self._before = self._acting[1].plan
-            for attachment in dict.fromkeys(attachment for _, applied in parts for attachment, _ in applied):
-                self._before.lay_out(updated_by(attachment), self.base.dtype, self.base.device)
+            if few_rows.takes_updates(1, self.base.dtype, self.base.device):
+                self._before.mix = mix_of(self._acting[1].parts, self._updating, self.base.dtype)
         return self._acting[1]
 
-    def _nobodys(self, rows: int) -> Acting:
-        """Of the base's own rows: kept for several numbers of rows, since answers come and go."""
-        if rows not in self._nobody:
-            while len(self._nobody) >= NUMBERS_KEPT:
-                del self._nobody[next(iter(self._nobody))]
-            self._nobody[rows] = in_step([(rows, ())])
-        return self._nobody[rows]
+    def _updating(self, adapter: Attachment) -> Updating:
+        """What it is as a table; laid out once, for as long as an answer uses it."""
+        if (found := self._known.get(adapter)) is None:
+            assert self._before is not None
+            found = self._known[adapter] = updating(adapter, self._before, self.base.dtype)
+        return found
 
 
 def _no_memory() -> DoesNotFitError:

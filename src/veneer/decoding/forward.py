@@ -7,7 +7,6 @@ Shapes: N rows of the step: the spans' tokens, one span behind the other, then f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.step_plan import Plan, Span
 from veneer.kernels import few_rows
 from veneer.kernels.layout import round_up
+from veneer.kernels.mixes import Mix
 from veneer.kernels.paged_attention import SpanRows
 from veneer.kernels.upload import sent
 
@@ -28,7 +28,8 @@ class StepRows:
     """What a plan computes, on the device.
 
     rows    (2, N) ids and positions
-    filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all are single tokens
+    filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all are single tokens,
+            nor where the model's parts are called, whose kernels know no shapes
     kept    (spans) numbers of the rows that are the last of their spans; None: all rows are
     """
 
@@ -38,10 +39,11 @@ class StepRows:
 
 
 class PagedForward:
-    """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its tables number."""
+    """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its tables number.
+    filled: whether rows are filled up."""
 
-    def __init__(self, device: torch.device, blocks: BlockManager, run: Run) -> None:
-        self._device, self._run = device, run
+    def __init__(self, device: torch.device, blocks: BlockManager, run: Run, *, filled: bool = True) -> None:
+        self._device, self._run, self._filled = device, run, filled
         self.keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
 
     def rows(self, plan: Plan) -> StepRows:
@@ -49,20 +51,20 @@ class PagedForward:
         positions = [place for span in plan.spans for place in range(span.start, span.stop)]
         if len(ids) == len(plan.spans):
             return StepRows(sent(torch.tensor([ids, positions]), self._device), 0, None)
-        filler = round_up(len(ids)) - len(ids)
+        filler = round_up(len(ids)) - len(ids) if self._filled else 0
         rows = sent(torch.tensor([each + [0] * filler for each in (ids, positions)]), self._device)
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
         return StepRows(rows, filler, sent(ends, self._device))
 
-    def logits(self, plan: Plan, step: StepRows, recorded: dict[int, Any] | None = None) -> Tensor:
+    def logits(self, plan: Plan, step: StepRows, mix: Mix | None = None) -> Tensor:
         """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before.
 
-        recorded: of the parts that act (decoding/recorded.py).
+        mix: what acts, where it is listed (decoding/recorded.py).
         """
         self.keys.copy(plan.copies)
         spans = [_rows(span) for span in plan.spans]
         with few_rows.any_rows():  # what an answer says does not depend on the others of its step
-            logits = self._run(step.rows, PagedStep(self.keys, spans, recorded), step.kept)
+            logits = self._run(step.rows, PagedStep(self.keys, spans, mix), step.kept)
         if len(logits) != len(plan.spans):
             raise ValueError(f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}")
         return logits

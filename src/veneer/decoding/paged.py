@@ -6,13 +6,13 @@ they call. Shapes: N rows of the step, K key/value heads, D head size.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.decoding.blocks import Copy
 from veneer.kernels.groups import Pair
+from veneer.kernels.mixes import Mix
 from veneer.kernels.paged_attention import Blocks, SpanRows, Spans, paged_attention
 from veneer.kernels.rules import Rules
 
@@ -28,6 +28,16 @@ class PagedKeys:
         """Of the layer that has this number; its shapes are those of its first keys and values."""
         if number not in self.layers:
             self.layers[number] = Blocks.empty(self.num_blocks, self.tokens_per_block, key_NKD, value_NKD)
+        return self.layers[number]
+
+    def like(self, number: int, stored: Blocks) -> Blocks:
+        """Of the layer that has this number; where it is not made yet, of the shapes and type of another's blocks."""
+        if number not in self.layers:
+            own = (
+                torch.empty(self.num_blocks, *x.shape[1:], dtype=x.dtype, device=x.device)
+                for x in (stored.keys, stored.values)
+            )
+            self.layers[number] = Blocks(*own)
         return self.layers[number]
 
     def write(self, number: int, blocks: Sequence[int], key_NKD: Tensor, value_NKD: Tensor) -> None:
@@ -46,12 +56,12 @@ class PagedKeys:
 class PagedStep:
     """The spans of a step on their way through the layers (models/attention.py: Laid); `calls` counts those passed.
 
-    recorded: steps of the same parts, by number of rows (decoding/recorded.py); None: nothing is recorded.
+    mix: what the adapters add to which rows, where these are listed: such steps are recorded (decoding/recorded.py).
     """
 
-    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows], recorded: dict[int, Any] | None = None) -> None:
+    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows], mix: Mix | None = None) -> None:
         self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block), 0
-        self.recorded = recorded
+        self.mix = mix
         self._fewer: dict[tuple[int, ...], Spans] = {}
 
     def attend(

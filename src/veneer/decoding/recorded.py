@@ -1,63 +1,115 @@
-"""A step of single tokens, computed in Python once or twice and from then on by one call into C.
+"""The layers of a step, computed in Python once or twice and from then on by one call into C.
 
-Answers in flight ask for the same step again and again: the same rows, the same adapters on them. Where nothing of it
-but compiled functions computes (kernels/recorded.py), the step is recorded the second time that the same parts act, and
-made again after that. New each time are what the first layer takes, and which blocks are whose.
+Steps differ in how many rows they have, in what the first layer takes, in whose blocks are which, and in what the
+adapters add to which rows. All of that is handed over anew; where nothing of a step but compiled functions computes
+(kernels/recorded.py), the rest is the same calls over the same memory, whatever is asked: a prompt read, answers gone
+on with, the base alone or any mix of adapters whose changes are updates of linear layers (kernels/mixes.py). So the
+second such step is recorded, and all later ones are made again.
 What was recorded reads the model's weights where they stood, so it is asked at each step whether modules, parameters
 and listeners are the same; else the step is computed as ever, and recorded anew.
-Shapes: N rows of the step, D width, E head size, V ids.
+Shapes: N rows of the step, D width, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.kernels import paged_calls
-from veneer.kernels.recorded import recording
+from veneer.kernels import dense_calls, paged_calls
+from veneer.kernels.mixes import Mix
+from veneer.kernels.nf4 import FUSED_ROWS
+from veneer.kernels.paged_attention import Blocks
+from veneer.kernels.recorded import Recording, Room, recording
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """What the first layer takes, (N, D), and cosines and sines, (N, E)."""
 Rest = Callable[[Inputs, PagedStep], Tensor]
-"""The layers and the head: (N, V)."""
+"""The layers: (N, D)."""
 
-_ONCE, _DECLINED = "once", "declined"
-
-
-def computed(inputs: Inputs, laid: PagedStep, rest: Rest, modules: Callable[[], Sequence[nn.Module]]) -> Tensor:
-    """(N, V) as `rest` gives it, to the bit. The values are good until the next step.
-
-    modules: all that may be called for it, those of the adapters beside them too.
-    """
-    steps, rows = laid.recorded, len(inputs[0])
-    assert steps is not None
-    known = steps.get(rows)
-    if isinstance(known, _Recorded):
-        if known.stands(laid):
-            return known.again(inputs, laid)
-        known = steps[rows] = None
-    if known is _ONCE and not _listened_to(called := modules()):
-        inputs = (inputs[0].clone(), inputs[1].clone(), inputs[2].clone())  # nobody else's
-        _ = laid.spans.checked  # which computes
-        with recording() as noted:
-            logits = rest(inputs, laid)
-        steps[rows] = _DECLINED if noted.spoiled else _Recorded(noted, inputs, logits, laid.keys, called)
-        return logits
-    steps[rows] = known or _ONCE
-    return rest(inputs, laid)
+LEAST_ROOM = 64
+"""Rows that a recording has space for at least; more where a step has more."""
 
 
-class _Recorded:
-    def __init__(
-        self, noted: Any, inputs: Inputs, logits: Tensor, keys: PagedKeys, modules: Sequence[nn.Module]
-    ) -> None:
-        self._noted, self._inputs, self._logits, self._keys = noted, inputs, logits, keys
-        self._attended = noted.structs("veneer_paged_attention")
-        self._blocks = keys.num_blocks
+class Steps:
+    """Of one model. One thread at a time has them, the others compute in Python meanwhile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[_Recorded] = []
+        self._standing: _Standing | None = None
+        self._seen = self._declined = False
+
+    @contextmanager
+    def taken(self) -> Iterator[bool]:
+        """Within, what `computed` gives stays as it is. False: another thread has them."""
+        free = self._lock.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                self._lock.release()
+
+    def let_go(self) -> None:
+        """No adapter is held from here until the next step, but by a step of another thread."""
+        with self.taken() as free:
+            for each in self._kept if free else ():
+                each.let_go()
+
+    def computed(
+        self, inputs: Inputs, laid: PagedStep, rest: Rest, modules: Callable[[], Sequence[nn.Module]], beside: Set[str]
+    ) -> Tensor:
+        """(N, D) as `rest` gives it, to the bit. The values are good until the next step; only within `taken`.
+
+        modules: all that may be called for it, those of the adapters beside them too. beside: keys of adapters' layers
+        at which `rest` does not come by.
+        """
+        mix, rows = laid.mix, len(inputs[0])
+        if mix is None or not mix.others <= beside or laid.spans.rows != rows:
+            return rest(inputs, laid)
+        if self._standing is not None and not self._standing.stands():
+            self._kept, self._standing, self._declined = [], None, False
+        if self._declined or any(each.lacks(mix, beside) for each in self._kept):
+            return rest(inputs, laid)
+        for each in self._kept:
+            if each.takes(rows):
+                found = each.again(inputs, laid)
+                return rest(inputs, laid) if found is None else found
+        self._seen, seen = True, self._seen
+        if not seen or _listened_to(called := modules()):
+            return rest(inputs, laid)
+        self._standing = self._standing or _Standing(called)
+        return self._recorded(inputs, laid, rest)
+
+    def _recorded(self, inputs: Inputs, laid: PagedStep, rest: Rest) -> Tensor:
+        rows, most = len(inputs[0]), LEAST_ROOM
+        while most < rows:
+            most *= 2
+        room = Room(rows, most)
+        own = [room.empty(each.dtype, *each.shape) for each in inputs]
+        for mine, each in zip(own, inputs, strict=True):
+            mine.copy_(each)
+        _ = laid.spans.checked, laid.mix and laid.mix.listed  # which compute
+        with recording(room) as noted:
+            states = rest((own[0], own[1], own[2]), laid)
+        if noted.spoiled is None:
+            new = _Recorded(noted, own, states, laid)
+            self._kept = [*(each for each in self._kept if not new.replaces(each)), new]
+        self._declined = noted.spoiled is not None
+        return states
+
+
+class _Standing:
+    """What a recording reads, as it stood."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._children = [(each._modules, dict(each._modules)) for each in modules if each._modules]
         self._listeners = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         holders: list[dict[str, Any]] = [kind for each in modules for kind in (each._parameters, each._buffers)]
@@ -66,26 +118,95 @@ class _Recorded:
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._storages = [tensor.untyped_storage() for tensor in self._tensors]  # held: C reads there
 
-    def stands(self, laid: PagedStep) -> bool:
-        """Whether all that it reads stands where it stood."""
+    def stands(self) -> bool:
+        """Whether all of it stands where it stood, and nobody listens."""
         return (
-            laid.keys is self._keys
-            and not any(self._listeners)
+            not any(self._listeners)
             and all(now == then for now, then in self._children)
             and all(map(is_, [kind.get(name) for kind, name in self._places], self._tensors))
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
         )
 
-    def again(self, inputs: Inputs, laid: PagedStep) -> Tensor:
+
+class _Recorded:
+    """least, most: rows that it may have."""
+
+    def __init__(self, noted: Recording, inputs: Sequence[Tensor], states: Tensor, laid: PagedStep) -> None:
+        assert noted.room is not None
+        self._noted, self._inputs, self._states = noted, inputs, states
+        self._attended = noted.structs("veneer_paged_attention")
+        self._updated = noted.structs("veneer_few_rows_updated")
+        self._like = [Blocks(each.keys[:0].clone(), each.values[:0].clone()) for each in laid.keys.layers.values()]
+        self._keys = frozenset(
+            updates.key for one in self._updated for updates in one.kept[1] if updates is not None and updates.key
+        )
+        packed = any(one.kind < 0 for one in noted.structs("veneer_packed_rows"))
+        self.least, self.most = (FUSED_ROWS + 1 if packed else 1), noted.room.most
+        if not noted.of_any_rows:
+            self.least = self.most = noted.room.rows
+        self._rows = noted.room.rows
+        self._down = torch.empty(0, dtype=states.dtype)
+        self._mix: Mix | None = None
+        self._pages: weakref.ref[PagedKeys] | None = None
+
+    def replaces(self, other: _Recorded) -> bool:
+        return self.least <= other.least and other.most <= self.most
+
+    def lacks(self, mix: Mix, beside: Set[str]) -> bool:
+        """Whether the mix changes a layer that these calls know no updates of."""
+        return mix is not self._mix and not mix.keys - beside <= self._keys
+
+    def takes(self, rows: int) -> bool:
+        return self.least <= rows <= self.most
+
+    def let_go(self) -> None:
+        self._mix = None
+
+    def again(self, inputs: Inputs, laid: PagedStep) -> Tensor | None:
+        """None: the mix is more than one call takes."""
+        rows, spans, mix = len(inputs[0]), laid.spans.checked, laid.mix
+        assert mix is not None
+        if mix is not self._mix and not self._list(mix):
+            return None
+        if mix.rows > rows or spans.rows != rows or spans.blocks > laid.keys.num_blocks:
+            raise ValueError(f"{rows} rows, of spans {spans.rows}, up to {mix.rows} updated, {spans.blocks} blocks")
+        if self._pages is None or laid.keys is not self._pages():
+            self._lay(laid.keys)
+        if rows != self._rows:
+            self._noted.with_rows(rows)
+            self._rows = rows
         for own, new in zip(self._inputs, inputs, strict=True):
-            own.copy_(new)
-        spans = laid.spans.checked
-        if spans.rows != len(self._logits) or spans.blocks > self._blocks:
-            raise ValueError(f"{spans.rows} rows in {spans.blocks} blocks where {len(self._logits)} were recorded")
+            _first(own, rows).copy_(new)
         for given in self._attended:
             paged_calls.point_at(given, spans)
         self._noted.again()
-        return self._logits
+        return _first(self._states, rows)
+
+    def _list(self, mix: Mix) -> bool:
+        """The updates of this mix in place of those of another, which is let go."""
+        self._mix = None
+        room = dense_calls.update_by(self._updated, mix.listed, mix.dtype)
+        if room is None:
+            return False
+        if room > len(self._down):
+            self._down = torch.empty(2 * room, dtype=self._down.dtype)
+        for given in self._updated:
+            given.down = self._down.data_ptr()
+        self._mix = mix
+        return True
+
+    def _lay(self, pages: PagedKeys) -> None:
+        """The blocks of this engine in place of another's."""
+        self._pages = None
+        for number, (given, like) in enumerate(zip(self._attended, self._like, strict=True)):
+            own = pages.like(number, like)
+            paged_calls.lie_in(given, own.keys, own.values, like.keys.dtype)
+        self._pages = weakref.ref(pages)
+
+
+def _first(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows of what has space for them, though it was made with others."""
+    return tensor.as_strided((rows, *tensor.shape[1:]), tensor.stride())
 
 
 def _listened_to(modules: Sequence[nn.Module]) -> bool:

@@ -5,14 +5,16 @@ Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
 """
 
 import ctypes
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from veneer.kernels import pages
-from veneer.kernels.arguments import BYTES, CallError, at, call, number, numbers, pointers, reachable, whole
+from veneer.kernels.arguments import BYTES, CallError, at, call, number, numbers, pointers, reachable
 
 MOST_PARTS = 16
 """Weights that share one x."""
@@ -92,6 +94,14 @@ class _Update(ctypes.Structure):
     _fields_ = [*pointers("A B"), *numbers("first rows rank turn"), ("scale", ctypes.c_float)]
 
 
+def update_columns() -> int:
+    """Words of 8 bytes that one update takes: its fields in their order, the scale in the last one's lower half."""
+    fields = [getattr(_Update, name).offset for name, _ in _Update._fields_]  # type: ignore[misc]
+    if fields != [8 * n for n in range(len(fields))] or sys.byteorder != "little":
+        raise CallError("updates do not lie as C and mixes.py take them to")
+    return ctypes.sizeof(_Update) // 8
+
+
 class _UpdatedPart(ctypes.Structure):
     _fields_ = [*pointers("w bias y updates"), *numbers("outs count")]
 
@@ -156,35 +166,54 @@ Given = tuple[slice, Factors, float]
 
 
 class Updates:
-    """Of one layer, all of one type. Those that share a row take turns."""
+    """Of one layer, all of one type. Those that share a row take turns. key: of the layer, where it has one."""
 
     def __init__(self, given: Sequence[Given]) -> None:
         number(len(given), 1, MOST_UPDATES)
         first = given[0][1]
         self.dtype, self.width, self.outs = first.dtype, first.width, first.outs
-        self.factors = [factors for _, factors, _ in given]
+        self.key: str | None = None
         self.rows = self.room = 0
         made = []
-        for turn, (rows, factors, scale) in _in_turns(given):
+        for turn, (rows, factors, scale) in in_turns(given):
             if (factors.dtype, factors.width, factors.outs) != (self.dtype, self.width, self.outs):
                 raise CallError(f"factors of {factors.width} to {factors.outs} beside {self.width} to {self.outs}")
             start, stop = number(rows.start), number(rows.stop, rows.start + 1)
             count = number(stop - start, 1, MOST_ROWS)
             made.append((*factors.places, start, count, factors.rank, turn, scale))
             self.rows, self.room = max(self.rows, stop), self.room + count * factors.rank
-        self._given = (_Update * len(made))(*[_Update(*each) for each in made])
+        self._kept: object
+        self._count, listed = len(made), (_Update * len(made))(*[_Update(*each) for each in made])
+        self.address, self._kept = ctypes.addressof(listed), ([factors for _, factors, _ in given], listed)
+
+    @classmethod
+    def listed(cls, key: str, dtype: torch.dtype, rows: int, listed: "Listed", kept: object) -> "Updates":
+        """Of a layer among others (mixes.py), of `rows` rows; kept: what holds all that `listed` points at."""
+        made = cls.__new__(cls)
+        made.key, made.dtype, made.rows, made._kept = key, dtype, rows, kept
+        made.address, made._count, made.room, made.width, made.outs = listed
+        return made
 
     def __len__(self) -> int:
-        return len(self._given)
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self._given)
+        return self._count
 
 
-def _in_turns(given: Sequence[Given]) -> list[tuple[int, Given]]:
-    """Each with its turn, in which no two share a row; in the order of their turns."""
-    turns: list[list[Given]] = []
+class Listed(NamedTuple):
+    """Updates of one layer, one behind the other from `address` on; room: values of x A^T of all of them."""
+
+    address: int
+    updates: int
+    room: int
+    width: int
+    outs: int
+
+
+E = TypeVar("E", bound=tuple[Any, ...])
+
+
+def in_turns(given: Sequence[E]) -> list[tuple[int, E]]:
+    """Each with its turn, in which no two share a row; in the order of their turns. Of each the first is its rows."""
+    turns: list[list[E]] = []
     for update in sorted(given, key=lambda each: each[0].start):
         for turn in turns:
             if turn[-1][0].stop <= update[0].start:
@@ -204,10 +233,10 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
     of all parts together MOST_UPDATES at most."""
     (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
     most, room, given = 2**31, 0, []
-    number(sum(len(updates or ()) for _, _, updates, _ in parts), 1, MOST_UPDATES)
+    number(sum(len(updates or ()) for _, _, updates, _ in parts), 0, MOST_UPDATES)
     for weight, bias, updates, y in parts:
         outs, listed = number(y.shape[1], 1), None
-        if updates is not None:
+        if updates:
             if (dtype, width, outs) != (updates.dtype, updates.width, updates.outs) or rows < updates.rows:
                 wanted = f"updates of ({updates.rows}, {updates.width}) to {updates.outs}"
                 raise CallError(f"{wanted} where x is {tuple(x.shape)} {dtype} and y {tuple(y.shape)}")
@@ -217,10 +246,37 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
         added = None if weight is None or bias is None else at(bias, dtype, outs)
         given.append(_UpdatedPart(product, added, at(y, dtype, rows, outs), listed, outs, len(updates or ())))
     number(rows, 1, most)
-    down = torch.empty(room, dtype=dtype)  # read as words: torch's memory begins at a multiple of 64
+    # Read as words: torch's memory begins at a multiple of 64.
+    down = torch.empty(rows, -(-room // rows), dtype=dtype) if room else None
     made = (_UpdatedPart * count)(*given)
-    source, place, all_ = _rows_of(x), whole(down, dtype, room), ctypes.addressof(made)
+    place = None if down is None else at(down, dtype, *down.shape)
+    source, all_ = _rows_of(x), ctypes.addressof(made)
     one = _Updated(source, place, all_, count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
     one.kept = made, [updates for _, _, updates, _ in parts]
     if call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 5)):
         raise MemoryError(NO_ROOM)
+
+
+def update_by(calls: Sequence[Any], listed: Mapping[str, Listed], dtype: torch.dtype) -> int | None:
+    """Let calls of `few_rows_updated`, which are made again, add these updates to the layers that have a key, and none
+    to those that are not listed. Returns the values that `down` needs room for; None: too many of one call, and none
+    may be made before others are listed."""
+    room = 0
+    for one in calls:
+        count, own, (parts, before) = 0, 0, one.kept
+        if TYPE_NUMBERS.get(dtype) != one.type:
+            raise CallError(f"updates of {dtype} where x is another type")
+        for part, updates in zip(parts, before, strict=True):
+            if updates is None or updates.key is None:
+                continue
+            part.updates, part.count, needed, width, outs = listed.get(updates.key, _NONE)
+            if part.count and (width, outs) != (one.width, part.outs):
+                raise CallError(f"updates of {width} to {outs} where a layer is {one.width} to {part.outs}")
+            count, own = count + part.count, own + needed
+        if count > MOST_UPDATES:
+            return None
+        room = max(room, own)
+    return room
+
+
+_NONE = Listed(0, 0, 0, 0, 0)

@@ -8,6 +8,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer.kernels.arguments import BF16, FP32, INT32, INT64, CallError, at, call, number, numbers, pointers, reachable
@@ -80,14 +81,13 @@ def paged_attention(
     pair = 2 if dtype is BF16 else 1
     if size % pair:
         raise CallError(f"heads of {size} where C takes pairs of bf16 values")
-    number(size, 1), number(value_size, 1), number(spans.rows, 0, rows), number(blocks := len(keys), spans.blocks)
+    number(size, 1), number(value_size, 1), number(spans.rows, 0, rows), number(len(keys), spans.blocks)
     given = _Paged(heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, scale=scale)
     point_at(given, spans)
     given.q, given.q_row, given.q_head = _strided(q, dtype, rows, heads, size)
     given.k, given.k_row, given.k_head = _strided(k, dtype, rows, kv_heads, size)
     given.v, given.v_row, given.v_head = _strided(v, dtype, rows, kv_heads, value_size)
-    given.keys = at(keys, dtype, blocks, kv_heads, size // pair, SLOTS, pair, words=4)
-    given.values = at(values, dtype, blocks, kv_heads, SLOTS // pair, value_size, pair, words=4)
+    lie_in(given, keys, values, dtype)
     given.out = at(out, dtype, rows, heads, value_size)
     given.sinks = None if sinks is None else at(sinks, FP32, heads)
     given.window = 0 if window is None else number(window, 1)
@@ -100,6 +100,13 @@ def point_at(given: Any, spans: PagedSpans) -> None:
     """The call's spans. What a call is given may get others of as many rows, in blocks that are there."""
     given.tables, given.spans, given.count = spans.tables.data_ptr(), spans.spans.data_ptr(), len(spans.spans)
     given.kept = spans
+
+
+def lie_in(given: Any, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+    """The call's blocks. What a call is given may get others of its type, for as many heads of the same sizes."""
+    pair, blocks, heads = 2 if dtype is BF16 else 1, len(keys), given.kv_heads
+    given.keys = at(keys, dtype, blocks, heads, given.size // pair, SLOTS, pair, words=4)
+    given.values = at(values, dtype, blocks, heads, SLOTS // pair, given.value_size, pair, words=4)
 
 
 def _strided(tensor: Tensor, dtype: object, *shape: int) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ stacks of rows, shorter segments and smaller ranks filled up with zeros.
 Shapes: M rows, m of an update, I in_features, O out_features, R rank; of a bundle n updates, L rows each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from veneer.kernels import few_rows, rank
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import DenseLinear, FrozenLinear, bias_gradient, frozen_product
 from veneer.kernels.lora import add_update, update_gradients
+from veneer.kernels.mixes import Mix, Table
 
 LONG = 64
 """Rows from which a segment is taken by itself: its products then cost more than calling them."""
@@ -150,14 +151,14 @@ class Plan:
     """
 
     kept: dict[tuple[str, int], Prepared] = field(default_factory=dict)
-    steps: dict[int, Any] = field(default_factory=dict)
-    """By number of rows, steps that were recorded while these act (decoding/recorded.py)."""
+    mix: Mix | None = None
+    """The updates of all layers, where whoever made the plan listed them; None: each layer finds its own."""
     _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
     _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.kept.clear()
-        self.steps.clear()
+        self.mix = None
         self._typed.clear()
 
     def following(self, layers: Sequence[Factored] | None = None) -> "Plan":
@@ -166,6 +167,19 @@ class Plan:
             return Plan(_typed=self._typed)
         stay = set(map(id, layers))
         return Plan(_typed={key: found for key, found in self._typed.items() if key[0] in stay})
+
+    def table(self, layers: Mapping[str, Factored], dtype: torch.dtype, scalings: Sequence[float]) -> Table:
+        """Of one adapter's layers, by their keys, each update multiplied with its scaling; where `takes_updates`."""
+        self.lay_out(layers.values(), dtype, torch.device("cpu"))
+        return Table({key: self._typed[id(layer), dtype][1] for key, layer in layers.items()}, scalings)
+
+    def listed(self, key: str, rows: int, dtype: torch.dtype) -> Prepared | None:
+        """What the mix says of a layer that is given so many rows, all that there are; None: nothing, or not all."""
+        few = None if self.mix is None else self.mix.at(key, dtype)
+        if few is None:
+            return None
+        found = self.kept[key, rows] = Prepared((), (), few)
+        return found
 
     def lay_out(self, layers: Iterable[Factored], dtype: torch.dtype, device: torch.device) -> None:
         """The factors of one adapter, one behind the other, before they are asked for one by one."""
