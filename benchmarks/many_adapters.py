@@ -6,6 +6,7 @@ memory.
 
 Prints `measurements`, as docs/results/*.json hold them. LoRA of rank 8 on q and v; prompts of 64 tokens, 32 new ones;
 16 requests are in flight, a new one comes as one ends; the adapter of rank k is asked for 1/k as often as the first.
+--uneven: 8 to 56 new tokens, so that answers end one by one and each step may have other rows of other adapters.
 Cold: nothing is in memory at first. Warm: the same requests once more. `first token`: from the request's coming.
 """
 
@@ -14,8 +15,10 @@ import gc
 import json
 import platform
 import random
+import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +39,7 @@ from veneer.library.library import Library
 from veneer.library.residents import Residents
 
 PROMPT, NEW, FLIGHT, RANK = 64, 32, 16, 8
+UNEVEN = 8, 56
 
 
 def make_library(folder: Path, base: Base, number: int) -> Library:
@@ -82,17 +86,18 @@ def in_flight(engine: Engine, requests: list[Request], flight: int) -> tuple[flo
 def answered(engine: Engine, requests: list[Request]) -> dict[str, float]:
     seconds, waits = in_flight(engine, requests, FLIGHT)
     return {
-        "tokens/s": round(len(requests) * NEW / seconds, 1),
+        "tokens/s": round(sum(request.max_new_tokens for request in requests) / seconds, 1),
         "first token, median ms": round(1e3 * statistics.median(waits), 1),
         "first token, 95 of 100 within ms": round(1e3 * waits[int(0.95 * (len(waits) - 1))], 1),
     }
 
 
-def requests_for(identities: list[Any]) -> list[Request]:
+def requests_for(identities: list[Any], uneven: bool = False) -> list[Request]:
     draw = torch.Generator().manual_seed(1)
     prompts = torch.randint(100, 40000, (len(identities), PROMPT), generator=draw).tolist()
+    lengths = random.Random(3)
     return [
-        Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity)
+        Request(prompt=tuple(prompt), max_new_tokens=lengths.randint(*UNEVEN) if uneven else NEW, adapter=identity)
         for prompt, identity in zip(prompts, identities, strict=True)
     ]
 
@@ -103,10 +108,12 @@ def main() -> None:
     parser.add_argument("--numbers", default="1,16,128,1000")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--budget-mb", type=int, default=64)
+    parser.add_argument("--uneven", action="store_true")
     asked = parser.parse_args()
     base = veneer.load(asked.base)
     _ = base.paths
     room = 2 * FLIGHT * (PROMPT + NEW + 16) * bytes_per_token(base)
+    new = "{} to {}".format(*UNEVEN) if asked.uneven else f"{NEW}"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +121,7 @@ def main() -> None:
         library = make_library(Path(folder), base, max(numbers))
         bare = Engine(base, budget_bytes=room, adapters=Fixed({}))
         answered(bare, requests_for([()] * FLIGHT))
-        found["the base alone, no library"] = answered(bare, requests_for([()] * asked.requests))
+        found["the base alone, no library"] = answered(bare, requests_for([()] * asked.requests, asked.uneven))
         for number in numbers:
             residents = Residents(base, library, budget_bytes=asked.budget_mb * 2**20, base_names=["base"])
             engine = Engine(base, budget_bytes=room, adapters=residents)
@@ -122,11 +129,13 @@ def main() -> None:
             identities = [residents.resolve(f"a{each}") for each in names]
             own: dict[str, Any] = {"adapters asked for": len(set(names))}
             for way in ("cold", "warm"):
-                own[way] = answered(engine, requests_for(identities))
+                own[way] = answered(engine, requests_for(identities, asked.uneven))
             own["adapters in memory, MB"] = round(residents.used_bytes() / 2**20, 1)
             own["process, MB"] = round(resident_bytes() / 2**20)
             if number == max(numbers):
-                found["the base alone, beside these"] = answered(engine, requests_for([()] * asked.requests))
+                found["the base alone, beside these"] = answered(
+                    engine, requests_for([()] * asked.requests, asked.uneven)
+                )
             found[f"{number} adapters"] = own
             for attached in list(base.attachments):
                 base.detach(attached)
@@ -138,11 +147,11 @@ def main() -> None:
                 "measurements": [
                     {
                         "what": f"answers of adapters by a power law: {asked.base}, LoRA of rank {RANK} on q and v, "
-                        f"{FLIGHT} requests in flight, {PROMPT} tokens read and {NEW} new ones, "
+                        f"{FLIGHT} requests in flight, {PROMPT} tokens read and {new} new ones, "
                         f"{asked.budget_mb} MB for adapters",
                         "machine": f"{platform.processor() or platform.machine()}; torch {torch.__version__}",
                         "commit": commit.stdout.strip(),
-                        "command": f"python benchmarks/many_adapters.py --requests {asked.requests}",
+                        "command": shlex.join(["python", *sys.argv]),
                         "values": {"threads": torch.get_num_threads(), "dtype": str(base.dtype), **found},
                     }
                 ]
