@@ -65,7 +65,17 @@ def by_parts(trained, monkeypatch):
         return trained.measured()
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank": 48}, {"rank_pattern": {"k_proj": 32, "up_proj": 64}}, {"prompt": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rank": 8},
+        {"rank": 48},
+        {"rank_pattern": {"k_proj": 4, "down_proj": 24}},
+        {"rank_pattern": {"k_proj": 32, "up_proj": 64}},
+        {"prompt": 0},
+    ],
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
     trained = Trained(family, **settings)
@@ -106,13 +116,7 @@ def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"rank": 8},
-        {"targets": ["q_proj", "v_proj"]},
-        {"method": DoRA},
-        {"train_modules": ["input_layernorm"]},
-        {"dropout": 0.1},
-    ],
+    [{"targets": ["q_proj", "v_proj"]}, {"method": DoRA}, {"train_modules": ["input_layernorm"]}, {"dropout": 0.1}],
     ids=str,
 )
 def test_what_the_node_does_not_compute_goes_through_the_layer(settings, taken, monkeypatch):

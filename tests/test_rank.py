@@ -6,7 +6,7 @@ from torch import nn
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.lora import Adapted, lora_linear, lora_linear_reference, lora_linears
+from veneer.kernels.lora import Adapted, filled, lora_linear, lora_linear_reference, lora_linears
 from veneer.kernels.native import has_bf16
 from veneer.linear import DenseLinear
 
@@ -154,3 +154,25 @@ def test_a_bf16_layer_is_near_its_reference(size):
     )
     for a, b in pairs:
         near(a, b)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
+@pytest.mark.parametrize(("size", "whole"), [(8, 16), (1, 16), (24, 32)])
+def test_a_rank_that_fills_no_register_is_computed_as_one_that_does(size, whole):
+    """The bits of the layer whose factors go on with zeros, and no product of torch's with so narrow a side."""
+    torch.manual_seed(5)
+    base = DenseLinear(nn.Linear(96, 64).bfloat16().requires_grad_(False))
+    x, grad = torch.randn(30, 96).bfloat16().requires_grad_(), torch.randn(30, 64).bfloat16()
+    A, B = torch.randn(whole, 96), torch.randn(64, whole)
+    A[size:], B[:, size:] = 0, 0
+    small, large = ([A[:n].clone().requires_grad_(), B[:, :n].clone().requires_grad_()] for n in (size, whole))
+    found = []
+    for factors in (small, large):
+        y = lora_linear(x, *factors, None, base, scaling=0.3)
+        found.append([y, *torch.autograd.grad(y, [x, *factors], grad)])
+    (y, of_x, of_A, of_B), (other, of_x_too, wide_A, wide_B) = found
+    assert torch.equal(y, other) and torch.equal(of_x, of_x_too)
+    assert torch.equal(of_A, wide_A[:size]) and torch.equal(of_B, wide_B[:, :size])
+    assert filled(Adapted(*small, None, base, 0.3), x).A.shape == (whole, 96)
+    for other in (x[:15], x[:29], x.float()):
+        assert filled(Adapted(*small, None, base, 0.3), other).A is small[0]

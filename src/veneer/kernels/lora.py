@@ -12,11 +12,12 @@ Shapes: M rows, I in_features, O out_features, R rank. Source: Hu et al. 2021, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.kernels import rank
 from veneer.kernels.dropout import Dropout
@@ -91,6 +92,17 @@ class Adapted:
     dropout: Dropout | None = None
 
 
+def filled(layer: Adapted, x: Tensor) -> Adapted:
+    """The layer for x (..., I); with zeros behind its factors where these make its rank one that kernels take."""
+    missing, width = -len(layer.A) % 16, x.shape[-1]
+    if not missing or x.numel() // width % 2 or layer.A.dtype is not torch.float32:
+        return layer
+    rows, size = x.reshape(-1, width), len(layer.A) + missing
+    if not (rank.is_compiled(size, width, rows) and rank.is_compiled(size, len(layer.B), rows)):
+        return layer
+    return replace(layer, A=F.pad(layer.A, (0, 0, 0, missing)), B=F.pad(layer.B, (0, missing)))
+
+
 class _LoRALinears(torch.autograd.Function):
     """layers: (base, scaling, dropout) of each; given: A, B and bias of each, one behind the other."""
 
@@ -163,6 +175,7 @@ def _together(layers: Sequence[tuple[FrozenLinear, float, Dropout | None]], down
 def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """x (..., I) through each of these: (..., O) in x's type. One node: x is read once, and its gradient summed up."""
     apply: Any = _LoRALinears.apply
+    layers = [filled(layer, x) for layer in layers]
     given = (each for layer in layers for each in (layer.A, layer.B, layer.bias))
     made: tuple[Tensor, ...] = apply(x, tuple((e.base, e.scaling, e.dropout) for e in layers), *given)
     return made

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from veneer.adapters.lora import AdaptedLinear
 from veneer.kernels.block import Block, Norm, lora_block
 from veneer.kernels.fused import silu_gate
+from veneer.kernels.lora import filled
 from veneer.kernels.native import has_bf16
 from veneer.models.attention import Traced
 from veneer.models.fused_attention import FusedAttention, is_taken
@@ -66,7 +67,7 @@ class FusedLayer(StandIn):
             layer = module.alone(x) if isinstance(module, AdaptedLinear) else None
             if layer is None:
                 return None
-            layers.append(layer)
+            layers.append(filled(layer, x))
         norms = []
         for norm in (first, second):
             weight = norm.weight_acting()
