@@ -20,6 +20,8 @@ enum {
     CHUNK = 9,           /* steps: W's two tiles of so many stay in the first cache while x goes by */
     READ = 12,           /* what reading a tile of W costs, in tiles of products */
     PACKED_ALONE = 512,  /* tiles of x that are not worth a second thread */
+    FEW = 64,            /* rows up to which reading W takes the time */
+    LONG = 2,            /* runs of a thread then: memory brings a long one sooner than short ones */
 };
 
 /* Rows [from, to) of x, turned: tiles of 16 rows and 32 values, those of a row behind one another. */
@@ -81,6 +83,17 @@ VENEER_AMX_INLINE __m512i rounded_pairs(__m512 low, __m512 high) {
    [begin, end), the first of which lies at y. */
 VENEER_AMX_INLINE void put_tile(const struct piece *part, const float *sums, int64_t out, int64_t outs, char *y, int64_t begin, int64_t end) {
     const uint16_t *bias = part->bias == NULL ? NULL : (const uint16_t *)part->bias + out;
+    const __mmask16 mask = (__mmask16)((1u << outs) - 1);
+    y += 2 * out;
+    if (end - begin == 1) {
+        float own[16];
+        for (int i = 0; i < 16; i++) own[i] = sums[16 * i + begin];
+        __m512 row = _mm512_loadu_ps(own);
+        if (bias != NULL)
+            row = _mm512_add_ps(row, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias)), 16)));
+        _mm256_mask_storeu_epi16(y, mask, _mm512_cvtepi32_epi16(rounded_pairs(row, _mm512_setzero_ps())));
+        return;
+    }
     __m512i a[8], b[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
@@ -112,14 +125,12 @@ VENEER_AMX_INLINE void put_tile(const struct piece *part, const float *sums, int
         rows[j] = _mm512_castsi512_si256(low), rows[4 + j] = _mm512_extracti64x4_epi64(low, 1);
         rows[8 + j] = _mm512_castsi512_si256(high), rows[12 + j] = _mm512_extracti64x4_epi64(high, 1);
     }
-    y += 2 * out;
     const int64_t step = 2 * part->outs;
     if (outs == 16 && begin == 0 && end == 16) {
 #pragma GCC unroll 16
         for (int r = 0; r < 16; r++) _mm256_storeu_si256((__m256i *)(y + r * step), rows[r]);
         return;
     }
-    const __mmask16 mask = (__mmask16)((1u << outs) - 1);
     __m256i kept[16];
     memcpy(kept, rows, sizeof kept);
     for (int64_t r = begin; r < end; r++) _mm256_mask_storeu_epi16(y + (r - begin) * step, mask, kept[r]);
@@ -282,7 +293,7 @@ int veneer_tiled_pieces(const struct piece *of, int64_t count) {
             cost += groups_of(of + i) * cost_of(&all, of + i);
             if (own > 0) worth += of[i].outs * all.width * (1 + own / 64);
         }
-        veneer_parallel_dealt(products, &all, cost, cost * ALONE / (worth + 1) + 1, TURNS);
+        veneer_parallel_dealt(products, &all, cost, cost * ALONE / (worth + 1) + 1, all.to - all.from > FEW ? TURNS : LONG);
     }
     free(all.turned);
     return all.failed;
