@@ -2,15 +2,18 @@
 pretended one, in Triton's interpreter, and launched on the device that holds the tensors."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests import test_segments
 from tests.accelerator import Accelerator
 from tests.interpreter import DEVICE  # before whatever loads Triton
 from tests.tiny_gguf import random_blocks
-from veneer.kernels import dropout, fused, gguf, launch, loss
+from veneer.kernels import dropout, fused, gguf, launch, loss, segments
+from veneer.linear import DenseLinear
 
 TYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Largest difference to float64, relative to the largest value: two roundings."""
@@ -169,6 +172,54 @@ def test_gguf_blocks_are_decoded_to_the_bits_of_the_reference(kind, dtype, there
         expected = gguf.dequantise_reference(blocks, kind).to(dtype)
         out = gguf.dequantise(there.to(blocks), kind, there.to(torch.full(expected.shape, 7.0, dtype=dtype)))
         assert torch.equal(out.cpu().view(WORDS[dtype]), expected.view(WORDS[dtype]))
+
+
+MIXES = [
+    "single rows",
+    "like lengths",
+    "unlike lengths and ranks",
+    "long ones among short ones",
+    "dropout",
+    "out of order",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mix", MIXES)
+def test_rows_with_adapters_of_their_own_are_those_of_the_plain_loop(mix, dtype, there):
+    x, weight = (each.to(dtype) for each in draws(6, (test_segments.LONG + 10, 24), (40, 24)))
+    updates = test_segments.MIXES[mix]
+    pairs = [test_segments.Pair(*(each.detach().to(dtype) for each in u.layer.factors())) for u in updates]
+
+    def ran(way, to, *, trains):
+        base = DenseLinear(torch.nn.Linear(24, 40, bias=False, device="meta"))
+        base.module.weight = torch.nn.Parameter(to(weight), requires_grad=False)
+        own = [test_segments.Pair(*(to(each).requires_grad_(trains) for each in (p.A, p.B))) for p in pairs]
+        dropped = [u.dropout and replace(u.dropout, rows=to_place(to, u.dropout.rows)) for u in updates]
+        acting = [replace(u, layer=o, dropout=d) for u, o, d in zip(updates, own, dropped, strict=True)]
+        leaves = [to(x).requires_grad_(trains), *(f for o in own for f in (o.A, o.B))]
+        with torch.set_grad_enabled(trains):
+            y = way(leaves[0], None, base, acting)
+        if trains:
+            (y * to(torch.linspace(-1, 1, y.numel()).view(y.shape))).sum().backward()
+        return [y.detach(), *(leaf.grad for leaf in leaves if trains)]
+
+    def to_place(to, rows):
+        return rows if to is wide else there.to(rows)
+
+    def wide(tensor):
+        return tensor.detach().double()
+
+    def moved(tensor):
+        return there.to(tensor.to(dtype))
+
+    expected = ran(segments.linear_with_updates_reference, wide, trains=True)
+    plan = segments.Plan()
+    for trains in (True, False):
+        found = ran(lambda *given: segments.linear_with_updates(*given, plan), moved, trains=trains)
+        for one, other in zip(found, expected, strict=False):
+            near(one, other, 8 * TYPES[dtype])
+    assert "grouped" in there.launches
 
 
 def test_what_the_kernels_do_not_take_goes_the_plain_way(there):

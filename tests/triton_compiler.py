@@ -1,7 +1,8 @@
 """Triton's kernels made into machine code of a GPU that is not here: python tests/triton_compiler.py CAPABILITY.
 
 Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel is compiled, by the
-same arguments, for that GPU. Prints one line a kernel: name, options, bytes of machine code.
+same arguments, for that GPU. Prints one line a kernel: name, options, bytes of machine code, bytes of
+memory that a block of threads shares.
 """
 
 import sys
@@ -52,7 +53,8 @@ def compiled_for(capability: int) -> Any:
         seen.add(key)
         made = triton.compile(ASTSource(self, signature, constants), target=target, options=options)
         types = " ".join(each for each in signature.values() if each != "constexpr")
-        print(f"{self.fn.__module__}.{self.fn.__name__}({types}) {options}: {len(made.asm['cubin'])} bytes")
+        name, code = f"{self.fn.__module__}.{self.fn.__name__}", len(made.asm["cubin"])
+        print(f"{name}({types}) {options}: {code} bytes of code, {made.metadata.shared} shared")
 
     return run
 
@@ -80,6 +82,11 @@ def everything() -> None:
             launch.module("gguf").decode(
                 blocks, torch.empty(4, layout.size, dtype=dtype), layout.number, layout.size, layout.bytes
             )
+        tables = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+        for rank in (8, 64, 256):
+            narrow = launch.module("grouped").down(x, torch.empty(2, rank, 64, dtype=dtype), tables[0])
+            launch.module("grouped").add_up(x, narrow, torch.empty(2, 64, rank, dtype=dtype), tables[0])
+            launch.module("grouped").gradient(narrow, x, tables[1])
         for double in (False, True):
             packed = nf4.quantize(torch.randn(64, 64), double=double).blocks
             launch.module("nf4").dequantize(packed, torch.empty(64, 64, dtype=dtype), start=0)

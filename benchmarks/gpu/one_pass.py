@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import dropout, fused, gguf, launch, loss
+from veneer.kernels import dropout, fused, gguf, launch, loss, segments
 
 APART = 2**-6
 """Largest difference to float32, relative to the largest value: two roundings to bf16 of a value near 1."""
@@ -110,3 +111,45 @@ def gguf_case(kind: gguf.Kind, rows: int, width: int, device: torch.device) -> C
     packed = blocks.view(rows, -1)
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=device)
     return Case(lambda b: gguf.dequantise(b, kind, out).clone(), [packed], None, packed.nbytes + 3 * out.nbytes, True)
+
+
+class Factors:
+    """Of one update: Factored."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B = A, B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
+
+
+class Nothing(torch.nn.Module):
+    """A base whose product is zero, so that the updates' alone are timed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_zeros(len(x), self.width)
+
+    def input_gradient(self, grad: Tensor, added_to: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(grad)
+
+
+def updates_case(lengths: list[int], width: int, draw: Callable[..., Tensor]) -> Case:
+    """Segments of rows end to end, an adapter of rank 16 each, forward and backward."""
+    base: Any = Nothing(width)
+    x, ends = draw(sum(lengths), width), list(accumulate(lengths, initial=0))
+    pairs = [[0.1 * draw(16, width), 0.1 * draw(width, 16)] for _ in lengths]
+    plans = {True: segments.Plan(), False: segments.Plan()}  # a plan keeps what it found to compute with
+
+    def updated(x: Tensor, *factors: Tensor) -> Tensor:
+        own = [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
+        spans = zip(own, pairwise(ends), strict=True)
+        updates = [segments.Update(slice(first, last), each, 2.0) for each, (first, last) in spans]
+        return segments.linear_with_updates(x, None, base, updates, plans[launch.module("grouped") is None])
+
+    factors = [factor for pair in pairs for factor in pair]
+    moved = 4 * x.nbytes + 2 * sum(each.nbytes for each in factors)
+    return Case(updated, [x, *factors], draw(sum(lengths), width), moved)

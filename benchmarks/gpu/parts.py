@@ -288,6 +288,13 @@ def gguf_kernels(at: Place) -> dict[str, Any]:
     return found
 
 
+def updates_kernels(at: Place) -> dict[str, Any]:
+    """Rows with adapters of their own: an answer's single rows, and segments of unlike lengths."""
+    lengths = {"64 single rows": [1] * 64, "16 segments": [3 + number for number in range(16)]}
+    cases = {name: one_pass.updates_case(each, at.model.hidden, drawn(at)) for name, each in lengths.items()}
+    return {name: one_pass.compared(case, at.seconds) for name, case in cases.items()}
+
+
 def training_step(
     at: Place, *, quantize: bool = False, length: int | None = None, plain: bool = False, chunk: int | None = None
 ) -> dict[str, Any]:
@@ -411,6 +418,7 @@ def items(at: Place) -> list[Item]:
         Item("4.2 norm, gates, rotation, dropout", one_pass_kernels),
         Item("4.3 loss from logits", entropy_kernel),
         Item("4.4 gguf blocks decoded", gguf_kernels),
+        Item("4.5 updates of rows with adapters of their own", updates_kernels),
         Item("5.1 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
         Item("5.2 lora step", training_step, 180),
         Item("5.3 lora step, loss in chunks of 2,048", lambda at: training_step(at, chunk=2048), 180),

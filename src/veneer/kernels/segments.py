@@ -10,6 +10,7 @@ Two ways, chosen by cost. Long segments are taken one by one, by the same produc
 short ones, an answer's single rows most of all, would be thousands of tiny products a step: where nothing is trained a
 compiled function takes all of them at once (kernels/few_rows.py); else they go in bundles, stacks of factors times
 stacks of rows, shorter segments and smaller ranks filled up with zeros.
+On CUDA a bundle is one launch a product, and nothing is filled up (grouped.py).
 Shapes: M rows, m of an update, I in_features, O out_features, R rank; of a bundle n updates, L rows each.
 """
 
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from veneer.kernels import few_rows, rank
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import DenseLinear, FrozenLinear, bias_gradient, frozen_product
+from veneer.kernels.grouped import Grouped
 from veneer.kernels.lora import add_update, update_gradients
 from veneer.kernels.mixes import Mix, Table
 
@@ -83,11 +85,36 @@ class Bundle:
     chosen: Tensor | None
     real: Tensor | None
     places: Tensor | None
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        updates: Sequence[Update], numbers: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> "Bundle | Grouped":
+        own = [updates[n] for n in numbers]
+        grouped: Grouped | None = Grouped.of(numbers, [each.rows for each in own], dtype, device)
+        return _bundle(own, numbers, device) if grouped is None else grouped
 
     def stacked(self, x: Tensor) -> Tensor:
         """(M, K) -> (n, L, K)."""
         rows = x[self.first : self.last] if self.chosen is None else x.index_select(0, self.chosen)
         return rows.view(len(self.numbers), self.length, -1)
+
+    def seen(self, x: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+        """(n, L, K) of other values for the rows of each update."""
+        return torch.stack([F.pad(piece, (0, 0, 0, self.length - len(piece))) for piece in pieces])
+
+    def down(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x (n, L, K), factor (n, R, K) -> (n, L, R)."""
+        return torch.bmm(x, factor.mT)
+
+    def gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """left^T right of each update's rows: (n, columns of left, columns of right)."""
+        return torch.bmm(left.mT, right)
+
+    def own(self, narrow: Tensor, place: int) -> Tensor:
+        """The real rows of one update."""
+        return narrow[place, : self.lengths[place]]
 
     def add_to(self, y: Tensor, left: Tensor, right: Tensor) -> None:
         """y += left right of the rows that they stand for; left (n, L, R), right (n, R, K)."""
@@ -114,7 +141,7 @@ class Prepared:
     function takes them."""
 
     alone: tuple[tuple[slice, Tensor, Tensor, float], ...]
-    bundled: tuple[tuple[Bundle, Tensor, Tensor], ...]
+    bundled: tuple[tuple[Bundle | Grouped, Tensor, Tensor], ...]
     few: few_rows.Updates | None = None
 
     def product(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
@@ -123,7 +150,7 @@ class Prepared:
         for rows, A_RI, B_OR, scaling in self.alone:
             add_update(y_MO[rows], x_MI[rows], A_RI, B_OR, scaling, None)
         for bundle, A, B in self.bundled:
-            bundle.add_to(y_MO, torch.bmm(bundle.stacked(x_MI), A.mT), B.mT)
+            bundle.add_to(y_MO, bundle.down(bundle.stacked(x_MI), A), B.mT)
         return y_MO
 
     def in_one_call(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> few_rows.Part | None:
@@ -153,7 +180,7 @@ class Plan:
     kept: dict[tuple[str, int], Prepared] = field(default_factory=dict)
     mix: Mix | None = None
     """The updates of all layers, where whoever made the plan listed them; None: each layer finds its own."""
-    _bundles: dict[tuple[Any, ...], list[Bundle]] = field(default_factory=dict)
+    _bundles: dict[tuple[Any, ...], list[Bundle | Grouped]] = field(default_factory=dict)
     _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
 
     def forget(self) -> None:
@@ -194,11 +221,11 @@ class Plan:
         self.lay_out([layer], dtype, torch.device("cpu"))
         return self._typed[id(layer), dtype][1]
 
-    def bundles(self, updates: Sequence[Update], device: torch.device) -> list[Bundle]:
+    def bundles(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> list[Bundle | Grouped]:
         """Those of the short segments; what is in none is taken by itself."""
-        shape = *((u.rows.start, u.rows.stop) for u in updates), device
+        shape = *((u.rows.start, u.rows.stop) for u in updates), dtype, device
         if shape not in self._bundles:
-            self._bundles[shape] = _bundled(updates, device)
+            self._bundles[shape] = _bundled(updates, dtype, device)
         return self._bundles[shape]
 
     def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -207,7 +234,7 @@ class Plan:
             few = few_rows.Updates([(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short])
             long = (_typed(update, dtype) for update in updates if not few_rows.takes(update.count, FEW))
             return Prepared(tuple(long), (), few)
-        bundles = self.bundles(updates, device)
+        bundles = self.bundles(updates, dtype, device)
         alone = [_typed(updates[number], dtype) for number in _alone(updates, bundles)]
         bundled = []
         for bundle in bundles:
@@ -238,7 +265,7 @@ def stack_of(
     return A.to(dtype), (B.to(wide) * scale[:, None, None]).to(dtype)
 
 
-def _bundled(updates: Sequence[Update], device: torch.device) -> list[Bundle]:
+def _bundled(updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> list[Bundle | Grouped]:
     found: list[list[int]] = []
     order = sorted(range(len(updates)), key=lambda n: updates[n].rows.start)
     for number in order:
@@ -252,22 +279,23 @@ def _bundled(updates: Sequence[Update], device: torch.device) -> list[Bundle]:
                 break
         else:
             found.append([number])
-    return [_bundle(updates, numbers, device) for numbers in found if len(numbers) > 1]
+    return [Bundle.of(updates, numbers, dtype, device) for numbers in found if len(numbers) > 1]
 
 
-def _bundle(updates: Sequence[Update], numbers: Sequence[int], device: torch.device) -> Bundle:
-    rows = [updates[n].rows for n in numbers]
+def _bundle(own: Sequence[Update], numbers: Sequence[int], device: torch.device) -> Bundle:
+    rows = [update.rows for update in own]
     first, last = rows[0].start, rows[-1].stop
-    length = max(updates[n].count for n in numbers)
-    covered = sum(updates[n].count for n in numbers)
+    counts = tuple(update.count for update in own)
+    length, covered = max(counts), sum(counts)
     if covered == last - first == len(numbers) * length:  # all of one length, nothing between them
-        return Bundle(tuple(numbers), length, first, last, None, None, None)
-    starts, counts = (torch.tensor(each) for each in zip(*((r.start, r.stop - r.start) for r in rows), strict=True))
+        return Bundle(tuple(numbers), length, first, last, None, None, None, counts)
+    starts, lengths = torch.tensor([each.start for each in rows]), torch.tensor(counts)
     within = torch.arange(length)
-    chosen = starts[:, None] + torch.minimum(within[None], counts[:, None] - 1)
-    real = (within[None] < counts[:, None]).flatten().nonzero()[:, 0]
+    chosen = starts[:, None] + torch.minimum(within[None], lengths[:, None] - 1)
+    real = (within[None] < lengths[:, None]).flatten().nonzero()[:, 0]
     places = chosen.flatten()[real]
-    return Bundle(tuple(numbers), length, first, last, chosen.flatten().to(device), real.to(device), places.to(device))
+    there = [each.to(device) for each in (chosen.flatten(), real, places)]
+    return Bundle(tuple(numbers), length, first, last, there[0], there[1], there[2], counts)
 
 
 class _WithUpdates(torch.autograd.Function):
@@ -278,7 +306,7 @@ class _WithUpdates(torch.autograd.Function):
         bias: Tensor | None,
         base: FrozenLinear,
         updates: Sequence[Update],
-        bundles: Sequence[Bundle],
+        bundles: Sequence[Bundle | Grouped],
         *factors: Tensor,
     ) -> Tensor:
         y_MO = base.product(x_MI, bias)
@@ -292,7 +320,7 @@ class _WithUpdates(torch.autograd.Function):
         for bundle in bundles:
             own = [updates[n] for n in bundle.numbers]
             A, B = stack_of([pairs[n] for n in bundle.numbers], [u.scaling for u in own], x_MI.dtype)
-            down = bundle.hide_filling(torch.bmm(_stacked(x_MI, bundle, own), A.mT))
+            down = bundle.hide_filling(bundle.down(_stacked(x_MI, bundle, own), A))
             bundle.add_to(y_MO, down, B.mT)
             kept += [A, B, down]
         ctx.save_for_backward(*kept)
@@ -322,8 +350,8 @@ class _WithUpdates(torch.autograd.Function):
             A, B, down = kept[3 * place : 3 * place + 3]
             own = [updates[n] for n in bundle.numbers]
             g = bundle.stacked(grad)
-            up = bundle.hide_filling(torch.bmm(g, B))
-            of_A, of_B = torch.bmm(up.mT, _stacked(x_MI, bundle, own)), torch.bmm(g.mT, down)
+            up = bundle.hide_filling(bundle.down(g, B.mT))
+            of_A, of_B = bundle.gradient(up, _stacked(x_MI, bundle, own)), bundle.gradient(g, down)
             for at, (number, update) in enumerate(zip(bundle.numbers, own, strict=True)):
                 R = ctx.likes[2 * number][0][0]
                 grads[2 * number], grads[2 * number + 1] = of_A[at, :R], of_B[at, :, :R] * update.scaling
@@ -333,24 +361,23 @@ class _WithUpdates(torch.autograd.Function):
                 bundle.add_to(grad_x, up, A)
                 continue
             for at, update in enumerate(own):
-                part = up[at, : update.count] @ A[at]
+                part = bundle.own(up, at) @ A[at]
                 grad_x[update.rows] += part if update.dropout is None else update.dropout.apply(part)
         grad_bias = bias_gradient(grad, ctx.bias_type) if ctx.needs_input_grad[1] else None
         typed = (grads[n].to(dtype) for n, (_, dtype) in enumerate(ctx.likes))
         return grad_x, grad_bias, None, None, None, *typed
 
 
-def _alone(updates: Sequence[Update], bundles: Sequence[Bundle]) -> list[int]:
+def _alone(updates: Sequence[Update], bundles: Sequence[Bundle | Grouped]) -> list[int]:
     bundled = {number for bundle in bundles for number in bundle.numbers}
     return [number for number in range(len(updates)) if number not in bundled]
 
 
-def _stacked(x_MI: Tensor, bundle: Bundle, updates: Sequence[Update]) -> Tensor:
-    """(n, L, I), each segment through its own dropout."""
+def _stacked(x_MI: Tensor, bundle: Bundle | Grouped, updates: Sequence[Update]) -> Tensor:
+    """As `stacked`, each segment through its own dropout."""
     if all(update.dropout is None for update in updates):
         return bundle.stacked(x_MI)
-    seen = [F.pad(update.seen(x_MI), (0, 0, 0, bundle.length - update.count)) for update in updates]
-    return torch.stack(seen)
+    return bundle.seen(x_MI, [update.seen(x_MI) for update in updates])
 
 
 def linear_with_updates(
@@ -360,7 +387,7 @@ def linear_with_updates(
     if not updates:
         return frozen_product(x_MI, bias, base)
     if torch.is_grad_enabled():
-        bundles = plan.bundles(updates, x_MI.device)
+        bundles = plan.bundles(updates, x_MI.dtype, x_MI.device)
         apply: Any = _WithUpdates.apply
         factors = [factor for update in updates for factor in update.layer.factors()]
         return apply(x_MI, bias, base, tuple(updates), tuple(bundles), *factors)

@@ -33,6 +33,14 @@ def as_rounded(value, dtype: tl.constexpr):
     return rounded(value, dtype).to(tl.float32)
 
 
+@triton.jit
+def multiplied(left, right, sums):
+    """sums + left right, the sums in float32; the interpreter multiplies bf16 in float32 alone."""
+    if _BY_HAND:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, sums, input_precision="ieee")
+
+
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A launch goes to the current device, whichever holds the tensors: that of the first argument, meanwhile."""
 
