@@ -110,23 +110,23 @@ def _rank(rng: random.Random) -> list[Call]:
 
 def _rows(rng: random.Random) -> list[Call]:
     rows, width, vocabulary = rng.randint(1, 40), rng.randint(1, 70), rng.randint(16, 90)
-    x, out, scale = filled(BF16, rows, width), filled(BF16, rows, width), filled(torch.float32, rows)
-    weight = filled(BF16, width)
-    gates = [filled(BF16, rows, 16) for _ in range(5)]
     dtype = rng.choice([torch.float32, BF16])
+    x, out, scale = filled(dtype, rows, width), filled(dtype, rows, width), filled(torch.float32, rows)
+    weight = filled(dtype, width)
+    gates = [filled(dtype, rows, 16) for _ in range(5)]
     return [
         (calls.rms_norm_forward, {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5}),
         (
             calls.rms_norm_backward,
-            {"x": x, "weight": weight, "grad": filled(BF16, rows, width), "out": out, "scale": scale},
+            {"x": x, "weight": weight, "grad": filled(dtype, rows, width), "out": out, "scale": scale},
         ),
         (calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
         (calls.silu_gate_backward, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True))),
         (
             calls.rotary,
             {
-                **{name: filled(BF16, rows, 2, 64) for name in ("x", "out")},
-                **{name: filled(BF16, rows, 64) for name in ("cos", "sin")},
+                **{name: filled(dtype, rows, 2, 64) for name in ("x", "out")},
+                **{name: filled(dtype, rows, 64) for name in ("cos", "sin")},
                 "back": bool(rows % 2),
             },
         ),

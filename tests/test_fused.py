@@ -236,7 +236,7 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
     with fused(model, replacements(model)):
         ours = measured()
     for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7)
+        near(a, b, 1e-5)
 
 
 NORMS = ["norm", "input_layernorm", "post_attention_layernorm"]

@@ -120,3 +120,21 @@ def pointers(names: str) -> list[tuple[str, Any]]:
 
 def numbers(names: str) -> list[tuple[str, Any]]:
     return [(name, ctypes.c_int64) for name in names.split()]
+
+
+IN_FLOAT = {
+    "veneer_rms_norm_forward": "veneer_rms_norm_float_forward",
+    "veneer_rms_norm_backward": "veneer_rms_norm_float_backward",
+    "veneer_silu_gate_forward": "veneer_silu_gate_float_forward",
+    "veneer_silu_gate_backward": "veneer_silu_gate_float_backward",
+    "veneer_rotary": "veneer_rotary_float",
+    "veneer_attention_forward": "veneer_attention_float_forward",
+    "veneer_attention_backward": "veneer_attention_float_backward",
+}
+
+
+def of_type(name: str, dtype: torch.dtype) -> str:
+    """The function of this type."""
+    if dtype not in (BF16, FP32):
+        raise CallError(f"{name} of {dtype}, C takes bf16 and float32")
+    return name if dtype is BF16 else IN_FLOAT[name]

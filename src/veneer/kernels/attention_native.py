@@ -9,15 +9,14 @@ Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls, native
+from veneer.kernels import calls
 from veneer.kernels.layout import Group
-from veneer.kernels.native import has_bf16, note_flops, on_cpu
+from veneer.kernels.native import has_bf16, has_floats, note_flops, on_cpu
 from veneer.kernels.rules import Rules
 
 TASKS = 16
@@ -39,13 +38,7 @@ def usable(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
         return False
     if heads % k.shape[1] or (rules.window is not None and rules.window < 1):
         return False
-    return has_bf16() if dtype is torch.bfloat16 else dtype is torch.float32 and _multiplies_floats()
-
-
-@cache
-def _multiplies_floats() -> bool:
-    """Wherever it is compiled: even without AVX2 it takes half the time of batched products."""
-    return native.level() >= 0
+    return has_bf16() if dtype is torch.bfloat16 else dtype is torch.float32 and has_floats()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from veneer.kernels.arguments import (
     call,
     number,
     numbers,
+    of_type,
     pointers,
     reachable,
     type_number,
@@ -256,43 +257,45 @@ class _Dropout(ctypes.Structure):
 
 def rms_norm_forward(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, epsilon: float) -> None:
     """out = weight * x * scale, scale (rows of x) float32 = 1 / root mean square; x (..., D), weight (D)."""
-    (rows,), (width,) = scale.shape, weight.shape
-    read = whole(x, BF16, rows * width), at(weight, BF16, width)
-    made = whole(out, BF16, rows * width), at(scale, FP32, rows)
+    (rows,), (width,), kind = scale.shape, weight.shape, x.dtype
+    read = whole(x, kind, rows * width), at(weight, kind, width)
+    made = whole(out, kind, rows * width), at(scale, FP32, rows)
     given = _Norm(*read, None, *made, number(width, 1), epsilon)
-    call("veneer_rms_norm_forward", ctypes.byref(given), rows)
+    call(of_type("veneer_rms_norm_forward", kind), ctypes.byref(given), rows)
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scale: Tensor) -> None:
     """out: the gradient of x."""
-    (rows,), (width,) = scale.shape, weight.shape
-    read = whole(x, BF16, rows * width), at(weight, BF16, width), whole(grad, BF16, rows * width)
-    made = whole(out, BF16, rows * width), at(scale, FP32, rows)
+    (rows,), (width,), kind = scale.shape, weight.shape, x.dtype
+    read = whole(x, kind, rows * width), at(weight, kind, width), whole(grad, kind, rows * width)
+    made = whole(out, kind, rows * width), at(scale, FP32, rows)
     given = _Norm(*read, *made, number(width, 1))
-    call("veneer_rms_norm_backward", ctypes.byref(given), rows)
+    call(of_type("veneer_rms_norm_backward", kind), ctypes.byref(given), rows)
 
 
 def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up, a multiple of 16 values."""
     _registers(count := gate.numel())
-    given = _Gate(whole(gate, BF16, count), whole(up, BF16, count), None, whole(out, BF16, count))
-    call("veneer_silu_gate_forward", ctypes.byref(given), count // 16)
+    kind = gate.dtype
+    given = _Gate(whole(gate, kind, count), whole(up, kind, count), None, whole(out, kind, count))
+    call(of_type("veneer_silu_gate_forward", kind), ctypes.byref(given), count // 16)
 
 
 def silu_gate_backward(gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
     _registers(count := gate.numel())
-    read = whole(gate, BF16, count), whole(up, BF16, count), whole(grad, BF16, count)
-    given = _Gate(*read, None, whole(grad_gate, BF16, count), whole(grad_up, BF16, count))
-    call("veneer_silu_gate_backward", ctypes.byref(given), count // 16)
+    kind = gate.dtype
+    read = whole(gate, kind, count), whole(up, kind, count), whole(grad, kind, count)
+    given = _Gate(*read, None, whole(grad_gate, kind, count), whole(grad_up, kind, count))
+    call(of_type("veneer_silu_gate_backward", kind), ctypes.byref(given), count // 16)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
     """out of x (M, H, D), D a multiple of 32, turned by cos and sin (M, D); back: by their transpose."""
-    rows, heads, size = x.shape
+    (rows, heads, size), kind = x.shape, x.dtype
     _registers(number(size, 32) // 2)
-    read = at(x, BF16, rows, heads, size), at(cos, BF16, rows, size), at(sin, BF16, rows, size)
-    given = _Rotary(*read, at(out, BF16, rows, heads, size), heads, size, int(back))
-    call("veneer_rotary", ctypes.byref(given), rows)
+    read = at(x, kind, rows, heads, size), at(cos, kind, rows, size), at(sin, kind, rows, size)
+    given = _Rotary(*read, at(out, kind, rows, heads, size), heads, size, int(back))
+    call(of_type("veneer_rotary", kind), ctypes.byref(given), rows)
 
 
 def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
@@ -321,8 +324,6 @@ def dropout(x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: i
 
 
 # -- attention over packed documents: attention.c, attention_float.c --------------------------------------------------
-
-ATTENDED = (BF16, FP32)
 
 
 class _Attention(ctypes.Structure):
@@ -367,8 +368,6 @@ def _attention(
     """What both directions are given: q (R, H, D), k and v (R, K, D), before (P, K, D) each, starts (docs + 1); all
     bf16 or all float32."""
     (rows, heads, size), kv_heads, kind = q.shape, k.shape[1], q.dtype
-    if kind not in ATTENDED:
-        raise CallError(f"attention of {kind}, C takes {ATTENDED}")
     _registers(number(size, 16))
     if heads % number(kv_heads, 1):
         raise CallError(f"{heads} query heads over {kv_heads} key heads")
@@ -403,7 +402,7 @@ def attention_forward(
     """out (R, H, D), lse (R, H) float32: log of the sum of exponentials."""
     given = _attention(q, k, v, before, starts, scale=scale, window=window, splits=splits)
     given.out, given.lse = at(out, q.dtype, *q.shape), at(lse, FP32, *q.shape[:2])
-    call("veneer_attention_forward" if q.dtype is BF16 else "veneer_attention_float_forward", ctypes.byref(given))
+    call(of_type("veneer_attention_forward", q.dtype), ctypes.byref(given))
 
 
 def attention_backward(
@@ -431,4 +430,4 @@ def attention_backward(
     at(shared, FP32, 2, given.docs, splits, kv_heads, given.before, size)
     given.grad_k, given.grad_v = own[0].data_ptr(), own[1].data_ptr()
     given.grad_before_k, given.grad_before_v = shared[0].data_ptr(), shared[1].data_ptr()
-    call("veneer_attention_backward" if kind is BF16 else "veneer_attention_float_backward", ctypes.byref(given))
+    call(of_type("veneer_attention_backward", kind), ctypes.byref(given))

@@ -5,8 +5,8 @@
     rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
 
 Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of x. Compiled
-for bf16 on processors that have it (native/fused.c), in Triton on CUDA (triton_norm.py, triton_gate.py,
-triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the
+for bf16 on processors that have it (native/fused.c) and for float32 on any (native/fused_float.c), in Triton on CUDA
+(triton_norm.py, triton_gate.py, triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the
 models round: after the normalisation, after the activation. Shapes: M rows, D width.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import calls, launch
-from veneer.kernels.native import has_bf16, on_cpu
+from veneer.kernels.native import has_bf16, has_floats, on_cpu
 
 MOST_WIDTH = 2**14
 """D of a norm in Triton: a row stays in the registers of one program."""
@@ -34,12 +34,19 @@ def compiled(*tensors: Tensor) -> bool:
     return has_bf16()
 
 
+def in_one_pass(*tensors: Tensor) -> bool:
+    """Whether the kernels compute norms, gates and rotations of these: as `compiled`, or all float32."""
+    if tensors[0].dtype is not torch.float32:
+        return compiled(*tensors)
+    return has_floats() and all(t.dtype is torch.float32 and on_cpu(t) and t.is_contiguous() for t in tensors)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
-        if weight.shape == x.shape[-1:] and compiled(x, weight):
+        if weight.shape == x.shape[-1:] and in_one_pass(x, weight):
             out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
             calls.rms_norm_forward(x, weight, out, scale, epsilon)
         elif (triton := _norms(x, weight)) is not None:
@@ -60,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             normal = (x.view(-1, width) * scale[:, None]).to(x.dtype)
             grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
-        if weight.shape == x.shape[-1:] and compiled(x, weight, grad):
+        if weight.shape == x.shape[-1:] and in_one_pass(x, weight, grad):
             out = torch.empty_like(x)
             calls.rms_norm_backward(x, weight, grad, out, scale)
             return out, grad_weight, None
@@ -86,7 +93,7 @@ class _SiluGate(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
             return triton.gate_forward(gate, up, False)
-        if gate.shape != up.shape or gate.numel() % 16 or not compiled(gate, up):
+        if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
             return F.silu(gate) * up
         out = torch.empty_like(gate)
         calls.silu_gate_forward(gate, up, out)
@@ -99,7 +106,7 @@ class _SiluGate(torch.autograd.Function):
         grad = grad.contiguous()
         if (triton := launch.triton("gate", gate, up, grad)) is not None:
             return triton.gate_backward(gate, up, grad, False)
-        if gate.numel() % 16 or not compiled(gate, up, grad):
+        if gate.numel() % 16 or not in_one_pass(gate, up, grad):
             share = torch.sigmoid(gate)
             return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
@@ -142,7 +149,7 @@ class _Rotary(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     x = x.contiguous()
-    if x.shape[-1] % 32 == 0 and compiled(x, cos, sin):
+    if x.shape[-1] % 32 == 0 and in_one_pass(x, cos, sin):
         out = torch.empty_like(x)
         calls.rotary(x, cos, sin, out, back=back)
         return out

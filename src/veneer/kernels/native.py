@@ -46,7 +46,9 @@ _ONE_STRUCT = (
 )
 _STRUCT_AND_COUNT = (
     *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),
-    *("veneer_rotary", "veneer_entropy", "veneer_dropout"),
+    *("veneer_rms_norm_float_forward", "veneer_rms_norm_float_backward"),
+    *("veneer_silu_gate_float_forward", "veneer_silu_gate_float_backward"),
+    *("veneer_rotary", "veneer_rotary_float", "veneer_entropy", "veneer_dropout"),
 )
 _STEP = ("veneer_step_norm", "veneer_step_rotate", "veneer_step_gate")
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -171,6 +173,12 @@ def has_bf16() -> bool:
     """Whether compiled functions multiply bf16 pairs."""
     found = _library()
     return found is not None and found.multiplies_bf16  # asked thousands of times a step: C was asked once
+
+
+@cache
+def has_floats() -> bool:
+    """Whether the functions over float32 are there: even without AVX2 they take half of torch's time or less."""
+    return level() >= 0
 
 
 def has_amx() -> bool:

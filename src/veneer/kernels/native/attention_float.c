@@ -19,6 +19,7 @@ static float *attention_room(int64_t count) {
 #define W 4
 #define WIDE 2
 #define FUSED(a, b, sum) ((sum) + (a) * (b))
+#include "float_vectors.h"
 #include "attention_float_body.h"
 
 #if defined(__x86_64__)
@@ -28,6 +29,7 @@ static float *attention_room(int64_t count) {
 #define W 8
 #define WIDE 2
 #define FUSED(a, b, sum) ((fv_avx2)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
+#include "float_vectors.h"
 #include "attention_float_body.h"
 
 #define NAME(x) x##_avx512
@@ -35,6 +37,7 @@ static float *attention_room(int64_t count) {
 #define W 16
 #define WIDE 4
 #define FUSED(a, b, sum) ((fv_avx512)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
+#include "float_vectors.h"
 #include "attention_float_body.h"
 #endif
 
