@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from veneer.kernels import products
 from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_product, in_features, product
 from veneer.linear import PackedLinear, times
 from veneer.quant.scratch import scratch
@@ -55,7 +55,7 @@ class GGUFLinear(PackedLinear):
         if has_product(x_MI, bias):
             y_MO = product(x_MI, self.weight, self.kind, bias)
         else:
-            y_MO = F.linear(x_MI, self._decoded(x.dtype), bias)
+            y_MO = products.linear(x_MI, self._decoded(x.dtype), bias)
         return y_MO.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
