@@ -175,10 +175,9 @@ def has_bf16() -> bool:
     return found is not None and found.multiplies_bf16  # asked thousands of times a step: C was asked once
 
 
-@cache
 def has_floats() -> bool:
     """Whether the functions over float32 are there: even without AVX2 they take half of torch's time or less."""
-    return level() >= 0
+    return _library() is not None
 
 
 def has_amx() -> bool:
