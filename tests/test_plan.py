@@ -194,10 +194,10 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
         ).peak_bytes
     )
     looked_at = replace(whole, held_out=[rows[5], rows[0], rows[2]])  # 2 rows and 1 row: the sizes 64 and 224
-    forward = run.forward_shapes * KERNEL_BYTES[torch.bfloat16]
     assert 0 < run.forward_shapes < compiled_kernels(run, 1)
     two = replace(choice, batch=2)
     without = whole.estimate(two).peak_bytes
+    forward = whole.estimate(two).run.forward_shapes * KERNEL_BYTES[torch.bfloat16]
     assert evaluated_sizes(looked_at.held_out, 2) == {64, 224}
     new = len({64, 224} - whole.epoch(two).sizes)
     assert looked_at.estimate(two).peak_bytes == without + (new + SAMPLE_SIZES) * forward

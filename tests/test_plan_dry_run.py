@@ -203,7 +203,8 @@ def test_experts_that_are_not_adapted_are_planned_in_float32_as_in_bf16(family, 
     rows = make_examples(2)
     runs = [dry_run(step_of(tiny_model(family, dtype), method, rows)) for dtype in (torch.float32, torch.bfloat16)]
     shapes = [{shape for shape in run.work.products if any(shape)} for run in runs]
-    assert shapes[0] == shapes[1]
+    assert shapes[0] >= shapes[1]
+    assert all(3 in shape for shape in shapes[0] - shapes[1])  # products with the rank, compiled for bf16
 
 
 @pytest.mark.parametrize("method", [lora(3), Full()], ids=["lora", "full"])
