@@ -124,7 +124,7 @@ def one(folder: Path, case: str) -> dict[str, int]:
 
     import veneer
     from tests.tiny import tiny_tokenizer
-    from veneer.bases.from_config import config_from
+    from veneer.bases.blueprint import config_from
 
     base, dtype, method, batch, _, length, *kept = case.split()
     source, fields = base, BASES[base]

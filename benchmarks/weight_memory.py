@@ -10,7 +10,8 @@ arXiv:2305.14314: what its authors give for the model in 4 bits; cited from memo
 import torch
 from torch import nn
 
-from veneer.bases.from_config import build, config_from
+from veneer.bases.blueprint import config_from
+from veneer.bases.from_config import build
 from veneer.bases.shapes import SHAPES
 from veneer.plan.weights import packing
 

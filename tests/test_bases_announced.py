@@ -14,7 +14,7 @@ from tests.test_models_load import edit_config, edit_weights, refusal
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 from tests.tiny_gguf import tiny, write_gguf
 from veneer.bases.announced import BUILT_BESIDE, announced_faults, built_faults
-from veneer.bases.from_config import blueprint
+from veneer.bases.from_config import blueprint, build
 from veneer.bases.gguf import read_header
 from veneer.bases.without_weights import load_skeleton
 from veneer.errors import CorruptFileError, SourceError, VeneerError
@@ -70,7 +70,7 @@ def test_nothing_is_built_from_it_without_weights_either(tmp_path: Path) -> None
         blueprint(str(folder))
     edit_config(folder, num_hidden_layers=2, hidden_size=33)
     with pytest.raises(CorruptFileError, match="transformers cannot"):
-        blueprint(str(folder)).build()
+        build((found := blueprint(str(folder))).config, found.dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,9 +20,9 @@ from tests.tiny_gguf import tiny, write_gguf
 from veneer import api
 from veneer.adapters.config import LoRA
 from veneer.bases import compute
+from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import choose
 from veneer.bases.fingerprint import fingerprint
-from veneer.bases.from_config import Blueprint
 from veneer.bases.quiet_transformers import quiet
 from veneer.compare.comparison import with_dtype
 from veneer.compare.plan import Candidate
@@ -31,7 +31,7 @@ from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels import native
 from veneer.models.load import compute_of, load_base
-from veneer.plan.dry_run import WEIGHTS
+from veneer.plan.counted import WEIGHTS
 from veneer.plan.planner import Choice, Planner
 from veneer.train.folder import resume_config
 from veneer.train.loop import Loop

@@ -16,14 +16,15 @@ from tests.test_report import Tags
 from tests.tiny import save_tiny, tiny_model
 from veneer import api
 from veneer.adapters.config import METHODS, Bottleneck, DoRA, Full, LoRA, Prefix
-from veneer.bases.from_config import Blueprint, blueprint
+from veneer.bases.blueprint import Blueprint
+from veneer.bases.from_config import blueprint
 from veneer.bases.shapes import SHAPES
 from veneer.cli import plan as command
 from veneer.cli.main import main
 from veneer.data.examples import Example, RowRef
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
-from veneer.plan import kept
+from veneer.plan import dry_run as counting
 from veneer.plan.advise import Job, advise
 from veneer.plan.ask import Question, answer, method_named
 from veneer.plan.dry_run import dry_run
@@ -93,7 +94,7 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
     """A dry run is what a plan's time goes into: a second and less each."""
     ran = []
-    monkeypatch.setattr(kept, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
+    monkeypatch.setattr(counting, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1, dtype="bfloat16")
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None

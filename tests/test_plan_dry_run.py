@@ -10,13 +10,15 @@ from tests.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, Prefix
 from veneer.adapters.routing import Routing
-from veneer.bases.from_config import Blueprint, blueprint, build
+from veneer.bases.blueprint import Blueprint
+from veneer.bases.from_config import blueprint, build
 from veneer.data.batching import used_length
 from veneer.kernels import native
 from veneer.models.step import Paths, assume_paths, prepare
 from veneer.plan import dry_run as module
+from veneer.plan.counted import Step
 from veneer.plan.depth import period_of
-from veneer.plan.dry_run import Step, dry_run
+from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate, synthetic_rows
 from veneer.plan.tracker import Tracker
 from veneer.train.optim import AdamW, FlatParameters
@@ -259,5 +261,5 @@ def test_the_paths_of_a_structure_are_those_that_running_the_model_proves():
 def test_a_blueprint_builds_what_the_config_says():
     found = blueprint("Llama-3.2-3B-Instruct")
     assert isinstance(found, Blueprint)
-    assert found.build().num_parameters() == 3_212_749_824
-    assert found.build("float32").dtype == torch.float32
+    assert build(found.config, found.dtype).num_parameters() == 3_212_749_824
+    assert build(found.config, torch.float32).dtype == torch.float32

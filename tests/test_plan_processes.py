@@ -22,7 +22,8 @@ from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Full, LoRA
 from veneer.adapters.routing import Routing
-from veneer.bases.from_config import Blueprint, blueprint
+from veneer.bases.blueprint import Blueprint
+from veneer.bases.from_config import blueprint
 from veneer.bounds import LINK
 from veneer.cli.main import main
 from veneer.data.batching import make_batch

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 
@@ -10,11 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.config import LoRA
+from veneer.bases.blueprint import named_size
 from veneer.cli import main as cli
 from veneer.files import remembered as memory
 from veneer.models.proof import Proven, kept_proof
+from veneer.plan import dry_run as counting
 from veneer.plan import kept, machine
-from veneer.plan.dry_run import Step, dry_run, whole
+from veneer.plan.counted import Step
+from veneer.plan.dry_run import dry_run, whole
 from veneer.plan.estimate import synthetic_rows
 from veneer.plan.machine import Rates, this_machine
 from veneer.plan.tracker import Work
@@ -201,8 +206,8 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
     step = Step(small(), torch.float32, LoRA(rank=4), rows)
     fresh = dry_run(step)
     ran = []
-    monkeypatch.setattr(kept, "dry_run", lambda *given: ran.append(1) or dry_run(*given))
-    monkeypatch.setattr(kept, "whole", lambda *given: ran.append(2) or whole(*given))
+    monkeypatch.setattr(counting, "dry_run", lambda *given: ran.append(1) or dry_run(*given))
+    monkeypatch.setattr(counting, "whole", lambda *given: ran.append(2) or whole(*given))
 
     def run(step):
         ran.clear()
@@ -220,19 +225,63 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
         replace(step, offload=True),
     ]
     for other in others:
-        assert run(other) == dry_run(other)
-        assert ran == [1], "another step of the same base"
+        found, noted = run(other), [*ran]
+        assert noted == [1], "another step of the same base"
+        assert found == dry_run(other)
     bases = [
         replace(step, dtype=torch.bfloat16),
         replace(step, method=LoRA(rank=5)),
-        replace(step, config=small(num_hidden_layers=9)),
+        replace(step, given=small(num_hidden_layers=9)),
         replace(step, optimizer="adamw8bit"),
         replace(step, on_cpu=False),
         replace(step, new_tokens=1),
     ]
     for other in bases:
-        assert run(other) == dry_run(other)
-        assert ran == [1, 2] or ran == [2, 1], "another base"
+        found, noted = run(other), [*ran]
+        assert sorted(noted) == [1, 2], "another base"
+        assert found == dry_run(other)
+
+
+def test_a_named_size_is_the_config_that_its_fields_make(cache):
+    """And its dry runs are those of a folder that says the same."""
+    named = named_size("llama-3.2-1b")
+    facts = [kept.kept_facts(found) for found in (named, named, replace(named, given=named.config))]
+    assert facts[0] == facts[1] == facts[2] and facts[0].layers == 16 and facts[0].positions == 131072
+    assert len(entries(cache)) == 1
+    other = named_size("llama-3.2-3b")
+    assert kept.kept_facts(other).identity != facts[0].identity
+    step = Step(named, torch.bfloat16, LoRA(rank=4), synthetic_rows(1, 24))
+    assert kept._base_key(step) == kept._base_key(replace(step, given=named.config))
+
+
+def test_a_folder_of_its_name_is_no_named_size(cache, monkeypatch):
+    monkeypatch.chdir(cache)
+    assert named_size("gpt2") is not None
+    (cache / "gpt2").mkdir()
+    assert named_size("gpt2") is None and named_size("smollm2-135m") is None and named_size("nobody-7b") is None
+
+
+PLAN = ["plan", "--base", "llama-3.2-1b", "--length", "64", "--json"]
+
+
+def test_a_plan_that_is_remembered_imports_no_transformers(cache):
+    """Nor does one of other settings whose steps are the same; and it says what the first said."""
+
+    def planned(*more):
+        asked = ["veneer", *PLAN, *more]
+        code = f"import sys\nfrom veneer.cli.main import main\nsys.argv = {asked}\nassert main() in (0, 3)\n"
+        code += "print(*sorted({'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)), file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["plans"], done.stderr.splitlines()[-1].split()
+
+    first, loaded = planned()
+    assert "transformers" in loaded
+    again, loaded = planned()
+    assert not loaded
+    assert [row["needed_memory_bytes"] for row in again] == [row["needed_memory_bytes"] for row in first]
+    other, loaded = planned("--steps", "7", "--price", "2")
+    assert not loaded and other[0]["steps"] == 7
 
 
 def test_rates_are_measured_once_a_week(cache, monkeypatch):

@@ -14,7 +14,8 @@ from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
-from veneer.plan.dry_run import Step, dry_run
+from veneer.plan.counted import Step
+from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import synthetic_rows
 
 _COMMON = {

@@ -29,7 +29,8 @@ from veneer.merge.folder import merge_into_folder
 from veneer.models.checkpointing import decoder_layers
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
-from veneer.plan.dry_run import Step, whole
+from veneer.plan.counted import Step
+from veneer.plan.dry_run import whole
 from veneer.train.together import every_weight
 from veneer.train.world import ALONE
 

@@ -24,7 +24,8 @@ from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.step import prepare
-from veneer.plan.dry_run import Step, dry_run
+from veneer.plan.counted import Step
+from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate
 from veneer.quant import nf4
 from veneer.quant.layers import HeldLinear

@@ -8,16 +8,15 @@ What model_config.py refuses about a config is refused here too.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.announced import without_storage
-from veneer.bases.compute import DTYPES, DtypeName
+from veneer.bases.blueprint import Blueprint, of_fields
+from veneer.bases.compute import DTYPES
 from veneer.bases.gguf import header_config
 from veneer.bases.hub import PATIENCE_SECONDS, HubUnreachableError, within
 from veneer.bases.kept import converted_folder
@@ -32,29 +31,6 @@ from veneer.bases.stored_type import most_common_dtype
 from veneer.bases.tensor_files import counted, stored_tensors
 from veneer.errors import SourceError, VeneerError
 from veneer.files.home import expanded
-from veneer.quant.config import Quantize
-from veneer.quant.weight import PackedSize
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What a base's config says.
-
-    dtype     of the weights as they are stored, or were before they were packed, as far as that is known
-    quantize  the format that its files hold them in, which then is how it is held; None: dense
-    packed    what each weight so held takes, where the files are there
-    """
-
-    source: str
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    quantize: Quantize | None = None
-    packed: tuple[PackedSize, ...] = ()
-
-    def build(self, dtype: DtypeName = "auto") -> PreTrainedModel:
-        """The model on the meta device, in eval mode, nothing trainable; as load_base would return it."""
-        wanted = self.dtype if dtype == "auto" else DTYPES[dtype]
-        return build(self.config, wanted)
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -76,7 +52,7 @@ def blueprint(source: str) -> Blueprint:
             config, dtype = header_config(file)
         return Blueprint(source, config, dtype)
     if (fields := shape_of(source)) is not None:
-        return Blueprint(source, config_from(fields), DTYPES[fields["dtype"]])
+        return of_fields(source, fields)
     if match := HUB_ID.fullmatch(source):
         return _from_hub(source, match["repo"], match["revision"])
     raise SourceError(
@@ -84,13 +60,6 @@ def blueprint(source: str) -> Blueprint:
         [f"did you mean  {name}" for name in difflib.get_close_matches(source.lower(), SHAPES, n=3, cutoff=0.4)],
         f"Named sizes: {', '.join(sorted(SHAPES))}.",
     )
-
-
-def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
-    """A config of transformers from `model_type` and its fields."""
-    own = {name: value for name, value in fields.items() if name not in ("model_type", "dtype")}
-    config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **own)
-    return config
 
 
 def _from_folder(source: str, folder: Path) -> Blueprint:

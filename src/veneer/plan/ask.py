@@ -13,24 +13,22 @@ from typing import Any
 import torch
 
 from veneer.adapters.config import METHODS, MethodConfig
-from veneer.bases.from_config import Blueprint, blueprint
+from veneer.bases.blueprint import Blueprint, named_size
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, LINK, PRICE, PROCESSES, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
-from veneer.models.capacity import configured_capacity
-from veneer.models.frozen_base import hidden_size
 from veneer.plan.advise import Advice, Job, Kind, advise
 from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
+from veneer.plan.kept import kept_idle_bytes
 from veneer.plan.machine import Machine, named_gpu, this_machine
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.quant.config import Quantize
 from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
-from veneer.train.records import process_memory_bytes
 
 MOST_TOKENS = 2**22
 """Computed at once in a planned step: its rows are made, and a step beyond this runs on no machine."""
@@ -135,7 +133,7 @@ def answer(question: Question, tell: Callable[[int, int], None] = lambda done, t
             f" {tokens:,} tokens, at most {MOST_TOKENS:,}",
             next_step="Give a smaller --micro-batch, --batch or --length.",
         )
-    blueprints = [blueprint(base) for base in question.bases]
+    blueprints = [named_size(base) or _read(base) for base in question.bases]
     planners = [_planner(each, question) for each in blueprints]
     choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
     machine = _machine(planners[0], choices[0], question)
@@ -143,7 +141,7 @@ def answer(question: Question, tell: Callable[[int, int], None] = lambda done, t
     rows: list[PlanRow] = []
     faults: list[str] = []
     for planner in planners:
-        places = configured_capacity(planner.blueprint.config).positions
+        places = planner.facts.positions
         for asked in choices:
             if (total := len(planners) * len(choices)) > 1:
                 tell(len(rows) + len(faults), total)
@@ -175,12 +173,19 @@ def answer(question: Question, tell: Callable[[int, int], None] = lambda done, t
     )
 
 
+def _read(base: str) -> Blueprint:
+    """Of what its config says, which transformers reads."""
+    from veneer.bases.from_config import blueprint
+
+    return blueprint(base)
+
+
 def _planner(found: Blueprint, question: Question) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
     return Planner(
         found,
         device=device,
-        idle_bytes=process_memory_bytes() or 0,
+        idle_bytes=kept_idle_bytes(),
         rows=question.rows,
         held_out=question.held_out,
         mixture=question.mixture,
@@ -201,6 +206,8 @@ def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
 def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memory: int) -> Advice | None:
     if question.kind is None:
         return None
+    from veneer.models.frozen_base import hidden_size
+
     examples = list(question.rows)
     job = Job(
         kind=question.kind,

@@ -11,9 +11,8 @@ Knows nothing of devices: what an allocator, a kernel or the process adds is est
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
-from veneer.adapters.config import AdapterConfig, MethodConfig
+from veneer.adapters.config import AdapterConfig
 from veneer.adapters.reads import weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.adapters.token_rows import Brought
 from veneer.bases.from_config import build
 from veneer.data.batching import make_batch
-from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.formats.peft_tensors import tensor_file_bytes
@@ -41,112 +39,27 @@ from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
 from veneer.models.left_out import reached_weights
 from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refuse_untrainable
+from veneer.plan.counted import (
+    ACTIVATIONS,
+    BACKWARD,
+    GRADIENTS,
+    LOGITS,
+    MOMENTS,
+    VALUES,
+    WEIGHTS,
+    BaseBytes,
+    DryRun,
+    Step,
+)
 from veneer.plan.depth import first_layers, grown_phase, grown_work, period_of
 from veneer.plan.planned_offload import PlannedOffload
-from veneer.plan.tracker import META, Parts, Phase, Tracker, Work, without_values
-from veneer.plan.weights import BaseBytes, base_bytes
-from veneer.quant.weight import PackedSize
+from veneer.plan.tracker import META, Parts, Tracker, Work, without_values
+from veneer.plan.weights import base_bytes
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
 
-WEIGHTS, VALUES, GRADIENTS, MOMENTS = "weights", "trained values", "gradients", "optimizer"
-ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits", "backward"
-SCRATCH, GATHERED, SUMS = "decoded weights", "gathered layer", "exact sums"
-WHOLE_GRADIENTS = "gradients of a layer and of what lies whole"
-STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS, SUMS)
-SUM_BYTES = 16
-"""Of each trained value under `reduce: exact` (train/reduce.py)."""
 COMPILED = (0, 0, 0)
 """Shape that products within compiled functions are counted under: that of no matrix product of a library."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What decides a step's cost. rows: those of the largest micro-batch, one Example each. new_tokens: so many."""
-
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    method: MethodConfig
-    rows: Sequence[Example]
-    checkpointing: bool = False
-    share_prompt: bool = True
-    optimizer: OptimizerName = "adamw"
-    offload: bool = False
-    new_tokens: int = 0
-    on_cpu: bool = True
-    """Whether the compiled kernels of this machine will run (kernels/native.py), which hold less than plain torch."""
-
-
-@dataclass
-class DryRun:
-    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's
-    tensors.
-
-    expert_rows: of the products of an expert beside which an adapter stands, the rows spread evenly; 0: none does.
-    forward_shapes: of the products of the forward alone, as an evaluation runs it.
-    """
-
-    static: Parts
-    phases: list[Phase]
-    work: Work
-    trainable_parameters: int
-    total_parameters: int
-    file_bytes: int
-    modules_adapted: int | None
-    modules_total: int | None
-    computed_tokens: int
-    packed: bool
-    experts: int
-    expert_rows: int
-    forward_shapes: int
-    base: BaseBytes = field(default_factory=BaseBytes)
-
-    @property
-    def activation_bytes(self) -> int:
-        """Kept for backward when the loss begins."""
-        held = next(phase for phase in self.phases if phase.name == "forward").end_bytes
-        return held - sum(self.static.values())
-
-    def over(self, sizes: Sequence[PackedSize], dtype: torch.dtype) -> DryRun:
-        """The same step, of type `dtype`, over a base that holds these weights packed."""
-        return replace(self, base=self.base.packed(sizes, dtype.itemsize)).in_four_bits()
-
-    def in_four_bits(self) -> DryRun:
-        """The same step over packed weights: out of every figure goes what they do not hold."""
-        saved, scratch = self.base.packing
-        packed = replace(self.base, packing=(0, 0), layers=self.base.packed_layers)
-        return replace(self._holding({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed)
-
-    def in_shards(self, processes: int) -> DryRun:
-        """The same step where each of the processes holds a part of every layer, and one layer is whole; where the base
-        trains, a part of its masters, gradient and moments (train/parts.py)."""
-        runs, layers = self.base.runs(processes), sum(self.base.layers)
-        if not runs:
-            return self
-        more = {WEIGHTS: sum(runs) - layers, GATHERED: processes * max(runs)}
-        if self.trainable_parameters == self.total_parameters:
-            value_bytes = self.base.total / self.total_parameters
-            rest = self.base.total - layers
-            # Masters of float32 are the parts of the layers themselves; what lies whole has masters beside it.
-            more[WEIGHTS] = rest if value_bytes == 4 else more[WEIGHTS]
-            apart = (VALUES, GRADIENTS, MOMENTS, SUMS)
-            more |= {name: self.static.get(name, 0) // processes - self.static.get(name, 0) for name in apart}
-            more[WHOLE_GRADIENTS] = round(4 / value_bytes * (rest + max(self.base.layers)))
-        return self._holding(more)
-
-    def with_exact_sums(self) -> DryRun:
-        return self._holding({SUMS: SUM_BYTES * self.trainable_parameters})
-
-    def _holding(self, more: Mapping[str, int]) -> DryRun:
-        """With so many bytes more of each label, from the step's begin to its end."""
-        run = replace(self, static=dict(self.static), phases=[replace(p, parts=dict(p.parts)) for p in self.phases])
-        for label, count in more.items():
-            run.static[label] = run.static.get(label, 0) + count
-            for phase in run.phases:
-                phase.peak_bytes += count
-                phase.end_bytes += count
-                phase.parts[label] = phase.parts.get(label, 0) + count
-        return run
 
 
 @dataclass(frozen=True)

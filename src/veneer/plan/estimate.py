@@ -19,7 +19,7 @@ import torch
 
 from veneer.data.examples import Example, RowRef
 from veneer.kernels.layout import STEP
-from veneer.plan.dry_run import STATIC, DryRun
+from veneer.plan.counted import STATIC, DryRun
 from veneer.plan.tracker import Parts, Phase
 
 Device = Literal["cpu", "cuda"]

@@ -1,52 +1,121 @@
-"""Dry runs that an earlier process counted: the same step of the same base holds the same bytes (files/remembered.py).
+"""What an earlier process found of a base and of its steps: the same step of the same base holds the same bytes
+(files/remembered.py). Neither transformers nor what counts a step is imported where all of it is remembered.
 
-The key holds all of a step: the config, the type, the method, the ids of the rows and which of them are trained. A base
-whose class is not transformers' own is counted anew.
+The key of a dry run holds all of a step: the config, the type, the method, the ids of the rows and which of them are
+trained. A base whose class is not transformers' own is counted anew.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from veneer.bases.blueprint import Blueprint
 from veneer.files.remembered import is_known, remembered
-from veneer.plan.dry_run import DryRun, Step, Whole, dry_run, whole
+from veneer.plan.counted import DryRun, Step
+from veneer.train.records import process_memory_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from veneer.plan.dry_run import Whole
 
 _NO_STEP = ("_name_or_path", "transformers_version")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a plan reads of a config. identity: all of it that a step depends on, as text; None: of a class that the
+    versions do not name."""
+
+    positions: int | None
+    layers: int
+    identity: str | None
+
+
+def kept_facts(base: Blueprint) -> Facts:
+    """Of a named size remembered; a config that is there is read."""
+    if not isinstance(base.given, Mapping):
+        return _facts(base.config)
+    return remembered("shape", {"fields": dict(base.given)}, Facts, lambda: _facts(base.config))
+
+
+def kept_idle_bytes() -> int:
+    """What a process holds that has imported all that trains; 0 where the system does not tell."""
+
+    def measured() -> int:
+        import veneer.train.training  # noqa: F401
+
+        return process_memory_bytes() or 0
+
+    return remembered("idle", {}, int, measured)
+
+
 def kept_whole(step: Step) -> Whole:
     """whole(step)."""
-    return _kept("whole", step, _base_key(step), Whole, lambda: whole(step))
+    from veneer.plan.dry_run import Whole, whole
+
+    key = _base_key(step)
+    return whole(step) if key is None else remembered("whole", key, Whole, lambda: whole(step))
 
 
 def kept_run(step: Step, known: Callable[[], Whole]) -> DryRun:
     """dry_run(step, known())."""
+
+    def counted() -> DryRun:
+        from veneer.plan.dry_run import dry_run
+
+        return dry_run(step, known())
+
+    key = _base_key(step)
+    if key is None:
+        return counted()
     rows = hashlib.sha256()
     for row in step.rows:
         for part in (row.ids, row.trained):
             rows.update(f"{part.dtype} {len(part)}\n".encode())
             rows.update(part.tobytes())
-    key = {
-        **_base_key(step),
+    key |= {
         "rows": rows.hexdigest(),
         "checkpointing": step.checkpointing,
         "share_prompt": step.share_prompt,
         "offload": step.offload,
     }
-    return _kept("step", step, key, DryRun, lambda: dry_run(step, known()))
+    return remembered("step", key, DryRun, counted)
 
 
-def _base_key(step: Step) -> dict[str, Any]:
-    """What Whole says it depends on."""
-    fields = {name: value for name, value in step.config.to_dict().items() if name not in _NO_STEP}
+def _facts(config: PreTrainedConfig) -> Facts:
+    from veneer.models.capacity import configured_capacity
+
+    layers = config.get_text_config().num_hidden_layers
+    return Facts(configured_capacity(config).positions, layers, _identity(config))
+
+
+def _identity(config: PreTrainedConfig) -> str | None:
+    if not is_known(type(config)):
+        return None
+    told = {
+        "class": f"{type(config).__module__}.{type(config).__qualname__}",
+        "fields": {name: value for name, value in config.to_dict().items() if name not in _NO_STEP},
+        "architectures": config.architectures,
+        "attention": config._attn_implementation,
+    }
+    return json.dumps(told, sort_keys=True, default=str)
+
+
+def _base_key(step: Step) -> dict[str, Any] | None:
+    """What Whole says it depends on; None: nothing says it all."""
+    given = step.given
+    identity = kept_facts(given).identity if isinstance(given, Blueprint) else _identity(given)
+    if identity is None:
+        return None
     return {
-        "config": [f"{type(step.config).__module__}.{type(step.config).__qualname__}", fields],
-        "architectures": step.config.architectures,
-        "attention": step.config._attn_implementation,
+        "config": identity,
         "dtype": str(step.dtype),
         "method": step.method.model_dump(mode="json"),
         "optimizer": step.optimizer,
@@ -54,7 +123,3 @@ def _base_key(step: Step) -> dict[str, Any]:
         "on_cpu": step.on_cpu,
         "threads": torch.get_num_threads(),
     }
-
-
-def _kept(what: str, step: Step, key: dict[str, Any], of: Any, make: Callable[[], Any]) -> Any:
-    return remembered(what, key, of, make) if is_known(type(step.config)) else make()

@@ -9,18 +9,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from veneer.adapters.config import MethodConfig
+from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import Compute, DtypeName, choose
-from veneer.bases.from_config import Blueprint
 from veneer.data.batching import Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
-from veneer.plan.dry_run import DryRun, Step, Whole
+from veneer.plan.counted import DryRun, Step
 from veneer.plan.estimate import (
     KERNEL_BYTES,
     PROCESS_BYTES,
@@ -30,12 +32,15 @@ from veneer.plan.estimate import (
     estimate,
     synthetic_rows,
 )
-from veneer.plan.kept import kept_run, kept_whole
+from veneer.plan.kept import Facts, kept_facts, kept_run, kept_whole
 from veneer.plan.machine import Machine
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
 from veneer.train.config import OptimizerName, RunConfig, trains_packed
 from veneer.train.reduce import Kind
+
+if TYPE_CHECKING:
+    from veneer.plan.dry_run import Whole
 
 SAMPLE_SIZES = 2
 """Sizes that a sample answer adds: the question, and the single row of every new token."""
@@ -139,6 +144,10 @@ class Planner:
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
 
+    @cached_property
+    def facts(self) -> Facts:
+        return kept_facts(self.blueprint)
+
     def compute(self, choice: Choice) -> Compute:
         """The type that the base would be held in, as loading it chooses."""
         return choose(self.blueprint.dtype, choice.dtype, torch.device(self.device))
@@ -232,8 +241,7 @@ class Planner:
         sizes = epoch.sizes
         looked_at = evaluated_sizes(self.held_out, choice.rows_at_once) - sizes
         answered = SAMPLE_SIZES if self.held_out else 0
-        layers = self.blueprint.config.get_text_config().num_hidden_layers
-        draws = (epoch.taken + 1) * layers * run.experts  # and the costliest, before the first
+        draws = (epoch.taken + 1) * self.facts.layers * run.experts  # and the costliest, before the first
         return compiled_kernels(run, len(sizes), draws) + run.forward_shapes * (len(looked_at) + answered)
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
@@ -291,7 +299,7 @@ class Planner:
         )
         if key not in self._runs:
             step = Step(
-                self.blueprint.config,
+                self.blueprint,
                 self.dtype(choice),
                 choice.method,
                 rows,

@@ -6,8 +6,9 @@ Units: bytes.
 import torch
 from transformers import PreTrainedConfig
 
+from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import NAMES
-from veneer.bases.from_config import Blueprint, blueprint
+from veneer.bases.from_config import blueprint
 from veneer.data.load import DataSet
 from veneer.data.on_disk import some_of
 from veneer.errors import DoesNotFitError

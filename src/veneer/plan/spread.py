@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from veneer.bounds import LINK
 from veneer.errors import ConfigError
-from veneer.plan.dry_run import SUM_BYTES, DryRun
+from veneer.plan.counted import SUM_BYTES, DryRun
 from veneer.train.dealing import dealt, in_rounds
 from veneer.train.reduce import Kind
 

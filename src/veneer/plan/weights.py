@@ -3,47 +3,18 @@ bytes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.targets import layer_number
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import decoder_layers
-from veneer.quant.weight import PackedSize
+from veneer.plan.counted import BaseBytes
 from veneer.shards import ALIGNMENT, LEAST
 
 TABLES_BYTES = 64 + 1024
 """Of a packed matrix: the code books of its values and of their scales. Too small for shards."""
-
-
-@dataclass(frozen=True)
-class BaseBytes:
-    """packing: (what the linear layers but the head lose in 4 bits, the buffer that one of them is decoded into).
-    layers, packed_layers: of each decoder layer what goes into shards, dense and in 4 bits. total: dense, all of it."""
-
-    packing: tuple[int, int] = (0, 0)
-    total: int = 0
-    layers: tuple[int, ...] = ()
-    packed_layers: tuple[int, ...] = ()
-
-    def runs(self, processes: int) -> list[int]:
-        """Of each layer the part that one of the processes holds."""
-        return [ALIGNMENT * -(-size // (ALIGNMENT * processes)) for size in self.layers]
-
-    def packed(self, sizes: Sequence[PackedSize], value_bytes: int) -> BaseBytes:
-        """The same where these weights are held packed, dense ones with so many bytes a value."""
-        saved, decoded, layers = 0, 0, list(self.layers)
-        for each in sizes:
-            less = value_bytes * math.prod(each.shape) - each.bytes
-            saved, decoded = saved + less, max(decoded, value_bytes * math.prod(each.shape[-2:]))
-            number = layer_number(each.name)
-            if number is not None and number < len(layers):
-                layers[number] -= less
-        return replace(self, packing=(saved, decoded), packed_layers=tuple(layers))
 
 
 def base_bytes(model: PreTrainedModel) -> BaseBytes:
