@@ -24,7 +24,6 @@ from veneer.decoding import generate as answers
 from veneer.decoding.generate import generate
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.kernels import attention, launch, rank
-from veneer.kernels import nf4 as kernels
 from veneer.merge.extract import extract_adapter
 from veneer.merge.folder import merge_into_folder
 from veneer.models.checkpointing import checkpointed
@@ -32,7 +31,6 @@ from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, evaluation_loss
-from veneer.quant import nf4
 from veneer.train import offload
 from veneer.train.config import RunConfig
 from veneer.train.loop import Job, Loop
@@ -314,21 +312,6 @@ def test_an_adapter_is_extracted_there_without_float64(tmp_path):
             str(written("llama")), str(tmp_path / "tuned"), out=tmp_path / "a", rank=3, device="mps:0"
         )
         assert made.error < 1e-4
-
-
-def test_a_kernel_is_launched_on_the_device_that_holds_the_weights(monkeypatch):
-    there = Accelerator("cuda:1")
-    current = []
-    launches = SimpleNamespace(
-        dequantize=lambda weights, out, start: current.append(torch.cuda.current_device()) or out,
-        product=lambda weights, x, outs, start: current.append(torch.cuda.current_device()),
-    )
-    with there:
-        packed = nf4.quantize(torch.randn(64, 64).to("cuda:1"))
-        monkeypatch.setattr(launch, "module", lambda name: launches)
-        nf4.dequantize(packed)
-        kernels.product(packed.blocks, torch.randn(1, 64).to("cuda:1"), 64)
-        assert current == [1, 1] and torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", torch.float32), ("mps", torch.bfloat16)])

@@ -114,7 +114,7 @@ def test_every_layer_takes_the_same_spans(monkeypatch):
 class There:
     """As much of a tensor on a GPU as is asked before anything is computed."""
 
-    is_cuda, device = True, torch.device("cuda:0")
+    is_cuda, is_meta, device = True, False, torch.device("cuda:0")
 
     def __init__(self, *shape, dtype=torch.bfloat16):
         self.shape, self.dtype = torch.Size(shape), dtype

@@ -13,7 +13,7 @@ from veneer.adapters.routing import Routing
 from veneer.bases.blueprint import Blueprint
 from veneer.bases.from_config import blueprint, build
 from veneer.data.batching import used_length
-from veneer.kernels import native
+from veneer.kernels import attention, native
 from veneer.models.step import Paths, assume_paths, prepare
 from veneer.plan import dry_run as module
 from veneer.plan.counted import Step
@@ -263,3 +263,20 @@ def test_a_blueprint_builds_what_the_config_says():
     assert isinstance(found, Blueprint)
     assert build(found.config, found.dtype).num_parameters() == 3_212_749_824
     assert build(found.config, torch.float32).dtype == torch.float32
+
+
+def test_a_plan_for_cuda_holds_no_scores_and_counts_what_flash_kernels_compute():
+    (row,) = make_examples(1, longest=400)
+    model = tiny_model("llama", torch.bfloat16, head_dim=16)
+    step, runs = step_of(model, lora(3), [row], on_cpu=False), {}
+    for place in ("flash", "plain"):
+        with native.planning("cuda"), pytest.MonkeyPatch.context() as patch:
+            if place == "plain":
+                patch.setattr(attention, "declined", lambda *given: "not asked for")
+            runs[place] = module._run(step, build(model.config, torch.bfloat16), 1)
+    peaks = {place: max(phase.peak_bytes for phase in run.phases) for place, run in runs.items()}
+    assert peaks["flash"] < peaks["plain"]
+    length, config = used_length(row), model.config
+    each = length * (length + 1) * config.num_attention_heads * 16
+    assert runs["flash"].work.products[module.COMPILED] == (2 + 5) * each * config.num_hidden_layers
+    assert not runs["plain"].work.products[module.COMPILED]

@@ -12,8 +12,10 @@ from tests import test_segments
 from tests.accelerator import Accelerator
 from tests.interpreter import DEVICE  # before whatever loads Triton
 from tests.tiny_gguf import random_blocks
-from veneer.kernels import dropout, fused, gguf, launch, loss, segments
+from veneer.kernels import dropout, fused, gguf, launch, loss, native, segments
+from veneer.kernels import nf4 as nf4_kernels
 from veneer.linear import DenseLinear
+from veneer.quant import nf4
 
 TYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Largest difference to float64, relative to the largest value: two roundings."""
@@ -220,6 +222,26 @@ def test_rows_with_adapters_of_their_own_are_those_of_the_plain_loop(mix, dtype,
         for one, other in zip(found, expected, strict=False):
             near(one, other, 8 * TYPES[dtype])
     assert "grouped" in there.launches
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_of_four_bits_are_decoded_and_multiplied_where_they_lie(double, there):
+    x, weight = (each.bfloat16() for each in draws(7, (3, 64), (48, 64)))
+    packed = nf4.quantize(weight, double=double)
+    dense = nf4.dequantize(packed)
+    moved = packed.holding({name: there.to(tensor) for name, tensor in packed.tensors.items()})
+    assert torch.equal(nf4.dequantize(moved).cpu(), dense)
+    near(nf4_kernels.product(moved.blocks, there.to(x), 48), x.double() @ dense.double().T, TYPES[torch.bfloat16])
+    assert there.launches == ["nf4", "nf4"]
+
+
+def test_while_a_step_is_planned_nothing_is_launched_and_as_much_is_allocated(there):
+    x = torch.empty(4, 64, dtype=torch.bfloat16, device="meta")
+    with native.planning("cuda"):
+        assert launch.triton("norm", x) is not None
+        assert fused.rms_norm(x, x[0], 1e-5).shape == x.shape
+    assert launch.triton("norm", x) is None
+    fused.silu_gate(*there.to(torch.ones(2, 16), torch.ones(2, 16)))
 
 
 def test_what_the_kernels_do_not_take_goes_the_plain_way(there):

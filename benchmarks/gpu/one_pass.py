@@ -66,6 +66,15 @@ def compared(case: Case, seconds: Callable[[Callable[[], object]], float]) -> di
     return found
 
 
+def by_compiler(
+    case: Case, call: Callable[..., Any], seconds: Callable[[Callable[[], object]], float]
+) -> dict[str, Any]:
+    """The plain meaning of a kernel as torch.compile makes it; on the CPU of a trial only traced."""
+    backend = "inductor" if case.inputs[0].is_cuda else "eager"
+    made = Case(torch.compile(call, backend=backend), case.inputs, case.grad, case.moved_bytes)
+    return {"milliseconds": 1000 * seconds(case.run), "milliseconds_compiled": 1000 * seconds(made.run)}
+
+
 def norm_case(rows: int, width: int, draw: Callable[..., Tensor]) -> Case:
     x = draw(rows, width)
     return Case(lambda x, w: fused.rms_norm(x, w, 1e-5), [x, draw(width) + 1], draw(rows, width), 5 * x.nbytes)

@@ -24,7 +24,7 @@ from steps import Shape, Training, attention_case, random_model
 
 from veneer import api
 from veneer.adapters.config import LoRA
-from veneer.kernels import attention, flash, gguf, launch, nf4_reference
+from veneer.kernels import attention, flash, fused, gguf, launch, nf4_reference
 from veneer.kernels import nf4 as kernels
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
@@ -295,6 +295,17 @@ def updates_kernels(at: Place) -> dict[str, Any]:
     return {name: one_pass.compared(case, at.seconds) for name, case in cases.items()}
 
 
+def compiled_by_torch(at: Place) -> dict[str, Any]:
+    """torch.compile beside the kernels: where it pays."""
+    rows, shape, draw = at.rows * at.length, at.model, drawn(at)
+    norm = one_pass.norm_case(rows, shape.hidden, draw)
+    gate = one_pass.gate_case(rows, shape.feed_forward, draw, gelu=False)
+    return {
+        "norm": one_pass.by_compiler(norm, lambda x, w: fused.rms_norm_reference(x, w, 1e-5), at.seconds),
+        "silu gate": one_pass.by_compiler(gate, fused.silu_gate_reference, at.seconds),
+    }
+
+
 def training_step(
     at: Place, *, quantize: bool = False, length: int | None = None, plain: bool = False, chunk: int | None = None
 ) -> dict[str, Any]:
@@ -419,9 +430,10 @@ def items(at: Place) -> list[Item]:
         Item("4.3 loss from logits", entropy_kernel),
         Item("4.4 gguf blocks decoded", gguf_kernels),
         Item("4.5 updates of rows with adapters of their own", updates_kernels),
+        Item("4.6 torch.compile beside the kernels", compiled_by_torch),
         Item("5.1 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
         Item("5.2 lora step", training_step, 180),
-        Item("5.3 lora step, loss in chunks of 2,048", lambda at: training_step(at, chunk=2048), 180),
+        Item("5.3 lora step, loss in chunks of 4,096", lambda at: training_step(at, chunk=4096), 180),
         Item("5.4 lora step, traced", traced_step, 180),
         Item("6.1 qlora step", lambda at: training_step(at, quantize=True), 180),
         Item("6.2 qlora step, one long row", lambda at: training_step(at, quantize=True, length=at.long), 180),

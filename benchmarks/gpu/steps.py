@@ -137,7 +137,7 @@ class Training:
             if plain_attention:
                 stack.enter_context(patch.object(attention, "declined", lambda *_: "not asked for"))
             if loss_chunk is not None:
-                stack.enter_context(patch.object(loss, "CHUNK", loss_chunk))
+                stack.enter_context(patch.object(loss, "CHUNK_ELSEWHERE", loss_chunk))
             yield
 
     def step(self) -> float:

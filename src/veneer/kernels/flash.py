@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.layout import Group
+from veneer.kernels.native import note_flops, on_cuda
 from veneer.kernels.rules import Rules
 from veneer.kernels.upload import sent
 
@@ -102,7 +103,7 @@ ATEN = Aten()
 
 def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> str | None:
     """Why these are not the flash kernels'; None where they are."""
-    if not q.is_cuda:
+    if not on_cuda(q):
         return "not on CUDA"
     if rules.softcap is not None:
         return "a soft cap on scores"
@@ -113,9 +114,11 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> st
         return f"heads of {size} and {v.shape[2]} values"
     if (layout.rows + 128 * (1 + len(layout.lengths))) * q.shape[1] * size >= MOST_PLACES:
         return "more rows than their backward can address"
-    if not torch.backends.cuda.is_flash_attention_available():
+    planned = q.is_meta  # perhaps elsewhere than here: then for a GPU that has them
+    if not planned and not torch.backends.cuda.is_flash_attention_available():
         return "a torch without flash kernels"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    here = not planned or torch.cuda.is_available()
+    if here and torch.cuda.get_device_capability(None if planned else q.device) < (8, 0):
         return "a GPU older than Ampere"
     return None
 
@@ -148,6 +151,16 @@ def _plan(layout: Group, window: int | None, device: torch.device) -> _Plan:
     return _Plan(Spans.of(rows, keys, device, before=window - 1), sent(torch.tensor(places), device), None)
 
 
+def _product_flops(q: Tensor, layout: Group, window: int | None) -> int:
+    """Of q k^T once, over the keys that each row sees; forward takes two such products, backward five."""
+    pairs, documents = 0, [(0, layout.prompt), *((layout.prompt, length) for length in layout.lengths)]
+    for before, length in documents:
+        most = window or before + length
+        rising = min(length, max(0, most - before))  # rows that see one key more than the row above
+        pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
+    return 2 * pairs * q.shape[1] * q.shape[2]
+
+
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -165,6 +178,7 @@ class _Flash(torch.autograd.Function):
         if key not in layout.derived:
             layout.derived[key] = _plan(layout, window, q.device)
         plan: _Plan = layout.derived[key]
+        note_flops(lambda: 2 * _product_flops(q, layout, window))
         rows, P = layout.rows, layout.prompt
         own_q, own_k, own_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
         out, entropy, state = flash.forward(own_q, own_k, own_v, plan.own, scale)
@@ -179,6 +193,7 @@ class _Flash(torch.autograd.Function):
             out, entropy = _share(out, entropy - both), both
         ctx.save_for_backward(q, k, v, sinks, out, entropy, *state, *seen)
         ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = plan, layout, scale, flash, len(state)
+        ctx.window = window
         whole = q.new_zeros(*q.shape[:2], v.shape[2])
         whole[:rows] = out
         return whole
@@ -190,6 +205,7 @@ class _Flash(torch.autograd.Function):
         plan: _Plan = ctx.plan
         flash: Aten = ctx.flash
         rows, P = ctx.layout.rows, ctx.layout.prompt
+        note_flops(lambda: 5 * _product_flops(q, ctx.layout, ctx.window))
         g, scale = grad[:rows].contiguous(), ctx.scale
         state, seen = tuple(states[: ctx.states]), tuple(states[ctx.states :])
         inputs = q[:rows], *_placed(k[:rows], v[:rows], plan.places)

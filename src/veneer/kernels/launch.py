@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.kernels.arguments import TYPES
+from veneer.kernels.native import on_cuda
 
 
 @cache
@@ -23,7 +24,7 @@ def triton(name: str, *tensors: Tensor) -> Any:
     """The same, where its kernels take these: on one CUDA device, without gaps, of one type of 32 or 16 bits; else
     None."""
     first = tensors[0]
-    if not first.is_cuda or first.dtype not in TYPES:
+    if not on_cuda(first) or first.dtype not in TYPES:
         return None
     for each in tensors:
         if each.dtype is not first.dtype or each.device != first.device or not each.is_contiguous():

@@ -21,9 +21,12 @@ from torch.nn import functional as F
 from veneer.kernels import calls, launch, products
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
+from veneer.kernels.native import on_cpu
 
 CHUNK = 128
 """Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V = 49,152."""
+CHUNK_ELSEWHERE = 1024
+"""The same on a GPU, whose products want more rows: 262 MB of bf16 at V = 128,256."""
 MOST_CHUNK, HELD_BYTES = 256, 24 * 2**20
 """Where logits are never wider than bf16 so many, as far as they take no more bytes: W is read for each chunk."""
 
@@ -118,6 +121,8 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunk(h: Tensor, width: int) -> int:
     """Rows of h per chunk, width logits each."""
+    if not on_cpu(h):
+        return CHUNK_ELSEWHERE
     if not compiled(h):
         return CHUNK
     return max(CHUNK, min(MOST_CHUNK, HELD_BYTES // (h.element_size() * width)) // CHUNK * CHUNK)

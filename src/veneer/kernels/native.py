@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from veneer.errors import ConfigError
 
@@ -76,15 +76,17 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 """Every function of the library that is called: (what it returns, what it takes)."""
 
 
-_planning: ContextVar[list[int] | None] = ContextVar("planning", default=None)
-"""FLOP that compiled functions would have spent, while planning."""
+Place = Literal["cpu", "cuda"]
+
+_planning: ContextVar[tuple[Place, list[int]] | None] = ContextVar("planning", default=None)
+"""For where, and FLOP that kernels would have spent, while planning."""
 
 
 @contextmanager
-def planning() -> Iterator[None]:
-    """Within the block tensors without storage (meta) take the paths of tensors on a CPU, and no compiled function is
+def planning(place: Place = "cpu") -> Iterator[None]:
+    """Within the block tensors without storage (meta) take the paths of tensors that lie there, and no kernel is
     called: what a step would allocate there can be counted."""
-    token = _planning.set([0])
+    token = _planning.set((place, [0]))
     try:
         yield
     finally:
@@ -92,22 +94,30 @@ def planning() -> Iterator[None]:
 
 
 def note_flops(count: Callable[[], int]) -> None:
-    """Called beside a compiled function: what it computes, asked for only while planning."""
-    if (noted := _planning.get()) is not None:
-        noted[0] += count()
+    """Called beside a kernel: what it computes, asked for only while planning."""
+    if (planned := _planning.get()) is not None:
+        planned[1][0] += count()
 
 
 def take_noted_flops() -> int:
     """FLOP noted since the last time; 0 where nothing is planned."""
-    if (noted := _planning.get()) is None:
+    if (planned := _planning.get()) is None:
         return 0
+    noted = planned[1]
     taken, noted[0] = noted[0], 0
     return taken
 
 
 def on_cpu(tensor: Any) -> bool:
     """Whether a tensor lies where compiled functions may be called on it; while planning, whether it is planned to."""
-    return bool(tensor.is_cpu if _planning.get() is None else tensor.is_meta)
+    planned = _planning.get()
+    return bool(tensor.is_cpu if planned is None else tensor.is_meta and planned[0] == "cpu")
+
+
+def on_cuda(tensor: Any) -> bool:
+    """The same of kernels on CUDA."""
+    planned = _planning.get()
+    return bool(tensor.is_cuda if planned is None else tensor.is_meta and planned[0] == "cuda")
 
 
 class _Silent:

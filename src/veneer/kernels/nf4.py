@@ -118,8 +118,7 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
         out.copy_(dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start))
         return out
     if (triton := launch.triton("nf4", out)) is not None:
-        with torch.cuda.device_of(out):  # a launch goes to the current device, whichever holds the tensors
-            return triton.dequantize(weights, out, start=start)
+        return triton.dequantize(weights, out, start=start)
     if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
         flat = reference.dequantize(
             weights.packed,
@@ -158,8 +157,7 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
     if x.shape[0] == 0:
         return y
     if x.is_cuda:
-        with torch.cuda.device_of(x):
-            return launch.module("nf4").product(weights, x, outs, start=start)
+        return launch.module("nf4").product(weights, x, outs, start=start)
     if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
         packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
     else:

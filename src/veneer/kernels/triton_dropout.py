@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import on_its_device, rounded
+from veneer.kernels.triton_numbers import Launched, rounded
 
 _VALUES = 1024
 
@@ -21,6 +21,7 @@ def _mix(value):
     return value ^ (value >> 16)
 
 
+@Launched
 @triton.jit(do_not_specialize=("row_key", "column_key", "threshold"))  # other numbers every step
 def _drop(x, rows, out, row_key, column_key, threshold, kept, width, size: tl.constexpr):
     row = tl.program_id(0)
@@ -35,7 +36,6 @@ def _drop(x, rows, out, row_key, column_key, threshold, kept, width, size: tl.co
     tl.store(out + place, rounded(found, x.dtype.element_ty), mask=inside)
 
 
-@on_its_device
 def drop(x: Tensor, rows: Tensor, row_key: int, column_key: int, share: float) -> Tensor:
     """x (N, I), rows (N) int64, both contiguous; keys of 32 bits -> as drop_out."""
     (count, width), out = x.shape, torch.empty_like(x)

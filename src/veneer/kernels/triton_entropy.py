@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import on_its_device, rounded, warps_of
+from veneer.kernels.triton_numbers import Launched, rounded, warps_of
 
 _MOST_VALUES = 8192
 
 
+@Launched
 @triton.jit
 def _entropy(z, targets, loss, width, stride, writes: tl.constexpr, size: tl.constexpr):
     row = tl.program_id(0)
@@ -47,7 +48,6 @@ def _entropy(z, targets, loss, width, stride, writes: tl.constexpr, size: tl.con
             tl.store(start + column, rounded(share, z.dtype.element_ty), mask=inside)
 
 
-@on_its_device
 def entropy(z: Tensor, targets: Tensor, writes: bool) -> Tensor:
     """z (at least M, V), targets (M) int64, both contiguous -> losses (M) float32. writes: z becomes its gradient."""
     loss = torch.empty(len(targets), dtype=torch.float32, device=z.device)

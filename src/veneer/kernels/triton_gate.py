@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import as_rounded, on_its_device, rounded
+from veneer.kernels.triton_numbers import Launched, as_rounded, rounded
 
 _VALUES = 1024
 
@@ -30,6 +30,7 @@ def _activation(gate, gelu: tl.constexpr):
     return gate * share, share + gate * share * (1.0 - share) * turn
 
 
+@Launched
 @triton.jit
 def _forward(gate, up, out, count, gelu: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
@@ -41,6 +42,7 @@ def _forward(gate, up, out, count, gelu: tl.constexpr, size: tl.constexpr):
     tl.store(out + place, rounded(found, out.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _backward(gate, up, grad, grad_gate, grad_up, count, gelu: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
@@ -53,7 +55,6 @@ def _backward(gate, up, grad, grad_gate, grad_up, count, gelu: tl.constexpr, siz
     tl.store(grad_up + place, rounded(given * active, gate.dtype.element_ty), mask=inside)
 
 
-@on_its_device
 def gate_forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """gate and up of one shape and type, contiguous, as everything here."""
     out, count = torch.empty_like(gate), gate.numel()
@@ -61,7 +62,6 @@ def gate_forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     return out
 
 
-@on_its_device
 def gate_backward(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
     grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(gate), gate.numel()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import on_its_device, rounded
+from veneer.kernels.triton_numbers import Launched, rounded
 
 _VALUES = 1024
 
@@ -97,6 +97,7 @@ def _of_256(block, i, inside, kind: tl.constexpr):
     return code, scale, offset
 
 
+@Launched
 @triton.jit
 def _decode(blocks, out, count, kind: tl.constexpr, length: tl.constexpr, bytes_of: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
@@ -110,7 +111,6 @@ def _decode(blocks, out, count, kind: tl.constexpr, length: tl.constexpr, bytes_
     tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
 
 
-@on_its_device
 def decode(blocks: Tensor, out: Tensor, number: int, length: int, bytes_of: int) -> Tensor:
     """blocks: N * bytes_of uint8; out: N * length values of bf16, fp16 or fp32; both contiguous. number: ggml's."""
     count = out.numel()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import multiplied, on_its_device, rounded
+from veneer.kernels.triton_numbers import Launched, multiplied, rounded
 
 ROWS = 16
 """Of a tile: the fewest that tensor cores multiply."""
@@ -23,6 +23,7 @@ _FACTOR_BYTES = 2**15
 """Of a factor, in a block's shared memory at a time."""
 
 
+@Launched
 @triton.jit
 def _down(
     x,
@@ -56,6 +57,7 @@ def _down(
     tl.store(narrow + row[:, None] * rank + r[None, :], found, mask=real[:, None] & ranked[None, :])
 
 
+@Launched
 @triton.jit
 def _add_up(
     narrow,
@@ -87,6 +89,7 @@ def _add_up(
     tl.store(y + places, rounded(sums, y.dtype.element_ty), mask=there)
 
 
+@Launched
 @triton.jit
 def _gradient(u, x, spans, out, width, rank, x_stride, rows: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
     number = tl.program_id(0).to(tl.int64)
@@ -111,7 +114,6 @@ def _shape(rank: int, dtype: torch.dtype) -> tuple[int, int]:
     return ranks, max(16, min(64, _FACTOR_BYTES // (ranks * dtype.itemsize)))
 
 
-@on_its_device
 def down(x: Tensor, factor: Tensor, tiles: Tensor) -> Tensor:
     """x (M, K), rows without gaps; factor (n, R, K), in any strides; tiles (t, 3) int64: adapter, first row, rows. Rows
     of no tile are not written."""
@@ -134,7 +136,6 @@ def down(x: Tensor, factor: Tensor, tiles: Tensor) -> Tensor:
     return narrow
 
 
-@on_its_device
 def add_up(y: Tensor, narrow: Tensor, factor: Tensor, tiles: Tensor) -> None:
     """y (M, K), rows without gaps, is added to; narrow (M, R), contiguous; factor (n, K, R), in any strides."""
     width, rank = factor.shape[1:]
@@ -157,7 +158,6 @@ def add_up(y: Tensor, narrow: Tensor, factor: Tensor, tiles: Tensor) -> None:
     )
 
 
-@on_its_device
 def gradient(u: Tensor, x: Tensor, spans: Tensor) -> Tensor:
     """u (M, R), contiguous; x (M, K), rows without gaps; spans (n, 2) int64: first row, rows of each adapter."""
     width, rank = x.shape[1], u.shape[1]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import rounded
+from veneer.kernels.triton_numbers import Launched, rounded
 
 _ELEMENTS = 1024
 _OUTS, _WIDTH = 8, 256
@@ -44,6 +44,7 @@ def _weights(
     return value * scale
 
 
+@Launched
 @triton.jit
 def _dequantize(
     packed,
@@ -68,6 +69,7 @@ def _dequantize(
     tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _product(
     packed,

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import as_rounded, on_its_device, rounded, warps_of
+from veneer.kernels.triton_numbers import Launched, as_rounded, rounded, warps_of
 
 
+@Launched
 @triton.jit
 def _forward(x, beside, weight, total, out, scale, width, epsilon, adds: tl.constexpr, size: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, size)
@@ -30,6 +31,7 @@ def _forward(x, beside, weight, total, out, scale, width, epsilon, adds: tl.cons
     tl.store(out + place, rounded(found, x.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _backward(x, weight, grad, scale, beside, out, width, adds: tl.constexpr, size: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, size)
@@ -46,7 +48,6 @@ def _backward(x, weight, grad, scale, beside, out, width, adds: tl.constexpr, si
     tl.store(out + place, rounded(found, x.dtype.element_ty), mask=inside)
 
 
-@on_its_device
 def norm_forward(
     x: Tensor, weight: Tensor, epsilon: float, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,6 @@ def norm_forward(
     return out, scale, total
 
 
-@on_its_device
 def norm_backward(x: Tensor, weight: Tensor, grad: Tensor, scale: Tensor, beside: Tensor | None = None) -> Tensor:
     """x: what was normalised, h. The gradient of x; beside: what h has of its other uses, added to it."""
     width = x.shape[-1]

@@ -1,11 +1,10 @@
-"""What the kernels in Triton share: how a value is rounded, and the device on which they are launched.
+"""What the kernels in Triton share: how a value is rounded, and how they are launched.
 
 All are compiled with enable_fp_fusion=False: which products and sums are one operation would be the compiler's choice.
 """
 
 import os
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -41,15 +40,21 @@ def multiplied(left, right, sums):
     return tl.dot(left, right, sums, input_precision="ieee")
 
 
-def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A launch goes to the current device, whichever holds the tensors: that of the first argument, meanwhile."""
+class Launched:
+    """A kernel, on the device of its first argument: a launch goes to the current one, whichever holds the tensors.
+    While a step is planned, on tensors without storage, nothing is launched."""
 
-    @wraps(function)
-    def launched(first: Tensor, *others: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *others)
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
 
-    return launched
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(first: Tensor, *others: Any, **options: Any) -> None:
+            if first.is_meta:
+                return
+            with torch.cuda.device_of(first):
+                self.kernel[grid](first, *others, **options)
+
+        return launch
 
 
 def warps_of(values: int) -> int:

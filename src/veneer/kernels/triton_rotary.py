@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.triton_numbers import as_rounded, on_its_device, rounded, warps_of
+from veneer.kernels.triton_numbers import Launched, as_rounded, rounded, warps_of
 
 
+@Launched
 @triton.jit
 def _rotate(x, cos, sin, out, heads, half, back: tl.constexpr, padded: tl.constexpr, size: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -35,7 +36,6 @@ def _rotate(x, cos, sin, out, heads, half, back: tl.constexpr, padded: tl.conste
     tl.store(out + place + half, rounded(to_second, dtype), mask=inside)
 
 
-@on_its_device
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """x (M, H, D), cos and sin (M, D), all contiguous and of one type. back: the gradient's way."""
     (rows, heads, size), out = x.shape, torch.empty_like(x)

@@ -48,7 +48,7 @@ class Step:
     offload: bool = False
     new_tokens: int = 0
     on_cpu: bool = True
-    """Whether the compiled kernels of this machine will run (kernels/native.py), which hold less than plain torch."""
+    """Whether it runs on this machine's processor, else on a GPU: kernels of either hold less than plain torch."""
 
     @property
     def config(self) -> PreTrainedConfig:

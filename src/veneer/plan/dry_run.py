@@ -84,7 +84,7 @@ class Whole:
 
 def whole(step: Step) -> Whole:
     """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do not fit the base."""
-    with planning() if step.on_cpu else nullcontext():
+    with planning("cpu" if step.on_cpu else "cuda"):
         model = build(step.config, step.dtype)
         layers = decoder_layers(model)
         depth = 0 if layers is None else len(layers)
@@ -116,7 +116,7 @@ def dry_run(step: Step, known: Whole | None = None) -> DryRun:
     Raises ConfigError where the method's settings do not fit the base.
     """
     known = known or whole(step)
-    with planning() if step.on_cpu else nullcontext():
+    with planning("cpu" if step.on_cpu else "cuda"):
         found: DryRun | None = None
         if known.period is not None and known.depth > 4 * known.period:
             found = _extrapolated(step, known.depth, known.period, known.experts, known.paths)

@@ -163,7 +163,9 @@ class Tracker(TorchDispatchMode):
 
     def _count_work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         packet = func._overloadpacket
-        if packet in flop_registry:
+        if packet in _NOTED:
+            self.work.operations += 1
+        elif packet in flop_registry:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
             self.work.products[_shape(packet, args)] += flops
             self.work.operations += 1
@@ -201,6 +203,8 @@ def _grouped_product(
     return None
 
 
+_NOTED = {torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward}
+"""Operations whose products are noted where they are called (kernels/flash.py)."""
 _FREE = {
     torch.ops.aten.detach,
     torch.ops.aten.empty,
