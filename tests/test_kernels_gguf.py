@@ -87,6 +87,10 @@ def test_what_fp16_cannot_hold_becomes_infinite_as_in_torch():
     assert torch.equal(bits(out), bits(kernels.dequantise_reference(blocks, "Q8_0").half()))
 
 
+def on_tiles(kind: kernels.Kind, dtype: torch.dtype, level: int) -> bool:
+    return level == 5 and kernels.multiplies_codes(kind, dtype)
+
+
 @needs_kernel
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,6 +99,8 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
     blocks = random_blocks(kind, 37, width)
     exact_weight = kernels.dequantise_reference(blocks, kind).double()
     for dtype in kernels.PRODUCTS:
+        if on_tiles(kind, dtype, level):
+            continue
         weight = kernels.dequantise(blocks, kind, torch.empty(exact_weight.shape, dtype=dtype))
         bias = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
         for rows in (1, 2, 3, 4, 5, 9, 64, 150):
@@ -107,16 +113,53 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
                 assert ((y - exact).abs() <= FP32_SUM * scale).all()
 
 
+needs_tiles = pytest.mark.skipif(not native.has_amx(), reason="a processor without tiles")
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", kernels.ON_TILES)
+def test_on_tiles_weights_are_not_rounded_and_rows_do_not_meet(kind):
+    """What is left of float32 is a ten-millionth of the terms' sums, the result's own rounding apart."""
+    size = kernels.FORMATS[kind].size
+    for outs, width in ((1, 1), (15, 2), (16, 3), (17, 5), (33, 18), (64, 6), (37, 48)):
+        blocks = random_blocks(kind, outs, width, seed=outs)
+        exact = kernels.dequantise_reference(blocks, kind).double()
+        x = torch.randn(65, width * size, generator=torch.Generator().manual_seed(outs)).bfloat16()
+        x[3] *= 2.0**90
+        x[4] *= 2.0**-80
+        bias = torch.randn(outs).bfloat16() if outs % 2 else None
+        added = 0 if bias is None else bias.double()
+        alone = torch.cat([kernels.product(row[None], blocks, kind, bias) for row in x])
+        for rows in (1, 2, 15, 16, 17, 33, 64, 65):
+            assert torch.equal(kernels.product(x[:rows], blocks, kind, bias), alone[:rows])
+        expected = x.double() @ exact.T + added
+        largest = 40 * x.double().abs().sum(1, keepdim=True) * exact.abs().max()
+        assert ((alone - expected).abs() <= 2**-8 * expected.abs() + 0.1 * FP32_SUM * largest).all()
+
+
+@needs_tiles
+def test_rows_beyond_what_is_turned_at_a_time_are_those_of_themselves():
+    blocks = random_blocks("Q4_0", 40, 192)
+    x = torch.randn(200, 6144, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = kernels.product(x, blocks, "Q4_0")
+    assert torch.equal(y[70:], kernels.product(x[70:], blocks, "Q4_0"))
+    assert torch.equal(y[199:], kernels.product(x[199:], blocks, "Q4_0"))
+
+
 @needs_kernel
-def test_threads_change_no_bit():
-    blocks = random_blocks("Q4_K", 999, 4)
-    out, x = torch.empty(999, 1024, dtype=torch.bfloat16), torch.randn(1, 1024)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("Q4_K", torch.float32), ("Q4_K", torch.bfloat16), ("Q8_0", torch.bfloat16)]
+)
+def test_threads_change_no_bit(kind, dtype):
+    size = kernels.FORMATS[kind].size
+    blocks = random_blocks(kind, 999, 1024 // size)
+    out, x = torch.empty(999, 1024, dtype=torch.bfloat16), torch.randn(20, 1024).to(dtype)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append((kernels.dequantise(blocks, "Q4_K", out).clone(), kernels.product(x, blocks, "Q4_K")))
+            found.append((kernels.dequantise(blocks, kind, out).clone(), kernels.product(x, blocks, kind)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0][0], found[1][0])

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.kernels import few_rows, launch, packed_calls
+from veneer.kernels import few_rows, launch, native, packed_calls
 from veneer.kernels.arguments import available
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -50,6 +50,8 @@ FORMATS: dict[Kind, Format] = {
 MOST_ROWS = 64
 """Rows of x up to which a product straight from the blocks beats dequantising them first."""
 PRODUCTS = (torch.float32, torch.bfloat16)
+ON_TILES: tuple[Kind, ...] = ("Q4_0", "Q4_1", "Q8_0", "Q4_K")
+"""Whose codes are multiplied as they are, of bf16 on AMX tiles (native/gguf_tiles.c)."""
 
 
 def in_features(blocks: Tensor, kind: Kind) -> int:
@@ -76,12 +78,18 @@ def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
 def product(
     x_MI: Tensor, blocks: Tensor, kind: Kind, bias: Tensor | None = None, *, most: int = few_rows.ANY_LEVEL
 ) -> Tensor:
-    """x W^T + bias (M, O) in x's type, with the weights as `dequantise` gives them in that type: W is read once, as
-    blocks, and never written out."""
+    """x W^T + bias (M, O) in x's type: W is read once, as blocks, and never written out. With the weights as
+    `dequantise` gives them in that type, or, where `multiplies_codes` says so, with those of `dequantise_reference`:
+    x is multiplied with whole numbers, whose sums take scale and offset in float32."""
     x_MI = x_MI.contiguous()
     y_MO = torch.empty(len(x_MI), len(blocks), dtype=x_MI.dtype)
     packed_calls.gguf_rows(FORMATS[kind].number, blocks, x_MI, y_MO, bias, most)
     return y_MO
+
+
+def multiplies_codes(kind: Kind, dtype: torch.dtype) -> bool:
+    """Whether weights are rounded in no product here."""
+    return kind in ON_TILES and dtype is torch.bfloat16 and is_compiled() and native.has_amx()
 
 
 def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:

@@ -110,8 +110,8 @@ def load_base(
             else:
                 model = build_dense(found.folder, config, read_as)
                 torch.nn.Module.to(model, place)
-                if own_pages and not compute.widens:
-                    take_own_pages(model)
+            if own_pages and not compute.widens:
+                take_own_pages(model)
             if shards is not None and not len(shards):
                 raise RefusedError(
                     f"{type(model).__name__} has no list of decoder layers, and shard holds each of them in shards",

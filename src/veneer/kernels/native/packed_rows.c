@@ -1,6 +1,7 @@
 /* Products of a few rows with a packed W: some of its rows at a time are decoded to where they stay in the cache, and
    multiplied with all rows of x (few_rows.c, few_rows_tiles.c). The bits of a product with W decoded. */
 #include "few_rows.h"
+#include "gguf_tiles.h"
 #include "nf4.h"
 #include <stddef.h>
 
@@ -33,6 +34,10 @@ static void of_gguf(const void *packed, int64_t first, int64_t count, void *out)
 
 /* most: caps the instructions (5, 4, 3, 2, 0), for tests. 1: no memory for some rows of W. */
 int veneer_packed_rows(const struct packed_rows *call, int most) {
+    if (gguf_on_tiles(call->kind) && veneer_few_level(call->type, most) == 5) {
+        const struct gguf_product product = {call->x, call->packed, call->bias, call->y, call->rows, call->width, call->outs, call->kind};
+        return gguf_tiled_product(&product);
+    }
     const struct source source = {call, nf4_level(most)};
     const struct piece piece = {call->x,     &source,    call->bias,  call->y, call->rows,
                                 call->width, call->outs, call->width, call->kind < 0 ? of_nf4 : of_gguf};

@@ -1,0 +1,369 @@
+/* y = x W^T + bias for a few rows of x and blocks of a .gguf file, bf16 on AMX tiles, W's values never rounded:
+
+       y[n] = sum over W's steps of 32 values:  scale[n] * sum(code[n] * x)  +  offset[n] * sum(x)
+
+   A code of 4 bits c becomes the bf16 number 1 + c / 16, exact, by bits alone: c stands in its mantissa. One of 8 bits,
+   128 + c, becomes two: 16 + its high half, and 1 + its low half / 16. What that adds is taken off again in `offset`.
+   A tile of W is 16 rows and one step, one of x the same step of 16 rows of x (or of one row alone), turned. Within a
+   step the values of x stand in the order in which the codes come out of their bytes.
+
+   Each step's sums begin at zero and are added to y's in float32, step by step: a row of x gives the same bits alone and
+   among any others, with any number of threads. */
+#include "gguf_tiles.h"
+#include "amx.h"
+#include "parallel.h"
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12 }; /* ggml's numbers */
+
+int gguf_on_tiles(int64_t kind) {
+#if defined(VENEER_AMX_COMPILED)
+    return kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K;
+#else
+    (void)kind;
+    return 0;
+#endif
+}
+
+#if defined(VENEER_AMX_COMPILED)
+
+#include "gguf_codes.h"
+
+enum {
+    STEP = 32,        /* values of W and x at a time */
+    CHUNK = 24,       /* steps of W that stay in the first cache while rows of x go by, 16 at a time */
+    SLOTS = 32,       /* for these */
+    RING = 8,         /* steps whose codes are there, where no others go by; steps whose products are */
+    BEYOND = 128,     /* bytes that may be read behind a row */
+    ALONE = 1 << 15,  /* values of W that are not worth a second thread */
+    TURNS = 8,        /* runs of a thread: memory is not equally quick for both */
+    MOST_X = 1 << 20, /* bytes of x that stay in the second cache while W goes by */
+};
+
+/* Rows of x, turned: a tile for every step of 16 (of one row: 64 bytes), and the sum of x within each step, 16 (one). */
+struct tiled {
+    const struct gguf_product *of;
+    const uint16_t *x;
+    uint16_t *y;
+    uint8_t *turned;
+    float *within;
+    int64_t rows, steps, row_bytes;
+    int failed;
+};
+
+/* What one thread works with. codes, scales, offsets: of steps of a group of 16 rows of W; products: of a step;
+   sums: so far, of all rows of x; last: W's last rows, with room behind. */
+struct room {
+    uint8_t *codes, *last;
+    float *scales, *offsets, *products, *sums;
+};
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The sums of 16 rows' values, 16 pairs of each across, pair by pair. */
+GGUF_INLINE __m512 sums_within(const uint8_t *turned) {
+    __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; k++)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(turned + 64 * k), (__m512bh)_mm512_set1_epi16(0x3f80));
+    return sum;
+}
+
+static GGUF void turn(const struct tiled *all) {
+    const int64_t width = all->of->width;
+    const __m512i order = order_of((int)all->of->kind);
+    __attribute__((aligned(64))) uint8_t own[TILE];
+    __m512i words[16];
+    if (all->rows == 1) { /* steps stand where rows would */
+        for (int64_t step = 0; step < all->steps; step += 16) {
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < 16; i++) {
+                words[i] = _mm512_setzero_si512();
+                if (step + i >= all->steps) continue;
+                words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + STEP * (step + i)));
+                _mm512_store_si512(all->turned + 64 * (step + i), words[i]);
+            }
+            amx_turned(words, (uint32_t *)own);
+            _mm512_storeu_ps(all->within + step, sums_within(own));
+        }
+        return;
+    }
+    for (int64_t row = 0, number = 0; row < all->rows; row += 16) {
+        for (int64_t step = 0; step < all->steps; step++, number++) {
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < 16; i++) {
+                words[i] = _mm512_setzero_si512();
+                if (row + i < all->rows)
+                    words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + (row + i) * width + STEP * step));
+            }
+            amx_turned(words, (uint32_t *)(all->turned + number * TILE));
+            _mm512_store_ps(all->within + 16 * number, sums_within(all->turned + number * TILE));
+        }
+    }
+}
+
+/* Tiles 0 to 3: products; 4, 5: W; 6, 7: x. */
+GGUF_INLINE void shapes_of(int64_t rows) {
+    const uint16_t x = rows == 1 ? 4 : 64;
+    const struct tiles shapes = {1, 0, {0}, {x, x, x, x, 64, 64, x, x}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("" ::: "memory");
+    _tile_loadconfig(&shapes);
+}
+
+/* y of 16 rows of W, or fewer, from `out` on, of one row of x. */
+GGUF_INLINE void put(const struct tiled *all, int64_t out, int64_t row, __m512 sums) {
+    const struct gguf_product *of = all->of;
+    const int64_t outs = least(16, of->outs - out);
+    const __mmask16 mask = (__mmask16)((1u << outs) - 1);
+    if (of->bias != NULL) {
+        const __m512i bias = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, of->bias + out));
+        sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(bias, 16)));
+    }
+    _mm256_mask_storeu_epi16(all->y + row * of->outs + out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
+}
+
+/* The products of a step, and its sums of x, to 16 rows of sums. */
+GGUF_INLINE void add(const float *scale, const float *offset, const float *products, const float *within, __m512 sum[16]) {
+    const __m512 x = _mm512_load_ps(within);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) {
+        sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), _mm512_load_ps(products + 16 * r), sum[r]);
+        sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(offset[r]), x, sum[r]);
+    }
+}
+
+#define FENCE __asm__ volatile("" ::: "memory")
+
+/* The pipeline of a step: decoded, two steps later multiplied, two later its products stored, two later added to sums.
+   Each of the four tiles is named by a literal. */
+#define PRODUCT(i, w, x, codes, from, apart)            \
+    do {                                                \
+        _tile_loadd(x, from, apart);                    \
+        _tile_loadd(w, codes, 64);                      \
+        _tile_zero(i);                                  \
+        _tile_dpbf16ps(i, w, x);                        \
+        if (parts_of(kind) > 1) {                       \
+            _tile_loadd(w, (codes) + TILE, 64);         \
+            _tile_dpbf16ps(i, w, x);                    \
+        }                                               \
+    } while (0)
+
+/* Where a step's own lie among those of `ring` steps. */
+#define SLOT(of, step, ring, size) (room->of + ((uint64_t)(step) & ((ring) - 1)) * (size))
+
+/* What memory should bring: the next 16 rows, a step's share of them. */
+GGUF_INLINE void soon(const int kind, const uint8_t *rows, int64_t row_bytes, int64_t step) {
+    const int64_t each = (codes_at(kind, 8) - codes_at(kind, 0)), begin = 16 * row_bytes + step * each * 2;
+#pragma GCC unroll 9
+    for (int64_t line = 0; line < each * 2; line += 64) __builtin_prefetch(rows + begin + line);
+}
+
+/* 16 rows of W with one row of x: four steps' way through the pipeline. whole: none of what it does is missing. */
+GGUF_INLINE void one_row_four(const int kind, const int whole, const struct tiled *all, const struct room *room, const uint8_t *rows,
+                              int64_t four, __m512 *sum) {
+    const int64_t steps = all->steps, bytes = all->row_bytes;
+    __m512 scale[4] = {0}, offset[4] = {0};
+    if (whole || four >= 4) scales_of(kind, rows, bytes, four - 4, scale, offset);
+#define EACH(i, done, w, x)                                                                               \
+    do {                                                                                                  \
+        const int64_t step = four + i;                                                                    \
+        if (whole || step + 2 < steps) {                                                                  \
+            decode(kind, rows, bytes, step + 2, SLOT(codes, step + 2, RING, parts_of(kind) * TILE));      \
+            soon(kind, rows, bytes, step + 2);                                                            \
+        }                                                                                                 \
+        FENCE;                                                                                            \
+        if (whole || step < steps)                                                                        \
+            PRODUCT(i, w, x, SLOT(codes, step, RING, parts_of(kind) * TILE), all->turned + 64 * step, 4); \
+        if (whole || (step >= 2 && step < steps + 2)) _tile_stored(done, SLOT(products, step - 2, RING, 256), 4); \
+        FENCE;                                                                                            \
+        if (whole || (step >= 4 && step < steps + 4)) {                                                   \
+            *sum = _mm512_fmadd_ps(scale[i], _mm512_load_ps(SLOT(products, step - 4, RING, 256)), *sum);  \
+            *sum = _mm512_fmadd_ps(offset[i], _mm512_set1_ps(all->within[step - 4]), *sum);               \
+        }                                                                                                 \
+    } while (0)
+    EACH(0, 2, 4, 6);
+    EACH(1, 3, 5, 7);
+    EACH(2, 0, 4, 6);
+    EACH(3, 1, 5, 7);
+#undef EACH
+}
+
+GGUF_INLINE __m512 one_row(const int kind, const struct tiled *all, const struct room *room, const uint8_t *rows) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t step = 0; step < least(2, all->steps); step++)
+        decode(kind, rows, all->row_bytes, step, SLOT(codes, step, RING, parts_of(kind) * TILE));
+    for (int64_t four = 0; four < all->steps + 4; four += 4) {
+        if (four >= 4 && four + 5 < all->steps) one_row_four(kind, 1, all, room, rows, four, &sum);
+        else one_row_four(kind, 0, all, room, rows, four, &sum);
+    }
+    return sum;
+}
+
+/* 16 rows of W with 16 rows of x, as tile number `tile` has them: the same of steps [start, stop). decoding: no other
+   tile came before. */
+GGUF_INLINE void many_rows_four(const int kind, const int decoding, const int whole, const struct tiled *all, const struct room *room,
+                                const uint8_t *rows, int64_t tile, int64_t start, int64_t stop, int64_t four, __m512 sum[16]) {
+    const int64_t bytes = all->row_bytes;
+    const uint64_t ring = all->rows > 16 ? SLOTS : RING;
+    const uint8_t *turned = all->turned + tile * all->steps * TILE;
+    const float *within = all->within + 16 * tile * all->steps;
+    if (decoding && (whole || four < stop)) {
+        __m512 scale[4], offset[4];
+        scales_of(kind, rows, bytes, four, scale, offset);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            _mm512_store_ps(SLOT(scales, four + i, ring, 16), scale[i]);
+            _mm512_store_ps(SLOT(offsets, four + i, ring, 16), offset[i]);
+        }
+    }
+#define EACH(i, done, w, x)                                                                                      \
+    do {                                                                                                         \
+        const int64_t step = four + i;                                                                           \
+        if (decoding && (whole || step + 2 < stop)) {                                                            \
+            decode(kind, rows, bytes, step + 2, SLOT(codes, step + 2, ring, parts_of(kind) * TILE));            \
+            soon(kind, rows, bytes, step + 2);                                                                   \
+        }                                                                                                        \
+        FENCE;                                                                                                   \
+        if (whole || step < stop)                                                                                \
+            PRODUCT(i, w, x, SLOT(codes, step, ring, parts_of(kind) * TILE), turned + TILE * step, 64);         \
+        if (whole || (step >= start + 2 && step < stop + 2)) _tile_stored(done, SLOT(products, step - 2, RING, 256), 64); \
+        FENCE;                                                                                                   \
+        if (whole || (step >= start + 4 && step < stop + 4))                                                     \
+            add(SLOT(scales, step - 4, ring, 16), SLOT(offsets, step - 4, ring, 16), SLOT(products, step - 4, RING, 256), \
+                within + 16 * (step - 4), sum);                                                                  \
+    } while (0)
+    EACH(0, 2, 4, 6);
+    EACH(1, 3, 5, 7);
+    EACH(2, 0, 4, 6);
+    EACH(3, 1, 5, 7);
+#undef EACH
+}
+
+GGUF_INLINE void many_rows(const int kind, const int decoding, const struct tiled *all, const struct room *room, const uint8_t *rows,
+                           int64_t tile, int64_t start, int64_t stop) {
+    const uint64_t ring = all->rows > 16 ? SLOTS : RING;
+    float *sums = room->sums + 256 * tile;
+    __m512 sum[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) sum[r] = start == 0 ? _mm512_setzero_ps() : _mm512_load_ps(sums + 16 * r);
+    if (decoding)
+        for (int64_t step = start; step < least(start + 2, stop); step++)
+            decode(kind, rows, all->row_bytes, step, SLOT(codes, step, ring, parts_of(kind) * TILE));
+    for (int64_t four = start; four < stop + 4; four += 4) {
+        if (four >= start + 4 && four + 5 < stop) many_rows_four(kind, decoding, 1, all, room, rows, tile, start, stop, four, sum);
+        else many_rows_four(kind, decoding, 0, all, room, rows, tile, start, stop, four, sum);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) _mm512_store_ps(sums + 16 * r, sum[r]);
+}
+
+/* Functions of their own: registers are given out for each. */
+#define APART static GGUF __attribute__((noinline))
+#define OF_KIND(kind)                                                                                                    \
+    APART __m512 one_row_##kind(const struct tiled *all, const struct room *room, const uint8_t *rows) {                 \
+        return one_row(kind, all, room, rows);                                                                           \
+    }                                                                                                                    \
+    APART void first_rows_##kind(const struct tiled *all, const struct room *room, const uint8_t *rows, int64_t start,   \
+                                 int64_t stop) {                                                                         \
+        many_rows(kind, 1, all, room, rows, 0, start, stop);                                                             \
+    }                                                                                                                    \
+    APART void more_rows_##kind(const struct tiled *all, const struct room *room, int64_t tile, int64_t start,           \
+                                int64_t stop) {                                                                          \
+        many_rows(kind, 0, all, room, NULL, tile, start, stop);                                                          \
+    }
+OF_KIND(Q4_0)
+OF_KIND(Q4_1)
+OF_KIND(Q8_0)
+OF_KIND(Q4_K)
+
+/* What is left of 16 rows of W once all steps are added. */
+GGUF_INLINE void put_tile(const struct tiled *all, const float *sums, int64_t out, int64_t tile) {
+    __attribute__((aligned(64))) float across[256];
+    amx_across((const uint32_t *)sums, 16, 16, (uint32_t *)across);
+    const int64_t count = least(16, all->rows - 16 * tile);
+    for (int64_t r = 0; r < count; r++) put(all, out, 16 * tile + r, _mm512_load_ps(across + 16 * r));
+}
+
+static GGUF void groups_of(const struct tiled *all, const struct room *room, int64_t start, int64_t stop) {
+    const int64_t bytes = all->row_bytes, kind = all->of->kind, tiles = (all->rows + 15) / 16;
+    const int64_t chunk = tiles > 1 ? CHUNK : all->steps;
+#define CALL(name, ...)                                 \
+    (kind == Q4_0   ? name##_Q4_0(all, room, __VA_ARGS__) \
+     : kind == Q4_1 ? name##_Q4_1(all, room, __VA_ARGS__) \
+     : kind == Q8_0 ? name##_Q8_0(all, room, __VA_ARGS__) \
+                    : name##_Q4_K(all, room, __VA_ARGS__))
+    for (int64_t out = 16 * start; out < 16 * stop; out += 16) {
+        const uint8_t *rows = all->of->blocks + out * bytes;
+        const int64_t left = (all->of->outs - out) * bytes;
+        if (left < 16 * bytes + BEYOND) {
+            memcpy(room->last, rows, (size_t)least(left, 16 * bytes));
+            rows = room->last;
+        }
+        if (all->rows == 1) {
+            put(all, out, 0, CALL(one_row, rows));
+            continue;
+        }
+        for (int64_t step = 0; step < all->steps; step += chunk) {
+            const int64_t end = least(all->steps, step + chunk);
+            CALL(first_rows, rows, step, end);
+            for (int64_t tile = 1; tile < tiles; tile++) CALL(more_rows, tile, step, end);
+        }
+        for (int64_t tile = 0; tile < tiles; tile++) put_tile(all, room->sums + 256 * tile, out, tile);
+    }
+#undef CALL
+}
+
+static GGUF void products(void *arguments, int64_t start, int64_t stop) {
+    struct tiled *all = arguments;
+    const int64_t kind = all->of->kind, tiles = (all->rows + 15) / 16;
+    const int64_t codes = SLOTS * parts_of((int)kind) * TILE, own = SLOTS * 128 + RING * TILE + tiles * TILE;
+    void *memory = NULL;
+    if (posix_memalign(&memory, 4096, (size_t)(codes + own + 16 * all->row_bytes + BEYOND))) {
+        all->failed = 1;
+        return;
+    }
+    struct room room;
+    room.codes = memory;
+    room.products = (float *)(room.codes + codes);
+    room.sums = room.products + RING * 256;
+    room.scales = room.sums + 256 * tiles;
+    room.offsets = room.scales + 16 * SLOTS;
+    room.last = (uint8_t *)(room.offsets + 16 * SLOTS);
+    memset(room.last, 0, (size_t)(16 * all->row_bytes + BEYOND));
+    shapes_of(all->rows);
+    groups_of(all, &room, start, stop);
+    _tile_release();
+    FENCE;
+    free(memory);
+}
+
+int gguf_tiled_product(const struct gguf_product *of) {
+    struct tiled all = {of, of->x, of->y, NULL, NULL, 0, of->width / STEP, row_bytes_of(of->kind, of->width), 0};
+    const int64_t fit = MOST_X / (2 * of->width) / 16 * 16, most = fit < 64 ? 64 : fit;
+    const int64_t tiles = (least(of->rows, most) + 15) / 16 * all.steps;
+    void *memory = NULL;
+    if (posix_memalign(&memory, 4096, (size_t)(of->rows == 1 ? all.steps * 64 + (all.steps + 16) * 4 : tiles * (TILE + 64)))) return 1;
+    all.turned = memory;
+    all.within = (float *)(all.turned + (of->rows == 1 ? 64 * all.steps : tiles * TILE));
+    for (int64_t row = 0; row < of->rows; row += all.rows) {
+        all.rows = least(most, of->rows - row);
+        all.x = (const uint16_t *)of->x + row * of->width;
+        all.y = (uint16_t *)of->y + row * of->outs;
+        turn(&all);
+        const int64_t groups = (of->outs + 15) / 16, worth = 16 * of->width * (1 + all.rows / 16);
+        veneer_parallel_dealt(products, &all, groups, 1 + ALONE / worth, TURNS);
+    }
+    free(memory);
+    return all.failed;
+}
+
+#else
+
+int gguf_tiled_product(const struct gguf_product *of) {
+    (void)of;
+    return 1;
+}
+
+#endif
