@@ -38,9 +38,6 @@ CALLING = (
     "step_calls.py",
     "recorded.py",
 )
-SYSTEM = ("pages.py",)
-"""These call the C library alone."""
-
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
 
@@ -55,7 +52,7 @@ def test_only_these_files_know_the_library():
         text = path.read_text()
         if path.name not in CALLING or path.parent != KERNELS:
             assert not re.search(r"native import .*\blibrary\b|native\.library|\.veneer_(?!version)", text), path
-            assert path.parent != KERNELS or path.name in SYSTEM or not re.search(r"^import ctypes", text, re.M), path
+            assert path.parent != KERNELS or not re.search(r"^import ctypes", text, re.M), path
 
 
 def test_every_function_of_the_library_has_its_signature_and_its_call():
