@@ -18,12 +18,11 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.bases.sources import locate_blocks
 from veneer.errors import ConfigError, CorruptFileError, SourceError, VeneerError
-from veneer.kernels import few_rows, native
-from veneer.kernels.gguf import FORMATS, dequantise, product
+from veneer.kernels.gguf import FORMATS
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.models.step import prepare
-from veneer.quant.gguf_linear import GGUFHead, GGUFLinear
+from veneer.quant.gguf_linear import GGUFLinear
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
 from veneer.train.screen import QuietScreen
@@ -160,25 +159,6 @@ def test_one_token_is_multiplied_straight_from_the_blocks(tmp_path: Path) -> Non
     x = torch.randn(1, 1, layer.in_features)
     expected = nn.functional.linear(x, layer.dense_weight(torch.float32), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(not native.has_amx(), reason="a processor without tiles")
-def test_few_rows_of_the_head_are_multiplied_with_its_blocks(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q8_0)
-    dense, blocks = both(path)
-    head = blocks.model.lm_head
-    assert isinstance(head, GGUFHead)
-    assert head.weight is blocks.model.model.embed_tokens.weight
-    assert torch.equal(dequantise(head.blocks, head.kind, torch.empty_like(head.weight)), head.weight)
-    assert head.weight.equal(dense.model.lm_head.weight) and set(head.state_dict()) == {"weight"}
-    x = torch.randn(90, head.in_features).bfloat16()
-    with torch.no_grad():
-        assert torch.equal(head(x[:3]), product(x[:3], head.blocks, head.kind))
-        assert torch.equal(head(x), nn.functional.linear(x, head.weight))
-        with few_rows.any_rows():
-            assert torch.equal(head(x)[7:8], head(x[7:8]))
-        head.weight = nn.Parameter(head.weight + 1, requires_grad=False)  # it is another head now
-        assert torch.equal(head(x[:3]), few_rows.linear(x[:3], head.weight, None))
 
 
 def test_the_blocks_are_the_file_and_nothing_is_saved_for_backward(tmp_path: Path) -> None:

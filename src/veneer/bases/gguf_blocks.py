@@ -7,8 +7,7 @@ order.
 
     config.json, tokenizer, generation_config.json   as for a converted file (bases/gguf.py)
     model.safetensors                                what is held dense
-    blocks.json                                      module -> kind, offset, rows, columns, heads of the row order;
-                                                     under "head" those of the output head, which is held dense too
+    blocks.json                                      module -> kind, offset, rows, columns, heads of the row order
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from veneer.bases.kept import blocks_folder
 from veneer.bases.model_folder import Found
 from veneer.errors import CorruptFileError, SourceError
 from veneer.files.strict_json import read_model_json
-from veneer.kernels.gguf import FORMATS, Kind, first_bad_block, multiplies_codes
+from veneer.kernels.gguf import FORMATS, Kind, first_bad_block
 from veneer.linear import is_transposed_linear
-from veneer.quant.gguf_linear import GGUFHead, GGUFLinear
+from veneer.quant.gguf_linear import GGUFLinear
 
 ARCHITECTURES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
@@ -45,7 +44,6 @@ ARCHITECTURES = (
 )
 """Those of bases/gguf.py whose linear layers are the file's matrices, row for row (llama: in another order)."""
 
-HEAD = "head"
 _HELD: dict[str, Kind] = {kind: kind for kind in FORMATS}
 _FLOATS = ("F32", "F16", "BF16")
 _DENSE = "Leave out quantize: the file is then converted as a whole."
@@ -94,9 +92,7 @@ def build(found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: to
     dense = load_file(found.folder / "model.safetensors")
     size = found.file.stat().st_size
     file = torch.from_file(str(found.file), shared=False, size=size, dtype=torch.uint8)
-    layers = _read_layers(found.folder, size)
-    head = layers.pop(HEAD, None)
-    for path, layer in layers.items():
+    for path, layer in _read_layers(found.folder, size).items():
         bias = dense.pop(f"{path}.bias", None)
         parent, _, last = path.rpartition(".")
         packed = GGUFLinear(layer.read(file), layer.kind, dtype=dtype, bias=None if bias is None else bias.to(dtype))
@@ -114,8 +110,6 @@ def build(found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: to
         )
     model.generation_config = GenerationConfig.from_pretrained(found.folder)
     nn.Module.to(model, device)
-    if head is not None and multiplies_codes(head.kind, dtype) and device.type == "cpu":
-        model.set_output_embeddings(GGUFHead.beside(model.get_output_embeddings(), head.read(file), head.kind))
     return model
 
 
@@ -161,7 +155,6 @@ def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer
     names = _names(header.architecture, model.config.num_hidden_layers, wanted)
     layers: dict[str, Layer] = {}
     dense: dict[str, Tensor] = {}
-    head = next(n for n, p in wanted.items() if p is model.get_output_embeddings().weight)
     faults: list[str] = []
     refused: Counter[str] = Counter()
     for tensor in header.tensors.values():
@@ -181,17 +174,13 @@ def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer
         elif _is_layer(model, name) and kind not in _FLOATS:
             refused[kind] += 1
         else:
-            if name == head and (held := _HELD.get(kind)):
-                rows, columns = shape
-                layers[HEAD] = Layer(held, int(tensor.data_offset), rows, columns, heads=0)
-                faults += _bad_blocks(tensor, layers[HEAD])
             values = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name)
             dense[name] = torch.from_numpy(np.ascontiguousarray(values.weights)).to(header.dtype)
     known = {*dense, *(f"{path}.weight" for path in layers)}
     if not refused:
         faults += [f"not in the file  {name}" for name in wanted if name not in known]
     faults += [f"{count} layers are stored as {kind}" for kind, count in sorted(refused.items())]
-    if not layers.keys() - {HEAD} and not faults:
+    if not layers and not faults:
         faults.append(f"no layer is stored in blocks: the file's type is {header.dtype}")
     if faults:
         kinds = f"blocks of {', '.join(FORMATS)} can be held"
@@ -212,7 +201,7 @@ def _names(architecture: str, num_layers: int, wanted: Iterable[str]) -> dict[st
 
 
 def _is_layer(model: PreTrainedModel, name: str) -> bool:
-    """A linear layer's weight, the output head's left out: it is held dense too."""
+    """A linear layer's weight, the output head's left out: it stays dense."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     return last == "weight" and isinstance(module, nn.Linear) and module is not model.get_output_embeddings()

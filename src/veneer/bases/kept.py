@@ -20,8 +20,6 @@ from veneer.files.system_errors import explained
 
 CONVERTER_VERSION = 1
 """Part of a converted folder's name: raised when what is written changes, so that nothing stale is read."""
-BLOCKS_VERSION = 2
-"""The same of a folder beside blocks."""
 
 
 def converted_folder(sha256: str) -> Path:
@@ -31,7 +29,7 @@ def converted_folder(sha256: str) -> Path:
 
 def blocks_folder(sha256: str) -> Path:
     """Where what stands beside the .gguf file with this hash is or will be, when its blocks are the weights."""
-    return cache_folder() / "gguf" / f"{sha256}-blocks-v{BLOCKS_VERSION}"
+    return cache_folder() / "gguf" / f"{sha256}-blocks-v{CONVERTER_VERSION}"
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels import pages
-from veneer.quant.gguf_linear import GGUFHead
 
 LINE = 64
 
@@ -28,9 +27,7 @@ def take_own_pages(model: nn.Module) -> int:
     """Bytes that were moved. The parameters stay the objects that they are, and keep their values; nothing has trained
     yet. What is not mapped from a file, or not on the CPU, stays where it is."""
     files = MappedFiles()
-    beside = [module.blocks for module in model.modules() if isinstance(module, GGUFHead)]
-    weights = [*model.parameters(), *beside]
-    moved = [each for each in weights if each.is_cpu and each.is_contiguous() and files.hold(each)]
+    moved = [each for each in model.parameters() if each.is_cpu and each.is_contiguous() and files.hold(each)]
     starts, total = [], 0
     for each in moved:
         starts.append(total)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels import few_rows, products
-from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_product, in_features, multiplies_codes, product
-from veneer.linear import FewRowsLinear, PackedLinear, times
+from veneer.kernels import products
+from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_product, in_features, product
+from veneer.linear import PackedLinear, times
 from veneer.quant.scratch import scratch
 
 
@@ -71,31 +71,3 @@ class GGUFLinear(PackedLinear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
-
-
-class GGUFHead(FewRowsLinear):
-    """The output head, dense for all that looks at its weight, and beside it the blocks that the weight comes from: few
-    rows are multiplied with these, which are half as many bytes or fewer. Only where nothing of them is rounded
-    (kernels/gguf.py: multiplies_codes), the weight is as it was loaded, and nobody asks for a gradient."""
-
-    blocks: Tensor
-    kind: Kind
-    _known: tuple[Tensor]
-    """The weight as it was loaded; in a tuple, no second parameter."""
-
-    @classmethod
-    def beside(cls, module: nn.Linear, blocks: Tensor, kind: Kind) -> "GGUFHead":
-        made = cls.of(module)
-        made.blocks, made.kind = blocks, kind
-        made._known = (module.weight,)
-        return made
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        known = weight is self._known[0] and multiplies_codes(self.kind, input.dtype)
-        if known and not (torch.is_grad_enabled() and few_rows.wants_gradient(input, weight, bias)):
-            x_MI = input.reshape(-1, self.in_features)
-            if has_product(x_MI, bias):
-                y_MO = product(x_MI, self.blocks, self.kind, bias)
-                return y_MO.view(*input.shape[:-1], self.out_features)
-        return super().forward(input)
