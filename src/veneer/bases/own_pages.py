@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from veneer.files.memory import container_bytes, memory
 from veneer.kernels import pages
 
 LINE = 64
@@ -44,12 +45,8 @@ def take_own_pages(model: nn.Module) -> int:
 
 def available_bytes() -> int:
     """What this machine, or the container, has for processes without taking from others; 0 where it does not say."""
-    table = Path("/proc/meminfo")
-    lines = dict(line.split(":", 1) for line in table.read_text().splitlines()) if table.is_file() else {}
-    kib = lines.get("MemAvailable", "0 kB").split()[0]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    most = limit.read_text().strip() if limit.is_file() else "max"
-    return min(1024 * int(kib), int(most)) if most.isdigit() else 1024 * int(kib)
+    own, most = memory().get("MemAvailable", 0), container_bytes()
+    return own if most is None else min(own, most)
 
 
 class MappedFiles:

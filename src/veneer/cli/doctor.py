@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer import __version__
 from veneer.cli.common import add_json, make_console, print_json
+from veneer.files.memory import memory
 from veneer.files.processor import processor
 from veneer.wording import size
 
@@ -71,7 +72,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
     from veneer.files.home import expanded
     from veneer.library.library import Library
 
-    memory = _memory()
+    held = memory()
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
     cache = expanded(cache)
     library = Library()
@@ -97,7 +98,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
             for name in ("bfloat16", "float16")
             if (found := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
         },
-        "memory": {"total_bytes": memory.get("MemTotal"), "available_bytes": memory.get("MemAvailable")},
+        "memory": {"total_bytes": held.get("MemTotal"), "available_bytes": held.get("MemAvailable")},
         "gpu": {
             "cuda": torch.version.cuda,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
@@ -141,15 +142,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _memory() -> dict[str, int]:
-    """/proc/meminfo in bytes; empty where there is none."""
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return {}
-    rows = (line.split() for line in file.read_text().splitlines())
-    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3}
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
-from pathlib import Path
 
 import torch
 
 from veneer.errors import ConfigError
+from veneer.files.memory import container_bytes
 from veneer.files.remembered import remembered
 from veneer.plan.tracker import Shape, Work
 
@@ -195,8 +195,7 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def memory_bytes() -> int:
     """Of this machine, or of the container it runs in; 0 where the system does not say."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
+    most = container_bytes()
     pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names) if hasattr(os, "sysconf") else False
     own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else 0
-    return min(own, int(text)) if text.isdigit() and own else own
+    return own if most is None or not own else min(own, most)

@@ -131,6 +131,7 @@ static int take_scratch(struct run *run, struct scratch *s) {
 #define COLUMNS 4
 #define NAME(x) x##_bf16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
+#include "float_vectors.h"
 #include "paged_attention_rows.h"
 #define OF_MORE_ROWS(call) case 4: call(4); break; case 5: call(5); break; case 6: call(6); break;
 #define LEVEL 3
@@ -140,6 +141,7 @@ static int take_scratch(struct run *run, struct scratch *s) {
 #define COLUMNS 4
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#include "float_vectors.h"
 #include "paged_attention_rows.h"
 #define OF_MORE_ROWS(call) case 4: call(4); break; case 5: call(5); break;
 #define LEVEL 2
@@ -149,6 +151,7 @@ static int take_scratch(struct run *run, struct scratch *s) {
 #define COLUMNS 2
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
+#include "float_vectors.h"
 #include "paged_attention_rows.h"
 #endif
 #define OF_MORE_ROWS(call)
@@ -159,6 +162,7 @@ static int take_scratch(struct run *run, struct scratch *s) {
 #define COLUMNS 4
 #define NAME(x) x##_plain
 #define TARGET
+#include "float_vectors.h"
 #include "paged_attention_rows.h"
 
 int veneer_level(void);

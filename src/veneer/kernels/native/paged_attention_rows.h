@@ -1,21 +1,10 @@
-/* Included by paged_attention.c once for each set of instructions: NAME(x) gives the functions their names, TARGET their
-   compiler option, W the values of a register, ROWS and BLOCKS the tile that the registers hold. */
+/* Included by paged_attention.c once for each set of instructions, behind float_vectors.h: ROWS and BLOCKS are the tile that
+   the registers hold. */
 
-#define INLINE static inline __attribute__((always_inline)) TARGET
 #define PARTS (SLOTS / W)
 
-typedef float NAME(fv) __attribute__((vector_size(4 * W)));
-typedef int32_t NAME(iv) __attribute__((vector_size(4 * W)));
 typedef uint32_t NAME(uv) __attribute__((vector_size(4 * W)));
 typedef uint16_t NAME(hv) __attribute__((vector_size(2 * W)));
-
-INLINE NAME(fv) NAME(floats)(float x) { return x - (NAME(fv)){}; }
-
-INLINE NAME(fv) NAME(load)(const float *from) {
-    NAME(fv) x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
 
 INLINE NAME(fv) NAME(times_plus)(NAME(fv) x, NAME(fv) y, NAME(fv) sum) {
 #if LEVEL >= 3
@@ -38,7 +27,7 @@ INLINE NAME(fv) NAME(add_words)(const int pairs, NAME(fv) sum, NAME(uv) one, NAM
 #endif
 }
 
-INLINE void NAME(store)(const int pairs, void *to, NAME(fv) x) {
+INLINE void NAME(put_words)(const int pairs, void *to, NAME(fv) x) {
     if (!pairs) {
         memcpy(to, &x, sizeof x);
         return;
@@ -52,22 +41,7 @@ INLINE void NAME(store)(const int pairs, void *to, NAME(fv) x) {
     memcpy(to, &packed, sizeof packed);
 }
 
-/* e^x for x <= 0, to 2 units in the last place; below -87 what it is there. */
-INLINE NAME(fv) NAME(exp)(NAME(fv) x) {
-    const NAME(iv) small = x < -87.0f;
-    x = (NAME(fv))(((NAME(iv))x & ~small) | ((NAME(iv))NAME(floats)(-87.0f) & small));
-    NAME(fv) n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-    NAME(fv) r = x - n * 0.693359375f + n * 2.12194440e-4f, p = NAME(floats)(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (NAME(fv))((__builtin_convertvector(n, NAME(iv)) + 127) << 23);
-}
-
-INLINE float NAME(exp_one)(float x) { return NAME(exp)(NAME(floats)(x))[0]; }
+INLINE float NAME(exp_one)(float x) { return NAME(exp)(NAME(all)(x))[0]; }
 
 /* x, or c * tanh(x / c). */
 INLINE NAME(fv) NAME(capped)(NAME(fv) x, float cap) {
@@ -84,7 +58,7 @@ INLINE void NAME(score_tile)(const int pairs, const int R, const int B, const ui
     NAME(fv) sum[ROWS][BLOCKS][PARTS];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++)
-            for (int p = 0; p < PARTS; p++) sum[r][b][p] = NAME(floats)(0.0f);
+            for (int p = 0; p < PARTS; p++) sum[r][b][p] = NAME(all)(0.0f);
     for (int64_t d = 0; d < words; d++) {
         NAME(uv) key[BLOCKS][PARTS];
         for (int b = 0; b < B; b++) memcpy(key[b], keys[b] + d * SLOTS, 4 * SLOTS);
@@ -104,7 +78,7 @@ INLINE void NAME(value_tile)(const int pairs, const int R, const int C, const ui
     const int64_t row = CHUNK * SLOTS / (1 + pairs), own = SLOTS / (1 + pairs);
     NAME(fv) sum[ROWS][COLUMNS];
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sum[r][c] = NAME(floats)(0.0f);
+        for (int c = 0; c < C; c++) sum[r][c] = NAME(all)(0.0f);
     for (int64_t b = 0; b < num; b++)
         for (int64_t t = blocks[b].first; t < blocks[b].last; t++) {
             NAME(uv) value[COLUMNS] = {};
@@ -129,7 +103,7 @@ INLINE void NAME(value_tile)(const int pairs, const int R, const int C, const ui
 /* The scores of one query as shares of the largest, their words in place of (and largest, sum) before its sums. */
 INLINE void NAME(shares_of)(const int pairs, const struct paged_attention *a, float *scores, int64_t num, const struct lanes *lanes,
                             uint32_t *shares, float *part) {
-    NAME(fv) top = NAME(floats)(-INFINITY), total = NAME(floats)(0.0f);
+    NAME(fv) top = NAME(all)(-INFINITY), total = NAME(all)(0.0f);
     NAME(iv) lane;
     for (int i = 0; i < W; i++) lane[i] = i;
     for (int64_t b = 0; b < num; b++)
@@ -138,7 +112,7 @@ INLINE void NAME(shares_of)(const int pairs, const struct paged_attention *a, fl
             NAME(fv) x = NAME(capped)(NAME(load)(own) * a->scale, a->softcap);
             if (lanes[b].from > 0 || lanes[b].to < SLOTS) {
                 NAME(iv) at = lane + p * W, seen = (at >= (int32_t)lanes[b].from) & (at < (int32_t)lanes[b].to);
-                x = (NAME(fv))(((NAME(iv))x & seen) | ((NAME(iv))NAME(floats)(-INFINITY) & ~seen));
+                x = (NAME(fv))(((NAME(iv))x & seen) | ((NAME(iv))NAME(all)(-INFINITY) & ~seen));
             }
             memcpy(own, &x, sizeof x);
             NAME(iv) more = ~(x <= top); /* also of what is no number */
@@ -154,7 +128,7 @@ INLINE void NAME(shares_of)(const int pairs, const struct paged_attention *a, fl
                 NAME(fv) x = NAME(load)(scores + b * SLOTS + p * W);
                 NAME(fv) share = (NAME(fv))((NAME(iv))NAME(exp)(x - most) & ~(x == -INFINITY));
                 total += share;
-                NAME(store)(pairs, (char *)shares + (b * SLOTS + p * W) * (pairs ? 2 : 4), share);
+                NAME(put_words)(pairs, (char *)shares + (b * SLOTS + p * W) * (pairs ? 2 : 4), share);
             }
         for (int i = 0; i < W; i++) sum += total[i];
     }
@@ -280,11 +254,11 @@ INLINE void NAME(finish)(const int pairs, const struct paged_attention *a, int64
         factor /= total;
         char *out = (char *)a->out + (row * a->heads + h) * E * (pairs ? 2 : 4);
         int64_t e = 0;
-        for (; e + W <= E; e += W) NAME(store)(pairs, out + e * (pairs ? 2 : 4), NAME(load)(state + 2 + e) * factor);
+        for (; e + W <= E; e += W) NAME(put_words)(pairs, out + e * (pairs ? 2 : 4), NAME(load)(state + 2 + e) * factor);
         if (e < E) {
             float few[W] = {0}, packed[W];
             memcpy(few, state + 2 + e, (size_t)(E - e) * 4);
-            NAME(store)(pairs, packed, NAME(load)(few) * factor);
+            NAME(put_words)(pairs, packed, NAME(load)(few) * factor);
             memcpy(out + e * (pairs ? 2 : 4), packed, (size_t)(E - e) * (pairs ? 2 : 4));
         }
     }
