@@ -28,12 +28,15 @@ AS_ROOT = ("apt-get install", "apt-get update", "useradd")
 """Steps of the container that change the system."""
 ELSEWHERE = {
     "pip install veneer": "done by then, from the wheel that was built",
+    "pip install 'veneer[serve]'": "the same",
     "git clone": "another way to the same",
     "make ": "another way to the same",
     "veneer compare": "an hour",
     "--base mistralai/": "15 GB of the hub's",
 }
 SHORTER = {"veneer demo": "veneer demo --steps 2"}
+SERVERS: list[subprocess.Popen[bytes]] = []
+"""Begun by a page and not yet ended."""
 ROUNDS = range(count("stranger", ci=0, soak=1))
 
 
@@ -63,7 +66,10 @@ def follow(block: Block, place: Path, environment: dict[str, str]) -> None:
         for command, shown in typed(block):
             if any(each in command for each in ELSEWHERE):
                 continue
-            said = ran(["bash", "-c", SHORTER.get(command.strip(), command)], place, environment)
+            if command.startswith("veneer serve"):
+                said = served(command, place, environment)
+            else:
+                said = ran(["bash", "-c", SHORTER.get(command.strip(), command)], place, environment)
             say(command, said)
             missing = [word for word in first_words(shown) if word not in said]
             assert not missing, f"{command}: {missing} is not in\n{said}"
@@ -93,6 +99,25 @@ def ran(command: list[str], place: Path, environment: dict[str, str]) -> str:
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr
+
+
+def served(command: str, place: Path, environment: dict[str, str]) -> str:
+    """Starts what goes on until somebody ends it, and waits until it answers."""
+    screen = place / "serve.txt"
+    with screen.open("w") as out:
+        SERVERS.append(subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=place, env=environment, stdout=out))
+    until = time.monotonic() + 120
+    while "Ctrl-C ends it" not in screen.read_text():
+        assert SERVERS[-1].poll() is None and time.monotonic() < until, screen.read_text()
+        time.sleep(0.2)
+    return screen.read_text()
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    yield
+    while SERVERS:
+        SERVERS.pop().terminate()
 
 
 def say(command: str, said: str) -> None:
