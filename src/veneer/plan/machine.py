@@ -23,6 +23,8 @@ import torch
 from veneer.errors import ConfigError
 from veneer.files.memory import container_bytes
 from veneer.files.remembered import remembered
+from veneer.kernels import products
+from veneer.kernels.native import has_amx
 from veneer.plan.tracker import Shape, Work
 
 SHAPES_MEASURED = 4
@@ -34,10 +36,10 @@ ENOUGH_SECONDS, ROUNDS = 0.05, 2
 first, slow calls; a moment in which the machine is slow must not decide a figure."""
 MEASURED_FOR = timedelta(days=7)
 """How long they are taken as they were measured."""
-STEP_SHARE = 0.73
+STEP_SHARE, STEP_SHARE_ON_TILES = 0.73, 0.28
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of
-ten runs of benchmarks/plan_time.py on Zen 4, their predictions corrected by hand for attention, which was not
-counted then.
+ten runs of benchmarks/plan_time.py. On Zen 4, their predictions corrected by hand for attention, which was not
+counted then; and where products run on AMX tiles, so fast that what lies between them is most of a step.
 Held in docs/plan.md."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
@@ -145,7 +147,7 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         rate=lambda shape: of_shapes.get(shape, rates.other),
         bytes_per_second=rates.bytes_per_second,
         start_seconds=rates.start_seconds,
-        share=STEP_SHARE,
+        share=STEP_SHARE_ON_TILES if has_amx() and dtype is torch.bfloat16 and not cuda else STEP_SHARE,
     )
 
 
@@ -160,11 +162,12 @@ def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, place: torch.devi
 
 
 def product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of x (rows, inner) times W (inner, columns), the best of what fits into ENOUGH_SECONDS."""
+    """FLOP a second of x (rows, inner) times W (inner, columns), as a frozen layer multiplies them: the best of what
+    fits into ENOUGH_SECONDS."""
     rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
     columns = min(columns, max(256, 2**23 // inner))  # wider ones run no faster, and three calls must end soon
     x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
-    return 2 * rows * inner * columns / _best_seconds(lambda: torch.nn.functional.linear(x, w), device)
+    return 2 * rows * inner * columns / _best_seconds(lambda: products.linear(x, w, None), device)
 
 
 def bandwidth(dtype: torch.dtype, device: torch.device) -> float:
