@@ -159,6 +159,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/native/products.c": ("test_products.py", "test_native_calls.py"),
     "kernels/native/paged_attention.c": ("test_paged_attention.py", "test_native_calls.py"),
     "kernels/native/paged_attention_rows.h": ("test_paged_attention.py", "test_native_calls.py"),
+    "kernels/native/draw.c": ("test_sampling.py", "test_native_calls.py"),
     "kernels/native/decoder_step.c": ("test_direct.py", "test_native_calls.py"),
     "kernels/native/rank.c": ("test_rank.py", "test_native_calls.py"),
     "kernels/native/dora.c": ("test_dora.py", "test_native_calls.py"),

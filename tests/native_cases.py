@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.native_block_cases import block_cases
-from veneer.kernels import calls, dense_calls, native, packed_calls, paged_calls, step_calls
+from veneer.kernels import calls, dense_calls, draw_calls, native, packed_calls, paged_calls, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
 
@@ -359,11 +359,24 @@ def _step(rng: random.Random) -> list[Call]:
     ]
 
 
+def _draw(rng: random.Random) -> list[Call]:
+    rows, ids = rng.randint(1, 5), rng.randint(1, 700)
+
+    def how() -> tuple[Any, ...]:
+        cuts = rng.choice([float(ids), float(rng.randint(1, 40))]), rng.choice([1.0, rng.random()])
+        return rng.random(), rng.choice([0.0, 0.5, 3.0]), *cuts, rng.choice([0.0, rng.random()])
+
+    logits = filled(rng.choice([torch.float32, BF16]), rows, ids)
+    given = tuple(how() for _ in range(rows))
+    return [(draw_calls.draw, {"logits_BV": logits, "how": given, "level": rng.choice([0, 2, 3])})]
+
+
 def valid_calls(seed: int) -> list[Call]:
     """One of each, of random sizes; those that this processor computes."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     of_pairs, *others = _rank(rng), _rows(rng), _attention(rng), _packed(rng), _dense(rng), _paged(rng), _step(rng)
+    others.append(_draw(rng))
     *normed, dropout = others[0]
     of_pairs += [*normed, *others[1], *block_cases(rng, filled)]
     rest = [dropout, *(call for each in others[2:] for call in each)]

@@ -14,6 +14,7 @@ from veneer.kernels import (
     block_calls,
     calls,
     dense_calls,
+    draw_calls,
     native,
     nf4,
     packed_calls,
@@ -36,6 +37,7 @@ CALLING = (
     "dense_calls.py",
     "paged_calls.py",
     "step_calls.py",
+    "draw_calls.py",
     "recorded.py",
 )
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
@@ -92,7 +94,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     cases = valid_calls(0)
     tried = {function for function, _ in cases}
     wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, packed_calls._packed_rows}
-    wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated}
+    wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated, draw_calls.usable}
     assert (
         functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
         | functions(block_calls)
@@ -100,6 +102,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
         | functions(dense_calls)
         | functions(paged_calls)
         | functions(step_calls)
+        | functions(draw_calls)
         | (functions(product_calls) if native.has_amx() else set())
         <= tried | wrapped
     )

@@ -12,6 +12,7 @@ from veneer.decoding.sampling import Sampling, TokenChance, seed_of, uniform
 from veneer.decoding.sequence import Request
 from veneer.decoding.step_plan import Chosen
 from veneer.errors import ConfigError, DataError, DivergedError
+from veneer.kernels import draw_calls, native
 
 V = 40
 CUTS = [
@@ -28,6 +29,9 @@ CUTS = [
 
 def logits_of(rows, ids=V, seed=0, spread=2.0):
     return spread * torch.randn(rows, ids, generator=torch.Generator().manual_seed(seed))
+
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 
 
 def asked(sampling=None, *, seed=0, choice=0, **fields):
@@ -51,6 +55,39 @@ def test_many_rows_are_drawn_as_the_reference_draws_each(cut, ids):
     found = sampled(logits, samplings, numbers, cut=bool(cut)).tolist()
     expected = [draw_reference(row, s, u) for row, s, u in zip(logits, samplings, numbers, strict=True)]
     assert found == expected
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("ids", [V, 700, 3000])
+def test_the_compiled_draw_is_the_reference_with_any_instructions(dtype, cut, ids):
+    """Of rows that lie apart, with ids that nothing may follow and ones that are alike."""
+    samplings = [Sampling(temperature=t, **cut) for t in (0.0, 0.2, 1.0, 5.0, 100.0)] * 8
+    logits = logits_of(len(samplings), ids + 9).to(dtype)[:, :ids]
+    logits[::3, 5:30] = -math.inf
+    logits[1::3, 3] = logits[1::3].amax(1)
+    rows = [asked(sampling, seed=n) for n, sampling in enumerate(samplings)]
+    hows = [draws._how((row, []), ids) for row in rows]
+    expected = [
+        draw_reference(row.float(), s, uniform(n, 0, 0))
+        for n, (row, s) in enumerate(zip(logits, samplings, strict=True))
+    ]
+    for level in (0, 2, 3):
+        assert draw_calls.draw(logits, hows, level=level) == expected
+    assert draw(logits, [(row, []) for row in rows]) == expected
+
+
+@needs_kernels
+def test_every_number_has_the_ids_that_the_reference_gives_it():
+    """Numbers from end to end, so that each boundary between two ids is passed; the last takes none that was cut."""
+    (logits,) = logits_of(1, 600)
+    numbers = [n / 4000 for n in range(4001)]
+    for cut in CUTS:
+        sampling = Sampling(temperature=0.9, **cut)
+        hows = [(u, 0.9, float(sampling.top_k or 600), sampling.top_p, sampling.min_p) for u in numbers]
+        found = draw_calls.draw(logits.expand(len(hows), -1), hows)
+        assert found == [draw_reference(logits, sampling, u) for u in numbers]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

@@ -23,7 +23,7 @@ FLAGS = (
 RUN = (
     *("test_native_calls.py", "test_native.py", "test_rank.py", "test_tiles.py", "test_attention_native.py"),
     *("test_kernels_gguf.py", "test_quant_nf4.py", "test_few_rows.py", "test_products.py"),
-    *("test_paged_attention.py", "test_direct.py", "test_recorded.py"),
+    *("test_paged_attention.py", "test_direct.py", "test_recorded.py", "test_sampling.py"),
     "test_block.py::test_one_node_gives_the_bits_of_its_parts",
     "test_kernels.py::test_the_compiled_dropout_is_its_reference_to_the_bit",
     "test_kernels.py::test_the_compiled_dropout_keeps_what_is_not_finite",

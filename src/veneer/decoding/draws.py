@@ -16,10 +16,11 @@ from veneer.decoding.sampling import Sampling, TokenChance, uniform
 from veneer.decoding.sequence import Request
 from veneer.decoding.step_plan import Chosen, Drawn
 from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.kernels import draw_calls
+from veneer.kernels.draw_calls import BROKEN, LIKELIEST, NOTHING, How
 from veneer.kernels.upload import sent
 
 CANDIDATES = 512
-_BROKEN, _NOTHING = -1, -2
 
 
 class Drawing:
@@ -88,16 +89,19 @@ class Drawing:
         return prompt, counts
 
 
-def draw(logits_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> list[Drawn]:
-    """What each row draws. rows: how, and the answer so far.
+Row = tuple[Drawing, Sequence[int]]
+"""How it draws, and the answer so far."""
+
+
+def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+    """What each row draws.
 
     A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or check fails, gets an
     error of its own.
     """
     faults: dict[int, VeneerError] = {}
-    tokens = logits_BV.argmax(dim=-1)
-    peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # of a row with a NaN that NaN
-    changed = [n for n, (drawing, new) in enumerate(rows) if not drawing.sampling.greedy or drawing.edits(new)]
+    compiled = draw_calls.usable(logits_BV)
+    changed = [n for n, (d, new) in enumerate(rows) if d.edits(new) or not (compiled or d.sampling.greedy)]
     if changed:
         everyone = len(changed) == len(rows)
         wide = logits_BV.to(torch.float32, copy=True) if everyone else logits_BV[changed].float()
@@ -108,9 +112,9 @@ def draw(logits_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> li
                     drawing.edit(logits_V, new)
                 except VeneerError as fault:
                     faults[n] = fault
-        tokens[changed] = _of_changed(wide, [rows[n] for n in changed])
-    tokens = torch.where(peaks.isfinite(), tokens, _BROKEN)
-    found = tokens.tolist()
+    else:
+        wide = logits_BV[:0]
+    found = (_compiled if compiled else _by_torch)(logits_BV, rows, changed, wide)
     chances = _chances(logits_BV, [drawing.told for drawing, _ in rows], found)
     return [
         faults.get(n) or _chosen(drawing, token, new, chance)
@@ -118,7 +122,36 @@ def draw(logits_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> li
     ]
 
 
-def _of_changed(wide_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) -> Tensor:
+def _compiled(logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor) -> list[int]:
+    """A token of each row, BROKEN or NOTHING. wide: those that were changed, as they are to be drawn from."""
+    ids, edited = logits_BV.shape[1], set(changed)
+    hows = [LIKELIEST if n in edited else _how(row, ids) for n, row in enumerate(rows)]
+    found = [BROKEN if token == NOTHING else token for token in draw_calls.draw(logits_BV, hows)]
+    if changed:
+        for n, token in zip(changed, draw_calls.draw(wide, [_how(rows[n], ids) for n in changed]), strict=True):
+            found[n] = found[n] if found[n] == BROKEN else token
+    return found
+
+
+def _how(row: Row, ids: int) -> How:
+    (drawing, new), sampling = row, row[0].sampling
+    if sampling.greedy:
+        return LIKELIEST
+    u = uniform(drawing.request.seed, drawing.choice, len(new))
+    return u, sampling.temperature, sampling.top_k or ids, sampling.top_p, sampling.min_p
+
+
+def _by_torch(logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor) -> list[int]:
+    """The same on any device, waiting for it once."""
+    tokens = logits_BV.argmax(dim=-1)
+    peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # of a row with a NaN that NaN
+    if changed:
+        tokens[changed] = _of_changed(wide, [rows[n] for n in changed])
+    found: list[int] = torch.where(peaks.isfinite(), tokens, BROKEN).tolist()
+    return found
+
+
+def _of_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
     """(B) tokens from logits as they are to be drawn from, float32."""
     tokens = wide_BV.argmax(dim=-1)
     possible = wide_BV.gather(1, tokens[:, None])[:, 0] > float("-inf")
@@ -127,7 +160,7 @@ def _of_changed(wide_BV: Tensor, rows: Sequence[tuple[Drawing, Sequence[int]]]) 
         if some:
             drawn = [uniform(d.request.seed, d.choice, len(new)) for d, new in (rows[n] for n in some)]
             tokens[some] = sampled(wide_BV[some], [rows[n][0].sampling for n in some], drawn, cut=cut)
-    return torch.where(possible, tokens, _NOTHING)
+    return torch.where(possible, tokens, NOTHING)
 
 
 def sampled(logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[float], *, cut: bool) -> Tensor:
@@ -193,9 +226,9 @@ def _chances(logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int
 
 
 def _chosen(drawing: Drawing, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
-    if token == _BROKEN:
+    if token == BROKEN:
         return DivergedError("the model's logits are no finite numbers", next_step="Look at the adapter's values.")
-    if token == _NOTHING:
+    if token == NOTHING:
         return ConfigError("no token may follow", next_step="Allow one: a constraint or min_new_tokens forbids each.")
     try:
         return drawing.chosen(token, new, chance)

@@ -1,8 +1,8 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
-block_calls.py, packed_calls.py, dense_calls.py, paged_calls.py and step_calls.py alone, which check what they hand
-over (arguments.py), and made again in recorded.py: C does not look.
+block_calls.py, packed_calls.py, dense_calls.py, paged_calls.py, step_calls.py and draw_calls.py alone, which check
+what they hand over (arguments.py), and made again in recorded.py: C does not look.
 """
 
 import ctypes
@@ -70,6 +70,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
     **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
+    "veneer_draw": (None, [_POINTER, _NUMBER, _INT, _INT]),
     "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
     "veneer_packed_rows": (_INT, [_POINTER, _INT]),
 }
