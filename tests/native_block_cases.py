@@ -23,9 +23,11 @@ def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple
         return filled(BF16, rows, columns)
 
     def side(*, of_A: bool, columns: int = width, most: int = 1) -> block_calls.Side:
-        ranks = [16 * rng.randint(1, 3) for _ in range(rng.randint(1, most))]
+        ranks = [16 * rng.randint(1, 3) for _ in range(rng.randint(0, most))]
         factors = tuple(filled(dtype, *((r, columns) if of_A else (columns, r))) for r in ranks)
-        return factors, filled(BF16, rows, sum(ranks)), 0.5
+        keys, dropped = filled(torch.int64, rows), rng.randint(0, 1)
+        masks = tuple((keys, 3, 5 + number, 0.25) for number, _ in enumerate(ranks) if dropped)
+        return block_calls.Side(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
 
     weight, scale, heads = filled(BF16, width), filled(torch.float32, rows), [rng.randint(1, 3) for _ in range(3)]
     norm = {"weight": weight, "out": wide(), "scale": scale, "epsilon": 1e-5, "behind": side(of_A=True, most=3)}

@@ -386,7 +386,7 @@ def valid_calls(seed: int) -> list[Call]:
 def spoiled(value: Any, rng: random.Random) -> Any:
     """Something else in an argument's place; where it is a fresh tensor its margins are gone, or keep their place."""
     if isinstance(value, tuple):
-        at = rng.randrange(len(value))
+        at = rng.randrange(max(1, len(value)))
         return tuple(spoiled(each, rng) if i == at else each for i, each in enumerate(value))
     if value is None:
         return None

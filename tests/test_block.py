@@ -36,6 +36,11 @@ class Trained:
         examples = make_examples(9, prompt=prompt)
         self.batch = make_batch(examples, packed=True, share_prompt=True, device=torch.device("cpu"))
 
+    def drawing(self):
+        """Within it dropout draws."""
+        keys = torch.arange(self.batch.ids.numel()) * 7919 % 2**32
+        return self.routing.held(self.routing.acting.drawing(TokenKeys(keys, 3)))
+
     def measured(self):
         loss = batch_loss(self.model, self.paths, self.routing, self.batch, total=float(self.batch.trained_tokens))
         return [loss, *torch.autograd.grad(loss, self.parameters)]
@@ -58,11 +63,14 @@ def taken(monkeypatch):
     return counts
 
 
-def by_parts(trained, monkeypatch):
-    """The same model, its layers computed part by part."""
-    with monkeypatch.context() as patch, fused(trained.model, replacements(trained.model)):
-        patch.setattr(FusedLayer, "_block", lambda *_, **__: None)
-        return trained.measured()
+def both(trained, monkeypatch):
+    """What is measured, then the same with its layers computed part by part."""
+    found = replacements(trained.model)
+    with trained.drawing(), fused(trained.model, found):
+        ours = trained.measured()
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedLayer, "_block", lambda *_, **__: None)
+            return ours, trained.measured()
 
 
 @pytest.mark.parametrize(
@@ -74,31 +82,34 @@ def by_parts(trained, monkeypatch):
         {"rank_pattern": {"k_proj": 4, "down_proj": 24}},
         {"rank_pattern": {"k_proj": 32, "up_proj": 64}},
         {"prompt": 0},
+        {"dropout": 0.1},
+        {"dropout": 0.5, "rank_pattern": {"k_proj": 4, "down_proj": 24}},
+        {"targets": ["q_proj", "k_proj", "gate_proj"]},
+        {"targets": ["k_proj", "v_proj", "up_proj", "down_proj"], "dropout": 0.3},
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
     trained = Trained(family, **settings)
-    plain = by_parts(trained, monkeypatch)
-    with fused(trained.model, replacements(trained.model)):
-        ours = trained.measured()
+    ours, plain = both(trained, monkeypatch)
     assert taken == [True, True]
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
 
 
 def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
-    trained = Trained()
-    with fused(trained.model, replacements(trained.model)), checkpointed(trained.model, trained.routing, on=True):
-        ours = trained.measured()
+    trained = Trained(dropout=0.1)
+    with checkpointed(trained.model, trained.routing, on=True):
+        ours, _ = both(trained, monkeypatch)
     assert taken == [True] * 4
-    assert all(torch.equal(a, b) for a, b in zip(ours, by_parts(trained, monkeypatch), strict=True))
+    _, plain = both(trained, monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     if not native.has_amx():
         return
     with vectors():
-        with fused(trained.model, replacements(trained.model)):
-            ours = trained.measured()
-        assert all(torch.equal(a, b) for a, b in zip(ours, by_parts(trained, monkeypatch), strict=True))
+        ours, plain = both(trained, monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
@@ -114,19 +125,27 @@ def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
     assert torch.equal(ours, loss())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"targets": ["q_proj", "v_proj"]}, {"method": DoRA}, {"train_modules": ["input_layernorm"]}, {"dropout": 0.1}],
-    ids=str,
-)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj"], ["down_proj", "k_proj"], ["gate_proj"]], ids=str)
+def test_it_does_so_where_some_linear_layers_are_adapted(targets, dropout, taken, monkeypatch):
+    """Layers of one input of which none is adapted are nodes of their own in the parts: the same but for the order in
+    which gradients of that input are added up."""
+    trained = Trained(targets=targets, dropout=dropout)
+    ours, plain = both(trained, monkeypatch)
+    assert taken == [True, True]
+    assert torch.equal(ours[0], plain[0])
+    assert all((a - b).abs().max() <= 2**-6 * b.abs().max() for a, b in zip(ours[1:], plain[1:], strict=True))
+
+
+def test_layers_without_any_adapter_stay():
+    trained = Trained(targets=r".*\.1\..*_proj")
+    (layer,) = trained.layers()
+    assert layer.base is trained.model.model.layers[1]
+
+
+@pytest.mark.parametrize("settings", [{"method": DoRA}, {"train_modules": ["input_layernorm"]}], ids=str)
 def test_what_the_node_does_not_compute_goes_through_the_layer(settings, taken, monkeypatch):
-    trained = Trained(**settings)
-    keys = TokenKeys(torch.arange(trained.batch.ids.numel()), 3)
-    found = replacements(trained.model)
-    with trained.routing.held(trained.routing.acting.drawing(keys)), fused(trained.model, found):
-        ours = trained.measured()
-        monkeypatch.setattr(FusedLayer, "_block", lambda *_, **__: None)
-        plain = trained.measured()
+    ours, plain = both(Trained(**settings), monkeypatch)
     assert not any(taken)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 

@@ -26,7 +26,7 @@ from veneer.adapters.wrapping import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels import few_rows
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.lora import Adapted, dropped, lora_linear, lora_linears
+from veneer.kernels.lora import Adapted, dropped, lora_linear, lora_linears, unadapted
 from veneer.kernels.segments import Plan, Prepared, Update, linear_with_updates
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
@@ -223,12 +223,15 @@ class AdaptedLinear(AdaptedModule):
         return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(*x.shape[:-1], -1)
 
     def alone(self, x: Tensor) -> Adapted | None:
-        """The layer and its update, where a single LoRA acts on all rows of x and nothing else is to be done."""
+        """The layer and its update, where at most a single LoRA acts here on all rows of x and nothing else is to be
+        done."""
         acting = self.routing.acting
         whole, rows = acting.whole, x.numel() // x.shape[-1]
         if not whole or acting.counts(rows) or self.replaced(whole) or self._forward_hooks or self._forward_pre_hooks:
             return None
         drawing = self.drawing(whole, acting.keys)
+        if not drawing:
+            return unadapted(self.frozen)
         if len(drawing) != 1 or not isinstance(drawing[0][0], LoRALayer) or drawing[0][0].offset is not None:
             return None
         layer, weight, keys = drawing[0]
@@ -322,11 +325,22 @@ class AdaptedLinear(AdaptedModule):
         return y.to(x.dtype)
 
 
+def alone(module: nn.Module, x: Tensor) -> Adapted | None:
+    """A linear module and its update, as AdaptedLinear.alone; of rank 0 where no adapter stands beside it."""
+    if isinstance(module, AdaptedLinear):
+        return module.alone(x)
+    if module._forward_hooks or module._forward_pre_hooks or any(each.requires_grad for each in module.parameters()):
+        return None
+    frozen = frozen_linear(module)
+    return None if frozen is None else unadapted(frozen)
+
+
 def side_by_side(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """x (..., I) through each of these: (..., O). As one node where a single LoRA adapts every one of them."""
-    layers = [module.alone(x) if isinstance(module, AdaptedLinear) else None for module in modules]
-    found = [layer for layer in layers if layer is not None]
-    return lora_linears(x, found) if len(found) == len(modules) else [module(x) for module in modules]
+    """x (..., I) through each of these: (..., O). As one node where a single LoRA adapts some of them."""
+    found = [layer for module in modules if (layer := alone(module, x)) is not None]
+    if len(found) == len(modules) and any(len(layer.A) for layer in found):
+        return lora_linears(x, found)
+    return [module(x) for module in modules]
 
 
 def _of(keys: TokenKeys | None, segment: Segment) -> TokenKeys | None:

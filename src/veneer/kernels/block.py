@@ -1,11 +1,12 @@
-"""A decoder layer with LoRA on all of its linear layers, as one node of the graph.
+"""A decoder layer with LoRA on its linear layers, as one node of the graph.
 
     h = x + o(attention(rotated q(n), rotated k(n), v(n)))      n = norm(x)
     y = h + down(silu(gate(m)) * up(m))                         m = norm(h)
 
 The same calls as those of its parts (lora.py, attention_native.py, fused.py), in the same order and to the same bits,
-without the graph between them: a sum and the norm behind it are one pass, forward and backward. In bf16 on processors
-that multiply its pairs, and there alone. Kept for backward: what the parts keep.
+without the graph between them: a sum and the norm behind it are one pass, forward and backward. What nothing adapts
+has an update of rank 0. In bf16 on processors that multiply its pairs, and there alone. Kept for backward: what the
+parts keep.
 Shapes: M rows, D hidden, H query heads, K key heads, S head size.
 """
 
@@ -36,7 +37,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """layers: q, k, v, o, gate, up, down, without dropout. cos and sin (M, S)."""
+    """layers: q, k, v, o, gate, up, down, with the same share of dropout or without. cos and sin (M, S)."""
 
     before: Norm
     between: Norm
@@ -55,10 +56,10 @@ class Block:
             return False
         if heads % max(1, kv_heads) or widths[4] != widths[5] or widths[4] % 16:
             return False
-        if (
-            not all(_taken(each, len(x)) for each in self.layers)
-            or sum(len(each.A) for each in self.layers[:3]) > rank.MOST
-        ):
+        ranks = [len(each.A) for each in self.layers]
+        if not all(_taken(each, len(x)) for each in self.layers) or max(sum(ranks[:3]), sum(ranks[4:6])) > rank.MOST:
+            return False
+        if len({None if each.dropout is None else each.dropout.share for each in self.layers if len(each.A)}) > 1:
             return False
         rules = self.rules
         known = rules.softcap is None and rules.sinks is None and (rules.window is None or rules.window > 0)
@@ -66,6 +67,16 @@ class Block:
 
     def factors(self) -> list[Tensor]:
         return [*(each.A for each in self.layers), *(each.B for each in self.layers)]
+
+    def inner(self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor) -> Side:
+        """The updates of these layers at their common input."""
+        held = [number for number in numbers if len(A[number])]
+        masks = [mask.mask() for number in held if (mask := self.layers[number].dropout) is not None]
+        return Side([A[number] for number in held], narrow, masks=masks)
+
+    def outer(self, number: int, B: Sequence[Tensor], narrow: Tensor) -> Side:
+        """The update of a layer at what it gives."""
+        return Side([B[number]] if B[number].shape[1] else [], narrow, self.layers[number].scaling)
 
 
 class _Block(torch.autograd.Function):
@@ -81,7 +92,7 @@ class _Block(torch.autograd.Function):
             return layer.base.product(x, layer.bias)
 
         def update(number: int, down: Tensor) -> Side:
-            return (B[number],), down, block.layers[number].scaling
+            return block.outer(number, B, down)
 
         def narrow(numbers: Sequence[int]) -> Tensor:
             return x.new_empty(rows, sum(len(A[number]) for number in numbers))
@@ -90,26 +101,26 @@ class _Block(torch.autograd.Function):
             return torch.empty(rows, dtype=torch.float32, device=x.device)
 
         n, n_scale, n_down = torch.empty_like(x), norm_scale(), narrow(QKV)
-        behind: Side = tuple(A[:3]), n_down, 1.0
-        norm = block.before
+        behind, norm = block.inner(QKV, A, n_down), block.before
         block_calls.norm_forward(x, weight=norm.weight, out=n, scale=n_scale, epsilon=norm.epsilon, behind=behind)
         made = [product(number, n) for number in QKV]
-        of = _split(n_down, A[:3])
-        block_calls.heads(made, block.cos, block.sin, [update(*each) for each in zip(QKV, of, strict=True)], back=False)
+        of = [update(*each) for each in zip(QKV, _split(n_down, A[:3]), strict=True)]
+        block_calls.heads(made, block.cos, block.sin, of, back=False)
         q, k, v = (each.view(rows, -1, block.size) for each in made)
         out, kept = attended(q, k, v, block.layout, block.rules)
-        out_down = rank.down(out.view(rows, -1), A[O])
+        out_down = rank.down(out.view(rows, -1), A[O], dropout=block.layers[O].dropout)
         h, m, m_scale, m_down = product(O, out.view(rows, -1)), torch.empty_like(x), norm_scale(), narrow(GATES)
-        before, behind, norm = update(O, out_down), (tuple(A[4:6]), m_down, 1.0), block.between
+        before, behind, norm = update(O, out_down), block.inner(GATES, A, m_down), block.between
         block_calls.norm_forward(
             h, before=before, beside=x, weight=norm.weight, out=m, scale=m_scale, epsilon=norm.epsilon, behind=behind
         )
         gate, up = (product(number, m) for number in GATES)
         inner, inner_down = torch.empty_like(gate), narrow([DOWN])
         of_gate, of_up = (update(*each) for each in zip(GATES, _split(m_down, A[4:6]), strict=True))
-        block_calls.gate_forward(gate, up, inner, of_gate, of_up, ((A[DOWN],), inner_down, 1.0))
+        block_calls.gate_forward(gate, up, inner, of_gate, of_up, block.inner([DOWN], A, inner_down))
         y = product(DOWN, inner)
         block_calls.norm_forward(y, before=update(DOWN, inner_down), beside=h)
+        n, m, inner = (_asked(*each) for each in ((n, n_down), (m, m_down), (inner, inner_down)))
         saved = (x, n, n_scale, n_down, q, k, v, out, out_down, h, m, m_scale, m_down, gate, up, inner, inner_down)
         ctx.save_for_backward(*saved, *factors, *kept)
         ctx.block, ctx.types = block, [each.dtype for each in given]
@@ -130,7 +141,7 @@ class _Block(torch.autograd.Function):
             return x.new_empty(rows, sum(len(A[number]) for number in numbers))
 
         def first(number: int, into: Tensor) -> Side:
-            return (B[number],), into, block.layers[number].scaling
+            return block.outer(number, B, into)
 
         def input_gradient(numbers: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
             found: Tensor | None = None
@@ -142,25 +153,26 @@ class _Block(torch.autograd.Function):
         def keep(numbers: Sequence[int], x: Tensor, above: Tensor, grads: Sequence[Tensor], down: Tensor) -> None:
             """The gradients of these layers' factors, in front of what was found so far. above: g B of each."""
             own = [A[number] for number in numbers]
-            of_A[:0] = rank.gradient(above, x).split([len(each) for each in own])
+            dropouts = [block.layers[number].dropout for number in numbers]
+            of_A[:0] = rank.gradients(above, x, [len(each) for each in own], dropouts)
             downs = zip(numbers, _split(down, own), grads, strict=True)
             of_B[:0] = [rank.gradient(low, g, block.layers[number].scaling).T for number, low, g in downs]
 
         above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)
         grad_gate, grad_up = input_gradient([DOWN], [grad]), torch.empty_like(up)
         keep([DOWN], inner, above, [grad], inner_down)
-        before: Side = (A[DOWN],), above, 1.0
+        before = block.inner([DOWN], A, above)
         above = narrow(GATES)
         of_gate, of_up = (first(*each) for each in zip(GATES, _split(above, A[4:6]), strict=True))
         block_calls.gate_backward(grad_gate, gate, up, grad_up, before=before, of_gate=of_gate, of_up=of_up)
         keep(GATES, m, above, [grad_gate, grad_up], m_down)
-        grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), (tuple(A[4:6]), above, 1.0), narrow([O])
+        grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), block.inner(GATES, A, above), narrow([O])
         block_calls.norm_backward(
             grad_h, h, block.between.weight, m_scale, before=before, beside=grad, behind=first(O, above)
         )
         keep([O], out.view(rows, -1), above, [grad_h], out_down)
         grad_out = input_gradient([O], [grad_h])
-        rank.add_up(grad_out, above, A[O].T)
+        rank.add_up(grad_out, above, A[O].T, dropout=block.layers[O].dropout)
         turned = attended_gradients(q, k, v, kept, grad_out.view(q.shape), block.layout, block.rules)
         grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
         sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
@@ -168,9 +180,14 @@ class _Block(torch.autograd.Function):
         keep(QKV, n, above, grads, n_down)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x, before = input_gradient(QKV, grads), (tuple(A[:3]), above, 1.0)
+            grad_x, before = input_gradient(QKV, grads), block.inner(QKV, A, above)
             block_calls.norm_backward(grad_x, x, block.before.weight, n_scale, before=before, beside=grad_h)
         return grad_x, None, *(each.to(dtype) for each, dtype in zip((*of_A, *of_B), ctx.types, strict=True))
+
+
+def _asked(x: Tensor, narrow: Tensor) -> Tensor:
+    """x (M, D), where a factor's gradient will ask for it: one that made `narrow` of it."""
+    return x if narrow.shape[1] else x.new_empty(0, x.shape[1])
 
 
 def _split(narrow: Tensor, A: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -186,10 +203,10 @@ def lora_block(x: Tensor, block: Block) -> Tensor:
 
 
 def _taken(layer: Adapted, rows: int) -> bool:
-    """Whether the layer is one that the kernels update: no dropout, no bias that trains, whole registers."""
-    if layer.dropout is not None or (layer.bias is not None and layer.bias.requires_grad) or rows < 16:
+    """Whether the layer is one that the kernels update: no bias that trains, whole registers."""
+    if (layer.bias is not None and layer.bias.requires_grad) or rows < 16:
         return False
     sides, rank_of = (layer.A, layer.B), len(layer.A)
-    if rank_of % 16 or not 0 < rank_of <= rank.MOST or any(size % 16 for size in (layer.A.shape[1], len(layer.B))):
+    if rank_of % 16 or rank_of > rank.MOST or any(size % 16 for size in (layer.A.shape[1], len(layer.B))):
         return False
     return all(each.is_contiguous() and each.dtype is torch.float32 for each in sides)

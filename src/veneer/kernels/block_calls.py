@@ -6,12 +6,12 @@ float32 or bf16. Shapes: M rows, D width, R ranks side by side, H heads of E.
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from veneer.kernels.arguments import BF16, FP32, CallError, at, call, number, numbers, pointers, reachable
-from veneer.kernels.calls import MOST_RANK, MOST_STRIDE, PAIR_BYTES
+from veneer.kernels.calls import MOST_RANK, MOST_STRIDE, PAIR_BYTES, Mask, Masked, masked
 
 MOST = 3
 """Layers of one input: native/block.c names the same number."""
@@ -22,10 +22,14 @@ class _Side(ctypes.Structure):
         ("factors", ctypes.c_void_p * MOST),
         ("ranks", ctypes.c_int64 * MOST),
         *numbers("count across half"),
+        ("masks", Masked * MOST),
         *pointers("narrow"),
         *numbers("apart"),
         ("scale", ctypes.c_float),
         *pointers("pairs"),
+        *numbers("parts"),
+        ("sizes", ctypes.c_int64 * MOST),
+        ("starts", ctypes.c_int64 * MOST),
     ]
 
 
@@ -53,27 +57,42 @@ class _Heads(ctypes.Structure):
     ]
 
 
-Side = tuple[tuple[Tensor, ...], Tensor, float]
-"""A product with factors of small rank, side by side: factors, narrow (M, R), scale. The factors are A (R, D) of each
-layer or B (D, R) of each; narrow is read or written."""
+class Side(NamedTuple):
+    """The updates of layers of one input or of one output, side by side, on their way to or from the wide side.
+
+    factors: A (R, D) of each, or B (D, R); narrow (M, R) is read or written. masks: one for each factor, all of one
+    share, through which it sees the wide side; none: all see it whole.
+    """
+
+    factors: Sequence[Tensor]
+    narrow: Tensor
+    scale: float = 1.0
+    masks: Sequence[Mask] = ()
 
 
 def _side(given: Any, side: Side, rows: int, width: int, *, across: bool, wide_first: bool) -> None:
-    """wide_first: factors are B (D, R); else A (R, D)."""
-    factors, narrow, scale = side
+    """wide_first: factors are B (D, R); else A (R, D). Without factors nothing is read, nor written."""
+    factors, narrow, scale, masks = side
+    if not factors and narrow.shape == (rows, 0):
+        return
+    ranks = [each.shape[int(wide_first)] for each in factors]
     apart, inner = narrow.stride()
-    first, ranks = factors[0], [each.shape[int(wide_first)] for each in factors]
     if narrow.shape != (rows, sum(ranks)) or narrow.dtype is not BF16 or not reachable(narrow):
         raise CallError(f"{tuple(narrow.shape)} {narrow.dtype} where C takes {(rows, sum(ranks))} bf16")
     if inner != 1 or apart % 2 or narrow.data_ptr() % PAIR_BYTES:
         raise CallError(f"steps of {narrow.stride()} where C takes pairs of neighbours")
     if not 0 < len(ranks) <= MOST or not 0 < sum(ranks) <= MOST_RANK or any(r % 16 or r < 16 for r in ranks):
         raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
-    if first.dtype is not FP32 and first.dtype is not BF16:
+    if (first := factors[0]).dtype is not FP32 and first.dtype is not BF16:
         raise CallError(f"a factor of {first.dtype} where C takes float32 or bf16")
     for place, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
         shape = (width, rank) if wide_first else (rank, width)
         given.factors[place], given.ranks[place] = at(factor, first.dtype, *shape, words=PAIR_BYTES), rank
+    if masks and (len(masks) != len(ranks) or len({share for *_, share in masks}) > 1):
+        raise CallError(f"{len(masks)} masks of {len(ranks)} factors where C takes one of each, of one share")
+    for place, mask in enumerate(masks):
+        left = masked(given.masks[place], mask, rows)
+        scale = scale / left if place == 0 else scale
     given.count, given.across, given.half = len(ranks), int(across), int(first.dtype is BF16)
     given.narrow, given.apart, given.scale = narrow.data_ptr(), number(apart, sum(ranks), MOST_STRIDE), scale
 

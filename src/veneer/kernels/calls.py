@@ -44,14 +44,23 @@ MOST_SPLITS = 1024
 # -- products with a small rank: rank.c ------------------------------------------------------------------------------
 
 
+class Masked(ctypes.Structure):
+    """struct mask of native/rank.h."""
+
+    _fields_ = [
+        *pointers("keys"),
+        *((name, ctypes.c_uint32) for name in ("row_key", "column_key", "threshold")),
+        *pointers("rows columns"),
+    ]
+
+
 class _Rank(ctypes.Structure):
     _fields_ = [
         *pointers("x factor narrow grad"),
         *numbers("rows width rank apart across half"),
         ("scale", ctypes.c_float),
-        *pointers("keys"),
-        *((name, ctypes.c_uint32) for name in ("row_key", "column_key", "threshold")),
-        *pointers("pairs hashes"),
+        ("mask", Masked),
+        *pointers("pairs"),
     ]
 
 
@@ -59,15 +68,19 @@ Mask = tuple[Tensor, int, int, float]
 """Of dropout: keys of the rows (M) int64, those of all rows and of the columns, and the share that is dropped."""
 
 
-def _masked(given: _Rank, mask: Mask | None) -> None:
-    if mask is None:
-        return
-    rows, row_key, column_key, share = mask
+def masked(given: Masked, mask: Mask, rows: int) -> float:
+    """Fills it in, of so many rows; what a scale is divided by."""
+    keys, row_key, column_key, share = mask
     if not 0 <= share < 1:
         raise CallError(f"dropout of {share}")
-    given.keys, given.threshold = at(rows, INT64, given.rows), int(share * 2**32)
+    given.keys, given.threshold = at(keys, INT64, rows), int(share * 2**32)
     given.row_key, given.column_key = number(row_key, 0, 2**32 - 1), number(column_key, 0, 2**32 - 1)
-    given.scale /= 1 - share
+    return 1 - share
+
+
+def _masked(given: _Rank, mask: Mask | None) -> None:
+    if mask is not None:
+        given.scale /= masked(given.mask, mask, given.rows)
 
 
 def _registers(*sizes: int) -> None:

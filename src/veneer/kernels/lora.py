@@ -67,17 +67,9 @@ def update_gradients(
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dA (R, I) and dB (O, R) of an update whose U is up_MR; to grad_x (M, I), if wanted, drop(U A) is added."""
-    grad_A = _update_gradient(up_MR, x_MI, A_RI, dropout, grad_x)
-    return grad_A, rank.gradient(down_MR, g_MO, scaling).T
-
-
-def _update_gradient(
-    up_MR: Tensor, x_MI: Tensor, A_RI: Tensor, dropout: Dropout | None, grad_x: Tensor | None
-) -> Tensor:
-    """dA, (R, I), and its share of grad_x."""
     if grad_x is not None:
         rank.add_up(grad_x, up_MR, A_RI.T, dropout=dropout)
-    return rank.gradient(up_MR, x_MI, dropout=dropout)
+    return rank.gradient(up_MR, x_MI, dropout=dropout), rank.gradient(down_MR, g_MO, scaling).T
 
 
 @dataclass(frozen=True)
@@ -90,6 +82,12 @@ class Adapted:
     base: FrozenLinear
     scaling: float
     dropout: Dropout | None = None
+
+
+def unadapted(base: FrozenLinear) -> Adapted:
+    """The layer as it is: its update has rank 0."""
+    A = torch.empty(0, base.in_features, device=base.device)
+    return Adapted(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
 
 
 def filled(layer: Adapted, x: Tensor) -> Adapted:
@@ -115,7 +113,7 @@ class _LoRALinears(torch.autograd.Function):
         A, B = [rank.typed(_there(A), x) for A in given[0::3]], [rank.typed(_there(B), x) for B in given[1::3]]
         down_MR = x.new_empty(x_MI.shape[0], sum(len(A_RI) for A_RI in A))
         downs = down_MR.split([len(A_RI) for A_RI in A], dim=1)
-        together = _together(layers, down_MR)
+        together = rank.together([len(A_RI) for A_RI in A], [dropout for *_, dropout in layers])
         if together:
             rank.down(x_MI, _joined(A), out=down_MR)
         made = []
@@ -139,21 +137,21 @@ class _LoRALinears(torch.autograd.Function):
         up_MR, grad_x = torch.empty_like(down_MR), None
         sides = zip(down_MR.split(sizes, dim=1), up_MR.split(sizes, dim=1), strict=True)
         found: list[Tensor | None] = []
-        for number, ((base, scaling, dropout), (down, up), grad) in enumerate(zip(layers, sides, grads, strict=True)):
+        for number, ((base, scaling, _), (down, up), grad) in enumerate(zip(layers, sides, grads, strict=True)):
             g_MO = grad.reshape(-1, base.out_features)
             rank.down(g_MO, B[number].T, scaling, out=up)
             if ctx.needs_input_grad[0]:
                 grad_x = base.input_gradient(g_MO, grad_x)
-            grad_A = None
-            if not ctx.together:
-                grad_A = _update_gradient(up, x_MI, A[number], dropout, grad_x)
             grad_B = rank.gradient(down, g_MO, scaling).T
             wants_bias = ctx.needs_input_grad[2 + 3 * number + 2]
-            found += [grad_A, grad_B, bias_gradient(g_MO, types[3 * number + 2]) if wants_bias else None]
-        if ctx.together:
-            found[0::3] = rank.gradient(up_MR, x_MI).split(sizes)
-            if grad_x is not None:
-                rank.add_up(grad_x, up_MR, _joined(A).T)
+            found += [None, grad_B, bias_gradient(g_MO, types[3 * number + 2]) if wants_bias else None]
+        dropouts = [dropout for *_, dropout in layers]
+        found[0::3] = rank.gradients(up_MR, x_MI, sizes, dropouts)
+        if grad_x is not None and ctx.together:
+            rank.add_up(grad_x, up_MR, _joined(A).T)
+        elif grad_x is not None:
+            for up, A_RI, dropout in zip(up_MR.split(sizes, dim=1), A, dropouts, strict=True):
+                rank.add_up(grad_x, up, A_RI.T, dropout=dropout)
         typed = (None if each is None else each.to(dtype) for each, dtype in zip(found, types, strict=True))
         return None if grad_x is None else grad_x.view(x.shape), None, *typed
 
@@ -165,11 +163,6 @@ def _there(factor: Tensor | None) -> Tensor:
 
 def _joined(A: Sequence[Tensor]) -> Tensor:
     return A[0] if len(A) == 1 else torch.cat(list(A))
-
-
-def _together(layers: Sequence[tuple[FrozenLinear, float, Dropout | None]], down_MR: Tensor) -> bool:
-    """Whether all A are one factor: each sees x itself, and they are no more than a kernel takes."""
-    return all(dropout is None for _, _, dropout in layers) and (len(layers) == 1 or down_MR.shape[1] <= rank.MOST)
 
 
 def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:

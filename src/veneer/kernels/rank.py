@@ -11,6 +11,8 @@ matrix products, which are made for squarer shapes. Factors are float32 or in th
 them as they lay them out. Shapes: M rows, I and O widths, R rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,3 +89,20 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
     calls.rank_gradient(u, x, out, scale, _mask(dropout))
     return out
+
+
+def together(sizes: Sequence[int], dropouts: Sequence[Dropout | None]) -> bool:
+    """Whether factors of these ranks, of layers of one input, are one factor: each sees the wide side itself, and they
+    are no more than a kernel takes."""
+    return all(each is None for each in dropouts) and (len(sizes) == 1 or sum(sizes) <= MOST)
+
+
+def gradients(u: Tensor, x: Tensor, sizes: Sequence[int], dropouts: Sequence[Dropout | None]) -> Sequence[Tensor]:
+    """`gradient` of several factors, u (M, R) theirs side by side: (R, I) of each. Where all ranks are 0, x may have no
+    rows."""
+    if not u.shape[1]:
+        return [x.new_empty(0, x.shape[1]) for _ in sizes]
+    if together(sizes, dropouts):
+        return gradient(u, x).split(list(sizes))
+    each = zip(u.split(list(sizes), dim=1), dropouts, strict=True)
+    return [gradient(own, x, dropout=dropout) for own, dropout in each]

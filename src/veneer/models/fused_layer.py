@@ -1,8 +1,8 @@
-"""A decoder layer of a model, computed as one node of the graph while LoRA trains on all of its linear layers.
+"""A decoder layer of a model, computed as one node of the graph while LoRA trains on linear layers of it.
 
 Which layers can be replaced is found by running them, around parts that are known: what the layer makes of them must be
 the node's sums, to the bit. The parts themselves are proven where they stand (fused.py, fused_attention.py). A forward
-that the node does not compute goes through the layer itself: other methods, dropout, rows of several adapters.
+that the node does not compute goes through the layer itself: other methods, rows of several adapters.
 """
 
 import copy
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.lora import AdaptedLinear
+from veneer.adapters.lora import AdaptedLinear, alone
+from veneer.adapters.wrapping import unwrapped
 from veneer.kernels.block import Block, Norm, lora_block
 from veneer.kernels.fused import silu_gate
 from veneer.kernels.lora import filled
 from veneer.kernels.native import has_bf16
+from veneer.linear import frozen_linear
 from veneer.models.attention import Traced
 from veneer.models.fused_attention import FusedAttention, is_taken
 from veneer.models.fused_parts import FusedGate, FusedNorm
@@ -64,10 +66,12 @@ class FusedLayer(StandIn):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         layers = []
         for module in (*projections, gate.gate_proj, gate.up_proj, gate.down_proj):
-            layer = module.alone(x) if isinstance(module, AdaptedLinear) else None
+            layer = alone(module, x)
             if layer is None:
                 return None
             layers.append(filled(layer, x))
+        if not any(len(layer.A) for layer in layers):
+            return None
         norms = []
         for norm in (first, second):
             weight = norm.weight_acting()
@@ -111,8 +115,10 @@ class _Known(nn.Module):
 
 @torch.no_grad()
 def _is_sum(layer: nn.Module, attention: StandIn) -> bool:
-    q_proj = attention.base.get_submodule("q_proj")
-    if not isinstance(q_proj, AdaptedLinear) or q_proj.frozen.dtype is not torch.bfloat16 or not has_bf16():
+    if not any(isinstance(each, AdaptedLinear) for each in layer.modules()):
+        return False
+    q_proj = frozen_linear(unwrapped(attention.base.get_submodule("q_proj")))
+    if q_proj is None or q_proj.dtype is not torch.bfloat16 or not has_bf16():
         return False
     if sorted(name for name, _ in layer.named_children()) != sorted(PARTS):
         return False

@@ -9,15 +9,18 @@
 
 #define MOST 3 /* layers of one input; kernels/block_calls.py knows it too */
 
-/* The update of up to three layers, side by side. Forward a factor lies across: A (R, width) and B (width, R) as the
-   transposes of what is multiplied with. count 0: there is none. */
+/* The updates of up to three layers, side by side; count 0: there is none. Forward a factor lies across: A (R, width) and
+   B (width, R) as the transposes of what is multiplied with. Factors with masks, all or none, are parts of their own: each
+   sees the wide side through its mask. Those without are one part. */
 struct side {
     const void *factors[MOST];
     int64_t ranks[MOST], count, across, half;
+    struct mask masks[MOST];
     uint16_t *narrow; /* (rows, R), its rows `apart` values from each other */
     int64_t apart;
     float scale;
-    uint32_t *pairs; /* C's own */
+    uint32_t *pairs; /* C's own, as what is below */
+    int64_t parts, sizes[MOST], starts[MOST];
 };
 
 static int64_t rank_of(const struct side *s) {
@@ -26,47 +29,54 @@ static int64_t rank_of(const struct side *s) {
     return all;
 }
 
-/* For narrow = scale * x W, W (width, R). */
-static VENEER_BF16 void pack_down(struct side *s, int64_t width) {
-    const int64_t rank = rank_of(s);
-    s->pairs = s->count ? words(width / 2 * rank) : NULL;
-    for (int64_t f = 0, at = 0; f < s->count; at += s->ranks[f++])
-        rank_pairs(s->factors[f], s->across, s->half, width, s->ranks[f], s->pairs + at, rank);
+static void split(struct side *s, int64_t rows, int64_t width) {
+    s->parts = 0;
+    for (int64_t f = 0, at = 0; f < s->count; at += s->ranks[f++]) {
+        if (f == 0 || s->masks[f].keys) s->starts[s->parts] = at, s->sizes[s->parts++] = 0;
+        s->sizes[s->parts - 1] += s->ranks[f];
+        mask_begin(s->masks + f, rows, width);
+    }
+    s->pairs = s->count ? words(width / 2 * rank_of(s)) : NULL;
+}
+
+static void release(struct side *s) {
+    free(s->pairs);
+    for (int64_t f = 0; f < s->count; f++) free(s->masks[f].rows);
+}
+
+/* For narrow = scale * x W, W (width, R): of each part pairs (width / 2, its R). */
+static VENEER_BF16 void pack_down(struct side *s, int64_t rows, int64_t width) {
+    split(s, rows, width);
+    for (int64_t f = 0, p = 0, at = 0; f < s->count; at += s->ranks[f++]) {
+        if (p + 1 < s->parts && at >= s->starts[p + 1]) p++;
+        uint32_t *to = s->pairs + width / 2 * s->starts[p] + at - s->starts[p];
+        rank_pairs(s->factors[f], s->across, s->half, width, s->ranks[f], to, s->sizes[p]);
+    }
 }
 
 /* For x += scale * narrow W, W (R, width). */
-static VENEER_BF16 void pack_up(struct side *s, int64_t width) {
-    s->pairs = s->count ? words(rank_of(s) / 2 * width) : NULL;
+static VENEER_BF16 void pack_up(struct side *s, int64_t rows, int64_t width) {
+    split(s, rows, width);
     for (int64_t f = 0, at = 0; f < s->count; at += s->ranks[f++])
         rank_pairs(s->factors[f], s->across, s->half, s->ranks[f], width, s->pairs + at / 2 * width, width);
 }
 
-VENEER_INLINE void down(const struct side *s, const uint16_t *x, int64_t row, int64_t n, int64_t width) {
-    if (s->count) rank_down(x, s->pairs, s->narrow + row * s->apart, s->apart, n, width, rank_of(s), s->scale);
+/* x (n, width): rows of the block, from `row` on. */
+static VENEER_BF16 void down(const struct side *s, const uint16_t *x, int64_t row, int64_t n, int64_t width) {
+    for (int64_t p = 0; p < s->parts; p++)
+        rank_down(s->masks + p, x, row, s->pairs + width / 2 * s->starts[p], s->narrow + row * s->apart + s->starts[p], s->apart, n, width,
+                  s->sizes[p], s->scale);
 }
 
-/* sums (n, COLUMNS) = narrow W, columns [c, c + wide). */
-VENEER_INLINE void up_sums(const struct side *s, int64_t row, int64_t n, int64_t width, int64_t c, int64_t wide, float *sums) {
-    bf16_product((const uint32_t *)(s->narrow + row * s->apart), s->apart / 2, 1, s->pairs + c, width, sums, COLUMNS, n, wide, rank_of(s) / 2,
-                 0);
+/* x (n, width), rows of the block, += the update, columns [c, c + wide); rounded after each part. */
+static VENEER_BF16 void up_columns(const struct side *s, uint16_t *x, int64_t row, int64_t n, int64_t width, int64_t c, int64_t wide) {
+    for (int64_t p = 0; p < s->parts; p++)
+        rank_up(s->masks + p, s->narrow + row * s->apart + s->starts[p], s->apart, s->pairs + s->starts[p] / 2 * width, x, row, n, width, c,
+                wide, s->sizes[p], s->scale);
 }
 
-VENEER_INLINE __m512 updated(const struct side *s, const uint16_t *x, const float *sums) {
-    return _mm512_fmadd_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(s->scale), bf16_floats(x));
-}
-
-static inline int64_t columns(int64_t width, int64_t c) { return width - c < COLUMNS ? width - c : COLUMNS; }
-
-/* x (n, width), rows of the block, += the update. */
-static VENEER_BF16 void up(const struct side *s, uint16_t *x, int64_t row, int64_t n, int64_t width) {
-    float sums[BLOCK * COLUMNS];
-    for (int64_t c = 0; s->count && c < width; c += COLUMNS) {
-        const int64_t wide = columns(width, c);
-        up_sums(s, row, n, width, c, wide, sums);
-        for (int64_t r = 0; r < n; r++)
-            for (int64_t i = 0; i < wide; i += 16)
-                bf16_store(x + r * width + c + i, updated(s, x + r * width + c + i, sums + r * COLUMNS + i));
-    }
+static void up(const struct side *s, uint16_t *x, int64_t row, int64_t n, int64_t width) {
+    for (int64_t c = 0; c < width; c += COLUMNS) up_columns(s, x, row, n, width, c, rank_columns(width, c));
 }
 
 /* A norm with what stands in front of it and behind it. Forward: x + update + beside, in place where there is one of
@@ -112,11 +122,11 @@ static VENEER_BF16 void norm_backward(void *arguments, int64_t from, int64_t to)
 }
 
 static void norms(struct norms *a, veneer_body body) {
-    pack_up(&a->before, a->width);
-    pack_down(&a->behind, a->width);
+    pack_up(&a->before, a->rows, a->width);
+    pack_down(&a->behind, a->rows, a->width);
     veneer_parallel(body, a, rank_blocks(a->rows), 1);
-    free(a->before.pairs);
-    free(a->behind.pairs);
+    release(&a->before);
+    release(&a->behind);
 }
 
 void veneer_block_norm_forward(struct norms *a) { norms(a, norm_forward); }
@@ -134,62 +144,59 @@ struct gates {
 static VENEER_BF16 void gate_forward(void *arguments, int64_t from, int64_t to) {
     const struct gates *a = arguments;
     const struct side *s = a->sides;
-    float gate_sums[BLOCK * COLUMNS], up_of_sums[BLOCK * COLUMNS];
     for (int64_t block = from; block < to; block++) {
-        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
+        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
         for (int64_t c = 0; c < a->width; c += COLUMNS) {
-            const int64_t wide = columns(a->width, c);
-            up_sums(s, row, n, a->width, c, wide, gate_sums);
-            up_sums(s + 1, row, n, a->width, c, wide, up_of_sums);
+            const int64_t wide = rank_columns(a->width, c);
+            up_columns(s, a->gate + start, row, n, a->width, c, wide);
+            up_columns(s + 1, a->up + start, row, n, a->width, c, wide);
             for (int64_t r = 0; r < n; r++)
                 for (int64_t i = 0; i < wide; i += 16) {
                     const int64_t at = (row + r) * a->width + c + i;
-                    const __m512 gate = rounded(updated(s, a->gate + at, gate_sums + r * COLUMNS + i));
-                    const __m512 by = rounded(updated(s + 1, a->up + at, up_of_sums + r * COLUMNS + i));
-                    bf16_store(a->gate + at, gate);
-                    bf16_store(a->up + at, by);
-                    bf16_store(a->out + at, gated(gate, by));
+                    bf16_store(a->out + at, gated(bf16_floats(a->gate + at), bf16_floats(a->up + at)));
                 }
         }
-        down(s + 2, a->out + row * a->width, row, n, a->width);
+        down(s + 2, a->out + start, row, n, a->width);
     }
 }
 
 static VENEER_BF16 void gate_backward(void *arguments, int64_t from, int64_t to) {
     const struct gates *a = arguments;
     const struct side *s = a->sides;
-    float sums[BLOCK * COLUMNS];
     for (int64_t block = from; block < to; block++) {
-        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
+        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
         for (int64_t c = 0; c < a->width; c += COLUMNS) {
-            const int64_t wide = columns(a->width, c);
-            up_sums(s + 2, row, n, a->width, c, wide, sums);
+            const int64_t wide = rank_columns(a->width, c);
+            up_columns(s + 2, a->out + start, row, n, a->width, c, wide);
             for (int64_t r = 0; r < n; r++)
                 for (int64_t i = 0; i < wide; i += 16) {
                     const int64_t at = (row + r) * a->width + c + i;
-                    const __m512 g = rounded(updated(s + 2, a->out + at, sums + r * COLUMNS + i));
-                    gated_gradient(bf16_floats(a->gate + at), bf16_floats(a->up + at), g, a->out + at, a->grad_up + at);
+                    gated_gradient(bf16_floats(a->gate + at), bf16_floats(a->up + at), bf16_floats(a->out + at), a->out + at,
+                                   a->grad_up + at);
                 }
         }
-        down(s, a->out + row * a->width, row, n, a->width);
-        down(s + 1, a->grad_up + row * a->width, row, n, a->width);
+        down(s, a->out + start, row, n, a->width);
+        down(s + 1, a->grad_up + start, row, n, a->width);
     }
 }
 
+static void gates(struct gates *a, veneer_body body) {
+    veneer_parallel(body, a, rank_blocks(a->rows), 1);
+    for (int i = 0; i < 3; i++) release(a->sides + i);
+}
+
 void veneer_block_gate_forward(struct gates *a) {
-    pack_up(a->sides, a->width);
-    pack_up(a->sides + 1, a->width);
-    pack_down(a->sides + 2, a->width);
-    veneer_parallel(gate_forward, a, rank_blocks(a->rows), 1);
-    for (int i = 0; i < 3; i++) free(a->sides[i].pairs);
+    pack_up(a->sides, a->rows, a->width);
+    pack_up(a->sides + 1, a->rows, a->width);
+    pack_down(a->sides + 2, a->rows, a->width);
+    gates(a, gate_forward);
 }
 
 void veneer_block_gate_backward(struct gates *a) {
-    pack_down(a->sides, a->width);
-    pack_down(a->sides + 1, a->width);
-    pack_up(a->sides + 2, a->width);
-    veneer_parallel(gate_backward, a, rank_blocks(a->rows), 1);
-    for (int i = 0; i < 3; i++) free(a->sides[i].pairs);
+    pack_down(a->sides, a->rows, a->width);
+    pack_down(a->sides + 1, a->rows, a->width);
+    pack_up(a->sides + 2, a->rows, a->width);
+    gates(a, gate_backward);
 }
 
 /* q, k and v, rows of `heads` heads each, in place. Forward: each + its update, then q and k turned. Backward: q and k
@@ -220,9 +227,9 @@ static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {
 }
 
 void veneer_block_heads(struct heads *a) {
-    for (int i = 0; i < MOST; i++) (a->back ? pack_down : pack_up)(a->sides + i, a->heads[i] * a->size);
+    for (int i = 0; i < MOST; i++) (a->back ? pack_down : pack_up)(a->sides + i, a->rows, a->heads[i] * a->size);
     veneer_parallel(heads_body, a, rank_blocks(a->rows), 1);
-    for (int i = 0; i < MOST; i++) free(a->sides[i].pairs);
+    for (int i = 0; i < MOST; i++) release(a->sides + i);
 }
 
 #endif

@@ -91,13 +91,14 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
 
 /* out (rows, R) = scale * turned W. Items are blocks of rows; pairs (width / 2, R). */
 static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to) {
+    static const struct mask whole; /* nothing is dropped */
     const struct dora *a = arguments;
     for (int64_t block = from; block < to; block++) {
         int64_t row = block * BLOCK, n = rank_rows(block, a->rows), c = 0;
         float *partial = a->partial + block * a->width;
         for (; c + COLUMNS <= a->width; c += COLUMNS) turn_backward(a, row, n, c, 4, partial);
         for (; c < a->width; c += 16) turn_backward(a, row, n, c, 1, partial);
-        rank_down(a->turned + row * a->width, a->pairs, a->out + row * a->rank, a->rank, n, a->width, a->rank, a->scale);
+        rank_down(&whole, a->turned + row * a->width, row, a->pairs, a->out + row * a->rank, a->rank, n, a->width, a->rank, a->scale);
     }
 }
 

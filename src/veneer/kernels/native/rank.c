@@ -16,42 +16,9 @@ struct rank {
     float *grad;
     int64_t rows, width, rank, apart, across, half;
     float scale;
-    const int64_t *keys; /* dropout's, of the rows; NULL: x is seen whole */
-    uint32_t row_key, column_key, threshold;
-    uint32_t *pairs, *hashes; /* C's own: of the rows, then of the columns */
+    struct mask mask;
+    uint32_t *pairs; /* C's own */
 };
-
-/* As dropout.c: lowbias32, Wellons 2018. */
-static uint32_t mix(uint32_t value) {
-    value = (value ^ (value >> 16)) * 0x7FEB352Du;
-    value = (value ^ (value >> 15)) * 0x846CA68Bu;
-    return value ^ (value >> 16);
-}
-
-static void hash(struct rank *a) {
-    if (!a->keys) return;
-    a->hashes = words(a->rows + a->width);
-    for (int64_t r = 0; r < a->rows; r++) a->hashes[r] = mix((uint32_t)a->keys[r] + a->row_key);
-    for (int64_t c = 0; c < a->width; c++) a->hashes[a->rows + c] = mix((uint32_t)c * 0x85EBCA6Bu + a->column_key);
-}
-
-/* Which of 16 columns of a row stay. */
-VENEER_INLINE __mmask16 kept(const struct rank *a, int64_t row, int64_t column) {
-    const __m512i columns = _mm512_loadu_si512(a->hashes + a->rows + column);
-    __m512i value = _mm512_xor_si512(columns, _mm512_set1_epi32((int)a->hashes[row]));
-    value = _mm512_mullo_epi32(_mm512_xor_si512(value, _mm512_srli_epi32(value, 16)), _mm512_set1_epi32(0x7FEB352D));
-    value = _mm512_mullo_epi32(_mm512_xor_si512(value, _mm512_srli_epi32(value, 15)), _mm512_set1_epi32((int)0x846CA68Bu));
-    return _mm512_cmpge_epu32_mask(_mm512_xor_si512(value, _mm512_srli_epi32(value, 16)), _mm512_set1_epi32((int)a->threshold));
-}
-
-/* Rows [row, row + n) of x with zeros where they are dropped. */
-static VENEER_BF16 void drop(const struct rank *a, int64_t row, int64_t n, uint16_t *to) {
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t c = 0; c < a->width; c += 16) {
-            const __m256i x = _mm256_loadu_si256((const __m256i *)(a->x + (row + r) * a->width + c));
-            _mm256_storeu_si256((__m256i *)(to + r * a->width + c), _mm256_maskz_mov_epi16(kept(a, row + r, c), x));
-        }
-}
 
 static void pack(struct rank *a, int64_t K, int64_t N) {
     a->pairs = words(K / 2 * N);
@@ -61,34 +28,20 @@ static void pack(struct rank *a, int64_t K, int64_t N) {
 /* narrow (rows, R) = scale * x (rows, width) W. Items are blocks of rows. */
 static VENEER_BF16 void down_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
-    uint16_t *dropped = a->keys ? (uint16_t *)words(BLOCK * a->width / 2) : NULL;
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
-        const uint16_t *x = dropped ? dropped : a->x + row * a->width;
-        if (dropped) drop(a, row, n, dropped);
-        rank_down(x, a->pairs, a->narrow + row * a->apart, a->apart, n, a->width, a->rank, a->scale);
+        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
+        rank_down(&a->mask, a->x + row * a->width, row, a->pairs, a->narrow + row * a->apart, a->apart, n, a->width, a->rank, a->scale);
     }
-    free(dropped);
 }
 
 /* x (rows, width) += scale * narrow (rows, R) W. */
 static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
-    float sums[BLOCK * COLUMNS];
     for (int64_t block = from; block < to; block++) {
-        int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
-        for (int64_t c = 0; c < a->width; c += COLUMNS) {
-            int64_t wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
-            bf16_product((const uint32_t *)(a->narrow + row * a->apart), a->apart / 2, 1, a->pairs + c, a->width, sums, COLUMNS, n, wide,
-                         a->rank / 2, 0);
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t i = 0; i < wide; i += 16) {
-                    uint16_t *to_add = (uint16_t *)a->x + (row + r) * a->width + c + i;
-                    __m512 sum = _mm512_loadu_ps(sums + r * COLUMNS + i);
-                    if (a->keys) sum = _mm512_maskz_mov_ps(kept(a, row + r, c + i), sum);
-                    bf16_store(to_add, _mm512_fmadd_ps(sum, _mm512_set1_ps(a->scale), bf16_floats(to_add)));
-                }
-        }
+        const int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
+        for (int64_t c = 0; c < a->width; c += COLUMNS)
+            rank_up(&a->mask, a->narrow + row * a->apart, a->apart, a->pairs, (uint16_t *)a->x + row * a->width, row, n, a->width, c,
+                    rank_columns(a->width, c), a->rank, a->scale);
     }
 }
 
@@ -98,7 +51,7 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
     enum { DEPTH = 32 }; /* pairs of rows at a time: 8 KiB, which stay in the first cache */
     uint32_t packed[DEPTH * COLUMNS];
     for (int64_t block = from; block < to; block++) {
-        int64_t c = block * COLUMNS, wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
+        int64_t c = block * COLUMNS, wide = rank_columns(a->width, c);
         for (int64_t pair = 0; pair < a->rows / 2; pair += DEPTH) {
             int64_t depth = a->rows / 2 - pair < DEPTH ? a->rows / 2 - pair : DEPTH;
             for (int64_t k = 0; k < depth; k++) {
@@ -106,9 +59,9 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
                 for (int64_t i = 0; i < wide; i += 16) {
                     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(first + i)));
                     __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(second + i)));
-                    if (a->keys) {
-                        low = _mm512_maskz_mov_epi32(kept(a, 2 * (pair + k), c + i), low);
-                        high = _mm512_maskz_mov_epi32(kept(a, 2 * (pair + k) + 1, c + i), high);
+                    if (a->mask.keys) {
+                        low = _mm512_maskz_mov_epi32(kept(&a->mask, 2 * (pair + k), c + i), low);
+                        high = _mm512_maskz_mov_epi32(kept(&a->mask, 2 * (pair + k) + 1, c + i), high);
                     }
                     _mm512_storeu_si512(packed + k * COLUMNS + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
                 }
@@ -135,26 +88,26 @@ static VENEER_BF16 void pack_narrow(struct rank *a) {
 
 void veneer_rank_down(struct rank *a) {
     pack(a, a->width, a->rank);
-    hash(a);
+    mask_begin(&a->mask, a->rows, a->width);
     veneer_parallel(down_body, a, rank_blocks(a->rows), 1);
     free(a->pairs);
-    free(a->hashes);
+    free(a->mask.rows);
 }
 
 void veneer_rank_up(struct rank *a) {
     pack(a, a->rank, a->width);
-    hash(a);
+    mask_begin(&a->mask, a->rows, a->width);
     veneer_parallel(up_body, a, rank_blocks(a->rows), 1);
     free(a->pairs);
-    free(a->hashes);
+    free(a->mask.rows);
 }
 
 void veneer_rank_gradient(struct rank *a) {
     pack_narrow(a);
-    hash(a);
+    mask_begin(&a->mask, a->rows, a->width);
     veneer_parallel(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1);
     free(a->pairs);
-    free(a->hashes);
+    free(a->mask.rows);
 }
 
 #endif

@@ -1,5 +1,5 @@
-/* What rank.c, block.c and dora.c share: blocks of rows, their products with a matrix of few columns or few rows, and
-   how it is laid out for them. */
+/* What rank.c, block.c and dora.c share: blocks of rows, their products with a matrix of few columns or few rows, how it
+   is laid out for them, and dropout's masks. */
 #ifndef VENEER_RANK_H
 #define VENEER_RANK_H
 
@@ -16,22 +16,83 @@ static inline int64_t rank_blocks(int64_t rows) { return (rows + BLOCK - 1) / BL
 
 static inline int64_t rank_rows(int64_t block, int64_t rows) { return rows - block * BLOCK < BLOCK ? rows - block * BLOCK : BLOCK; }
 
-/* out (n, R), rows `apart` values from each other, = scale * x (n, width) W, n <= BLOCK; pairs (width / 2, R). */
-VENEER_INLINE void rank_down(const uint16_t *x, const uint32_t *pairs, uint16_t *out, int64_t apart, int64_t n, int64_t width, int64_t rank,
-                             float scale) {
-    float sums[BLOCK * MOST_RANK];
-    bf16_product((const uint32_t *)x, width / 2, 1, pairs, rank, sums, rank, n, rank, width / 2, 0);
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t i = 0; i < rank; i += 16)
-            bf16_store(out + r * apart + i, _mm512_mul_ps(_mm512_loadu_ps(sums + r * rank + i), _mm512_set1_ps(scale)));
-}
-
 /* Memory of its own, aligned to a line. */
 static inline uint32_t *words(int64_t count) {
     void *found = NULL;
     if (posix_memalign(&found, 64, (size_t)(4 * count + 64))) abort();
     return found;
 }
+
+/* Dropout of one layer: which values stay is computed where they are read (kernels/dropout.py). kernels/calls.py has the
+   same fields. */
+struct mask {
+    const int64_t *keys; /* of the rows; NULL: all stay */
+    uint32_t row_key, column_key, threshold;
+    uint32_t *rows, *columns; /* C's own: their hashes, in one piece */
+};
+
+/* As dropout.c: lowbias32, Wellons 2018. */
+static inline uint32_t mix(uint32_t value) {
+    value = (value ^ (value >> 16)) * 0x7FEB352Du;
+    value = (value ^ (value >> 15)) * 0x846CA68Bu;
+    return value ^ (value >> 16);
+}
+
+static __attribute__((unused)) VENEER_BF16 void mask_begin(struct mask *m, int64_t rows, int64_t width) {
+    m->rows = m->keys ? words(rows + width) : NULL;
+    if (!m->keys) return;
+    m->columns = m->rows + rows;
+    for (int64_t r = 0; r < rows; r++) m->rows[r] = mix((uint32_t)m->keys[r] + m->row_key);
+    for (int64_t c = 0; c < width; c++) m->columns[c] = mix((uint32_t)c * 0x85EBCA6Bu + m->column_key);
+}
+
+/* Which of 16 columns of a row stay. */
+VENEER_INLINE __mmask16 kept(const struct mask *m, int64_t row, int64_t column) {
+    const __m512i columns = _mm512_loadu_si512(m->columns + column);
+    __m512i value = _mm512_xor_si512(columns, _mm512_set1_epi32((int)m->rows[row]));
+    value = _mm512_mullo_epi32(_mm512_xor_si512(value, _mm512_srli_epi32(value, 16)), _mm512_set1_epi32(0x7FEB352D));
+    value = _mm512_mullo_epi32(_mm512_xor_si512(value, _mm512_srli_epi32(value, 15)), _mm512_set1_epi32((int)0x846CA68Bu));
+    return _mm512_cmpge_epu32_mask(_mm512_xor_si512(value, _mm512_srli_epi32(value, 16)), _mm512_set1_epi32((int)m->threshold));
+}
+
+/* out (n, R), rows `apart` values from each other, = scale * x (n, width) W, n <= BLOCK; pairs (width / 2, R). x: rows from
+   `row` on, seen through the mask a piece at a time, so that what is left of it stays in the first cache. */
+static __attribute__((unused)) VENEER_BF16 void rank_down(const struct mask *m, const uint16_t *x, int64_t row, const uint32_t *pairs,
+                                                         uint16_t *out, int64_t apart, int64_t n, int64_t width, int64_t rank, float scale) {
+    enum { PIECE = 256 };
+    float sums[BLOCK * MOST_RANK];
+    uint16_t left[BLOCK * PIECE];
+    if (!m->keys) bf16_product((const uint32_t *)x, width / 2, 1, pairs, rank, sums, rank, n, rank, width / 2, 0);
+    for (int64_t c = 0; m->keys && c < width; c += PIECE) {
+        const int64_t wide = width - c < PIECE ? width - c : PIECE;
+        for (int64_t r = 0; r < n; r++)
+            for (int64_t i = 0; i < wide; i += 16) {
+                const __m256i own = _mm256_loadu_si256((const __m256i *)(x + r * width + c + i));
+                _mm256_storeu_si256((__m256i *)(left + r * PIECE + i), _mm256_maskz_mov_epi16(kept(m, row + r, c + i), own));
+            }
+        bf16_product((const uint32_t *)left, PIECE / 2, 1, pairs + c / 2 * rank, rank, sums, rank, n, rank, wide / 2, c > 0);
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < rank; i += 16)
+            bf16_store(out + r * apart + i, _mm512_mul_ps(_mm512_loadu_ps(sums + r * rank + i), _mm512_set1_ps(scale)));
+}
+
+/* x (n, width) += scale * narrow (n, R) W, columns [c, c + wide), wide <= COLUMNS; what is added through the mask, of rows
+   from `row` on. pairs (R / 2, width). */
+VENEER_INLINE void rank_up(const struct mask *m, const uint16_t *narrow, int64_t apart, const uint32_t *pairs, uint16_t *x, int64_t row,
+                           int64_t n, int64_t width, int64_t c, int64_t wide, int64_t rank, float scale) {
+    float sums[BLOCK * COLUMNS];
+    bf16_product((const uint32_t *)narrow, apart / 2, 1, pairs + c, width, sums, COLUMNS, n, wide, rank / 2, 0);
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < wide; i += 16) {
+            uint16_t *to = x + r * width + c + i;
+            __m512 sum = _mm512_loadu_ps(sums + r * COLUMNS + i);
+            if (m->keys) sum = _mm512_maskz_mov_ps(kept(m, row + r, c + i), sum);
+            bf16_store(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), bf16_floats(to)));
+        }
+}
+
+static inline int64_t rank_columns(int64_t width, int64_t c) { return width - c < COLUMNS ? width - c : COLUMNS; }
 
 VENEER_INLINE __m512i bf16_words(const uint16_t *low, const uint16_t *high) {
     __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
