@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import veneer
 from tests.test_bases_sources import REQUIREMENT
 from veneer import child
 from veneer.bases.packages import fetch_wheel
-from veneer.compare.local import command_of
+from veneer.compare.local import ForkServer, command_of
 from veneer.data.rendering import Conversation, Template
 from veneer.data.rendering import Worker as Renderer
 from veneer.errors import SourceError
 
 SOURCES = sorted(Path(veneer.__file__).parent.rglob("*.py"))
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each command starts anew")
 
 
 @pytest.fixture
@@ -35,11 +37,15 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
-def test_the_commands_of_a_comparison_do_not(trapped: Path) -> None:
-    done = command_of(["--version"], lambda: None, os.environ)
-    assert (done.code, done.out.split()[0]) == (0, "veneer")
-    done = command_of(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: None, os.environ)
-    assert done.code == 2 and "Traceback" not in done.talk
+@pytest.mark.parametrize("forked", [False, pytest.param(True, marks=LINUX)])
+def test_the_commands_of_a_comparison_do_not(trapped: Path, forked: bool) -> None:
+    with closing(ForkServer(os.environ)) if forked else nullcontext() as server:
+        for arguments, code in ((["--version"], 0), (["data", "check", "nothing.jsonl", "--base", "nowhere"], 2)):
+            if server is None:
+                done = command_of(arguments, lambda: None, os.environ)
+            else:
+                done = server.command_of(arguments, lambda: None)
+            assert done.code == code and "Traceback" not in done.talk
     assert not trapped.exists()
 
 
