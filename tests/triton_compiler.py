@@ -1,10 +1,11 @@
 """Triton's kernels made into machine code of a GPU that is not here: python tests/triton_compiler.py CAPABILITY.
 
 Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel is compiled, by the
-same arguments, for that GPU. Prints one line a kernel: name, options, bytes of machine code, bytes of
-memory that a block of threads shares.
+same arguments, for that GPU, as a launch would: addresses and numbers that 16 divides are known to be such. Prints one line a kernel: name, options, bytes of machine code,
+the most bytes that a thread loads and stores at once, bytes of memory that a block of threads shares.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -37,6 +38,19 @@ def type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def aligned(value: Any) -> bool:
+    """Whether a launch compiles a kernel of its own for it."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+def widest(ptx: str, way: str) -> int:
+    """Bytes that one instruction moves from or to the device's memory."""
+    found = re.findall(rf"\b{way}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return max(int(count or 1) * int(bits) // 8 for count, bits in found)
+
+
 def compiled_for(capability: int) -> Any:
     target, seen = GPUTarget("cuda", capability, 32), set()
 
@@ -47,14 +61,21 @@ def compiled_for(capability: int) -> Any:
         fixed = {param.name for param in self.params if param.is_constexpr}
         signature = {name: "constexpr" if name in fixed else type_of(given[name]) for name in self.arg_names}
         constants = {name: given[name] for name in fixed}
-        key = self.fn.__qualname__, str(signature), str(constants)
+        shared = {
+            (at,): [["tt.divisibility", 16]]
+            for at, name in enumerate(self.arg_names)
+            if name not in fixed and aligned(given[name])
+        }
+        key = self.fn.__qualname__, str(signature), str(constants), str(shared)
         if key in seen:
             return
         seen.add(key)
-        made = triton.compile(ASTSource(self, signature, constants), target=target, options=options)
+        made = triton.compile(ASTSource(self, signature, constants, shared), target=target, options=options)
         types = " ".join(each for each in signature.values() if each != "constexpr")
         name, code = f"{self.fn.__module__}.{self.fn.__name__}", len(made.asm["cubin"])
-        print(f"{name}({types}) {options}: {code} bytes of code, {made.metadata.shared} shared")
+        loads, stores = (widest(made.asm["ptx"], way) for way in ("ld", "st"))
+        shared_bytes = made.metadata.shared
+        print(f"{name}({types}) {options}: {code} bytes of code, loads {loads}, stores {stores}, {shared_bytes} shared")
 
     return run
 

@@ -14,34 +14,36 @@ from torch import Tensor
 
 from veneer.kernels.triton_numbers import Launched, rounded
 
-_ELEMENTS = 1024
+_BYTES = 512
+"""Decoded by a program: 4 a lane, whose weights in 16 bits are one store of 16 bytes."""
 _OUTS, _WIDTH = 8, 256
 
 
 @triton.jit
-def _weights(
+def _pairs(
     packed,
     scales,
     table,
     nested_table,
     nested_scales,
     offset,
-    elements,
+    byte,
     inside,
     nested: tl.constexpr,
     block: tl.constexpr,
     nested_block: tl.constexpr,
 ):
-    """float32 weights at `elements` of the flat weight; 0 where not `inside`."""
-    byte = tl.load(packed + elements // 2, mask=inside, other=0).to(tl.int32)
-    nibble = tl.where(elements % 2 == 0, byte >> 4, byte & 15)
-    number = elements // block
+    """byte (...): numbers of bytes of the flat weight -> float32 weights (..., 2); 0 where not `inside`. Both lie in one
+    block of scales."""
+    both = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
+    number = byte // (block // 2)
     scale = tl.load(scales + number, mask=inside, other=0)
     if nested:
         outer = tl.load(nested_scales + number // nested_block, mask=inside, other=0.0)
         scale = tl.load(nested_table + scale.to(tl.int32), mask=inside, other=0.0) * outer + offset
-    value = tl.load(table + nibble, mask=inside, other=0.0)
-    return value * scale
+    first = tl.load(table + (both >> 4), mask=inside, other=0.0)
+    second = tl.load(table + (both & 15), mask=inside, other=0.0)
+    return tl.join(first * scale, second * scale)
 
 
 @Launched
@@ -54,19 +56,33 @@ def _dequantize(
     nested_scales,
     offset,
     out,
-    start,
+    first_byte,
+    bytes,
     count,
+    before: tl.constexpr,
     nested: tl.constexpr,
     block: tl.constexpr,
     nested_block: tl.constexpr,
     size: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
-    inside = place < count
-    value = _weights(
-        packed, scales, table, nested_table, nested_scales, offset, start + place, inside, nested, block, nested_block
+    """before: 1 where `out` begins with the second weight of its first byte, else 0."""
+    own = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    value = _pairs(
+        packed,
+        scales,
+        table,
+        nested_table,
+        nested_scales,
+        offset,
+        first_byte + own,
+        own < bytes,
+        nested,
+        block,
+        nested_block,
     )
-    tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
+    place = tl.program_id(0).to(tl.int64) * (2 * size) + tl.arange(0, 2 * size) - before
+    value = rounded(value.reshape(2 * size), out.dtype.element_ty)
+    tl.store(out + place, value, mask=(place >= 0) & (place < count) if before else place < count)
 
 
 @Launched
@@ -80,7 +96,7 @@ def _product(
     offset,
     x,
     y,
-    start,
+    first_byte,
     rows,
     outs,
     width,
@@ -92,26 +108,25 @@ def _product(
     step: tl.constexpr,
 ):
     out_O = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
-    row_M = tl.arange(0, padded_rows)
+    row_M, half = tl.arange(0, padded_rows), width // 2
     sums_MO = tl.zeros((padded_rows, tile), dtype=tl.float32)
-    for first in range(0, width, step):
-        column_I = first + tl.arange(0, step)
-        elements_OI = start + out_O[:, None] * width + column_I[None, :]
-        inside_OI = (out_O[:, None] < outs) & (column_I[None, :] < width)
-        weight_OI = _weights(
+    for first in range(0, half, step // 2):
+        byte_J = first + tl.arange(0, step // 2)
+        weight_OJ2 = _pairs(
             packed,
             scales,
             table,
             nested_table,
             nested_scales,
             offset,
-            elements_OI,
-            inside_OI,
+            first_byte + out_O[:, None] * half + byte_J[None, :],
+            (out_O[:, None] < outs) & (byte_J[None, :] < half),
             nested,
             block,
             nested_block,
         )
-        rounded_OI = rounded(weight_OI, x.dtype.element_ty).to(tl.float32)
+        rounded_OI = rounded(weight_OJ2.reshape(tile, step), x.dtype.element_ty).to(tl.float32)
+        column_I = 2 * first + tl.arange(0, step)
         inside_MI = (row_M[:, None] < rows) & (column_I[None, :] < width)
         x_MI = tl.load(x + row_M[:, None] * width + column_I[None, :], mask=inside_MI, other=0.0).to(tl.float32)
         sums_MO += tl.sum(x_MI[:, None, :] * rounded_OI[None, :, :], axis=2)
@@ -139,13 +154,16 @@ def _shape(weights: Any) -> dict[str, Any]:
 def dequantize(weights: Any, out: Tensor, *, start: int) -> Tensor:
     """As nf4.dequantize, `out` contiguous on the weights' device."""
     count = out.numel()
-    grid = (triton.cdiv(count, _ELEMENTS),)
-    _dequantize[grid](*_parts(weights), out, start, count, size=_ELEMENTS, **_shape(weights))
+    first, before = divmod(start, 2)
+    bytes = triton.cdiv(count + before, 2)
+    grid = (triton.cdiv(bytes, _BYTES),)
+    _dequantize[grid](*_parts(weights), out, first, bytes, count, before=before, size=_BYTES, **_shape(weights))
     return out
 
 
 def product(weights: Any, x: Tensor, outs: int, *, start: int) -> Tensor:
-    """As nf4.product: x (M, I) contiguous -> (M, outs), sums in float32."""
+    """As nf4.product: x (M, I) contiguous -> (M, outs), sums in float32. start and I are even."""
+    assert start % 2 == 0 == x.shape[1] % 2
     y = torch.empty(x.shape[0], outs, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(x.shape[0])
     grid = (triton.cdiv(outs, _OUTS),)
@@ -153,7 +171,7 @@ def product(weights: Any, x: Tensor, outs: int, *, start: int) -> Tensor:
         *_parts(weights),
         x,
         y,
-        start,
+        start // 2,
         x.shape[0],
         outs,
         x.shape[1],
