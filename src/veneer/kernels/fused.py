@@ -86,13 +86,16 @@ def _norms(x: Tensor, weight: Tensor, *others: Tensor) -> Any:
     return launch.triton("norm", x, weight, *others) if fits else None
 
 
-class _SiluGate(torch.autograd.Function):
+class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
         if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
-            return triton.gate_forward(gate, up, False)
+            return triton.gate_forward(gate, up, gelu)
+        if gelu:
+            return F.gelu(gate, approximate="tanh") * up
         if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
             return F.silu(gate) * up
         out = torch.empty_like(gate)
@@ -101,37 +104,20 @@ class _SiluGate(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         grad = grad.contiguous()
         if (triton := launch.triton("gate", gate, up, grad)) is not None:
-            return triton.gate_backward(gate, up, grad, False)
+            return *triton.gate_backward(gate, up, grad, ctx.gelu), None
+        if ctx.gelu:
+            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+            return grad_gate, grad * F.gelu(gate, approximate="tanh"), None
         if gate.numel() % 16 or not in_one_pass(gate, up, grad):
             share = torch.sigmoid(gate)
-            return grad * up * share * (1 + gate * (1 - share)), grad * gate * share
+            return grad * up * share * (1 + gate * (1 - share)), grad * gate * share, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
         calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
-        return grad_gate, grad_up
-
-
-class _GeluGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
-            return triton.gate_forward(gate, up, True)
-        return F.gelu(gate, approximate="tanh") * up
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad = grad.contiguous()
-        if (triton := launch.triton("gate", gate, up, grad)) is not None:
-            return triton.gate_backward(gate, up, grad, True)
-        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-        return grad_gate, grad * F.gelu(gate, approximate="tanh")
+        return grad_gate, grad_up, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -194,8 +180,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up of one shape -> silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU."""
-    apply: Any = _SiluGate.apply
-    return apply(gate, up)
+    apply: Any = _Gate.apply
+    return apply(gate, up, False)
 
 
 def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -205,8 +191,8 @@ def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh. Source: Shazeer 2020, GEGLU."""
-    apply: Any = _GeluGate.apply
-    return apply(gate, up)
+    apply: Any = _Gate.apply
+    return apply(gate, up, True)
 
 
 def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:

@@ -30,13 +30,18 @@ def _activation(gate, gelu: tl.constexpr):
     return gate * share, share + gate * share * (1.0 - share) * turn
 
 
+@triton.jit
+def _values(tensor, place, inside):
+    return tl.load(tensor + place, mask=inside, other=0.0).to(tl.float32)
+
+
 @Launched
 @triton.jit
 def _forward(gate, up, out, count, gelu: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < count
-    value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    beside = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    value = _values(gate, place, inside)
+    beside = _values(up, place, inside)
     active, _ = _activation(value, gelu)
     found = as_rounded(active, out.dtype.element_ty) * beside
     tl.store(out + place, rounded(found, out.dtype.element_ty), mask=inside)
@@ -47,9 +52,9 @@ def _forward(gate, up, out, count, gelu: tl.constexpr, size: tl.constexpr):
 def _backward(gate, up, grad, grad_gate, grad_up, count, gelu: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < count
-    value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    beside = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    given = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    value = _values(gate, place, inside)
+    beside = _values(up, place, inside)
+    given = _values(grad, place, inside)
     active, slope = _activation(value, gelu)
     tl.store(grad_gate + place, rounded(given * beside * slope, gate.dtype.element_ty), mask=inside)
     tl.store(grad_up + place, rounded(given * active, gate.dtype.element_ty), mask=inside)

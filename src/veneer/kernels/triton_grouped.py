@@ -23,6 +23,21 @@ _FACTOR_BYTES = 2**15
 """Of a factor, in a block's shared memory at a time."""
 
 
+@triton.jit
+def _tile(tiles, rank, rows: tl.constexpr, ranks: tl.constexpr):
+    """A program's adapter, its rows and which of them are real, its numbers of rank and which of these are."""
+    tile = tiles + 3 * tl.program_id(0)
+    number, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    row, r = first + tl.arange(0, rows), tl.arange(0, ranks)
+    return number, row, row < first + count, r, r < rank
+
+
+@triton.jit
+def _places(number, r, column, number_stride, rank_stride, width_stride):
+    """Of a factor: r and column spread against each other."""
+    return number * number_stride + r * rank_stride + column * width_stride
+
+
 @Launched
 @triton.jit
 def _down(
@@ -40,17 +55,14 @@ def _down(
     ranks: tl.constexpr,
     step: tl.constexpr,
 ):
-    tile = tiles + 3 * tl.program_id(0)
-    number, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    row, r = first + tl.arange(0, rows), tl.arange(0, ranks)
-    real, ranked = row < first + count, r < rank
+    number, row, real, r, ranked = _tile(tiles, rank, rows, ranks)
     sums = tl.zeros((rows, ranks), dtype=tl.float32)
     for start in range(0, width, step):
         column = start + tl.arange(0, step)
         inside = column < width
         places = row[:, None] * x_stride + column[None, :]
         values = tl.load(x + places, mask=real[:, None] & inside[None, :], other=0.0)
-        places = number * number_stride + r[None, :] * rank_stride + column[:, None] * width_stride
+        places = _places(number, r[None, :], column[:, None], number_stride, rank_stride, width_stride)
         factors = tl.load(factor + places, mask=ranked[None, :] & inside[:, None], other=0.0)
         sums = multiplied(values, factors, sums)
     found = rounded(sums, narrow.dtype.element_ty)
@@ -74,13 +86,11 @@ def _add_up(
     ranks: tl.constexpr,
     step: tl.constexpr,
 ):
-    tile = tiles + 3 * tl.program_id(0)
-    number, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    row, r = first + tl.arange(0, rows), tl.arange(0, ranks)
+    number, row, real, r, ranked = _tile(tiles, rank, rows, ranks)
     column = tl.program_id(1) * step + tl.arange(0, step)
-    real, ranked, inside = row < first + count, r < rank, column < width
+    inside = column < width
     values = tl.load(narrow + row[:, None] * rank + r[None, :], mask=real[:, None] & ranked[None, :], other=0.0)
-    places = number * number_stride + r[:, None] * rank_stride + column[None, :] * width_stride
+    places = _places(number, r[:, None], column[None, :], number_stride, rank_stride, width_stride)
     factors = tl.load(factor + places, mask=ranked[:, None] & inside[None, :], other=0.0)
     there = real[:, None] & inside[None, :]
     places = row[:, None] * y_stride + column[None, :]
