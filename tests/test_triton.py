@@ -14,6 +14,9 @@ from tests.interpreter import DEVICE  # before whatever loads Triton
 from tests.tiny_gguf import random_blocks
 from veneer.kernels import dropout, fused, gguf, launch, loss, native, segments
 from veneer.kernels import nf4 as nf4_kernels
+from veneer.kernels.paged_attention import Blocks
+from veneer.kernels.paged_rows import Tables, paged_rows, paged_rows_reference
+from veneer.kernels.rules import Rules
 from veneer.linear import DenseLinear
 from veneer.quant import nf4
 
@@ -233,6 +236,37 @@ def test_weights_of_four_bits_are_decoded_and_multiplied_where_they_lie(double, 
     assert torch.equal(nf4.dequantize(moved).cpu(), dense)
     near(nf4_kernels.product(moved.blocks, there.to(x), 48), x.double() @ dense.double().T, TYPES[torch.bfloat16])
     assert there.launches == ["nf4", "nf4"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["plain", "window", "soft cap and sinks", "heads of unlike sizes", "many parts"])
+def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there):
+    lengths, slots = [1, 16, 17, 40, 600 if case == "many parts" else 100], 16
+    K, G, D, E = 2, 3, 24, 40 if case == "heads of unlike sizes" else 24
+    rules = Rules(0.3, window=21 if case == "window" else None, softcap=2.0 if "cap" in case else None)
+    sinks = torch.linspace(-1, 2, K * G).to(dtype) if "sinks" in case else None
+    q, k, v = (each.to(dtype) for each in draws(8, (5, K * G, D), (5, K, D), (5, K, E)))
+    count = 40
+    blocks = torch.stack([(torch.arange(count) * 5 + n).clamp_max(199) for n in range(5)])
+    keys, values = (each.to(dtype) for each in draws(9, (200, K, D, slots, 1), (200, K, slots, E, 1)))
+    at = torch.tensor(lengths)
+
+    def ran(way, to):
+        stored = Blocks(to(keys.clone()), to(values.clone()))
+        own = replace(rules, sinks=None if sinks is None else to(sinks))
+        # rows of heads as models hand them over: not side by side
+        given = [to(each.transpose(0, 1).contiguous()).transpose(0, 1) for each in (q, k, v)]
+        out = way(*given, stored, Tables(there_or_not(to, blocks), there_or_not(to, at)), own)
+        return out, stored
+
+    def there_or_not(to, numbers):
+        return there.to(numbers) if to is there.to else numbers
+
+    ours, mine = ran(paged_rows, there.to)
+    theirs, yours = ran(paged_rows_reference, lambda each: each.double())
+    near(ours, theirs, 4 * TYPES[dtype])
+    assert torch.equal(mine.keys.cpu().double(), yours.keys) and torch.equal(mine.values.cpu().double(), yours.values)
+    assert there.launches == ["paged"]
 
 
 def test_while_a_step_is_planned_nothing_is_launched_and_as_much_is_allocated(there):

@@ -1,8 +1,9 @@
 """Triton's kernels made into machine code of a GPU that is not here: python tests/triton_compiler.py CAPABILITY.
 
 Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel is compiled, by the
-same arguments, for that GPU, as a launch would: addresses and numbers that 16 divides are known to be such. Prints one line a kernel: name, options, bytes of machine code,
-the most bytes that a thread loads and stores at once, bytes of memory that a block of threads shares.
+same arguments, for that GPU, as a launch would: addresses and numbers that 16 divides are known to be such.
+Prints one line a kernel: name, options, bytes of machine code, the most bytes that a thread loads and
+stores at once, bytes of memory that a block of threads shares.
 """
 
 import re
@@ -16,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from veneer.kernels import gguf, launch
+from veneer.kernels.rules import Rules
 from veneer.quant import nf4
 
 POINTERS = {
@@ -108,6 +110,12 @@ def everything() -> None:
             narrow = launch.module("grouped").down(x, torch.empty(2, rank, 64, dtype=dtype), tables[0])
             launch.module("grouped").add_up(x, narrow, torch.empty(2, 64, rank, dtype=dtype), tables[0])
             launch.module("grouped").gradient(narrow, x, tables[1])
+        for size in (64, 128, 256):
+            keys, values = (torch.empty(4, 2, *of, 1, dtype=dtype) for of in ((size, 16), (16, size)))
+            rows = [torch.empty(3, heads, size, dtype=dtype) for heads in (8, 2, 2)]
+            read = torch.zeros(3, 16, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+            for rules in (Rules(0.1), Rules(0.1, softcap=3.0, sinks=x[0, :8])):
+                launch.module("paged").attend(*rows, keys, values, *read, rules)
         for double in (False, True):
             packed = nf4.quantize(torch.randn(64, 64), double=double).blocks
             launch.module("nf4").dequantize(packed, torch.empty(64, 64, dtype=dtype), start=0)

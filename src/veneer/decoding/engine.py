@@ -198,6 +198,7 @@ class Engine:
             self._before, self._acting = self._acting[1].plan.following(layers), None
             self._known = {adapter: self._known[adapter] for adapter in attached if adapter in self._known}
             self.way.let_go()
+            self._forward.let_go(attached)
         return ended
 
     def _logits(self, plan: Plan) -> Tensor:
@@ -208,7 +209,7 @@ class Engine:
         step = self._forward.rows(plan)
         acting = self._acting_of(plan, step.filler)
         with self.base.routing.held(acting if step.kept is None else acting.keeping(step.kept)):
-            return self._forward.logits(plan, step, acting.plan.mix)
+            return self._forward.logits(plan, step, acting)
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""

@@ -6,36 +6,43 @@ Shapes: N rows of the step: the spans' tokens, one span behind the other, then f
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from veneer.adapters.acting import Acting
+from veneer.adapters.attachment import Attachment
 from veneer.adapters.prefix import PrefixLayer
 from veneer.decoding.blocks import BlockManager, Front
 from veneer.decoding.direct import Run
+from veneer.decoding.graphs import Graphs, recorder_here
 from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.step_plan import Plan, Span
 from veneer.kernels import few_rows
 from veneer.kernels.layout import round_up
-from veneer.kernels.mixes import Mix
 from veneer.kernels.paged_attention import SpanRows
 from veneer.kernels.upload import sent
+
+NOBODY = Acting()
 
 
 @dataclass(frozen=True)
 class StepRows:
     """What a plan computes, on the device.
 
-    rows    (2, N) ids and positions
+    rows    (2, N) ids and positions; of single tokens on CUDA, (N, columns), what decoding/graphs.py reads
     filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all are single tokens,
             nor where the model's parts are called, whose kernels know no shapes
     kept    (spans) numbers of the rows that are the last of their spans; None: all rows are
+    single  whether it is one for decoding/graphs.py
     """
 
     rows: Tensor
     filler: int
     kept: Tensor | None
+    single: bool = False
 
 
 class PagedForward:
@@ -44,9 +51,13 @@ class PagedForward:
 
     def __init__(self, device: torch.device, blocks: BlockManager, run: Run, *, filled: bool = True) -> None:
         self._device, self._run, self._filled = device, run, filled
-        self.keys = PagedKeys(blocks.num_blocks, blocks.tokens_per_block)
+        on_cuda = device.type == "cuda"
+        self.keys = PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block)  # one for rows that fill up
+        self.graphs = Graphs(device, self.keys, run, recorder_here()) if on_cuda else None
 
     def rows(self, plan: Plan) -> StepRows:
+        if self.graphs is not None and (inputs := self.graphs.inputs(plan)) is not None:
+            return StepRows(inputs, len(inputs) - len(plan.spans), None, single=True)
         ids = [token for span in plan.spans for token in span.tokens]
         positions = [place for span in plan.spans for place in range(span.start, span.stop)]
         if len(ids) == len(plan.spans):
@@ -56,15 +67,17 @@ class PagedForward:
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
         return StepRows(rows, filler, sent(ends, self._device))
 
-    def logits(self, plan: Plan, step: StepRows, mix: Mix | None = None) -> Tensor:
+    def logits(self, plan: Plan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
         """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before.
 
-        mix: what acts, where it is listed (decoding/recorded.py).
+        acting: what the caller holds; its mix, where it is listed, is for decoding/recorded.py.
         """
         self.keys.copy(plan.copies)
+        if self.graphs is not None and step.single:
+            return self.graphs.logits(step.rows, acting)[: len(plan.spans)]
         spans = [_rows(span) for span in plan.spans]
         with few_rows.any_rows():  # what an answer says does not depend on the others of its step
-            logits = self._run(step.rows, PagedStep(self.keys, spans, mix), step.kept)
+            logits = self._run(step.rows, PagedStep(self.keys, spans, acting.plan.mix), step.kept)
         if len(logits) != len(plan.spans):
             raise ValueError(f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}")
         return logits
@@ -73,6 +86,11 @@ class PagedForward:
         """A trained prefix into its blocks."""
         for number, (key, value) in prefix.keys().items():
             self.keys.write(number, front.blocks, key, value)
+
+    def let_go(self, held: Collection[Attachment]) -> None:
+        """No other adapters act from now on."""
+        if self.graphs is not None:
+            self.graphs.let_go(held)
 
 
 def _rows(span: Span) -> SpanRows:

@@ -14,6 +14,7 @@ from veneer.decoding.blocks import Copy
 from veneer.kernels.groups import Pair
 from veneer.kernels.mixes import Mix
 from veneer.kernels.paged_attention import Blocks, SpanRows, Spans, paged_attention
+from veneer.kernels.paged_rows import Tables, paged_rows
 from veneer.kernels.rules import Rules
 
 
@@ -88,3 +89,24 @@ class PagedStep:
             fewer = [s._replace(front=(), front_places=0) if n in bare else s for n, s in enumerate(self.spans.each)]
             self._fewer[bare] = Spans(fewer, self.keys.tokens_per_block)
         return self._fewer[bare]
+
+
+class RowsStep:
+    """Single tokens on their way through the layers, what is seen of them read on the device (models/attention.py:
+    Laid). No trained prefix is in front of them."""
+
+    def __init__(self, keys: PagedKeys, tables: Tables) -> None:
+        self.keys, self.tables, self.calls = keys, tables, 0
+
+    def attend(
+        self,
+        query_NHD: Tensor,
+        key_NKD: Tensor,
+        value_NKD: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        rules: Rules,
+    ) -> Tensor:
+        """Write the rows' keys and values, and attend: (N, H, E)."""
+        stored = self.keys.layer(self.calls, key_NKD, value_NKD)
+        self.calls += 1
+        return paged_rows(query_NHD, key_NKD, value_NKD, stored, self.tables, rules)

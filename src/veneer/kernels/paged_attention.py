@@ -200,7 +200,7 @@ def paged_attention_reference(
         value = value.masked_fill(hidden[:, :, None, None], 0)  # of another text, perhaps no numbers
         if rules.window is not None:
             hidden = hidden | (place < plain.lengths[:, None] - rules.window)
-        out[rows] = _attend(query_NHD[rows][:, None], key, value, hidden[:, None], rules)[:, 0]
+        out[rows] = attend_wide(query_NHD[rows][:, None], key, value, hidden[:, None], rules)[:, 0]
     at = 0
     for count, seen in zip(plain.counts, plain.seen, strict=True):
         rows_of, at = slice(at, at + count), at + count
@@ -212,11 +212,11 @@ def paged_attention_reference(
         if rules.window is not None:
             hidden = hidden | (place <= own - rules.window)
         key, value = stored.read(seen)
-        out[rows_of] = _attend(query_NHD[rows_of][None], key[None], value[None], hidden[None], rules)[0]
+        out[rows_of] = attend_wide(query_NHD[rows_of][None], key[None], value[None], hidden[None], rules)[0]
     return out
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: Rules) -> Tensor:
+def attend_wide(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: Rules) -> Tensor:
     """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H, E)."""
     heads = key.shape[2]
     q = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # (B, K, G, L, D)

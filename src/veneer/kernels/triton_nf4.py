@@ -33,8 +33,8 @@ def _pairs(
     block: tl.constexpr,
     nested_block: tl.constexpr,
 ):
-    """byte (...): numbers of bytes of the flat weight -> float32 weights (..., 2); 0 where not `inside`. Both lie in one
-    block of scales."""
+    """byte (...): numbers of bytes of the flat weight -> float32 weights (..., 2); 0 where not `inside`. Both have one
+    scale."""
     both = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
     number = byte // (block // 2)
     scale = tl.load(scales + number, mask=inside, other=0)

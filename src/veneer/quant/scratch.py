@@ -24,3 +24,8 @@ def scratch(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device
     if held is None or held.numel() < size:
         held = _buffers.by_place[key] = torch.empty(size, dtype=dtype, device=device)
     return held[:size].view(rows, columns)
+
+
+def held_buffers() -> tuple[Tensor, ...]:
+    """This thread's: whoever computes again at their addresses holds them, for a larger one may take their place."""
+    return tuple(_buffers.by_place.values())

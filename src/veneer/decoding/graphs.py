@@ -1,0 +1,183 @@
+"""Decoding steps on CUDA as graphs: captured once, launched whole from then on, for a step is some thousand launches.
+
+A graph stands for all steps of as many rows and blocks, and of the same adapters on the same rows. Rows and blocks are
+filled up to powers of two, and what changes from step to step (ids, positions, lengths, tables) lies in one buffer,
+which the graph reads where it lies. A step is captured when it has come WORTH times, and what the graph then gives is
+held against the same step launched call by call. What cannot be captured stays so: a warning says why.
+
+Knows nothing of requests. Shapes: N rows, B blocks of a table, V ids.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.acting import Acting, Part
+from veneer.adapters.attachment import Attachment
+from veneer.decoding.direct import Run
+from veneer.decoding.paged import PagedKeys, RowsStep
+from veneer.decoding.step_plan import Plan
+from veneer.kernels.paged_rows import Tables
+from veneer.kernels.upload import sent
+from veneer.models.checks import TOLERANCE
+from veneer.models.proof import apart
+from veneer.quant.scratch import held_buffers
+
+WORTH = 4
+"""Times that a step is launched call by call: a capture costs three."""
+MOST = 32
+"""Graphs that are kept, those used last."""
+MOST_SEEN = 1000
+FEWEST_BLOCKS = 16
+HEAD = 3
+"""Columns of a row before its table: id, position, length."""
+
+_log = logging.getLogger("veneer.decoding")
+
+
+class RefusedError(Exception):
+    """Why a step cannot be captured."""
+
+
+class Recorder(Protocol):
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What does the work of `run` again, on the same memory, and gives its tensor. RefusedError."""
+
+
+class CudaRecorder:
+    """CUDA's own. All graphs share one pool: what one gave is read before the next is launched."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                run()  # what is made once is made outside of the graph: compiled kernels, tables of adapters
+                torch.cuda.set_sync_debug_mode("error")
+                run()  # a wait is refused here, where it spoils nothing
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = run()
+        except RuntimeError as fault:  # what CUDA refuses has no class of its own
+            raise RefusedError(str(fault).partition("\n")[0][:200]) from fault
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+def recorder_here() -> Recorder | None:
+    return CudaRecorder() if torch.cuda.is_available() else None
+
+
+Key = tuple[int, int, tuple[Part, ...]]
+"""Rows, columns of their buffer, and what acts."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """inputs: what it reads. holds: memory of others that it reads and writes."""
+
+    inputs: Tensor
+    replay: Callable[[], Tensor]
+    holds: tuple[Any, ...]
+
+
+class Graphs:
+    """run: a model's forward over blocks. keys: whose last block is nobody's, for rows that fill up. recorder: None:
+    every step is launched call by call."""
+
+    def __init__(self, device: torch.device, keys: PagedKeys, run: Run, recorder: Recorder | None) -> None:
+        self._device, self._keys, self._run, self._recorder = device, keys, run, recorder
+        self._seen: Counter[Key] = Counter()
+        self.kept: OrderedDict[Key, _Graph] = OrderedDict()
+        self.refused: dict[Key, str] = {}
+
+    def inputs(self, plan: Plan) -> Tensor | None:
+        """(N, HEAD + B) of a step of single tokens, rows and blocks filled up. None: another step, or one with a
+        trained prefix."""
+        tables = [span.sequence.table for span in plan.spans]
+        if any(table is None or table.front for table in tables) or not tables:
+            return None
+        if any(span.stop - span.start != 1 for span in plan.spans):
+            return None
+        blocks = [[] if table is None else table.blocks for table in tables]
+        B = max(FEWEST_BLOCKS, _power(max(map(len, blocks))))
+        filler = _power(len(blocks)) - len(blocks)
+        rows = array("q")
+        for span, own in zip(plan.spans, blocks, strict=True):
+            rows.extend((*span.tokens, span.start, span.stop))
+            rows.extend(own)
+            rows.frombytes(bytes(8 * (B - len(own))))
+        nobody = array("q", (0, 0, 1, self._keys.num_blocks - 1, *[0] * (B - 1)))
+        rows.extend(nobody * filler)
+        return sent(torch.frombuffer(rows, dtype=torch.int64).view(-1, HEAD + B), self._device)
+
+    def logits(self, inputs: Tensor, acting: Acting) -> Tensor:
+        """(N, V), good until the next call. acting: held by the caller."""
+        key = *inputs.shape, acting.parts
+        if key not in self.kept and not self._captured(key, inputs, acting):
+            return self._launched(inputs)
+        self.kept.move_to_end(key)
+        graph = self.kept[key]
+        graph.inputs.copy_(inputs)
+        return graph.replay()
+
+    def let_go(self, held: Collection[Attachment]) -> None:
+        """No others act from now on: what was captured with them goes."""
+        for known in (self.kept, self._seen, self.refused):
+            for key in [key for key in known if not _adapters(key) <= set(held)]:
+                del known[key]
+
+    def _launched(self, inputs: Tensor) -> Tensor:
+        step = RowsStep(self._keys, Tables(inputs[:, HEAD:], inputs[:, HEAD - 1]))
+        return self._run(inputs[:, : HEAD - 1].T, step, None)
+
+    def _captured(self, key: Key, inputs: Tensor, acting: Acting) -> bool:
+        if len(self._seen) > MOST_SEEN:  # mixes that come once each
+            self._seen.clear()
+            self.refused.clear()
+        self._seen[key] += 1
+        if self._recorder is None or key in self.refused or self._seen[key] <= WORTH:
+            return False
+        own = inputs.clone()
+        try:
+            replay = self._recorder.record(lambda: self._launched(own))
+            expected = self._launched(own)
+            if (worst := apart(replay(), expected)) > TOLERANCE[expected.dtype]:
+                raise RefusedError(f"its graph differs by {worst:.1e}")
+        except RefusedError as fault:
+            if str(fault) not in self.refused.values():
+                _log.warning("a step of answers is launched call by call, not as a CUDA graph: %s", fault)
+            self.refused[key] = str(fault)
+            return False
+        self.kept[key] = _Graph(own, replay, (acting, held_buffers()))
+        if len(self.kept) > MOST:
+            self.kept.popitem(last=False)
+        return True
+
+
+def _adapters(key: Key) -> set[Attachment]:
+    return {adapter for part in key[2] for adapter, _ in part.adapters}
+
+
+def _power(count: int) -> int:
+    """Of two, at least `count`."""
+    return 1 << (count - 1).bit_length()
