@@ -7,19 +7,21 @@ Written as batched matrix products over blocks of query rows: at the lengths of 
 several times faster on a CPU than the fused flash kernel (its backward most of all; docs/log.md),
 needs no repetition of keys for grouped query heads, and expresses windows, soft caps and sinks.
 On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py), on CUDA torch's
-flash kernels (kernels/flash.py).
+flash kernels (kernels/flash.py), or its flex attention (kernels/flex.py).
 Only q, k and v are kept for backward; the probabilities of one block at a time are computed again.
 
 Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values, where it is another),
 L longest document, P prompt.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.kernels import flex
 from veneer.kernels.attention_native import native_attention, usable
 from veneer.kernels.flash import declined, flash_attention
 from veneer.kernels.layout import Group, round_up
@@ -259,6 +261,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rule
         return native_attention(q, k, v, layout, rules)
     if declined(q, k, v, layout, rules) is None:
         return flash_attention(q, k, v, layout, rules)
+    if flex.declined(q, k, v, layout, rules, plain_attention) is None:
+        if q.is_meta:  # planned: the same is kept
+            return flash_attention(q, k, v, layout, replace(rules, softcap=None))
+        return flex.flex_packed_attention(q, k, v, layout, rules)
     return plain_attention(q, k, v, layout, rules)
 
 
