@@ -227,6 +227,14 @@ def test_full_fine_tuning_waits_as_an_adapter_does():
         assert waits.counts == (1, 0), waits
 
 
+def test_sums_that_are_exact_wait_once_too():
+    with on("cuda") as there:
+        base = base_on(there, "llama")
+        with attached(there, base, LoRA(rank=2)) as attachment:
+            waits = step_waits(there, a_loop(base, attachment.parameters(), reduce="exact"))
+            assert waits.counts == (1, 0), waits
+
+
 @pytest.mark.parametrize(
     ("method", "family"), [*((m, "llama") for m in ("lora", "dora", "parallel", "prefix")), ("lora", "mixtral")]
 )

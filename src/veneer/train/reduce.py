@@ -107,17 +107,25 @@ class Exact:
             self.gradient[part] = torch.where(upper.abs() < LIMIT * UPPER, found, torch.inf).float()
 
     def measured(self) -> Tensor:
+        """The norm itself, in float64; where values lie apart this process's largest."""
         if not self.gradient.numel():
             return self.gradient.new_zeros(())
-        return torch.linalg.vector_norm(self.gradient, torch.inf)
+        largest = torch.linalg.vector_norm(self.gradient, torch.inf)
+        return largest if self.apart else self._norm(largest)
 
     def norm(self, measured: float) -> float:
-        """Squares as shares of the largest value's, in whole numbers: the same whoever adds which."""
-        largest = max(self.world.gathered(measured)) if self.apart else measured
+        if not self.apart:
+            return measured
+        largest = max(self.world.gathered(measured))
         if largest == 0 or not math.isfinite(largest):
             return largest
-        scale, grid = math.ldexp(1.0, -math.frexp(largest)[1]), 2.0**SQUARE_BITS
-        totals = torch.zeros(2, dtype=torch.int64, device=self.gradient.device)
+        return float(self._norm(torch.full((), largest, device=self.gradient.device)))
+
+    def _norm(self, largest: Tensor) -> Tensor:
+        """Squares as shares of the largest value's, in whole numbers: the same whoever adds which."""
+        # its inverse, without what is behind the leading bit: a power of two, by its bits
+        scale = ((1023 - torch.frexp(largest.double()).exponent.long()) << 52).view(torch.float64)
+        grid, totals = 2.0**SQUARE_BITS, torch.zeros(2, dtype=torch.int64, device=self.gradient.device)
         for part in _slices(self.gradient):
             squares = (self.gradient[part].double() * scale).square() * grid
             upper = squares.floor()
@@ -125,8 +133,9 @@ class Exact:
             totals[1] += ((squares - upper) * grid).round().long().sum()
         if self.apart:
             self.world.sum(totals)
-        upper_sum, lower_sum = totals.tolist()
-        return math.sqrt(upper_sum / grid + lower_sum / grid**2) / scale
+        upper_sum, lower_sum = totals.double()
+        found = (upper_sum / grid + lower_sum / grid**2).sqrt() / scale
+        return torch.where(largest.isfinite(), found, largest.double())
 
 
 def _norm(values: Tensor) -> Tensor:
