@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
             out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
             calls.rms_norm_forward(x, weight, out, scale, epsilon)
         elif (triton := _norms(x, weight)) is not None:
-            out, scale, _ = triton.norm_forward(x, weight, epsilon)
+            out, scale = triton.norm_forward(x, weight, epsilon)
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
