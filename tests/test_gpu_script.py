@@ -34,11 +34,11 @@ def test_every_item_runs_and_its_result_is_written(tried):
     done, out = tried
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem: json.loads(path.read_text()) for path in out.glob("[0-9]*.json")}
-    assert len(results) == 25
+    assert len(results) == 35
     assert not {name: each["error"] for name, each in results.items() if "error" in each}
-    assert results["2.3"]["values"]["float32"] == {"repeated": True, "resumed": True}
+    assert results["7.5"]["values"]["float32"] == {"repeated": True, "resumed": True}
     gathered = json.loads((out / "gpu.json").read_text())["measurements"]
-    assert len(gathered) == 25
+    assert len(gathered) == 35
     assert all(each[key] for each in gathered for key in ("what", "machine", "commit", "command", "values"))
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import Item, Place, items, place
+from parts import Item, items
+from place import Place, place
 
 from veneer.files.atomic import atomic_file
 

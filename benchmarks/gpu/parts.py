@@ -1,7 +1,7 @@
 """What is run on a GPU, in this order: what is cheap and what everything else rests on first.
 
 Each item gives a JSON value. It is run in a process of its own (__main__.py), so a fault, a hang or memory that is gone
-ends one item. Sizes are those of an 8 B model on a GPU of 80 GB, or tiny ones on the CPU: `Place`.
+ends one item. Sizes are those of an 8 B model on a GPU of 80 GB, or tiny ones on the CPU (place.py).
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,67 +18,20 @@ from typing import Any
 
 import one_pass
 import torch
-from steps import Shape, Training, attention_case, random_model
+from answers import Answers
+from peers import peft_step, unsloth_step
+from place import TINY, Place
+from steps import Training, attention_case, random_model, write_tokenizer
 
 from veneer import api
 from veneer.adapters.config import LoRA
-from veneer.kernels import attention, flash, fused, gguf, launch, nf4_reference
+from veneer.kernels import attention, flash, flex, fused, gguf, launch, nf4_reference
 from veneer.kernels import nf4 as kernels
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
 from veneer.quant import nf4
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.screen import QuietScreen
-
-
-@dataclass(frozen=True)
-class Place:
-    """device, and the sizes that fit it. peak: dense bf16 FLOP a second that its maker names; None: unknown."""
-
-    device: torch.device
-    model: Shape
-    rows: int
-    length: int
-    long: int
-    repeats: int
-    peak: float | None
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """The median of as many calls as repeats, after one."""
-        found = []
-        for _ in range(self.repeats + 1):
-            self.wait()
-            start = time.perf_counter()
-            call()
-            self.wait()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found[1:])
-
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Of the allocator, above what was there before."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        call()
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-
-EIGHT_BILLION = Shape(128_256, 4096, 14_336, 32, 32, 8)
-TINY = Shape(256, 64, 96, 2, 4, 2)
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "5090": 210e12}
-
-
-def place(*, trial: bool) -> Place:
-    if trial:
-        return Place(torch.device("cpu"), TINY, 2, 24, 48, 1, None)
-    name = torch.cuda.get_device_name()
-    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
-    return Place(torch.device("cuda"), EIGHT_BILLION, 8, 1024, 16_384, 5, peak)
 
 
 def versions(at: Place) -> dict[str, Any]:
@@ -195,20 +146,13 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters[: TINY.vocabulary])}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[0]).save_pretrained(folder)
-
-
-def attention_of(at: Place, prompt: int, lengths: tuple[int, ...], window: int | None = None) -> dict[str, Any]:
-    """Packed attention forward and backward: flash kernels beside the plain path, and both against float32."""
+def attention_of(
+    at: Place, prompt: int, lengths: tuple[int, ...], window: int | None = None, softcap: float | None = None
+) -> dict[str, Any]:
+    """Packed attention forward and backward: flash kernels, or flex attention, beside the plain path, and all against
+    float32."""
     group = Group(prompt, lengths, at.device)
-    rules = Rules(at.model.head**-0.5, window)
+    rules = Rules(at.model.head**-0.5, window, softcap)
     dtype = torch.bfloat16 if at.device.type == "cuda" else torch.float32
     q, k, v, grad = attention_case(at.model, group.rows, dtype, at.device)
     exact = run_attention(attention.plain_attention, [t.float() for t in (q, k, v, grad)], group, rules)
@@ -216,7 +160,11 @@ def attention_of(at: Place, prompt: int, lengths: tuple[int, ...], window: int |
     declined = flash.declined(q, k, v, group, rules)
     if declined is None:
         paths["flash"] = flash.flash_attention
-    found: dict[str, Any] = {"rows": group.rows, "flash_declined": declined}
+    elif softcap is not None:
+        declined = flex.declined(q, k, v, group, rules, attention.plain_attention)
+        if declined is None:
+            paths["flex"] = flex.flex_packed_attention
+    found: dict[str, Any] = {"rows": group.rows, "declined": declined}
     for name, path in paths.items():
         ours = run_attention(path, [q, k, v, grad], group, rules)
         apart = [
@@ -366,31 +314,25 @@ def waits_of_a_step(at: Place) -> dict[str, Any]:
     return {"waits": sum("synchroniz" in str(each.message) for each in told)}
 
 
-def peft_step(at: Place) -> dict[str, Any]:
-    """The same rows and rank by PEFT over transformers' model: no padding, as all rows are equally long."""
-    import peft
+def answers_of(at: Place, *, rows: int, adapters: int = 0, quantize: bool = False) -> dict[str, Any]:
+    """Tokens a second of answers, each step a graph, and launched call by call."""
+    model = random_model(at.model, torch.bfloat16, at.device, quantize=quantize)
+    asked = Answers(model, adapters=adapters)
+    with torch.no_grad():
+        return asked.compared(rows=rows, prompt=at.length // 2, steps=at.steps, wait=at.wait)
 
-    model = random_model(at.model, torch.bfloat16, at.device).requires_grad_(False)
-    own = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = peft.get_peft_model(model, own)
-    trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=at.device.type == "cuda")
-    ids = torch.randint(0, at.model.vocabulary, (at.rows, at.length), device=at.device)
 
-    def step() -> None:
-        tuned(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    peak = at.peak_bytes(step)
-    seconds = at.seconds(step)
-    held = torch.cuda.memory_allocated(at.device) if at.device.type == "cuda" else None
-    return {
-        "tokens_per_second": at.rows * at.length / seconds,
-        "peak_bytes": None if peak is None or held is None else peak + held,
-        "versions": {"peft": version("peft")},
-    }
+def graph_bits(at: Place) -> dict[str, Any]:
+    """A tiny model's answers as graphs and call by call. Raises where a step is refused, or answers differ much."""
+    found = {}
+    for name, adapters, quantize in (("base", 0, False), ("adapters", 2, False), ("nf4", 1, True)):
+        asked = Answers(random_model(TINY, torch.float32, at.device, quantize=quantize), adapters=adapters)
+        with torch.no_grad():
+            found[name] = asked.compared(rows=6, prompt=20, steps=12, wait=at.wait)
+        assert not found[name]["graphs"]["refused"], found
+        assert found[name]["answers_alike"] == found[name]["answers"], found
+        assert at.device.type != "cuda" or found[name]["graphs"]["graphs"], found
+    return found
 
 
 @dataclass(frozen=True)
@@ -409,33 +351,44 @@ class Item:
 
 
 def items(at: Place) -> list[Item]:
-    """In the order in which they are run."""
+    """In the order in which they are run: what a rented hour is paid for comes before what explains it."""
     long, short = at.rows * at.length, at.length // 8
     documents = (short,) * (64 if at.device.type == "cuda" else 3)
+    rows = (at.length,) * at.rows
     return [
         Item("1.1 versions", versions, 60),
         Item("1.2 product roof", product_roof),
         Item("1.3 copy bandwidth", copy_bandwidth, 60),
         Item("2.1 decoded bits", decoded_bits),
         Item("2.2 a tiny model as on the CPU", same_as_the_cpu),
-        Item("2.3 bits repeated and resumed", resume_bits),
-        Item("2.4 waits of a step", waits_of_a_step),
-        Item("3.1 attention, one document", lambda at: attention_of(at, 0, (long,))),
-        Item("3.2 attention, rows of the step", lambda at: attention_of(at, 0, (at.length,) * at.rows)),
-        Item("3.3 attention, many behind a prompt", lambda at: attention_of(at, at.length // 2, documents)),
-        Item("3.4 attention, a window", lambda at: attention_of(at, 0, (at.length,) * at.rows, at.length // 4)),
-        Item("3.5 attention, a window and a prompt", lambda at: attention_of(at, short, documents, short // 2 + 1)),
-        Item("4.1 decode rate", decode_rate),
-        Item("4.2 norm, gates, rotation, dropout", one_pass_kernels),
-        Item("4.3 loss from logits", entropy_kernel),
-        Item("4.4 gguf blocks decoded", gguf_kernels),
-        Item("4.5 updates of rows with adapters of their own", updates_kernels),
-        Item("4.6 torch.compile beside the kernels", compiled_by_torch),
-        Item("5.1 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
-        Item("5.2 lora step", training_step, 180),
-        Item("5.3 lora step, loss in chunks of 4,096", lambda at: training_step(at, chunk=4096), 180),
-        Item("5.4 lora step, traced", traced_step, 180),
-        Item("6.1 qlora step", lambda at: training_step(at, quantize=True), 180),
-        Item("6.2 qlora step, one long row", lambda at: training_step(at, quantize=True, length=at.long), 180),
-        Item("7.1 peft step", peft_step, 180, "peft"),
+        Item("2.3 waits of a step", waits_of_a_step),
+        Item("2.4 answers as graphs", graph_bits),
+        Item("3.1 lora step", training_step, 180),
+        Item("3.2 qlora step", lambda at: training_step(at, quantize=True), 180),
+        Item("3.3 peft step", peft_step, 180, "peft"),
+        Item("3.4 peft step over bitsandbytes", lambda at: peft_step(at, quantize=True), 180, "bitsandbytes"),
+        Item("3.5 unsloth step", unsloth_step, 180, "unsloth"),
+        Item("3.6 unsloth step in four bits", lambda at: unsloth_step(at, quantize=True), 180, "unsloth"),
+        Item("4.1 answers, one", lambda at: answers_of(at, rows=1)),
+        Item("4.2 answers, 32", lambda at: answers_of(at, rows=32)),
+        Item("4.3 answers, 32 of the base and 7 adapters", lambda at: answers_of(at, rows=32, adapters=7)),
+        Item("4.4 answers, one in four bits", lambda at: answers_of(at, rows=1, quantize=True)),
+        Item("5.1 attention, one document", lambda at: attention_of(at, 0, (long,))),
+        Item("5.2 attention, rows of the step", lambda at: attention_of(at, 0, rows)),
+        Item("5.3 attention, many behind a prompt", lambda at: attention_of(at, at.length // 2, documents)),
+        Item("5.4 attention, a window", lambda at: attention_of(at, 0, rows, at.length // 4)),
+        Item("5.5 attention, a window and a prompt", lambda at: attention_of(at, short, documents, short // 2 + 1)),
+        Item("5.6 attention, a soft cap", lambda at: attention_of(at, short, documents, None, 50.0)),
+        Item("5.7 attention, a soft cap and a window", lambda at: attention_of(at, 0, rows, at.length // 4, 50.0)),
+        Item("6.1 decode rate", decode_rate),
+        Item("6.2 norm, gates, rotation, dropout", one_pass_kernels),
+        Item("6.3 loss from logits", entropy_kernel),
+        Item("6.4 gguf blocks decoded", gguf_kernels),
+        Item("6.5 updates of rows with adapters of their own", updates_kernels),
+        Item("6.6 torch.compile beside the kernels", compiled_by_torch),
+        Item("7.1 lora step, traced", traced_step, 180),
+        Item("7.2 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
+        Item("7.3 lora step, loss in chunks of 4,096", lambda at: training_step(at, chunk=4096), 180),
+        Item("7.4 qlora step, one long row", lambda at: training_step(at, quantize=True, length=at.long), 180),
+        Item("7.5 bits repeated and resumed", resume_bits),
     ]

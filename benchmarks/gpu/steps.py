@@ -69,6 +69,9 @@ class Shape:
         )
 
 
+TINY = Shape(256, 64, 96, 2, 4, 2)
+
+
 def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, *, quantize: bool = False) -> PreTrainedModel:
     """Frozen, in eval mode. quantize: its linear layers but the head in NF4."""
     torch.manual_seed(0)
@@ -190,3 +193,13 @@ def _rows(count: int, length: int, vocabulary: int) -> list[Example]:
         ids = draw.integers(0, vocabulary, length, dtype=np.int32)
         made.append(Example(ids, trained, RowRef("random", number + 1), number))
     return made
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters[: TINY.vocabulary])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[0]).save_pretrained(folder)
