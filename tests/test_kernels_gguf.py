@@ -87,10 +87,6 @@ def test_what_fp16_cannot_hold_becomes_infinite_as_in_torch():
     assert torch.equal(bits(out), bits(kernels.dequantise_reference(blocks, "Q8_0").half()))
 
 
-def on_tiles(kind: kernels.Kind, dtype: torch.dtype, level: int) -> bool:
-    return level == 5 and kernels.multiplies_codes(kind, dtype)
-
-
 @needs_kernel
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +95,7 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
     blocks = random_blocks(kind, 37, width)
     exact_weight = kernels.dequantise_reference(blocks, kind).double()
     for dtype in kernels.PRODUCTS:
-        if on_tiles(kind, dtype, level):
+        if level == 5 and kernels.multiplies_codes(dtype):
             continue
         weight = kernels.dequantise(blocks, kind, torch.empty(exact_weight.shape, dtype=dtype))
         bias = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -117,7 +113,7 @@ needs_tiles = pytest.mark.skipif(not native.has_amx(), reason="a processor witho
 
 
 @needs_tiles
-@pytest.mark.parametrize("kind", kernels.ON_TILES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_on_tiles_weights_are_not_rounded_and_rows_do_not_meet(kind):
     """What is left of float32 is a ten-millionth of the terms' sums, the result's own rounding apart."""
     size = kernels.FORMATS[kind].size

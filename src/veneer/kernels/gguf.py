@@ -50,8 +50,6 @@ FORMATS: dict[Kind, Format] = {
 MOST_ROWS = 64
 """Rows of x up to which a product straight from the blocks beats dequantising them first."""
 PRODUCTS = (torch.float32, torch.bfloat16)
-ON_TILES: tuple[Kind, ...] = ("Q4_0", "Q4_1", "Q8_0", "Q4_K")
-"""Whose codes are multiplied as they are, of bf16 on AMX tiles (native/gguf_tiles.c)."""
 
 
 def in_features(blocks: Tensor, kind: Kind) -> int:
@@ -87,9 +85,9 @@ def product(
     return y_MO
 
 
-def multiplies_codes(kind: Kind, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded in no product here."""
-    return kind in ON_TILES and dtype is torch.bfloat16 and is_compiled() and native.has_amx()
+def multiplies_codes(dtype: torch.dtype) -> bool:
+    """Whether weights are rounded in no product here: on AMX tiles (native/gguf_tiles.c)."""
+    return dtype is torch.bfloat16 and is_compiled() and native.has_amx()
 
 
 def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:

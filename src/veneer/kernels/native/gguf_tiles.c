@@ -2,8 +2,9 @@
 
        y[n] = sum over W's steps of 32 values:  scale[n] * sum(code[n] * x)  +  offset[n] * sum(x)
 
-   A code of 4 bits c becomes the bf16 number 1 + c / 16, exact, by bits alone: c stands in its mantissa. One of 8 bits,
-   128 + c, becomes two: 16 + its high half, and 1 + its low half / 16. What that adds is taken off again in `offset`.
+   A code c of 4 to 6 bits becomes the bf16 number 1 + c / 16 to 1 + c / 64, exact, by bits alone: c stands in its
+   mantissa. One of 8 bits, 128 + c, becomes two: 16 + its high half, and 1 + its low half / 16. What that adds is taken
+   off again in `offset`. A scale for every 16 values makes these a step.
    A tile of W is 16 rows and one step, one of x the same step of 16 rows of x (or of one row alone), turned. Within a
    step the values of x stand in the order in which the codes come out of their bytes.
 
@@ -16,23 +17,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12 }; /* ggml's numbers */
-
-int gguf_on_tiles(int64_t kind) {
-#if defined(VENEER_AMX_COMPILED)
-    return kind == Q4_0 || kind == Q4_1 || kind == Q8_0 || kind == Q4_K;
-#else
-    (void)kind;
-    return 0;
-#endif
-}
-
 #if defined(VENEER_AMX_COMPILED)
 
 #include "gguf_codes.h"
 
 enum {
-    STEP = 32,        /* values of W and x at a time */
     CHUNK = 24,       /* steps of W that stay in the first cache while rows of x go by, 16 at a time */
     SLOTS = 32,       /* for these */
     RING = 8,         /* steps whose codes are there, where no others go by; steps whose products are */
@@ -42,14 +31,15 @@ enum {
     MOST_X = 1 << 20, /* bytes of x that stay in the second cache while W goes by */
 };
 
-/* Rows of x, turned: a tile for every step of 16 (of one row: 64 bytes), and the sum of x within each step, 16 (one). */
+/* Rows of x, turned: a tile for every 32 values of 16 (of one row: 64 bytes), and the sum of x within each step, 16
+   (one). */
 struct tiled {
     const struct gguf_product *of;
     const uint16_t *x;
     uint16_t *y;
     uint8_t *turned;
     float *within;
-    int64_t rows, steps, row_bytes;
+    int64_t rows, steps, halves, row_bytes;
     int failed;
 };
 
@@ -62,44 +52,51 @@ struct room {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The sums of 16 rows' values, 16 pairs of each across, pair by pair. */
-GGUF_INLINE __m512 sums_within(const uint8_t *turned) {
+/* The sums of 16 rows' values, 16 pairs of each across, pair by pair; those of `pairs` alone. */
+GGUF_INLINE __m512 sums_within(const uint8_t *turned, uint16_t pairs) {
     __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int k = 0; k < 16; k++)
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(turned + 64 * k), (__m512bh)_mm512_set1_epi16(0x3f80));
+        if (pairs >> k & 1)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(turned + 64 * k), (__m512bh)_mm512_set1_epi16(0x3f80));
     return sum;
 }
 
 static GGUF void turn(const struct tiled *all) {
-    const int64_t width = all->of->width;
-    const __m512i order = order_of((int)all->of->kind);
+    const int64_t width = all->of->width, halves = all->halves;
+    const int kind = (int)all->of->kind;
+    const __m512i order = order_of(kind);
     __attribute__((aligned(64))) uint8_t own[TILE];
     __m512i words[16];
-    if (all->rows == 1) { /* steps stand where rows would */
-        for (int64_t step = 0; step < all->steps; step += 16) {
+    if (all->rows == 1) { /* 32 values each stand where rows would */
+        for (int64_t at = 0; at < width / 32; at += 16) {
 #pragma GCC unroll 16
             for (int64_t i = 0; i < 16; i++) {
                 words[i] = _mm512_setzero_si512();
-                if (step + i >= all->steps) continue;
-                words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + STEP * (step + i)));
-                _mm512_store_si512(all->turned + 64 * (step + i), words[i]);
+                if (at + i >= width / 32) continue;
+                words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + 32 * (at + i)));
+                _mm512_store_si512(all->turned + 64 * (at + i), words[i]);
             }
             amx_turned(words, (uint32_t *)own);
-            _mm512_storeu_ps(all->within + step, sums_within(own));
+            for (int64_t half = 0; half < halves; half++) {
+                __attribute__((aligned(64))) float sums[16];
+                _mm512_store_ps(sums, sums_within(own, pairs_of(kind, half)));
+                for (int64_t i = 0; i < 16; i++) all->within[halves * (at + i) + half] = sums[i];
+            }
         }
         return;
     }
     for (int64_t row = 0, number = 0; row < all->rows; row += 16) {
-        for (int64_t step = 0; step < all->steps; step++, number++) {
+        for (int64_t at = 0; at < width / 32; at++, number++) {
 #pragma GCC unroll 16
             for (int64_t i = 0; i < 16; i++) {
                 words[i] = _mm512_setzero_si512();
                 if (row + i < all->rows)
-                    words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + (row + i) * width + STEP * step));
+                    words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + (row + i) * width + 32 * at));
             }
             amx_turned(words, (uint32_t *)(all->turned + number * TILE));
-            _mm512_store_ps(all->within + 16 * number, sums_within(all->turned + number * TILE));
+            for (int64_t half = 0; half < halves; half++)
+                _mm512_store_ps(all->within + 16 * (halves * number + half), sums_within(all->turned + number * TILE, pairs_of(kind, half)));
         }
     }
 }
@@ -155,9 +152,9 @@ GGUF_INLINE void add(const float *scale, const float *offset, const float *produ
 
 /* What memory should bring: the next 16 rows, a step's share of them. */
 GGUF_INLINE void soon(const int kind, const uint8_t *rows, int64_t row_bytes, int64_t step) {
-    const int64_t each = (codes_at(kind, 8) - codes_at(kind, 0)), begin = 16 * row_bytes + step * each * 2;
+    const int64_t each = row_bytes_of(kind, 256) * 2 / halves_of(kind), begin = 16 * row_bytes + step * each;
 #pragma GCC unroll 9
-    for (int64_t line = 0; line < each * 2; line += 64) __builtin_prefetch(rows + begin + line);
+    for (int64_t line = 0; line < each; line += 64) __builtin_prefetch(rows + begin + line);
 }
 
 /* 16 rows of W with one row of x: four steps' way through the pipeline. whole: none of what it does is missing. */
@@ -175,7 +172,7 @@ GGUF_INLINE void one_row_four(const int kind, const int whole, const struct tile
         }                                                                                                 \
         FENCE;                                                                                            \
         if (whole || step < steps)                                                                        \
-            PRODUCT(i, w, x, SLOT(codes, step, RING, parts_of(kind) * TILE), all->turned + 64 * step, 4); \
+            PRODUCT(i, w, x, SLOT(codes, step, RING, parts_of(kind) * TILE), all->turned + 64 * (step / halves_of(kind)), 4); \
         if (whole || (step >= 2 && step < steps + 2)) _tile_stored(done, SLOT(products, step - 2, RING, 256), 4); \
         FENCE;                                                                                            \
         if (whole || (step >= 4 && step < steps + 4)) {                                                   \
@@ -207,7 +204,7 @@ GGUF_INLINE void many_rows_four(const int kind, const int decoding, const int wh
                                 const uint8_t *rows, int64_t tile, int64_t start, int64_t stop, int64_t four, __m512 sum[16]) {
     const int64_t bytes = all->row_bytes;
     const uint64_t ring = all->rows > 16 ? SLOTS : RING;
-    const uint8_t *turned = all->turned + tile * all->steps * TILE;
+    const uint8_t *turned = all->turned + tile * all->steps / halves_of(kind) * TILE;
     const float *within = all->within + 16 * tile * all->steps;
     if (decoding && (whole || four < stop)) {
         __m512 scale[4], offset[4];
@@ -227,7 +224,7 @@ GGUF_INLINE void many_rows_four(const int kind, const int decoding, const int wh
         }                                                                                                        \
         FENCE;                                                                                                   \
         if (whole || step < stop)                                                                                \
-            PRODUCT(i, w, x, SLOT(codes, step, ring, parts_of(kind) * TILE), turned + TILE * step, 64);         \
+            PRODUCT(i, w, x, SLOT(codes, step, ring, parts_of(kind) * TILE), turned + TILE * (step / halves_of(kind)), 64);         \
         if (whole || (step >= start + 2 && step < stop + 2)) _tile_stored(done, SLOT(products, step - 2, RING, 256), 64); \
         FENCE;                                                                                                   \
         if (whole || (step >= start + 4 && step < stop + 4))                                                     \
@@ -275,8 +272,12 @@ GGUF_INLINE void many_rows(const int kind, const int decoding, const struct tile
     }
 OF_KIND(Q4_0)
 OF_KIND(Q4_1)
+OF_KIND(Q5_0)
+OF_KIND(Q5_1)
 OF_KIND(Q8_0)
 OF_KIND(Q4_K)
+OF_KIND(Q5_K)
+OF_KIND(Q6_K)
 
 /* What is left of 16 rows of W once all steps are added. */
 GGUF_INLINE void put_tile(const struct tiled *all, const float *sums, int64_t out, int64_t tile) {
@@ -292,8 +293,12 @@ static GGUF void groups_of(const struct tiled *all, const struct room *room, int
 #define CALL(name, ...)                                 \
     (kind == Q4_0   ? name##_Q4_0(all, room, __VA_ARGS__) \
      : kind == Q4_1 ? name##_Q4_1(all, room, __VA_ARGS__) \
+     : kind == Q5_0 ? name##_Q5_0(all, room, __VA_ARGS__) \
+     : kind == Q5_1 ? name##_Q5_1(all, room, __VA_ARGS__) \
      : kind == Q8_0 ? name##_Q8_0(all, room, __VA_ARGS__) \
-                    : name##_Q4_K(all, room, __VA_ARGS__))
+     : kind == Q4_K ? name##_Q4_K(all, room, __VA_ARGS__) \
+     : kind == Q5_K ? name##_Q5_K(all, room, __VA_ARGS__) \
+                    : name##_Q6_K(all, room, __VA_ARGS__))
     for (int64_t out = 16 * start; out < 16 * stop; out += 16) {
         const uint8_t *rows = all->of->blocks + out * bytes;
         const int64_t left = (all->of->outs - out) * bytes;
@@ -340,13 +345,15 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
 }
 
 int gguf_tiled_product(const struct gguf_product *of) {
-    struct tiled all = {of, of->x, of->y, NULL, NULL, 0, of->width / STEP, row_bytes_of(of->kind, of->width), 0};
+    const int64_t halves = halves_of((int)of->kind), whole = of->width / 32, bytes = row_bytes_of(of->kind, of->width);
+    struct tiled all = {of, of->x, of->y, NULL, NULL, 0, halves * whole, halves, bytes, 0};
     const int64_t fit = MOST_X / (2 * of->width) / 16 * 16, most = fit < 64 ? 64 : fit;
-    const int64_t tiles = (least(of->rows, most) + 15) / 16 * all.steps;
+    const int64_t turned = of->rows == 1 ? whole * 64 : (least(of->rows, most) + 15) / 16 * whole * TILE;
+    const int64_t sums = of->rows == 1 ? all.steps + 16 * halves : turned / TILE * halves * 16;
     void *memory = NULL;
-    if (posix_memalign(&memory, 4096, (size_t)(of->rows == 1 ? all.steps * 64 + (all.steps + 16) * 4 : tiles * (TILE + 64)))) return 1;
+    if (posix_memalign(&memory, 4096, (size_t)(turned + 4 * sums))) return 1;
     all.turned = memory;
-    all.within = (float *)(all.turned + (of->rows == 1 ? 64 * all.steps : tiles * TILE));
+    all.within = (float *)(all.turned + turned);
     for (int64_t row = 0; row < of->rows; row += all.rows) {
         all.rows = least(most, of->rows - row);
         all.x = (const uint16_t *)of->x + row * of->width;

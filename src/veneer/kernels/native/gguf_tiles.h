@@ -13,9 +13,6 @@ struct gguf_product {
     int64_t rows, width, outs, kind;
 };
 
-/* Whether tiles are made of blocks of this kind. */
-int gguf_on_tiles(int64_t kind);
-
 /* Where veneer_few_level says 5. 1: no memory. */
 int gguf_tiled_product(const struct gguf_product *of);
 

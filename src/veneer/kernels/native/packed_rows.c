@@ -34,7 +34,7 @@ static void of_gguf(const void *packed, int64_t first, int64_t count, void *out)
 
 /* most: caps the instructions (5, 4, 3, 2, 0), for tests. 1: no memory for some rows of W. */
 int veneer_packed_rows(const struct packed_rows *call, int most) {
-    if (gguf_on_tiles(call->kind) && veneer_few_level(call->type, most) == 5) {
+    if (call->kind >= 0 && veneer_few_level(call->type, most) == 5) {
         const struct gguf_product product = {call->x, call->packed, call->bias, call->y, call->rows, call->width, call->outs, call->kind};
         return gguf_tiled_product(&product);
     }
