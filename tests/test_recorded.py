@@ -11,6 +11,7 @@ import torch
 from tests.test_engine import METHODS
 from tests.test_methods import move
 from tests.tiny import tiny_base
+from tests.tiny_gguf import random_blocks
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import AdaptedLinear
@@ -19,7 +20,7 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.recorded import Steps, _Recorded
 from veneer.decoding.sequence import Request
-from veneer.kernels import dense_calls, few_rows, native, step_calls
+from veneer.kernels import dense_calls, few_rows, gguf, native, step_calls
 from veneer.kernels.arguments import CallError
 from veneer.kernels.recorded import Room, recording
 
@@ -379,3 +380,34 @@ def test_what_does_not_grow_with_the_rows_spoils_a_recording_that_is_to_have_oth
     with recording(Room(3, 8)) as noted:
         torch.empty(4)
     assert noted.spoiled == "empty"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_over_blocks_that_are_made_together_give_what_each_gives(dtype):
+    """q, k and v of one input, v of another kind, with updates between them, and what is made of their outputs."""
+    draw, room, width = torch.Generator().manual_seed(0), Room(3, 8), 256
+    kinds = {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_K", "up": "Q4_K", "down": "Q4_K"}
+    blocks = {name: random_blocks(kind, width, width, seed=i) for i, (name, kind) in enumerate(kinds.items())}
+    pairs = [(torch.randn(4, width, generator=draw), torch.randn(width, 4, generator=draw)) for _ in range(3)]
+    factors, bias = few_rows.laid_out(pairs, dtype), torch.ones(width, dtype=dtype)
+
+    def made(x):
+        found = {}
+        for name, own in zip("qkv", factors, strict=True):
+            found[name] = gguf.product(x, blocks[name], kinds[name])
+            few_rows.add_updates(found[name], x, few_rows.Updates([(slice(0, 1), own, 0.5)]))
+        found["gate"] = gguf.product(found["q"], blocks["gate"], kinds["gate"])
+        found["up"] = gguf.product(found["k"], blocks["up"], kinds["up"])
+        found["again"] = gguf.product(found["k"], blocks["down"], kinds["down"], bias)
+        found["down"] = gguf.product(found["up"], blocks["down"], kinds["down"])
+        return found
+
+    x = room.empty(dtype, 3, width)
+    x.normal_(generator=draw)
+    with recording(room) as noted:
+        found = made(x)
+    for _ in range(2):
+        x.normal_(generator=draw)
+        noted.again()
+        for name, expected in made(x.clone()).items():
+            assert torch.equal(found[name], expected), name

@@ -27,19 +27,17 @@ enum {
     RING = 8,         /* steps whose codes are there, where no others go by; steps whose products are */
     BEYOND = 128,     /* bytes that may be read behind a row */
     ALONE = 1 << 15,  /* values of W that are not worth a second thread */
-    TURNS = 8,        /* runs of a thread: memory is not equally quick for both */
     MOST_X = 1 << 20, /* bytes of x that stay in the second cache while W goes by */
 };
 
-/* Rows of x, turned: a tile for every 32 values of 16 (of one row: 64 bytes), and the sum of x within each step, 16
-   (one). */
+/* Rows [first, first + rows) of x, turned: a tile for every 32 values of 16 (of one row: 64 bytes), and the sum of x
+   within each step, 16 (one). Threads take groups of 16 rows of W from `next` on, a `share`th of what is
+   left and one more: long runs first, since memory brings these sooner, and short ones last, so that nobody waits. */
 struct tiled {
     const struct gguf_product *of;
-    const uint16_t *x;
-    uint16_t *y;
     uint8_t *turned;
     float *within;
-    int64_t rows, steps, halves, row_bytes;
+    int64_t first, rows, steps, halves, row_bytes, groups, share, next;
     int failed;
 };
 
@@ -64,6 +62,7 @@ GGUF_INLINE __m512 sums_within(const uint8_t *turned, uint16_t pairs) {
 
 static GGUF void turn(const struct tiled *all) {
     const int64_t width = all->of->width, halves = all->halves;
+    const uint16_t *x = (const uint16_t *)all->of->x + all->first * width;
     const int kind = (int)all->of->kind;
     const __m512i order = order_of(kind);
     __attribute__((aligned(64))) uint8_t own[TILE];
@@ -74,7 +73,7 @@ static GGUF void turn(const struct tiled *all) {
             for (int64_t i = 0; i < 16; i++) {
                 words[i] = _mm512_setzero_si512();
                 if (at + i >= width / 32) continue;
-                words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + 32 * (at + i)));
+                words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + 32 * (at + i)));
                 _mm512_store_si512(all->turned + 64 * (at + i), words[i]);
             }
             amx_turned(words, (uint32_t *)own);
@@ -92,7 +91,7 @@ static GGUF void turn(const struct tiled *all) {
             for (int64_t i = 0; i < 16; i++) {
                 words[i] = _mm512_setzero_si512();
                 if (row + i < all->rows)
-                    words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(all->x + (row + i) * width + 32 * at));
+                    words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + (row + i) * width + 32 * at));
             }
             amx_turned(words, (uint32_t *)(all->turned + number * TILE));
             for (int64_t half = 0; half < halves; half++)
@@ -110,15 +109,14 @@ GGUF_INLINE void shapes_of(int64_t rows) {
 }
 
 /* y of 16 rows of W, or fewer, from `out` on, of one row of x. */
-GGUF_INLINE void put(const struct tiled *all, int64_t out, int64_t row, __m512 sums) {
-    const struct gguf_product *of = all->of;
-    const int64_t outs = least(16, of->outs - out);
+GGUF_INLINE void put(const struct tiled *all, const struct gguf_weight *w, int64_t out, int64_t row, __m512 sums) {
+    const int64_t outs = least(16, w->outs - out);
     const __mmask16 mask = (__mmask16)((1u << outs) - 1);
-    if (of->bias != NULL) {
-        const __m512i bias = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, of->bias + out));
+    if (w->bias != NULL) {
+        const __m512i bias = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w->bias + out));
         sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(bias, 16)));
     }
-    _mm256_mask_storeu_epi16(all->y + row * of->outs + out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
+    _mm256_mask_storeu_epi16(w->y + (all->first + row) * w->outs + out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
 /* The products of a step, and its sums of x, to 16 rows of sums. */
@@ -280,16 +278,18 @@ OF_KIND(Q5_K)
 OF_KIND(Q6_K)
 
 /* What is left of 16 rows of W once all steps are added. */
-GGUF_INLINE void put_tile(const struct tiled *all, const float *sums, int64_t out, int64_t tile) {
+GGUF_INLINE void put_tile(const struct tiled *all, const struct gguf_weight *w, const float *sums, int64_t out, int64_t tile) {
     __attribute__((aligned(64))) float across[256];
     amx_across((const uint32_t *)sums, 16, 16, (uint32_t *)across);
     const int64_t count = least(16, all->rows - 16 * tile);
-    for (int64_t r = 0; r < count; r++) put(all, out, 16 * tile + r, _mm512_load_ps(across + 16 * r));
+    for (int64_t r = 0; r < count; r++) put(all, w, out, 16 * tile + r, _mm512_load_ps(across + 16 * r));
 }
 
-static GGUF void groups_of(const struct tiled *all, const struct room *room, int64_t start, int64_t stop) {
+/* 16 rows of W from `out` on. */
+static GGUF void group(const struct tiled *all, const struct room *room, const struct gguf_weight *w, int64_t out) {
     const int64_t bytes = all->row_bytes, kind = all->of->kind, tiles = (all->rows + 15) / 16;
-    const int64_t chunk = tiles > 1 ? CHUNK : all->steps;
+    const int64_t chunk = tiles > 1 ? CHUNK : all->steps, left = (w->outs - out) * bytes;
+    const uint8_t *rows = w->blocks + out * bytes;
 #define CALL(name, ...)                                 \
     (kind == Q4_0   ? name##_Q4_0(all, room, __VA_ARGS__) \
      : kind == Q4_1 ? name##_Q4_1(all, room, __VA_ARGS__) \
@@ -299,31 +299,43 @@ static GGUF void groups_of(const struct tiled *all, const struct room *room, int
      : kind == Q4_K ? name##_Q4_K(all, room, __VA_ARGS__) \
      : kind == Q5_K ? name##_Q5_K(all, room, __VA_ARGS__) \
                     : name##_Q6_K(all, room, __VA_ARGS__))
-    for (int64_t out = 16 * start; out < 16 * stop; out += 16) {
-        const uint8_t *rows = all->of->blocks + out * bytes;
-        const int64_t left = (all->of->outs - out) * bytes;
-        if (left < 16 * bytes + BEYOND) {
-            memcpy(room->last, rows, (size_t)least(left, 16 * bytes));
-            rows = room->last;
-        }
-        if (all->rows == 1) {
-            put(all, out, 0, CALL(one_row, rows));
-            continue;
-        }
-        for (int64_t step = 0; step < all->steps; step += chunk) {
-            const int64_t end = least(all->steps, step + chunk);
-            CALL(first_rows, rows, step, end);
-            for (int64_t tile = 1; tile < tiles; tile++) CALL(more_rows, tile, step, end);
-        }
-        for (int64_t tile = 0; tile < tiles; tile++) put_tile(all, room->sums + 256 * tile, out, tile);
+    if (left < 16 * bytes + BEYOND) {
+        const int64_t own = least(left, 16 * bytes);
+        memcpy(room->last, rows, (size_t)own);
+        memset(room->last + own, 0, (size_t)(16 * bytes + BEYOND - own));
+        rows = room->last;
     }
+    if (all->rows == 1) {
+        put(all, w, out, 0, CALL(one_row, rows));
+        return;
+    }
+    for (int64_t step = 0; step < all->steps; step += chunk) {
+        const int64_t end = least(all->steps, step + chunk);
+        CALL(first_rows, rows, step, end);
+        for (int64_t tile = 1; tile < tiles; tile++) CALL(more_rows, tile, step, end);
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) put_tile(all, w, room->sums + 256 * tile, out, tile);
 #undef CALL
 }
 
+INLINE int64_t groups_of(const struct gguf_weight *w) { return (w->outs + 15) / 16; }
+
+/* Groups [start, stop), those of a weight behind those of the one before. */
+static GGUF void groups(const struct tiled *all, const struct room *room, int64_t start, int64_t stop) {
+    const struct gguf_weight *w = all->of->weights;
+    int64_t before = 0;
+    for (int64_t number = start; number < stop; number++) {
+        while (number - before >= groups_of(w)) before += groups_of(w++);
+        group(all, room, w, 16 * (number - before));
+    }
+}
+
+/* What one thread does, as long as there are runs. */
 static GGUF void products(void *arguments, int64_t start, int64_t stop) {
     struct tiled *all = arguments;
-    const int64_t kind = all->of->kind, tiles = (all->rows + 15) / 16;
-    const int64_t codes = SLOTS * parts_of((int)kind) * TILE, own = SLOTS * 128 + RING * TILE + tiles * TILE;
+    const int64_t tiles = (all->rows + 15) / 16;
+    const int64_t codes = SLOTS * parts_of((int)all->of->kind) * TILE, own = SLOTS * 128 + RING * TILE + tiles * TILE;
+    (void)start, (void)stop;
     void *memory = NULL;
     if (posix_memalign(&memory, 4096, (size_t)(codes + own + 16 * all->row_bytes + BEYOND))) {
         all->failed = 1;
@@ -336,9 +348,13 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
     room.scales = room.sums + 256 * tiles;
     room.offsets = room.scales + 16 * SLOTS;
     room.last = (uint8_t *)(room.offsets + 16 * SLOTS);
-    memset(room.last, 0, (size_t)(16 * all->row_bytes + BEYOND));
     shapes_of(all->rows);
-    groups_of(all, &room, start, stop);
+    for (int64_t run, next = __atomic_load_n(&all->next, __ATOMIC_RELAXED); next < all->groups;) {
+        run = least(all->groups - next, 1 + (all->groups - next) / all->share);
+        if (!__atomic_compare_exchange_n(&all->next, &next, next + run, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+        groups(all, &room, next, next + run);
+        next = __atomic_load_n(&all->next, __ATOMIC_RELAXED);
+    }
     _tile_release();
     FENCE;
     free(memory);
@@ -346,7 +362,7 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
 
 int gguf_tiled_product(const struct gguf_product *of) {
     const int64_t halves = halves_of((int)of->kind), whole = of->width / 32, bytes = row_bytes_of(of->kind, of->width);
-    struct tiled all = {of, of->x, of->y, NULL, NULL, 0, halves * whole, halves, bytes, 0};
+    struct tiled all = {of, NULL, NULL, 0, 0, halves * whole, halves, bytes, 0, 0, 0, 0};
     const int64_t fit = MOST_X / (2 * of->width) / 16 * 16, most = fit < 64 ? 64 : fit;
     const int64_t turned = of->rows == 1 ? whole * 64 : (least(of->rows, most) + 15) / 16 * whole * TILE;
     const int64_t sums = of->rows == 1 ? all.steps + 16 * halves : turned / TILE * halves * 16;
@@ -354,13 +370,14 @@ int gguf_tiled_product(const struct gguf_product *of) {
     if (posix_memalign(&memory, 4096, (size_t)(turned + 4 * sums))) return 1;
     all.turned = memory;
     all.within = (float *)(all.turned + turned);
-    for (int64_t row = 0; row < of->rows; row += all.rows) {
-        all.rows = least(most, of->rows - row);
-        all.x = (const uint16_t *)of->x + row * of->width;
-        all.y = (uint16_t *)of->y + row * of->outs;
+    for (int64_t i = 0; i < of->count; i++) all.groups += groups_of(of->weights + i);
+    for (; all.first < of->rows; all.first += all.rows) {
+        all.rows = least(most, of->rows - all.first);
         turn(&all);
-        const int64_t groups = (of->outs + 15) / 16, worth = 16 * of->width * (1 + all.rows / 16);
-        veneer_parallel_dealt(products, &all, groups, 1 + ALONE / worth, TURNS);
+        const int64_t grain = 1 + ALONE / (16 * of->width * (1 + all.rows / 16)), useful = all.groups / grain;
+        const int64_t threads = useful > 1 ? least(useful, veneer_threads()) : 1;
+        all.next = 0, all.share = threads > 1 ? 2 * threads : 1;
+        veneer_parallel(products, &all, threads, 1);
     }
     free(memory);
     return all.failed;

@@ -4,13 +4,19 @@
 
 #include "bits.h"
 
-/* y (rows, outs) = x (rows, width) W^T + bias, bf16; W: `outs` rows of blocks of ggml's kind; bias or NULL. */
-struct gguf_product {
-    const void *x;
+/* `outs` rows of blocks, bias or NULL; y (rows, outs). */
+struct gguf_weight {
     const uint8_t *blocks;
     const uint16_t *bias;
-    void *y;
-    int64_t rows, width, outs, kind;
+    uint16_t *y;
+    int64_t outs;
+};
+
+/* y = x (rows, width) W^T + bias of each of `count` weights, bf16; blocks of ggml's kind. */
+struct gguf_product {
+    const void *x;
+    const struct gguf_weight *weights;
+    int64_t count, rows, width, kind;
 };
 
 /* Where veneer_few_level says 5. 1: no memory. */

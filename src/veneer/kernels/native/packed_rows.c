@@ -3,19 +3,11 @@
 #include "few_rows.h"
 #include "gguf_tiles.h"
 #include "nf4.h"
+#include "packed_rows.h"
 #include <stddef.h>
 
 void nf4_decode(const struct nf4_weights *w, int64_t start, int64_t count, void *out, int type, int level);
 void gguf_decode(int kind, const uint8_t *blocks, int64_t first, int64_t rows, int64_t columns, void *out, int type, int level);
-
-/* y (rows, outs) = x (rows, width) W^T + bias. W: `outs` rows from element `start` of 4-bit weights on, or blocks of a
-   .gguf file of ggml's kind. */
-struct packed_rows {
-    const void *x, *packed, *bias;
-    void *y;
-    int64_t rows, width, outs, start, kind;
-    int type;
-};
 
 struct source {
     const struct packed_rows *of;
@@ -32,12 +24,22 @@ static void of_gguf(const void *packed, int64_t first, int64_t count, void *out)
     gguf_decode((int)s->of->kind, s->of->packed, first, count, s->of->width, out, s->of->type, s->level);
 }
 
+INLINE int on_tiles(const struct packed_rows *call, int most) { return call->kind >= 0 && veneer_few_level(call->type, most) == 5; }
+
+int packed_like(const struct packed_rows *a, const struct packed_rows *b, int most) {
+    return a->x == b->x && a->rows == b->rows && a->width == b->width && a->kind == b->kind && a->type == b->type && on_tiles(a, most);
+}
+
+int packed_together(const struct packed_rows *const *calls, int64_t count) {
+    struct gguf_weight weights[MOST_TOGETHER];
+    for (int64_t i = 0; i < count; i++) weights[i] = (struct gguf_weight){calls[i]->packed, calls[i]->bias, calls[i]->y, calls[i]->outs};
+    const struct gguf_product product = {calls[0]->x, weights, count, calls[0]->rows, calls[0]->width, calls[0]->kind};
+    return gguf_tiled_product(&product);
+}
+
 /* most: caps the instructions (5, 4, 3, 2, 0), for tests. 1: no memory for some rows of W. */
 int veneer_packed_rows(const struct packed_rows *call, int most) {
-    if (call->kind >= 0 && veneer_few_level(call->type, most) == 5) {
-        const struct gguf_product product = {call->x, call->packed, call->bias, call->y, call->rows, call->width, call->outs, call->kind};
-        return gguf_tiled_product(&product);
-    }
+    if (on_tiles(call, most)) return packed_together(&call, 1);
     const struct source source = {call, nf4_level(most)};
     const struct piece piece = {call->x,     &source,    call->bias,  call->y, call->rows,
                                 call->width, call->outs, call->width, call->kind < 0 ? of_nf4 : of_gguf};

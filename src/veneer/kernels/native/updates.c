@@ -5,6 +5,7 @@
    So no sum runs across lanes; each goes along the rank in its order, whatever the rows beside it. updates_body.h holds
    the code, written once and compiled here for each set of instructions. */
 #include "few_rows.h"
+#include "updates.h"
 #include <stddef.h>
 
 enum { BLOCK = UPDATE_BLOCK, VECTORS = 4, AHEAD = 4, MOST_PARTS = 16, MOST_UPDATES = 128 }; /* kernels/dense_calls.py knows the last two */
@@ -122,32 +123,6 @@ static void add_ups(const struct up *of, int64_t count, int type, int most) {
     veneer_parallel_dealt(body, &all, cost, ALONE / BLOCK, TURNS);
 }
 
-/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A (rank, width), B as in struct up. Those of one turn
-   do not meet. */
-struct few_rows_update {
-    const void *A, *B;
-    int64_t first, rows, rank, turn;
-    float scale;
-};
-
-/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. */
-struct few_rows_updated_part {
-    const void *w, *bias;
-    void *y;
-    const struct few_rows_update *updates;
-    int64_t outs, count;
-};
-
-/* The parts share x. down: room for each update's rows times its rank. */
-struct few_rows_updated {
-    const void *x;
-    void *down;
-    const struct few_rows_updated_part *parts;
-    int64_t count, rows, width, apart;
-    int type;
-};
-
-/* 1: no memory for x on tiles. */
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     const int size = call->type == FEW_FP32 ? 4 : 2;
     struct piece of[MOST_PARTS + MOST_UPDATES];

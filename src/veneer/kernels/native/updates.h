@@ -1,0 +1,35 @@
+/* What a product of a few rows with updates is given. */
+#ifndef VENEER_UPDATES_H
+#define VENEER_UPDATES_H
+
+#include <stdint.h>
+
+/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A (rank, width), B as in struct up. Those of one turn
+   do not meet. */
+struct few_rows_update {
+    const void *A, *B;
+    int64_t first, rows, rank, turn;
+    float scale;
+};
+
+/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. */
+struct few_rows_updated_part {
+    const void *w, *bias;
+    void *y;
+    const struct few_rows_update *updates;
+    int64_t outs, count;
+};
+
+/* The parts share x. down: room for each update's rows times its rank. */
+struct few_rows_updated {
+    const void *x;
+    void *down;
+    const struct few_rows_updated_part *parts;
+    int64_t count, rows, width, apart;
+    int type;
+};
+
+/* 1: no memory for x on tiles. */
+int veneer_few_rows_updated(const struct few_rows_updated *call, int most);
+
+#endif
