@@ -154,6 +154,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "formats/peft_config.py": ("test_formats_peft_config.py", "test_formats_peft.py"),
     "formats/prefix.py": ("test_formats_prefix.py",),
     "kernels/native/attention.c": ("test_attention_native.py", "test_native_calls.py"),
+    "kernels/native/attention_tiles.c": ("test_attention_native.py", "test_tiles.py", "test_native_calls.py"),
+    "kernels/native/attention_tiles.h": ("test_attention_native.py", "test_tiles.py", "test_native_calls.py"),
     "kernels/native/few_rows.c": ("test_few_rows.py", "test_native_calls.py"),
     "kernels/native/few_rows_body.h": ("test_few_rows.py", "test_native_calls.py"),
     "kernels/native/products.c": ("test_products.py", "test_native_calls.py"),

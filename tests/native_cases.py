@@ -162,7 +162,7 @@ def _attention(rng: random.Random) -> list[Call]:
     )
     heads, docs, P = kv_heads * rng.randint(1, 3), len(lengths), rng.choice([0, 1, 40])
     starts, kind = torch.tensor([0, *lengths]).cumsum(0), rng.choice([BF16, torch.float32])
-    q, grad, grad_q = (filled(kind, rows, heads, size) for _ in range(3))
+    q, grad, grad_q, made = (filled(kind, rows, heads, size) for _ in range(4))
     k, v = (filled(kind, rows, kv_heads, size) for _ in range(2))
     before = None if P == 0 else (filled(kind, P, kv_heads, size), filled(kind, P, kv_heads, size))
     lse = filled(torch.float32, rows, heads)
@@ -183,7 +183,10 @@ def _attention(rng: random.Random) -> list[Call]:
     }
     return [
         (calls.attention_forward, {**given, "out": filled(kind, rows, heads, size)}),
-        (calls.attention_backward, {**given, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared}),
+        (
+            calls.attention_backward,
+            {**given, "made": made, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared},
+        ),
     ]
 
 

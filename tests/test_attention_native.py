@@ -50,6 +50,63 @@ def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, w
         assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max().clamp_min(0.1)
 
 
+@needs_kernel
+@pytest.mark.parametrize(
+    ("prompt", "lengths", "heads", "size", "window"),
+    [
+        (0, (1100,), (9, 3), 64, None),
+        (40, (520, 33), (5, 5), 80, 100),
+        (0, (900,), (7, 1), 128, 65),
+        (3, (200,), (2, 1), 272, 33),
+    ],
+    ids=str,
+)
+def test_long_documents_and_other_head_sizes_are_their_reference(prompt, lengths, heads, size, window):
+    torch.manual_seed(0)
+    layout = Group(prompt, lengths, CPU)
+    q, k, v = (torch.randn(layout.rows, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    fast = packed_attention(q, k, v, layout, Rules(size**-0.5, window))
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    slow = packed_attention_reference(*wide, layout, Rules(size**-0.5, window))
+    grad = torch.randn(fast.shape).bfloat16()
+    grads = torch.autograd.grad(fast, (q, k, v), grad), torch.autograd.grad(slow, wide, grad.double())
+    for ours, theirs in [(fast, slow), *zip(*grads, strict=True)]:
+        assert (ours.double() - theirs).abs().max() < BF16_ATOL * theirs.abs().max()
+
+
+@needs_kernel
+@pytest.mark.parametrize("far", [8.0, 40.0, -40.0, 3000.0])
+def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_reference_does(far):
+    """A row's shares are powers of a difference to a score near by: to one of 3,000 more no float32 could hold it."""
+    torch.manual_seed(0)
+    layout = Group(0, (200, 40), CPU)
+    q, k, v = (torch.randn(layout.rows, 1, 32) for _ in range(3))
+    q[:, :, 0], k[:, :, 0] = 1.0, 0.0
+    k[[5, 77, 203], :, 0] = far
+    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
+    fast = packed_attention(q, k, v, layout, Rules(1.0))
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    slow = packed_attention_reference(*wide, layout, Rules(1.0))
+    of_q, *ours = gradients(fast, q, k, v)
+    expected_of_q, *expected = gradients(slow, *wide)
+    for found, exact in zip((fast, *ours), (slow, *expected), strict=True):
+        assert (found.double() - exact).abs().max() < BF16_ATOL * exact.abs().max()
+    # What a row's shares are given on average is summed over its output, which is rounded: as far as k is large.
+    assert (of_q.double() - expected_of_q).abs().max() < 2 * BF16_ATOL * k.abs().max()
+
+
+@needs_kernel
+def test_a_document_has_the_same_bits_alone_and_among_others():
+    torch.manual_seed(0)
+    lengths = (300, 31, 64)
+    q, k, v = (torch.randn(sum(lengths), heads, 32).bfloat16() for heads in (6, 2, 2))
+    k[3] = 100.0  # some panels are computed twice
+    together = packed_attention(q, k, v, Group(0, lengths, CPU), Rules(0.3))
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    alone = [packed_attention(*part, Group(0, (len(part[0]),), CPU), Rules(0.3)) for part in parts]
+    assert torch.equal(together, torch.cat(alone))
+
+
 @compiled
 @pytest.mark.parametrize("limit", native.LIMITS)
 def test_float32_is_its_reference_on_every_processor(limit):
@@ -166,19 +223,20 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
 @pytest.mark.parametrize(
     ("lengths", "kv_heads", "splits"),
     [
-        ((640,), 2, 8),
-        ((640,), 1, 10),
-        ((2000,), 1, 16),
+        ((640,), 2, 4),
+        ((640,), 3, 2),
+        ((500,), 1, 7),
+        ((2000,), 1, 8),
         ((127,), 1, 1),
         ((128,), 1, 2),
-        ((64, 128), 2, 2),
+        ((64, 128), 1, 2),
         ((30,), 1, 1),
         ((200,) * 20, 1, 1),
-        ((500,), 16, 1),
-        ((500,), 8, 2),
+        ((500,), 8, 1),
+        ((500,), 4, 2),
     ],
 )
-def test_few_long_documents_are_split_so_that_sixteen_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
+def test_few_long_documents_are_split_so_that_eight_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     rows = torch.zeros(sum(lengths), kv_heads, 16)
     part = attention_native.Part(rows, rows, rows, None, None, starts, Rules(1.0))

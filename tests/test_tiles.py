@@ -92,19 +92,20 @@ def test_a_row_is_the_same_whichever_rows_stand_beside_it():
 
 
 @pytest.mark.parametrize("size", [16, 48, 64, 80])
-@pytest.mark.parametrize("lengths", [(5,), (33, 1, 70), (31, 64, 100)], ids=str)
-def test_attention_on_tiles_is_that_of_vectors(size, lengths):
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("lengths", [(5,), (33, 1, 70), (31, 64, 100), (600,)], ids=str)
+def test_attention_on_tiles_is_that_of_vectors(size, window, lengths):
     torch.manual_seed(0)
     layout = Group(21, lengths, torch.device("cpu"))
     q, k, v = (torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for heads in (6, 2, 2))
     grad = torch.randn(layout.rows, 6, size).bfloat16()
 
     def attended():
-        out = attention_native.native_attention(q, k, v, layout, Rules(0.3))
+        out = attention_native.native_attention(q, k, v, layout, Rules(0.3, window))
         return out, *torch.autograd.grad(out, (q, k, v), grad)
 
     for ours, plain in zip(*both(attended), strict=True):
-        assert (ours.float() - plain.float()).abs().max() <= 2**-7 * plain.float().abs().max()
+        assert (ours.float() - plain.float()).abs().max() <= 2**-7 * plain.float().abs().max().clamp_min(2**-7)
 
 
 def test_tiles_are_taken():

@@ -1,9 +1,10 @@
-"""Packed attention by the compiled kernels: bf16 on processors that multiply bf16 pairs (native/attention.c), float32
-on any (native/attention_float.c).
+"""Packed attention by the compiled kernels: bf16 on processors that multiply bf16 pairs (native/attention.c), on AMX
+tiles where there are some (native/attention_tiles.c), float32 on any (native/attention_float.c).
 
 The same function as kernels/attention.py's, for models without soft caps and sinks: no padding to a rectangle, nothing
-computed that causality or the window hides, scores of a few rows at a time. Kept for backward: q, k, v and one
-float32 a row and head. Each part is one call: the prompt with itself; the documents, which see the prompt whole.
+computed that causality or the window hides, scores of a few rows at a time. Kept for backward: q, k, v, what came out
+and one float32 a row and head. Each part is one call: the prompt with itself; the documents, which see the prompt
+whole. On tiles a row's mean gradient is summed over its output as it was rounded.
 Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen whole.
 """
 
@@ -19,8 +20,9 @@ from veneer.kernels.layout import Group
 from veneer.kernels.native import has_bf16, has_floats, note_flops, on_cpu
 from veneer.kernels.rules import Rules
 
-TASKS = 16
-"""Fewer documents times key heads than this are split by query rows, so that all threads have work."""
+TASKS = 8
+"""Fewer documents times key heads than this are split by query rows, so that all threads have work. Each share holds
+gradients of all keys, which are summed up: more of them take longer on few threads."""
 HELD_BYTES = 64 * 2**20
 """Most memory for the gradients of shared keys, one per document, before they are summed."""
 
@@ -91,8 +93,10 @@ class Part:
         )
         return lse
 
-    def backward(self, grad: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """grad (R, H, D) -> gradients of q (its type), k, v, before_k, before_v (float32)."""
+    def backward(
+        self, out: Tensor, grad: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """out: what forward wrote, grad (R, H, D) -> gradients of q (its type), k, v, before_k, before_v (float32)."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
         note_flops(lambda: 5 * self._product_flops())
@@ -111,6 +115,7 @@ class Part:
                 self.v,
                 self._before(),
                 self.starts[start : stop + 1],
+                out,
                 grad,
                 lse,
                 grad_q=grad_q,
@@ -138,15 +143,15 @@ class _NativeAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
         out, kept = attended(q, k, v, layout, rules)
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, out, *kept)
         ctx.layout, ctx.rules = layout, rules
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        return *attended_gradients(q, k, v, kept, aligned(grad), ctx.layout, ctx.rules), None, None
+        q, k, v, out, *kept = ctx.saved_tensors
+        return *attended_gradients(q, k, v, out, kept, aligned(grad), ctx.layout, ctx.rules), None, None
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> tuple[Tensor, list[Tensor]]:
@@ -157,7 +162,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> tu
 
 
 def attended_gradients(
-    q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor], grad: Tensor, layout: Group, rules: Rules
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor], grad: Tensor, layout: Group, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, without gaps; zeros on filler."""
     found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
@@ -168,7 +173,7 @@ def attended_gradients(
     # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
     parts = zip(_parts(q, k, v, layout, rules), kept, strict=True)
     for (rows, part), lse in reversed(list(parts)):
-        own_q, own_k, own_v, *shared = part.backward(grad[rows], lse)
+        own_q, own_k, own_v, *shared = part.backward(out[rows], grad[rows], lse)
         for given, more in zip((own_k, own_v), from_documents, strict=True):
             if more is not None:
                 given += more

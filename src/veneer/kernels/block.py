@@ -173,7 +173,7 @@ class _Block(torch.autograd.Function):
         keep([O], out.view(rows, -1), above, [grad_h], out_down)
         grad_out = input_gradient([O], [grad_h])
         rank.add_up(grad_out, above, A[O].T, dropout=block.layers[O].dropout)
-        turned = attended_gradients(q, k, v, kept, grad_out.view(q.shape), block.layout, block.rules)
+        turned = attended_gradients(q, k, v, out, kept, grad_out.view(q.shape), block.layout, block.rules)
         grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
         sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
         block_calls.heads(grads, block.cos, block.sin, sides, back=True)

@@ -341,7 +341,7 @@ def dropout(x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: i
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *pointers("q k v before_k before_v grad out lse grad_k grad_v grad_before_k grad_before_v starts"),
+        *pointers("q k v before_k before_v grad made out lse grad_k grad_v grad_before_k grad_before_v starts"),
         *numbers("q_row q_head k_row k_head v_row v_head bk_row bk_head bv_row bv_head grad_row grad_head"),
         *numbers("rows docs heads kv_heads size before window splits"),
         ("scale", ctypes.c_float),
@@ -424,6 +424,7 @@ def attention_backward(
     v: Tensor,
     before: tuple[Tensor, Tensor] | None,
     starts: Tensor,
+    made: Tensor,
     grad: Tensor,
     lse: Tensor,
     *,
@@ -434,10 +435,12 @@ def attention_backward(
     window: int | None,
     splits: int,
 ) -> None:
-    """grad_q (R, H, D) in q's type; own (2, S, R, K, D), shared (2, docs, S, K, P, D) float32: of keys, then values."""
+    """made: what forward wrote; grad_q (R, H, D) in q's type. In float32, of keys, then values: own (2, S, R, K, D),
+    shared (2, docs, S, K, P, D)."""
     given = _attention(q, k, v, before, starts, scale=scale, window=window, splits=splits)
     (rows, heads, size), kv_heads, kind = q.shape, k.shape[1], q.dtype
     _rows_of_heads(given, "grad", "grad", grad, kind, rows, heads, size)
+    given.made = at(made, kind, rows, heads, size)
     given.out, given.lse = at(grad_q, kind, rows, heads, size), at(lse, FP32, rows, heads)
     at(own, FP32, 2, splits, rows, kv_heads, size)
     at(shared, FP32, 2, given.docs, splits, kv_heads, given.before, size)

@@ -3,7 +3,8 @@
    A document of L rows attends to `before` keys that it sees whole (a prefix, a shared prompt), then causally to itself.
    One task takes one document and one key head, with all query heads of that key head: keys and values are laid out once
    as pairs and stay in the cache; scores exist for ROWS query rows at a time and never reach memory beyond it. What
-   causality or the window hides is not computed. Every sum over keys or rows runs in float32.
+   causality or the window hides is not computed. Every sum over keys or rows runs in float32. Where there are AMX tiles,
+   attention_tiles.c computes the same.
 
    Shapes: H query heads, K key heads, G = H / K, D head size (a multiple of 16), J keys = before + L. */
 #include "attention.h"
@@ -210,9 +211,15 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
     }
 }
 
-void veneer_attention_forward(struct attention *a) { veneer_parallel(forward_body, a, a->docs * a->kv_heads * a->splits, 1); }
+void veneer_attention_forward(struct attention *a) {
+    if (attention_tiles_forward(a)) return;
+    veneer_parallel(forward_body, a, a->docs * a->kv_heads * a->splits, 1);
+}
 
 /* out: the gradient of q, (rows, H, D). */
-void veneer_attention_backward(struct attention *a) { veneer_parallel(backward_body, a, a->docs * a->kv_heads * a->splits, 1); }
+void veneer_attention_backward(struct attention *a) {
+    if (attention_tiles_backward(a)) return;
+    veneer_parallel(backward_body, a, a->docs * a->kv_heads * a->splits, 1);
+}
 
 #endif

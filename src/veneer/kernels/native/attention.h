@@ -8,6 +8,7 @@
    fields in this order. */
 struct attention {
     const void *q, *k, *v, *before_k, *before_v, *grad;
+    const void *made;                     /* (rows, H, D) what forward wrote, for backward on tiles */
     void *out;
     float *lse;                           /* (rows, H) log of the sum of exponentials, forward writes, backward reads */
     float *grad_k, *grad_v;               /* (splits, rows, K, D) */
@@ -47,5 +48,9 @@ static inline int64_t place_of_gradient(const struct place *p, int64_t j) {
     if (j < a->before) return (((p->doc * a->splits + p->split) * a->kv_heads + p->kv) * a->before + j) * a->size;
     return ((p->split * a->rows + p->start + j - a->before) * a->kv_heads + p->kv) * a->size;
 }
+
+/* On tiles (attention_tiles.c): 0 where there are none, and nothing is done. */
+int attention_tiles_forward(struct attention *a);
+int attention_tiles_backward(struct attention *a);
 
 #endif
