@@ -11,7 +11,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.routing import Routing
 from veneer.data.batching import make_batch
-from veneer.kernels import native
+from veneer.kernels import block, native
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.fused_layer import FusedLayer
@@ -96,6 +96,27 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
     assert taken == [True, True]
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(taken, monkeypatch):
+    trained, found = Trained(), []
+    for many in (10**6, 1):
+        monkeypatch.setattr(block, "MANY", many)
+        kept = []
+
+        def held(x, kept=kept):
+            kept.append(x)
+            return x
+
+        with (
+            fused(trained.model, replacements(trained.model)),
+            torch.autograd.graph.saved_tensors_hooks(held, lambda x: x),
+        ):
+            found.append((trained.measured(), sum(x.nbytes for x in kept)))
+    assert taken == [True] * 4
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    rows = trained.batch.ids.shape[1]
+    assert found[0][1] - found[1][1] == 2 * 2 * rows * (2 * SIZES["hidden_size"] + SIZES["intermediate_size"])
 
 
 def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):

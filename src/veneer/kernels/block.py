@@ -6,7 +6,7 @@
 The same calls as those of its parts (lora.py, attention_native.py, fused.py), in the same order and to the same bits,
 without the graph between them: a sum and the norm behind it are one pass, forward and backward. What nothing adapts
 has an update of rank 0. In bf16 on processors that multiply its pairs, and there alone. Kept for backward: what the
-parts keep.
+parts keep; of many rows n, m and what goes into `down` are computed again, a third of it.
 Shapes: M rows, D hidden, H query heads, K key heads, S head size.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import block_calls, rank
+from veneer.kernels import block_calls, calls, rank
 from veneer.kernels.attention_native import attended, attended_gradients
 from veneer.kernels.block_calls import Side
 from veneer.kernels.fused import compiled
@@ -27,6 +27,8 @@ from veneer.kernels.rules import Rules
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
 """The layers by their places among all."""
+MANY = 2048
+"""From so many rows on what one pass gives again is not kept."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +122,20 @@ class _Block(torch.autograd.Function):
         block_calls.gate_forward(gate, up, inner, of_gate, of_up, block.inner([DOWN], A, inner_down))
         y = product(DOWN, inner)
         block_calls.norm_forward(y, before=update(DOWN, inner_down), beside=h)
-        n, m, inner = (_asked(*each) for each in ((n, n_down), (m, m_down), (inner, inner_down)))
-        saved = (x, n, n_scale, n_down, q, k, v, out, out_down, h, m, m_scale, m_down, gate, up, inner, inner_down)
-        ctx.save_for_backward(*saved, *factors, *kept)
+        passed = [] if rows >= MANY else [_asked(*each) for each in ((n, n_down), (m, m_down), (inner, inner_down))]
+        saved = (x, n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down)
+        ctx.save_for_backward(*saved, *factors, *passed, *kept)
         ctx.block, ctx.types = block, [each.dtype for each in given]
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, n, n_scale, n_down, q, k, v, out, out_down, h, m, m_scale, m_down, gate, up, inner, inner_down, *more = (
-            ctx.saved_tensors
-        )
+        x, n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down, *more = ctx.saved_tensors
         block: Block = ctx.block
         A, B, kept = more[:LAYERS], more[LAYERS : 2 * LAYERS], more[2 * LAYERS :]
         rows, grad = len(x), grad.contiguous()
+        passed = [] if rows >= MANY else [kept.pop(0) for _ in range(3)]  # n, m, inner
         of_A, of_B = list[Tensor](), list[Tensor]()
 
         def narrow(numbers: Sequence[int]) -> Tensor:
@@ -158,14 +159,29 @@ class _Block(torch.autograd.Function):
             downs = zip(numbers, _split(down, own), grads, strict=True)
             of_B[:0] = [rank.gradient(low, g, block.layers[number].scaling).T for number, low, g in downs]
 
+        def normed(place: int, x: Tensor, norm: Norm, scale: Tensor, down: Tensor) -> Tensor:
+            if passed or not down.shape[1]:
+                return passed[place] if passed else _asked(x, down)
+            found = torch.empty_like(x)
+            block_calls.norm_forward(
+                x, weight=norm.weight, out=found, scale=torch.empty_like(scale), epsilon=norm.epsilon
+            )
+            return found
+
+        def gated() -> Tensor:
+            if passed or not inner_down.shape[1]:
+                return passed[2] if passed else _asked(gate, inner_down)
+            calls.silu_gate_forward(gate, up, found := torch.empty_like(gate))
+            return found
+
         above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)
         grad_gate, grad_up = input_gradient([DOWN], [grad]), torch.empty_like(up)
-        keep([DOWN], inner, above, [grad], inner_down)
+        keep([DOWN], gated(), above, [grad], inner_down)
         before = block.inner([DOWN], A, above)
         above = narrow(GATES)
         of_gate, of_up = (first(*each) for each in zip(GATES, _split(above, A[4:6]), strict=True))
         block_calls.gate_backward(grad_gate, gate, up, grad_up, before=before, of_gate=of_gate, of_up=of_up)
-        keep(GATES, m, above, [grad_gate, grad_up], m_down)
+        keep(GATES, normed(1, h, block.between, m_scale, m_down), above, [grad_gate, grad_up], m_down)
         grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), block.inner(GATES, A, above), narrow([O])
         block_calls.norm_backward(
             grad_h, h, block.between.weight, m_scale, before=before, beside=grad, behind=first(O, above)
@@ -177,7 +193,7 @@ class _Block(torch.autograd.Function):
         grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
         sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
         block_calls.heads(grads, block.cos, block.sin, sides, back=True)
-        keep(QKV, n, above, grads, n_down)
+        keep(QKV, normed(0, x, block.before, n_scale, n_down), above, grads, n_down)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x, before = input_gradient(QKV, grads), block.inner(QKV, A, above)
