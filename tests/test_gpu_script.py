@@ -1,12 +1,20 @@
 """benchmarks/gpu: refused where there is no GPU; all of it tried at tiny sizes, so that it runs where there is one."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.accelerator import Accelerator
+from tests.tape import Tape
+from veneer.decoding import forward
+from veneer.kernels import launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,3 +75,19 @@ def test_nothing_begins_without_time(tmp_path):
 def test_an_item_by_itself_writes_its_value_as_one_line():
     done = run("--trial", "--item", "1.1 versions")
     assert done.returncode == 0 and json.loads(done.stdout)["gpu"] is None
+
+
+def test_its_items_find_all_tensors_on_a_device_that_is_no_cpu(monkeypatch):
+    """A pretended one (tests/accelerator.py), where an answer's steps are replayed from a tape."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    items, tiny = importlib.import_module("parts").items, importlib.import_module("place").place(trial=True)
+    monkeypatch.setattr(launch, "module", lambda name: None)
+    for name in ("synchronize", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    with Accelerator("cuda:0") as there:
+        tape, at = Tape(there), replace(tiny, device=there.device)
+        monkeypatch.setattr(forward, "recorder_here", lambda: tape)
+        asked = ("2.1", "2.2", "2.4", "3.2", "4.3")
+        found = {each.name[:3]: each.run(at) for each in items(at) if each.name[:3] in asked}
+    assert len(found) == 5 and tape.replayed > tape.captured > 3
+    assert found["2.4"]["adapters"]["graphs"]["graphs"] == 1 and found["4.3"]["answers_alike"] == 32
