@@ -359,6 +359,19 @@ def _step(rng: random.Random) -> list[Call]:
             {"q": q, "k": k, "cos": filled(dtype, rows, size), "sin": filled(dtype, rows, size), "level": level},
         ),
         (step_calls.step_gate, {"gate": x, "up": delta, "out": out, "level": level}),
+        (
+            step_calls.step_inputs,
+            {
+                "ids": filled(torch.int64, rows),
+                "spans": filled(torch.int64, rows, 5),
+                "table": filled(dtype, 16, width),
+                "cos_table": filled(dtype, 16, size),
+                "sin_table": filled(dtype, 16, size),
+                "h": out,
+                "cos": filled(dtype, rows, size),
+                "sin": filled(dtype, rows, size),
+            },
+        ),
     ]
 
 

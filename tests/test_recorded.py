@@ -15,6 +15,7 @@ from tests.tiny_gguf import random_blocks
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import AdaptedLinear
+from veneer.decoding import ends
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
 from veneer.decoding.forward import PagedForward
@@ -74,6 +75,7 @@ def recorded_of(base):
 
 def never(patch):
     patch.setattr(Steps, "computed", lambda steps, inputs, laid, rest, *_: rest(inputs, laid))
+    patch.setattr(Steps, "whole", lambda *_: None)
 
 
 def same(some, others):
@@ -104,6 +106,70 @@ def test_adapted_layers_of_one_input_are_one_call_and_give_what_each_gives(dtype
     assert same(found, expected)
     together, alone = (len(steps[0]._noted.structs("veneer_few_rows_updated")) for steps in (kept, each))
     assert 0 < together < alone
+
+
+def whole_steps(monkeypatch):
+    """Of how many rows each step was that one call computed, from ids to logits."""
+    rows, right = [], _Recorded.whole
+
+    def noted(own, ids, laid):
+        found = right(own, ids, laid)
+        rows.extend([] if found is None else [len(ids)])
+        return found
+
+    monkeypatch.setattr(_Recorded, "whole", noted)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_answers_steps_are_one_call_from_ids_to_logits_to_the_bit(dtype, tied, monkeypatch):
+    """Over blocks that are taken one by one, beyond the room that tables were given, and places beyond the tables of
+    angles that were made first."""
+    monkeypatch.setattr(ends, "FIRST_PLACES", 32)
+    base = based(dtype, tie_word_embeddings=tied)
+    rows = whole_steps(monkeypatch)
+    found, _ = steps_of(base, [()], monkeypatch, new=150)
+    assert len(rows) > 140 and set(rows) == {3}
+    with monkeypatch.context() as patch:
+        never(patch)
+        expected, _ = steps_of(base, [()], monkeypatch, new=150)
+    assert same(found, expected)
+
+
+def test_a_mix_of_updates_is_one_call_too_and_what_acts_around_the_layers_is_not(monkeypatch):
+    base, rows = based(), whole_steps(monkeypatch)
+    lora, head = with_method(base, "lora"), with_method(base, "head")
+    steps_of(base, [lora, ()], monkeypatch)
+    assert len(rows) > 30
+    count = len(rows)
+    steps_of(base, [head, ()], monkeypatch)
+    assert len(rows) == count
+
+
+@pytest.mark.parametrize("how", ["embedding", "head", "listener", "angles"])
+def test_what_is_exchanged_around_the_layers_is_seen(how, monkeypatch):
+    def exchange(base):
+        inner = base.model.model
+        if how == "embedding":
+            changed = torch.nn.Embedding(*inner.embed_tokens.weight.shape)
+            changed.weight = torch.nn.Parameter(inner.embed_tokens.weight * 1.5, requires_grad=False)
+            inner.embed_tokens = changed
+        elif how == "head":
+            head = base.model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight * -1.0, requires_grad=False)
+        elif how == "listener":
+            inner.embed_tokens.register_forward_hook(lambda module, given, found: found * 2)
+        else:
+            inner.rotary_emb.inv_freq = inner.rotary_emb.inv_freq * 0.5
+
+    one, other, rows = based(), based(), whole_steps(monkeypatch)
+    found, _ = steps_of(one, [()], monkeypatch, lambda: exchange(one))
+    assert rows
+    with monkeypatch.context() as patch:
+        never(patch)
+        expected, _ = steps_of(other, [()], monkeypatch, lambda: exchange(other))
+    assert same(found, expected)
 
 
 def test_what_computes_otherwise_is_never_recorded(monkeypatch):
@@ -228,8 +294,8 @@ def traffic(engine, identities, monkeypatch, count=24, flight=6):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_recording_serves_prompts_and_answers_of_all_mixes_to_the_bit(dtype, monkeypatch):
     base, identities = with_many(dtype)
-    steps, again = [], _Recorded.again
-    monkeypatch.setattr(_Recorded, "again", lambda own, *given: steps.append(1) or again(own, *given))
+    steps, right = [], _Recorded._laid_out
+    monkeypatch.setattr(_Recorded, "_laid_out", lambda own, *given: steps.append(1) or right(own, *given))
     found = traffic(engine_of(base, identities), identities, monkeypatch)
     (only,) = recorded_of(base)
     assert len(steps) >= len(found) - 4 and only.most >= 64
@@ -274,7 +340,7 @@ def test_who_finds_a_recording_taken_computes_in_python(monkeypatch):
     thread.start()
     taken.wait(60)
     with monkeypatch.context() as patch:
-        patch.setattr(_Recorded, "again", lambda *_: pytest.fail("of another thread"))
+        patch.setattr(_Recorded, "_laid_out", lambda *_: pytest.fail("of another thread"))
         found = traffic(engine_of(base, identities), identities, monkeypatch)
     done.set()
     thread.join()
@@ -349,10 +415,10 @@ def test_more_updates_than_a_call_takes_are_computed_otherwise(monkeypatch):
     expected = traffic(engine_of(base, identities), identities, monkeypatch)
     monkeypatch.setattr(dense_calls, "MOST_UPDATES", 6)
     monkeypatch.setattr(few_rows, "MOST_UPDATES", 6)
-    given, again = [], _Recorded.again
-    monkeypatch.setattr(_Recorded, "again", lambda *own: given.append(again(*own)) or given[-1])
+    given, right = [], _Recorded._laid_out
+    monkeypatch.setattr(_Recorded, "_laid_out", lambda *own: given.append(right(*own)) or given[-1])
     assert same(traffic(engine_of(base, identities), identities, monkeypatch), expected)
-    assert any(each is None for each in given) and not all(each is None for each in given)
+    assert any(given) and not all(given)
 
 
 def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():

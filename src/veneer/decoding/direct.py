@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 from veneer.adapters.lora import AdaptedLinear
 from veneer.adapters.wrapping import AdaptedModule, unwrapped
 from veneer.bases.quiet_transformers import quiet
+from veneer.decoding.ends import Ends
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.decoding.recorded import Inputs, Steps
+from veneer.decoding.recorded import Around, Inputs, Standing, Steps
 from veneer.kernels import decoder_step, few_rows
 from veneer.kernels.groups import Pair
 from veneer.kernels.paged_attention import SpanRows
@@ -49,6 +50,9 @@ GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
 """(2, N) ids and positions, a step (models/attention.py: Laid), the rows that are kept or all -> their logits."""
+
+Again = Callable[[Sequence[int], PagedStep], Tensor | None]
+"""(N) ids, a step that goes on from the one before -> (N, V); None: nothing was computed."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,28 @@ class DirectForward:
         with self.steps.taken() as free:
             if free:
                 beside = _keys_around(self.inner.embed_tokens) | _keys_around(head)
-                states = self.steps.computed(inputs, laid, self._layers, self._called, beside)
+                states = self.steps.computed(inputs, laid, self._layers, self._called, beside, self._around)
             else:
                 states = self._layers(inputs, laid)
             return _product(states if kept is None else states[kept], head)
+
+    def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+        """(N, V) of single tokens, by what was recorded; None: it is to be computed by `logits`."""
+        with self.steps.taken() as free:
+            return self.steps.whole(ids, laid) if free else None
+
+    def _around(self) -> Around | None:
+        """What stands around the layers, where nothing else acts there and that can be recorded."""
+        embedding, rotary, head = self.inner.embed_tokens, self.inner.rotary_emb, self.model.get_output_embeddings()
+        bare: Any = _bare(embedding)
+        if bare is None or head is None or not isinstance(embedding, nn.Module):
+            return None
+        ends = Ends.of(bare, _dense(bare.weight[:1], head), rotary)
+        if ends is None:
+            return None
+        modules = [each for own in (embedding, head, rotary) for each in own.modules()]
+        beside = frozenset(_keys_around(embedding) | _keys_around(head))
+        return Around(ends, Standing(modules, [self.model]), beside)
 
     def _layers(self, inputs: Inputs, laid: PagedStep) -> Tensor:
         h, cos, sin = inputs
@@ -119,6 +141,10 @@ class Way:
         if self._parts is not None and self._parts.fits:
             return self._parts.logits(rows, laid, kept)
         return self._own(rows, laid, kept)
+
+    def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+        """(N, V) of single tokens, one further than in the step before; None: as if nothing had been asked."""
+        return None if self._parts is None else self._parts.again(ids, laid)
 
     def let_go(self) -> None:
         """No adapter is held that acted in a step before."""

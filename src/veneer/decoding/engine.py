@@ -62,7 +62,8 @@ class Engine:
         )
         self.scheduler = Scheduler(blocks, limits or Limits(), adapters, positions=read_alike(base.config))
         self.way = _way(base)
-        self._forward = PagedForward(base.device, blocks, self.way.logits, filled=self.way.not_by_parts is not None)
+        again = self.way.again if (by_parts := self.way.not_by_parts is None) else None
+        self._forward = PagedForward(base.device, blocks, self.way.logits, filled=not by_parts, again=again)
         self._drawings: dict[int, Drawing] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens

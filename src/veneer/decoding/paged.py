@@ -60,10 +60,15 @@ class PagedStep:
     mix: what the adapters add to which rows, where these are listed: such steps are recorded (decoding/recorded.py).
     """
 
-    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows], mix: Mix | None = None) -> None:
-        self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block), 0
+    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows], mix: Mix | None = None, *, spare: int = 0) -> None:
+        self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block, spare), 0
         self.mix = mix
         self._fewer: dict[tuple[int, ...], Spans] = {}
+
+    def go_on(self, mix: Mix | None) -> bool:
+        """The next token of each span from now on, for steps that are made again (Spans.go_on)."""
+        self.calls, self.mix = 0, mix
+        return self.spans.go_on()
 
     def attend(
         self,

@@ -16,12 +16,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from operator import is_
+from dataclasses import dataclass
+from operator import eq, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from veneer.decoding.ends import Ends
 from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.kernels import dense_calls, paged_calls
 from veneer.kernels.mixes import Mix
@@ -44,7 +47,7 @@ class Steps:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: list[_Recorded] = []
-        self._standing: _Standing | None = None
+        self._standing: Standing | None = None
         self._seen = self._declined = False
 
     @contextmanager
@@ -63,13 +66,32 @@ class Steps:
             for each in self._kept if free else ():
                 each.let_go()
 
+    def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+        """(N, V) of single tokens, embedding and head too, by one call; only within `taken`. None: nothing was
+        recorded that gives this step, or not all of it stands as it stood."""
+        mix, standing = laid.mix, self._standing
+        if mix is None or mix.others or standing is None:
+            return None
+        for each in self._kept:
+            if each.takes(len(ids)) and each.ends is not None and mix.keys.isdisjoint(each.ends.beside):
+                if each.lacks(mix, frozenset()) or not (standing.stands() and each.ends.standing.stands()):
+                    return None
+                return each.whole(ids, laid)
+        return None
+
     def computed(
-        self, inputs: Inputs, laid: PagedStep, rest: Rest, modules: Callable[[], Sequence[nn.Module]], beside: Set[str]
+        self,
+        inputs: Inputs,
+        laid: PagedStep,
+        rest: Rest,
+        modules: Callable[[], Sequence[nn.Module]],
+        beside: Set[str],
+        around: Callable[[], Around | None] = lambda: None,
     ) -> Tensor:
         """(N, D) as `rest` gives it, to the bit. The values are good until the next step; only within `taken`.
 
         modules: all that may be called for it, those of the adapters beside them too. beside: keys of adapters' layers
-        at which `rest` does not come by.
+        at which `rest` does not come by. around: what stands before and behind, where that is recorded too.
         """
         mix, rows = laid.mix, len(inputs[0])
         if mix is None or not mix.others <= beside or laid.spans.rows != rows:
@@ -85,10 +107,10 @@ class Steps:
         self._seen, seen = True, self._seen
         if not seen or _listened_to(called := modules()):
             return rest(inputs, laid)
-        self._standing = self._standing or _Standing(called)
-        return self._recorded(inputs, laid, rest)
+        self._standing = self._standing or Standing(called)
+        return self._recorded(inputs, laid, rest, around)
 
-    def _recorded(self, inputs: Inputs, laid: PagedStep, rest: Rest) -> Tensor:
+    def _recorded(self, inputs: Inputs, laid: PagedStep, rest: Rest, around: Callable[[], Around | None]) -> Tensor:
         rows, most = len(inputs[0]), LEAST_ROOM
         while most < rows:
             most *= 2
@@ -100,38 +122,60 @@ class Steps:
         with recording(room) as noted:
             states = rest((own[0], own[1], own[2]), laid)
         if noted.spoiled is None:
-            new = _Recorded(noted, own, states, laid)
+            new = _Recorded(noted, own, states, laid, around())
             self._kept = [*(each for each in self._kept if not new.replaces(each)), new]
         self._declined = noted.spoiled is not None
         return states
 
 
-class _Standing:
+class Standing:
     """What a recording reads, as it stood."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._children = [(each._modules, dict(each._modules)) for each in modules if each._modules]
+    def __init__(self, modules: Sequence[nn.Module], around: Sequence[nn.Module] = ()) -> None:
+        """around: of these only what stands in them is looked at."""
+        children = [each._modules for each in (*around, *modules) if each._modules]
+        self._children, self._stood = children, [dict(each) for each in children]
         self._listeners = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._heard = -1
         holders: list[dict[str, Any]] = [kind for each in modules for kind in (each._parameters, each._buffers)]
-        self._places = [(kind, name) for kind in holders for name, tensor in kind.items() if tensor is not None]
-        self._tensors = [kind[name] for kind, name in self._places]
+        places = [(kind, name) for kind in holders for name, tensor in kind.items() if tensor is not None]
+        self._kinds, self._names = [kind for kind, _ in places], [name for _, name in places]
+        self._tensors = [kind[name] for kind, name in places]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._storages = [tensor.untyped_storage() for tensor in self._tensors]  # held: C reads there
 
     def stands(self) -> bool:
         """Whether all of it stands where it stood, and nobody listens."""
         return (
-            not any(self._listeners)
-            and all(now == then for now, then in self._children)
-            and all(map(is_, [kind.get(name) for kind, name in self._places], self._tensors))
-            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            self._nobody_listens()
+            and all(map(eq, self._children, self._stood))
+            and all(map(is_, map(dict.get, self._kinds, self._names), self._tensors))
+            and all(map(eq, map(Tensor.data_ptr, self._tensors), self._addresses))
         )
+
+    def _nobody_listens(self) -> bool:
+        """Looked at again once someone has begun to listen anywhere: torch numbers them."""
+        numbered = RemovableHandle.next_id
+        if self._heard != numbered:
+            self._heard = -1 if any(self._listeners) else numbered
+        return self._heard == numbered
+
+
+@dataclass(frozen=True)
+class Around:
+    """ends: what stands around the layers. standing: what of it is read. beside: keys of what may act there."""
+
+    ends: Ends
+    standing: Standing
+    beside: frozenset[str]
 
 
 class _Recorded:
-    """least, most: rows that it may have."""
+    """least, most: rows that it may have. ends: around the layers, of steps of single tokens."""
 
-    def __init__(self, noted: Recording, inputs: Sequence[Tensor], states: Tensor, laid: PagedStep) -> None:
+    def __init__(
+        self, noted: Recording, inputs: Sequence[Tensor], states: Tensor, laid: PagedStep, ends: Around | None
+    ) -> None:
         assert noted.room is not None
         self._noted, self._inputs, self._states = noted, inputs, states
         self._attended = noted.structs("veneer_paged_attention")
@@ -148,6 +192,8 @@ class _Recorded:
         self._down = torch.empty(0, dtype=states.dtype)
         self._mix: Mix | None = None
         self._pages: weakref.ref[PagedKeys] | None = None
+        self._spans: Any = None
+        self.ends = ends if ends is not None and ends.ends.note(noted, inputs, states) else None
 
     def replaces(self, other: _Recorded) -> bool:
         return self.least <= other.least and other.most <= self.most
@@ -164,10 +210,28 @@ class _Recorded:
 
     def again(self, inputs: Inputs, laid: PagedStep) -> Tensor | None:
         """None: the mix is more than one call takes."""
-        rows, spans, mix = len(inputs[0]), laid.spans.checked, laid.mix
+        rows = len(inputs[0])
+        if not self._laid_out(rows, laid):
+            return None
+        for own, new in zip(self._inputs, inputs, strict=True):
+            _first(own, rows).copy_(new)
+        self._noted.again()
+        return _first(self._states, rows)
+
+    def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+        """(N, V); None: the mix is more than one call takes, or a place lies too far."""
+        assert self.ends is not None
+        if not self._laid_out(len(ids), laid) or (logits := self.ends.ends.take(ids, laid.spans)) is None:
+            return None
+        self._noted.again(around=True)
+        return logits
+
+    def _laid_out(self, rows: int, laid: PagedStep) -> bool:
+        """All that is handed over but the inputs. False: the mix is more than one call takes."""
+        spans, mix = laid.spans.checked, laid.mix
         assert mix is not None
         if mix is not self._mix and not self._list(mix):
-            return None
+            return False
         if mix.rows > rows or spans.rows != rows or spans.blocks > laid.keys.num_blocks:
             raise ValueError(f"{rows} rows, of spans {spans.rows}, up to {mix.rows} updated, {spans.blocks} blocks")
         if self._pages is None or laid.keys is not self._pages():
@@ -175,12 +239,11 @@ class _Recorded:
         if rows != self._rows:
             self._noted.with_rows(rows)
             self._rows = rows
-        for own, new in zip(self._inputs, inputs, strict=True):
-            _first(own, rows).copy_(new)
-        for given in self._attended:
-            paged_calls.point_at(given, spans)
-        self._noted.again()
-        return _first(self._states, rows)
+        if spans is not self._spans:
+            for given in self._attended:
+                paged_calls.point_at(given, spans)
+            self._spans = spans
+        return True
 
     def _list(self, mix: Mix) -> bool:
         """The updates of this mix in place of those of another, which is let go."""

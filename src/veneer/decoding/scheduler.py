@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, ROWS, TIME, WAITS, check_numbers
 from veneer.decoding.adapter_places import AdapterPlaces
-from veneer.decoding.blocks import BlockManager, Identity, Table
+from veneer.decoding.blocks import BlockManager, Copy, Front, Identity, Table
 from veneer.decoding.sequence import Reason, Request, Sequence, State
 from veneer.decoding.step_plan import Chosen, Drawn, Plan, Span
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError, VeneerError
@@ -83,7 +83,8 @@ class Scheduler:
         self._cancelled: list[Sequence] = []  # during the step that is under way
         self._ended: list[Sequence] = []  # and not yet told
         self._plan: Plan | None = None
-        self._count = 0
+        self._last: Plan | None = None  # the one before, if all that runs went on by a token in it and nothing else was
+        self._count = self._plans = 0
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -157,6 +158,9 @@ class Scheduler:
         check_numbers(now=(TIME, now), most_tokens=(COUNT, most_tokens))
         assert self._plan is None, "the last step has not been finished"
         self._end_late(now)
+        last, self._last = self._last, None
+        if last is not None and most_tokens is None and not self._waiting and (plan := self._following(last)):
+            return plan
         places = self._ask_adapters()
         tokens = min(self.limits.step_tokens, most_tokens or self.limits.step_tokens)
         takes: dict[Sequence, int] = {}
@@ -168,8 +172,28 @@ class Scheduler:
         order = [s for s in self._running if s in takes]
         order.sort(key=lambda s: (s.request.adapter, takes[s] > 1))
         spans = tuple(self._span(s, takes[s]) for s in order)
-        self._plan = Plan(spans, self.blocks.fronts, self.blocks.copies, self._told())
+        return self._planned(spans, self.blocks.fronts, self.blocks.copies)
+
+    def _planned(
+        self, spans: tuple[Span, ...], fronts: tuple[Front, ...], copies: tuple[Copy, ...], follows: int | None = None
+    ) -> Plan:
+        self._plans += 1
+        self._plan = Plan(spans, fronts, copies, self._told(), self._plans, follows)
         return self._plan
+
+    def _following(self, last: Plan) -> Plan | None:
+        """The next token of each; None: there are others, or no block for one."""
+        if self._others or len(last.spans) != len(self._running) or self.blocks.fronts or self.blocks.copies:
+            return None
+        spans = []
+        for span in last.spans:
+            s = span.sequence
+            if s.state is not State.RUNNING or s.table is None or not self.blocks.grow(s.table, span.stop + 1):
+                return None
+            spans.append(Span(s, span.stop, span.stop + 1, span.draws))
+        for content in self._adapters.settle():
+            self.blocks.forget(content)
+        return self._planned(tuple(spans), (), (), last.number)
 
     def step_alone(self, sequence: Sequence) -> Plan:
         """One running sequence's part of a step that failed: whether it fails by itself. It may go back instead."""
@@ -178,10 +202,8 @@ class Scheduler:
             assert sequence.table is not None
             take = min(sequence.length - sequence.computed, self.limits.chunk_tokens)
             fronts, copies = self.blocks.pending(sequence.table)
-            self._plan = Plan((self._span(sequence, take),), fronts, copies, self._told())
-        else:
-            self._plan = Plan((), (), (), self._told())
-        return self._plan
+            return self._planned((self._span(sequence, take),), fronts, copies)
+        return self._planned((), (), ())
 
     def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
         """The plan has been computed. Returns the sequences that have ended.
@@ -204,6 +226,9 @@ class Scheduler:
             for sequence in (*others, *span.draws[:1]):
                 self._draw(sequence, span, results[sequence.number])
         self._end_cancelled()
+        single = all(span.stop - span.start == len(span.draws) == 1 for span in plan.spans)
+        if single and not self._ended and len(plan.spans) == len(self._running):
+            self._last = plan
         return self._told()
 
     def undo_step(self) -> None:

@@ -34,12 +34,15 @@ class Plan:
 
     spans   the base's first, then adapter by adapter; of each, single tokens before chunks, the oldest first
     ended   sequences that ended since the last call, without a new token
+    number  of the plan; follows: that of the one before, where this is each of its spans' next token and nothing else
     """
 
     spans: tuple[Span, ...]
     fronts: tuple[Front, ...]
     copies: tuple[Copy, ...]
     ended: tuple[Sequence, ...]
+    number: int = 0
+    follows: int | None = None
 
     @property
     def parts(self) -> tuple[tuple[Identity, int], ...]:

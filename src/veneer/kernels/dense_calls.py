@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import pages
-from veneer.kernels.arguments import BYTES, CallError, at, call, number, numbers, pointers, reachable
+from veneer.kernels.arguments import BF16, BYTES, FP32, CallError, at, call, number, numbers, pointers, reachable
 
 MOST_PARTS = 16
 """Weights that share one x."""
@@ -68,6 +68,12 @@ def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], l
     one.kept = given
     if call("veneer_few_rows", ctypes.byref(one), number(level, 0, 5)):
         raise MemoryError(NO_ROOM)
+
+
+def put_at(given: Any, y: Tensor) -> None:
+    """What a call of one product is given may get another y, of as many rows."""
+    part = given.kept[0]
+    part.y = at(y, BF16 if given.type else FP32, given.rows, part.outs)
 
 
 def _rows_of(x: Tensor) -> int:

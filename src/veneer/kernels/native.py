@@ -70,6 +70,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
     **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
+    "veneer_step_inputs": (None, [_POINTER]),
     "veneer_draw": (None, [_POINTER, _NUMBER, _INT, _INT]),
     "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
     "veneer_packed_rows": (_INT, [_POINTER, _INT]),

@@ -19,13 +19,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from veneer.kernels import paged_calls
-from veneer.kernels.arguments import available
+from veneer.kernels.arguments import available, number
 from veneer.kernels.native import on_cpu
 from veneer.kernels.rules import Rules
 from veneer.kernels.upload import sent
@@ -83,16 +84,21 @@ class Blocks:
 
 
 class Spans:
-    """The spans of a step, in the order of their rows; made once, for all layers."""
+    """The spans of a step, in the order of their rows; made once, for all layers.
 
-    def __init__(self, spans: Sequence[SpanRows], slots: int) -> None:
-        self.slots = slots
+    spare: blocks by which each table may grow where it lies (`go_on`).
+    """
+
+    def __init__(self, spans: Sequence[SpanRows], slots: int, spare: int = 0) -> None:
+        self.slots, self.spare = slots, spare
         self.each = spans
         tables, columns = array("i"), array("q")
         for start, stop, blocks, front, front_places in spans:
             columns.extend((len(tables), len(front), front_places, start, stop))
             tables.extend(front)
             tables.extend(blocks)
+            tables.extend(repeat(0, spare))
+        self._written, self._known = (tables, columns), [len(span.blocks) + spare for span in spans]
         self.rows = sum(span.stop - span.start for span in spans)
         self.tables = torch.frombuffer(tables, dtype=torch.int32) if tables else torch.empty(0, dtype=torch.int32)
         count = len(spans)
@@ -103,6 +109,27 @@ class Spans:
     @cached_property
     def checked(self) -> paged_calls.PagedSpans:
         return paged_calls.paged_spans(self.tables, self.columns)
+
+    @property
+    def farthest(self) -> int:
+        """The last place that a row stands at."""
+        return max(self._written[1][4::5]) - 1
+
+    def go_on(self) -> bool:
+        """Spans of one token each: the next tokens of the same sequences from now on, as C sees them (`checked`), whose
+        lists of blocks may have grown. False: one has outgrown its place, and these are of no more use."""
+        (tables, columns), checked = self._written, self.checked
+        for n, span in enumerate(self.each):
+            start = columns[5 * n + 4]
+            place, first = divmod(start, self.slots)
+            if not first:
+                if place >= self._known[n] or place >= len(span.blocks):
+                    return False
+                block = number(span.blocks[place])
+                tables[columns[5 * n] + len(span.front) + place] = block
+                checked.blocks = max(checked.blocks, block + 1)
+            columns[5 * n + 3], columns[5 * n + 4] = start, start + 1
+        return True
 
     @cached_property
     def plain(self) -> _PlainSpans:

@@ -30,7 +30,7 @@ class _Paged(ctypes.Structure):
     kept: object
 
 
-@dataclass(frozen=True)
+@dataclass
 class PagedSpans:
     """Checked: their tables lie within `tables` and name blocks below `blocks`; `rows`: of all together."""
 

@@ -30,7 +30,7 @@ from veneer.kernels.arguments import CallError, call, noting
 
 FUNCTIONS = (
     *("veneer_few_rows", "veneer_few_rows_updated", "veneer_step_norm", "veneer_step_rotate", "veneer_step_gate"),
-    *("veneer_paged_attention", "veneer_nf4_product", "veneer_packed_rows"),
+    *("veneer_paged_attention", "veneer_nf4_product", "veneer_packed_rows", "veneer_step_inputs"),
 )
 """In the order in which native/recorded.c numbers them."""
 MOST_GIVEN = 9
@@ -40,7 +40,7 @@ _VIEWED = {"detach", "alias"}
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "t", "transpose"}
 
 
-_ROWS_IN_STRUCT = {"veneer_few_rows", "veneer_few_rows_updated", "veneer_packed_rows"}
+_ROWS_IN_STRUCT = {"veneer_few_rows", "veneer_few_rows_updated", "veneer_packed_rows", "veneer_step_inputs"}
 _ROWS_GIVEN = {"veneer_step_norm", "veneer_step_rotate", "veneer_step_gate"}
 """Second."""
 _OF_ANY_ROWS = {*_ROWS_IN_STRUCT, *_ROWS_GIVEN, "veneer_paged_attention"}
@@ -83,6 +83,7 @@ class Recording:
         self._kept: list[Tensor] = []
         self._made: Any = None
         self._of_a_row: list[int] | None = None
+        self._around = 0, 0
 
     @property
     def of_any_rows(self) -> bool:
@@ -117,12 +118,19 @@ class Recording:
         """What the calls of a function were given first, to be changed before they are made again."""
         return [given[0]._obj for name, given in self._calls if name == function]
 
-    def again(self) -> None:
-        """MemoryError: one of them had no room."""
+    def stand_between(self, before: "Recording", behind: "Recording") -> None:
+        """Calls that `again` makes too where it is asked for them: noted in the same room."""
+        self._calls = [*before._calls, *self._calls, *behind._calls]
+        self._kept += [*before._kept, *behind._kept]
+        self._around, self._made, self._of_a_row = (len(before._calls), len(behind._calls)), None, None
+
+    def again(self, *, around: bool = False) -> None:
+        """around: with what stands before and behind. MemoryError: one of them had no room."""
         if self.spoiled is not None:
             raise CallError(f"calls are made again that are not all there was: {self.spoiled}")
         made = self._prepared()
-        if call("veneer_recorded", ctypes.byref(made), len(made)):
+        first, last = (0, 0) if around else self._around
+        if call("veneer_recorded", ctypes.byref(made, first * ctypes.sizeof(_Call)), len(made) - first - last):
             raise MemoryError("no memory for a step")
 
     def _prepared(self) -> Any:

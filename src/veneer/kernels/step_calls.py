@@ -8,7 +8,7 @@ import ctypes
 
 from torch import Tensor
 
-from veneer.kernels.arguments import CallError, at, call, number, numbers, pointers, type_number, whole
+from veneer.kernels.arguments import INT64, CallError, at, call, number, numbers, pointers, type_number, whole
 
 ANY_LEVEL = 3
 
@@ -23,6 +23,11 @@ class _Rotate(ctypes.Structure):
 
 class _Gate(ctypes.Structure):
     _fields_ = [*pointers("gate up out"), *numbers("width")]
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [*pointers("ids spans table cos_table sin_table h cos sin"), *numbers("rows width size")]
+    kept: object
 
 
 def _bf16(tensor: Tensor) -> int:
@@ -66,3 +71,23 @@ def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> 
     (rows, width), dtype = gate.shape, gate.dtype
     given = _Gate(at(gate, dtype, rows, width), whole(up, dtype, rows * width), at(out, dtype, rows, width), width)
     call("veneer_step_gate", ctypes.byref(given), rows, _bf16(gate), number(level, 0, 3))
+
+
+def step_inputs(
+    ids: Tensor, spans: Tensor, table: Tensor, cos_table: Tensor, sin_table: Tensor, h: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    """h (N, D) = table (V, D) at ids (N); cos and sin (N, E) = their tables (P, E) at the fourth of each of spans
+    (N, 5), where its row stands (paged_calls.py); all of one type."""
+    (rows, width), dtype, size = h.shape, h.dtype, cos.shape[1]
+    starts = [at(ids, INT64, number(rows, 1)), at(spans, INT64, rows, 5)]
+    for of, table_of in ((ids, table), (spans[:, 3], cos_table)):
+        for each in of.tolist():
+            number(each, 0, len(table_of) - 1)
+    tables = [
+        at(table, dtype, len(table), width),
+        *(at(t, dtype, len(cos_table), size) for t in (cos_table, sin_table)),
+    ]
+    made = [at(h, dtype, rows, width), *(at(t, dtype, rows, size) for t in (cos, sin))]
+    given = _Inputs(*starts, *tables, *made, rows, width * dtype.itemsize, size * dtype.itemsize)
+    given.kept = ids, spans, cos_table, sin_table
+    call("veneer_step_inputs", ctypes.byref(given))

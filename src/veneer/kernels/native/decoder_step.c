@@ -28,6 +28,23 @@ struct step_gate {
     int64_t width;
 };
 
+/* What the first layer takes, rows of tables: all sizes in bytes. */
+struct step_inputs {
+    const int64_t *ids, *spans; /* spans: (rows, 5), of each the fourth is its row's place (paged_attention.c) */
+    const char *table, *cos_table, *sin_table;
+    char *h, *cos, *sin;
+    int64_t rows, width, size;
+};
+
+void veneer_step_inputs(const struct step_inputs *a) {
+    for (int64_t row = 0; row < a->rows; row++) {
+        const int64_t place = a->spans[5 * row + 3];
+        memcpy(a->h + row * a->width, a->table + a->ids[row] * a->width, (size_t)a->width);
+        memcpy(a->cos + row * a->size, a->cos_table + place * a->size, (size_t)a->size);
+        memcpy(a->sin + row * a->size, a->sin_table + place * a->size, (size_t)a->size);
+    }
+}
+
 INLINE float value_at(const int bf16, const void *from, int64_t i) {
     return bf16 ? float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
 }

@@ -8,7 +8,7 @@
 enum { MOST_GIVEN = 9 };
 
 /* kernels/recorded.py names the functions in this order. */
-enum { FEW_ROWS, FEW_ROWS_UPDATED, STEP_NORM, STEP_ROTATE, STEP_GATE, PAGED_ATTENTION, NF4_PRODUCT, PACKED_ROWS };
+enum { FEW_ROWS, FEW_ROWS_UPDATED, STEP_NORM, STEP_ROTATE, STEP_GATE, PAGED_ATTENTION, NF4_PRODUCT, PACKED_ROWS, STEP_INPUTS };
 
 struct recorded_call {
     int64_t function, given[MOST_GIVEN];
@@ -20,6 +20,7 @@ void veneer_step_rotate(const void *, int64_t, int, int);
 void veneer_step_gate(const void *, int64_t, int, int);
 int veneer_paged_attention(const void *, int, int);
 int veneer_nf4_product(const void *, int64_t, int64_t, int64_t, const void *, int64_t, void *, int, int);
+void veneer_step_inputs(const void *);
 
 static int made(const struct recorded_call *call) {
     const int64_t *g = call->given;
@@ -34,6 +35,7 @@ static int made(const struct recorded_call *call) {
     case PAGED_ATTENTION: return veneer_paged_attention(P(0), I(1), I(2));
     case NF4_PRODUCT: return veneer_nf4_product(P(0), g[1], g[2], g[3], P(4), g[5], P(6), I(7), I(8));
     case PACKED_ROWS: return veneer_packed_rows(P(0), I(1));
+    case STEP_INPUTS: veneer_step_inputs(P(0)); return 0;
     default: return -1;
     }
 #undef P
