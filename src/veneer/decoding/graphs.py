@@ -32,7 +32,7 @@ from veneer.models.proof import apart
 from veneer.quant.scratch import held_buffers
 
 WORTH = 4
-"""Times that a step is launched call by call: a capture costs three."""
+"""Times that a step is launched call by call: a capture costs three more."""
 MOST = 32
 """Graphs that are kept, those used last."""
 MOST_SEEN = 1000
@@ -53,28 +53,24 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA's own. All graphs share one pool: what one gave is read before the next is launched."""
+    """CUDA's own. All graphs share one pool: what one gave is read before the next is launched. Other threads go on
+    meanwhile, and may wait and allocate: they load adapters."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
                 run()  # what is made once is made outside of the graph: compiled kernels, tables of adapters
-                torch.cuda.set_sync_debug_mode("error")
-                run()  # a wait is refused here, where it spoils nothing
-            torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = run()
-        except RuntimeError as fault:  # what CUDA refuses has no class of its own
+        except RuntimeError as fault:  # what CUDA refuses, a wait above all, has no class of its own
             raise RefusedError(str(fault).partition("\n")[0][:200]) from fault
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
 
         def replay() -> Tensor:
             graph.replay()
