@@ -57,7 +57,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def _rank(rng: random.Random) -> list[Call]:
-    rows, width, rank = 2 * rng.randint(1, 60), 16 * rng.randint(1, 9), 16 * rng.randint(1, 4)
+    rows, width, rank = rng.randint(1, 120), 16 * rng.randint(1, 9), 16 * rng.randint(1, 4)
     x, d, y = filled(BF16, rows, width), filled(BF16, rows, rank), filled(BF16, rows, width)
     magnitude, norm = filled(torch.float32, width), filled(torch.float32, width)
     blocks = calls.dora_blocks(rows)

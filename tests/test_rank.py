@@ -174,5 +174,31 @@ def test_a_rank_that_fills_no_register_is_computed_as_one_that_does(size, whole)
     assert torch.equal(y, other) and torch.equal(of_x, of_x_too)
     assert torch.equal(of_A, wide_A[:size]) and torch.equal(of_B, wide_B[:, :size])
     assert filled(Adapted(*small, None, base, 0.3), x).A.shape == (whole, 96)
-    for other in (x[:15], x[:29], x.float()):
+    assert filled(Adapted(*small, None, base, 0.3), x[:29]).A.shape == (whole, 96)
+    for other in (x[:15], x.float()):
         assert filled(Adapted(*small, None, base, 0.3), other).A is small[0]
+
+
+@pytest.mark.parametrize("rows", [16, 31, 130])
+@pytest.mark.parametrize(("width", "size"), [(16, 16), (80, 32), (320, 16), (70, 8)])
+def test_dropout_within_a_product_is_that_of_the_wide_side(rows, width, size):
+    torch.manual_seed(6)
+    x, y, d = (
+        torch.randn(rows, width).bfloat16(),
+        torch.randn(rows, width).bfloat16(),
+        torch.randn(rows, size).bfloat16(),
+    )
+    A, dropout = torch.randn(size, width).bfloat16(), Dropout(torch.arange(rows) * 7919, 5 << 32 | 3, 0.3)
+    left = dropout.apply_reference(x.double())
+    assert 0.1 < (left == 0).double().mean() < 0.5
+    near(rank.down(x, A, 0.5, dropout=dropout), 0.5 * left @ A.double().T)
+    near(rank.gradient(d, x, 3.0, dropout=dropout), 3.0 * d.double().T @ left)
+    expected = y.double() + dropout.apply_reference(2.0 * d.double() @ A.double())
+    rank.add_up(y, d, A.T, 2.0, dropout=dropout)
+    near(y, expected)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
+def test_gradients_are_summed_in_float32_whether_rows_are_even_or_odd():
+    for rows in (32, 33):
+        assert rank.gradient(torch.ones(rows, 16).bfloat16(), torch.ones(rows, 64).bfloat16()).dtype is torch.float32

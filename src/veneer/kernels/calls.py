@@ -139,12 +139,10 @@ def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | Non
 
 
 def rank_gradient(u: Tensor, x: Tensor, out: Tensor, scale: float, mask: Mask | None = None) -> None:
-    """out (R, I) float32 = scale * u^T x, of u (M, R) and x (M, I) through the mask, M even."""
+    """out (R, I) float32 = scale * u^T x, of u (M, R) and x (M, I) through the mask."""
     (rows, width), rank = x.shape, u.shape[1]
     _ranked(width, rank)
-    if rows == 0 or rows % 2:
-        raise CallError(f"{rows} rows where C takes pairs of them")
-    given = _Rank(at(x, BF16, rows, width), rows=number(rows, 2, MOST_STRIDE), width=width, rank=rank, scale=scale)
+    given = _Rank(at(x, BF16, rows, width), rows=number(rows, 1, MOST_STRIDE), width=width, rank=rank, scale=scale)
     _narrow(given, u, rows, rank)
     given.grad = at(out, FP32, rank, width)
     _masked(given, mask)

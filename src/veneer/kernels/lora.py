@@ -93,7 +93,7 @@ def unadapted(base: FrozenLinear) -> Adapted:
 def filled(layer: Adapted, x: Tensor) -> Adapted:
     """The layer for x (..., I); with zeros behind its factors where these make its rank one that kernels take."""
     missing, width = -len(layer.A) % 16, x.shape[-1]
-    if not missing or x.numel() // width % 2 or layer.A.dtype is not torch.float32:
+    if not missing or layer.A.dtype is not torch.float32:
         return layer
     rows, size = x.reshape(-1, width), len(layer.A) + missing
     if not (rank.is_compiled(size, width, rows) and rank.is_compiled(size, len(layer.B), rows)):

@@ -81,8 +81,8 @@ def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Drop
 
 def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> Tensor:
     """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the inputs' type."""
-    rows, rank = u.shape
-    if rows % 2 or not is_compiled(rank, x.shape[1], x) or not _narrow(u):
+    rank = u.shape[1]
+    if not is_compiled(rank, x.shape[1], x) or not _narrow(u):
         x = x if dropout is None else dropout.apply(x)
         found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
         return found if scale == 1.0 else found.mul_(scale)

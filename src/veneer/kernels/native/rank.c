@@ -45,44 +45,87 @@ static VENEER_BF16 void up_body(void *arguments, int64_t from, int64_t to) {
     }
 }
 
-/* grad (R, width) = scale * narrow^T x; pairs (R, rows / 2) of narrow^T, rows even. Items are blocks of columns. */
-static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to) {
-    const struct rank *a = arguments;
-    enum { DEPTH = 32 }; /* pairs of rows at a time: 8 KiB, which stay in the first cache */
-    uint32_t packed[DEPTH * COLUMNS];
-    for (int64_t block = from; block < to; block++) {
-        int64_t c = block * COLUMNS, wide = rank_columns(a->width, c);
-        for (int64_t pair = 0; pair < a->rows / 2; pair += DEPTH) {
-            int64_t depth = a->rows / 2 - pair < DEPTH ? a->rows / 2 - pair : DEPTH;
-            for (int64_t k = 0; k < depth; k++) {
-                const uint16_t *first = a->x + 2 * (pair + k) * a->width + c, *second = first + a->width;
-                for (int64_t i = 0; i < wide; i += 16) {
-                    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(first + i)));
-                    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(second + i)));
-                    if (a->mask.keys) {
-                        low = _mm512_maskz_mov_epi32(kept(&a->mask, 2 * (pair + k), c + i), low);
-                        high = _mm512_maskz_mov_epi32(kept(&a->mask, 2 * (pair + k) + 1, c + i), high);
-                    }
-                    _mm512_storeu_si512(packed + k * COLUMNS + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-                }
-            }
-            bf16_product(a->pairs + pair, a->rows / 2, 1, packed, COLUMNS, a->grad + c, a->width, a->rank, wide, depth, pair > 0);
+/* 32 columns of a row; what the mask drops is 0. */
+VENEER_INLINE __m512i row_columns(const struct rank *a, int64_t row, int64_t column) {
+    __mmask32 stay = ~(__mmask32)0;
+    if (a->mask.keys) stay = (__mmask32)kept(&a->mask, row, column + 16) << 16 | kept(&a->mask, row, column);
+    return _mm512_maskz_loadu_epi16(stay, a->x + row * a->width + column);
+}
+
+/* The last 16 of a row whose width is no multiple of 32, as words. */
+VENEER_INLINE __m512i row_rest(const struct rank *a, int64_t row, int64_t column) {
+    const __mmask16 stay = a->mask.keys ? kept(&a->mask, row, column) : 0xFFFF;
+    return _mm512_maskz_cvtepu16_epi32(stay, _mm256_loadu_si256((const __m256i *)(a->x + row * a->width + column)));
+}
+
+/* `depth` pairs of rows, columns [c, c + wide) -> to (depth, COLUMNS); with zeros behind an odd number of rows. Within 32
+   columns the pairs stand as unpacking leaves them: the first four of each eight, then the others. What the next block of
+   columns reads is asked for. */
+static VENEER_BF16 void pack_rows(const struct rank *a, int64_t row, int64_t depth, int64_t c, int64_t wide, uint32_t *to) {
+    const int64_t ahead = c + wide < a->width ? COLUMNS : 0;
+    for (int64_t k = 0; k < depth; k++, row += 2, to += COLUMNS) {
+        const int64_t both = row + 1 < a->rows;
+        int64_t i = 0;
+        for (; i + 32 <= wide; i += 32) {
+            const uint16_t *next = a->x + row * a->width + c + i + ahead;
+            const __m512i first = row_columns(a, row, c + i), second = both ? row_columns(a, row + 1, c + i) : _mm512_setzero_si512();
+            _mm512_storeu_si512(to + i, _mm512_unpacklo_epi16(first, second));
+            _mm512_storeu_si512(to + i + 16, _mm512_unpackhi_epi16(first, second));
+            _mm_prefetch(next, _MM_HINT_T1);
+            _mm_prefetch(next + a->width, _MM_HINT_T1);
         }
-        if (a->scale != 1.0f)
-            for (int64_t r = 0; r < a->rank; r++)
-                for (int64_t i = 0; i < wide; i++) a->grad[r * a->width + c + i] *= a->scale;
+        if (i < wide) {
+            const __m512i first = row_rest(a, row, c + i), second = both ? row_rest(a, row + 1, c + i) : _mm512_setzero_si512();
+            _mm512_storeu_si512(to + i, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+        }
     }
 }
 
-/* narrow -> pairs (R, rows / 2). */
+/* The sums of columns [c, c + wide) in their own order, times scale. */
+static VENEER_BF16 void finish(const struct rank *a, int64_t c, int64_t wide) {
+    const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 scale = _mm512_set1_ps(a->scale);
+    for (int64_t r = 0; r < a->rank; r++) {
+        float *grad = a->grad + r * a->width + c;
+        int64_t i = 0;
+        for (; i + 32 <= wide; i += 32) {
+            const __m512 first = _mm512_loadu_ps(grad + i), second = _mm512_loadu_ps(grad + i + 16);
+            _mm512_storeu_ps(grad + i, _mm512_mul_ps(_mm512_permutex2var_ps(first, low, second), scale));
+            _mm512_storeu_ps(grad + i + 16, _mm512_mul_ps(_mm512_permutex2var_ps(first, high, second), scale));
+        }
+        if (i < wide) _mm512_storeu_ps(grad + i, _mm512_mul_ps(_mm512_loadu_ps(grad + i), scale));
+    }
+}
+
+/* grad (R, width) = scale * narrow^T x; pairs (R, rows / 2) of narrow^T. Items are blocks of columns. */
+static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to) {
+    const struct rank *a = arguments;
+    enum { DEPTH = 32 }; /* pairs of rows at a time: 8 KiB, which stay in the first cache */
+    const int64_t all = (a->rows + 1) / 2;
+    uint32_t packed[DEPTH * COLUMNS];
+    for (int64_t block = from; block < to; block++) {
+        const int64_t c = block * COLUMNS, wide = rank_columns(a->width, c);
+        for (int64_t pair = 0; pair < all; pair += DEPTH) {
+            const int64_t depth = all - pair < DEPTH ? all - pair : DEPTH;
+            pack_rows(a, 2 * pair, depth, c, wide, packed);
+            bf16_product(a->pairs + pair, all, 1, packed, COLUMNS, a->grad + c, a->width, a->rank, wide, depth, pair > 0);
+        }
+        finish(a, c, wide);
+    }
+}
+
+/* narrow -> pairs (R, rows / 2), the last of an odd number of rows with 0. */
 static VENEER_BF16 void pack_narrow(struct rank *a) {
+    const int64_t all = (a->rows + 1) / 2;
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)(a->rows / 2)));
-    a->pairs = words(a->rank * (a->rows / 2));
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)all));
+    static const uint16_t zeros[16];
+    a->pairs = words(a->rank * all);
     for (int64_t r = 0; r < a->rank; r += 16)
         for (int64_t m = 0; m < a->rows; m += 2) {
-            const uint16_t *first = a->narrow + m * a->apart + r;
-            _mm512_i32scatter_epi32(a->pairs + r * (a->rows / 2) + m / 2, places, bf16_words(first, first + a->apart), 4);
+            const uint16_t *first = a->narrow + m * a->apart + r, *second = m + 1 < a->rows ? first + a->apart : zeros;
+            _mm512_i32scatter_epi32(a->pairs + r * all + m / 2, places, bf16_words(first, second), 4);
         }
 }
 
