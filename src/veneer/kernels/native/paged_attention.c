@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #undef INLINE
 
-enum { SLOTS = 16, CHUNK = 8, QUERIES = 32 };
+enum { SLOTS = 16, CHUNK = 8, QUERIES = 32, WHOLE = 4 };
 enum { TABLE, FRONT_BLOCKS, FRONT, START, STOP, SPAN }; /* columns of a span: kernels/paged_attention.py has them too */
 
 /* Strides in values; the innermost one is 1. kernels/paged_calls.py has the same fields in this order. */
@@ -39,7 +39,7 @@ struct lanes {
 };
 
 struct block {
-    const uint32_t *values;
+    const uint32_t *values, *soon; /* soon: the next head's keys */
     int64_t first, last; /* words of it that some row sees: what lies behind may be no number */
 };
 
@@ -58,10 +58,14 @@ struct scratch {
 struct run {
     const struct paged_attention *a;
     struct unit *units;
-    int64_t tasks, split, next, failed;
+    int64_t tasks, split, whole, next, failed; /* whole: a task is all heads of a unit */
     float *parts;   /* split: (unit, head, chunk, M, 2 + E) */
     int64_t *left;  /* split: chunks of a unit and head that are not done */
 };
+
+static int64_t tasks_of(const struct run *run, const struct unit *u, int64_t heads) {
+    return run->whole ? 1 : heads * (run->split ? u->chunks : 1);
+}
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -256,10 +260,11 @@ int veneer_paged_attention(const struct paged_attention *a, int pairs, int most)
     int64_t longest = 1, part = 0;
     for (int64_t n = 0; n < num; n++) longest = run.units[n].chunks > longest ? run.units[n].chunks : longest;
     run.split = longest > 1 && num * K < 2 * veneer_threads();
+    run.whole = num >= WHOLE * veneer_threads();
     for (int64_t n = 0; n < num; n++) {
         struct unit *u = run.units + n;
         u->task = run.tasks, u->part = part;
-        run.tasks += K * (run.split ? u->chunks : 1);
+        run.tasks += tasks_of(&run, u, K);
         part += K * u->chunks * u->rows * G * (E + 2);
     }
     if (run.split) {

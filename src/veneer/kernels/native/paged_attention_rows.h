@@ -52,9 +52,10 @@ INLINE NAME(fv) NAME(capped)(NAME(fv) x, float cap) {
     return cap * (NAME(fv))((NAME(iv))((1.0f - e) / (1.0f + e)) | sign);
 }
 
-/* scores (R, SLOTS * B): R queries of `words` words with B blocks of keys, (words, SLOTS) each. */
+/* scores (R, SLOTS * B): R queries of `words` words with B blocks of keys, (words, SLOTS) each. soon: the blocks of values
+   that are read next, about as long, or NULL. */
 INLINE void NAME(score_tile)(const int pairs, const int R, const int B, const uint32_t *q, int64_t words,
-                             const uint32_t *const *keys, float *scores) {
+                             const uint32_t *const *keys, float *scores, const struct block *soon) {
     NAME(fv) sum[ROWS][BLOCKS][PARTS];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++)
@@ -62,6 +63,7 @@ INLINE void NAME(score_tile)(const int pairs, const int R, const int B, const ui
     for (int64_t d = 0; d < words; d++) {
         NAME(uv) key[BLOCKS][PARTS];
         for (int b = 0; b < B; b++) memcpy(key[b], keys[b] + d * SLOTS, 4 * SLOTS);
+        for (int b = 0; b < B && soon != NULL; b++) __builtin_prefetch(soon[b].values + d * SLOTS);
         for (int r = 0; r < R; r++) {
             NAME(uv) one = q[r * words + d] - (NAME(uv)){};
             for (int b = 0; b < B; b++)
@@ -74,7 +76,7 @@ INLINE void NAME(score_tile)(const int pairs, const int R, const int B, const ui
 
 /* sums (R, W * C) of the blocks' rows of values, `wide` words each, by R rows of shares. words: those that are seen. */
 INLINE void NAME(value_tile)(const int pairs, const int R, const int C, const uint32_t *shares, const struct block *blocks,
-                             int64_t num, int64_t wide, float *sums, int64_t apart, int64_t lanes) {
+                             int64_t num, int64_t wide, float *sums, int64_t apart, int64_t lanes, int64_t ahead) {
     const int64_t row = CHUNK * SLOTS / (1 + pairs), own = SLOTS / (1 + pairs);
     NAME(fv) sum[ROWS][COLUMNS];
     for (int r = 0; r < R; r++)
@@ -82,6 +84,7 @@ INLINE void NAME(value_tile)(const int pairs, const int R, const int C, const ui
     for (int64_t b = 0; b < num; b++)
         for (int64_t t = blocks[b].first; t < blocks[b].last; t++) {
             NAME(uv) value[COLUMNS] = {};
+            for (int64_t line = 0; line < ahead; line++) __builtin_prefetch(blocks[b].soon + t * wide + line * SLOTS);
             if (lanes) memcpy(value, blocks[b].values + t * wide, 4 * (size_t)lanes);
             else memcpy(value, blocks[b].values + t * wide, 4 * W * (size_t)C);
             for (int r = 0; r < R; r++) {
@@ -159,15 +162,15 @@ INLINE void NAME(chunk)(const int pairs, const struct paged_attention *a, const 
     for (int64_t b = 0; b < num; b++) {
         const int64_t at = a->tables[span[TABLE] + b0 + b] * a->kv_heads + head;
         keys[b] = (const uint32_t *)a->keys + at * words * SLOTS;
-        blocks[b] = (struct block){(const uint32_t *)a->values + at * E * (SLOTS / (1 + pairs)), SLOTS, 0};
+        blocks[b] = (struct block){(const uint32_t *)a->values + at * E * (SLOTS / (1 + pairs)), keys[b] + words * SLOTS, SLOTS, 0};
     }
     for (int64_t m = 0; m < M;) {
         const int64_t rows = M - m < ROWS ? M - m : ROWS;
         for (int64_t b = 0; b < num;) {
             const int64_t many = BLOCKS > 1 && num - b >= BLOCKS ? BLOCKS : 1;
 #define TILE(R)                                                                                                           \
-    if (BLOCKS > 1 && many > 1) NAME(score_tile)(pairs, R, BLOCKS, q + m * words, words, keys + b, s->scores + (m * CHUNK + b) * SLOTS); \
-    else NAME(score_tile)(pairs, R, 1, q + m * words, words, keys + b, s->scores + (m * CHUNK + b) * SLOTS)
+    if (BLOCKS > 1 && many > 1) NAME(score_tile)(pairs, R, BLOCKS, q + m * words, words, keys + b, s->scores + (m * CHUNK + b) * SLOTS, m ? NULL : blocks + b); \
+    else NAME(score_tile)(pairs, R, 1, q + m * words, words, keys + b, s->scores + (m * CHUNK + b) * SLOTS, m ? NULL : blocks + b)
             OF_ROWS(TILE)
 #undef TILE
             b += many;
@@ -193,11 +196,13 @@ INLINE void NAME(chunk)(const int pairs, const struct paged_attention *a, const 
         for (int64_t e = 0; e < E;) {
             const int64_t wide = E - e >= W * COLUMNS ? W * COLUMNS : E - e >= W ? W : 0;
             struct block some[CHUNK];
-            for (int64_t b = 0; b < num; b++) some[b] = (struct block){blocks[b].values + e, blocks[b].first, blocks[b].last};
+            for (int64_t b = 0; b < num; b++) some[b] = (struct block){blocks[b].values + e, blocks[b].soon, blocks[b].first, blocks[b].last};
+            /* Lines of the next head's keys, which are as many as these values have. */
+            const int64_t ahead = m || e || head + 1 == a->kv_heads ? 0 : (E + SLOTS - 1) / SLOTS;
 #define TILE(R)                                                                                             \
-    if (wide == W * COLUMNS) NAME(value_tile)(pairs, R, COLUMNS, shares, some, num, E, sums + e, E + 2, 0); \
-    else if (wide) NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, 0);                 \
-    else NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, E - e)
+    if (wide == W * COLUMNS) NAME(value_tile)(pairs, R, COLUMNS, shares, some, num, E, sums + e, E + 2, 0, ahead); \
+    else if (wide) NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, 0, ahead);                 \
+    else NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, E - e, ahead)
             OF_ROWS(TILE)
 #undef TILE
             e += wide ? wide : E - e;
@@ -279,32 +284,40 @@ INLINE void NAME(unit_chunk)(const int pairs, const struct paged_attention *a, c
     }
 }
 
-INLINE void NAME(tasks)(const int pairs, struct run *run) {
+/* One key head of a unit; split: one chunk of it, which is the last one that is done where it adds all up. */
+INLINE void NAME(of_head)(const int pairs, struct run *run, const struct unit *u, int64_t head, int64_t chunk, const struct scratch *s) {
     const struct paged_attention *a = run->a;
     const int64_t G = a->heads / a->kv_heads, K = a->kv_heads, E = a->value_size, words = a->size / (1 + pairs), bytes = pairs ? 2 : 4;
+    const int64_t M = u->rows * G, size = M * (E + 2);
+    for (int64_t m = 0; m < M; m++)
+        memcpy(s->q + m * words, (const char *)a->q + ((u->row + m / G) * a->q_row + (head * G + m % G) * a->q_head) * bytes, (size_t)words * 4);
+    if (run->split) {
+        float *parts = run->parts + u->part + head * u->chunks * size;
+        NAME(unit_chunk)(pairs, a, u, head, chunk, s->q, s->seen, s, parts + chunk * size);
+        if (__atomic_sub_fetch(&run->left[(u - run->units) * K + head], 1, __ATOMIC_ACQ_REL)) return;
+        for (int64_t c = 1; c < u->chunks; c++) NAME(join)(parts, parts + c * size, M, E);
+        for (int64_t r = 0; r < u->rows; r++) NAME(finish)(pairs, a, u->row + r, head, parts + r * G * (E + 2));
+        return;
+    }
+    for (int64_t c = 0; c < u->chunks; c++) {
+        NAME(unit_chunk)(pairs, a, u, head, c, s->q, s->seen, s, c ? s->part : s->state);
+        if (c) NAME(join)(s->state, s->part, M, E);
+    }
+    for (int64_t r = 0; r < u->rows; r++) NAME(finish)(pairs, a, u->row + r, head, s->state + r * G * (E + 2));
+}
+
+INLINE void NAME(tasks)(const int pairs, struct run *run) {
+    const struct paged_attention *a = run->a;
+    const int64_t K = a->kv_heads;
     struct scratch s;
     if (!take_scratch(run, &s)) return;
     for (int64_t task; (task = __atomic_fetch_add(&run->next, 1, __ATOMIC_RELAXED)) < run->tasks;) {
         const struct unit *u = run->units;
-        while (task >= u->task + K * (run->split ? u->chunks : 1)) u++;
-        const int64_t own = task - u->task, head = own % K, M = u->rows * G, size = M * (E + 2);
-        for (int64_t m = 0; m < M; m++)
-            memcpy(s.q + m * words, (const char *)a->q + ((u->row + m / G) * a->q_row + (head * G + m % G) * a->q_head) * bytes, (size_t)words * 4);
+        while (task >= u->task + tasks_of(run, u, K)) u++;
+        const int64_t own = task - u->task;
         for (int64_t r = 0; r < u->rows; r++)
             s.seen[r] = u->singles ? seen_by(a, a->spans + (u->span + r) * SPAN, 0) : seen_by(a, a->spans + u->span * SPAN, u->first + r);
-        if (run->split) {
-            float *parts = run->parts + u->part + head * u->chunks * size;
-            NAME(unit_chunk)(pairs, a, u, head, own / K, s.q, s.seen, &s, parts + own / K * size);
-            if (__atomic_sub_fetch(&run->left[(u - run->units) * K + head], 1, __ATOMIC_ACQ_REL)) continue;
-            for (int64_t c = 1; c < u->chunks; c++) NAME(join)(parts, parts + c * size, M, E);
-            for (int64_t r = 0; r < u->rows; r++) NAME(finish)(pairs, a, u->row + r, head, parts + r * G * (E + 2));
-            continue;
-        }
-        for (int64_t c = 0; c < u->chunks; c++) {
-            NAME(unit_chunk)(pairs, a, u, head, c, s.q, s.seen, &s, c ? s.part : s.state);
-            if (c) NAME(join)(s.state, s.part, M, E);
-        }
-        for (int64_t r = 0; r < u->rows; r++) NAME(finish)(pairs, a, u->row + r, head, s.state + r * G * (E + 2));
+        for (int64_t head = run->whole ? 0 : own % K; head < (run->whole ? K : own % K + 1); head++) NAME(of_head)(pairs, run, u, head, own / K, &s);
     }
     free(s.all);
 }
