@@ -191,9 +191,12 @@ def test_updates_of_some_rows_are_added(dtype, level, rows, width, outs):
 
 @each_type
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_those_of_the_base(dtype, level):
-    x, weight = drawn(dtype, 20, 96), drawn(dtype, 130, 96)
-    given = made_updates(dtype, 20, 96, 130)[:4]
+@pytest.mark.parametrize(("width", "ranks"), [(96, (16, 3, 40, 1, 16)), (70, (8, 24, 34, 33, 2))])
+def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_those_of_the_base(
+    dtype, level, width, ranks
+):
+    x, weight = drawn(dtype, 20, width), drawn(dtype, 130, width)
+    given = made_updates(dtype, 20, width, 130, ranks=ranks)[:4]
     before, plain = torch.get_num_threads(), few_rows.product(x, weight, None, level=level)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -207,6 +210,35 @@ def test_a_row_with_updates_has_the_bits_that_it_has_alone_and_a_row_without_tho
             if own:
                 alone = updated(row[None], weight, None, own, level=level)
             assert torch.equal(found[n : n + 1], alone), (threads, n)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [2, 16, 40])
+def test_values_next_to_zero_are_alone_what_they_are_among_others(rows, level):
+    """Tiles take for zero what is smaller than a float's exponents reach; a single row goes by vectors."""
+    sizes = 2.0 ** torch.arange(-90, 38).to(torch.bfloat16)
+    x = drawn(torch.bfloat16, rows, 128) * sizes.flip(0)
+    A, B = drawn(torch.bfloat16, 16, 128) * 2.0**-60, drawn(torch.bfloat16, 130, 16) * sizes.repeat(2)[:130, None]
+    given, y = few_rows.laid_out([(A, B)], torch.bfloat16)[0], drawn(torch.bfloat16, rows, 130) * 2.0**-126
+    alone = y.clone()
+    few_rows.add_updates(y, x, few_rows.Updates([(slice(0, rows), given, 0.5)]), level=level)
+    for row in range(rows):
+        few_rows.add_updates(
+            alone[row : row + 1], x[row : row + 1], few_rows.Updates([(slice(0, 1), given, 0.5)]), level=level
+        )
+    assert torch.equal(alone, y) and y.isfinite().all()
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
+def test_any_number_of_updates_is_taken(dtype, level):
+    x, weight = drawn(dtype, 300, 40), drawn(dtype, 70, 40)
+    pairs = [(drawn(dtype, 2 + n, 40), drawn(dtype, 70, 2 + n)) for n in range(7)]
+    given = [(slice(n, n + 1), *pairs[n % 7], 1.0 + n % 3) for n in range(300)]
+    found = updated(x, weight, None, given, level=level)
+    for n in range(0, 300, 23):
+        own = [(slice(0, 1), *given[n][1:])]
+        assert torch.equal(found[n : n + 1], updated(x[n : n + 1].contiguous(), weight, None, own, level=level))
 
 
 @each_type
@@ -223,7 +255,7 @@ def test_several_weights_of_one_x_with_updates_give_what_each_gives(dtype, level
         assert torch.equal(y, own)
     with pytest.raises(CallError):
         few_rows.updated(x, parts[:1] * 17)
-    many = checked([(slice(0, 1), drawn(dtype, 1, 70), drawn(dtype, 9, 1), 1.0)] * 65)
+    many = checked([(slice(0, 1), drawn(dtype, 1, 70), drawn(dtype, 9, 1), 1.0)] * (few_rows.MOST_UPDATES // 2 + 1))
     with pytest.raises(CallError):
         few_rows.updated(x, [(*parts[0][:2], many)] * 2)
 
@@ -265,7 +297,7 @@ def test_updates_that_do_not_fit_are_refused(dtype):
     few_rows.add_updates(y, x, fits)
     for given in (
         [],
-        [(slice(0, 1), A, B, 1.0)] * 129,
+        [(slice(0, 1), A, B, 1.0)] * (few_rows.MOST_UPDATES + 1),
         [(slice(2, 2), A, B, 1.0)],
         [(slice(-1, 2), A, B, 1.0)],
         [(slice(0, 2**20 + 1), A, B, 1.0)],

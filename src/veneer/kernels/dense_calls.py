@@ -17,11 +17,12 @@ from veneer.kernels import pages
 from veneer.kernels.arguments import BF16, BYTES, FP32, CallError, at, call, number, numbers, pointers, reachable
 
 MOST_PARTS = 16
-"""Weights that share one x."""
-MOST_UPDATES = 128
-"""Of one layer: native/few_rows.c and updates.c name these numbers."""
-BLOCK = 64
-"""Outs of B that lie side by side; native/few_rows.h names it too."""
+"""Weights that share one x: native/few_rows.c and updates.c name it too."""
+MOST_UPDATES = 2**14
+"""Of one call: C makes room for them in each."""
+BLOCK, LANES, HALF, STEP = 64, 16, 8, 16
+"""Outs of B that lie side by side, ranks of A, fewer, and words that A's are filled up to: native/few_rows.h and
+factors.h name them too."""
 LINE = 64
 """Bytes of a cache line: where factors begin."""
 MOST_ROWS = 2**20
@@ -128,8 +129,9 @@ class _Factors(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Factors:
-    """A (R, I) and B (O, R) of one type as C reads them: R even, filled up with zeros; of B BLOCK outs side by side,
-    word after word along R, a word two bf16 neighbours or one float. places: where they lie in `kept`."""
+    """A (R, I) and B (O, R) of one type as C reads them (native/factors.h): R even, filled up with zeros; ranks of A
+    and outs of B side by side, word after word along I and R, a word two bf16 neighbours or one float. places: where
+    they lie in `kept`."""
 
     dtype: torch.dtype
     rank: int
@@ -150,8 +152,9 @@ def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list
         number(rank, 1, MOST_RANK), number(width, 1)
         given.append((A, at(A, A.dtype, rank, width), at(B, A.dtype, outs, rank), B))
         even, filled = rank + rank % 2, -(-outs // BLOCK) * BLOCK
+        ranks = -(-even // LANES) * LANES - (HALF if 0 < even % LANES <= HALF else 0)
         to_A = room
-        to_B = to_A + -(-even * width * size // LINE) * LINE
+        to_B = to_A + ranks * -(-width * size // (4 * STEP)) * 4 * STEP
         room = to_B + -(-even * filled * size // LINE) * LINE
         sizes.append((rank, width, outs, to_A, to_B))
     kept = pages.room(room)

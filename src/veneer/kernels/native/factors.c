@@ -1,9 +1,7 @@
-/* Factors of updates as updates.c reads them, out of the tensors that an adapter holds: one call for all its layers. */
-#include "few_rows.h"
+/* Factors of updates as factors.h says they lie, out of the tensors that an adapter holds: one call for all its layers. */
+#include "factors.h"
 
-/* A (rank, width) and B (outs, rank) of type `from` to A (even, width) and B (ceil(outs / BLOCK), words, BLOCK words) of
-   type `to`, one behind the other: even is the rank or one more, a word two bf16 neighbours along the rank or one float,
-   and what is filled up is zeros. */
+/* A (rank, width) and B (outs, rank) of type `from` to words of type `to`, one behind the other; ranks become even. */
 struct factors {
     const void *A, *B;
     void *to_A, *to_B;
@@ -11,7 +9,7 @@ struct factors {
     int from, to;
 };
 
-enum { CHUNK = 32 }; /* words of a row of B that are turned at a time */
+enum { CHUNK = 32 }; /* words of a row that are turned at a time */
 
 INLINE float value_at(const int type, const void *from, int64_t i) {
     return type == FEW_FP32 ? ((const float *)from)[i] : float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16);
@@ -25,31 +23,34 @@ INLINE void copy(const int from, const int to, const void *values, int64_t start
     }
 }
 
-/* Rows of B, as many as `outs`, to a block. */
-INLINE void turn(const int from, const int to, const struct factors *given, int64_t first, int64_t outs, uint32_t *block) {
-    const int64_t pair = to == FEW_FP32 ? 1 : 2, words = (given->rank + pair - 1) / pair;
-    _Alignas(64) char rows[UPDATE_BLOCK][4 * CHUNK] = {{0}};
+/* Rows [first, first + rows) of a factor (., length), to `words` words each, `side` rows side by side. */
+INLINE void turn(const int from, const int to, const void *factor, int64_t length, int64_t first, int64_t rows, int64_t words, const int side,
+                 uint32_t *out) {
+    const int64_t pair = to == FEW_FP32 ? 1 : 2;
+    _Alignas(64) char some[UPDATE_BLOCK][4 * CHUNK] = {{0}};
     for (int64_t start = 0; start < words; start += CHUNK) {
-        const int64_t some = words - start < CHUNK ? words - start : CHUNK, left = given->rank - start * pair;
-        const int64_t values = left < some * pair ? left : some * pair;
-        for (int64_t out = 0; out < outs; out++) {
-            memset(rows[out] + 4 * (some - 1), 0, 4);
-            copy(from, to, given->B, (first + out) * given->rank + start * pair, values, rows[out]);
+        const int64_t wide = words - start < CHUNK ? words - start : CHUNK, left = length - start * pair;
+        const int64_t values = left < 0 ? 0 : left < wide * pair ? left : wide * pair;
+        for (int64_t row = 0; row < rows; row++) {
+            if (values < wide * pair) memset(some[row], 0, sizeof some[row]);
+            copy(from, to, factor, (first + row) * length + start * pair, values, some[row]);
         }
-        for (int64_t word = 0; word < some; word++)
-            for (int64_t out = 0; out < UPDATE_BLOCK; out++) memcpy(block + (start + word) * UPDATE_BLOCK + out, rows[out] + 4 * word, 4);
+        for (int64_t word = 0; word < wide; word++)
+            for (int row = 0; row < side; row++) memcpy(out + (start + word) * side + row, some[row] + 4 * word, 4);
     }
 }
 
 INLINE void lay_out(const int from, const int to, const struct factors *given) {
-    const int64_t rank = given->rank, even = rank + rank % 2, size = to == FEW_FP32 ? 4 : 2;
-    copy(from, to, given->A, 0, rank * given->width, given->to_A);
-    memset((char *)given->to_A + rank * given->width * size, 0, (size_t)((even - rank) * given->width * size));
-    for (int64_t first = 0; first < given->outs; first += UPDATE_BLOCK) {
-        char *block = (char *)given->to_B + first * even * size;
-        const int64_t outs = given->outs - first < UPDATE_BLOCK ? given->outs - first : UPDATE_BLOCK;
-        if (even > rank) memset(block + (even - 2) * UPDATE_BLOCK * size, 0, (size_t)(2 * UPDATE_BLOCK * size));
-        turn(from, to, given, first, outs, (uint32_t *)block);
+    const int64_t rank = given->rank, even = rank + rank % 2, words = filled_words(to, given->width);
+    uint32_t *A = given->to_A, *B = given->to_B;
+    for (int64_t group = 0; group < groups_of(even); group++, A += LANES * words) {
+        const int64_t first = group * LANES, rows = rank - first < LANES ? rank - first : LANES;
+        if (lanes_of(even, group) == LANES) turn(from, to, given->A, given->width, first, rows, words, LANES, A);
+        else turn(from, to, given->A, given->width, first, rows, words, HALF, A);
+    }
+    for (int64_t first = 0; first < given->outs; first += UPDATE_BLOCK, B += UPDATE_BLOCK * words_of(to, even)) {
+        const int64_t rows = given->outs - first < UPDATE_BLOCK ? given->outs - first : UPDATE_BLOCK;
+        turn(from, to, given->B, rank, first, rows, words_of(to, even), UPDATE_BLOCK, B);
     }
 }
 

@@ -9,6 +9,8 @@ enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 
 #define ALONE (1 << 15) /* values of W that are not worth a second thread, where rows are few */
 #define TURNS 8         /* runs of a thread: memory is not equally quick for both */
+#define FEW 64          /* rows up to which reading W takes the time */
+#define LONG 2          /* runs of a thread then: memory brings a long one sooner than short ones */
 #define UPDATE_BLOCK 64 /* outs of an update's B that lie side by side; kernels/dense_calls.py knows it too */
 
 /* Rows [first, first + count) of a packed W to `out`, one behind the other, in the type of x. */

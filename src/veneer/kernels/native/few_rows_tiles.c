@@ -20,8 +20,6 @@ enum {
     CHUNK = 9,           /* steps: W's two tiles of so many stay in the first cache while x goes by */
     READ = 12,           /* what reading a tile of W costs, in tiles of products */
     PACKED_ALONE = 512,  /* tiles of x that are not worth a second thread */
-    FEW = 64,            /* rows up to which reading W takes the time */
-    LONG = 2,            /* runs of a thread then: memory brings a long one sooner than short ones */
 };
 
 /* Rows [from, to) of x, turned: tiles of 16 rows and 32 values, those of a row behind one another. */

@@ -1,41 +1,39 @@
 /* Updates of a small rank on some rows of y: y += scale * (x A^T) B^T, many at once, behind a product with dense W.
 
-   x A^T is a product of a few rows (few_rows.c), rounded to the values' type. B lies as it is read: BLOCK outs side by
-   side, word after word along its rank, a word two bf16 neighbours or one float; ranks are even, filled up with zeros.
-   So no sum runs across lanes; each goes along the rank in its order, whatever the rows beside it. updates_body.h holds
-   the code, written once and compiled here for each set of instructions. */
-#include "few_rows.h"
+   x A^T is rounded to the values' type. Factors lie as they are read (factors.h), so no sum runs across lanes: each goes
+   along the width or the rank in an order that neither the rows beside it nor the number of threads changes.
+   updates_body.h holds the code, written once and compiled here for each set of instructions; updates_tiles.c the one for
+   tiles. Each factor is read once, as memory gives it: what comes next is asked for meanwhile. */
 #include "updates.h"
+#include "factors.h"
 #include <stddef.h>
+#include <stdlib.h>
 
-enum { BLOCK = UPDATE_BLOCK, VECTORS = 4, AHEAD = 4, MOST_PARTS = 16, MOST_UPDATES = 128 }; /* kernels/dense_calls.py knows the last two */
-
-/* y (rows, outs) += scale * down B^T; down (rows, words), B (ceil(outs / BLOCK), words, BLOCK) words. */
-struct up {
-    const uint32_t *down, *B;
-    void *y;
-    int64_t rows, words, outs;
-    float scale;
-};
-
-struct ups {
-    const struct up *of;
-    int64_t count;
-    int type;
+enum {
+    VECTORS = 4, /* of a block of outs */
+    CHAINS = 4,  /* sums of a rank: every fourth word each, so that none waits for the last */
+    MOST_PARTS = 16, /* kernels/dense_calls.py knows it too */
+    CHUNK = 64,  /* rows of an update that go together: what they read and write stays in the second cache */
+    SOON = 64,   /* lines asked for ahead */
+    EACH = 4,    /* updates a thread from which on one thread takes all of an update */
 };
 
 typedef float f16v __attribute__((vector_size(64)));
 typedef uint32_t u16v __attribute__((vector_size(64)));
 typedef uint16_t v16h __attribute__((vector_size(32)));
 
-INLINE int64_t blocks_of(const struct up *up) { return (up->outs + BLOCK - 1) / BLOCK; }
-INLINE int64_t cost_of(const struct up *up) { return up->words * (up->rows + 3); }
+INLINE uint32_t word_at(const char *from, int bytes) {
+    uint32_t word = 0;
+    memcpy(&word, from, (size_t)bytes);
+    return word;
+}
 
-/* Where the block begins that memory should bring next: AHEAD on, of the next update where this one ends before. */
-INLINE const uint32_t *soon_read(const struct ups *all, const struct up *up, int64_t block) {
-    int64_t next = block + AHEAD;
-    while (next >= blocks_of(up) && up + 1 < all->of + all->count) next -= blocks_of(up++);
-    return up->B + next * up->words * BLOCK;
+/* The first `count` of 16 floats. */
+INLINE void put_some(char *to, f16v floats, int64_t count, const int type) {
+    f4v parts[4];
+    memcpy(parts, &floats, 64);
+    for (int i = 0; i < 4; i++, count -= 4, to += type == FEW_FP32 ? 16 : 8)
+        if (count > 0) put_floats(to, parts[i], count < 4 ? count : 4, type);
 }
 
 /* scale * sums, added to values of y that stand side by side; rounded as bf16_of_float. */
@@ -56,18 +54,18 @@ INLINE void add_whole(char *y, const int type, float scale, f16v sums) {
 }
 
 /* What a vector of sums is, added to y. */
-INLINE void add_sums(const struct up *up, const int type, int64_t row, int64_t out, f16v sums) {
+INLINE void add_sums(const struct update *u, const int type, int64_t row, int64_t out, f16v sums) {
     const int size = type == FEW_FP32 ? 4 : 2;
-    char *y = (char *)up->y + (row * up->outs + out) * size;
-    if (up->outs - out >= 16) {
-        add_whole(y, type, up->scale, sums);
+    char *y = u->y + (row * u->outs + out) * size;
+    if (u->outs - out >= 16) {
+        add_whole(y, type, u->scale, sums);
         return;
     }
     f4v parts[4];
     memcpy(parts, &sums, 64);
     for (int i = 0; i < 4; i++, out += 4, y += 4 * size) {
-        const int64_t count = up->outs - out < 4 ? up->outs - out : 4;
-        if (count > 0) put_floats(y, parts[i] * up->scale + some_floats(y, count, type), count, type);
+        const int64_t count = u->outs - out < 4 ? u->outs - out : 4;
+        if (count > 0) put_floats(y, parts[i] * u->scale + some_floats(y, count, type), count, type);
     }
 }
 
@@ -107,47 +105,121 @@ INLINE void add_sums(const struct up *up, const int type, int64_t row, int64_t o
 #define MULTIPLY MULTIPLIED
 #include "updates_body.h"
 
-static void add_ups(const struct up *of, int64_t count, int type, int most) {
+struct ways {
+    update_downs downs;
+    update_ups ups;
+};
+
+static struct ways ways_of(int type, int most) {
     const int level = veneer_few_level(type, most);
-    int64_t cost = 0;
-    for (int64_t i = 0; i < count; i++) cost += blocks_of(of + i) * cost_of(of + i);
-    veneer_body body = add_plain;
 #if defined(__x86_64__)
-    if (level >= 4) body = add_pairs;
-    else if (level == 3) body = add_avx512;
-    else if (level == 2) body = add_avx2;
+    if (level == 5) return (struct ways){veneer_tiled_downs, veneer_tiled_ups};
+    if (level == 4) return (struct ways){downs_pairs, ups_pairs};
+    if (level == 3) return (struct ways){downs_avx512, ups_avx512};
+    if (level == 2) return (struct ways){downs_avx2, ups_avx2};
 #else
     (void)level;
 #endif
-    struct ups all = {of, count, type};
-    veneer_parallel_dealt(body, &all, cost, ALONE / BLOCK, TURNS);
+    return (struct ways){downs_plain, ups_plain};
+}
+
+/* what: DOWN, UP, or both of each update by one thread. */
+struct work {
+    const struct update *of;
+    int64_t count;
+    struct ways ways;
+    int what, type;
+};
+
+INLINE int64_t units_of(const struct work *all, const struct update *u) {
+    return all->what == UP ? blocks_of(u->outs) : 1;
+}
+
+/* Of a unit: factors are read, then multiplied with each row. */
+INLINE int64_t cost_of(const struct work *all, const struct update *u) {
+    const int64_t words = words_of(all->type, u->rank), down = filled_rank(u->rank) * words_of(all->type, u->width) / UPDATE_BLOCK;
+    if (all->what == UP) return words * (u->rows + 3);
+    return (1 + down + (all->what & UP ? words * blocks_of(u->outs) : 0)) * (u->rows + 3);
+}
+
+/* The units whose costs begin within [start, stop), all of them in a row. */
+static void run(void *arguments, int64_t start, int64_t stop) {
+    const struct work *all = arguments;
+    const struct update *last = all->of;
+    struct ahead soon = {.what = all->what, .type = all->type};
+    for (int64_t before = 0; last < all->of + all->count && before < stop; last++) before += units_of(all, last) * cost_of(all, last);
+    int64_t before = 0;
+    for (const struct update *u = all->of; u < last; u++) {
+        const int64_t cost = cost_of(all, u), units = units_of(all, u);
+        const int64_t begin = start <= before ? 0 : (start - before + cost - 1) / cost;
+        const int64_t end = stop - before >= units * cost ? units : (stop - before + cost - 1) / cost;
+        before += units * cost;
+        if (begin >= end) continue;
+        if (soon.last == NULL) {
+            soon.u = u, soon.last = last;
+            ahead_in(&soon, all->what & DOWN ? DOWN : UP, all->what == UP ? begin * UPDATE_BLOCK * words_of(all->type, u->rank) : 0);
+            bring(&soon, SOON);
+        }
+        if (all->what == UP) all->ways.ups(u, begin, end, &soon);
+        else all->ways.downs(u, &soon);
+        if (all->what == (DOWN | UP)) all->ways.ups(u, 0, blocks_of(u->outs), &soon);
+    }
+}
+
+static void run_all(const struct update *of, int64_t count, int what, int type, struct ways ways, int64_t turns) {
+    struct work all = {of, count, ways, what, type};
+    int64_t cost = 0;
+    for (int64_t i = 0; i < count; i++) cost += units_of(&all, of + i) * cost_of(&all, of + i);
+    veneer_parallel_dealt(run, &all, cost, ALONE / UPDATE_BLOCK, turns);
+}
+
+/* The updates of the next turn that there are any of, each part's from done[part] on, CHUNK rows at a time. */
+static int64_t next_turn(const struct few_rows_updated *call, int64_t *done, char **down, struct update *to) {
+    const int size = call->type == FEW_FP32 ? 4 : 2;
+    int64_t turn = INT64_MAX, found = 0;
+    for (int64_t p = 0; p < call->count; p++)
+        if (done[p] < call->parts[p].count && call->parts[p].updates[done[p]].turn < turn) turn = call->parts[p].updates[done[p]].turn;
+    for (int64_t p = 0; p < call->count; p++) {
+        const struct few_rows_updated_part *part = call->parts + p;
+        for (; done[p] < part->count && part->updates[done[p]].turn == turn; done[p]++) {
+            const struct few_rows_update *u = part->updates + done[p];
+            for (int64_t row = 0; row < u->rows; row += CHUNK) {
+                const int64_t rows = u->rows - row < CHUNK ? u->rows - row : CHUNK, first = u->first + row;
+                const char *x = (const char *)call->x + first * call->apart * size;
+                char *y = (char *)part->y + first * part->outs * size;
+                to[found++] = (struct update){x, u->A, u->B, *down, y, rows, call->apart, call->width, u->rank, part->outs, u->scale};
+                *down += rows * u->rank * size;
+            }
+        }
+    }
+    return found;
 }
 
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
-    const int size = call->type == FEW_FP32 ? 4 : 2;
-    struct piece of[MOST_PARTS + MOST_UPDATES];
-    struct up up[MOST_UPDATES], ups[MOST_UPDATES];
-    int64_t turns[MOST_UPDATES], pieces = 0, updates = 0;
-    char *down = call->down;
+    struct piece of[MOST_PARTS];
+    int64_t pieces = 0, updates = 0, done[MOST_PARTS] = {0};
     for (const struct few_rows_updated_part *part = call->parts; part < call->parts + call->count; part++) {
         if (part->w != NULL)
             of[pieces++] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
-        for (int64_t i = 0; i < part->count; i++) {
-            const struct few_rows_update *u = part->updates + i;
-            const char *x = (const char *)call->x + u->first * call->apart * size;
-            char *y = (char *)part->y + u->first * part->outs * size;
-            of[pieces++] = (struct piece){x, u->A, NULL, down, u->rows, call->width, u->rank, call->apart, NULL};
-            turns[updates] = u->turn;
-            up[updates++] = (struct up){(const uint32_t *)down, u->B, y, u->rows, u->rank * size / 4, part->outs, u->scale};
-            down += u->rows * u->rank * size;
-        }
+        for (int64_t i = 0; i < part->count; i++) updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
     }
     if (pieces > 0 && veneer_pieces(of, pieces, call->type, most)) return 1;
-    for (int64_t turn = 0, done = 0, now = 0; done < updates; turn++, done += now) {
-        now = 0;
-        for (int64_t i = 0; i < updates; i++)
-            if (turns[i] == turn) ups[now++] = up[i];
-        add_ups(ups, now, call->type, most);
+    if (updates == 0) return 0;
+    struct update *all = malloc((size_t)updates * sizeof *all);
+    if (all == NULL) return 1;
+    const struct ways ways = ways_of(call->type, most);
+    const int64_t turns = call->rows > FEW ? TURNS : LONG;
+    char *down = call->down;
+    for (int64_t left = updates; left > 0;) {
+        const int64_t now = next_turn(call, done, &down, all);
+        if (now >= EACH * veneer_threads()) {
+            run_all(all, now, DOWN | UP, call->type, ways, turns);
+        } else {
+            run_all(all, now, DOWN, call->type, ways, turns);
+            run_all(all, now, UP, call->type, ways, turns);
+        }
+        left -= now;
     }
+    free(all);
     return 0;
 }

@@ -4,8 +4,8 @@
 
 #include <stdint.h>
 
-/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A (rank, width), B as in struct up. Those of one turn
-   do not meet. */
+/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A and B as factors.h says. Those of one turn do
+   not meet; a part's are in the order of their turns. */
 struct few_rows_update {
     const void *A, *B;
     int64_t first, rows, rank, turn;
@@ -29,7 +29,7 @@ struct few_rows_updated {
     int type;
 };
 
-/* 1: no memory for x on tiles. */
+/* 1: no memory, for x on tiles or for the updates. */
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most);
 
 #endif
