@@ -8,8 +8,8 @@ Whoever holds an adapter has a lease of it: it is not taken away before the leas
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -77,16 +77,9 @@ class Routing:
                 self._let_go()
                 self._hold(acting)
 
-    @contextmanager
-    def held(self, acting: Acting | None = None) -> Iterator[None]:
+    def held(self, acting: Acting | None = None) -> AbstractContextManager[None]:
         """Within the block this thread sees `acting`, or what acts now, whatever others switch to."""
-        with self.lock:
-            self._hold(self.acting if acting is None else acting)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._let_go()
+        return _Held(self, acting)
 
     def none(self) -> AbstractContextManager[None]:
         """Within the block the base acts alone, for this thread."""
@@ -135,14 +128,16 @@ class Routing:
     def _hold(self, acting: Acting) -> None:
         own = self._of_thread
         own.blocks, own.acting = (*own.blocks, acting), acting
-        self._leases.update(_names(acting))
+        for name in _names(acting):
+            self._leases[name] += 1
         self._blocks += 1
 
     def _let_go(self) -> None:
         own = self._of_thread
-        *rest, gone = own.blocks
-        own.blocks, own.acting = tuple(rest), rest[-1] if rest else None
-        self._leases.subtract(_names(gone))
+        rest, gone = own.blocks[:-1], own.blocks[-1]
+        own.blocks, own.acting = rest, rest[-1] if rest else None
+        for name in _names(gone):
+            self._leases[name] -= 1
         self._blocks -= 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
@@ -183,8 +178,24 @@ class Routing:
         return undo
 
 
+class _Held(AbstractContextManager[None]):
+    """A block of `Routing.held`: entered once for each step of answers, so by no generator."""
+
+    def __init__(self, routing: Routing, acting: Acting | None) -> None:
+        self._routing, self._acting = routing, acting
+
+    def __enter__(self) -> None:
+        routing, acting = self._routing, self._acting
+        with routing.lock:
+            routing._hold(routing.acting if acting is None else acting)
+
+    def __exit__(self, *fault: object) -> None:
+        with self._routing.lock:
+            self._routing._let_go()
+
+
 def _names(acting: Acting) -> set[str]:
-    return {adapter.name for adapter in acting.adapters}
+    return {adapter.name for part in acting.parts for adapter, _ in part.adapters}
 
 
 def _without(acting: Acting, name: str) -> Acting:

@@ -24,23 +24,27 @@ CANDIDATES = 512
 
 
 class Drawing:
-    """How one choice of a request draws, with what it has to remember between two draws."""
+    """How one choice of a request draws, with what it has to remember between two draws.
+
+    told   how many alternatives are told; None: no chance either
+    least  tokens of the answer before which no stop token may be drawn
+    plain  whether, from there on, it draws from the logits as they are, and no chance is told
+    """
 
     def __init__(self, request: Request, choice: int) -> None:
         self.request, self.choice, self.sampling = request, choice, request.sampling
         self.constraint = None if request.constraints is None else request.constraints()
         self.ends = None if request.checks is None else request.checks()
+        self.told = request.sampling.logprobs
+        self.least = request.min_new_tokens if request.stops else 0
+        self._always_edits = request.sampling.edits or self.constraint is not None
+        self.plain = self.told is None and not self._always_edits
         self._counts: tuple[Tensor, Tensor] | None = None
         self._counted = 0
 
-    @property
-    def told(self) -> int | None:
-        """How many alternatives are told; None: no chance either."""
-        return self.sampling.logprobs
-
     def edits(self, new: Sequence[int]) -> bool:
         """Whether logits are changed before this draw."""
-        return self.sampling.edits or self.constraint is not None or self._waits(new)
+        return self._always_edits or len(new) < self.least
 
     def edit(self, logits_V: Tensor, new: Sequence[int]) -> None:
         """In place: what is forbidden to -inf, biases, penalties."""
@@ -49,7 +53,7 @@ class Drawing:
             allowed = torch.as_tensor(self.constraint.allowed(new))[: len(logits_V)].to(logits_V.device)
             logits_V[: len(allowed)].masked_fill_(~allowed, float("-inf"))
             logits_V[len(allowed) :] = float("-inf")
-        if self._waits(new):
+        if len(new) < self.least:
             logits_V[self._ids(request.stops, logits_V)] = float("-inf")
         if sampling.logit_bias:
             for token, bias in sampling.logit_bias:
@@ -69,9 +73,6 @@ class Drawing:
         if self.constraint is not None:
             ends |= self.constraint.ended([*new, token])
         return Chosen(token, ends, chance) if ends or chance is not None else token
-
-    def _waits(self, new: Sequence[int]) -> bool:
-        return len(new) < self.request.min_new_tokens and bool(self.request.stops)
 
     def _ids(self, ids: Sequence[int] | frozenset[int], logits_V: Tensor) -> Tensor:
         return torch.tensor([i for i in ids if i < len(logits_V)], dtype=torch.long, device=logits_V.device)
@@ -99,8 +100,14 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or check fails, gets an
     error of its own.
     """
-    faults: dict[int, VeneerError] = {}
     compiled = draw_calls.usable(logits_BV)
+    if compiled and all(drawing.plain and len(new) >= drawing.least for drawing, new in rows):
+        found = _compiled(logits_BV, rows, [], logits_BV)
+        return [
+            token if token >= 0 and drawing.ends is None else _chosen(drawing, token, new, None)
+            for (drawing, new), token in zip(rows, found, strict=True)
+        ]
+    faults: dict[int, VeneerError] = {}
     changed = [n for n, (d, new) in enumerate(rows) if d.edits(new) or not (compiled or d.sampling.greedy)]
     if changed:
         everyone = len(changed) == len(rows)

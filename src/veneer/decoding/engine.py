@@ -169,8 +169,11 @@ class Engine:
 
     def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, Drawn]:
         """Each of the ids that it knows: tokens that one adapter brings are none to the others."""
-        widths = [self._width(answer, logits.shape[1]) for answer in answers]
+        if self._ids is None or logits.shape[1] <= self._ids:
+            drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers])
+            return dict(zip((answer.number for answer in answers), drawn, strict=True))
         found: dict[int, Drawn] = {}
+        widths = [self._width(answer, self._ids) for answer in answers]
         for width in sorted(set(widths)):
             numbers = [n for n, own in enumerate(widths) if own == width]
             some = logits if len(numbers) == len(answers) else logits[numbers]
@@ -178,16 +181,15 @@ class Engine:
             found |= dict(zip((answers[n].number for n in numbers), drawn, strict=True))
         return found
 
-    def _width(self, answer: Answer, most: int) -> int:
-        if self._ids is None or most <= self._ids:
-            return most
+    def _width(self, answer: Answer, own: int) -> int:
         applied = self._adapters.applied(answer.request.adapter) if answer.request.adapter else ()
-        return width_of(applied, self._ids)
+        return width_of(applied, own)
 
     def _drawing(self, answer: Answer) -> Drawing:
-        if answer.number not in self._drawings:
-            self._drawings[answer.number] = Drawing(answer.request, answer.choice)
-        return self._drawings[answer.number]
+        found = self._drawings.get(answer.number)
+        if found is None:
+            found = self._drawings[answer.number] = Drawing(answer.request, answer.choice)
+        return found
 
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
