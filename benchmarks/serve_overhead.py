@@ -85,7 +85,7 @@ async def _asked(port: int, waiting: list[list[int]], streamed: bool, first: lis
 
 
 def over_http(port: int, flight: int, requests: int, turn: int, *, streamed: bool) -> dict[str, float]:
-    waiting, first = prompts(requests, turn), list[float]()
+    waiting, first = prompts(requests, 2 * turn + streamed), list[float]()  # one server hears both
 
     async def all_() -> None:
         await asyncio.gather(*(_asked(port, waiting, streamed, first) for _ in range(flight)))
