@@ -28,6 +28,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = [_Stop(stop) for stop in stops]
+        self._firsts = {stop[0] for stop in stops}
         self._said: list[int] = []  # ids of the last piece, in front of the next: a space between them may be lost
         self._before = ""  # their text
         self._wait: list[int] = []
@@ -80,6 +81,8 @@ class TextStream:
         if count:
             self._said, self._wait = self._wait[:count], self._wait[count:]
             self._before, self._uncertain, self._many = text_of(self._tokenizer, self._said), "", MANY
+        if not self._held and self._firsts.isdisjoint(text):  # none has begun, none begins
+            return text
         whole = self._held + text
         for place, character in enumerate(text, len(self._held) + 1):
             if complete := [stop.length for stop in self._stops if stop.follows(character)]:
