@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from tests.helpers import fill
 from tests.tiny import tiny_model, tiny_tokenizer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
-from veneer.decoding.engine import bytes_per_token
+from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.scheduler import Limits
+from veneer.decoding.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
 from veneer.serve.keys import Keys
@@ -60,6 +62,25 @@ class Running:
     def ask_engine(self, function: Any) -> Any:
         """What a function finds between two steps."""
         return asyncio.run_coroutine_threadsafe(self.service.loop.ask(function), self.service.loop.events).result(30)
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Each step takes 10 ms more meanwhile, as a larger base's do: 900 tokens are on their way for 9 s."""
+
+        def slow(engine: Engine) -> None:
+            step = engine.step
+
+            def slower(now: float) -> list[Sequence]:
+                time.sleep(0.01)
+                return step(now)
+
+            engine.step = slower  # type: ignore[method-assign]
+
+        self.ask_engine(slow)
+        try:
+            yield
+        finally:
+            self.ask_engine(lambda engine: engine.__dict__.pop("step"))
 
     def openai(self, **settings: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **settings})

@@ -353,19 +353,20 @@ def test_a_name_of_a_control_token_in_a_message_is_not_that_token(server):
 
 
 def test_whoever_goes_is_not_answered_any_further(server):
-    for stream in (True, False):
-        before = gauge(server.http().get("/metrics").text, "vllm:generation_tokens_total")
-        body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": stream}
-        if stream:
-            with server.http() as http, http.stream("POST", CHAT, json=body) as response:
-                assert next(response.iter_lines())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                server.http().post(CHAT, json=body, timeout=0.3)
-        eventually(server, idle)
-        told = server.http().get("/metrics").text
-        assert gauge(told, "vllm:generation_tokens_total") - before < 800
-        assert gauge(told, "vllm:kv_cache_usage_perc") == 0
+    with server.unhurried():
+        for stream in (True, False):
+            before = gauge(server.http().get("/metrics").text, "vllm:generation_tokens_total")
+            body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": stream}
+            if stream:
+                with server.http() as http, http.stream("POST", CHAT, json=body) as response:
+                    assert next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    server.http().post(CHAT, json=body, timeout=0.3)
+            eventually(server, idle)
+            told = server.http().get("/metrics").text
+            assert gauge(told, "vllm:generation_tokens_total") - before < 800
+            assert gauge(told, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_metrics_have_the_names_that_routers_read(server, client):
@@ -390,7 +391,7 @@ def test_metrics_have_the_names_that_routers_read(server, client):
 
 def test_adapters_in_use_are_named_in_the_metrics(server):
     body = {"model": "tickets", "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with server.http() as http, http.stream("POST", CHAT, json=body) as response:
+    with server.unhurried(), server.http() as http, http.stream("POST", CHAT, json=body) as response:
         lines = response.iter_lines()  # whose end would be that of the connection
         assert next(lines)
         assert 'running_lora_adapters="tickets"' in server.http().get("/metrics").text
@@ -476,7 +477,7 @@ def test_a_version_that_is_published_is_served_at_once(server, library, tmp_path
 
 
 def test_too_many_that_wait_are_told_when_to_come_again(library):
-    with running(library, limits=Limits(rows=1, step_tokens=16, max_waiting=2)) as server:
+    with running(library, limits=Limits(rows=1, step_tokens=16, max_waiting=2)) as server, server.unhurried():
         body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
 
@@ -497,7 +498,7 @@ def test_too_many_that_wait_are_told_when_to_come_again(library):
 
 
 def test_a_request_ends_when_its_time_is_over_and_says_so(library):
-    with running(library, seconds=0.25) as server:
+    with running(library, seconds=0.25) as server, server.unhurried():
         found = server.post(CHAT, {"model": BASE, "messages": HELLO, "max_tokens": 990, "ignore_eos": True}).json()
         assert (found["choices"][0]["finish_reason"], found["choices"][0]["stop_reason"]) == ("length", "deadline")
         assert 0 < found["usage"]["completion_tokens"] < 990
@@ -554,7 +555,7 @@ def test_a_step_that_fails_ends_those_in_it_and_the_server_goes_on(library, faul
 
 
 def test_what_goes_wrong_on_the_way_is_told_in_the_stream(library):
-    with running(library) as server:
+    with running(library) as server, server.unhurried():
         body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
         with server.http() as http, http.stream("POST", CHAT, json=body) as response:
             lines = response.iter_lines()
@@ -566,7 +567,7 @@ def test_what_goes_wrong_on_the_way_is_told_in_the_stream(library):
 
 
 def test_a_server_that_is_to_end_answers_those_that_are_open_and_no_others(library):
-    with running(library) as server:
+    with running(library) as server, server.unhurried():
         client = server.openai()
         stream = client.chat.completions.create(
             model=BASE, messages=HELLO, max_tokens=300, temperature=0, stream=True, extra_body={"ignore_eos": True}
