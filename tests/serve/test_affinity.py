@@ -87,12 +87,20 @@ def test_each_adapter_lives_in_one_place_and_is_asked_there(affinity, library):
         assert whole.usage.completion_tokens > 0
 
 
-def test_an_adapter_that_was_loaded_by_hand_is_found_where_nobody_asks_for_it(affinity, library):
+def test_an_adapter_that_was_loaded_by_hand_is_found_where_nobody_asks_for_it(affinity, library, monkeypatch):
+    read, known = affinity.Replica.read, []
+
+    def remembered(replica, metrics):
+        read(replica, metrics)
+        known.append((replica.url, replica.adapters))
+
+    monkeypatch.setattr(affinity.Replica, "read", remembered)
     with running(library) as first, running(library) as second, routed(affinity, [first.url, second.url]) as url:
         for name in NAMES:
             second.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": name}).raise_for_status()
         assert f'veneer:adapter_in_memory_bytes{{adapter="{NAMES[0]}"}}' in second.http().get("/metrics").text
-        time.sleep(0.3)
+        while (second.url, set(NAMES)) not in known:
+            time.sleep(0.01)
         assert {ask(url, name).headers["x-replica"] for name in NAMES} == {second.url}
 
 

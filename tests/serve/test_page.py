@@ -107,8 +107,8 @@ def test_base_and_adapters_answer_side_by_side_in_the_same_forwards(server, tab)
     tab.click("#add-column")
     tab.until("document.querySelectorAll('.column').length === 4 && !document.querySelector('#add-column')")
     most = 0
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, tab, tokens=600)
+    with server.unhurried(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, tab, tokens=200)
         while most < 4:
             most = max(most, server.ask_engine(lambda engine: len(engine.scheduler.running)))
         asked.result()
@@ -119,7 +119,7 @@ def test_base_and_adapters_answer_side_by_side_in_the_same_forwards(server, tab)
         ".map((said) => [...said.childNodes].filter((n) => n.nodeName !== 'DEL').map((n) => n.textContent).join('')))"
     )
     texts = [text for (text,) in tab.run(plain)]
-    assert texts == [text_of(server, body_of("Where is my parcel?", 600, model=name)) for name in [BASE, *NAMES]]
+    assert texts == [text_of(server, body_of("Where is my parcel?", 200, model=name)) for name in [BASE, *NAMES]]
     assert len(set(texts)) == 4
     for _, _, figures in found:
         assert re.fullmatch(FIGURES, figures)
