@@ -17,4 +17,7 @@ void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t g
 /* The same in up to `turns` runs a thread, taken as threads come free: where one may be slower than the others. */
 void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns);
 
+/* Does some work whose calls of the two above are made by one team, which starts and ends once. */
+void veneer_together(void (*work)(void *), void *arguments);
+
 #endif

@@ -79,13 +79,26 @@ static int made_together(const struct recorded_call *calls, int64_t count, uint3
     return size > 1 ? packed_together(found, size) : made(calls);
 }
 
+/* said: by the first call that fails; 0: none did. */
+struct all_calls {
+    const struct recorded_call *calls;
+    int64_t count;
+    int said;
+};
+
+static void make_all(void *data) {
+    struct all_calls *all = data;
+    uint32_t done = 0; /* of this call and those behind it */
+    for (int64_t i = 0; i < all->count && all->said == 0; i++, done >>= 1) {
+        const struct recorded_call *call = all->calls + i;
+        if (done & 1) continue;
+        all->said = call->function == PACKED_ROWS ? made_together(call, all->count - i, &done) : made(call);
+    }
+}
+
 /* What the first call that fails says; 0: none did. */
 int veneer_recorded(const struct recorded_call *calls, int64_t count) {
-    uint32_t done = 0; /* of this call and those behind it */
-    for (int64_t i = 0; i < count; i++, done >>= 1) {
-        if (done & 1) continue;
-        const int said = calls[i].function == PACKED_ROWS ? made_together(calls + i, count - i, &done) : made(calls + i);
-        if (said != 0) return said;
-    }
-    return 0;
+    struct all_calls all = {calls, count, 0};
+    veneer_together(make_all, &all);
+    return all.said;
 }
