@@ -79,9 +79,9 @@ def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @torch.no_grad()
-def check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a rope_theta
-    of 0.
+def check_finite(folder: Path, model: PreTrainedModel) -> bool:
+    """True. Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a
+    rope_theta of 0.
 
     Logits alone do not tell: a fused attention leaves scores out that are no numbers.
     """
@@ -98,6 +98,7 @@ def check_finite(folder: Path, model: PreTrainedModel) -> None:
             faults[:12],
             f"Try another dtype (float32). {NEXT_DOWNLOAD}",
         )
+    return True
 
 
 def _not_finite(model: PreTrainedModel) -> list[str]:

@@ -38,6 +38,7 @@ from veneer.linear import FewRowsLinear
 from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask
 from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
 from veneer.models.proof import apart, kept_proof, sample_texts, structure_key, tried
+from veneer.models.same_values import same_values
 from veneer.models.structure import NoCopyError, small_copy
 from veneer.shards import in_shards
 
@@ -304,12 +305,18 @@ def _on_itself(model: PreTrainedModel) -> tuple[Rules, ...] | str:
     found = _taken_apart(model, rules)
     if isinstance(found, str):
         return found
-    theirs = read_and_continued(own_forward(model), texts)
-    try:
-        worst = apart(read_and_continued(found.logits, texts), theirs)
-    except Exception as fault:  # as in tried: of parts that are of several types, say
-        return f"{name} does not take its parts called one by one ({type(fault).__name__}: {str(fault)[:80]})"
-    return rules if worst <= TOLERANCE[theirs.dtype] else f"{name} by its parts differs by {worst:.1e}"
+    by_parts = found.logits
+
+    def differs() -> str | None:
+        theirs = read_and_continued(own_forward(model), texts)
+        try:
+            worst = apart(read_and_continued(by_parts, texts), theirs)
+        except Exception as fault:  # as in tried: of parts that are of several types, say
+            return f"{name} does not take its parts called one by one ({type(fault).__name__}: {str(fault)[:80]})"
+        return None if worst <= TOLERANCE[theirs.dtype] else f"{name} by its parts differs by {worst:.1e}"
+
+    reason = same_values("by_parts", model, str | None, differs)
+    return rules if reason is None else reason
 
 
 def _on_a_copy(model: PreTrainedModel) -> str | None:

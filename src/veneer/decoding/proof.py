@@ -28,6 +28,7 @@ from veneer.models.capacity import read_alike
 from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.proof import apart, kept_proof, logits_alone, sample_texts, structure_key, tried
+from veneer.models.same_values import same_values
 from veneer.models.structure import SWITCH, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths
 
@@ -138,9 +139,15 @@ def _answered(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
 
 def decodes_packed(base: FrozenBase) -> bool:
     """Whether our own engine is proven on this base: with no adapter acting, once."""
+
+    def prove() -> bool:
+        return prove_decoding(base.model) is None
+
     if base.decodes_packed is None:
         with base.routing.none():
-            base.decodes_packed = prove_decoding(base.model) is None
+            base.decodes_packed = same_values("decoding", base.model, bool, prove, still=bool)
+            if base.decodes_packed and base.model.config._attn_implementation != NAME:
+                base.model.set_attn_implementation(NAME)  # as the proof leaves it
     return base.decodes_packed
 
 

@@ -25,7 +25,8 @@ from veneer.bases.fingerprint import Fingerprint, fingerprint, tokenizer_hash
 from veneer.data.new_tokens import extended
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
-from veneer.models.step import Paths, prepare
+from veneer.models.same_values import same_values
+from veneer.models.step import Paths, keep_paths, prepare
 from veneer.quant.config import Quantize
 from veneer.shards import Shards
 
@@ -144,7 +145,9 @@ class FrozenBase:
         """Which fast paths this model takes; proven on its first use, with no adapter acting."""
         if self._paths is None:
             with self.routing.none():
-                self._paths = replace(prepare(self.model), not_read=self.not_read)
+                found = same_values("paths", self.model, Paths, lambda: prepare(self.model))
+                keep_paths(self.model, found)
+                self._paths = replace(found, not_read=self.not_read)
         return self._paths
 
     @property
@@ -152,7 +155,8 @@ class FrozenBase:
         """Weights that the model takes past their modules; asked of it once, with no adapter acting."""
         if self._read_past is None:
             with self.routing.none():
-                self._read_past = weights_read_past(self.model)
+                found = same_values("past", self.model, frozenset[str], lambda: weights_read_past(self.model))
+                self._read_past = found
         return self._read_past
 
 

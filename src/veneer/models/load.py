@@ -40,6 +40,7 @@ from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, Refuse
 from veneer.models.checkpointing import decoder_layers, give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.same_values import same_values, take_note
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 from veneer.shards import Shards
 
@@ -117,16 +118,21 @@ def load_base(
                     f"{type(model).__name__} has no list of decoder layers, and shard holds each of them in shards",
                     next_step="Leave shard out: every process then holds the whole base.",
                 )
+            model.eval()
+            if shards is None and not compute.widens:
+                take_note(model)
             identity = as_held = fingerprint(model)
             if compute.widens:
                 if shards is not None:
                     shards.changed(lambda layer: layer.to(compute.held))
                     give_back()
                 widen(model, compute.held)
+                if shards is None:
+                    take_note(model)
                 as_held = fingerprint(model)
             if model.generation_config is not None:
                 check_generation(found.folder, model.generation_config)
-            check_finite(found.folder, model.eval())
+            same_values("finite", model, bool, lambda: check_finite(found.folder, model))
     check_vocabulary(found.folder, tokenizer, model)
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None

@@ -126,8 +126,8 @@ def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
 
 
 def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
-    """Put a model without storage onto paths that were found on one of the same structure."""
-    if paths.packed:
+    """Put a model onto paths that were found on another: of the same values, or of the same structure without any."""
+    if paths.packed and model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
 
 

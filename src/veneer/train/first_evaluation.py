@@ -7,15 +7,14 @@ elsewhere the bits are not known to come again, or bytes lie where they are not 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from veneer.data.examples import Example
-from veneer.files.remembered import is_known, is_on, remembered
-from veneer.linear import PackedModule
+from veneer.files.remembered import remembered
+from veneer.models.same_values import can_be_known, class_key, digest, noted
 from veneer.train.job import Job
 
 _TRAINING = (
@@ -38,20 +37,16 @@ class Evaluated:
 def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str], None]) -> Evaluated:
     """make(), or what it gave an earlier run, which is said."""
     model, sample = job.model, job.sample
-    if not is_on():
+    if not can_be_known(model):
         return make()
-    dense = not any(isinstance(module, PackedModule) for module in model.modules())
-    here = {each.device.type for each in model.parameters()} == {"cpu"}
-    if not (dense and here and is_known(type(model)) and is_known(type(model.config))):
-        return make()
+    weights, known = noted(model) or ("", frozenset())
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     question = None if sample is None else [list(sample.ids), list(sample.stops)]
     key = {
-        "class": [f"{each.__module__}.{each.__qualname__}" for each in (type(model), type(model.config))],
-        "config": model.config.to_dict(),
-        "attention": model.config._attn_implementation,
+        **class_key(model),
         "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
-        "weights": _digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
-        "values": _digest(job.flat.parameters),
+        "weights": [weights, digest({name: each for name, each in named.items() if id(each) not in known})],
+        "values": digest(job.flat.parameters),
         "rows": _rows_digest(job.validation),
         "question": hashlib.sha256(repr(question).encode()).hexdigest(),
         "paths": [job.paths.packed, job.paths.scale, job.paths.softcap, *job.paths.lines],
@@ -68,15 +63,6 @@ def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str
     if not anew:
         say("the evaluation before step 1 is that of an earlier run, which was the same (VENEER_FORGET=1: anew)")
     return found
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and every byte."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _rows_digest(rows: Sequence[Example]) -> str:
