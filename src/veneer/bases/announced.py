@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.model_class import auto_class
@@ -44,10 +45,20 @@ _NOT_COUNTED = ("max_window_layers", "vision_feature_layer")
 """Qwen2's default of 28 stands in configs of fewer layers; a layer by its number, -1 the last."""
 
 
+class _Undrawn(TorchFunctionMode):
+    """No starting values are drawn for tensors without storage: each costs torch as much as building its layer."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        drawn = func in (torch.Tensor.uniform_, torch.Tensor.normal_) and args[0].is_meta
+        return args[0] if drawn else func(*args, **(kwargs or {}))
+
+
 def without_storage(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the meta device. Raises CorruptFileError for a config that its class cannot be built from."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as fault:  # every class trips over nonsense in its own way
         raise CorruptFileError(

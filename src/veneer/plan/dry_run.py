@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.acting import TokenKeys
@@ -165,6 +166,7 @@ def _install(
         routing=routing,
         head=head,
         tokens=tokens,
+        values_follow=next(model.parameters()).is_meta,  # there are none
         read_past=paths.read_past,
         idle=paths.idle,
     )
@@ -267,9 +269,18 @@ def _static(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Op
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
 
 
+class _InPlace(TorchFunctionMode):
+    """A tensor without storage is no less for a file where it is: its shape and its type count."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is torch.Tensor.cpu and args[0].is_meta else func(*args, **(kwargs or {}))
+
+
 def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:
     if attachment is not None:
-        with Tracker():
+        with _InPlace():
             return adapter_file_bytes(attachment, model)
     own = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}
     return tensor_file_bytes(dict(own.values()))

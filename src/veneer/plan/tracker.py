@@ -19,7 +19,6 @@ import torch
 from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError, VeneerError
@@ -107,6 +106,11 @@ class Tracker(TorchDispatchMode):
         self.live[before] -= size
         self.live[label] += size
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would switch its compiler off around every operation; nothing is compiled where a plan is made."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -171,8 +175,7 @@ class Tracker(TorchDispatchMode):
             self.work.operations += 1
         elif not func.is_view and packet not in _FREE:
             self.work.operations += 1
-            touched = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
-            self.work.moved_bytes += sum(t.numel() * t.element_size() for t in touched)
+            self.work.moved_bytes += sum(t.numel() * t.element_size() for t in _tensors((args, out)))
 
 
 @contextmanager
@@ -189,6 +192,15 @@ def without_values(name: str) -> Iterator[None]:
             [f"{type(fault).__name__}: {str(fault).strip()[:160]}"],
             "Train a few steps (veneer train --steps 5): the report shows what they hold and how long they take.",
         ) from fault
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in what an operation takes and gives: tuples and lists, one in another."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _grouped_product(
