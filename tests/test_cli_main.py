@@ -281,3 +281,42 @@ def test_commands_import_what_computes_without_the_collector():
         for above, line in pairwise(lines):
             if line.strip() == "from veneer import api":
                 assert above.strip() == "with no_collection():", file.name
+
+
+def test_a_process_ends_as_python_ends_one_but_for_what_it_holds(tmp_path):
+    """Threads are waited for, what was registered is called, what was written arrives, and the code is kept."""
+    code = f"""
+import atexit, sys, threading, time, weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from veneer.cli.main import leave
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+held = Held()
+atexit.register(print, "registered")
+finalizer = weakref.finalize(held, print, "finalized")
+kept = open({str(tmp_path / "kept")!r}, "w")
+atexit.register(kept.close)
+kept.write("whole")
+threading.Thread(target=lambda: (time.sleep(0.3), print("waited for"))).start()
+ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.3), print("submitted")))
+sys.stdout.write("no end of line")
+leave(5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and not done.stderr
+    assert {"waited for", "submitted", "registered", "finalized"} <= set(
+        done.stdout.replace("no end of line", "").split("\n")
+    )
+    assert "taken apart" not in done.stdout and "no end of line" in done.stdout
+    assert (tmp_path / "kept").read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["veneer", "veneer.cli.main"])
+def test_either_way_to_start_it_keeps_the_exit_code(name):
+    for argument, code in (("--version", 0), ("nothing", 2)):
+        done = subprocess.run([sys.executable, "-m", name, argument], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr

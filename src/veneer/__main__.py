@@ -1,8 +1,6 @@
 """`python -m veneer`, which `torchrun -m veneer` needs."""
 
-import sys
-
-from veneer.cli.main import main
+from veneer.cli.main import process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

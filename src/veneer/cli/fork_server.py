@@ -22,6 +22,7 @@ from typing import Any
 
 from veneer.child import end_with_parent
 from veneer.cli.common import no_collection
+from veneer.cli.main import leave
 from veneer.cli.main import main as command
 
 
@@ -91,4 +92,4 @@ def _tell(place: int, answer: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    leave(serve())

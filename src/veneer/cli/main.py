@@ -7,9 +7,11 @@ it is asked for. This file loads neither torch nor transformers nor pydantic nor
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -249,5 +251,27 @@ def print_error(message: str) -> None:
     print("\n".join([first, *rest]), file=stream)
 
 
+def process() -> NoReturn:
+    """`veneer` as a process of its own: its exit code is main's."""
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End the process as Python does, but for taking apart what it holds: with torch and transformers loaded, that
+    takes a second. Threads that are not daemons are waited for, what asked to be called at the end is called, and
+    what was written is flushed."""
+    try:
+        interpreter: Any = threading
+        interpreter._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # main has said that it cannot be written
+                stream.flush()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    process()
