@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, get_type_hints
 
 import torch
@@ -189,11 +190,17 @@ def _sample(tensor: Tensor) -> bytes:
     flat = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
     size, count = flat.numel(), min(flat.numel(), SAMPLES_PER_TENSOR)
     if size > count:
-        starts = torch.arange(count + 1) * size // count
-        # Knuth's multiplicative hash; its high bits, for the low ones repeat with the row length.
-        offsets = (torch.arange(count) * 2654435761 % 2**32 * starts.diff()) >> 32
-        flat = flat[(starts[:-1] + offsets).to(flat.device)]
+        flat = flat[_places(size, count).to(flat.device)]
     return flat.cpu().clone().numpy().tobytes()  # numpy fixes the size of the memory that it is given
+
+
+@lru_cache(maxsize=64)
+def _places(size: int, count: int) -> Tensor:
+    """(count) of the elements that are hashed, the same for all tensors of a size."""
+    starts = torch.arange(count + 1) * size // count
+    # Knuth's multiplicative hash; its high bits, for the low ones repeat with the row length.
+    offsets = (torch.arange(count) * 2654435761 % 2**32 * starts.diff()) >> 32
+    return starts[:-1] + offsets
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
