@@ -243,6 +243,32 @@ def test_any_number_of_updates_is_taken(dtype, level):
 
 @each_type
 @pytest.mark.parametrize("level", LEVELS)
+def test_single_rows_that_go_together_have_the_bits_that_each_has_alone(dtype, level):
+    """Alike in their sizes or not, between updates of several rows, of one weight and of three."""
+    sizes = [(1, 16)] * 6 + [(1, 40)] * 3 + [(3, 16)] + [(1, 5)] * 2 + [(1, 16), (2, 6)] + [(1, 24)] * 9
+    x, parts, before = drawn(dtype, sum(rows for rows, _ in sizes), 70), [], torch.get_num_threads()
+    for outs in (130, 64, 9):
+        given, start = [], 0
+        for rows, rank in sizes:
+            given.append((slice(start, start + rows), drawn(dtype, rank, 70), drawn(dtype, outs, rank), 0.5 + start))
+            start += rows
+        parts.append((drawn(dtype, outs, 70), given if outs > 9 else given[::2]))
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            found = few_rows.updated(x, [(weight, None, checked(given)) for weight, given in parts], level=level)
+        finally:
+            torch.set_num_threads(before)
+        for (weight, given), y in zip(parts, found, strict=True):
+            for rows, *own in given:
+                alone = updated(
+                    x[rows].contiguous(), weight, None, [(slice(0, rows.stop - rows.start), *own)], level=level
+                )
+                assert torch.equal(y[rows], alone), (threads, rows)
+
+
+@each_type
+@pytest.mark.parametrize("level", LEVELS)
 def test_several_weights_of_one_x_with_updates_give_what_each_gives(dtype, level):
     x = drawn(dtype, 6, 70)
     parts = []

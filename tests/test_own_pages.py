@@ -97,6 +97,15 @@ print(take_own_pages(module) // 2**20, read, status("VmHWM") - before)
 """
 
 
+def test_memory_that_is_read_again_and_again_shares_no_huge_page_with_any_other() -> None:
+    """Where two mappings meet within one, the system gives both small pages there."""
+    rooms = [pages.room(count) for count in (pages.HUGE, 9_830_400, 10 * pages.HUGE + 1)]
+    assert [len(room) for room in rooms] == [pages.HUGE, 9_830_400, 10 * pages.HUGE + 1]
+    assert all(room.data_ptr() % pages.HUGE == 0 for room in rooms)
+    for room in rooms:
+        assert int(room.fill_(7).sum(dtype=torch.int64)) == 7 * len(room)
+
+
 def test_a_process_never_holds_both_copies(tmp_path: Path) -> None:
     file = written(tmp_path, 16, 12)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -9,6 +9,7 @@
 #include "few_rows.h"
 
 enum { LANES = 16, HALF = 8, STEP = 16 /* words */ };
+enum { TOGETHER = 4 }; /* updates of one row that go through their factors side by side: memory is quickest for a few places at once */
 
 /* x (rows, width), `apart` values from one another; down (rows, rank), rank even: what x A^T is; y (rows, outs). */
 struct update {
@@ -54,12 +55,12 @@ INLINE void bring(struct ahead *soon, int64_t lines) {
     }
 }
 
-/* x A^T of all rows; y += of blocks [start, stop) of outs. */
-typedef void (*update_downs)(const struct update *u, struct ahead *soon);
-typedef void (*update_ups)(const struct update *u, int64_t start, int64_t stop, struct ahead *soon);
+/* Of `count` updates: x A^T of all rows; y += of blocks [start, stop) of outs. Several are alike in their sizes. */
+typedef void (*update_downs)(const struct update *u, int64_t count, struct ahead *soon);
+typedef void (*update_ups)(const struct update *u, int64_t count, int64_t start, int64_t stop, struct ahead *soon);
 
-/* On tiles, bf16. */
-void veneer_tiled_downs(const struct update *u, struct ahead *soon);
-void veneer_tiled_ups(const struct update *u, int64_t start, int64_t stop, struct ahead *soon);
+/* On tiles, bf16. Those of one row each go TOGETHER at most, and ask for what they read themselves. */
+void veneer_tiled_downs(const struct update *u, int64_t count, struct ahead *soon);
+void veneer_tiled_ups(const struct update *u, int64_t count, int64_t start, int64_t stop, struct ahead *soon);
 
 #endif

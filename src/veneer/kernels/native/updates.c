@@ -105,22 +105,24 @@ INLINE void add_sums(const struct update *u, const int type, int64_t row, int64_
 #define MULTIPLY MULTIPLIED
 #include "updates_body.h"
 
+/* single: updates of one row that go together; 0: each as any other. */
 struct ways {
     update_downs downs;
     update_ups ups;
+    int64_t single;
 };
 
 static struct ways ways_of(int type, int most) {
     const int level = veneer_few_level(type, most);
 #if defined(__x86_64__)
-    if (level == 5) return (struct ways){veneer_tiled_downs, veneer_tiled_ups};
-    if (level == 4) return (struct ways){downs_pairs, ups_pairs};
-    if (level == 3) return (struct ways){downs_avx512, ups_avx512};
-    if (level == 2) return (struct ways){downs_avx2, ups_avx2};
+    if (level == 5) return (struct ways){veneer_tiled_downs, veneer_tiled_ups, TOGETHER};
+    if (level == 4) return (struct ways){downs_pairs, ups_pairs, 0};
+    if (level == 3) return (struct ways){downs_avx512, ups_avx512, 0};
+    if (level == 2) return (struct ways){downs_avx2, ups_avx2, 0};
 #else
     (void)level;
 #endif
-    return (struct ways){downs_plain, ups_plain};
+    return (struct ways){downs_plain, ups_plain, 0};
 }
 
 /* what: DOWN, UP, or both of each update by one thread. */
@@ -142,6 +144,15 @@ INLINE int64_t cost_of(const struct work *all, const struct update *u) {
     return (1 + down + (all->what & UP ? words * blocks_of(u->outs) : 0)) * (u->rows + 3);
 }
 
+/* Updates from u on, before `last`, that go together. */
+INLINE int64_t alike(const struct work *all, const struct update *u, const struct update *last) {
+    int64_t count = 1;
+    if (u->rows > 1 || all->what == UP) return count;
+    for (const struct update *v = u + 1; count < all->ways.single && v < last; v++, count++)
+        if (v->rows != 1 || v->rank != u->rank || v->width != u->width || v->outs != u->outs) break;
+    return count;
+}
+
 /* The units whose costs begin within [start, stop), all of them in a row. */
 static void run(void *arguments, int64_t start, int64_t stop) {
     const struct work *all = arguments;
@@ -155,14 +166,16 @@ static void run(void *arguments, int64_t start, int64_t stop) {
         const int64_t end = stop - before >= units * cost ? units : (stop - before + cost - 1) / cost;
         before += units * cost;
         if (begin >= end) continue;
-        if (soon.last == NULL) {
+        const int64_t count = alike(all, u, last);
+        if ((u->rows > 1 || all->ways.single == 0) && (soon.last == NULL || soon.u < u)) {
             soon.u = u, soon.last = last;
             ahead_in(&soon, all->what & DOWN ? DOWN : UP, all->what == UP ? begin * UPDATE_BLOCK * words_of(all->type, u->rank) : 0);
             bring(&soon, SOON);
         }
-        if (all->what == UP) all->ways.ups(u, begin, end, &soon);
-        else all->ways.downs(u, &soon);
-        if (all->what == (DOWN | UP)) all->ways.ups(u, 0, blocks_of(u->outs), &soon);
+        if (all->what == UP) all->ways.ups(u, 1, begin, end, &soon);
+        else all->ways.downs(u, count, &soon);
+        if (all->what == (DOWN | UP)) all->ways.ups(u, count, 0, blocks_of(u->outs), &soon);
+        before += (count - 1) * cost, u += count - 1;
     }
 }
 
@@ -173,15 +186,18 @@ static void run_all(const struct update *of, int64_t count, int what, int type, 
     veneer_parallel_dealt(run, &all, cost, ALONE / UPDATE_BLOCK, turns);
 }
 
-/* The updates of the next turn that there are any of, each part's from done[part] on, CHUNK rows at a time. */
+/* The updates of the next turn that there are any of, each part's from done[part] on, TOGETHER of each part by turns, and of
+   an update CHUNK rows at a time. */
 static int64_t next_turn(const struct few_rows_updated *call, int64_t *done, char **down, struct update *to) {
     const int size = call->type == FEW_FP32 ? 4 : 2;
     int64_t turn = INT64_MAX, found = 0;
     for (int64_t p = 0; p < call->count; p++)
         if (done[p] < call->parts[p].count && call->parts[p].updates[done[p]].turn < turn) turn = call->parts[p].updates[done[p]].turn;
-    for (int64_t p = 0; p < call->count; p++) {
+    for (int64_t p = 0, left = call->count; left > 0; p = (p + 1) % call->count) {
         const struct few_rows_updated_part *part = call->parts + p;
-        for (; done[p] < part->count && part->updates[done[p]].turn == turn; done[p]++) {
+        const int64_t stop = done[p] + TOGETHER;
+        left = done[p] < part->count && part->updates[done[p]].turn == turn ? call->count : left - 1;
+        for (; done[p] < stop && done[p] < part->count && part->updates[done[p]].turn == turn; done[p]++) {
             const struct few_rows_update *u = part->updates + done[p];
             for (int64_t row = 0; row < u->rows; row += CHUNK) {
                 const int64_t rows = u->rows - row < CHUNK ? u->rows - row : CHUNK, first = u->first + row;

@@ -52,9 +52,11 @@ INLINE TARGET void NAME(downs_of)(const struct update *u, const int type, struct
     for (; first < u->rows; first++) NAME(down_rows)(u, type, 1, first, first ? NULL : soon);
 }
 
-static TARGET void NAME(downs)(const struct update *u, struct ahead *soon) {
-    if (soon->type == FEW_FP32) NAME(downs_of)(u, FEW_FP32, soon);
-    else NAME(downs_of)(u, FEW_BF16, soon);
+static TARGET void NAME(downs)(const struct update *u, int64_t count, struct ahead *soon) {
+    for (int64_t i = 0; i < count; i++) {
+        if (soon->type == FEW_FP32) NAME(downs_of)(u + i, FEW_FP32, soon);
+        else NAME(downs_of)(u + i, FEW_BF16, soon);
+    }
 }
 
 INLINE TARGET void NAME(up_tile)(const struct update *u, const int type, const int rows, int64_t first, int64_t block) {
@@ -86,9 +88,11 @@ INLINE TARGET void NAME(ups_of)(const struct update *u, const int type, int64_t 
     }
 }
 
-static TARGET void NAME(ups)(const struct update *u, int64_t start, int64_t stop, struct ahead *soon) {
-    if (soon->type == FEW_FP32) NAME(ups_of)(u, FEW_FP32, start, stop, soon);
-    else NAME(ups_of)(u, FEW_BF16, start, stop, soon);
+static TARGET void NAME(ups)(const struct update *u, int64_t count, int64_t start, int64_t stop, struct ahead *soon) {
+    for (int64_t i = 0; i < count; i++) {
+        if (soon->type == FEW_FP32) NAME(ups_of)(u + i, FEW_FP32, start, stop, soon);
+        else NAME(ups_of)(u + i, FEW_BF16, start, stop, soon);
+    }
 }
 
 #undef NAME

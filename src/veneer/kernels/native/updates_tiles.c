@@ -10,7 +10,7 @@
 
 #if defined(VENEER_AMX_COMPILED)
 
-enum { TILE = 256 };
+enum { TILE = 256, NEXT = 1024 };
 
 /* Tiles 0 and 1: sums of the first rows, of even and of odd steps; 2 and 3: of those behind; 4, 5: these rows of x; 6: A. */
 VENEER_AMX_INLINE void shapes_of(int64_t one, int64_t two, int64_t lanes) {
@@ -93,11 +93,18 @@ VENEER_AMX_INLINE void down_group(const int two, const struct update *u, int64_t
     }
 }
 
-/* The first and the second values of up to 16 words, as floats. */
-VENEER_AMX_INLINE void split(const char *words, int64_t values, float *first, float *second) {
+/* The first and the second values of up to 16 words, as floats, which are read from memory one by one: broadcasts out of
+   a register take the units that multiply. */
+VENEER_AMX_INLINE void split(const char *words, int64_t values, float first[STEP], float second[STEP]) {
     const __m512i both = _mm512_maskz_loadu_epi16(values < 32 ? ((uint32_t)1 << values) - 1 : 0xffffffffu, words);
     _mm512_storeu_ps(first, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
     _mm512_storeu_ps(second, _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000u))));
+    __asm__ volatile("" : "+m"(*(float(*)[STEP])first), "+m"(*(float(*)[STEP])second));
+}
+
+/* `lines` lines of a factor, NEXT bytes on, into the second cache. */
+VENEER_AMX_INLINE void bring_next(const uint32_t *factor, int64_t lines) {
+    for (int64_t i = 0; i < lines; i++) __builtin_prefetch((const char *)factor + NEXT + 64 * i, 0, 2);
 }
 
 /* Sums with the first and with the second values of a word of each lane. */
@@ -108,35 +115,37 @@ VENEER_AMX_INLINE void split(const char *words, int64_t values, float *first, fl
         odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(own, high)), _mm512_set1_ps(second), odd);            \
     } while (0)
 
-VENEER_AMX_INLINE void down_row(const int lanes, const struct update *u, int64_t group, struct ahead *soon) {
+/* x A^T of up to TOGETHER updates of one row, a group of ranks of each, a step of each in turn. */
+VENEER_AMX_INLINE void down_single(const int lanes, const struct update *u, int64_t count, int64_t group) {
     const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
-    const uint32_t *A = u->A + group * LANES * filled_words(FEW_BF16, u->width);
-    __m512 sums = _mm512_setzero_ps(), others = _mm512_setzero_ps();
-    for (int64_t value = 0; value < u->width; value += 32, A += STEP * lanes) {
-        float first[STEP], second[STEP];
-        __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-        bring(soon, lanes);
-        split(u->x + 2 * value, u->width - value, first, second);
+    __m512 sums[TOGETHER][2];
+    for (int64_t i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (int64_t value = 0; value < u->width; value += 32) {
+        for (int64_t i = 0; i < count; i++) {
+            const uint32_t *A = u[i].A + group * LANES * filled_words(FEW_BF16, u->width) + value / 2 * lanes;
+            float first[STEP], second[STEP];
+            __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps(), *sum = &sums[i][value / 32 % 2];
+            bring_next(A, lanes);
+            split(u[i].x + 2 * value, u->width - value, first, second);
 #pragma GCC unroll 16
-        for (int k = 0; k < STEP; k++)
-            ADD_WORDS(even, odd, lanes == LANES ? _mm512_loadu_si512(A + k * lanes) : _mm512_maskz_loadu_epi32(0xff, A + k * lanes), first[k],
-                      second[k]);
-        const __m512 both = _mm512_add_ps(even, odd);
-        if (value / 32 % 2) others = _mm512_add_ps(others, both);
-        else sums = _mm512_add_ps(sums, both);
+            for (int k = 0; k < STEP; k++)
+                ADD_WORDS(even, odd, lanes == LANES ? _mm512_loadu_si512(A + k * lanes) : _mm512_maskz_loadu_epi32(0xff, A + k * lanes), first[k],
+                          second[k]);
+            *sum = _mm512_add_ps(*sum, _mm512_add_ps(even, odd));
+        }
     }
     const int64_t left = u->rank - group * LANES;
-    put_down(_mm512_add_ps(sums, others), left < lanes ? left : lanes, u->down + 2 * group * LANES);
+    for (int64_t i = 0; i < count; i++) put_down(_mm512_add_ps(sums[i][0], sums[i][1]), left < lanes ? left : lanes, u[i].down + 2 * group * LANES);
 }
 
-VENEER_AMX void veneer_tiled_downs(const struct update *u, struct ahead *soon) {
+VENEER_AMX void veneer_tiled_downs(const struct update *u, int64_t count, struct ahead *soon) {
     const int64_t rest = u->width % 32;
     const uint32_t before = small_to_zero();
     int64_t shaped = 0;
     if (u->rows == 1) {
         for (int64_t group = 0; group < groups_of(u->rank); group++) {
-            if (lanes_of(u->rank, group) == LANES) down_row(LANES, u, group, soon);
-            else down_row(HALF, u, group, soon);
+            if (lanes_of(u->rank, group) == LANES) down_single(LANES, u, count, group);
+            else down_single(HALF, u, count, group);
         }
         set_back(before);
         return;
@@ -169,8 +178,12 @@ VENEER_AMX_INLINE void add_to(char *y, __m512 scale, __m512 sums, int64_t outs) 
 }
 
 /* A block of outs of one row. */
-VENEER_AMX_INLINE void up_row(const struct update *u, const uint32_t *B, __m512 scale, int64_t outs, char *y) {
+VENEER_AMX_INLINE void up_row(const struct update *u, int64_t block, int64_t outs) {
     const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
+    const __m512 scale = _mm512_set1_ps(u->scale);
+    const uint32_t *B = u->B + block * (u->rank / 2) * UPDATE_BLOCK;
+    char *y = u->y + 2 * block * UPDATE_BLOCK;
+    bring_next(B, 4 * (u->rank / 2));
     __m512 sums[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) sums[v] = _mm512_setzero_ps();
@@ -192,7 +205,7 @@ VENEER_AMX_INLINE void up_row(const struct update *u, const uint32_t *B, __m512 
         if (outs > 16 * v) add_to(y + 32 * v, scale, sums[v], outs - 16 * v);
 }
 
-VENEER_AMX void veneer_tiled_ups(const struct update *u, int64_t start, int64_t stop, struct ahead *soon) {
+VENEER_AMX void veneer_tiled_ups(const struct update *u, int64_t count, int64_t start, int64_t stop, struct ahead *soon) {
     const int64_t words = u->rank / 2, wide = 2 * u->outs;
     const __m512 scale = _mm512_set1_ps(u->scale);
     const uint32_t before = small_to_zero();
@@ -202,9 +215,12 @@ VENEER_AMX void veneer_tiled_ups(const struct update *u, int64_t start, int64_t 
         const uint32_t *B = u->B + block * words * UPDATE_BLOCK;
         const int64_t left = u->outs - block * UPDATE_BLOCK, outs = left < UPDATE_BLOCK ? left : UPDATE_BLOCK;
         char *y = u->y + 2 * block * UPDATE_BLOCK;
+        if (u->rows == 1) {
+            for (int64_t i = 0; i < count; i++) up_row(u + i, block, outs);
+            continue;
+        }
         bring(soon, 4 * words);
-        if (u->rows == 1) up_row(u, B, scale, outs, y);
-        for (int64_t row = 0; row < u->rows && u->rows > 1; row += 16) {
+        for (int64_t row = 0; row < u->rows; row += 16) {
             const int64_t rows = u->rows - row < 16 ? u->rows - row : 16;
             if (rows != shaped) amx_shapes(rows, words % 16), shaped = rows;
             amx_tiles(4, 0, (const uint32_t *)u->down + row * words, words, B, UPDATE_BLOCK, sums, UPDATE_BLOCK, words, 0);
@@ -220,7 +236,9 @@ VENEER_AMX void veneer_tiled_ups(const struct update *u, int64_t start, int64_t 
 
 #else
 
-void veneer_tiled_downs(const struct update *u, struct ahead *soon) { (void)u, (void)soon; }
-void veneer_tiled_ups(const struct update *u, int64_t start, int64_t stop, struct ahead *soon) { (void)u, (void)start, (void)stop, (void)soon; }
+void veneer_tiled_downs(const struct update *u, int64_t count, struct ahead *soon) { (void)u, (void)count, (void)soon; }
+void veneer_tiled_ups(const struct update *u, int64_t count, int64_t start, int64_t stop, struct ahead *soon) {
+    (void)u, (void)count, (void)start, (void)stop, (void)soon;
+}
 
 #endif
