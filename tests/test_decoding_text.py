@@ -71,6 +71,21 @@ def test_the_pieces_of_any_bytes_are_their_text():
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+def test_several_tokens_at_once_say_what_they_say_one_by_one(name):
+    tokenizer, draw = TOKENIZERS[name], random.Random(6)
+    for text in TEXTS * 5:
+        ids = [i for token in ids_of(name, text) for i in (token, *[tokenizer.eos_token_id] * draw.randrange(2))]
+        for stops in ([], ["he"], ["  b", "界!"]):
+            one_by_one, stream, pieces, place = TextStream(tokenizer, stops), TextStream(tokenizer, stops), [], 0
+            while place < len(ids):
+                many = draw.choice([0, 1, 2, 5, 40])
+                pieces.append(stream.push_all(ids[place : place + many]))
+                place += many
+            assert "".join([*pieces, stream.end()]) == "".join(said(one_by_one, ids))
+            assert stream.stopped == one_by_one.stopped
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_without_a_text_of_their_own_change_nothing(name):
     tokenizer, draw = TOKENIZERS[name], random.Random(4)
     nothing = tokenizer.eos_token_id

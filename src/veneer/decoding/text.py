@@ -8,7 +8,10 @@ tokenizer reads a whole run of bytes otherwise for one that is no character, wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 UNSURE = "\ufffd"
 """At the end of a text: a character whose other bytes may come."""
@@ -22,11 +25,20 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """`text_of` of lists: without what transformers looks at in between, where it changes nothing."""
+    own, fast = type(tokenizer), PreTrainedTokenizerFast
+    plain = issubclass(own, fast) and (own.decode, own._decode) == (fast.decode, fast._decode)
+    if not plain or tokenizer.clean_up_tokenization_spaces:
+        return partial(text_of, tokenizer)
+    return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+
+
 class TextStream:
     """tokenizer: transformers'. stops: strings that end the answer and are not said; none empty."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._text_of = _decoder(tokenizer)
         self._stops = [_Stop(stop) for stop in stops]
         self._firsts = {stop[0] for stop in stops}
         self._said: list[int] = []  # ids of the last piece, in front of the next: a space between them may be lost
@@ -38,13 +50,22 @@ class TextStream:
         self.stopped = False
         """Whether a stop string has come; nothing is said any more."""
 
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """As `push` one after another, decoded once where no character is left open."""
+        if len(tokens) > 1 and not self.stopped:
+            text = self._text_of([*self._said, *self._wait, *tokens])[len(self._before) :]
+            if text and not text.endswith(UNSURE):
+                self._wait += tokens
+                return self._certain(text, len(self._wait))
+        return "".join(map(self.push, tokens))
+
     def push(self, token: int) -> str:
         """The text that is certain now and was not before."""
         if self.stopped:
             return ""
         self._wait.append(token)
         text = self._new_text(len(self._wait))
-        if text == self._uncertain and not text_of(self._tokenizer, [token]):  # a special one
+        if text == self._uncertain and not self._text_of([token]):  # a special one
             if text or self._said or len(self._wait) > MANY:  # at the very beginning it may be a space
                 self._wait.pop()
             return ""
@@ -63,14 +84,14 @@ class TextStream:
 
     def _new_text(self, count: int) -> str:
         """That of the first `count` ids that wait."""
-        return text_of(self._tokenizer, [*self._said, *self._wait[:count]])[len(self._before) :]
+        return self._text_of([*self._said, *self._wait[:count]])[len(self._before) :]
 
     def _broken(self, text: str) -> str:
         """The same where bytes that are no character go on and on: all but the last, which may still become one."""
         most = len(self._wait) - BYTES_OF_CHARACTER
         for count in range(most, most - BYTES_OF_CHARACTER, -1):
             begin = self._new_text(count)
-            rest = text_of(self._tokenizer, self._wait[count:])
+            rest = self._text_of(self._wait[count:])
             if begin + rest == text:  # no character lies across
                 return self._certain(begin, count)
         self._many *= 2
@@ -80,7 +101,7 @@ class TextStream:
         """`text` is that of the first `count` ids that wait; what of it and of the held text may be said."""
         if count:
             self._said, self._wait = self._wait[:count], self._wait[count:]
-            self._before, self._uncertain, self._many = text_of(self._tokenizer, self._said), "", MANY
+            self._before, self._uncertain, self._many = self._text_of(self._said), "", MANY
         if not self._held and self._firsts.isdisjoint(text):  # none has begun, none begins
             return text
         whole = self._held + text
