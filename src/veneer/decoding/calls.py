@@ -175,8 +175,11 @@ class _Value:
         return None
 
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def compact(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _COMPACT.encode(data)
 
 
 def _begun(text: str, mark: str) -> int:

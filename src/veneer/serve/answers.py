@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -108,7 +108,22 @@ class Streamed(Protocol):
 def event(data: Any, name: str | None = None) -> str:
     """One server-sent event. Whatever a client takes for the end of a line, the data is one."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {compact(data).translate(_LINE_ENDS)}\n\n"
+    return f"{head}data: {_one_line(compact(data))}\n\n"
+
+
+class TextEvents:
+    """Events that are alike but for one text. made: of a text, one of them."""
+
+    def __init__(self, made: Callable[[str], str]) -> None:
+        somewhere = uuid.uuid4().hex
+        self._before, _, self._behind = made(somewhere).partition(compact(somewhere))
+
+    def __call__(self, text: str) -> str:
+        return f"{self._before}{_one_line(compact(text))}{self._behind}"
+
+
+def _one_line(text: str) -> str:
+    return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}

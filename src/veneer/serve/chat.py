@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.bounds import LOGPROBS
-from veneer.serve.answers import DONE, Answer, Call, Chance, Head, Piece, Usage, event, finish_reason
+from veneer.serve.answers import DONE, Answer, Call, Chance, Head, Piece, TextEvents, Usage, event, finish_reason
 from veneer.serve.asked import Asked, Chat
 from veneer.serve.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.fields import Field, Flag, Num, Only, Refused, read_fields
@@ -111,14 +111,20 @@ class Stream:
         self.asked = asked
         self._about = _about(head, "chat.completion.chunk")
         self._calls: dict[int, int] = {}
+        self._texts: dict[int, TextEvents] = {}
 
     def begin(self, usage: Usage) -> Iterator[str]:
         for index in range(self.asked.choices):
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def piece(self, piece: Piece) -> Iterator[str]:
-        if piece.text or piece.chances:
+        if piece.chances:
             yield self._chunk(piece.index, {"content": piece.text}, piece.chances)
+        elif piece.text:
+            index = piece.index
+            if index not in self._texts:
+                self._texts[index] = TextEvents(lambda text: self._chunk(index, {"content": text}))
+            yield self._texts[index](piece.text)
         for call in piece.calls:
             number = self._calls[piece.index] = self._calls.get(piece.index, -1) + 1
             yield self._chunk(piece.index, {"tool_calls": [{"index": number, **_call(call)}]})

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.bounds import CHOICES, LOGPROBS, TOKEN
-from veneer.serve.answers import DONE, Answer, Chance, Head, Piece, Usage, event, finish_reason
+from veneer.serve.answers import DONE, Answer, Chance, Head, Piece, TextEvents, Usage, event, finish_reason
 from veneer.serve.asked import Asked, Plain
 from veneer.serve.chat import usage_of
 from veneer.serve.fields import Either, Field, Listed, Num, Only, Refused, Text, read_fields
@@ -26,7 +26,7 @@ FIELDS = (
     MODEL,
     Field(
         "prompt",
-        Either((_TEXT, Listed(_TEXT, MOST_PROMPTS, 1), _IDS, Listed(_IDS, MOST_PROMPTS, 1))),
+        Either((_TEXT, _IDS, Listed(_TEXT, MOST_PROMPTS, 1), Listed(_IDS, MOST_PROMPTS, 1))),
         "a text or several; or ids of tokens; tokenised as it stands, special tokens included",
         required=True,
     ),
@@ -94,23 +94,19 @@ class Stream:
     def __init__(self, head: Head, asked: Asked) -> None:
         self.asked, self._head = asked, _about(head)
         self._offsets: dict[int, _Offsets] = {}
+        self._texts: dict[int, TextEvents] = {}
 
     def begin(self, usage: Usage) -> Iterator[str]:
         return iter(())
 
     def piece(self, piece: Piece) -> Iterator[str]:
-        if piece.text or piece.chances or piece.end is not None:
-            offsets = self._offsets.setdefault(piece.index, _Offsets())
-            choice = {
-                "index": piece.index,
-                "text": piece.text,
-                "logprobs": offsets.logprobs(self.asked, piece.chances) if piece.chances else None,
-                "finish_reason": finish_reason(piece.end, ()),
-            }
-            if piece.end is not None:
-                choice["stop_reason"] = piece.end.stopped_by
-            usage = {"usage": None} if self.asked.stream_usage else {}
-            yield event({**self._head, "choices": [choice], **usage})
+        if piece.chances or piece.end is not None:
+            yield self._chunk(piece)
+        elif piece.text:
+            index = piece.index
+            if index not in self._texts:
+                self._texts[index] = TextEvents(lambda text: self._chunk(Piece(index, text)))
+            yield self._texts[index](piece.text)
 
     def finish(self, usage: Usage) -> Iterator[str]:
         if self.asked.stream_usage:
@@ -120,6 +116,19 @@ class Stream:
     def fail(self, refusal: Refusal) -> Iterator[str]:
         yield event(refusal.body)
         yield DONE
+
+    def _chunk(self, piece: Piece) -> str:
+        offsets = self._offsets.setdefault(piece.index, _Offsets())
+        choice = {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": offsets.logprobs(self.asked, piece.chances) if piece.chances else None,
+            "finish_reason": finish_reason(piece.end, ()),
+        }
+        if piece.end is not None:
+            choice["stop_reason"] = piece.end.stopped_by
+        usage = {"usage": None} if self.asked.stream_usage else {}
+        return event({**self._head, "choices": [choice], **usage})
 
 
 class _Offsets:

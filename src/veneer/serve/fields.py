@@ -215,9 +215,11 @@ class Either:
         return "; or ".join(kind.said for kind in self.kinds)
 
     def faults(self, value: Any, path: str) -> list[Fault]:
-        found = [kind.faults(value, path) for kind in self.kinds]
-        if any(not faults for faults in found):
-            return []
+        found = []
+        for kind in self.kinds:
+            found.append(kind.faults(value, path))
+            if not found[-1]:
+                return []
         deepest = max(found, key=lambda faults: len(faults[0].param or ""))  # inside what was meant, if that shows
         if (deepest[0].param or "") != path:
             return deepest
