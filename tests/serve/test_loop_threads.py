@@ -11,8 +11,9 @@ import torch
 from tests.serve.server import made_base
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
+from veneer.decoding.sequence import Request
 from veneer.kernels import native
-from veneer.serve.loop import EngineLoop
+from veneer.serve.loop import EngineLoop, Inbox
 
 
 def test_the_thread_that_loaded_the_base_keeps_no_helpers_once_another_computes():
@@ -41,3 +42,26 @@ def test_the_thread_that_loaded_the_base_keeps_no_helpers_once_another_computes(
     finally:
         torch.set_num_threads(before)
         native.end_helpers()
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end(every_step):
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
+
+    async def asked() -> list[list[int]]:
+        loop = EngineLoop(engine)
+        loop.start()
+        try:
+            inbox = Inbox(every_step=every_step)
+            ticket = loop.submit(Request(prompt=(5, 6, 7), max_new_tokens=30), inbox)
+            told = []
+            while not told or not told[-1].ended:
+                assert sum(len(each.tokens) for each in told) <= ticket.new  # what usage counts is never behind
+                told += await inbox.taken()
+            assert ticket.new == 30
+            return [each.tokens for each in told]
+        finally:
+            await loop.close(1.0)
+
+    told = asyncio.run(asked())
+    assert [len(each) for each in told] == ([1] * 30 if every_step else [1, 29])

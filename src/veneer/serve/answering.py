@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from veneer.decoding.blocks import Identity
@@ -16,7 +14,7 @@ from veneer.decoding.sequence import Reason, Request
 from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.serve.answers import Call, Chance, End, Piece, Usage
 from veneer.serve.asked import Asked
-from veneer.serve.loop import EngineLoop, Ticket, Update
+from veneer.serve.loop import EngineLoop, Inbox, Ticket, Update
 from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.token_text import TokenTexts
 
@@ -57,7 +55,8 @@ def requests_of(
 
 
 class Answering:
-    """The answers to all prompts of a request, as they come. Leaving its block ends what has not ended.
+    """The answers to all prompts of a request: as they come, where it is streamed. Leaving its block ends what has not
+    ended.
 
     texts: of the base's tokenizer. grammar: what they follow. style: how calls are written, where they are looked for.
     """
@@ -72,16 +71,15 @@ class Answering:
     ) -> None:
         self._loop, self._requests, self._asked, self._texts = loop, requests, asked, texts
         self._grammar = grammar
+        self._inbox = Inbox(every_step=asked.stream)
         self._tickets: list[Ticket] = []
         self.style: CallStyle | None = None
-        self.new = 0
-        self._cached: dict[int, int] = {}
 
     async def __aenter__(self) -> Answering:
         """All of them wait to be answered, or none. Refusal."""
         try:
-            for request in self._requests:
-                self._tickets.append(self._loop.submit(request))
+            for number, request in enumerate(self._requests):
+                self._tickets.append(self._loop.submit(request, self._inbox, number))
             for ticket in self._tickets:
                 await ticket.accepted
         except BaseException as fault:
@@ -100,41 +98,25 @@ class Answering:
     @property
     def usage(self) -> Usage:
         prompt = sum(len(request.prompt) for request in self._requests)
-        return Usage(prompt, sum(self._cached.values()), self.new)
+        return Usage(prompt, sum(each.cached for each in self._tickets), sum(each.new for each in self._tickets))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Until every answer has ended. Refusal: one cannot be answered; the others end with it."""
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Those that come together, until every answer has ended. Refusal: one cannot be answered; the others end with
+        it."""
         spelled = [
             [_Spelled(self._texts, request, self._asked, self.style, self._grammar) for _ in range(request.choices)]
             for request in self._requests
         ]
-        merged: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
-
-        async def follow(number: int, ticket: Ticket) -> None:
-            async for update in ticket.updates():
-                merged.put_nowait((number, update))
-            merged.put_nowait((number, None))
-
-        tasks = [asyncio.create_task(follow(n, ticket)) for n, ticket in enumerate(self._tickets)]
-        try:
-            left = len(tasks)
-            while left:
-                number, update = await merged.get()
-                if update is None:
-                    left -= 1
-                    continue
+        left = sum(map(len, spelled))
+        while left:
+            found = []
+            for update in await self._inbox.taken():
                 if update.error is not None:
                     raise refusal_of(update.error)
-                self.new += len(update.tokens)
-                self._cached.setdefault(number, update.cached)
-                index = number * self._asked.choices + update.choice
-                yield spelled[number][update.choice].piece(index, update)
-        finally:
-            for task in tasks:
-                task.cancel()
-            for task in tasks:
-                with suppress(asyncio.CancelledError):
-                    await task
+                left -= update.ended
+                index = update.request * self._asked.choices + update.choice
+                found.append(spelled[update.request][update.choice].piece(index, update))
+            yield found
 
 
 class _Spelled:
@@ -151,12 +133,12 @@ class _Spelled:
         self._whole = ""  # with marks
 
     def piece(self, index: int, update: Update) -> Piece:
-        tokens, chances = list(update.tokens), list(update.chances)
+        tokens, chances = update.tokens, update.chances
         stopped = None
         if update.reason is Reason.STOP and tokens and tokens[-1] in self._request.stops:
-            stopped = tokens.pop()  # which is no part of the answer
+            *tokens, stopped = tokens  # it is no part of the answer
             chances = chances[: len(tokens)]
-        text = "".join(map(self._text, tokens))
+        text = "".join(map(self._text, tokens)) if self._marks else self._stream.push_all(tokens)
         self._ids += tokens
         calls: list[Call] = []
         end = None

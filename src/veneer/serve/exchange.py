@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from veneer.serve.answering import Answering
-from veneer.serve.answers import Answer, Head, Piece, Streamed
+from veneer.serve.answers import Answer, Head, Piece, Reason, Streamed
 from veneer.serve.asked import Asked
 from veneer.serve.guard import answer_to
 from veneer.serve.refusals import Refusal, refusal_of
@@ -69,9 +69,9 @@ class Exchange(Response):
                     reason = await self._stream(send, streamed, answering, first, pieces)
                     return None
                 answers = [Answer(index) for index in range(len(self._asked.prompts) * self._asked.choices)]
-                answers[first.index].add(first)
-                async for piece in pieces:
-                    answers[piece.index].add(piece)
+                _add(answers, first)
+                async for some in pieces:
+                    _add(answers, some)
                 reason = answers[0].end.reason if answers[0].end else None
                 return JSONResponse(self._protocol.whole(head, self._asked, answers, answering.usage))
         finally:
@@ -79,23 +79,43 @@ class Exchange(Response):
             self._service.metrics.ended(reason, time.monotonic() - self._began, answering.usage.new)
 
     async def _stream(
-        self, send: Send, streamed: Streamed, answering: Answering, first: Piece, pieces: AsyncIterator[Piece]
+        self,
+        send: Send,
+        streamed: Streamed,
+        answering: Answering,
+        first: Sequence[Piece],
+        pieces: AsyncIterator[list[Piece]],
     ) -> Any:
-        reason = None
+        reason = _reason(None, first)
         self._sent = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
-        await _send(send, "".join([*streamed.begin(answering.usage), *streamed.piece(first)]))
+        await _send(send, "".join([*streamed.begin(answering.usage), *_events(streamed, first)]))
         try:
-            async for piece in pieces:
-                await _send(send, "".join(streamed.piece(piece)))
-                reason = piece.end.reason if piece.end else reason
+            async for some in pieces:
+                await _send(send, "".join(_events(streamed, some)))
+                reason = _reason(reason, some)
         except Exception as fault:
             await _send(send, "".join(streamed.fail(refusal_of(fault))), last=True)
             if not isinstance(fault, Refusal):
                 raise
             return None
         await _send(send, "".join(streamed.finish(answering.usage)), last=True)
-        return reason or (first.end.reason if first.end else None)
+        return reason
+
+
+def _add(answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
+    for piece in pieces:
+        answers[piece.index].add(piece)
+
+
+def _events(streamed: Streamed, pieces: Sequence[Piece]) -> Iterator[str]:
+    for piece in pieces:
+        yield from streamed.piece(piece)
+
+
+def _reason(before: Reason | None, pieces: Sequence[Piece]) -> Reason | None:
+    """Of the answer that ended last."""
+    return next((piece.end.reason for piece in reversed(pieces) if piece.end), before)
 
 
 async def _send(send: Send, text: str, *, last: bool = False) -> None:

@@ -3,10 +3,11 @@
     event loop                              the engine's thread
     submit(request) ── commands ──────────> Engine.add       between two steps
     ticket.cancel() ── commands ──────────> Engine.cancel    between two steps
-    ticket.updates() <── one call a step ── what each answer got
+    inbox.taken() <──── one call a step ─── what answers got: all of them, or of each its first tokens and its end
 
-The event loop never touches a tensor, the thread never a socket. What goes wrong with one request ends that request,
-in a forward too; what goes wrong with the books of a step ends those that were in it, and the thread goes on.
+Telling a token takes the processors from what computes the next one: whoever sends no pieces is told the rest at the
+end. The event loop never touches a tensor, the thread never a socket. What goes wrong with one request ends that
+request, in a forward too; what goes wrong with the books of a step ends those that were in it, and the thread goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling import TokenChance
@@ -34,17 +35,16 @@ PATIENCE_SECONDS = 0.005
 """While all that wait wait for their adapters: how often is looked whether one has come."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one answer got since it was told last. choice: which. cached: tokens of the prompt that were found.
+class Update(NamedTuple):
+    """What one answer got since it was told last. request: its number in the inbox; choice: which of its answers.
 
     error: why it has ended without a reason.
     """
 
+    request: int
     choice: int
-    tokens: tuple[int, ...] = ()
-    chances: tuple[TokenChance, ...] = ()
-    cached: int = 0
+    tokens: list[int]
+    chances: list[TokenChance]
     reason: Reason | None = None
     error: Exception | None = None
 
@@ -53,23 +53,51 @@ class Update:
         return self.reason is not None or self.error is not None
 
 
-class Ticket:
-    """A request on its way. Of the event loop."""
+class Inbox:
+    """What the answers to some requests get, for the one task that reads it. Of the event loop.
 
-    def __init__(self, loop: EngineLoop, request: Request) -> None:
-        self.request = request
+    every_step: a token is told with the step that drew it; else of each answer its first ones, and the others when it
+    has ended.
+    """
+
+    def __init__(self, *, every_step: bool) -> None:
+        self.every_step = every_step
+        self._told: list[Update] = []
+        self._something = asyncio.Event()
+
+    async def taken(self) -> list[Update]:
+        """All that has come since the last time, once there is anything."""
+        await self._something.wait()
+        self._something.clear()
+        told, self._told = self._told, []
+        return told
+
+    def put(self, update: Update) -> None:
+        self._told.append(update)
+        self._something.set()
+
+
+class Ticket:
+    """A request on its way, told of in `inbox` under `number`. Of the event loop."""
+
+    def __init__(self, loop: EngineLoop, request: Request, inbox: Inbox, number: int) -> None:
+        self.request, self.inbox, self.number = request, inbox, number
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it waits to be answered; raises why it does not."""
+        self.answers: tuple[Answer, ...] = ()
+        """Once it is accepted; the engine's thread changes them."""
         self._loop = loop
-        self._updates: asyncio.Queue[Update] = asyncio.Queue()
         self._left = request.choices
 
-    async def updates(self) -> AsyncIterator[Update]:
-        """All that its answers get, until every one has ended."""
-        while self._left:
-            update = await self._updates.get()
-            self._left -= update.ended
-            yield update
+    @property
+    def new(self) -> int:
+        """Tokens that its answers have."""
+        return sum(len(answer.new) for answer in self.answers)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of its prompt that were found and not computed."""
+        return self.answers[0].cached_tokens or 0 if self.answers else 0
 
     def cancel(self) -> None:
         """Whoever asked has gone: its places are free within a step. Nothing, if it has ended."""
@@ -77,9 +105,11 @@ class Ticket:
             self._loop._cancel(self)
 
     def tell(self, update: Update) -> None:
-        self._updates.put_nowait(update)
+        self._left -= update.ended
+        self.inbox.put(update)
 
-    def accept(self, fault: Exception | None) -> None:
+    def accept(self, answers: tuple[Answer, ...], fault: Exception | None) -> None:
+        self.answers = answers
         if self.accepted.done():
             return
         if fault is None:
@@ -97,6 +127,18 @@ class _Open:
     ticket: Ticket
     told: int = 0
     error: Exception | None = None
+
+    def news(self) -> Update | None:
+        """What its ticket is to be told now."""
+        answer, told = self.answer, self.told
+        ended = answer.reason is not None
+        if not ended and (len(answer.new) == told or (told and not self.ticket.inbox.every_step)):
+            return None
+        new, chances = answer.new[told:], answer.logprobs[told:]
+        self.told += len(new)
+        error = self.error or answer.error if ended else None
+        reason = answer.reason if error is None else None
+        return Update(self.ticket.number, answer.choice, new, chances, reason, error)
 
 
 class EngineLoop:
@@ -123,13 +165,14 @@ class EngineLoop:
         end_helpers()
         self._thread.start()
 
-    def submit(self, request: Request) -> Ticket:
-        """QueueFullError: so many have come during one step. Refusal: it is shutting down."""
+    def submit(self, request: Request, inbox: Inbox, number: int = 0) -> Ticket:
+        """number: of the request in its inbox. QueueFullError: so many have come during one step. Refusal: it is
+        shutting down."""
         if self._closing:
             raise shutting_down()
         if self._adding >= self._most_waiting:
             raise QueueFullError(self._adding, self._most_waiting)
-        ticket = Ticket(self, request)
+        ticket = Ticket(self, request, inbox, number)
         self._adding += 1
         self._command(lambda: self._add(ticket))
         return ticket
@@ -212,6 +255,7 @@ class EngineLoop:
 
     def _add(self, ticket: Ticket) -> None:
         fault: Exception | None = None
+        answers: tuple[Answer, ...] = ()
         try:
             answers = self._engine.add(ticket.request)
         except Exception as error:  # a mistake of the request, or a bug: it alone ends
@@ -221,7 +265,7 @@ class EngineLoop:
 
         def accept() -> None:
             self._adding -= 1
-            ticket.accept(fault)
+            ticket.accept(answers, fault)
 
         self._later(accept)
 
@@ -236,22 +280,15 @@ class EngineLoop:
         except Exception as fault:
             self._failed(fault)
         self.steps += 1
-        told = []
-        for number, each in list(self._open.items()):
-            answer = each.answer
-            new, ended = answer.new[each.told :], answer.reason is not None
-            if new or ended:
-                chances = tuple(answer.logprobs[each.told : each.told + len(new)])
-                each.told += len(new)
-                error = each.error or answer.error if ended else None
-                reason = answer.reason if error is None else None
-                told.append(
-                    (each.ticket, Update(answer.choice, tuple(new), chances, answer.cached_tokens or 0, reason, error))
-                )
-            if ended:
-                del self._open[number]
-                if answer.error is not None and not isinstance(answer.error, VeneerError):
-                    log.error("a bug: an answer ends", exc_info=answer.error)
+        told, ended = [], []
+        for number, each in self._open.items():
+            if (update := each.news()) is not None:
+                told.append((each.ticket, update))
+                ended += [number] if update.ended else []
+        for number in ended:
+            error = self._open.pop(number).answer.error
+            if error is not None and not isinstance(error, VeneerError):
+                log.error("a bug: an answer ends", exc_info=error)
         if told:
             self._later(lambda: _tell(told))
 
