@@ -132,12 +132,12 @@ def load_base(
                 as_held = fingerprint(model)
             if model.generation_config is not None:
                 check_generation(found.folder, model.generation_config)
-            same_values("finite", model, bool, lambda: check_finite(found.folder, model))
-    check_vocabulary(found.folder, tokenizer, model)
+            check_vocabulary(found.folder, tokenizer, model)
+            model.requires_grad_(False)
+            take_few_rows(model)
+            same_values("finite", model, bool, lambda: check_finite(found.folder, model))  # hashed by now
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
-    model.eval().requires_grad_(False)
-    take_few_rows(model)
     return FrozenBase(
         model=model,
         tokenizer=tokenizer,
