@@ -25,6 +25,7 @@ enum {
     CHUNK = 24,       /* steps of W that stay in the first cache while rows of x go by, 16 at a time */
     SLOTS = 32,       /* for these */
     RING = 8,         /* steps whose codes are there, where no others go by; steps whose products are */
+    AHEAD = 32,       /* rows of W that memory is asked for ahead */
     BEYOND = 128,     /* bytes that may be read behind a row */
     ALONE = 1 << 15,  /* values of W that are not worth a second thread */
     MOST_X = 1 << 20, /* bytes of x that stay in the second cache while W goes by */
@@ -148,11 +149,11 @@ GGUF_INLINE void add(const float *scale, const float *offset, const float *produ
 /* Where a step's own lie among those of `ring` steps. */
 #define SLOT(of, step, ring, size) (room->of + ((uint64_t)(step) & ((ring) - 1)) * (size))
 
-/* What memory should bring: the next 16 rows, a step's share of them. */
+/* What memory should bring to the second cache: rows after the next 16, a step's share of them. */
 GGUF_INLINE void soon(const int kind, const uint8_t *rows, int64_t row_bytes, int64_t step) {
-    const int64_t each = row_bytes_of(kind, 256) * 2 / halves_of(kind), begin = 16 * row_bytes + step * each;
+    const int64_t each = row_bytes_of(kind, 256) * 2 / halves_of(kind), begin = AHEAD * row_bytes + step * each;
 #pragma GCC unroll 9
-    for (int64_t line = 0; line < each; line += 64) __builtin_prefetch(rows + begin + line);
+    for (int64_t line = 0; line < each; line += 64) __builtin_prefetch(rows + begin + line, 0, 2);
 }
 
 /* 16 rows of W with one row of x: four steps' way through the pipeline. whole: none of what it does is missing. */
