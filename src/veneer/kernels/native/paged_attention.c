@@ -273,8 +273,8 @@ int veneer_paged_attention(const struct paged_attention *a, int pairs, int most)
         for (int64_t i = 0; run.left != NULL && i < num * K; i++) run.left[i] = run.units[i / K].chunks;
         run.failed = run.parts == NULL || run.left == NULL;
     }
-    /* Some 20 thousand products of a query with a block's keys and values are worth a second thread. */
-    if (!run.failed) veneer_parallel(body_of(pairs, most), &run, work * a->heads, 64);
+    /* Some 5 thousand products of a query with a block's keys and values are worth a thread that waits awake. */
+    if (!run.failed) veneer_parallel(body_of(pairs, most), &run, work * a->heads, 16);
     free(run.units), free(run.parts), free(run.left);
     return (int)run.failed;
 }
