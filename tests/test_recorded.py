@@ -15,7 +15,7 @@ from tests.tiny_gguf import random_blocks
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import AdaptedLinear
-from veneer.decoding import ends
+from veneer.decoding import ends, recorded
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
 from veneer.decoding.forward import PagedForward
@@ -47,8 +47,9 @@ def with_method(base, name):
     return ((name, 1.0),)
 
 
-def steps_of(base, identities, monkeypatch, between=None, new=40):
-    """All logits of the engine's steps, and what the base has recorded by then. between: called after ten."""
+def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
+    """All logits of the engine's steps, and what the base has recorded by then. between: called after ten; joins: a
+    request comes then too."""
     found, right = [], PagedForward.logits
 
     def noted(*given):
@@ -66,6 +67,8 @@ def steps_of(base, identities, monkeypatch, between=None, new=40):
             count += 1
             if count == 10 and between is not None:
                 between()
+            if count == 10 and joins:
+                engine.add(Request(prompt=(8, 9), max_new_tokens=5))
     return found, recorded_of(base)
 
 
@@ -149,6 +152,8 @@ def test_a_mix_of_updates_is_one_call_too_and_what_acts_around_the_layers_is_not
 
 @pytest.mark.parametrize("how", ["embedding", "head", "listener", "angles"])
 def test_what_is_exchanged_around_the_layers_is_seen(how, monkeypatch):
+    monkeypatch.setattr(recorded, "UNSEEN", 1)
+
     def exchange(base):
         inner = base.model.model
         if how == "embedding":
@@ -179,6 +184,7 @@ def test_what_computes_otherwise_is_never_recorded(monkeypatch):
 
 
 def test_who_begins_to_listen_is_heard(monkeypatch):
+    monkeypatch.setattr(recorded, "UNSEEN", 1)
     base, heard = based(), []
     module = base.model.model.layers[1].mlp.up_proj
     steps_of(base, [()], monkeypatch, lambda: module.register_forward_hook(lambda *_: heard.append(1)))
@@ -187,6 +193,8 @@ def test_who_begins_to_listen_is_heard(monkeypatch):
 
 @pytest.mark.parametrize("how", ["another parameter", "other memory", "another module", "another adapter"])
 def test_what_is_exchanged_is_seen(how, monkeypatch):
+    monkeypatch.setattr(recorded, "UNSEEN", 1)
+
     def exchange(base):
         layer = base.model.model.layers[1]
         linear = layer.mlp.up_proj
@@ -207,6 +215,19 @@ def test_what_is_exchanged_is_seen(how, monkeypatch):
         never(patch)
         expected, _ = steps_of(other, [()], monkeypatch, lambda: exchange(other))
     assert same(found, expected)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_what_is_exchanged_under_answers_is_seen_after_some_steps_or_when_another_joins(joins, monkeypatch):
+    def exchange(base):
+        norm = base.model.model.norm
+        norm.weight = torch.nn.Parameter(norm.weight * 1.5, requires_grad=False)
+
+    one, other = based(), based()
+    kept, _ = steps_of(one, [()], monkeypatch, joins=joins)
+    found, _ = steps_of(other, [()], monkeypatch, lambda: exchange(other), joins=joins)
+    first = next(n for n, (some, others) in enumerate(zip(found, kept, strict=True)) if not torch.equal(some, others))
+    assert first == 10 if joins else 10 < first < 10 + recorded.UNSEEN
 
 
 def test_calls_are_made_again_over_what_lies_there_now():

@@ -5,8 +5,9 @@ adapters add to which rows. All of that is handed over anew; where nothing of a 
 (kernels/recorded.py), the rest is the same calls over the same memory, whatever is asked: a prompt read, answers gone
 on with, the base alone or any mix of adapters whose changes are updates of linear layers (kernels/mixes.py). So the
 second such step is recorded, and all later ones are made again.
-What was recorded reads the model's weights where they stood, so it is asked at each step whether modules, parameters
-and listeners are the same; else the step is computed as ever, and recorded anew.
+What was recorded reads the model's weights where they stood, so it is asked whether modules, parameters and listeners
+are the same: at each step, but where answers only go on by a token every `UNSEEN` steps; what was exchanged meanwhile
+is held until then. Where something is not the same the step is computed as ever, and recorded anew.
 Shapes: N rows of the step, D width, E head size.
 """
 
@@ -39,6 +40,8 @@ Rest = Callable[[Inputs, PagedStep], Tensor]
 
 LEAST_ROOM = 64
 """Rows that a recording has space for at least; more where a step has more."""
+UNSEEN = 16
+"""Steps for which answers may go on over what was exchanged under them: a look takes as long as a small kernel."""
 
 
 class Steps:
@@ -49,6 +52,7 @@ class Steps:
         self._kept: list[_Recorded] = []
         self._standing: Standing | None = None
         self._seen = self._declined = False
+        self._unseen = 0  # steps before all is looked at again
 
     @contextmanager
     def taken(self) -> Iterator[bool]:
@@ -74,7 +78,7 @@ class Steps:
             return None
         for each in self._kept:
             if each.takes(len(ids)) and each.ends is not None and mix.keys.isdisjoint(each.ends.beside):
-                if each.lacks(mix, frozenset()) or not (standing.stands() and each.ends.standing.stands()):
+                if each.lacks(mix, frozenset()) or not self._stand(standing, each.ends.standing):
                     return None
                 return each.whole(ids, laid)
         return None
@@ -93,7 +97,7 @@ class Steps:
         modules: all that may be called for it, those of the adapters beside them too. beside: keys of adapters' layers
         at which `rest` does not come by. around: what stands before and behind, where that is recorded too.
         """
-        mix, rows = laid.mix, len(inputs[0])
+        mix, rows, self._unseen = laid.mix, len(inputs[0]), 0
         if mix is None or not mix.others <= beside or laid.spans.rows != rows:
             return rest(inputs, laid)
         if self._standing is not None and not self._standing.stands():
@@ -109,6 +113,14 @@ class Steps:
             return rest(inputs, laid)
         self._standing = self._standing or Standing(called)
         return self._recorded(inputs, laid, rest, around)
+
+    def _stand(self, *those: Standing) -> bool:
+        """Whether all of them do, as far as was looked."""
+        if self._unseen > 0:
+            self._unseen -= 1
+            return True
+        self._unseen = UNSEEN - 1
+        return all(each.stands() for each in those)
 
     def _recorded(self, inputs: Inputs, laid: PagedStep, rest: Rest, around: Callable[[], Around | None]) -> Tensor:
         rows, most = len(inputs[0]), LEAST_ROOM
