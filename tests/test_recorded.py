@@ -463,6 +463,30 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
             noted.with_rows(rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads(dtype):
+    """More of them than processors too: one is late, and the others do not go on before its share is done."""
+    draw, width = torch.Generator().manual_seed(0), 512
+    weights = [torch.randn(width, width, generator=draw).to(dtype) / 16 for _ in range(12)]
+    room, before = Room(2, 2), torch.get_num_threads()
+    x = room.empty(dtype, 2, width)
+    x.normal_(generator=draw)
+    with recording(room) as noted:
+        y = x
+        for weight in weights:
+            y = few_rows.product(y, weight, None)
+    expected = y.clone()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                y.zero_()
+                noted.again()
+                assert torch.equal(y, expected), threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_does_not_grow_with_the_rows_spoils_a_recording_that_is_to_have_others():
     with recording(Room(3, 8)) as noted:
         torch.empty(4)
