@@ -120,11 +120,10 @@ class Service:
 
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
-        model = await self.model(asked.model, asked.adapters)
-        preamble = await self._preamble(model)
+        model, preamble, front = await self.apart(lambda: self._known(asked))
+        self._label(model)
         prompts = await self.prompts.encoded(asked.prompts, self._asked_as(preamble))
-        texts = await self.apart(lambda: self.texts.having(preamble.tokens))
-        front = await self.apart(lambda: self._front_places(model))
+        texts = await self.apart(lambda: self.texts.having(preamble.tokens)) if preamble.tokens else self.texts
         places = self._most_places(front)
         lengths = [self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts]
         grammar = await self._grammar(asked)
@@ -152,12 +151,19 @@ class Service:
         answering.style = self.prompts.style if asked.parses_calls else None
         return model, answering
 
-    def _front_places(self, model: Model) -> int:
-        """Refusal: its prefix is to act in part."""
+    def _known(self, asked: Asked) -> tuple[Model, Preamble, int]:
+        """The model, how its conversations begin, places of its prefix: all that files say of it, read at one go.
+
+        Refusal: 404, or why its adapter cannot act.
+        """
+        param = "model"
         try:
-            return self.residents.front_places(model.identity)
+            model = self.names.model(asked.model, asked.adapters)
+            preamble = self.residents.preamble(model.identity)
+            param = "adapters"
+            return model, preamble, self.residents.front_places(model.identity)
         except VeneerError as fault:
-            raise refusal_of(fault, param="adapters") from None
+            raise refusal_of(fault, param=param) from None
 
     async def _grammar(self, asked: Asked) -> Grammar | None:
         """What the answers follow. Refusal: it cannot be followed."""
