@@ -5,6 +5,7 @@ It states the shapes that C takes for granted; arguments.py refuses everything e
 
 import ctypes
 import math
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 
@@ -41,12 +42,11 @@ def draw(logits_BV: Tensor, how: Sequence[How], *, level: int = ANY_LEVEL) -> li
     stride, inner = logits_BV.stride()
     if inner != 1 or logits_BV.dtype not in (BF16, FP32) or not reachable(logits_BV):
         raise CallError(f"logits {logits_BV.dtype} on {logits_BV.device}, {inner} values from one to the next")
-    given = [*chain.from_iterable(how)]
-    if len(given) != 5 * rows or not all(map(math.isfinite, given)):
+    settings, tokens = array("d", chain.from_iterable(how)), array("q", bytes(8 * rows))
+    if len(settings) != 5 * rows or not all(map(math.isfinite, settings)):
         raise CallError("five numbers for each row")
-    settings, tokens = (ctypes.c_double * len(given))(*given), (ctypes.c_int64 * rows)()
-    asked = _Draw(logits_BV.data_ptr(), ctypes.addressof(settings), ctypes.addressof(tokens), ids, number(stride))
+    asked = _Draw(logits_BV.data_ptr(), settings.buffer_info()[0], tokens.buffer_info()[0], ids, number(stride))
     call("veneer_draw", ctypes.byref(asked), rows, int(logits_BV.dtype is BF16), number(level, 0, 3))
     if _NO_ROOM in tokens:
         raise MemoryError("no memory to draw tokens in")
-    return list(tokens)
+    return tokens.tolist()
