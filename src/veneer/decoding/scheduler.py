@@ -185,10 +185,10 @@ class Scheduler:
         """The next token of each; None: there are others, or no block for one."""
         if self._others or len(last.spans) != len(self._running) or self.blocks.fronts or self.blocks.copies:
             return None
-        spans = []
+        spans, block = [], self.blocks.tokens_per_block
         for span in last.spans:
             s = span.sequence
-            if s.state is not State.RUNNING or s.table is None or not self.blocks.grow(s.table, span.stop + 1):
+            if s.table is None or not (span.stop % block or self.blocks.grow(s.table, span.stop + 1)):
                 return None
             spans.append(Span(s, span.stop, span.stop + 1, span.draws))
         for content in self._adapters.settle():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from veneer.decoding.blocks import Copy, Front, Identity
 from veneer.decoding.sampling import TokenChance
@@ -10,8 +11,7 @@ from veneer.decoding.sequence import Sequence
 from veneer.errors import VeneerError
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens start to stop - 1 of a sequence, computed in this step.
 
     draws   who draws a token from what follows the last of them: nobody while the prompt is not all read,
