@@ -180,9 +180,9 @@ int veneer_few_level(int type, int most) {
     return level >= 4 && type != FEW_BF16 ? 3 : level;
 }
 
-int veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
+int veneer_pieces(const struct piece *of, int64_t count, int type, int most, struct behind *behind) {
     const int level = veneer_few_level(type, most);
-    if (level == 5) return veneer_tiled_pieces(of, count);
+    if (level == 5) return veneer_tiled_pieces(of, count, behind);
     struct pieces all = {of, count, 0, type, 0};
     int64_t cost = 0, worth = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -198,7 +198,7 @@ int veneer_pieces(const struct piece *of, int64_t count, int type, int most) {
 #else
     (void)level;
 #endif
-    veneer_parallel_dealt(body, &all, cost, cost * ALONE / (worth + 1) + 1, TURNS);
+    veneer_parallel_behind(body, &all, cost, cost * ALONE / (worth + 1) + 1, TURNS, behind);
     return all.failed;
 }
 
@@ -225,5 +225,5 @@ int veneer_few_rows(const struct few_rows *call, int most) {
         const struct few_rows_part *part = call->parts + i;
         of[i] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
     }
-    return veneer_pieces(of, call->count, call->type, most);
+    return veneer_pieces(of, call->count, call->type, most, NULL);
 }

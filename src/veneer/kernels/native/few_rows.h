@@ -26,11 +26,12 @@ struct piece {
 };
 
 /* The pieces, which do not meet in y; all read rows of one x, of the same width and as far apart. `most` caps the
-   instructions (5: tiles, 4: bf16 pairs, 3, 2, 0), for tests. 1: no memory for rows of a packed W, or for x on tiles. */
-int veneer_pieces(const struct piece *of, int64_t count, int type, int most);
+   instructions (5: tiles, 4: bf16 pairs, 3, 2, 0), for tests. behind: NULL, or what goes on from all of y. 1: no memory
+   for rows of a packed W, or for x on tiles. */
+int veneer_pieces(const struct piece *of, int64_t count, int type, int most, struct behind *behind);
 
 /* The same on tiles: bf16, where veneer_few_level says 5. */
-int veneer_tiled_pieces(const struct piece *of, int64_t count);
+int veneer_tiled_pieces(const struct piece *of, int64_t count, struct behind *behind);
 
 /* 5: tiles, and 4: products of bf16 pairs, of that type alone; 3 AVX-512, 2 AVX2, 0 plain C; `most` at most. */
 int veneer_few_level(int type, int most);

@@ -269,7 +269,7 @@ static VENEER_AMX void products(void *arguments, int64_t start, int64_t stop) {
     free(room);
 }
 
-int veneer_tiled_pieces(const struct piece *of, int64_t count) {
+int veneer_tiled_pieces(const struct piece *of, int64_t count, struct behind *behind) {
     struct work all = {of, of->x, NULL, count, of->width, of->apart, (of->width + 31) / 32, 0, 0, 0, 0};
     int64_t rows = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -291,7 +291,8 @@ int veneer_tiled_pieces(const struct piece *of, int64_t count) {
             cost += groups_of(of + i) * cost_of(&all, of + i);
             if (own > 0) worth += of[i].outs * all.width * (1 + own / 64);
         }
-        veneer_parallel_dealt(products, &all, cost, cost * ALONE / (worth + 1) + 1, all.to - all.from > FEW ? TURNS : LONG);
+        const int64_t grain = cost * ALONE / (worth + 1) + 1, turns = all.to - all.from > FEW ? TURNS : LONG;
+        veneer_parallel_behind(products, &all, cost, grain, turns, all.to < rows ? NULL : behind);
     }
     free(all.turned);
     return all.failed;
@@ -299,8 +300,8 @@ int veneer_tiled_pieces(const struct piece *of, int64_t count) {
 
 #else
 
-int veneer_tiled_pieces(const struct piece *of, int64_t count) {
-    (void)of, (void)count;
+int veneer_tiled_pieces(const struct piece *of, int64_t count, struct behind *behind) {
+    (void)of, (void)count, (void)behind;
     return 1;
 }
 

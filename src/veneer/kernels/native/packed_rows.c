@@ -43,5 +43,5 @@ int veneer_packed_rows(const struct packed_rows *call, int most) {
     const struct source source = {call, nf4_level(most)};
     const struct piece piece = {call->x,     &source,    call->bias,  call->y, call->rows,
                                 call->width, call->outs, call->width, call->kind < 0 ? of_nf4 : of_gguf};
-    return veneer_pieces(&piece, 1, call->type, most);
+    return veneer_pieces(&piece, 1, call->type, most, NULL);
 }

@@ -82,12 +82,16 @@ static void of_a_team(void *data) {
     }
 }
 
+void veneer_wait(const int64_t *undone) {
+    for (int64_t turns = 0; __atomic_load_n(undone, __ATOMIC_ACQUIRE) > 0; turns++) wait_a_turn(turns);
+}
+
 static void made_by(struct team *team, const struct call *call) {
     team->call = *call, own_team = NULL;
     __atomic_store_n(&team->undone, call->runs, __ATOMIC_RELAXED);
     __atomic_store_n(&team->left, call->runs, __ATOMIC_RELEASE);
     while (take_run(team));
-    for (int64_t turns = 0; __atomic_load_n(&team->undone, __ATOMIC_ACQUIRE) > 0; turns++) wait_a_turn(turns);
+    veneer_wait(&team->undone);
     own_team = team;
 }
 
@@ -121,6 +125,37 @@ void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int
     }
     struct team team = {.call = call, .left = call.runs, .undone = call.runs};
     openmp_parallel(in_a_region, &team, (unsigned)threads, 0);
+}
+
+struct both {
+    struct call first, second;
+    int64_t *undone;
+};
+
+/* Runs are taken in their order: whoever waits in one of the second, waits for runs that others are at. */
+static void of_both(void *data, int64_t start, int64_t stop) {
+    const struct both *both = data;
+    for (int64_t run = start; run < stop; run++) {
+        if (run >= both->first.runs) {
+            make_run(&both->second, run - both->first.runs);
+            continue;
+        }
+        make_run(&both->first, run);
+        __atomic_sub_fetch(both->undone, 1, __ATOMIC_RELEASE);
+    }
+}
+
+void veneer_parallel_behind(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns, struct behind *behind) {
+    if (behind == NULL) {
+        veneer_parallel_dealt(body, arguments, count, grain, turns);
+        return;
+    }
+    const int64_t most = turns * veneer_threads(), useful = count / (grain < 1 ? 1 : grain), some = useful < most ? useful : most;
+    struct both both = {
+        {body, arguments, count, some < 1 ? 1 : some}, {behind->body, behind->arguments, behind->count, behind->runs}, &behind->undone};
+    const int64_t all = both.first.runs + both.second.runs;
+    behind->undone = both.first.runs;
+    veneer_parallel_dealt(of_both, &both, all, 1, all);
 }
 
 void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t grain) {

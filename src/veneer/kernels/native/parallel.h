@@ -17,7 +17,19 @@ void veneer_parallel(veneer_body body, void *arguments, int64_t count, int64_t g
 /* The same in up to `turns` runs a thread, taken as threads come free: where one may be slower than the others. */
 void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns);
 
-/* Does some work whose calls of the two above are made by one team, which starts and ends once. */
+/* What threads go on with that find none left of the items before it, in `runs` runs. Where a run needs those items done,
+   it waits by veneer_wait(&undone): the runs of them that are not done yet. */
+struct behind {
+    veneer_body body;
+    void *arguments;
+    int64_t count, runs, undone;
+};
+
+/* As veneer_parallel_dealt; then what is behind, where that is not NULL. */
+void veneer_parallel_behind(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns, struct behind *behind);
+void veneer_wait(const int64_t *undone);
+
+/* Does some work whose calls of those above are made by one team, which starts and ends once. */
 void veneer_together(void (*work)(void *), void *arguments);
 
 #endif

@@ -3,7 +3,8 @@
    x A^T is rounded to the values' type. Factors lie as they are read (factors.h), so no sum runs across lanes: each goes
    along the width or the rank in an order that neither the rows beside it nor the number of threads changes.
    updates_body.h holds the code, written once and compiled here for each set of instructions; updates_tiles.c the one for
-   tiles. Each factor is read once, as memory gives it: what comes next is asked for meanwhile. */
+   tiles. Each factor is read once, as memory gives it: what comes next is asked for meanwhile. A thread that finds nothing
+   left of the product begins with its updates' x A^T, and waits for the others before it adds to y. */
 #include "updates.h"
 #include "factors.h"
 #include <stddef.h>
@@ -125,12 +126,13 @@ static struct ways ways_of(int type, int most) {
     return (struct ways){downs_plain, ups_plain, 0};
 }
 
-/* what: DOWN, UP, or both of each update by one thread. */
+/* what: DOWN, UP, or both of each update by one thread. undone: NULL, or what to wait for before y changes. */
 struct work {
     const struct update *of;
     int64_t count;
     struct ways ways;
     int what, type;
+    const int64_t *undone;
 };
 
 INLINE int64_t units_of(const struct work *all, const struct update *u) {
@@ -172,18 +174,23 @@ static void run(void *arguments, int64_t start, int64_t stop) {
             ahead_in(&soon, all->what & DOWN ? DOWN : UP, all->what == UP ? begin * UPDATE_BLOCK * words_of(all->type, u->rank) : 0);
             bring(&soon, SOON);
         }
+        if (all->what & DOWN) all->ways.downs(u, count, &soon);
+        if (all->undone != NULL) veneer_wait(all->undone);
         if (all->what == UP) all->ways.ups(u, 1, begin, end, &soon);
-        else all->ways.downs(u, count, &soon);
         if (all->what == (DOWN | UP)) all->ways.ups(u, count, 0, blocks_of(u->outs), &soon);
         before += (count - 1) * cost, u += count - 1;
     }
 }
 
-static void run_all(const struct update *of, int64_t count, int what, int type, struct ways ways, int64_t turns) {
-    struct work all = {of, count, ways, what, type};
+static int64_t whole_cost(const struct work *all) {
     int64_t cost = 0;
-    for (int64_t i = 0; i < count; i++) cost += units_of(&all, of + i) * cost_of(&all, of + i);
-    veneer_parallel_dealt(run, &all, cost, ALONE / UPDATE_BLOCK, turns);
+    for (const struct update *u = all->of; u < all->of + all->count; u++) cost += units_of(all, u) * cost_of(all, u);
+    return cost;
+}
+
+static void run_all(struct work all, int what, int64_t turns) {
+    all.what = what;
+    veneer_parallel_dealt(run, &all, whole_cost(&all), ALONE / UPDATE_BLOCK, turns);
 }
 
 /* The updates of the next turn that there are any of, each part's from done[part] on, TOGETHER of each part by turns, and of
@@ -219,23 +226,30 @@ int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
             of[pieces++] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
         for (int64_t i = 0; i < part->count; i++) updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
     }
-    if (pieces > 0 && veneer_pieces(of, pieces, call->type, most)) return 1;
-    if (updates == 0) return 0;
+    if (updates == 0) return pieces > 0 && veneer_pieces(of, pieces, call->type, most, NULL);
     struct update *all = malloc((size_t)updates * sizeof *all);
     if (all == NULL) return 1;
-    const struct ways ways = ways_of(call->type, most);
-    const int64_t turns = call->rows > FEW ? TURNS : LONG;
+    const int64_t turns = call->rows > FEW ? TURNS : LONG, many = EACH * veneer_threads();
     char *down = call->down;
-    for (int64_t left = updates; left > 0;) {
-        const int64_t now = next_turn(call, done, &down, all);
-        if (now >= EACH * veneer_threads()) {
-            run_all(all, now, DOWN | UP, call->type, ways, turns);
-        } else {
-            run_all(all, now, DOWN, call->type, ways, turns);
-            run_all(all, now, UP, call->type, ways, turns);
+    int failed = 0;
+    for (int64_t left = updates; left > 0 && !failed; pieces = 0) {
+        struct behind behind = {.body = run, .runs = turns * veneer_threads()};
+        struct work work = {all, next_turn(call, done, &down, all), ways_of(call->type, most), DOWN | UP, call->type, NULL};
+        left -= work.count;
+        if (pieces > 0 && work.count >= many) {
+            behind.arguments = &work, behind.count = whole_cost(&work), work.undone = &behind.undone;
+            failed = veneer_pieces(of, pieces, call->type, most, &behind);
+            continue;
         }
-        left -= now;
+        if (pieces > 0) failed = veneer_pieces(of, pieces, call->type, most, NULL);
+        if (failed) break;
+        if (work.count >= many) {
+            run_all(work, DOWN | UP, turns);
+        } else {
+            run_all(work, DOWN, turns);
+            run_all(work, UP, turns);
+        }
     }
     free(all);
-    return 0;
+    return failed;
 }
