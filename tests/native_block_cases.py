@@ -1,4 +1,5 @@
-"""A valid call of every function of kernels/block_calls.py and product_calls.py; native_cases.py has the others."""
+"""A valid call of every function of kernels/block_calls.py, product_calls.py and sum_calls.py; native_cases.py has the
+others."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import block_calls, native, product_calls
+from veneer.kernels import block_calls, native, product_calls, sum_calls
 
 BF16 = torch.bfloat16
 
@@ -43,7 +44,28 @@ def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple
     }
     taken = whole["x"].shape[1]
     whole["weight"] = filled(BF16, *((taken, outs) if along else (outs, taken)))
+    splits, documents, kv_heads = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3)
+    of_keys = (rows, kv_heads, 8 * rng.randint(1, 3))
+    shared = filled(torch.float32, 2, *of_keys)
     return [
+        (
+            sum_calls.attention_summed,
+            {
+                "own": filled(torch.float32, 2, splits, *of_keys),
+                "more": rng.choice([None, shared]),
+                "out_k": filled(dtype, *of_keys),
+                "out_v": filled(dtype, *of_keys),
+            },
+        ),
+        (
+            sum_calls.attention_shared,
+            {
+                "held": filled(torch.float32, 2, documents, splits, kv_heads, rows, of_keys[2]),
+                "out": shared,
+                "add": bool(rng.randint(0, 1)),
+            },
+        ),
+        (sum_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
         *([(product_calls.product, whole)] if native.has_amx() else []),
         (block_calls.norm_forward, {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])}),
         (

@@ -215,7 +215,7 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
     q, k = torch.zeros(rows, heads, size), torch.zeros(rows, kv_heads, size)
     seen = torch.zeros(before, kv_heads, size) if before else None
     starts = torch.tensor([0, 5, 38, 39])
-    part = attention_native.Part(q, k, k, seen, seen, starts, Rules(1.0, window))
+    part = attention_native.Part(q, k, k, seen, seen, starts, max(lengths), Rules(1.0, window))
     keys = [min(before + i + 1, window or 10**6) for length in lengths for i in range(length)]
     assert part._product_flops() == 2 * sum(keys) * heads * size
 
@@ -239,7 +239,7 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
 def test_few_long_documents_are_split_so_that_eight_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     rows = torch.zeros(sum(lengths), kv_heads, 16)
-    part = attention_native.Part(rows, rows, rows, None, None, starts, Rules(1.0))
+    part = attention_native.Part(rows, rows, rows, None, None, starts, max(lengths), Rules(1.0))
     assert part._splits(len(lengths)) == splits
 
 

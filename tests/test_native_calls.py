@@ -21,7 +21,9 @@ from veneer.kernels import (
     paged_calls,
     product_calls,
     recorded,
+    repeated,
     step_calls,
+    sum_calls,
 )
 from veneer.kernels.arguments import CallError
 from veneer.quant.nf4 import quantize
@@ -38,7 +40,9 @@ CALLING = (
     "paged_calls.py",
     "step_calls.py",
     "draw_calls.py",
+    "sum_calls.py",
     "recorded.py",
+    "repeated.py",
 )
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 needs_bf16 = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
@@ -75,6 +79,9 @@ def test_calls_that_are_made_again_are_numbered_alike_on_both_sides():
     assert [f"veneer_{name.lower()}" for name in re.split(r",\s*", numbered)] == list(recorded.FUNCTIONS)
     (most,) = re.findall(r"MOST_GIVEN = (\d+)", source)
     assert int(most) == recorded.MOST_GIVEN
+    source = (KERNELS / "native" / "repeated.c").read_text()
+    (numbered,) = re.findall(r"enum \{\s+(PRODUCT, .*?)\s+\};", source, re.S)
+    assert [f"veneer_{name.lower()}" for name in re.split(r",\s*", numbered)] == list(repeated.FUNCTIONS)
 
 
 def test_the_most_that_a_caller_allows_is_not_kept_as_what_the_processor_has():
@@ -100,6 +107,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
     assert (
         functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
         | functions(block_calls)
+        | functions(sum_calls)
         | functions(packed_calls)
         | functions(dense_calls)
         | functions(paged_calls)

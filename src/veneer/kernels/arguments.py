@@ -54,6 +54,11 @@ def call(name: str, *arguments: Any) -> int:
     return function(*arguments) or 0
 
 
+def is_noted() -> bool:
+    """Whether somebody hears of this thread's calls."""
+    return _of_thread.note is not None
+
+
 @contextmanager
 def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
     """Within the block `note` hears of every call of this thread: its name, and what it is given. One block at a time:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels import calls
+from veneer.kernels import calls, sum_calls
 from veneer.kernels.layout import Group
 from veneer.kernels.native import has_bf16, has_floats, note_flops, on_cpu
 from veneer.kernels.rules import Rules
@@ -48,7 +48,7 @@ class Part:
     """Documents and the keys that all of them see whole.
 
     q (R, H, D), k and v (R, K, D); before_k and before_v (P, K, D) or None
-    starts: first row of every document, then R; int64 on the CPU
+    starts: first row of every document, then R; int64 on the CPU. longest: of the documents, rows
     """
 
     q: Tensor
@@ -57,11 +57,11 @@ class Part:
     before_k: Tensor | None
     before_v: Tensor | None
     starts: Tensor
+    longest: int
     rules: Rules
 
     def _splits(self, docs: int) -> int:
-        longest = int((self.starts[1:] - self.starts[:-1]).max())
-        return max(1, min(TASKS // max(1, docs * self.k.shape[1]), longest // 64))
+        return max(1, min(TASKS // max(1, docs * self.k.shape[1]), self.longest // 64))
 
     def _product_flops(self) -> int:
         """Of q k^T once, over the keys that each query row sees; forward takes two such products, backward five."""
@@ -94,17 +94,24 @@ class Part:
         return lse
 
     def backward(
-        self, out: Tensor, grad: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """out: what forward wrote, grad (R, H, D) -> gradients of q (its type), k, v, before_k, before_v (float32)."""
+        self,
+        out: Tensor,
+        grad: Tensor,
+        lse: Tensor,
+        grad_q: Tensor,
+        grad_k: Tensor,
+        grad_v: Tensor,
+        more: Tensor | None,
+    ) -> Tensor | None:
+        """out: what forward wrote, grad (R, H, D), more (2, R, K, D) or None: gradients of k and v from elsewhere
+        -> those of before_k and before_v (2, P, K, D) float32. The others are written, in q's type."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
         note_flops(lambda: 5 * self._product_flops())
         device = self.q.device
-        grad_q = torch.empty(self.q.shape, dtype=self.q.dtype, device=device)
         own = torch.empty(2, splits, rows, K, D, device=device)
         P = 0 if self.before_k is None else self.before_k.shape[0]
-        shared = torch.zeros(2, P, K, D, device=device)
+        shared = torch.empty(2, P, K, D, device=device)
         most = max(1, HELD_BYTES // max(1, 8 * splits * K * P * D))
         for start in range(0, docs, most):
             stop = min(start + most, docs)
@@ -126,9 +133,9 @@ class Part:
                 splits=splits,
             )
             if P:
-                shared += held.sum(dim=(1, 2)).transpose(1, 2)
-        summed = own[:, 0] if splits == 1 else own.sum(dim=1)
-        return grad_q, summed[0], summed[1], *((shared[0], shared[1]) if P else (None, None))
+                sum_calls.attention_shared(held, shared, add=start > 0)
+        sum_calls.attention_summed(own, more, grad_k, grad_v)
+        return shared if P else None
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -157,7 +164,7 @@ class _NativeAttention(torch.autograd.Function):
 def attended(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> tuple[Tensor, list[Tensor]]:
     """(N, H, D) of aligned rows, zeros on filler, and what `attended_gradients` wants."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    out[layout.rows :] = 0
+    sum_calls.zeros(out, layout.rows)
     return out, [part.forward(out[rows]) for rows, part in _parts(q, k, v, layout, rules)]
 
 
@@ -166,20 +173,15 @@ def attended_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, without gaps; zeros on filler."""
     found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
-    grad_q, grad_k, grad_v = found
-    for filler in found:
-        filler[layout.rows :] = 0
-    from_documents: tuple[Tensor | None, Tensor | None] = None, None
+    for each in found:
+        sum_calls.zeros(each, layout.rows)
+    from_documents: Tensor | None = None
     # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
     parts = zip(_parts(q, k, v, layout, rules), kept, strict=True)
     for (rows, part), lse in reversed(list(parts)):
-        own_q, own_k, own_v, *shared = part.backward(out[rows], grad[rows], lse)
-        for given, more in zip((own_k, own_v), from_documents, strict=True):
-            if more is not None:
-                given += more
-        grad_q[rows], grad_k[rows], grad_v[rows] = own_q, own_k, own_v
-        from_documents = shared[0], shared[1]
-    return grad_q, grad_k, grad_v
+        own = [each[rows] for each in found]
+        from_documents = part.backward(out[rows], grad[rows], lse, own[0], own[1], own[2], from_documents)
+    return found[0], found[1], found[2]
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> list[tuple[slice, Part]]:
@@ -187,11 +189,19 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> list
     P = layout.prompt
     rows = slice(P, layout.rows)
     prompt_k, prompt_v = (k[:P], v[:P]) if P else (None, None)
-    documents = Part(q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, rules)
+    documents = Part(q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, max(layout.lengths), rules)
     if not P:
         return [(rows, documents)]
-    alone = torch.tensor([0, P])
-    return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, rules)), (rows, documents)]
+    alone = starts(layout)[1]
+    return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, P, rules)), (rows, documents)]
+
+
+def starts(layout: Group) -> tuple[Tensor, Tensor]:
+    """Of the documents, and of the prompt as a document."""
+    if "starts" not in layout.derived:
+        layout.derived["starts"] = layout.starts, torch.tensor([0, layout.prompt])
+    found: tuple[Tensor, Tensor] = layout.derived["starts"]
+    return found
 
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:

@@ -6,11 +6,12 @@
 The same calls as those of its parts (lora.py, attention_native.py, fused.py), in the same order and to the same bits,
 without the graph between them: a sum and the norm behind it are one pass, forward and backward. What nothing adapts
 has an update of rank 0. In bf16 on processors that multiply its pairs, and there alone. Kept for backward: what the
-parts keep; of many rows n, m and what goes into `down` are computed again, a third of it.
+parts keep; of many rows n, m and what goes into `down` are computed again, a third of it. Where all that a layer
+computes are calls into compiled functions, the layers behind it that are like it make them by one call (repeated.py).
 Shapes: M rows, D hidden, H query heads, K key heads, S head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import block_calls, calls, rank
-from veneer.kernels.attention_native import attended, attended_gradients
+from veneer.kernels.arguments import is_noted
+from veneer.kernels.attention_native import attended, attended_gradients, starts
 from veneer.kernels.block_calls import Side
+from veneer.kernels.frozen import DenseLinear
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import Group
 from veneer.kernels.lora import Adapted
+from veneer.kernels.native import has_amx
+from veneer.kernels.repeated import Repeated, noted
 from veneer.kernels.rules import Rules
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
@@ -70,6 +75,25 @@ class Block:
     def factors(self) -> list[Tensor]:
         return [*(each.A for each in self.layers), *(each.B for each in self.layers)]
 
+    def read(self) -> list[Tensor | None]:
+        """What the calls read beside x, what was kept, and factors."""
+        dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
+        biases = [layer.bias for layer in self.layers]
+        norms = [self.before.weight, self.between.weight]
+        return [*dense, *biases, *norms, self.cos, self.sin, *starts(self.layout)]
+
+    def alike(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
+        """What blocks have in common whose calls differ in addresses alone; None: they differ in more."""
+        if not x.is_cpu or not has_amx() or not all(type(layer.base) is DenseLinear for layer in self.layers):
+            return None
+        if any(layer.dropout is not None for layer in self.layers):
+            return None
+        weights = [each for each in self.read()[: 2 * LAYERS] if each is not None]
+        shapes = [(each.shape, each.dtype, each.is_contiguous()) for each in (*factors, *weights)]
+        numbers = [(layer.scaling, layer.bias is None) for layer in self.layers]
+        own = self.size, self.before.epsilon, self.between.epsilon, self.rules
+        return len(x), len(x) >= MANY, *own, *shapes, *numbers
+
     def inner(self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor) -> Side:
         """The updates of these layers at their common input."""
         held = [number for number in numbers if len(A[number])]
@@ -81,124 +105,184 @@ class Block:
         return Side([B[number]] if B[number].shape[1] else [], narrow, self.layers[number].scaling)
 
 
+def _forward(block: Block, x: Tensor, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """y, and what is kept. factors: A of each layer, then B of each."""
+    A, B, rows = factors[:LAYERS], factors[LAYERS:], len(x)
+
+    def product(number: int, x: Tensor) -> Tensor:
+        layer = block.layers[number]
+        return layer.base.product(x, layer.bias)
+
+    def update(number: int, down: Tensor) -> Side:
+        return block.outer(number, B, down)
+
+    def narrow(numbers: Sequence[int]) -> Tensor:
+        return x.new_empty(rows, sum(len(A[number]) for number in numbers))
+
+    def norm_scale() -> Tensor:
+        return torch.empty(rows, dtype=torch.float32, device=x.device)
+
+    n, n_scale, n_down = torch.empty_like(x), norm_scale(), narrow(QKV)
+    behind, norm = block.inner(QKV, A, n_down), block.before
+    block_calls.norm_forward(x, weight=norm.weight, out=n, scale=n_scale, epsilon=norm.epsilon, behind=behind)
+    made = [product(number, n) for number in QKV]
+    of = [update(*each) for each in zip(QKV, _split(n_down, A[:3]), strict=True)]
+    block_calls.heads(made, block.cos, block.sin, of, back=False)
+    q, k, v = (each.view(rows, -1, block.size) for each in made)
+    out, kept = attended(q, k, v, block.layout, block.rules)
+    out_down = rank.down(out.view(rows, -1), A[O], dropout=block.layers[O].dropout)
+    h, m, m_scale, m_down = product(O, out.view(rows, -1)), torch.empty_like(x), norm_scale(), narrow(GATES)
+    before, behind, norm = update(O, out_down), block.inner(GATES, A, m_down), block.between
+    block_calls.norm_forward(
+        h, before=before, beside=x, weight=norm.weight, out=m, scale=m_scale, epsilon=norm.epsilon, behind=behind
+    )
+    gate, up = (product(number, m) for number in GATES)
+    inner, inner_down = torch.empty_like(gate), narrow([DOWN])
+    of_gate, of_up = (update(*each) for each in zip(GATES, _split(m_down, A[4:6]), strict=True))
+    block_calls.gate_forward(gate, up, inner, of_gate, of_up, block.inner([DOWN], A, inner_down))
+    y = product(DOWN, inner)
+    block_calls.norm_forward(y, before=update(DOWN, inner_down), beside=h)
+    passed = [] if rows >= MANY else [_asked(*each) for each in ((n, n_down), (m, m_down), (inner, inner_down))]
+    saved = (n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down)
+    return [y], [*saved, *passed, *kept]
+
+
+def _backward(
+    block: Block, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], grad: Tensor, *, wanted: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradient of x, if it is wanted, and those of the factors. saved: what was kept."""
+    A, B = factors[:LAYERS], factors[LAYERS:]
+    n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down, *kept = saved
+    rows = len(x)
+    passed = [] if rows >= MANY else [kept.pop(0) for _ in range(3)]  # n, m, inner
+    of_A, of_B = list[Tensor](), list[Tensor]()
+
+    def narrow(numbers: Sequence[int]) -> Tensor:
+        return x.new_empty(rows, sum(len(A[number]) for number in numbers))
+
+    def first(number: int, into: Tensor) -> Side:
+        return block.outer(number, B, into)
+
+    def input_gradient(numbers: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
+        found: Tensor | None = None
+        for number, each in zip(numbers, grads, strict=True):
+            found = block.layers[number].base.input_gradient(each, found)
+        assert found is not None
+        return found
+
+    def keep(numbers: Sequence[int], x: Tensor, above: Tensor, grads: Sequence[Tensor], down: Tensor) -> None:
+        """The gradients of these layers' factors, in front of what was found so far. above: g B of each."""
+        own = [A[number] for number in numbers]
+        dropouts = [block.layers[number].dropout for number in numbers]
+        of_A[:0] = rank.gradients(above, x, [len(each) for each in own], dropouts)
+        downs = zip(numbers, _split(down, own), grads, strict=True)
+        of_B[:0] = [rank.gradient(low, g, block.layers[number].scaling).T for number, low, g in downs]
+
+    def normed(place: int, x: Tensor, norm: Norm, scale: Tensor, down: Tensor) -> Tensor:
+        if passed or not down.shape[1]:
+            return passed[place] if passed else _asked(x, down)
+        found = torch.empty_like(x)
+        block_calls.norm_forward(x, weight=norm.weight, out=found, scale=torch.empty_like(scale), epsilon=norm.epsilon)
+        return found
+
+    def gated() -> Tensor:
+        if passed or not inner_down.shape[1]:
+            return passed[2] if passed else _asked(gate, inner_down)
+        calls.silu_gate_forward(gate, up, found := torch.empty_like(gate))
+        return found
+
+    above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)
+    grad_gate, grad_up = input_gradient([DOWN], [grad]), torch.empty_like(up)
+    keep([DOWN], gated(), above, [grad], inner_down)
+    before = block.inner([DOWN], A, above)
+    above = narrow(GATES)
+    of_gate, of_up = (first(*each) for each in zip(GATES, _split(above, A[4:6]), strict=True))
+    block_calls.gate_backward(grad_gate, gate, up, grad_up, before=before, of_gate=of_gate, of_up=of_up)
+    keep(GATES, normed(1, h, block.between, m_scale, m_down), above, [grad_gate, grad_up], m_down)
+    grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), block.inner(GATES, A, above), narrow([O])
+    block_calls.norm_backward(
+        grad_h, h, block.between.weight, m_scale, before=before, beside=grad, behind=first(O, above)
+    )
+    keep([O], out.view(rows, -1), above, [grad_h], out_down)
+    grad_out = input_gradient([O], [grad_h])
+    rank.add_up(grad_out, above, A[O].T, dropout=block.layers[O].dropout)
+    turned = attended_gradients(q, k, v, out, kept, grad_out.view(q.shape), block.layout, block.rules)
+    grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
+    sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
+    block_calls.heads(grads, block.cos, block.sin, sides, back=True)
+    keep(QKV, normed(0, x, block.before, n_scale, n_down), above, grads, n_down)
+    if not wanted:
+        return [], [*of_A, *of_B]
+    grad_x, before = input_gradient(QKV, grads), block.inner(QKV, A, above)
+    block_calls.norm_backward(grad_x, x, block.before.weight, n_scale, before=before, beside=grad_h)
+    return [grad_x], [*of_A, *of_B]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What forward keeps: tensors, or one memory of all of them, as `repeated` made it."""
+
+    held: Sequence[Tensor] = ()
+    repeated: Repeated | None = None
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.held if self.repeated is None else self.repeated.tensors(1, self.held[0])
+
+    def addresses(self) -> list[int]:
+        return _addresses(self.held) if self.repeated is None else self.repeated.addresses(1, self.held[0])
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if each is None else each.data_ptr() for each in tensors]
+
+
+Made = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+def _made(
+    block: Block, key: object, compute: Callable[[], Made], given: Sequence[Tensor | None], kept: _Kept
+) -> tuple[Sequence[Tensor], _Kept]:
+    """What compute() makes of what is given and kept, by the calls of a layer like this one where there was one."""
+    derived = block.layout.derived
+    if key is None or is_noted() or (key in derived and derived[key] is None):
+        first, second = compute()
+        return first, _Kept(second)
+    if key not in derived:
+        (first, second), derived[key] = noted([*given, *kept.tensors()], compute)
+        return first, _Kept(second)
+    repeated: Repeated = derived[key]
+    alone, together = repeated.again([*_addresses(given), *kept.addresses()])
+    return repeated.tensors(0, alone), _Kept([together], repeated)
+
+
 class _Block(torch.autograd.Function):
     """given: A of each layer, then B of each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *given: Tensor) -> Tensor:
         factors = [rank.typed(each, x) for each in given]
-        A, B, rows = factors[:LAYERS], factors[LAYERS:], len(x)
-
-        def product(number: int, x: Tensor) -> Tensor:
-            layer = block.layers[number]
-            return layer.base.product(x, layer.bias)
-
-        def update(number: int, down: Tensor) -> Side:
-            return block.outer(number, B, down)
-
-        def narrow(numbers: Sequence[int]) -> Tensor:
-            return x.new_empty(rows, sum(len(A[number]) for number in numbers))
-
-        def norm_scale() -> Tensor:
-            return torch.empty(rows, dtype=torch.float32, device=x.device)
-
-        n, n_scale, n_down = torch.empty_like(x), norm_scale(), narrow(QKV)
-        behind, norm = block.inner(QKV, A, n_down), block.before
-        block_calls.norm_forward(x, weight=norm.weight, out=n, scale=n_scale, epsilon=norm.epsilon, behind=behind)
-        made = [product(number, n) for number in QKV]
-        of = [update(*each) for each in zip(QKV, _split(n_down, A[:3]), strict=True)]
-        block_calls.heads(made, block.cos, block.sin, of, back=False)
-        q, k, v = (each.view(rows, -1, block.size) for each in made)
-        out, kept = attended(q, k, v, block.layout, block.rules)
-        out_down = rank.down(out.view(rows, -1), A[O], dropout=block.layers[O].dropout)
-        h, m, m_scale, m_down = product(O, out.view(rows, -1)), torch.empty_like(x), norm_scale(), narrow(GATES)
-        before, behind, norm = update(O, out_down), block.inner(GATES, A, m_down), block.between
-        block_calls.norm_forward(
-            h, before=before, beside=x, weight=norm.weight, out=m, scale=m_scale, epsilon=norm.epsilon, behind=behind
-        )
-        gate, up = (product(number, m) for number in GATES)
-        inner, inner_down = torch.empty_like(gate), narrow([DOWN])
-        of_gate, of_up = (update(*each) for each in zip(GATES, _split(m_down, A[4:6]), strict=True))
-        block_calls.gate_forward(gate, up, inner, of_gate, of_up, block.inner([DOWN], A, inner_down))
-        y = product(DOWN, inner)
-        block_calls.norm_forward(y, before=update(DOWN, inner_down), beside=h)
-        passed = [] if rows >= MANY else [_asked(*each) for each in ((n, n_down), (m, m_down), (inner, inner_down))]
-        saved = (x, n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down)
-        ctx.save_for_backward(*saved, *factors, *passed, *kept)
-        ctx.block, ctx.types = block, [each.dtype for each in given]
+        alike = block.alike(x, factors)
+        key = alike and ("forward", *alike)
+        (y,), kept = _made(block, key, lambda: _forward(block, x, factors), [*block.read(), x, *factors], _Kept())
+        ctx.save_for_backward(x, *factors, *kept.held)
+        ctx.block, ctx.types, ctx.alike, ctx.repeated = block, [each.dtype for each in given], alike, kept.repeated
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down, *more = ctx.saved_tensors
+        x, *more = ctx.saved_tensors
+        factors, kept = more[: 2 * LAYERS], _Kept(more[2 * LAYERS :], ctx.repeated)
         block: Block = ctx.block
-        A, B, kept = more[:LAYERS], more[LAYERS : 2 * LAYERS], more[2 * LAYERS :]
-        rows, grad = len(x), grad.contiguous()
-        passed = [] if rows >= MANY else [kept.pop(0) for _ in range(3)]  # n, m, inner
-        of_A, of_B = list[Tensor](), list[Tensor]()
+        grad, wanted = grad.contiguous(), ctx.needs_input_grad[0]
 
-        def narrow(numbers: Sequence[int]) -> Tensor:
-            return x.new_empty(rows, sum(len(A[number]) for number in numbers))
+        def compute() -> Made:
+            return _backward(block, x, factors, kept.tensors(), grad, wanted=wanted)
 
-        def first(number: int, into: Tensor) -> Side:
-            return block.outer(number, B, into)
-
-        def input_gradient(numbers: Sequence[int], grads: Sequence[Tensor]) -> Tensor:
-            found: Tensor | None = None
-            for number, each in zip(numbers, grads, strict=True):
-                found = block.layers[number].base.input_gradient(each, found)
-            assert found is not None
-            return found
-
-        def keep(numbers: Sequence[int], x: Tensor, above: Tensor, grads: Sequence[Tensor], down: Tensor) -> None:
-            """The gradients of these layers' factors, in front of what was found so far. above: g B of each."""
-            own = [A[number] for number in numbers]
-            dropouts = [block.layers[number].dropout for number in numbers]
-            of_A[:0] = rank.gradients(above, x, [len(each) for each in own], dropouts)
-            downs = zip(numbers, _split(down, own), grads, strict=True)
-            of_B[:0] = [rank.gradient(low, g, block.layers[number].scaling).T for number, low, g in downs]
-
-        def normed(place: int, x: Tensor, norm: Norm, scale: Tensor, down: Tensor) -> Tensor:
-            if passed or not down.shape[1]:
-                return passed[place] if passed else _asked(x, down)
-            found = torch.empty_like(x)
-            block_calls.norm_forward(
-                x, weight=norm.weight, out=found, scale=torch.empty_like(scale), epsilon=norm.epsilon
-            )
-            return found
-
-        def gated() -> Tensor:
-            if passed or not inner_down.shape[1]:
-                return passed[2] if passed else _asked(gate, inner_down)
-            calls.silu_gate_forward(gate, up, found := torch.empty_like(gate))
-            return found
-
-        above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)
-        grad_gate, grad_up = input_gradient([DOWN], [grad]), torch.empty_like(up)
-        keep([DOWN], gated(), above, [grad], inner_down)
-        before = block.inner([DOWN], A, above)
-        above = narrow(GATES)
-        of_gate, of_up = (first(*each) for each in zip(GATES, _split(above, A[4:6]), strict=True))
-        block_calls.gate_backward(grad_gate, gate, up, grad_up, before=before, of_gate=of_gate, of_up=of_up)
-        keep(GATES, normed(1, h, block.between, m_scale, m_down), above, [grad_gate, grad_up], m_down)
-        grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), block.inner(GATES, A, above), narrow([O])
-        block_calls.norm_backward(
-            grad_h, h, block.between.weight, m_scale, before=before, beside=grad, behind=first(O, above)
-        )
-        keep([O], out.view(rows, -1), above, [grad_h], out_down)
-        grad_out = input_gradient([O], [grad_h])
-        rank.add_up(grad_out, above, A[O].T, dropout=block.layers[O].dropout)
-        turned = attended_gradients(q, k, v, out, kept, grad_out.view(q.shape), block.layout, block.rules)
-        grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
-        sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
-        block_calls.heads(grads, block.cos, block.sin, sides, back=True)
-        keep(QKV, normed(0, x, block.before, n_scale, n_down), above, grads, n_down)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x, before = input_gradient(QKV, grads), block.inner(QKV, A, above)
-            block_calls.norm_backward(grad_x, x, block.before.weight, n_scale, before=before, beside=grad_h)
-        return grad_x, None, *(each.to(dtype) for each, dtype in zip((*of_A, *of_B), ctx.types, strict=True))
+        key = ("backward", *ctx.alike) if ctx.alike and wanted and compiled(grad) else None
+        grad_x, found = _made(block, key, compute, [*block.read(), x, *factors, grad], kept)
+        typed = (each.to(dtype) for each, dtype in zip(found.tensors(), ctx.types, strict=True))
+        return grad_x[0] if wanted else None, None, *typed
 
 
 def _asked(x: Tensor, narrow: Tensor) -> Tensor:

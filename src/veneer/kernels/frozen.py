@@ -45,6 +45,10 @@ class DenseLinear:
         self.in_features, self.out_features = module.in_features, module.out_features
 
     @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    @property
     def device(self) -> torch.device:
         return self.module.weight.device
 

@@ -1,8 +1,9 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
-block_calls.py, packed_calls.py, dense_calls.py, paged_calls.py, step_calls.py and draw_calls.py alone, which check
-what they hand over (arguments.py), and made again in recorded.py: C does not look.
+block_calls.py, product_calls.py, sum_calls.py, packed_calls.py, dense_calls.py, paged_calls.py, step_calls.py and
+draw_calls.py alone, which check what they hand over (arguments.py), and made again in recorded.py and repeated.py: C
+does not look.
 """
 
 import ctypes
@@ -43,6 +44,7 @@ _ONE_STRUCT = (
     *("veneer_attention_float_forward", "veneer_attention_float_backward"),
     *("veneer_block_norm_forward", "veneer_block_norm_backward", "veneer_block_heads"),
     *("veneer_block_gate_forward", "veneer_block_gate_backward"),
+    *("veneer_attention_summed", "veneer_attention_shared", "veneer_zeros"),
 )
 _STRUCT_AND_COUNT = (
     *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),
@@ -73,6 +75,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_step_inputs": (None, [_POINTER]),
     "veneer_draw": (None, [_POINTER, _NUMBER, _INT, _INT]),
     "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
+    "veneer_repeated": (_INT, [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER]),
     "veneer_packed_rows": (_INT, [_POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""

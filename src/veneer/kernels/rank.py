@@ -62,6 +62,8 @@ def down(
     """out: columns of a wider matrix that are written instead of a fresh one."""
     rank, width = A.shape
     out = x.new_empty(x.shape[0], rank) if out is None else out
+    if not rank:
+        return out
     if not is_compiled(rank, width, x) or not _narrow(out):
         torch.mm(x if dropout is None else dropout.apply(x), A.to(x.dtype).T, out=out)
         return out if scale == 1.0 else out.mul_(scale)
@@ -71,6 +73,8 @@ def down(
 
 def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> None:
     width, rank = B.shape
+    if not rank:
+        return
     if is_compiled(rank, width, y) and _narrow(d):
         calls.rank_up(d, _laid(B), y, scale, _mask(dropout))
     elif dropout is None:
@@ -82,6 +86,8 @@ def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Drop
 def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> Tensor:
     """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the inputs' type."""
     rank = u.shape[1]
+    if not rank:
+        return x.new_empty(0, x.shape[1])
     if not is_compiled(rank, x.shape[1], x) or not _narrow(u):
         x = x if dropout is None else dropout.apply(x)
         found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x

@@ -20,7 +20,7 @@ import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _MEMORY = {"empty", "new_empty", "empty_like", "empty_strided"}
 _VIEWED = {"detach", "alias"}
 _VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "t", "transpose"}
+_VIEWS |= {"permute", "split", "split_with_sizes"}
 
 
 _ROWS_IN_STRUCT = {"veneer_few_rows", "veneer_few_rows_updated", "veneer_packed_rows", "veneer_step_inputs"}
@@ -162,8 +163,18 @@ def _as_numbers(name: str, given: tuple[Any, ...]) -> _Call:
     return _Call(_NUMBERS[name], (ctypes.c_int64 * MOST_GIVEN)(*numbers))
 
 
+class Watching(Protocol):
+    """Hears of what torch makes."""
+
+    def made(self, name: str, tensor: Tensor) -> Tensor:
+        """What is used in place of a tensor that holds nothing yet."""
+
+    def spoil(self, name: str) -> None:
+        """Of anything else than that and views."""
+
+
 class _Watched(TorchDispatchMode):
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Watching) -> None:
         super().__init__()
         self._recording = recording
 
@@ -175,6 +186,11 @@ class _Watched(TorchDispatchMode):
         if name not in _VIEWS:
             self._recording.spoil(name)
         return made
+
+
+def watched(watching: Watching) -> TorchDispatchMode:
+    """Within it `watching` hears of what torch makes."""
+    return _Watched(watching)
 
 
 @contextmanager

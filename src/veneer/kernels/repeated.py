@@ -1,0 +1,234 @@
+"""Calls into compiled functions that one layer makes, made again by one call for layers like it.
+
+    repeated = noted(given, compute)         what compute() makes, and the calls that it makes, once
+    made = repeated.again(addresses)         the same of values that lie elsewhere
+
+given: all that the calls read and nothing of which they made themselves; `addresses` is where another layer has these,
+in the same order, each as large. compute returns groups of tensors; each is made anew for every layer, in one piece of
+memory. What else is made between is scratch: pieces that are not needed at the same time share theirs.
+
+The calls were checked when they were made (arguments.py); that another layer's values are of the same shapes and types,
+without gaps, is the caller's to see. Anything else that torch computes spoils it, as in recorded.py. Between two
+products Python's part of a layer took as long as four of C's: all that it reads has left the caches.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.arguments import CallError, call, noting
+from veneer.kernels.recorded import watched
+
+FUNCTIONS = (
+    *("veneer_product", "veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
+    *("veneer_block_norm_forward", "veneer_block_norm_backward"),
+    *("veneer_block_gate_forward", "veneer_block_gate_backward", "veneer_block_heads"),
+    *("veneer_attention_forward", "veneer_attention_backward", "veneer_attention_summed", "veneer_attention_shared"),
+    *("veneer_zeros", "veneer_silu_gate_forward"),
+)
+"""In the order in which native/repeated.c numbers them."""
+LINE = 64
+_NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
+
+Groups = Sequence[Sequence[Tensor]]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("function", "at", "bytes", "count", "places")]
+
+
+class _Place(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("at", "base", "start")]
+
+
+@dataclass
+class _Piece:
+    """Memory that was made: where, how much, and the calls that are given it first and last."""
+
+    address: int
+    bytes: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A tensor within the memory of its group."""
+
+    at: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def fills(self, size: int) -> bool:
+        """Whether it has no gaps, and is all of a memory of so many bytes."""
+        whole = torch.empty(self.size, dtype=self.dtype, device="meta")
+        return self.at == 0 and whole.nbytes == size and whole.stride() == self.stride
+
+    def of(self, memory: Tensor) -> Tensor:
+        """memory (bytes) uint8."""
+        start = memory.storage_offset() + self.at
+        return memory.view(self.dtype).as_strided(self.size, self.stride, start // self.dtype.itemsize)
+
+
+class Repeated:
+    """groups: the tensors of each, as they lie in its memory of so many bytes. scratch: bytes."""
+
+    def __init__(
+        self, calls: Any, structs: bytes, places: Any, groups: list[list[_Shape]], sizes: list[int], scratch: int
+    ) -> None:
+        self._calls, self._structs, self._places, self._groups = calls, structs, places, groups
+        self._given = (ctypes.byref(calls), len(calls), structs, ctypes.byref(places))
+        self._alone = [len(group) == 1 and group[0].fills(size) for group, size in zip(groups, sizes, strict=True)]
+        every = zip(groups, self._alone, sizes, strict=True)
+        made = [(group[0].size, group[0].dtype) if alone else ((size,), torch.uint8) for group, alone, size in every]
+        self._memory: list[tuple[tuple[int, ...], torch.dtype]] = [*made, ((scratch,), torch.uint8)]
+
+    def again(self, addresses: Sequence[int]) -> list[Tensor]:
+        """The memory of each group: (bytes) uint8, or the tensor itself where it has one alone."""
+        made = [torch.empty(size, dtype=dtype) for size, dtype in self._memory]
+        bases = (*addresses, *[each.data_ptr() for each in made])
+        if call("veneer_repeated", *self._given, (ctypes.c_int64 * len(bases))(*bases)):
+            raise CallError("calls that cannot be made again")
+        return made[:-1]
+
+    def tensors(self, group: int, memory: Tensor) -> list[Tensor]:
+        return [memory] if self._alone[group] else [each.of(memory) for each in self._groups[group]]
+
+    def addresses(self, group: int, memory: Tensor) -> list[int]:
+        start = memory.data_ptr()
+        return [start + each.at for each in self._groups[group]]
+
+
+class _Notes:
+    """What is heard of one layer. spoiled: what cannot be made again, by name; None: nothing."""
+
+    def __init__(self, given: Sequence[Tensor | None]) -> None:
+        self.spoiled: str | None = None
+        self._given = [(0, 0) if each is None else (each.data_ptr(), each.nbytes) for each in given]
+        self._pieces: list[_Piece] = []
+        self._calls: list[tuple[int, bytes, int, list[tuple[int, int, int]]]] = []
+
+    def spoil(self, name: str) -> None:
+        self.spoiled = self.spoiled or name
+
+    def made(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.numel() and name not in ("detach", "alias"):
+            now = len(self._calls)
+            self._pieces.append(_Piece(tensor.data_ptr(), tensor.untyped_storage().nbytes(), now, now))
+        return tensor
+
+    def note(self, name: str, given: tuple[Any, ...]) -> None:
+        if name not in _NUMBERS:
+            self.spoil(name)
+            return
+        struct, *count = given
+        kind: Any = type(struct._obj)
+        content, places = bytes(struct._obj), list[tuple[int, int, int]]()
+        for at in _addresses(kind):
+            if address := int.from_bytes(content[at : at + 8], "little"):
+                found = self._place(address)
+                if found is None:
+                    self.spoil(f"what {name} is given")
+                    return
+                places.append((at, *found))
+        self._calls.append((_NUMBERS[name], content, int(count[0]) if count else 0, places))
+
+    def _place(self, address: int) -> tuple[int, int] | None:
+        """(number, bytes behind its begin): below 0 of what was given, counted from -1 on, else of what was made; of
+        two pieces that lay in one place the later one."""
+        number = self._piece(address)
+        if number is not None:
+            self._pieces[number].last = len(self._calls)
+            return number, address - self._pieces[number].address
+        for number, (start, size) in enumerate(self._given):
+            if start <= address < start + size:
+                return -1 - number, address - start
+        return None
+
+    def _piece(self, address: int) -> int | None:
+        for number in reversed(range(len(self._pieces))):
+            if 0 <= address - self._pieces[number].address < self._pieces[number].bytes:
+                return number
+        return None
+
+    def repeated(self, groups: Groups) -> Repeated | None:
+        """None: it is spoiled."""
+        where: dict[int, tuple[int, int]] = {}  # of a piece: number of its memory, bytes behind its begin
+        shapes, sizes = list[list[_Shape]](), list[int]()
+        for number, group in enumerate(groups):
+            shapes.append([])
+            sizes.append(0)
+            for each in group:
+                piece = self._piece(each.untyped_storage().data_ptr()) if each.numel() else None
+                if each.numel() and piece is None:
+                    return None
+                if piece is not None and piece not in where:
+                    where[piece] = number, -(-sizes[number] // LINE) * LINE
+                    sizes[number] = where[piece][1] + self._pieces[piece].bytes
+                start = 0 if piece is None else where[piece][1]
+                at = start + each.storage_offset() * each.element_size() if each.numel() else 0
+                shapes[number].append(_Shape(int(at), each.dtype, tuple(each.shape), each.stride()))
+        scratch = [number for number in range(len(self._pieces)) if number not in where]
+        places, needed = _laid([self._pieces[number] for number in scratch])
+        where.update((number, (len(groups), at)) for number, at in zip(scratch, places, strict=True))
+        if self.spoiled is not None:
+            return None
+        return Repeated(*self._together(where), shapes, sizes, needed)
+
+    def _together(self, where: dict[int, tuple[int, int]]) -> tuple[Any, bytes, Any]:
+        """Calls, their structs, and the addresses in these."""
+        structs, calls, laid = bytearray(), list[_Call](), list[_Place]()
+        for function, content, count, places in self._calls:
+            calls.append(_Call(function, len(structs), len(content), count, len(places)))
+            structs += content
+            for at, number, start in places:
+                memory, begin = (-1 - number, 0) if number < 0 else where[number]
+                laid.append(_Place(at, memory if number < 0 else len(self._given) + memory, begin + start))
+        return (_Call * len(calls))(*calls), bytes(structs), (_Place * len(laid))(*laid)
+
+
+def noted(given: Sequence[Tensor | None], compute: Callable[[], Groups]) -> tuple[Groups, Repeated | None]:
+    """What compute() gives; None: it cannot be made again for others."""
+    notes = _Notes(given)
+    with noting(notes.note), watched(notes):
+        groups = compute()
+    return groups, notes.repeated(groups)
+
+
+def _laid(pieces: Sequence[_Piece]) -> tuple[list[int], int]:
+    """Where each begins in a common memory, and how large that is: two that are needed at the same time lie apart."""
+    found, largest = list[int](), 0
+    for number, piece in enumerate(pieces):
+        beside = [
+            (at, at + other.bytes)
+            for at, other in zip(found, pieces[:number], strict=True)
+            if other.first <= piece.last and piece.first <= other.last
+        ]
+        start = 0
+        for low, high in sorted(beside):
+            if start + piece.bytes <= low:
+                break
+            start = max(start, -(-high // LINE) * LINE)
+        found.append(start)
+        largest = max(largest, start + piece.bytes)
+    return found, largest
+
+
+@cache
+def _addresses(kind: Any) -> tuple[int, ...]:
+    """Where a struct holds addresses, in those within it too."""
+    if kind is ctypes.c_void_p:
+        return (0,)
+    if issubclass(kind, ctypes.Array):
+        size = ctypes.sizeof(kind._type_)
+        return tuple(i * size + at for i in range(kind._length_) for at in _addresses(kind._type_))
+    if issubclass(kind, ctypes.Structure):
+        fields = ((getattr(kind, name).offset, of) for name, of, *_ in kind._fields_)
+        return tuple(start + at for start, of in fields for at in _addresses(of))
+    return ()

@@ -1,0 +1,166 @@
+"""Calls of one layer made again for others: the same bits, and what may not be made again is not."""
+
+import pytest
+import torch
+
+from tests.helpers import fill, make_examples
+from tests.tiny import tiny_model
+from veneer.adapters.acting import TokenKeys
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.routing import Routing
+from veneer.data.batching import make_batch
+from veneer.kernels import arguments, block, native, repeated, sum_calls
+from veneer.kernels.arguments import CallError
+from veneer.models.fused import fused, replacements
+from veneer.models.step import batch_loss, prepare
+
+pytestmark = pytest.mark.skipif(not native.has_amx(), reason="this processor has no tiles")
+SIZES = {"hidden_size": 512, "intermediate_size": 480, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+class Trained:
+    """A model of four layers in bf16 whose products are large enough for tiles, and rows."""
+
+    def __init__(self, family="llama", prompt=40, sizes=SIZES, **settings):
+        self.model = tiny_model(family, torch.bfloat16, **sizes, head_dim=64, num_hidden_layers=4)
+        self.routing = Routing()
+        self.paths = prepare(self.model)
+        given = {"targets": "all-linear", "rank": 16, "alpha": 5.0, **settings}
+        head = self.model.get_output_embeddings()
+        attachment = attach(self.model, LoRA(**given), name="a", routing=self.routing, head=head)
+        fill(attachment.parameters().values(), scale=0.1)
+        self.parameters = list(attachment.parameters().values())
+        self.routing.active = (("a", 1.0),)
+        self.examples = make_examples(9, prompt=prompt, longest=prompt + 30)
+
+    def measured(self):
+        batch = make_batch(self.examples, packed=True, share_prompt=True, device=torch.device("cpu"))
+        keys = TokenKeys(torch.arange(batch.ids.numel()) * 7919 % 2**32, 3)
+        found, drawing = replacements(self.model), self.routing.held(self.routing.acting.drawing(keys))
+        with drawing, fused(self.model, found):
+            loss = batch_loss(self.model, self.paths, self.routing, batch, total=float(batch.trained_tokens))
+            return [loss, *torch.autograd.grad(loss, self.parameters)]
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """How many times calls were made again."""
+    made, own = [], repeated.Repeated.again
+
+    def counted(self, addresses):
+        made.append(len(addresses))
+        return own(self, addresses)
+
+    monkeypatch.setattr(repeated.Repeated, "again", counted)
+    return made
+
+
+def both(trained, monkeypatch):
+    """What is measured, then the same with every layer's calls made by Python."""
+    ours = trained.measured()
+    with monkeypatch.context() as patch:
+        patch.setattr(block.Block, "alike", lambda *_: None)
+        return ours, trained.measured()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rank": 8},
+        {"rank_pattern": {"k_proj": 32, "up_proj": 64}},
+        {"prompt": 0},
+        {"targets": ["q_proj", "v_proj"]},
+        {"targets": ["down_proj", "k_proj"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_layers_made_again_have_the_bits_of_their_own_calls(family, settings, again, monkeypatch):
+    ours, plain = both(Trained(family, **settings), monkeypatch)
+    assert (
+        len(again) == 3 + 2
+    )  # forward all but the first, backward all but the last and the first, of which x needs none
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+def test_so_they_have_where_less_is_kept_and_with_one_thread(again, monkeypatch):
+    trained, found = Trained(), []
+    for many, threads in ((10**6, 2), (1, 2), (1, 1)):
+        monkeypatch.setattr(block, "MANY", many)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found.append(trained.measured())
+        torch.set_num_threads(before)
+    assert len(again) == 3 * 5
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.2}, {"rank_pattern": {r".*\.1\..*q_proj": 32}}], ids=str)
+def test_layers_that_differ_make_their_own_calls(settings, again, monkeypatch):
+    ours, plain = both(Trained(**settings), monkeypatch)
+    assert len(again) < 5
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_what_torch_computes_is_not_left_out(again, monkeypatch):
+    """Sums of more than 2,048 values are the library's."""
+    ours, plain = both(Trained(sizes={**SIZES, "intermediate_size": 2304}), monkeypatch)
+    assert not again
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_nor_is_what_somebody_hears_of(again):
+    trained, names = Trained(), []
+    with arguments.noting(lambda name, given: names.append(name)):
+        heard = trained.measured()
+    assert not again
+    assert names.count("veneer_block_heads") == 2 * 4
+    assert all(torch.equal(a, b) for a, b in zip(heard, trained.measured(), strict=True))
+
+
+def added_twice(own, scratch=None):
+    """(2, 48, 1, 16) = own (2, 3, 1, 1, 48, 16), summed, twice, by way of other memory."""
+    first = torch.empty(2, 48, 1, 16) if scratch is None else scratch
+    sum_calls.attention_shared(own, first, add=False)
+    second = torch.empty(2, 48, 1, 16)
+    sum_calls.zeros(second[0], 0)
+    sum_calls.attention_summed(first[:, None], first, second[0], second[1])
+    return second
+
+
+def test_memory_between_is_used_again_where_it_may_be():
+    pieces = [
+        repeated._Piece(0, size, first, last)
+        for size, first, last in ((100, 0, 2), (64, 1, 3), (10, 3, 3), (200, 4, 5))
+    ]
+    assert repeated._laid(pieces) == ([0, 128, 0, 0], 200)
+
+
+def test_what_lies_elsewhere_is_read_and_written_there():
+    own, other = (torch.randn(2, 3, 1, 1, 48, 16) for _ in range(2))
+    (made,), found = repeated.noted([own], lambda: [[added_twice(own)]])
+    assert torch.equal(made[0], 2 * own.sum(1)[:, 0].transpose(1, 2))
+    kept = made[0].clone()
+    (memory,) = found.again([other.data_ptr()])
+    (again,) = found.tensors(0, memory)
+    assert torch.equal(again, added_twice(other))
+    assert torch.equal(made[0], kept)
+
+
+def test_calls_over_memory_that_nobody_named_are_not_made_again():
+    own, elsewhere = torch.randn(2, 3, 1, 1, 48, 16), torch.empty(2, 48, 1, 16)
+    for given in ([own], [own, elsewhere]):
+        _, found = repeated.noted(given, lambda: [[added_twice(own, elsewhere)]])
+        assert (found is None) == (len(given) == 1)
+
+
+def test_a_call_that_fails_is_said():
+    x = torch.zeros(2, 3)
+    _, found = repeated.noted([], lambda: [[torch.empty(3)]])
+    found._calls = (repeated._Call * 1)(repeated._Call(99, 0, 8, 0, 0))
+    found._structs, found._given = b"12345678", (found._calls, 1, b"12345678", found._places)
+    with pytest.raises(CallError):
+        found.again([x.data_ptr()])
