@@ -13,6 +13,7 @@ from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
 from veneer.decoding.sequence import Request
 from veneer.kernels import native
+from veneer.serve import loop as loop_module
 from veneer.serve.loop import EngineLoop, Inbox
 
 
@@ -65,3 +66,39 @@ def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end
 
     told = asyncio.run(asked())
     assert [len(each) for each in told] == ([1] * 30 if every_step else [1, 29])
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
+    """What is read and then refused is not waited for longer than a moment."""
+    monkeypatch.setattr(loop_module, "GATHERING_SECONDS", 0.1 if refused else 10.0)
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
+
+    async def asked() -> int:
+        loop, inbox = EngineLoop(engine), Inbox(every_step=False)
+        loop.start()
+
+        async def one(number: int) -> None:
+            with loop.coming():
+                await asyncio.sleep(0.002 * number)
+            loop.submit(Request(prompt=(5, 6, number), max_new_tokens=1), inbox, number)
+
+        async def never() -> None:
+            with loop.coming():
+                await asyncio.sleep(10)
+
+        other = asyncio.create_task(never()) if refused else None
+        try:
+            await asyncio.gather(*map(one, range(4)))
+            ended = 0
+            while ended < 4:
+                ended += sum(each.ended for each in await inbox.taken())
+            return loop.steps
+        finally:
+            if other is not None:
+                other.cancel()
+            await loop.close(1.0)
+
+    began = time.monotonic()
+    assert asyncio.run(asked()) == 1
+    assert time.monotonic() - began < 5.0

@@ -56,7 +56,8 @@ class Exchange(Response):
 
     async def _exchange(self, send: Send) -> Response | None:
         """The whole answer; None: it has been sent in pieces."""
-        model, answering = await self._service.begin(self._asked, self._caller)
+        with self._service.loop.coming():
+            model, answering = await self._service.begin(self._asked, self._caller)
         head: Head = self._protocol.head(self._asked.model, self._service.fingerprint(model))
         reason = None
         try:

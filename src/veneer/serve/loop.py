@@ -17,7 +17,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -33,6 +34,8 @@ log = logging.getLogger("veneer.serve")
 T = TypeVar("T")
 PATIENCE_SECONDS = 0.005
 """While all that wait wait for their adapters: how often is looked whether one has come."""
+GATHERING_SECONDS = 0.01
+"""At most: for requests that are being read while nothing is computed, so that one step reads them all."""
 
 
 class Update(NamedTuple):
@@ -151,7 +154,8 @@ class EngineLoop:
         self._most_waiting = engine.scheduler.limits.max_waiting
         self._events: asyncio.AbstractEventLoop | None = None
         self._commands: deque[Callable[[], None]] = deque()
-        self._adding = 0  # requests that the thread has not seen yet
+        self._coming = 0  # requests that are being read
+        self._adding = 0  # and those that the thread has not seen yet
         self._wake = threading.Event()
         self._closing = self._stopping = self._aborting = False
         self._open: dict[int, _Open] = {}
@@ -176,6 +180,15 @@ class EngineLoop:
         self._adding += 1
         self._command(lambda: self._add(ticket))
         return ticket
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Within, a request is being read that is submitted behind the block, unless it is refused."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
 
     async def ask(self, function: Callable[[Engine], T]) -> T:
         """What a function finds between two steps. It must be short."""
@@ -243,6 +256,7 @@ class EngineLoop:
                 if self._stopping:
                     return
                 self._wake.wait()
+                self._gather()
             self._wake.clear()
             while self._commands:
                 self._commands.popleft()()
@@ -252,6 +266,13 @@ class EngineLoop:
                 self._step()
                 if not self._engine.scheduler.running and not self._engine.scheduler.idle:
                     self._wake.wait(PATIENCE_SECONDS)
+
+    def _gather(self) -> None:
+        """Waits for those that came together with the one that woke it."""
+        until = time.monotonic() + GATHERING_SECONDS
+        while self._coming and not self._stopping and (left := until - time.monotonic()) > 0:
+            self._wake.clear()
+            self._wake.wait(left)
 
     def _add(self, ticket: Ticket) -> None:
         fault: Exception | None = None
