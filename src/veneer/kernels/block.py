@@ -22,12 +22,13 @@ from veneer.kernels import block_calls, calls, rank
 from veneer.kernels.arguments import is_noted
 from veneer.kernels.attention_native import attended, attended_gradients, starts
 from veneer.kernels.block_calls import Side
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import DenseLinear
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import Group
 from veneer.kernels.lora import Adapted
 from veneer.kernels.native import has_amx
-from veneer.kernels.repeated import Repeated, noted
+from veneer.kernels.repeated import Given, Repeated, addresses, noted
 from veneer.kernels.rules import Rules
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
@@ -75,24 +76,27 @@ class Block:
     def factors(self) -> list[Tensor]:
         return [*(each.A for each in self.layers), *(each.B for each in self.layers)]
 
-    def read(self) -> list[Tensor | None]:
+    def dropouts(self) -> list[Dropout | None]:
+        return [layer.dropout for layer in self.layers]
+
+    def read(self) -> list[Given]:
         """What the calls read beside x, what was kept, and factors."""
         dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
         biases = [layer.bias for layer in self.layers]
         norms = [self.before.weight, self.between.weight]
-        return [*dense, *biases, *norms, self.cos, self.sin, *starts(self.layout)]
+        masks = [each for drop in self.dropouts() if drop for each in (drop.rows, drop.key)]
+        return [*dense, *biases, *norms, self.cos, self.sin, *starts(self.layout), *masks]
 
     def alike(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
         """What blocks have in common whose calls differ in addresses alone; None: they differ in more."""
         if not x.is_cpu or not has_amx() or not all(type(layer.base) is DenseLinear for layer in self.layers):
             return None
-        if any(layer.dropout is not None for layer in self.layers):
-            return None
-        weights = [each for each in self.read()[: 2 * LAYERS] if each is not None]
+        weights = [each for each in self.read()[: 2 * LAYERS] if isinstance(each, Tensor)]
         shapes = [(each.shape, each.dtype, each.is_contiguous()) for each in (*factors, *weights)]
         numbers = [(layer.scaling, layer.bias is None) for layer in self.layers]
+        drops = [drop and (drop.share, drop.rows.shape, drop.rows.is_contiguous()) for drop in self.dropouts()]
         own = self.size, self.before.epsilon, self.between.epsilon, self.rules
-        return len(x), len(x) >= MANY, *own, *shapes, *numbers
+        return len(x), len(x) >= MANY, *own, *shapes, *numbers, *drops
 
     def inner(self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor) -> Side:
         """The updates of these layers at their common input."""
@@ -229,18 +233,14 @@ class _Kept:
         return self.held if self.repeated is None else self.repeated.tensors(1, self.held[0])
 
     def addresses(self) -> list[int]:
-        return _addresses(self.held) if self.repeated is None else self.repeated.addresses(1, self.held[0])
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if each is None else each.data_ptr() for each in tensors]
+        return addresses(self.held) if self.repeated is None else self.repeated.addresses(1, self.held[0])
 
 
 Made = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 def _made(
-    block: Block, key: object, compute: Callable[[], Made], given: Sequence[Tensor | None], kept: _Kept
+    block: Block, key: object, compute: Callable[[], Made], given: Sequence[Given], kept: _Kept
 ) -> tuple[Sequence[Tensor], _Kept]:
     """What compute() makes of what is given and kept, by the calls of a layer like this one where there was one."""
     derived = block.layout.derived
@@ -251,7 +251,7 @@ def _made(
         (first, second), derived[key] = noted([*given, *kept.tensors()], compute)
         return first, _Kept(second)
     repeated: Repeated = derived[key]
-    alone, together = repeated.again([*_addresses(given), *kept.addresses()])
+    alone, together = repeated.again([*addresses(given), *kept.addresses()])
     return repeated.tensors(0, alone), _Kept([together], repeated)
 
 

@@ -4,8 +4,9 @@
     made = repeated.again(addresses)         the same of values that lie elsewhere
 
 given: all that the calls read and nothing of which they made themselves; `addresses` is where another layer has these,
-in the same order, each as large. compute returns groups of tensors; each is made anew for every layer, in one piece of
-memory. What else is made between is scratch: pieces that are not needed at the same time share theirs.
+in the same order, each as large. A number among them is that of a mask (dropout), and its own address. compute returns
+groups of tensors; each group is made anew for every layer, in one piece of memory. What else is made between is
+scratch: pieces that are not needed at the same time share theirs.
 
 The calls were checked when they were made (arguments.py); that another layer's values are of the same shapes and types,
 without gaps, is the caller's to see. Anything else that torch computes spoils it, as in recorded.py. Between two
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.arguments import CallError, call, noting
+from veneer.kernels.calls import Masked
 from veneer.kernels.recorded import watched
 
 FUNCTIONS = (
@@ -35,7 +37,10 @@ FUNCTIONS = (
 LINE = 64
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 
+WORD = 2**64 - 1
+
 Groups = Sequence[Sequence[Tensor]]
+Given = Tensor | int | None
 
 
 class _Call(ctypes.Structure):
@@ -105,12 +110,21 @@ class Repeated:
         return [start + each.at for each in self._groups[group]]
 
 
+def addresses(given: Sequence[Given]) -> list[int]:
+    """Of what a layer's calls read, for `again`."""
+    return [0 if each is None else each if isinstance(each, int) else each.data_ptr() for each in given]
+
+
 class _Notes:
     """What is heard of one layer. spoiled: what cannot be made again, by name; None: nothing."""
 
-    def __init__(self, given: Sequence[Tensor | None]) -> None:
+    def __init__(self, given: Sequence[Given]) -> None:
         self.spoiled: str | None = None
-        self._given = [(0, 0) if each is None else (each.data_ptr(), each.nbytes) for each in given]
+        bytes_of = [each.nbytes if isinstance(each, Tensor) else 0 for each in given]
+        self._given = list(zip(addresses(given), bytes_of, strict=True))
+        self._numbers = {each & WORD: -1 - place for place, each in enumerate(given) if isinstance(each, int)}
+        if len(self._numbers) != sum(isinstance(each, int) for each in given):
+            self.spoil("masks that are the same")
         self._pieces: list[_Piece] = []
         self._calls: list[tuple[int, bytes, int, list[tuple[int, int, int]]]] = []
 
@@ -137,6 +151,13 @@ class _Notes:
                     self.spoil(f"what {name} is given")
                     return
                 places.append((at, *found))
+        for at in _masks(kind):
+            if any(content[at : at + 8]):
+                number = self._numbers.get(int.from_bytes(content[at + 8 : at + 16], "little"))
+                if number is None:
+                    self.spoil(f"a mask of {name}")
+                    return
+                places.append((at + 8, number, 0))
         self._calls.append((_NUMBERS[name], content, int(count[0]) if count else 0, places))
 
     def _place(self, address: int) -> tuple[int, int] | None:
@@ -193,7 +214,7 @@ class _Notes:
         return (_Call * len(calls))(*calls), bytes(structs), (_Place * len(laid))(*laid)
 
 
-def noted(given: Sequence[Tensor | None], compute: Callable[[], Groups]) -> tuple[Groups, Repeated | None]:
+def noted(given: Sequence[Given], compute: Callable[[], Groups]) -> tuple[Groups, Repeated | None]:
     """What compute() gives; None: it cannot be made again for others."""
     notes = _Notes(given)
     with noting(notes.note), watched(notes):
@@ -220,15 +241,24 @@ def _laid(pieces: Sequence[_Piece]) -> tuple[list[int], int]:
     return found, largest
 
 
+def _within(kind: Any, found: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...]:
+    """What is found in an array's values or a struct's fields, counted from its begin."""
+    if issubclass(kind, ctypes.Array):
+        size = ctypes.sizeof(kind._type_)
+        return tuple(i * size + at for i in range(kind._length_) for at in found(kind._type_))
+    if issubclass(kind, ctypes.Structure):
+        fields = ((getattr(kind, name).offset, of) for name, of, *_ in kind._fields_)
+        return tuple(start + at for start, of in fields for at in found(of))
+    return ()
+
+
 @cache
 def _addresses(kind: Any) -> tuple[int, ...]:
     """Where a struct holds addresses, in those within it too."""
-    if kind is ctypes.c_void_p:
-        return (0,)
-    if issubclass(kind, ctypes.Array):
-        size = ctypes.sizeof(kind._type_)
-        return tuple(i * size + at for i in range(kind._length_) for at in _addresses(kind._type_))
-    if issubclass(kind, ctypes.Structure):
-        fields = ((getattr(kind, name).offset, of) for name, of, *_ in kind._fields_)
-        return tuple(start + at for start, of in fields for at in _addresses(of))
-    return ()
+    return (0,) if kind is ctypes.c_void_p else _within(kind, _addresses)
+
+
+@cache
+def _masks(kind: Any) -> tuple[int, ...]:
+    """Where it holds masks: an address and, behind it, their own number."""
+    return (0,) if kind is Masked else _within(kind, _masks)
