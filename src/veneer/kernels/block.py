@@ -224,16 +224,16 @@ def _backward(
 
 @dataclass(frozen=True)
 class _Kept:
-    """What forward keeps: tensors, or one memory of all of them, as `repeated` made it."""
+    """What forward keeps: tensors, or the memory of all of them, as `repeated` made it."""
 
     held: Sequence[Tensor] = ()
     repeated: Repeated | None = None
 
     def tensors(self) -> Sequence[Tensor]:
-        return self.held if self.repeated is None else self.repeated.tensors(1, self.held[0])
+        return self.held if self.repeated is None else self.repeated.tensors(1, self.held)
 
     def addresses(self) -> list[int]:
-        return addresses(self.held) if self.repeated is None else self.repeated.addresses(1, self.held[0])
+        return addresses(self.held) if self.repeated is None else self.repeated.addresses(1, self.held)
 
 
 Made = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -252,7 +252,7 @@ def _made(
         return first, _Kept(second)
     repeated: Repeated = derived[key]
     alone, together = repeated.again([*addresses(given), *kept.addresses()])
-    return repeated.tensors(0, alone), _Kept([together], repeated)
+    return repeated.tensors(0, alone), _Kept(together, repeated)
 
 
 class _Block(torch.autograd.Function):

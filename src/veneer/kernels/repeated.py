@@ -5,7 +5,7 @@
 
 given: all that the calls read and nothing of which they made themselves; `addresses` is where another layer has these,
 in the same order, each as large. A number among them is that of a mask (dropout), and its own address. compute returns
-groups of tensors; each group is made anew for every layer, in one piece of memory. What else is made between is
+groups of tensors, made anew for every layer. What else is made between is
 scratch: pieces that are not needed at the same time share theirs.
 
 The calls were checked when they were made (arguments.py); that another layer's values are of the same shapes and types,
@@ -63,8 +63,9 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A tensor within the memory of its group."""
+    """A tensor within a piece of memory."""
 
+    piece: int
     at: int
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -76,9 +77,11 @@ class _Shape:
         return self.at == 0 and whole.nbytes == size and whole.stride() == self.stride
 
     def of(self, memory: Tensor) -> Tensor:
-        """memory (bytes) uint8."""
+        """memory: the piece, as it is made."""
+        if memory.dtype is self.dtype and memory.shape == self.size:
+            return memory
         start = memory.storage_offset() + self.at
-        return memory.view(self.dtype).as_strided(self.size, self.stride, start // self.dtype.itemsize)
+        return memory.view(-1).view(self.dtype).as_strided(self.size, self.stride, start // self.dtype.itemsize)
 
 
 class Repeated:
@@ -89,25 +92,32 @@ class Repeated:
     ) -> None:
         self._calls, self._structs, self._places, self._groups = calls, structs, places, groups
         self._given = (ctypes.byref(calls), len(calls), structs, ctypes.byref(places))
-        self._alone = [len(group) == 1 and group[0].fills(size) for group, size in zip(groups, sizes, strict=True)]
-        every = zip(groups, self._alone, sizes, strict=True)
-        made = [(group[0].size, group[0].dtype) if alone else ((size,), torch.uint8) for group, alone, size in every]
+        every = [each for group in groups for each in group]
+        own = [
+            next((each for each in every if each.piece == n and each.fills(size)), None) for n, size in enumerate(sizes)
+        ]
+        made = [
+            (each.size, each.dtype) if each else ((size,), torch.uint8) for each, size in zip(own, sizes, strict=True)
+        ]
         self._memory: list[tuple[tuple[int, ...], torch.dtype]] = [*made, ((scratch,), torch.uint8)]
+        self._firsts = [min((each.piece for each in group), default=0) for group in groups]
+        self._stops = [max((each.piece for each in group), default=-1) + 1 for group in groups]
 
-    def again(self, addresses: Sequence[int]) -> list[Tensor]:
-        """The memory of each group: (bytes) uint8, or the tensor itself where it has one alone."""
+    def again(self, addresses: Sequence[int]) -> list[list[Tensor]]:
+        """The pieces of memory of each group: as tensors, where one fills it, else uint8."""
         made = [torch.empty(size, dtype=dtype) for size, dtype in self._memory]
         bases = (*addresses, *[each.data_ptr() for each in made])
         if call("veneer_repeated", *self._given, (ctypes.c_int64 * len(bases))(*bases)):
             raise CallError("calls that cannot be made again")
-        return made[:-1]
+        return [made[first:stop] for first, stop in zip(self._firsts, self._stops, strict=True)]
 
-    def tensors(self, group: int, memory: Tensor) -> list[Tensor]:
-        return [memory] if self._alone[group] else [each.of(memory) for each in self._groups[group]]
+    def tensors(self, group: int, pieces: Sequence[Tensor]) -> list[Tensor]:
+        first = self._firsts[group]
+        return [each.of(pieces[each.piece - first]) for each in self._groups[group]]
 
-    def addresses(self, group: int, memory: Tensor) -> list[int]:
-        start = memory.data_ptr()
-        return [start + each.at for each in self._groups[group]]
+    def addresses(self, group: int, pieces: Sequence[Tensor]) -> list[int]:
+        starts, first = [each.data_ptr() for each in pieces], self._firsts[group]
+        return [starts[each.piece - first] + each.at for each in self._groups[group]]
 
 
 def addresses(given: Sequence[Given]) -> list[int]:
@@ -182,22 +192,21 @@ class _Notes:
         """None: it is spoiled."""
         where: dict[int, tuple[int, int]] = {}  # of a piece: number of its memory, bytes behind its begin
         shapes, sizes = list[list[_Shape]](), list[int]()
-        for number, group in enumerate(groups):
+        for group in groups:
             shapes.append([])
-            sizes.append(0)
             for each in group:
-                piece = self._piece(each.untyped_storage().data_ptr()) if each.numel() else None
-                if each.numel() and piece is None:
+                number = self._piece(each.untyped_storage().data_ptr()) if each.numel() else None
+                if each.numel() and number is None:
                     return None
-                if piece is not None and piece not in where:
-                    where[piece] = number, -(-sizes[number] // LINE) * LINE
-                    sizes[number] = where[piece][1] + self._pieces[piece].bytes
-                start = 0 if piece is None else where[piece][1]
-                at = start + each.storage_offset() * each.element_size() if each.numel() else 0
-                shapes[number].append(_Shape(int(at), each.dtype, tuple(each.shape), each.stride()))
+                if number is None or number not in where:
+                    where[-1 if number is None else number] = len(sizes), 0
+                    sizes.append(0 if number is None else self._pieces[number].bytes)
+                at = int(each.storage_offset()) * each.element_size() if each.numel() else 0
+                piece = where[-1 if number is None else number][0]
+                shapes[-1].append(_Shape(piece, at, each.dtype, tuple(each.shape), each.stride()))
         scratch = [number for number in range(len(self._pieces)) if number not in where]
         places, needed = _laid([self._pieces[number] for number in scratch])
-        where.update((number, (len(groups), at)) for number, at in zip(scratch, places, strict=True))
+        where.update((number, (len(sizes), at)) for number, at in zip(scratch, places, strict=True))
         if self.spoiled is not None:
             return None
         return Repeated(*self._together(where), shapes, sizes, needed)
