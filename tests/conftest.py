@@ -1,4 +1,8 @@
-"""Where a shell put the tests behind itself, it told them to ignore Ctrl-C and hang-ups, and Veneer keeps to that."""
+"""What holds for all tests.
+
+Where a shell put them behind itself, it told them to ignore Ctrl-C and hang-ups, and Veneer keeps to that. What takes
+minutes begins first.
+"""
 
 import signal
 
@@ -10,3 +14,8 @@ def _signals_as_in_front():
     for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
         if signal.getsignal(number := getattr(signal, name, signal.SIGINT)) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Behind all others one process would wait for it while the other rests."""
+    items.sort(key=lambda item: item.path.name != "test_sanitized.py")
