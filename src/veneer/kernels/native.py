@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -83,15 +84,25 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 Place = Literal["cpu", "cuda"]
 
-_planning: ContextVar[tuple[Place, list[int]] | None] = ContextVar("planning", default=None)
-"""For where, and FLOP that kernels would have spent, while planning."""
+
+@dataclass
+class Noted:
+    """What is said of kernels while planning. flops: that they would have spent. at_once: layers whose calls are made
+    by one (kernels/repeated.py)."""
+
+    flops: int = 0
+    at_once: int = 0
+
+
+_planning: ContextVar[tuple[Place, Noted] | None] = ContextVar("planning", default=None)
+"""For where, while planning."""
 
 
 @contextmanager
 def planning(place: Place = "cpu") -> Iterator[None]:
     """Within the block tensors without storage (meta) take the paths of tensors that lie there, and no kernel is
     called: what a step would allocate there can be counted."""
-    token = _planning.set((place, [0]))
+    token = _planning.set((place, Noted()))
     try:
         yield
     finally:
@@ -101,15 +112,21 @@ def planning(place: Place = "cpu") -> Iterator[None]:
 def note_flops(count: Callable[[], int]) -> None:
     """Called beside a kernel: what it computes, asked for only while planning."""
     if (planned := _planning.get()) is not None:
-        planned[1][0] += count()
+        planned[1].flops += count()
 
 
-def take_noted_flops() -> int:
-    """FLOP noted since the last time; 0 where nothing is planned."""
+def note_at_once() -> None:
+    """Called beside a layer whose calls are made at once."""
+    if (planned := _planning.get()) is not None:
+        planned[1].at_once += 1
+
+
+def take_noted() -> Noted:
+    """What was noted since the last time; nothing where nothing is planned."""
     if (planned := _planning.get()) is None:
-        return 0
+        return Noted()
     noted = planned[1]
-    taken, noted[0] = noted[0], 0
+    taken, noted.flops, noted.at_once = replace(noted), 0, 0
     return taken
 
 

@@ -33,7 +33,7 @@ from veneer.errors import ConfigError
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.formats.peft_tensors import tensor_file_bytes
 from veneer.kernels.layout import round_up
-from veneer.kernels.native import planning, take_noted_flops
+from veneer.kernels.native import planning, take_noted
 from veneer.models.attention import decoder
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
@@ -208,14 +208,16 @@ def _run(
             with fused(model, one_pass), checkpointed(model, routing, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
-                take_noted_flops()
+                take_noted()
                 with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
                     with _offloading(away), without_values(type(model).__name__):
                         loss = batch_loss(model, paths, routing, batch, total=1.0)
                     forward_shapes = sum(all(shape) for shape in tracker.work.products)
                     tracker.enter("backward", label=BACKWARD)
                     loss.backward()
-                tracker.work.products[COMPILED] += take_noted_flops()
+                noted = take_noted()
+                tracker.work.products[COMPILED] += noted.flops
+                tracker.work.at_once = noted.at_once
                 tracker.work.host_bytes = 0 if away is None else away.moved_bytes
         finally:
             hook.remove()

@@ -36,11 +36,11 @@ ENOUGH_SECONDS, ROUNDS = 0.05, 2
 first, slow calls; a moment in which the machine is slow must not decide a figure."""
 MEASURED_FOR = timedelta(days=7)
 """How long they are taken as they were measured."""
-STEP_SHARE, STEP_SHARE_ON_TILES = 0.73, 0.30
+STEP_SHARE, STEP_SHARE_ON_TILES, STEP_SHARE_AT_ONCE = 0.73, 0.30, 0.37
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of
 ten runs of benchmarks/plan_time.py. On Zen 4, their predictions corrected by hand for attention, which was not
-counted then; and where products run on AMX tiles, so fast that what lies between them is most of a step.
-Held in docs/plan.md."""
+counted then; and where products run on AMX tiles, so fast that what lies between them is most of a step, less of one
+whose layers make their calls at once. Held in docs/plan.md."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
@@ -80,7 +80,8 @@ GPUS = {
 @dataclass(frozen=True)
 class Machine:
     """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where unknown.
-    link: bytes a second to others like it; None where nothing is said of it.
+    link: bytes a second to others like it; None where nothing is said of it. share: of these rates that a whole step
+    reaches; share_at_once: one whose layers make their calls at once.
 
     measured: the day on which, as these are this machine's own figures; None: they are published ones.
     """
@@ -92,6 +93,7 @@ class Machine:
     bytes_per_second: float
     start_seconds: float
     share: float
+    share_at_once: float
     link: float | None = None
 
     def seconds(self, work: Work) -> float:
@@ -99,7 +101,7 @@ class Machine:
         products = sum(flops / self.rate(shape) for shape, flops in work.products.items())
         others = work.moved_bytes / self.bytes_per_second + work.operations * self.start_seconds
         others += work.host_bytes / HOST_BYTES_PER_SECOND
-        return (products + others) / self.share
+        return (products + others) / (self.share_at_once if work.at_once else self.share)
 
 
 def named_gpu(name: str) -> Machine:
@@ -110,7 +112,14 @@ def named_gpu(name: str) -> Machine:
     gpu = GPUS[key]
     rate = gpu.teraflops * 1e12 * GPU_PRODUCTS_SHARE
     return Machine(
-        key, round(gpu.memory_gb * 1e9), None, lambda _: rate, gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE, 5e-6, 1.0
+        key,
+        round(gpu.memory_gb * 1e9),
+        None,
+        lambda _: rate,
+        gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE,
+        5e-6,
+        share=1.0,
+        share_at_once=1.0,
     )
 
 
@@ -148,6 +157,7 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         bytes_per_second=rates.bytes_per_second,
         start_seconds=rates.start_seconds,
         share=STEP_SHARE_ON_TILES if has_amx() and dtype is torch.bfloat16 and not cuda else STEP_SHARE,
+        share_at_once=STEP_SHARE_AT_ONCE,
     )
 
 

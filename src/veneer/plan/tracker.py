@@ -47,12 +47,13 @@ class Phase:
 @dataclass
 class Work:
     """What the operations would cost: products by (rows, inner, columns) -> FLOP, bytes that others read and write,
-    bytes that offload copies to host memory and back."""
+    bytes that offload copies to host memory and back, layers whose calls are made at once (kernels/repeated.py)."""
 
     products: Products = field(default_factory=Counter)
     moved_bytes: int = 0
     operations: int = 0
     host_bytes: int = 0
+    at_once: int = 0
 
     @property
     def flops(self) -> int:
