@@ -7,13 +7,17 @@ from tests.helpers import fill, make_examples
 from tests.tiny import tiny_model
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
-from veneer.adapters.config import LoRA
+from veneer.adapters.config import DoRA, Full, LoRA
 from veneer.adapters.routing import Routing
+from veneer.bases.from_config import blueprint
 from veneer.data.batching import make_batch
 from veneer.kernels import arguments, block, native, repeated, sum_calls
 from veneer.kernels.arguments import CallError
 from veneer.models.fused import fused, replacements
 from veneer.models.step import batch_loss, prepare
+from veneer.plan.counted import Step
+from veneer.plan.dry_run import dry_run
+from veneer.plan.estimate import synthetic_rows
 
 pytestmark = pytest.mark.skipif(not native.has_amx(), reason="this processor has no tiles")
 SIZES = {"hidden_size": 512, "intermediate_size": 480, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -166,3 +170,9 @@ def test_a_call_that_fails_is_said():
     found._structs, found._given = b"12345678", (found._calls, 1, b"12345678", found._places)
     with pytest.raises(CallError):
         found.again([x.data_ptr()])
+
+
+@pytest.mark.parametrize(("method", "layers"), [(LoRA(rank=16), 30), (DoRA(rank=16), 0), (Full(), 0)])
+def test_a_plan_knows_the_layers_whose_calls_are_made_so(method, layers):
+    base = blueprint("smollm2-135m")
+    assert dry_run(Step(base.config, torch.bfloat16, method, synthetic_rows(2, 64))).work.at_once == layers
