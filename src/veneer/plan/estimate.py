@@ -48,6 +48,9 @@ KEPT_SHARE = 0.11
 KEPT_SHARE_CHECKPOINTED = 0.5
 """The same in the backward of layers that are computed anew: few bytes, many holes between them. Nine runs; at the loss
 free pages have just been given back (models/checkpointing.py)."""
+KEPT_SHARE_AT_ONCE = 0.25
+"""The same of layers that make their calls at once (kernels/repeated.py), whose pieces are made together. Four runs on
+AMX."""
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by this project)."""
 CUDA_RESERVED_SHARE = 0.05
@@ -113,7 +116,9 @@ def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: 
     live = phase.peak_bytes
     if device == "cuda":
         return live
-    kept_share = KEPT_SHARE_CHECKPOINTED if checkpointing and phase.name == "backward" else KEPT_SHARE
+    kept_share = KEPT_SHARE_AT_ONCE if run.work.at_once else KEPT_SHARE
+    if checkpointing and phase.name == "backward":
+        kept_share = KEPT_SHARE_CHECKPOINTED
     own = max(0, live - sum(run.static.get(label, 0) for label in STATIC))
     return idle + LIBRARIES_BYTES + live + round(kept_share * own)
 
