@@ -5,8 +5,8 @@
 
 given: all that the calls read and nothing of which they made themselves; `addresses` is where another layer has these,
 in the same order, each as large. A number among them is that of a mask (dropout), and its own address. compute returns
-groups of tensors, made anew for every layer. What else is made between is
-scratch: pieces that are not needed at the same time share theirs.
+groups of tensors, made anew for every layer. What else is made between is scratch: pieces that are not needed at the
+same time share theirs.
 
 The calls were checked when they were made (arguments.py); that another layer's values are of the same shapes and types,
 without gaps, is the caller's to see. Anything else that torch computes spoils it, as in recorded.py. Between two
