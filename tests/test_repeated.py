@@ -166,8 +166,7 @@ def test_calls_over_memory_that_nobody_named_are_not_made_again():
 def test_a_call_that_fails_is_said():
     x = torch.zeros(2, 3)
     _, found = repeated.noted([], lambda: [[torch.empty(3)]])
-    found._calls = (repeated._Call * 1)(repeated._Call(99, 0, 8, 0, 0))
-    found._structs, found._given = b"12345678", (found._calls, 1, b"12345678", found._places)
+    found._given = ((repeated._Call * 1)(repeated._Call(99, 0, 8, 0, 0)), 1, b"12345678", found._given[3])
     with pytest.raises(CallError):
         found.again([x.data_ptr()])
 

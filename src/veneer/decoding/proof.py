@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.continued import SLOTS, continued
 from veneer.decoding.scheduler import Limits
-from veneer.models.attention import NAME
+from veneer.models.attention import NAME, take_packed
 from veneer.models.capacity import read_alike
 from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure
 from veneer.models.frozen_base import FrozenBase
@@ -146,8 +146,8 @@ def decodes_packed(base: FrozenBase) -> bool:
     if base.decodes_packed is None:
         with base.routing.none():
             base.decodes_packed = same_values("decoding", base.model, bool, prove, still=bool)
-            if base.decodes_packed and base.model.config._attn_implementation != NAME:
-                base.model.set_attn_implementation(NAME)  # as the proof leaves it
+            if base.decodes_packed:
+                take_packed(base.model)  # as the proof leaves it
     return base.decodes_packed
 
 

@@ -91,9 +91,6 @@ class Block:
         """What blocks have in common whose calls differ in addresses alone; None: they differ in more."""
         if not on_cpu(x) or not has_amx() or not all(type(layer.base) is DenseLinear for layer in self.layers):
             return None
-        if x.is_meta:
-            note_at_once()
-            return None
         weights = [each for each in self.read()[: 2 * LAYERS] if isinstance(each, Tensor)]
         shapes = [(each.shape, each.dtype, each.is_contiguous()) for each in (*factors, *weights)]
         numbers = [(layer.scaling, layer.bias is None) for layer in self.layers]
@@ -265,6 +262,9 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, block: Block, *given: Tensor) -> Tensor:
         factors = [rank.typed(each, x) for each in given]
         alike = block.alike(x, factors)
+        if alike is not None and x.is_meta:  # planned, where nothing is called
+            note_at_once()
+            alike = None
         key = alike and ("forward", *alike)
         (y,), kept = _made(block, key, lambda: _forward(block, x, factors), [*block.read(), x, *factors], _Kept())
         ctx.save_for_backward(x, *factors, *kept.held)

@@ -34,10 +34,10 @@ FUNCTIONS = (
     *("veneer_zeros", "veneer_silu_gate_forward"),
 )
 """In the order in which native/repeated.c numbers them."""
-LINE = 64
+LINE, WORD = 64, 2**64 - 1
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
-
-WORD = 2**64 - 1
+_EMPTY = -1
+"""A piece of no bytes: each has one of its own."""
 
 Groups = Sequence[Sequence[Tensor]]
 Given = Tensor | int | None
@@ -90,8 +90,8 @@ class Repeated:
     def __init__(
         self, calls: Any, structs: bytes, places: Any, groups: list[list[_Shape]], sizes: list[int], scratch: int
     ) -> None:
-        self._calls, self._structs, self._places, self._groups = calls, structs, places, groups
-        self._given = (ctypes.byref(calls), len(calls), structs, ctypes.byref(places))
+        self._groups = groups
+        self._given = (ctypes.byref(calls), len(calls), structs, ctypes.byref(places))  # which hold what they name
         every = [each for group in groups for each in group]
         own = [
             next((each for each in every if each.piece == n and each.fills(size)), None) for n, size in enumerate(sizes)
@@ -190,25 +190,24 @@ class _Notes:
 
     def repeated(self, groups: Groups) -> Repeated | None:
         """None: it is spoiled."""
+        if self.spoiled is not None:
+            return None
         where: dict[int, tuple[int, int]] = {}  # of a piece: number of its memory, bytes behind its begin
         shapes, sizes = list[list[_Shape]](), list[int]()
         for group in groups:
             shapes.append([])
             for each in group:
-                number = self._piece(each.untyped_storage().data_ptr()) if each.numel() else None
-                if each.numel() and number is None:
+                number = self._piece(each.untyped_storage().data_ptr()) if each.numel() else _EMPTY
+                if number is None:
                     return None
-                if number is None or number not in where:
-                    where[-1 if number is None else number] = len(sizes), 0
-                    sizes.append(0 if number is None else self._pieces[number].bytes)
-                at = int(each.storage_offset()) * each.element_size() if each.numel() else 0
-                piece = where[-1 if number is None else number][0]
-                shapes[-1].append(_Shape(piece, at, each.dtype, tuple(each.shape), each.stride()))
+                if number == _EMPTY or number not in where:
+                    where[number] = len(sizes), 0
+                    sizes.append(0 if number == _EMPTY else self._pieces[number].bytes)
+                at = 0 if number == _EMPTY else int(each.storage_offset()) * each.element_size()
+                shapes[-1].append(_Shape(where[number][0], at, each.dtype, tuple(each.shape), each.stride()))
         scratch = [number for number in range(len(self._pieces)) if number not in where]
         places, needed = _laid([self._pieces[number] for number in scratch])
         where.update((number, (len(sizes), at)) for number, at in zip(scratch, places, strict=True))
-        if self.spoiled is not None:
-            return None
         return Repeated(*self._together(where), shapes, sizes, needed)
 
     def _together(self, where: dict[int, tuple[int, int]]) -> tuple[Any, bytes, Any]:

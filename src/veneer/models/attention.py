@@ -197,6 +197,12 @@ _DECODERS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 may be exchanged, the path stays."""
 
 
+def take_packed(model: PreTrainedModel) -> None:
+    """It attends as we do from now on, as proven elsewhere; nothing where it does already."""
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+
+
 def decoder(model: PreTrainedModel) -> nn.Module | None:
     """The model without its head: ids in, hidden states out. None where no part of it is that."""
     if model not in _DECODERS:

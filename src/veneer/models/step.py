@@ -24,7 +24,7 @@ from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.kernels.loss import Beside, Head, frozen_head_loss, head_nats, trained_head_loss
-from veneer.models.attention import NAME, Traced, hidden_states, packed_arguments
+from veneer.models.attention import Traced, hidden_states, packed_arguments, take_packed
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.left_out import left_out
 from veneer.models.switches import Switches, forget_lengths, sides, switches
@@ -127,8 +127,8 @@ def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
 
 def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
     """Put a model onto paths that were found on another: of the same values, or of the same structure without any."""
-    if paths.packed and model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
+    if paths.packed:
+        take_packed(model)
 
 
 def batch_loss(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float) -> Tensor:

@@ -7,7 +7,8 @@ A mistake of whoever asks is 4xx, whatever raised it; 5xx are for a server that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,15 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
     if isinstance(fault, VeneerError):
         return Refusal(422, str(fault), param)
     return Refusal(500, "This is a bug in Veneer; the server's log says more.")
+
+
+@contextmanager
+def refusing(param: str | None = None) -> Iterator[None]:
+    """Within, what is raised below this room is a Refusal, by the field that asked for it."""
+    try:
+        yield
+    except VeneerError as fault:
+        raise refusal_of(fault, param=param) from None
 
 
 def shutting_down() -> Refusal:

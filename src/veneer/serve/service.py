@@ -26,7 +26,7 @@ from veneer.serve.loop import EngineLoop
 from veneer.serve.metrics import Metrics, state_of
 from veneer.serve.names import Model, Names
 from veneer.serve.prompts import Prompts
-from veneer.serve.refusals import Refusal, refusal_of, unknown_adapter
+from veneer.serve.refusals import Refusal, refusal_of, refusing, unknown_adapter
 from veneer.serve.runs import Runs
 from veneer.serve.token_text import TokenTexts
 
@@ -92,10 +92,8 @@ class Service:
 
     async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
         """Refusal: 404, or why its adapter cannot act."""
-        try:
+        with refusing("model"):
             found = await self.apart(lambda: self.names.model(name, weighted))
-        except VeneerError as fault:
-            raise refusal_of(fault, param="model") from None
         self._label(found)
         return found
 
@@ -109,14 +107,9 @@ class Service:
 
     async def ids(self, prompts: Sequence[Prompt], model: Model) -> list[list[int]]:
         """Of each prompt, asked as the model was trained. Refusal."""
-        return await self.prompts.encoded(prompts, self._asked_as(await self._preamble(model)))
-
-    async def _preamble(self, model: Model) -> Preamble:
-        """Of its conversations, as it was trained. Refusal."""
-        try:
-            return await self.apart(lambda: self.residents.preamble(model.identity))
-        except VeneerError as fault:
-            raise refusal_of(fault, param="model") from None
+        with refusing("model"):
+            preamble = await self.apart(lambda: self.residents.preamble(model.identity))
+        return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
@@ -127,7 +120,7 @@ class Service:
         places = self._most_places(front)
         lengths = [self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts]
         grammar = await self._grammar(asked)
-        try:
+        with refusing():
             requests = requests_of(
                 asked,
                 prompts,
@@ -140,8 +133,6 @@ class Service:
                 now=self.loop.clock(),
                 seconds=self.limits.seconds,
             )
-        except VeneerError as fault:
-            raise refusal_of(fault) from None
         if asked.min_new_tokens and asked.stops:
             raise Refusal(
                 400, "min_tokens: is not for requests with stop strings: a string may lie across.", "min_tokens"
@@ -156,23 +147,18 @@ class Service:
 
         Refusal: 404, or why its adapter cannot act.
         """
-        param = "model"
-        try:
+        with refusing("model"):
             model = self.names.model(asked.model, asked.adapters)
             preamble = self.residents.preamble(model.identity)
-            param = "adapters"
+        with refusing("adapters"):
             return model, preamble, self.residents.front_places(model.identity)
-        except VeneerError as fault:
-            raise refusal_of(fault, param=param) from None
 
     async def _grammar(self, asked: Asked) -> Grammar | None:
         """What the answers follow. Refusal: it cannot be followed."""
         if (shape := asked.shape) is None:
             return None
-        try:
+        with refusing(shape.param):
             return await self.apart(lambda: self._shapes(shape))
-        except VeneerError as fault:
-            raise refusal_of(fault, param=shape.param) from None
 
     async def load(self, reference: str) -> None:
         """The adapter is in memory and fits, or Refusal."""

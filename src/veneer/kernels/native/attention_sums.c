@@ -16,14 +16,15 @@ enum { SOME = 64 }; /* values at a time */
 
 INLINE void add_row(const struct summed *a, int64_t of, int64_t row) {
     const int64_t next = a->rows * a->width;
-    const float *own = a->own + of * a->splits * next + row * a->width, *more = a->more + of * next + row * a->width;
+    const float *own = a->own + of * a->splits * next + row * a->width;
+    const float *more = a->more ? a->more + of * next + row * a->width : NULL;
     for (int64_t c = 0; c < a->width; c += SOME) {
         const int64_t n = a->width - c < SOME ? a->width - c : SOME;
         float sum[SOME];
         for (int64_t i = 0; i < n; i++) sum[i] = own[c + i];
         for (int64_t s = 1; s < a->splits; s++)
             for (int64_t i = 0; i < n; i++) sum[i] += own[s * next + c + i];
-        for (int64_t i = 0; a->more && i < n; i++) sum[i] += more[c + i];
+        for (int64_t i = 0; more && i < n; i++) sum[i] += more[c + i];
         if (a->wide) {
             memcpy((float *)(of ? a->out_v : a->out_k) + row * a->width + c, sum, (size_t)n * 4);
         } else {
