@@ -1,5 +1,7 @@
 """GGUF blocks: the compiled kernel, the plain reference and the gguf package give the same bits."""
 
+from functools import partial
+
 import gguf
 import pytest
 import torch
@@ -95,7 +97,7 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
     blocks = random_blocks(kind, 37, width)
     exact_weight = kernels.dequantise_reference(blocks, kind).double()
     for dtype in kernels.PRODUCTS:
-        if level == 5 and kernels.multiplies_codes(dtype):
+        if level >= 4 and kernels.multiplies_codes(dtype):
             continue
         weight = kernels.dequantise(blocks, kind, torch.empty(exact_weight.shape, dtype=dtype))
         bias = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -109,13 +111,15 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
                 assert ((y - exact).abs() <= FP32_SUM * scale).all()
 
 
-needs_tiles = pytest.mark.skipif(not native.has_amx(), reason="a processor without tiles")
+needs_codes = pytest.mark.skipif(not kernels.multiplies_codes(torch.bfloat16), reason="a processor without bf16 pairs")
 
 
-@needs_tiles
+@needs_codes
+@pytest.mark.parametrize("level", [5, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_tiles_weights_are_not_rounded_and_rows_do_not_meet(kind):
+def test_of_codes_weights_are_not_rounded_and_rows_do_not_meet(kind, level):
     """What is left of float32 is a ten-millionth of the terms' sums, the result's own rounding apart."""
+    product = partial(kernels.product, most=level)
     size = kernels.FORMATS[kind].size
     for outs, width in ((1, 1), (15, 2), (16, 3), (17, 5), (33, 18), (64, 6), (37, 48)):
         blocks = random_blocks(kind, outs, width, seed=outs)
@@ -125,21 +129,22 @@ def test_on_tiles_weights_are_not_rounded_and_rows_do_not_meet(kind):
         x[4] *= 2.0**-80
         bias = torch.randn(outs).bfloat16() if outs % 2 else None
         added = 0 if bias is None else bias.double()
-        alone = torch.cat([kernels.product(row[None], blocks, kind, bias) for row in x])
-        for rows in (1, 2, 15, 16, 17, 33, 64, 65):
-            assert torch.equal(kernels.product(x[:rows], blocks, kind, bias), alone[:rows])
+        alone = torch.cat([product(row[None], blocks, kind, bias) for row in x])
+        for rows in (1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 33, 64, 65):
+            assert torch.equal(product(x[:rows], blocks, kind, bias), alone[:rows])
         expected = x.double() @ exact.T + added
         largest = 40 * x.double().abs().sum(1, keepdim=True) * exact.abs().max()
         assert ((alone - expected).abs() <= 2**-8 * expected.abs() + 0.1 * FP32_SUM * largest).all()
 
 
-@needs_tiles
-def test_rows_beyond_what_is_turned_at_a_time_are_those_of_themselves():
+@needs_codes
+@pytest.mark.parametrize("level", [5, 4])
+def test_rows_beyond_what_is_turned_at_a_time_are_those_of_themselves(level):
     blocks = random_blocks("Q4_0", 40, 192)
     x = torch.randn(200, 6144, generator=torch.Generator().manual_seed(0)).bfloat16()
-    y = kernels.product(x, blocks, "Q4_0")
-    assert torch.equal(y[70:], kernels.product(x[70:], blocks, "Q4_0"))
-    assert torch.equal(y[199:], kernels.product(x[199:], blocks, "Q4_0"))
+    y = kernels.product(x, blocks, "Q4_0", most=level)
+    assert torch.equal(y[70:], kernels.product(x[70:], blocks, "Q4_0", most=level))
+    assert torch.equal(y[199:], kernels.product(x[199:], blocks, "Q4_0", most=level))
 
 
 @needs_kernel

@@ -1,8 +1,8 @@
-/* Blocks of a .gguf file as whole numbers in bf16, and the scales beside them: what gguf_tiles.c multiplies. Of 16 rows
-   of W, `row_bytes` apart; 128 bytes behind the last one's end may be read.
+/* Blocks of a .gguf file as whole numbers in bf16, and the scales beside them: what gguf_tiles.c and gguf_vectors.c
+   multiply. Of 16 rows of W, `row_bytes` apart; 128 bytes behind the last one's end may be read. Both say for which
+   instructions it is compiled (GGUF).
    Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h */
 
-#define GGUF __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")))
 #define GGUF_INLINE static inline __attribute__((always_inline)) GGUF
 
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 }; /* ggml's numbers */
@@ -140,7 +140,22 @@ GGUF_INLINE void decode(const int kind, const uint8_t *rows, int64_t row_bytes, 
 GGUF_INLINE __m512 low_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
 GGUF_INLINE __m512 high_halves(__m512i words) { return low_halves(_mm512_srli_epi32(words, 16)); }
 
-/* 4 words of a row, of 16 rows, across: words[i] of all rows. Of small blocks, those that hold the headers of four. */
+/* four[i]: 4 words each of row i and of every fourth behind it. words[i]: those of all 16 rows. */
+GGUF_INLINE void turned_over(const __m512i four[4], __m512i words[4]) {
+    const __m512i a = _mm512_unpacklo_epi32(four[0], four[1]), b = _mm512_unpackhi_epi32(four[0], four[1]);
+    const __m512i c = _mm512_unpacklo_epi32(four[2], four[3]), d = _mm512_unpackhi_epi32(four[2], four[3]);
+    words[0] = _mm512_unpacklo_epi64(a, c), words[1] = _mm512_unpackhi_epi64(a, c);
+    words[2] = _mm512_unpacklo_epi64(b, d), words[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+/* Row i. Addresses made out of few others: the compiler would keep those of all 16 rows. */
+INLINE const uint8_t *row_at(const uint8_t *p, int64_t row_bytes, const int i) {
+    const uint8_t *four = p + i / 4 * 4 * row_bytes;
+    __asm__("" : "+r"(four));
+    return four + i % 4 * row_bytes;
+}
+
+/* 4 words of a row, of 16 rows, across. Of small blocks, those that hold the headers of four. */
 GGUF_INLINE void headers(const int kind, const uint8_t *p, int64_t row_bytes, __m512i words[4]) {
     /* where they stand in 64 bytes and, from 16 on, in those `later` */
     const __m512i at = kind == Q4_1   ? _mm512_setr_epi32(0, 5, 10, 15, 16, 21, 26, 31, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -150,7 +165,7 @@ GGUF_INLINE void headers(const int kind, const uint8_t *p, int64_t row_bytes, __
                                       : _mm512_setr_epi32(0, 8, 16, 24, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
     const int64_t later = row_bytes_of(kind, 64);
     __m512i four[4];
-#define AT(i) (p + (i) * row_bytes)
+#define AT(i) row_at(p, row_bytes, i)
 #define TWO(i, j) _mm512_castsi512_si256(_mm512_permutex2var_epi32(_mm512_loadu_si512(AT(i)), at, _mm512_loadu_si512(AT(j))))
 #define ONE(i) _mm512_castsi512_si128(_mm512_permutex2var_epi32(_mm512_loadu_si512(AT(i)), at, _mm512_loadu_si512(AT(i) + later)))
 #pragma GCC unroll 4
@@ -168,10 +183,7 @@ GGUF_INLINE void headers(const int kind, const uint8_t *p, int64_t row_bytes, __
 #undef AT
 #undef TWO
 #undef ONE
-    const __m512i a = _mm512_unpacklo_epi32(four[0], four[1]), b = _mm512_unpackhi_epi32(four[0], four[1]);
-    const __m512i c = _mm512_unpacklo_epi32(four[2], four[3]), d = _mm512_unpackhi_epi32(four[2], four[3]);
-    words[0] = _mm512_unpacklo_epi64(a, c), words[1] = _mm512_unpackhi_epi64(a, c);
-    words[2] = _mm512_unpacklo_epi64(b, d), words[3] = _mm512_unpackhi_epi64(b, d);
+    turned_over(four, words);
 }
 
 /* Four bits of each word from `at` on, and two of another's from `above` on. */
@@ -197,8 +209,9 @@ GGUF_INLINE void small_scales_of(const uint8_t *rows, int64_t row_bytes, int64_t
     }
 }
 
-/* Of four steps of 16 rows of W, from a multiple of four on: what sums of products, and of x, are multiplied with. */
-GGUF_INLINE void scales_of(const int kind, const uint8_t *rows, int64_t row_bytes, int64_t step, __m512 scale[4], __m512 offset[4]) {
+/* Of four steps of 16 rows of W, from a multiple of four on: what sums of products, and of x, are multiplied with. plain:
+   codes of 8 bits are themselves. */
+GGUF_INLINE void scales_of(const int kind, const int plain, const uint8_t *rows, int64_t row_bytes, int64_t step, __m512 scale[4], __m512 offset[4]) {
     const __m512 most = _mm512_set1_ps((float)(1 << bits_of(kind))); /* a code that adds 1 */
     __m512i words[4];
     if (kind == Q6_K) {
@@ -219,8 +232,8 @@ GGUF_INLINE void scales_of(const int kind, const uint8_t *rows, int64_t row_byte
             offset[i] = _mm512_sub_ps(high_halves(words[i]), scale[i]);
         } else { /* words hold the header of every second step in their high halves */
             const __m512 own = i % 2 ? high_halves(words[i]) : low_halves(words[i]);
-            scale[i] = _mm512_mul_ps(own, most);
-            offset[i] = _mm512_mul_ps(own, _mm512_set1_ps(kind == Q4_0 ? -24 : kind == Q5_0 ? -48 : -400));
+            scale[i] = plain && kind == Q8_0 ? own : _mm512_mul_ps(own, most);
+            offset[i] = _mm512_mul_ps(own, _mm512_set1_ps(plain && kind == Q8_0 ? 0 : kind == Q4_0 ? -24 : kind == Q5_0 ? -48 : -400));
         }
     }
 }

@@ -19,6 +19,7 @@
 
 #if defined(VENEER_AMX_COMPILED)
 
+#define GGUF __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")))
 #include "gguf_codes.h"
 
 enum {
@@ -32,13 +33,13 @@ enum {
 };
 
 /* Rows [first, first + rows) of x, turned: a tile for every 32 values of 16 (of one row: 64 bytes), and the sum of x
-   within each step, 16 (one). Threads take groups of 16 rows of W from `next` on, a `share`th of what is
-   left and one more: long runs first, since memory brings these sooner, and short ones last, so that nobody waits. */
+   within each step, 16 (one). runs: of groups of 16 rows of W. */
 struct tiled {
     const struct gguf_product *of;
     uint8_t *turned;
     float *within;
-    int64_t first, rows, steps, halves, row_bytes, groups, share, next;
+    int64_t first, rows, steps, halves, row_bytes;
+    struct gguf_runs runs;
     int failed;
 };
 
@@ -161,7 +162,7 @@ GGUF_INLINE void one_row_four(const int kind, const int whole, const struct tile
                               int64_t four, __m512 *sum) {
     const int64_t steps = all->steps, bytes = all->row_bytes;
     __m512 scale[4] = {0}, offset[4] = {0};
-    if (whole || four >= 4) scales_of(kind, rows, bytes, four - 4, scale, offset);
+    if (whole || four >= 4) scales_of(kind, 0, rows, bytes, four - 4, scale, offset);
 #define EACH(i, done, w, x)                                                                               \
     do {                                                                                                  \
         const int64_t step = four + i;                                                                    \
@@ -207,7 +208,7 @@ GGUF_INLINE void many_rows_four(const int kind, const int decoding, const int wh
     const float *within = all->within + 16 * tile * all->steps;
     if (decoding && (whole || four < stop)) {
         __m512 scale[4], offset[4];
-        scales_of(kind, rows, bytes, four, scale, offset);
+        scales_of(kind, 0, rows, bytes, four, scale, offset);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             _mm512_store_ps(SLOT(scales, four + i, ring, 16), scale[i]);
@@ -350,12 +351,7 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
     room.offsets = room.scales + 16 * SLOTS;
     room.last = (uint8_t *)(room.offsets + 16 * SLOTS);
     shapes_of(all->rows);
-    for (int64_t run, next = __atomic_load_n(&all->next, __ATOMIC_RELAXED); next < all->groups;) {
-        run = least(all->groups - next, 1 + (all->groups - next) / all->share);
-        if (!__atomic_compare_exchange_n(&all->next, &next, next + run, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
-        groups(all, &room, next, next + run);
-        next = __atomic_load_n(&all->next, __ATOMIC_RELAXED);
-    }
+    for (int64_t from, to; (to = gguf_take_run(&all->runs, &from)) > 0;) groups(all, &room, from, to);
     _tile_release();
     FENCE;
     free(memory);
@@ -363,7 +359,7 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
 
 int gguf_tiled_product(const struct gguf_product *of) {
     const int64_t halves = halves_of((int)of->kind), whole = of->width / 32, bytes = row_bytes_of(of->kind, of->width);
-    struct tiled all = {of, NULL, NULL, 0, 0, halves * whole, halves, bytes, 0, 0, 0, 0};
+    struct tiled all = {of, NULL, NULL, 0, 0, halves * whole, halves, bytes, {0, 0, 0}, 0};
     const int64_t fit = MOST_X / (2 * of->width) / 16 * 16, most = fit < 64 ? 64 : fit;
     const int64_t turned = of->rows == 1 ? whole * 64 : (least(of->rows, most) + 15) / 16 * whole * TILE;
     const int64_t sums = of->rows == 1 ? all.steps + 16 * halves : turned / TILE * halves * 16;
@@ -371,13 +367,11 @@ int gguf_tiled_product(const struct gguf_product *of) {
     if (posix_memalign(&memory, 4096, (size_t)(turned + 4 * sums))) return 1;
     all.turned = memory;
     all.within = (float *)(all.turned + turned);
-    for (int64_t i = 0; i < of->count; i++) all.groups += groups_of(of->weights + i);
+    for (int64_t i = 0; i < of->count; i++) all.runs.groups += groups_of(of->weights + i);
     for (; all.first < of->rows; all.first += all.rows) {
         all.rows = least(most, of->rows - all.first);
         turn(&all);
-        const int64_t grain = 1 + ALONE / (16 * of->width * (1 + all.rows / 16)), useful = all.groups / grain;
-        const int64_t threads = useful > 1 ? least(useful, veneer_threads()) : 1;
-        all.next = 0, all.share = threads > 1 ? 2 * threads : 1;
+        const int64_t threads = gguf_set_out(&all.runs, 1 + ALONE / (16 * of->width * (1 + all.rows / 16)), veneer_threads());
         veneer_parallel(products, &all, threads, 1);
     }
     free(memory);

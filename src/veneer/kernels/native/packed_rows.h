@@ -21,6 +21,6 @@ int veneer_packed_rows(const struct packed_rows *call, int most);
 int packed_like(const struct packed_rows *a, const struct packed_rows *b, int most);
 
 /* Up to MOST_TOGETHER calls that are alike, whose y do not meet: the bits of each alone. 1: no memory. */
-int packed_together(const struct packed_rows *const *calls, int64_t count);
+int packed_together(const struct packed_rows *const *calls, int64_t count, int most);
 
 #endif

@@ -76,7 +76,7 @@ static int made_together(const struct recorded_call *calls, int64_t count, uint3
         found[size++] = (void *)(intptr_t)calls[at].given[0];
         *done |= (uint32_t)1 << at;
     }
-    return size > 1 ? packed_together(found, size) : made(calls);
+    return size > 1 ? packed_together(found, size, (int)calls->given[1]) : made(calls);
 }
 
 /* said: by the first call that fails; 0: none did. */
