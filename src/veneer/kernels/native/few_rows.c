@@ -2,13 +2,18 @@
    Several W may share one x. few_rows_body.h holds the code, written once; it is compiled here for each set of
    instructions and chosen when called.
 
+   W is asked for in the order in which it lies, line by line, some KiB ahead and into the second cache: four rows side by
+   side are streams too short for what a processor asks for by itself (Zen 4, one thread: 12 GB/s, and 20 so), and the
+   nearest cache waits for few lines at a time.
+
    A sum stays in one register from the first value to the last, in their order, and its lanes are added up in one fixed
    order (of tiles: few_rows_tiles.c): what a row gives depends neither on the rows beside it nor on the number of threads. */
 #include "few_rows.h"
 #include <stddef.h>
 #include <stdlib.h>
 
-enum { NEAR = 1 << 14, FAR = 1 << 18, GROUPED = 7 }; /* bytes; rows */
+enum { NEAR = 1 << 14, FAR = 1 << 18, AHEAD = 1 << 13, LINE = 64, GROUPED = 7 }; /* bytes; rows */
+enum { SECOND = 2 };                                                              /* the second cache, to the compiler */
 
 /* room: bytes for a group of rows of a packed W; 0 where none is. */
 struct pieces {
@@ -35,13 +40,16 @@ INLINE int64_t rows_of(const struct pieces *all, const struct piece *part) {
     return fit < GROUPED ? GROUPED : fit;
 }
 
-/* Where the block begins that memory should bring next: the one behind, or, where rows are short, some 2 KiB on; of the
-   next piece, where this one ends before. */
-INLINE const char *soon_read(const struct pieces *all, const struct piece *part, int64_t block) {
-    const int64_t bytes = 4 * row_bytes(all, part);
-    int64_t next = block + 1 + 2048 / bytes;
-    if (next < blocks_of(part) || part + 1 == all->of + all->count) return (const char *)part->w + next * bytes;
-    return (const char *)part[1].w + (next - blocks_of(part)) * bytes;
+/* What lies `place` bytes behind the beginning of W: in the next piece, where this one ends before. */
+INLINE const char *soon_read(const struct pieces *all, const struct piece *part, int64_t place) {
+    const int64_t bytes = part->outs * row_bytes(all, part);
+    if (place < bytes || part + 1 == all->of + all->count) return (const char *)part->w + place;
+    return (const char *)part[1].w + (place - bytes);
+}
+
+/* For what a run of a thread begins with: later lines are asked for while earlier ones are multiplied. */
+INLINE void fetch_first(const struct piece *part, int64_t place, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)part->w + place + i, 0, SECOND);
 }
 
 /* The totals of one row of x to values [out, out + count) of a row of y, 4 of them or fewer. */

@@ -3,8 +3,8 @@
    LOAD and LOAD_SOME read a register, the second the first few values and zeros behind them; MULTIPLY adds products to
    sums, TOTAL adds up the lanes of four of them. */
 
-/* Four rows of W, from `block` on, against `rows` rows of x from `first` on. fetch: what will be read soon, as far as
-   these rows reach. */
+/* Four rows of W, from `block` on, against `rows` rows of x from `first` on. fetch: so many lines of what will be read soon
+   are asked for in each step. */
 INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const char *block, const char *soon,
                               int64_t first, int64_t out) {
     const int size = type == FEW_FP32 ? 4 : 2;
@@ -18,7 +18,7 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             of_w[r] = LOAD(w[r] + k * size, type);
-            if (fetch) __builtin_prefetch(soon + r * step + k * size);
+            if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
@@ -33,7 +33,7 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             of_w[r] = LOAD_SOME(w[r] + k * size, some, type);
-            if (fetch) __builtin_prefetch(soon + r * step + k * size);
+            if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
@@ -74,16 +74,21 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
 #endif
 
 /* `count` blocks of W against rows [from, to) of x, near enough equally many at a time: those stay in the nearest cache
-   while all of these blocks are multiplied with them. soon: of each block, or NULL, nothing is fetched. */
+   while all of these blocks are multiplied with them. fetch: whether what is as long as they are, and lies that and AHEAD
+   behind them, is asked for meanwhile, in the first turn or the first two. */
 INLINE TARGET void NAME(group)(const struct pieces *all, const struct piece *part, const int type, const char *rows, int64_t number,
                                int64_t count, int64_t from, int64_t to, int fetch) {
     const int64_t turns = (to - from + MOST - 1) / MOST, bytes = 4 * part->width * (type == FEW_FP32 ? 4 : 2);
+    const int64_t turns_of_fetch = !fetch ? 0 : turns > 1 ? 2 : 1;
     for (int64_t turn = 0, first = from; turn < turns; turn++) {
         const int64_t next = from + (to - from) * (turn + 1) / turns;
         for (int64_t i = 0; i < count; i++) {
-            const char *block = rows + i * bytes, *soon = fetch && turn == 0 ? soon_read(all, part, number + i) : NULL;
-            const int64_t out = 4 * (number + i);
-            if (soon != NULL) UP_TO_MOST(next - first, 1) else UP_TO_MOST(next - first, 0)
+            const int64_t out = 4 * (number + i), place = (number + count) * bytes + AHEAD;
+            const char *block = rows + i * bytes, *soon = NULL;
+            if (turn < turns_of_fetch) soon = soon_read(all, part, place + (turn * count + i) * bytes / turns_of_fetch);
+            if (soon == NULL) UP_TO_MOST(next - first, 0)
+            else if (turns > 1) UP_TO_MOST(next - first, 2)
+            else UP_TO_MOST(next - first, 4)
         }
         first = next;
     }
@@ -102,7 +107,10 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
         const int64_t cost = cost_of(part), blocks = blocks_of(part), bytes = row_bytes(all, part), together = group_of(all, part);
         const int64_t begin = start <= before ? 0 : (start - before + cost - 1) / cost;
         const int64_t end = stop - before >= blocks * cost ? blocks : (stop - before + cost - 1) / cost, most = rows_of(all, part);
+        const int read = part->decode == NULL && begin < end;
+        if (read && before <= start) fetch_first(part, 4 * begin * bytes, 4 * together * bytes + AHEAD);
         for (int64_t from = 0; from < part->rows && begin < end; from += most) {
+            const int fetch = read && from == 0;
             const int64_t to = part->rows - from < most ? part->rows : from + most;
             for (int64_t block = begin, count; block < end; block += count) {
                 count = end - block < together ? end - block : together;
@@ -112,7 +120,6 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
                     part->decode(part->w, 4 * block, left < 4 * count ? left : 4 * count, room);
                     rows = room;
                 }
-                const int fetch = part->decode == NULL && from == 0;
                 if (all->type == FEW_FP32) NAME(group)(all, part, FEW_FP32, rows, block, count, from, to, fetch);
                 else NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch);
             }
