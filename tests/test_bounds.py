@@ -100,6 +100,12 @@ def test_a_number_holds_what_lies_between_its_ends_and_no_truth_value(number, in
     assert [value for value in outside if number.holds(value)] == []
 
 
+def test_lists_of_plain_ints_are_held_at_one_go():
+    assert COUNT.holds_ints([3, 1, 10**9]) and TEMPERATURE.holds_ints([2, 0])
+    for others in ([], [1, True], [1, 2.0], [1, "2"], [1, None], [0, 1], [1, 10**9 + 1], [np.int64(3)]):
+        assert not COUNT.holds_ints(others), others
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [

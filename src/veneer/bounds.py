@@ -53,6 +53,10 @@ class Number:
         low = self.least < number if self.above else self.least <= number  # nan is on neither side
         return low and (number < self.most if self.below else number <= self.most)
 
+    def holds_ints(self, values: Sequence[Any]) -> bool:
+        """Whether these are plain ints within the bounds, one at least. Of others `holds` says it, one by one."""
+        return set(map(type, values)) == {int} and self.holds(min(values)) and self.holds(max(values))
+
     def __call__(self, text: str) -> Any:
         """An argparse type."""
         try:

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from tests.serve.generated import TABLES, body, mutated
-from veneer.bounds import TEMPERATURE
+from veneer.bounds import TEMPERATURE, TOKEN
 from veneer.serve import chat, completions, messages, responses
 from veneer.serve.body import parsed
 from veneer.serve.fields import (
@@ -55,6 +55,7 @@ def refused(path, changes):
         (Text(3, 1), ["a", "abc"], ["", "abcd", 1, "\ud800", ["a"]]),
         (Only((False, "auto", 0)), [False, "auto", 0], [True, 0.0, "Auto", 1]),
         (Listed(Flag(), 2, 1), [[True], [True, False]], [[], [1], [True] * 3, {}]),
+        (Listed(Num(TOKEN), 3), [[], [0, 5], [1, 2.0]], [[5, -1], [True, 1], [1, 2**31], [1, "1"], [1, [1]], [1] * 4]),
         (Mapped(Text(2), Flag(), 1), [{}, {"a": True}], [{"abc": True}, {"a": 1}, {"a": True, "b": True}, []]),
         (Table((Field("a", Flag(), "", required=True),)), [{"a": True}], [{}, {"a": None}, {"a": True, "b": 1}, 3]),
         (Tagged("type", {"x": (Field("a", Flag(), ""),)}), [{"type": "x"}], [{}, {"type": "y"}, {"type": []}, "x"]),

@@ -86,8 +86,9 @@ def _routes(service: Service) -> list[Route]:
         return Route(path, _answered(endpoint), methods=["POST"])
 
     async def answer(body: dict[str, Any], request: Request) -> Response:
-        protocol = PROTOCOLS[request.url.path]
-        return Exchange(service, protocol, protocol.asked(body), _caller(request).name, request.url.path)
+        path = request.scope["path"]
+        protocol = PROTOCOLS[path]
+        return Exchange(service, protocol, protocol.asked(body), _caller(request).name, path)
 
     async def count(body: dict[str, Any], request: Request) -> Response:
         asked = messages.counted(body)

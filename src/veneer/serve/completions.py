@@ -65,7 +65,7 @@ def _prompts(given: str | list[Any]) -> tuple[Plain, ...]:
     if isinstance(given[0], str):
         return tuple(Plain(text=text) for text in given)
     several = given if isinstance(given[0], list) else [given]
-    return tuple(Plain(ids=tuple(int(token) for token in ids)) for ids in several)
+    return tuple(Plain(ids=tuple(map(int, ids))) for ids in several)
 
 
 def head(model: str, fingerprint: str) -> Head:

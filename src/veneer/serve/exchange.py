@@ -24,6 +24,8 @@ log = logging.getLogger("veneer.serve")
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"))
 PROXIES = (b"x-accel-buffering", b"no")
 """They must not gather pieces."""
+TURNS = 3
+"""Of the event loop, before a request goes on: those that came with it are read meanwhile, and are coming too."""
 
 
 class ClientGone(Exception):
@@ -57,6 +59,8 @@ class Exchange(Response):
     async def _exchange(self, send: Send) -> Response | None:
         """The whole answer; None: it has been sent in pieces."""
         with self._service.loop.coming():
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
             model, answering = await self._service.begin(self._asked, self._caller)
         head: Head = self._protocol.head(self._asked.model, self._service.fingerprint(model))
         reason = None

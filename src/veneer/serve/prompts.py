@@ -19,7 +19,7 @@ from veneer.data.rendering import forgive
 from veneer.data.template import ChatTemplate
 from veneer.decoding.calls import CallStyle
 from veneer.errors import VeneerError
-from veneer.serve.asked import Chat, Prompt
+from veneer.serve.asked import Chat, Plain, Prompt
 from veneer.serve.call_style import call_style
 from veneer.serve.refusals import Refusal, refusal_of
 
@@ -44,6 +44,8 @@ class Prompts:
 
     async def encoded(self, prompts: Sequence[Prompt], preamble: Preamble = NONE) -> list[list[int]]:
         """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
+        if not preamble.tokens and all(isinstance(prompt, Plain) and prompt.ids is not None for prompt in prompts):
+            return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
         return await self._apart(lambda: [self.encode(prompt, preamble) for prompt in prompts])
 
     async def strings(self, ids: Sequence[int]) -> list[str]:

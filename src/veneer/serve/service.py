@@ -113,7 +113,8 @@ class Service:
 
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
-        model, preamble, front = await self.apart(lambda: self._known(asked))
+        base = asked.model == self.names.base_name and not asked.adapters  # of which no file tells
+        model, preamble, front = self._known(asked) if base else await self.apart(lambda: self._known(asked))
         self._label(model)
         prompts = await self.prompts.encoded(asked.prompts, self._asked_as(preamble))
         texts = await self.apart(lambda: self.texts.having(preamble.tokens)) if preamble.tokens else self.texts
