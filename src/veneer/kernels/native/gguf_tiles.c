@@ -33,13 +33,13 @@ enum {
 };
 
 /* Rows [first, first + rows) of x, turned: a tile for every 32 values of 16 (of one row: 64 bytes), and the sum of x
-   within each step, 16 (one). runs: of groups of 16 rows of W. */
+   within each step, 16 (one). Threads take groups of 16 rows of W from `next` on, a `share`th of what is
+   left and one more: long runs first, since memory brings these sooner, and short ones last, so that nobody waits. */
 struct tiled {
     const struct gguf_product *of;
     uint8_t *turned;
     float *within;
-    int64_t first, rows, steps, halves, row_bytes;
-    struct gguf_runs runs;
+    int64_t first, rows, steps, halves, row_bytes, groups, share, next;
     int failed;
 };
 
@@ -351,7 +351,12 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
     room.offsets = room.scales + 16 * SLOTS;
     room.last = (uint8_t *)(room.offsets + 16 * SLOTS);
     shapes_of(all->rows);
-    for (int64_t from, to; (to = gguf_take_run(&all->runs, &from)) > 0;) groups(all, &room, from, to);
+    for (int64_t run, next = __atomic_load_n(&all->next, __ATOMIC_RELAXED); next < all->groups;) {
+        run = least(all->groups - next, 1 + (all->groups - next) / all->share);
+        if (!__atomic_compare_exchange_n(&all->next, &next, next + run, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+        groups(all, &room, next, next + run);
+        next = __atomic_load_n(&all->next, __ATOMIC_RELAXED);
+    }
     _tile_release();
     FENCE;
     free(memory);
@@ -359,7 +364,7 @@ static GGUF void products(void *arguments, int64_t start, int64_t stop) {
 
 int gguf_tiled_product(const struct gguf_product *of) {
     const int64_t halves = halves_of((int)of->kind), whole = of->width / 32, bytes = row_bytes_of(of->kind, of->width);
-    struct tiled all = {of, NULL, NULL, 0, 0, halves * whole, halves, bytes, {0, 0, 0}, 0};
+    struct tiled all = {of, NULL, NULL, 0, 0, halves * whole, halves, bytes, 0, 0, 0, 0};
     const int64_t fit = MOST_X / (2 * of->width) / 16 * 16, most = fit < 64 ? 64 : fit;
     const int64_t turned = of->rows == 1 ? whole * 64 : (least(of->rows, most) + 15) / 16 * whole * TILE;
     const int64_t sums = of->rows == 1 ? all.steps + 16 * halves : turned / TILE * halves * 16;
@@ -367,11 +372,13 @@ int gguf_tiled_product(const struct gguf_product *of) {
     if (posix_memalign(&memory, 4096, (size_t)(turned + 4 * sums))) return 1;
     all.turned = memory;
     all.within = (float *)(all.turned + turned);
-    for (int64_t i = 0; i < of->count; i++) all.runs.groups += groups_of(of->weights + i);
+    for (int64_t i = 0; i < of->count; i++) all.groups += groups_of(of->weights + i);
     for (; all.first < of->rows; all.first += all.rows) {
         all.rows = least(most, of->rows - all.first);
         turn(&all);
-        const int64_t threads = gguf_set_out(&all.runs, 1 + ALONE / (16 * of->width * (1 + all.rows / 16)), veneer_threads());
+        const int64_t grain = 1 + ALONE / (16 * of->width * (1 + all.rows / 16)), useful = all.groups / grain;
+        const int64_t threads = useful > 1 ? least(useful, veneer_threads()) : 1;
+        all.next = 0, all.share = threads > 1 ? 2 * threads : 1;
         veneer_parallel(products, &all, threads, 1);
     }
     free(memory);

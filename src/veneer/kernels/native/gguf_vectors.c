@@ -3,10 +3,9 @@
 
        y[n] = sum over W's steps of 32 values:  scale[n] * sum(code[n] * x)  +  offset[n] * sum(x)
 
-   A register holds one pair of codes of each of 16 rows of W: their bytes are turned over as they lie, four at a time, and
-   each four are two pairs, or four. The pair's two values of x stand beside it, the same in all lanes; so sums lie in lanes
-   of their own, and scales of 16 rows are multiplied with them at once. Codes of 4 to 6 bits are numbers as on tiles, those
-   of 8 bits themselves.
+   A register holds one pair of codes of each of 16 rows of W (gguf_pairs.h). The pair's two values of x stand beside it,
+   the same in all lanes; so sums lie in lanes of their own, and scales of 16 rows are multiplied with them at once. Codes
+   of 4 to 6 bits are numbers as on tiles, those of 8 bits themselves.
 
    Each step's sums begin at zero and are added to y's in float32, step by step: a row of x gives the same bits alone and
    among any others, with any number of threads. */
@@ -21,6 +20,7 @@
 
 #define GGUF __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
 #include "gguf_codes.h"
+#include "gguf_pairs.h"
 
 enum {
     SIDES = 2,      /* groups of 16 rows of W that go together */
@@ -30,17 +30,32 @@ enum {
     AHEAD = 64,     /* rows of W that memory is asked for ahead */
     BEYOND = 128,   /* bytes that may be read behind a row */
     ALONE = 1 << 15, /* values of W that are not worth a second thread */
+    MOST_THREADS = 256,
 };
 
-/* Rows [first, first + rows) of x. pairs: for every 32 values 16 of each row, one row behind the other; within: the sums
-   of x in each step, the same way. last: 16 rows of each weight, with room behind. */
+/* What a thread works with, of rows [first, first + rows) of x. pairs: for every 32 values 16 of each row, one row behind
+   the other; within: the sums of x in each step, the same way. last: W's last rows, with room behind.
+   Each pairs up all of x: lines that another core has written come as slowly as from memory. */
 struct vectors {
     const struct gguf_product *of;
     uint32_t *pairs;
     float *within;
     uint8_t *last;
-    int64_t first, rows, blocks, row_bytes, last_bytes;
-    struct gguf_runs runs;
+    int64_t first, rows, blocks, row_bytes;
+};
+
+/* Groups [next, stop) of 32 rows of W: a thread's own, until others have none left of theirs. */
+struct range {
+    __attribute__((aligned(64))) int64_t next;
+    int64_t stop;
+};
+
+/* What all threads share. */
+struct shared {
+    const struct gguf_product *of;
+    struct range *ranges;
+    int64_t threads, first, rows;
+    int failed;
 };
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -62,84 +77,6 @@ static GGUF void pair_up(const struct vectors *all) {
                 all->within[(halves * at + half) * all->rows + row] = _mm512_mask_reduce_add_ps(pairs_of(kind, half), sums);
         }
     }
-}
-
-/* Four words of 16 rows each: words[i] of all of them. */
-GGUF_INLINE void across(const uint8_t *p, int64_t row_bytes, __m512i words[4]) {
-    __m512i four[4];
-#define AT(i) _mm_loadu_si128((const __m128i *)row_at(p, row_bytes, i))
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        four[i] = _mm512_inserti32x4(_mm512_castsi128_si512(AT(i)), AT(i + 4), 1);
-        four[i] = _mm512_inserti32x4(_mm512_inserti32x4(four[i], AT(i + 8), 2), AT(i + 12), 3);
-    }
-#undef AT
-    turned_over(four, words);
-}
-
-/* The bytes of 32 values of 16 rows, across: of their codes, and of what stands apart from these. */
-struct bytes {
-    __m512i codes[8], above[8];
-};
-
-/* (a & mask) | (b & ~mask) */
-GGUF_INLINE __m512i chosen(__m512i a, __m512i b, int mask) { return _mm512_ternarylogic_epi32(a, _mm512_set1_epi32(mask), b, 0xe2); }
-
-/* own: which 32 of 256 values; p: where their block begins, of small ones the first of four. */
-GGUF_INLINE void read_bytes(const int kind, const uint8_t *p, int64_t row_bytes, const int own, struct bytes *to) {
-    if (kind == Q6_K) {
-        across(p + own / 4 * 64 + own % 2 * 32, row_bytes, to->codes);
-        across(p + own / 4 * 64 + own % 2 * 32 + 16, row_bytes, to->codes + 4);
-        across(p + 128 + own / 4 * 32, row_bytes, to->above);
-        across(p + 128 + own / 4 * 32 + 16, row_bytes, to->above + 4);
-        return;
-    }
-    const uint8_t *codes = p + codes_at(kind, own);
-    across(codes, row_bytes, to->codes);
-    if (!in_mixed_order(kind)) across(codes + 16, row_bytes, to->codes + 4);
-    if (kind == Q5_K) {
-        across(p + 16, row_bytes, to->above);
-        across(p + 32, row_bytes, to->above + 4);
-    }
-    if (kind == Q5_0 || kind == Q5_1) { /* bits of values 2 apart, 16 apart: of the first 16 values, and of those behind */
-        __m512i words[4];
-        across(codes - 4, row_bytes, words);
-        const __m512i bits = words[0];
-        to->above[0] = chosen(bits, _mm512_slli_epi32(bits, 14), 0xffff);
-        to->above[1] = chosen(_mm512_srli_epi32(bits, 16), _mm512_srli_epi32(bits, 2), 0xffff);
-    }
-}
-
-/* Bit `from` moved to bit `to`. */
-GGUF_INLINE __m512i moved(__m512i words, const int from, const int to) {
-    return from > to ? _mm512_srli_epi32(words, (unsigned)(from - to)) : _mm512_slli_epi32(words, (unsigned)(to - from));
-}
-
-/* (words & mask) | bits */
-GGUF_INLINE __m512i with_bits(__m512i words, int mask, __m512i bits) {
-    return _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(mask), bits, 0xea);
-}
-
-/* A byte of each word, 8 bits with a sign, as a bf16 number in the upper half of 32. */
-GGUF_INLINE __m512i number(__m512i words, const int byte) {
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, (unsigned)(24 - 8 * byte)), 24)));
-}
-
-/* Pair `pair` of codes of 16 rows, in the order of `order_of`. */
-GGUF_INLINE __m512i codes_of(const int kind, const struct bytes *from, const int own, const int pair) {
-    const int place = place_of(kind), mask = 0x00010001 * (15 << place), byte = pair / 8;
-    const __m512i one = _mm512_set1_epi32(0x3f803f80);
-    if (kind == Q8_0) return chosen(_mm512_srli_epi32(number(from->codes[pair % 8], byte), 16), number(from->codes[pair % 8], byte + 2), 0xffff);
-    if (in_mixed_order(kind)) {
-        const __m512i code = with_bits(moved(from->codes[pair % 4], pair / 4 * 4, place), mask, one);
-        const __m512i fifth = moved(from->above[pair / 4 % 2], pair % 4 * 4 + byte, 6);
-        return bits_of(kind) == 4 ? code : with_bits(fifth, 0x00400040, code);
-    }
-    const int high = kind == Q6_K ? own % 4 / 2 : own % 2;
-    const __m512i code = with_bits(moved(from->codes[pair % 8], 4 * high + 8 * byte, place), mask, one);
-    if (kind == Q5_K) return with_bits(moved(from->above[pair % 8], own + 8 * byte, 6), 0x00400040, code);
-    if (kind == Q6_K) return with_bits(moved(from->above[pair % 8], own % 4 * 2 + 8 * byte, 5), 0x00600060, code);
-    return code;
 }
 
 /* What memory should bring: rows after the next, of the share of 32 values line `line`. It stays where it stands: memory
@@ -309,7 +246,8 @@ typedef void product_body(const struct vectors *, const struct unit *, int64_t, 
 static product_body *const products_of[2][AT_ONCE] = {BODIES(Q4_0), BODIES(Q6_K)};
 
 /* All rows of x with a unit, near enough equally many at a time. */
-static GGUF void multiply(const int kind, const struct vectors *all, const struct unit *unit, int64_t left, int64_t at, __m512 (*out)[SIDES]) {
+static GGUF void multiply(const int kind, const struct vectors *all, const struct unit *unit, int64_t left, int64_t at,
+                          __m512 (*out)[SIDES]) {
     const int64_t turns = (all->rows + AT_ONCE - 1) / AT_ONCE;
     for (int64_t turn = 0, row = 0; turn < turns; turn++) {
         const int64_t next = all->rows * (turn + 1) / turns;
@@ -378,50 +316,68 @@ static const uint8_t *readable(const struct vectors *all, const struct gguf_weig
 
 INLINE int64_t groups_of(const struct gguf_weight *w) { return (w->outs + 16 * SIDES - 1) / (16 * SIDES); }
 
-/* Groups [start, stop) of 32 rows of W, those of a weight behind those of the one before. */
-static GGUF void groups(const struct vectors *all, int64_t start, int64_t stop) {
-    const struct gguf_weight *w = all->of->weights;
-    rows_body *const body = body_of(all->of->kind, all->rows);
+/* Group `number` of 32 rows of W, those of a weight behind those of the one before. */
+struct place {
+    const struct gguf_weight *w;
+    int64_t out;
+};
+
+static struct place place_of_group(const struct gguf_product *of, int64_t number) {
+    const struct gguf_weight *w = of->weights;
+    while (number >= groups_of(w)) number -= groups_of(w++);
+    return (struct place){w, 16 * SIDES * number};
+}
+
+static GGUF void group(const struct vectors *all, struct place at) {
+    const struct gguf_weight *w = at.w;
     __m512 sums[MOST_X][SIDES];
-    int64_t before = 0;
-    for (int64_t number = start; number < stop; number++) {
-        while (number - before >= groups_of(w)) before += groups_of(w++);
-        const int64_t out = 16 * SIDES * (number - before);
-        uint8_t *room = all->last + (w - all->of->weights) * SIDES * all->last_bytes;
-        const uint8_t *p[SIDES] = {readable(all, w, out, room)};
-        for (int side = 1; side < SIDES; side++)
-            p[side] = out + 16 * side < w->outs ? readable(all, w, out + 16 * side, room + side * all->last_bytes) : p[0];
-        body(all, p, sums);
-        for (int side = 0; side < SIDES && out + 16 * side < w->outs; side++)
-            for (int64_t row = 0; row < all->rows; row++) put(all, w, out + 16 * side, row, sums[row][side]);
+    const uint8_t *p[SIDES] = {readable(all, w, at.out, all->last)};
+    for (int side = 1; side < SIDES; side++) {
+        const int64_t out = at.out + 16 * side;
+        p[side] = out < w->outs ? readable(all, w, out, all->last + side * (16 * all->row_bytes + BEYOND)) : p[0];
     }
+    body_of(all->of->kind, all->rows)(all, p, sums);
+    for (int side = 0; side < SIDES && at.out + 16 * side < w->outs; side++)
+        for (int64_t row = 0; row < all->rows; row++) put(all, w, at.out + 16 * side, row, sums[row][side]);
 }
 
 /* What one thread does, as long as there are runs. */
 static void products(void *arguments, int64_t start, int64_t stop) {
-    struct vectors *all = arguments;
-    (void)start, (void)stop;
-    for (int64_t from, to; (to = gguf_take_run(&all->runs, &from)) > 0;) groups(all, from, to);
+    struct shared *shared = arguments;
+    const struct gguf_product *of = shared->of;
+    const int64_t blocks = of->width / 32, steps = blocks * halves_of((int)of->kind), bytes = row_bytes_of(of->kind, of->width);
+    struct vectors all = {of, NULL, NULL, NULL, shared->first, shared->rows, blocks, bytes};
+    void *memory = NULL;
+    (void)stop;
+    if (posix_memalign(&memory, 64, (size_t)(all.rows * (64 * blocks + 4 * steps) + SIDES * (16 * bytes + BEYOND)))) {
+        shared->failed = 1;
+        return;
+    }
+    all.pairs = memory;
+    all.within = (float *)(all.pairs + 16 * all.rows * blocks);
+    all.last = (uint8_t *)(all.within + all.rows * steps);
+    pair_up(&all);
+    for (int64_t other = 0; other < shared->threads; other++) {
+        struct range *range = shared->ranges + (start + other) % shared->threads;
+        for (int64_t next; (next = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED)) < range->stop;)
+            group(&all, place_of_group(of, next));
+    }
+    free(memory);
 }
 
 int gguf_vector_product(const struct gguf_product *of) {
-    const int64_t blocks = of->width / 32, steps = blocks * halves_of((int)of->kind), most = least(of->rows, MOST_X);
-    const int64_t bytes = row_bytes_of(of->kind, of->width), last_bytes = 16 * bytes + BEYOND;
-    struct vectors all = {of, NULL, NULL, NULL, 0, 0, blocks, bytes, last_bytes, {0, 0, 0}};
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, (size_t)(most * (64 * blocks + 4 * steps) + of->count * SIDES * last_bytes))) return 1;
-    all.pairs = memory;
-    all.within = (float *)(all.pairs + 16 * most * blocks);
-    all.last = (uint8_t *)(all.within + most * steps);
-    for (int64_t i = 0; i < of->count; i++) all.runs.groups += groups_of(of->weights + i);
-    for (; all.first < of->rows; all.first += all.rows) {
-        all.rows = least(most, of->rows - all.first);
-        pair_up(&all);
-        const int64_t threads = gguf_set_out(&all.runs, 1 + ALONE / (16 * SIDES * of->width * (1 + all.rows / 16)), veneer_threads());
-        veneer_parallel(products, &all, threads, 1);
+    int64_t groups = 0;
+    for (int64_t i = 0; i < of->count; i++) groups += groups_of(of->weights + i);
+    const int64_t grain = 1 + ALONE / (16 * SIDES * of->width * (1 + least(MOST_X, of->rows) / 16));
+    const int64_t most = least(veneer_threads(), MOST_THREADS), useful = groups / grain, threads = useful < 2 ? 1 : least(useful, most);
+    struct range ranges[MOST_THREADS];
+    struct shared shared = {of, ranges, threads, 0, 0, 0};
+    for (; shared.first < of->rows; shared.first += shared.rows) {
+        shared.rows = least(MOST_X, of->rows - shared.first);
+        for (int64_t i = 0; i < threads; i++) ranges[i] = (struct range){groups * i / threads, groups * (i + 1) / threads};
+        veneer_parallel(products, &shared, threads, 1);
     }
-    free(memory);
-    return 0;
+    return shared.failed;
 }
 
 #else
