@@ -66,7 +66,7 @@ def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple
             },
         ),
         (sum_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
-        *([(product_calls.product, whole)] if native.has_amx() else []),
+        *([(product_calls.product, whole)] if native.has_bf16() else []),
         (block_calls.norm_forward, {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])}),
         (
             block_calls.norm_backward,

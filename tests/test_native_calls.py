@@ -113,7 +113,7 @@ def test_there_is_a_case_for_every_call_and_each_is_valid():
         | functions(paged_calls)
         | functions(step_calls)
         | functions(draw_calls)
-        | (functions(product_calls) if native.has_amx() else set())
+        | (functions(product_calls) if native.has_bf16() else set())
         <= tried | wrapped
     )
     for seed in range(20):

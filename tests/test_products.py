@@ -1,4 +1,6 @@
-"""Products of many rows on tiles: few_rows.py's bits, near plain torch, and the layers that take them."""
+"""Products of many rows: on tiles few_rows.py's bits, near plain torch, and the layers that take them."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from veneer.kernels.arguments import CallError
 from veneer.kernels.loss import Beside, Head
 from veneer.linear import DenseLinear, FewRowsLinear, frozen_linear
 
-pytestmark = pytest.mark.skipif(not native.has_amx(), reason="no AMX here")
+pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
 SHAPES = [(70, 576, 192), (65, 2048, 34), (96, 70, 1000), (131, 578, 130), (640, 64, 1024), (333, 1000, 77)]
+WIDE = [(70, 3080, 66), (300, 4096, 40), (65, 1538, 47)]
+"""Sums in several goes, rows that share lines of the cache, and rows whose last steps are none."""
 BF16 = 2**-8
 """One rounding of a value near 1, relative to the largest."""
 
@@ -26,25 +30,44 @@ def near(ours, theirs):
     assert (ours.double() - theirs.double()).abs().max() <= BF16 * theirs.double().abs().max()
 
 
-@pytest.mark.parametrize(("rows", "width", "outs"), SHAPES)
-def test_a_rows_bits_are_those_that_it_has_among_few_whatever_the_threads(rows, width, outs):
+def ways():
+    """What this processor has: tiles, and pairs alone."""
+    return [nullcontext(), vectors()] if native.has_amx() else [nullcontext()]
+
+
+@pytest.mark.parametrize(("rows", "width", "outs"), [*SHAPES, *WIDE])
+def test_a_rows_bits_are_its_own_whatever_the_threads_and_on_tiles_those_among_few(rows, width, outs):
     x, weight, bias = drawn(rows, width), drawn(outs, width), drawn(outs)
-    before = torch.get_num_threads()
+    for way in ways():
+        with way:
+            check_rows(x, weight, bias)
+
+
+def check_rows(x, weight, bias):
+    before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             for own in (None, bias):
                 ours = products.product(x, weight, own)
-                assert torch.equal(ours, few_rows.product(x, weight, own))
+                found.append(ours)
+                assert torch.equal(ours, found[0 if own is None else 1])
+                assert not native.has_amx() or torch.equal(ours, few_rows.product(x, weight, own))
                 near(ours, few_rows.product_reference(x, weight, own))
-            assert torch.equal(products.product(x[3:], weight, None), products.product(x, weight, None)[3:])
+            for start, stop in ((3, None), (0, 1), (len(x) - 17, len(x) - 2)):
+                assert torch.equal(products.product(x[start:stop], weight, None), found[0][start:stop])
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("rows", "width", "outs"), [shape for shape in SHAPES if shape[2] % 2 == 0])
+@pytest.mark.parametrize(("rows", "width", "outs"), [*(s for s in SHAPES if s[2] % 2 == 0), (70, 66, 3080), (300, 40, 4096)])
 def test_the_gradient_of_the_input_is_torchs_alone_and_added(rows, width, outs):
-    grad, weight, so_far = drawn(rows, outs), drawn(outs, width), drawn(rows, width)
+    for way in ways():
+        with way:
+            check_gradient(drawn(rows, outs), drawn(outs, width), drawn(rows, width))
+
+
+def check_gradient(grad, weight, so_far):
     ours = products.times(grad, weight, None)
     near(ours, products.times_reference(grad, weight, None))
     expected = products.times_reference(grad, weight, so_far)
@@ -67,15 +90,17 @@ def test_which_products_are_taken():
         assert not products.usable(other, weight, bias)
     assert not products.usable(x, weight, bias.float())
     assert not products.usable(x, drawn(576, 128).T)
-    assert not products.usable(drawn(80, 2050), drawn(128, 2050))
+    assert products.usable(drawn(80, 2050), drawn(128, 2050)) is not native.has_amx()
     assert not products.usable(drawn(80, 577), drawn(128, 577))
     assert not products.usable(x, drawn(100, 576))  # small: calling costs as much
     assert products.times_usable(drawn(80, 128), weight, x)
     assert not products.times_usable(drawn(80, 128), weight, x.float())
-    with vectors():
-        assert not products.usable(x, weight, bias)
+    native.library().veneer_limit(native.LIMITS["avx512"])
+    try:
         with pytest.raises(CallError):
             product_calls.product(x, weight, None, drawn(80, 128), along=False, add=False)
+    finally:
+        native.library().veneer_limit(5)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -27,7 +27,7 @@ from veneer.kernels.frozen import DenseLinear
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import Group
 from veneer.kernels.lora import Adapted
-from veneer.kernels.native import has_amx, note_at_once, on_cpu
+from veneer.kernels.native import note_at_once, on_cpu
 from veneer.kernels.repeated import Given, Repeated, addresses, noted
 from veneer.kernels.rules import Rules
 
@@ -89,7 +89,7 @@ class Block:
 
     def alike(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
         """What blocks have in common whose calls differ in addresses alone; None: they differ in more."""
-        if not on_cpu(x) or not has_amx() or not all(type(layer.base) is DenseLinear for layer in self.layers):
+        if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
             return None
         weights = [each for each in self.read()[: 2 * LAYERS] if isinstance(each, Tensor)]
         shapes = [(each.shape, each.dtype, each.is_contiguous()) for each in (*factors, *weights)]

@@ -1,21 +1,22 @@
-"""Products of many rows with a dense weight, on processors with AMX tiles.
+"""Products of many rows with a dense weight, on processors that multiply bf16 pairs, or tiles of them (AMX).
 
     product(x, W, bias)       x W^T + bias        (M, I) x (O, I) -> (M, O)
     times(g, W, so_far)       so_far + g W        (M, O) x (O, I) -> (M, I)
     linear(x, W, bias)        the first, or few_rows.py's, or torch's
 
-Compiled for bf16 (native/products.c), sums in float32 rounded once. A row's bits are those that few_rows.py gives it,
-whatever stands beside it and however many threads there are. oneDNN's product leaves all threads but one idle for many
-shapes (two threads: 640 rows of 576 to 576 or of 1,536 to 576). Shapes: M rows, I in_features, O out_features.
+Compiled for bf16 (native/products.c), sums in float32 rounded once. A row's bits depend neither on what stands beside it
+nor on the number of threads; on tiles they are those that few_rows.py gives it. oneDNN's product leaves all threads but
+one idle for many shapes on tiles (two threads: 640 rows of 576 to 576 or of 1,536 to 576), and shares the rows of others
+unevenly. Shapes: M rows, I in_features, O out_features.
 """
 
 import torch
 from torch import Tensor
 
 from veneer.kernels import few_rows, product_calls
-from veneer.kernels.native import has_amx
+from veneer.kernels.native import has_amx, has_bf16
 
-MOST_WIDTH = 2048
+MOST_WIDTH_ON_TILES = 2048
 """Of a sum: beyond, too few columns of W stay in the second cache beside one another."""
 
 
@@ -34,9 +35,11 @@ def times_usable(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> bool:
 def _taken(x: Tensor, width: int, values: int, given: tuple[Tensor, ...]) -> bool:
     if not few_rows.MOST_ROWS * width < x.numel() <= product_calls.MOST_ROWS * width:
         return False
-    if width % 2 or width > MOST_WIDTH or values < few_rows.LEAST_VALUES or torch.compiler.is_compiling():
+    if width % 2 or values < few_rows.LEAST_VALUES or torch.compiler.is_compiling():
         return False
-    return all(t.dtype is torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in given) and has_amx()
+    if width > MOST_WIDTH_ON_TILES and has_amx():
+        return False
+    return all(t.dtype is torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in given) and has_bf16()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -4,6 +4,8 @@
 #ifndef VENEER_AMX_H
 #define VENEER_AMX_H
 
+#include "across.h"
+
 #if defined(__x86_64__) && defined(__linux__)
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define VENEER_AMX_COMPILED
@@ -97,45 +99,6 @@ VENEER_AMX_INLINE void amx_rows(const uint32_t *A, int64_t am, const uint32_t *B
     }
 }
 
-/* to (16, 16) = words x (16, 16) across; x is spoiled. */
-VENEER_AMX_INLINE void amx_turned(__m512i x[16], uint32_t *to) {
-    __m512i y[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
-        y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xDD);
-        y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-        y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xDD);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + 16 * i, _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88));
-        _mm512_storeu_si512(to + 16 * (i + 4), _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88));
-        _mm512_storeu_si512(to + 16 * (i + 8), _mm512_shuffle_i32x4(y[i], y[i + 8], 0xDD));
-        _mm512_storeu_si512(to + 16 * (i + 12), _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xDD));
-    }
-}
-
-/* to (16, 16) = words (K2, 16) across, K2 <= 16; their rows are ld apart. */
-VENEER_AMX_INLINE void amx_across(const uint32_t *from, int64_t ld, int64_t K2, uint32_t *to) {
-    __m512i x[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
-    amx_turned(x, to);
-}
-
 /* As bf16_product; M and N as there. */
 static VENEER_AMX __attribute__((noinline, unused)) void amx_product(const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
                                                                     int64_t ldb, float *C, int64_t ldc, int64_t M, int64_t N,
@@ -156,7 +119,7 @@ static VENEER_AMX __attribute__((noinline, unused)) void amx_product(const uint3
             const int64_t pairs = K2 - k < 16 ? K2 - k : 16;
             if (k == 0 || pairs < 16) amx_shapes(16, pairs % 16);
             for (int64_t m = 0; m < M; m += 16) {
-                amx_across(A + m + k * ak, ak, pairs, turned);
+                words_across(A + m + k * ak, ak, pairs, turned);
                 __asm__ volatile("" ::: "memory");
                 amx_rows(turned, 16, B + k * ldb, ldb, C + m * ldc, ldc, 16, N, pairs, add || k > 0);
             }

@@ -213,13 +213,13 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
 
 void veneer_attention_forward(struct attention *a) {
     if (attention_tiles_forward(a)) return;
-    veneer_parallel(forward_body, a, a->docs * a->kv_heads * a->splits, 1);
+    veneer_parallel_dealt(forward_body, a, a->docs * a->kv_heads * a->splits, 1, 8);
 }
 
 /* out: the gradient of q, (rows, H, D). */
 void veneer_attention_backward(struct attention *a) {
     if (attention_tiles_backward(a)) return;
-    veneer_parallel(backward_body, a, a->docs * a->kv_heads * a->splits, 1);
+    veneer_parallel_dealt(backward_body, a, a->docs * a->kv_heads * a->splits, 1, 8);
 }
 
 #endif

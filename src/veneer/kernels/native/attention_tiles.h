@@ -59,7 +59,7 @@ static VENEER_AMX void lay(const uint16_t *x, int64_t row, int64_t n, int64_t D,
 /* tiles -> the same turned, word by word. */
 static VENEER_AMX void turn(const uint16_t *from, int64_t tiles, uint16_t *to) {
     for (int64_t i = 0; i < tiles; i++)
-        amx_across((const uint32_t *)(from + i * STEP / 2), 16, 16, (uint32_t *)(to + i * STEP / 2));
+        words_across((const uint32_t *)(from + i * STEP / 2), 16, 16, (uint32_t *)(to + i * STEP / 2));
 }
 
 /* rows -> along. */
@@ -107,7 +107,7 @@ static VENEER_AMX void write_turned(const float *sums, int64_t D, int64_t n, con
             const float *from = sums + d / SIDE * STEP + d % SIDE * SIDE + c0;
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(from + i * SIDE);
-            amx_turned(x, (uint32_t *)turned);
+            words_turned(x, (uint32_t *)turned);
             for (int64_t c = 0; c < 16; c++) {
                 const int64_t q = query_of(c0 + c);
                 if (q < n) bf16_store(to + q * row + d, _mm512_mul_ps(_mm512_loadu_ps(turned + 16 * c), _mm512_set1_ps(by[q])));

@@ -124,7 +124,7 @@ static VENEER_BF16 void norm_backward(void *arguments, int64_t from, int64_t to)
 static void norms(struct norms *a, veneer_body body) {
     pack_up(&a->before, a->rows, a->width);
     pack_down(&a->behind, a->rows, a->width);
-    veneer_parallel(body, a, rank_blocks(a->rows), 1);
+    veneer_parallel_dealt(body, a, rank_blocks(a->rows), 1, 4);
     release(&a->before);
     release(&a->behind);
 }
@@ -181,7 +181,7 @@ static VENEER_BF16 void gate_backward(void *arguments, int64_t from, int64_t to)
 }
 
 static void gates(struct gates *a, veneer_body body) {
-    veneer_parallel(body, a, rank_blocks(a->rows), 1);
+    veneer_parallel_dealt(body, a, rank_blocks(a->rows), 1, 4);
     for (int i = 0; i < 3; i++) release(a->sides + i);
 }
 
@@ -228,7 +228,7 @@ static VENEER_BF16 void heads_body(void *arguments, int64_t from, int64_t to) {
 
 void veneer_block_heads(struct heads *a) {
     for (int i = 0; i < MOST; i++) (a->back ? pack_down : pack_up)(a->sides + i, a->rows, a->heads[i] * a->size);
-    veneer_parallel(heads_body, a, rank_blocks(a->rows), 1);
+    veneer_parallel_dealt(heads_body, a, rank_blocks(a->rows), 1, 4);
     for (int i = 0; i < MOST; i++) release(a->sides + i);
 }
 

@@ -1,7 +1,7 @@
 /* The products of few_rows.c on AMX tiles, bf16: y^T = W x^T.
 
    A tile of W is 16 of its rows and 32 values, read where they lie; one of x 16 pairs of 16 rows, turned once in a call
-   (amx_turned). A sum goes along the width in steps of 32 values, from the first to the last, and no tile's shape, nor
+   (words_turned). A sum goes along the width in steps of 32 values, from the first to the last, and no tile's shape, nor
    what else it holds, changes it: the same bits for a row alone and among any others. Rows and values that are missing
    in the last tiles are zeros, or are not there; nothing is read behind W's end or x's. */
 #include "few_rows.h"
@@ -64,7 +64,7 @@ static VENEER_AMX void turn_rows(void *arguments, int64_t start, int64_t stop) {
 #pragma GCC unroll 16
         for (int r = 0; r < 16; r++)
             words[r] = r < rows ? _mm512_maskz_loadu_epi16(mask, x + 2 * r * all->apart) : _mm512_setzero_si512();
-        amx_turned(words, all->turned + item * TILE);
+        words_turned(words, all->turned + item * TILE);
     }
 }
 

@@ -78,7 +78,7 @@ static GGUF void turn(const struct tiled *all) {
                 words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + 32 * (at + i)));
                 _mm512_store_si512(all->turned + 64 * (at + i), words[i]);
             }
-            amx_turned(words, (uint32_t *)own);
+            words_turned(words, (uint32_t *)own);
             for (int64_t half = 0; half < halves; half++) {
                 __attribute__((aligned(64))) float sums[16];
                 _mm512_store_ps(sums, sums_within(own, pairs_of(kind, half)));
@@ -95,7 +95,7 @@ static GGUF void turn(const struct tiled *all) {
                 if (row + i < all->rows)
                     words[i] = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + (row + i) * width + 32 * at));
             }
-            amx_turned(words, (uint32_t *)(all->turned + number * TILE));
+            words_turned(words, (uint32_t *)(all->turned + number * TILE));
             for (int64_t half = 0; half < halves; half++)
                 _mm512_store_ps(all->within + 16 * (halves * number + half), sums_within(all->turned + number * TILE, pairs_of(kind, half)));
         }
@@ -282,7 +282,7 @@ OF_KIND(Q6_K)
 /* What is left of 16 rows of W once all steps are added. */
 GGUF_INLINE void put_tile(const struct tiled *all, const struct gguf_weight *w, const float *sums, int64_t out, int64_t tile) {
     __attribute__((aligned(64))) float across[256];
-    amx_across((const uint32_t *)sums, 16, 16, (uint32_t *)across);
+    words_across((const uint32_t *)sums, 16, 16, (uint32_t *)across);
     const int64_t count = least(16, all->rows - 16 * tile);
     for (int64_t r = 0; r < count; r++) put(all, w, out, 16 * tile + r, _mm512_load_ps(across + 16 * r));
 }

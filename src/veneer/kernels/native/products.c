@@ -1,10 +1,13 @@
-/* Products of many rows with bf16 weights on AMX tiles: see kernels/products.py for what is computed. Some columns of W
-   are laid out as pairs and stay in the second cache while x goes by, 32 rows at a time, read where they lie. Sums of 32
-   rows and 32 columns go over all of K before they are rounded, once; in steps of 16 pairs from the first to the last,
-   whichever rows and columns are computed beside them and by whichever thread, as those of few_rows_tiles.c. */
+/* Products of many rows with bf16 weights: see kernels/products.py for what is computed. Some columns of W are laid out as
+   pairs and stay in the second cache while x goes by, a few rows at a time, read where they lie. Sums go over all of K
+   before they are rounded, once, in an order that neither the rows and columns beside them nor the threads change: on AMX
+   tiles in steps of 16 pairs, as those of few_rows_tiles.c, else pair by pair. */
 #include "bf16.h"
 #include "parallel.h"
 #include <stdlib.h>
+#include <string.h>
+
+int veneer_has_bf16(void);
 
 /* y (rows, outs) = x (rows, width) times w: (outs, width), or, where it lies along, (width, outs). + bias, unless it is
    NULL; add: + what y was. kernels/product_calls.py has the same fields. */
@@ -14,24 +17,28 @@ struct product {
     int64_t rows, width, outs, along, add;
 };
 
-#if defined(VENEER_AMX_COMPILED)
+#if defined(__x86_64__)
 
 enum {
     SIDE = 32,
     STEP = SIDE * SIDE / 2, /* words of W that meet 32 columns of x: two tiles */
-    HELD = 1 << 20,         /* bytes of W at once */
-    NEAR = 18,              /* steps of x that stay in the first cache */
 };
+
+static void *room_of(int64_t bytes) {
+    void *found = NULL;
+    if (posix_memalign(&found, 64, (size_t)bytes)) abort();
+    return found;
+}
 
 static int64_t most(int64_t n) { return n < SIDE ? n : SIDE; }
 
-VENEER_AMX_INLINE __m512i some(const uint16_t *from, int64_t n) {
+VENEER_INLINE __m512i some(const uint16_t *from, int64_t n) {
     return n >= SIDE ? _mm512_loadu_si512(from)
                      : n <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), from);
 }
 
 /* 32 rows of k and 32 columns of W (K, N) as two tiles of pairs; what is beyond k or n is 0. */
-VENEER_AMX_INLINE void pack_along(const uint16_t *w, int64_t row, int64_t k, int64_t n, uint32_t *to) {
+VENEER_INLINE void pack_along(const uint16_t *w, int64_t row, int64_t k, int64_t n, uint32_t *to) {
     const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i low = _mm512_or_si512(count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(32)), 16));
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
@@ -44,22 +51,22 @@ VENEER_AMX_INLINE void pack_along(const uint16_t *w, int64_t row, int64_t k, int
 }
 
 /* The same of W (N, K). */
-VENEER_AMX_INLINE void pack_across(const uint16_t *w, int64_t row, int64_t k, int64_t n, uint32_t *to) {
+VENEER_INLINE void pack_across(const uint16_t *w, int64_t row, int64_t k, int64_t n, uint32_t *to) {
     if (k >= SIDE && n >= SIDE) {
-        amx_across((const uint32_t *)w, row / 2, 16, to);
-        amx_across((const uint32_t *)(w + 16 * row), row / 2, 16, to + STEP / 2);
+        words_across((const uint32_t *)w, row / 2, 16, to);
+        words_across((const uint32_t *)(w + 16 * row), row / 2, 16, to + STEP / 2);
         return;
     }
     uint32_t whole[STEP];
     for (int64_t i = 0; i < SIDE; i++) _mm512_storeu_si512(whole + 16 * i, i < n ? some(w + i * row, k) : _mm512_setzero_si512());
-    amx_across(whole, 16, 16, to);
-    amx_across(whole + STEP / 2, 16, 16, to + STEP / 2);
+    words_across(whole, 16, 16, to);
+    words_across(whole + STEP / 2, 16, 16, to + STEP / 2);
 }
 
-/* W's columns [n0, n0 + 32); what the next ones are made of is asked for. */
-static VENEER_AMX void pack_panel(const struct product *a, int64_t n0, uint32_t *to) {
+/* W's columns [n0, n0 + 32) in `steps` steps of k from k0 on; what the next columns are made of is asked for. */
+static VENEER_BF16 void pack_panel(const struct product *a, int64_t n0, int64_t k0, int64_t steps, uint32_t *to) {
     const int64_t n = most(a->outs - n0), ahead = n0 + 2 * SIDE <= a->outs;
-    for (int64_t k = 0; k < a->width; k += SIDE, to += STEP) {
+    for (int64_t k = k0; k < k0 + steps * SIDE; k += SIDE, to += STEP) {
         const int64_t left = a->width - k;
         if (a->along) {
             const uint16_t *w = a->w + k * a->outs + n0;
@@ -73,23 +80,13 @@ static VENEER_AMX void pack_panel(const struct product *a, int64_t n0, uint32_t 
     }
 }
 
-/* 32 rows of x from column k on as tiles, two for each step; what is beyond the last row or the last column is 0. */
-static VENEER_AMX void pack_rows(const struct product *a, int64_t m, int64_t k, int64_t count, uint16_t *to) {
-    const int64_t real = most(a->rows - m);
-    for (int64_t s = 0; s < count; s++, k += SIDE, to += 2 * STEP)
-        for (int64_t r = 0; r < SIDE; r++) {
-            const __m512i x = r < real ? some(a->x + (m + r) * a->width + k, a->width - k) : _mm512_setzero_si512();
-            _mm512_storeu_si512(to + r * SIDE, x);
-        }
-}
-
-VENEER_AMX_INLINE __m512 half_of(__m512i x, int second) {
+VENEER_INLINE __m512 half_of(__m512i x, int second) {
     const __m256i half = second ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 /* y of up to 32 rows and columns; sums (32, 32). */
-static VENEER_AMX void finish(const struct product *a, const float *sums, int64_t m, int64_t rows, int64_t n0) {
+static VENEER_BF16 void finish(const struct product *a, const float *sums, int64_t m, int64_t rows, int64_t n0) {
     const int64_t n = most(a->outs - n0);
     const __mmask32 real = n == SIDE ? ~(__mmask32)0 : (__mmask32)((1u << n) - 1);
     const __m512i bias = a->bias ? some(a->bias + n0, n) : _mm512_setzero_si512();
@@ -103,6 +100,120 @@ static VENEER_AMX void finish(const struct product *a, const float *sums, int64_
         }
         _mm512_mask_storeu_epi16(y, real, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     }
+}
+
+enum {
+    PAIRED = 14,       /* rows of x at once */
+    ROWS = 256,        /* of x whose sums wait for the next steps */
+    WHOLE = 48,        /* steps of W up to which none wait */
+    SOME = 32,         /* steps at once beyond */
+    KEPT = 512 << 10,  /* bytes of W */
+    MEETING = 2048,    /* rows of x that lie so many bytes apart, or twice as many ..., share few lines of the first cache */
+};
+
+/* `count` pairs of R rows of x, `row` values apart, and of 32 columns of W, in 2 R registers; to sums (R, 32). */
+VENEER_INLINE void multiply_pairs(const int R, const uint16_t *x, int64_t row, int64_t count, const uint32_t *pairs, float *sums, int add) {
+    __m512 low[PAIRED], high[PAIRED];
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) {
+        low[r] = add ? _mm512_load_ps(sums + r * SIDE) : _mm512_setzero_ps();
+        high[r] = add ? _mm512_load_ps(sums + r * SIDE + 16) : _mm512_setzero_ps();
+    }
+    for (int64_t step = 0; step < count; step += 16, pairs += STEP)
+        for (int64_t p = step, stop = count - step < 16 ? count : step + 16; p < stop; p++) {
+            const uint32_t *own = pairs + 16 * (p - step);
+            const __m512bh first = (__m512bh)_mm512_load_si512(own), second = (__m512bh)_mm512_load_si512(own + STEP / 2);
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) {
+                int32_t pair;
+                __builtin_memcpy(&pair, x + r * row + 2 * p, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                low[r] = _mm512_dpbf16_ps(low[r], both, first);
+                high[r] = _mm512_dpbf16_ps(high[r], both, second);
+            }
+        }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) {
+        _mm512_store_ps(sums + r * SIDE, low[r]);
+        _mm512_store_ps(sums + r * SIDE + 16, high[r]);
+    }
+}
+
+static VENEER_BF16 void some_pairs(int64_t rows, const uint16_t *x, int64_t row, int64_t count, const uint32_t *pairs, float *sums, int add) {
+    switch (rows) {
+#define OF(R) case R: multiply_pairs(R, x, row, count, pairs, sums, add); break
+        OF(1); OF(2); OF(3); OF(4); OF(5); OF(6); OF(7); OF(8); OF(9); OF(10); OF(11); OF(12); OF(13); OF(14);
+#undef OF
+    }
+}
+
+/* What a thread works with: of W pairs (panels, steps); sums (panels, rows, 32), or NULL where all of K goes at once; of x
+   PAIRED rows side by side, or NULL where they are read as they lie. */
+struct near {
+    uint32_t *pairs;
+    float *sums;
+    uint16_t *x;
+};
+
+/* What `steps` steps from `from` on add to panels [first, first + panels) of rows [begin, end), near enough equally many rows
+   at a time. */
+static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_t panels, int64_t begin, int64_t end, int64_t from,
+                                  int64_t steps, const struct near *near) {
+    const int64_t rows = end - begin, turns = (rows + PAIRED - 1) / PAIRED;
+    const int64_t left = (a->width - from * SIDE) / 2, count = left < 16 * steps ? left : 16 * steps, last = left <= 16 * steps;
+    _Alignas(64) float some_sums[PAIRED * SIDE];
+    for (int64_t turn = 0; turn < turns; turn++) {
+        const int64_t m = rows * turn / turns, some = rows * (turn + 1) / turns - m;
+        const uint16_t *x = a->x + (begin + m) * a->width + from * SIDE;
+        for (int64_t r = 0; near->x && r < some; r++) memcpy(near->x + 2 * r * count, x + r * a->width, (size_t)(4 * count));
+        for (int64_t i = 0; i < panels; i++) {
+            const uint32_t *pairs = near->pairs + i * steps * STEP;
+            float *sums = near->sums ? near->sums + (i * rows + m) * SIDE : some_sums;
+            if (near->x) some_pairs(some, near->x, 2 * count, count, pairs, sums, from > 0);
+            else some_pairs(some, x, a->width, count, pairs, sums, from > 0);
+            if (last) finish(a, sums, begin + m, some, (first + i) * SIDE);
+        }
+    }
+}
+
+/* Items are panels of 32 columns. */
+static VENEER_BF16 void paired_body(void *arguments, int64_t from, int64_t to) {
+    const struct product *a = arguments;
+    const int64_t all = (a->width + SIDE - 1) / SIDE, depth = all <= WHOLE ? all : SOME;
+    const int64_t fit = KEPT / (4 * STEP * depth), items = to - from, held = fit < 1 ? 1 : fit < items ? fit : items;
+    const int64_t rows = depth < all && a->rows > ROWS ? ROWS : a->rows;
+    const struct near near = {
+        room_of(4 * held * depth * STEP),
+        depth < all ? room_of(4 * held * rows * SIDE) : NULL,
+        2 * a->width % MEETING == 0 ? room_of(2 * PAIRED * depth * SIDE) : NULL,
+    };
+    for (int64_t first = from; first < to; first += held) {
+        const int64_t panels = to - first < held ? to - first : held;
+        for (int64_t m = 0; m < a->rows; m += rows)
+            for (int64_t s = 0; s < all; s += depth) {
+                const int64_t steps = all - s < depth ? all - s : depth, end = a->rows - m < rows ? a->rows : m + rows;
+                for (int64_t i = 0; i < panels; i++) pack_panel(a, (first + i) * SIDE, s * SIDE, steps, near.pairs + i * steps * STEP);
+                add_steps(a, first, panels, m, end, s, steps, &near);
+            }
+    }
+    free(near.pairs), free(near.sums), free(near.x);
+}
+
+#if defined(VENEER_AMX_COMPILED)
+
+enum {
+    HELD = 1 << 20, /* bytes of W at once */
+    NEAR = 18,      /* steps of x that stay in the first cache */
+};
+
+/* 32 rows of x from column k on as tiles, two for each step; what is beyond the last row or the last column is 0. */
+static VENEER_AMX void pack_rows(const struct product *a, int64_t m, int64_t k, int64_t count, uint16_t *to) {
+    const int64_t real = most(a->rows - m);
+    for (int64_t s = 0; s < count; s++, k += SIDE, to += 2 * STEP)
+        for (int64_t r = 0; r < SIDE; r++) {
+            const __m512i x = r < real ? some(a->x + (m + r) * a->width + k, a->width - k) : _mm512_setzero_si512();
+            _mm512_storeu_si512(to + r * SIDE, x);
+        }
 }
 
 /* sums (32, 32) [+]= x of `count` steps, which stays in the first cache, times pairs, which pass by. x's rows are `row`
@@ -137,19 +248,17 @@ VENEER_AMX_INLINE void multiply(const uint16_t *x, int64_t row, int64_t next, co
 }
 
 /* Items are panels of 32 columns. */
-static VENEER_AMX void product_body(void *arguments, int64_t from, int64_t to) {
+static VENEER_AMX void tiled_body(void *arguments, int64_t from, int64_t to) {
     const struct product *a = arguments;
     const int64_t all = (a->width + SIDE - 1) / SIDE, fit = HELD / (4 * STEP * all), items = to - from;
     const int64_t held = fit < 1 ? 1 : fit < items ? fit : items;
-    void *room = NULL;
-    if (posix_memalign(&room, 64, (size_t)(4 * (held * all * STEP + NEAR * STEP + held * SIDE * SIDE)))) abort();
-    uint32_t *pairs = room;
+    uint32_t *pairs = room_of(4 * (held * all * STEP + NEAR * STEP + held * SIDE * SIDE));
     uint16_t *packed = (uint16_t *)(pairs + held * all * STEP);
     float *sums = (float *)(packed + 2 * NEAR * STEP);
     amx_shapes(16, 0);
     for (int64_t first = from; first < to; first += held) {
         const int64_t panels = to - first < held ? to - first : held;
-        for (int64_t i = 0; i < panels; i++) pack_panel(a, (first + i) * SIDE, pairs + i * all * STEP);
+        for (int64_t i = 0; i < panels; i++) pack_panel(a, (first + i) * SIDE, 0, all, pairs + i * all * STEP);
         for (int64_t m = 0; m < a->rows; m += SIDE) {
             const int64_t real = most(a->rows - m);
             for (int64_t s = 0; s < all; s += NEAR) {
@@ -174,13 +283,19 @@ static VENEER_AMX void product_body(void *arguments, int64_t from, int64_t to) {
         }
     }
     _tile_release();
-    free(room);
+    free(pairs);
 }
 
-/* 1: there are no tiles here. */
+#endif
+
+/* 1: this processor does not multiply pairs. */
 int veneer_product(struct product *a) {
-    if (!veneer_has_amx()) return 1;
-    veneer_parallel(product_body, a, (a->outs + SIDE - 1) / SIDE, 1);
+    veneer_body body = paired_body;
+    if (!veneer_has_bf16()) return 1;
+#if defined(VENEER_AMX_COMPILED)
+    if (veneer_has_amx()) body = tiled_body;
+#endif
+    veneer_parallel_dealt(body, a, (a->outs + SIDE - 1) / SIDE, 1, 3);
     return 0;
 }
 

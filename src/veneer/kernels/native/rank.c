@@ -148,7 +148,7 @@ void veneer_rank_up(struct rank *a) {
 void veneer_rank_gradient(struct rank *a) {
     pack_narrow(a);
     mask_begin(&a->mask, a->rows, a->width);
-    veneer_parallel(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1);
+    veneer_parallel_dealt(gradient_body, a, (a->width + COLUMNS - 1) / COLUMNS, 1, 4);
     free(a->pairs);
     free(a->mask.rows);
 }

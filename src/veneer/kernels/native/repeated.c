@@ -1,6 +1,6 @@
 /* Calls that Python made for one layer, made for another one, whose values lie elsewhere: see kernels/repeated.py. */
+#include "parallel.h"
 #include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
 enum { MOST_BYTES = 2048 }; /* of a struct */
@@ -60,20 +60,39 @@ static int made(int64_t function, void *given, int64_t count) {
     }
 }
 
-/* What the first call that fails says; 0: none did. */
-int veneer_repeated(const struct repeated_call *calls, int64_t count, const char *structs, const struct place *places, const int64_t *bases) {
+struct repeated {
+    const struct repeated_call *calls;
+    int64_t count;
+    const char *structs;
+    const struct place *places;
+    const int64_t *bases;
+    int said;
+};
+
+static void make_all(void *arguments) {
+    struct repeated *all = arguments;
+    const struct place *places = all->places;
     _Alignas(64) char given[MOST_BYTES];
-    for (const struct repeated_call *call = calls; call < calls + count; places += call++->places) {
-        if (call->bytes > MOST_BYTES) return -1;
-        memcpy(given, structs + call->at, (size_t)call->bytes);
+    for (const struct repeated_call *call = all->calls; call < all->calls + all->count; places += call++->places) {
+        if (call->bytes > MOST_BYTES) {
+            all->said = -1;
+            return;
+        }
+        memcpy(given, all->structs + call->at, (size_t)call->bytes);
         for (int64_t i = 0; i < call->places; i++) {
-            const int64_t address = bases[places[i].base] + places[i].from;
+            const int64_t address = all->bases[places[i].base] + places[i].from;
             memcpy(given + places[i].at, &address, sizeof address);
         }
-        const int said = made(call->function, given, call->count);
-        if (said != 0) return said;
+        all->said = made(call->function, given, call->count);
+        if (all->said != 0) return;
     }
-    return 0;
+}
+
+/* What the first call that fails says; 0: none did. */
+int veneer_repeated(const struct repeated_call *calls, int64_t count, const char *structs, const struct place *places, const int64_t *bases) {
+    struct repeated all = {calls, count, structs, places, bases, 0};
+    veneer_together(make_all, &all);
+    return all.said;
 }
 
 #else
