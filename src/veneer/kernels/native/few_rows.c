@@ -68,13 +68,48 @@ INLINE void store_totals(const struct piece *part, const int type, int64_t row, 
 #define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
 #define AVX2 __attribute__((target("avx2,fma")))
 
-INLINE AVX512 f4v total_512(__m512 a, __m512 b, __m512 c, __m512 d) {
+/* Of each quarter of the lanes the sums of four registers. */
+INLINE AVX512 __m512 quarters_512(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-    __m512 all = _mm512_add_ps((__m512)low, (__m512)high);
+    return _mm512_add_ps((__m512)low, (__m512)high);
+}
+
+INLINE AVX512 f4v total_512(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 all = quarters_512(a, b, c, d);
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return (f4v)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* store_totals of four rows of x at once, each with four rows of W: the same bits. */
+INLINE AVX512 void store_rows_512(const struct piece *part, const int type, int64_t row, int64_t out, __m512 (*sums)[4]) {
+    __m512 of[4], halves[2];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) of[m] = quarters_512(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(of[2 * i], of[2 * i + 1], 0x44), _mm512_shuffle_f32x4(of[2 * i], of[2 * i + 1], 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+    const int size = type == FEW_FP32 ? 4 : 2;
+    const int64_t apart = part->outs * size;
+    char *y = (char *)part->y + (row * part->outs + out) * size;
+    if (part->bias != NULL) all = _mm512_add_ps(all, _mm512_broadcast_f32x4((__m128)some_floats((const char *)part->bias + out * size, 4, type)));
+    if (type == FEW_FP32) {
+        _mm_storeu_ps((float *)y, _mm512_castps512_ps128(all));
+        _mm_storeu_ps((float *)(y + apart), _mm512_extractf32x4_ps(all, 1));
+        _mm_storeu_ps((float *)(y + 2 * apart), _mm512_extractf32x4_ps(all, 2));
+        _mm_storeu_ps((float *)(y + 3 * apart), _mm512_extractf32x4_ps(all, 3));
+        return;
+    }
+    __m512i bits = _mm512_castps_si512(all), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m256i packed = _mm512_cvtepi32_epi16(bits);
+    const __m128i low = _mm256_castsi256_si128(packed), high = _mm256_extracti128_si256(packed, 1);
+    _mm_storel_epi64((__m128i *)y, low);
+    _mm_storel_epi64((__m128i *)(y + apart), _mm_unpackhi_epi64(low, low));
+    _mm_storel_epi64((__m128i *)(y + 2 * apart), high);
+    _mm_storel_epi64((__m128i *)(y + 3 * apart), _mm_unpackhi_epi64(high, high));
 }
 
 INLINE AVX2 f4v total_256(__m256 a, __m256 b, __m256 c, __m256 d) {
@@ -115,6 +150,7 @@ typedef __m512 sum_pairs;
 #define LOAD_SOME(p, count, type) _mm512_maskz_loadu_epi16((__mmask32)(((uint32_t)1 << (count)) - 1), p)
 #define MULTIPLY(sum, x, w) _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(w))
 #define TOTAL total_512
+#define STORE_ROWS store_rows_512
 #include "few_rows_body.h"
 #undef NAME
 #undef TARGET
@@ -139,6 +175,7 @@ typedef __m512 value_avx512, sum_avx512;
 #undef LOAD_SOME
 #undef MULTIPLY
 #undef TOTAL
+#undef STORE_ROWS
 
 #define NAME(x) x##_avx2
 #define TARGET AVX2

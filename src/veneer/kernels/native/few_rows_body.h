@@ -1,13 +1,13 @@
 /* Included by few_rows.c once for each set of instructions: NAME(x) gives the functions their names, TARGET their
    compiler option. A register holds LANES sums, and VALUES values of x or of W; at most MOST rows of x go together.
    LOAD and LOAD_SOME read a register, the second the first few values and zeros behind them; MULTIPLY adds products to
-   sums, TOTAL adds up the lanes of four of them. */
+   sums, TOTAL adds up the lanes of four of them; STORE_ROWS, where there is one, does so for four rows of x and stores them. */
 
 /* Four rows of W, from `block` on, against `rows` rows of x from `first` on. fetch: so many lines of what will be read soon
-   are asked for in each step. */
+   are asked for in each step. Where nothing but reading takes time a processor forgets some, so all are asked for twice. */
 INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const char *block, const char *soon,
                               int64_t first, int64_t out) {
-    const int size = type == FEW_FP32 ? 4 : 2;
+    const int size = type == FEW_FP32 ? 4 : 2, twice = fetch == 4 && VALUES * size == LINE;
     const int64_t left = part->outs - out, step = part->width * size, apart = part->apart * size;
     const char *x = (const char *)part->x + first * apart, *w[4];
     for (int r = 0; r < 4; r++) w[r] = block + (r < left ? r : left - 1) * step; /* none behind the last */
@@ -19,6 +19,7 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         for (int r = 0; r < 4; r++) {
             of_w[r] = LOAD(w[r] + k * size, type);
             if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
+            if (r < fetch && twice) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE + AHEAD, 0, SECOND);
         }
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
@@ -42,6 +43,14 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
             for (int r = 0; r < 4; r++) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
         }
     }
+#ifdef STORE_ROWS
+    if (rows >= 4 && left >= 4) {
+        STORE_ROWS(part, type, first, out, sums);
+#pragma GCC unroll 6
+        for (int m = 4; m < rows; m++) store_totals(part, type, first + m, out, 4, TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+        return;
+    }
+#endif
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
         store_totals(part, type, first + m, out, left < 4 ? left : 4, TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
