@@ -18,10 +18,17 @@ static void decode_plain(const struct nf4_weights *w, int64_t start, int64_t cou
 
 #if X86
 
-/* 32 bits hold byte b: low half word b >> 4, high half word b; the permute reads the lower bits only. */
+#define WORDS_OF(byte) byte, 128, byte, 128
+#define WORDS_OF_4(byte) WORDS_OF(byte), WORDS_OF(byte + 1), WORDS_OF(byte + 2), WORDS_OF(byte + 3)
+static const uint8_t TWO_WORDS[64] = {WORDS_OF_4(0), WORDS_OF_4(4), WORDS_OF_4(8), WORDS_OF_4(12)};
+static const uint16_t UPPER_HALVES[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, /* and again */
+                                          1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
+/* Of each byte two words, b >> 4 and b: the permute reads their lower five bits, and the table stands in it twice. */
 AVX512 INLINE void decode_32_words(__m512i table, const uint8_t *packed, uint16_t *out) {
-    __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)packed));
-    __m512i index = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)packed));
+    const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_loadu_si512(TWO_WORDS));
+    const __m512i index = _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
@@ -34,6 +41,7 @@ AVX512 INLINE void decode_16_floats(__m512 table, const uint8_t *packed, float *
 AVX512 INLINE void blocks_512(const struct nf4_weights *w, int64_t first, int64_t last, void *out, int type) {
     const __m512 table = _mm512_loadu_ps(w->table);
     const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    const __m512i upper = _mm512_loadu_si512(UPPER_HALVES);
     const int64_t size = w->block;
     for (int64_t block = first; block < last; block++) {
         __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(nf4_scale(w, block)));
@@ -43,16 +51,16 @@ AVX512 INLINE void blocks_512(const struct nf4_weights *w, int64_t first, int64_
             for (int64_t i = 0; i < size; i += 16) decode_16_floats(scaled, packed + i / 2, (float *)out + place + i);
             continue;
         }
-        __m256i words;
+        __m512i twice;
         if (type == BF16) {
             __m512i bits = _mm512_castps_si512(scaled);
             __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
             bits = _mm512_add_epi32(_mm512_add_epi32(bits, half), odd);
-            words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+            twice = _mm512_permutexvar_epi16(upper, bits);
         } else {
-            words = _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m256i words = _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            twice = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
         }
-        __m512i twice = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
         for (int64_t i = 0; i < size; i += 32) decode_32_words(twice, packed + i / 2, (uint16_t *)out + place + i);
     }
 }
