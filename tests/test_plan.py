@@ -98,9 +98,9 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1, dtype="bfloat16")
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
-    assert len(ran) == 2  # with all that changes time alone, and with everything changed
+    assert len(ran) == 1  # as it is: its weights in 4 bits are more than there is
     row = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30)
-    assert len(ran) == 3  # and as it is
+    assert len(ran) == 2  # and with everything changed
     assert row.nearest is not None and 24 * 2**30 < row.nearest.needed_bytes < row.needed_bytes
     assert [change.setting for change in row.nearest.changes][:2] == ["checkpointing=true", "quantize=nf4"]
     assert "whatever is changed: " in verdict(row) and "the base in 4 bits" in verdict(row)

@@ -14,6 +14,7 @@ import torch
 
 from veneer.adapters.config import LoRA
 from veneer.bases.compute import choose
+from veneer.plan.counted import WEIGHTS
 from veneer.plan.planner import Choice, Planner
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.wording import size
@@ -100,13 +101,15 @@ def ways(planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[
     """The shortest list of changes after which `choice` fits; None if all of them together do not suffice.
 
     Every trial is a dry run, so those are spared that cannot succeed. A change never needs more: what all of them do
-    not reach together, no few of them reach. Two changes never save more together than each of them alone: a group
-    whose single savings do not add up to what is missing is not tried.
+    not reach together, no few of them reach, and weights alone may be more than there is. Two changes never save more
+    together than each of them alone: a group whose single savings do not add up to what is missing is not tried.
     """
     offered = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
     for among in ([make for make in offered if make not in _LEARNS_LESS], offered):
         together = _all_changed(planner, choice, among)
-        if not together or not fits(planner, together[-1].choice, memory_bytes):
+        if not together or _weights(planner, choice, together[-1].choice) > memory_bytes:
+            continue
+        if not fits(planner, together[-1].choice, memory_bytes):
             continue
         for count in range(1, min(MOST_CHANGES, len(among)) + 1):
             for group in combinations(among, count):
@@ -119,6 +122,16 @@ def ways(planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[
                     per_row = seconds(changed) / seconds(choice) * (choice.batch / changed.batch)
                     return Way(made, changed, needed, per_row)
     return None
+
+
+def _weights(planner: Planner, choice: Choice, changed: Choice) -> int:
+    """Bytes of the base's weights after these changes, by the dry run of the unchanged step; 0 where that does not
+    tell: another type, a part of every layer, another method."""
+    dense = [(planner.dtype(each), each.in_shards, each.method.name) for each in (choice, changed)]
+    if dense[0] != dense[1]:
+        return 0
+    run = planner.estimate(choice).run
+    return (run if planner.quantize(changed) == planner.quantize(choice) else run.in_four_bits()).static[WEIGHTS]
 
 
 def _excess(planner: Planner, choice: Choice, memory_bytes: int) -> int:
