@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.tiny import tiny_model
+from veneer.adapters.routing import Routing
+from veneer.models import checkpointing
+from veneer.models.checkpointing import checkpointed
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 glibc = pytest.mark.skipif(
@@ -68,3 +74,22 @@ def test_limits_that_someone_set_stay(own):
     found = measured(**own)
     assert found["inside"] > 10_000
     assert not found["marked"]
+
+
+def test_every_fourth_checkpointed_layer_gives_free_pages_back_both_ways(monkeypatch):
+    model, given = tiny_model("llama", num_hidden_layers=8), []
+    model.requires_grad_(True)
+    monkeypatch.setattr(checkpointing, "give_back", lambda: given.append("pages"))
+    ids = torch.arange(6)[None]
+    with checkpointed(model, Routing(), on=True):
+        loss = model(ids).logits.square().sum()
+        assert len(given) == 2 + 1  # and before the logits
+        loss.backward()
+        assert len(given) == 2 + 1 + 2
+        with torch.no_grad():
+            model(ids)
+        assert len(given) == 2 + 1 + 2
+    planned, given[:] = model.to("meta"), []
+    with checkpointed(planned, Routing(), on=True):
+        planned(ids.to("meta")).logits.sum().backward()
+        assert not given
