@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 
 #define MOST 3 /* layers of one input; kernels/block_calls.py knows it too */
+#define ALONG 6 /* rows that a gate goes along together: more are more streams than memory is asked for ahead */
 
 /* The updates of up to three layers, side by side; count 0: there is none. Forward a factor lies across: A (R, width) and
    B (width, R) as the transposes of what is multiplied with. Factors with masks, all or none, are parts of their own: each
@@ -146,16 +147,17 @@ static VENEER_BF16 void gate_forward(void *arguments, int64_t from, int64_t to) 
     const struct side *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
-        for (int64_t c = 0; c < a->width; c += COLUMNS) {
-            const int64_t wide = rank_columns(a->width, c);
-            up_columns(s, a->gate + start, row, n, a->width, c, wide);
-            up_columns(s + 1, a->up + start, row, n, a->width, c, wide);
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t i = 0; i < wide; i += 16) {
-                    const int64_t at = (row + r) * a->width + c + i;
-                    bf16_store(a->out + at, gated(bf16_floats(a->gate + at), bf16_floats(a->up + at)));
-                }
-        }
+        for (int64_t m = row; m < row + n; m += ALONG)
+            for (int64_t c = 0; c < a->width; c += COLUMNS) {
+                const int64_t wide = rank_columns(a->width, c), few = row + n - m < ALONG ? row + n - m : ALONG;
+                up_columns(s, a->gate + m * a->width, m, few, a->width, c, wide);
+                up_columns(s + 1, a->up + m * a->width, m, few, a->width, c, wide);
+                for (int64_t r = 0; r < few; r++)
+                    for (int64_t i = 0; i < wide; i += 16) {
+                        const int64_t at = (m + r) * a->width + c + i;
+                        bf16_store(a->out + at, gated(bf16_floats(a->gate + at), bf16_floats(a->up + at)));
+                    }
+            }
         down(s + 2, a->out + start, row, n, a->width);
     }
 }
@@ -165,16 +167,17 @@ static VENEER_BF16 void gate_backward(void *arguments, int64_t from, int64_t to)
     const struct side *s = a->sides;
     for (int64_t block = from; block < to; block++) {
         const int64_t row = block * BLOCK, n = rank_rows(block, a->rows), start = row * a->width;
-        for (int64_t c = 0; c < a->width; c += COLUMNS) {
-            const int64_t wide = rank_columns(a->width, c);
-            up_columns(s + 2, a->out + start, row, n, a->width, c, wide);
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t i = 0; i < wide; i += 16) {
-                    const int64_t at = (row + r) * a->width + c + i;
-                    gated_gradient(bf16_floats(a->gate + at), bf16_floats(a->up + at), bf16_floats(a->out + at), a->out + at,
-                                   a->grad_up + at);
-                }
-        }
+        for (int64_t m = row; m < row + n; m += ALONG)
+            for (int64_t c = 0; c < a->width; c += COLUMNS) {
+                const int64_t wide = rank_columns(a->width, c), few = row + n - m < ALONG ? row + n - m : ALONG;
+                up_columns(s + 2, a->out + m * a->width, m, few, a->width, c, wide);
+                for (int64_t r = 0; r < few; r++)
+                    for (int64_t i = 0; i < wide; i += 16) {
+                        const int64_t at = (m + r) * a->width + c + i;
+                        gated_gradient(bf16_floats(a->gate + at), bf16_floats(a->up + at), bf16_floats(a->out + at), a->out + at,
+                                       a->grad_up + at);
+                    }
+            }
         down(s, a->out + start, row, n, a->width);
         down(s + 1, a->grad_up + start, row, n, a->width);
     }

@@ -99,25 +99,38 @@ VENEER_INLINE __m512i bf16_words(const uint16_t *low, const uint16_t *high) {
     return _mm512_or_si512(l, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high)), 16));
 }
 
+/* 16 rows of W^T from column k on, 32 values of each or the last 16, as pairs; rounded to bf16 where they are float32. */
+VENEER_INLINE void rank_turned(const void *factor, int64_t is_half, int64_t n, int64_t k, int64_t K, uint32_t *to) {
+    const __mmask32 real = K - k >= 32 ? ~(__mmask32)0 : 0xFFFF;
+    __m512i x[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) {
+        const float *wide = (const float *)factor + (n + r) * K + k;
+        if (is_half) {
+            x[r] = _mm512_maskz_loadu_epi16(real, (const uint16_t *)factor + (n + r) * K + k);
+        } else {
+            const __m512 low = _mm512_loadu_ps(wide), high = _mm512_maskz_loadu_ps((__mmask16)(real >> 16), wide + 16);
+            x[r] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        }
+    }
+    words_turned(x, to);
+}
+
 /* A factor W (K, N), or W^T (N, K) where it lies `across`, float32 or bf16 where `half` -> pairs (K / 2, N), rounded to
-   bf16, their rows ld apart; K even, N a multiple of 16. */
+   bf16, their rows ld apart; K and N multiples of 16. */
 static __attribute__((unused)) VENEER_BF16 void rank_pairs(const void *factor, int64_t across, int64_t is_half, int64_t K, int64_t N,
                                                            uint32_t *to, int64_t ld) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const float *wide = factor;
     const uint16_t *half = factor;
+    _Alignas(64) uint32_t turned[16 * 16];
     for (int64_t n = 0; n < N; n += 16) {
-        const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)(is_half ? K / 2 : K)));
-        for (int64_t k = 0; k < K; k += 2) {
-            __m512i found;
-            if (across && is_half)
-                found = _mm512_i32gather_epi32(rows, half + n * K + k, 4);
-            else if (across)
-                found = bf16_pairs(_mm512_i32gather_ps(rows, wide + n * K + k, 4), _mm512_i32gather_ps(rows, wide + n * K + k + 1, 4));
-            else if (is_half)
-                found = bf16_words(half + k * N + n, half + (k + 1) * N + n);
-            else
-                found = bf16_pairs(_mm512_loadu_ps(wide + k * N + n), _mm512_loadu_ps(wide + (k + 1) * N + n));
+        for (int64_t k = 0; across && k < K; k += 32) {
+            rank_turned(factor, is_half, n, k, K, turned);
+            for (int64_t p = 0; p < 16 && k + 2 * p < K; p++) _mm512_storeu_si512(to + (k / 2 + p) * ld + n, _mm512_load_si512(turned + 16 * p));
+        }
+        for (int64_t k = 0; !across && k < K; k += 2) {
+            const __m512i found = is_half ? bf16_words(half + k * N + n, half + (k + 1) * N + n)
+                                          : bf16_pairs(_mm512_loadu_ps(wide + k * N + n), _mm512_loadu_ps(wide + (k + 1) * N + n));
             _mm512_storeu_si512(to + k / 2 * ld + n, found);
         }
     }
