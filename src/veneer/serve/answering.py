@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from veneer.decoding.blocks import Identity
 from veneer.decoding.calls import CallReader, CallStyle
@@ -54,6 +54,15 @@ def requests_of(
     ]
 
 
+class Sink(Protocol):
+    """Takes pieces, while it is open."""
+
+    @property
+    def open(self) -> bool: ...
+
+    def take(self, piece: Piece) -> None: ...
+
+
 class Answering:
     """The answers to all prompts of a request: as they come, where it is streamed. Leaving its block ends what has not
     ended.
@@ -73,6 +82,7 @@ class Answering:
         self._grammar = grammar
         self._inbox = Inbox(every_step=asked.stream)
         self._tickets: list[Ticket] = []
+        self._spelled: list[list[_Spelled]] = []
         self.style: CallStyle | None = None
 
     async def __aenter__(self) -> Answering:
@@ -103,20 +113,37 @@ class Answering:
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Those that come together, until every answer has ended. Refusal: one cannot be answered; the others end with
         it."""
-        spelled = [
+        self._spelled = [
             [_Spelled(self._texts, request, self._asked, self.style, self._grammar) for _ in range(request.choices)]
             for request in self._requests
         ]
-        left = sum(map(len, spelled))
+        left = sum(map(len, self._spelled))
         while left:
             found = []
             for update in await self._inbox.taken():
                 if update.error is not None:
                     raise refusal_of(update.error)
                 left -= update.ended
-                index = update.request * self._asked.choices + update.choice
-                found.append(spelled[update.request][update.choice].piece(index, update))
+                found.append(self._piece(update))
             yield found
+
+    def hand_to(self, sink: Sink) -> None:
+        """From the second piece on, those of an answer that is alone go there in the turn that tells of them, for as
+        long as it is open. `pieces` has the others, the last among them."""
+        if len(self._tickets) > 1 or self._asked.choices > 1:  # of which a step's pieces are sent together
+            return
+
+        def taking(update: Update) -> bool:
+            if update.ended or not sink.open:
+                return False
+            sink.take(self._piece(update))
+            return True
+
+        self._inbox.taking = taking
+
+    def _piece(self, update: Update) -> Piece:
+        index = update.request * self._asked.choices + update.choice
+        return self._spelled[update.request][update.choice].piece(index, update)
 
 
 class _Spelled:
@@ -130,7 +157,7 @@ class _Spelled:
         self._calls = None if style is None else CallReader(style, asked.tools)
         self._marks = {} if style is None else {token: mark for mark, token in style.special}
         self._ids: list[int] = []
-        self._whole = ""  # with marks
+        self._whole = ""  # with marks, where there are any
 
     def piece(self, index: int, update: Update) -> Piece:
         tokens, chances = update.tokens, update.chances
@@ -144,7 +171,8 @@ class _Spelled:
         end = None
         if update.reason is not None:
             text += self._stream.end()
-        self._whole += text
+        if self._marks:
+            self._whole += text
         if update.reason is not None:
             end = self._end(update.reason, stopped)
         if self._calls is not None:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from veneer.serve.answering import Answering
 from veneer.serve.answers import Answer, Head, Piece, Reason, Streamed
 from veneer.serve.asked import Asked
+from veneer.serve.connection import Chunks, chunks_of
 from veneer.serve.guard import answer_to
 from veneer.serve.refusals import Refusal, refusal_of
 from veneer.serve.service import Service
@@ -45,7 +46,7 @@ class Exchange(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response | None = None
         try:
-            response = await unless_gone(receive, self._exchange(send))
+            response = await unless_gone(receive, self._exchange(send, chunks_of(scope)))
         except ClientGone:
             return
         except Refusal as refusal:
@@ -56,8 +57,8 @@ class Exchange(Response):
         if response is not None:
             await response(scope, receive, send)
 
-    async def _exchange(self, send: Send) -> Response | None:
-        """The whole answer; None: it has been sent in pieces."""
+    async def _exchange(self, send: Send, chunks: Chunks | None) -> Response | None:
+        """The whole answer; None: it has been sent in pieces. chunks: how they may be written too."""
         with self._service.loop.coming():
             for _ in range(TURNS):
                 await asyncio.sleep(0)
@@ -71,7 +72,7 @@ class Exchange(Response):
                 self._service.metrics.first(time.monotonic() - self._began)
                 if self._asked.stream:
                     streamed: Streamed = self._protocol.Stream(head, self._asked)
-                    reason = await self._stream(send, streamed, answering, first, pieces)
+                    reason = await self._stream(send, chunks, streamed, answering, first, pieces)
                     return None
                 answers = [Answer(index) for index in range(len(self._asked.prompts) * self._asked.choices)]
                 _add(answers, first)
@@ -86,6 +87,7 @@ class Exchange(Response):
     async def _stream(
         self,
         send: Send,
+        chunks: Chunks | None,
         streamed: Streamed,
         answering: Answering,
         first: Sequence[Piece],
@@ -95,6 +97,8 @@ class Exchange(Response):
         self._sent = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
         await _send(send, "".join([*streamed.begin(answering.usage), *_events(streamed, first)]))
+        if chunks is not None:
+            answering.hand_to(_Written(chunks, streamed))
         try:
             async for some in pieces:
                 await _send(send, "".join(_events(streamed, some)))
@@ -106,6 +110,21 @@ class Exchange(Response):
             return None
         await _send(send, "".join(streamed.finish(answering.usage)), last=True)
         return reason
+
+
+class _Written:
+    """Pieces that are written as soon as they are told."""
+
+    def __init__(self, chunks: Chunks, streamed: Streamed) -> None:
+        self._chunks, self._streamed = chunks, streamed
+
+    @property
+    def open(self) -> bool:
+        return self._chunks.open
+
+    def take(self, piece: Piece) -> None:
+        if text := "".join(self._streamed.piece(piece)):
+            self._chunks.write(text.encode())
 
 
 def _add(answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:

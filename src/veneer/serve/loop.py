@@ -60,24 +60,36 @@ class Inbox:
     """What the answers to some requests get, for the one task that reads it. Of the event loop.
 
     every_step: a token is told with the step that drew it; else of each answer its first ones, and the others when it
-    has ended.
+    has ended. taking: asked first while that task waits: whether it takes an update, of which the task hears nothing.
     """
 
     def __init__(self, *, every_step: bool) -> None:
         self.every_step = every_step
+        self.taking: Callable[[Update], bool] | None = None
         self._told: list[Update] = []
-        self._something = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None  # the task, for the first
 
     async def taken(self) -> list[Update]:
         """All that has come since the last time, once there is anything."""
-        await self._something.wait()
-        self._something.clear()
+        if not self._told:
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
         told, self._told = self._told, []
         return told
 
     def put(self, update: Update) -> None:
+        if self._waiting is not None and not self._waiting.done():  # it is behind nothing
+            try:
+                if self.taking is not None and self.taking(update):
+                    return
+            except Exception as fault:  # of this one: others are told in the same turn
+                log.exception("a bug: %s", type(fault).__name__)
+                update = update._replace(error=fault)
+            self._waiting.set_result(None)
         self._told.append(update)
-        self._something.set()
 
 
 class Ticket:

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from veneer.errors import ConfigError
+from veneer.serve.connection import Connection
 from veneer.serve.keys import Keys
 
 MOST_HEADER_BYTES = 64 * 2**10
@@ -58,6 +59,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_config=None,
                 access_log=False,
                 server_header=False,
