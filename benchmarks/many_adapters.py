@@ -62,7 +62,7 @@ def asked_for(number: int, requests: int) -> list[int]:
 
 
 def in_flight(engine: Engine, requests: list[Request], flight: int) -> tuple[float, list[float]]:
-    """Seconds of all, and how long each waited for its first token, ascending."""
+    """Seconds of all, and how long each waited for its first token, in the order in which these came."""
     waiting, came, first = list(reversed(requests)), {}, {}
     flying: list[Answer] = []
     start = time.perf_counter()
@@ -80,11 +80,12 @@ def in_flight(engine: Engine, requests: list[Request], flight: int) -> tuple[flo
         flying = [answer for answer in flying if answer.reason is None]
         if flying and not engine.scheduler.running:
             time.sleep(0.001)  # adapters are on their way
-    return time.perf_counter() - start, sorted(first.values())
+    return time.perf_counter() - start, list(first.values())
 
 
 def answered(engine: Engine, requests: list[Request]) -> dict[str, float]:
     seconds, waits = in_flight(engine, requests, FLIGHT)
+    waits.sort()
     return {
         "tokens/s": round(sum(request.max_new_tokens for request in requests) / seconds, 1),
         "first token, median ms": round(1e3 * statistics.median(waits), 1),
