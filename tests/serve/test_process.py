@@ -1,5 +1,6 @@
 """`veneer serve` as a process: what it says, what it answers, how it ends."""
 
+import gc
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from tests.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
 from veneer.library.library import Library
+from veneer.serve.run import run
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -101,6 +103,17 @@ def test_what_cannot_be_served_is_an_error_with_what_to_do(places, tmp_path, cap
     assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
     assert main(["serve", "--base", base, "--library", str(places / "adapters"), "--pin", "nobody"]) == 2
     assert "nobody" in capsys.readouterr().err
+
+
+def test_while_it_serves_nobody_searches_what_was_loaded_for_garbage():
+    class Fake:
+        async def serve(self, sockets):
+            self.frozen, self.left = gc.get_freeze_count(), len(gc.get_objects())
+
+    server = Fake()
+    run(server, [])
+    assert server.frozen > 10 * server.left
+    assert gc.get_freeze_count() == 0
 
 
 def test_help_shows_a_request(capsys):
