@@ -60,7 +60,9 @@ def check_rows(x, weight, bias):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("rows", "width", "outs"), [*(s for s in SHAPES if s[2] % 2 == 0), (70, 66, 3080), (300, 40, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "width", "outs"), [*(s for s in SHAPES if s[2] % 2 == 0), (70, 66, 3080), (300, 40, 4096)]
+)
 def test_the_gradient_of_the_input_is_torchs_alone_and_added(rows, width, outs):
     for way in ways():
         with way:
