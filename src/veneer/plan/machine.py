@@ -24,7 +24,7 @@ from veneer.errors import ConfigError
 from veneer.files.memory import container_bytes
 from veneer.files.remembered import remembered
 from veneer.kernels import products
-from veneer.kernels.native import has_amx
+from veneer.kernels.native import has_amx, has_bf16
 from veneer.plan.tracker import Shape, Work
 
 SHAPES_MEASURED = 4
@@ -36,11 +36,13 @@ ENOUGH_SECONDS, ROUNDS = 0.05, 2
 first, slow calls; a moment in which the machine is slow must not decide a figure."""
 MEASURED_FOR = timedelta(days=7)
 """How long they are taken as they were measured."""
-STEP_SHARE, STEP_SHARE_ON_TILES, STEP_SHARE_AT_ONCE = 0.73, 0.30, 0.37
+STEP_SHARE = 0.73
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of
-ten runs of benchmarks/plan_time.py. On Zen 4, their predictions corrected by hand for attention, which was not
-counted then; and where products run on AMX tiles, so fast that what lies between them is most of a step, less of one
-whose layers make their calls at once. Held in docs/plan.md."""
+ten runs of benchmarks/plan_time.py on Zen 4 with torch's products, their predictions corrected by hand for attention,
+which was not counted then."""
+SHARES_OF_PAIRS, SHARES_OF_TILES = (0.66, 0.75), (0.30, 0.37)
+"""The same where products are our own: of bf16 pairs, or on AMX tiles, so fast that what lies between them is most of a
+step. The second of each is that of steps whose layers make their calls at once. Held in docs/plan.md."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
@@ -148,6 +150,9 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
     key = {"shapes": [[*each, flops] for each, flops in most.items()], "dtype": str(dtype), "device": [device, on]}
     rates = remembered("rates", key, Rates, lambda: _measured(most, dtype, place), still=lambda found: found.recent)
     of_shapes = dict(zip(most, rates.of_shapes, strict=True))
+    share, at_once = STEP_SHARE, STEP_SHARE
+    if dtype is torch.bfloat16 and not cuda and has_bf16():
+        share, at_once = SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
     here = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
         name=on if cuda else here,
@@ -156,8 +161,8 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         rate=lambda shape: of_shapes.get(shape, rates.other),
         bytes_per_second=rates.bytes_per_second,
         start_seconds=rates.start_seconds,
-        share=STEP_SHARE_ON_TILES if has_amx() and dtype is torch.bfloat16 and not cuda else STEP_SHARE,
-        share_at_once=STEP_SHARE_AT_ONCE,
+        share=share,
+        share_at_once=at_once,
     )
 
 
