@@ -1,12 +1,37 @@
 /* Blocks of a .gguf file as whole numbers in bf16, and the scales beside them: what gguf_tiles.c and gguf_vectors.c
-   multiply. Of 16 rows of W, `row_bytes` apart; 128 bytes behind the last one's end may be read. Both say for which
+   multiply; how both read W's last rows, and write y. Of 16 rows of W, `row_bytes` apart; 128 bytes behind the last one's end may be read. Both say for which
    instructions it is compiled (GGUF).
    Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h */
 
 #define GGUF_INLINE static inline __attribute__((always_inline)) GGUF
 
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 }; /* ggml's numbers */
-enum { TILE = 1024 }; /* bytes: 32 values of 16 rows of W, or of x; 16 by 16 sums */
+enum {
+    TILE = 1024,  /* bytes: 32 values of 16 rows of W, or of x; 16 by 16 sums */
+    BEYOND = 128, /* bytes that may be read behind a row */
+};
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* 16 rows of W from `out` on, where 16 and what is behind them may be read: as they lie, or the last ones in `room`. */
+static const uint8_t *readable(const struct gguf_weight *w, int64_t out, int64_t row_bytes, uint8_t *room) {
+    const int64_t left = (w->outs - out) * row_bytes, own = least(left, 16 * row_bytes);
+    const uint8_t *rows = w->blocks + out * row_bytes;
+    if (left >= 16 * row_bytes + BEYOND) return rows;
+    memcpy(room, rows, (size_t)own);
+    memset(room + own, 0, (size_t)(16 * row_bytes + BEYOND - own));
+    return room;
+}
+
+/* y of 16 rows of W, or fewer, from `out` on, of a row of x. */
+GGUF_INLINE void put(const struct gguf_weight *w, int64_t out, int64_t row, __m512 sums) {
+    const __mmask16 mask = (__mmask16)((1u << least(16, w->outs - out)) - 1);
+    if (w->bias != NULL) {
+        const __m512i bias = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w->bias + out));
+        sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(bias, 16)));
+    }
+    _mm256_mask_storeu_epi16(w->y + row * w->outs + out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
+}
 
 /* The first 16 bytes hold the codes of a step: its second 16 values in their high halves. Else 32 bytes do. */
 INLINE int in_mixed_order(const int kind) { return kind < Q8_0; }

@@ -10,7 +10,7 @@
 
    Each step's sums begin at zero and are added to y's in float32, step by step: a row of x gives the same bits alone and
    among any others, with any number of threads. */
-#include "gguf_tiles.h"
+#include "gguf_product.h"
 #include "amx.h"
 #include "parallel.h"
 #include <stddef.h>
@@ -27,7 +27,6 @@ enum {
     SLOTS = 32,       /* for these */
     RING = 8,         /* steps whose codes are there, where no others go by; steps whose products are */
     AHEAD = 32,       /* rows of W that memory is asked for ahead */
-    BEYOND = 128,     /* bytes that may be read behind a row */
     ALONE = 1 << 15,  /* values of W that are not worth a second thread */
     MOST_X = 1 << 20, /* bytes of x that stay in the second cache while W goes by */
 };
@@ -49,8 +48,6 @@ struct room {
     uint8_t *codes, *last;
     float *scales, *offsets, *products, *sums;
 };
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The sums of 16 rows' values, 16 pairs of each across, pair by pair; those of `pairs` alone. */
 GGUF_INLINE __m512 sums_within(const uint8_t *turned, uint16_t pairs) {
@@ -108,17 +105,6 @@ GGUF_INLINE void shapes_of(int64_t rows) {
     const struct tiles shapes = {1, 0, {0}, {x, x, x, x, 64, 64, x, x}, {16, 16, 16, 16, 16, 16, 16, 16}};
     __asm__ volatile("" ::: "memory");
     _tile_loadconfig(&shapes);
-}
-
-/* y of 16 rows of W, or fewer, from `out` on, of one row of x. */
-GGUF_INLINE void put(const struct tiled *all, const struct gguf_weight *w, int64_t out, int64_t row, __m512 sums) {
-    const int64_t outs = least(16, w->outs - out);
-    const __mmask16 mask = (__mmask16)((1u << outs) - 1);
-    if (w->bias != NULL) {
-        const __m512i bias = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w->bias + out));
-        sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(bias, 16)));
-    }
-    _mm256_mask_storeu_epi16(w->y + (all->first + row) * w->outs + out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
 /* The products of a step, and its sums of x, to 16 rows of sums. */
@@ -284,14 +270,14 @@ GGUF_INLINE void put_tile(const struct tiled *all, const struct gguf_weight *w, 
     __attribute__((aligned(64))) float across[256];
     words_across((const uint32_t *)sums, 16, 16, (uint32_t *)across);
     const int64_t count = least(16, all->rows - 16 * tile);
-    for (int64_t r = 0; r < count; r++) put(all, w, out, 16 * tile + r, _mm512_load_ps(across + 16 * r));
+    for (int64_t r = 0; r < count; r++) put(w, out, all->first + 16 * tile + r, _mm512_load_ps(across + 16 * r));
 }
 
 /* 16 rows of W from `out` on. */
 static GGUF void group(const struct tiled *all, const struct room *room, const struct gguf_weight *w, int64_t out) {
     const int64_t bytes = all->row_bytes, kind = all->of->kind, tiles = (all->rows + 15) / 16;
-    const int64_t chunk = tiles > 1 ? CHUNK : all->steps, left = (w->outs - out) * bytes;
-    const uint8_t *rows = w->blocks + out * bytes;
+    const int64_t chunk = tiles > 1 ? CHUNK : all->steps;
+    const uint8_t *rows = readable(w, out, bytes, room->last);
 #define CALL(name, ...)                                 \
     (kind == Q4_0   ? name##_Q4_0(all, room, __VA_ARGS__) \
      : kind == Q4_1 ? name##_Q4_1(all, room, __VA_ARGS__) \
@@ -301,14 +287,8 @@ static GGUF void group(const struct tiled *all, const struct room *room, const s
      : kind == Q4_K ? name##_Q4_K(all, room, __VA_ARGS__) \
      : kind == Q5_K ? name##_Q5_K(all, room, __VA_ARGS__) \
                     : name##_Q6_K(all, room, __VA_ARGS__))
-    if (left < 16 * bytes + BEYOND) {
-        const int64_t own = least(left, 16 * bytes);
-        memcpy(room->last, rows, (size_t)own);
-        memset(room->last + own, 0, (size_t)(16 * bytes + BEYOND - own));
-        rows = room->last;
-    }
     if (all->rows == 1) {
-        put(all, w, out, 0, CALL(one_row, rows));
+        put(w, out, all->first, CALL(one_row, rows));
         return;
     }
     for (int64_t step = 0; step < all->steps; step += chunk) {

@@ -9,7 +9,7 @@
 
    Each step's sums begin at zero and are added to y's in float32, step by step: a row of x gives the same bits alone and
    among any others, with any number of threads. */
-#include "gguf_tiles.h"
+#include "gguf_product.h"
 #include "parallel.h"
 #include <stddef.h>
 #include <stdlib.h>
@@ -28,7 +28,6 @@ enum {
     DIRECT = 2,     /* rows of x that codes are multiplied with as they are decoded */
     MOST_X = 128,   /* rows of x whose sums wait there */
     AHEAD = 64,     /* rows of W that memory is asked for ahead */
-    BEYOND = 128,   /* bytes that may be read behind a row */
     ALONE = 1 << 15, /* values of W that are not worth a second thread */
     MOST_THREADS = 256,
 };
@@ -57,8 +56,6 @@ struct shared {
     int64_t threads, first, rows;
     int failed;
 };
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* 32 values, of which steps of W are taken: what four of them, or a K block, hold. */
 INLINE int unit_of(const int kind) { return kind > Q8_0 ? 8 : 4; }
@@ -295,25 +292,6 @@ static rows_body *body_of(int64_t kind, int64_t rows) {
 #undef EACH
 }
 
-/* y of 16 rows of W, or fewer, from `out` on, of one row of x. */
-GGUF_INLINE void put(const struct vectors *all, const struct gguf_weight *w, int64_t out, int64_t row, __m512 sums) {
-    const __mmask16 mask = (__mmask16)((1u << least(16, w->outs - out)) - 1);
-    if (w->bias != NULL) {
-        const __m512i bias = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w->bias + out));
-        sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(bias, 16)));
-    }
-    _mm256_mask_storeu_epi16(w->y + (all->first + row) * w->outs + out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
-}
-
-/* 16 rows of W from `out` on, where 16 and what is behind them may be read. */
-static const uint8_t *readable(const struct vectors *all, const struct gguf_weight *w, int64_t out, uint8_t *room) {
-    const int64_t bytes = all->row_bytes, left = (w->outs - out) * bytes, own = least(left, 16 * bytes);
-    if (left >= 16 * bytes + BEYOND) return w->blocks + out * bytes;
-    memcpy(room, w->blocks + out * bytes, (size_t)own);
-    memset(room + own, 0, (size_t)(16 * bytes + BEYOND - own));
-    return room;
-}
-
 INLINE int64_t groups_of(const struct gguf_weight *w) { return (w->outs + 16 * SIDES - 1) / (16 * SIDES); }
 
 /* Group `number` of 32 rows of W, those of a weight behind those of the one before. */
@@ -331,14 +309,14 @@ static struct place place_of_group(const struct gguf_product *of, int64_t number
 static GGUF void group(const struct vectors *all, struct place at) {
     const struct gguf_weight *w = at.w;
     __m512 sums[MOST_X][SIDES];
-    const uint8_t *p[SIDES] = {readable(all, w, at.out, all->last)};
+    const uint8_t *p[SIDES] = {readable(w, at.out, all->row_bytes, all->last)};
     for (int side = 1; side < SIDES; side++) {
         const int64_t out = at.out + 16 * side;
-        p[side] = out < w->outs ? readable(all, w, out, all->last + side * (16 * all->row_bytes + BEYOND)) : p[0];
+        p[side] = out < w->outs ? readable(w, out, all->row_bytes, all->last + side * (16 * all->row_bytes + BEYOND)) : p[0];
     }
     body_of(all->of->kind, all->rows)(all, p, sums);
     for (int side = 0; side < SIDES && at.out + 16 * side < w->outs; side++)
-        for (int64_t row = 0; row < all->rows; row++) put(all, w, at.out + 16 * side, row, sums[row][side]);
+        for (int64_t row = 0; row < all->rows; row++) put(w, at.out + 16 * side, all->first + row, sums[row][side]);
 }
 
 /* What one thread does, as long as there are runs. */

@@ -1,7 +1,7 @@
 /* Products of a few rows with a packed W: some of its rows at a time are decoded to where they stay in the cache, and
    multiplied with all rows of x (few_rows.c, few_rows_tiles.c). The bits of a product with W decoded. */
 #include "few_rows.h"
-#include "gguf_tiles.h"
+#include "gguf_product.h"
 #include "nf4.h"
 #include "packed_rows.h"
 #include <stddef.h>

@@ -165,12 +165,13 @@ static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_
     for (int64_t turn = 0; turn < turns; turn++) {
         const int64_t m = rows * turn / turns, some = rows * (turn + 1) / turns - m;
         const uint16_t *x = a->x + (begin + m) * a->width + from * SIDE;
-        for (int64_t r = 0; near->x && r < some; r++) memcpy(near->x + 2 * r * count, x + r * a->width, (size_t)(4 * count));
+        const int64_t apart = near->x ? 2 * count : a->width;
+        for (int64_t r = 0; near->x && r < some; r++) memcpy(near->x + r * apart, x + r * a->width, (size_t)(4 * count));
+        if (near->x) x = near->x;
         for (int64_t i = 0; i < panels; i++) {
             const uint32_t *pairs = near->pairs + i * steps * STEP;
             float *sums = near->sums ? near->sums + (i * rows + m) * SIDE : some_sums;
-            if (near->x) some_pairs(some, near->x, 2 * count, count, pairs, sums, from > 0);
-            else some_pairs(some, x, a->width, count, pairs, sums, from > 0);
+            some_pairs(some, x, apart, count, pairs, sums, from > 0);
             if (last) finish(a, sums, begin + m, some, (first + i) * SIDE);
         }
     }

@@ -1,6 +1,6 @@
-/* Products of rows of x with blocks of a .gguf file on AMX tiles. */
-#ifndef VENEER_GGUF_TILES_H
-#define VENEER_GGUF_TILES_H
+/* Products of rows of x with blocks of a .gguf file, whose codes are multiplied. */
+#ifndef VENEER_GGUF_PRODUCT_H
+#define VENEER_GGUF_PRODUCT_H
 
 #include "bits.h"
 
@@ -19,10 +19,10 @@ struct gguf_product {
     int64_t count, rows, width, kind;
 };
 
-/* Where veneer_few_level says 5. 1: no memory. */
+/* On AMX tiles, where veneer_few_level says 5. 1: no memory. */
 int gguf_tiled_product(const struct gguf_product *of);
 
-/* Where it says 4, or more. */
+/* In registers, where it says 4 or more. */
 int gguf_vector_product(const struct gguf_product *of);
 
 #endif
