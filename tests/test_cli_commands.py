@@ -261,7 +261,8 @@ def test_chat_goes_on_after_an_error_without_the_question(api, capsys, stdin):
 
 
 @pytest.mark.parametrize("typed", ["/what", "/help"])
-def test_chat_lists_its_commands_when_asked_and_when_one_is_unknown(api, capsys, stdin, typed):
+def test_chat_lists_its_commands_when_asked_and_when_one_is_unknown(api, capsys, stdin, typed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     stdin(f"{typed}\n")
     main.main(["chat", "--base", "b"])
     err = capsys.readouterr().err

@@ -12,6 +12,7 @@ from veneer import __version__
 from veneer.cli import doctor, main
 from veneer.cli.completion import bash, fish, known_words
 from veneer.errors import DivergedError, DoesNotFitError, InputError, Interrupted, RefusedError
+from veneer.wording import reflowed
 
 HEAVY = ("torch", "transformers", "pydantic", "rich", "numpy", "yaml")
 
@@ -42,6 +43,22 @@ def test_help_can_be_printed_under_a_windows_code_page(command, capsys, monkeypa
     monkeypatch.setenv("COLUMNS", "80")
     assert main.main([command, "--help"] if command else ["--help"]) == 0
     capsys.readouterr().out.encode("cp1252")
+
+
+@pytest.mark.parametrize("command", ["", *main.COMMANDS])
+def test_prose_of_a_help_page_is_no_wider_than_the_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.main([command, "--help"] if command else ["--help"]) == 0
+    wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+    to_be_copied = ("  veneer ", "  curl ", "    -d ", " " * 20)  # commands; choices of a flag, which have no spaces
+    assert not [line for line in wide if not line.startswith(to_be_copied)]
+
+
+def test_a_page_is_written_anew_for_a_narrower_terminal_but_for_its_commands():
+    page = "One line that is long,\nand another.\n\n  word  what it means\n  veneer train --out  somewhere"
+    assert reflowed(page, 80) == page
+    told = "One line that\nis long, and\nanother.\n\n  word  what\n        it\n        means\n  veneer train --out  somewhere"
+    assert reflowed(page, 14) == told
 
 
 EARLY = {

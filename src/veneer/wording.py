@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from textwrap import TextWrapper
+from itertools import groupby
+from textwrap import TextWrapper, wrap
 
 
 def shown(text: object) -> str:
@@ -51,6 +53,36 @@ def wrapped(line: str, width: int) -> str:
     indent = " " * (len(line) - len(line.lstrip()))
     breaks = TextWrapper(width, indent, indent + "    ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(breaks.wrap(line.strip()))
+
+
+def reflowed(text: str, width: int) -> str:
+    """A written page for a narrower one: paragraphs are filled, `  word  what it means` keeps its column.
+
+    What fits stays as it is. Indented lines that are neither (commands, to be copied) stay too.
+    """
+    lines = text.split("\n")
+    if max(map(len, lines)) <= width:
+        return text
+    found: list[str] = []
+    for indented, group in groupby(lines, lambda line: line[:1].isspace() if line else None):
+        block = list(group)
+        if indented is False:
+            found += wrap(" ".join(block), width, break_long_words=False, break_on_hyphens=False) or block
+        elif indented:
+            found += [part for line in block for part in _entry(line, width)]
+        else:
+            found += block
+    return "\n".join(found)
+
+
+def _entry(line: str, width: int) -> list[str]:
+    """`  word  what it means` in lines of no more than `width`; any other line as it is."""
+    parts = re.fullmatch(r"( +(?!veneer )\S.*? {2,})(\S.*)", line)
+    if parts is None or len(line) <= width:
+        return [line]
+    head, meaning = parts.groups()
+    rest = " " * len(head)
+    return wrap(meaning, width, initial_indent=head, subsequent_indent=rest, break_long_words=False)
 
 
 class WordWrap:

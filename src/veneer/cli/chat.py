@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.cli.common import adapter_folder, add_base, add_preamble, asked_as, load_base, standard_input, variables_of
 from veneer.cli.generate import add_sampling, tell_cut
 from veneer.errors import ConfigError, VeneerError
-from veneer.wording import WordWrap, shown
+from veneer.wording import WordWrap, reflowed, shown
 
 if TYPE_CHECKING:
     from veneer.base import Base
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if fenced or not line.startswith("/"):  # fenced: whatever it begins with, it is no command
             if line:
                 messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
-        elif command == "/exit":
+        elif command in ("/exit", "/quit", "/bye"):
             return 0
         elif command == "/use":
             if _use(base, rest, args):
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
             messages = _opening(system)
             _tell("new conversation")
         else:
-            _tell(HELP if command == "/help" else f"unknown command {command}:\n{HELP}")
+            help = reflowed(HELP, shutil.get_terminal_size().columns)
+            _tell(help if command == "/help" else f"unknown command {command}:\n{help}")
 
 
 def _tell(text: str) -> None:

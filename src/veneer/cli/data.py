@@ -50,7 +50,8 @@ SAMPLE_CHARACTERS = 1200  # of a stretch of tokens; the middle of a longer one i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     help = "what a data set would teach, as the model will see it; exits 4 if a run would refuse it"
-    parser = actions.add_parser("check", help=help, allow_abbrev=False)
+    said = help[0].upper() + help[1:] + "."
+    parser = actions.add_parser("check", help=help, description=said, allow_abbrev=False)
     parser.set_defaults(act=_check)
     add_verbs(actions)
     parser.add_argument("data", metavar="D", help="file, folder, pattern, address, data set of the hub")

@@ -21,7 +21,8 @@ Run = Callable[[argparse.Namespace], int]
 
 def add_verbs(actions: Any) -> None:
     def verb(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = actions.add_parser(name, help=help, allow_abbrev=False)
+        said = help[0].upper() + help[1:] + "."
+        made: argparse.ArgumentParser = actions.add_parser(name, help=help, description=said, allow_abbrev=False)
         made.set_defaults(act=run)
         return made
 

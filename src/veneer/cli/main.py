@@ -24,7 +24,7 @@ from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
 from veneer.vocabulary import CHOICES_ELSEWHERE, KeyPath, nearest
-from veneer.wording import shown
+from veneer.wording import reflowed, shown, wrapped
 
 COMMANDS = {
     "demo": "fine-tune a small real model in a few minutes and see before and after",
@@ -55,6 +55,17 @@ READER_GONE = 128 + 13
 EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it does not fit (memory, disk),
 4 a check refused, 5 training diverged, 6 another process of the run failed, 130 interrupted with a
 checkpoint saved, 141 nobody read on"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, but for lines that the terminal is too narrow for."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return reflowed(super()._fill_text(text, width, indent), width)
+
+    def _format_usage(self, usage: Any, *others: Any) -> str:
+        text = super()._format_usage(usage, *others)
+        return text if usage is None else wrapped(text, self._width) + "\n\n"
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,9 +209,9 @@ def _run(argv: list[str], alone: bool) -> int:
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
-        epilog="\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
-        + f"\n\nveneer COMMAND --help says more.\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items())
+        + f"\n\nveneer COMMAND --help says more.\n\n{EXIT_CODES}",
+        formatter_class=Help,
         usage="veneer COMMAND ...",
         allow_abbrev=False,
     )
@@ -216,12 +227,7 @@ def _run(argv: list[str], alone: bool) -> int:
         hint = f": did you mean {near[0]!r}?" if near else f": there is {', '.join(COMMANDS)}"
         parser.error(f"unknown command {argv[0]!r}{hint}")
     command = import_module(f"veneer.cli.{argv[0]}")
-    own = Parser(
-        prog=f"veneer {argv[0]}",
-        description=command.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    own = Parser(prog=f"veneer {argv[0]}", description=command.__doc__, formatter_class=Help, allow_abbrev=False)
     command.add_arguments(own)
     parsed = own.parse_args(argv[1:])
     if alone:
