@@ -1,6 +1,7 @@
 """The command line's frame: light help, exit codes, errors."""
 
 import io
+import logging
 import subprocess
 import sys
 from itertools import pairwise
@@ -59,6 +60,16 @@ def test_a_page_is_written_anew_for_a_narrower_terminal_but_for_its_commands():
     assert reflowed(page, 80) == page
     told = "One line that\nis long, and\nanother.\n\n  word  what\n        it\n        means"
     assert reflowed(page, 14) == f"{told}\n  veneer train --out  somewhere"
+
+
+def test_what_is_fetched_once_is_said_as_it_begins(capsys, monkeypatch):
+    bases = logging.getLogger("veneer.bases")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(bases, name, getattr(bases, name))
+    main._tell_of_first_times()
+    logging.getLogger("veneer.bases.packages").info("fetching %s, once", "a\x1bb")
+    said = capsys.readouterr()
+    assert said.err == "  fetching a·b, once\n" and not said.out
 
 
 EARLY = {

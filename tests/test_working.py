@@ -1,6 +1,7 @@
 """The line of what goes on: what it says as time goes by, and where it says nothing."""
 
 import io
+import sys
 
 from rich.console import Console
 
@@ -36,6 +37,14 @@ def test_a_terminal_sees_it_after_a_moment_and_nobody_else_does(monkeypatch):
             tell("merging", 2, 4)
         said = console.file.getvalue()
         assert ("merging 2/4" in said) == terminal and (terminal or not said)
+
+
+def test_what_is_to_load_torch_shows_at_once(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with working("loading b", console):
+        pass
+    assert "loading b" in console.file.getvalue()
 
 
 def test_a_comparison_says_which_run_of_how_many_and_the_time_left():

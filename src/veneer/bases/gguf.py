@@ -179,7 +179,7 @@ def converting(path: Path, target: Path) -> Iterator[tuple[Path, Header, Path]]:
         raise SourceError(
             "transformers needs the package accelerate to read .gguf files", next_step="pip install accelerate"
         )
-    _log.info("converting %s (once)", path.name)
+    _log.info("converting %s, once", path.name)
     with making(target.parent) as scratch:
         alone, folder = _alone(path, scratch), scratch / "model"
         with quiet(), contextlib.redirect_stderr(io.StringIO()):  # one progress bar there heeds no setting

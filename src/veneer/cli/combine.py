@@ -47,13 +47,14 @@ def run(args: argparse.Namespace) -> int:
     base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
     adapters = weighted(args.adapters, args.weights, args.library)
     check_base(base)
-    with no_collection():
-        from veneer import api
-    from veneer.merge.combine import Recipe
     from veneer.train.working import working
 
-    recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
     with working("combining"):
+        with no_collection():
+            from veneer import api
+        from veneer.merge.combine import Recipe
+
+        recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
         report = api.combine(adapters, recipe, base=base, out=args.out)
     if args.json:
         print_json(report.to_dict())

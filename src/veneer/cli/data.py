@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     check_base(args.base)
     check_rows(args.data, args.validation)
-    with no_collection():
-        from veneer import api
     from veneer.train.working import working
 
     with working(f"reading {args.data}"):
+        with no_collection():
+            from veneer import api
         data, tokenizer = api.check_data(
             args.data,
             base=args.base,

@@ -75,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
     base, folder = base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
     check_base(base)
-    with no_collection():
-        from veneer import api
     from veneer.train.working import working
 
     console = make_console(json=args.json)
@@ -84,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if _whole(args):
         return _export_model(args, base, folder, console)
     with working(f"writing for {args.to}"):
+        with no_collection():
+            from veneer import api
         card = partial(_card, args, base, folder)
         made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32", card=card)
     if args.json:
@@ -99,14 +99,14 @@ def _whole(args: argparse.Namespace) -> bool:
 
 
 def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
-    with no_collection():
-        from veneer import api
     from veneer.train.working import working
 
     quantize, keep_dense = held_as(None, folder, force_base=args.force_base)
-    weights = api.Weights(quantize, keep_dense, args.into, args.original, args.force_base)
     type: ModelType = args.type or "f16"
     with working(f"loading {base}") as tell:
+        with no_collection():
+            from veneer import api
+        weights = api.Weights(quantize, keep_dense, args.into, args.original, args.force_base)
         how: dict[str, Any] = {"base": base, "out": args.out, "type": type, "weights": weights, "progress": tell}
         if args.to in WHOLE_MODEL:
             report = api.export_ollama(folder, card=partial(_card, args, base, folder), **how)

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
     check_base(args.model)
-    with no_collection():
-        from veneer import api
     from veneer.train.working import working
 
     with working("extracting"):
+        with no_collection():
+            from veneer import api
         report = api.extract(
             args.base,
             args.model,

@@ -232,6 +232,7 @@ def _run(argv: list[str], alone: bool) -> int:
     parsed = own.parse_args(argv[1:])
     if alone:
         import_module("veneer.files.remembered").begin()
+        _tell_of_first_times()
     code: int = command.run(parsed)
     return code
 
@@ -246,6 +247,21 @@ def _alone(parser: argparse.ArgumentParser) -> int:
 
     print(told(Path(), default_folder()))
     return 0
+
+
+def _tell_of_first_times() -> None:
+    """What is fetched or converted once takes a minute that nobody expects: it is said on stderr as it begins."""
+    import logging
+
+    class FirstTimes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            anew = "\r\033[2K" if sys.stderr.isatty() else ""  # over a line that says how long, which comes again below
+            print(f"{anew}  {shown(record.getMessage())}", file=sys.stderr, flush=True)
+
+    bases = logging.getLogger("veneer.bases")
+    bases.setLevel(logging.INFO)
+    bases.propagate = False
+    bases.handlers = [FirstTimes()]
 
 
 def print_error(message: str) -> None:

@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
     quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
     check_base(base)
     check_rows(args.data)
-    with no_collection():
-        from veneer import api
     from veneer.train.working import working
 
     with working("merging"):
+        with no_collection():
+            from veneer import api
         report = api.merge(
             base,
             adapters,

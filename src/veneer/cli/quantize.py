@@ -38,16 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
-    with no_collection():
-        from veneer import api
-    from veneer.bases.weight_table import weight_table
     from veneer.train.working import working
 
     with working(f"quantising {args.base}"):
+        with no_collection():
+            from veneer import api
         base = api.load(
             args.base, dtype=as_stored(args.dtype), device="cpu", quantize=args.quantize, keep_dense=args.keep_dense
         )
         written = api.write_quantized(base, args.out)
+    from veneer.bases.weight_table import weight_table
+
     table = weight_table(base.model)
     console = make_console(json=args.json)
     console.print(f"{'':<18}{'held in':<10}{'modules':>9}{'M values':>11}{'MB':>9}")

@@ -100,15 +100,17 @@ def run(args: argparse.Namespace) -> int:
     _require_extra()
     check_base(args.base)
     from veneer.library.library import Library
+    from veneer.train.working import working
 
     library = Library(args.library)
     library.entries()  # it is one, before a base is loaded for it
-    with no_collection():
-        from veneer.serve.run import run as run_server
-        from veneer.serve.start import keys_of
-    settings = _settings(args)
-    keys = keys_of(settings, os.environ)
-    ready = PLACES[args.on](args, settings, keys, library)
+    with working(f"loading {args.base}"):
+        with no_collection():
+            from veneer.serve.run import run as run_server
+            from veneer.serve.start import keys_of
+        settings = _settings(args)
+        keys = keys_of(settings, os.environ)
+        ready = PLACES[args.on](args, settings, keys, library)
     _log()
     console = make_console(json=False)
     for line in ready.told:

@@ -2,6 +2,7 @@
 nothing where no terminal is.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from veneer.train.talk import talking_console
 from veneer.wording import clock, shown
 
 SILENT_SECONDS = 1.0
-"""What is over by then is not shown: a line that flickers tells nothing."""
+"""What is over by then is not shown: a line that flickers tells nothing. But what is to import torch shows at once:
+while a library is loaded no thread draws."""
 
 Told = Callable[[str, int, int], None]
 """(what, done, of how many); of 0: not known."""
@@ -27,6 +29,7 @@ class Line:
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._began, self._what = now, now(), what
+        self._silent = SILENT_SECONDS if "torch" in sys.modules else 0.0
         self._done = self._total = 0
         self._since = self._began  # when this part began: the time left is its own
 
@@ -44,7 +47,7 @@ class Line:
         return shown(f"  {self._what}{count} · {beside}")
 
     def __rich__(self) -> RenderableType:
-        if self._now() - self._began < SILENT_SECONDS:
+        if self._now() - self._began < self._silent:
             return Text("")
         if not self._total:
             return Text(self.text(), no_wrap=True, overflow="ellipsis")
