@@ -103,7 +103,8 @@ def number_faults(**numbers: tuple[Number, object]) -> list[str]:
 
 
 def _shown(value: float) -> str:
-    return f"{value:,}" if value < 10**12 and value == int(value) else f"{value:g}"
+    whole = isinstance(value, int) or (value < 10**12 and value == int(value))
+    return f"{value:,}" if whole else f"{value:g}"
 
 
 COUNT = Number(int, 1, 10**9)

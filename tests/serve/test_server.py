@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -14,6 +15,7 @@ from veneer.decoding.scheduler import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
 from veneer.serve.keys import Key, Keys, hashed
+from veneer.serve.names import Names
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -587,3 +589,12 @@ def test_a_server_that_is_to_end_answers_those_that_are_open_and_no_others(libra
 def test_a_base_whose_answers_go_one_by_one_is_not_served(library):
     with pytest.raises(VeneerError, match="one request after another"), running(library, base=made_base("bloom")):
         pass
+
+
+def test_an_adapter_that_is_called_as_the_base_is_listed_by_both_names():
+    facts = SimpleNamespace(base_digest=None, content_hash="0", method="lora", bytes=1)
+    entry = SimpleNamespace(
+        name="b", reference="b@1", version=SimpleNamespace(facts=facts, added="2026-01-01T00:00:00+00:00")
+    )
+    names = Names("b", "digest", SimpleNamespace(entries=lambda: [entry]), None)
+    assert [card["id"] for card in names.cards()] == ["b", "b:b"] and names.reference("b:b") == "b"

@@ -106,7 +106,10 @@ def run(args: argparse.Namespace) -> int:
     library.entries()  # it is one, before a base is loaded for it
     with working(f"loading {args.base}"):
         with no_collection():
+            from veneer.serve.run import listening
             from veneer.serve.run import run as run_server
+
+            listening(args.host, args.port).close()  # a port that is taken is told before a base is loaded
             from veneer.serve.start import keys_of
         settings = _settings(args)
         keys = keys_of(settings, os.environ)

@@ -132,7 +132,7 @@ class Names:
             hidden, added = set(self._hidden), dict(self._added)
         for entry in self._library.entries():
             if entry.name not in hidden and entry.version.facts.base_digest in (None, self._digest):
-                yield entry.name, entry
+                yield f"{self.base_name}:{entry.name}" if entry.name == self.base_name else entry.name, entry
         for name, reference in sorted(added.items()):
             try:
                 yield name, self._library.get(reference)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as fault:
         raise ConfigError(
-            f"{host}:{port} cannot be listened on: {fault.strerror or fault}",
+            f"{host}:{port} cannot be listened on: {os.strerror(fault.errno) if (fault.errno or 0) > 0 else fault}",
             next_step="Give another --port or --host.",
         ) from None
 
