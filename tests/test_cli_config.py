@@ -198,7 +198,7 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("1: 2", "run.yaml:1 1 is"),
         ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be a whole number from 1 to 1,048,576"),
         ("seed: 1\nseed: 2", "run.yaml:2 'seed' stands there twice, first in line 1"),
-        ("method: lroa", "method is 'lroa', not one of lora, "),
+        ("method: lroa", "method is 'lroa', not one of lora, dora, bottleneck, prefix, full: did you mean lora?"),
         ("method: {rank: 3}", "'method.name' is missing"),
         ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
         ("method: {name: lora, targets: 5}", "method.targets is 5: should be a valid string or should be a valid list"),

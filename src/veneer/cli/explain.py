@@ -32,10 +32,9 @@ def run(args: argparse.Namespace) -> int:
     known = codes()
     asked = [code.upper() for code in args.codes]
     if unknown := [code for code in asked if code not in known]:
-        near = [
-            f"{code}: did you mean {', '.join(get_close_matches(code, known, n=3, cutoff=0.7))}?" for code in unknown
-        ]
-        raise ConfigError("there is no such code", near, "veneer explain lists all.")
+        near = {code: get_close_matches(code, known, n=3, cutoff=0.7) for code in unknown}
+        told = [code + (f": did you mean {', '.join(near[code])}?" if near[code] else "") for code in unknown]
+        raise ConfigError("there is no such code", told, "veneer explain lists all.")
     chosen = {code: known[code] for code in asked or known}
     if args.json:
         print_json(chosen)

@@ -4,6 +4,7 @@ No torch here: `--help` reads this. A setting has a path: ("method", "rank") is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
@@ -195,7 +196,10 @@ def _said(
     if kind == "value_error":
         return "C315", str(context["error"])
     if kind == "union_tag_invalid":
-        return "C310", f"{name} is {context['tag']!r}, not one of {context['expected_tags'].replace(chr(39), '')}"
+        tags = context["expected_tags"].replace("'", "")
+        near = get_close_matches(context["tag"], tags.split(", "), n=1)
+        meant = f": did you mean {near[0]}?" if near else ""
+        return "C310", f"{name} is {context['tag']!r}, not one of {tags}{meant}"
     given = repr(detail["input"])
     given = given if len(given) <= 60 else given[:59] + "…"
     if kind == "literal_error":
