@@ -106,6 +106,8 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     assert "whatever is changed: " in verdict(row) and "the base in 4 bits" in verdict(row)
     unasked = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30, search=False)
     assert verdict(unasked) == "does not fit"
+    one = replace(unasked, fits=True, largest_batch=1)
+    assert verdict(one) == f"fits, up to 1 row of {choice.length:,} tokens at once"
     way = ways(own, choice, 48 * 2**30, lambda c: 1.0)
     assert way is not None
     assert [change.setting for change in way.changes] == ["checkpointing=true", "quantize=nf4"]

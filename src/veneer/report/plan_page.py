@@ -56,7 +56,10 @@ def verdict(row: PlanRow) -> str:
     if row.fits is None:
         return ""
     if row.fits:
-        return "fits" if row.largest_batch is None else f"fits, up to {row.largest_batch} rows at once"
+        if row.largest_batch is None:
+            return "fits"
+        rows = f"{row.largest_batch:,} row{'' if row.largest_batch == 1 else 's'}"
+        return f"fits, up to {rows} of {row.choice.length:,} tokens at once"
     if row.way is None:
         if row.nearest is None:  # not looked for
             return "does not fit"

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
 from veneer.train.talk import talking_console
-from veneer.wording import between, clock, cut, folded, millions, number, percent, shares, shown, size
+from veneer.wording import between, clock, cut, folded, millions, number, percent, shares, shown, size, wrapped
 
 Facts = Mapping[str, Any]
 
@@ -169,7 +169,8 @@ class LiveScreen:
     def start(self, info: Facts) -> None:
         self._progress = Progress(info)
         for line in start_lines(info):
-            self.console.print(Text(folded(line, self.console.width)))
+            for each in folded(line, self.console.width).split("\n"):
+                self.console.print(Text(wrapped(each, self.console.width)))
         self._live = Live(console=self.console, refresh_per_second=4, transient=True, redirect_stdout=False)
         self._live.start()
 
