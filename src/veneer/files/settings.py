@@ -198,8 +198,8 @@ def _said(
     if kind == "union_tag_invalid":
         tags = context["expected_tags"].replace("'", "")
         near = get_close_matches(context["tag"], tags.split(", "), n=1)
-        meant = f": did you mean {near[0]}?" if near else ""
-        return "C310", f"{name} is {context['tag']!r}, not one of {tags}{meant}"
+        guess = f": did you mean {near[0]}?" if near else ""
+        return "C310", f"{name} is {context['tag']!r}, not one of {tags}{guess}"
     given = repr(detail["input"])
     given = given if len(given) <= 60 else given[:59] + "…"
     if kind == "literal_error":
