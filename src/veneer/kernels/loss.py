@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import calls, launch, products
+from veneer.kernels.frozen import times
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
 from veneer.kernels.native import on_cpu
@@ -146,7 +147,7 @@ def _back(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     """d_z (M, columns) -> what it is of h, (M, D), and the columns of the rows beside W. d_z is overwritten."""
     own = d_z[:, : head.weight.shape[0]]
     if head.beside is None:
-        return own @ head.weight, None
+        return times(own, head.weight, None), None
     columns = d_z.index_select(1, head.beside.at)
     d_z.index_fill_(1, head.beside.at, 0)  # of W none of these was used
     return (own @ head.weight).addmm_(columns, head.beside.rows.to(d_z.dtype)), columns

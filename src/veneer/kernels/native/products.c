@@ -106,8 +106,8 @@ enum {
     PAIRED = 14,       /* rows of x at once */
     ROWS = 256,        /* of x whose sums wait for the next steps */
     WHOLE = 48,        /* steps of W up to which none wait */
-    SOME = 32,         /* steps at once beyond */
-    KEPT = 512 << 10,  /* bytes of W */
+    SOME = 16,         /* steps at once beyond: 14 rows of x are 14 KiB of the first cache */
+    KEPT = 576 << 10,  /* bytes of W */
     MEETING = 2048,    /* rows of x that lie so many bytes apart, or twice as many ..., share few lines of the first cache */
 };
 
@@ -155,6 +155,20 @@ struct near {
     uint16_t *x;
 };
 
+/* What is read next where K goes in parts, piece `number` of `pieces`: `rows` rows of x from `row` on, values [k, k + wide). */
+static VENEER_BF16 void ask_for_x(const struct product *a, int64_t row, int64_t rows, int64_t k, int64_t wide, int64_t number, int64_t pieces) {
+    for (int64_t r = row + number; r < row + rows && r < a->rows; r += pieces)
+        for (int64_t i = 0; i < wide; i += SIDE) _mm_prefetch(a->x + r * a->width + k + i, _MM_HINT_T1);
+}
+
+/* The same of W where it lies along: columns [n0, n0 + wide), `depth` rows from k0 on, as far as there are some. */
+static VENEER_BF16 void ask_for_w(const struct product *a, int64_t n0, int64_t wide, int64_t k0, int64_t depth, int64_t number, int64_t pieces) {
+    const int64_t left = a->width - k0 < depth ? a->width - k0 : depth;
+    if (!a->along || left <= 0) return;
+    for (int64_t k = left * number / pieces; k < left * (number + 1) / pieces; k++)
+        for (int64_t i = 0; i < wide && n0 + i < a->outs; i += SIDE) _mm_prefetch(a->w + (k0 + k) * a->outs + n0 + i, _MM_HINT_T1);
+}
+
 /* What `steps` steps from `from` on add to panels [first, first + panels) of rows [begin, end), near enough equally many rows
    at a time. */
 static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_t panels, int64_t begin, int64_t end, int64_t from,
@@ -165,10 +179,12 @@ static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_
     for (int64_t turn = 0; turn < turns; turn++) {
         const int64_t m = rows * turn / turns, some = rows * (turn + 1) / turns - m;
         const uint16_t *x = a->x + (begin + m) * a->width + from * SIDE;
-        const int64_t apart = near->x ? 2 * count : a->width;
+        const int64_t apart = near->x ? 2 * count + SIDE : a->width;
         for (int64_t r = 0; near->x && r < some; r++) memcpy(near->x + r * apart, x + r * a->width, (size_t)(4 * count));
         if (near->x) x = near->x;
         for (int64_t i = 0; i < panels; i++) {
+            if (near->x) ask_for_x(a, begin + m + some, some, from * SIDE, 2 * count, i, panels);
+            if (near->sums) ask_for_w(a, first * SIDE, panels * SIDE, (from + steps) * SIDE, steps * SIDE, turn * panels + i, turns * panels);
             const uint32_t *pairs = near->pairs + i * steps * STEP;
             float *sums = near->sums ? near->sums + (i * rows + m) * SIDE : some_sums;
             some_pairs(some, x, apart, count, pairs, sums, from > 0);
@@ -186,7 +202,7 @@ static VENEER_BF16 void paired_body(void *arguments, int64_t from, int64_t to) {
     const struct near near = {
         room_of(4 * held * depth * STEP),
         depth < all ? room_of(4 * held * rows * SIDE) : NULL,
-        2 * a->width % MEETING == 0 ? room_of(2 * PAIRED * depth * SIDE) : NULL,
+        2 * a->width % MEETING == 0 ? room_of(2 * PAIRED * (depth + 1) * SIDE) : NULL,
     };
     for (int64_t first = from; first < to; first += held) {
         const int64_t panels = to - first < held ? to - first : held;
@@ -296,7 +312,8 @@ int veneer_product(struct product *a) {
 #if defined(VENEER_AMX_COMPILED)
     if (veneer_has_amx()) body = tiled_body;
 #endif
-    veneer_parallel_dealt(body, a, (a->outs + SIDE - 1) / SIDE, 1, 3);
+    /* A run reads all of x, which no cache holds where K goes in parts. */
+    veneer_parallel_dealt(body, a, (a->outs + SIDE - 1) / SIDE, 1, body == paired_body && a->width > WHOLE * SIDE ? 1 : 3);
     return 0;
 }
 
