@@ -12,6 +12,7 @@
 #include "parallel.h"
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define ROWS 32
 
@@ -23,16 +24,25 @@ static void *scratch(int64_t bytes) {
     return found;
 }
 
-/* (J, D) rows -> pairs along D, (D/2, ld): what scores are multiplied with. Words of places beyond J are zeros. */
+/* (J, D) rows -> pairs along D, (D/2, ld): what scores are multiplied with. Words of places beyond J are left. */
 static VENEER_BF16 void pack_across(const uint16_t *x, int64_t row, int64_t J, int64_t D, uint32_t *to, int64_t ld, int64_t at) {
-    const __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                            _mm512_set1_epi32((int)(row / 2)));
+    _Alignas(64) uint32_t turned[16 * 16];
     for (int64_t j = 0; j < J; j += 16) {
-        __mmask16 real = J - j >= 16 ? 0xFFFF : (__mmask16)((1u << (J - j)) - 1);
-        for (int64_t p = 0; p < D / 2; p++) {
-            __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), real, step,
-                                                        (const uint32_t *)(x + j * row) + p, 4);
-            _mm512_mask_storeu_epi32(to + p * ld + at + j, real, words);
+        const int64_t n = J - j < 16 ? J - j : 16;
+        const __mmask16 real = (__mmask16)((1u << n) - 1);
+        for (int64_t p = 0; p < D / 2; p += 16) {
+            const int64_t wide = D / 2 - p < 16 ? D / 2 - p : 16;
+            const __mmask16 words = (__mmask16)((1u << wide) - 1);
+            __m512i rows[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                rows[i] = i < n ? _mm512_maskz_loadu_epi32(words, x + (j + i) * row + 2 * p) : _mm512_setzero_si512();
+            words_turned(rows, turned);
+            uint32_t *found = to + p * ld + at + j;
+            if (n == 16)
+                for (int64_t c = 0; c < wide; c++) _mm512_storeu_si512(found + c * ld, _mm512_load_si512(turned + 16 * c));
+            else
+                for (int64_t c = 0; c < wide; c++) _mm512_mask_storeu_epi32(found + c * ld, real, _mm512_load_si512(turned + 16 * c));
         }
     }
 }
@@ -76,6 +86,40 @@ static inline __mmask16 lanes(int64_t j, int64_t low, int64_t high) {
     return m;
 }
 
+/* What query row i sees of scores that begin with key `first`: vectors of 16 from `whole` to `edge` as a whole, others in
+   part or not at all. */
+struct view {
+    int64_t first, low, high, whole, edge;
+};
+
+static struct view view_of(const struct attention *a, int64_t i, int64_t first) {
+    struct view v = {first, 0, 0, 0, 0};
+    seen(a, i, &v.low, &v.high);
+    v.whole = v.low > first ? up16(v.low - first) : 0;
+    v.edge = (v.high - first) & ~(int64_t)15;
+    return v;
+}
+
+VENEER_INLINE __mmask16 view_lanes(const struct view *v, int64_t j) {
+    return j >= v->whole && j < v->edge ? 0xFFFF : lanes(v->first + j, v->low, v->high);
+}
+
+/* Scores of a row -> shares and their sum; what is returned is the greatest score. */
+static VENEER_BF16 float shares_of(const struct attention *a, const struct view *v, int64_t width, const float *s, uint16_t *shares,
+                                   float *total) {
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < width; j += 16) top = _mm512_mask_max_ps(top, view_lanes(v, j), top, _mm512_loadu_ps(s + j));
+    const float most = _mm512_reduce_max_ps(top);
+    const __m512 by = _mm512_set1_ps(a->scale * LOG2_E), less = _mm512_set1_ps(most * (a->scale * LOG2_E));
+    for (int64_t j = 0; j < width; j += 16) {
+        const __m512 x = _mm512_maskz_mov_ps(view_lanes(v, j), power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less)));
+        sum = _mm512_add_ps(sum, x);
+        bf16_store(shares + j, x);
+    }
+    *total = _mm512_reduce_add_ps(sum);
+    return most;
+}
+
 static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) {
     const struct attention *a = arguments;
     const int64_t D = a->size, G = a->heads / a->kv_heads;
@@ -90,7 +134,7 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
         int64_t blocks = (p.L + ROWS - 1) / ROWS;
         for (int64_t h = p.kv * G; h < (p.kv + 1) * G; h++)
             for (int64_t block = p.split; block < blocks; block += a->splits) {
-                int64_t i0 = block * ROWS, n = p.L - i0 < ROWS ? p.L - i0 : ROWS, low, high, first, unused;
+                int64_t i0 = block * ROWS, n = p.L - i0 < ROWS ? p.L - i0 : ROWS, high, first, unused;
                 seen(a, i0, &first, &unused);
                 seen(a, i0 + n - 1, &unused, &high);
                 first &= ~(int64_t)15;
@@ -98,22 +142,8 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
                 const uint16_t *q = (const uint16_t *)a->q + (p.start + i0) * a->q_row + h * a->q_head;
                 bf16_product((const uint32_t *)q, a->q_row / 2, 1, keys + first, p.width, scores, p.width, n, width, D / 2, 0);
                 for (int64_t r = 0; r < n; r++) {
-                    float *s = scores + r * p.width;
-                    uint16_t *share = shares + r * p.width;
-                    seen(a, i0 + r, &low, &high);
-                    __m512 top = _mm512_set1_ps(-INFINITY);
-                    for (int64_t j = 0; j < width; j += 16)
-                        top = _mm512_mask_max_ps(top, lanes(first + j, low, high), top, _mm512_loadu_ps(s + j));
-                    float most = _mm512_reduce_max_ps(top);
-                    __m512 sum = _mm512_setzero_ps();
-                    for (int64_t j = 0; j < width; j += 16) {
-                        __mmask16 m = lanes(first + j, low, high);
-                        __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(most)), _mm512_set1_ps(a->scale));
-                        x = _mm512_maskz_mov_ps(m, exp_floats(x));
-                        sum = _mm512_add_ps(sum, x);
-                        bf16_store(share + j, x);
-                    }
-                    total[r] = _mm512_reduce_add_ps(sum);
+                    const struct view v = view_of(a, i0 + r, first);
+                    const float most = shares_of(a, &v, width, scores + r * p.width, shares + r * p.width, total + r);
                     a->lse[(p.start + i0 + r) * a->heads + h] = most * a->scale + logf(total[r]);
                 }
                 bf16_product((const uint32_t *)shares, p.width / 2, 1, values + first / 2 * D, D, sums, D, n, D, width / 2, 0);
@@ -127,39 +157,46 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
     }
 }
 
-/* scores -> probabilities as pairs of query rows; scores' gradient as rows and as pairs of rows. */
+/* Scores of a row -> shares; the mean of what these are given. */
+static VENEER_BF16 float shares_again(const struct attention *a, const struct view *v, int64_t width, float lse, float *s, const float *g) {
+    const __m512 by = _mm512_set1_ps(a->scale * LOG2_E), less = _mm512_set1_ps(lse * LOG2_E);
+    __m512 mean = _mm512_setzero_ps();
+    for (int64_t j = 0; j < width; j += 16) {
+        const __m512 x = _mm512_maskz_mov_ps(view_lanes(v, j), power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less)));
+        mean = _mm512_fmadd_ps(x, _mm512_loadu_ps(g + j), mean);
+        _mm512_storeu_ps(s + j, x);
+    }
+    return _mm512_reduce_add_ps(mean);
+}
+
+/* scores -> shares as pairs of query rows; scores' gradient as rows and as pairs of rows. */
 static VENEER_BF16 void block_gradient(const struct attention *a, const float *lse, int64_t i0, int64_t n, int64_t first,
-                                       int64_t width, int64_t ld, float *scores, float *grads, uint32_t *shares,
+                                       int64_t width, int64_t ld, float *scores, const float *grads, uint32_t *shares,
                                        uint16_t *rows, uint32_t *pairs) {
-    int64_t low, high;
-    for (int64_t r = 0; r < n; r++) {
-        float *s = scores + r * ld, *g = grads + r * ld;
-        seen(a, i0 + r, &low, &high);
-        __m512 minus = _mm512_set1_ps(lse[r * a->heads]), delta = _mm512_setzero_ps();
-        for (int64_t j = 0; j < width; j += 16) {
-            __mmask16 m = lanes(first + j, low, high);
-            __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(a->scale), minus);
-            x = _mm512_maskz_mov_ps(m, exp_floats(x));
-            delta = _mm512_fmadd_ps(x, _mm512_loadu_ps(g + j), delta);
-            _mm512_storeu_ps(s + j, x);
+    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i turns = _mm512_or_si512(count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(16)), 16));
+    const __m512 scale = _mm512_set1_ps(a->scale), none = _mm512_setzero_ps();
+    for (int64_t r = 0; r < n; r += 2) {
+        const int two = r + 1 < n;
+        float *s = scores + r * ld;
+        const float *g = grads + r * ld;
+        float mean[2] = {0, 0};
+        for (int i = 0; i < 1 + two; i++) {
+            const struct view v = view_of(a, i0 + r + i, first);
+            mean[i] = shares_again(a, &v, width, lse[(r + i) * a->heads], s + i * ld, g + i * ld);
         }
-        __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(delta));
+        const __m512 less = _mm512_set1_ps(mean[0]), other = _mm512_set1_ps(mean[1]);
         for (int64_t j = 0; j < width; j += 16) {
-            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + j), _mm512_sub_ps(_mm512_loadu_ps(g + j), mean));
-            x = _mm512_mul_ps(x, _mm512_set1_ps(a->scale));
-            _mm512_storeu_ps(g + j, x);
-            bf16_store(rows + r * ld + j, x);
+            const __m512 p = _mm512_loadu_ps(s + j), q = two ? _mm512_loadu_ps(s + ld + j) : none;
+            const __m512 x = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(g + j), less)), scale);
+            const __m512 y = two ? _mm512_mul_ps(_mm512_mul_ps(q, _mm512_sub_ps(_mm512_loadu_ps(g + ld + j), other)), scale) : none;
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+            _mm256_storeu_si256((__m256i *)(rows + r * ld + j), _mm512_castsi512_si256(both));
+            if (two) _mm256_storeu_si256((__m256i *)(rows + (r + 1) * ld + j), _mm512_extracti64x4_epi64(both, 1));
+            _mm512_storeu_si512(shares + r / 2 * ld + j, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(q, p)));
+            _mm512_storeu_si512(pairs + r / 2 * ld + j, _mm512_permutexvar_epi16(turns, both));
         }
     }
-    for (int64_t r = 0; r < n; r += 2)
-        for (int64_t j = 0; j < width; j += 16) {
-            const int two = r + 1 < n;
-            __m512 none = _mm512_setzero_ps();
-            _mm512_storeu_si512(shares + r / 2 * ld + j, bf16_pairs(_mm512_loadu_ps(scores + r * ld + j),
-                                                                  two ? _mm512_loadu_ps(scores + (r + 1) * ld + j) : none));
-            _mm512_storeu_si512(pairs + r / 2 * ld + j, bf16_pairs(_mm512_loadu_ps(grads + r * ld + j),
-                                                                 two ? _mm512_loadu_ps(grads + (r + 1) * ld + j) : none));
-        }
 }
 
 static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to) {
@@ -176,7 +213,7 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
         keys_across(&p, 0, keys);
         keys_across(&p, 1, values);
         keys_along(&p, 0, along);
-        for (int64_t e = 0; e < p.width * D; e++) grad_k[e] = grad_v[e] = 0;
+        memset(grad_k, 0, (size_t)(p.width * D * 4)), memset(grad_v, 0, (size_t)(p.width * D * 4));
         int64_t blocks = (p.L + ROWS - 1) / ROWS;
         for (int64_t h = p.kv * G; h < (p.kv + 1) * G; h++)
             for (int64_t block = p.split; block < blocks; block += a->splits) {
@@ -200,12 +237,11 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
                 bf16_product(shares, 1, p.width, g_pairs, D, grad_v + first * D, D, width, D, (n + 1) / 2, 1);
                 bf16_product(pairs, 1, p.width, q_pairs, D, grad_k + first * D, D, width, D, (n + 1) / 2, 1);
             }
-        for (int64_t j = 0; j < p.J; j++)
-            for (int64_t d = 0; d < D; d++) {
-                const int64_t at = place_of_gradient(&p, j) + d;
-                (j < a->before ? a->grad_before_k : a->grad_k)[at] = grad_k[j * D + d];
-                (j < a->before ? a->grad_before_v : a->grad_v)[at] = grad_v[j * D + d];
-            }
+        for (int64_t j = 0; j < p.J; j++) {
+            const int64_t at = place_of_gradient(&p, j);
+            memcpy((j < a->before ? a->grad_before_k : a->grad_k) + at, grad_k + j * D, (size_t)D * 4);
+            memcpy((j < a->before ? a->grad_before_v : a->grad_v) + at, grad_v + j * D, (size_t)D * 4);
+        }
         free(keys), free(values), free(along), free(scores), free(grads), free(sums), free(grad_k), free(grad_v);
         free(shares), free(pairs), free(q_pairs), free(g_pairs), free(rows);
     }

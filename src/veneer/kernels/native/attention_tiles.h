@@ -27,7 +27,6 @@ enum {
     MANY = 24,  /* panels of 64 values a row that are laid out at once backward */
 };
 
-#define LOG2_E 1.44269504f
 #define LARGEST 1e20f /* sums beyond are computed again */
 
 /* 32 queries of one head: n of them are real. It sees keys [first, end), of which all rows see [whole, own). */
@@ -157,17 +156,6 @@ static VENEER_AMX __attribute__((noinline)) void multiply(const uint16_t *A, int
 }
 
 /* -- shares ---------------------------------------------------------------------------------------------------------- */
-
-/* 2^x to 3e-6 of it; 0 far below. */
-VENEER_AMX_INLINE __m512 power(__m512 x) {
-    const __m512 r = _mm512_reduce_ps(x, 0x09); /* x - floor(x) */
-    __m512 p = _mm512_set1_ps(0.013534168f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05201146f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24144275f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69300383f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000026f));
-    return _mm512_scalef_ps(p, x);
-}
 
 /* Which of a panel's 32 queries see key j. */
 VENEER_AMX_INLINE uint32_t who_sees(const struct attention *a, const struct panel *w, int64_t j) {

@@ -98,5 +98,18 @@ VENEER_INLINE __m512 exp_floats(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+#define LOG2_E 1.44269504f
+
+/* 2^x to 3e-6 of it; 0 far below. */
+VENEER_INLINE __m512 power(__m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, 0x09); /* x - floor(x) */
+    __m512 p = _mm512_set1_ps(0.013534168f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05201146f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24144275f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69300383f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000026f));
+    return _mm512_scalef_ps(p, x);
+}
+
 #endif
 #endif
