@@ -39,10 +39,11 @@ static VENEER_BF16 void pack_across(const uint16_t *x, int64_t row, int64_t J, i
                 rows[i] = i < n ? _mm512_maskz_loadu_epi32(words, x + (j + i) * row + 2 * p) : _mm512_setzero_si512();
             words_turned(rows, turned);
             uint32_t *found = to + p * ld + at + j;
-            if (n == 16)
-                for (int64_t c = 0; c < wide; c++) _mm512_storeu_si512(found + c * ld, _mm512_load_si512(turned + 16 * c));
-            else
-                for (int64_t c = 0; c < wide; c++) _mm512_mask_storeu_epi32(found + c * ld, real, _mm512_load_si512(turned + 16 * c));
+            for (int64_t c = 0; c < wide; c++, found += ld) {
+                const __m512i own = _mm512_load_si512(turned + 16 * c);
+                if (n == 16) _mm512_storeu_si512(found, own);
+                else _mm512_mask_storeu_epi32(found, real, own);
+            }
         }
     }
 }
@@ -105,14 +106,16 @@ VENEER_INLINE __mmask16 view_lanes(const struct view *v, int64_t j) {
 }
 
 /* Scores of a row -> shares and their sum; what is returned is the greatest score. */
-static VENEER_BF16 float shares_of(const struct attention *a, const struct view *v, int64_t width, const float *s, uint16_t *shares,
-                                   float *total) {
+static VENEER_BF16 float shares_of(const struct attention *a, const struct view *v, int64_t width, const float *s,
+                                   uint16_t *shares, float *total) {
     __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < width; j += 16) top = _mm512_mask_max_ps(top, view_lanes(v, j), top, _mm512_loadu_ps(s + j));
+    for (int64_t j = 0; j < width; j += 16)
+        top = _mm512_mask_max_ps(top, view_lanes(v, j), top, _mm512_loadu_ps(s + j));
     const float most = _mm512_reduce_max_ps(top);
     const __m512 by = _mm512_set1_ps(a->scale * LOG2_E), less = _mm512_set1_ps(most * (a->scale * LOG2_E));
     for (int64_t j = 0; j < width; j += 16) {
-        const __m512 x = _mm512_maskz_mov_ps(view_lanes(v, j), power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less)));
+        __m512 x = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less));
+        x = _mm512_maskz_mov_ps(view_lanes(v, j), x);
         sum = _mm512_add_ps(sum, x);
         bf16_store(shares + j, x);
     }
@@ -158,11 +161,13 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
 }
 
 /* Scores of a row -> shares; the mean of what these are given. */
-static VENEER_BF16 float shares_again(const struct attention *a, const struct view *v, int64_t width, float lse, float *s, const float *g) {
+static VENEER_BF16 float shares_again(const struct attention *a, const struct view *v, int64_t width, float lse, float *s,
+                                      const float *g) {
     const __m512 by = _mm512_set1_ps(a->scale * LOG2_E), less = _mm512_set1_ps(lse * LOG2_E);
     __m512 mean = _mm512_setzero_ps();
     for (int64_t j = 0; j < width; j += 16) {
-        const __m512 x = _mm512_maskz_mov_ps(view_lanes(v, j), power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less)));
+        __m512 x = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), by, less));
+        x = _mm512_maskz_mov_ps(view_lanes(v, j), x);
         mean = _mm512_fmadd_ps(x, _mm512_loadu_ps(g + j), mean);
         _mm512_storeu_ps(s + j, x);
     }
@@ -189,11 +194,13 @@ static VENEER_BF16 void block_gradient(const struct attention *a, const float *l
         for (int64_t j = 0; j < width; j += 16) {
             const __m512 p = _mm512_loadu_ps(s + j), q = two ? _mm512_loadu_ps(s + ld + j) : none;
             const __m512 x = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(g + j), less)), scale);
-            const __m512 y = two ? _mm512_mul_ps(_mm512_mul_ps(q, _mm512_sub_ps(_mm512_loadu_ps(g + ld + j), other)), scale) : none;
+            const __m512 given = two ? _mm512_loadu_ps(g + ld + j) : none;
+            const __m512 y = _mm512_mul_ps(_mm512_mul_ps(q, _mm512_sub_ps(given, other)), scale);
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
             _mm256_storeu_si256((__m256i *)(rows + r * ld + j), _mm512_castsi512_si256(both));
             if (two) _mm256_storeu_si256((__m256i *)(rows + (r + 1) * ld + j), _mm512_extracti64x4_epi64(both, 1));
-            _mm512_storeu_si512(shares + r / 2 * ld + j, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(q, p)));
+            const __m512i own = _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(q, p));
+            _mm512_storeu_si512(shares + r / 2 * ld + j, own);
             _mm512_storeu_si512(pairs + r / 2 * ld + j, _mm512_permutexvar_epi16(turns, both));
         }
     }

@@ -98,7 +98,8 @@ static VENEER_BF16 void finish(const struct product *a, const float *sums, int64
             const __m512i before = some(y, n);
             first = _mm512_add_ps(first, half_of(before, 0)), second = _mm512_add_ps(second, half_of(before, 1));
         }
-        _mm512_mask_storeu_epi16(y, real, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        if (n == SIDE) _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(second, first)); /* masked ones take longer */
+        else _mm512_mask_storeu_epi16(y, real, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     }
 }
 
@@ -155,24 +156,32 @@ struct near {
     uint16_t *x;
 };
 
-/* What is read next where K goes in parts, piece `number` of `pieces`: `rows` rows of x from `row` on, values [k, k + wide). */
-static VENEER_BF16 void ask_for_x(const struct product *a, int64_t row, int64_t rows, int64_t k, int64_t wide, int64_t number, int64_t pieces) {
+/* What is read after what is at hand, of which piece `number` of `pieces` is asked for: rows of x, values
+   [k, k + wide). */
+static VENEER_BF16 void ask_for_x(const struct product *a, int64_t row, int64_t rows, int64_t k, int64_t wide,
+                                  int64_t number, int64_t pieces) {
     for (int64_t r = row + number; r < row + rows && r < a->rows; r += pieces)
         for (int64_t i = 0; i < wide; i += SIDE) _mm_prefetch(a->x + r * a->width + k + i, _MM_HINT_T1);
 }
 
-/* The same of W where it lies along: columns [n0, n0 + wide), `depth` rows from k0 on, as far as there are some. */
-static VENEER_BF16 void ask_for_w(const struct product *a, int64_t n0, int64_t wide, int64_t k0, int64_t depth, int64_t number, int64_t pieces) {
-    const int64_t left = a->width - k0 < depth ? a->width - k0 : depth;
-    if (!a->along || left <= 0) return;
-    for (int64_t k = left * number / pieces; k < left * (number + 1) / pieces; k++)
-        for (int64_t i = 0; i < wide && n0 + i < a->outs; i += SIDE) _mm_prefetch(a->w + (k0 + k) * a->outs + n0 + i, _MM_HINT_T1);
+/* The same of W: `steps` steps from k on of some panels from column n on, as far as there are any. */
+struct soon {
+    int64_t n, panels, k, steps;
+};
+
+static VENEER_BF16 void ask_for_w(const struct product *a, const struct soon *w, int64_t number, int64_t pieces) {
+    const int64_t k = w->k + w->steps * SIDE < a->width ? w->k + w->steps * SIDE : a->width;
+    const int64_t n = w->n + w->panels * SIDE < a->outs ? w->n + w->panels * SIDE : a->outs;
+    const int64_t from = a->along ? w->k : w->n, lines = (a->along ? k : n) - from;
+    const int64_t begin = a->along ? w->n : w->k, end = a->along ? n : k, row = a->along ? a->outs : a->width;
+    for (int64_t r = lines * number / pieces; r < lines * (number + 1) / pieces; r++)
+        for (int64_t i = begin; i < end; i += SIDE) _mm_prefetch(a->w + (from + r) * row + i, _MM_HINT_T1);
 }
 
 /* What `steps` steps from `from` on add to panels [first, first + panels) of rows [begin, end), near enough equally many rows
    at a time. */
-static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_t panels, int64_t begin, int64_t end, int64_t from,
-                                  int64_t steps, const struct near *near) {
+static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_t panels, int64_t begin, int64_t end,
+                                  int64_t from, int64_t steps, const struct near *near, const struct soon *soon) {
     const int64_t rows = end - begin, turns = (rows + PAIRED - 1) / PAIRED;
     const int64_t left = (a->width - from * SIDE) / 2, count = left < 16 * steps ? left : 16 * steps, last = left <= 16 * steps;
     _Alignas(64) float some_sums[PAIRED * SIDE];
@@ -183,19 +192,28 @@ static VENEER_BF16 void add_steps(const struct product *a, int64_t first, int64_
         for (int64_t r = 0; near->x && r < some; r++) memcpy(near->x + r * apart, x + r * a->width, (size_t)(4 * count));
         if (near->x) x = near->x;
         for (int64_t i = 0; i < panels; i++) {
-            if (near->x) ask_for_x(a, begin + m + some, some, from * SIDE, 2 * count, i, panels);
-            if (near->sums) ask_for_w(a, first * SIDE, panels * SIDE, (from + steps) * SIDE, steps * SIDE, turn * panels + i, turns * panels);
             const uint32_t *pairs = near->pairs + i * steps * STEP;
             float *sums = near->sums ? near->sums + (i * rows + m) * SIDE : some_sums;
+            ask_for_x(a, begin + m + some, some, from * SIDE, 2 * count, i, panels);
+            ask_for_w(a, soon, turn * panels + i, turns * panels);
+            for (int64_t r = begin + m; last && r < begin + m + some; r++)
+                __builtin_prefetch(a->y + r * a->outs + (first + i) * SIDE, 1);
             some_pairs(some, x, apart, count, pairs, sums, from > 0);
             if (last) finish(a, sums, begin + m, some, (first + i) * SIDE);
         }
     }
 }
 
+/* How a product is dealt: a thread that began with panel p is likely to go on with panel p + next. */
+struct dealt {
+    const struct product *a;
+    int64_t next;
+};
+
 /* Items are panels of 32 columns. */
 static VENEER_BF16 void paired_body(void *arguments, int64_t from, int64_t to) {
-    const struct product *a = arguments;
+    const struct dealt *dealt = arguments;
+    const struct product *a = dealt->a;
     const int64_t all = (a->width + SIDE - 1) / SIDE, depth = all <= WHOLE ? all : SOME;
     const int64_t fit = KEPT / (4 * STEP * depth), items = to - from, held = fit < 1 ? 1 : fit < items ? fit : items;
     const int64_t rows = depth < all && a->rows > ROWS ? ROWS : a->rows;
@@ -206,11 +224,15 @@ static VENEER_BF16 void paired_body(void *arguments, int64_t from, int64_t to) {
     };
     for (int64_t first = from; first < to; first += held) {
         const int64_t panels = to - first < held ? to - first : held;
+        const int64_t behind = first + held < to ? first + held : from + dealt->next;
         for (int64_t m = 0; m < a->rows; m += rows)
             for (int64_t s = 0; s < all; s += depth) {
                 const int64_t steps = all - s < depth ? all - s : depth, end = a->rows - m < rows ? a->rows : m + rows;
-                for (int64_t i = 0; i < panels; i++) pack_panel(a, (first + i) * SIDE, s * SIDE, steps, near.pairs + i * steps * STEP);
-                add_steps(a, first, panels, m, end, s, steps, &near);
+                const int64_t over = s + depth >= all, same = !over || m + rows < a->rows;
+                const struct soon soon = {(same ? first : behind) * SIDE, panels, over ? 0 : (s + depth) * SIDE, depth};
+                for (int64_t i = 0; i < panels; i++)
+                    pack_panel(a, (first + i) * SIDE, s * SIDE, steps, near.pairs + i * steps * STEP);
+                add_steps(a, first, panels, m, end, s, steps, &near, &soon);
             }
     }
     free(near.pairs), free(near.sums), free(near.x);
@@ -307,13 +329,18 @@ static VENEER_AMX void tiled_body(void *arguments, int64_t from, int64_t to) {
 
 /* 1: this processor does not multiply pairs. */
 int veneer_product(struct product *a) {
-    veneer_body body = paired_body;
+    const int64_t panels = (a->outs + SIDE - 1) / SIDE;
     if (!veneer_has_bf16()) return 1;
 #if defined(VENEER_AMX_COMPILED)
-    if (veneer_has_amx()) body = tiled_body;
+    if (veneer_has_amx()) {
+        veneer_parallel_dealt(tiled_body, a, panels, 1, 3);
+        return 0;
+    }
 #endif
     /* A run reads all of x, which no cache holds where K goes in parts. */
-    veneer_parallel_dealt(body, a, (a->outs + SIDE - 1) / SIDE, 1, body == paired_body && a->width > WHOLE * SIDE ? 1 : 3);
+    const int64_t turns = a->width > WHOLE * SIDE ? 1 : 3;
+    struct dealt dealt = {a, (panels + turns - 1) / turns};
+    veneer_parallel_dealt(paired_body, &dealt, panels, 1, turns);
     return 0;
 }
 
