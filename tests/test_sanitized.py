@@ -1,6 +1,7 @@
 """The kernels' tests once more, over a library that is built with the address and undefined-behaviour sanitizers.
 
 A read or write of one value too many, a shift too far or a misaligned word ends the process that the tests run in.
+Tiles (AMX) are plain C there (tiles_in_c.h): their code runs on any processor with products of bf16 pairs, and is seen.
 """
 
 import os
@@ -19,6 +20,7 @@ TESTS = Path(__file__).parent
 FLAGS = (
     *("-std=gnu11", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    *("-include", str(TESTS / "tiles_in_c.h")),
 )
 RUN = (
     *("test_native_calls.py", "test_native.py", "test_rank.py", "test_tiles.py", "test_attention_native.py"),
@@ -34,6 +36,11 @@ RUN = (
     *("test_fused.py::test_the_norm_is_its_reference", "test_fused.py::test_the_gate_is_its_reference"),
     "test_fused.py::test_the_entropy_of_bf16_logits_is_its_reference",
 )
+OF_PAIRS = (
+    *("test_rank.py", "test_products.py"),
+    "test_attention_native.py::test_the_compiled_attention_is_its_reference",
+)
+"""What takes tiles wherever there are some: once more without."""
 
 
 def sanitizer() -> str:
@@ -87,24 +94,21 @@ def test_the_sanitizers_see_a_read_past_the_end(environment):
     assert "heap-buffer-overflow" in done.stderr
 
 
-def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-o",
-            "addopts=",
-            "-p",
-            "no:cacheprovider",
-            *(str(TESTS / name) for name in RUN),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=TESTS.parent,
-    )
+def passes(tests: tuple[str, ...], environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += [str(TESTS / name) for name in tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, said
     assert "runtime error" not in said and " passed" in said
+
+
+def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
+    passes(RUN, environment)
+
+
+@pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
+def test_the_kernels_without_tiles_do(environment):
+    code = "from veneer.kernels import native; assert native.has_amx()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    passes(OF_PAIRS, environment | {native.MAX_ISA: "avx512_bf16"})
