@@ -80,7 +80,7 @@ def make_page(
         _section("Loss", _loss_chart(steps, evaluations)),
         _section("Answers on held-out rows", _samples(evaluations, summary.get("best_step"))),
         _section("Memory", _memory(summary)),
-        _section("Time", _time(summary, steps, evaluations)),
+        _section("Time", _time(steps, evaluations)),
         _section("Data", _data(start, steps)),
         _section("Learning rate and gradient", _small_charts(steps)),
         _section("Recipe", _recipe(settings)),
@@ -231,13 +231,11 @@ def _memory(summary: Mapping[str, Any]) -> str:
     return bars([(name, value, size(value), colour) for name, value, colour in rows]) + note
 
 
-def _time(summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
+def _time(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     rows = [
         ("training steps", sum(r["seconds"] for r in steps), "a"),
         ("evaluations", sum(r["seconds"] for r in evaluations), "b"),
     ]
-    if total := summary.get("total_seconds"):
-        rows.append(("loading, checks, saving", max(total - sum(value for _, value, _ in rows), 0.0), "quiet"))
     shown = [row for row in rows if row[1] > 0]
     return bars([(name, value, clock(value), colour) for name, value, colour in shown])
 

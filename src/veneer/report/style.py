@@ -56,7 +56,7 @@ h4 { margin: 0; font-size: 14px; font-weight: 400; color: var(--soft); }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
 td, th { padding: 7px 20px 7px 0; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: 400; color: var(--soft); font-size: 14px; }
+th { font-weight: 400; color: var(--soft); font-size: 14px; white-space: nowrap; }
 td:first-child { width: 35%; color: var(--soft); }
 td:nth-child(3) { color: var(--soft); }
 details { margin-top: 16px; }
