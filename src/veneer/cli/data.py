@@ -145,7 +145,7 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
             "reasons": "with reasoning",
             "none": "without",
             "empty": "with an empty block",
-            "lost": "without theirs",
+            "lost": "whose reasoning the template leaves out",
         }
         counts = [f"{report.reasons[kind]:,} {words}" for kind, words in said.items() if report.reasons.get(kind)]
         console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)

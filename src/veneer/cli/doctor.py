@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     for part, values in facts.items():
         console.print(part, style="bold")
         for name, value in values.items():
-            console.print(f"  {name.removesuffix('_bytes'):<17} {_shown(name, value)}", soft_wrap=True)
+            console.print(f"  {name.removesuffix('_bytes'):<18} {_shown(name, value)}", soft_wrap=True)
     return 0
 
 

@@ -96,7 +96,8 @@ def _rename(columns: frozenset[str]) -> str:
     pairs = [(prompt, "prompt"), (answer, "completion")]
     steps = [f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'" for old, new in pairs if old]
     if len(steps) < 2:
-        return "Name the column with the question 'prompt' and the one with the answer 'completion'"
+        asked = "Name the column with the question 'prompt' and the one with the answer 'completion'"
+        return f"{asked}: in the file, or by map (--map COLUMN=prompt)"
     renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
     return "To learn answers, rename column " + " and ".join(renamed)
 
