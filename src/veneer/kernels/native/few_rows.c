@@ -14,17 +14,27 @@
 
 enum { NEAR = 1 << 14, FAR = 1 << 18, AHEAD = 1 << 13, LINE = 64, GROUPED = 7 }; /* bytes; rows */
 enum { SECOND = 2 };                                                              /* the second cache, to the compiler */
+enum { LATER = 4 };                                                               /* lines a step, of what is read behind */
 
-/* room: bytes for a group of rows of a packed W; 0 where none is. */
+/* room: bytes for a group of rows of a packed W; 0 where none is. reads, lines: of what is behind, by `threads` threads. */
 struct pieces {
     const struct piece *of;
     int64_t count, room;
     int type, failed;
+    const struct stretch *reads;
+    int64_t lines, cost, threads;
 };
 
 /* Four rows of W at a time. Threads share work by what a block costs: W is read, then multiplied with each row. */
 INLINE int64_t blocks_of(const struct piece *part) { return (part->outs + 3) / 4; }
 INLINE int64_t cost_of(const struct piece *part) { return part->rows + 3; }
+
+/* Those whose costs begin within [start, stop), where the part's begin at `before`. */
+INLINE void blocks_within(const struct piece *part, int64_t before, int64_t start, int64_t stop, int64_t *begin, int64_t *end) {
+    const int64_t cost = cost_of(part), blocks = blocks_of(part);
+    *begin = start <= before ? 0 : (start - before + cost - 1) / cost;
+    *end = stop - before >= blocks * cost ? blocks : (stop - before + cost - 1) / cost;
+}
 
 INLINE int64_t row_bytes(const struct pieces *all, const struct piece *part) { return part->width * (all->type == FEW_FP32 ? 4 : 2); }
 
@@ -50,6 +60,48 @@ INLINE const char *soon_read(const struct pieces *all, const struct piece *part,
 /* For what a run of a thread begins with: later lines are asked for while earlier ones are multiplied. */
 INLINE void fetch_first(const struct piece *part, int64_t place, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)part->w + place + i, 0, SECOND);
+}
+
+/* What a run of a thread asks for that is read behind the product: `lines` lines from line `from` of `at` on, by the turns
+   over `blocks` blocks of W. While many rows are multiplied memory has nothing else to do, once W itself is there. */
+struct later {
+    const struct stretch *at;
+    int64_t from, lines, blocks;
+};
+
+/* Of the N-th of the lines that a thread is going to read, what belongs to its run: it takes one run of N. */
+INLINE struct later later_of(const struct pieces *all, int64_t start, int64_t stop) {
+    struct later later = {all->reads, 0, 0, 0};
+    int64_t before = 0, begin, end;
+    if (all->lines == 0) return later;
+    for (const struct piece *part = all->of; part < all->of + all->count && before < stop; part++) {
+        blocks_within(part, before, start, stop, &begin, &end);
+        before += blocks_of(part) * cost_of(part), later.blocks += end > begin ? end - begin : 0;
+    }
+    const int64_t thread = veneer_thread(), first = all->lines * thread / all->threads, last = all->lines * (thread + 1) / all->threads;
+    if (later.blocks == 0 || first >= last || thread >= all->threads) return later;
+    const int64_t turn = (start + stop) / 2 * TURNS / all->cost;
+    later.from = first + (last - first) * turn / TURNS;
+    later.lines = first + (last - first) * (turn + 1) / TURNS - later.from;
+    for (; later.from >= later.at->lines; later.at++) later.from -= later.at->lines;
+    return later;
+}
+
+/* What a turn over a block asks for: `each` lines in each of its steps, from what is given back on. idle: turns over it in which
+   no W is asked for; 0: this is none. */
+INLINE const char *next_of(struct later *later, int64_t steps, int64_t idle, int last, int64_t *each) {
+    *each = 0;
+    if (later->lines <= 0) return NULL;
+    const int64_t wanted = later->blocks > 0 ? (later->lines + later->blocks - 1) / later->blocks : 0;
+    *each = idle ? (wanted + idle * steps - 1) / (idle * steps) : wanted > LATER * steps;
+    if (*each > LATER) *each = LATER;
+    later->blocks -= last;
+    if (*each == 0) return NULL;
+    const char *found = later->at->at + later->from * LINE;
+    const int64_t left = later->at->lines - later->from, some = *each * steps < left ? *each * steps : left;
+    later->from += some, later->lines -= some;
+    if (some == left) later->at++, later->from = 0;
+    return found;
 }
 
 /* The totals of one row of x to values [out, out + count) of a row of y, 4 of them or fewer. */
@@ -228,13 +280,15 @@ int veneer_few_level(int type, int most) {
 int veneer_pieces(const struct piece *of, int64_t count, int type, int most, struct behind *behind) {
     const int level = veneer_few_level(type, most);
     if (level == 5) return veneer_tiled_pieces(of, count, behind);
-    struct pieces all = {of, count, 0, type, 0};
+    struct pieces all = {of, count, 0, type, 0, NULL, 0, 0, veneer_threads()};
     int64_t cost = 0, worth = 0;
+    if (behind != NULL) all.reads = behind->reads, all.lines = behind->lines;
     for (int64_t i = 0; i < count; i++) {
         const int64_t four = 4 * row_bytes(&all, of + i);
         cost += blocks_of(of + i) * cost_of(of + i), worth += of[i].outs * of[i].width * (1 + of[i].rows / 16);
         if (of[i].decode != NULL && four * group_of(&all, of + i) > all.room) all.room = four * group_of(&all, of + i);
     }
+    all.cost = cost;
     veneer_body body = few_rows_plain;
 #if defined(__x86_64__)
     if (level == 4) body = few_rows_pairs;

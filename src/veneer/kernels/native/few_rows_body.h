@@ -4,9 +4,10 @@
    sums, TOTAL adds up the lanes of four of them; STORE_ROWS, where there is one, does so for four rows of x and stores them. */
 
 /* Four rows of W, from `block` on, against `rows` rows of x from `first` on. fetch: so many lines of what will be read soon
-   are asked for in each step. Where nothing but reading takes time a processor forgets some, so all are asked for twice. */
-INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const char *block, const char *soon,
-                              int64_t first, int64_t out) {
+   are asked for in each step. Where nothing but reading takes time a processor forgets some, so all are asked for twice.
+   asks: whether `each` lines a step are asked for too, from `later` on, of what is read behind the product. */
+INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const int rows, const int fetch, const int asks, const char *block,
+                              const char *soon, int64_t first, int64_t out, const char *later, int64_t each) {
     const int size = type == FEW_FP32 ? 4 : 2, twice = fetch == 4 && VALUES * size == LINE;
     const int64_t left = part->outs - out, step = part->width * size, apart = part->apart * size;
     const char *x = (const char *)part->x + first * apart, *w[4];
@@ -15,6 +16,7 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
     int64_t k = 0;
     for (; k + VALUES <= part->width; k += VALUES) {
         NAME(value) of_w[4];
+        for (int64_t i = 0; asks && i < each; i++, later += LINE) __builtin_prefetch(later, 0, SECOND);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             of_w[r] = LOAD(w[r] + k * size, type);
@@ -56,29 +58,29 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         store_totals(part, type, first + m, out, left < 4 ? left : 4, TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
 
-#define TILE(ROWS, FETCH) NAME(tile)(part, type, ROWS, FETCH, block, soon, first, out)
+#define TILE(ROWS, FETCH, ASKS) NAME(tile)(part, type, ROWS, FETCH, ASKS, block, soon, first, out, lines, each)
 #if MOST == 6
-#define UP_TO_MOST(rows, fetch)              \
+#define UP_TO_MOST(rows, fetch, asks)         \
     switch (rows) {                          \
-    case 1: TILE(1, fetch); break;           \
-    case 2: TILE(2, fetch); break;           \
-    case 3: TILE(3, fetch); break;           \
-    case 4: TILE(4, fetch); break;           \
-    case 5: TILE(5, fetch); break;           \
-    default: TILE(6, fetch);                 \
+    case 1: TILE(1, fetch, asks); break;     \
+    case 2: TILE(2, fetch, asks); break;     \
+    case 3: TILE(3, fetch, asks); break;     \
+    case 4: TILE(4, fetch, asks); break;     \
+    case 5: TILE(5, fetch, asks); break;     \
+    default: TILE(6, fetch, asks);           \
     }
 #elif MOST == 3
-#define UP_TO_MOST(rows, fetch)              \
+#define UP_TO_MOST(rows, fetch, asks)         \
     switch (rows) {                          \
-    case 1: TILE(1, fetch); break;           \
-    case 2: TILE(2, fetch); break;           \
-    default: TILE(3, fetch);                 \
+    case 1: TILE(1, fetch, asks); break;     \
+    case 2: TILE(2, fetch, asks); break;     \
+    default: TILE(3, fetch, asks);           \
     }
 #else
-#define UP_TO_MOST(rows, fetch)              \
+#define UP_TO_MOST(rows, fetch, asks)         \
     switch (rows) {                          \
-    case 1: TILE(1, fetch); break;           \
-    default: TILE(2, fetch);                 \
+    case 1: TILE(1, fetch, asks); break;     \
+    default: TILE(2, fetch, asks);           \
     }
 #endif
 
@@ -86,21 +88,32 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
    while all of these blocks are multiplied with them. fetch: whether what is as long as they are, and lies that and AHEAD
    behind them, is asked for meanwhile, in the first turn or the first two. */
 INLINE TARGET void NAME(group)(const struct pieces *all, const struct piece *part, const int type, const char *rows, int64_t number,
-                               int64_t count, int64_t from, int64_t to, int fetch) {
+                               int64_t count, int64_t from, int64_t to, int fetch, struct later *later) {
     const int64_t turns = (to - from + MOST - 1) / MOST, bytes = 4 * part->width * (type == FEW_FP32 ? 4 : 2);
-    const int64_t turns_of_fetch = !fetch ? 0 : turns > 1 ? 2 : 1;
+    const int64_t turns_of_fetch = !fetch ? 0 : turns > 1 ? 2 : 1, idle = turns - turns_of_fetch;
     for (int64_t turn = 0, first = from; turn < turns; turn++) {
         const int64_t next = from + (to - from) * (turn + 1) / turns;
         for (int64_t i = 0; i < count; i++) {
             const int64_t out = 4 * (number + i), place = (number + count) * bytes + AHEAD;
-            const char *block = rows + i * bytes, *soon = NULL;
+            const char *block = rows + i * bytes, *soon = NULL, *lines = NULL;
+            int64_t each = 0;
+            if (later != NULL) lines = next_of(later, part->width / VALUES, turn < turns_of_fetch ? 0 : idle, turn + 1 == turns, &each);
             if (turn < turns_of_fetch) soon = soon_read(all, part, place + (turn * count + i) * bytes / turns_of_fetch);
-            if (soon == NULL) UP_TO_MOST(next - first, 0)
-            else if (turns > 1) UP_TO_MOST(next - first, 2)
-            else UP_TO_MOST(next - first, 4)
+            if (later != NULL && soon == NULL) UP_TO_MOST(next - first, 0, 1)
+            else if (later != NULL) UP_TO_MOST(next - first, 2, 1)
+            else if (soon == NULL) UP_TO_MOST(next - first, 0, 0)
+            else if (turns > 1) UP_TO_MOST(next - first, 2, 0)
+            else UP_TO_MOST(next - first, 4, 0)
         }
         first = next;
     }
+}
+
+/* `group` where there is something to ask for in an idle turn; apart, since a compiler has too much of both. */
+static TARGET __attribute__((noinline)) void NAME(asking_group)(const struct pieces *all, const struct piece *part, const char *rows, int64_t number,
+                                                                int64_t count, int64_t from, int64_t to, int fetch, struct later *later) {
+    if (all->type == FEW_FP32) NAME(group)(all, part, FEW_FP32, rows, number, count, from, to, fetch, later);
+    else NAME(group)(all, part, FEW_BF16, rows, number, count, from, to, fetch, later);
 }
 
 /* The blocks whose costs begin within [start, stop), all of them in a row. */
@@ -111,11 +124,11 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
         all->failed = 1;
         return;
     }
-    int64_t before = 0;
+    int64_t before = 0, begin, end;
+    struct later later = later_of(all, start, stop);
     for (const struct piece *part = all->of; part < all->of + all->count && before < stop; part++) {
-        const int64_t cost = cost_of(part), blocks = blocks_of(part), bytes = row_bytes(all, part), together = group_of(all, part);
-        const int64_t begin = start <= before ? 0 : (start - before + cost - 1) / cost;
-        const int64_t end = stop - before >= blocks * cost ? blocks : (stop - before + cost - 1) / cost, most = rows_of(all, part);
+        const int64_t bytes = row_bytes(all, part), together = group_of(all, part), most = rows_of(all, part);
+        blocks_within(part, before, start, stop, &begin, &end);
         const int read = part->decode == NULL && begin < end;
         if (read && before <= start) fetch_first(part, 4 * begin * bytes, 4 * together * bytes + AHEAD);
         for (int64_t from = 0; from < part->rows && begin < end; from += most) {
@@ -129,11 +142,12 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
                     part->decode(part->w, 4 * block, left < 4 * count ? left : 4 * count, room);
                     rows = room;
                 }
-                if (all->type == FEW_FP32) NAME(group)(all, part, FEW_FP32, rows, block, count, from, to, fetch);
-                else NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch);
+                if (later.lines > 0 && to - from > 2 * MOST) NAME(asking_group)(all, part, rows, block, count, from, to, fetch, &later);
+                else if (all->type == FEW_FP32) NAME(group)(all, part, FEW_FP32, rows, block, count, from, to, fetch, NULL);
+                else NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch, NULL);
             }
         }
-        before += blocks * cost;
+        before += blocks_of(part) * cost_of(part);
     }
     free(room);
 }

@@ -100,6 +100,8 @@ static void in_a_region(void *data) {
     while (take_run(data));
 }
 
+int64_t veneer_thread(void) { return openmp_thread_num != NULL ? openmp_thread_num() : 0; }
+
 int64_t veneer_threads(void) {
     if (own_team != NULL) return own_team->threads;
     return openmp_parallel != NULL && !openmp_in_parallel() ? openmp_max_threads() : 1;
@@ -127,17 +129,29 @@ void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int
     openmp_parallel(in_a_region, &team, (unsigned)threads, 0);
 }
 
+/* taken: bits of the runs of the second, where these are so few. */
 struct both {
     struct call first, second;
-    int64_t *undone;
+    int64_t *undone, threads;
+    uint64_t taken;
 };
+
+/* The run of the second that a thread takes when `run` is the next: its own ones first. */
+static int64_t next_of_second(struct both *both, int64_t run) {
+    const int64_t runs = both->second.runs, own = runs * veneer_thread() / both->threads;
+    if (runs > 64) return run;
+    for (int64_t i = 0;; i++) {
+        const uint64_t bit = (uint64_t)1 << (own + i) % runs;
+        if (!(__atomic_fetch_or(&both->taken, bit, __ATOMIC_RELAXED) & bit)) return (own + i) % runs;
+    }
+}
 
 /* Runs are taken in their order: whoever waits in one of the second, waits for runs that others are at. */
 static void of_both(void *data, int64_t start, int64_t stop) {
-    const struct both *both = data;
+    struct both *both = data;
     for (int64_t run = start; run < stop; run++) {
         if (run >= both->first.runs) {
-            make_run(&both->second, run - both->first.runs);
+            make_run(&both->second, next_of_second(both, run - both->first.runs));
             continue;
         }
         make_run(&both->first, run);
@@ -150,9 +164,9 @@ void veneer_parallel_behind(veneer_body body, void *arguments, int64_t count, in
         veneer_parallel_dealt(body, arguments, count, grain, turns);
         return;
     }
-    const int64_t most = turns * veneer_threads(), useful = count / (grain < 1 ? 1 : grain), some = useful < most ? useful : most;
+    const int64_t threads = veneer_threads(), most = turns * threads, useful = count / (grain < 1 ? 1 : grain), some = useful < most ? useful : most;
     struct both both = {
-        {body, arguments, count, some < 1 ? 1 : some}, {behind->body, behind->arguments, behind->count, behind->runs}, &behind->undone};
+        {body, arguments, count, some < 1 ? 1 : some}, {behind->body, behind->arguments, behind->count, behind->runs}, &behind->undone, threads, 0};
     const int64_t all = both.first.runs + both.second.runs;
     behind->undone = both.first.runs;
     veneer_parallel_dealt(of_both, &both, all, 1, all);

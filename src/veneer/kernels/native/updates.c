@@ -3,8 +3,9 @@
    x A^T is rounded to the values' type. Factors lie as they are read (factors.h), so no sum runs across lanes: each goes
    along the width or the rank in an order that neither the rows beside it nor the number of threads changes.
    updates_body.h holds the code, written once and compiled here for each set of instructions; updates_tiles.c the one for
-   tiles. Each factor is read once, as memory gives it: what comes next is asked for meanwhile. A thread that finds nothing
-   left of the product begins with its updates' x A^T, and waits for the others before it adds to y. */
+   tiles. Each factor is read once, as memory gives it: what comes next is asked for meanwhile, and while the product before
+   them keeps memory waiting, that too. A thread that finds nothing left of the product goes on with its updates' x A^T, and
+   adds to y when the others are done. */
 #include "updates.h"
 #include "factors.h"
 #include <stddef.h>
@@ -155,18 +156,30 @@ INLINE int64_t alike(const struct work *all, const struct update *u, const struc
     return count;
 }
 
+/* The second half of updates [u, last), whose first half is made. */
+static void make_up(const struct work *all, const struct update *u, const struct update *last, struct ahead *soon) {
+    for (int64_t count; u < last; u += count) {
+        count = alike(all, u, last);
+        all->ways.ups(u, count, 0, blocks_of(u->outs), soon);
+    }
+}
+
 /* The units whose costs begin within [start, stop), all of them in a row. */
 static void run(void *arguments, int64_t start, int64_t stop) {
     const struct work *all = arguments;
-    const struct update *last = all->of;
+    const struct update *last = all->of, *halves = NULL;
     struct ahead soon = {.what = all->what, .type = all->type};
     for (int64_t before = 0; last < all->of + all->count && before < stop; last++) before += units_of(all, last) * cost_of(all, last);
     int64_t before = 0;
     for (const struct update *u = all->of; u < last; u++) {
-        const int64_t cost = cost_of(all, u), units = units_of(all, u);
+        const int64_t cost = cost_of(all, u), units = units_of(all, u), behind = before + units * cost;
+        if (behind <= start) {
+            before = behind;
+            continue;
+        }
         const int64_t begin = start <= before ? 0 : (start - before + cost - 1) / cost;
-        const int64_t end = stop - before >= units * cost ? units : (stop - before + cost - 1) / cost;
-        before += units * cost;
+        const int64_t end = stop >= behind ? units : (stop - before + cost - 1) / cost;
+        before = behind;
         if (begin >= end) continue;
         const int64_t count = alike(all, u, last);
         if ((u->rows > 1 || all->ways.single == 0) && (soon.last == NULL || soon.u < u)) {
@@ -175,11 +188,19 @@ static void run(void *arguments, int64_t start, int64_t stop) {
             bring(&soon, SOON);
         }
         if (all->what & DOWN) all->ways.downs(u, count, &soon);
-        if (all->undone != NULL) veneer_wait(all->undone);
         if (all->what == UP) all->ways.ups(u, 1, begin, end, &soon);
-        if (all->what == (DOWN | UP)) all->ways.ups(u, count, 0, blocks_of(u->outs), &soon);
+        if (all->what == (DOWN | UP)) {
+            if (halves == NULL) halves = u;
+            if (all->undone == NULL || __atomic_load_n(all->undone, __ATOMIC_ACQUIRE) == 0) {
+                make_up(all, halves, u + count, &soon);
+                halves = NULL;
+            }
+        }
         before += (count - 1) * cost, u += count - 1;
     }
+    if (halves == NULL) return;
+    veneer_wait(all->undone);
+    make_up(all, halves, last, &soon);
 }
 
 static int64_t whole_cost(const struct work *all) {
@@ -218,6 +239,17 @@ static int64_t next_turn(const struct few_rows_updated *call, int64_t *done, cha
     return found;
 }
 
+/* What updates read, in their order: an A, and its B, which lies behind it where factors.c laid them out. */
+static void read_by(const struct update *u, int64_t count, const int type, struct stretch *to, struct behind *behind) {
+    behind->reads = to;
+    for (const struct update *last = u + count; u < last; u++) {
+        const int64_t lines = filled_rank(u->rank) * filled_words(type, u->width) / STEP;
+        *to++ = (struct stretch){(const char *)u->A, lines};
+        *to++ = (struct stretch){(const char *)u->B, blocks_of(u->outs) * UPDATE_BLOCK * words_of(type, u->rank) / STEP};
+        behind->lines += to[-2].lines + to[-1].lines;
+    }
+}
+
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     struct piece of[MOST_PARTS];
     int64_t pieces = 0, updates = 0, done[MOST_PARTS] = {0};
@@ -227,8 +259,9 @@ int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
         for (int64_t i = 0; i < part->count; i++) updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
     }
     if (updates == 0) return pieces > 0 && veneer_pieces(of, pieces, call->type, most, NULL);
-    struct update *all = malloc((size_t)updates * sizeof *all);
+    struct update *all = malloc((size_t)updates * (sizeof *all + 2 * sizeof(struct stretch)));
     if (all == NULL) return 1;
+    struct stretch *reads = (struct stretch *)(all + updates);
     const int64_t turns = call->rows > FEW ? TURNS : LONG, many = EACH * veneer_threads();
     char *down = call->down;
     int failed = 0;
@@ -238,6 +271,7 @@ int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
         left -= work.count;
         if (pieces > 0 && work.count >= many) {
             behind.arguments = &work, behind.count = whole_cost(&work), work.undone = &behind.undone;
+            if (call->rows <= FEW) read_by(all, work.count, call->type, reads, &behind);
             failed = veneer_pieces(of, pieces, call->type, most, &behind);
             continue;
         }
