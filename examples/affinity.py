@@ -7,6 +7,7 @@
 It reads /metrics of each server every second. Of the servers that have the adapter the least busy one answers; an
 adapter that none has goes where a hash of both names says, so that every router says the same; a server whose queue is
 full, or that does not answer, is passed over. It asks for no key and adds none: put it where only you reach it.
+It needs `pip install 'veneer[serve]' httpx`.
 """
 
 from __future__ import annotations
