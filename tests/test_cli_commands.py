@@ -169,6 +169,14 @@ def test_help_of_train_has_every_setting_with_its_sentence(capsys, monkeypatch):
 # generate and chat
 
 
+def test_generate_tells_who_types_that_it_waits(api, capsys, stdin):
+    stdin("hello")
+    sys.stdin.isatty = lambda: True
+    assert main.main(["generate", "--base", "b"]) == 0
+    said = capsys.readouterr()
+    assert "Ctrl-D" in said.err and "HELLO" in said.out
+
+
 def test_generate_prints_the_answer_to_an_argument(api, capsys):
     assert main.main(["generate", "--base", "b", "hello", "--max-new-tokens", "5", "--temperature", "0.5"]) == 0
     assert capsys.readouterr().out.startswith("HELLO")

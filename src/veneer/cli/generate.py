@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from veneer.bounds import NEW_TOKENS, TEMPERATURE
 from veneer.cli.common import (
@@ -49,8 +49,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _typed(source: TextIO) -> str:
+    """What a file, a pipe or a person gives; who sits there is told that it is waited for."""
+    if source.isatty():
+        print("the prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
+    return source.read()
+
+
 def run(args: argparse.Namespace) -> int:
-    prompt = args.prompt if args.prompt is not None else standard_input().read()
+    prompt = args.prompt if args.prompt is not None else _typed(standard_input())
     if not prompt.strip():
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
     base = load_base(args)
