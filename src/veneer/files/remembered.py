@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from veneer.errors import VeneerError
-from veneer.files.atomic import atomic_file
 from veneer.files.cache import cache_folder
+from veneer.files.partial import sweep, unfinished
 from veneer.files.processor import processor
 from veneer.files.strict_json import read_json
 
@@ -89,8 +89,11 @@ def remembered(
     with suppress(VeneerError, OSError, ValueError):  # a cache that cannot be written is none
         text = reads.dump_json(value).decode()
         entry = {"key": whole, "sha256": _hash(text), "value": text}
-        with atomic_file(path, replace=True) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        with unfinished(path.parent) as partial:
             partial.write_text(json.dumps(entry), encoding="utf-8")
+            partial.replace(path)  # not synced: one that a power cut damages is as none, and nobody waits for a disk
         _forget_oldest(path.parent)
     return value
 

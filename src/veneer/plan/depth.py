@@ -1,7 +1,7 @@
 """Deep models of equal layers: a few of the layers, and figures that grow by the same amount with each."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch import nn
@@ -22,13 +22,16 @@ def period_of(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> in
         return None
     path = next(name for name, module in model.named_modules() if module is layers)
     kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    trained: dict[str, list[object]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        if name.startswith(f"{path}."):
+            number, _, within = name.removeprefix(f"{path}.").partition(".")
+            trained[number].append((within, parameter.shape))
     signs: list[object] = []
-    for number, layer in enumerate(layers):
-        prefix = f"{path}.{number}."
+    for at, layer in enumerate(layers):
         own = [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
-        trained = [(n.removeprefix(prefix), p.shape) for n, p in parameters.items() if n.startswith(prefix)]
-        kind = kinds[number] if isinstance(kinds, list | tuple) and number < len(kinds) else None
-        signs.append((tuple(own), tuple(trained), kind))
+        kind = kinds[at] if isinstance(kinds, list | tuple) and at < len(kinds) else None
+        signs.append((own, trained[str(at)], kind))
     for period in PERIODS:
         if all(signs[i] == signs[i % period] for i in range(len(signs))):
             return period

@@ -54,7 +54,7 @@ from veneer.plan.counted import (
 )
 from veneer.plan.depth import first_layers, grown_phase, grown_work, period_of
 from veneer.plan.planned_offload import PlannedOffload
-from veneer.plan.tracker import META, Parts, Tracker, Work, without_values
+from veneer.plan.tracker import META, Parts, Tracker, Valueless, Work, without_values
 from veneer.plan.weights import base_bytes
 from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
@@ -83,32 +83,52 @@ class Whole:
     modules_total: int | None
 
 
-def whole(step: Step) -> Whole:
-    """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do not fit the base."""
+@dataclass(frozen=True)
+class Bare:
+    """What the base alone says, whatever is trained beside it; the fields are Whole's."""
+
+    depth: int
+    paths: Paths
+    base: BaseBytes
+
+
+def whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
+    """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do not fit the base.
+
+    bares: what other steps over the same base on the same device found of it, by type, where this one looks and
+    leaves it.
+    """
     with planning("cpu" if step.on_cpu else "cuda"):
         model = build(step.config, step.dtype)
-        layers = decoder_layers(model)
-        depth = 0 if layers is None else len(layers)
         experts = _num_experts(step.config)
-        paths = _paths(step, model, depth, experts)
-        base = base_bytes(model)
-        with META, Tracker(experts=experts):
-            attachment, parameters = _install(model, step, Routing(), paths)
+        if (bare := None if bares is None else bares.get(step.dtype)) is None:
+            bare = _bare(step, model, experts)
+            if bares is not None:
+                bares[step.dtype] = bare
+        keep_paths(model, bare.paths)
+        with META, Valueless(experts=experts):
+            attachment, parameters = _install(model, step, Routing(), bare.paths)
         period = period_of(model, parameters)
         static = _static(model, parameters, step.optimizer)
         return Whole(
-            depth,
+            bare.depth,
             period,
             experts,
-            paths,
+            bare.paths,
             static,
-            base,
+            bare.base,
             trainable_parameters=sum(p.numel() for p in parameters.values()),
             total_parameters=sum(p.numel() for p in model.parameters()),
             file_bytes=_file_bytes(model, attachment),
             modules_adapted=None if attachment is None else attachment.adapted,
             modules_total=None if attachment is None else attachment.adaptable,
         )
+
+
+def _bare(step: Step, model: PreTrainedModel, experts: int) -> Bare:
+    layers = decoder_layers(model)
+    depth = 0 if layers is None else len(layers)
+    return Bare(depth, _paths(step, model, depth, experts), base_bytes(model))
 
 
 def dry_run(step: Step, known: Whole | None = None) -> DryRun:
@@ -130,7 +150,8 @@ def dry_run(step: Step, known: Whole | None = None) -> DryRun:
 
 
 def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Paths:
-    """The paths of `model`, which is left on them: some methods attach to packed attention alone.
+    """The paths of `model`, onto which it is put before anything is attached: some methods attach to packed attention
+    alone.
 
     Of a deep model of equal layers a few are asked: their structure decides, and it is the same in all.
     """
@@ -138,13 +159,10 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
     few = None if period is None or depth <= 4 * period else first_layers(step.config, step.dtype, 2 * period)
     asked = model if few is None else few
     structure(asked)  # runs a small copy, which is no part of the plan
-    with Tracker(experts=experts):
+    with Valueless(experts=experts):
         paths = assume_paths(asked)
-    with META, Tracker(experts=experts):
-        paths = replace(paths, read_past=weights_read_past(model, like=asked))
-    if few is not None:
-        keep_paths(model, paths)
-    return paths
+    with META, Valueless(experts=experts):
+        return replace(paths, read_past=weights_read_past(model, like=asked))
 
 
 def _install(
@@ -188,7 +206,7 @@ def _run(
             paths = assume_paths(model)
     else:
         keep_paths(model, paths)
-    with device, Tracker(experts=experts) if device == META else nullcontext():
+    with device, Valueless(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
     one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:

@@ -23,7 +23,7 @@ from veneer.train.records import process_memory_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from veneer.plan.dry_run import Whole
+    from veneer.plan.dry_run import Bare, Whole
 
 _NO_STEP = ("_name_or_path", "transformers_version")
 
@@ -56,12 +56,12 @@ def kept_idle_bytes() -> int:
     return remembered("idle", {}, int, measured)
 
 
-def kept_whole(step: Step) -> Whole:
-    """whole(step)."""
+def kept_whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
+    """whole(step, bares)."""
     from veneer.plan.dry_run import Whole, whole
 
     key = _base_key(step)
-    return whole(step) if key is None else remembered("whole", key, Whole, lambda: whole(step))
+    return whole(step, bares) if key is None else remembered("whole", key, Whole, lambda: whole(step, bares))
 
 
 def kept_run(step: Step, known: Callable[[], Whole]) -> DryRun:

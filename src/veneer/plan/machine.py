@@ -169,18 +169,25 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
 def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, place: torch.device) -> Rates:
     """Of products of these shapes, each with the FLOP that are spent in it."""
     rates: dict[Shape, float] = {}
-    for shape in [*shapes] * ROUNDS:
-        rates[shape] = max(rates.get(shape, 0.0), product_rate(shape, dtype, place))
-    seconds = sum(shapes[s] / r for s, r in rates.items())
+    for timed in [*dict.fromkeys(map(_timed, shapes))] * ROUNDS:
+        rates[timed] = max(rates.get(timed, 0.0), product_rate(timed, dtype, place))
+    of_shapes = tuple(rates[_timed(shape)] for shape in shapes)
+    seconds = sum(flops / rate for flops, rate in zip(shapes.values(), of_shapes, strict=True))
     other = sum(shapes.values()) / seconds if rates else product_rate((512, 512, 512), dtype, place)
-    return Rates(date.today(), tuple(rates.values()), other, bandwidth(dtype, place), start_seconds(place))
+    return Rates(date.today(), of_shapes, other, bandwidth(dtype, place), start_seconds(place))
+
+
+def _timed(shape: Shape) -> Shape:
+    """What is timed in its place: wider products run no faster, and three calls must end soon. Those of a large base
+    often are the same."""
+    rows, inner, columns = shape
+    return min(rows, MOST_ROWS), inner, min(columns, max(256, 2**23 // inner))
 
 
 def product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP a second of x (rows, inner) times W (inner, columns), as a frozen layer multiplies them: the best of what
     fits into ENOUGH_SECONDS."""
-    rows, inner, columns = min(shape[0], MOST_ROWS), shape[1], shape[2]
-    columns = min(columns, max(256, 2**23 // inner))  # wider ones run no faster, and three calls must end soon
+    rows, inner, columns = shape
     x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
     return 2 * rows * inner * columns / _best_seconds(lambda: products.linear(x, w, None), device)
 

@@ -40,7 +40,7 @@ from veneer.train.config import OptimizerName, RunConfig, trains_packed
 from veneer.train.reduce import Kind
 
 if TYPE_CHECKING:
-    from veneer.plan.dry_run import Whole
+    from veneer.plan.dry_run import Bare, Whole
 
 SAMPLE_SIZES = 2
 """Sizes that a sample answer adds: the question, and the single row of every new token."""
@@ -142,6 +142,7 @@ class Planner:
     steps: int | None = None
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
+    _bares: dict[torch.dtype, Bare] = field(default_factory=dict, repr=False)
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
 
     @cached_property
@@ -322,7 +323,7 @@ class Planner:
 
     def _whole(self, of_base: object, step: Step) -> Whole:
         if of_base not in self._wholes:
-            self._wholes[of_base] = kept_whole(step)
+            self._wholes[of_base] = kept_whole(step, self._bares)
         return self._wholes[of_base]
 
 

@@ -60,18 +60,57 @@ class Work:
         return sum(self.products.values())
 
 
-class Tracker(TorchDispatchMode):
-    """Counts within its block what lies on `device`. experts: of a mixture, for the even spread; 1 where there is
-    none."""
+class Valueless(TorchDispatchMode):
+    """Within its block programs run on tensors without storage, and nothing is counted. experts: of a mixture, for the
+    even spread; 1 where there is none."""
+
+    def __init__(self, *, experts: int = 1) -> None:
+        super().__init__()
+        self.experts = experts
+        self.expert_rows = 0
+        """That an expert gets, where the program asks which."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would switch its compiler off around every operation; nothing is compiled where a plan is made."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = self._without_values(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if out is None else out
+
+    def _without_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What only values could answer: every expert is chosen, each by an equal share of the tokens."""
+        aten = torch.ops.aten
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return None
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped_product(*args, **kwargs)
+        if func is aten._unique2.default:
+            return torch.arange(self.experts), None, None
+        if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
+            return func(*args, **{**kwargs, "device": META})  # a copy to a real device stays what it is: a size
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True  # asked of masks: they hide nothing
+        if func is aten.nonzero.default:
+            rows = -(-args[0].numel() // self.experts)
+            if self.experts > 1:
+                self.expert_rows = max(self.expert_rows, rows)
+            return torch.empty(rows, args[0].dim(), dtype=torch.int64, device=META)
+        return None
+
+
+class Tracker(Valueless):
+    """Counts within its block what lies on `device`."""
 
     def __init__(self, *, experts: int = 1, device: torch.device = META) -> None:
-        super().__init__()
-        self.experts, self.device = experts, device
+        super().__init__(experts=experts)
+        self.device = device
         self.live: Counter[str] = Counter()
         self.phases: list[Phase] = []
         self.work = Work()
-        self.expert_rows = 0
-        """That an expert gets, where the program asks which."""
         self._seen: dict[int, tuple[str, int]] = {}
         self._label = "other"
         self._total = 0
@@ -107,11 +146,6 @@ class Tracker(TorchDispatchMode):
         self.live[before] -= size
         self.live[label] += size
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch would switch its compiler off around every operation; nothing is compiled where a plan is made."""
-        return False
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -123,26 +157,6 @@ class Tracker(TorchDispatchMode):
                 self._add(leaf)
         self._count_work(func, args, kwargs or {}, out)
         return out
-
-    def _without_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What only values could answer: every expert is chosen, each by an equal share of the tokens."""
-        aten = torch.ops.aten
-        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
-            return None
-        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            return _grouped_product(*args, **kwargs)
-        if func is aten._unique2.default:
-            return torch.arange(self.experts), None, None
-        if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
-            return func(*args, **{**kwargs, "device": META})  # a copy to a real device stays what it is: a size
-        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # asked of masks: they hide nothing
-        if func is aten.nonzero.default:
-            rows = -(-args[0].numel() // self.experts)
-            if self.experts > 1:
-                self.expert_rows = max(self.expert_rows, rows)
-            return torch.empty(rows, args[0].dim(), dtype=torch.int64, device=META)
-        return None
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
