@@ -13,7 +13,7 @@ from veneer.adapters.routing import Routing
 from veneer.bases.blueprint import Blueprint
 from veneer.bases.from_config import blueprint, build
 from veneer.data.batching import used_length
-from veneer.kernels import attention, native
+from veneer.kernels import attention, loss, native
 from veneer.models.step import Paths, assume_paths, prepare
 from veneer.plan import dry_run as module
 from veneer.plan.counted import Step
@@ -171,6 +171,37 @@ def test_what_compiled_attention_computes_is_counted(checkpointing, products):
     pairs = length * (length + 1) // 2
     each = 2 * pairs * config.num_attention_heads * 16
     assert run.work.products[module.COMPILED] == products * each * config.num_hidden_layers
+
+
+@pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
+def test_products_of_kernels_of_ours_are_none_of_a_library():
+    found = blueprint("smollm2-135m")
+    found.config.num_hidden_layers = 2
+    rows = synthetic_rows(1, 128)
+    own, others = (dry_run(Step(found.config, dtype, lora(16), rows)).work for dtype in (torch.bfloat16, torch.float32))
+    assert {shape[1:] for shape in own.of_libraries} == {(49152, 576)}, "the loss's gradient alone"
+    assert {shape[1:] for shape in others.of_libraries} > {(49152, 576), (576, 1536), (1536, 576), (576, 576)}
+    frozen = {shape: flops for shape, flops in others.products.items() if shape in own.own}
+    assert frozen == {shape: own.products[shape] for shape in own.own}
+
+
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_turns_of_the_loss_that_are_alike_are_counted_by_one_of_them(count, monkeypatch):
+    rows = synthetic_rows(1, 128 * count + 9)
+    step = step_of(tiny_model("llama", torch.bfloat16, head_dim=16), lora(3), rows)
+    found = dry_run(step)
+    monkeypatch.setattr(loss, "turns", iter)
+    assert dry_run(step) == found
+
+
+def test_what_the_base_alone_says_serves_every_method():
+    config = tiny_model("qwen3_moe").config
+    bares = {}
+    for method in (lora(3), DoRA(rank=2, alpha=2.0, targets=["q_proj"]), Prefix(), Full(), Bottleneck(), lora(3)):
+        for dtype in (torch.float32, torch.bfloat16):
+            step = Step(config, dtype, method, ())
+            assert module.whole(step, bares) == module.whole(step), method
+    assert len(bares) == 2
 
 
 @pytest.mark.parametrize(

@@ -307,5 +307,33 @@ def test_rates_are_measured_once_a_week(cache, monkeypatch):
     assert not replace_day(date.today() + timedelta(days=1)).recent, "a clock that was wrong"
 
 
+@pytest.mark.parametrize("changed", ["torch", "our own library"])
+def test_rates_are_measured_again_after_an_upgrade(cache, monkeypatch, changed):
+    work, measured = Work(), []
+    work.products[(16, 32, 32)] = 1000
+    real = machine._measured
+    monkeypatch.setattr(machine, "_measured", lambda *given: measured.append(1) or real(*given))
+    own = cache / "veneer"
+    (own / "files").mkdir(parents=True)
+    monkeypatch.setattr(memory, "__file__", str(own / "files" / "remembered.py"))
+    for build in ("1", "1", "2"):
+        if changed == "torch":
+            monkeypatch.setattr(memory, "distribution", lambda name, build=build: Installed(build, "files"))
+        else:
+            (own / "_native.abi3.so").write_text(build)
+        memory.surroundings.cache_clear()
+        this_machine(work, torch.float32)
+    assert len(measured) == 2
+
+
+def test_products_that_are_timed_alike_are_timed_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "product_rate", lambda shape, *_: asked.append(shape) or 2.0)
+    shapes = {(4096, 8192, 28672): 30, (2048, 8192, 8192): 10, (4096, 512, 512): 20}
+    rates = machine._measured(shapes, torch.float32, torch.device("cpu"))
+    assert asked == [(1024, 8192, 1024), (1024, 512, 512)] * machine.ROUNDS
+    assert rates.of_shapes == (2.0, 2.0, 2.0) and rates.other == 2.0
+
+
 def replace_day(day):
     return Rates(day, (), 1.0, 1.0, 1.0)

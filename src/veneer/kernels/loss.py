@@ -22,7 +22,7 @@ from veneer.kernels import calls, launch, products
 from veneer.kernels.frozen import times
 from veneer.kernels.fused import compiled
 from veneer.kernels.layout import round_up
-from veneer.kernels.native import on_cpu
+from veneer.kernels.native import on_cpu, turns
 
 CHUNK = 128
 """Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V = 49,152."""
@@ -164,7 +164,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad_rows = None if rows_nD is None or not wanted else torch.zeros_like(rows_nD)
         chunk = _chunk(h, head.width)
         held = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
-        for start in range(0, h.shape[0], chunk):
+        for start in turns(range(0, h.shape[0], chunk)):
             rows = slice(start, start + chunk)
             chosen = targets[rows]
             count = chosen.numel()

@@ -88,10 +88,13 @@ Place = Literal["cpu", "cuda"]
 @dataclass
 class Noted:
     """What is said of kernels while planning. flops: that they would have spent. at_once: layers whose calls are made
-    by one (kernels/repeated.py)."""
+    by one (kernels/repeated.py). times: how many turns of a loop the one that runs now stands for (`turns`). own:
+    whether torch's product now stands for a kernel of ours (`own_product`)."""
 
     flops: int = 0
     at_once: int = 0
+    times: int = 1
+    own: bool = False
 
 
 _planning: ContextVar[tuple[Place, Noted] | None] = ContextVar("planning", default=None)
@@ -112,7 +115,41 @@ def planning(place: Place = "cpu") -> Iterator[None]:
 def note_flops(count: Callable[[], int]) -> None:
     """Called beside a kernel: what it computes, asked for only while planning."""
     if (planned := _planning.get()) is not None:
-        planned[1].flops += count()
+        planned[1].flops += count() * planned[1].times
+
+
+def turns(starts: range) -> Iterator[int]:
+    """`starts`, for a loop whose turns hold and compute the same, but the first, which finds nothing of one before, and
+    the last, which may be shorter. While planning one of those between stands for all of them."""
+    planned = _planning.get()
+    if planned is None or len(starts) < 4:
+        yield from starts
+        return
+    yield starts[0]
+    planned[1].times = len(starts) - 2
+    try:
+        yield starts[1]
+    finally:
+        planned[1].times = 1
+    yield starts[-1]
+
+
+@contextmanager
+def own_product() -> Iterator[None]:
+    """Around a product by torch while planning, in the place of a kernel of ours."""
+    planned = _planning.get()
+    assert planned is not None
+    planned[1].own = True
+    try:
+        yield
+    finally:
+        planned[1].own = False
+
+
+def noted_now() -> Noted:
+    """What is said of what is computed now."""
+    planned = _planning.get()
+    return Noted() if planned is None else planned[1]
 
 
 def note_at_once() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import few_rows, product_calls
-from veneer.kernels.native import has_amx, has_bf16
+from veneer.kernels.native import has_amx, has_bf16, on_cpu, own_product
 
 MOST_WIDTH_ON_TILES = 2048
 """Of a sum: beyond, too few columns of W stay in the second cache beside one another."""
@@ -39,22 +39,34 @@ def _taken(x: Tensor, width: int, values: int, given: tuple[Tensor, ...]) -> boo
         return False
     if width > MOST_WIDTH_ON_TILES and has_amx():
         return False
-    return all(t.dtype is torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in given) and has_bf16()
+    return all(t.dtype is torch.bfloat16 and on_cpu(t) and t.is_contiguous() for t in given) and has_bf16()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """(..., O) of a usable x (..., I). out: (M, O) that is written instead of a fresh one. Without a gradient."""
     rows = x.view(-1, weight.shape[1])
-    y = torch.empty(len(rows), len(weight), dtype=x.dtype) if out is None else out
-    product_calls.product(rows, weight, bias, y, along=False, add=False)
+    y = x.new_empty(len(rows), len(weight)) if out is None else out
+    if y.is_meta:
+        _planned(rows, weight.t(), bias, y)
+    else:
+        product_calls.product(rows, weight, bias, y, along=False, add=False)
     return y.view(*x.shape[:-1], len(weight))
 
 
 def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     """so_far (M, I) + g (M, O) W (O, I), in place and rounded once; None: a fresh tensor."""
-    found = torch.empty(len(grad), weight.shape[1], dtype=grad.dtype) if so_far is None else so_far
-    product_calls.product(grad, weight, None, found, along=True, add=so_far is not None)
+    found = grad.new_empty(len(grad), weight.shape[1]) if so_far is None else so_far
+    if found.is_meta:
+        _planned(grad, weight, so_far, found)
+    else:
+        product_calls.product(grad, weight, None, found, along=True, add=so_far is not None)
     return found
+
+
+def _planned(x: Tensor, matrix: Tensor, added: Tensor | None, out: Tensor) -> None:
+    """What a plan counts in the place of a call."""
+    with own_product():
+        torch.mm(x, matrix, out=out) if added is None else torch.addmm(added, x, matrix, out=out)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

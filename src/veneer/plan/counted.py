@@ -87,7 +87,7 @@ class DryRun:
     tensors.
 
     expert_rows: of the products of an expert beside which an adapter stands, the rows spread evenly; 0: none does.
-    forward_shapes: of the products of the forward alone, as an evaluation runs it.
+    forward_shapes: of a library's products in the forward alone, as an evaluation runs it.
     """
 
     static: Parts

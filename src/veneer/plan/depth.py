@@ -72,6 +72,7 @@ def grown_work(one: Work, two: Work, steps: int) -> Work:
     products = Counter({k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products})
     return Work(
         products,
+        one.own & two.own,
         one.moved_bytes + (two.moved_bytes - one.moved_bytes) * steps,
         one.operations + (two.operations - one.operations) * steps,
         one.host_bytes + (two.host_bytes - one.host_bytes) * steps,

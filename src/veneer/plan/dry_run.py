@@ -230,7 +230,7 @@ def _run(
                 with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
                     with _offloading(away), without_values(type(model).__name__):
                         loss = batch_loss(model, paths, routing, batch, total=1.0)
-                    forward_shapes = sum(all(shape) for shape in tracker.work.products)
+                    forward_shapes = len(tracker.work.of_libraries)
                     tracker.enter("backward", label=BACKWARD)
                     loss.backward()
                 noted = take_noted()

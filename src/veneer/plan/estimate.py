@@ -77,13 +77,13 @@ class Estimate:
 
 
 def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
-    """Different shapes of matrix products in a training run whose micro-batches have so many different sizes.
+    """Different shapes of matrix products by a library in a run whose micro-batches have so many different sizes.
 
     draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many is the router's
     choice: beside an adapter of its own any multiple of STEP, half of them are met; in a stack of transformers'
     any number.
     """
-    shapes = [shape for shape in run.work.products if all(shape)]
+    shapes = run.work.of_libraries
     beside = [shape for shape in shapes if shape[0] == run.expert_rows]
     if beside:
         met = min(run.computed_tokens // STEP // 2, draws) + PROOF_SIZES

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.kernels.native import noted_now
 
 META = torch.device("meta")
 Parts = dict[str, int]
@@ -46,10 +47,12 @@ class Phase:
 
 @dataclass
 class Work:
-    """What the operations would cost: products by (rows, inner, columns) -> FLOP, bytes that others read and write,
-    bytes that offload copies to host memory and back, layers whose calls are made at once (kernels/repeated.py)."""
+    """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them that kernels of ours
+    alone compute, bytes that others read and write, bytes that offload copies to host memory and back, layers whose
+    calls are made at once (kernels/repeated.py)."""
 
     products: Products = field(default_factory=Counter)
+    own: set[Shape] = field(default_factory=set)
     moved_bytes: int = 0
     operations: int = 0
     host_bytes: int = 0
@@ -58,6 +61,11 @@ class Work:
     @property
     def flops(self) -> int:
         return sum(self.products.values())
+
+    @property
+    def of_libraries(self) -> list[Shape]:
+        """Matrix products that a library computes."""
+        return [shape for shape in self.products if all(shape) and shape not in self.own]
 
 
 class Valueless(TorchDispatchMode):
@@ -181,16 +189,22 @@ class Tracker(Valueless):
         self._total -= size
 
     def _count_work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        packet = func._overloadpacket
+        packet, now = func._overloadpacket, noted_now()
+        times = now.times
         if packet in _NOTED:
-            self.work.operations += 1
+            self.work.operations += times
         elif packet in flop_registry:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-            self.work.products[_shape(packet, args)] += flops
-            self.work.operations += 1
+            shape = _shape(packet, args)
+            if not now.own:
+                self.work.own.discard(shape)
+            elif shape not in self.work.products:
+                self.work.own.add(shape)
+            self.work.products[shape] += flops * times
+            self.work.operations += times
         elif not func.is_view and packet not in _FREE:
-            self.work.operations += 1
-            self.work.moved_bytes += sum(t.numel() * t.element_size() for t in _tensors((args, out)))
+            self.work.operations += times
+            self.work.moved_bytes += sum(t.nbytes for t in _tensors((args, out))) * times
 
 
 @contextmanager
