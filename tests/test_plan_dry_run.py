@@ -179,7 +179,7 @@ def test_products_of_kernels_of_ours_are_none_of_a_library():
     found.config.num_hidden_layers = 2
     rows = synthetic_rows(1, 128)
     own, others = (dry_run(Step(found.config, dtype, lora(16), rows)).work for dtype in (torch.bfloat16, torch.float32))
-    assert {shape[1:] for shape in own.of_libraries} == {(49152, 576)}, "the loss's gradient alone"
+    assert not own.of_libraries and own.own
     assert {shape[1:] for shape in others.of_libraries} > {(49152, 576), (576, 1536), (1536, 576), (576, 576)}
     frozen = {shape: flops for shape, flops in others.products.items() if shape in own.own}
     assert frozen == {shape: own.products[shape] for shape in own.own}

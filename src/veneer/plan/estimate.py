@@ -83,16 +83,17 @@ def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
     choice: beside an adapter of its own any multiple of STEP, half of them are met; in a stack of transformers'
     any number.
     """
+    beside = [shape for shape in run.work.products if all(shape) and shape[0] == run.expert_rows]
     shapes = run.work.of_libraries
-    beside = [shape for shape in shapes if shape[0] == run.expert_rows]
+    others = len([shape for shape in shapes if shape not in beside])
     if beside:
         met = min(run.computed_tokens // STEP // 2, draws) + PROOF_SIZES
-        grouped = len(beside) * met
+        grouped = (len(shapes) - others) * met
     else:
         trained = run.trainable_parameters == run.total_parameters
         met = min(draws // DRAWS_PER_SIZE, run.computed_tokens)
         grouped = (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * met if run.experts > 1 else 0
-    return min((len(shapes) - len(beside)) * sizes + grouped, MOST_KERNELS)
+    return min(others * sizes + grouped, MOST_KERNELS)
 
 
 def estimate(
