@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
     _check(args, configs)
     place = PLACES[args.on](args)
-    with no_collection():
+    from veneer.train.working import working
+
+    with working("starting"), no_collection():
         from veneer import api
     from veneer.compare.jobs import RUNNING
 
