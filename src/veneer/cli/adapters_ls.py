@@ -65,7 +65,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
                 base + proof,
                 facts.method + (f" r{facts.rank}" if facts.rank else ""),
                 size(facts.bytes),
-                "" if metric is None else f"{number(metric[1])}{_interval(facts.intervals.get(metric[0]))} {metric[0]}",
+                "" if metric is None else f"{number(metric[1])} {metric[0]}{_interval(facts.intervals.get(metric[0]))}",
                 age(version.added),
                 ", ".join(version.tags),
             ),
