@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
 from veneer.errors import AdapterMismatchError, BudgetFullError, ConfigError, CorruptFileError, UnknownNameError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.kernels import few_rows, native
 from veneer.library import memory
 from veneer.library.library import Library
 from veneer.library.resident import Tier
@@ -43,10 +45,8 @@ ALIKE = ("a", "b", "c", "d", "e", "f")
 PROMPT = tuple((7 * n) % 250 for n in range(21))
 
 
-def publish(
-    library: Library, folder: Path, name: str, config, seed: int, family="llama_untied", dtype=torch.float32, **tags
-):
-    base = tiny_base(family, dtype)
+def publish(library: Library, folder: Path, name: str, config, seed: int, family="llama_untied", base=None, **tags):
+    base = base or tiny_base(family)
     _ = base.paths
     head = base.model.get_output_embeddings()
     made = attach(base.model, config, name=name, routing=base.routing, head=head)
@@ -218,7 +218,7 @@ def test_every_method_is_read_when_it_is_asked_for_and_answers_as_alone(library,
 
 def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_file(tmp_path):
     library = Library(tmp_path / "library")
-    publish(library, tmp_path, "lora", METHODS["lora"], 0, dtype=torch.bfloat16)
+    publish(library, tmp_path, "lora", METHODS["lora"], 0, base=tiny_base("llama_untied", torch.bfloat16))
     base, other = tiny_base("llama_untied", torch.bfloat16), tiny_base("llama_untied", torch.bfloat16)
     for each in (base, other):
         _ = each.paths
@@ -234,6 +234,28 @@ def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_f
     read.run()
     (shown,) = residents.shown()
     assert held.answer == expected.answer and shown.bytes == 2 * library.get("lora").version.facts.parameters
+
+
+@pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
+def test_factors_are_laid_out_once_as_long_as_it_is_here_and_counted(tmp_path, monkeypatch):
+    library = Library(tmp_path / "library")
+    wide = partial(tiny_base, "llama_untied", torch.bfloat16, hidden_size=64, intermediate_size=64)
+    publish(library, tmp_path, "lora", LoRA(rank=16, targets=["gate_proj"]), 0, base=wide())
+    base, times = wide(), []
+    made = few_rows.laid_out
+    monkeypatch.setattr(few_rows, "laid_out", lambda *given: times.append(1) or made(*given))
+    residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
+    engine = Engine(base, budget_bytes=2**22, adapters=residents)
+    said = []
+    for _ in range(2):  # nobody uses it between these
+        (answer,) = engine.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora")))
+        while not engine.scheduler.idle:
+            engine.step(0.0)
+        said.append(answer.answer)
+    assert said[0] == said[1] and len(times) == 1
+    (adapter,) = base.attachments.values()
+    held, own = 2 * library.get("lora").version.facts.parameters, adapter.laid_out[0].bytes
+    assert own > 0 and residents.used_bytes() == held + own <= 2 * held
 
 
 @pytest.mark.parametrize("room", [1, 2.5])

@@ -38,6 +38,8 @@ class Attachment:
     """That it brings."""
     preamble: Preamble = field(default_factory=Preamble)
     """Of the conversations it was trained on."""
+    laid_out: Any = None
+    """Of one that only answers, its values as they are: what decoding/adapters.py prepared, as long as it is here."""
 
     @property
     def adapted(self) -> int:

@@ -18,6 +18,7 @@ from veneer.adapters.prefix import PrefixLayer
 from veneer.adapters.wrapping import key_of
 from veneer.decoding.blocks import Identity
 from veneer.errors import ConfigError
+from veneer.kernels import few_rows
 from veneer.kernels.mixes import Entry, Mix, Table
 from veneer.kernels.segments import Plan
 
@@ -92,6 +93,19 @@ def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
     }
     table = plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None
     return table, frozenset(adapter.beside.keys() | adapter.replaced.keys()) - layers.keys()
+
+
+def lay_out(adapter: Attachment, dtype: torch.dtype, most_bytes: int) -> int:
+    """Of one whose values stay as they are: prepared once, on the CPU, and not anew with each answer that comes back to
+    it. Returns the bytes it takes; 0: nothing is laid out, or it would take more than most_bytes."""
+    if not few_rows.takes_updates(1, dtype, torch.device("cpu")):
+        return 0
+    found = updating(adapter, Plan(), dtype)
+    needed = 0 if found[0] is None else found[0].bytes
+    if needed > most_bytes:
+        return 0
+    adapter.laid_out = found
+    return needed
 
 
 def mix_of(parts: Sequence[Part], of: Callable[[Attachment], Updating], dtype: torch.dtype) -> Mix:

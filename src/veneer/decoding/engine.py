@@ -225,7 +225,10 @@ class Engine:
         return self._acting[1]
 
     def _updating(self, adapter: Attachment) -> Updating:
-        """What it is as a table; laid out once, for as long as an answer uses it."""
+        """What it is as a table; laid out once, for as long as it is here or an answer uses it."""
+        if adapter.laid_out is not None:
+            known: Updating = adapter.laid_out
+            return known
         if (found := self._known.get(adapter)) is None:
             assert self._before is not None
             found = self._known[adapter] = updating(adapter, self._before, self.base.dtype)

@@ -35,6 +35,11 @@ class Table:
         self._scalings = torch.tensor(scalings, dtype=torch.float64)
         self._spread: tuple[tuple[str, ...], tuple[Tensor, Tensor]] = self.keys, (self._words, self._scalings)
 
+    @property
+    def bytes(self) -> int:
+        """Of the memory that the factors lie in."""
+        return sum({id(f.kept): f.kept.numel() * f.kept.element_size() for f in self.factors}.values())
+
     def spread(self, keys: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """(P, words) and (P) of these layers; zeros where it has nothing."""
         if self._spread[0] != keys:

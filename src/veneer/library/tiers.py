@@ -19,7 +19,7 @@ from functools import partial
 
 from veneer.adapters.acting import Applied
 from veneer.bounds import BYTES, COUNT, SECONDS, WAITS, check_numbers
-from veneer.decoding.adapters import front_places
+from veneer.decoding.adapters import front_places, lay_out
 from veneer.decoding.blocks import Identity
 from veneer.errors import (
     BudgetFullError,
@@ -31,6 +31,7 @@ from veneer.errors import (
     told_as,
 )
 from veneer.formats.adapter import load_adapter
+from veneer.kernels.native import end_helpers
 from veneer.library.loaders import Loaders
 from veneer.library.memory import bytes_needed, bytes_of, hold_as, read_version, room_for
 from veneer.library.resident import Files, Resident, Shown, Tier
@@ -405,9 +406,13 @@ class Tiers:
             self.base.detach(name)
             raise
         hold_as(made, self.base.dtype)
+        own = bytes_of(made)
+        if self.base.device.type == "cpu":
+            own += lay_out(made, self.base.dtype, files.bytes_needed - own)
+            end_helpers()
         with self._lock:
             if each.load == number and each.tier is Tier.LOADING:
-                each.attachment, each.places, each.tier, each.bytes = made, places, Tier.READY, bytes_of(made)
+                each.attachment, each.places, each.tier, each.bytes = made, places, Tier.READY, own
                 self._use(each)
                 self._place()
                 return
