@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
     place = PLACES[args.on](args)
     from veneer.train.working import working
 
-    with working("starting"), no_collection():
-        from veneer import api
-    from veneer.compare.jobs import RUNNING
+    with working("starting"):
+        with no_collection():
+            from veneer import api
+        from veneer.compare.jobs import RUNNING
 
     console = make_console(json=True)
 
