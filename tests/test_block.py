@@ -133,6 +133,23 @@ def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
+@pytest.mark.parametrize("heard", [False, True])
+def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_waits(heard, taken):
+    trained, told = Trained(), []
+    with trained.drawing(), fused(trained.model, replacements(trained.model)):
+        expected = trained.measured()[1:]
+        for each in trained.parameters:
+            each.grad = torch.ones_like(each)
+        if heard:
+            trained.parameters[3].register_post_accumulate_grad_hook(told.append)
+        total = float(trained.batch.trained_tokens)
+        with block.added_where_they_lie():
+            batch_loss(trained.model, trained.paths, trained.routing, trained.batch, total=total).backward()
+    assert len(told) == heard and all(taken)
+    for each, gradient in zip(trained.parameters, expected, strict=True):
+        assert torch.equal(each.grad, 1 + gradient)
+
+
 def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
     trained = Trained()
 

@@ -11,7 +11,9 @@ computes are calls into compiled functions, the layers behind it that are like i
 Shapes: M rows, D hidden, H query heads, K key heads, S head size.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,20 @@ QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
 """The layers by their places among all."""
 MANY = 2048
 """From so many rows on what one pass gives again is not kept."""
+
+
+_adding: ContextVar[bool] = ContextVar("adding", default=False)
+
+
+@contextmanager
+def added_where_they_lie() -> Iterator[None]:
+    """For a backward whose gradients are added to those that leaves have: a block adds its factors' itself, where each
+    has one and no hook waits for it. autograd, which takes them one by one, is given none. To the same bits."""
+    token = _adding.set(True)
+    try:
+        yield
+    finally:
+        _adding.reset(token)
 
 
 @dataclass(frozen=True)
@@ -283,9 +299,21 @@ class _Block(torch.autograd.Function):
             return _backward(block, x, factors, kept.tensors(), grad, wanted=wanted)
 
         key = ("backward", *ctx.alike) if ctx.alike and wanted and compiled(grad) else None
-        grad_x, found = _made(block, key, compute, [*block.read(), x, *factors, grad], kept)
-        typed = (each.to(dtype) for each, dtype in zip(found.tensors(), ctx.types, strict=True))
-        return grad_x[0] if wanted else None, None, *typed
+        alone, found = _made(block, key, compute, [*block.read(), x, *factors, grad], kept)
+        grad_x, made = alone[0] if wanted else None, found.tensors()
+        if _adding.get() and (held := _held(block.factors(), made)) is not None:
+            torch._foreach_add_(held, made)
+            return grad_x, None, *[None] * len(made)
+        return grad_x, None, *(each.to(dtype) for each, dtype in zip(made, ctx.types, strict=True))
+
+
+def _held(factors: Sequence[Any], made: Sequence[Tensor]) -> list[Tensor] | None:
+    """The gradients that the factors have; None: one is no leaf, has none of its type, or somebody is to hear of it."""
+    held = [each.grad if each.requires_grad and each.is_leaf else None for each in factors]
+    if any(each._backward_hooks or each._post_accumulate_grad_hooks for each in factors):
+        return None
+    found = [a for a, b in zip(held, made, strict=True) if a is not None and (a.dtype, a.shape) == (b.dtype, b.shape)]
+    return found if len(found) == len(made) else None
 
 
 def _asked(x: Tensor, narrow: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from veneer.data.batching import EpochPlan, Rows, by_length, plan_epoch, used_le
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.formats.manifest import HeldOut
+from veneer.kernels.block import added_where_they_lie
 from veneer.models.step import batch_loss, batch_of, part_nats, parts_of
 from veneer.train.checkpoint import (
     Scattered,
@@ -201,7 +202,8 @@ class Loop:
                     with offloaded(self.offload):
                         of = total if counts_here else math.inf  # then its gradient is 0
                         part = batch_loss(job.model, job.paths, job.routing, batch, total=of)
-                    part.backward()
+                    with added_where_they_lie():
+                        part.backward()
                 job.flat.deliver()
                 self.reduce.add()
                 if not counts_here:
