@@ -78,10 +78,11 @@ class _Shape:
 
     def of(self, memory: Tensor) -> Tensor:
         """memory: the piece, as it is made."""
-        if memory.dtype is self.dtype and memory.shape == self.size:
+        if memory.dtype is not self.dtype:
+            memory = memory.view(-1).view(self.dtype)
+        elif memory.shape == self.size:
             return memory
-        start = memory.storage_offset() + self.at
-        return memory.view(-1).view(self.dtype).as_strided(self.size, self.stride, start // self.dtype.itemsize)
+        return memory.as_strided(self.size, self.stride, memory.storage_offset() + self.at // self.dtype.itemsize)
 
 
 class Repeated:
@@ -93,18 +94,13 @@ class Repeated:
         self._groups = groups
         self._given = (ctypes.byref(calls), len(calls), structs, ctypes.byref(places))  # which hold what they name
         every = [each for group in groups for each in group]
-        own = [
-            next((each for each in every if each.piece == n and each.fills(size)), None) for n, size in enumerate(sizes)
-        ]
-        made = [
-            (each.size, each.dtype) if each else ((size,), torch.uint8) for each, size in zip(own, sizes, strict=True)
-        ]
+        made = [_memory([each for each in every if each.piece == n], size) for n, size in enumerate(sizes)]
         self._memory: list[tuple[tuple[int, ...], torch.dtype]] = [*made, ((scratch,), torch.uint8)]
         self._firsts = [min((each.piece for each in group), default=0) for group in groups]
         self._stops = [max((each.piece for each in group), default=-1) + 1 for group in groups]
 
     def again(self, addresses: Sequence[int]) -> list[list[Tensor]]:
-        """The pieces of memory of each group: as tensors, where one fills it, else uint8."""
+        """The pieces of memory of each group: as the tensor that fills it, else as values of one type in a row."""
         made = [torch.empty(size, dtype=dtype) for size, dtype in self._memory]
         bases = (*addresses, *[each.data_ptr() for each in made])
         if call("veneer_repeated", *self._given, (ctypes.c_int64 * len(bases))(*bases)):
@@ -118,6 +114,16 @@ class Repeated:
     def addresses(self, group: int, pieces: Sequence[Tensor]) -> list[int]:
         starts, first = [each.data_ptr() for each in pieces], self._firsts[group]
         return [starts[each.piece - first] + each.at for each in self._groups[group]]
+
+
+def _memory(within: Sequence[_Shape], size: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """As what a piece of so many bytes with these tensors in it is made."""
+    whole = next((each for each in within if each.fills(size)), None)
+    if whole is not None:
+        return whole.size, whole.dtype
+    types = {each.dtype for each in within}
+    dtype = types.pop() if len(types) == 1 else torch.uint8
+    return ((size,), torch.uint8) if size % dtype.itemsize else ((size // dtype.itemsize,), dtype)
 
 
 def addresses(given: Sequence[Given]) -> list[int]:
