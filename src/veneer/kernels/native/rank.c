@@ -118,15 +118,29 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
 /* narrow -> pairs (R, rows / 2), the last of an odd number of rows with 0. */
 static VENEER_BF16 void pack_narrow(struct rank *a) {
     const int64_t all = (a->rows + 1) / 2;
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)all));
-    static const uint16_t zeros[16];
+    _Alignas(64) uint32_t turned[16 * 16];
     a->pairs = words(a->rank * all);
-    for (int64_t r = 0; r < a->rank; r += 16)
-        for (int64_t m = 0; m < a->rows; m += 2) {
-            const uint16_t *first = a->narrow + m * a->apart + r, *second = m + 1 < a->rows ? first + a->apart : zeros;
-            _mm512_i32scatter_epi32(a->pairs + r * all + m / 2, places, bf16_words(first, second), 4);
+    for (int64_t pair = 0; pair < all; pair += 16) {
+        const __mmask16 real = all - pair < 16 ? (__mmask16)((1u << (all - pair)) - 1) : 0xFFFF;
+        for (int64_t r = 0; r < a->rank; r += 16) {
+            __m512i rows[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                const int64_t m = 2 * (pair + i);
+                const uint16_t *own = a->narrow + m * a->apart + r;
+                const __m256i none = _mm256_setzero_si256();
+                const __m256i first = m < a->rows ? _mm256_loadu_si256((const __m256i *)own) : none;
+                const __m256i second = m + 1 < a->rows ? _mm256_loadu_si256((const __m256i *)(own + a->apart)) : none;
+                rows[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+            }
+            words_turned(rows, turned);
+            uint32_t *to = a->pairs + r * all + pair;
+            for (int64_t c = 0; c < 16; c++, to += all) {
+                if (real == 0xFFFF) _mm512_storeu_si512(to, _mm512_load_si512(turned + 16 * c));
+                else _mm512_mask_storeu_epi32(to, real, _mm512_load_si512(turned + 16 * c));
+            }
         }
+    }
 }
 
 void veneer_rank_down(struct rank *a) {

@@ -77,11 +77,56 @@ static __attribute__((unused)) VENEER_BF16 void rank_down(const struct mask *m, 
             bf16_store(out + r * apart + i, _mm512_mul_ps(_mm512_loadu_ps(sums + r * rank + i), _mm512_set1_ps(scale)));
 }
 
+/* C (R, 16 V) of x += scale * narrow W over K2 pairs: bf16.h's sums, which never leave the registers. */
+VENEER_INLINE void up_tile(const int R, const int V, const uint32_t *narrow, int64_t apart, const uint32_t *pairs, int64_t width,
+                           uint16_t *x, int64_t K2, float scale) {
+    __m512 sum[6][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K2; k++) {
+        __m512bh b[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) b[v] = (__m512bh)_mm512_loadu_si512(pairs + k * width + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32((int)narrow[r * apart + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, b[v]);
+        }
+    }
+    const __m512 by = _mm512_set1_ps(scale);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            uint16_t *to = x + r * width + 16 * v;
+            bf16_store(to, _mm512_fmadd_ps(sum[r][v], by, bf16_floats(to)));
+        }
+}
+
+static __attribute__((unused)) VENEER_BF16 void up_tiles(const uint32_t *narrow, int64_t apart, const uint32_t *pairs, uint16_t *x,
+                                                        int64_t n, int64_t width, int64_t wide, int64_t K2, float scale) {
+    for (int64_t m = 0; m < n; m += 6, narrow += 6 * apart, x += 6 * width) {
+        const int64_t rows = n - m < 6 ? n - m : 6;
+#define OF(R, V) case 4 * R + V - 1: up_tile(R, V, narrow, apart, pairs, width, x, K2, scale); break;
+#define EACH(R) OF(R, 1) OF(R, 2) OF(R, 3) OF(R, 4)
+        switch (4 * rows + wide / 16 - 1) { EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) }
+#undef EACH
+#undef OF
+    }
+}
+
 /* x (n, width) += scale * narrow (n, R) W, columns [c, c + wide), wide <= COLUMNS; what is added through the mask, of rows
    from `row` on. pairs (R / 2, width). */
 VENEER_INLINE void rank_up(const struct mask *m, const uint16_t *narrow, int64_t apart, const uint32_t *pairs, uint16_t *x, int64_t row,
                            int64_t n, int64_t width, int64_t c, int64_t wide, int64_t rank, float scale) {
     float sums[BLOCK * COLUMNS];
+    if (!m->keys && !veneer_has_amx()) {
+        up_tiles((const uint32_t *)narrow, apart / 2, pairs + c, x + c, n, width, wide, rank / 2, scale);
+        return;
+    }
     bf16_product((const uint32_t *)narrow, apart / 2, 1, pairs + c, width, sums, COLUMNS, n, wide, rank / 2, 0);
     for (int64_t r = 0; r < n; r++)
         for (int64_t i = 0; i < wide; i += 16) {
