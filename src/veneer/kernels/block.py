@@ -302,7 +302,7 @@ class _Block(torch.autograd.Function):
         alone, found = _made(block, key, compute, [*block.read(), x, *factors, grad], kept)
         grad_x, made = alone[0] if wanted else None, found.tensors()
         if _adding.get() and (held := _held(block.factors(), made)) is not None:
-            torch._foreach_add_(held, made)
+            torch._foreach_add_(held, list(made))
             return grad_x, None, *[None] * len(made)
         return grad_x, None, *(each.to(dtype) for each, dtype in zip(made, ctx.types, strict=True))
 
