@@ -7,9 +7,9 @@
     python benchmarks/decoding_step.py --formats gguf --llama FILE.gguf            beside llama.cpp over the same file
 
 Prints a list of `measurements`, as docs/results/*.json hold them. Prompts of 64 tokens, 128 new ones, greedy, nothing
-stops; a step is timed from the second new token on. Ways alternate within a turn; milliseconds and tokens/s are medians
-with least and most. `torch calls` are counted once, on a step of its own. transformers' loop runs the same weights,
-dense, in modules of its own.
+stops; a step is timed from the second new token on. Adapters are held and laid out before, as a library's are. Ways
+alternate within a turn; milliseconds and tokens/s are medians with least and most. `torch calls` are counted once, on a
+step of its own. transformers' loop runs the same weights, dense, in modules of its own.
 """
 
 import argparse
@@ -34,10 +34,11 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 import veneer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
-from veneer.decoding.adapters import Fixed
+from veneer.decoding.adapters import Fixed, lay_out
 from veneer.decoding.blocks import Identity
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sequence import Request
+from veneer.library.memory import hold_as
 
 PROMPT, NEW, FEW = 64, 128, 8
 FORMATS: dict[str, Any] = {"bf16": None, "nf4": "nf4", "gguf": "gguf"}
@@ -221,6 +222,8 @@ def main() -> None:
             for parameter in made.parameters().values():
                 parameter.data.normal_(std=0.01)
                 parameter.requires_grad_(False)
+            hold_as(made, base.dtype)
+            lay_out(made, base.dtype, most_bytes=2**30)
             identities.append(((f"a{number}", 1.0),))
         for rows in map(int, asked.rows.split(",")):
             ways: dict[str, Callable[[], dict[str, float]]] = {
