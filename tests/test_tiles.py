@@ -105,7 +105,8 @@ def test_attention_on_tiles_is_that_of_vectors(size, window, lengths):
         return out, *torch.autograd.grad(out, (q, k, v), grad)
 
     for ours, plain in zip(*both(attended), strict=True):
-        assert (ours.float() - plain.float()).abs().max() <= 2**-7 * plain.float().abs().max().clamp_min(2**-7)
+        near = 2**-7 * plain.float().abs().max().clamp_min(2**-5)  # a key alone has no gradient but what is rounded
+        assert (ours.float() - plain.float()).abs().max() <= near
 
 
 def test_tiles_are_taken():
