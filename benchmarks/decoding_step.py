@@ -223,7 +223,7 @@ def main() -> None:
                 parameter.data.normal_(std=0.01)
                 parameter.requires_grad_(False)
             hold_as(made, base.dtype)
-            lay_out(made, base.dtype, most_bytes=2**30)
+            lay_out(made, base.dtype, base.device, most_bytes=2**30)
             identities.append(((f"a{number}", 1.0),))
         for rows in map(int, asked.rows.split(",")):
             ways: dict[str, Callable[[], dict[str, float]]] = {

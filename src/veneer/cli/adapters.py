@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT
 from veneer.cli.common import (
+    add_action,
     add_card,
     add_json,
     add_library,
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
 
     def action(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        made = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        made = add_action(actions, name, help)
         made.set_defaults(act=run)
         add_library(made)
         add_json(made)

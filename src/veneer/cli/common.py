@@ -48,6 +48,13 @@ def no_collection() -> Iterator[None]:
         atexit.register(gc.unfreeze)
 
 
+def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
+    """A command's action, whose own page begins with what the list of them says."""
+    said = help[0].upper() + help[1:] + "."
+    made: argparse.ArgumentParser = actions.add_parser(name, help=help, description=said, allow_abbrev=False)
+    return made
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="data as JSON on stdout, talk on stderr")
 

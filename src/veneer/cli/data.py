@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import LINE
 from veneer.cli.common import (
+    add_action,
     add_data,
     add_json,
     add_map,
@@ -50,8 +51,7 @@ SAMPLE_CHARACTERS = 1200  # of a stretch of tokens; the middle of a longer one i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     help = "what a data set would teach, as the model will see it; exits 4 if a run would refuse it"
-    said = help[0].upper() + help[1:] + "."
-    parser = actions.add_parser("check", help=help, description=said, allow_abbrev=False)
+    parser = add_action(actions, "check", help)
     parser.set_defaults(act=_check)
     add_verbs(actions)
     parser.add_argument("data", metavar="D", help="file, folder, pattern, address, data set of the hub")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, DAYS, SEED, SHARE
 from veneer.cli import data_replay
-from veneer.cli.common import add_json, add_map, columns_of, make_console, print_json
+from veneer.cli.common import add_action, add_json, add_map, columns_of, make_console, print_json
 from veneer.wording import shown, size
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ Run = Callable[[argparse.Namespace], int]
 
 def add_verbs(actions: Any) -> None:
     def verb(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        said = help[0].upper() + help[1:] + "."
-        made: argparse.ArgumentParser = actions.add_parser(name, help=help, description=said, allow_abbrev=False)
+        made = add_action(actions, name, help)
         made.set_defaults(act=run)
         return made
 

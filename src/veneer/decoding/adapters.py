@@ -95,10 +95,10 @@ def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
     return table, frozenset(adapter.beside.keys() | adapter.replaced.keys()) - layers.keys()
 
 
-def lay_out(adapter: Attachment, dtype: torch.dtype, most_bytes: int) -> int:
-    """Of one whose values stay as they are: prepared once, on the CPU, and not anew with each answer that comes back to
-    it. Returns the bytes it takes; 0: nothing is laid out, or it would take more than most_bytes."""
-    if not few_rows.takes_updates(1, dtype, torch.device("cpu")):
+def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_bytes: int) -> int:
+    """Of one whose values stay as they are: prepared once, and not anew with each answer that comes back to it. Returns
+    the bytes it takes; 0: nothing is laid out there, or it would take more than most_bytes."""
+    if not few_rows.takes_updates(1, dtype, device):
         return 0
     found = updating(adapter, Plan(), dtype)
     needed = 0 if found[0] is None else found[0].bytes

@@ -407,9 +407,8 @@ class Tiers:
             raise
         hold_as(made, self.base.dtype)
         own = bytes_of(made)
-        if self.base.device.type == "cpu":
-            own += lay_out(made, self.base.dtype, files.bytes_needed - own)
-            end_helpers()
+        own += lay_out(made, self.base.dtype, self.base.device, files.bytes_needed - own)
+        end_helpers()
         with self._lock:
             if each.load == number and each.tier is Tier.LOADING:
                 each.attachment, each.places, each.tier, each.bytes = made, places, Tier.READY, own

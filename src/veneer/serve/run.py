@@ -48,9 +48,8 @@ def listening(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as fault:
-        said = (
-            os.strerror(fault.errno) if fault.errno is not None and fault.errno > 0 else str(fault)
-        )  # no: a look-up's
+        number = fault.errno or 0  # of a look-up: below 0
+        said = os.strerror(number) if number > 0 else str(fault)
         raise ConfigError(
             f"{host}:{port} cannot be listened on: {said}", next_step="Give another --port or --host."
         ) from None

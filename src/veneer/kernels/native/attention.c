@@ -29,7 +29,6 @@ static VENEER_BF16 void pack_across(const uint16_t *x, int64_t row, int64_t J, i
     _Alignas(64) uint32_t turned[16 * 16];
     for (int64_t j = 0; j < J; j += 16) {
         const int64_t n = J - j < 16 ? J - j : 16;
-        const __mmask16 real = (__mmask16)((1u << n) - 1);
         for (int64_t p = 0; p < D / 2; p += 16) {
             const int64_t wide = D / 2 - p < 16 ? D / 2 - p : 16;
             const __mmask16 words = (__mmask16)((1u << wide) - 1);
@@ -38,12 +37,7 @@ static VENEER_BF16 void pack_across(const uint16_t *x, int64_t row, int64_t J, i
             for (int i = 0; i < 16; i++)
                 rows[i] = i < n ? _mm512_maskz_loadu_epi32(words, x + (j + i) * row + 2 * p) : _mm512_setzero_si512();
             words_turned(rows, turned);
-            uint32_t *found = to + p * ld + at + j;
-            for (int64_t c = 0; c < wide; c++, found += ld) {
-                const __m512i own = _mm512_load_si512(turned + 16 * c);
-                if (n == 16) _mm512_storeu_si512(found, own);
-                else _mm512_mask_storeu_epi32(found, real, own);
-            }
+            words_put(turned, wide, n, to + p * ld + at + j, ld);
         }
     }
 }

@@ -13,14 +13,9 @@
 #define VENEER_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define VENEER_INLINE static inline __attribute__((always_inline)) VENEER_BF16
 
-/* C (R, 16 V) [+]= A B over K2 pairs. A's pair (m, k) stands at A[m * am + k * ak]; B's row k at B + k * ldb. */
-VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
-                             int64_t ldb, float *C, int64_t ldc, int64_t K2, int add) {
-    __m512 sum[6][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
+/* sum (R, V) += A B over K2 pairs, in registers. A's pair (m, k) stands at A[m * am + k * ak]; B's row k at B + k * ldb. */
+VENEER_INLINE void bf16_sums(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
+                             int64_t ldb, int64_t K2, __m512 (*sum)[4]) {
     for (int64_t k = 0; k < K2; k++) {
         __m512bh b[4];
 #pragma GCC unroll 4
@@ -32,6 +27,17 @@ VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_
             for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, b[v]);
         }
     }
+}
+
+/* C (R, 16 V) [+]= A B. */
+VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
+                             int64_t ldb, float *C, int64_t ldc, int64_t K2, int add) {
+    __m512 sum[6][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
+    bf16_sums(R, V, A, am, ak, B, ldb, K2, sum);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4

@@ -118,27 +118,21 @@ static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to)
 /* narrow -> pairs (R, rows / 2), the last of an odd number of rows with 0. */
 static VENEER_BF16 void pack_narrow(struct rank *a) {
     const int64_t all = (a->rows + 1) / 2;
+    static const uint16_t zeros[16];
     _Alignas(64) uint32_t turned[16 * 16];
     a->pairs = words(a->rank * all);
     for (int64_t pair = 0; pair < all; pair += 16) {
-        const __mmask16 real = all - pair < 16 ? (__mmask16)((1u << (all - pair)) - 1) : 0xFFFF;
+        const int64_t count = all - pair < 16 ? all - pair : 16;
         for (int64_t r = 0; r < a->rank; r += 16) {
             __m512i rows[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 const int64_t m = 2 * (pair + i);
                 const uint16_t *own = a->narrow + m * a->apart + r;
-                const __m256i none = _mm256_setzero_si256();
-                const __m256i first = m < a->rows ? _mm256_loadu_si256((const __m256i *)own) : none;
-                const __m256i second = m + 1 < a->rows ? _mm256_loadu_si256((const __m256i *)(own + a->apart)) : none;
-                rows[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+                rows[i] = bf16_words(m < a->rows ? own : zeros, m + 1 < a->rows ? own + a->apart : zeros);
             }
             words_turned(rows, turned);
-            uint32_t *to = a->pairs + r * all + pair;
-            for (int64_t c = 0; c < 16; c++, to += all) {
-                if (real == 0xFFFF) _mm512_storeu_si512(to, _mm512_load_si512(turned + 16 * c));
-                else _mm512_mask_storeu_epi32(to, real, _mm512_load_si512(turned + 16 * c));
-            }
+            words_put(turned, 16, count, a->pairs + r * all + pair, all);
         }
     }
 }

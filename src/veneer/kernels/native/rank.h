@@ -85,17 +85,7 @@ VENEER_INLINE void up_tile(const int R, const int V, const uint32_t *narrow, int
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < K2; k++) {
-        __m512bh b[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) b[v] = (__m512bh)_mm512_loadu_si512(pairs + k * width + 16 * v);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            const __m512bh a = (__m512bh)_mm512_set1_epi32((int)narrow[r * apart + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, b[v]);
-        }
-    }
+    bf16_sums(R, V, narrow, apart, 1, pairs, width, K2, sum);
     const __m512 by = _mm512_set1_ps(scale);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
