@@ -228,3 +228,20 @@ def test_it_ends_when_the_process_that_started_it_ends(tmp_path):
 def test_messages_that_are_no_json_are_refused():
     with pytest.raises(TemplateFault, match="JSON"):
         rendered(PLAIN, [{"role": "user", "content": {1, 2}}])
+
+
+def test_who_is_interrupted_leaves_no_answer_to_the_next_one(one_worker, monkeypatch):
+    assert rendered(PLAIN).startswith("[user]ask")
+    line, interrupted = one_worker._line, []
+
+    def interrupting(process):
+        if not interrupted:
+            interrupted.append(process)
+            raise KeyboardInterrupt
+        return line(process)
+
+    monkeypatch.setattr(one_worker, "_line", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        rendered(PLAIN, [{"role": "user", "content": "what was interrupted"}])
+    assert rendered(PLAIN, [{"role": "user", "content": "what comes next"}]) == "[user]what comes next[assistant]"
+    assert rendered(PLAIN, [{"role": "user", "content": "and then"}]) == "[user]and then[assistant]"

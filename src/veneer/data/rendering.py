@@ -148,6 +148,7 @@ class Worker:
         self._told: set[int] = set()
         self._refused: set[int] = set()
         self._received = bytearray()
+        self._owed = False  # answers that nobody waits for any more may be on their way
 
     def number(self, definition: dict[str, Any]) -> int:
         """The template's number; the same template has the same one."""
@@ -176,6 +177,7 @@ class Worker:
             return
         requests = list(takewhile(lambda request: request[0] not in self._refused, requests))
         process = self._running()
+        self._owed = True  # until all are here: who is interrupted before leaves them to the next one, as its own
         lines = []
         for number, request in requests:
             if number not in self._told:
@@ -195,6 +197,7 @@ class Worker:
                 found.append(_stopped())
                 return
             found.append(decoded(line))
+        self._owed = False
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
         """The next line from the process; None if it ended, or is ended because it takes too long."""
@@ -219,7 +222,8 @@ class Worker:
         return line
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+        process = self._process
+        if process is None or self._owed or self._owner != os.getpid() or process.poll() is not None:
             self.close()
             self._process, self._owner = _start(), os.getpid()
             weakref.finalize(self, _end, self._process, self._owner)
@@ -230,6 +234,7 @@ class Worker:
             _end(self._process, self._owner)
         self._process, self._received = None, bytearray()
         self._told.clear()
+        self._owed = False
 
 
 def _stopped() -> TemplateFault:
