@@ -51,6 +51,7 @@ from veneer.merge.extract import ExtractReport, extract_adapter
 from veneer.merge.folder import DtypeChoice, MergeReport
 from veneer.merge.merge_run import Into, merge_adapters
 from veneer.models.capacity import capacity_of, configured_capacity
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
 from veneer.plan.probe import fitted, planned
@@ -66,7 +67,7 @@ from veneer.train.world import joined, world_of
 
 
 def load(
-    source: str,
+    source: str | Path,
     *,
     dtype: HeldAs = "auto",
     device: str = "auto",
@@ -82,7 +83,10 @@ def load(
     modules that stay as they are stored.
     library is where Base.use finds adapters that are not loaded yet.
     """
-    loaded = load_base(source, dtype=dtype, device=device, quantize=quantize, keep_dense=keep_dense, own_pages=True)
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"a base is named by text or a path, and this is {source!r}")
+    kept = [keep_dense] if isinstance(keep_dense, str) else keep_dense
+    loaded = load_base(str(source), dtype=dtype, device=device, quantize=quantize, keep_dense=kept, own_pages=True)
     return Base(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -232,34 +236,37 @@ def evaluate(
     function (answer, references) -> number.
     """
     check_numbers(length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch))
-    preamble = base.preamble.asked(system, variables)
-    choices = Choices(
-        metrics=find_metrics(metrics),
-        max_new_tokens=max_new_tokens,
-        labels=list(labels),
-        length_normalised=length_normalised,
-        predictions=predictions,
-        against=against,
-        general=general,
-        variables=preamble.variables,
-    )
-    capacity, tokenizer = capacity_of(base), base.acting_tokenizer
-    with as_set(data) as named:
-        fields = DataConfig.of(
-            {"train": named, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
+    if not isinstance(base, FrozenBase):
+        step = "veneer.evaluate(veneer.load(…), rows), or run.evaluate(rows)."
+        raise ConfigError(f"evaluate takes a loaded base, and this is a {type(base).__name__}", next_step=step)
+    with base.routing.held():  # a switch by another thread is for what comes after it
+        preamble = base.preamble.asked(system, variables)
+        choices = Choices(
+            metrics=find_metrics([metrics] if isinstance(metrics, str) else metrics),
+            max_new_tokens=max_new_tokens,
+            labels=[labels] if isinstance(labels, str) else list(labels),
+            length_normalised=length_normalised,
+            predictions=predictions,
+            against=against,
+            general=general,
+            variables=preamble.variables,
         )
-        loaded = load_data(fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble)
-    rows, examples = list(loaded.train_rows), list(loaded.train)
-    if is_rows(data):
-        rows = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in rows]
-        examples = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in examples]
-    paths = base.paths
+        capacity, tokenizer = capacity_of(base), base.acting_tokenizer
+        with as_set(data) as named:
+            fields = DataConfig.of(
+                {"train": named, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
+            )
+            loaded = load_data(fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble)
+        rows, examples = list(loaded.train_rows), list(loaded.train)
+        if is_rows(data):
+            rows = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in rows]
+            examples = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in examples]
+        paths = base.paths
 
-    def nats(examples: Sequence[Example]) -> Counts:
-        refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
-        return example_nats(base.model, paths, examples, batch=batch)
+        def nats(examples: Sequence[Example]) -> Counts:
+            refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
+            return example_nats(base.model, paths, examples, batch=batch)
 
-    with base.routing.held():
         return Evaluation(evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress))
 
 

@@ -5,17 +5,19 @@ what sits on it. So taking an adapter away (`detach`) stands there and making on
 the base computes, and tells the pool. Everything here composes; nothing computes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, overload
 
 from veneer.adapters.attachment import Attachment
-from veneer.adapters.config import AdapterConfig
+from veneer.adapters.config import AdapterConfig, Full
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
+from veneer.data.examples import RowFault
+from veneer.data.formats import to_conversation
 from veneer.data.new_tokens import bring
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate, limits_of
@@ -56,6 +58,12 @@ class Base(FrozenBase):
     _pool: Pool = field(init=False, repr=False)
     _merged: Merged | None = field(default=None, init=False, repr=False)
 
+    def __reduce__(self) -> Any:  # of copy, deepcopy and pickle, and so of what hands a base to another process
+        raise ConfigError(
+            "a base is neither copied nor pickled: its adapters and locks are this object's own",
+            next_step="Load it again where another one is needed: veneer.load(base.source).",
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pool = Pool(self, lambda: self.library, self._unmerged)
@@ -87,6 +95,8 @@ class Base(FrozenBase):
         ConfigError: its settings match nothing; one of the texts is a token already.
         """
         check_numbers(seed=(SEED, seed))
+        _check_name(name)
+        _check_settings(config)
         _ = self.paths
         with self.routing.none():
             tokens = bring(self.tokenizer, new_tokens, rows=capacity_of(self).tokens)
@@ -99,6 +109,10 @@ class Base(FrozenBase):
         AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
         SourceError: there is no such adapter.
         """
+        if not isinstance(named, str | Path):
+            raise _no_name(named)
+        if name is not None:
+            _check_name(name)
         _ = self.paths
         chosen = Path(named).name if name is None else name
 
@@ -132,9 +146,16 @@ class Base(FrozenBase):
         self._pool.pin(names, pinned=False)
 
     def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
-        names = [] if name is None else [name] if isinstance(name, str) else list(name)
+        names = [] if name is None else [name] if not isinstance(name, Iterable) or isinstance(name, str) else [*name]
+        for each in names:
+            _check_name(each)
         if names:
             self._unmerged()
+        if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
+            raise ConfigError(
+                f"weights is {weights!r}, and takes one for each adapter", next_step="For instance [0.5]."
+            )
+        weights = None if weights is None else [*weights]
         check_weights(weights or ())
         if weights is not None and len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
@@ -225,8 +246,16 @@ class Base(FrozenBase):
         It is asked as what acts was trained: with the system turn of all its rows, unless the messages have one, and
         what their template was told. system and variables say otherwise; "" is no system turn, None no variable.
         """
-        several = not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in prompt)
-        prompts: Sequence[Any] = prompt if several else [prompt]
+        _check_asked(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
+        if system is not None and not isinstance(system, str):
+            raise ConfigError(f"system is {_kind(system)}, not text", next_step='Give a text; "" is no system turn.')
+        if variables is not None and not isinstance(variables, Mapping):
+            raise ConfigError(f"variables is {_kind(variables)}, not a dict", next_step="Give them as {name: value}.")
+        if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+            raise _no_prompt(prompt)
+        asked_for: Any = prompt if isinstance(prompt, str) else [*prompt]
+        several = not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in asked_for)
+        prompts: Sequence[Any] = asked_for if several else [asked_for]
         if several and on_text is not None:
             raise ConfigError("on_text is given, and several prompts", next_step="Ask one at a time to read along.")
 
@@ -257,7 +286,7 @@ class Base(FrozenBase):
         return answers if several else answers[0]
 
     def _prompt_ids(self, prompt: Prompt, preamble: Preamble) -> list[int]:
-        messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+        messages = prompt if isinstance(prompt, str) else _conversation(prompt)
         if not all(is_text(inner) for inner, _ in walk(messages) if isinstance(inner, str)):
             raise ConfigError("the prompt is not UTF-8", next_step="Give it as UTF-8 text.")
         if self.tokenizer.chat_template is None:
@@ -266,6 +295,56 @@ class Base(FrozenBase):
             if preamble:
                 raise ConfigError("this base has no chat template: it takes neither a system turn nor variables")
             return list(self.acting_tokenizer(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         template = ChatTemplate(self.acting_tokenizer, variables=preamble.variables)
         return template.encode_prompt(preamble.opening(messages))
+
+
+def _conversation(prompt: Any) -> list[dict[str, Any]]:
+    """Messages as those of a row are read. ConfigError: it is no conversation."""
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise _no_prompt(prompt)
+    messages = [*prompt]
+    if odd := [each for each in messages if not isinstance(each, Mapping)]:
+        raise _no_prompt(odd[0])
+    try:
+        return to_conversation([dict(message) for message in messages], None)[0]
+    except RowFault as fault:
+        raise ConfigError("the messages are no conversation", [fault.message], fault.next_step) from None
+
+
+def _no_prompt(found: object) -> ConfigError:
+    step = "Give a text, or a list of messages: [{'role': 'user', 'content': '…'}]; several as a list of such."
+    return ConfigError(f"a prompt is {_kind(found)}, and no text or conversation", next_step=step)
+
+
+def _check_asked(**numbers: object) -> None:
+    if missing := [name for name, value in numbers.items() if value is None]:
+        raise ConfigError(f"{', '.join(missing)} is None, not a number", next_step="Leave it out for the default.")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise _no_name(name)
+
+
+def _no_name(name: object) -> ConfigError:
+    step = f"Give its name: {name.name!r}." if isinstance(name, Attachment) else "For instance 'tickets'."
+    return ConfigError(f"an adapter is named by text, and this is {_kind(name)}", next_step=step)
+
+
+def _check_settings(config: object) -> None:
+    if isinstance(config, Full):
+        raise ConfigError(
+            "full is no adapter: it trains the base's own weights", next_step="veneer.train(…, method=veneer.Full())."
+        )
+    if not isinstance(config, AdapterConfig):
+        step = "For instance veneer.LoRA(rank=8)."
+        raise ConfigError(f"attach takes the settings of a method, and this is {_kind(config)}", next_step=step)
+
+
+def _kind(value: object) -> str:
+    if value is None or value == "":
+        return "None" if value is None else "empty"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"

@@ -1,7 +1,7 @@
 """`veneer.train`, and what it gives back: a run's figures, which print well and lead on to adapter and report."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from veneer.wording import clock, html_table, shown
 
 
 def train(
-    base: str,
+    base: str | Path,
     data: str | Path | Mapping[str, Any] | Iterable[Record],
     *,
     out: str | Path,
@@ -35,7 +35,8 @@ def train(
     settings  the run file's other fields
     """
     named, rows = _in_files(data, Path(out))
-    config = RunConfig.of({"base": base, "data": named, "out": str(out), "method": method or LoRA(), **settings})
+    given = {"base": str(base) if isinstance(base, Path) else base, "data": named, "out": str(out)}
+    config = RunConfig.of({**given, "method": method or LoRA(), **settings})
     screen = screen_here(quiet=quiet or os.environ.get("RANK", "0") != "0")
     screen.message(f"loading {config.base}")
     try:
@@ -102,12 +103,12 @@ class TrainedRun(Mapping[str, Any]):
         self,
         data: str | Path | Iterable[Record],
         *,
-        metrics: Iterable[str | UserFunction] = (),
-        labels: Iterable[str] = (),
+        metrics: Sequence[str | UserFunction] = (),
+        labels: Sequence[str] = (),
         max_new_tokens: int = 256,
     ) -> dict[str, Any]:
         """As veneer.evaluate, of `base`."""
-        return api.evaluate(self.base, data, metrics=list(metrics), labels=list(labels), max_new_tokens=max_new_tokens)
+        return api.evaluate(self.base, data, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens)
 
     def _facts(self) -> list[tuple[str, str]]:
         figures, made = end_lines(self)[:2]
