@@ -225,9 +225,10 @@ class Worker:
         process = self._process
         if process is None or self._owed or self._owner != os.getpid() or process.poll() is not None:
             self.close()
-            self._process, self._owner = _start(), os.getpid()
-            weakref.finalize(self, _end, self._process, self._owner)
-        return self._process
+            process = self._process = _start()
+            self._owner = os.getpid()
+            weakref.finalize(self, _end, process, self._owner)
+        return process
 
     def close(self) -> None:
         if self._process is not None:
