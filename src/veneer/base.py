@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, overload
 
+from veneer.adapters.attach import check_settings
 from veneer.adapters.attachment import Attachment
-from veneer.adapters.config import AdapterConfig, Full
+from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
@@ -96,7 +97,7 @@ class Base(FrozenBase):
         """
         check_numbers(seed=(SEED, seed))
         _check_name(name)
-        _check_settings(config)
+        check_settings(config)
         _ = self.paths
         with self.routing.none():
             tokens = bring(self.tokenizer, new_tokens, rows=capacity_of(self).tokens)
@@ -332,16 +333,6 @@ def _check_name(name: object) -> None:
 def _no_name(name: object) -> ConfigError:
     step = f"Give its name: {name.name!r}." if isinstance(name, Attachment) else "For instance 'tickets'."
     return ConfigError(f"an adapter is named by text, and this is {_kind(name)}", next_step=step)
-
-
-def _check_settings(config: object) -> None:
-    if isinstance(config, Full):
-        raise ConfigError(
-            "full is no adapter: it trains the base's own weights", next_step="veneer.train(…, method=veneer.Full())."
-        )
-    if not isinstance(config, AdapterConfig):
-        step = "For instance veneer.LoRA(rank=8)."
-        raise ConfigError(f"attach takes the settings of a method, and this is {_kind(config)}", next_step=step)
 
 
 def _kind(value: object) -> str:

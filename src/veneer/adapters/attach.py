@@ -80,6 +80,16 @@ def attach(
     return attachment
 
 
+def check_settings(config: object) -> None:
+    """ConfigError: it is not the settings of a method that puts layers beside a base."""
+    if type(config) not in _BUILDERS:
+        what = f"the class {config.__name__}" if isinstance(config, type) else f"of type {type(config).__name__}"
+        step = "For instance veneer.LoRA(rank=8)."
+        if getattr(config, "trains_base", False):
+            step = "It trains the base's own weights: veneer.train(…, method=…) does."
+        raise ConfigError(f"an adapter is made from the settings of its method, and this is {what}", next_step=step)
+
+
 def detach(model: nn.Module, name: str, *, routing: Routing) -> None:
     """Take the adapter away; where no other needs a wrapper, a module stands as it was before. KeyError: there is none.
 
