@@ -243,3 +243,48 @@ def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> N
     with pytest.raises(RowFault) as fault:
         detect(frozenset(columns[:12]))
     assert f", {columns[11][:40]} are no layout" in fault.value.message
+
+
+@pytest.mark.parametrize(
+    ("record", "code", "said"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "function_call": {"name": "f"}}]},
+            "D113",
+            "older form of a call",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "I look.", "function_call": {"name": "f", "arguments": "{}"}},
+                ]
+            },
+            "D113",
+            "older form of a call",
+        ),
+        (
+            {
+                "functions": [{"name": "f"}],
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            },
+            "D107",
+            "'functions' would be left out",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["what came", "before"]]},
+            "D107",
+            "'history' would be left out",
+        ),
+        ({}, "D107", "no columns with values"),
+    ],
+)
+def test_what_other_layouts_say_is_not_left_out_silently(record: dict[str, Any], code: str, said: str) -> None:
+    with pytest.raises(RowFault, match=said) as fault:
+        to_row(record, RowRef("rows.jsonl", 1), detect(frozenset(record)))
+    assert fault.value.code == code
+
+
+def test_an_empty_history_is_no_history() -> None:
+    record = {"instruction": "a", "input": "", "output": "b", "history": []}
+    assert len(to_row(record, RowRef("rows.jsonl", 1), "alpaca").messages) == 2

@@ -223,3 +223,16 @@ def test_a_key_that_stands_there_a_hundred_thousand_times_costs_no_more_than_oth
     twice = b"{" + b", ".join(b'"k%d": 1' % (number // 2) for number in range(100_000)) + b"}"
     _, problems = scan_rows(write(tmp_path / "rows.jsonl", twice))  # compared one by one, it takes minutes
     assert found(problems) == {1: "D104"} and len(problems[0].message) < 200
+
+
+def test_a_csv_field_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    (tmp_path / "rows.csv").write_text(f'prompt,completion\na,"{long}"\n')
+    (row,) = read_rows(tmp_path / "rows.csv")
+    assert row.messages[1]["content"] == long
+
+
+def test_a_list_in_a_file_of_lines_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n')
+    with pytest.raises(DataError, match=r"A JSON list of rows belongs in a \.json file"):
+        read_rows(tmp_path / "rows.jsonl")

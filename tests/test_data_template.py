@@ -352,6 +352,27 @@ def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
         in_parts.encode_prompt([user("abc")])
 
 
+def test_calls_and_tools_that_are_left_out_are_refused_also_where_their_name_is_said() -> None:
+    """A name that stands in the user's question is not what the template writes of the tool."""
+    call = {"type": "function", "function": {"name": "search", "arguments": {"for": "boats"}}}
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    plain = with_template(CHATML.partition("{%- endif %}")[2].replace("message['tool_calls'] or []", "[]"))
+    asked = user("search for boats")
+    assert plain.encode_row(row(asked, assistant("b")), train_on="last")
+    with pytest.raises(DataError, match="does not render tools: search"):
+        plain.encode_row(row(asked, assistant("", tool_calls=[call])), train_on="last")
+    with pytest.raises(DataError, match="does not render tools: search"):
+        plain.encode_row(row(asked, assistant("b"), tools=tools), train_on="last")
+    with pytest.raises(DataError, match="does not render tools: search"):
+        plain.encode_prompt([asked], tools=tools)
+    only_tools = with_template(CHATML.replace("message['tool_calls'] or []", "[]"))
+    assert only_tools.encode_prompt([asked], tools=tools)
+    with pytest.raises(DataError, match="does not render tools: search"):
+        only_tools.encode_row(row(asked, assistant("", tool_calls=[call]), tools=tools), train_on="last")
+    both = with_template(CHATML)
+    assert both.encode_row(row(asked, assistant("", tool_calls=[call]), tools=tools), train_on="last")
+
+
 def test_a_template_that_joins_arguments_to_text_gets_them_as_text() -> None:
     """As DeepSeek's does; most want the object, and one that takes both gets it."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"in": "Köln<|im_end|>"}}}

@@ -57,6 +57,14 @@ _ANSWER_LIKE = ("answer", "response", "output", "target", "label", "category", "
 _SHOWN = 40  # characters of a value in a message
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
+_OLDER: dict[Format, dict[str, str]] = {
+    "chat": {"functions": "Name it 'tools' (--map functions=tools), or leave it out on purpose: --map functions=null."},
+    "alpaca": {
+        "history": "Write earlier turns as messages (format chat), or leave them out on purpose: --map history=null."
+    },
+}
+"""Columns of others' layouts that say what the model would be shown."""
+
 LAYOUTS = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in NEEDS.items())
 
 
@@ -84,7 +92,11 @@ def detect(columns: frozenset[str]) -> Format:
             f"columns {shown}: plain text would leave out {', '.join(others)}",
             f"{_rename(columns)}, or learn the text alone with format: text",
         )
-    raise RowFault("D107", f"columns {shown} are no layout that is read", f"{_rename(columns)}. Layouts: {LAYOUTS}")
+    raise RowFault(
+        "D107",
+        f"columns {shown} are no layout that is read" if columns else "the row has no columns with values",
+        f"{_rename(columns)}. Layouts: {LAYOUTS}",
+    )
 
 
 def _rename(columns: frozenset[str]) -> str:
@@ -112,6 +124,9 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     for name in _MEDIA:
         if record.get(name):
             raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
+    for name in _OLDER.get(format, ()):
+        if record.get(name):
+            raise RowFault("D107", f"column '{name}' would be left out of what is learnt", _OLDER[format][name])
     if format == "text":
         return Row(ref, [], None, _text(record["text"], "text"), "text", unfinished=_unfinished(record))
     messages = _messages(record, format)
@@ -236,6 +251,9 @@ def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any
         role, known = item.get("role"), ", ".join(_ROLES)
     if role not in _ROLES:
         raise RowFault("D110", f"message {number} has a role that is unknown", f"Known roles: {known}.")
+    if item.get("function_call"):
+        step = "Write it as tool_calls: [{function: {name, arguments}}], and the answer to it with the role tool."
+        raise RowFault("D113", f"message {number} has a function_call, the older form of a call", step)
     calls = _tool_calls(item.get("tool_calls"), number)
     content = _content(item.get("content"), number)
     if role == "assistant" and not content.strip() and not calls:

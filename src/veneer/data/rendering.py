@@ -18,12 +18,12 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cache
+from functools import cache, cached_property
 from itertools import takewhile
 from typing import Any
 
 from veneer.child import environment_for, module_command
-from veneer.data.sandbox import TemplateFault
+from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.template_worker import SECONDS, decoded, encoded
 
 CLOCK_SECONDS = 10.0
@@ -43,6 +43,30 @@ class Template:
     def __init__(self, source: str, special_tokens: dict[str, Any], today: date) -> None:
         self.definition = {"source": source, "special_tokens": special_tokens, "today": today.isoformat()}
         self.number = _worker().number(self.definition)
+
+    @cached_property
+    def leaves_out(self) -> frozenset[str]:
+        """ "tools", "calls": of which it writes nothing, as short conversations with one of each show. One that it
+        refuses shows nothing."""
+        tool, call = "name_of_a_tool", "name_of_a_call"
+        tools = [{"type": "function", "function": {"name": tool, "description": "a", "parameters": {}}}]
+        asked: dict[str, Any] = {"role": "user", "content": "a"}
+        called = [
+            {"id": "call00001", "type": "function", "function": {"name": call, "arguments": arguments}}
+            for arguments in ({"n": 1}, '{"n": 1}')
+        ]
+        answers = [{"role": "assistant", "content": "", "tool_calls": [each]} for each in called]
+        shown: dict[str, list[str]] = {tool: [], call: []}
+        for name, messages, given in [
+            (tool, [asked], tools),
+            (tool, [asked, {"role": "assistant", "content": "b"}], tools),
+            *((call, [asked, answer], given) for answer in answers for given in (None, tools)),
+        ]:
+            probe = Conversation(self, [prepared(message) for message in messages], given)
+            with suppress(TemplateFault):
+                shown[name].append(probe.text(len(messages), add_generation_prompt=len(messages) == 1))
+        lost = {name for name, texts in shown.items() if texts and not any(name in text for text in texts)}
+        return frozenset(what for what, name in (("tools", tool), ("calls", call)) if name in lost)
 
 
 @dataclass(frozen=True)

@@ -173,9 +173,10 @@ def _utf8(line: bytes) -> str:
 def _object(text: str) -> dict[str, Any]:
     """The object that a line consists of. Raises RowFault."""
     value = whole_value(text)
-    if not isinstance(value, dict):
-        raise RowFault("D105", f"is {_kind(value)}, not an object")
-    return value
+    if isinstance(value, dict):
+        return value
+    step = "A JSON list of rows belongs in a .json file." if isinstance(value, list) else ""
+    raise RowFault("D105", f"is {_kind(value)}, not an object", step)
 
 
 def _kind(value: Any) -> str:
@@ -242,6 +243,7 @@ def _find_data(json_text: JSONText, at: int) -> int:
 
 
 def _csv(opened: BinaryIO, file: str) -> Records:
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # Python's own is 128 KiB, of the process
     # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
     with io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.reader(lines, strict=True)

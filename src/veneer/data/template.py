@@ -148,7 +148,7 @@ class ChatTemplate:
             render_all([(conversation, beginnings(hidden, prompt=True))])
             text = conversation.text(len(hidden), add_generation_prompt=True)
             check_text(text)
-            check_tools(messages, tools, self._names.show(text))
+            check_tools(messages, tools, self._names.show(text), conversation.template)
             check_contents(hidden, text)
             borders = borders_of(conversation, text)
             return self._encoded(Cut(text, borders)).ids

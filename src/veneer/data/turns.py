@@ -53,7 +53,7 @@ def plan_chat(row: Row, chat: Conversation, control: int, train_on: TrainOn, sho
     messages = chat.messages
     whole = chat.text(len(messages), add_generation_prompt=False)
     check_text(whole)
-    check_tools(row.messages, row.tools, show(whole))
+    check_tools(row.messages, row.tools, show(whole), chat.template)
     check_contents(messages, whole)
     if train_on == "all":
         return [_plan(chat, len(messages), whole, {}, control, all_of_it=True)]

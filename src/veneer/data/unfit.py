@@ -7,6 +7,7 @@ from typing import Any
 
 from veneer.data.control_names import TokenFault
 from veneer.data.examples import Problem, RowRef
+from veneer.data.rendering import Template
 from veneer.data.sandbox import TemplateFault
 from veneer.files.nesting import is_text
 
@@ -41,15 +42,23 @@ def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
             raise Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
 
 
-def check_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, text: str) -> None:
-    """Tools that the template leaves out would be silently lost."""
-    wanted = [tool.get("function", tool).get("name") for tool in tools or []]
-    for message in messages:
-        wanted += [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
-    if lost := sorted({name for name in wanted if isinstance(name, str) and name not in text}):
+def check_tools(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, text: str, template: Template
+) -> None:
+    """Tools and calls that the template leaves out would be silently lost: also those whose name the text has for
+    another reason."""
+    named = [tool.get("function", tool).get("name") for tool in tools or []]
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    called = [call.get("function", call).get("name") for call in calls]
+    lost = {name for name in named + called if isinstance(name, str) and name not in text}
+    if named and "tools" in template.leaves_out:
+        lost.update(name for name in named if isinstance(name, str))
+    if called and "calls" in template.leaves_out:
+        lost.update(name for name in called if isinstance(name, str))
+    if lost:
         raise Unfit(
             "D214",
-            f"the chat template does not render tools: {', '.join(lost[:5])} left out",
+            f"the chat template does not render tools: {', '.join(sorted(lost)[:5])} left out",
             "Write the tools into the system message and the calls into the answers, or use a base whose "
             "template renders tools.",
         )
