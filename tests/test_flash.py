@@ -10,6 +10,7 @@ from veneer.kernels.flash import Spans, declined, flash_attention
 from veneer.kernels.layout import Group
 from veneer.kernels.prefix import prefixed_attention_reference
 from veneer.kernels.rules import Rules
+from veneer.plan.tracker import Tracker
 
 CPU = torch.device("cpu")
 H, K, D = 4, 2, 8
@@ -75,6 +76,16 @@ def test_what_is_kept_grows_with_the_rows_and_not_with_their_square(window):
         assert sum(kept[start:]) <= rows * (2 * H * D + 2 * K * D + H) + 10  # q, out; k, v; a float a row and head
 
 
+@pytest.mark.parametrize("filler", [0, 3])
+def test_the_output_is_kept_once_by_attention_and_what_comes_behind(filler):
+    tensors, _ = case(6, (5, 1, 9), sinks=True, filler=filler)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        out = flash_attention(*tensors[:3], Group(6, (5, 1, 9), CPU), Rules(0.3, None, None, tensors[3]), Exact())
+    own = out.untyped_storage().data_ptr()
+    assert [each.untyped_storage().data_ptr() == own for each in kept if each.shape[1:] == (H, D)] == [False, True]
+
+
 class Noting(Exact):
     """What the kernels are asked."""
 
@@ -131,8 +142,14 @@ def test_what_the_kernels_do_not_take_is_declined_by_name(monkeypatch):
     assert declined(q, kv, There(64, 2, 32), group, Rules(0.3)) == "heads of 64 and 32 values"
     odd = There(64, 8, 36)
     assert declined(odd, odd, odd, group, Rules(0.3)) == "heads of 36 and 36 values"
-    many = Group(0, (2**22,), CPU)
-    assert declined(q, kv, kv, many, Rules(0.3)) == "more rows than their backward can address"
+    seldom = There(64, 8, 208)
+    assert declined(seldom, seldom, seldom, group, Rules(0.3)) == "heads of 208 and 208 values"
+    many = "more rows than their backward can address"
+    assert declined(q, kv, kv, Group(0, (2**22,), CPU), Rules(0.3)) == many
+    for size, held in ((72, 96), (96, 96), (136, 192)):  # its tiles are wider than such heads
+        rows, heads = -(-(2**31) // held // 8) - 256, There(64, 8, size)
+        assert declined(heads, heads, heads, Group(0, (rows,), CPU), Rules(0.3)) == many
+        assert declined(heads, heads, heads, Group(0, (rows - 1,), CPU), Rules(0.3)) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert declined(q, kv, kv, group, Rules(0.3)) == "a GPU older than Ampere"
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
@@ -162,3 +179,16 @@ def test_torch_has_the_operators_with_the_arguments_that_are_given():
         assert out.shape == q.shape and entropy.shape == (4, 16) and entropy.dtype == torch.float32
         found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
         assert [each.shape for each in found] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize(("heads", "size", "tiles"), [((4, 2), 64, 64), ((4, 4), 80, 96), ((4, 1), 136, 192)])
+def test_a_plan_counts_what_their_backward_holds_besides(heads, size, tiles):
+    meta, (H, K), rows, sequences = torch.device("meta"), heads, 300, 5
+    ends = torch.empty(sequences + 1, dtype=torch.int32, device=meta)
+    q, k = (torch.empty(rows, each, size, dtype=torch.bfloat16, device=meta) for each in heads)
+    out, entropy, state = flash.ATEN.forward(q, k, k, spans := Spans(ends, ends, 90, 90, True, None), 0.3)
+    with Tracker() as tracker, tracker.phase("backward", label="theirs") as phase:
+        found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
+    apart = rows + 128 * sequences
+    sums, expanded = apart * H * (tiles + 1) * 4, 0 if H == K else 2 * rows * H * size * 2
+    assert phase.peak_bytes == sums + expanded + sum(each.nbytes for each in found)

@@ -13,6 +13,7 @@ exact function in the kernels' place (tests/flash_reference.py).
 Shapes: as in kernels/attention.py. S sequences.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -27,8 +28,11 @@ from veneer.kernels.upload import sent
 
 MOST_SIZE = 256
 """Values of a head that the kernels take."""
+ON_FEW_GPUS = range(200, 225)
+"""Sizes whose backward torch 2.9 has for an A100 or H100 alone."""
 MOST_PLACES = 2**31
-"""(rows + 128 S) H D from which their backward reads past its memory (flash-attention's 32-bit offsets)."""
+"""Values of their backward's float32 sums (`_summed`) from which it reads past its memory (flash-attention's 32-bit
+offsets)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,20 @@ class Spans:
         return {} if self.before is None else {"window_size_left": self.before, "window_size_right": 0}
 
 
+def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int, int]:
+    """Shape of the float32 sums of queries' gradients that backward holds: rows between the sequences, heads as wide as
+    its tiles."""
+    return rows + 128 * sequences, heads, -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
+
+
+def _held_by_backward(q: Tensor, k: Tensor, spans: Spans) -> tuple[Tensor, ...]:
+    """What the kernel allocates beside its results, for a plan: the sums, a float a row and head, and keys' and values'
+    gradients of each query head."""
+    sums = q.new_empty(_summed(len(q), len(spans.query_ends) - 1, *q.shape[1:]), dtype=torch.float32)
+    each = () if q.shape[1] == k.shape[1] else [k.new_empty(len(k), *q.shape[1:]) for _ in range(2)]
+    return sums, sums[..., 0].contiguous(), *each
+
+
 class Aten:
     """aten::_flash_attention_forward and _backward; tests put an exact function in their place."""
 
@@ -92,9 +110,11 @@ class Aten:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v where `out` and `entropy` are those of the whole row."""
+        held = _held_by_backward(*inputs[:2], spans) if grad.is_meta else ()
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
             grad, *inputs, out, entropy, *spans.given, *state, scale=scale, **spans.window
         )
+        del held
         return found
 
 
@@ -110,9 +130,9 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> st
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"numbers of {q.dtype}"
     size = q.shape[2]
-    if v.shape[2] != size or size % 8 or size > MOST_SIZE:
+    if v.shape[2] != size or size % 8 or size > MOST_SIZE or size in ON_FEW_GPUS:
         return f"heads of {size} and {v.shape[2]} values"
-    if (layout.rows + 128 * (1 + len(layout.lengths))) * q.shape[1] * size >= MOST_PLACES:
+    if math.prod(_summed(layout.rows, 1 + len(layout.lengths), q.shape[1], size)) >= MOST_PLACES:
         return "more rows than their backward can address"
     planned = q.is_meta  # perhaps elsewhere than here: then for a GPU that has them
     if not planned and not torch.backends.cuda.is_flash_attention_available():
@@ -191,22 +211,21 @@ class _Flash(torch.autograd.Function):
         if sinks is not None:
             both = torch.logaddexp(entropy, sinks.to(entropy.dtype)[:, None])
             out, entropy = _share(out, entropy - both), both
-        ctx.save_for_backward(q, k, v, sinks, out, entropy, *state, *seen)
+        whole = _filled(out, q)  # kept once: what comes behind keeps the same
+        ctx.save_for_backward(q, k, v, sinks, whole, entropy, *state, *seen)
         ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = plan, layout, scale, flash, len(state)
         ctx.window = window
-        whole = q.new_zeros(*q.shape[:2], v.shape[2])
-        whole[:rows] = out
         return whole
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, out, entropy, *states = ctx.saved_tensors
+        q, k, v, sinks, whole, entropy, *states = ctx.saved_tensors
         plan: _Plan = ctx.plan
         flash: Aten = ctx.flash
         rows, P = ctx.layout.rows, ctx.layout.prompt
         note_flops(lambda: 5 * _product_flops(q, ctx.layout, ctx.window))
-        g, scale = grad[:rows].contiguous(), ctx.scale
+        out, g, scale = whole[:rows], grad[:rows].contiguous(), ctx.scale
         state, seen = tuple(states[: ctx.states]), tuple(states[ctx.states :])
         inputs = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
         d_q, d_k, d_v = flash.backward(g, inputs, out, entropy, state, plan.own, scale)
@@ -244,12 +263,13 @@ def _gathered(grad: Tensor, places: Tensor, rows: int) -> Tensor:
     return total.index_add_(0, places, grad.to(wide)).to(grad.dtype)
 
 
-def _filled(grad: Tensor, of: Tensor) -> Tensor:
-    """With zeros for the filler."""
-    if grad.shape[0] == of.shape[0]:
-        return grad
-    whole = torch.zeros_like(of)
-    whole[: grad.shape[0]] = grad
+def _filled(rows: Tensor, of: Tensor) -> Tensor:
+    """With zeros for the filler that `of` has."""
+    if rows.shape[0] == of.shape[0]:
+        return rows
+    whole = rows.new_empty(of.shape[0], *rows.shape[1:])
+    whole[: rows.shape[0]] = rows
+    whole[rows.shape[0] :] = 0
     return whole
 
 
