@@ -1,7 +1,7 @@
 """From what the step holds (dry_run.py) to what a machine will show: the peak, its moment, its parts.
 
     CPU    the process: what it held before, + every live byte, + what libraries and the allocator keep
-    CUDA   the allocator's peak: every live byte; outside of it lies the CUDA context
+    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces; outside of it lies the CUDA context
 
 What the step does not allocate itself are constants, each measured, each with its source.
 Units: bytes.
@@ -54,10 +54,13 @@ KEPT_SHARE_AT_ONCE = 0.25
 runs; without tiles such layers keep what others do (Zen 4: with this share 9 to 13% too much, three runs)."""
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by this project)."""
+CUDA_WORKSPACES_BYTES = 2 * 32 * 2**20
+"""Of cuBLAS, in the allocator: one for each thread that multiplies, forward and backward. 32 MiB on Hopper, 8 elsewhere
+(PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 CUDA_RESERVED_SHARE = 0.05
 """What CUDA's allocator reserves beyond what is allocated: 3-10% by how uneven the lengths are (as above)."""
 
-PROCESS, KEPT = "process", "kept by libraries and allocator"
+PROCESS, KEPT, WORKSPACES = "process", "kept by libraries and allocator", "workspaces of matrix products"
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def estimate(
         parts = {**parts, KEPT: total - peak.peak_bytes - idle_bytes, PROCESS: idle_bytes}
         needed = total
     else:
+        parts = {**parts, WORKSPACES: CUDA_WORKSPACES_BYTES}
         needed = math.ceil(total * (1 + CUDA_RESERVED_SHARE)) + CUDA_CONTEXT_BYTES
     return Estimate(device, total, needed, peak.name, parts, totals, run)
 
@@ -117,7 +121,7 @@ def estimate(
 def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: bool) -> int:
     live = phase.peak_bytes
     if device == "cuda":
-        return live
+        return live + CUDA_WORKSPACES_BYTES
     kept_share = KEPT_SHARE_AT_ONCE if run.work.at_once and has_amx() else KEPT_SHARE
     if checkpointing and phase.name == "backward":
         kept_share = KEPT_SHARE_CHECKPOINTED
