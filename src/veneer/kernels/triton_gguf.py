@@ -45,8 +45,8 @@ def _signed(byte):
 
 @triton.jit
 def _none(i):
-    """An offset that changes no bit, not that of a zero's sign."""
-    return i.to(tl.float32) * -0.0
+    """An offset that changes no bit, not that of a zero's sign: -0, by its bits, for Triton 3.7 makes 0 of `-0.0`."""
+    return ((i & 0).to(tl.uint32) | 0x80000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _of_256(block, i, inside, kind: tl.constexpr):
         inner = tl.where(late, (above & 15) | ((first >> 6) << 4), low & 63)
         least = tl.where(late, (above >> 4) | ((low >> 6) << 4), above & 63)
         scale = _half(block, 0, inside) * inner.to(tl.float32)
-        offset = -(_half(block, 2, inside) * least.to(tl.float32))
+        offset = _half(block, 2, inside) * least.to(tl.float32) * -1.0  # - would be 0 minus it, and lose a zero's sign
     return code, scale, offset
 
 
