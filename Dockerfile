@@ -11,7 +11,9 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 COPY . /source
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
 
+# gcc: Triton, which comes with torch for CUDA, makes its launchers with it.
 FROM python:3.12-slim
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ARG TORCH_INDEX=
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch

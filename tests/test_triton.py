@@ -12,7 +12,7 @@ from tests import test_segments
 from tests.accelerator import Accelerator
 from tests.interpreter import DEVICE  # before whatever loads Triton
 from tests.tiny_gguf import random_blocks
-from veneer.kernels import dropout, fused, gguf, launch, loss, native, segments
+from veneer.kernels import dropout, fused, gguf, grouped, launch, loss, native, segments
 from veneer.kernels import nf4 as nf4_kernels
 from veneer.kernels.paged_attention import Blocks
 from veneer.kernels.paged_rows import Tables, paged_rows, paged_rows_reference
@@ -267,6 +267,33 @@ def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there
     near(ours, theirs, 4 * TYPES[dtype])
     assert torch.equal(mine.keys.cpu().double(), yours.keys) and torch.equal(mine.values.cpu().double(), yours.values)
     assert there.launches == ["paged"]
+
+
+def test_a_gpu_where_triton_does_not_launch_takes_plain_torch(there):
+    x, packed = there.to(torch.ones(2, 64)), nf4.quantize(torch.ones(64, 64)).blocks
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(launch, "launches_on", lambda device: device.type == "meta")
+        assert launch.triton("gate", x) is None and launch.module_on("gate", torch.device("meta")) is not None
+        assert grouped.Grouped.of((0,), (slice(0, 2),), torch.float32, x.device) is None
+        assert not nf4_kernels.has_product(packed, x)
+    assert nf4_kernels.has_product(packed, x)
+    fused.silu_gate(*there.to(torch.ones(2, 16), torch.ones(2, 16)))
+
+
+def test_what_fails_to_launch_or_computes_something_else_is_told():
+    here = torch.device("cpu")
+
+    def plain(gate, up, gelu):
+        assert not gelu
+        return F.silu(gate) * up
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC.\nmore")
+
+    assert launch.fault_of(plain, here) is None
+    assert launch.fault_of(no_compiler, here) == "RuntimeError: Failed to find C compiler. Please specify via CC."
+    assert launch.fault_of(lambda *given: plain(*given) * 1.001, here) == "it differs by 8.6e-03"
+    assert launch.fault_of(lambda *given: plain(*given) * float("nan"), here) == "it differs by nan"
 
 
 def test_while_a_step_is_planned_nothing_is_launched_and_as_much_is_allocated(there):

@@ -49,8 +49,8 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, plain
         return "no soft cap on scores"
     if (reason := flash.declined(q, k, v, layout, replace(rules, softcap=None))) is not None:
         return reason
-    if launch.module("norm") is None:
-        return "Triton is not installed"
+    if launch.module_on("norm", q.device) is None:
+        return "Triton is not installed, or does not work here"
     if q.is_meta:
         return None
     heads = q.shape[1], k.shape[1], q.shape[2]

@@ -30,7 +30,7 @@ class Grouped:
     @classmethod
     def of(cls, numbers: Sequence[int], rows: Sequence[slice], dtype: torch.dtype, device: torch.device) -> Any:
         """None where there are no such kernels."""
-        kernels = launch.module("grouped") if device.type == "cuda" and dtype in TYPES else None
+        kernels = launch.module_on("grouped", device) if device.type == "cuda" and dtype in TYPES else None
         if kernels is None:
             return None
         tiles = [

@@ -139,7 +139,7 @@ def has_product(weights: Blocks, x: Tensor) -> bool:
     if x.dtype not in TYPES:
         return False
     if x.is_cuda:
-        return x.shape[0] <= FUSED_ROWS and not x.shape[1] % 2 and launch.module("nf4") is not None
+        return x.shape[0] <= FUSED_ROWS and not x.shape[1] % 2 and launch.module_on("nf4", x.device) is not None
     if x.dtype is torch.float16:
         return x.device.type == "cpu" and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS and is_compiled()
     return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
