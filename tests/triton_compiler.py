@@ -3,11 +3,13 @@
 Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel is compiled, by the
 same arguments, for that GPU, as a launch would: addresses and numbers that 16 divides are known to be such.
 Prints one line a kernel: name, options, bytes of machine code, the most bytes that a thread loads and
-stores at once, bytes of memory that a block of threads shares.
+stores at once, bytes of each thread that found no register, bytes of memory that a block of threads shares.
 """
 
 import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from veneer.kernels import gguf, launch
+from veneer.kernels.fused import MOST_WIDTH
 from veneer.kernels.rules import Rules
 from veneer.quant import nf4
 
@@ -53,6 +56,17 @@ def widest(ptx: str, way: str) -> int:
     return max(int(count or 1) * int(bits) // 8 for count, bits in found)
 
 
+def spilled(cubin: bytes) -> int:
+    """Bytes of a thread's values that lie in the device's memory, for want of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    (found,) = re.findall(r"STACK:(\d+)", told.stdout + told.stderr)
+    return int(found)
+
+
 def compiled_for(capability: int) -> Any:
     target, seen = GPUTarget("cuda", capability, 32), set()
 
@@ -76,8 +90,8 @@ def compiled_for(capability: int) -> Any:
         types = " ".join(each for each in signature.values() if each != "constexpr")
         name, code = f"{self.fn.__module__}.{self.fn.__name__}", len(made.asm["cubin"])
         loads, stores = (widest(made.asm["ptx"], way) for way in ("ld", "st"))
-        shared_bytes = made.metadata.shared
-        print(f"{name}({types}) {options}: {code} bytes of code, loads {loads}, stores {stores}, {shared_bytes} shared")
+        beside = f"{spilled(made.asm['cubin'])} spilled, {made.metadata.shared} shared"
+        print(f"{name}({types}) {options}: {code} bytes of code, loads {loads}, stores {stores}, {beside}")
 
     return run
 
@@ -89,7 +103,7 @@ def everything() -> None:
         for gelu in (False, True):
             gate.gate_forward(x, other, gelu)
             gate.gate_backward(x, other, grad, gelu)
-        for width in (64, 4096, 2**15):
+        for width in (64, 4096, MOST_WIDTH):
             wide, weight = torch.empty(2, width, dtype=dtype), torch.empty(width, dtype=dtype)
             _, scale = norm.norm_forward(wide, weight, 1e-5)
             norm.norm_backward(wide, weight, wide, scale)
