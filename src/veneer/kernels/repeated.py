@@ -35,9 +35,11 @@ FUNCTIONS = (
 )
 """In the order in which native/repeated.c numbers them."""
 LINE, WORD = 64, 2**64 - 1
+TOGETHER = 16 * 2**20
+"""Bytes up to which tensors of a group lie in one piece of memory: far less than what train/heap.py lets the heap hold."""
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _EMPTY = -1
-"""A piece of no bytes: each has one of its own."""
+"""A piece of no bytes."""
 
 Groups = Sequence[Sequence[Tensor]]
 Given = Tensor | int | None
@@ -100,7 +102,7 @@ class Repeated:
         self._stops = [max((each.piece for each in group), default=-1) + 1 for group in groups]
 
     def again(self, addresses: Sequence[int]) -> list[list[Tensor]]:
-        """The pieces of memory of each group: as the tensor that fills it, else as values of one type in a row."""
+        """The pieces of memory of each group, a piece as the tensor that fills it, else as values of one type in a row."""
         made = [torch.empty(size, dtype=dtype) for size, dtype in self._memory]
         bases = (*addresses, *[each.data_ptr() for each in made])
         if call("veneer_repeated", *self._given, (ctypes.c_int64 * len(bases))(*bases)):
@@ -117,13 +119,13 @@ class Repeated:
 
 
 def _memory(within: Sequence[_Shape], size: int) -> tuple[tuple[int, ...], torch.dtype]:
-    """As what a piece of so many bytes with these tensors in it is made."""
+    """As what a piece of at least so many bytes with these tensors in it is made."""
     whole = next((each for each in within if each.fills(size)), None)
     if whole is not None:
         return whole.size, whole.dtype
     types = {each.dtype for each in within}
     dtype = types.pop() if len(types) == 1 else torch.uint8
-    return ((size,), torch.uint8) if size % dtype.itemsize else ((size // dtype.itemsize,), dtype)
+    return (_lines(size) // dtype.itemsize,), dtype
 
 
 def addresses(given: Sequence[Given]) -> list[int]:
@@ -202,15 +204,20 @@ class _Notes:
         shapes, sizes = list[list[_Shape]](), list[int]()
         for group in groups:
             shapes.append([])
+            first = len(sizes)
             for each in group:
                 number = self._piece(each.untyped_storage().data_ptr()) if each.numel() else _EMPTY
                 if number is None:
                     return None
                 if number == _EMPTY or number not in where:
-                    where[number] = len(sizes), 0
-                    sizes.append(0 if number == _EMPTY else self._pieces[number].bytes)
-                at = 0 if number == _EMPTY else int(each.storage_offset()) * each.element_size()
-                shapes[-1].append(_Shape(where[number][0], at, each.dtype, tuple(each.shape), each.stride()))
+                    size = 0 if number == _EMPTY else self._pieces[number].bytes
+                    if len(sizes) == first or _lines(sizes[-1]) + size > TOGETHER:
+                        sizes.append(0)
+                    where[number] = len(sizes) - 1, _lines(sizes[-1])
+                    sizes[-1] = _lines(sizes[-1]) + size
+                memory, at = where[number]
+                at += 0 if number == _EMPTY else int(each.storage_offset()) * each.element_size()
+                shapes[-1].append(_Shape(memory, at, each.dtype, tuple(each.shape), each.stride()))
         scratch = [number for number in range(len(self._pieces)) if number not in where]
         places, needed = _laid([self._pieces[number] for number in scratch])
         where.update((number, (len(sizes), at)) for number, at in zip(scratch, places, strict=True))
@@ -236,6 +243,10 @@ def noted(given: Sequence[Given], compute: Callable[[], Groups]) -> tuple[Groups
     return groups, notes.repeated(groups)
 
 
+def _lines(size: int) -> int:
+    return -(-size // LINE) * LINE
+
+
 def _laid(pieces: Sequence[_Piece]) -> tuple[list[int], int]:
     """Where each begins in a common memory, and how large that is: two that are needed at the same time lie apart."""
     found, largest = list[int](), 0
@@ -249,7 +260,7 @@ def _laid(pieces: Sequence[_Piece]) -> tuple[list[int], int]:
         for low, high in sorted(beside):
             if start + piece.bytes <= low:
                 break
-            start = max(start, -(-high // LINE) * LINE)
+            start = max(start, _lines(high))
         found.append(start)
         largest = max(largest, start + piece.bytes)
     return found, largest
