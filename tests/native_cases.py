@@ -72,11 +72,16 @@ def _rank(rng: random.Random) -> list[Call]:
         return filled(dtype, outs, ins) if rows % 3 else filled(dtype, ins, outs).T
 
     mask = None if rows % 5 else (filled(torch.int64, rows), 2**32 - 1, 7, 0.25)
+    ways, ranks = (
+        {"turned": rng.random() < 0.5, "add": rng.random() < 0.5},
+        ([16] * (rank // 16) if rank < 64 else [rank]),
+    )
+    outs = tuple(filled(torch.float32, *((width, own) if ways["turned"] else (own, width))) for own in ranks)
     shared = {"bias": bias, "magnitude": magnitude, "norm": norm, "scale": 0.5}
     return [
         (calls.rank_down, {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5, "mask": mask}),
         (calls.rank_up, {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5, "mask": mask}),
-        (calls.rank_gradient, {"u": d, "x": x, "out": filled(torch.float32, rank, width), "scale": 2.0, "mask": mask}),
+        (calls.rank_gradient, {"u": d, "x": x, "outs": outs, "scale": 2.0, "mask": mask, **ways}),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
             calls.dora_backward,

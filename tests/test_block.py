@@ -133,10 +133,20 @@ def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-@pytest.mark.parametrize("heard", [False, True])
-def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_waits(heard, taken):
-    trained, told = Trained(), []
-    with trained.drawing(), fused(trained.model, replacements(trained.model)):
+@pytest.mark.parametrize(
+    ("settings", "heard"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"rank": 8}, False),
+        ({"dropout": 0.3, "targets": ["k_proj", "v_proj", "down_proj"]}, False),
+    ],
+    ids=str,
+)
+def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_waits(settings, heard, taken):
+    trained, told = Trained(**settings), []
+    found = replacements(trained.model)
+    with trained.drawing(), fused(trained.model, found):
         expected = trained.measured()[1:]
         for each in trained.parameters:
             each.grad = torch.ones_like(each)

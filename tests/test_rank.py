@@ -90,6 +90,24 @@ def test_the_narrow_side_may_be_columns_of_a_wider_matrix(size):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("rows", "width", "sizes"), [(16, 80, [16]), (61, 208, [16, 48, 16]), (130, 64, [96, 32])])
+def test_gradients_are_put_where_they_are_wanted_to_the_same_bits(rows, width, sizes, dropout):
+    torch.manual_seed(3)
+    x, u = torch.randn(rows, width).bfloat16(), torch.randn(rows, sum(sizes)).bfloat16()
+    dropouts = [Dropout(torch.arange(rows) * 7919, n << 32, dropout) if dropout else None for n, _ in enumerate(sizes)]
+    plain = rank.gradients(u, x, sizes, dropouts)
+    ways = [(turned, add) for turned in (False, True) for add in (False, True)]
+    for turned, add in ways:
+        before = [torch.randn(width, size) if turned else torch.randn(size, width) for size in sizes]
+        outs = [each.clone() for each in before]
+        rank.put_gradients(outs, u, x, dropouts, turned=turned, add=add)
+        for out, old, each in zip(outs, before, plain, strict=True):
+            expected = each.T if turned else each
+            assert torch.equal(out, old + expected if add else expected)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     ("dtype", "sizes"), [(torch.bfloat16, (16, 32)), (torch.float64, (3, 5)), (torch.bfloat16, (16, 256))]

@@ -156,6 +156,26 @@ def test_what_lies_elsewhere_is_read_and_written_there():
     assert torch.equal(made[0], kept)
 
 
+def test_what_a_group_keeps_lies_in_few_pieces(monkeypatch):
+    own, other = (torch.randn(2, 3, 1, 1, 48, 16) for _ in range(2))
+
+    def made(own):
+        kept, nothing, odd = added_twice(own), torch.empty(0, 3, dtype=torch.int64), torch.empty(3)[:0]
+        return [[added_twice(own)], [kept, nothing, added_twice(own)[1], odd, kept[0]]]
+
+    for most, pieces in ((repeated.TOGETHER, 1), (1, 2)):
+        monkeypatch.setattr(repeated, "TOGETHER", most)
+        _, found = repeated.noted([own], lambda: made(own))
+        groups = found.again([other.data_ptr()])
+        assert [len(group) for group in groups] == [1, pieces]
+        for number, (group, expected) in enumerate(zip(groups, made(other), strict=True)):
+            for a, b in zip(found.tensors(number, group), expected, strict=True):
+                assert torch.equal(a, b) and (a.dtype, a.stride()) == (b.dtype, b.stride())
+            starts = [a.data_ptr() for a in found.tensors(number, group)]
+            real = [at for at, b in zip(found.addresses(number, group), expected, strict=True) if b.numel()]
+            assert real == [at for at, b in zip(starts, expected, strict=True) if b.numel()]
+
+
 def test_calls_over_memory_that_nobody_named_are_not_made_again():
     own, elsewhere = torch.randn(2, 3, 1, 1, 48, 16), torch.empty(2, 48, 1, 16)
     for given in ([own], [own, elsewhere]):

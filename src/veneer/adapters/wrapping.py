@@ -53,8 +53,10 @@ class AdaptedModule(nn.Module):
 
     def drawing(self, adapters: Applied, keys: TokenKeys | None) -> list[tuple[Any, float, TokenKeys | None]]:
         """The same, each with dropout's keys of its own; alone or in a mix, the same adapters draw the same."""
-        beside = enumerate(self.beside(adapters))
-        return [(layer, w, None if keys is None else replace(keys, number=n)) for n, (layer, w) in beside]
+        beside = self.beside(adapters)
+        if keys is None or (len(beside) == 1 and keys.number == 0):
+            return [(layer, w, keys) for layer, w in beside]
+        return [(layer, w, replace(keys, number=n)) for n, (layer, w) in enumerate(beside)]
 
     def replaced(self, adapters: Applied) -> dict[str, Tensor]:
         """The base's own parameters, by name, as the first of these adapters that replaces any trained them."""

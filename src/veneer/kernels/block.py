@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class Block:
     def dropouts(self) -> list[Dropout | None]:
         return [layer.dropout for layer in self.layers]
 
+    @cached_property
     def read(self) -> list[Given]:
         """What the calls read beside x, what was kept, and factors."""
         dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
@@ -107,7 +109,7 @@ class Block:
         """What blocks have in common whose calls differ in addresses alone; None: they differ in more."""
         if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
             return None
-        weights = [each for each in self.read()[: 2 * LAYERS] if isinstance(each, Tensor)]
+        weights = [each for each in self.read[: 2 * LAYERS] if isinstance(each, Tensor)]
         shapes = [(each.shape, each.dtype, each.is_contiguous()) for each in (*factors, *weights)]
         numbers = [(layer.scaling, layer.bias is None) for layer in self.layers]
         drops = [drop and (drop.share, drop.rows.shape, drop.rows.is_contiguous()) for drop in self.dropouts()]
@@ -168,14 +170,22 @@ def _forward(block: Block, x: Tensor, factors: Sequence[Tensor]) -> tuple[list[T
 
 
 def _backward(
-    block: Block, x: Tensor, factors: Sequence[Tensor], saved: Sequence[Tensor], grad: Tensor, *, wanted: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradient of x, if it is wanted, and those of the factors. saved: what was kept."""
+    block: Block,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grad: Tensor,
+    of_factors: Sequence[Tensor],
+    *,
+    wanted: bool,
+    add: bool,
+) -> list[Tensor]:
+    """The gradient of x, if it is wanted. saved: what was kept; of_factors: where the factors' go, add: to what is
+    there."""
     A, B = factors[:LAYERS], factors[LAYERS:]
     n_scale, n_down, q, k, v, out, out_down, h, m_scale, m_down, gate, up, inner_down, *kept = saved
     rows = len(x)
     passed = [] if rows >= MANY else [kept.pop(0) for _ in range(3)]  # n, m, inner
-    of_A, of_B = list[Tensor](), list[Tensor]()
 
     def narrow(numbers: Sequence[int]) -> Tensor:
         return x.new_empty(rows, sum(len(A[number]) for number in numbers))
@@ -190,13 +200,16 @@ def _backward(
         assert found is not None
         return found
 
-    def keep(numbers: Sequence[int], x: Tensor, above: Tensor, grads: Sequence[Tensor], down: Tensor) -> None:
-        """The gradients of these layers' factors, in front of what was found so far. above: g B of each."""
-        own = [A[number] for number in numbers]
-        dropouts = [block.layers[number].dropout for number in numbers]
-        of_A[:0] = rank.gradients(above, x, [len(each) for each in own], dropouts)
-        downs = zip(numbers, _split(down, own), grads, strict=True)
-        of_B[:0] = [rank.gradient(low, g, block.layers[number].scaling).T for number, low, g in downs]
+    def put(numbers: Sequence[int], x: Tensor, above: Tensor, grads: Sequence[Tensor], down: Tensor) -> None:
+        """The gradients of these layers' factors. above: g B of each."""
+        held = [number for number in numbers if len(A[number])]
+        if held:
+            dropouts = [block.layers[number].dropout for number in held]
+            rank.put_gradients([of_factors[number] for number in held], above, x, dropouts, add=add)
+        for number, low, g in zip(numbers, _split(down, [A[number] for number in numbers]), grads, strict=True):
+            if number in held:
+                out, scaling = of_factors[LAYERS + number], block.layers[number].scaling
+                rank.put_gradients([out], low, g, [None], scaling, turned=True, add=add)
 
     def normed(place: int, x: Tensor, norm: Norm, scale: Tensor, down: Tensor) -> Tensor:
         if passed or not down.shape[1]:
@@ -213,29 +226,29 @@ def _backward(
 
     above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)
     grad_gate, grad_up = input_gradient([DOWN], [grad]), torch.empty_like(up)
-    keep([DOWN], gated(), above, [grad], inner_down)
+    put([DOWN], gated(), above, [grad], inner_down)
     before = block.inner([DOWN], A, above)
     above = narrow(GATES)
     of_gate, of_up = (first(*each) for each in zip(GATES, _split(above, A[4:6]), strict=True))
     block_calls.gate_backward(grad_gate, gate, up, grad_up, before=before, of_gate=of_gate, of_up=of_up)
-    keep(GATES, normed(1, h, block.between, m_scale, m_down), above, [grad_gate, grad_up], m_down)
+    put(GATES, normed(1, h, block.between, m_scale, m_down), above, [grad_gate, grad_up], m_down)
     grad_h, before, above = input_gradient(GATES, [grad_gate, grad_up]), block.inner(GATES, A, above), narrow([O])
     block_calls.norm_backward(
         grad_h, h, block.between.weight, m_scale, before=before, beside=grad, behind=first(O, above)
     )
-    keep([O], out.view(rows, -1), above, [grad_h], out_down)
+    put([O], out.view(rows, -1), above, [grad_h], out_down)
     grad_out = input_gradient([O], [grad_h])
     rank.add_up(grad_out, above, A[O].T, dropout=block.layers[O].dropout)
     turned = attended_gradients(q, k, v, out, kept, grad_out.view(q.shape), block.layout, block.rules)
     grads, above = [each.view(rows, -1) for each in turned], narrow(QKV)
     sides = [first(*each) for each in zip(QKV, _split(above, A[:3]), strict=True)]
     block_calls.heads(grads, block.cos, block.sin, sides, back=True)
-    keep(QKV, normed(0, x, block.before, n_scale, n_down), above, grads, n_down)
+    put(QKV, normed(0, x, block.before, n_scale, n_down), above, grads, n_down)
     if not wanted:
-        return [], [*of_A, *of_B]
+        return []
     grad_x, before = input_gradient(QKV, grads), block.inner(QKV, A, above)
     block_calls.norm_backward(grad_x, x, block.before.weight, n_scale, before=before, beside=grad_h)
-    return [grad_x], [*of_A, *of_B]
+    return [grad_x]
 
 
 @dataclass(frozen=True)
@@ -272,19 +285,18 @@ def _made(
 
 
 class _Block(torch.autograd.Function):
-    """given: A of each layer, then B of each."""
+    """factors: A of each layer, then B of each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, *given: Tensor) -> Tensor:
-        factors = [rank.typed(each, x) for each in given]
+    def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> Tensor:
         alike = block.alike(x, factors)
         if alike is not None and x.is_meta:  # planned, where nothing is called
             note_at_once()
             alike = None
         key = alike and ("forward", *alike)
-        (y,), kept = _made(block, key, lambda: _forward(block, x, factors), [*block.read(), x, *factors], _Kept())
+        (y,), kept = _made(block, key, lambda: _forward(block, x, factors), [*block.read, x, *factors], _Kept())
         ctx.save_for_backward(x, *factors, *kept.held)
-        ctx.block, ctx.types, ctx.alike, ctx.repeated = block, [each.dtype for each in given], alike, kept.repeated
+        ctx.block, ctx.alike, ctx.repeated = block, alike, kept.repeated
         return y
 
     @staticmethod
@@ -294,26 +306,34 @@ class _Block(torch.autograd.Function):
         factors, kept = more[: 2 * LAYERS], _Kept(more[2 * LAYERS :], ctx.repeated)
         block: Block = ctx.block
         grad, wanted = grad.contiguous(), ctx.needs_input_grad[0]
+        held = _held(block.factors()) if _adding.get() else None
 
         def compute() -> Made:
-            return _backward(block, x, factors, kept.tensors(), grad, wanted=wanted)
+            made = [torch.empty_like(each) for each in factors] if held is None else []
+            to = made if held is None else held
+            found = _backward(block, x, factors, kept.tensors(), grad, to, wanted=wanted, add=held is not None)
+            return found, made
 
-        key = ("backward", *ctx.alike) if ctx.alike and wanted and compiled(grad) else None
-        alone, found = _made(block, key, compute, [*block.read(), x, *factors, grad], kept)
-        grad_x, made = alone[0] if wanted else None, found.tensors()
-        if _adding.get() and (held := _held(block.factors(), made)) is not None:
-            torch._foreach_add_(held, list(made))
-            return grad_x, None, *[None] * len(made)
-        return grad_x, None, *(each.to(dtype) for each, dtype in zip(made, ctx.types, strict=True))
+        key = ("backward", held is None, *ctx.alike) if ctx.alike and wanted and compiled(grad) else None
+        alone, found = _made(block, key, compute, [*block.read, x, *factors, grad, *(held or [])], kept)
+        of_factors: Sequence[Tensor | None] = found.tensors() if held is None else [None] * len(factors)
+        return alone[0] if wanted else None, None, *of_factors
 
 
-def _held(factors: Sequence[Any], made: Sequence[Tensor]) -> list[Tensor] | None:
+def _held(factors: Sequence[Any]) -> list[Tensor] | None:
     """The gradients that the factors have; None: one is no leaf, has none of its type, or somebody is to hear of it."""
-    held = [each.grad if each.requires_grad and each.is_leaf else None for each in factors]
-    if any(each._backward_hooks or each._post_accumulate_grad_hooks for each in factors):
-        return None
-    found = [a for a, b in zip(held, made, strict=True) if a is not None and (a.dtype, a.shape) == (b.dtype, b.shape)]
-    return found if len(found) == len(made) else None
+    found: list[Tensor] = []
+    for each in factors:
+        if not each.numel():
+            found.append(each)
+            continue
+        grad = each.grad if each.requires_grad and each.is_leaf else None
+        if grad is None or each._backward_hooks or each._post_accumulate_grad_hooks:
+            return None
+        if grad.dtype is not each.dtype or grad.shape != each.shape or not grad.is_contiguous():
+            return None
+        found.append(grad)
+    return found
 
 
 def _asked(x: Tensor, narrow: Tensor) -> Tensor:

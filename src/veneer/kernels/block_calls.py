@@ -11,10 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from veneer.kernels.arguments import BF16, FP32, CallError, at, call, number, numbers, pointers, reachable
-from veneer.kernels.calls import MOST_RANK, MOST_STRIDE, PAIR_BYTES, Mask, Masked, masked
-
-MOST = 3
-"""Layers of one input: native/block.c names the same number."""
+from veneer.kernels.calls import MOST, MOST_RANK, MOST_STRIDE, PAIR_BYTES, Mask, Masked, masked
 
 
 class _Side(ctypes.Structure):

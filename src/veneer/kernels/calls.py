@@ -34,7 +34,8 @@ PAIR_BYTES = 4
 """Two bf16 neighbours are read as one word."""
 DORA_BLOCK = 48
 """Rows whose sums stay together in native/dora.c: native/rank.h names the same number."""
-MOST_RANK = 256
+MOST_RANK, MOST = 256, 3
+"""The second: layers of one input. native/rank.h names the same numbers."""
 MOST_STRIDE = 2**27
 """Values from one row of q, k or v to the next: 16 rows are gathered with indices of 32 bits."""
 MOST_SPLITS = 1024
@@ -56,8 +57,10 @@ class Masked(ctypes.Structure):
 
 class _Rank(ctypes.Structure):
     _fields_ = [
-        *pointers("x factor narrow grad"),
-        *numbers("rows width rank apart across half"),
+        *pointers("x factor narrow"),
+        ("grads", ctypes.c_void_p * MOST),
+        ("ranks", ctypes.c_int64 * MOST),
+        *numbers("count turned add rows width rank apart across half"),
         ("scale", ctypes.c_float),
         ("mask", Masked),
         *pointers("pairs"),
@@ -78,11 +81,6 @@ def masked(given: Masked, mask: Mask, rows: int) -> float:
     return 1 - share
 
 
-def _masked(given: _Rank, mask: Mask | None) -> None:
-    if mask is not None:
-        given.scale /= masked(given.mask, mask, given.rows)
-
-
 def _registers(*sizes: int) -> None:
     """Widths and ranks that fill registers."""
     if any(size % 16 for size in sizes):
@@ -94,14 +92,20 @@ def _ranked(width: int, rank: int) -> None:
         raise CallError(f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}")
 
 
-def _narrow(given: _Rank, tensor: Tensor, rows: int, rank: int) -> None:
-    """The side of R columns (M, R), its rows whole, with gaps between them or none."""
-    apart, inner = tensor.stride()
-    if tensor.shape != (rows, rank) or tensor.dtype is not BF16 or not reachable(tensor):
-        raise CallError(f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device} where C takes {(rows, rank)} bf16")
-    if inner != 1 or apart % 2 or tensor.data_ptr() % PAIR_BYTES:
-        raise CallError(f"steps of {tensor.stride()} where C takes pairs of neighbours")
-    given.narrow, given.apart = tensor.data_ptr(), number(apart, rank, MOST_STRIDE)
+def _rank(x: Tensor, narrow: Tensor, rank: int, scale: float, mask: Mask | None, words: int = 1) -> _Rank:
+    """x: the side of many columns (M, I), seen through the mask. narrow: that of R columns (M, R), its rows whole, with
+    gaps between them or none."""
+    (rows, width), (apart, inner) = x.shape, narrow.stride()
+    _ranked(number(width, 16, MOST_STRIDE), rank)
+    if narrow.shape != (rows, rank) or narrow.dtype is not BF16 or not reachable(narrow):
+        raise CallError(f"{tuple(narrow.shape)} {narrow.dtype} on {narrow.device} where C takes {(rows, rank)} bf16")
+    if inner != 1 or apart % 2 or narrow.data_ptr() % PAIR_BYTES:
+        raise CallError(f"steps of {narrow.stride()} where C takes pairs of neighbours")
+    given = _Rank(at(x, BF16, rows, width, words=words), rows=rows, width=width, rank=rank, scale=scale)
+    given.narrow, given.apart = narrow.data_ptr(), number(apart, rank, MOST_STRIDE)
+    if mask is not None:
+        given.scale /= masked(given.mask, mask, rows)
+    return given
 
 
 def _factor(given: _Rank, factor: Tensor, outs: int, ins: int) -> None:
@@ -109,43 +113,40 @@ def _factor(given: _Rank, factor: Tensor, outs: int, ins: int) -> None:
     if factor.dtype is not FP32 and factor.dtype is not BF16:
         raise CallError(f"a factor of {factor.dtype} where C takes float32 or bf16")
     given.across, given.half = int(factor.is_contiguous()), int(factor.dtype is BF16)
-    words = PAIR_BYTES if given.across else 1
     if given.across:
-        given.factor = at(factor, factor.dtype, outs, ins, words=words)
+        given.factor = at(factor, factor.dtype, outs, ins, words=PAIR_BYTES)
     else:
         given.factor = at(factor.mT, factor.dtype, ins, outs)
 
 
 def rank_down(x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None) -> None:
     """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
-    (rows, width), rank = x.shape, factor.shape[0]
-    _ranked(number(width, 16, MOST_STRIDE), rank)
-    given = _Rank(at(x, BF16, rows, width, words=PAIR_BYTES), rows=rows, width=width, rank=rank, scale=scale)
-    _narrow(given, out, rows, rank)
-    _factor(given, factor, rank, width)
-    _masked(given, mask)
+    given = _rank(x, out, factor.shape[0], scale, mask, PAIR_BYTES)
+    _factor(given, factor, given.rank, given.width)
     call("veneer_rank_down", ctypes.byref(given))
 
 
 def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | None = None) -> None:
     """y (M, O) += scale * d (M, R) factor^T, what is added through the mask; factor (O, R)."""
-    (rows, rank), width = d.shape, y.shape[1]
-    _ranked(width, rank)
-    given = _Rank(at(y, BF16, rows, width), rows=rows, width=width, rank=rank, scale=scale)
-    _narrow(given, d, rows, rank)
-    _factor(given, factor, width, rank)
-    _masked(given, mask)
+    given = _rank(y, d, d.shape[1], scale, mask)
+    _factor(given, factor, given.width, given.rank)
     call("veneer_rank_up", ctypes.byref(given))
 
 
-def rank_gradient(u: Tensor, x: Tensor, out: Tensor, scale: float, mask: Mask | None = None) -> None:
-    """out (R, I) float32 = scale * u^T x, of u (M, R) and x (M, I) through the mask."""
-    (rows, width), rank = x.shape, u.shape[1]
-    _ranked(width, rank)
-    given = _Rank(at(x, BF16, rows, width), rows=number(rows, 1, MOST_STRIDE), width=width, rank=rank, scale=scale)
-    _narrow(given, u, rows, rank)
-    given.grad = at(out, FP32, rank, width)
-    _masked(given, mask)
+def rank_gradient(
+    u: Tensor, x: Tensor, outs: Sequence[Tensor], scale: float, mask: Mask | None = None, *, turned: bool, add: bool
+) -> None:
+    """scale * u^T x, x (M, I) through the mask, to outs: float32 (R, I) of each of some factors, u (M, R) theirs side
+    by side; turned: (I, R). add: + what they were."""
+    ranks = [out.shape[int(turned)] for out in outs]
+    given = _rank(x, u, sum(ranks), scale, mask)
+    number(given.rows, 1, MOST_STRIDE)
+    if len(outs) > MOST or any(own % 16 for own in ranks):
+        raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
+    for place, (out, own) in enumerate(zip(outs, ranks, strict=True)):
+        shape = (given.width, own) if turned else (own, given.width)
+        given.grads[place], given.ranks[place] = at(out, FP32, *shape), own
+    given.count, given.turned, given.add = len(outs), int(turned), int(add)
     call("veneer_rank_gradient", ctypes.byref(given))
 
 

@@ -93,7 +93,7 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
         found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    calls.rank_gradient(u, x, out, scale, _mask(dropout))
+    calls.rank_gradient(u, x, [out], scale, _mask(dropout), turned=False, add=False)
     return out
 
 
@@ -112,3 +112,23 @@ def gradients(u: Tensor, x: Tensor, sizes: Sequence[int], dropouts: Sequence[Dro
         return gradient(u, x).split(list(sizes))
     each = zip(u.split(list(sizes), dim=1), dropouts, strict=True)
     return [gradient(own, x, dropout=dropout) for own, dropout in each]
+
+
+def put_gradients(
+    outs: Sequence[Tensor],
+    u: Tensor,
+    x: Tensor,
+    dropouts: Sequence[Dropout | None],
+    scale: float = 1.0,
+    *,
+    turned: bool = False,
+    add: bool = False,
+) -> None:
+    """`gradients`, where they are compiled, times scale, into float32 outs (R, I); turned: (I, R). add: + what they
+    were."""
+    sizes = [out.shape[int(turned)] for out in outs]
+    if together(sizes, dropouts):
+        calls.rank_gradient(u, x, outs, scale, turned=turned, add=add)
+        return
+    for out, own, dropout in zip(outs, u.split(sizes, dim=1), dropouts, strict=True):
+        calls.rank_gradient(own, x, [out], scale, _mask(dropout), turned=turned, add=add)

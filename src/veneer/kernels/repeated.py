@@ -36,7 +36,7 @@ FUNCTIONS = (
 """In the order in which native/repeated.c numbers them."""
 LINE, WORD = 64, 2**64 - 1
 TOGETHER = 16 * 2**20
-"""Bytes up to which tensors of a group lie in one piece of memory: far less than what train/heap.py lets the heap hold."""
+"""Bytes up to which tensors of a group lie in one piece of memory: less than what glibc maps for itself."""
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _EMPTY = -1
 """A piece of no bytes."""
@@ -102,7 +102,7 @@ class Repeated:
         self._stops = [max((each.piece for each in group), default=-1) + 1 for group in groups]
 
     def again(self, addresses: Sequence[int]) -> list[list[Tensor]]:
-        """The pieces of memory of each group, a piece as the tensor that fills it, else as values of one type in a row."""
+        """The pieces of memory of each group: as the tensor that fills it, else as values of one type in a row."""
         made = [torch.empty(size, dtype=dtype) for size, dtype in self._memory]
         bases = (*addresses, *[each.data_ptr() for each in made])
         if call("veneer_repeated", *self._given, (ctypes.c_int64 * len(bases))(*bases)):
@@ -211,7 +211,7 @@ class _Notes:
                     return None
                 if number == _EMPTY or number not in where:
                     size = 0 if number == _EMPTY else self._pieces[number].bytes
-                    if len(sizes) == first or _lines(sizes[-1]) + size > TOGETHER:
+                    if len(sizes) == first or (size and _lines(sizes[-1]) + size > TOGETHER):
                         sizes.append(0)
                     where[number] = len(sizes) - 1, _lines(sizes[-1])
                     sizes[-1] = _lines(sizes[-1]) + size

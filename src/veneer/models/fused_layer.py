@@ -43,7 +43,7 @@ class FusedLayer(StandIn):
         block = None if args else self._block(hidden_states, **kwargs)
         if block is None:
             return self.base(hidden_states, *args, **kwargs)
-        return lora_block(hidden_states[0], block)[None]
+        return lora_block(hidden_states.squeeze(0), block)[None]
 
     def _block(
         self,
@@ -55,17 +55,18 @@ class FusedLayer(StandIn):
     ) -> Block | None:
         base: Any = self.base
         first, attention, second, gate = (base._modules[name] for name in PARTS)
+        heads, gated = attention.base, gate.base  # whose attributes a stand-in finds last
         if position_embeddings is None or x.dim() != 3 or len(x) != 1 or not isinstance(veneer_layout, Traced):
             return None
         if any(others.get(name) is not None for name in ("cache", "past_key_values", "veneer_prefix", "veneer_keys")):
             return None
         if len(veneer_layout.layout.groups) != 1 or base._forward_hooks or base._forward_pre_hooks:
             return None
-        if not is_taken(attention, x, *position_embeddings):
+        if not is_taken(heads, x, *position_embeddings):
             return None
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        projections = (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj)
         layers = []
-        for module in (*projections, gate.gate_proj, gate.up_proj, gate.down_proj):
+        for module in (*projections, gated.gate_proj, gated.up_proj, gated.down_proj):
             layer = alone(module, x)
             if layer is None:
                 return None
@@ -80,7 +81,7 @@ class FusedLayer(StandIn):
             norms.append(Norm(weight, norm.epsilon))
         cos, sin = (each[0].contiguous() for each in position_embeddings)
         group = veneer_layout.layout.groups[0]
-        block = Block(norms[0], norms[1], layers, attention.head_dim, cos, sin, group, attention.rules)
+        block = Block(norms[0], norms[1], layers, heads.head_dim, cos, sin, group, attention.rules)
         if not block.usable(x[0]):
             return None
         veneer_layout.calls += 1

@@ -7,7 +7,6 @@
 
 #if defined(__x86_64__)
 
-#define MOST 3 /* layers of one input; kernels/block_calls.py knows it too */
 #define ALONG 6 /* rows that a gate goes along together: more are more streams than memory is asked for ahead */
 
 /* The updates of up to three layers, side by side; count 0: there is none. Forward a factor lies across: A (R, width) and

@@ -13,7 +13,8 @@ struct rank {
     const uint16_t *x;
     const void *factor;
     uint16_t *narrow;
-    float *grad;
+    float *grads[MOST]; /* a gradient's factors, of `ranks`, `count` of them */
+    int64_t ranks[MOST], count, turned, add;
     int64_t rows, width, rank, apart, across, half;
     float scale;
     struct mask mask;
@@ -81,37 +82,57 @@ static VENEER_BF16 void pack_rows(const struct rank *a, int64_t row, int64_t dep
     }
 }
 
-/* The sums of columns [c, c + wide) in their own order, times scale. */
-static VENEER_BF16 void finish(const struct rank *a, int64_t c, int64_t wide) {
+/* sums (R, COLUMNS) of columns [c, c + wide), in their own order again and times scale. */
+static VENEER_BF16 void in_order(float *sums, int64_t rank, int64_t wide, float scale) {
     const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 scale = _mm512_set1_ps(a->scale);
-    for (int64_t r = 0; r < a->rank; r++) {
-        float *grad = a->grad + r * a->width + c;
+    const __m512 by = _mm512_set1_ps(scale);
+    for (int64_t r = 0; r < rank; r++, sums += COLUMNS) {
         int64_t i = 0;
         for (; i + 32 <= wide; i += 32) {
-            const __m512 first = _mm512_loadu_ps(grad + i), second = _mm512_loadu_ps(grad + i + 16);
-            _mm512_storeu_ps(grad + i, _mm512_mul_ps(_mm512_permutex2var_ps(first, low, second), scale));
-            _mm512_storeu_ps(grad + i + 16, _mm512_mul_ps(_mm512_permutex2var_ps(first, high, second), scale));
+            const __m512 first = _mm512_loadu_ps(sums + i), second = _mm512_loadu_ps(sums + i + 16);
+            _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_permutex2var_ps(first, low, second), by));
+            _mm512_storeu_ps(sums + i + 16, _mm512_mul_ps(_mm512_permutex2var_ps(first, high, second), by));
         }
-        if (i < wide) _mm512_storeu_ps(grad + i, _mm512_mul_ps(_mm512_loadu_ps(grad + i), scale));
+        if (i < wide) _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), by));
     }
 }
 
-/* grad (R, width) = scale * narrow^T x; pairs (R, rows / 2) of narrow^T. Items are blocks of columns. */
+VENEER_INLINE void put(float *to, __m512 x, int64_t add) {
+    _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), x) : x);
+}
+
+/* sums (rank, COLUMNS) to columns [c, c + wide) of grad (rank, width), or to these rows of it turned, (width, rank). */
+static VENEER_BF16 void finish(const struct rank *a, const float *sums, int64_t rank, float *grad, int64_t c, int64_t wide) {
+    _Alignas(64) uint32_t turned[16 * 16];
+    for (int64_t r = 0; r < rank; r += 16)
+        for (int64_t i = 0; i < wide; i += 16) {
+            const float *from = sums + r * COLUMNS + i;
+            if (a->turned) words_across((const uint32_t *)from, COLUMNS, 16, turned);
+            for (int64_t k = 0; k < 16; k++) {
+                if (a->turned) put(grad + (c + i + k) * rank + r, _mm512_load_ps((const float *)turned + 16 * k), a->add);
+                else put(grad + (r + k) * a->width + c + i, _mm512_loadu_ps(from + k * COLUMNS), a->add);
+            }
+        }
+}
+
+/* grads [+]= scale * narrow^T x; pairs (R, rows / 2) of narrow^T. Items are blocks of columns. */
 static VENEER_BF16 void gradient_body(void *arguments, int64_t from, int64_t to) {
     const struct rank *a = arguments;
     enum { DEPTH = 32 }; /* pairs of rows at a time: 8 KiB, which stay in the first cache */
     const int64_t all = (a->rows + 1) / 2;
     uint32_t packed[DEPTH * COLUMNS];
+    float sums[MOST_RANK * COLUMNS];
     for (int64_t block = from; block < to; block++) {
         const int64_t c = block * COLUMNS, wide = rank_columns(a->width, c);
         for (int64_t pair = 0; pair < all; pair += DEPTH) {
             const int64_t depth = all - pair < DEPTH ? all - pair : DEPTH;
             pack_rows(a, 2 * pair, depth, c, wide, packed);
-            bf16_product(a->pairs + pair, all, 1, packed, COLUMNS, a->grad + c, a->width, a->rank, wide, depth, pair > 0);
+            bf16_product(a->pairs + pair, all, 1, packed, COLUMNS, sums, COLUMNS, a->rank, wide, depth, pair > 0);
         }
-        finish(a, c, wide);
+        in_order(sums, a->rank, wide, a->scale);
+        const float *own = sums;
+        for (int64_t f = 0; f < a->count; own += COLUMNS * a->ranks[f++]) finish(a, own, a->ranks[f], a->grads[f], c, wide);
     }
 }
 

@@ -11,6 +11,7 @@
 #define BLOCK 48 /* rows; kernels/dora.py knows it too */
 #define COLUMNS 64
 #define MOST_RANK 256
+#define MOST 3 /* layers of one input; kernels/calls.py knows it too */
 
 static inline int64_t rank_blocks(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
 
