@@ -20,6 +20,7 @@ from veneer.adapters.site import Site
 from veneer.adapters.token_rows import Brought
 from veneer.adapters.wrapping import plain_modules, unwrap, unwrapped
 from veneer.errors import ConfigError
+from veneer.files.process_wide import ALONE
 
 _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
     LoRA: build_lora,
@@ -52,7 +53,7 @@ def attach(
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
-    with routing.changing:
+    with routing.changing, ALONE:
         if name in routing.attached:
             raise ConfigError(
                 f"an adapter named {name!r} is attached already", next_step="Detach it or take another name."

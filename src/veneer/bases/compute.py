@@ -18,6 +18,8 @@ from typing import Literal
 
 import torch
 
+from veneer.files.process_wide import ALONE
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 HeldAs = DtypeName | Literal["stored"]
 """stored: whatever the processor is like, as a file that is written from the weights has to be."""
@@ -82,13 +84,14 @@ def times_float32(dtype: torch.dtype) -> float:
 
     On one thread: where others use the machine too, threads wait for each other, and that is what would be timed.
     """
-    calls = {each: _products(each) for each in (torch.float32, dtype)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        best = _least_seconds(calls)
-    finally:
-        torch.set_num_threads(threads)
+    with ALONE:  # who asked for their number meanwhile would be told 1, and leave it so
+        calls = {each: _products(each) for each in (torch.float32, dtype)}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            best = _least_seconds(calls)
+        finally:
+            torch.set_num_threads(threads)
     return best[dtype] / best[torch.float32]
 
 
