@@ -181,6 +181,33 @@ def test_parquet_rows_equal_the_rows_they_were_written_from(tmp_path: Path) -> N
     assert [row.messages for row in read_rows(tmp_path / "rows.parquet")] == [plain, with_call]
 
 
+def test_times_that_python_does_not_know_hide_no_parquet_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    times = {
+        "made": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "far": pyarrow.array([2**62], pyarrow.timestamp("ms", tz="UTC")),
+        "day": pyarrow.array([2**30], pyarrow.date32()),
+        "took": pyarrow.array([3], pyarrow.duration("ns")),
+        "none": pyarrow.array([None], pyarrow.timestamp("ns")),
+    }
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"], **times}), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert [message["content"] for message in row.messages] == ["a", "b"]
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([text]) for text in "abc"]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "prompt", "completion"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"D105 .*two columns are called 'prompt'"):
+        read_rows(tmp_path / "rows.parquet")
+
+
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and then nothing")

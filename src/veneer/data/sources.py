@@ -293,8 +293,13 @@ def _parquet(opened: BinaryIO, file: str) -> Records:
         return
     number = 0
     try:
-        for batch in parquet.ParquetFile(opened).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+        read = parquet.ParquetFile(opened)
+        names = read.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield Problem("D105", file, f"two columns are called {', '.join(map(repr, twice))}")
+            return
+        for batch in read.iter_batches(batch_size=1024):
+            for record in _times_as_numbers(batch).to_pylist():
                 number += 1
                 if too_deep(record):
                     yield Problem("D103", file, TOO_DEEP, (number,))
@@ -302,6 +307,19 @@ def _parquet(opened: BinaryIO, file: str) -> Records:
                     yield number, _without_nulls(record)
     except (pyarrow.ArrowException, ValueError) as error:
         yield Problem("D100", file, f"is not Parquet that can be read: {error}")
+
+
+def _times_as_numbers(batch: Any) -> Any:
+    """Of columns beside the rows' own: Python's times know neither every nanosecond nor every year."""
+    from pyarrow import RecordBatch, int32, int64, types
+
+    columns = [
+        column.view(int32() if column.type.bit_width == 32 else int64())
+        if types.is_temporal(column.type) and column.type.bit_width in (32, 64)
+        else column
+        for column in batch.columns
+    ]
+    return RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _without_nulls(value: Any) -> Any:
