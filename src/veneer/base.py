@@ -149,7 +149,8 @@ class Base(FrozenBase):
     def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
         names = [] if name is None else [name] if not isinstance(name, Iterable) or isinstance(name, str) else [*name]
         for each in names:
-            _check_name(each)
+            if not isinstance(each, str):
+                raise _no_name(each)
         if names:
             self._unmerged()
         if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
