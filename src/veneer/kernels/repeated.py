@@ -35,8 +35,9 @@ FUNCTIONS = (
 )
 """In the order in which native/repeated.c numbers them."""
 LINE, WORD = 64, 2**64 - 1
-TOGETHER = 16 * 2**20
-"""Bytes up to which tensors of a group lie in one piece of memory: less than what glibc maps for itself."""
+TOGETHER = 2**20
+"""Bytes up to which tensors of a group lie in one piece of memory: large ones leave holes that others of a batch with
+more rows do not fit into."""
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _EMPTY = -1
 """A piece of no bytes."""
