@@ -115,24 +115,8 @@ INLINE void store_totals(const struct piece *part, const int type, int64_t row, 
 }
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#include "totals.h"
 #define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
-#define AVX2 __attribute__((target("avx2,fma")))
-
-/* Of each quarter of the lanes the sums of four registers. */
-INLINE AVX512 __m512 quarters_512(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-    return _mm512_add_ps((__m512)low, (__m512)high);
-}
-
-INLINE AVX512 f4v total_512(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 all = quarters_512(a, b, c, d);
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return (f4v)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
 
 /* store_totals of four rows of x at once, each with four rows of W: the same bits. */
 INLINE AVX512 void store_rows_512(const struct piece *part, const int type, int64_t row, int64_t out, __m512 (*sums)[4]) {
@@ -162,11 +146,6 @@ INLINE AVX512 void store_rows_512(const struct piece *part, const int type, int6
     _mm_storel_epi64((__m128i *)(y + apart), _mm_unpackhi_epi64(low, low));
     _mm_storel_epi64((__m128i *)(y + 2 * apart), high);
     _mm_storel_epi64((__m128i *)(y + 3 * apart), _mm_unpackhi_epi64(high, high));
-}
-
-INLINE AVX2 f4v total_256(__m256 a, __m256 b, __m256 c, __m256 d) {
-    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return (f4v)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 INLINE AVX512 __m512 floats_512(const char *p, int type) {

@@ -1,32 +1,12 @@
-/* GGUF blocks to numbers. gguf_rows.h holds the code, written once in the compiler's vector
+/* GGUF blocks to numbers. gguf_unpack.h and gguf_rows.h hold the code, written once in the compiler's vector
    types; it is compiled here for each set of instructions and chosen when called. The products of a scale and a code
    are exact in float32 and every type is rounded at most once before it becomes the output type, so all of them give
    the same bits as the plain reference in kernels/gguf.py.
    Layout of the blocks: ggml's ggml-common.h and quantize_row_*_ref, https://github.com/ggml-org/ggml */
+#include "gguf_format.h"
 #include "parallel.h"
-#include <string.h>
 
-
-enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 }; /* ggml's numbers */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-struct format {
-    int size, bytes; /* values and bytes of a block */
-};
-
-static struct format format_of(int kind) {
-    switch (kind) {
-    case Q4_0: return (struct format){32, 18};
-    case Q4_1: return (struct format){32, 20};
-    case Q5_0: return (struct format){32, 22};
-    case Q5_1: return (struct format){32, 24};
-    case Q8_0: return (struct format){32, 34};
-    case Q4_K: return (struct format){256, 144};
-    case Q5_K: return (struct format){256, 176};
-    case Q6_K: return (struct format){256, 210};
-    default: return (struct format){0, 0};
-    }
-}
 
 struct rows {
     int kind, type;
@@ -35,59 +15,30 @@ struct rows {
     void *out; /* (rows, columns) of `type` */
 };
 
-typedef int8_t b16v __attribute__((vector_size(16)));
-typedef uint8_t c16v __attribute__((vector_size(16)));
-
-static inline uint16_t load16(const uint8_t *p) {
-    uint16_t value;
-    memcpy(&value, p, 2);
-    return value;
-}
-
-/* fp16 to fp32, exact: https://github.com/Maratyszcza/FP16 */
-static inline float half(const uint8_t *p) {
-    uint32_t w = (uint32_t)load16(p) << 16, sign = w & 0x80000000u, twice = w + w, bits;
-    float normal, small, value;
-    uint32_t shifted = (twice >> 4) + (0xE0u << 23), low = (twice >> 17) | (126u << 23);
-    memcpy(&normal, &shifted, 4);
-    memcpy(&small, &low, 4);
-    value = twice < (1u << 27) ? small - 0.5f : normal * 0x1.0p-112f;
-    memcpy(&bits, &value, 4);
-    bits |= sign;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define LEVEL 3
 #define W 16
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#include "gguf_unpack.h"
 #include "gguf_rows.h"
-#undef NAME
-#undef TARGET
-#undef LEVEL
-#undef W
+#include "gguf_end.h"
 #define LEVEL 2
 #define W 8
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#include "gguf_unpack.h"
 #include "gguf_rows.h"
-#undef NAME
-#undef TARGET
-#undef LEVEL
-#undef W
+#include "gguf_end.h"
 #endif
 #define LEVEL 0
 #define W 4
 #define NAME(x) x##_plain
 #define TARGET
+#include "gguf_unpack.h"
 #include "gguf_rows.h"
-#undef NAME
-#undef TARGET
-#undef LEVEL
-#undef W
+#include "gguf_end.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
@@ -149,17 +100,12 @@ BF16_INLINE void plain_blocks(const int kind, const uint8_t *p, int64_t count, u
 BF16_INLINE void super_blocks(const uint8_t *p, int64_t count, uint16_t *out) {
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t block = 0; block < count; block++, p += 144) {
-        const float d = half(p), least = half(p + 2);
+        float scale[8], offset[8];
+        scales_avx512(Q4_K, p, scale, offset);
 #pragma GCC unroll 4
         for (int j = 0; j < 8; j += 2, out += 64) {
-            int s[2], m[2];
-            float scale[2], offset[2];
-            for (int i = 0; i < 2; i++) {
-                scale_min_avx512(p + 4, j + i, s + i, m + i);
-                scale[i] = d * (float)s[i], offset[i] = -(least * (float)m[i]);
-            }
             /* 32 bytes: the low halves are the first 32 values, the high ones those behind */
-            const __m256i low = table_of(codes, scale, offset), high = table_of(codes, scale + 1, offset + 1);
+            const __m256i low = table_of(codes, scale + j, offset + j), high = table_of(codes, scale + j + 1, offset + j + 1);
             for (int i = 0; i < 32; i += 16) look_up(low, high, p + 16 + 16 * j + i, out + i, out + 32 + i);
         }
     }

@@ -27,12 +27,19 @@ static void of_gguf(const void *packed, int64_t first, int64_t count, void *out)
 /* Whether codes of blocks are multiplied, not weights that were rounded. */
 INLINE int of_codes(const struct packed_rows *call, int most) { return call->kind >= 0 && veneer_few_level(call->type, most) >= 4; }
 
+/* What is computed of several at once. */
+INLINE int goes_together(const struct packed_rows *call, int most) { return of_codes(call, most) || gguf_float_usable(call, most); }
+
 int packed_like(const struct packed_rows *a, const struct packed_rows *b, int most) {
-    return a->x == b->x && a->rows == b->rows && a->width == b->width && a->kind == b->kind && a->type == b->type && of_codes(a, most);
+    return a->x == b->x && a->rows == b->rows && a->width == b->width && a->kind == b->kind && a->type == b->type && goes_together(a, most);
 }
 
 int packed_together(const struct packed_rows *const *calls, int64_t count, int most) {
     struct gguf_weight weights[MOST_TOGETHER];
+    if (!of_codes(calls[0], most)) {
+        gguf_float_product(calls, count, most);
+        return 0;
+    }
     for (int64_t i = 0; i < count; i++) weights[i] = (struct gguf_weight){calls[i]->packed, calls[i]->bias, calls[i]->y, calls[i]->outs};
     const struct gguf_product product = {calls[0]->x, weights, count, calls[0]->rows, calls[0]->width, calls[0]->kind};
     return veneer_few_level(calls[0]->type, most) == 5 ? gguf_tiled_product(&product) : gguf_vector_product(&product);
@@ -40,7 +47,7 @@ int packed_together(const struct packed_rows *const *calls, int64_t count, int m
 
 /* most: caps the instructions (5, 4, 3, 2, 0), for tests. 1: no memory for some rows of W. */
 int veneer_packed_rows(const struct packed_rows *call, int most) {
-    if (of_codes(call, most)) return packed_together(&call, 1, most);
+    if (goes_together(call, most)) return packed_together(&call, 1, most);
     const struct source source = {call, nf4_level(most)};
     const struct piece piece = {call->x,     &source,    call->bias,  call->y, call->rows,
                                 call->width, call->outs, call->width, call->kind < 0 ? of_nf4 : of_gguf};

@@ -23,4 +23,11 @@ int packed_like(const struct packed_rows *a, const struct packed_rows *b, int mo
 /* Up to MOST_TOGETHER calls that are alike, whose y do not meet: the bits of each alone. 1: no memory. */
 int packed_together(const struct packed_rows *const *calls, int64_t count, int most);
 
+enum { MOST_FLOAT_ROWS = 3 };
+
+/* Blocks in float32, of so few rows of one x, without writing out what they decode to (gguf_floats.c): whether there is a
+   way, and that of up to MOST_TOGETHER calls which are alike. */
+int gguf_float_usable(const struct packed_rows *call, int most);
+void gguf_float_product(const struct packed_rows *const *calls, int64_t count, int most);
+
 #endif
