@@ -3,6 +3,7 @@
 import argparse
 import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import yaml
@@ -206,6 +207,9 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("steps: 3\nepochs: 3", "steps and epochs are both given"),
         ("data: {}", "'data.train' is missing"),
         ("data: {train: [{pth: a}]}", "data.train.0: unknown key 'pth'"),
+        ("data: {train: a, validation: {}}", "'data.validation.path' is missing"),
+        ("data: {train: a, validation: {pth: b}}", "unknown key 'pth' in data.validation"),
+        ("data: {train: a, validation: {path: [b]}}", "data.validation.path is ['b']: should be a valid string"),
     ],
 )
 def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
@@ -229,6 +233,12 @@ def test_all_faults_of_file_flags_and_set_come_at_once(tmp_path):
     ):
         assert sum(expected in fault for fault in faults) == 1, (expected, faults)
     assert len(faults) == 10
+
+
+def test_a_run_file_may_name_its_folder_below_home(tmp_path):
+    (tmp_path / "run.yaml").write_text("base: b\ndata: d.jsonl\nout: ~/runs/a")
+    config = read_run_config(tmp_path / "run.yaml", {}, [])
+    assert config.out == str(Path.home() / "runs" / "a")
 
 
 def test_missing_settings_are_explained_by_their_own_docstring():

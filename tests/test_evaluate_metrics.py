@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -241,3 +242,12 @@ def test_the_common_subsequence_is_the_longest_there_is(a: list[str], b: list[st
 def test_a_ratio_is_the_first_sum_by_the_second_and_0_of_nothing() -> None:
     assert ratio(np.array([3.0, 4.0, 9.0])) == 0.75
     assert ratio(np.array([3.0, 0.0])) == 0.0
+
+
+def test_two_functions_of_one_name_are_refused_as_one_would_hide_the_other() -> None:
+    def own(answer: str, references: Sequence[str]) -> float:
+        return 1.0
+
+    with pytest.raises(ConfigError, match="several metrics are called '<lambda>'"):
+        find_metrics([lambda answer, references: 1.0, lambda answer, references: 0.0])
+    assert len(find_metrics([own, own])) == 1

@@ -42,6 +42,15 @@ def test_a_training_takes_the_base_by_a_path(folder: Path, tmp_path: Path) -> No
     assert "exact_match" in veneer.evaluate(run.base, rows, metrics="exact_match", max_new_tokens=2)
 
 
+def test_a_runs_folder_may_lie_below_home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"say {n}", "completion": str(n)} for n in range(4)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = veneer.train(folder, rows, out="~/run", steps=1, length=64, quiet=True)
+    assert run.folder == tmp_path / "run" and run.report.is_file()
+    with pytest.raises(ConfigError, match="out is None"):
+        veneer.train(folder, rows, out=None, quiet=True)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("config", ["lora", {"name": "lora"}, LoRA, None, veneer.Full()])
 def test_what_is_no_adapters_settings_is_not_attached(base: Base, config: Any) -> None:
     with pytest.raises(ConfigError, match="made from the settings of its method"):

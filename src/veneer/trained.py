@@ -10,7 +10,9 @@ from veneer import api
 from veneer.adapters.config import LoRA, Method
 from veneer.base import Base
 from veneer.data.writing import Record, is_rows
+from veneer.errors import ConfigError
 from veneer.evaluate.user_function import UserFunction
+from veneer.files.home import expanded
 from veneer.report.notebook import screen_here
 from veneer.report.page import NAME as REPORT
 from veneer.train.config import RunConfig
@@ -34,8 +36,11 @@ def train(
               data["validation"]. They are written into the run's folder.
     settings  the run file's other fields
     """
-    named, rows = _in_files(data, Path(out))
-    given = {"base": str(base) if isinstance(base, Path) else base, "data": named, "out": str(out)}
+    if not isinstance(out, str | Path):
+        raise ConfigError(f"out is {out!r}, not a folder's name", next_step="For instance out='runs/tickets'.")
+    folder = expanded(out)
+    named, rows = _in_files(data, folder)
+    given = {"base": str(base) if isinstance(base, Path) else base, "data": named, "out": str(folder)}
     config = RunConfig.of({**given, "method": method or LoRA(), **settings})
     screen = screen_here(quiet=quiet or os.environ.get("RANK", "0") != "0")
     screen.message(f"loading {config.base}")
@@ -43,7 +48,7 @@ def train(
         summary = api.train_run(config, resume=False, screen=screen, rows=rows)
     finally:
         screen.close()
-    return TrainedRun(Path(out), summary)
+    return TrainedRun(folder, summary)
 
 
 def _in_files(data: Any, out: Path) -> tuple[Any, dict[str, Iterable[Record]]]:

@@ -29,7 +29,12 @@ def find_metrics(asked: Sequence[str | UserFunction]) -> list[Metric]:
             near,
             f"There are: {', '.join(METRICS)}, {PREFIX}PATTERN and FILE.py:FUNCTION.",
         )
-    return [_metric(each) for each in dict.fromkeys(asked)]
+    metrics = [_metric(each) for each in dict.fromkeys(asked)]
+    names = [each.name for each in metrics]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        step = "Give each function a name of its own: what comes back is by name."
+        raise ConfigError(f"several metrics are called {', '.join(map(repr, twice))}", next_step=step)
+    return metrics
 
 
 def _metric(asked: str | UserFunction) -> Metric:

@@ -174,7 +174,8 @@ def _said(
     written: Callable[[KeyPath], str],
 ) -> tuple[str, str]:
     detail = details[0]
-    name = ".".join([*path, *_within_list(detail["loc"][len(path) :])])
+    within_list = _within_list(detail["loc"][len(path) :])
+    name = ".".join([*path, *([] if within_list[-1:] == [*path[-1:]] else within_list)])  # one set, without its list
     kind, context, last = detail["type"], detail.get("ctx", {}), str(detail["loc"][-1]) if detail["loc"] else ""
     if kind in ("extra_forbidden", "missing") and path[-1:] != (last,):  # in a list
         within, unknown = name.removesuffix(f".{last}"), kind == "extra_forbidden"
@@ -189,7 +190,8 @@ def _said(
             hint = f": did you mean {repr(meant[-1]) if meant[:-1] == around else written(meant)}?"
         return "C312", f"unknown key {path[-1]!r}{' in ' + '.'.join(around) if around else ''}{hint}"
     if kind == "missing":
-        return "C311", f"{name!r} is missing: {described(model, path)}"
+        told = f": {described(model, path)}" if len(path) <= 2 else ""  # what lies deeper is a set's
+        return "C311", f"{name!r} is missing{told}"
     if kind == "union_tag_not_found":
         tags = [each.model_fields["name"].default for each in parts(model)[path[-1]]]
         return "C311", f"'{name}.name' is missing: {' or '.join(tags)}"

@@ -10,6 +10,7 @@ from veneer.adapters.preamble import variable_faults
 from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT, WEIGHT_DECAY
 from veneer.data.config import DataConfig as DataConfig
 from veneer.data.new_tokens import text_faults
+from veneer.files.home import expanded
 from veneer.files.settings import Settings
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 
@@ -161,6 +162,12 @@ class RunConfig(Settings):
                 if values.get("quantize") is None:
                     values["quantize"] = held
         return values
+
+    @field_validator("out")
+    @classmethod
+    def _at_home(cls, value: str) -> str:
+        """A run file is read without a shell, which would say what ~ stands for."""
+        return str(expanded(value)) if value.startswith("~") else value
 
     @field_validator("new_tokens")
     @classmethod
