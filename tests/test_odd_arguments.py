@@ -12,7 +12,7 @@ import veneer
 from tests.tiny import save_tiny
 from veneer import LoRA
 from veneer.base import Base
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 
 HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 
@@ -113,3 +113,11 @@ def test_settings_of_an_answer_of_another_kind_are_refused(base: Base, wrong: di
 def test_a_base_is_not_copied(base: Base, way: Any) -> None:
     with pytest.raises(ConfigError, match="neither copied nor pickled"):
         way(base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), Path("x"), b"x"])
+def test_a_column_that_is_no_json_is_named(folder: Path, tmp_path: Path, value: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b", "score": 1.0}, {"prompt": "a", "completion": "b", "score": value}]
+    with pytest.raises(DataError, match="row 2 is no JSON in column 'score'"):
+        veneer.train(folder, rows, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -51,9 +51,18 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
             try:
                 file.write(json.dumps(dict(record), allow_nan=False) + "\n")
             except (TypeError, ValueError) as fault:
-                raise DataError(
-                    f"row {number} is no JSON: {fault}", next_step="Give texts, numbers and lists."
-                ) from None
+                step = "Give texts, numbers and lists; of pandas, frame.fillna('') has no NaN."
+                raise DataError(f"row {number} is no JSON{_culprit(record)}: {fault}", next_step=step) from None
+
+
+def _culprit(record: Record) -> str:
+    """The first column that is none, for a message."""
+    for name, value in record.items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError):
+            return f" in column {str(name)[:40]!r}"
+    return ""
 
 
 @contextmanager
