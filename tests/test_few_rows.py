@@ -281,9 +281,13 @@ def test_several_weights_of_one_x_with_updates_give_what_each_gives(dtype, level
         assert torch.equal(y, own)
     with pytest.raises(CallError):
         few_rows.updated(x, parts[:1] * 17)
-    many = checked([(slice(0, 1), drawn(dtype, 1, 70), drawn(dtype, 9, 1), 1.0)] * (few_rows.MOST_UPDATES // 2 + 1))
-    with pytest.raises(CallError):
-        few_rows.updated(x, [(*parts[0][:2], many)] * 2)
+    count, (one,) = (
+        few_rows.MOST_UPDATES // 2 + 1,
+        few_rows.laid_out([(drawn(dtype, 1, 70), drawn(dtype, 9, 1))], dtype),
+    )
+    many = few_rows.Updates([(slice(n, n + 1), one, 1.0) for n in range(count)])
+    with pytest.raises(CallError, match=f"to {few_rows.MOST_UPDATES}"):
+        few_rows.updated(x[:1].expand(count, -1), [(*parts[0][:2], many)] * 2, level=level)
 
 
 @each_type
@@ -323,7 +327,6 @@ def test_updates_that_do_not_fit_are_refused(dtype):
     few_rows.add_updates(y, x, fits)
     for given in (
         [],
-        [(slice(0, 1), A, B, 1.0)] * (few_rows.MOST_UPDATES + 1),
         [(slice(2, 2), A, B, 1.0)],
         [(slice(-1, 2), A, B, 1.0)],
         [(slice(0, 2**20 + 1), A, B, 1.0)],
@@ -338,6 +341,8 @@ def test_updates_that_do_not_fit_are_refused(dtype):
     ):
         with pytest.raises(CallError):
             checked(given)
+    with pytest.raises(CallError, match=f"to {few_rows.MOST_UPDATES}"):
+        few_rows.Updates([(slice(0, 5), *few_rows.laid_out([(A, B)], dtype), 1.0)] * (few_rows.MOST_UPDATES + 1))
     for x_, y_ in ((x[:4], y[:4]), (x[:, :39], y), (x, y[:, :7]), (x.half(), y.half()), (x, y.T.contiguous().T)):
         with pytest.raises(CallError):
             few_rows.add_updates(y_, x_, fits)
