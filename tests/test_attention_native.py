@@ -1,13 +1,10 @@
 """The compiled attention against the plain reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests.test_kernels import CPU, gradients
+from tests.test_tiles import limited
 from veneer.kernels import attention_native, native
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.layout import Group
@@ -37,6 +34,10 @@ KINDS = [
 @pytest.mark.parametrize("window", [None, 1, 17, 64])
 def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, window, dtype, bound, monkeypatch):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)  # one document at a time
+    check(prompt, lengths, heads, size, window, dtype, bound)
+
+
+def check(prompt, lengths, heads, size, window, dtype, bound):
     torch.manual_seed(0)
     layout = Group(prompt, lengths, CPU)
     N = layout.rows + 3
@@ -109,13 +110,11 @@ def test_a_document_has_the_same_bits_alone_and_among_others():
 
 @compiled
 @pytest.mark.parametrize("limit", native.LIMITS)
-def test_float32_is_its_reference_on_every_processor(limit):
-    """Each in a process of its own: what a processor is limited to is read once."""
-    here = os.environ | {native.MAX_ISA: limit, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "is_its_reference and float32 and 69"]
-    done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize("window", [None, 1, 17, 64])
+def test_float32_is_its_reference_on_every_processor(window, limit, monkeypatch):
+    monkeypatch.setattr(attention_native, "HELD_BYTES", 1)
+    with limited(limit):
+        check(69, (84, 60), (9, 3), 64, window, torch.float32, 4e-6)
 
 
 @needs_kernel

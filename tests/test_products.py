@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.test_tiles import vectors
+from tests.test_tiles import limited, vectors
 from veneer.kernels import few_rows, loss, native, product_calls, products
 from veneer.kernels.arguments import CallError
 from veneer.kernels.loss import Beside, Head
@@ -97,12 +97,8 @@ def test_which_products_are_taken():
     assert not products.usable(x, drawn(100, 576))  # small: calling costs as much
     assert products.times_usable(drawn(80, 128), weight, x)
     assert not products.times_usable(drawn(80, 128), weight, x.float())
-    native.library().veneer_limit(native.LIMITS["avx512"])
-    try:
-        with pytest.raises(CallError):
-            product_calls.product(x, weight, None, drawn(80, 128), along=False, add=False)
-    finally:
-        native.library().veneer_limit(5)
+    with limited("avx512"), pytest.raises(CallError):
+        product_calls.product(x, weight, None, drawn(80, 128), along=False, add=False)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -3,6 +3,7 @@
 Sums of small whole numbers are exact in float32 whatever their order: on these both give the same bits.
 """
 
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -18,14 +19,21 @@ SHAPES = [(16, 16), (32, 16), (80, 48), (144, 32), (48, 256), (176, 112), (576, 
 
 
 @contextmanager
-def vectors():
-    """Within the block the processor has no tiles."""
-    native.library().veneer_limit(native.LIMITS["avx512_bf16"])
+def limited(name):
+    """Within the block compiled functions use no more of the processor than that."""
+    native.library().veneer_limit(native.LIMITS[name])
     try:
-        assert native.has_bf16() and not native.has_amx()
         yield
     finally:
-        native.library().veneer_limit(5)
+        native.library().veneer_limit(native.LIMITS.get(os.environ.get(native.MAX_ISA), 5))
+
+
+@contextmanager
+def vectors():
+    """Within the block the processor has no tiles."""
+    with limited("avx512_bf16"):
+        assert native.has_bf16() and not native.has_amx()
+        yield
 
 
 def whole(*shape):
