@@ -122,6 +122,7 @@ def test_of_codes_weights_are_not_rounded_and_rows_do_not_meet(kind, level):
     product = partial(kernels.product, most=level)
     size = kernels.FORMATS[kind].size
     for outs, width in ((1, 1), (15, 2), (16, 3), (17, 5), (33, 18), (64, 6), (37, 48)):
+        width = min(width, 18) if size > 32 else width  # some steps more than stay in the first cache
         blocks = random_blocks(kind, outs, width, seed=outs)
         exact = kernels.dequantise_reference(blocks, kind).double()
         x = torch.randn(65, width * size, generator=torch.Generator().manual_seed(outs)).bfloat16()
