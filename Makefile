@@ -12,7 +12,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs soak bench gpu clean
+.PHONY: demo test check lint types docs soak bench gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/veneer demo
@@ -20,11 +20,17 @@ demo: $(VENV)/.ready
 test: check
 	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --durations 20 --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/.ready-dev docs
+# Side by side, since each takes one processor.
+check: $(VENV)/.ready-dev
+	@$(MAKE) --no-print-directory -j $(JOBS) types lint docs
+
+lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
 
 docs: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
