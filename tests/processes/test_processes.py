@@ -23,7 +23,7 @@ from veneer.train.records import read_records
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = "60"
 """Seconds for which a process waits for the others here."""
-LIMIT = 240
+LIMIT = 480
 """Seconds after which processes are ended, whatever they do."""
 
 RUNS = {
@@ -93,13 +93,14 @@ def started(jobs, processes, wait=WAIT):
 
 
 def told(jobs, processes):
-    """What each process says of each job."""
+    """What each process says of each job; of one that dies its exit code stands behind."""
     found = []
     with started(jobs, processes) as waiting:
         for process in waiting:
             out, err = process.communicate(timeout=LIMIT)
             assert process.returncode in (0, 9), err
-            found.append(json.loads(out.splitlines()[-1]) if out.strip() else process.returncode)
+            said = json.loads(out.splitlines()[-1]) if out.strip() else []
+            found.append(said + [process.returncode] * (process.returncode != 0))
     return found
 
 
@@ -123,11 +124,35 @@ def alone(world):
 
 
 @pytest.fixture(scope="module")
-def two(world):
-    out = world / "two"
-    jobs = [{"config": settings(world, out / name, **own)} for name, own in {**HERE, **PLAIN}.items()]
-    assert told(jobs, 2) == [["done"] * len(jobs)] * 2
-    return out
+def folders(world):
+    """One of each process, which alone sees it."""
+    rows = (world / "rows.jsonl").read_text()
+    for name in ("first", "second"):
+        (world / name).mkdir()
+        (world / name / "rows.jsonl").write_text(rows)
+    (world / "first" / "missing.jsonl").write_text(rows)
+    (world / "first" / "others.jsonl").write_text(rows)
+    (world / "second" / "others.jsonl").write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    return [str(world / name) for name in ("first", "second")]
+
+
+@pytest.fixture(scope="module")
+def said(world, folders):
+    """Every run computed by two processes: what each said of it, by name. They start once for all."""
+    jobs = {name: {"config": settings(world, world / "two" / name, **own)} for name, own in {**HERE, **PLAIN}.items()}
+    for name, out in (("rows", "run"), ("missing", "missing"), ("others", "others"), ("rows", ".")):
+        run = settings(world, out, **RUNS["prefix"])
+        run["data"] = {**run["data"], "train": f"{name}.jsonl"}
+        jobs[out] = {"config": run, "folders": folders}
+    run = settings(world, world / "died", **RUNS["lora"])
+    jobs["died"] = {"config": run, "at": {"step": 3, "rank": 1, "does": "die"}}
+    return dict(zip(jobs, zip(*told([*jobs.values()], 2), strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two(world, said):
+    assert all(said[name] == ("done", "done") for name in (*HERE, *PLAIN))
+    return world / "two"
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -173,14 +198,13 @@ def test_a_run_goes_on_with_another_number_of_processes(world, alone):
     assert losses(alone / "lora") == losses(out)
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(world, alone):
-    out = world / "died"
-    run = settings(world, out, **RUNS["lora"])
-    left, dead = told([{"config": run, "at": {"step": 3, "rank": 1, "does": "die"}}], 2)
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(world, alone, said):
+    left, dead = said["died"]
     assert dead == 9
-    assert left[0].startswith("6 another process of this run is gone")
+    assert left.startswith("6 another process of this run is gone")
+    run = settings(world, world / "died", **RUNS["lora"])
     assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
-    one, other = values(alone / "lora"), values(out)
+    one, other = values(alone / "lora"), values(world / "died")
     assert all(one[key].equal(other[key]) for key in one)
 
 
@@ -212,39 +236,23 @@ def stopped(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def test_no_shared_disk_is_needed_and_the_leader_alone_writes(world, alone, tmp_path):
-    folders = [str(tmp_path / name) for name in ("first", "second")]
-    for folder in folders:
-        Path(folder).mkdir()
-        (Path(folder) / "rows.jsonl").write_bytes((world / "rows.jsonl").read_bytes())
-    run = settings(world, "run", **RUNS["prefix"])
-    run["data"] = {**run["data"], "train": "rows.jsonl"}
-    assert told([{"config": run, "folders": folders}], 2) == [["done"]] * 2
-    assert not (tmp_path / "second" / "run").exists()
-    one, other = values(alone / "prefix"), values(tmp_path / "first" / "run")
+def test_no_shared_disk_is_needed_and_the_leader_alone_writes(world, alone, said):
+    assert said["run"] == ("done", "done")
+    assert not (world / "second" / "run").exists()
+    one, other = values(alone / "prefix"), values(world / "first" / "run")
     assert all(one[key].equal(other[key]) for key in one)
 
 
-def test_what_one_process_meets_ends_all_and_is_told_by_all(world, tmp_path):
-    folders = [str(tmp_path / name) for name in ("first", "second")]
-    for folder in folders:
-        Path(folder).mkdir()
-    rows = (world / "rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "first" / "rows.jsonl").write_text("".join(rows))
-    missing = settings(world, "run")
-    missing["data"] = {**missing["data"], "train": "rows.jsonl"}
-    first, second = told([{"config": missing, "folders": folders}], 2)
-    assert second[0].startswith("2 ") and "rows.jsonl" in second[0]
-    assert first[0].startswith("6 the run ends before its first step") and "process 1" in first[0]
-
-    (tmp_path / "second" / "rows.jsonl").write_text("".join(rows[:-1]))
-    other = {**missing, "out": "other"}
-    exists = {**missing, "out": "."}
-    found = told([{"config": other, "folders": folders}, {"config": exists, "folders": folders}], 2)
-    assert all(said[0].startswith("2 the processes of this run do not have the same") for said in found)
-    assert all("rows: process 0 has" in said[0] for said in found)
-    assert found[0][1].startswith("2 ") and "not empty" in found[0][1]
-    assert found[1][1].startswith("6 the run ends at its folder")
+def test_what_one_process_meets_ends_all_and_is_told_by_all(said):
+    first, second = said["missing"]
+    assert second.startswith("2 ") and "missing.jsonl" in second
+    assert first.startswith("6 the run ends before its first step") and "process 1" in first
+    found = said["others"]
+    assert all(each.startswith("2 the processes of this run do not have the same") for each in found)
+    assert all("rows: process 0 has" in each for each in found)
+    first, second = said["."]
+    assert first.startswith("2 ") and "not empty" in first
+    assert second.startswith("6 the run ends at its folder")
 
 
 def test_the_command_starts_its_processes_and_torchrun_starts_the_same_run(world, alone, tmp_path):

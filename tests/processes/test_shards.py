@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -34,19 +36,30 @@ SHARDED = {
 WHOLE = pytest.mark.skipif(count("shards", ci=0, soak=1) == 0, reason="starts many processes: make soak")
 HERE = {name: SHARDED[name] for name in [*SHARDED][: count("shards", ci=3, soak=len(SHARDED))]}
 EXACT = [*HERE]
+FAILING = ["lora", "full"][: count("shards", ci=1, soak=2)]
 HERE["plain full"] = {**SHARDED["full"], "reduce": "plain"}
 
 
 @pytest.fixture(scope="module")
-def runs(world):
-    """The same runs by one process that holds the whole base and by two that hold a half of its layers each."""
+def said(world):
+    """The same runs by one process that holds the whole base and by two that hold a half of its layers each; one by two
+    that hold all of them; and those in which the second of two fails: what each of two said, by name."""
     write_gptq(save_tiny(world / "gptq"))
     for own in HERE.values():
         own.update({"base": str(world / own["base"])} if "base" in own else {})
     jobs = [{"config": settings(world, world / "whole" / name, **own)} for name, own in HERE.items()]
     assert told(jobs, 1) == [["done"] * len(jobs)]
-    jobs = [{"config": settings(world, world / "shards" / name, **own, shard=True)} for name, own in HERE.items()]
-    assert told(jobs, 2) == [["done"] * len(jobs)] * 2
+    jobs = {name: {"config": settings(world, world / "shards" / name, **own, shard=True)} for name, own in HERE.items()}
+    jobs["together"] = {"config": settings(world, world / "together", **SHARDED["lora"])}
+    for name in FAILING:
+        run = settings(world, world / "failed" / name, **SHARDED[name], shard=True)
+        jobs[f"failing {name}"] = {"config": run, "at": {"step": 1, "rank": 1, "does": "fail"}}
+    return dict(zip(jobs, zip(*told([*jobs.values()], 2), strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(world, said):
+    assert all(said[name] == ("done", "done") for name in (*HERE, "together"))
     return world
 
 
@@ -122,13 +135,24 @@ def shard(out, *, on):
     file.write_text(text.replace(before, after))
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=WHOLE)])
-def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(runs, name):
-    run = settings(runs, runs / "failed" / name, **SHARDED[name], shard=True)
-    first, second = told([{"config": run, "at": {"step": 1, "rank": 1, "does": "fail"}}], 2)
-    assert second == ["3 no memory is left for this batch"]
-    assert first[0].startswith("6 the processes of this run do not go on together")
-    assert "process 1: no memory is left for this batch" in first[0]
+@pytest.mark.parametrize("name", FAILING)
+def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(said, name):
+    first, second = said[f"failing {name}"]
+    assert second == "3 no memory is left for this batch"
+    assert first.startswith("6 the processes of this run do not go on together")
+    assert "process 1: no memory is left for this batch" in first
+
+
+def test_a_step_says_what_its_time_went_into(runs):
+    parts_of_all = ["compute", "wait", "reduce"]
+    for out, parts in ((runs / "together", parts_of_all), (runs / "shards" / "lora", [*parts_of_all, "gather"])):
+        steps = [record for record in read_records(out / "metrics.jsonl") if record["kind"] == "step"]
+        for record in steps:
+            assert list(record["parts"]) == parts and min(record["parts"].values()) > 0
+        summary = json.loads((out / "summary.json").read_text())
+        timed = {part: sum(record["parts"][part] for record in steps[1:]) for part in parts}
+        assert summary["seconds_by_part"] == pytest.approx(timed)
+        assert sum(timed.values()) == pytest.approx(summary["seconds"], rel=0.5)  # the mean of all, and the leader's
 
 
 def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():

@@ -60,7 +60,7 @@ def main() -> None:
             told.append("done")
         except VeneerError as fault:
             told.append(f"{fault.exit_code} {fault}")
-    print(json.dumps(told))
+        print(json.dumps(told), flush=True)
 
 
 main()
