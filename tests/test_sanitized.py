@@ -20,12 +20,19 @@ TESTS = Path(__file__).parent
 FLAGS = (
     *("-std=gnu11", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    "--param=asan-use-after-return=0",  # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
     *("-include", str(TESTS / "tiles_in_c.h")),
 )
+AS_FUNCTIONS = ("few_rows.c", "gguf_tiles.c", "gguf_vectors.c", "paged_attention.c")
+"""Their loops are inlined once for each number of rows and each type, on which gcc spends two minutes. Called instead,
+they read and write the same; what hands vectors over must have been compiled for them."""
+CALLED = ("-Dalways_inline=", "-Werror=psabi")
 RUN = (
     *("test_native_calls.py", "test_native.py", "test_rank.py", "test_tiles.py", "test_attention_native.py"),
     *("test_kernels_gguf.py", "test_quant_nf4.py", "test_few_rows.py", "test_products.py"),
-    *("test_paged_attention.py", "test_direct.py", "test_recorded.py", "test_sampling.py"),
+    *("test_paged_attention.py", "test_recorded.py", "test_sampling.py"),
+    "test_direct.py::test_a_step_by_parts_gives_what_the_model_gives",
+    "test_direct.py::test_what_an_adapter_does_is_done_by_parts_too",
     "test_block.py::test_one_node_gives_the_bits_of_its_parts",
     "test_kernels.py::test_the_compiled_dropout_is_its_reference_to_the_bit",
     "test_kernels.py::test_the_compiled_dropout_keeps_what_is_not_finite",
@@ -36,11 +43,17 @@ RUN = (
     *("test_fused.py::test_the_norm_is_its_reference", "test_fused.py::test_the_gate_is_its_reference"),
     "test_fused.py::test_the_entropy_of_bf16_logits_is_its_reference",
 )
-OF_PAIRS = (
-    *("test_rank.py", "test_products.py"),
-    "test_attention_native.py::test_the_compiled_attention_is_its_reference",
+LEFT_OUT = (
+    "test_block.py::test_one_node_gives_the_bits_of_its_parts[llama",  # a part of qwen2's calls
+    "test_block.py::test_one_node_gives_the_bits_of_its_parts[mistral",
+    "test_recorded.py::test_what_is_exchanged",  # seen in Python: the same calls are made
+    "test_recorded.py::test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads[torch.bfloat16]",
+    "test_sampling.py::test_every_number_has_the_ids_that_the_reference_gives_it",  # thousands of the same draws
+    "test_sampling.py::test_what_is_drawn_follows_the_distribution_that_is_meant",
 )
-"""What takes tiles wherever there are some: once more without."""
+"""Of RUN, by how their names begin: many or large cases of calls that others make."""
+OF_PAIRS = ("test_rank.py", "test_attention_native.py::test_the_compiled_attention_is_its_reference")
+"""What takes tiles wherever there are some, and no test takes without: once more so."""
 
 
 def sanitizer() -> str:
@@ -66,7 +79,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
     def compiled(source: Path) -> Path:
         made = built.with_name(f"{source.stem}.o")
-        gcc(*FLAGS, "-c", source, "-o", made)
+        gcc(*FLAGS, *(CALLED if source.name in AS_FUNCTIONS else ()), "-c", source, "-o", made)
         return made
 
     largest_first = sorted(SOURCES.glob("*.c"), key=lambda source: -source.stat().st_size)
@@ -97,6 +110,7 @@ def test_the_sanitizers_see_a_read_past_the_end(environment):
 def passes(tests: tuple[str, ...], environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += [str(TESTS / name) for name in tests]
+    command += [f"--deselect=tests/{name}" for name in LEFT_OUT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, said
