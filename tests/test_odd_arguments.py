@@ -121,3 +121,13 @@ def test_a_column_that_is_no_json_is_named(folder: Path, tmp_path: Path, value: 
     with pytest.raises(DataError, match="row 2 is no JSON in column 'score'"):
         veneer.train(folder, rows, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [None, 5, b"a"])
+def test_a_library_is_asked_by_text(folder: Path, tmp_path: Path, name: Any) -> None:
+    library = veneer.Library(tmp_path / "library")
+    for ask in (library.get, library.path, lambda name: library.add(tmp_path, name=name)):
+        with pytest.raises(ConfigError, match=r"named by text|no adapter at"):
+            ask(name)
+    with pytest.raises(ConfigError, match="takes a folder or a Library"):
+        veneer.load(folder, library=5)  # type: ignore[arg-type]

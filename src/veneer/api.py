@@ -85,6 +85,8 @@ def load(
     """
     if not isinstance(source, str | Path):
         raise ConfigError(f"a base is named by text or a path, and this is {source!r}")
+    if not (library is None or isinstance(library, Library | str | Path)):
+        raise ConfigError(f"library is {library!r}, and takes a folder or a Library")
     kept = [keep_dense] if isinstance(keep_dense, str) else keep_dense
     loaded = load_base(str(source), dtype=dtype, device=device, quantize=quantize, keep_dense=kept, own_pages=True)
     return Base(

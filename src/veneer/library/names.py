@@ -38,11 +38,18 @@ class Reference:
 
 def check_name(name: str) -> str:
     """The name itself; ConfigError says why it is none."""
+    _check_text(name)
     if (fault := _name_fault(name)) is not None:
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].strip("-")
         hint = f"For instance: {near}." if near and _name_fault(near) is None else "For instance: tickets-v2."
         raise ConfigError(f"{name[:80]!r} is no name for an adapter", [fault], hint)
     return name
+
+
+def _check_text(name: object) -> None:
+    if not isinstance(name, str):
+        step = "For instance tickets, tickets@2 or tickets@best."
+        raise ConfigError(f"an adapter is named by text, and this is {str(name)[:80]}", next_step=step)
 
 
 def is_name(name: str) -> bool:
@@ -69,6 +76,7 @@ def check_tag(tag: str) -> str:
 
 def parse_reference(text: str) -> Reference:
     """name, name@2 or name@tag. ConfigError says what is wrong with it."""
+    _check_text(text)
     name, at, chosen = text.partition("@")
     check_name(name)
     if not at:
