@@ -4,6 +4,8 @@ On a CPU the hooks are told that "cpu" is the device to leave: the copies are th
 """
 
 import gc
+import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,7 @@ from veneer.errors import ConfigError
 from veneer.models.step import batch_loss, prepare
 from veneer.train import offload
 from veneer.train.config import RunConfig
-from veneer.train.offload import Offload, offload_for, offloaded
+from veneer.train.offload import CudaLanes, Offload, offload_for, offloaded
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def small_tensors_count(monkeypatch):
     monkeypatch.setattr(offload, "WORTH_BYTES", 512)
 
 
-def gradients(dtype, *, moved):
+def gradients(dtype, *, moved, lanes=None, most=2**29):
     model = tiny_model("llama", dtype)
     paths, routing = prepare(model), Routing()
     attachment = attach(model, LoRA(rank=2, alpha=6.0), name="a", routing=routing, head=model.get_output_embeddings())
@@ -37,7 +39,8 @@ def gradients(dtype, *, moved):
         layer.B.data.normal_(generator=torch.Generator().manual_seed(1))
     routing.active = (("a", 1.0),)
     batch = make_batch(make_examples(6), packed=paths.packed, share_prompt=True, device=torch.device("cpu"))
-    hooks = Offload([*model.parameters(), *model.buffers()], moves="cpu") if moved else None
+    weights = [*model.parameters(), *model.buffers()]
+    hooks = Offload(weights, moves="cpu", lanes=lanes, under_way_bytes=most) if moved else None
     with offloaded(hooks):
         loss = batch_loss(model, paths, routing, batch, total=1.0)
     loss.backward()
@@ -82,7 +85,7 @@ def test_the_original_is_let_go_and_its_address_is_not_mistaken_for_it():
         found.append(hooks.pack(tensor))
         del tensor
         gc.collect()
-    assert [float(away.back()[0, 0]) for away in found] == list(range(50))
+    assert [float(hooks.unpack(away)[0, 0]) for away in found] == list(range(50))
 
 
 def test_a_tensor_that_changed_in_place_is_another_one():
@@ -91,7 +94,7 @@ def test_a_tensor_that_changed_in_place_is_another_one():
     first = hooks.pack(tensor)
     tensor.add_(1)
     second = hooks.pack(tensor)
-    assert (first.back().sum(), second.back().sum()) == (0, 64 * 64)
+    assert (hooks.unpack(first).sum(), hooks.unpack(second).sum()) == (0, 64 * 64)
     assert hooks.pack(tensor) is second
 
 
@@ -99,7 +102,7 @@ def test_layouts_come_back_as_they_were_and_repeated_values_stay():
     hooks = Offload([], moves="cpu")
     base = torch.randn(64, 96)
     for view in (base.T, base[:, 32:64], base[::2], base.view(96, 64)):
-        back = hooks.pack(view).back()
+        back = hooks.unpack(hooks.pack(view))
         assert (back.shape, back.stride()) == (view.shape, view.stride())
         assert torch.equal(back, view)
     repeated = torch.randn(96).expand(64, 96)
@@ -120,11 +123,138 @@ def test_tensors_leave_from_a_size_on_and_those_of_another_device_stay():
 )
 def test_memory_of_the_host_is_pinned_where_a_gpu_copies_into_it(own, to, pinned, monkeypatch):
     given = {}
-    there = SimpleNamespace(copy_=lambda tensor, non_blocking: non_blocking)
-    monkeypatch.setattr(torch, "empty_strided", lambda *shape, **more: given.update(more) or there)
+    monkeypatch.setattr(torch, "empty_strided", lambda *shape, **more: given.update(more))
     tensor = SimpleNamespace(shape=(2,), stride=lambda: (1,), dtype=torch.float32, device=torch.device(own))
-    assert offload._copied(tensor, torch.device(to)) is True  # the copy does not wait
+    offload._empty_like(tensor, torch.device(to))
     assert (given["device"].type, given["pin_memory"]) == (to, pinned)
+
+
+class Late:
+    """Lanes whose copies run when somebody waits for them, no sooner: until then there is nothing to read, and memory
+    that nobody holds any more is another's. said: in order, copies by the number that they left with."""
+
+    def __init__(self):
+        self.said, self.hosts, self.begun = [], [], []
+
+    def out(self, host, of):
+        self.hosts.append(host)
+        self.said.append(("out", len(self.hosts) - 1))
+        return self._late(host, weakref.ref(of), None)
+
+    def back(self, there, host, after):
+        number = next(n for n, each in enumerate(self.hosts) if each is host)
+        self.said.append(("back", number))
+        there.fill_(float("nan"))
+        return self._late(weakref.ref(there), host, after)
+
+    def _late(self, to, of, after):
+        def run():
+            if not run.over:
+                run.over = True
+                if after is not None:
+                    after()
+                ends = [each() if isinstance(each, weakref.ref) else each for each in (to, of)]
+                assert all(each is not None for each in ends), "memory was let go before its copy was over"
+                ends[0].copy_(ends[1])
+
+        run.over = False
+        self.begun.append(run)
+        return run
+
+    def finish(self):
+        """Every copy is over in the end, waited for or not."""
+        for run in self.begun:
+            run()
+
+    def wait(self, event):
+        self.said.append(("wait", None))
+        event()
+
+
+@pytest.mark.parametrize("under_way", [0, 5_000, 40_000, 2**29])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_that_run_as_late_as_they_may_change_no_bit(dtype, under_way):
+    lanes = Late()
+    (loss, moved), (expected, stayed) = (
+        gradients(dtype, moved=True, lanes=lanes, most=under_way),
+        gradients(dtype, moved=False),
+    )
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(moved[name], stayed[name]) for name in stayed)
+    assert any(way == "out" for way, _ in lanes.said)
+    assert any(way == "back" for way, _ in lanes.said) == (under_way < 2**29), "what is still there is not fetched"
+
+
+def test_no_more_is_held_for_copies_than_is_said_and_what_comes_next_is_under_way_before_it_is_asked_for():
+    size, lanes = 64 * 64 * 4, Late()
+    hooks = Offload([], moves="cpu", lanes=lanes, under_way_bytes=3 * size)
+    hooks.begin()
+    away = []
+    for number in range(8):
+        away.append(hooks.pack(torch.full((64, 64), float(number))))
+        assert hooks.under_way_bytes == min(number + 1, 3) * size
+    hooks.forget()
+    assert [float(hooks.unpack(each)[0, 0]) for each in (away[7], away[6], away[5])] == [7, 6, 5]
+    assert "back" not in [way for way, _ in lanes.said], "they had not gone"
+    lanes.said.clear()
+    assert float(hooks.unpack(away[4])[0, 0]) == 4
+    backs = [number for way, number in lanes.said if way == "back"]
+    assert backs == [4, 3, 2, 1] and hooks.under_way_bytes == 3 * size
+    lanes.said.clear()
+    assert float(hooks.unpack(away[3])[0, 0]) == 3
+    assert lanes.said == [("wait", None), ("back", 0)]
+    assert [float(hooks.unpack(away[n])[0, 0]) for n in (2, 1, 0)] == [2, 1, 0]
+    assert hooks.under_way_bytes == 0
+
+
+def test_what_a_backward_left_behind_is_let_go_when_its_copies_are_over():
+    lanes = Late()
+    hooks = Offload([], moves="cpu", lanes=lanes, under_way_bytes=2 * 64 * 64 * 4)
+    for _ in range(3):
+        hooks.begin()
+        assert hooks.under_way_bytes == 0
+        away = [hooks.pack(torch.full((64, 64), float(number))) for number in range(6)]
+        hooks.forget()
+        assert float(hooks.unpack(away[2])[0, 0]) == 2 and hooks.under_way_bytes
+        assert float(hooks.unpack(away[5])[0, 0]) == 5, "out of turn"
+        del away
+    hooks.begin()
+    lanes.finish()
+
+
+def test_on_cuda_a_copy_begins_after_what_was_asked_for_before_and_after_the_copy_that_it_needs(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} after {other.name}")
+
+        def wait_event(self, event):
+            said.append(f"{self.name} after {event}")
+
+        def record_event(self):
+            return f"all of {self.name}"
+
+    @contextmanager
+    def on(stream):
+        said.append(f"on {stream.name}")
+        yield
+        said.append(f"off {stream.name}")
+
+    names = iter(("out", "back"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("own"))
+    lanes, (x, y) = CudaLanes(torch.device("cuda:1")), torch.arange(2.0)
+    lanes.wait(lanes.back(x, y, lanes.out(y, x)))
+    assert said == [
+        *("out after own", "on out", "off out"),
+        *("back after all of out", "back after own", "on back", "off back"),
+        "own after all of back",
+    ]
 
 
 def test_on_a_cpu_it_is_refused_because_it_would_save_nothing():

@@ -28,7 +28,15 @@ from veneer.plan import dry_run as counting
 from veneer.plan.advise import Job, advise
 from veneer.plan.ask import Question, answer, method_named
 from veneer.plan.dry_run import dry_run
-from veneer.plan.estimate import CUDA_WORKSPACES_BYTES, KERNEL_BYTES, MOST_KERNELS, compiled_kernels, estimate
+from veneer.plan.estimate import (
+    CUDA_WORKSPACES_BYTES,
+    KERNEL_BYTES,
+    MOST_KERNELS,
+    UNDER_WAY,
+    UNDER_WAY_BYTES,
+    compiled_kernels,
+    estimate,
+)
 from veneer.plan.fit import _largest, _lower_rank, _offload, fits, largest_batch, ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
@@ -121,6 +129,9 @@ def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(pla
     kept, less = cuda.estimate(there).run, cuda.estimate(away).run
     assert less.activation_bytes < 0.5 * kept.activation_bytes
     assert less.work.host_bytes > kept.activation_bytes - less.activation_bytes
+    moving = less.work.host_bytes // 2
+    assert moving < UNDER_WAY_BYTES and cuda.estimate(away).parts[UNDER_WAY] == moving
+    assert UNDER_WAY not in cuda.estimate(there).parts
     assert _offload(cuda, there) is not None and _offload(planner, there) is None
     gpu = named_gpu("L4")
     assert cuda.seconds_per_step(away, gpu) > cuda.seconds_per_step(there, gpu)

@@ -1,7 +1,8 @@
 """From what the step holds (dry_run.py) to what a machine will show: the peak, its moment, its parts.
 
     CPU    the process: what it held before, + every live byte, + what libraries and the allocator keep
-    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces; outside of it lies the CUDA context
+    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces and what offload's copies hold; outside of it
+           lies the CUDA context
 
 What the step does not allocate itself are constants, each measured, each with its source.
 Units: bytes.
@@ -22,6 +23,7 @@ from veneer.kernels.layout import STEP
 from veneer.kernels.native import has_amx
 from veneer.plan.counted import STATIC, DryRun
 from veneer.plan.tracker import Parts, Phase
+from veneer.train.offload import UNDER_WAY_BYTES
 
 Device = Literal["cpu", "cuda"]
 
@@ -61,6 +63,7 @@ CUDA_RESERVED_SHARE = 0.05
 """What CUDA's allocator reserves beyond what is allocated: 3-10% by how uneven the lengths are (as above)."""
 
 PROCESS, KEPT, WORKSPACES = "process", "kept by libraries and allocator", "workspaces of matrix products"
+UNDER_WAY = "on its way to the host or back"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ def estimate(
         parts = {**parts, KEPT: total - peak.peak_bytes - idle_bytes, PROCESS: idle_bytes}
         needed = total
     else:
-        parts = {**parts, WORKSPACES: CUDA_WORKSPACES_BYTES}
+        parts |= {WORKSPACES: CUDA_WORKSPACES_BYTES}
+        if moving := _under_way(run):
+            parts[UNDER_WAY] = moving
         needed = math.ceil(total * (1 + CUDA_RESERVED_SHARE)) + CUDA_CONTEXT_BYTES
     return Estimate(device, total, needed, peak.name, parts, totals, run)
 
@@ -121,12 +126,17 @@ def estimate(
 def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: bool) -> int:
     live = phase.peak_bytes
     if device == "cuda":
-        return live + CUDA_WORKSPACES_BYTES
+        return live + CUDA_WORKSPACES_BYTES + _under_way(run)
     kept_share = KEPT_SHARE_AT_ONCE if run.work.at_once and has_amx() else KEPT_SHARE
     if checkpointing and phase.name == "backward":
         kept_share = KEPT_SHARE_CHECKPOINTED
     own = max(0, live - sum(run.static.get(label, 0) for label in STATIC))
     return idle + LIBRARIES_BYTES + live + round(kept_share * own)
+
+
+def _under_way(run: DryRun) -> int:
+    """Of offload, whose dry run lets go of everything at once."""
+    return min(run.work.host_bytes // 2, UNDER_WAY_BYTES)
 
 
 def synthetic_rows(batch: int, length: int, *, trained_share: float = 1.0) -> Sequence[Example]:
