@@ -4,6 +4,7 @@ refuses."""
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ MOST_SHARED = {75: 64 * 1024}
 MOST_ELSEWHERE = 99 * 1024
 """On the smallest of the others, those for consumers (86, 89, 120)."""
 MOST_SPILLED = 16
-"""Bytes of a thread without a register, from Ampere on: each is stored and loaded again."""
+"""Bytes of a thread without a register, from Ampere on and Triton 3.7: each is stored and loaded again."""
 KERNELS = sorted(path.stem for path in (ROOT / "src" / "veneer" / "kernels").glob("triton_*.py"))
 
 
@@ -30,7 +31,7 @@ def test_every_kernel_is_compiled_for(capability, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert max(int(line.split()[-2]) for line in lines) <= MOST_SHARED.get(capability, MOST_ELSEWHERE)
-    if capability >= 80:
+    if capability >= 80 and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7):
         assert not [line for line in lines if int(line.split()[-4]) > MOST_SPILLED]
     decoded = [line for line in lines if "triton_nf4._dequantize" in line]
     assert decoded and all("loads 4, stores 16" in line for line in decoded), decoded  # eight nibbles a lane
