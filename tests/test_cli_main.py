@@ -241,6 +241,28 @@ def test_out_of_memory_in_any_command_exits_3_without_a_traceback(fault, monkeyp
     assert "out of memory" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (
+            NotImplementedError(
+                "The operator 'aten::_linalg_eigh' is not currently implemented for the MPS device. If you want this op"
+                " to be considered for addition, comment on the tracker.\nAs a temporary fix, set a variable."
+            ),
+            "aten::_linalg_eigh",
+        ),
+        (TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it"), "float64"),
+    ],
+    ids=["operation", "type"],
+)
+def test_what_apple_devices_lack_is_refused_by_name(fault, named, monkeypatch, capsys):
+    fail_with(fault, monkeypatch)
+    assert main.main(["doctor"]) == 4
+    err = capsys.readouterr().err
+    assert named in err and "--device cpu" in err
+    assert "Traceback" not in err and "bug in Veneer" not in err and "tracker" not in err
+
+
 def test_a_bug_shows_its_traceback_and_how_to_report_it(monkeypatch, capsys):
     fail_with(ZeroDivisionError("ours"), monkeypatch)
     assert main.main(["doctor"]) == 1

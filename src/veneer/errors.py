@@ -115,6 +115,18 @@ def is_out_of_memory(fault: Exception) -> bool:
     return isinstance(fault, MemoryError) or any(said in text for said in _OUT_OF_MEMORY)
 
 
+def missing_on_device(fault: Exception) -> RefusedError | None:
+    """What to raise instead where torch has no operation or no type on Apple's MPS, by its name; None: not that."""
+    said = str(fault).strip()
+    if not isinstance(fault, NotImplementedError | TypeError | RuntimeError) or "MPS" not in said:
+        return None
+    return RefusedError(
+        "torch cannot compute this on Apple's MPS",
+        [said.splitlines()[0].partition(". ")[0]],
+        "Take --device cpu; or set PYTORCH_ENABLE_MPS_FALLBACK=1, and the CPU computes what MPS lacks, slowly.",
+    )
+
+
 @contextmanager
 def told_as(place: object, name: str) -> Iterator[None]:
     """Errors of the block call a place by a name: who is told of them elsewhere is not told where it is."""

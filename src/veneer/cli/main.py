@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
-from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory
+from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory, missing_on_device
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
 from veneer.vocabulary import CHOICES_ELSEWHERE, KeyPath, nearest
@@ -180,7 +180,8 @@ def _code(argv: list[str], result: Result, alone: bool) -> int:
                 "Free memory, or ask for less at once: a smaller base, fewer or shorter rows, --quantize nf4."
             )
             return DoesNotFitError.exit_code
-        if (told := refusal(fault)) is not None:  # what the system refuses is no bug, wherever it shows
+        # What the system refuses, or a device lacks, is no bug, wherever it shows.
+        if (told := refusal(fault) or missing_on_device(fault)) is not None:
             print_error(str(told))
             return told.exit_code
         traceback.print_exc()
