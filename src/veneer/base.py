@@ -288,9 +288,9 @@ class Base(FrozenBase):
         return answers if several else answers[0]
 
     def _prompt_ids(self, prompt: Prompt, preamble: Preamble) -> list[int]:
-        messages = prompt if isinstance(prompt, str) else _conversation(prompt)
-        if not all(is_text(inner) for inner, _ in walk(messages) if isinstance(inner, str)):
+        if not all(is_text(inner) for inner, _ in walk(prompt) if isinstance(inner, str)):
             raise ConfigError("the prompt is not UTF-8", next_step="Give it as UTF-8 text.")
+        messages = prompt if isinstance(prompt, str) else _conversation(prompt)
         if self.tokenizer.chat_template is None:
             if not isinstance(prompt, str):
                 raise ConfigError("this base has no chat template: give the prompt as a string")

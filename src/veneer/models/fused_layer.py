@@ -55,13 +55,13 @@ class FusedLayer(StandIn):
     ) -> Block | None:
         base: Any = self.base
         first, attention, second, gate = (base._modules[name] for name in PARTS)
-        heads, gated = attention.base, gate.base  # whose attributes a stand-in finds last
         if position_embeddings is None or x.dim() != 3 or len(x) != 1 or not isinstance(veneer_layout, Traced):
             return None
         if any(others.get(name) is not None for name in ("cache", "past_key_values", "veneer_prefix", "veneer_keys")):
             return None
         if len(veneer_layout.layout.groups) != 1 or base._forward_hooks or base._forward_pre_hooks:
             return None
+        heads, gated = attention.base, gate.base  # whose attributes a stand-in finds last
         if not is_taken(heads, x, *position_embeddings):
             return None
         projections = (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj)
