@@ -253,9 +253,7 @@ class Base(FrozenBase):
             raise ConfigError(f"system is {_kind(system)}, not text", next_step='Give a text; "" is no system turn.')
         if variables is not None and not isinstance(variables, Mapping):
             raise ConfigError(f"variables is {_kind(variables)}, not a dict", next_step="Give them as {name: value}.")
-        if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
-            raise _no_prompt(prompt)
-        asked_for: Any = prompt if isinstance(prompt, str) else [*prompt]
+        asked_for: Any = prompt if isinstance(prompt, str) else _listed(prompt)
         several = not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in asked_for)
         prompts: Sequence[Any] = asked_for if several else [asked_for]
         if several and on_text is not None:
@@ -305,15 +303,19 @@ class Base(FrozenBase):
 
 def _conversation(prompt: Any) -> list[dict[str, Any]]:
     """Messages as those of a row are read. ConfigError: it is no conversation."""
-    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
-        raise _no_prompt(prompt)
-    messages = [*prompt]
+    messages = _listed(prompt)
     if odd := [each for each in messages if not isinstance(each, Mapping)]:
         raise _no_prompt(odd[0])
     try:
         return to_conversation([dict(message) for message in messages], None)[0]
     except RowFault as fault:
         raise ConfigError("the messages are no conversation", [fault.message], fault.next_step) from None
+
+
+def _listed(prompt: Any) -> list[Any]:
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise _no_prompt(prompt)
+    return [*prompt]
 
 
 def _no_prompt(found: object) -> ConfigError:

@@ -1,11 +1,10 @@
 /* Blocks of a .gguf file as whole numbers in bf16, and the scales beside them: what gguf_tiles.c and gguf_vectors.c
    multiply; how both read W's last rows, and write y. Of 16 rows of W, `row_bytes` apart; 128 bytes behind the last one's end may be read. Both say for which
-   instructions it is compiled (GGUF).
-   Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h */
+   instructions it is compiled (GGUF). */
+#include "gguf_format.h"
 
 #define GGUF_INLINE static inline __attribute__((always_inline)) GGUF
 
-enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 }; /* ggml's numbers */
 enum {
     TILE = 1024,  /* bytes: 32 values of 16 rows of W, or of x; 16 by 16 sums */
     BEYOND = 128, /* bytes that may be read behind a row */
@@ -46,16 +45,8 @@ INLINE int parts_of(const int kind) { return kind == Q8_0 ? 2 : 1; }
 INLINE int halves_of(const int kind) { return kind == Q6_K ? 2 : 1; }
 
 INLINE int64_t row_bytes_of(int64_t kind, int64_t width) {
-    switch (kind) {
-    case Q4_0: return width / 32 * 18;
-    case Q4_1: return width / 32 * 20;
-    case Q5_0: return width / 32 * 22;
-    case Q5_1: return width / 32 * 24;
-    case Q8_0: return width / 32 * 34;
-    case Q4_K: return width / 256 * 144;
-    case Q5_K: return width / 256 * 176;
-    default: return width / 256 * 210;
-    }
+    const struct format format = format_of((int)kind);
+    return width / format.size * format.bytes;
 }
 
 /* Bytes from a row's begin to the codes of a step, of Q6_K to their block. */
