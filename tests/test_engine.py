@@ -51,7 +51,7 @@ def with_adapters(family):
 def alone(base, adapters, prompt):
     with base.routing.held(Acting.everywhere(adapters)):
         settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=258)
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([[*prompt]])
         out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return out[0, len(prompt) :].tolist()
 
@@ -185,6 +185,28 @@ def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
             engine.step(0.0)
             assert engine._acting is None or engine._acting[1].plan.kept == prepared
         assert [a.answer for a in answers] == [alone(base, applied[identity], [5, n]) for n in range(3)]
+
+
+def test_a_step_uses_no_update_that_was_prepared_for_other_spans():
+    """Both steps compute five rows of the base and five of the adapter, and keep the last of three spans: of the base's
+    one in the first step, two in the second."""
+    base, applied = with_adapters("llama_untied")
+    head = (("head", 6.0),)
+    applied[head] = base.routing.applied(head)
+    limits = Limits(rows=4, step_tokens=10, chunk_tokens=5)
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied), limits=limits)
+
+    def ask(identity, prompt):
+        return engine.add(Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity))[0]
+
+    stays, *cancelled = ask((), range(9)), ask(head, [1, 2, 3, 4]), ask(head, [5])
+    engine.step(0.0)
+    for answer in cancelled:
+        engine.cancel(answer)
+    added = ask((), [9]), ask(head, range(20, 29))
+    engine.run()
+    assert stays.new == alone(base, (), range(9))
+    assert [answer.new for answer in added] == [alone(base, (), [9]), alone(base, applied[head], range(20, 29))]
 
 
 def out_of_memory_above(monkeypatch, tokens):

@@ -194,6 +194,8 @@ def test_what_comes_after_a_choice_of_rows_knows_whose_they_are():
     assert mixed.select(chosen).keys.rows.tolist() == [10, 40, 70]
     assert parts_of(mixed.keeping(chosen), 3) == parts_of(mixed.select(chosen), 3)
     assert parts_of(mixed.keeping(chosen), 8) == parts_of(mixed, 8)
+    assert mixed.keeping(torch.tensor([1, 7])).rows_of_parts(2) == (1, 0, 1)
+    assert mixed.keeping(torch.tensor([1, 5])).rows_of_parts(2) == (1, 1, 0)
     assert parts_of(mixed.between(slice(4, 100)), 4) == [(0, 1, ["a"]), (1, 2, []), (2, 4, ["b"])]
     assert mixed.between(slice(4, 100)).keys.rows.tolist() == [40, 50, 60, 70]
 

@@ -76,6 +76,7 @@ class Acting:
     keys: TokenKeys | None = None
     kept: Tensor | None = None
     plan: Plan = field(default_factory=Plan, repr=False, compare=False)
+    _rows_of_parts: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _segments: dict[int, tuple[Segment, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -112,24 +113,26 @@ class Acting:
         ConfigError: another number of rows, of which nobody could say whose they are.
         """
         if rows not in self._segments:
-            self._segments[rows] = self._found(rows)
+            starts = accumulate(self.rows_of_parts(rows), initial=0)
+            found = zip(pairwise(starts), self.parts, strict=True)
+            self._segments[rows] = tuple(Segment(slice(a, b), part.adapters) for (a, b), part in found if a < b)
         return self._segments[rows]
 
-    def _found(self, rows: int) -> tuple[Segment, ...]:
+    def rows_of_parts(self, rows: int) -> tuple[int, ...]:
+        """How many of the rows that a module gets belong to each part, 0 included. ConfigError as in `segments`."""
+        if rows not in self._rows_of_parts:
+            self._rows_of_parts[rows] = self._count_rows(rows)
+        return self._rows_of_parts[rows]
+
+    def _count_rows(self, rows: int) -> tuple[int, ...]:
         if self.rows is None or self.rows == rows:
-            counts = [rows if part.rows is None else part.rows for part in self.parts]
-        elif self.kept is not None and len(self.kept) == rows:
-            counts = self._counted(self.kept)
-        else:
-            raise ConfigError(
-                f"several adapters act, each on rows of its own: a module gets {rows} rows, the forward has "
-                f"{self.rows}",
-                next_step="Leave the modules that see other rows out (method.exclude), or let one adapter act "
-                "on all rows.",
-            )
-        starts = accumulate(counts, initial=0)
-        found = zip(pairwise(starts), self.parts, strict=True)
-        return tuple(Segment(slice(a, b), part.adapters) for (a, b), part in found if a < b)
+            return tuple(rows if part.rows is None else part.rows for part in self.parts)
+        if self.kept is not None and len(self.kept) == rows:
+            return tuple(self._counted(self.kept))
+        raise ConfigError(
+            f"several adapters act, each on rows of its own: a module gets {rows} rows, the forward has {self.rows}",
+            next_step="Leave the modules that see other rows out (method.exclude), or let one adapter act on all rows.",
+        )
 
     def _counted(self, chosen: Tensor) -> list[int]:
         """How many of the chosen rows each part has."""

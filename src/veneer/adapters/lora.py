@@ -255,8 +255,9 @@ class AdaptedLinear(AdaptedModule):
             or self.base._forward_pre_hooks
         ):
             return None
-        found = acting.plan.kept.get((self.key, rows))
-        return acting.plan.listed(self.key, rows, dtype) if found is None and rows == acting.rows else found
+        layer_rows = self.key, dtype, acting.rows_of_parts(rows)
+        found = acting.plan.kept.get(layer_rows)
+        return acting.plan.listed(layer_rows) if found is None and rows == acting.rows else found
 
     def _alike(self, x: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """All rows with these adapters."""
@@ -281,8 +282,9 @@ class AdaptedLinear(AdaptedModule):
     def _by_part(self, x: Tensor, acting: Acting, segments: Sequence[Segment]) -> Tensor:
         """(M, I) -> (M, O): one product of all rows with W; of each part's rows alone what its adapters add."""
         bias, keys, kept = self.frozen.own_bias(), acting.keys, acting.plan.kept
+        layer_rows = self.key, x.dtype, acting.rows_of_parts(len(x))
         may_keep = keys is None and not torch.is_grad_enabled()
-        if may_keep and (prepared := kept.get((self.key, len(x)))) is not None:
+        if may_keep and (prepared := kept.get(layer_rows)) is not None:
             return prepared.product(x, bias, self.frozen)
         updates: list[Update] = []
         others: list[Segment] = []
@@ -292,7 +294,7 @@ class AdaptedLinear(AdaptedModule):
                 updates += found or []
                 others += [segment] if found is None else []
         if may_keep and not others:
-            prepared = kept[self.key, len(x)] = acting.plan.prepared(updates, x.dtype, x.device)
+            prepared = kept[layer_rows] = acting.plan.prepared(updates, x.dtype, x.device)
             return prepared.product(x, bias, self.frozen)
         if others and acting.whole is not None:
             return self._alike(x, acting.whole, keys)

@@ -45,6 +45,8 @@ class Factored(Protocol):
 
 Typed = tuple[int, torch.dtype]
 """A layer, by its id, in a type."""
+LayerRows = tuple[str, torch.dtype, tuple[int, ...]]
+"""Key of a layer, type of its inputs, and how many of its input rows belong to each part of what acts."""
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,12 @@ class Prepared:
 class Plan:
     """What a mix lets be prepared once: for as long as the same parts act on the same numbers of rows.
 
-    kept, by layer, holds values, and so do the factors in the type of the products: whoever keeps a plan while these
-    are trained calls forget().
+    kept holds values, and so do the factors in the type of the products: whoever keeps a plan while these are trained
+    calls forget(). Its key has the rows of every part, because a layer behind a choice of rows (the output head) gets
+    as many rows in two steps that belong to other parts.
     """
 
-    kept: dict[tuple[str, int], Prepared] = field(default_factory=dict)
+    kept: dict[LayerRows, Prepared] = field(default_factory=dict)
     mix: Mix | None = None
     """The updates of all layers, where whoever made the plan listed them; None: each layer finds its own."""
     _bundles: dict[tuple[Any, ...], list[Bundle | Grouped]] = field(default_factory=dict)
@@ -200,13 +203,15 @@ class Plan:
         self.lay_out(layers.values(), dtype, torch.device("cpu"))
         return Table({key: self._typed[id(layer), dtype][1] for key, layer in layers.items()}, scalings)
 
-    def listed(self, key: str, rows: int, dtype: torch.dtype) -> Prepared | None:
-        """What the mix says of a layer that is given so many rows, all that there are; None: nothing, or not all."""
+    def listed(self, layer_rows: LayerRows) -> Prepared | None:
+        """What the mix lists for a layer that gets all rows of the step. Returns None if the mix lists nothing there,
+        or not everything."""
+        key, dtype, _ = layer_rows
         few = None if self.mix is None else self.mix.at(key, dtype)
         if few is None:
             return None
-        found = self.kept[key, rows] = Prepared((), (), few)
-        return found
+        prepared = self.kept[layer_rows] = Prepared((), (), few)
+        return prepared
 
     def lay_out(self, layers: Iterable[Factored], dtype: torch.dtype, device: torch.device) -> None:
         """The factors of one adapter, one behind the other, before they are asked for one by one."""
