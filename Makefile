@@ -1,7 +1,7 @@
 # make demo    fine-tune a small real model here, see before and after
 # make test    checks and tests     make check   the checks alone
 # make docs    the pages as a site, in build/site
-# make soak    the loops of tests/soak at their full counts (hours)
+# make soak    the loops of tests/soak for hours; Ctrl-C stops them, the next call goes on
 # make bench   benchmarks/run.py         make gpu     benchmarks/gpu: all that a GPU can show, in 25 minutes
 #
 # PYTHON=python3.12 picks an interpreter, VENV=/some/where another virtual environment, JOBS=4 how many processes test
@@ -36,7 +36,7 @@ docs: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: $(VENV)/.ready-soak
-	VENEER_SOAK=1 $(BIN)/python -m pytest tests/soak tests/processes tests/test_native_calls.py
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/run.py

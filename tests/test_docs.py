@@ -24,7 +24,7 @@ PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", *sorted(ROOT.glob("d
 PAGES = [page for page in PAGES if page.name != "about.md"]  # the head of another
 WITH_COMMANDS = [page for page in PAGES if page.name != "errors.md"]  # whose blocks are what is said
 PROGRAMS = {"veneer", "pip", "python", "make", "git", "curl", "torchrun", "docker", "mkdocs", "for", ".ci/run"}
-PROGRAMS |= {"VENEER_SOAK_KILLS=50", "VENEER_SOAK=1"}
+PROGRAMS |= {"VENEER_SOAK_KILLS=50", ".venv/bin/python"}
 ELSEWHERE = {"several_machines.md": "tests/soak/test_recipes.py runs its blocks"}
 
 

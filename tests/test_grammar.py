@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.tiny import tiny_base
 from veneer.bases.kept import cache_folder
 from veneer.decoding.adapters import Fixed
@@ -107,8 +107,9 @@ def test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut(which, request
     tokenizer = base.tokenizer if which == "tiny" else request.getfixturevalue("smollm")
     stop = tokenizer.eos_token_id
     grammars, ended = Grammars(tokenizer, rows=len(tokenizer), stops=[stop]), 0
-    draw, many = random.Random(which), count("schemas", ci=200, soak=5000)
-    for _ in range(many):
+    numbers = rounds("schemas", ci=200)
+    for number in numbers:
+        draw = random.Random(f"{which} {number}")
         wanted = {"$defs": {"d": {"type": "integer", "minimum": 0, "maximum": 99}}, **schema(draw)}
         grammar = grammars.schema(wanted)
         answer = sampled(grammar, draw, 150, stop)
@@ -117,7 +118,7 @@ def test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut(which, request
             text = tokenizer.decode(answer)
             assert not grammar.faults(text), (wanted, text)
             json.loads(text)
-    assert ended > many * 0.5
+    assert ended > len(numbers) * 0.5
 
 
 def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(base, grammars):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from veneer.kernels import (
     block_calls,
     calls,
@@ -178,7 +178,7 @@ def test_shares_of_a_document_that_c_would_count_for_ever_are_refused(splits):
 
 def test_spoiled_calls_are_refused_or_stay_within_their_tensors():
     refused = computed = 0
-    for seed in range(count("calls", ci=100, soak=20_000)):
+    for seed in rounds("calls", ci=100):
         more = fuzz_calls(seed)
         refused, computed = refused + more[0], computed + more[1]
     assert refused > computed > 0

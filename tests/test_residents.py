@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.test_engine import alone
 from tests.test_formats_adapter import IDS
 from tests.test_methods import move
@@ -466,7 +466,7 @@ def test_what_is_unloaded_leaves_nothing_behind_however_often(library):
     served.quiet()
     before = live()
     plain = {path: type(module) for path, module in served.base.model.named_modules()}
-    for number in range(count("unloads", ci=24, soak=1000)):
+    for number in rounds("unloads", ci=24):
         name = names[number % len(names)]
         served.add(name, new=2, prompt=PROMPT[:3])
         served.run()
@@ -608,7 +608,7 @@ def test_forwards_of_another_thread_see_nothing_of_what_comes_and_goes(library):
     thread = threading.Thread(target=compute)
     thread.start()
     try:
-        for _ in range(count("exchanges", ci=6, soak=300)):
+        for _ in rounds("exchanges", ci=6):
             for name in ("b", "prefix", "bottleneck", "dora", "c"):
                 residents.load(name)
             for name in ("b", "prefix", "bottleneck", "dora", "c"):
@@ -621,7 +621,7 @@ def test_forwards_of_another_thread_see_nothing_of_what_comes_and_goes(library):
 
 def test_any_traffic_ends_each_request_once_and_within_the_budget(library, right):
     """Requests, cancellations, loads, unloads and pins in any order, room for few."""
-    for seed in range(count("tiers", ci=4, soak=200)):
+    for seed in rounds("tiers", ci=4):
         draw = random.Random(seed)
         served = Served(library, room=draw.choice([2, 3]), limits=LoadLimits(max_overtaken=2), rows=draw.choice([1, 3]))
         names, asked, ended = [*ALIKE, "low", "prefix", "tiny"], {}, []

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.tiny import save_tiny
 from veneer.child import environment_for
 from veneer.train.launch import GRACE_SECONDS, listening
@@ -34,9 +34,9 @@ RUNS = {
     "full": {"method": {"name": "full"}, "learning_rate": 1e-3, "dtype": "bfloat16"},
     "lora plus": {"method": {"name": "lora", "rank": 2, "lr_ratio": 4.0}, "order": "shuffled", "weight_decay": 0.1},
 }
-HERE = {name: RUNS[name] for name in [*RUNS][: count("processes", ci=3, soak=len(RUNS))]}
-STANDING = pytest.mark.skipif(count("standing", ci=0, soak=1) == 0, reason="waits for who never comes: make soak")
-MANY = pytest.mark.skipif(count("processes", ci=0, soak=1) == 0, reason="starts many processes: make soak")
+HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]}
+STANDING = pytest.mark.skipif(not rounds("standing", ci=0), reason="waits for who never comes: make soak")
+MANY = pytest.mark.skipif(not rounds("processes", ci=0), reason="starts many processes: make soak")
 PLAIN = {f"plain {name}": {**RUNS[name], "reduce": "plain"} for name in ("lora", "full")}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.packed_folders import write_gptq
 from tests.processes.test_processes import RUNS, losses, settings, told, values, world
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.tiny import save_tiny
 from veneer.errors import ConfigError, RefusedError
 from veneer.shards import Shards, make_whole
@@ -33,10 +33,10 @@ SHARDED = {
 }
 
 
-WHOLE = pytest.mark.skipif(count("shards", ci=0, soak=1) == 0, reason="starts many processes: make soak")
-HERE = {name: SHARDED[name] for name in [*SHARDED][: count("shards", ci=3, soak=len(SHARDED))]}
+WHOLE = pytest.mark.skipif(not rounds("shards", ci=0), reason="starts many processes: make soak")
+HERE = {name: SHARDED[name] for name in [*SHARDED][: len(rounds("shards", ci=3))]}
 EXACT = [*HERE]
-FAILING = ["lora", "full"][: count("shards", ci=1, soak=2)]
+FAILING = ["lora", "full"][: len(rounds("shards", ci=1))]
 HERE["plain full"] = {**SHARDED["full"], "reduce": "plain"}
 
 

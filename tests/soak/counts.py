@@ -1,15 +1,29 @@
-"""How often the loops of this folder run: a few times in `make test`, the full count in `make soak`.
+"""How many rounds the loops of this folder run: a few in `make test`, any number in `make soak`.
 
-VENEER_SOAK=1        every loop its full count
-VENEER_SOAK_KILLS=50 this loop (called "kills") fifty times, whatever the other says
+A round is one number, and the number is the seed: the same number is the same round everywhere. `python -m tests.soak`
+runs the loops in slices and sets, for each slice:
+
+VENEER_SOAK_KILLS=50        rounds of the loop "kills"
+VENEER_SOAK_FIRST=200       number of the first round
+
+Without them a loop runs its few rounds from number 0.
 """
 
 import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def count(name: str, *, ci: int, soak: int) -> int:
-    """Rounds of the loop called `name`."""
-    own = os.environ.get(f"VENEER_SOAK_{name.upper()}")
-    if own is not None:
-        return int(own)
-    return soak if os.environ.get("VENEER_SOAK") == "1" else ci
+def rounds(name: str, *, ci: int) -> range:
+    """Returns the numbers of the rounds to run of the loop `name`."""
+    number = int(os.environ.get(f"VENEER_SOAK_{name.upper()}", ci))
+    first = int(os.environ.get("VENEER_SOAK_FIRST", "0"))
+    return range(first, first + number)
+
+
+def chosen(cases: Sequence[T], name: str, *, ci: int) -> list[T]:
+    """Returns the cases to run of a loop whose rounds are the cases of a list; none behind its end."""
+    numbers = rounds(name, ci=ci)
+    return list(cases[numbers.start : numbers.stop])

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.soak.counts import count
+from tests.soak.counts import chosen
 from tests.test_accelerator import DEVICES, base_on, on, trains_evaluates_and_decodes
 from tests.test_accelerator import _whatever_this_machine_has as _no_kernels  # noqa: F401
 from tests.test_methods import BASES, METHODS
@@ -13,7 +13,7 @@ from veneer.errors import ConfigError
 
 FORMATS = {**BASES, **{family: (family, BASES["llama float32"][1]) for family in FAMILIES}}
 CELLS = [(device, method, base) for device in DEVICES for base in FORMATS for method in METHODS]
-CHOSEN = random.Random(0).sample(CELLS, min(count("accelerator", ci=5, soak=10_000), len(CELLS)))
+CHOSEN = chosen(random.Random(0).sample(CELLS, len(CELLS)), "accelerator", ci=5)
 
 
 @pytest.mark.parametrize(("device", "method", "base"), CHOSEN, ids=map("-".join, CHOSEN))

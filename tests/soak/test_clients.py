@@ -10,12 +10,13 @@ from random import Random
 import httpx
 
 from tests.serve.server import BASE, add_adapter, running
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from veneer.decoding.scheduler import Limits
 from veneer.library.library import Library
 
-CLIENTS = count("clients", ci=8, soak=200)
-ACTIONS = count("client_actions", ci=8, soak=40)
+NUMBERS = rounds("clients", ci=8)
+CLIENTS = len(NUMBERS)
+ACTIONS = 8
 CHAT = "/v1/chat/completions"
 NAMES = ["one", "two", "three", "four"]
 
@@ -102,7 +103,7 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
         add_adapter(library, tmp_path / name, name, seed)
     limits = Limits(rows=8, step_tokens=64, max_waiting=32, max_adapters=3)
     with running(library, limits=limits, tokens=2048) as server, ThreadPoolExecutor(CLIENTS) as pool:
-        clients = [Client(server, library, tmp_path, number) for number in range(CLIENTS)]
+        clients = [Client(server, library, tmp_path, number) for number in NUMBERS]
         began = time.monotonic()
         ended = sum(pool.map(Client.run, clients), Counter())
         assert ended.total() == CLIENTS * ACTIONS, ended

@@ -5,13 +5,13 @@ import weakref
 
 from tests.helpers import fill
 from tests.serve.server import made_base, running
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from veneer.adapters.config import LoRA
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
 from veneer.train.records import process_memory_bytes
 
-CYCLES = count("cycles", ci=12, soak=1000)
+CYCLES = len(rounds("cycles", ci=12))
 WARM = 10
 """Cycles until what is made once is made: threads, caches, the allocator's own pages."""
 NAMES = ["one", "two", "three"]

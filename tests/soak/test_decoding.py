@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.test_decoding_blocks import Books
 from tests.test_decoding_traffic import Traffic
 
@@ -12,7 +12,7 @@ from tests.test_decoding_traffic import Traffic
 @pytest.mark.parametrize("machine", [Books, Traffic])
 def test_any_calls_in_any_order_leave_the_books_right(machine):
     longer = settings(
-        max_examples=count("decoding", ci=3, soak=5000),
+        max_examples=len(rounds("decoding", ci=3)),
         stateful_step_count=100,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -1,15 +1,14 @@
 """Random requests of random adapters through one engine: each answer is the one that its request gets alone.
 
 A mix: adapters of random methods on one base, identities of none, one or two of them; requests with common beginnings,
-several choices, every kind of sampling, stops; few or many rows, blocks and tokens a step. VENEER_SOAK_ENGINE sets how
-many.
+several choices, every kind of sampling, stops; few or many rows, blocks and tokens a step.
 """
 
 import random
 
 import pytest
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.soak.test_mixes import FAMILIES, for_a_group, some_adapters
 from tests.tiny import tiny_base
 from veneer.adapters.config import Prefix
@@ -69,7 +68,7 @@ def what(answers):
     return [(a.new, a.reason, a.logprobs) for a in answers]
 
 
-@pytest.mark.parametrize("number", range(count("engine", ci=4, soak=500)))
+@pytest.mark.parametrize("number", rounds("engine", ci=4))
 def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
     draw = random.Random(number)
     base = tiny_base(draw.choice(FAMILIES))

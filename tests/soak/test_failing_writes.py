@@ -3,7 +3,7 @@
 Afterwards: an exit code of the contract and a message, no traceback; what stood there before is as it was; the
 libraries verify; nothing half-written is visible; and the same command, given again, does what it should have done.
 Calls are failed below the libraries that make them (failing_writes.c), so those of safetensors and tokenizers are among
-them. VENEER_SOAK_WRITES sets how many cases run, VENEER_SOAK_SEED which.
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.soak.world import FROM_LIBRARY, READING, copy_world, make_world, run, train
 from veneer.files.atomic import verify_manifest
 from veneer.library.library import Library
@@ -220,16 +220,22 @@ def commands(tmp_path_factory):
 
 
 def test_whichever_write_fails_it_is_told_nothing_is_lost_and_the_command_can_be_repeated(commands):
-    rounds = count("writes", ci=len(COMMANDS) + 12, soak=300)
-    generator = random.Random(count("seed", ci=0, soak=0))
-    lines = COMMANDS | (SLOW if rounds >= 300 else {})
-    if only := os.environ.get("VENEER_SOAK_ONLY"):
-        lines = {name: line for name, line in (COMMANDS | SLOW).items() if name in only.split(",")}
+    assert_no_faults(commands, COMMANDS, rounds("writes", ci=len(COMMANDS) + 12))
+
+
+@pytest.mark.skipif(not rounds("slow_writes", ci=0), reason="takes minutes: make soak")
+def test_whichever_write_of_a_comparison_fails_nothing_is_lost(commands):
+    assert_no_faults(commands, SLOW, rounds("slow_writes", ci=0))
+
+
+def assert_no_faults(commands: Commands, lines: dict[str, str], numbers: range) -> None:
+    """Lets one call of one command fail in each round and looks for everything that should not be there."""
     expected: dict[str, tuple[Outcome, dict[str, str]]] = {}
     outcomes: Counter[str] = Counter()
     faults: list[str] = []
-    order = [list(lines)[turn % len(lines)] for turn in range(rounds)]
-    for name in order:
+    for turn in numbers:
+        name = list(lines)[turn % len(lines)]
+        generator = random.Random(turn)
         if name not in expected:
             commands.restore()
             clean = commands.run(lines[name])
@@ -241,11 +247,11 @@ def test_whichever_write_fails_it_is_told_nothing_is_lost_and_the_command_can_be
         k = generator.randint(1, clean.calls)
         outcome, found = one_case(commands, lines[name], whole, k=k, number=number, mode=mode)
         outcomes["done all the same" if outcome.code == 0 else f"exit code {outcome.code}"] += 1
-        case = f"{name}: call {k} of {clean.calls} ({outcome.where}) {errno.errorcode[number]}, {mode}"
+        case = f"{turn}, {name}: call {k} of {clean.calls} ({outcome.where}) {errno.errorcode[number]}, {mode}"
         faults += [f"{case}: {fault}" for fault in found]
-        if found and os.environ.get("VENEER_SOAK_TALK"):
+        if found:
             print(f"--- {case} -> {outcome.code}\n{outcome.said[-3000:]}\n" + "\n".join(found), flush=True)
-    print(f"\n{len(order)} failing writes in {len(lines)} commands: {dict(outcomes)}, {len(faults)} faults")
+    print(f"\n{len(numbers)} failing writes in {len(lines)} commands: {dict(outcomes)}, {len(faults)} faults")
     assert not faults, "\n".join(faults)
 
 

@@ -6,7 +6,7 @@ import torch
 from tests.families import IDS, family_base, measure, names
 from tests.families_page import PAGE, rows_of
 from tests.helpers import fill, make_examples
-from tests.soak.counts import count
+from tests.soak.counts import chosen
 from veneer.adapters.acting import TokenKeys
 from veneer.adapters.config import LoRA
 from veneer.models.checkpointing import checkpointed
@@ -16,7 +16,7 @@ from veneer.models.step import batch_loss, batch_of, parts_of
 pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("name", names()[: count("families", ci=0, soak=len(names()))])
+@pytest.mark.parametrize("name", chosen(names(), "families", ci=0))
 def test_every_family_agrees_with_transformers_and_peft_or_says_why_not(name):
     found = measure(name)
     assert not found.wrong
@@ -38,7 +38,7 @@ HYBRIDS = {
 """Family -> a projection of its layers that carry a state from token to token."""
 
 
-@pytest.mark.parametrize("name", list(HYBRIDS)[: count("hybrids", ci=0, soak=len(HYBRIDS))])
+@pytest.mark.parametrize("name", chosen(list(HYBRIDS), "hybrids", ci=0))
 def test_layers_with_a_state_are_adapted_and_checkpointing_changes_no_bit_of_them(name):
     base = family_base(name)
     dropout = 0.0 if name == "nemotron_h" else 0.2  # refused there: beside experts without a gate

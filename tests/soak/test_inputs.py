@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import io
 import json
-import os
 import shutil
 import signal
 import sys
@@ -25,7 +24,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import fill
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.soak.inputs import KINDS
 from tests.soak.inputs_packed import make_packed
 from tests.soak.world import make_world, run
@@ -39,7 +38,6 @@ from veneer.models.load import load_base
 CONTRACT = {0, 2, 3, 4, 5, 130}
 SECONDS, SECONDS_WAITED = 60, 900
 """Of computing: nothing here takes more than a few. Others at work on the machine make it wait, but not for ever."""
-FIRST = int(os.environ.get("VENEER_SOAK_FIRST", "0"))
 
 if sys.platform == "win32":
     pytest.skip("needs an alarm", allow_module_level=True)
@@ -121,7 +119,7 @@ def test_every_input_ends_in_an_exit_code_of_the_contract(
     codes: Counter[tuple[str, int | str]] = Counter()
     failed: list[str] = []
     try:
-        for number in range(FIRST, FIRST + count("inputs", ci=300, soak=200_000)):
+        for number in rounds("inputs", ci=300):
             kind = list(KINDS)[number % len(KINDS)]
             folder = tmp_path / "input"
             folder.mkdir()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import start_veneer
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.soak.world import FROM_LIBRARY, make_world
 from veneer.files.atomic import verify_manifest
 from veneer.library.library import Library
@@ -80,7 +80,7 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize("seed", range(count("kills", ci=2, soak=200)))
+@pytest.mark.parametrize("seed", rounds("kills", ci=2))
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_never_was(seed, world, whole, tmp_path):
     reference, seconds = whole
     chance = random.Random(seed)
@@ -138,7 +138,7 @@ def place(world, out):
     return out
 
 
-@pytest.mark.parametrize("seed", range(count("kills_of_others", ci=2, soak=100)))
+@pytest.mark.parametrize("seed", rounds("kills_of_others", ci=2))
 def test_a_command_that_is_killed_and_given_again_leaves_what_it_should(seed, world, results, tmp_path):
     chance = random.Random(1000 + seed)
     name = sorted(COMMANDS)[seed % len(COMMANDS)]

@@ -2,7 +2,7 @@
 
 A mix: adapters of random methods, ranks and targets on one base; groups of random rows, each with its own adapters and
 weights, or with none; packed with or without shared prompts, or padded; with or without dropout. Rows without an
-adapter are the base's to the bit. VENEER_SOAK_MIXES sets how many.
+adapter are the base's to the bit.
 """
 
 import random
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import make_examples
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.test_methods import move
 from tests.tiny import tiny_model
 from veneer.adapters.acting import Applied, TokenKeys
@@ -112,7 +112,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor, least: float = 1e-6) -> f
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(least))
 
 
-@pytest.mark.parametrize("number", range(count("mixes", ci=24, soak=500)))
+@pytest.mark.parametrize("number", rounds("mixes", ci=24))
 def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
     draw = random.Random(number)
     family = draw.choice(FAMILIES)

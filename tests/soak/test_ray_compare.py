@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import veneer
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.test_compare import write_rows
 from tests.tiny import save_tiny
 from veneer.compare.ray_place import OnRay
@@ -28,10 +28,10 @@ from veneer.train.checkpoint import numbers
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
 
-ROUNDS = count("ray", ci=0, soak=3)
+ROUNDS = rounds("ray", ci=0)
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'veneer[ray]'"),
-    pytest.mark.skipif(not ROUNDS, reason="minutes: VENEER_SOAK_RAY=1, or make soak"),
+    pytest.mark.skipif(not ROUNDS, reason="takes minutes: make soak"),
 ]
 GIB = 2**30
 TIMES = (
@@ -133,7 +133,7 @@ def wait_for_a_checkpoint(store: Path) -> None:
     raise AssertionError("no checkpoint was gathered")
 
 
-@pytest.mark.parametrize("round", range(max(ROUNDS, 1)))
+@pytest.mark.parametrize("round", ROUNDS or [0])
 def test_a_node_that_is_lost_in_the_middle_changes_no_figure(
     round: int, cluster: Any, asked: Any, here: Any, tmp_path: Path
 ) -> None:

@@ -20,15 +20,15 @@ import httpx
 import pytest
 
 from tests.serve.server import add_adapter
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.tiny import save_tiny
 from veneer import api
 from veneer.library.library import Library
 
-ROUNDS = count("ray", ci=0, soak=3)
+ROUNDS = rounds("ray", ci=0)
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'veneer[ray]'"),
-    pytest.mark.skipif(not ROUNDS, reason="minutes: VENEER_SOAK_RAY=1, or make soak"),
+    pytest.mark.skipif(not ROUNDS, reason="takes minutes: make soak"),
 ]
 HELLO = [{"role": "user", "content": "hello"}]
 ADAPTERS = ("a", "b", "c", "d")
@@ -96,7 +96,7 @@ def lose(cluster: Any, node: Any) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-@pytest.mark.parametrize("round", range(max(ROUNDS, 1)))
+@pytest.mark.parametrize("round", ROUNDS or [0])
 def test_a_replica_that_is_lost_costs_no_request_and_one_that_ends_drains(
     round: int, server: Any, cluster: Any, places: Path
 ) -> None:

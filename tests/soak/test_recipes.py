@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.soak.counts import count
+from tests.soak.counts import chosen
 from tests.test_compare import write_rows
 from tests.tiny import save_tiny
 from veneer.child import environment_for
@@ -21,7 +21,7 @@ from veneer.train.launch import listening
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "several_machines.md").read_text()
 LAUNCHERS = ["SLURM", "Kubeflow TrainJob", "SkyPilot", "ssh alone"]
-RUN = LAUNCHERS[: count("recipes", ci=0, soak=len(LAUNCHERS))]
+RUN = chosen(LAUNCHERS, "recipes", ci=0)
 SCONTROL = '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo 127.0.0.1 && echo 127.0.0.1\n'
 SRUN = """#!/bin/bash
 SLURM_PROCID=0 SLURM_NODEID=0 "$@" & a=$!

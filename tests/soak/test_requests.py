@@ -10,11 +10,11 @@ import pytest
 
 from tests.serve.generated import TABLES, body, mutated
 from tests.serve.server import BASE, add_adapter, running
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from veneer.decoding.scheduler import Limits
 from veneer.library.library import Library
 
-REQUESTS = count("requests", ci=120, soak=10_000)
+NUMBERS = rounds("requests", ci=120)
 AT_ONCE = 8
 MODELS = [BASE, "tickets", "tickets@1", f"{BASE}:tickets", "nobody"]
 
@@ -45,14 +45,14 @@ def test_no_request_is_a_fault_of_the_server(server, wrong, caplog):
 
     statuses = []
     with caplog.at_level(logging.ERROR), ThreadPoolExecutor(AT_ONCE) as pool:
-        for seed, path, text, status, data, events in pool.map(ask, range(REQUESTS)):
+        for seed, path, text, status, data, events in pool.map(ask, NUMBERS):
             where = f"seed {seed}: {path} {text[:500]!r} -> {status} {data} {events[-300:]}"
             assert status < 500, where
             assert '"error":{' not in events, where
             if status != 200:
                 assert data["error"].keys() == {"message", "type", "param", "code"}, where
             statuses.append(status)
-    print(f"{REQUESTS:,} requests, {'mutated' if wrong else 'made'}: {sorted(Counter(statuses).items())}")
+    print(f"{len(NUMBERS):,} requests, {'mutated' if wrong else 'made'}: {sorted(Counter(statuses).items())}")
     assert [record.getMessage() for record in caplog.records] == []
-    assert statuses.count(200) > (0 if wrong else REQUESTS // 10), statuses
+    assert statuses.count(200) > (0 if wrong else len(NUMBERS) // 10), statuses
     assert "vllm:num_requests_running" in server.http().get("/metrics").text

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.tiny import save_tiny
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config
@@ -89,7 +89,7 @@ def until(step, *, saved):
     return one, save
 
 
-@pytest.mark.parametrize("seed", range(count("resumes", ci=6, soak=200)))
+@pytest.mark.parametrize("seed", rounds("resumes", ci=6))
 def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(seed, world, tmp_path):
     chance = random.Random(seed)
     chosen = settings(chance, world)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.pages import Block, blocks
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ("tutorials/first_adapter.md", "../README.md", "tutorials/your_rows.md", "tutorials/seven_b.md")
@@ -37,7 +37,7 @@ ELSEWHERE = {
 SHORTER = {"veneer demo": "veneer demo --steps 2"}
 SERVERS: list[subprocess.Popen[bytes]] = []
 """Begun by a page and not yet ended."""
-ROUNDS = range(count("stranger", ci=0, soak=1))
+ROUNDS = rounds("stranger", ci=0)
 
 
 def copied(place: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import shutil
 import struct
@@ -22,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.soak.counts import count
+from tests.soak.counts import rounds
 from tests.soak.inputs_packed import LAYOUTS, make_packed, spoil
 from tests.tiny import save_tiny
 from tests.tiny_gguf import tiny, write_gguf
@@ -113,10 +112,10 @@ def read(source: Path, quantize: Quantize | None = None) -> bool:
 
 
 def test_settings_of_any_kind_and_size_are_read_or_refused(tmp_path: Path) -> None:
-    rng = random.Random(0)
     folders = {family: save_tiny(tmp_path / family, family) for family in FAMILIES}
     came_out = refused = 0
-    for number in range(count("settings", ci=120, soak=20_000)):
+    for number in rounds("settings", ci=120):
+        rng = random.Random(f"settings {number}")
         folder = folders[FAMILIES[number % len(FAMILIES)]]
         file = folder / SETTINGS[rng.choice([0, 0, 0, 1, 2, 3])]
         good = file.read_text()
@@ -134,12 +133,12 @@ def test_settings_of_any_kind_and_size_are_read_or_refused(tmp_path: Path) -> No
 
 
 def test_weight_files_with_spoiled_headers_are_read_or_refused(tmp_path: Path) -> None:
-    rng = random.Random(1)
     folder = save_tiny(tmp_path, "llama")
     file = folder / "model.safetensors"
     good = file.read_bytes()
     header = 8 + struct.unpack("<Q", good[:8])[0]
-    for _ in range(count("headers", ci=60, soak=20_000)):
+    for number in rounds("headers", ci=60):
+        rng = random.Random(f"headers {number}")
         file.write_bytes(spoiled_bytes(good, rng, header))
         read(folder)
     file.write_bytes(good)
@@ -147,14 +146,14 @@ def test_weight_files_with_spoiled_headers_are_read_or_refused(tmp_path: Path) -
 
 
 def test_states_of_packed_weights_of_any_kind_are_read_or_refused(tmp_path: Path) -> None:
-    rng = random.Random(2)
     folder = save_tiny(tmp_path, "llama", torch.bfloat16)
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     packed = file_tensors(name, quantize(weights.pop(name), name=name))
     key = next(key for key in packed if "quant_state" in key)
     state = json.loads(bytes(packed[key].numpy()))
-    for _ in range(count("states", ci=60, soak=10_000)):
+    for number in rounds("states", ci=60):
+        rng = random.Random(f"states {number}")
         value = with_value(state, rng.choice(list(places(state))), rng.choice(VALUES))
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         tensors = weights | packed | {key: text}
@@ -170,8 +169,7 @@ def test_states_of_packed_weights_of_any_kind_are_read_or_refused(tmp_path: Path
 def test_folders_that_others_packed_are_read_or_refused(tmp_path: Path) -> None:
     make_packed(tmp_path / "good")
     came_out = refused = 0
-    first = int(os.environ.get("VENEER_SOAK_FIRST", "0"))
-    for number in range(first, first + count("packed", ci=60, soak=10_000)):
+    for number in rounds("packed", ci=60):
         rng = random.Random(number)
         folder = shutil.copytree(tmp_path / "good" / rng.choice(sorted(LAYOUTS)), tmp_path / "changed")
         spoil(rng, folder)
@@ -189,11 +187,11 @@ def test_folders_that_others_packed_are_read_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_0])
 def test_spoiled_gguf_headers_are_read_or_refused(kind: Any, tmp_path: Path) -> None:
-    rng = random.Random(3)
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=kind)
     good = path.read_bytes()
     header = min(tensor.data_offset for tensor in gguf.GGUFReader(path).tensors)
-    for _ in range(count("gguf", ci=150, soak=40_000)):
+    for number in rounds("gguf", ci=150):
+        rng = random.Random(f"gguf {number}")
         path.write_bytes(spoiled_bytes(good, rng, header))
         try:
             read_header(path)
@@ -202,12 +200,12 @@ def test_spoiled_gguf_headers_are_read_or_refused(kind: Any, tmp_path: Path) -> 
 
 
 def test_spoiled_gguf_files_become_a_base_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(4)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
     good = path.read_bytes()
     fields = [field.offset for field in gguf.GGUFReader(path).fields.values()]
-    for _ in range(count("gguf_bases", ci=25, soak=3000)):
+    for number in rounds("gguf_bases", ci=25):
+        rng = random.Random(f"gguf_bases {number}")
         raw = bytearray(good)
         at = rng.choice(fields)  # a key's name, type or value
         at += rng.randrange(8, 60)
