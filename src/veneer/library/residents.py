@@ -7,6 +7,7 @@ runs is for the requests behind it. What no name means any more goes as soon as 
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,10 +117,21 @@ class Residents:
         self._tiers.wait(identity, seconds)
         return identity
 
-    def unload(self, name: str) -> bool:
-        """It goes when nobody uses it, pinned or not, and is read again when somebody asks. False: it was not there."""
-        content = self._unpinned(name)
-        return content is not None and self._tiers.leave(content)
+    def unload(self, name: str, *, keep: Collection[str] = ()) -> bool:
+        """Unloads a version, or every version if the name has none: each goes when nobody uses it, pinned or not, and
+        is read again when somebody asks. keep: references whose versions stay.
+
+        False: none was in memory. UnknownNameError: no such name.
+        """
+        contents = [] if name in keep else [self._unpinned(name)]
+        with self._lock:
+            kept = {self._meant[each] for each in keep if each in self._meant}
+            versions = [each for each in self._meant if each.startswith(f"{name}@") and each not in keep]
+        for reference in versions:
+            with suppress(UnknownNameError):  # removed from the library since
+                contents.append(self._unpinned(reference))
+        left = [self._tiers.leave(content) for content in contents if content is not None and content not in kept]
+        return any(left)
 
     def pin(self, name: str, *, seconds: float = 60.0) -> None:
         """Into memory, and it stays there whatever the budget says; of a name the version that it means by then."""

@@ -111,7 +111,7 @@ def _routes(service: Service) -> list[Route]:
         wanted = loaded(body)
         await service.apart(lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place))
         await service.load(wanted.reference)
-        return PlainTextResponse(service.names.add(wanted.name, wanted.reference))
+        return PlainTextResponse(service.names.add(wanted.name, wanted.reference, in_place=wanted.in_place))
 
     async def unload(body: dict[str, Any], request: Request) -> Response:
         name = unloaded(body)

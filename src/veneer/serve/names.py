@@ -4,14 +4,15 @@
     tickets                 the newest version of an adapter;  tickets@2, tickets@best: that one
     smollm2-135m:tickets    the same, as SGLang's clients write it
 
-What /v1/load_lora_adapter adds are further names of adapters in the library, and what /v1/unload_lora_adapter takes
-away is a name: files stay. Nothing here is a path.
+/v1/load_lora_adapter adds an alias: a further name of an adapter in the library. It comes before an adapter that is
+published under the same name later. /v1/unload_lora_adapter takes a name away: an alias, or an adapter with all its
+versions, which the server hides until it is loaded again. Files stay. Nothing here is a path.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,13 +24,16 @@ from veneer.library.library import Entry, Library
 from veneer.library.names import is_name, is_reference
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
-MOST_ADDED = 1000
+MAX_ALIASES = 1000
 NO_PATH = "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an address."
 LOADED = "Success: LoRA adapter '{}' added successfully."
 ALREADY = (
     "The lora adapter '{}' has already been loaded. "
     "If you want to load the adapter in place, set 'load_inplace' to True."
 )
+NO_NAME = "lora_name is no name for an adapter: a-z, 0-9, single . - _ between."
+VERSION = "lora_name is a version of an adapter. Names are loaded and unloaded: {0!r}, with all its versions."
+BASE_STAYS = "lora_name is the base. {!r} is always served, and no adapter is loaded under its name."
 UNLOADED = "Success: LoRA adapter '{}' removed successfully."
 
 
@@ -38,7 +42,7 @@ class Adapters(Protocol):
 
     def resolve(self, name: str, weight: float = 1.0) -> Identity: ...
 
-    def unload(self, name: str) -> bool: ...
+    def unload(self, name: str, *, keep: Collection[str] = ()) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Names:
         self.base_name, self._digest = base_name, base_digest
         self._library, self._adapters = library, adapters
         self._created, self._positions = created, positions
-        self._added: dict[str, str] = {}
+        self._aliases: dict[str, str] = {}
         self._hidden: set[str] = set()
         self._lock = threading.Lock()
 
@@ -102,13 +106,16 @@ class Names:
 
     def reference(self, name: str) -> str:
         """Of the library. Refusal: 404, the same for what is not there and for what was taken away."""
-        own = name.removeprefix(f"{self.base_name}:")
+        own = self._without_base(name)
         with self._lock:
-            reference = self._added.get(own, own)
-            hidden = own not in self._added and own.partition("@")[0] in self._hidden
+            reference = self._aliases.get(own, own)
+            hidden = own not in self._aliases and own.partition("@")[0] in self._hidden
         if hidden or not is_reference(reference):
             raise unknown_model(name)
         return reference
+
+    def _without_base(self, name: str) -> str:
+        return name.removeprefix(f"{self.base_name}:")
 
     def entry(self, name: str) -> Entry:
         """Of the library. Refusal: 404."""
@@ -129,11 +136,13 @@ class Names:
 
     def _entries(self) -> Iterator[tuple[str, Entry]]:
         with self._lock:
-            hidden, added = set(self._hidden), dict(self._added)
+            hidden, aliases = set(self._hidden), dict(self._aliases)
         for entry in self._library.entries():
-            if entry.name not in hidden and entry.version.facts.base_digest in (None, self._digest):
+            if entry.name in hidden or entry.name in aliases:
+                continue
+            if entry.version.facts.base_digest in (None, self._digest):
                 yield f"{self.base_name}:{entry.name}" if entry.name == self.base_name else entry.name, entry
-        for name, reference in sorted(added.items()):
+        for name, reference in sorted(aliases.items()):
             try:
                 yield name, self._library.get(reference)
             except VeneerError:  # removed since
@@ -173,38 +182,60 @@ class Names:
         """Whether the name may mean the adapter. Refusal: 400, 404, 409."""
         if not is_reference(reference):
             raise Refusal(400, NO_PATH, "lora_path")
-        if not is_name(name) or name == self.base_name:
-            raise Refusal(400, "lora_name is no name for an adapter: a-z, 0-9, single . - _ between.", "lora_name")
+        own = self._adapter_name(name)
+        if own == self.base_name != reference:
+            raise Refusal(400, BASE_STAYS.format(own), "lora_name")
         try:
             self._library.get(reference)
         except ConfigError as fault:
             raise unknown_adapter(fault) from None
+        if reference != own and self._library.has(own):
+            raise Refusal(409, f"The library has an adapter {own!r} of its own.", "lora_name", "already_loaded")
         with self._lock:
-            before, added = self._added.get(name), len(self._added)
-        if reference != name and self._library.has(name):
-            raise Refusal(409, f"The library has an adapter {name!r} of its own.", "lora_name", "already_loaded")
-        if before not in (None, reference) and not in_place:
-            raise Refusal(409, ALREADY.format(name), "lora_name", "already_loaded")
-        if added >= MOST_ADDED:
-            raise Refusal(409, f"{MOST_ADDED:,} names have been added, as many as may.", "lora_name")
+            self._check_alias(own, reference, in_place=in_place)
 
-    def add(self, name: str, reference: str) -> str:
-        """The name means the adapter from now on. Returns what is said."""
+    def _adapter_name(self, name: str) -> str:
+        """The name without the base's in front. Refusal: it names the base, a version, or cannot be a name."""
+        own = self._without_base(name)
+        if name == self.base_name:
+            raise Refusal(400, BASE_STAYS.format(name), "lora_name")
+        if not is_name(own):
+            raise Refusal(400, VERSION.format(own.partition("@")[0]) if is_reference(own) else NO_NAME, "lora_name")
+        return own
+
+    def _check_alias(self, own: str, reference: str, *, in_place: bool) -> None:
+        """Whether the aliases leave room for this one. The lock is held. Refusal: 409."""
+        before = self._aliases.get(own)
+        if before not in (None, reference) and not in_place:
+            raise Refusal(409, ALREADY.format(own), "lora_name", "already_loaded")
+        if before is None and reference != own and len(self._aliases) >= MAX_ALIASES:
+            raise Refusal(409, f"{MAX_ALIASES:,} names have been added, which is the limit.", "lora_name")
+
+    def add(self, name: str, reference: str, *, in_place: bool = False) -> str:
+        """The name means the adapter from now on. Returns what vLLM answers. Refusal: 409, as `check` says."""
+        own = self._without_base(name)
         with self._lock:
-            self._hidden.discard(name)
-            if reference != name:
-                self._added[name] = reference
+            self._check_alias(own, reference, in_place=in_place)
+            self._hidden.discard(own)
+            if reference == own:  # the library's own adapter, in place of an alias of that name
+                self._aliases.pop(own, None)
+            else:
+                self._aliases[own] = reference
         return LOADED.format(name)
 
     def remove(self, name: str) -> str:
-        """The name means nothing any more, and the adapter may go. Returns what is said. Refusal: 404."""
-        reference = self.reference(name)
+        """Takes the name away: an alias alone, or an adapter with all its versions. Returns what vLLM answers.
+
+        Refusal: 400, or 404 if the name means nothing.
+        """
+        own = self._adapter_name(name)
         with self._lock:
-            added = self._added.pop(name, None) is not None
-        if not added:
-            _ = self.entry(name)
+            was_alias = self._aliases.pop(own, None) is not None
+        if not was_alias:
+            self.entry(name)
             with self._lock:
-                self._hidden.add(reference.partition("@")[0])
-        with suppress(VeneerError):  # the library has it no more
-            self._adapters.unload(reference)
+                self._hidden.add(own)
+                used = set(self._aliases.values())
+            with suppress(VeneerError):  # removed from the library since
+                self._adapters.unload(own, keep=used)
         return UNLOADED.format(name)
