@@ -251,11 +251,27 @@ def build_packed(
         )
     check_loaded(found.folder, built, info, quantizer.faults)
     placed(built)
-    quantizer.remove_quantization_config(built)  # for transformers it is an ordinary model with modules of ours
+    _forget_quantizer(built)
     for module in built.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False
-    built.config.name_or_path = str(found.folder)
+            module.name_or_path = module.config.name_or_path = str(found.folder)
     if (found.folder / "generation_config.json").is_file():
         built.generation_config = GenerationConfig.from_pretrained(found.folder, local_files_only=True)
     return built
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Removes every trace of the quantiser, so that the model is transformers' own but for packed modules.
+
+    Modelling code asks whether `_is_quantized` exists, not what it holds: where it does, Jamba's mixers call a module
+    whose weight they otherwise multiply by themselves. The names of the checkpoint's tensors stay, for save_pretrained.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
+    del model.is_quantized
+    if conversions is not None:
+        model._weight_conversions = conversions
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
