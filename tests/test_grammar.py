@@ -213,6 +213,8 @@ def test_each_answer_has_a_way_of_its_own(base, grammars):
         (lambda g: g.schema("[1]"), "is an object"),
         (lambda g: g.schema({"x": float("nan")}), "no JSON"),
         (lambda g: g.schema({"x": object()}), "no JSON"),
+        (lambda g: g.schema({"$schema": 5}), "the name of a draft is text"),
+        (lambda g: g.schema({"$schema": {"a": 1}}), "the name of a draft is text"),
         (lambda g: g.schema({"not": {"type": "string"}}), "not"),
         (lambda g: g.schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (lambda g: g.schema({"$ref": "http://localhost/x"}), "localhost"),
@@ -314,6 +316,24 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
 def test_the_last_word_is_the_whole_schemas(schema, right, wrong):
     check = JsonCheck(schema)
     assert check.faults(right) == [] and check.faults(wrong)
+
+
+def test_a_check_fails_on_no_keyword_of_any_type_in_any_draft():
+    from jsonschema import validators
+
+    drafts = ["", "http://json-schema.org/draft-03/schema#", "http://json-schema.org/draft-04/schema#"]
+    keywords = {"$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$vocabulary", "$defs", "definitions"}
+    odd = [5, None, "a", "http://[", "#/%", [], [1], {"": 1}, {"a": 5}, -1, 1e300, 10**400, True, "(", {"$ref": 5}]
+    for draft in drafts:
+        kind = validators.validator_for({"$schema": draft}, default=validators.Draft202012Validator)
+        for keyword in sorted(keywords | set(kind.VALIDATORS)):
+            for value in odd:
+                try:
+                    check = JsonCheck({"$schema": draft, keyword: value, "$ref": "x"} if draft else {keyword: value})
+                except ConfigError:
+                    continue
+                for text in ('{"a": 1}', "[1, 1]"):
+                    assert all(isinstance(fault, str) for fault in check.faults(text))
 
 
 def test_a_check_ends_whatever_the_schema_and_asks_nobody():

@@ -224,6 +224,8 @@ def test_one_that_is_closing_refuses_a_full_queue_is_429_and_nobody_is_503(serve
         (b"", ""),
         (b"\xff", ""),
         (b'{"model": "a", "adapters": 7}', "a"),
+        (b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ""),
+        (b'{"model": ' + b"9" * 5000 + b"}", ""),
     ],
 )
 def test_affinity_goes_by_the_name_in_the_body_whatever_else_is_in_it(body: bytes, model: str) -> None:

@@ -33,11 +33,16 @@ class JsonCheck:
         from jsonschema.validators import Draft202012Validator, validator_for
 
         self._schema = schema
-        self._kind = validator_for(schema, default=Draft202012Validator)
+        draft = schema.get("$schema", "") if isinstance(schema, Mapping) else ""
+        if not isinstance(draft, str):
+            raise ConfigError("this is no JSON schema", ["$schema: the name of a draft is text"])
         try:
+            self._kind = validator_for(schema, default=Draft202012Validator)
             self._kind.check_schema(schema)
         except SchemaError as fault:
             raise ConfigError("this is no JSON schema", [f"{fault.json_path}: {fault.message[:300]}"]) from None
+        except Exception as fault:  # an $id that is no address, say: jsonschema lets such errors through
+            raise ConfigError("this is no JSON schema", [f"{type(fault).__name__}: {str(fault)[:300]}"]) from None
         faults = []
         for source in _patterns(schema):
             try:
@@ -86,6 +91,8 @@ class JsonCheck:
             found.append("the schema is too entangled to be checked")
         except Unresolvable as fault:
             found.append(f"the schema refers to what it does not hold: {str(fault)[:100]}")
+        except Exception as fault:  # old drafts let keywords of any type pass, and jsonschema fails on these
+            found.append(f"the schema cannot be checked: {type(fault).__name__}: {str(fault)[:100]}")
         return found
 
 

@@ -10,7 +10,6 @@ which may be younger than they are, has not made yet.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -25,7 +24,9 @@ from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 from veneer.serve.adapters import card_of
 from veneer.serve.app import application
+from veneer.serve.body import parsed
 from veneer.serve.keys import Caller
+from veneer.serve.refusals import Refusal
 from veneer.serve.start import Settings, service_of
 
 log = logging.getLogger("veneer.serve")
@@ -158,10 +159,8 @@ def model_of(body: bytes) -> str:
     What the body is worth is the replica's to say.
     """
     try:
-        asked = json.loads(body)
-    except ValueError:
-        return ""
-    if not isinstance(asked, dict):
+        asked = parsed(body)
+    except Refusal:
         return ""
     parts = asked.get("adapters")
     names = [each.get("name") for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
