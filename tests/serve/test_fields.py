@@ -7,7 +7,7 @@ import pytest
 
 from tests.serve.generated import TABLES, body, mutated
 from veneer.bounds import TEMPERATURE, TOKEN
-from veneer.serve import chat, completions, messages, responses
+from veneer.serve import chat, completions, fields, messages, responses
 from veneer.serve.body import parsed
 from veneer.serve.fields import (
     Either,
@@ -23,7 +23,8 @@ from veneer.serve.fields import (
     Text,
     read_fields,
 )
-from veneer.serve.refusals import Refusal
+from veneer.serve.limits import MOST_FAULTS
+from veneer.serve.refusals import Fault, Refusal
 
 MODULES = {
     "/v1/chat/completions": chat,
@@ -65,9 +66,9 @@ def refused(path, changes):
     ids=lambda each: type(each).__name__,
 )
 def test_a_kind_takes_what_it_says_and_nothing_else(kind, good, bad):
-    assert [kind.faults(value, "x") for value in good] == [[]] * len(good)
+    assert [list(kind.faults(value, "x")) for value in good] == [[]] * len(good)
     for value in bad:
-        faults = kind.faults(value, "x")
+        faults = list(kind.faults(value, "x"))
         assert faults and all(fault.param.startswith("x") and str(fault).isprintable() for fault in faults), value
     assert kind.said
 
@@ -95,6 +96,36 @@ def test_all_faults_are_told_with_their_paths():
         assert said in fault.message
     assert fault.param == "temprature"
     assert fault.body["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("/v1/completions", {"prompt": [-1] * 10**6}),
+        ("/v1/completions", {"prompt": [[-1] * 10**5] * 10}),
+        ("/v1/completions", {f"temperatur{n}": 1 for n in range(10**5)}),
+        ("/v1/completions", {"logit_bias": {str(n): "x" for n in range(1024)}}),
+        ("/v1/chat/completions", {"messages": [{"role": "pirate"}] * 4096}),
+        ("/v1/chat/completions", {"chat_template_kwargs": {f"-{n}": 1 for n in range(10**5)}}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image"}] * 1024}] * 4096}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{}] * 1024}] * 4096}),
+    ],
+)
+def test_faults_beyond_a_bound_are_neither_told_nor_searched_for(path, wrong, monkeypatch):
+    made = []
+
+    class Counted(Fault):
+        def __init__(self, *told):
+            made.append(told)
+            super().__init__(*told)
+
+    monkeypatch.setattr(fields, "Fault", Counted)
+    looked_up = []
+    near = fields.difflib.get_close_matches
+    monkeypatch.setattr(fields.difflib, "get_close_matches", lambda *a, **k: looked_up.append(a) or near(*a, **k))
+    fault = refused(path, wrong)
+    assert len(fault.message) < 5000 and fault.message.count(";") <= MOST_FAULTS
+    assert len(made) <= 10 * MOST_FAULTS and len(looked_up) <= MOST_FAULTS + 1
 
 
 @pytest.mark.parametrize("path", TABLES)
@@ -274,6 +305,7 @@ def test_shapes_of_answers_are_read_from_each_dialect():
 @pytest.mark.parametrize(
     "text",
     [
+        b"{" + b",".join(b'"k%d": 0' % n for n in range(60_000)) + b', "k0": 0}',
         b"",
         b"[]",
         b"3",

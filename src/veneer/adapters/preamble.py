@@ -66,14 +66,14 @@ def given(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def variable_faults(variables: Mapping[str, Any]) -> list[str]:
     """Why a template cannot be told these."""
+    if len(variables) > MOST_VARIABLES:
+        return [f"there are {len(variables):,}, {MOST_VARIABLES} may be"]
     faults = [f"{name}: {why}" for name, why in _TAKEN.items() if name in variables]
     faults += [
         f"{str(name)[:40]!r} is no name of a variable"
         for name in variables
         if not (isinstance(name, str) and name.isidentifier() and len(name) <= 64) or name.startswith("_")
     ]
-    if len(variables) > MOST_VARIABLES:
-        faults.append(f"there are {len(variables)}, {MOST_VARIABLES} may be")
     if too_deep(dict(variables)):
         faults.append("a value is nested too deep")
     elif any(isinstance(inner, str) and not is_text(inner) for inner, _ in walk(dict(variables))):

@@ -10,24 +10,27 @@ refused by its name. null is a field that was not given.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from veneer.bounds import Number
 from veneer.files.nesting import is_text
+from veneer.serve.limits import MOST_FAULTS
 from veneer.serve.refusals import Fault, refuse
 
 _SHOWN = 40
 
 
 class Kind(Protocol):
-    """What values a field takes. said: in words. faults: all that is wrong with a value at this path."""
+    """What values a field takes. said: in words. faults: what is wrong with a value at this path, found one by one as
+    they are asked for, so that a body with a million faults costs no more than the few that are told."""
 
     @property
     def said(self) -> str: ...
 
-    def faults(self, value: Any, path: str) -> list[Fault]: ...
+    def faults(self, value: Any, path: str) -> Iterator[Fault]: ...
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,22 @@ class Num:
     def said(self) -> str:
         return self.bounds.said
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
         # A whole number may come as 4.0; text may not come as a number.
         number = isinstance(value, int | float) and not isinstance(value, bool)
         whole = number and (self.bounds.kind is float or value == int_of(value))
         held = whole and self.bounds.holds(int_of(value) if self.bounds.kind is int else value)
-        return [] if held else [Fault(path, f"{brief(value)} is not {self.said}")]
+        if not held:
+            yield Fault(path, f"{brief(value)} is not {self.said}")
 
 
 @dataclass(frozen=True)
 class Flag:
     said: str = "true or false"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
-        return [] if isinstance(value, bool) else [Fault(path, f"{brief(value)} is not {self.said}")]
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
+        if not isinstance(value, bool):
+            yield Fault(path, f"{brief(value)} is not {self.said}")
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,13 @@ class Text:
     def said(self) -> str:
         return f"text, {self.least or 'up'} to {self.most:,} characters" if self.most < 10**6 else "text"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if not isinstance(value, str):
-            return [Fault(path, f"{brief(value)} is not text")]
-        if not self.least <= len(value) <= self.most:
-            return [Fault(path, f"it has {len(value):,} characters: should be {self.said}")]
-        return [] if is_text(value) else [Fault(path, "it holds half a character, cut off in an escape")]
+            yield Fault(path, f"{brief(value)} is not text")
+        elif not self.least <= len(value) <= self.most:
+            yield Fault(path, f"it has {len(value):,} characters: should be {self.said}")
+        elif not is_text(value):
+            yield Fault(path, "it holds half a character, cut off in an escape")
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,9 @@ class Only:
     def said(self) -> str:
         return " or ".join(_json(value) for value in self.values)
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
-        if any(type(value) is type(each) and value == each for each in self.values):
-            return []
-        return [Fault(path, f"{brief(value)} is not {self.said}" + (f": {self.why}" if self.why else ""))]
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
+        if not any(type(value) is type(each) and value == each for each in self.values):
+            yield Fault(path, f"{brief(value)} is not {self.said}" + (f": {self.why}" if self.why else ""))
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,8 @@ class Refused:
     why: str
     said: str = "not taken"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
-        return [Fault(path, f"is not supported: {self.why}")]
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
+        yield Fault(path, f"is not supported: {self.why}")
 
 
 @dataclass(frozen=True)
@@ -122,14 +127,16 @@ class Listed:
     def said(self) -> str:
         return f"a list of {self.least or 'up'} to {self.most:,}: {self.of.said}"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if not isinstance(value, list):
-            return [Fault(path, f"{brief(value)} is not a list")]
-        if not self.least <= len(value) <= self.most:
-            return [Fault(path, f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}")]
-        if isinstance(self.of, Num) and self.of.bounds.holds_ints(value):  # a prompt's ids: thousands
-            return []
-        return [fault for n, each in enumerate(value) for fault in self.of.faults(each, f"{path}[{n}]")]
+            yield Fault(path, f"{brief(value)} is not a list")
+        elif not self.least <= len(value) <= self.most:
+            yield Fault(path, f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}")
+        elif isinstance(self.of, Num) and self.of.bounds.holds_ints(value):  # a prompt's ids: thousands
+            return
+        else:
+            for n, each in enumerate(value):
+                yield from self.of.faults(each, f"{path}[{n}]")
 
 
 @dataclass(frozen=True)
@@ -142,10 +149,11 @@ class Table:
     def said(self) -> str:
         return "{" + ", ".join(each.name for each in self.fields if not isinstance(each.kind, Refused)) + "}"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
-        if not isinstance(value, dict):
-            return [Fault(path, f"{brief(value)} is not an object")]
-        return table_faults(self.fields, value, f"{path}.")
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
+        if isinstance(value, dict):
+            yield from table_faults(self.fields, value, f"{path}.")
+        else:
+            yield Fault(path, f"{brief(value)} is not an object")
 
 
 @dataclass(frozen=True)
@@ -160,16 +168,16 @@ class Mapped:
     def said(self) -> str:
         return f"an object of up to {self.most:,} entries, from {self.key.said} to {self.of.said}"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if not isinstance(value, dict):
-            return [Fault(path, f"{brief(value)} is not an object")]
-        if len(value) > self.most:
-            return [Fault(path, f"it has {len(value):,} entries, {self.most:,} may be")]
-        return [
-            fault
-            for key, each in value.items()
-            for fault in (*self.key.faults(key, f"{path}.{brief(key)}"), *self.of.faults(each, f"{path}.{brief(key)}"))
-        ]
+            yield Fault(path, f"{brief(value)} is not an object")
+        elif len(value) > self.most:
+            yield Fault(path, f"it has {len(value):,} entries, {self.most:,} may be")
+        else:
+            for key, each in value.items():
+                place = f"{path}.{brief(key)}"
+                yield from self.key.faults(key, place)
+                yield from self.of.faults(each, place)
 
 
 @dataclass(frozen=True)
@@ -178,8 +186,9 @@ class AnyObject:
 
     said: str = "an object"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
-        return [] if isinstance(value, dict) else [Fault(path, f"{brief(value)} is not an object")]
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
+        if not isinstance(value, dict):
+            yield Fault(path, f"{brief(value)} is not an object")
 
 
 @dataclass(frozen=True)
@@ -195,15 +204,17 @@ class Tagged:
     def said(self) -> str:
         return f"an object of {self.tag} {', '.join(self.tables)}"
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if not isinstance(value, dict):
-            return [Fault(path, f"{brief(value)} is not an object")]
+            yield Fault(path, f"{brief(value)} is not an object")
+            return
         tag = value.get(self.tag, self.default)
         if not isinstance(tag, str) or tag not in self.tables:
             known = f"{brief(tag)} is not {' or '.join(self.tables)}" + (f": {self.why}" if self.why else "")
-            return [Fault(f"{path}.{self.tag}", known)]
+            yield Fault(f"{path}.{self.tag}", known)
+            return
         others = {name: each for name, each in value.items() if name != self.tag}
-        return table_faults(self.tables[tag], others, f"{path}.")
+        yield from table_faults(self.tables[tag], others, f"{path}.")
 
 
 @dataclass(frozen=True)
@@ -216,42 +227,42 @@ class Either:
     def said(self) -> str:
         return "; or ".join(kind.said for kind in self.kinds)
 
-    def faults(self, value: Any, path: str) -> list[Fault]:
-        found = []
+    def faults(self, value: Any, path: str) -> Iterator[Fault]:
+        of_kinds = []
         for kind in self.kinds:
-            found.append(kind.faults(value, path))
-            if not found[-1]:
-                return []
-        deepest = max(found, key=lambda faults: len(faults[0].param or ""))  # inside what was meant, if that shows
+            faults = list(islice(kind.faults(value, path), MOST_FAULTS))
+            if not faults:
+                return
+            of_kinds.append(faults)
+        deepest = max(of_kinds, key=lambda faults: len(faults[0].param or ""))  # inside what was meant, if that shows
         if (deepest[0].param or "") != path:
-            return deepest
-        return [Fault(path, f"{brief(value)} is not {self.said}")]
+            yield from deepest
+        else:
+            yield Fault(path, f"{brief(value)} is not {self.said}")
 
 
 def read_fields(fields: Sequence[Field], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that were given, whole numbers as ints. Refusal: 400 with every fault."""
-    if faults := table_faults(fields, body, ""):
+    """The values that were given, whole numbers as ints. Refusal: 400 with the first MOST_FAULTS faults."""
+    if faults := list(islice(table_faults(fields, body, ""), MOST_FAULTS + 1)):
         raise refuse(faults)
     kinds = {field.name: field.kind for field in fields if not field.no_effect}
     return {name: whole(kinds[name], value) for name, value in body.items() if value is not None and name in kinds}
 
 
-def table_faults(fields: Sequence[Field], body: Mapping[str, Any], prefix: str) -> list[Fault]:
+def table_faults(fields: Sequence[Field], body: Mapping[str, Any], prefix: str) -> Iterator[Fault]:
     """Unknown fields, those that are missing, and what is wrong with the others."""
     known = {field.name: field for field in fields}
-    faults = []
     for name in body:
         if name not in known:
-            near = difflib.get_close_matches(name[:_SHOWN], known, n=1) if len(name) <= _SHOWN else []
+            near = difflib.get_close_matches(name, known, n=1) if len(name) <= _SHOWN else []
             hint = f" Did you mean {near[0]}?" if near else ""
-            faults.append(Fault(prefix + brief(name, quoted=False), f"is not a field of this request.{hint}"))
+            yield Fault(prefix + brief(name, quoted=False), f"is not a field of this request.{hint}")
     for field in fields:
         value = body.get(field.name)
         if value is not None:
-            faults += field.kind.faults(value, prefix + field.name)
+            yield from field.kind.faults(value, prefix + field.name)
         elif field.required:
-            faults.append(Fault(prefix + field.name, "is missing"))
-    return faults
+            yield Fault(prefix + field.name, "is missing")
 
 
 def whole(kind: Kind, value: Any) -> Any:

@@ -23,6 +23,7 @@ from veneer.errors import (
     UnsafeFileError,
     VeneerError,
 )
+from veneer.serve.limits import MOST_FAULTS
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {
@@ -90,9 +91,10 @@ class Refusal(Exception):
 
 
 def refuse(faults: Sequence[Fault]) -> Refusal:
-    """400 with everything that is wrong, the first by its field."""
-    message = str(faults[0]) if len(faults) == 1 else "; ".join(map(str, faults))
-    return Refusal(400, message, faults[0].param)
+    """400 with what is wrong, up to MOST_FAULTS faults; the first one is named by its field."""
+    message = "; ".join(map(str, faults[:MOST_FAULTS]))
+    more = "; and more" if len(faults) > MOST_FAULTS else ""
+    return Refusal(400, message + more, faults[0].param)
 
 
 def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from veneer.serve.asked import Shape
@@ -52,7 +53,8 @@ def wanted_call(values: dict[str, Any]) -> Shape | None:
     """What tool_choice asks of the answer, of a body that passed TOOLS and TOOL_CHOICE. Refusal: 400."""
     tools, choice = values.get("tools") or [], values.get("tool_choice")
     names = [tool["function"]["name"] for tool in tools]
-    faults = [Fault("tools", f"{name} is there twice") for name in sorted({n for n in names if names.count(n) > 1})]
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    faults = [Fault("tools", f"{name} is there twice") for name in repeated]
     if choice not in (None, "none") and not tools:
         faults.append(Fault("tool_choice", "is only for requests with tools"))
     chosen = None
