@@ -1,6 +1,7 @@
 """The engine's thread has the processors to itself."""
 
 import asyncio
+import gc
 import sys
 import time
 from pathlib import Path
@@ -9,12 +10,19 @@ import pytest
 import torch
 
 from tests.serve.server import made_base
+from tests.tiny import tiny_tokenizer
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
+from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Request
+from veneer.errors import QueueFullError
 from veneer.kernels import native
 from veneer.serve import loop as loop_module
+from veneer.serve.answering import Answering
+from veneer.serve.asked import Asked
 from veneer.serve.loop import EngineLoop, Inbox
+from veneer.serve.refusals import Refusal
+from veneer.serve.token_text import TokenTexts
 
 
 def test_the_thread_that_loaded_the_base_keeps_no_helpers_once_another_computes():
@@ -102,3 +110,56 @@ def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
     began = time.monotonic()
     assert asyncio.run(asked()) == 1
     assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize("accepted", range(4))
+def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running(accepted):
+    """Whoever waits for the acceptance of prompts is cancelled at one of them: those behind it must not run on."""
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
+    requests = [Request(prompt=(5, 6, number), max_new_tokens=300) for number in range(4)]
+
+    async def left() -> int:
+        loop = EngineLoop(engine)
+        answering = Answering(loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer()))
+        client = asyncio.create_task(answering.__aenter__())
+        await asyncio.sleep(0)
+        for ticket in answering._tickets[:accepted]:
+            ticket.accepted.set_result(None)
+        await asyncio.sleep(0)
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+        loop.start()
+        await loop.ask(lambda engine: None)
+        for _ in range(400):
+            if not loop.open_answers:
+                break
+            await asyncio.sleep(0.005)
+        new = sum(ticket.new for ticket in answering._tickets)
+        await loop.close(1.0)
+        return new
+
+    assert asyncio.run(left()) < 100
+
+
+def test_a_refused_request_whose_client_has_gone_leaves_no_traceback(caplog):
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}), limits=Limits(max_waiting=3))
+    requests = [Request(prompt=(5, 6, number), max_new_tokens=3, choices=3) for number in range(3)]
+
+    async def refused() -> None:
+        loop = EngineLoop(engine)
+        answering = Answering(loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer()))
+        client = asyncio.create_task(answering.__aenter__())
+        await asyncio.sleep(0)
+        answering._tickets[0].accepted.set_exception(QueueFullError(3, 3))
+        with pytest.raises(Refusal) as caught:
+            await client
+        assert caught.value.status == 429
+        loop.start()  # it refuses the last of the three, of which nobody asks any more
+        await loop.ask(lambda engine: None)
+        await loop.close(10.0)
+        answering._tickets.clear()
+        gc.collect()
+
+    asyncio.run(refused())
+    assert [record.getMessage() for record in caplog.records] == []

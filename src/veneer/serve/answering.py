@@ -102,8 +102,6 @@ class Answering:
     async def __aexit__(self, *about: object) -> None:
         for ticket in self._tickets:
             ticket.cancel()
-            if ticket.accepted.done():
-                ticket.accepted.exception()  # seen, so that nobody warns of it
 
     @property
     def usage(self) -> Usage:

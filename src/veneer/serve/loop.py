@@ -99,8 +99,11 @@ class Ticket:
         self.request, self.inbox, self.number = request, inbox, number
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it waits to be answered; raises why it does not."""
+        self.accepted.add_done_callback(_retrieve)
         self.answers: tuple[Answer, ...] = ()
         """Once it is accepted; the engine's thread changes them."""
+        self.numbers: tuple[int, ...] = ()
+        """Of its answers; read and written by the engine's thread alone."""
         self._loop = loop
         self._left = request.choices
 
@@ -258,7 +261,7 @@ class EngineLoop:
         self._wake.set()
 
     def _cancel(self, ticket: Ticket) -> None:
-        self._command(lambda: self._end([each for each in self._open.values() if each.ticket is ticket], None))
+        self._command(lambda: self._end([self._open[n] for n in ticket.numbers if n in self._open], None))
 
     # of the thread
 
@@ -295,6 +298,7 @@ class EngineLoop:
             fault = error
         else:
             self._open |= {answer.number: _Open(answer, ticket) for answer in answers}
+            ticket.numbers = tuple(answer.number for answer in answers)
 
         def accept() -> None:
             self._adding -= 1
@@ -351,6 +355,12 @@ class EngineLoop:
 def _tell(told: list[tuple[Ticket, Update]]) -> None:
     for ticket, update in told:
         ticket.tell(update)
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """Looks at the future's exception, so that asyncio does not log it where its client has gone."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _settle(future: asyncio.Future[T], value: T | None, fault: Exception | None) -> None:
