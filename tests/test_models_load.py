@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, T5Config, xLSTMConfig
 from transformers.utils import logging
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
@@ -238,6 +238,28 @@ def test_the_token_that_ends_a_turn_stops_an_answer_though_the_model_names_anoth
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": document}))
     assert load_base(str(folder)).model.generation_config.eos_token_id == [turn, document]
+
+
+def xlstm(folder: Path, **settings: Any) -> Path:
+    config = xLSTMConfig(vocab_size=272, hidden_size=32, num_blocks=2, num_heads=2, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_whose_cache_is_broken_loads_as_its_forward_without_one_works(tmp_path: Path) -> None:
+    base = load_base(str(xlstm(tmp_path)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match="wrong shape"):
+        theirs(IDS)
+    assert torch.equal(base.model(IDS, use_cache=False).logits, theirs(IDS, use_cache=False).logits)
+    assert base.paths.read_past is None and base.read_past == frozenset()
+
+
+def test_a_model_whose_forward_fails_is_not_called_damaged(tmp_path: Path) -> None:
+    text = refusal(SourceError, xlstm(tmp_path, mode="train"))  # which takes whole chunks of 64 tokens alone
+    assert "xLSTMForCausalLM fails on a text of three tokens" in text
+    assert "3 is not divisible by chunk size 64" in text and "Download" not in text
 
 
 def test_tiny_base_is_what_load_base_gives(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import CorruptFileError
+from veneer.errors import CorruptFileError, SourceError, is_out_of_memory
 from veneer.shards import make_whole
 
 NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
@@ -81,14 +81,12 @@ def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 @torch.no_grad()
 def check_finite(folder: Path, model: PreTrainedModel) -> bool:
     """True. Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a
-    rope_theta of 0.
+    rope_theta of 0. Raises SourceError if the model's own forward stops.
 
     Logits alone do not tell: a fused attention leaves scores out that are no numbers.
     """
     if not (faults := [f"{name} holds values that are not finite" for name in _not_finite(model)]):
-        run: Any = model
-        ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
-        logits: torch.Tensor = run(input_ids=ids).logits
+        logits = _logits_of_three_tokens(folder, model)
         if not torch.isfinite(logits).all():
             wrong = int((~torch.isfinite(logits)).sum())
             faults = [f"{wrong:,} of {logits.numel():,} logits of three tokens, in {model.dtype}"]
@@ -99,6 +97,26 @@ def check_finite(folder: Path, model: PreTrainedModel) -> bool:
             f"Try another dtype (float32). {NEXT_DOWNLOAD}",
         )
     return True
+
+
+def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tensor:
+    """Logits without a cache, which training needs: xLSTM computes them, and its cache is broken for most settings.
+
+    Raises SourceError if modelling code fails: every weight is there, so the files are not damaged.
+    """
+    run: Any = model
+    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    try:
+        logits: torch.Tensor = run(input_ids=ids, use_cache=False).logits
+    except Exception as fault:  # modelling code may fail with anything
+        if is_out_of_memory(fault):
+            raise
+        raise SourceError(
+            f"the forward of {type(model).__name__} fails on a text of three tokens",
+            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
+            f"The weights in {folder} are complete. Check the settings in its config.json, or choose another base.",
+        ) from fault
+    return logits
 
 
 def _not_finite(model: PreTrainedModel) -> list[str]:
