@@ -1,12 +1,13 @@
 """Which places of a model are adapted: its linear layers and its experts, where a layer beside them would act."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import fill
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -14,12 +15,14 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.experts import expert_parameters
 from veneer.adapters.lora import delta_weight
-from veneer.adapters.reads import weights_read_past
+from veneer.adapters.reads import refused_by_peft, weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, ConfigError
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.merge.lint import lint
 from veneer.models.frozen_base import FrozenBase
+from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
@@ -321,3 +324,48 @@ def test_whatever_a_model_without_values_trips_over_it_is_watched_up_to_there():
     model = AnsweringElsewhere().to("meta")
     model.forward = lambda **_: (torch.ones(1, 2, device="meta") @ model.held.weight, {}["missing"])
     assert weights_read_past(model) == {"held.weight"}
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_all_linear_leaves_out_the_modules_where_peft_refuses_lora(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = mixer_base(family)
+    begun = begin(base, LoRA(rank=2), name="a")
+    assert not any(path.endswith("out_proj") for path in begun.attachment.layers) and begun.lines == []
+    fill(begun.attachment.parameters().values())
+    base.routing.active = (("a", 1.0),)
+    write_adapter(tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    theirs = peft.PeftModel.from_pretrained(mixer(family), tmp_path / "a")
+    torch.testing.assert_close(logits(base.model), theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_who_names_a_module_where_peft_refuses_lora_gets_it_and_is_told(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = mixer_base("mamba")
+    begun = begin(base, LoRA(rank=2, targets=["in_proj", "out_proj"]), name="a")
+    assert len(begun.attachment.layers) == 4
+    assert begun.lines[0].startswith("PEFT refuses LoRA on out_proj of this model (2 modules)")
+    write_adapter(tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        peft.PeftModel.from_pretrained(mixer("mamba"), tmp_path / "a")
+    assert load_adapter(mixer_base("mamba"), tmp_path / "a", name="a").layers.keys() == begun.attachment.layers.keys()
+    for consumer in ("peft", "transformers"):
+        [finding] = lint(read_adapter(tmp_path / "a"), base.model, consumer)
+        assert "out_proj, 2 modules" in finding.what and not finding.silent
+
+
+def test_the_modules_where_peft_refuses_lora_are_those_of_its_own_check():
+    peft_check = pytest.importorskip("peft.tuners.tuners_utils")._check_lora_target_modules_mamba
+    settings = pytest.importorskip("peft").LoraConfig(task_type="CAUSAL_LM")
+    for kind in sorted(CONFIG_MAPPING):
+        model = nn.Module()
+        for name in ("out_proj", "conv1d", "in_proj", "x_proj", "dt_proj", "q_proj"):
+            model.add_module(name, nn.Linear(2, 2))
+        model.config = SimpleNamespace(model_type=kind)
+        refused = set()
+        for name, _ in model.named_children():
+            try:
+                peft_check(settings, model, name)
+            except ValueError:
+                refused.add(name)
+        assert refused_by_peft(model) == refused, kind

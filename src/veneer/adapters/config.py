@@ -100,9 +100,9 @@ class LowRank(AdapterConfig):
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head, fused experts included, but no weight that the model
-    multiplies by past its module, as Mamba does by dt_proj.weight), a list of
-    module names or name endings, or one regular expression that matches the whole module path."""
+    """all-linear (every linear layer but the output head, fused experts included; without weights that the model
+    multiplies by past their module, as Mamba does by dt_proj.weight, and without Mamba's out_proj, where PEFT refuses
+    LoRA), a list of module names or name endings, or one regular expression that matches the whole module path."""
     exclude: list[str] = Field(default_factory=list)
     """Module names, name endings or regular expressions that are left alone though `targets` names them."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)

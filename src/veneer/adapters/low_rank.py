@@ -10,7 +10,7 @@ from veneer.adapters.dora import DoRALayer
 from veneer.adapters.experts import AdaptedExperts, expert_parameters, is_gated_stack
 from veneer.adapters.initial_factors import Factors, olora_start, pissa_start
 from veneer.adapters.lora import AdaptedEmbedding, AdaptedLinear, AdaptedMatrix, Kind, LoRALayer
-from veneer.adapters.reads import weights_read_past
+from veneer.adapters.reads import refused_by_peft, weights_read_past
 from veneer.adapters.site import Site
 from veneer.adapters.targets import Targets, find_targets
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
@@ -109,7 +109,9 @@ def _targets(site: Site, config: LowRank) -> Targets:
     if (read_past := site.read_past) is None:
         with site.routing.none():
             read_past = weights_read_past(site.model)
-    targets = find_targets(site.modules, config, head=site.head, read_past=read_past, idle=site.idle)
+    targets = find_targets(
+        site.modules, config, head=site.head, read_past=read_past, idle=site.idle, refused=refused_by_peft(site.model)
+    )
     site.attachment.trained = targets.trained
     site.attachment.adaptable = targets.adaptable
     return targets

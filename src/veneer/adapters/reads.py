@@ -23,6 +23,21 @@ _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
 """Operations that may take an argument for its shape or type."""
 
 
+_PEFT_REFUSES = frozenset({"out_proj", "conv1d"})
+_OF_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+
+
+def refused_by_peft(model: nn.Module) -> frozenset[str]:
+    """Paths of the modules beside which PEFT refuses LoRA: it does not load an adapter that has one there.
+
+    Mamba's own kernels multiply by the weight of a mixer's `out_proj` past the module while the model is in train
+    mode. Here it never is, so an update acts. PEFT 0.21, tuners_utils.py, _check_lora_target_modules_mamba.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) not in _OF_MODELS:
+        return frozenset()
+    return frozenset(path for path in plain_modules(model) if path.rpartition(".")[2] in _PEFT_REFUSES)
+
+
 def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozenset[str]:
     """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without calling their module.
 

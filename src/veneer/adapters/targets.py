@@ -1,8 +1,8 @@
 """Which modules a method's settings name: the matching rules of PEFT, and an error where it is silent.
 
 A list entry t matches a path p if p == t or p ends with "." + t. A string is one regular expression that
-matches the whole path. `all-linear` is every linear layer but the output head, fused experts included; a router that
-multiplies by its weight itself is adapted where it is named.
+matches the whole path. `all-linear` is every linear layer but the output head, fused experts included. A router that
+multiplies by its weight itself is adapted where it is named, and so is a layer where PEFT refuses LoRA.
 A rank or alpha pattern matches at the end of a path, from a dot on; the first that matches wins.
 """
 
@@ -59,15 +59,18 @@ def find_targets(
     head: nn.Module | None,
     read_past: Collection[str],
     idle: Collection[str] = (),
+    refused: Collection[str] = (),
 ) -> Targets:
     """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
 
-    read_past: weights that the model takes past their modules (reads.py); idle: places that no gradient reaches
-    (idle.py). all-linear leaves both out, and an entry that matches others too those that no gradient reaches: q_proj
-    are the language model's, not its tower's. ConfigError lists every entry that names such alone, and every one that
-    matches nothing.
+    read_past: weights that the model takes past their modules (reads.py). idle: places that no gradient reaches
+    (idle.py). refused: modules where PEFT refuses LoRA (reads.py). all-linear leaves all three out. An entry that names
+    a module of `refused` gets it; one that matches idle places and others gets the others: q_proj is the language
+    model's, not its tower's.
+
+    Raises ConfigError with every entry that names nothing, or only places where an update would not act or not train.
     """
-    places = _places(modules, head=head, read_past=read_past, idle=idle)
+    places = _places(modules, head=head, read_past=read_past, idle=idle, refused=refused)
     faults: list[str] = []
     trained = _trained(modules, config, faults)
     chosen = _left(places, config, _named(places, config, faults), trained, faults)
@@ -99,6 +102,7 @@ class _Places:
     head     the output head's path
     past     of all of them, those whose weight the model takes past its module
     still    those that no gradient reaches
+    refused  those where PEFT refuses LoRA
     """
 
     linears: list[str]
@@ -108,6 +112,7 @@ class _Places:
     head: str | None
     past: frozenset[str] = frozenset()
     still: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
 
     @property
     def everything(self) -> list[str]:
@@ -115,8 +120,8 @@ class _Places:
 
     @property
     def all_linear(self) -> list[str]:
-        """Linear layers but the head, and fused experts; nothing that would not train."""
-        unfit = {self.head, *self.past, *self.still}
+        """Linear layers but the head, and fused experts; nothing that would not train or that PEFT refuses."""
+        unfit = {self.head, *self.past, *self.still, *self.refused}
         return [p for p in (*self.linears, *self.experts) if p not in unfit]
 
     def adaptable(self, chosen: Sequence[str]) -> int:
@@ -125,7 +130,12 @@ class _Places:
 
 
 def _places(
-    modules: Mapping[str, nn.Module], *, head: nn.Module | None, read_past: Collection[str], idle: Collection[str]
+    modules: Mapping[str, nn.Module],
+    *,
+    head: nn.Module | None,
+    read_past: Collection[str],
+    idle: Collection[str],
+    refused: Collection[str],
 ) -> _Places:
     """What the model has."""
     found = _Places(
@@ -139,6 +149,7 @@ def _places(
         found,
         past=frozenset(p for p in found.everything if _weight(p, modules) in read_past),
         still=frozenset(p for p in found.everything if _is_idle(p, modules, idle)),
+        refused=frozenset(refused),
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from veneer.adapters.config import AdapterConfig, DoRA, Prefix
+from veneer.adapters.config import AdapterConfig, DoRA, LowRank, Prefix
+from veneer.adapters.reads import refused_by_peft
 from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
 from veneer.formats.low_rank import LOW_RANK
@@ -39,7 +40,9 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
         what = f"method {stored.config.name}: no layout that anyone else reads"
         return [Finding(False, what, "veneer generate --adapter computes it beside its base")]
     try:
-        fitted(stored, model)
+        fit = fitted(stored, model)
+        if consumer in INJECTED_BY_PEFT and (refusal := _refused_by_peft(fit.settings, model)) is not None:
+            return [refusal]
         if consumer in READS_EVERY_LAYOUT:
             return _beside_tokens(stored)
         if (known := _OF_METHOD.get(type(stored.config), {}).get(consumer)) is not None:
@@ -57,6 +60,15 @@ def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[Finding]:
     except VeneerError as fault:
         return [Finding(False, fault.headline, fault.next_step)]
     return []
+
+
+def _refused_by_peft(settings: AdapterConfig | None, model: PreTrainedModel) -> Finding | None:
+    """A finding for an adapter with LoRA beside a module where PEFT refuses it."""
+    targets = settings.targets if isinstance(settings, LowRank) else []
+    if not (refused := sorted(refused_by_peft(model).intersection(targets))):
+        return None
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
+    return Finding(False, f"LoRA on {names}, {len(refused)} modules: PEFT refuses it on Mamba models", "veneer merge")
 
 
 def _beside_tokens(stored: StoredAdapter) -> list[Finding]:
@@ -118,6 +130,7 @@ _LORA: Mapping[Program, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
     "llamacpp": _llamacpp,
     "transformers": _nothing,
 }
+INJECTED_BY_PEFT: tuple[Program, ...] = ("peft", "transformers")
 READS_EVERY_LAYOUT: tuple[Program, ...] = ("peft",)
 _OF_METHOD: Mapping[type[AdapterConfig], Mapping[Program, Finding]] = {
     DoRA: {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
+from veneer.adapters.reads import refused_by_peft
 from veneer.adapters.token_rows import Brought
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
@@ -65,7 +66,19 @@ def begin(
     except BaseException:
         base.detach(name)
         raise
-    lines = [] if line is None else [line]
+    lines = [*([] if line is None else [line]), *_refused_by_peft(base, attachment)]
     if tokens is not None:
         lines.append(f"{len(tokens.ids):,} new tokens, whose rows alone train of the vocabulary")
     return Begun(attachment, None if start is None else start.prompt, lines)
+
+
+def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:
+    """A line for an adapter that PEFT will not load."""
+    refused = sorted(refused_by_peft(base.model) & attachment.layers.keys())
+    if not refused:
+        return []
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
+    return [
+        f"PEFT refuses LoRA on {names} of this model ({len(refused)} modules): the adapter loads in Veneer alone; "
+        "veneer merge makes a model that others read"
+    ]
