@@ -4,12 +4,12 @@ A finding is a refusal (it fails to load), or worse, a silent one: it loads and 
 Facts: PEFT 0.21, transformers 5.24, vLLM's LoRA loader, llama.cpp's convert_lora_to_gguf.py and its file reader.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from veneer.adapters.config import AdapterConfig, DoRA, LowRank, Prefix
+from veneer.adapters.config import AdapterConfig, DoRA, Prefix
 from veneer.adapters.reads import refused_by_peft
 from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
@@ -40,8 +40,8 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
         what = f"method {stored.config.name}: no layout that anyone else reads"
         return [Finding(False, what, "veneer generate --adapter computes it beside its base")]
     try:
-        fit = fitted(stored, model)
-        if consumer in INJECTED_BY_PEFT and (refusal := _refused_by_peft(fit.settings, model)) is not None:
+        adapted = fitted(stored, model).scaling
+        if consumer in INJECTED_BY_PEFT and (refusal := _refused_by_peft(adapted, model)) is not None:
             return [refusal]
         if consumer in READS_EVERY_LAYOUT:
             return _beside_tokens(stored)
@@ -62,10 +62,9 @@ def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[Finding]:
     return []
 
 
-def _refused_by_peft(settings: AdapterConfig | None, model: PreTrainedModel) -> Finding | None:
-    """A finding for an adapter with LoRA beside a module where PEFT refuses it."""
-    targets = settings.targets if isinstance(settings, LowRank) else []
-    if not (refused := sorted(refused_by_peft(model).intersection(targets))):
+def _refused_by_peft(adapted: Iterable[str], model: PreTrainedModel) -> Finding | None:
+    """A finding for an adapter with an update beside a module where PEFT refuses it. adapted: paths of modules."""
+    if not (refused := sorted(refused_by_peft(model).intersection(adapted))):
         return None
     names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
     return Finding(False, f"LoRA on {names}, {len(refused)} modules: PEFT refuses it on Mamba models", "veneer merge")
