@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from veneer.errors import ConfigError, SourceError
-from veneer.serve.guard import Guard
+from veneer.serve.guard import Guard, check_origins, for_browsers
 from veneer.serve.keys import Key, Keys, hashed, new_key, read_keys
 
 USE, ADMIN = "use-" + "k" * 20, "admin-" + "k" * 20
@@ -22,11 +22,13 @@ async def whoami(scope, receive, send):
     await PlainTextResponse(f"{caller.name}:{caller.scope}" if caller else "open")(scope, receive, send)
 
 
-def ask(guard, path="/v1/models", url="http://127.0.0.1:8000", **headers):
+def ask(guard, path="/v1/models", url="http://127.0.0.1:8000", method="GET", **headers):
     async def once():
         transport = httpx.ASGITransport(guard)
         async with httpx.AsyncClient(transport=transport, base_url=url) as client:
-            return await client.get(path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+            return await client.request(
+                method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+            )
 
     return asyncio.run(once())
 
@@ -72,6 +74,52 @@ def test_a_host_that_is_none_is_not_answered(host):
 def test_a_page_of_another_site_is_not_answered(origin, answered):
     found = ask(Guard(whoami, keys=Keys([]), origins=["https://page.example"]), origin=origin)
     assert found.status_code == (200 if answered else 403)
+
+
+PAGE = "https://page.example"
+
+
+def preflight(guard, origin, **headers):
+    asked = {"origin": origin, "access-control-request-method": "POST", **headers}
+    return ask(guard, "/v1/chat/completions", method="OPTIONS", **asked)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/nothing"])
+def test_a_page_of_an_origin_that_is_allowed_reads_answers_and_errors(path):
+    app = for_browsers(Guard(whoami, keys=KEYS, origins=[PAGE]), [PAGE])
+    for headers, status in (({"x-api-key": USE}, 200), ({}, 401)):
+        found = ask(app, path, origin=PAGE, **headers)
+        assert found.status_code == status
+        assert found.headers["access-control-allow-origin"] == PAGE and found.headers["vary"] == "Origin"
+        assert "x-request-id" in found.headers["access-control-expose-headers"]
+
+
+def test_a_browser_asks_without_a_key_whether_a_page_may_send_a_request():
+    app = for_browsers(Guard(whoami, keys=KEYS, origins=["https://PAGE.example"]), ["https://PAGE.example"])
+    wanted = "authorization, content-type, x-stainless-lang, anthropic-version"
+    private = {"access-control-request-private-network": "true"}
+    found = preflight(app, PAGE, **{"access-control-request-headers": wanted, **private})
+    assert found.status_code == 200
+    assert found.headers["access-control-allow-origin"] == PAGE
+    assert found.headers["access-control-allow-headers"] == wanted
+    assert "POST" in found.headers["access-control-allow-methods"]
+    assert found.headers["access-control-allow-private-network"] == "true"
+
+
+def test_pages_of_other_origins_are_not_answered_and_cannot_read_why():
+    allowing = for_browsers(Guard(whoami, keys=KEYS, origins=[PAGE]), [PAGE])
+    for app in (allowing, for_browsers(Guard(whoami, keys=KEYS), [])):
+        for found in (preflight(app, "http://evil.example"), ask(app, origin="http://evil.example")):
+            assert found.status_code in (400, 403)
+            assert "access-control-allow-origin" not in found.headers
+
+
+def test_a_site_that_no_browser_would_name_is_refused_at_the_start():
+    check_origins([PAGE, "http://localhost:3000", "http://[::1]:80", "HTTP://Page.example"])
+    wrong = ["*", "page.example", f"{PAGE}/", f"{PAGE}/app", "https://", "https://a@b", "https://a:x", "null"]
+    with pytest.raises(ConfigError, match="names a site") as caught:
+        check_origins(wrong)
+    assert len(caught.value.faults) == len(wrong)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veneer.errors import ConfigError
 from veneer.serve.keys import Keys
 from veneer.serve.refusals import Refusal
 from veneer.wording import shown
@@ -113,6 +115,42 @@ class Guard:
     def _known_origin(self, origin: str, host: str, scheme: str) -> bool:
         own = {f"http://{host}".lower(), f"https://{host}".lower()}  # behind a proxy the scheme may differ
         return origin.lower() in own or origin.lower() in self.origins
+
+
+def check_origins(origins: Collection[str]) -> None:
+    """ConfigError: one of them is not what browsers send as the origin of a page."""
+    faults = [
+        f"{origin[:80]} is not SCHEME://HOST or SCHEME://HOST:PORT" for origin in origins if not _is_origin(origin)
+    ]
+    if faults:
+        raise ConfigError("--allow-origin names a site", faults, "For instance: --allow-origin https://page.example")
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return False
+    return bool(host) and text.lower() == f"{parts.scheme}://{parts.netloc}".lower() and "@" not in text
+
+
+def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
+    """Lets pages of these origins read the answers of a guarded application (CORS).
+
+    A browser asks by itself, without the key, whether a page may send a request (a preflight): that is answered before
+    anything else is looked at. Errors carry the headers too, or a page could not show them.
+    """
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=[origin.lower() for origin in origins],
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),  # clients of OpenAI and Anthropic send headers of their own
+        allow_private_network=True,  # a page of the web asks a server at home
+        expose_headers=("x-request-id", "retry-after", "x-should-retry"),
+    )
 
 
 def answer_to(refusal: Refusal, path: str) -> JSONResponse:

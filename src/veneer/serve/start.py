@@ -22,7 +22,7 @@ from veneer.library.residents import Residents
 from veneer.models.frozen_base import FrozenBase
 from veneer.plan.machine import memory_bytes
 from veneer.serve.app import PATHS, application
-from veneer.serve.guard import Guard
+from veneer.serve.guard import Guard, check_origins, for_browsers
 from veneer.serve.keys import Keys, read_keys
 from veneer.serve.names import Names
 from veneer.serve.run import Server, check_reach, listening
@@ -68,6 +68,7 @@ class Settings:
             seconds=(SECONDS, self.seconds),
             drain_seconds=(SECONDS, self.drain_seconds),
         )
+        check_origins(self.origins)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def guarded(
     hosts = [settings.host, *settings.hosts]
     guard = Guard(app, keys=keys, hosts=hosts, origins=settings.origins, counted=counted)
     listener = listening(settings.host, settings.port)
-    return Server(guard, drain_seconds=settings.drain_seconds, closing=closing), listener
+    served = for_browsers(guard, settings.origins)
+    return Server(served, drain_seconds=settings.drain_seconds, closing=closing), listener
 
 
 def url_of(listener: socket.socket) -> str:
