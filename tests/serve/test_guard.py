@@ -146,6 +146,19 @@ def test_a_key_says_who_asks(headers, said):
         assert found.text == said
 
 
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({}, "An API key is needed"),
+        ({"authorization": "Bearer wrong"}, "This API key is not one of"),
+        ({"x_api_key": "w"}, "not one of"),
+    ],
+)
+def test_a_missing_key_and_a_wrong_one_are_told_apart(headers, said):
+    found = ask(Guard(whoami, keys=KEYS), **headers)
+    assert found.status_code == 401 and said in found.json()["error"]["message"]
+
+
 def test_without_keys_everyone_may_do_everything_and_health_needs_none():
     assert ask(Guard(whoami, keys=Keys([]))).text == ":admin"
     for path in ("/healthz", "/readyz"):

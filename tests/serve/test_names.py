@@ -151,8 +151,8 @@ def residents(base, library):
 
 
 @pytest.fixture
-def names(base, library, residents):
-    return Names("tiny", base.fingerprint().digest, library, residents)
+def names(library, residents):
+    return Names("tiny", library, residents)
 
 
 def meaning(names, name):
@@ -193,3 +193,21 @@ def test_an_adapter_stays_pinned_when_its_alias_is_unloaded_and_not_when_it_is(n
     assert pinned() == ["bar@1", "poems@1"]  # which the alias means
     names.remove("mine")
     assert pinned() == ["bar@1", "poems@1"]
+
+
+@pytest.mark.parametrize(
+    ("before", "name", "hint"),
+    [
+        ((), "poem", "Did you mean 'poems'?"),
+        ((), "tinny", "Did you mean 'tiny'?"),
+        ((ALIAS,), "mines", "Did you mean 'mine'?"),
+        ((), "xyz", "There is: bar, poems, tiny."),
+        ((Unload("poems"),), "poem", "There is: bar, tiny."),
+    ],
+)
+def test_an_unknown_model_is_told_with_the_name_that_was_meant(names, library, before, name, hint):
+    for step in before:
+        step.run(names, library)
+    with pytest.raises(Refusal) as refused:
+        names.model(name)
+    assert refused.value.status == 404 and refused.value.message.endswith(f"does not exist. {hint}")

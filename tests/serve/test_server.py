@@ -596,5 +596,5 @@ def test_an_adapter_that_is_called_as_the_base_is_listed_by_both_names():
     entry = SimpleNamespace(
         name="b", reference="b@1", version=SimpleNamespace(facts=facts, added="2026-01-01T00:00:00+00:00")
     )
-    names = Names("b", "digest", SimpleNamespace(entries=lambda: [entry]), None)
+    names = Names("b", SimpleNamespace(entries=lambda: [entry]), SimpleNamespace(fits=lambda entry: True))
     assert [card["id"] for card in names.cards()] == ["b", "b:b"] and names.reference("b:b") == "b"

@@ -154,10 +154,11 @@ def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Lib
 
 
 def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+    from veneer.files.home import name_of
     from veneer.serve.front import open_front
     from veneer.serve.ray_replicas import RayReplicas, Size
     from veneer.serve.replica import Served
-    from veneer.serve.start import name_of, url_of
+    from veneer.serve.start import url_of
 
     replicas = args.replicas or 1
     most = args.max_replicas or replicas

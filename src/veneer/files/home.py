@@ -22,3 +22,11 @@ def home() -> Path:
         return Path.home()
     except RuntimeError:
         raise ConfigError("this user has no home folder", [], "Set HOME to a folder that can be written.") from None
+
+
+def name_of(source: str) -> str:
+    """What others are told a base is called: a hub's name, or the last part of a path."""
+    path = expanded(source)
+    if path.exists():
+        return path.resolve().name
+    return path.name if path.is_absolute() else source

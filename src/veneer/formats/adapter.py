@@ -218,7 +218,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     does not compute).
     """
     folder = Path(folder)
-    stored, layout, file, tokens, ignored = _read_settings(folder)
+    stored, layout, file, tokens, ignored = read_settings(folder)
     notes = [f"{CONFIG_NAME}: {name} is unknown and off; ignored" for name in ignored]
     tensors: dict[str, Tensor] = {}
     twice, repaired = [], 0
@@ -253,11 +253,11 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
 
 def front_places_in(folder: Path) -> int:
     """Positions that an adapter takes in front of every text, without its tensors. Raises what read_adapter raises."""
-    _, _, file, _, _ = _read_settings(folder)
+    _, _, file, _, _ = read_settings(folder)
     return file.front_places
 
 
-def _read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, TokenFile | None, list[str]]:
+def read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, TokenFile | None, list[str]]:
     """adapter_config.json, what it is laid out as, its settings, its tokens, and the names that were ignored."""
     _require_files(folder)
     stored = read_json(folder / CONFIG_NAME)

@@ -17,7 +17,9 @@ from veneer.bounds import SECONDS, WEIGHT, check_numbers
 from veneer.decoding.adapters import one_front
 from veneer.decoding.blocks import Identity
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError, told_as
+from veneer.files.home import name_of
 from veneer.formats.adapter import front_places_in
+from veneer.formats.header_fit import header_faults
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_reference, nearest
@@ -55,6 +57,7 @@ class Residents:
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
         self._fronts: dict[Path, int] = {}
+        self._fit: dict[Path, bool] = {}
 
     # by name
 
@@ -73,6 +76,21 @@ class Residents:
     def preamble(self, identity: Identity) -> Preamble:
         """Of the conversations that all of these were trained on. Reads files of one that was not asked for before."""
         return shared(self._preamble(self._tiers.files(content)) for content, _ in identity)
+
+    def fits(self, entry: Entry) -> bool:
+        """Whether the adapter may act on this base: trained on it or, if the library does not know its base, of shapes
+        that fit. Reads two small files of one that was not asked for before."""
+        if (theirs := entry.version.facts.base_digest) is not None:
+            return theirs in self._digests()
+        folder = self.library.objects / entry.version.object
+        if (found := self._fit.get(folder)) is None:
+            try:
+                with self.base.routing.changing:
+                    found = not header_faults(folder, self.base)
+            except VeneerError:
+                found = False
+            self._remember(self._fit, folder, found)
+        return found
 
     def front_places(self, identity: Identity) -> int:
         """Positions of its trained prefix; 0 too where its files are broken, as loading it will say.
@@ -255,14 +273,18 @@ class Residents:
 
     def _check_base(self, entry: Entry) -> None:
         """Before it is read: by what the library knows. AdapterMismatchError shows both sides."""
-        theirs, base = entry.version.facts.base_digest, self.base
-        ours = [each.digest for each in (base.fingerprint(), base.as_held) if each is not None]
+        theirs, base, ours = entry.version.facts.base_digest, self.base, self._digests()
         if theirs is not None and theirs not in ours:
+            called = name_of(entry.version.facts.base or "without a name")
             raise AdapterMismatchError(
-                f"{entry.reference} was trained on another base than {base.name_or_path}",
-                [f"{entry.version.facts.base}, fingerprint {theirs[:12]}… against {ours[0][:12]}…"],
+                f"{entry.reference} was trained on another base than {name_of(base.name_or_path)}",
+                [f"{called}, fingerprint {theirs[:12]}… against {ours[0][:12]}…"],
                 "Serve it beside the base that it was trained on.",
             )
+
+    def _digests(self) -> list[str]:
+        """Fingerprints of the base: of the weights in its files, and of those as it holds them."""
+        return [each.digest for each in (self.base.fingerprint(), self.base.as_held) if each is not None]
 
     def _unknown(self, name: str, fault: ConfigError | None = None) -> UnknownNameError:
         """fault: what the library says; of a name that it has, which versions there are."""

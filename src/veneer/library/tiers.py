@@ -30,6 +30,7 @@ from veneer.errors import (
     VeneerError,
     told_as,
 )
+from veneer.files.home import name_of
 from veneer.formats.adapter import load_adapter
 from veneer.kernels.native import end_helpers
 from veneer.library.loaders import Loaders
@@ -376,7 +377,7 @@ class Tiers:
             with self._lock:
                 each.begun, each.reading = self._clock(), each.reading + 1
             try:
-                with told_as(files.folder, files.reference):
+                with told_as(files.folder, files.reference), told_as(self.base.source, name_of(self.base.source)):
                     self._bring(each, number, files)
             except VeneerError as error:
                 fault = error
@@ -398,7 +399,8 @@ class Tiers:
                 f"See: veneer adapters verify {files.reference}",
             )
         name = f"{files.reference} #{number}"
-        with self.base.routing.changing:
+        theirs = stored.name_or_path or name
+        with self.base.routing.changing, told_as(name, files.reference), told_as(theirs, name_of(theirs)):
             made = load_adapter(self.base, stored, name=name, take=True)
         try:
             places = front_places(((made, 1.0),))

@@ -12,6 +12,7 @@ from typing import Any
 from veneer.bounds import TOKEN
 from veneer.library.resident import Shown
 from veneer.serve.fields import Field, Flag, Num, Only, Text, read_fields
+from veneer.serve.refusals import without_folders
 
 _NAME = Text(200, 1)
 LOAD = (
@@ -62,5 +63,5 @@ def card_of(shown: Shown) -> dict[str, Any]:
         "answers": shown.holders,
         "pinned": shown.pinned,
         "idle_seconds": round(shown.idle_seconds, 3),
-        "error": None if shown.error is None else shown.error.headline,
+        "error": None if shown.error is None else without_folders(shown.error.headline),
     }

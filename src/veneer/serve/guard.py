@@ -33,6 +33,8 @@ log = logging.getLogger("veneer.serve")
 OPEN = ("/healthz", "/readyz", "/")
 """Without a key: they tell nothing."""
 _ID = re.compile(r"[\w.:-]{1,128}")
+KEY_NEEDED = "An API key is needed: send the header authorization: Bearer KEY."
+UNKNOWN_KEY = "This API key is not one of the server's keys. Check it, or ask the server's operator for one."
 _PATH_CHARACTERS = 80
 
 
@@ -98,9 +100,10 @@ class Guard:
             )
         if scope["path"] in OPEN:
             return None
-        caller = self.keys.caller(_given_key(headers))
+        key = _given_key(headers)
+        caller = self.keys.caller(key)
         if caller is None:
-            return Refusal(401, "A key is needed: authorization: Bearer KEY.", headers={"www-authenticate": "Bearer"})
+            return Refusal(401, KEY_NEEDED if key is None else UNKNOWN_KEY, headers={"www-authenticate": "Bearer"})
         scope["state"]["caller"] = caller
         return None
 

@@ -16,15 +16,18 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any, Protocol
 
 from veneer.decoding.blocks import Identity
-from veneer.errors import ConfigError, UnknownNameError, VeneerError
+from veneer.errors import ConfigError, UnknownNameError, VeneerError, told_as
 from veneer.library.library import Entry, Library
-from veneer.library.names import is_name, is_reference
+from veneer.library.names import is_name, is_reference, nearest
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
 MAX_ALIASES = 1000
+MAX_COMPARED = 1000
+"""Names that an unknown one is compared with, for a hint."""
 NO_PATH = "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an address."
 LOADED = "Success: LoRA adapter '{}' added successfully."
 ALREADY = (
@@ -41,6 +44,8 @@ class Adapters(Protocol):
     """What of library/residents.py is asked here. Both may raise a VeneerError."""
 
     def resolve(self, name: str, weight: float = 1.0) -> Identity: ...
+
+    def fits(self, entry: Entry) -> bool: ...
 
     def unload(self, name: str, *, keep: Collection[str] = ()) -> bool: ...
 
@@ -59,22 +64,12 @@ class Model:
 
 
 class Names:
-    """base_name, base_digest: of the base and its fingerprint.
-
-    Called from any thread; reads files.
-    """
+    """Called from any thread; reads files."""
 
     def __init__(
-        self,
-        base_name: str,
-        base_digest: str,
-        library: Library,
-        adapters: Adapters,
-        *,
-        created: int = 0,
-        positions: int | None = None,
+        self, base_name: str, library: Library, adapters: Adapters, *, created: int = 0, positions: int | None = None
     ) -> None:
-        self.base_name, self._digest = base_name, base_digest
+        self.base_name = base_name
         self._library, self._adapters = library, adapters
         self._created, self._positions = created, positions
         self._aliases: dict[str, str] = {}
@@ -100,7 +95,7 @@ class Names:
         try:
             identity = self._adapters.resolve(reference, weight)
         except UnknownNameError:
-            raise unknown_model(name) from None
+            raise self._unknown(name) from None
         called = reference.partition("@")[0]
         return Model(name, identity, tuple((called, content) for content, _ in identity))
 
@@ -111,8 +106,13 @@ class Names:
             reference = self._aliases.get(own, own)
             hidden = own not in self._aliases and own.partition("@")[0] in self._hidden
         if hidden or not is_reference(reference):
-            raise unknown_model(name)
+            raise self._unknown(name)
         return reference
+
+    def _unknown(self, name: str) -> Refusal:
+        """404 with the name that was probably meant, out of those that are listed."""
+        listed = (listed for listed, _ in self._entries())
+        return unknown_model(name, nearest(name[:80], [self.base_name, *islice(listed, MAX_COMPARED)]))
 
     def _without_base(self, name: str) -> str:
         return name.removeprefix(f"{self.base_name}:")
@@ -122,12 +122,12 @@ class Names:
         try:
             return self._library.get(self.reference(name))
         except ConfigError:
-            raise unknown_model(name) from None
+            raise self._unknown(name) from None
 
     # cards
 
     def cards(self) -> list[dict[str, Any]]:
-        """The base first; adapters of another base are left out, though one that is asked for says so itself."""
+        """The base first. Adapters that do not fit it are left out; whoever asks for one is told why."""
         return [self._base_card(), *(self._card(name, entry) for name, entry in self._entries())]
 
     def card(self, name: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Names:
         for entry in self._library.entries():
             if entry.name in hidden or entry.name in aliases:
                 continue
-            if entry.version.facts.base_digest in (None, self._digest):
+            if self._adapters.fits(entry):
                 yield f"{self.base_name}:{entry.name}" if entry.name == self.base_name else entry.name, entry
         for name, reference in sorted(aliases.items()):
             try:
@@ -186,7 +186,8 @@ class Names:
         if own == self.base_name != reference:
             raise Refusal(400, BASE_STAYS.format(own), "lora_name")
         try:
-            self._library.get(reference)
+            with told_as(self._library.folder, "the library"):
+                self._library.get(reference)
         except ConfigError as fault:
             raise unknown_adapter(fault) from None
         if reference != own and self._library.has(own):

@@ -7,9 +7,11 @@ A mistake of whoever asks is 4xx, whatever raised it; 5xx are for a server that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from veneer.errors import (
@@ -46,6 +48,8 @@ RETRY_SECONDS = 1
 """When to ask again after 429 and 503."""
 _RETRIED = (429, 503)
 _MESSAGE_CHARACTERS = 4000
+_PATH = re.compile(r"(?<![\w.~#/\\])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:'\",;]+){2,}")
+""" /home/me/models/x, ~/models/x, C:\\models\\x; neither /v1 nor #/properties/x."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ class Refusal(Exception):
         return {"x-should-retry": "false", **self.headers}
 
 
+def without_folders(text: str) -> str:
+    """The text with the last part of every absolute path in place of the path: no client learns where files lie."""
+    return _PATH.sub(lambda path: PurePath(path[0].replace("\\", "/")).name, text)
+
+
 def refuse(faults: Sequence[Fault]) -> Refusal:
     """400 with what is wrong, up to MOST_FAULTS faults; the first one is named by its field."""
     message = "; ".join(map(str, faults[:MOST_FAULTS]))
@@ -101,17 +110,18 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
     """What is raised below this room, as an answer. Nothing of what is not ours is told: it may hold anything."""
     if isinstance(fault, Refusal):
         return fault
+    said = without_folders(str(fault))
     if isinstance(fault, QueueFullError):
-        return Refusal(429, str(fault))
+        return Refusal(429, said)
     if isinstance(fault, BudgetFullError):
-        return Refusal(507, str(fault), param)
+        return Refusal(507, said, param)
     if isinstance(fault, AdapterMismatchError | CorruptFileError | UnsafeFileError):
-        return Refusal(422, str(fault), param or "model")
+        return Refusal(422, said, param or "model")
     if isinstance(fault, InputError | DoesNotFitError):
         code = "context_length_exceeded" if isinstance(fault, DoesNotFitError) else None
-        return Refusal(400, str(fault), param, code)
+        return Refusal(400, said, param, code)
     if isinstance(fault, VeneerError):
-        return Refusal(422, str(fault), param)
+        return Refusal(422, said, param)
     return Refusal(500, "This is a bug in Veneer; the server's log says more.")
 
 
@@ -135,4 +145,5 @@ def unknown_model(name: str, next_step: str = "") -> Refusal:
 
 
 def unknown_adapter(fault: ConfigError, param: str = "lora_path") -> Refusal:
-    return Refusal(404, f"{fault.headline}. {fault.next_step}".strip(), param, "adapter_not_found")
+    said = without_folders(f"{fault.headline}. {fault.next_step}".strip())
+    return Refusal(404, said, param, "adapter_not_found")

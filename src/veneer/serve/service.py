@@ -14,7 +14,7 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.engine import Engine
 from veneer.decoding.grammar import Grammar, Grammars
-from veneer.errors import UnknownNameError, VeneerError
+from veneer.errors import UnknownNameError, VeneerError, told_as
 from veneer.library.resident import Tier
 from veneer.library.residents import Residents
 from veneer.models.capacity import capacity_of
@@ -87,8 +87,12 @@ class Service:
         return f"vn-{self._weights}-{model.content}"
 
     async def apart(self, function: Callable[[], T]) -> T:
-        """What reads files is not for the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._files, function)
+        """Runs what reads files beside the event loop. No error says where the library lies."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, partial(self._without_folder, function))
+
+    def _without_folder(self, function: Callable[[], T]) -> T:
+        with told_as(self.residents.library.folder, "the library"):
+            return function()
 
     async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
         """Refusal: 404, or why its adapter cannot act."""
@@ -167,13 +171,13 @@ class Service:
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """Into memory to stay, or not to. Refusal."""
-        reference = self.names.reference(name)
+        reference = await self.apart(lambda: self.names.reference(name))
         change = partial(self.residents.pin, seconds=self.limits.load_seconds) if pinned else self.residents.unpin
         await self._told(lambda: change(reference), "name")
 
     async def _told(self, function: Callable[[], object], param: str) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._loads, function)
+            await asyncio.get_running_loop().run_in_executor(self._loads, partial(self._without_folder, function))
         except UnknownNameError as fault:
             raise unknown_adapter(fault, param) from None
         except VeneerError as fault:

@@ -16,7 +16,7 @@ from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
 from veneer.decoding.scheduler import Limits
-from veneer.files.home import expanded
+from veneer.files.home import name_of
 from veneer.library.library import Library
 from veneer.library.residents import Residents
 from veneer.models.frozen_base import FrozenBase
@@ -101,7 +101,7 @@ def service_of(base: FrozenBase, library: Library, settings: Settings) -> Servic
     residents = Residents(base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base)
     engine = Engine(base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits)
     positions = engine.scheduler.positions
-    names = Names(name, base.fingerprint().digest, library, residents, created=int(time.time()), positions=positions)
+    names = Names(name, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
     asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)
     service = Service(base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs)
@@ -139,12 +139,6 @@ def guarded(
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def name_of(source: str) -> str:
-    """What a base is called as a model: as it was named; of a path the last part, which tells nobody where it is."""
-    path = expanded(source)
-    return path.resolve().name if path.exists() else source
 
 
 def cache_bytes(settings: Settings) -> int:
