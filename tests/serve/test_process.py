@@ -17,7 +17,7 @@ from tests.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
 from veneer.library.library import Library
-from veneer.serve.run import run
+from veneer.serve.run import listening, run
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -100,9 +100,16 @@ def test_what_cannot_be_served_is_an_error_with_what_to_do(places, tmp_path, cap
         port = taken.getsockname()[1]
         words = ["--library", str(places / "adapters"), "--cache-mib", "8", "--port", str(port)]
         assert main(["serve", "--base", base, *words]) == 2
-    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
     assert main(["serve", "--base", base, "--library", str(places / "adapters"), "--pin", "nobody"]) == 2
     assert "nobody" in capsys.readouterr().err
+
+
+def test_a_connection_that_is_used_again_waits_for_no_acknowledgement():
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_while_it_serves_nobody_searches_what_was_loaded_for_garbage():
