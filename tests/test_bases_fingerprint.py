@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tokenizers import AddedToken
 from torch import nn
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from veneer.bases.config_fields import computing_fields
 from veneer.bases.fingerprint import _PROBES, SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
@@ -34,11 +36,10 @@ def test_a_change_in_any_one_tensor_changes_it(family: str) -> None:
     model = tiny_model(family)
     before = fingerprint(model)
     for name, parameter in model.named_parameters():
-        # Tensors above 4096 values are sampled, so eight rows change, not one value.
-        changed = parameter.view(-1)[: 8 * parameter.shape[-1]]
+        changed = parameter.view(-1)[parameter.numel() // 3 :][:1]
         kept = changed.clone()
         changed += 0.25
-        assert fingerprint(model).weights_hash != before.weights_hash, name
+        assert before.differences(fingerprint(model)) != [], name
         changed.copy_(kept)
     assert fingerprint(model) == before
 
@@ -120,12 +121,81 @@ def test_a_fingerprint_survives_json_and_hides_no_fault() -> None:
         assert word in str(raised.value)
 
 
-def test_the_digest_covers_every_field_and_so_do_the_differences() -> None:
-    one = fingerprint(tiny_model("gpt2"))
+@pytest.mark.parametrize("version", ["this", "an earlier"])
+def test_the_digest_covers_every_field_and_so_do_the_differences(version: str) -> None:
+    own = fingerprint(tiny_model("gpt2"))
+    one = own if version == "this" else own.earlier
     for name, value in one.to_dict().items():
-        other = replace(one, **{name: value + 1 if isinstance(value, int) else value + "x"})
+        changed: Any = (
+            value | {"n_head": 3} if isinstance(value, dict) else value + ("x" if isinstance(value, str) else 1)
+        )
+        other = replace(one, **{name: changed})
         assert other.digest != one.digest, name
-        assert one.differences(other) and one.differences(one) == [], name
+        assert (other.weights_digest != one.weights_digest) == (name != "config"), name
+        samples_beside_all_bytes = version == "this" and name == "weights_hash"
+        assert bool(one.differences(other)) != samples_beside_all_bytes and one.differences(one) == [], name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("num_attention_heads", 2), ("rope_parameters.rope_theta", 500)],
+)
+def test_a_field_of_the_config_that_decides_what_is_computed_is_another_base(field: str, value: Any) -> None:
+    one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
+    *above, name = field.split(".")
+    if above:
+        getattr(model.config, above[0])[name] = value
+    else:
+        setattr(model.config, name, value)
+    other = fingerprint(model)
+    assert [line.split(":")[0] for line in one.differences(other)] == [f"config.json {field}"]
+    assert str(value) in one.differences(other)[0].partition(" against ")[2]
+    assert other.weights_digest == one.weights_digest and other.digest != one.digest
+    assert other.earlier == one.earlier
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_cache", False), ("attention_dropout", 0.5), ("pad_token_id", 1), ("transformers_version", "4.40")],
+)
+def test_a_field_that_computes_nothing_is_no_other_base(name: str, value: Any) -> None:
+    one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
+    setattr(model.config, name, value)
+    assert fingerprint(model) == one
+
+
+def test_a_field_that_one_version_of_transformers_does_not_write_is_compared_with_its_default() -> None:
+    one = fingerprint(tiny_model("llama"))
+    assert one.config is not None
+    without = replace(one, config={name: value for name, value in one.config.items() if name != "attention_bias"})
+    assert without.differences(one) == one.differences(without) == []
+    for name, value, same in (("attention_bias", True, False), ("unheard_of", 5, False), ("unheard_of", None, True)):
+        with_field = replace(one, config={**without.config, name: value})  # type: ignore[dict-item]
+        assert (without.differences(with_field) == with_field.differences(without) == []) == same, (name, value)
+
+
+def test_what_an_earlier_version_wrote_is_compared_by_what_it_wrote() -> None:
+    own, other = fingerprint(tiny_model("llama")), fingerprint(tiny_model("llama", seed=1))
+    assert Fingerprint.from_dict(own.earlier.to_dict()) == own.earlier
+    assert set(own.to_dict()) - set(own.earlier.to_dict()) == {"values_hash", "config"}
+    assert own.earlier.differences(own) == own.differences(own.earlier) == []
+    for one, another in ((own.earlier, other), (own, other.earlier)):
+        assert [line.split(":")[0] for line in one.differences(another)] == ["values of the weights"]
+    stored = own.to_dict()
+    del stored["config"]
+    with pytest.raises(CorruptFileError, match="config is missing"):
+        Fingerprint.from_dict(stored)
+
+
+def test_numbers_are_compared_however_a_config_writes_them() -> None:
+    """10000.0 is 10000, and what JSON has no number for is compared by its name."""
+    models = [tiny_model("llama"), tiny_model("llama")]
+    for model, theta in zip(models, (10000.0, 10000), strict=True):
+        model.config.rope_parameters["rope_theta"] = theta
+        model.config.time_step_limit = (0.0, float("inf"))
+    one, other = map(fingerprint, models)
+    assert one.digest == other.digest
+    assert json.loads(json.dumps(one.to_dict(), allow_nan=False)) == other.to_dict()
 
 
 def test_every_field_says_what_the_model_is() -> None:
@@ -133,6 +203,7 @@ def test_every_field_says_what_the_model_is() -> None:
     weights = dict(sorted(model.state_dict().items()))
     shapes = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in weights.items())
     values = b"".join(f"{name} bfloat16\n".encode() + _sample(tensor) for name, tensor in weights.items())
+    all_bytes = "".join(f"{name} bfloat16 {sha256(tensor)}\n" for name, tensor in weights.items())
     assert fingerprint(model) == Fingerprint(
         architecture="LlamaForCausalLM",
         model_type="llama",
@@ -141,7 +212,13 @@ def test_every_field_says_what_the_model_is() -> None:
         vocab_size=272,
         shapes_hash=hashlib.sha256(shapes.encode()).hexdigest(),
         weights_hash=hashlib.sha256(values).hexdigest(),
+        values_hash=hashlib.sha256(all_bytes.encode()).hexdigest(),
+        config=computing_fields(model.config),
     )
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())).hexdigest()
 
 
 class Half(PackedModule):
@@ -170,19 +247,22 @@ def test_of_a_packed_weight_the_dense_shape_counts_and_every_value_that_belongs_
     half, dense = model.model.layers[0], dict(model.named_parameters())
     place = "model.layers.0."
     packed = {f"{place}weight": ("nf4", (3, 4))}
-    shapes = values = b""
+    shapes = values = every_byte = b""
     for name in sorted(dense):
         dtype, shape = packed.get(name, ("float32", tuple(dense[name].shape)))
         shapes += f"{name} {shape}\n".encode()
         values += f"{name} {dtype}\n".encode() + _sample(dense[name])
+        every_byte += f"{name} {dtype} {sha256(dense[name])}\n".encode()
     parts = {"scales": half.scales, "table": half.scales, "offset": torch.tensor([7.0])}
     for name in sorted(parts):
         values += f"{place}{name}\n".encode() + _sample(parts[name])
+        every_byte += f"{place}{name} {sha256(parts[name])}\n".encode()
     found = fingerprint(model)
     assert (found.dtype, found.quantize) == ("float32+nf4", "nf4")
     assert found.num_parameters == 3 * 4 + sum(t.numel() for n, t in dense.items() if n not in packed)
     assert found.shapes_hash == hashlib.sha256(shapes).hexdigest()
     assert found.weights_hash == hashlib.sha256(values).hexdigest()
+    assert found.values_hash == hashlib.sha256(every_byte).hexdigest()
 
 
 def test_the_sampled_places_are_those_that_adapters_on_disk_were_made_with() -> None:

@@ -22,7 +22,7 @@ from veneer.adapters.config import LoRA
 from veneer.bases import compute
 from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import choose
-from veneer.bases.fingerprint import fingerprint
+from veneer.bases.fingerprint import earlier_fingerprint
 from veneer.bases.quiet_transformers import quiet
 from veneer.compare.comparison import with_dtype
 from veneer.compare.plan import Candidate
@@ -179,7 +179,7 @@ def test_an_adapter_of_a_version_that_read_the_base_as_float32_finds_it_there(qu
     mine = wide.attach(LORA, name="mine")
     write_adapter(kept, mine, manifest_for(wide, method="lora"), model=wide.model)
     manifest = json.loads((kept / "veneer.json").read_text())
-    manifest["base"]["fingerprint"] = fingerprint(as_read_in_float32(folder, quantize)).to_dict()
+    manifest["base"]["fingerprint"] = earlier_fingerprint(as_read_in_float32(folder, quantize)).to_dict()
     (kept / "veneer.json").write_text(json.dumps(manifest))
     api.load(str(folder), dtype="float32", quantize=quantize).load_adapter(kept, name="mine")
     with pytest.raises(AdapterMismatchError, match="float32"):

@@ -1,14 +1,19 @@
 """An adapter says what base it was trained on and how that base read text; another one is refused, both sides shown."""
 
+import json
+
 import pytest
 
 from tests.helpers import fill
-from tests.tiny import CHATML, tiny_base
+from tests.tiny import CHATML, save_tiny, tiny_base
 from veneer.adapters.config import LoRA
+from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.formats.same_base import other_base
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
+from veneer.models.load import load_base
 
 OTHER = CHATML.replace("assistant", "helper")
 
@@ -66,6 +71,53 @@ def test_both_differences_and_another_base_are_told_at_once(folder):
     assert "tokenizer: sha256" in text
     assert "chat template: sha256" in text
     assert "weights" in text
+
+
+def edited(folder, **fields):
+    """A base whose config.json says other fields over the same weights."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+EDITS = {
+    "rotation": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "heads": {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "epsilon": {"rms_norm_eps": 1e-2},
+    "activation": {"hidden_act": "gelu"},
+}
+
+
+@pytest.mark.parametrize("fields", EDITS.values(), ids=EDITS)
+def test_an_edited_config_over_the_same_weights_is_another_base(fields, tmp_path):
+    """Adapters of an earlier version, which knew nothing of the config, are compared as it compared them."""
+    save_tiny(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"))
+    attachment = begin(base, LoRA(rank=3), name="a").attachment
+    own = write_adapter(tmp_path / "own", attachment, manifest_for(base, method="lora"), model=base.model).path
+    other = load_base(str(edited(tmp_path / "base", **fields)))
+    with pytest.raises(AdapterMismatchError, match="another base") as caught:
+        load_adapter(other, own, name="b")
+    changed = [fault.split(":")[0].removeprefix("config.json ").split(".")[0] for fault in caught.value.faults]
+    assert changed == list(fields)
+    load_adapter(other, as_written_earlier(own), name="b")
+
+
+def as_written_earlier(folder):
+    path = folder / "veneer.json"
+    manifest = json.loads(path.read_text())
+    manifest["base"]["fingerprint"] = Fingerprint.from_dict(manifest["base"]["fingerprint"]).earlier.to_dict()
+    path.write_text(json.dumps(manifest))
+    return folder
+
+
+def test_one_changed_value_is_another_base(folder):
+    base = tiny_base()
+    base.model.get_input_embeddings().weight[133, 17] += 2**-10
+    changed = FrozenBase(base.model, base.tokenizer, base.source, base.name_or_path)
+    with pytest.raises(AdapterMismatchError, match="values of the weights"):
+        load_adapter(changed, folder, name="b")
 
 
 def test_what_an_adapter_does_not_record_is_not_compared(tmp_path):

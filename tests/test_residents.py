@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -198,6 +199,25 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_read(library, 
     with pytest.raises(AdapterMismatchError, match="another base") as caught:
         served.add("stranger")
     assert len(caught.value.faults) == 1 and not reads and served.tiers() == {}
+
+
+def test_an_adapter_whose_record_an_earlier_version_wrote_is_served(library, tmp_path):
+    base = tiny_base("llama_untied")
+    base.identity = base.identity.earlier
+    entry = publish(library, tmp_path, "older", LoRA(rank=2), 3, base=base)
+    assert entry.version.facts.base_digest == base.identity.digest
+    served = Served(library)
+    served.add("older")
+    assert [ended.error for ended in served.run()] == [None]
+
+
+def test_an_adapter_of_an_edited_config_over_the_same_weights_is_refused_when_it_is_read(library):
+    served = Served(library)
+    served.base.identity = replace(served.base.identity, config={**served.base.identity.config, "rms_norm_eps": 0.01})
+    served.add("lora")
+    (ended,) = served.run()
+    assert isinstance(ended.error, AdapterMismatchError)
+    assert ended.error.faults == ["config.json rms_norm_eps: 1e-06 against 0.01"]
 
 
 # answers

@@ -17,6 +17,7 @@ import yaml
 import veneer
 from tests.helpers import run_where_it_may_only_be_read
 from tests.tiny import save_tiny, tiny_tokenizer
+from veneer.bases.fingerprint import Fingerprint
 from veneer.cli import main
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted, SourceError
 from veneer.files import atomic
@@ -159,6 +160,26 @@ def test_another_base_in_the_same_place_is_refused_with_both_sides(world, tmp_pa
         resume(tmp_path / "out")
     save_tiny(base)
     assert resume(tmp_path / "out")["steps"] == 6
+
+
+@pytest.mark.parametrize("began", ["now", "earlier"])
+def test_an_edited_config_beside_the_same_weights_is_refused(began, world, tmp_path, monkeypatch):
+    """A run that an earlier version began kept samples of the weights alone: the config is not compared."""
+    base = save_tiny(tmp_path / "base")
+    train_and_die(world, tmp_path / "out", at=2, monkeypatch=monkeypatch, base=str(base))
+    path = base / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.01'))
+    if began == "now":
+        with pytest.raises(AdapterMismatchError, match=r"config.json rms_norm_eps: 1e-06 against 0.01"):
+            resume(tmp_path / "out")
+    else:
+        checkpoint = tmp_path / "out" / "checkpoints" / "000002"
+        state = json.loads((checkpoint / "state.json").read_text())
+        state["origin"]["base"] = Fingerprint.from_dict(state["origin"]["base"]).earlier.to_dict()
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        (checkpoint / "MANIFEST.json").unlink()
+        write_manifest(checkpoint)
+        assert resume(tmp_path / "out")["steps"] == 6
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "chat template"])

@@ -1,10 +1,12 @@
-"""Which base this is: hashes of its structure and of sampled weights, and of what its tokenizer does.
+"""Which base this is: hashes of all its values, its structure, the fields of its config, and what its tokenizer does.
 
 An adapter is only right on the base it was trained on; a name is no proof of that. The fingerprint is
 the same wherever the same weights were loaded from, on any device, in whatever file layout; tied weights
 count once. In another dtype the bytes differ, so the fingerprint does too: `differences` then names the
 dtype rather than the weights. It must be taken in the type that the weights are stored in, before they are widened
 (models/load.py), and before adapters are attached: they add parameters.
+
+Earlier versions wrote neither `values_hash` nor `config`. Their fingerprints are compared by the fields that they have.
 
 Not known here: where the base came from, adapters, the chat template (data/template.py hashes that).
 """
@@ -14,21 +16,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.bases.byte_hashes import ByteHashes
+from veneer.bases.config_fields import computing_fields, config_differences
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule, num_parameters
 from veneer.quant.config import FORMATS
 from veneer.shards import make_whole
 
 SAMPLES_PER_TENSOR = 4096
-"""Elements hashed of every tensor: 1.1 M values for a 135M model (a few ms), and every tensor is seen."""
+"""Elements of every tensor that `weights_hash` holds."""
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,7 +54,12 @@ class Fingerprint:
     num_parameters  tied weights counted once
     vocab_size      rows of the output distribution
     shapes_hash     SHA-256 over the sorted (name, shape) of every weight; packed ones in their dense shape
-    weights_hash    SHA-256 over (name, dtype, up to 4096 sampled values) of every weight
+    weights_hash    SHA-256 over (name, dtype, up to 4096 sampled values) of every weight: all that earlier versions
+                    knew of the values
+    values_hash     SHA-256 over (name, dtype, SHA-256 of all bytes) of every weight; "" in a fingerprint that an
+                    earlier version wrote
+    config          the fields of its config that decide what it computes (bases/config_fields.py); None in a
+                    fingerprint that an earlier version wrote
     """
 
     architecture: str
@@ -59,6 +69,8 @@ class Fingerprint:
     vocab_size: int
     shapes_hash: str
     weights_hash: str
+    values_hash: str = ""
+    config: Mapping[str, JsonValue] | None = None
 
     @property
     def quantize(self) -> str | None:
@@ -66,25 +78,43 @@ class Fingerprint:
         return next((held for held in self.dtype.split("+") if held in FORMATS), None)
 
     @property
+    def is_earlier(self) -> bool:
+        """True if an earlier version wrote it, which compared samples of the weights alone."""
+        return not self.values_hash
+
+    @property
+    def earlier(self) -> Fingerprint:
+        """The fingerprint that an earlier version computes of the same base."""
+        return replace(self, values_hash="", config=None)
+
+    @property
     def digest(self) -> str:
         """SHA-256, in hex, over all fields: equal digests mean equal fingerprints."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return _json_hash(self.to_dict())
 
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256, in hex, over all fields but the config: what a library looks adapters up by. Another version of
+        transformers may write other fields of the same config; reading an adapter compares these one by one."""
+        return _json_hash({name: value for name, value in self.to_dict().items() if name != "config"})
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The fields that it has; those that an earlier version did not know are left out of its fingerprints."""
+        return {name: value for name, value in asdict(self).items() if name not in _NEWER or value}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Fingerprint:
         """The inverse of to_dict. Raises CorruptFileError with every missing, unknown or mistyped field."""
-        types = get_type_hints(cls)
-        names = [field.name for field in fields(cls)]
-        faults = [f"{name} is missing" for name in names if name not in stored]
-        faults += [f"{name} is not a field of a fingerprint" for name in stored if name not in names]
+        needed = [name for name in _TYPES if name not in _NEWER or not stored.keys().isdisjoint(_NEWER)]
+        faults = [f"{name} is missing" for name in needed if name not in stored]
+        faults += [f"{name} is not a field of a fingerprint" for name in stored if name not in _TYPES]
         faults += [
-            f"{name} is {stored[name]!r}, not of type {types[name].__name__}"
-            for name in names
-            if name in stored and type(stored[name]) is not types[name]
+            f"{name} is {stored[name]!r}, not of type {kind.__name__}"
+            for name, kind in _TYPES.items()
+            if name in stored and type(stored[name]) is not kind
         ]
+        if stored.get("values_hash") == "":
+            faults.append("values_hash is empty")
         if faults:
             raise CorruptFileError(
                 "the stored fingerprint of a base cannot be read",
@@ -94,15 +124,21 @@ class Fingerprint:
         return cls(**stored)
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, one line each, this one's value first; empty if they are the same base."""
+        """What differs, one line each, this one's value first; empty if they are the same base. Where one of them is of
+        an earlier version, only what that version wrote is compared."""
         mine, theirs = self.to_dict(), other.to_dict()
+        compared = [name for name in _LABELS if name in mine and name in theirs]
+        if "values_hash" in compared:  # which holds more than samples
+            compared.remove("weights_hash")
         lines = []
-        for name, label in _LABELS.items():
+        for name in compared:
             # Other shapes or another dtype always mean other bytes: to say so adds nothing.
-            if name == "weights_hash" and (self.dtype, self.shapes_hash) != (other.dtype, other.shapes_hash):
+            if name in _HASHES and (self.dtype, self.shapes_hash) != (other.dtype, other.shapes_hash):
                 continue
             if mine[name] != theirs[name]:
-                lines.append(f"{label}: {_shown(mine[name])} against {_shown(theirs[name])}")
+                lines.append(f"{_LABELS[name]}: {_shown(mine[name])} against {_shown(theirs[name])}")
+        if self.config is not None and other.config is not None:
+            lines += config_differences(self.config, other.config)
         if self.dtype != other.dtype and self.shapes_hash == other.shapes_hash:
             lines.append(
                 "weights stored in another dtype, rounded to one or quantized otherwise are another base: load the "
@@ -110,6 +146,18 @@ class Fingerprint:
             )
         return lines
 
+
+_NEWER = ("values_hash", "config")
+"""Fields that earlier versions did not write."""
+
+_TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("architecture", "model_type", "dtype"), str),
+    **dict.fromkeys(("num_parameters", "vocab_size"), int),
+    **dict.fromkeys(("shapes_hash", "weights_hash", "values_hash"), str),
+    "config": dict,
+}
+
+_HASHES = ("weights_hash", "values_hash")
 
 _LABELS = {
     "architecture": "architecture",
@@ -119,20 +167,36 @@ _LABELS = {
     "vocab_size": "vocabulary size",
     "shapes_hash": "names and shapes of the weights",
     "weights_hash": "values of the weights",
+    "values_hash": "values of the weights",
 }
 
 
-def _shown(value: str | int) -> str:
+def _shown(value: JsonValue) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value[:12]}…" if len(value) == 64 else value
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """The fingerprint of a model that carries no adapters. 0.1 s for 135M parameters on a CPU core."""
+def _json_hash(value: JsonValue) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(model: PreTrainedModel, hashes: ByteHashes | None = None) -> Fingerprint:
+    """The fingerprint of a model that carries no adapters. hashes: of its tensors, where they were begun before."""
+    return _taken(model, hashes or ByteHashes())
+
+
+def earlier_fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """What an earlier version's fingerprint of this model was."""
+    return _taken(model, None)
+
+
+def _taken(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
+    """hashes: None leaves out what earlier versions did not know."""
     weights = _unique_weights(model)
     packed, parts = _packed(model)
-    shapes, values = hashlib.sha256(), hashlib.sha256()
+    shapes, sampled, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     dtypes = set()
     for name, tensor in weights.items():
         dtype, shape = packed.get(name, (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
@@ -140,11 +204,15 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
             continue
         dtypes.add(dtype)
         shapes.update(f"{name} {shape}\n".encode())
-        values.update(f"{name} {dtype}\n".encode())
-        values.update(_sample(tensor))
+        sampled.update(f"{name} {dtype}\n".encode())
+        sampled.update(_sample(tensor))
+        if hashes is not None:
+            values.update(f"{name} {dtype} {hashes.of(tensor)}\n".encode())
     for name, tensor in sorted(parts.items()):  # not by identity: tables are shared by some loads and not by others
-        values.update(f"{name}\n".encode())
-        values.update(_sample(tensor))
+        sampled.update(f"{name}\n".encode())
+        sampled.update(_sample(tensor))
+        if hashes is not None:
+            values.update(f"{name} {hashes.of(tensor)}\n".encode())
     return Fingerprint(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
@@ -152,7 +220,9 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
         num_parameters=num_parameters(model),
         vocab_size=model.config.get_text_config().vocab_size,
         shapes_hash=shapes.hexdigest(),
-        weights_hash=values.hexdigest(),
+        weights_hash=sampled.hexdigest(),
+        values_hash="" if hashes is None else values.hexdigest(),
+        config=None if hashes is None else computing_fields(model.config),
     )
 
 

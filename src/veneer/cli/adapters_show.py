@@ -231,13 +231,15 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _settings(stored: StoredAdapter) -> dict[str, Any]:
+    from veneer.bases.fingerprint import Fingerprint
+
     fields: dict[str, Any] = stored.config.model_dump(mode="json")
     if stored.manifest is not None:
         fields |= {f"metric {k}": v for k, v in stored.manifest.metrics.items()}
         fields |= {f"recipe {k}": v for k, v in (stored.manifest.recipe or {}).items()}
         fields["data"] = stored.manifest.data_fingerprint
         fields["content"] = stored.manifest.content_hash
-        fields["base fingerprint"] = stored.manifest.base.fingerprint["weights_hash"]
+        fields["base fingerprint"] = Fingerprint.from_dict(stored.manifest.base.fingerprint).digest
     return fields
 
 

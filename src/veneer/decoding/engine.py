@@ -55,7 +55,7 @@ class Engine:
             )
         self.base, self._adapters = base, adapters
         blocks = BlockManager(
-            base=base.fingerprint().weights_hash,
+            base=base.fingerprint().digest,
             budget_bytes=budget_bytes,
             bytes_per_token=bytes_per_token(base),
             tokens_per_block=BLOCK_SLOTS,

@@ -38,7 +38,7 @@ class BaseIdentity(_Strict):
     """Hub id or folder the base was loaded from; for people, proves nothing."""
     revision: str | None = None
     """Commit of a hub base."""
-    fingerprint: dict[str, str | int]
+    fingerprint: dict[str, JsonValue]
     """models.fingerprint.Fingerprint.to_dict(): this is what another base is compared with."""
 
 

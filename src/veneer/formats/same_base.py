@@ -14,7 +14,7 @@ def other_base(manifest: Manifest | None, base: FrozenBase) -> list[str]:
         return []
     trained_on = manifest.base
     theirs, ours = Fingerprint.from_dict(trained_on.fingerprint), base.fingerprint()
-    if theirs in (ours, base.as_held):
+    if base.is_named_by(theirs):
         return []
     named = trained_on.name + (f" at {trained_on.revision}" if trained_on.revision else "")
     here = base.name_or_path + (f" at {base.revision}" if base.revision else "")

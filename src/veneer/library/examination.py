@@ -34,7 +34,7 @@ def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content],
             files[MANIFEST_NAME] = manifest
     facts = facts_of(stored)
     if base is not None and stored.manifest is None:
-        update = {"base_digest": base.fingerprint().digest, "base_proof": "stated", "base": base.name_or_path}
+        update = {"base_digest": base.fingerprint().weights_digest, "base_proof": "stated", "base": base.name_or_path}
         facts = facts.model_copy(update=update)
     size = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
     return files, facts.model_copy(update={"bytes": size})
@@ -54,7 +54,7 @@ def facts_of(stored: StoredAdapter) -> Facts:
         parameters=sum(tensor.numel() for tensor in stored.tensors.values()),
         rank=getattr(stored.config, "rank", None),
         base=(stored.name_or_path if manifest is None else manifest.base.name) or None,
-        base_digest=None if manifest is None else Fingerprint.from_dict(manifest.base.fingerprint).digest,
+        base_digest=None if manifest is None else Fingerprint.from_dict(manifest.base.fingerprint).weights_digest,
         base_proof="unverified" if manifest is None else "stated" if theirs else "fingerprint",
         content_hash=stored.content_hash,
         parent=None if manifest is None else manifest.parent,

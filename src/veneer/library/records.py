@@ -42,7 +42,7 @@ class Facts(_Strict):
     base: str | None = None
     """What it calls its base; proves nothing."""
     base_digest: str | None = None
-    """Digest of the fingerprint of its base."""
+    """Fingerprint.weights_digest of its base."""
     base_proof: BaseProof = "unverified"
     """fingerprint: training recorded it. stated: whoever added it named the base, and it fits. unverified: the
     file gives a name at most, and nothing was compared."""

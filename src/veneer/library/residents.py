@@ -81,7 +81,7 @@ class Residents:
         """Whether the adapter may act on this base: trained on it or, if the library does not know its base, of shapes
         that fit. Reads two small files of one that was not asked for before."""
         if (theirs := entry.version.facts.base_digest) is not None:
-            return theirs in self._digests()
+            return theirs in self.base.weights_digests
         folder = self.library.objects / entry.version.object
         if (found := self._fit.get(folder)) is None:
             try:
@@ -273,7 +273,7 @@ class Residents:
 
     def _check_base(self, entry: Entry) -> None:
         """Before it is read: by what the library knows. AdapterMismatchError shows both sides."""
-        theirs, base, ours = entry.version.facts.base_digest, self.base, self._digests()
+        theirs, base, ours = entry.version.facts.base_digest, self.base, self.base.weights_digests
         if theirs is not None and theirs not in ours:
             called = name_of(entry.version.facts.base or "without a name")
             raise AdapterMismatchError(
@@ -281,10 +281,6 @@ class Residents:
                 [f"{called}, fingerprint {theirs[:12]}… against {ours[0][:12]}…"],
                 "Serve it beside the base that it was trained on.",
             )
-
-    def _digests(self) -> list[str]:
-        """Fingerprints of the base: of the weights in its files, and of those as it holds them."""
-        return [each.digest for each in (self.base.fingerprint(), self.base.as_held) if each is not None]
 
     def _unknown(self, name: str, fault: ConfigError | None = None) -> UnknownNameError:
         """fault: what the library says; of a name that it has, which versions there are."""

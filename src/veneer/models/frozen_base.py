@@ -41,8 +41,8 @@ class FrozenBase:
     quantize      the format its linear layers are held in; None: dense
     compute       the type its values are stored in, and the one they are held and multiplied in; by default the model's
     identity      its fingerprint as it was read, before anything was widened; by default the model's as it stands
-    as_held       the same of the values as they are held: what versions that did not widen called a base loaded in
-                  float32
+    as_held       what versions that did not widen wrote of a base loaded in float32: the fingerprint of the values as
+                  they are held, without the fields that those versions did not know
     routing       the adapters on this base, and which of them act
     shards        in which its decoder layers lie, where several processes hold it together
     not_read        what its files hold beside the text that is read
@@ -124,6 +124,18 @@ class FrozenBase:
         value: the answer stays that of the base the user loaded.
         """
         return self.identity
+
+    def is_named_by(self, stored: Fingerprint) -> bool:
+        """True if a file that holds this fingerprint was made for this base."""
+        if stored.is_earlier and self.as_held is not None and not stored.differences(self.as_held):
+            return True
+        return not stored.differences(self.identity)
+
+    @property
+    def weights_digests(self) -> tuple[str, ...]:
+        """What a library may have written as the digest of this base: this version, and earlier ones."""
+        earlier = [self.identity.earlier] + ([] if self.as_held is None else [self.as_held.earlier])
+        return self.identity.weights_digest, *(each.weights_digest for each in earlier)
 
     def tokenizer_hash(self) -> str:
         """Of what its tokenizer does, taken once: it reads the whole vocabulary."""

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.bases.builders import builder_for
+from veneer.bases.byte_hashes import hashes_of
 from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
 from veneer.bases.dense import build_dense
 from veneer.bases.faults import NEXT_DOWNLOAD, check_finite, check_generation
-from veneer.bases.fingerprint import fingerprint
+from veneer.bases.fingerprint import earlier_fingerprint, fingerprint
 from veneer.bases.model_class import parts_not_read
 from veneer.bases.model_config import check_size, checked_config
 from veneer.bases.model_folder import Found, weight_files
@@ -110,9 +111,11 @@ def load_base(
                 model = build(found, config, read_as, place)
             else:
                 model = build_dense(found.folder, config, read_as)
-                torch.nn.Module.to(model, place)
-            if own_pages and not compute.widens:
+            if own_pages and not compute.widens and place.type == "cpu":
                 take_own_pages(model)
+            hashes = None if shards is not None else hashes_of(model)
+            if build is None:
+                torch.nn.Module.to(model, place)  # the hashes read the weights that are still on the CPU
             if shards is not None and not len(shards):
                 raise RefusedError(
                     f"{type(model).__name__} has no list of decoder layers, and shard holds each of them in shards",
@@ -120,8 +123,8 @@ def load_base(
                 )
             model.eval()
             if shards is None and not compute.widens:
-                take_note(model)
-            identity = as_held = fingerprint(model)
+                take_note(model, hashes)
+            identity = as_held = fingerprint(model, hashes)
             if compute.widens:
                 if shards is not None:
                     shards.changed(lambda layer: layer.to(compute.held))
@@ -129,7 +132,7 @@ def load_base(
                 widen(model, compute.held)
                 if shards is None:
                     take_note(model)
-                as_held = fingerprint(model)
+                as_held = earlier_fingerprint(model)
             if model.generation_config is not None:
                 check_generation(found.folder, model.generation_config)
             check_vocabulary(found.folder, tokenizer, model)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.bases.byte_hashes import ByteHashes
 from veneer.files.remembered import is_known, is_on, remembered
 from veneer.linear import PackedModule
 
@@ -56,13 +56,16 @@ def can_be_known(model: PreTrainedModel) -> bool:
     )
 
 
-def take_note(model: PreTrainedModel) -> None:
-    """Of a base that was just loaded: from now on `same_values` knows it. Hashed by threads of its own meanwhile."""
+def take_note(model: PreTrainedModel, hashes: ByteHashes | None = None) -> None:
+    """Of a base that was just loaded: from now on `same_values` knows it. Hashed by threads of its own meanwhile.
+
+    hashes: of its tensors, where they were begun before
+    """
     if not can_be_known(model) or sum(each.nbytes for each in model.parameters()) > MOST_BYTES:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     held = [(each, _state(each)) for each in named.values()]
-    _OF[model] = _Values({**class_key(model), "threads": torch.get_num_threads()}, hashing(named), held)
+    _OF[model] = _Values({**class_key(model), "threads": torch.get_num_threads()}, hashing(named, hashes), held)
 
 
 def same_values(
@@ -99,24 +102,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hashing(tensors)()
 
 
-def hashing(tensors: Mapping[str, Tensor]) -> Callable[[], str]:
+def hashing(tensors: Mapping[str, Tensor], hashes: ByteHashes | None = None) -> Callable[[], str]:
     """Begins with the digest; what is returned waits for it."""
-    threads = ThreadPoolExecutor(torch.get_num_threads())
-    largest_first = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
-    own = {name: threads.submit(_bytes_digest, each) for name, each in largest_first}
+    begun = hashes or ByteHashes(tensors.values())
     said = {name: f"{name} {each.dtype} {list(each.shape)}" for name, each in sorted(tensors.items())}
-    threads.shutdown(wait=False)
 
     @cache
     def done() -> str:
-        return _joined(f"{line} {own[name].result()}\n" for name, line in said.items())
+        return _joined(f"{line} {begun.of(tensors[name])}\n" for name, line in said.items())
 
     return done
-
-
-def _bytes_digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _joined(lines: Iterable[str]) -> str:

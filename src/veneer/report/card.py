@@ -139,10 +139,11 @@ def _recipe(manifest: Manifest) -> str:
 
 
 def _identity(manifest: Manifest) -> list[tuple[str, str]]:
+    base = manifest.base.fingerprint
     found = {
         "adapter (content hash)": manifest.content_hash,
         "data (fingerprint)": manifest.data_fingerprint,
-        "base (weights hash)": manifest.base.fingerprint.get("weights_hash"),
+        "base (weights hash)": base.get("values_hash") or base.get("weights_hash"),
         "chat template (hash)": manifest.template_hash,
         "system turn of its rows": manifest.system,
         "continued from": manifest.parent,

@@ -309,7 +309,7 @@ def _hashes(manifest_file: Path) -> dict[str, str]:
     found = {
         "base": manifest.base.name,
         "base revision": manifest.base.revision,
-        **{f"base {name}": str(value) for name, value in manifest.base.fingerprint.items()},
+        **{f"base {name}": str(value) for name, value in manifest.base.fingerprint.items() if name != "config"},
         "tokenizer": manifest.tokenizer_hash,
         "chat template": manifest.template_hash,
         "data": manifest.data_fingerprint,

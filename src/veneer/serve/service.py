@@ -73,7 +73,7 @@ class Service:
         self.loop = EngineLoop(engine)
         self.metrics = Metrics(names.base_name, routes)
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
-        self._weights = base.fingerprint().weights_hash[:8]
+        self._base_digest = base.fingerprint().digest[:8]
         self._most_places = engine.scheduler.most_places
         self.cache_tokens, self.cache_bytes = engine.scheduler.blocks.capacity, engine.scheduler.blocks.budget_bytes
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
@@ -84,7 +84,7 @@ class Service:
         self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # which wait for room
 
     def fingerprint(self, model: Model) -> str:
-        return f"vn-{self._weights}-{model.content}"
+        return f"vn-{self._base_digest}-{model.content}"
 
     async def apart(self, function: Callable[[], T]) -> T:
         """Runs what reads files beside the event loop. No error says where the library lies."""

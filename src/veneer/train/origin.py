@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, ConfigError
@@ -39,7 +39,7 @@ class Origin:
 
     date: str
     """Day the run started on, which a chat template may have written into the rows."""
-    base: dict[str, str | int] | None
+    base: dict[str, JsonValue] | None
     """Fingerprint of the base. None here and in the settings: of a version that kept only the day and the rows."""
     tokenizer: str | None
     template: str | None
