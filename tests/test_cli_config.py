@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from veneer import train
-from veneer.adapters.config import Bottleneck, Full, LoRA
+from veneer.adapters.config import METHODS, Bottleneck, Full, LoRA
 from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
 from veneer.cli.main import Parser, main
 from veneer.errors import ConfigError
@@ -202,14 +203,14 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("method: lroa", "method is 'lroa', not one of lora, dora, bottleneck, prefix, full: did you mean lora?"),
         ("method: {rank: 3}", "'method.name' is missing"),
         ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
-        ("method: {name: lora, targets: 5}", "method.targets is 5: should be a valid string or should be a valid list"),
+        ("method: {name: lora, targets: 5}", "method.targets is 5: should be text or a list"),
         ("method: {name: lora, targets: '('}", "'(' is not a regular expression"),
         ("steps: 3\nepochs: 3", "steps and epochs are both given"),
         ("data: {}", "'data.train' is missing"),
         ("data: {train: [{pth: a}]}", "data.train.0: unknown key 'pth'"),
         ("data: {train: a, validation: {}}", "'data.validation.path' is missing"),
         ("data: {train: a, validation: {pth: b}}", "unknown key 'pth' in data.validation"),
-        ("data: {train: a, validation: {path: [b]}}", "data.validation.path is ['b']: should be a valid string"),
+        ("data: {train: a, validation: {path: [b]}}", "data.validation.path is ['b']: should be text"),
     ],
 )
 def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
@@ -365,3 +366,45 @@ def test_settings_given_in_python_are_refused_in_our_words_all_at_once(make, sai
         make()
     assert all(each in str(caught.value) for each in said), str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+WRONG = [None, 3, -1, 0.5, float("nan"), 10**30, True, "text", "", [], [1], ["x"], [[]], [None], {}, {1: 2}]
+WRONG += [{"path": "x.jsonl"}, [{"path": "x.jsonl"}], {"name": "x"}, {"a": {"b": 1}}, {"train": "x.jsonl"}]
+"""A value of every kind, and settings in the forms that other settings have."""
+IN_LISTS = [("data", "train", "weight"), ("from_adapter", "adapter"), ("from_adapter", "weight")]
+EVERY_PATH = sorted({path for method in METHODS for path in setting_paths(method)} | set(IN_LISTS))
+PYDANTIC = re.compile(r"valid (string|dictionary|list|boolean)|instance of|extract fields|Error\b")
+
+
+def with_value(path, value):
+    run = {"base": "b", "data": {"train": "d.jsonl"}, "out": "o"}
+    node = run
+    for name in path[:-1]:
+        node[name] = node[name] if isinstance(node.get(name), dict) else {}
+        node = node[name]
+    if path[0] == "method" and len(path) == 2:
+        node["name"] = next(method for method in METHODS if path in setting_paths(method))
+    node[path[-1]] = value
+    return run
+
+
+@pytest.mark.parametrize("path", [*((name,) for name in RunConfig.model_fields), *EVERY_PATH], ids=".".join)
+def test_a_setting_of_the_wrong_kind_is_refused_by_its_name(path, tmp_path):
+    file = tmp_path / "run.yaml"
+    for value in WRONG:
+        run = with_value(path, value)
+        file.write_text(yaml.safe_dump(run, sort_keys=False))
+        for make in (partial(read_run_config, file, {}), partial(RunConfig.of, run)):
+            try:
+                make()
+            except ConfigError as refused:
+                assert refused.faults and all(re.search(r"\w", fault) for fault in refused.faults)
+                assert any(name in str(refused) for name in path) and not PYDANTIC.search(str(refused)), str(refused)
+
+
+def test_an_adapter_in_the_form_of_a_set_is_told_what_there_is(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**NEEDED, "from_adapter": {"path": "runs/one"}}))
+    with pytest.raises(ConfigError) as refused:
+        read_run_config(tmp_path / "run.yaml", {})
+    assert "unknown key 'path' in from_adapter: there is adapter, content, weight" in str(refused.value)
+    assert "'from_adapter.adapter' is missing: Name in the library" in str(refused.value)

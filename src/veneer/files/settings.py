@@ -87,7 +87,7 @@ def parts(model: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) not in (Union, UnionType, Annotated):
+    if get_origin(annotation) not in (Union, UnionType, Annotated, list):
         return []
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
@@ -100,6 +100,14 @@ def paths(model: type[BaseModel]) -> list[KeyPath]:
         below: list[KeyPath] = [(name, each) for part in inner.get(name, []) for each in part.model_fields]
         found.update(dict.fromkeys(below or [(name,)]))
     return list(found)
+
+
+def fields_below(model: type[BaseModel], around: KeyPath) -> list[str]:
+    """Names of the settings that a field's settings, or those of a list's items, may have."""
+    models = [model]
+    for name in around:
+        models = [part for each in models for part in parts(each).get(name, [])]
+    return sorted({name for each in models for name in each.model_fields})
 
 
 def field_at(model: type[BaseModel], path: KeyPath) -> FieldInfo:
@@ -179,12 +187,14 @@ def _said(
     kind, context, last = detail["type"], detail.get("ctx", {}), str(detail["loc"][-1]) if detail["loc"] else ""
     if kind in ("extra_forbidden", "missing") and path[-1:] != (last,):  # in a list
         within, unknown = name.removesuffix(f".{last}"), kind == "extra_forbidden"
-        return ("C312", f"{within}: unknown key {last!r}") if unknown else ("C311", f"{within}: {last!r} is missing")
+        if unknown:
+            return "C312", f"{within}: unknown key {last!r}: there is {', '.join(fields_below(model, path))}"
+        return "C311", f"{within}: {last!r} is missing"
     if kind == "extra_forbidden":
         around = path[:-1]
         meant = nearest(path, ours)
         if meant is None:
-            here = sorted(each[-1] for each in ours if each[:-1] == around)
+            here = sorted(each[-1] for each in ours if each[:-1] == around) or fields_below(model, around)
             hint = f": there is {', '.join(here)}" if here else ""
         else:
             hint = f": did you mean {repr(meant[-1]) if meant[:-1] == around else written(meant)}?"
@@ -206,5 +216,26 @@ def _said(
     given = given if len(given) <= 60 else given[:59] + "…"
     if kind == "literal_error":
         return "C310", f"{name} is {given}, not one of {context['expected']}"
-    wrong = " or ".join(each["msg"].removeprefix("Input ") for each in details)
+    first, *others = dict.fromkeys(_wrong(each) for each in details)
+    wrong = " or ".join([first, *(each.removeprefix("should be ") for each in others)])
     return "C310", f"{name} is {given}: {wrong}"
+
+
+EXPECTED = {
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+    "union_tag_not_found": "a mapping of settings with a name",
+}
+"""Kinds of pydantic's errors -> the type that was expected, in the words of YAML."""
+
+
+def _wrong(detail: ErrorDetails) -> str:
+    if detail["type"] == "invalid_key":
+        return "its keys should be text"
+    expected = EXPECTED.get(detail["type"])
+    return detail["msg"].removeprefix("Input ") if expected is None else f"should be {expected}"
