@@ -25,6 +25,7 @@ from veneer.adapters.routing import Routing
 from veneer.data.batching import Rows, best_groups, make_batch, packed_rows, plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Problem
+from veneer.data.large import training_data
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.errors import DataError
 from veneer.models.likelihood import example_nats
@@ -66,6 +67,29 @@ def test_the_examples_of_a_row_stay_together_and_a_batch_counts_rows(tmp_path: A
     plan = [*plan_epoch(rows.lengths, batch=2, seed=0, epoch=0, order="shuffled")]
     assert sorted(i for batch in plan for i in batch) == [0, 1, 2] and [len(batch) for batch in plan] == [2, 1]
     assert len({example.key for example in data.train}) == 6
+
+
+def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
+    """Six conversations of several answers, each twice, then eight rows of one: 20 rows, in memory and in files."""
+    texts = [conversation(2 + n % 2, reasons=True, tools=False, system=True) for n in range(6)]
+    for n, row in enumerate(texts):
+        row[1]["content"] += f" {n}"
+    single = [conversation(1, reasons=True, tools=False, system=True) for _ in range(8)]
+    path = write(tmp_path / "rows.jsonl", *(row for row in texts for _ in range(2)), *single)
+    other = write(tmp_path / "other.jsonl", *texts[:2])
+    sets: list[dict[str, Any]] = [{"path": path, "weight": 0.5}, {"path": other, "weight": 2.0}]
+    data = DataConfig.of({"train": sets, "validation_share": 0.0})
+    asked: dict[str, Any] = {"length": 2048, "capacity": Capacity(), "tokenizer": reasoning_tokenizer(DROPS_EARLIER)}
+    memory = load_data(data, **asked)
+    files = training_data(data.model_copy(update={"tokens": "files"}), **asked)
+    for found in (memory, files):
+        rows = Rows.of(found.train)
+        assert len(rows.lengths) == 22 == found.report.rows
+        assert [len(rows.examples([n])) for n in range(12)] == [2, 2, 3, 3] * 3
+        assert found.mixture is not None
+        assert len(rows.examples(found.mixture.rows(0, 0))) > 0  # all of these rows are there
+        groups = best_groups(found.train[:4])
+        assert sum(map(len, groups)) == 4
 
 
 def test_what_the_examples_of_a_row_begin_with_is_computed_once(tmp_path: Any) -> None:

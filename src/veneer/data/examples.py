@@ -84,7 +84,8 @@ class Example:
     ids       int32 [L]
     trained   bool [L]; trained[t]: token t is a target, predicted from the tokens before it; [0] is never one
     key       63 bits, from the row's content alone: names the row for splitting
-    row       the same of all examples that one row became, which stand one behind the other; None: it is the only one
+    row       number of the row in its data set, shared by the examples that one row became, which follow each other;
+              None if the row became this example alone
     roles     whose message each token belongs to, in order; empty where nobody asked
     """
 

@@ -44,7 +44,7 @@ LARGE_BYTES = 64 * 2**20
 ROWS_KEPT = 64
 """Held-out rows that are kept as rows: one of them is answered at evaluations."""
 EVERY_SECONDS = 15.0
-_FORMAT = 1
+_FORMAT = 2
 _WAIT_SECONDS = 24 * 3600.0
 """For another process that builds the same."""
 _NO_MATTER = {"tokens", "train", "validation"}

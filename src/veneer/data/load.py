@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -126,19 +126,19 @@ def read_data(
     reading = _Reading(data, template, preamble, length, findings)
     with _collecting_between() as collect:
         for one in data.train_sets:
-            count = out = 0
+            read = out = 0
             for rows in reading.scan(one):
-                count += len(rows)
+                read += len(rows)
                 if not data.validation_sets:
                     rows, held_out = split(rows, data.validation_share)
                     out += len(held_out)
                     reading.encode(held_out, held)
                 reading.encode(rows, kept)
-                say(total + count)
+                say(total + read)
                 collect()
-            total += count
+            total += read
             if not data.validation_sets:
-                _tell_share(one.path, out, count, data.validation_share, findings)
+                _tell_share(one.path, out, read, data.validation_share, findings)
                 held.end_set(one.called)
             kept.end_set(one.called)
         for one in data.validation_sets:
@@ -275,6 +275,8 @@ class _Reading:
     preamble: Preamble
     length: int
     findings: Findings
+    numbers: Iterator[int] = field(default_factory=count)
+    """Next row's number. Rows are told apart by it: a hash of their content would merge equal neighbours."""
 
     def scan(self, one: SetConfig) -> Iterator[list[Row]]:
         """The rows of a set, some at a time."""
@@ -312,6 +314,7 @@ class _Reading:
             findings.control.append(named)
         findings.saw(named, found)
         parts: list[tuple[Row, Example]] = []
+        of_several = None if len(found) == 1 else next(self.numbers)
         for number, each in enumerate(found):
             size = len(each.ids)
             if size > length:
@@ -324,7 +327,7 @@ class _Reading:
             part = row if each.upto in (None, len(row.messages)) else _beginning(row, each.upto)
             own = key if len(found) == 1 else part_key(key, number)
             example = _example(row, own, each, length if long_rows == "cut" else size)
-            parts.append((part, example if len(found) == 1 else replace(example, row=key)))
+            parts.append((part, replace(example, row=of_several)))
         if parts:
             kept.add(row, parts)
 
