@@ -25,6 +25,7 @@ import torch
 
 from veneer.data.batching import Rows, make_batch, plan_epoch
 from veneer.data.examples import Example, Row, RowRef, row_key
+from veneer.data.longest import largest_micro_batches
 from veneer.data.on_disk import COLUMNS, INDEX, ExampleWriter, StoredExamples
 from veneer.data.tally import Tally
 
@@ -108,7 +109,13 @@ def make(count: int, folder: Path) -> None:
     generator = np.random.Generator(np.random.Philox(key=[0, 1]))
     sizes = generator.integers(20, 60, count)
     start = np.concatenate([[0], np.cumsum(sizes)])
-    columns = {"start": start, "used": sizes - 1, "key": np.arange(count), "row": np.full(count, -1)}
+    columns = {
+        "start": start,
+        "used": sizes - 1,
+        "trained": sizes // 4,
+        "key": np.arange(count),
+        "row": np.full(count, -1),
+    }
     columns |= {"file": np.zeros(count), "line": np.arange(count) + 1}
     for name, kind in COLUMNS.items():
         columns[name].astype(kind).tofile(folder / f"{name}.{kind[1:]}")
@@ -126,9 +133,10 @@ def read(folder: Path) -> dict[str, Any]:
     examples = StoredExamples(folder)
     rows = Rows.of(examples)
     plan = plan_epoch(rows.lengths, batch=8, seed=0, epoch=0, order="bucketed")
-    costliest = plan.costliest(rows.lengths)
-    for chosen in (costliest, plan[0]):
-        some = [examples[i] for i in rows.examples(chosen)]
+    plans = [(plan, len(plan))]
+    largest = largest_micro_batches(examples, rows, plans, micro_batch=8, packed=True, share_prompt=True)
+    for chosen in (largest[0], rows.examples(plan[0])):
+        some = [examples[i] for i in chosen]
         make_batch(some, packed=True, share_prompt=True, device=torch.device("cpu"))
     first, at_first = time.process_time() - start, resident()
     start = time.process_time()

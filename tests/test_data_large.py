@@ -199,14 +199,15 @@ def test_a_run_learns_the_same_bits_and_resumes_from_either(world: Path, tmp_pat
     assert losses[0] == losses[1]
 
 
-def test_the_plan_of_an_epoch_is_its_list_and_its_costliest_batch_is_found(tmp_path: Path) -> None:
+def test_the_plan_of_an_epoch_is_its_list_and_its_micro_batches_are_spans_of_it() -> None:
     lengths = np.random.Generator(np.random.Philox(key=[1, 2])).integers(1, 90, 1003)
     for order in ("bucketed", "shuffled", "file"):
         asked: dict[str, Any] = {"batch": 8, "seed": 3, "epoch": 1, "order": order}
         plan = plan_epoch(lengths, **asked)
         listed = [*plan]
         assert [plan[i] for i in range(len(plan))] == listed and plan[-1] == listed[-1]
-        assert plan.costliest(lengths) == max(listed, key=lambda rows: int(lengths[rows].sum()))
+        parts = [rows[start : start + 3] for rows in listed[:40] for start in range(0, len(rows), 3)]
+        assert [plan.rows[start:stop].tolist() for start, stop in plan.spans(3, 40)] == parts
         assert sorted(row for rows in listed for row in rows) == list(range(1003))
 
 

@@ -15,7 +15,8 @@ from tests.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.routing import Routing
-from veneer.data.batching import make_batch, used_length
+from veneer.data.batching import make_batch, packed_rows, used_length
+from veneer.data.longest import SLACK
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Interrupted
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
@@ -208,6 +209,24 @@ def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(Loop, "_longest_batch", lambda self: None)
     without, _ = run(make_job(tmp_path / "b", steps=1, micro_batch=4))
     assert torch.equal(made.job.flat.values.data, without.job.flat.values.data)
+
+
+def test_the_longest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_path, monkeypatch):
+    """Rows that share a long prompt are fewer computed rows than shorter ones that share nothing."""
+    sharing = make_examples(4, prompt=60, longest=72)
+    apart = make_examples(5, seed=3, prompt=0, longest=48)
+    seen = []
+    monkeypatch.setattr(
+        "veneer.models.step.make_batch", lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k)
+    )
+    for order, micro_batch in (("file", None), ("shuffled", 3)):
+        seen.clear()
+        job = make_job(tmp_path / order, steps=8, order=order, micro_batch=micro_batch, validation=0)
+        job.train = [*sharing, *apart]
+        run(job)
+        (first, *steps) = [packed_rows(rows, share_prompt=True) for rows in seen if len(rows) > 0]
+        assert first >= max(steps) / SLACK
+        assert len(seen) > 8  # of several epochs
 
 
 def test_out_of_memory_says_which_batch_and_what_to_do(tmp_path, monkeypatch):

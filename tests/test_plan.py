@@ -21,7 +21,9 @@ from veneer.bases.from_config import blueprint
 from veneer.bases.shapes import SHAPES
 from veneer.cli import plan as command
 from veneer.cli.main import main
+from veneer.data.batching import Rows
 from veneer.data.examples import Example, RowRef
+from veneer.data.longest import plans_of_run
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan import dry_run as counting
@@ -171,9 +173,10 @@ def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_med
     rows = [Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i) for i, n in enumerate(lengths)]
     own = Planner(planner.blueprint, idle_bytes=0, rows=rows)
     choice = Choice(method=TINY.method, batch=1, length=64)
-    assert [len(r.ids) for r in own.epoch(choice).largest] == [60]
+    assert [[len(r.ids) for r in part] for part in own.largest(choice)] == [[60]]
     assert len(own.epoch(choice).usual[0].ids) in (12, 14)
-    assert [len(r.ids) for r in own.epoch(Choice(method=TINY.method, batch=1, length=32)).largest] == [32]
+    cut = own.largest(Choice(method=TINY.method, batch=1, length=32))
+    assert [[len(r.ids) for r in part] for part in cut] == [[32]]
 
 
 def test_with_dropout_too_the_prompt_of_the_rows_is_counted_once(planner):
@@ -405,3 +408,42 @@ def test_the_arguments_are_all_read():
     text = "".join(Path(name).read_text() for name in source)
     unread = [a.dest for a in parser._actions if a.dest != "help" and f"args.{a.dest}" not in text]
     assert not unread
+
+
+def random_rows(seed, count):
+    """Rows of three sets: behind a long prompt that they share, behind a short one, and each by itself. Some became two
+    examples."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 7]))
+    prompts = [generator.integers(0, 250, size) for size in (int(generator.integers(60, 150)), 12, 0)]
+    made = []
+    for number in range(count):
+        prompt = prompts[int(generator.integers(3))]
+        ids = np.concatenate([prompt, generator.integers(0, 250, int(generator.integers(8, 120)))]).astype(np.int32)
+        trained = np.arange(len(ids)) >= len(ids) - int(generator.integers(1, 8))
+        several = number % 5 == 0
+        for part in range(1 + several):
+            end = len(ids) - 3 * (1 - part) if several else len(ids)
+            own = Example(ids[:end], trained[:end], RowRef("r", number), number, row=number if several else None)
+            made.append(own if own.trained.any() else replace(own, trained=np.arange(end) >= end - 1))
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])  # packed with a shared prompt; padded
+def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(family):
+    held = Blueprint("tiny", tiny_model(family).config, torch.float32)
+    for seed in range(4):
+        order = ("bucketed", "shuffled", "file", "bucketed")[seed]
+        choice = replace(TINY, batch=4, micro_batch=(None, 3)[seed % 2], length=512, share_prompt=seed != 3)
+        own = Planner(held, idle_bytes=0, rows=random_rows(seed, 14), seed=seed, order=order, epochs=2)
+        chosen = own.estimate(choice).peak_bytes
+        rows = Rows.of(own.rows)
+        plans = plans_of_run(rows, batch=4, seed=seed, order=order, mixture=None, steps=8)
+        parts = [plan.rows[a:b].tolist() for plan, taken in plans for a, b in plan.spans(choice.rows_at_once, taken)]
+        every = {tuple(part) for part in parts}
+        peaks = [
+            estimate(own._run(choice, [own.rows[i] for i in rows.examples(part)]), device="cpu", idle_bytes=0)
+            for part in every
+        ]
+        most = max(found.peak_bytes for found in peaks)
+        assert most * 0.99 <= chosen <= most, (seed, family)
+        assert len(own.largest(choice)) <= len(every) / 2

@@ -318,13 +318,16 @@ def test_the_plan_that_a_run_makes_says_what_each_process_sends(place: Path) -> 
         found.config,
         torch.float32,
         data,
+        largest=[data.train[:2]],
         idle_bytes=0,
         device="cpu",
         processes=2,
     )
     assert made.gradient > 0 < made.layers
     assert "of gradient" in _each(made) and "of layers" in _each(made)
-    alone = planned(config, found.config, torch.float32, data, idle_bytes=0, device="cpu", processes=1)
+    alone = planned(
+        config, found.config, torch.float32, data, largest=[data.train[:2]], idle_bytes=0, device="cpu", processes=1
+    )
     assert (alone.gradient, alone.layers) == (0, 0)
 
 

@@ -148,6 +148,11 @@ class Rows:
         starts = np.flatnonzero(begins)
         return cls(starts, np.add.reduceat(examples.used.astype(np.int64), starts[:-1]))
 
+    def of_examples(self, numbers: Sequence[int]) -> list[int]:
+        """Numbers of the rows that these examples came from, rising."""
+        found = np.searchsorted(np.asarray(self.starts), numbers, side="right") - 1
+        return np.unique(found).tolist()
+
     def examples(self, rows: Iterable[int]) -> list[int]:
         """Numbers of the examples of these rows."""
         return [number for row in rows for number in range(self.starts[row], self.starts[row + 1])]
@@ -263,13 +268,13 @@ class EpochPlan(Sequence[list[int]]):
         start = (at if self.order is None else int(self.order[at])) * self.batch
         return self.rows[start : start + self.batch].tolist()
 
-    def costliest(self, lengths: NDArray[np.int64]) -> list[int]:
-        """The first of the batches with most tokens."""
-        sums = np.add.reduceat(
-            np.asarray(lengths)[self.rows].astype(np.int64), np.arange(0, len(self.rows), self.batch)
-        )
-        batches: list[int] = self[int(np.argmax(sums if self.order is None else sums[self.order]))]
-        return batches
+    def spans(self, micro_batch: int, taken: int) -> NDArray[np.int64]:
+        """(S, 2) start and stop in `rows` of each micro-batch of the first `taken` batches."""
+        numbers = np.arange(len(self)) if self.order is None else self.order
+        starts = numbers[:taken, None] * self.batch + np.arange(0, self.batch, micro_batch)
+        stops = np.minimum(starts + micro_batch, (numbers[:taken, None] + 1) * self.batch)
+        spans = np.stack([starts.ravel(), np.minimum(stops.ravel(), len(self.rows))], axis=1)
+        return spans[spans[:, 0] < spans[:, 1]]
 
 
 def plan_epoch(

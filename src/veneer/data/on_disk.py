@@ -3,6 +3,7 @@
     tokens.i4   the ids of all examples end to end, the sign bit set on those that are learnt
     start.i8    where each example begins among them; one more: where the last one ends
     used.i4     how many of its tokens are computed: up to its last trained one
+    trained.i4  how many of its tokens are learnt
     key.i8, row.i8   Example.key, Example.row (-1: None)
     file.i4, line.i4   where it stands; the files' names are in index.json, with the counts
 
@@ -23,7 +24,7 @@ from veneer.data.examples import Example, RowRef
 from veneer.errors import CorruptFileError
 from veneer.files.strict_json import read_json
 
-COLUMNS = {"start": "<i8", "used": "<i4", "key": "<i8", "row": "<i8", "file": "<i4", "line": "<i4"}
+COLUMNS = {"start": "<i8", "used": "<i4", "trained": "<i4", "key": "<i8", "row": "<i8", "file": "<i4", "line": "<i4"}
 INDEX = "index.json"
 _LEARNT = np.int32(-(2**31))
 _TOGETHER = 4096
@@ -64,6 +65,7 @@ class ExampleWriter:
         (np.concatenate([e.ids for e in some]).astype(np.int32) | signs).astype("<i4").tofile(self._tokens)
         self._put("start", (self._end + np.cumsum([0, *sizes[:-1]])).tolist())
         self._put("used", [_used(e) for e in some])
+        self._put("trained", [int(np.count_nonzero(e.trained)) for e in some])
         self._put("key", [e.key for e in some])
         self._put("row", [-1 if e.row is None else e.row for e in some])
         self._put("file", [self._files.setdefault(e.ref.file, len(self._files)) for e in some])
@@ -102,6 +104,11 @@ class StoredExamples(Sequence[Example]):
     def used(self) -> NDArray[np.int64]:
         """Of each, tokens that are computed (batching.py)."""
         return self._column("used")
+
+    @property
+    def trained(self) -> NDArray[np.int64]:
+        """Trained tokens of each."""
+        return self._column("trained")
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -146,6 +153,20 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     if isinstance(examples, StoredExamples):
         return examples.lengths
     return np.array([len(example.ids) for example in examples], dtype=np.int64)
+
+
+def used_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Computed tokens of each."""
+    if isinstance(examples, StoredExamples):
+        return examples.used.astype(np.int64)
+    return np.array([_used(example) for example in examples], dtype=np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Trained tokens of each."""
+    if isinstance(examples, StoredExamples):
+        return examples.trained.astype(np.int64)
+    return np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int64)
 
 
 def some_of(examples: Sequence[Example]) -> Sequence[Example]:

@@ -192,6 +192,7 @@ def _planner(found: Blueprint, question: Question) -> Planner:
         seed=question.seed,
         order=question.order,
         steps=question.steps,
+        epochs=question.epochs,
     )
 
 

@@ -51,7 +51,7 @@ def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
 
 def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Rows of `choice.length` that fit at once; 0 if not even one does."""
-    bare = replace(planner, rows=(), mixture=None, _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(planner, rows=(), mixture=None, known_largest=(), _runs=planner._runs, _wholes=planner._wholes)
     most = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
 
     def needs(rows: int) -> int:
@@ -64,7 +64,7 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Tokens of a single row that fit, a multiple of SHORTEST; 0 if not even the shortest does."""
     if sum(planner.estimate(choice).run.static.values()) > memory_bytes:
         return 0  # what any length holds
-    bare = replace(planner, rows=(), mixture=None, _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(planner, rows=(), mixture=None, known_largest=(), _runs=planner._runs, _wholes=planner._wholes)
 
     def needs(units: int) -> int:
         one = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)

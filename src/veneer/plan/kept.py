@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from veneer.bases.blueprint import Blueprint
+from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remembered
 from veneer.plan.counted import DryRun, Step
 from veneer.train.records import process_memory_bytes
@@ -75,18 +76,25 @@ def kept_run(step: Step, known: Callable[[], Whole]) -> DryRun:
     key = _base_key(step)
     if key is None:
         return counted()
-    rows = hashlib.sha256()
-    for row in step.rows:
-        for part in (row.ids, row.trained):
-            rows.update(f"{part.dtype} {len(part)}\n".encode())
-            rows.update(part.tobytes())
     key |= {
-        "rows": rows.hexdigest(),
+        "rows": rows_digest(step.rows),
         "checkpointing": step.checkpointing,
         "share_prompt": step.share_prompt,
         "offload": step.offload,
     }
     return remembered("step", key, DryRun, counted)
+
+
+def rows_digest(rows: Sequence[Example]) -> str:
+    """SHA-256 of all that a micro-batch is laid out by: ids, masks, and which examples came from one row."""
+    digest, before = hashlib.sha256(), None
+    for row in rows:
+        digest.update(b"one row\n" if row.row is not None and row.row == before else b"another row\n")
+        before = row.row
+        for part in (row.ids, row.trained):
+            digest.update(f"{part.dtype} {len(part)}\n".encode())
+            digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def _facts(config: PreTrainedConfig) -> Facts:

@@ -6,6 +6,7 @@ micro-batch decides memory, the middle batch time), else rows of one length.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,9 @@ import torch
 from veneer.adapters.config import MethodConfig
 from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import Compute, DtypeName, choose
-from veneer.data.batching import Rows, by_length, packed_rows, plan_epoch, used_length
+from veneer.data.batching import EpochPlan, Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
+from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
 from veneer.plan.counted import DryRun, Step
@@ -32,11 +34,11 @@ from veneer.plan.estimate import (
     estimate,
     synthetic_rows,
 )
-from veneer.plan.kept import Facts, kept_facts, kept_run, kept_whole
+from veneer.plan.kept import Facts, kept_facts, kept_run, kept_whole, rows_digest
 from veneer.plan.machine import Machine
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
-from veneer.train.config import OptimizerName, RunConfig, trains_packed
+from veneer.train.config import EPOCHS_UNSAID, OptimizerName, RunConfig, trains_packed
 from veneer.train.reduce import Kind
 
 if TYPE_CHECKING:
@@ -108,14 +110,12 @@ def choice_of(config: RunConfig, processes: int = 1) -> Choice:
 class Epoch:
     """What the plan asks of the first epoch's micro-batches.
 
-    largest  the costliest, as train/loop.py finds it
     usual    the one of median size
     sizes    the different numbers of rows that the products of the steps that are taken have
     taken    how many micro-batches they have
     costs    tokens of each micro-batch of the steps that are taken
     """
 
-    largest: Sequence[Example]
     usual: Sequence[Example]
     sizes: frozenset[int]
     taken: int
@@ -127,7 +127,8 @@ class Planner:
     """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there
     are any; mixture: how many of each set an epoch takes; held_out: those that are evaluated meanwhile.
 
-    steps: optimizer steps that the run takes, where they are fewer than an epoch's; None: unknown.
+    steps: optimizer steps that the run takes; None: those of `epochs`.
+    known_largest: the micro-batches of the run that may be the largest, where they were found before.
     """
 
     blueprint: Blueprint
@@ -140,10 +141,13 @@ class Planner:
     order: str = "bucketed"
     trained_share: float = 1.0
     steps: int | None = None
+    epochs: float = EPOCHS_UNSAID
+    known_largest: Sequence[Sequence[Example]] = ()
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
     _bares: dict[torch.dtype, Bare] = field(default_factory=dict, repr=False)
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
+    _largest: dict[object, Sequence[Sequence[Example]]] = field(init=False, default_factory=dict, repr=False)
 
     @cached_property
     def facts(self) -> Facts:
@@ -185,16 +189,51 @@ class Planner:
 
     def estimate(self, choice: Choice) -> Estimate:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
-        epoch = self.epoch(choice)
-        run = self._run(choice, epoch.largest)
-        kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice)
-        return estimate(
-            run,
-            device=self.device,
-            idle_bytes=self.idle_bytes,
-            kernel_bytes=kernels,
-            checkpointing=choice.checkpointing,
+        return max(self.estimates(choice), key=lambda found: found.peak_bytes)
+
+    def estimates(self, choice: Choice) -> list[Estimate]:
+        """Of a step with each micro-batch that may be the largest, most computed rows first."""
+        made = []
+        for rows in self.largest(choice):
+            run = self._run(choice, rows)
+            kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice)
+            found = estimate(
+                run,
+                device=self.device,
+                idle_bytes=self.idle_bytes,
+                kernel_bytes=kernels,
+                checkpointing=choice.checkpointing,
+            )
+            made.append(found)
+        return made
+
+    def largest(self, choice: Choice) -> Sequence[Sequence[Example]]:
+        """The micro-batches of the run that may take the most memory (data/longest.py)."""
+        if self.known_largest:
+            return self.known_largest
+        packed = self.step_run(choice).packed
+        key = choice.batch, choice.rows_at_once, choice.length, choice.share_prompt, packed
+        if key not in self._largest:
+            self._largest[key] = self._find_largest(choice, packed=packed)
+        return self._largest[key]
+
+    def _find_largest(self, choice: Choice, *, packed: bool) -> Sequence[Sequence[Example]]:
+        if not self.rows:
+            return [max(self._steps(choice)[0], key=len)]
+        examples, mixture = self._cut_rows(choice.length)
+        rows = Rows.of(examples)
+        batches = len(self._plan(rows, mixture, choice))
+        plans = plans_of_run(
+            rows,
+            batch=choice.batch,
+            seed=self.seed,
+            order=self.order,  # type: ignore[arg-type]
+            mixture=mixture,
+            steps=self.steps or max(1, math.ceil(self.epochs * batches)),
         )
+        size, share = choice.rows_at_once, choice.share_prompt
+        found = largest_micro_batches(examples, rows, plans, micro_batch=size, packed=packed, share_prompt=share)
+        return [[examples[i] for i in part] for part in found]
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
         """Of one optimizer step with a batch of middling length."""
@@ -227,12 +266,12 @@ class Planner:
         if key not in self._epochs:
             steps = self._steps(choice)
             costs = [[sum(map(used_length, part)) for part in parts] for parts in steps]
-            batches, tokens = [part for parts in steps for part in parts], [cost for step in costs for cost in step]
-            by_size = sorted(range(len(batches)), key=tokens.__getitem__)
-            taken = [part for parts in steps[: self.steps] for part in parts]
-            sizes = frozenset(packed_rows(part, share_prompt=choice.share_prompt) for part in taken)
-            largest, usual = tokens.index(max(tokens)), by_size[len(by_size) // 2]
-            self._epochs[key] = Epoch(batches[largest], batches[usual], sizes, len(taken), costs[: self.steps])
+            batches = [part for parts in steps for part in parts]
+            computed = [packed_rows(part, share_prompt=choice.share_prompt) for part in batches]
+            by_size = sorted(range(len(batches)), key=lambda n: (computed[n], n))
+            taken = sum(len(parts) for parts in steps[: self.steps])
+            usual = batches[by_size[len(by_size) // 2]]
+            self._epochs[key] = Epoch(usual, frozenset(computed[:taken]), taken, costs[: self.steps])
         return self._epochs[key]
 
     def _kernels(self, run: DryRun, choice: Choice) -> int:
@@ -263,18 +302,21 @@ class Planner:
             return [[synthetic_rows(rows, choice.length, trained_share=self.trained_share) for rows in parts]]
         rows, mixture = self._cut_rows(choice.length)
         found = Rows.of(rows)
-        plan = plan_epoch(
-            found.lengths,
+        return [
+            [[rows[i] for i in found.examples(chosen[start : start + size])] for start in range(0, len(chosen), size)]
+            for chosen in self._plan(found, mixture, choice)
+        ]
+
+    def _plan(self, rows: Rows, mixture: Mixture | None, choice: Choice) -> EpochPlan:
+        """The first epoch's batches."""
+        return plan_epoch(
+            rows.lengths,
             batch=choice.batch,
             seed=self.seed,
             epoch=0,
             order=self.order,  # type: ignore[arg-type]
             mixture=mixture,
         )
-        return [
-            [[rows[i] for i in found.examples(chosen[start : start + size])] for start in range(0, len(chosen), size)]
-            for chosen in plan
-        ]
 
     def _cut_rows(self, length: int) -> tuple[list[Example], Mixture | None]:
         """The rows as far as they are that long, and the mixture of those of which anything is trained then."""
@@ -291,13 +333,7 @@ class Planner:
         run for all."""
         held = self.quantize(choice)
         of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.new_tokens
-        key = (
-            *of_base,
-            choice.checkpointing,
-            choice.offload,
-            choice.share_prompt,
-            tuple((len(row.ids), int(row.trained.sum())) for row in rows),
-        )
+        key = (*of_base, choice.checkpointing, choice.offload, choice.share_prompt, rows_digest(rows))
         if key not in self._runs:
             step = Step(
                 self.blueprint,

@@ -3,12 +3,15 @@
 Units: bytes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedConfig
 
 from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import NAMES
 from veneer.bases.from_config import blueprint
+from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.data.on_disk import some_of
 from veneer.errors import DoesNotFitError
@@ -17,7 +20,7 @@ from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.plan.spread import Sent
 from veneer.quant.weight import PackedSize
-from veneer.train.config import RunConfig
+from veneer.train.config import EPOCHS_UNSAID, RunConfig
 from veneer.train.records import process_memory_bytes
 from veneer.train.training import Planned
 from veneer.wording import size
@@ -29,13 +32,17 @@ def estimate_of_run(
     dtype: torch.dtype,
     data: DataSet,
     *,
+    largest: Sequence[Sequence[Example]] = (),
     idle_bytes: int,
     device: str,
     processes: int = 1,
     packed: tuple[PackedSize, ...] = (),
-) -> tuple[Estimate, Sent]:
-    """What each process of a run on this data should hold at most, and sends in a step; idle_bytes: resident before
-    its base was loaded; packed: what its base holds so."""
+) -> tuple[list[Estimate], Sent]:
+    """What each process of a run on this data should hold at each of these micro-batches, and sends in a step.
+
+    largest: micro-batches of the run; empty: those of the rows that may be the largest
+    idle_bytes: resident before its base was loaded; packed: what its base holds so
+    """
     planner = Planner(
         Blueprint(config.base, model_config, dtype, packed=packed),
         device="cuda" if device.startswith("cuda") else "cpu",
@@ -46,9 +53,11 @@ def estimate_of_run(
         seed=config.seed,
         order=config.order,
         steps=config.steps,
+        epochs=EPOCHS_UNSAID if config.epochs is None else config.epochs,
+        known_largest=largest,
     )
     choice = choice_of(config, processes).with_dtype(NAMES[dtype])
-    return planner.estimate(choice), planner.sent(choice)
+    return planner.estimates(choice), planner.sent(choice)
 
 
 def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int = 1) -> tuple[RunConfig, list[str]]:
@@ -67,6 +76,7 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int =
         seed=config.seed,
         order=config.order,
         steps=config.steps,
+        epochs=EPOCHS_UNSAID if config.epochs is None else config.epochs,
     )
     choice = choice_of(config, processes)
     needed = planner.estimate(choice).needed_bytes
@@ -105,6 +115,7 @@ def planned(
     dtype: torch.dtype,
     data: DataSet,
     *,
+    largest: Sequence[Sequence[Example]],
     idle_bytes: int,
     device: str,
     processes: int,
@@ -112,6 +123,15 @@ def planned(
 ) -> Planned:
     """What train/training.py records beside what it measures."""
     found, sends = estimate_of_run(
-        config, model_config, dtype, data, idle_bytes=idle_bytes, device=device, processes=processes, packed=packed
+        config,
+        model_config,
+        dtype,
+        data,
+        largest=largest,
+        idle_bytes=idle_bytes,
+        device=device,
+        processes=processes,
+        packed=packed,
     )
-    return Planned(found.peak_bytes, sends.gradient, sends.layers)
+    peaks = [estimate.peak_bytes for estimate in found]
+    return Planned(max(peaks), peaks.index(max(peaks)), sends.gradient, sends.layers)

@@ -8,10 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from veneer.adapters.routing import Routing
+from veneer.data.batching import Rows
 from veneer.data.examples import Example
 from veneer.data.load import SetSize
+from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
-from veneer.models.step import Paths
+from veneer.models.step import Paths, parts_of
 from veneer.train.config import RunConfig
 from veneer.train.optim import Flat
 from veneer.train.sample import Sample
@@ -37,6 +39,24 @@ class Job:
     """All processes compute at the same time, each its micro-batch: they gather the base's layers for one another."""
     held: Sequence[SetSize] = ()
     """The sets that validation consists of, one behind the other; none or one: it is not told apart."""
+    largest: Sequence[Sequence[int]] = ()
+    """Numbers of the examples of each micro-batch that is tried before step 1; empty: those of find_largest."""
+
+    def find_largest(self) -> list[list[int]]:
+        """The micro-batches of all steps that may take the most memory (data/longest.py)."""
+        config, rows = self.config, Rows.of(self.train)
+        plans = plans_of_run(
+            rows, batch=config.batch, seed=config.seed, order=config.order, mixture=self.mixture, steps=self.steps
+        )
+        return largest_micro_batches(
+            self.train,
+            rows,
+            plans,
+            micro_batch=config.rows_at_once,
+            packed=self.paths.packed,
+            share_prompt=config.share_prompt,
+            divide=lambda part: parts_of(self.model, self.paths, self.train, [part]),
+        )
 
     @property
     def evaluate_every(self) -> int:

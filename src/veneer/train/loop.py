@@ -1,8 +1,8 @@
 """The training loop: batches in, an adapter's values out, nothing lost on the way.
 
-    before step 1   the optimizer's moments are made and the longest batch runs forward and backward once, its
-                    gradient thrown away: what does not fit says so now; the held-out rows are evaluated once,
-                    for the comparison afterwards
+    before step 1   the optimizer's moments are made and the largest micro-batch of the run goes forward and backward
+                    once, its gradient thrown away: what does not fit says so now; the held-out rows are evaluated
+                    once, for the comparison afterwards
     a step          micro-batches summed with one normaliser, the norm checked, then clip, AdamW, publish
     an evaluation   loss on the held-out rows, a sample answer, a checkpoint; the best one stays
 
@@ -187,10 +187,12 @@ class Loop:
             return [(each[min(rank, len(each) - 1)], rank < len(each)) for each in in_rounds(costs, size)]
         return [(number, True) for number, owner in enumerate(dealt(costs, size)) if owner == rank]
 
-    def _backward(self, rows: list[int]) -> Counted:
-        """Gradient of the mean over the step's trained tokens, into the flat buffer of every process."""
+    def _backward(self, rows: Sequence[int], parts: Sequence[Sequence[int]]) -> Counted:
+        """Gradient of the mean over the trained tokens of these micro-batches, into the flat buffer of every process.
+
+        rows: those that the micro-batches consist of
+        """
         job = self.job
-        parts = self._micro_batches(rows)
         total = float(sum(int(job.train[i].trained.sum()) for part in parts for i in part))
         own, counts = dict[int, Tensor](), [0, 0, 0]
         self.reduce.begin()
@@ -235,7 +237,7 @@ class Loop:
             at.step, steps=job.steps, peak=job.learning_rate, warmup=job.config.warmup, schedule=job.config.schedule
         )
         rows = self._next_rows()
-        counted = self._backward(rows)
+        counted = self._backward(rows, self._micro_batches(rows))
         loss, norm = counted.loss, counted.norm
         if not math.isfinite(norm):
             raise self._diverged("gradient norm", norm, self._rows.examples(rows))
@@ -280,17 +282,21 @@ class Loop:
         return {name: each / self.world.size for name, each in zip(("compute", *names), found, strict=True)}
 
     def _longest_batch(self) -> None:
-        """Run the costliest batch of the first epoch once and forget it: too large shows now, not in hour three."""
-        costliest = self._plan(self.progress.epoch).costliest(self._rows.lengths)
+        """Runs the largest micro-batch of the run once and forgets it: too large shows now, not in hour three.
+
+        Every process runs it, as any of them may get it in a step.
+        """
+        largest = self.job.largest or self.job.find_largest()
+        rows = self._rows.of_examples(largest[0])
         # What diverges is told again, with its step, when the batch's turn comes.
         with suppress(DivergedError):
-            self._backward(costliest)
+            self._backward(rows, [part for part in largest for _ in range(self.world.size)])
         self.job.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(self.device)) / 1e9
-        longest = max(used_length(self.job.train[i]) for i in self._rows.examples(costliest))
-        self.screen.message(f"longest batch ok: {len(costliest)} rows, up to {longest} tokens, {gigabytes:.2f} GB")
+        longest = max(used_length(self.job.train[i]) for i in largest[0])
+        self.screen.message(f"longest batch ok: {len(rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB")
 
-    def _fits(self, rows: list[int]) -> AbstractContextManager[None]:
+    def _fits(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         tokens = int(self._rows.lengths[rows].sum())
         return fits_memory(
             f"on a batch of {len(rows)} rows, {tokens} tokens",

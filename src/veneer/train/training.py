@@ -5,7 +5,7 @@ run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summ
 
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
@@ -23,6 +23,7 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import packed_sizes, weight_line
 from veneer.data.batching import Rows
 from veneer.data.check import refuse_beyond
+from veneer.data.examples import Example
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.new_tokens import bring, extended, room_with
@@ -61,9 +62,13 @@ from veneer.wording import percent, size
 
 @dataclass(frozen=True)
 class Planned:
-    """Of each process, bytes: what it should hold at most; what it sends in a step, of the gradient and of layers."""
+    """Of each process, bytes: what it should hold at most; what it sends in a step, of the gradient and of layers.
+
+    largest: which of the micro-batches that may be the largest takes the most memory
+    """
 
     peak: int
+    largest: int
     gradient: int = 0
     layers: int = 0
 
@@ -78,6 +83,7 @@ class RunPlan(Protocol):
         dtype: torch.dtype,
         data: DataSet,
         *,
+        largest: Sequence[Sequence[Example]],
         idle_bytes: int,
         device: str,
         processes: int,
@@ -182,7 +188,10 @@ def _run(
         if world.size > 1:
             agree(world, base, data, flat)
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
-        planned = _planned(plan, config, base, data, idle, screen, world) if world.leads else None
+        job.largest = job.find_largest()
+        planned = _planned(plan, config, base, data, job, idle, screen, world) if world.leads else None
+        if (largest := world.shared(None if planned is None else planned.largest)) is not None:
+            job.largest = [job.largest[largest]]
         start["planned_memory_bytes"] = None if planned is None else planned.peak
         if one_pass:
             start["paths"].append(f"{len(one_pass)} norms, blocks and layers computed in one pass each")
@@ -218,7 +227,14 @@ def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Scr
 
 
 def _planned(
-    plan: RunPlan | None, config: RunConfig, base: FrozenBase, data: DataSet, idle: int, screen: Screen, world: World
+    plan: RunPlan | None,
+    config: RunConfig,
+    base: FrozenBase,
+    data: DataSet,
+    job: Job,
+    idle: int,
+    screen: Screen,
+    world: World,
 ) -> Planned | None:
     if plan is None:
         return None
@@ -228,6 +244,7 @@ def _planned(
             base.model.config,
             base.dtype,
             data,
+            largest=[[data.train[i] for i in part] for part in job.largest],
             idle_bytes=idle,
             device=str(base.device),
             processes=world.size,

@@ -1,0 +1,150 @@
+"""Finds the micro-batches of a run that may take the most memory, without running any.
+
+A micro-batch's memory rises with each count of Extent. So the largest micro-batch is among those that no other exceeds
+in every count, and these are few. Rows that share a prompt, or are padded, are counted as they are computed.
+
+Most micro-batches are never looked at: bounds that need no tokens show that another one exceeds them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veneer.data.batching import EpochPlan, Rows, best_groups, packed_rows, plan_epoch, shared_prompt, used_length
+from veneer.data.examples import Example
+from veneer.data.mixture import Mixture
+from veneer.data.on_disk import trained_of, used_of
+from veneer.kernels.layout import round_up
+
+SLACK = 1.01
+"""A micro-batch is left out where another exceeds it in every count times this: their memory differs by less."""
+QUERY_ROWS = 256
+"""Query rows for which attention holds scores at once (kernels/attention.py BLOCK)."""
+
+Counts = NDArray[np.int64]
+
+
+class Extent(NamedTuple):
+    """What a micro-batch's memory rises with.
+
+    computed  rows of the matrix products, filler and padding included
+    trained   tokens whose logits are formed
+    keys      rows of keys that the largest group's attention holds, the prompt counted for each document
+    scores    values that one head of its attention holds at once
+    """
+
+    computed: int
+    trained: int
+    keys: int
+    scores: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], *, packed: bool, share_prompt: bool) -> "Extent":
+        """packed: rows lie end to end, else they are padded to the longest."""
+        trained = sum(int(np.count_nonzero(example.trained)) for example in examples)
+        longest = max(map(used_length, examples))
+        if not packed:
+            padded = len(examples) * longest
+            return cls(padded, trained, padded, padded * longest)
+        keys = scores = 0
+        for group in best_groups(examples) if share_prompt else [examples]:
+            prompt = shared_prompt(group) if share_prompt else 0
+            longest = max(map(used_length, group)) - prompt
+            width = round_up(prompt + longest)
+            keys = max(keys, len(group) * width)
+            scores = max(scores, len(group) * min(longest, QUERY_ROWS) * width, min(prompt, QUERY_ROWS) * prompt)
+        return cls(packed_rows(examples, share_prompt=share_prompt), trained, keys, scores)
+
+
+@dataclass(frozen=True)
+class _RowCounts:
+    """For each row: computed tokens, those of its longest example, trained tokens, examples."""
+
+    used: Counts
+    longest: Counts
+    trained: Counts
+    examples: Counts
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], rows: Rows) -> "_RowCounts":
+        starts, used = np.asarray(rows.starts), used_of(examples)
+        first = starts[:-1]
+        return cls(
+            rows.lengths.astype(np.int64),
+            np.maximum.reduceat(used, first),
+            np.add.reduceat(trained_of(examples), first),
+            np.diff(starts),
+        )
+
+    def bounds(self, rows: Counts, spans: Counts, *, packed: bool) -> Counts:
+        """(S, 4) upper bounds of the Extent of the rows in each span."""
+        used, trained, count = (_over(np.add, part[rows], spans) for part in (self.used, self.trained, self.examples))
+        longest = _over(np.maximum, self.longest[rows], spans)
+        padded = count * longest
+        if not packed:
+            return np.stack([padded, trained, padded, padded * longest], axis=1)
+        width = longest + round_up(1)
+        computed = used + round_up(1)
+        return np.stack([computed, trained, count * width, count * np.minimum(longest, QUERY_ROWS) * width], axis=1)
+
+
+def _over(reduce: np.ufunc, values: Counts, spans: Counts) -> Counts:
+    """`reduce` over values[start:stop] for each span."""
+    return reduce.reduceat(np.append(values, 0), spans.ravel())[::2].astype(np.int64)
+
+
+def plans_of_run(
+    rows: Rows,
+    *,
+    batch: int,
+    seed: int,
+    order: Literal["bucketed", "shuffled", "file"],
+    mixture: Mixture | None,
+    steps: int,
+) -> Iterator[tuple[EpochPlan, int]]:
+    """The plan of each epoch, and how many of its batches the run takes."""
+    epoch = 0
+    while steps > 0:
+        plan = plan_epoch(rows.lengths, batch=batch, seed=seed, epoch=epoch, order=order, mixture=mixture)
+        if not len(plan):
+            return
+        yield plan, min(steps, len(plan))
+        steps, epoch = steps - len(plan), epoch + 1
+
+
+def largest_micro_batches(
+    examples: Sequence[Example],
+    rows: Rows,
+    plans: Iterable[tuple[EpochPlan, int]],
+    *,
+    micro_batch: int,
+    packed: bool,
+    share_prompt: bool,
+    divide: Callable[[list[int]], Iterable[list[int]]] = lambda part: [part],
+) -> list[list[int]]:
+    """Numbers of the examples of every micro-batch that may be the largest, most computed rows first.
+
+    divide: gives the parts of a micro-batch that are computed one after another
+    """
+    counts = _RowCounts.of(examples, rows) if len(examples) else None
+    front: list[tuple[Extent, list[int]]] = []
+    for plan, taken in plans:
+        assert counts is not None
+        spans = plan.spans(micro_batch, taken)
+        bounds = counts.bounds(plan.rows, spans, packed=packed)
+        for number in np.argsort(-bounds[:, 0], kind="stable").tolist():
+            if any(_exceeds(extent, bounds[number].tolist(), SLACK) for extent, _ in front):
+                continue
+            start, stop = spans[number].tolist()
+            for part in divide(rows.examples(plan.rows[start:stop].tolist())):
+                extent = Extent.of([examples[i] for i in part], packed=packed, share_prompt=share_prompt)
+                if not any(_exceeds(other, extent, SLACK) for other, _ in front):
+                    front = [pair for pair in front if not _exceeds(extent, pair[0], 1.0)] + [(extent, part)]
+    return [part for _, part in sorted(front, key=lambda pair: pair[0], reverse=True)]
+
+
+def _exceeds(extent: Sequence[int], other: Sequence[int], slack: float) -> bool:
+    return all(mine * slack >= theirs for mine, theirs in zip(extent, other, strict=True))
