@@ -102,6 +102,7 @@ def running(
     limits: Limits | None = None,
     seconds: float | None = None,
     runs: Path | None = None,
+    drain_seconds: float = 30.0,
 ) -> Iterator[Running]:
     base = base or made_base()
     settings = Settings(
@@ -110,6 +111,7 @@ def running(
         limits=limits or Limits(),
         cache_bytes=tokens * bytes_per_token(base),
         runs=runs,
+        drain_seconds=drain_seconds,
         **({} if seconds is None else {"seconds": seconds}),
     )
     opened = open_server(base, library, settings, keys or Keys([]))

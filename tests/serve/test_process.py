@@ -1,24 +1,30 @@
 """`veneer serve` as a process: what it says, what it answers, how it ends."""
 
+import asyncio
 import gc
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
-from tests.serve.server import add_adapter
+from tests.serve.server import BASE, add_adapter, running
 from tests.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
 from veneer.library.library import Library
+from veneer.serve import run as run_module
 from veneer.serve.run import listening, run
 
+CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -69,6 +75,77 @@ def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(p
     assert all(len(line) <= 80 for line in lines) and "hello" not in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
+
+
+LONG = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True}
+
+
+def ended_by(places, signals, caplog, drain_seconds):
+    """A streamed and a whole answer of 9 s that are open when the signals come: (events, status, error, seconds)."""
+    with (
+        caplog.at_level("ERROR"),
+        running(Library(places / "adapters"), drain_seconds=drain_seconds) as server,
+        server.unhurried(),
+        ThreadPoolExecutor(1) as beside,
+        server.http() as http,
+        http.stream("POST", CHAT, json={**LONG, "stream": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert next(lines)
+        whole = beside.submit(server.post, CHAT, LONG)
+        while server.service.loop.open_answers < 2:
+            time.sleep(0.01)
+        began = time.monotonic()
+        for _ in range(signals):
+            server.server.handle_exit(signal.SIGTERM, None)
+        if signals == 1:
+            assert server.http().get("/readyz").status_code == 503, "asked by a new connection"
+            refused = server.post(CHAT, LONG)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert server.http().get("/healthz").status_code == 200
+        events = [line for line in lines if line]
+        found = whole.result(30)
+        while server.server.servers[0].is_serving():
+            time.sleep(0.01)
+        seconds = time.monotonic() - began
+    assert [record.getMessage() for record in caplog.records] == []
+    return events, found, seconds
+
+
+@pytest.mark.parametrize(("signals", "drain_seconds"), [(1, 0.7), (2, 60.0)], ids=["time is over", "a second signal"])
+def test_answers_that_outlive_the_drain_end_with_an_error_and_without_a_traceback(
+    places, signals, drain_seconds, caplog, monkeypatch
+):
+    monkeypatch.setattr(signal, "signal", lambda *of: None)  # signals are told to the server, in its thread
+    events, found, seconds = ended_by(places, signals, caplog, drain_seconds)
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert (found.status_code, found.json()["error"]["code"], found.headers["retry-after"]) == (
+        503,
+        "shutting_down",
+        "1",
+    )
+    assert seconds < 4
+
+
+def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_ends(places, caplog, monkeypatch):
+    """Its prompt never comes back from the tokenizer, say."""
+    monkeypatch.setattr(run_module, "ENDING_SECONDS", 0.1)
+
+    async def never(*of):
+        await asyncio.sleep(600)
+
+    asks = {CHAT: LONG, "/v1/completions": {"model": BASE, "prompt": "a", "stream": True}, "/tokenize": {"prompt": "a"}}
+    with running(Library(places / "adapters"), drain_seconds=0.1) as server, ThreadPoolExecutor(len(asks)) as beside:
+        monkeypatch.setattr(server.service.prompts, "encoded", never)
+        asked = [beside.submit(server.post, *ask) for ask in asks.items()]
+        while len(server.server.server_state.tasks) < len(asks):
+            time.sleep(0.01)
+        server.server.handle_exit(signal.SIGTERM, None)
+        answers = [each.result(30) for each in asked]
+    assert [answer.status_code for answer in answers] == [503] * len(asks)
+    assert {answer.json()["error"]["code"] for answer in answers} == {"shutting_down"}
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_elsewhere_than_on_this_machine_a_key_is_needed(places, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from veneer.serve.exchange import Exchange
 from veneer.serve.guard import answer_to
 from veneer.serve.keys import Caller
 from veneer.serve.page import page
-from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.service import Service
 from veneer.serve.tokens import detokenized, tokenized
 
@@ -81,6 +82,8 @@ def _routes(service: Service) -> list[Route]:
     def post(path: str, handler: BodyHandler, scope: str = "use") -> Route:
         async def endpoint(request: Request) -> Response:
             _check_scope(request, scope)
+            if service.loop.closing:
+                raise shutting_down()
             return await handler(await read_body(request, service.limits.body_bytes), request)
 
         return Route(path, _answered(endpoint), methods=["POST"])
@@ -200,6 +203,8 @@ def _answered(handler: Handler) -> Handler:
             return await handler(request)
         except (Refusal, VeneerError) as fault:
             return answer_to(refusal_of(fault), request.url.path)
+        except asyncio.CancelledError:  # the server ends, and this request has outlived the drain
+            return answer_to(shutting_down(), request.url.path)
         except Exception as fault:
             log.exception("a bug: %s", type(fault).__name__)
             return answer_to(refusal_of(fault), request.url.path)

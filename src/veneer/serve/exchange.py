@@ -18,7 +18,7 @@ from veneer.serve.answers import Answer, Head, Piece, Reason, Streamed
 from veneer.serve.asked import Asked
 from veneer.serve.connection import Chunks, chunks_of
 from veneer.serve.guard import answer_to
-from veneer.serve.refusals import Refusal, refusal_of
+from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.service import Service
 
 log = logging.getLogger("veneer.serve")
@@ -51,6 +51,8 @@ class Exchange(Response):
             return
         except Refusal as refusal:
             response = answer_to(refusal, self._path)
+        except asyncio.CancelledError:  # the server ends, and this request has outlived the drain
+            response = None if self._sent else answer_to(shutting_down(), self._path)
         except Exception as fault:
             log.exception("a bug: %s", type(fault).__name__)
             response = None if self._sent else answer_to(refusal_of(fault), self._path)
@@ -103,6 +105,9 @@ class Exchange(Response):
             async for some in pieces:
                 await _send(send, "".join(_events(streamed, some)))
                 reason = _reason(reason, some)
+        except asyncio.CancelledError:  # the client has gone, or the server ends
+            await _send(send, "".join(streamed.fail(shutting_down())), last=True)
+            raise
         except Exception as fault:
             await _send(send, "".join(streamed.fail(refusal_of(fault))), last=True)
             if not isinstance(fault, Refusal):

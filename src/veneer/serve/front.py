@@ -90,7 +90,7 @@ class Front:
                 await unless_gone(receive, self._pass_on(passed, out))
         except ClientGone:
             return
-        except Exception as fault:
+        except (Exception, asyncio.CancelledError) as fault:  # cancelled: the server ends, and the drain's time is over
             answer = answer_to(_refusal(fault), request.url.path)
             if not out.status:
                 await answer(scope, receive, send)
@@ -181,9 +181,12 @@ def _subject(request: Passed) -> tuple[bool, str]:
     return "pin" in request.path, str(body.get("lora_name") or body.get("name"))
 
 
-def _refusal(fault: Exception) -> Refusal:
+def _refusal(fault: BaseException) -> Refusal:
+    if isinstance(fault, asyncio.CancelledError):
+        return shutting_down()
     if isinstance(fault, LostProcessError):
         return Refusal(503, "The replica that answered is gone. Ask again.", code="replica_lost")
+    assert isinstance(fault, Exception)
     if not isinstance(fault, Refusal | QueueFullError):
         log.exception("a bug: %s", type(fault).__name__)
     return refusal_of(fault)

@@ -1,6 +1,7 @@
 """The server as a process: its socket, its signals, and how it ends.
 
-SIGTERM or Ctrl-C: no new requests, those that are open are answered, for a while; a second one ends them.
+SIGTERM or Ctrl-C: new requests are refused, open ones are answered for a while; then, or at a second signal, they end
+with an error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ipaddress
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,8 @@ from veneer.serve.keys import Keys
 
 MOST_HEADER_BYTES = 64 * 2**10
 KEEP_ALIVE_SECONDS = 30
+ENDING_SECONDS = 5.0
+"""For answers to end with an error once the drain's time is over; whatever is still open then is cancelled."""
 
 
 def check_reach(host: str, keys: Keys) -> None:
@@ -60,9 +64,15 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """closing is called at the first signal."""
+    """Serves until the first signal, and drains then: the socket stays open, so that /readyz can say 503.
 
-    def __init__(self, app: ASGIApp, *, drain_seconds: float, closing: Callable[[], None]) -> None:
+    closing   called at the first signal; new requests are refused from then on
+    ending    called when the drain's time is over, or at a second signal; open answers end with an error
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, drain_seconds: float, closing: Callable[[], None], ending: Callable[[], None]
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -74,15 +84,34 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(drain_seconds) + 1,
+                timeout_graceful_shutdown=1,  # all answers have ended by then, or are cancelled
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             )
         )
-        self._closing = closing
+        self._drain_seconds, self._closing, self._ending = drain_seconds, closing, ending
+        self._hurried = False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:
+            self._hurried = True
+            signal.signal(sig, signal.SIG_DFL)  # a third one ends the process at once
         self._closing()
-        super().handle_exit(sig, frame)
+        self.should_exit = True
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        self._closing()
+        await self._requests_ended(self._drain_seconds, hurry=lambda: self._hurried)
+        if self.server_state.tasks:
+            self._ending()
+            await self._requests_ended(ENDING_SECONDS)
+
+    async def _requests_ended(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Waits until no request is open, at most so long."""
+        end = time.monotonic() + seconds
+        while self.server_state.tasks and time.monotonic() < end and not hurry():
+            await self.on_tick(0)  # answers have the date in their headers
+            await asyncio.sleep(0.05)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

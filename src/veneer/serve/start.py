@@ -115,7 +115,12 @@ def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Ke
     """VeneerError: as service_of, and the port is taken."""
     service = service_of(base, library, settings)
     server, listener = guarded(
-        application(service), settings, keys, counted=service.metrics.answered, closing=service.loop.refuse_new
+        application(service),
+        settings,
+        keys,
+        counted=service.metrics.answered,
+        closing=service.loop.refuse_new,
+        ending=service.loop.abort,
     )
     return Opened(server, listener, service, service.residents, keys)
 
@@ -127,13 +132,14 @@ def guarded(
     *,
     counted: Callable[[str, int, float], None],
     closing: Callable[[], None],
+    ending: Callable[[], None] = lambda: None,
 ) -> tuple[Server, socket.socket]:
     """The application as a server, and the socket that it listens on. ConfigError: the port is taken."""
     hosts = [settings.host, *settings.hosts]
     guard = Guard(app, keys=keys, hosts=hosts, origins=settings.origins, counted=counted)
     listener = listening(settings.host, settings.port)
     served = for_browsers(guard, settings.origins)
-    return Server(served, drain_seconds=settings.drain_seconds, closing=closing), listener
+    return Server(served, drain_seconds=settings.drain_seconds, closing=closing, ending=ending), listener
 
 
 def url_of(listener: socket.socket) -> str:
