@@ -74,8 +74,9 @@ def test_dora_and_lora_merged_together_add_up_with_their_weights(folder, tmp_pat
 def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
     """Its update is no product of two factors; merged and extracted at full rank it is one."""
     adapter, expected = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
+    with pytest.raises(RefusedError, match=r"DoRA magnitudes\n.*veneer extract"):
+        combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c")
     refused = [
-        lambda: combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c"),
         lambda: export_adapter(adapter, to="llamacpp", base=str(folder), out=tmp_path / "c.gguf"),
         lambda: export_adapter(adapter, to="vllm", base=str(folder), out=tmp_path / "c"),
     ]

@@ -235,7 +235,7 @@ def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, famil
     attachment, routing = put(model, row.config, filled=True)
     expected = logits(model)
     routing.active = ()
-    assert type(row.config).folds == row.folds
+    assert row.config.folds == row.folds
     modules = plain_modules(model)
     if not row.folds:
         assert row.config.instead_of_folding

@@ -159,9 +159,8 @@ def test_alone_is_as_in_the_mix(base: Any) -> None:
     for row, (name, before) in zip(found, alone.items(), strict=True):
         width = before.shape[-1]
         assert torch.allclose(row[:, :width], before, atol=1e-5, rtol=1e-5), name
-    base.use(["one", "two"])
-    with pytest.raises(ConfigError, match="both bring tokens"):
-        logits(base, [1, 2])
+    with pytest.raises(ConfigError, match="one adapter with new tokens may act, and with weight 1"):
+        base.use(["one", "two"])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -325,10 +324,11 @@ def test_what_cannot_take_rows_says_so(plain: Any, world: Path, tmp_path: Path) 
     from veneer.merge.combine import Recipe
 
     pair = [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)]
-    with pytest.raises(RefusedError, match="brings 2 tokens"):
+    with pytest.raises(RefusedError, match="cannot be combined into one adapter"):
         veneer.api.combine(pair, Recipe("cat"), base=str(world / "base"), out=tmp_path / "c")
-    with pytest.raises(RefusedError, match="several of these adapters bring tokens"):
-        merge_adapters(str(world / "base"), pair, out=tmp_path / "m")
+    for asked in (pair, [(tmp_path / "a", 0.5)]):
+        with pytest.raises(ConfigError, match="one adapter with new tokens may act, and with weight 1"):
+            merge_adapters(str(world / "base"), asked, out=tmp_path / "m")
     text = (tmp_path / "a" / "veneer.json").read_text()
     (tmp_path / "a" / "veneer.json").unlink()
     plain.detach("a")

@@ -211,8 +211,10 @@ def test_the_command_takes_the_base_from_the_adapter(world: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        *((name, f"of method {name}: it") for name in ("prefix", "bottleneck", "dora")),
-        ("biases", "trained biases are no low-rank update"),
+        ("prefix", "a trained prefix"),
+        ("bottleneck", "bottleneck layers"),
+        ("dora", "DoRA magnitudes"),
+        ("biases", "trained biases"),
     ],
 )
 def test_a_sum_that_a_run_refuses_is_not_planned(world: Path, tmp_path: Path, name: str, said: str) -> None:

@@ -332,7 +332,7 @@ def test_two_prefixes_together_end_their_own_request_alone(library):
     other = served.add("a")
     (answer,) = served.engine.add(Request(prompt=PROMPT, max_new_tokens=3, adapter=weak))
     served.run()
-    assert answer.reason is Reason.ERROR and "alone and whole" in str(answer.error)
+    assert answer.reason is Reason.ERROR and "and with weight 1" in str(answer.error)
     assert other.reason is Reason.LENGTH
 
 

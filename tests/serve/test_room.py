@@ -71,7 +71,7 @@ def test_a_prefix_takes_whole_blocks_of_the_room_for_keys_and_values(library):
 
 def test_a_prefix_that_is_to_act_in_part_is_refused_before_it_waits(server):
     found = ask(server, CHAT, 400, model=BASE, adapters=[{"name": "prefix", "weight": 0.5}], messages=HELLO)
-    assert "a prefix acts alone and whole" in found["error"]["message"]
+    assert "one adapter with a trained prefix may act, and with weight 1" in found["error"]["message"]
 
 
 def test_an_answer_without_a_limit_ends_where_the_rotary_frequencies_change(tmp_path):

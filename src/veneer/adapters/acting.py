@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.combinations import refuse_sum
 from veneer.errors import ConfigError
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.segments import Plan
 
 Applied = tuple[tuple[Attachment, float], ...]
 """Adapters that act on the same rows, each with its weight; none: the base alone."""
+
+
+def check_together(adapters: Applied) -> None:
+    """ConfigError: these adapters cannot act on the same rows with these weights (combinations.py)."""
+    if len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters):
+        refuse_sum([(adapter.name, adapter.contents, weight) for adapter, weight in adapters])
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,13 @@ class TokenKeys:
 
 @dataclass(frozen=True)
 class Part:
-    """rows: how many; None, of a single part: all."""
+    """rows: how many; None, of a single part: all. ConfigError: adapters that cannot act together like this."""
 
     rows: int | None
     adapters: Applied
+
+    def __post_init__(self) -> None:
+        check_together(self.adapters)
 
 
 @dataclass(frozen=True)

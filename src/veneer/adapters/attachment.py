@@ -1,15 +1,28 @@
 """An adapter on a base: the one place that says what stands where."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from veneer.adapters.combinations import TOKENS, Content
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.layer import Layer
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import NewTokens
 from veneer.wording import html_table
+
+
+def summed_change(own: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """own + sum of weight * (trained - own), summed in float32, in own's type. One value with weight 1 comes back as
+    it is: to the bit what was trained."""
+    (first, weight), *others = trained
+    if not others and weight == 1.0:
+        return first
+    wide = own.to(torch.promote_types(own.dtype, torch.float32))
+    return sum((w * (value.to(wide) - wide) for value, w in trained), wide).to(own.dtype)
 
 
 @dataclass(eq=False)
@@ -40,6 +53,11 @@ class Attachment:
     """Of the conversations it was trained on."""
     laid_out: Any = None
     """Of one that only answers, its values as they are: what decoding/adapters.py prepared, as long as it is here."""
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        """What it contains, new tokens included."""
+        return *self.config.contents, *((TOKENS,) if self.tokens is not None else ())
 
     @property
     def adapted(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.acting import Applied, TokenKeys
+from veneer.adapters.combinations import BOTTLENECKS
 from veneer.adapters.config import Bottleneck
 from veneer.adapters.rows import cut, put
 from veneer.adapters.site import Site
@@ -70,7 +71,7 @@ class BottleneckLayer:
         return {name: part.detach() for name, part in self._parts.items()}
 
     def folded(self, weight: Tensor) -> Tensor:
-        raise ConfigError("a bottleneck layer cannot be merged", next_step=Bottleneck.instead_of_folding)
+        raise ConfigError("a bottleneck layer cannot be merged", next_step=BOTTLENECKS.instead)
 
     def update(self, x: Tensor, keys: TokenKeys | None) -> Tensor:
         """(..., D) -> what is added to the block's output, without the scaling. keys: dropout's, one a row."""

@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from veneer.adapters import combinations
+from veneer.adapters.combinations import Content
 from veneer.bounds import ALPHA, LAYER, PLACES, POWER_ITERATIONS, RANK, RATIO, SCALING, SHARE, WIDTH
 from veneer.files.settings import Settings
 from veneer.patterns import pattern
@@ -19,8 +21,6 @@ class MethodConfig(Settings):
     """What every method declares, beside its settings.
 
     trains_base            it trains the base's own weights, which must be dense; its result is a model, not an adapter
-    folds                  its update can be added into the base's dense weights
-    instead_of_folding     what to do where it cannot: the end of an error message
     usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names none
     rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama, from sweeps of
                            LoRA over
@@ -30,8 +30,6 @@ class MethodConfig(Settings):
     """
 
     trains_base: ClassVar[bool] = False
-    folds: ClassVar[bool] = True
-    instead_of_folding: ClassVar[str] = ""
     usual_rate: ClassVar[float]
     rate_falls: ClassVar[float] = 0.781
 
@@ -47,6 +45,21 @@ class MethodConfig(Settings):
     def share_of_rate(self) -> float:
         """Of the method's rate, with these settings."""
         return 1.0
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        """What an adapter with these settings contains, new tokens aside (combinations.py)."""
+        return ()
+
+    @property
+    def folds(self) -> bool:
+        """Whether it can become part of the base's dense weights."""
+        return all(content.merges for content in self.contents)
+
+    @property
+    def instead_of_folding(self) -> str:
+        """What to do where it cannot be merged: the end of an error message."""
+        return next((content.instead for content in self.contents if not content.merges), "")
 
     @property
     def starts_as_base(self) -> bool:
@@ -137,6 +150,12 @@ class LowRank(AdapterConfig):
         return self.dropout > 0
 
     @property
+    def contents(self) -> tuple[Content, ...]:
+        modules = (combinations.MODULES,) if self.train_modules else ()
+        biases = (combinations.BIASES,) if self.bias != "none" else ()
+        return combinations.UPDATE, *modules, *biases
+
+    @property
     def share_of_rate(self) -> float:
         """LoRA+: the geometric mean of A's rate and B's stays the method's."""
         return float(self.lr_ratio**-0.5)
@@ -173,6 +192,10 @@ class LoRA(LowRank):
     effect with another init."""
 
     @property
+    def contents(self) -> tuple[Content, ...]:
+        return *super().contents, *((combinations.OFFSETS,) if self.lora_bias else ())
+
+    @property
     def share_of_rate(self) -> float:
         """A quarter where the factors start as large as the weight: OLoRA fell far behind at the whole
         (docs/benchmarks.md)."""
@@ -200,15 +223,14 @@ class DoRA(LowRank):
 
     name: Literal["dora"] = "dora"
 
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        return *super().contents, combinations.MAGNITUDES
+
 
 class Bottleneck(AdapterConfig):
     """A small network behind or beside the blocks of every decoder layer, added to what they give."""
 
-    folds = False
-    instead_of_folding = (
-        "Its activation stands between its weights: use it beside its base (--adapter), "
-        "or train lora where one merged model is wanted."
-    )
     usual_rate = 1e-3
 
     name: Literal["bottleneck"] = "bottleneck"
@@ -228,6 +250,10 @@ class Bottleneck(AdapterConfig):
     """Share of the inputs set to zero while training; 0 trains fastest."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Only these layers (0 is the first); empty: all."""
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        return (combinations.BOTTLENECKS,)
 
     @property
     def drops_out(self) -> bool:
@@ -252,12 +278,7 @@ class Bottleneck(AdapterConfig):
 class Prefix(AdapterConfig):
     """Keys and values of every layer, trained, that all documents attend to first."""
 
-    folds = False
     through_attention = True
-    instead_of_folding = (
-        "A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter), "
-        "or train lora where one merged model is wanted."
-    )
     usual_rate = 1.5e-2  # keys and values are as large in wide models as in narrow ones
     rate_falls = 0.0
 
@@ -273,6 +294,10 @@ class Prefix(AdapterConfig):
     """Width of an MLP through which the prefix is trained; only what it computes is stored. Default: none."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        return (combinations.PREFIX,)
 
     @property
     def share_of_rate(self) -> float:

@@ -60,7 +60,7 @@ class AdaptedExperts(AdaptedModule):
         """As the base is called; a gated stack with (M, D) rows, (M, top_k) numbers of experts and their weights."""
         acting = self.routing.acting
         changed = any(self.beside(part.adapters) for part in acting.parts)
-        trained = any(self.replaced(part.adapters) for part in acting.parts)
+        trained = any(self.replaces(part.adapters) for part in acting.parts)
         if trained or not changed or not is_gated_stack(self.base):
             return super().forward(*args, **kwargs)
         hidden, index, weights = (*args, *kwargs.values())

@@ -227,7 +227,7 @@ class AdaptedLinear(AdaptedModule):
         done."""
         acting = self.routing.acting
         whole, rows = acting.whole, x.numel() // x.shape[-1]
-        if not whole or acting.counts(rows) or self.replaced(whole) or self._forward_hooks or self._forward_pre_hooks:
+        if not whole or acting.counts(rows) or self.replaces(whole) or self._forward_hooks or self._forward_pre_hooks:
             return None
         drawing = self.drawing(whole, acting.keys)
         if not drawing:
@@ -266,7 +266,7 @@ class AdaptedLinear(AdaptedModule):
             by_class.setdefault(type(one[0]), []).append(one)
         values = self.replaced(adapters)
         bias = values.get("bias", self.frozen.own_bias())
-        if "weight" in values:  # one adapter trained this layer in full; the changes of others come on top
+        if "weight" in values:  # trained in full; the updates of other adapters come on top
             y: Tensor = torch.func.functional_call(self.base, values, (x,))
         elif by_class:
             kind, acting = by_class.popitem()
@@ -306,7 +306,7 @@ class AdaptedLinear(AdaptedModule):
 
     def _updates(self, x: Tensor, segment: Segment, keys: TokenKeys | None) -> list[Update] | None:
         """What these adapters add to the segment's rows; None: one of them does more than that."""
-        if self.replaced(segment.adapters):
+        if self.replaces(segment.adapters):
             return None
         found: list[Update] = []
         for layer, weight, own in self.drawing(segment.adapters, keys):
@@ -318,7 +318,7 @@ class AdaptedLinear(AdaptedModule):
 
     def _otherwise(self, x: Tensor, y: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
         """x W^T + bias = y, with the adapters' changes."""
-        if self.replaced(adapters):
+        if self.replaces(adapters):
             return self._alike(x, adapters, keys)
         bias = self.frozen.own_bias()
         plain = y if bias is None else y - bias
@@ -373,7 +373,7 @@ class AdaptedEmbedding(AdaptedModule):
         y: Tensor = torch.func.functional_call(self.base, values, (ids,)) if values else self.base(ids)
         if not acting:
             return y
-        # One adapter trained the table in full; the changes of others, which are changes of the base's, come on top.
+        # Where the table was trained in full, the other changes are changes of the base's table and come on top.
         plain = self.base(ids) if values else y
         scale = getattr(self.base, "embed_scale", 1.0)
         for layer, weight in acting:

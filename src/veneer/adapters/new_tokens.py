@@ -4,8 +4,8 @@
     head        the base's logits, and in the columns of these ids h row^T (+ the base's bias, where it has one there)
 
 The base's tables stay as they are. An id may lie among their rows (a padded vocabulary) or behind them: the logits are
-then so much wider. On rows that no such adapter acts on, those columns are -inf. A row is a token's own: it acts whole,
-whatever the adapter's weight. Two adapters that both bring tokens do not act on the same rows.
+then so much wider. On rows that no such adapter acts on, those columns are -inf. A row is a token's own: one adapter
+that brings tokens acts on a row of the forward, and with weight 1 (combinations.py).
 Shapes: n tokens brought, D hidden, V rows of the base's table, M rows of a forward.
 """
 
@@ -26,17 +26,10 @@ from veneer.linear import frozen_linear, is_plain_embedding
 
 
 class _Extended(AdaptedModule):
+    outside = True
+
     def rows_beside(self, adapters: Applied) -> TokenRows | None:
-        """ConfigError: several of these adapters bring tokens."""
-        found = [rows for rows, _ in self.beside(adapters)]
-        if len(found) > 1:
-            names = [adapter.name for adapter, _ in adapters if self.key in adapter.beside]
-            raise ConfigError(
-                "two adapters that act together both bring tokens, and a token has one row",
-                [", ".join(names)],
-                "Let one of them act.",
-            )
-        return found[0] if found else None
+        return next((rows for rows, _ in self.beside(adapters)), None)
 
 
 class ExtendedEmbedding(_Extended):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.acting import Applied
+from veneer.adapters.combinations import PREFIX
 from veneer.adapters.config import Prefix
 from veneer.adapters.rows import rows_of
 from veneer.adapters.site import Site
@@ -151,7 +152,7 @@ class PrefixLayer:
         return {PART: self.values().detach()}
 
     def folded(self, weight: Tensor) -> Tensor:
-        raise ConfigError("a prefix cannot be merged into weights", next_step=Prefix.instead_of_folding)
+        raise ConfigError("a prefix cannot be merged into weights", next_step=PREFIX.instead)
 
 
 class PrefixedDecoder(AdaptedModule):
@@ -200,14 +201,7 @@ class PrefixedDecoder(AdaptedModule):
         return out
 
     def _one_of(self, adapters: Applied) -> "PrefixLayer | None":
-        found = self.beside(adapters)
-        if len(found) > 1 or any(weight != 1.0 for _, weight in found):
-            mine = ", ".join(f"{a.name!r} (weight {w:g})" for a, w in adapters if self.key in a.beside)
-            raise ConfigError(
-                f"a prefix acts alone and whole; asked for: {mine}",
-                next_step="Use one prefix, with weight 1; adapters of other methods may act beside it.",
-            )
-        return found[0][0] if found else None
+        return next((layer for layer, _ in self.beside(adapters)), None)
 
 
 def _positions(ids: Tensor | None, given: dict[str, Any]) -> Tensor:

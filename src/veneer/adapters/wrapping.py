@@ -8,19 +8,23 @@ Knows nothing of what a layer computes.
 """
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.acting import Applied, TokenKeys
+from veneer.adapters.attachment import summed_change
 from veneer.adapters.routing import Routing
 from veneer.adapters.rows import by_part, rows_of
 
 
 class AdaptedModule(nn.Module):
     """Common to all wrappers. `base` is the wrapped module, at the base's own `path`. With no active adapter it is
-    called as it is."""
+    called as it is. outside: it stands around wrappers of the same module that are not, in whatever order adapters
+    come, because those read the module's own weight."""
+
+    outside: ClassVar[bool] = False
 
     def __init__(self, base: nn.Module, routing: Routing, path: str) -> None:
         super().__init__()
@@ -58,13 +62,18 @@ class AdaptedModule(nn.Module):
             return [(layer, w, keys) for layer, w in beside]
         return [(layer, w, replace(keys, number=n)) for n, (layer, w) in enumerate(beside)]
 
-    def replaced(self, adapters: Applied) -> dict[str, Tensor]:
-        """The base's own parameters, by name, as the first of these adapters that replaces any trained them."""
+    def replaces(self, adapters: Applied) -> bool:
+        """Whether any of these adapters trained a parameter of this module in full."""
         key = self.key
-        for adapter, _ in adapters:
-            if key in adapter.replaced:
-                return dict(adapter.replaced[key])
-        return {}
+        return any(key in adapter.replaced for adapter, _ in adapters)
+
+    def replaced(self, adapters: Applied) -> dict[str, Tensor]:
+        """The parameters that these adapters trained in full, by name: the base's with the weighted sum of changes."""
+        trained: dict[str, list[tuple[Tensor, float]]] = {}
+        for adapter, weight in adapters:
+            for name, value in adapter.replaced.get(self.key, {}).items():
+                trained.setdefault(name, []).append((value, weight))
+        return {name: summed_change(self.base.get_parameter(name), values) for name, values in trained.items()}
 
     def concerned(self, adapters: Applied) -> bool:
         """Whether any of these has something here."""
@@ -128,17 +137,20 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> Wrapper:
-    """The wrapper of that kind around the module at the base's own path, put there where there is none yet."""
+    """The wrapper of that kind around the module at the base's own path, put there where there is none yet: within the
+    wrappers that stand outside, unless it is one of them."""
     head, _, last = path.rpartition(".")
     parent = model
     for part in head.split(".") if head else ():
         parent = unwrapped(getattr(parent, part))
-    module = outermost = getattr(parent, last)
+    module = getattr(parent, last)
     while isinstance(module, AdaptedModule):
         if type(module) is kind:
             return module
+        if module.outside and not kind.outside:
+            parent, last = module, "base"
         module = module.base
-    wrapper = kind(outermost, routing, path)
+    wrapper = kind(getattr(parent, last), routing, path)
     setattr(parent, last, wrapper)
     return wrapper
 

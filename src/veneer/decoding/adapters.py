@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from veneer.adapters.acting import Applied, Part
+from veneer.adapters.acting import Applied, Part, check_together
 from veneer.adapters.attachment import Attachment
 from veneer.adapters.lora import AdaptedLinear, LoRALayer
 from veneer.adapters.prefix import PrefixLayer
@@ -123,14 +123,7 @@ def mix_of(parts: Sequence[Part], of: Callable[[Attachment], Updating], dtype: t
 
 
 def front_places(applied: Applied) -> int:
-    """Places of the trained prefix. ConfigError: one that acts in part."""
-    each = [sum(prefix.tokens for prefix in prefixes(((attachment, weight),))) for attachment, weight in applied]
-    return one_front(each, [weight for _, weight in applied])
-
-
-def one_front(places: Sequence[int], weights: Sequence[float]) -> int:
-    """Of those that each adapter has, with which weight it acts. ConfigError: one acts in part."""
-    alone = [weight for own, weight in zip(places, weights, strict=True) if own]
-    if len(alone) > 1 or any(weight != 1.0 for weight in alone):
-        raise ConfigError("a prefix acts alone and whole", next_step="Take one prefix, with weight 1.")
-    return sum(places)
+    """Places of the trained prefix, 0 without one. ConfigError: adapters that cannot act together with these
+    weights."""
+    check_together(applied)
+    return sum(prefix.tokens for prefix in prefixes(applied))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.attach import attach
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.combinations import PREFIX, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import Brought
@@ -100,6 +101,11 @@ class StoredAdapter:
     def name_or_path(self) -> str | None:
         """What the file calls its base; proves nothing."""
         return self.file.base_model_name_or_path
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        """What it contains, new tokens included."""
+        return *self.config.contents, *((TOKENS,) if self.tokens is not None else ())
 
     @property
     def base_verified(self) -> bool:
@@ -251,10 +257,23 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     return StoredAdapter(folder, settings, layout, file, tensors, tokens, found, manifest, notes)
 
 
-def front_places_in(folder: Path) -> int:
-    """Positions that an adapter takes in front of every text, without its tensors. Raises what read_adapter raises."""
-    _, _, file, _, _ = read_settings(folder)
-    return file.front_places
+@dataclass(frozen=True)
+class Front:
+    """What a request has to know of an adapter before it is loaded.
+
+    places    positions that it takes in front of every text
+    contents  those of its contents that do not add up
+    """
+
+    places: int = 0
+    contents: tuple[Content, ...] = ()
+
+
+def read_front(folder: Path) -> Front:
+    """Of an adapter's folder, without its tensors. Raises what read_adapter raises."""
+    _, _, file, tokens, _ = read_settings(folder)
+    contents = ((PREFIX,) if file.front_places else ()) + ((TOKENS,) if tokens is not None else ())
+    return Front(file.front_places, contents)
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, TokenFile | None, list[str]]:

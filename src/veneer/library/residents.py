@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from veneer.adapters.acting import Applied
+from veneer.adapters.combinations import refuse_sum
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
-from veneer.decoding.adapters import one_front
 from veneer.decoding.blocks import Identity
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError, told_as
 from veneer.files.home import name_of
-from veneer.formats.adapter import front_places_in
+from veneer.formats.adapter import Front, read_front
 from veneer.formats.header_fit import header_faults
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
@@ -56,7 +56,7 @@ class Residents:
         self._meant: dict[str, str] = {}  # reference -> the content that it last meant
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
-        self._fronts: dict[Path, int] = {}
+        self._fronts: dict[Path, Front] = {}
         self._fit: dict[Path, bool] = {}
 
     # by name
@@ -95,20 +95,23 @@ class Residents:
     def front_places(self, identity: Identity) -> int:
         """Positions of its trained prefix; 0 too where its files are broken, as loading it will say.
 
-        ConfigError: a prefix that is to act in part.
+        ConfigError: adapters that cannot act together with these weights.
         """
-        places = [self._front_places(self._tiers.files(content)) for content, _ in identity]
-        return one_front(places, [weight for _, weight in identity])
+        files = [self._tiers.files(content) for content, _ in identity]
+        fronts = [self._front(each) for each in files]
+        weights = [weight for _, weight in identity]
+        refuse_sum([(f.reference, front.contents, w) for f, front, w in zip(files, fronts, weights, strict=True)])
+        return sum(front.places for front in fronts)
 
-    def _front_places(self, files: Files) -> int:
-        if (found := self._fronts.get(files.folder)) is not None:
-            return found
+    def _front(self, files: Files) -> Front:
+        if (known := self._fronts.get(files.folder)) is not None:
+            return known
         try:
-            found = front_places_in(files.folder)
+            front = read_front(files.folder)
         except VeneerError:
-            return 0
-        self._remember(self._fronts, files.folder, found)
-        return found
+            return Front()
+        self._remember(self._fronts, files.folder, front)
+        return front
 
     def _remember(self, known: dict[Path, T], folder: Path, value: T) -> None:
         with self._lock:

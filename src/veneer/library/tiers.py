@@ -185,9 +185,7 @@ class Tiers:
                 return None
             if any(each.draining for each in found):
                 return None
-            places = sum(each.places for each in found)
-            if places:
-                front_places(self._applied(identity))  # whether they can act together
+            places = front_places(self._applied(identity))
             self._offered.update(each.content for each in found)
             return places
 

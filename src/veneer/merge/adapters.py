@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from veneer.adapters.attachment import Attachment
+from veneer.adapters.combinations import refuse_combining
 from veneer.adapters.config import LowRank
 from veneer.adapters.lora import Kind, LoRALayer
 from veneer.adapters.preamble import NONE, shared
@@ -74,11 +75,7 @@ def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
 
 def refuse_no_sum(stored: StoredAdapter) -> None:
     """RefusedError for an adapter that cannot be added to others; by its settings, before a base is read."""
-    _refuse_no_update(stored)
-    if not stored.config.two_factors:
-        raise _no_factors(stored.folder, stored.config.name, [])
-    assert isinstance(stored.config, LowRank)
-    refuse_biases([(stored.folder, stored.config)])
+    refuse_combining([(str(stored.folder), stored.contents)])
 
 
 def _refuse_no_update(stored: StoredAdapter) -> None:
@@ -132,15 +129,6 @@ def _kind(modules: Mapping[str, nn.Module], where: str) -> Kind:
     if where not in modules:
         return "experts"
     return "embedding" if isinstance(modules[where], nn.Embedding) else "linear"
-
-
-def refuse_biases(settings: Sequence[tuple[Path, LowRank]]) -> None:
-    if faults := [f"{folder}: bias {each.bias}" for folder, each in settings if each.bias != "none"]:
-        raise RefusedError(
-            "trained biases are no low-rank update",
-            faults,
-            "Merge that adapter into its base first (veneer merge), then work on the merged base.",
-        )
 
 
 def attachment_of(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.attachment import Attachment
-from veneer.adapters.config import AdapterConfig
+from veneer.adapters.acting import check_together
+from veneer.adapters.attachment import Attachment, summed_change
+from veneer.adapters.combinations import refuse_merge
 from veneer.adapters.experts import is_transposed
 from veneer.adapters.layer import Layer
 from veneer.adapters.wrapping import plain_modules
@@ -22,6 +23,8 @@ from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transpos
 
 Applied = Sequence[tuple[Attachment, float]]
 """Adapters with the weight each acts with."""
+Trained = Sequence[tuple[Tensor, float]]
+"""Values of one parameter, each trained in full by one adapter, with the adapters' weights."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,23 @@ def _turned(module: nn.Module) -> bool:
     return module.replaces_transposed if isinstance(module, PackedLinear) else is_transposed_linear(module)
 
 
-def refuse_unfoldable(adapters: Mapping[str, AdapterConfig]) -> None:
-    """RefusedError for methods that are no change of weights, with what to do instead. adapters: by name or folder."""
-    held = {name: config for name, config in adapters.items() if not config.folds}
-    if held:
-        raise RefusedError(
-            "these adapters are no change of the base's weights, so they cannot be merged into it",
-            [f"{name}: {config.name}" for name, config in held.items()],
-            next(iter(held.values())).instead_of_folding,
-        )
+def is_turned(modules: Mapping[str, nn.Module], place: str) -> bool:
+    """Whether the weight at an update's place is stored as the transpose of B A. place: path of a module, or of a 3-D
+    parameter."""
+    module = modules.get(place)
+    if module is None:
+        return is_transposed(modules[place.rpartition(".")[0]])
+    return isinstance(module, nn.Embedding) or _turned(module)
 
 
 def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Tensor], Tensor]]:
     """Name of each weight that changes -> function of its own value, float32, to what it becomes, float32.
 
-    RefusedError: a method that does not fold, or values trained in full that do not add up.
+    RefusedError: contents that do not merge, or lora_bias at a layer without a bias. ConfigError: adapters that cannot
+    act together with these weights.
     """
-    refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
+    refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
+    check_together(tuple(applied))
     modules = plain_modules(model)
     parts: dict[str, list[_Part]] = {}
     offsets: dict[str, list[Tensor]] = {}
@@ -113,9 +116,8 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
             missing[:6] + ([f"and {len(missing) - 6} more"] if len(missing) > 6 else []),
             "Let the adapter act beside the base.",
         )
-    in_full = trained_values([(each.name, each.values, weight) for each, weight in applied])
-    for name, value in in_full.items():
-        found[name] = _then(value, found.get(name))
+    for name, trained in trained_values([(each.values, weight) for each, weight in applied]).items():
+        found[name] = _with_trained(trained, found.get(name))
     return found
 
 
@@ -153,37 +155,23 @@ def _plus(offsets: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     return wanted
 
 
-def _then(value: Tensor, update: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """A weight trained in full takes the base's place; updates of other adapters come on top."""
+def _with_trained(trained: Trained, update: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """The weighted sum of what was trained in full; updates of other adapters come on top."""
 
     def wanted(own: Tensor) -> Tensor:
-        replaced = value.detach().float().to(own.device)
+        replaced = summed_change(own, [(value.detach().float().to(own.device), weight) for value, weight in trained])
         return replaced if update is None else replaced + (update(own) - own)
 
     return wanted
 
 
-def trained_values(adapters: Sequence[tuple[str, Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Values trained in place of the base's own, of adapters that act together: (name, its values, its weight).
-
-    RefusedError unless each is that of one adapter with weight 1, or the same in several: they are no updates.
-    """
-    values: dict[str, Tensor] = {}
-    faults = []
-    for adapter, own, weight in adapters:
-        for name, value in own.items():
-            if weight != 1.0:
-                faults.append(f"{name}: {adapter} trained it in full and would act with {weight:g}")
-            elif name in values and not torch.equal(values[name], value):
-                faults.append(f"{name}: trained in full by more than one adapter, with other values")
-            values[name] = value
-    if faults:
-        raise RefusedError(
-            "values trained in place of the base's own do not add up",
-            faults,
-            "Merge that adapter alone with weight 1 (veneer merge), then train or merge the others on the result.",
-        )
-    return values
+def trained_values(adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Trained]:
+    """Parameter -> its trained values. adapters: each with its values by parameter, and its weight."""
+    trained: dict[str, list[tuple[Tensor, float]]] = {}
+    for values, weight in adapters:
+        for name, value in values.items():
+            trained.setdefault(name, []).append((value, weight))
+    return dict(trained)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -23,12 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from veneer.adapters.combinations import refuse_merge
 from veneer.adapters.targets import layer_number
 from veneer.bases.fingerprint import tokenizer_hash
 from veneer.data.new_tokens import extended
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_folder
-from veneer.merge.fold import Stored, parting, refuse_unfoldable, stored_tensors, tied_names, wanted_weights
+from veneer.merge.fold import Stored, parting, stored_tensors, tied_names, wanted_weights
 from veneer.merge.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
 from veneer.merge.shards import MAX_SHARD_BYTES, ShardWriter
 from veneer.merge.tokens import tokens_of, with_rows
@@ -112,7 +113,7 @@ def merge_into_folder(
     if not names:
         raise ConfigError("no adapter is named", next_step="Name at least one to merge.")
     applied = [(base.attachments[name], weight) for name, weight in names]
-    refuse_unfoldable({attachment.name: attachment.config for attachment, _ in applied})
+    refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
     tokens = tokens_of(applied)
     asked = None
     if check_logits:

@@ -46,8 +46,8 @@ def merged_weights(model: nn.Module, applied: Applied) -> Merged:
 
     RefusedError: a method that does not fold, quantised weights, values not finite.
     """
-    refuse_tokens(applied, "the base's tables would grow", "Write a merged folder: veneer merge.")
     wanted = wanted_weights(model, applied)
+    refuse_tokens(applied, "the base's tables would grow", "Write a merged folder: veneer merge.")
     stored = stored_tensors(model)
     if packed := [name for name in wanted if stored[name].quantised]:
         raise RefusedError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from veneer.adapters.combinations import refuse_merge
 from veneer.adapters.config import AdapterConfig, DoRA, Prefix
 from veneer.adapters.reads import refused_by_peft
 from veneer.errors import VeneerError
@@ -17,7 +18,6 @@ from veneer.formats.low_rank import LOW_RANK
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.merge.adapters import Placed, fitted, place
 from veneer.merge.export import VLLM_DEFAULT_RANK, VLLM_RANKS
-from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.gguf_adapter import gguf_adapter_faults
 from veneer.merge.gguf_names import names_of
 from veneer.merge.programs import WHOLE_MODEL, Program
@@ -55,7 +55,7 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
 
 def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[Finding]:
     try:
-        refuse_unfoldable({str(stored.folder): stored.config})
+        refuse_merge([(str(stored.folder), stored.contents)])
         names_of(model.config)
     except VeneerError as fault:
         return [Finding(False, fault.headline, fault.next_step)]

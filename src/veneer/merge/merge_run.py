@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from veneer.adapters.combinations import refuse_merge, refuse_sum
 from veneer.bases.gguf import read_header
 from veneer.bases.sources import gguf_file
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.errors import ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
 from veneer.library.names import said_of
-from veneer.merge.fold import refuse_unfoldable
 from veneer.merge.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.verify import Reference, limited, reference, text_rows
 from veneer.models.frozen_base import FrozenBase
@@ -66,7 +66,8 @@ def open_merge(
     check_weights([weight for _, weight in adapters])
     refuse_unclear(base, quantize, into, original)
     stored = [(read_adapter(folder), weight) for folder, weight in adapters]
-    refuse_unfoldable({str(adapter.folder): adapter.config for adapter, _ in stored})
+    refuse_merge([(str(adapter.folder), adapter.contents) for adapter, _ in stored])
+    refuse_sum([(str(adapter.folder), adapter.contents, weight) for adapter, weight in stored])
     names = _names([adapter.folder for adapter, _ in stored])
     acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
     loaded = load_base(base, dtype="stored", device=device, quantize=quantize, keep_dense=keep_dense)

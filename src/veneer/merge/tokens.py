@@ -17,15 +17,8 @@ Wanted = dict[str, Callable[[Tensor], Tensor]]
 
 
 def tokens_of(applied: Applied) -> NewTokens | None:
-    """Those that the adapters bring. RefusedError: several of them do."""
-    found = {adapter.name: adapter.tokens for adapter, _ in applied if adapter.tokens is not None}
-    if len(found) > 1:
-        raise RefusedError(
-            "several of these adapters bring tokens, and a token has one row",
-            [f"{name}: {len(tokens.ids):,} tokens" for name, tokens in found.items()],
-            "Merge one of them, and train the others on the result.",
-        )
-    return next(iter(found.values()), None)
+    """The tokens that one of these adapters brings. Several that bring tokens cannot act together."""
+    return next((adapter.tokens for adapter, _ in applied if adapter.tokens is not None), None)
 
 
 def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:

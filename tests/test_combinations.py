@@ -1,0 +1,285 @@
+"""The table of combinations (adapters/combinations.py) holds for every way: each pair of contents gives
+base + sum of weight * change, or is refused by the same error."""
+
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from tests.helpers import ROOT
+from tests.test_methods import move
+from tests.tiny import save_tiny
+from veneer.adapters.acting import Acting, Part
+from veneer.adapters.combinations import (
+    BIASES,
+    BOTTLENECKS,
+    CONTENTS,
+    MAGNITUDES,
+    MODULES,
+    OFFSETS,
+    PREFIX,
+    TOKENS,
+    UPDATE,
+    Content,
+)
+from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.adapters.wrapping import plain_modules
+from veneer.decoding.adapters import Fixed
+from veneer.decoding.engine import Engine
+from veneer.decoding.sampling import Sampling
+from veneer.decoding.sequence import Request
+from veneer.errors import ConfigError, RefusedError, VeneerError
+from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.library.library import Library
+from veneer.library.residents import Residents
+from veneer.merge.combine import Recipe
+from veneer.merge.combine_run import combine_adapters
+from veneer.merge.fold import stored_tensors, wanted_weights
+from veneer.models.load import load_base
+
+MADE = {
+    UPDATE: LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj", "lm_head"]),
+    MODULES: LoRA(rank=2, targets=["v_proj"], train_modules=["norm", "input_layernorm", "o_proj", "lm_head"]),
+    BIASES: LoRA(rank=2, targets=["k_proj"], bias="all"),
+    OFFSETS: LoRA(rank=3, alpha=5.0, targets=["q_proj"], lora_bias=True),
+    MAGNITUDES: DoRA(rank=2, alpha=5.0, targets=["o_proj", "embed_tokens"]),
+    BOTTLENECKS: Bottleneck(placement="houlsby", size=5),
+    PREFIX: Prefix(tokens=3, start="random"),
+    TOKENS: LoRA(rank=2, targets=["up_proj"]),
+}
+IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230, 9]])
+CLOSE = 1e-4
+"""Relative to the largest logit, in float32."""
+Cell = tuple[tuple[Content, int, float], ...]
+"""Content, which of its two adapters, and the weight."""
+
+
+def cells() -> list[Cell]:
+    """Each content with a weight, and each pair, with weights where the table allows them."""
+
+    def weight(content: Content, asked: float) -> float:
+        return asked if content.adds_up else 1.0
+
+    pairs = [
+        ((one, 0, weight(one, 0.5)), (other, 1, weight(other, -1.5)))
+        for one, other in combinations_with_replacement(CONTENTS, 2)
+    ]
+    return [*(((content, 0, 0.5),) for content in CONTENTS), *pairs]
+
+
+def name_of(content: Content, number: int) -> str:
+    return f"{content.name.split()[-1].replace('_', '-').lower()}-{number}"
+
+
+def said(cell: Cell) -> str:
+    return " and ".join(f"{weight:g} {content.name}" for content, _, weight in cell)
+
+
+@dataclass
+class World:
+    """base: with every adapter attached. plain: the same base, for references. folders: of the adapters, by name."""
+
+    folder: Path
+    base: veneer.Base
+    plain: veneer.Base
+    residents: Residents
+
+    def path(self, content: Content, number: int) -> Path:
+        return self.folder / name_of(content, number)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("combinations")
+    source = str(save_tiny(folder / "base", "qwen2", tie_word_embeddings=False))
+    base, plain, library = veneer.load(source), veneer.load(source), Library(folder / "library")
+    for number in range(2):
+        order = CONTENTS if number else tuple(reversed(CONTENTS))  # wrappers stand around each other either way
+        for place, content in enumerate(order):
+            name, config = name_of(content, number), MADE[content]
+            texts = [f"<{number}>"] if content is TOKENS else []
+            made = base.attach(config, name=name, seed=number, new_tokens=texts)
+            move(made, seed=10 * number + place)
+            write_adapter(folder / name, made, manifest_for(base, method=config.name), model=base.model)
+            library.add(folder / name, name=name)
+    served = veneer.load(source)
+    return World(folder, base, plain, Residents(served, library, budget_bytes=2**24))
+
+
+def logits(base: veneer.Base) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = base.model(IDS, use_cache=False).logits
+    return found
+
+
+def expected(world: World, cell: Cell) -> torch.Tensor:
+    """Dense weights with the weighted sum of changes; contents that do not merge act beside them, alone."""
+    plain, base = world.plain, world.base
+    stored = stored_tensors(plain.model)
+    before = {name: each.read().clone() for name, each in stored.items()}
+    summed: dict[str, torch.Tensor] = {}
+    beside: list[tuple[str, float]] = []
+    for content, number, weight in cell:
+        name = name_of(content, number)
+        if not content.merges or content is TOKENS:
+            load_adapter(plain, world.path(content, number), name=name)
+            beside.append((name, weight))
+            continue
+        for path, change in wanted_weights(base.model, [(base.attachments[name], 1.0)]).items():
+            delta = weight * (change(before[path].clone()) - before[path])
+            summed[path] = summed.get(path, before[path].clone()) + delta
+    try:
+        for path, value in summed.items():
+            stored[path].read().copy_(value)
+        return _by_hooks(plain, beside)
+    finally:
+        plain.routing.active = ()
+        for name, _ in beside:
+            plain.detach(name)
+        for path, value in before.items():
+            stored[path].read().copy_(value)
+
+
+def _by_hooks(plain: veneer.Base, beside: list[tuple[str, float]]) -> torch.Tensor:
+    """Bottlenecks added by hooks to what each block gives; the others act."""
+    blocks = {name: weight for name, weight in beside if plain.attachments[name].contents == (BOTTLENECKS,)}
+    plain.routing.active = tuple((name, weight) for name, weight in beside if name not in blocks)
+    layers: dict[str, list[tuple[Any, float]]] = {}
+    for name, weight in blocks.items():
+        for path, layer in plain.attachments[name].layers.items():
+            layers.setdefault(path, []).append((layer, weight))
+
+    def hook_of(added: list[tuple[Any, float]]) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> Any:
+            own = out[0] if isinstance(out, tuple) else out
+            y = own + sum(layer.scaling * weight * layer.update(own, None) for layer, weight in added)
+            return (y, *out[1:]) if isinstance(out, tuple) else y
+
+        return hook
+
+    places = plain_modules(plain.model)
+    handles = [places[path].register_forward_hook(hook_of(added)) for path, added in layers.items()]
+    try:
+        return logits(plain)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def close(found: torch.Tensor, reference: torch.Tensor) -> bool:
+    return bool((found - reference).abs().max() <= CLOSE * reference.abs().max())
+
+
+def headline(run) -> str | None:
+    """Of the error that `run` raises; None: it runs."""
+    try:
+        run()
+    except VeneerError as fault:
+        return fault.headline
+    return None
+
+
+@pytest.mark.parametrize("cell", cells(), ids=said)
+def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_way(
+    world: World, cell: Cell, tmp_path: Path
+) -> None:
+    base = world.base
+    names, weights = [name_of(c, n) for c, n, _ in cell], [weight for *_, weight in cell]
+    contents = [content for content, *_ in cell]
+    identity = tuple(zip(names, weights, strict=True))
+    served = tuple(pair for name, weight in identity for pair in world.residents.resolve(name, weight))
+    refused = [
+        headline(lambda: base.use(names, weights)),
+        headline(lambda: Part(None, tuple((base.attachments[name], w) for name, w in identity))),
+        headline(lambda: Fixed({identity: tuple((base.attachments[name], w) for name, w in identity)})),
+        headline(lambda: world.residents.front_places(served)),
+    ]
+    base.use(None)
+    alone = [content for content in contents if not content.adds_up]
+    allowed = all(contents.count(c) == 1 for c in alone) and all(w == 1 for c, _, w in cell if not c.adds_up)
+    if not allowed:
+        assert refused == [f"one adapter with {alone[0].name} may act, and with weight 1"] * 4
+        if alone[0].merges:
+            with pytest.raises(ConfigError, match=refused[0]):
+                base.merge(names, weights)
+        return
+    assert refused == [None] * 4
+    reference = expected(world, cell)
+    with base.using(names, weights):
+        acting = base.routing.acting.whole
+        assert close(logits(base), reference)
+    if PREFIX not in contents:  # a row of the batch is a text of its own
+        with torch.no_grad(), base.routing.held(Acting((Part(8, ()), Part(8, acting)))):
+            both = base.model(torch.cat([IDS, IDS]), use_cache=False).logits
+        assert close(both[1:], reference) and close(both[:1, :, :272], logits(base))
+    engine = Engine(base, budget_bytes=2**20, adapters=Fixed({identity: acting}))
+    (answer,) = engine.add(
+        Request(prompt=tuple(IDS[0].tolist()), max_new_tokens=1, adapter=identity, sampling=Sampling(logprobs=5))
+    )
+    engine.run()
+    chances = reference[0, -1].log_softmax(-1)
+    assert all(abs(p - chances[token]) < 1e-2 for token, p in answer.logprobs[0].alternatives)
+    _check_merging(world, cell, reference)
+    _check_combining(world, cell, reference, tmp_path)
+
+
+def _check_merging(world: World, cell: Cell, reference: torch.Tensor) -> None:
+    base, contents = world.base, [content for content, *_ in cell]
+    names, weights = [name_of(c, n) for c, n, _ in cell], [weight for *_, weight in cell]
+    if not all(content.merges for content in contents):
+        with pytest.raises(RefusedError, match="cannot be merged into the base's weights"):
+            base.merge(names, weights)
+    elif TOKENS in contents:
+        with pytest.raises(RefusedError, match="tables would grow"):
+            base.merge(names, weights)
+    else:
+        base.merge(names, weights)
+        try:
+            assert close(logits(base), reference)
+        finally:
+            base.unmerge()
+
+
+def _check_combining(world: World, cell: Cell, reference: torch.Tensor, out: Path) -> None:
+    adapters = [(world.path(content, number), weight) for content, number, weight in cell]
+    recipe = Recipe("cat" if len(cell) > 1 else "linear")
+    if not all(held.combines for content, *_ in cell for held in (content, *MADE[content].contents)):
+        with pytest.raises(RefusedError, match="cannot be combined into one adapter"):
+            combine_adapters(adapters, recipe, base=world.plain.source, out=out / "combined")
+        return
+    combine_adapters(adapters, recipe, base=world.plain.source, out=out / "combined")
+    load_adapter(world.plain, out / "combined", name="combined")
+    try:
+        world.plain.routing.active = (("combined", 1.0),)
+        assert close(logits(world.plain), reference)
+    finally:
+        world.plain.routing.active = ()
+        world.plain.detach("combined")
+
+
+def test_the_docs_show_the_table() -> None:
+    def shown(content: Content) -> str:
+        cells = (content.adds_up, content.merges, content.combines)
+        return f"| {content.name} | " + " | ".join("yes" if each else "no" for each in cells) + " |"
+
+    page = (ROOT / "docs" / "serve.md").read_text()
+    assert "\n".join(map(shown, CONTENTS)) in page
+
+
+def test_settings_say_their_contents() -> None:
+    for content, config in MADE.items():
+        assert content is TOKENS or content in config.contents
+        assert config.folds == all(each.merges for each in config.contents)
+    assert all(each.combines is False or each.adds_up for each in CONTENTS)
+
+
+def test_a_sum_over_another_base_is_not_combined(world: World, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "base", "qwen2", seed=4, tie_word_embeddings=False)
+    adapters = [(world.path(MODULES, 0), 0.5), (world.path(MODULES, 1), 0.5)]
+    with pytest.raises(RefusedError, match="is another base than theirs"):
+        combine_adapters(adapters, Recipe("cat"), base=str(other), out=tmp_path / "o")
+    assert load_base(str(other)).model is not None
