@@ -295,9 +295,8 @@ def test_a_flag_of_another_tool_is_refused_with_one_that_the_command_has(name, c
         assert meant is None or meant[1] in flags_of(command)
     if name in KNOWN_ELSEWHERE:
         path = tuple(KNOWN_ELSEWHERE[name].split("."))
+        path = {("data",): ("data", "train"), ("method",): ("method", "name")}.get(path, path)
         flag = {path: "--" + flag.replace("_", "-") for flag, path in FLAGS.items()}.get(path)
-        path = ("data", "train") if path == ("data",) else path
-        flag = "--data" if path == ("data", "train") else flag
         assert f": did you mean {flag or '--set ' + '.'.join(path) + '=7'}?" in said["train"]
 
 

@@ -197,7 +197,7 @@ def test_a_program_that_has_read_from_stdin_can_call_a_command(monkeypatch, caps
 
 def test_an_unknown_command_names_the_nearest_and_exits_2(capsys):
     assert main.main(["trian"]) == 2
-    assert "did you mean 'train'" in capsys.readouterr().err
+    assert "did you mean `veneer train`" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_exits_2_and_says_where_help_is(capsys):

@@ -23,7 +23,15 @@ from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory, missing_on_device
 from veneer.files.system_errors import refusal
 from veneer.train.streams import Result, Talk, silence
-from veneer.vocabulary import CHOICES_ELSEWHERE, KeyPath, nearest
+from veneer.vocabulary import (
+    ACTIONS_ELSEWHERE,
+    CHOICES_ELSEWHERE,
+    COMMANDS_ELSEWHERE,
+    NOT_NEEDED,
+    KeyPath,
+    nearest,
+    nearest_word,
+)
 from veneer.wording import reflowed, shown, wrapped
 
 COMMANDS = {
@@ -81,13 +89,12 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """A choice that is none is told with the one that was meant."""
-        if action.choices is not None and value not in action.choices and action.option_strings:
-            from difflib import get_close_matches
-
+        if action.choices is not None and value not in action.choices:
             known = [str(each) for each in action.choices]
-            meant = CHOICES_ELSEWHERE.get(str(value)) or next(iter(get_close_matches(str(value), known, n=1)), None)
-            hint = f"did you mean {meant}?" if meant in known else f"one of {', '.join(known)}"
-            self.error(f"{action.option_strings[-1]} {value}: {hint}")
+            meant = nearest_word(str(value), known, ACTIONS_ELSEWHERE if action.dest == "action" else CHOICES_ELSEWHERE)
+            hint = f"did you mean {meant}?" if meant else f"one of {', '.join(known)}"
+            what = action.option_strings[-1] if action.option_strings else f"unknown {action.dest}"
+            self.error(f"{what} {value}: {hint}")
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
@@ -106,8 +113,11 @@ def _unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> lis
             continue
         following = given[place + 1 : place + 2]
         value = value if sign else "".join(each for each in following if not each.startswith("-"))
-        meant = _meant(parser, flag.strip("-").replace("-", "_").lower(), value or "...")
-        found.append(flag + (f": did you mean {meant}?" if meant else ""))
+        key = flag.strip("-").replace("-", "_").lower()
+        meant = _meant(parser, key, value or "...")
+        unneeded = NOT_NEEDED.get(key) if "--set" in parser._option_string_actions else None
+        hint = f": did you mean {meant}?" if meant else f": leave it out ({unneeded})" if unneeded else ""
+        found.append(flag + hint)
     return found
 
 
@@ -122,7 +132,7 @@ def _meant(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
         for path in setting_paths():
             flag = flags.get(path)
             ours.setdefault(path, flag if flag in own else f"--set {'.'.join(path)}={value}")
-    meant = nearest((key,), ours)
+    meant = nearest((key,), ours, value)
     return None if meant is None else ours[meant]
 
 
@@ -222,10 +232,8 @@ def _run(argv: list[str], alone: bool) -> int:
     if argv[0].startswith("-"):
         parser.parse_args(argv)  # --help and --version leave from here
     if argv[0] not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else f": there is {', '.join(COMMANDS)}"
+        meant = COMMANDS_ELSEWHERE.get(argv[0].lower()) or nearest_word(argv[0], COMMANDS)
+        hint = f": did you mean `veneer {meant}`?" if meant else ""
         parser.error(f"unknown command {argv[0]!r}{hint}")
     command = import_module(f"veneer.cli.{argv[0]}")
     own = Parser(prog=f"veneer {argv[0]}", description=command.__doc__, formatter_class=Help, allow_abbrev=False)

@@ -4,7 +4,6 @@ No torch here: `--help` reads this. A setting has a path: ("method", "rank") is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
@@ -14,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from veneer.errors import ConfigError
 from veneer.files.strict_json import illegible
-from veneer.vocabulary import KeyPath, nearest
+from veneer.vocabulary import CHOICES_ELSEWHERE, NOT_NEEDED, KeyPath, nearest, nearest_word
 
 Place = tuple[KeyPath, str]
 """Where a fault is, and of which kind: a field of two types fails once for each, and that is one fault."""
@@ -191,14 +190,9 @@ def _said(
             return "C312", f"{within}: unknown key {last!r}: there is {', '.join(fields_below(model, path))}"
         return "C311", f"{within}: {last!r} is missing"
     if kind == "extra_forbidden":
-        around = path[:-1]
-        meant = nearest(path, ours)
-        if meant is None:
-            here = sorted(each[-1] for each in ours if each[:-1] == around) or fields_below(model, around)
-            hint = f": there is {', '.join(here)}" if here else ""
-        else:
-            hint = f": did you mean {repr(meant[-1]) if meant[:-1] == around else written(meant)}?"
-        return "C312", f"unknown key {path[-1]!r}{' in ' + '.'.join(around) if around else ''}{hint}"
+        around = ".".join(path[:-1])
+        hint = _hint(model, path, ours, written, detail["input"])
+        return "C312", f"unknown key {path[-1]!r}{f' in {around}' if around else ''}{hint}"
     if kind == "missing":
         told = f": {described(model, path)}" if len(path) <= 2 else ""  # what lies deeper is a set's
         return "C311", f"{name!r} is missing{told}"
@@ -209,18 +203,35 @@ def _said(
         return "C315", str(context["error"])
     if kind == "union_tag_invalid":
         tags = context["expected_tags"].replace("'", "")
-        near = get_close_matches(context["tag"], tags.split(", "), n=1)
-        guess = f": did you mean {near[0]}?" if near else ""
+        near = nearest_word(context["tag"], tags.split(", "), CHOICES_ELSEWHERE)
+        guess = f": did you mean {near}?" if near else ""
         return "C310", f"{name} is {context['tag']!r}, not one of {tags}{guess}"
     given = repr(detail["input"])
     given = given if len(given) <= 60 else given[:59] + "…"
     if kind == "literal_error":
-        return "C310", f"{name} is {given}, not one of {context['expected']}"
+        near = nearest_word(str(detail["input"]), words_at(model, path), CHOICES_ELSEWHERE) if path else None
+        guess = f": did you mean {near!r}?" if near else ""
+        return "C310", f"{name} is {given}, not one of {context['expected']}{guess}"
     first, *others = dict.fromkeys(_wrong(each) for each in details)
     wrong = " or ".join([first, *(each.removeprefix("should be ") for each in others)])
     return "C310", f"{name} is {given}: {wrong}"
 
 
+def _hint(
+    model: type[BaseModel], path: KeyPath, ours: Sequence[KeyPath], written: Callable[[KeyPath], str], value: object
+) -> str:
+    """What to do about an unknown key."""
+    around = path[:-1]
+    if path[-1] in NOT_NEEDED:
+        return f": leave it out ({NOT_NEEDED[path[-1]]})"
+    if (meant := nearest(path, ours, value)) is not None:
+        return f": did you mean {repr(meant[-1]) if meant[:-1] == around else written(meant)}?"
+    here = sorted(each[-1] for each in ours if each[:-1] == around) or fields_below(model, around)
+    return f": there is {', '.join(here)}" if 0 < len(here) <= MAX_LISTED else ""
+
+
+MAX_LISTED = 12
+"""Settings that an error lists; where there are more, `--help` does."""
 EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
