@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import http.server
 import json
+import threading
 from collections import Counter
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -303,6 +306,66 @@ def test_any_address_of_fsspec_is_read_and_read_anew_when_it_changed(
     fs.pipe("/rows/a.jsonl", lines(records(3, "c")))
     assert prompts("memory://rows/a.jsonl") == ["c 0", "c 1", "c 2"]
     fs.rm("/rows", recursive=True)
+
+
+class Served(http.server.BaseHTTPRequestHandler):
+    """One file, with the headers that a test names; counts how often it is downloaded."""
+
+    content: ClassVar[bytes] = b""
+    headers_sent: ClassVar[dict[str, str]] = {}
+    downloads: ClassVar[int] = 0
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(self.content)), **self.headers_sent}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        type(self).downloads += 1
+        self.wfile.write(self.content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+STATES = {
+    "etag": ({"ETag": '"1"'}, {"ETag": '"2"'}),
+    "time of the last change": (
+        {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"},
+        {"Last-Modified": "Wed, 21 Oct 2015 07:28:01 GMT"},
+    ),
+    "nothing": ({}, {}),
+    "a time that is too young": ({"Last-Modified": formatdate(usegmt=True)},) * 2,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_set_behind_http_is_downloaded_again_when_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    before, after = STATES[state]
+    monkeypatch.setattr(Served, "content", lines(records(2, "old")))
+    monkeypatch.setattr(Served, "headers_sent", before)
+    monkeypatch.setattr(Served, "downloads", 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+        assert [prompts(address), prompts(address)] == [["old 0", "old 1"]] * 2
+        assert Served.downloads == (1 if before != after else 2)
+        monkeypatch.setattr(Served, "content", lines(records(2, "new")))  # as many bytes
+        monkeypatch.setattr(Served, "headers_sent", after)
+        assert prompts(address) == ["new 0", "new 1"]
+        if before != after:
+            monkeypatch.setattr(Served, "content", lines(records(2, "old")))
+            monkeypatch.setattr(Served, "headers_sent", before)
+            assert (prompts(address), Served.downloads) == (["old 0", "old 1"], 2)
+            for file in (tmp_path / "cache" / "data").rglob("*.jsonl"):
+                file.write_bytes(file.read_bytes().replace(b"old 0", b"odd 0"))
+            assert (prompts(address), Served.downloads) == (["old 0", "old 1"], 3)
+        server.shutdown()
 
 
 # what their columns are called

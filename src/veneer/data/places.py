@@ -4,27 +4,23 @@
     s3://bucket/rows/*.parquet                      any address that fsspec knows
     org/name   org/name:split   hf://datasets/...   the hub's: plain Parquet, by the same way
 
-What lies elsewhere is brought once and kept in the cache folder under its address and its state there.
+Remote files are downloaded into the cache folder (downloads.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from veneer.data.downloads import downloaded, unreachable
 from veneer.errors import DataError
 from veneer.files.addresses import file_system
-from veneer.files.cache import CACHE_STEP, cache_folder
 from veneer.files.home import expanded
 from veneer.files.nesting import is_text
-from veneer.files.partial import scratch_folder, sweep
-from veneer.files.system_errors import explained
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -67,7 +63,7 @@ def places_of(named: str) -> list[Place]:
     try:
         return _here(named, expanded(named))
     except (OSError, ValueError) as fault:  # no right to look, a name that none can be, ** beside other letters
-        raise _unreachable(named, fault) from fault
+        raise unreachable(named, fault) from fault
 
 
 def refuse_missing(names: Sequence[str]) -> None:
@@ -165,7 +161,7 @@ def _of_the_hub(named: str) -> list[Place]:
             [f"there is: {there}"],
             f"Name one: {name}:{'/'.join(sorted(parts)[0]) if parts else 'SPLIT'}.",
         )
-    return [Place(f"hf://{file}", _brought(fs, file, f"hf://{file}")) for file in _some(sorted(chosen), named)]
+    return [Place(f"hf://{file}", downloaded(fs, file, f"hf://{file}")) for file in _some(sorted(chosen), named)]
 
 
 def _elsewhere(named: str) -> list[Place]:
@@ -181,49 +177,11 @@ def _elsewhere(named: str) -> list[Place]:
         found = _listed(fs, f"{root.rstrip('/')}/**", named)
     files = _some([file for file in found if kind_of(file)], named)
     names = [file if "://" in file else f"{scheme}://{file}" for file in files]
-    return [Place(name, _brought(fs, file, name)) for name, file in zip(names, files, strict=True)]
+    return [Place(name, downloaded(fs, file, name)) for name, file in zip(names, files, strict=True)]
 
 
 def _listed(fs: Any, pattern: str, named: str) -> list[str]:
     try:
         return sorted(str(each) for each in fs.glob(pattern))
     except Exception as fault:  # every store raises errors of its own
-        raise _unreachable(named, fault) from fault
-
-
-def _brought(fs: Any, file: str, name: str) -> Path:
-    """The file in the cache folder, brought unless it is there in the state that it has now."""
-    try:
-        state = fs.ukey(file)
-    except Exception as fault:
-        raise _unreachable(name, fault) from fault
-    digest = hashlib.sha256(f"{name}\n{state}".encode()).hexdigest()
-    folder = cache_folder() / "data" / digest[:2]
-    target = folder / f"{digest}{''.join(Path(file).suffixes[-2:])}"
-    if target.is_file():
-        return target
-    with explained(folder, next_step=CACHE_STEP):
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-        with scratch_folder(folder) as scratch:
-            partial = scratch / "rows"
-            try:
-                with fs.open(file, "rb") as source, partial.open("wb") as out:
-                    shutil.copyfileobj(source, out, 2**20)
-            except OSError as fault:
-                if fault.errno is not None and fault.filename == str(partial):
-                    raise
-                raise _unreachable(name, fault) from fault
-            except Exception as fault:
-                raise _unreachable(name, fault) from fault
-            partial.replace(target)
-    return target
-
-
-def _unreachable(name: str, fault: Exception) -> DataError:
-    said = str(fault).strip().splitlines()
-    return DataError(
-        f"{name} cannot be read from here",
-        [f"{type(fault).__name__}: {said[0][:300] if said else ''}"],
-        "Look at the address, the network and your right to read it; or bring the file here and name that.",
-    )
+        raise unreachable(named, fault) from fault

@@ -10,12 +10,14 @@ from veneer.errors import ConfigError
 def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it. ConfigError: there is none.
 
+    Listings that an earlier use in this process left are dropped: files may have changed since.
     Some are looked up on the network, or read a file, to be made: each raises errors of its own.
     """
     import fsspec
 
     try:
         found, path = fsspec.core.url_to_fs(address)
+        found.invalidate_cache()
     except ImportError as fault:
         step = "pip install 'veneer[remote]'"
         raise ConfigError(f"{address} needs a package that is not installed", [str(fault)], step) from fault

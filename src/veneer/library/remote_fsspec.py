@@ -36,6 +36,7 @@ class FsspecRemote:
     def record(self, name: str) -> Record | None:
         path = f"names/{name}.json"
         try:
+            self._fs.invalidate_cache()  # another writer may have replaced it since a listing
             with self._fs.open(self._at(path), "rb") as file:
                 text = file.read(MAX_JSON_BYTES + 1)
         except FileNotFoundError:
@@ -49,6 +50,7 @@ class FsspecRemote:
         if self._read_only:
             return None
         try:
+            self._fs.invalidate_cache()
             found = self._fs.ls(self._at("names"), detail=False)
         except FileNotFoundError:
             return []
