@@ -11,12 +11,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from veneer.files.nesting import TOO_DEEP, text_too_deep
+from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED
 from veneer.serve.refusals import Refusal
-
-SECONDS = 30.0
-"""For a whole body to arrive."""
-MOST_DISCARDED = 64 * 2**20
-"""Bytes of a body that is too large, read and thrown away: who still sends would not see the answer."""
 
 
 async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
@@ -33,7 +29,7 @@ async def gathered(request: Request, most_bytes: int) -> bytes:
     """The whole body. Refusal: 400, 408 or 413."""
     text, seen = bytearray(), 0
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 seen += len(part)
                 if seen <= most_bytes:
@@ -41,7 +37,7 @@ async def gathered(request: Request, most_bytes: int) -> bytes:
                 elif seen > MOST_DISCARDED:
                     break
     except TimeoutError:
-        raise Refusal(408, f"The body did not arrive within {SECONDS:g} seconds.") from None
+        raise Refusal(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
     except ClientDisconnect:
         raise Refusal(400, "The body was cut short.") from None
     if seen > most_bytes:

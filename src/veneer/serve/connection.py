@@ -3,16 +3,29 @@
 A piece that is sent passes a task's turn, the application's layers and h11, and none of them changes it: most of what a
 token costs the event loop. `Chunks` writes what h11 would. Who has none (HTTP/1.0, another server) is sent to.
 
-h11 whatever else is installed: it bounds what the header of a request may take.
+h11 whatever else is installed: it bounds what the header of a request may take. Clients that send nothing, slowly, or
+that do not read, are let go.
 """
 
 from __future__ import annotations
 
+import asyncio
+
+import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from veneer.serve import limits
+from veneer.serve.limits import MOST_CONNECTIONS
 
 CHUNKS = "veneer.chunks"
 """Among the extensions of a request's scope."""
+LATE_SECONDS = 5.0
+RESERVED_FILES = 96
+"""What the process opens beside its connections: files of a base and of adapters, pipes to the template's process."""
+MOST_AT_ONCE = 256
+TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Chunks:
@@ -33,13 +46,108 @@ class Chunks:
         self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
+class Connections(ServerState):
+    """All open connections, and those among them that have no request under way, the longest idle first."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.idle: dict[Connection, None] = {}
+
+
 class Connection(H11Protocol):
+    """uvicorn's, with a limit of time for whatever the client owes, and one for the number of connections.
+
+    uvicorn's own clock runs between two requests alone, and the first byte of the next one stops it.
+    """
+
+    server_state: Connections
+    _clock: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+    _owed: object = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+        if len(self.connections) > self.server_state.most:
+            longest_idle = next(iter(self.server_state.idle))
+            if longest_idle is self:  # all others are being answered
+                transport.write(TOO_MANY)
+            longest_idle.drop()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.server_state.idle.pop(self, None)
+        for clock in (self._clock, self._stalled):
+            if clock is not None:
+                clock.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(limits.STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().resume_writing()
+
+    def drop(self) -> None:
+        """Closes it; at once, if there is something that the client does not read."""
+        self.server_state.idle.pop(self, None)
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _watch(self) -> None:
+        """Starts the clock for what the client owes now: a header, the rest of a body, or to read the last answer."""
+        owed: object = "the end" if self.transport.is_closing() else self.conn.their_state
+        if owed is self._owed:
+            return
+        self._owed = owed
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+        self.server_state.idle.pop(self, None)
+        if owed is h11.IDLE:
+            self.server_state.idle[self] = None
+        if owed in (h11.IDLE, "the end"):
+            self._clock = self.loop.call_later(limits.HEADER_SECONDS, self.drop)
+        elif owed is h11.SEND_BODY:  # the application has told the client that it is late, a little earlier
+            self._clock = self.loop.call_later(limits.BODY_SECONDS + LATE_SECONDS, self.drop)
+
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and self.scope["http_version"] == "1.1":  # others know no chunks
             extensions = self.scope.setdefault("extensions", {})
             if CHUNKS not in extensions:
                 extensions[CHUNKS] = {"of": Chunks(self)}
+
+
+def room_for_connections() -> tuple[int, int]:
+    """How many connections may be open, and how many are accepted at once.
+
+    Where accepting one fails for want of a file, asyncio tries as often as it may accept at once, with a traceback
+    each, and nobody is answered. Some turns of the event loop pass until what was accepted is counted.
+    """
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:  # Windows has none
+        return MOST_CONNECTIONS, MOST_AT_ONCE
+    if limit == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS, MOST_AT_ONCE
+    free = max(limit - RESERVED_FILES, 16)
+    return min(free // 2, MOST_CONNECTIONS), min(free // 8, MOST_AT_ONCE)
 
 
 def chunks_of(scope: Scope) -> Chunks | None:

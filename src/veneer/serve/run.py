@@ -21,11 +21,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from veneer.errors import ConfigError
-from veneer.serve.connection import Connection
+from veneer.serve.connection import Connection, Connections, room_for_connections
 from veneer.serve.keys import Keys
+from veneer.serve.limits import HEADER_SECONDS, MOST_HEADER_BYTES
 
-MOST_HEADER_BYTES = 64 * 2**10
-KEEP_ALIVE_SECONDS = 30
+BACKLOG = 2048
+"""Connections that the system holds until they are accepted."""
 ENDING_SECONDS = 5.0
 """For answers to end with an error once the drain's time is over; whatever is still open then is cancelled."""
 
@@ -50,7 +51,7 @@ def listening(host: str, port: int) -> socket.socket:
     """ConfigError: the port is taken, or not for us."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         # For the connections too: asyncio sets it only where a socket's protocol is named. Without it an answer on a
         # connection that is used again waits 40 ms for an acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -73,6 +74,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, app: ASGIApp, *, drain_seconds: float, closing: Callable[[], None], ending: Callable[[], None]
     ) -> None:
+        most, at_once = room_for_connections()
         super().__init__(
             uvicorn.Config(
                 app,
@@ -83,11 +85,13 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 ws="none",
                 lifespan="on",
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=int(HEADER_SECONDS),
                 timeout_graceful_shutdown=1,  # all answers have ended by then, or are cancelled
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+                backlog=at_once,
             )
         )
+        self.server_state = Connections(most)
         self._drain_seconds, self._closing, self._ending = drain_seconds, closing, ending
         self._hurried = False
 
@@ -97,6 +101,11 @@ class Server(uvicorn.Server):
             signal.signal(sig, signal.SIG_DFL)  # a third one ends the process at once
         self._closing()
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:  # uvicorn's backlog is how many are accepted at once too
+            listener.listen(BACKLOG)
 
     async def main_loop(self) -> None:
         await super().main_loop()

@@ -22,6 +22,7 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.serve.answering import Answering, requests_of
 from veneer.serve.asked import Asked, Prompt
 from veneer.serve.grammars import Shapes
+from veneer.serve.limits import BODY_BYTES
 from veneer.serve.loop import EngineLoop
 from veneer.serve.metrics import Metrics, state_of
 from veneer.serve.names import Model, Names
@@ -43,7 +44,7 @@ class ServeLimits:
     load_seconds   for an adapter that is to be loaded or pinned
     """
 
-    body_bytes: int = 4 * 2**20
+    body_bytes: int = BODY_BYTES
     seconds: float = 600.0
     drain_seconds: float = 30.0
     load_seconds: float = 30.0
