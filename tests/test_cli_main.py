@@ -136,7 +136,7 @@ def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
         script = f"source {tmp_path}/c; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _veneer; echo ${{COMPREPLY[@]}}"
         return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
 
-    assert offered("ex") == ["extract", "export", "explain"]
+    assert offered("ex") == ["explain", "extract", "export"]
     assert offered("adapters", "p") == ["push", "pull"]
     assert offered("export", "x", "--to", "o") == ["ollama"]
     assert offered("adapters", "push", "--fig") == ["--figures"]
@@ -180,6 +180,18 @@ def test_help_names_every_command(capsys):
     assert main.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in main.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *main.COMMANDS])
+def test_a_help_page_fits_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.main([command, "--help"] if command else ["--help"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_every_command_stands_in_one_group():
+    names = [name for commands in main.GROUPS.values() for name in commands]
+    assert names == [*main.COMMANDS] and max(map(len, main.GROUPS.values())) <= 8
 
 
 def test_version_is_the_packages(capsys):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from veneer.adapters.config import METHODS
 from veneer.cli import explain, main
+from veneer.cli.config_file import setting_paths
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "veneer"
@@ -57,3 +59,27 @@ def test_explain_says_what_a_code_means(capsys):
 def test_a_message_with_codes_ends_with_the_command_once(typed, last, capsys):
     assert main.main(typed.split()) == 2
     assert capsys.readouterr().err.splitlines()[-1] == last
+
+
+def test_every_setting_is_explained_and_train_says_where(capsys):
+    assert main.main(["explain", "settings"]) == 0
+    listed = capsys.readouterr().out
+    for method in METHODS:
+        assert not [path for path in map(".".join, setting_paths(method)) if f"\n{path} " not in f"\n{listed}"]
+    assert main.main(["train", "--help"]) == 0
+    assert "veneer explain settings" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("method.rank", "R, the width of the update"),
+        ("rank", "method.rank"),
+        ("learning_rate", "Peak rate"),
+        ("d107", "D107"),
+        ("data", "data.validation_share"),
+    ],
+)
+def test_a_setting_is_explained_by_its_path_or_the_end_of_it(name, said, capsys):
+    assert main.main(["explain", name]) == 0
+    assert said in capsys.readouterr().out

@@ -55,7 +55,7 @@ def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
     return made
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="data as JSON on stdout, talk on stderr")
 
 
@@ -86,7 +86,7 @@ def add_held(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
 
 
-def add_map(parser: argparse.ArgumentParser) -> None:
+def add_map(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--map",
         action="append",

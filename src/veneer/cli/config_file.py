@@ -8,6 +8,7 @@ which nobody needs here and with which a few lines grow to gigabytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
-from veneer.files.settings import described, faults_of
+from veneer.files.settings import described, faults_of, field_at
 from veneer.train.config import DataConfig, RunConfig, TemplateConfig
 from veneer.vocabulary import KeyPath
 
@@ -111,7 +112,7 @@ def read_run_config(
     if config is None or settings.faults:
         where = f"{file} and the flags" if file is not None else "the flags"
         raise ConfigError(
-            f"{where} do not describe a run", settings.faults + faults, "`veneer train --help` lists the settings."
+            f"{where} do not describe a run", settings.faults + faults, "`veneer explain settings` lists the settings."
         )
     return config
 
@@ -119,6 +120,14 @@ def read_run_config(
 def field_help(path: KeyPath) -> str:
     """The sentence under a field, as one line: the command line's help is written there, once."""
     return described(RunConfig, path[:1] if path == ("method", "name") else path)
+
+
+def brief_help(path: KeyPath) -> str:
+    """What a setting is, up to the first colon or semicolon, and its default: for a list of many."""
+    said = re.split(r"[;:](?: |$)|\.(?: |$)", field_help(path))[0]
+    default = field_at(RunConfig, path).default
+    plain = isinstance(default, int | float | str) and not isinstance(default, bool) and path[-1] != "name"
+    return f"{said} (default: {default})" if plain else said
 
 
 def _read_file(settings: Settings, file: Path) -> None:

@@ -1,9 +1,11 @@
-"""What a code in a message means, what leads to it, and the way out.
+"""What an error code or a setting means.
 
 For instance:
 
   veneer explain D107
   veneer explain              all codes, a line each
+  veneer explain method.rank
+  veneer explain settings     all settings of a run
 """
 
 from __future__ import annotations
@@ -17,34 +19,81 @@ from pathlib import Path
 from veneer.cli.common import add_json, print_json
 from veneer.errors import ConfigError
 
-FIELDS = {"title": "", "cause": "why", "way": "way out", "example": "for instance"}
+FIELDS = {"title": "", "cause": "why", "way": "how to fix", "example": "for instance"}
 """What every code has, and what that is called on the screen."""
 FILE = Path(__file__).with_name("codes.toml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("codes", nargs="*", metavar="CODE", help="as it stands in the message; default: a list of all")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a code as the message shows it, a setting, or `settings` for all of them; default: all codes",
+    )
     parser.add_argument("--markdown", action="store_true", help="all of them as the page docs/errors.md")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     known = codes()
-    asked = [code.upper() for code in args.codes]
-    if unknown := [code for code in asked if code not in known]:
-        near = {code: get_close_matches(code, known, n=3, cutoff=0.7) for code in unknown}
-        told = [code + (f": did you mean {', '.join(near[code])}?" if near[code] else "") for code in unknown]
-        raise ConfigError("there is no such code", told, "veneer explain lists all.")
-    chosen = {code: known[code] for code in asked or known}
+    asked = [_known_name(name, known) for name in args.names]
+    if unknown := [name for name, chosen in zip(args.names, asked, strict=True) if not chosen]:
+        near = {name: get_close_matches(name.upper(), known, n=3, cutoff=0.7) for name in unknown}
+        told = [name + (f": did you mean {', '.join(near[name])}?" if near[name] else "") for name in unknown]
+        step = "`veneer explain` lists the codes, `veneer explain settings` the settings."
+        raise ConfigError("there is no such code or setting", told, step)
+    chosen = {name: entry for entries in asked for name, entry in entries.items()} or known
     if args.json:
         print_json(chosen)
     elif args.markdown:
         print(page(chosen), end="")
     elif asked:
-        print("\n\n".join(text(code, entry) for code, entry in chosen.items()))
+        texts = [text(name, entry) if "title" in entry else setting_text(name, entry) for name, entry in chosen.items()]
+        print(("\n\n" if len(asked) == len(texts) else "\n").join(texts))
     else:
         print("\n".join(f"{code}  {entry['title']}" for code, entry in chosen.items()))
     return 0
+
+
+def _known_name(name: str, known: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """What a name stands for: a code, a setting by its path or by the end of it, several settings; empty if nothing."""
+    if name.upper() in known:
+        return {name.upper(): known[name.upper()]}
+    every = settings()
+    if name == "settings":
+        return every
+    return {path: entry for path, entry in every.items() if path == name or path.endswith(f".{name}")} or {
+        path: entry for path, entry in every.items() if path.startswith(f"{name}.")
+    }
+
+
+def settings() -> dict[str, dict[str, str]]:
+    """Every setting of a run by its path: its meaning and, of a method's, the methods that have it."""
+    from veneer.adapters.config import METHODS
+    from veneer.cli.config_file import field_help, setting_paths
+    from veneer.files.settings import described
+
+    found: dict[str, dict[str, str]] = {}
+    for method in METHODS:
+        for path in setting_paths(method):
+            entry = found.setdefault(".".join(path), {"meaning": "", "methods": ""})
+            if path[0] == "method" and path[1] != "name":
+                entry["meaning"] = entry["meaning"] or described(METHODS[method], path[1:])
+                entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
+            else:
+                entry["meaning"] = field_help(path)
+    order = {path: number for number, path in enumerate(map(".".join, setting_paths()))}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], order["method.init"])))
+
+
+def setting_text(path: str, entry: dict[str, str]) -> str:
+    """For the screen: the path, and its meaning in a column."""
+    from textwrap import wrap
+
+    of = f" ({entry['methods']})" if entry["methods"] else ""
+    lines = wrap(entry["meaning"] + of, 100 - 26)
+    return "\n".join(f"{path if number == 0 else '':<24}  {line}" for number, line in enumerate(lines))
 
 
 def codes() -> dict[str, dict[str, str]]:

@@ -34,35 +34,45 @@ from veneer.vocabulary import (
 )
 from veneer.wording import reflowed, shown, wrapped
 
-COMMANDS = {
-    "demo": "fine-tune a small real model in a few minutes and see before and after",
-    "train": "train an adapter (or every weight) from a run file or from flags",
-    "report": "the page of a run (report.html) anew, also of one that was stopped",
-    "plan": "what fits, how long it takes, which method: before anything runs",
-    "data": "look at rows as the model will see them; convert, split, sample, replay; gc",
-    "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
-    "compare": "methods side by side on your own rows: quality, memory, time, file size, forgetting",
-    "generate": "answer one prompt",
-    "serve": "answer over HTTP as OpenAI's clients ask: a base and a library of adapters",
-    "chat": "talk to a base, with or without an adapter",
-    "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",
-    "merge": "merge adapters into their base: a plain model folder, checked against the adapter",
-    "combine": "make one adapter of several: the exact sum, or a smaller one with its error",
-    "extract": "make an adapter out of a fully fine-tuned model",
-    "export": "write an adapter for PEFT, vLLM or llama.cpp",
-    "lint": "what another program would refuse of an adapter, or apply wrongly",
-    "quantize": "write a base in 4 bits, as a folder that transformers loads too",
-    "completion": "Tab in bash, zsh and fish: veneer completion bash",
-    "explain": "what a code in a message means, and the way out: veneer explain D107",
-    "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
+GROUPS = {
+    "begin": {
+        "demo": "fine-tune a small real model in a few minutes and see before and after",
+        "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
+        "explain": "what an error code or a setting means: veneer explain D107 method.rank",
+        "completion": "shell completion for bash, zsh and fish",
+    },
+    "train": {
+        "data": "look at rows as the model will see them; convert, split, sample, replay; gc",
+        "plan": "what fits, how long it takes, which method: before anything runs",
+        "train": "train an adapter (or every weight) from a run file or from flags",
+        "report": "rebuild a run's report.html, also of a run that was stopped",
+        "compare": "compare methods on your own rows: quality, memory, time, file size, forgetting",
+    },
+    "try": {
+        "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
+        "generate": "answer one prompt",
+        "chat": "talk to a base, with or without an adapter",
+        "serve": "answer over HTTP as OpenAI's clients ask: a base and a library of adapters",
+    },
+    "keep and pass on": {
+        "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",
+        "merge": "merge adapters into their base: a plain model folder, checked against the adapter",
+        "combine": "make one adapter of several: the exact sum, or a smaller one with its error",
+        "extract": "make an adapter out of a fully fine-tuned model",
+        "export": "write an adapter for PEFT, vLLM or llama.cpp",
+        "lint": "what another program would refuse of an adapter, or apply wrongly",
+        "quantize": "write a base in 4 bits, as a folder that transformers loads too",
+    },
 }
+"""What a person is about to do -> commands and their summaries."""
+COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 
 READER_GONE = 128 + 13
 """As of a program that SIGPIPE ended: whoever read our stdout has left (`veneer ... | head`)."""
 
 EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it does not fit (memory, disk),
 4 a check refused, 5 training diverged, 6 another process of the run failed, 130 interrupted with a
-checkpoint saved, 141 nobody read on"""
+checkpoint saved, 141 output pipe closed"""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -220,8 +230,7 @@ def _run(argv: list[str], alone: bool) -> int:
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
-        epilog="\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items())
-        + f"\n\nveneer COMMAND --help says more.\n\n{EXIT_CODES}",
+        epilog=f"{_grouped()}\n\nveneer COMMAND --help says more.\n\n{EXIT_CODES}",
         formatter_class=Help,
         usage="veneer COMMAND ...",
         allow_abbrev=False,
@@ -244,6 +253,14 @@ def _run(argv: list[str], alone: bool) -> int:
         _tell_of_first_times()
     code: int = command.run(parsed)
     return code
+
+
+def _grouped() -> str:
+    """The commands by what they are for, a line each."""
+    lines = []
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<12}{summary}" for name, summary in commands.items())]
+    return "\n".join(lines[1:])
 
 
 def _alone(parser: argparse.ArgumentParser) -> int:

@@ -45,51 +45,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_library(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000")
-    parser.add_argument("--name", metavar="NAME", help="of the base as a model; default: as it is loaded")
+    parser.add_argument("--name", metavar="NAME", help="model name for the base; default: the name it is loaded by")
     parser.add_argument(
         "--system",
         metavar="TEXT",
-        help="of conversations that have none; default: as each adapter was trained; '': none",
+        help="default system message; default: the one each adapter was trained with; '': none",
     )
     add_variables(parser, "; default: as each adapter was trained; a request's chat_template_kwargs come first")
-    parser.add_argument("--pin", action="append", default=[], metavar="A", help="an adapter that stays in memory")
-    parser.add_argument("--runs", metavar="DIR", help="a folder that has folders of runs, shown on the page")
+    parser.add_argument("--pin", action="append", default=[], metavar="A", help="keep this adapter in memory")
+    parser.add_argument("--runs", metavar="DIR", help="folder of run folders to show on the page")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks")
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
     limits = parser.add_argument_group("how much at once")
-    limits.add_argument("--rows", type=ROWS, default=64, metavar="N", help="answers computed together; default: 64")
+    limits.add_argument("--rows", type=ROWS, default=64, metavar="N", help="most answers computed at once; default: 64")
     limits.add_argument(
-        "--max-waiting", type=COUNT, default=256, metavar="N", help="that wait; more get 429; default: 256"
+        "--max-waiting",
+        type=COUNT,
+        default=256,
+        metavar="N",
+        help="waiting requests allowed; beyond that, 429; default: 256",
     )
     limits.add_argument(
-        "--max-adapters", type=COUNT, default=64, metavar="N", help="different ones that act at once; default: 64"
+        "--max-adapters", type=COUNT, default=64, metavar="N", help="most adapters active at once; default: 64"
     )
-    limits.add_argument("--cache-mib", type=MIB, metavar="N", help="of keys and values; default: a quarter of memory")
     limits.add_argument(
-        "--adapters-mib", type=MIB, default=1024, metavar="N", help="of adapters in memory; default: 1024"
+        "--cache-mib", type=MIB, metavar="N", help="size of the key/value cache; default: a quarter of memory"
     )
-    limits.add_argument("--seconds", type=SECONDS, default=600.0, metavar="S", help="a request may take; default: 600")
     limits.add_argument(
-        "--drain", type=SECONDS, default=30.0, metavar="S", help="open requests get to end in at SIGTERM; default: 30"
+        "--adapters-mib", type=MIB, default=1024, metavar="N", help="memory for adapters; default: 1024"
+    )
+    limits.add_argument(
+        "--seconds", type=SECONDS, default=600.0, metavar="S", help="time limit of a request; default: 600"
+    )
+    limits.add_argument(
+        "--drain",
+        type=SECONDS,
+        default=30.0,
+        metavar="S",
+        help="seconds to finish open requests after SIGTERM; default: 30",
     )
     access = parser.add_argument_group("who may ask")
     access.add_argument(
-        "--keys", metavar="FILE", help="hashes of keys; VENEER_API_KEY and VENEER_ADMIN_KEY are read too"
+        "--keys",
+        metavar="FILE",
+        help="file with the hashes of API keys; VENEER_API_KEY and VENEER_ADMIN_KEY are read too",
     )
     access.add_argument(
-        "--new-key", choices=["use", "admin"], help="write a new key's hash into FILE, print the key, and end"
+        "--new-key", choices=["use", "admin"], help="make a key: write its hash into FILE, print it, and exit"
     )
+    access.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="extra host name to accept")
     access.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a host name it is reached by"
+        "--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may send requests"
     )
-    access.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask")
     where = parser.add_argument_group("where answers are computed")
     where.add_argument("--on", choices=PLACES, default="here", help="in this process, or on Ray; default: here")
-    where.add_argument("--address", metavar="A", help="of the Ray cluster, or auto; default: one is started here")
-    where.add_argument("--replicas", type=COUNT, metavar="N", help="at least; default: 1")
-    where.add_argument("--max-replicas", type=COUNT, metavar="N", help="while requests wait; default: --replicas")
-    where.add_argument("--cpus", type=COUNT, metavar="N", help="of a replica; default: the cluster's, shared out")
+    where.add_argument("--address", metavar="A", help="address of the Ray cluster, or auto; default: start one here")
+    where.add_argument("--replicas", type=COUNT, metavar="N", help="least number of replicas; default: 1")
+    where.add_argument(
+        "--max-replicas", type=COUNT, metavar="N", help="most replicas, while requests wait; default: --replicas"
+    )
+    where.add_argument("--cpus", type=COUNT, metavar="N", help="CPUs of a replica; default: the cluster's, divided")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,22 +8,21 @@ For instance:
   veneer train --resume runs/tickets
 
 Flags win over the file, --set wins over both. Every setting of a run file can be set with
---set path=value (the value is read as YAML).
+--set path=value (the value is read as YAML). `veneer explain settings` lists all of them, and
+`veneer explain rank` says more of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from veneer.bounds import PROCESSES
 from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, no_collection, print_json
-from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
+from veneer.cli.config_file import FLAGS, brief_help, read_run_config
 from veneer.cli.early import check_run
 from veneer.cli.plan import parse_size
 from veneer.errors import ConfigError
@@ -33,38 +32,44 @@ from veneer.train.place import refuse_finished, refuse_unless_new
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
-    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file; see the settings below")
-    for name, path in FLAGS.items():
-        flag, help_text = "--" + name.replace("_", "-"), field_help(path).replace("%", "%%")
-        if name in ("checkpointing", "shard"):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
-        else:
-            parser.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
-    add_map(parser)
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings")
-    parser.add_argument(
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings as YAML")
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_setting(group, name)
+        if "data" in names:
+            add_map(group)
+    group = parser.add_argument_group("the run")
+    group.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting")
+    group.add_argument("--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings")
+    group.add_argument(
         "--fit", metavar="MEMORY", help="change the run so that it fits, for instance 24GiB, and say what was changed"
     )
-    parser.add_argument(
+    group.add_argument(
         "--processes",
         metavar="N",
         type=PROCESSES,
         help="compute the run in N processes of this machine; across machines: torchrun",
     )
-    parser.add_argument("--quiet", action="store_true", help="show nothing while training")
-    add_json(parser)
-    parser.epilog = "more settings, for the run file and --set:\n" + "\n".join(_rest())
+    group.add_argument("--quiet", action="store_true", help="show nothing while training")
+    add_json(group)
 
 
-def _rest() -> list[str]:
-    """The settings that have no flag, with their sentences, as wide as the terminal."""
-    width = max(shutil.get_terminal_size().columns - 2, 40)
-    lines = []
-    for path in [path for path in setting_paths() if path not in FLAGS.values()]:
-        head = f"  {'.'.join(path):<22}"
-        lines += textwrap.wrap(head + " " + field_help(path), width, subsequent_indent=" " * len(head) + " ")
-    return lines
+GROUPS = {
+    "base, rows and result": ("base", "data", "validation", "from", "out"),
+    "method": ("method", "rank", "alpha", "quantize"),
+    "training": ("steps", "epochs", "batch", "micro_batch", "length", "learning_rate", "seed"),
+    "machine": ("dtype", "checkpointing", "shard"),
+}
+"""The settings that have a flag."""
+
+
+def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
+    flag, help_text = "--" + name.replace("_", "-"), brief_help(FLAGS[name]).replace("%", "%%")
+    if name in ("checkpointing", "shard"):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+    else:
+        group.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -109,8 +109,8 @@ class RunConfig(Settings):
     offload: bool = False
     """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
     shard: bool = False
-    """On several processes: each holds a part of the base's layers, gathered layer by layer as they are computed, and
-    with full of gradient, masters and moments; the same result with less memory and more traffic."""
+    """Split the base's layers over the processes; each layer is gathered while it is computed. With full the gradient,
+    masters and moments are split too. The same result with less memory and more traffic."""
     reduce: Literal["plain", "exact"] = "plain"
     """How micro-batches' gradients are added; exact gives the same bits on any number of processes with as many threads
     each, for 16 bytes a trained value."""

@@ -108,7 +108,7 @@ def resume_config(folder: str | Path) -> RunConfig:
         return RunConfig.model_validate({**read_yaml(path), "out": str(folder)})
     except ValidationError as fault:
         raise ConfigError(
-            f"{path} does not describe a run", field_faults(fault), "`veneer train --help` lists the settings."
+            f"{path} does not describe a run", field_faults(fault), "`veneer explain settings` lists the settings."
         ) from fault
 
 
