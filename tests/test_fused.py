@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, OlmoConfig
 
+from tests.families import family_model
 from tests.helpers import fill, make_examples
 from tests.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
@@ -21,6 +23,7 @@ from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.fused_attention import FusedAttention
 from veneer.models.load import load_base
 from veneer.models.stand_in import put_aside
+from veneer.models.structure import drawn
 from veneer.models.step import batch_loss, prepare
 
 BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
@@ -296,6 +299,53 @@ def test_packed_projections_are_fused_as_dense_ones_are(quantize, tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base", "llama", torch.bfloat16)), quantize=quantize)
     gates = [made for made in replacements(base.model).values() if isinstance(made, FusedGate)]
     assert len(gates) == 2
+
+
+class Limited(nn.Module):
+    """A gated block of which some layers have a limit, as Step-3.7's."""
+
+    def __init__(self, own, limit):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = own.gate_proj, own.up_proj, own.down_proj, own.act_fn
+        self.limit = limit
+
+    def forward(self, x):
+        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj(gate * up)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_of_one_class_that_differ_in_a_limit_are_tried_one_by_one(device):
+    model = tiny_model("llama", num_hidden_layers=4)
+    for layer, limit in zip(model.model.layers, (0, 0, 0, 0.5), strict=True):
+        layer.mlp = Limited(layer.mlp, limit)
+    found = replacements(model.to(device))
+    gates = [path for path, made in found.items() if isinstance(made, FusedGate)]
+    assert gates == [f"model.layers.{number}.mlp" for number in range(3)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_whose_norms_differ_in_the_epsilon_keep_their_own(device):
+    model = tiny_model("llama", num_hidden_layers=3)
+    for layer, epsilon in zip(model.model.layers, (1e-6, 1e-2, 0.5), strict=True):
+        layer.input_layernorm.variance_epsilon = epsilon
+    found = replacements(model.to(device))
+    assert [found[f"model.layers.{n}.input_layernorm"].epsilon for n in range(3)] == [1e-6, 1e-2, 0.5]
+
+
+def test_a_model_whose_last_layers_alone_are_sparse_has_its_own_logits():
+    """Gemma 3n's feed-forward blocks, which a number in the block makes sparse."""
+    model = family_model("gemma3n_text")
+    config = copy.deepcopy(model.config)
+    config.activation_sparsity_pattern = sorted(config.activation_sparsity_pattern)
+    assert config.activation_sparsity_pattern == [0.0, 0.0, 0.95, 0.95]
+    model = drawn(type(model), config)
+    ids = torch.arange(30)[None] % 100
+    with fused(model, replacements(model)):
+        found = model(input_ids=ids, use_cache=False).logits
+    near(found, model(input_ids=ids, use_cache=False).logits, 1e-5)
 
 
 def test_without_values_another_activation_of_the_same_class_is_another_question():

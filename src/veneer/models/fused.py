@@ -87,23 +87,48 @@ def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.d
     return bool(((ours - theirs).abs().amax(1) <= TOLERANCE[dtype] * theirs.abs().amax(1)).all())
 
 
-def _agree_without_values(module: nn.Module, made: FusedNorm | FusedGate) -> bool:
-    """On the meta device: a norm is tried with values of its own; of a gated block the activation is known."""
-    if not isinstance(made, FusedNorm):
-        return True
-    own = copy.deepcopy(module).to_empty(device="cpu")
-    weight = own.get_parameter("weight")
-    weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, weight.device)
+def _agree_without_values(module: nn.Module, made: FusedNorm | FusedGate, dtype: torch.dtype) -> bool:
+    """On the meta device: a norm is tried with values of its own, a gated block around small projections."""
+    draw, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    if isinstance(made, FusedNorm):
+        own = copy.deepcopy(module).to_empty(device="cpu")
+        weight = own.get_parameter("weight")
+        weight.uniform_(0.5, 1.5, generator=draw)
+        return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, cpu)
+    own = copy.copy(module)
+    own._modules = dict(module._modules)
+    for name, (ins, outs) in {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8)}.items():
+        projection = nn.Linear(ins, outs, bias=False, device="cpu", dtype=dtype)
+        projection.weight.normal_(generator=draw)
+        own._modules[name] = projection
+    return _agree(own, FusedGate(own, made.product), 8, dtype, cpu)
 
 
-_AGREED_WITHOUT_VALUES: dict[tuple[object, ...], bool] = {}
-"""By class, activation, width, type and epsilon: a plan asks the same for every depth and method."""
+_TENSORS = ("_parameters", "_buffers", "_modules")
+
+
+def _signature(module: nn.Module) -> tuple[object, ...]:
+    """Equal for two modules of a model only if they compute the same of equal weights: class, every attribute, shapes
+    and types of what they hold, and the same of every module within. Objects count as themselves."""
+    own = [(name, _plain(value)) for name, value in vars(module).items() if name not in _TENSORS]
+    held = [*module._parameters.items(), *module._buffers.items()]
+    tensors = [(name, None if each is None else (each.shape, each.dtype, each.device)) for name, each in held]
+    within = [(name, None if child is None else _signature(child)) for name, child in module._modules.items()]
+    return type(module), tuple(own), tuple(tensors), tuple(within)
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return type(value), value
+    if isinstance(value, dict | list | tuple | set | frozenset) and not value:
+        return type(value)
+    return id(value)
 
 
 @torch.no_grad()
 def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
-    """Path -> what may stand there, one for every module that agrees with it."""
+    """Path -> what may stand there, one for every module that agrees with it. Modules of equal signatures are tried
+    once; layers of one class that differ in a limit, a sparsity or an epsilon are tried one by one."""
     found: dict[str, StandIn] = {}
     agreed: dict[tuple[object, ...], bool] = {}
     inside: set[nn.Module] = set()
@@ -115,18 +140,15 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
             continue
         module = unwrapped(place)
         inside.add(module)
-        width, dtype, device = _rows(module, made)
-        activation = type(getattr(module, "act_fn", None))
-        kind = (type(module), activation, width, dtype, getattr(made, "epsilon", None))
-        known = _AGREED_WITHOUT_VALUES if device.type == "meta" else agreed
-        if kind not in known:
+        kind = _signature(module)
+        if kind not in agreed:
             make_whole(module)
-            known[kind] = (
-                _agree_without_values(module, made)
-                if device.type == "meta"
-                else _agree(module, made, width, dtype, device)
-            )
-        if known[kind]:
+            width, dtype, device = _rows(module, made)
+            if device.type == "meta":
+                agreed[kind] = _agree_without_values(module, made, dtype)
+            else:
+                agreed[kind] = _agree(module, made, width, dtype, device)
+        if agreed[kind]:
             found[path] = made
     return found | fused_layer.replacements(model, found)
 
