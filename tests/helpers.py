@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
@@ -166,3 +167,19 @@ def ended_before_step(number):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Loop, "_step", step)
         yield
+
+
+class Limited(nn.Module):
+    """A gated block of which some layers have a limit, as Step-3.7's."""
+
+    def __init__(self, own, limit):
+        super().__init__()
+        self.gate_proj, self.up_proj = own.gate_proj, own.up_proj
+        self.down_proj, self.act_fn = own.down_proj, own.act_fn
+        self.limit = limit
+
+    def forward(self, x):
+        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj(gate * up)

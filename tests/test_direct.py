@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GraniteConfig
 
+from tests.helpers import Limited
 from tests.test_engine import METHODS
 from tests.test_methods import move
 from tests.tiny import tiny_base
@@ -43,6 +44,15 @@ def test_an_engine_says_why_it_goes_another_way():
         base = based(family)
         engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
         assert engine.way.not_by_parts is None if said is None else said in engine.way.not_by_parts
+
+
+def test_a_layer_with_a_limit_that_the_trial_does_not_reach_is_called_whole():
+    base = based("llama", num_hidden_layers=3)
+    for layer, limit in zip(base.model.model.layers, (0, 0, 10.0), strict=True):
+        for parameter in layer.mlp.parameters():
+            parameter.mul_(0.01)
+        layer.mlp = Limited(layer.mlp, limit)
+    assert [layer.gated for layer in by_parts(base).layers] == [True, True, False]
 
 
 def differ(base, found):

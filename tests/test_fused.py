@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, OlmoConfig
 
 from tests.families import family_model
-from tests.helpers import fill, make_examples
+from tests.helpers import Limited, fill, make_examples
 from tests.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
@@ -23,8 +22,8 @@ from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
 from veneer.models.fused_attention import FusedAttention
 from veneer.models.load import load_base
 from veneer.models.stand_in import put_aside
-from veneer.models.structure import drawn
 from veneer.models.step import batch_loss, prepare
+from veneer.models.structure import drawn
 
 BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
 
@@ -299,21 +298,6 @@ def test_packed_projections_are_fused_as_dense_ones_are(quantize, tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base", "llama", torch.bfloat16)), quantize=quantize)
     gates = [made for made in replacements(base.model).values() if isinstance(made, FusedGate)]
     assert len(gates) == 2
-
-
-class Limited(nn.Module):
-    """A gated block of which some layers have a limit, as Step-3.7's."""
-
-    def __init__(self, own, limit):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = own.gate_proj, own.up_proj, own.down_proj, own.act_fn
-        self.limit = limit
-
-    def forward(self, x):
-        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
-        if self.limit:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return self.down_proj(gate * up)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -31,12 +31,14 @@ from veneer.decoding.ends import Ends
 from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.recorded import Around, Inputs, Standing, Steps
 from veneer.kernels import decoder_step, few_rows
+from veneer.kernels.fused import silu_gate
 from veneer.kernels.groups import Pair
 from veneer.kernels.paged_attention import SpanRows
 from veneer.kernels.rules import Rules
 from veneer.linear import FewRowsLinear
 from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask
 from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
+from veneer.models.fused import is_plain_gate
 from veneer.models.proof import apart, kept_proof, sample_texts, structure_key, tried
 from veneer.models.same_values import same_values
 from veneer.models.structure import NoCopyError, small_copy
@@ -410,4 +412,6 @@ def _is_gated(module: nn.Module) -> bool:
     if {name for name, _ in module.named_children()} - GATED or not isinstance(activation, nn.Module):
         return False
     x = torch.linspace(-4, 4, 64)
-    return hasattr(module, "down_proj") and bool((activation(x) - F.silu(x)).abs().max() < 1e-6)
+    if not hasattr(module, "down_proj") or bool((activation(x) - F.silu(x)).abs().max() >= 1e-6):
+        return False
+    return is_plain_gate(module, silu_gate, torch.float32)

@@ -26,6 +26,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, t
 """Largest difference relative to the largest value: two roundings of a value near 1."""
 
 
+Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The product of what the gate's projection gives and what the other one gives."""
+
+
 def _norm(wrapped: nn.Module) -> FusedNorm | None:
     module = wrapped.base if isinstance(wrapped, SwappedModule) else wrapped
     names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -45,7 +49,7 @@ def _gate(module: nn.Module) -> FusedGate | None:
 
 
 @torch.no_grad()
-def _product(activation: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+def _product(activation: nn.Module) -> Gate | None:
     """The gated product that has this activation."""
     x, ones = torch.linspace(-4, 4, 64, device="cpu"), torch.ones(64, device="cpu")
     if any(True for _ in activation.parameters()):
@@ -89,19 +93,26 @@ def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.d
 
 def _agree_without_values(module: nn.Module, made: FusedNorm | FusedGate, dtype: torch.dtype) -> bool:
     """On the meta device: a norm is tried with values of its own, a gated block around small projections."""
-    draw, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
-    if isinstance(made, FusedNorm):
-        own = copy.deepcopy(module).to_empty(device="cpu")
-        weight = own.get_parameter("weight")
-        weight.uniform_(0.5, 1.5, generator=draw)
-        return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, cpu)
+    if isinstance(made, FusedGate):
+        return is_plain_gate(module, made.product, dtype)
+    own = copy.deepcopy(module).to_empty(device="cpu")
+    weight = own.get_parameter("weight")
+    weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, torch.device("cpu"))
+
+
+@torch.no_grad()
+def is_plain_gate(module: nn.Module, product: Gate, dtype: torch.dtype) -> bool:
+    """True if the block computes down(product(gate(x), up(x))) and nothing else, such as a limit: tried around small
+    projections of random values."""
+    draw = torch.Generator().manual_seed(0)
     own = copy.copy(module)
     own._modules = dict(module._modules)
     for name, (ins, outs) in {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8)}.items():
         projection = nn.Linear(ins, outs, bias=False, device="cpu", dtype=dtype)
         projection.weight.normal_(generator=draw)
         own._modules[name] = projection
-    return _agree(own, FusedGate(own, made.product), 8, dtype, cpu)
+    return _agree(own, FusedGate(own, product), 8, dtype, torch.device("cpu"))
 
 
 _TENSORS = ("_parameters", "_buffers", "_modules")

@@ -82,7 +82,8 @@ def kept_proof(
 def structure_key(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The same for models of the same structure, whatever their type and path."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _NO_STRUCTURE}
-    return json.dumps([kind.__name__, type(config).__name__, fields], sort_keys=True, default=str)
+    names = [f"{each.__module__}.{each.__qualname__}" for each in (kind, type(config))]
+    return json.dumps([*names, fields], sort_keys=True, default=str)
 
 
 @torch.no_grad()
