@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import ended_before_step
 from tests.tiny import save_tiny
 from veneer.cli.main import main
+from veneer.data import large
 from veneer.data.batching import Rows, by_length, plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, RowRef
@@ -23,6 +24,7 @@ from veneer.data.load import DataSet, load_data
 from veneer.data.on_disk import ExampleWriter, StoredExamples, some_of
 from veneer.data.unused import lock_of
 from veneer.errors import CorruptFileError, DataError
+from veneer.files.atomic import write_manifest
 from veneer.files.lock import locked
 from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
@@ -124,7 +126,49 @@ def test_what_decides_the_tokens_decides_which_files_are_found(world: Path, toke
         StoredExamples(Path(folder) / "train")
     before = len(said)
     training_data(data, **asked)  # damaged: it is built anew
-    assert "into files once" in said[before]
+    assert "damaged" in said[before] and "into files once" in said[before + 1]
+
+
+def test_a_changed_bit_in_any_kept_file_makes_it_build_again(world: Path, tokenizer: Any) -> None:
+    said: list[str] = []
+    memory, files = read(world, tokenizer, said.append)
+    (folder,) = {Path(line.rpartition(" ")[2]) for line in said if "into files once" in line}
+    every = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    assert len(every) > 15
+    for name in every:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (folder / name).write_bytes(content)
+        said.clear()
+        _, files = read(world, tokenizer, said.append)
+        assert any("into files once" in line for line in said), name
+        assert files.fingerprint == memory.fingerprint and plain(files.train) == plain(memory.train), name
+    for text in ("{}", "[]", "", '{"report": {}}'):
+        (folder / "set.json").write_text(text)
+        write_manifest(folder)
+        assert read(world, tokenizer)[1].report == memory.report, text
+    (folder / "MANIFEST.json").unlink()
+    assert read(world, tokenizer)[1].report == memory.report
+
+
+def test_rows_that_change_while_they_are_read_are_refused(
+    world: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the tokens of one content would be found under the hash of another."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((world / "a.jsonl").read_text())
+    own = large.read_data
+
+    def edited_meanwhile(*args: Any, **asked: Any) -> Any:
+        made = own(*args, **asked)
+        rows.write_text(rows.read_text().replace("number 3 ", "number 4 "))
+        return made
+
+    monkeypatch.setattr(large, "read_data", edited_meanwhile)
+    data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
+    with pytest.raises(DataError, match="changed while"):
+        training_data(data, length=200, capacity=Capacity(1024, 272), tokenizer=tokenizer)
+    assert not list((large.tokens_folder()).glob("*/set.json"))
 
 
 def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(

@@ -1,6 +1,7 @@
 """Large sets: their tokens in files that are built once, and found again by what they are made of.
 
-    <cache>/tokens/<name>/    train/ and validation/ (on_disk.py), set.json: the report, the sets, a few held-out rows
+    <cache>/tokens/<name>/    train/ and validation/ (on_disk.py), set.json: the report, the sets, a few held-out rows,
+                              MANIFEST.json: size and hash of each file, checked whenever the set is found
 
 The name is a hash over the content of the files of rows, the tokenizer, the chat template and what it is told, and the
 settings that decide what is read, held out and learnt. Examples, their order and the fingerprint are those of the same
@@ -31,8 +32,8 @@ from veneer.data.places import places_of
 from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate
 from veneer.data.unused import DESCRIPTION, lock_of, use
-from veneer.errors import CorruptFileError
-from veneer.files.atomic import atomic_folder
+from veneer.errors import DataError, VeneerError
+from veneer.files.atomic import atomic_folder, verify_manifest, write_manifest
 from veneer.files.cache import cache_folder
 from veneer.files.hashes import file_hash
 from veneer.files.lock import locked
@@ -44,7 +45,7 @@ LARGE_BYTES = 64 * 2**20
 ROWS_KEPT = 64
 """Held-out rows that are kept as rows: one of them is answered at evaluations."""
 EVERY_SECONDS = 15.0
-_FORMAT = 2
+_FORMAT = 3
 _WAIT_SECONDS = 24 * 3600.0
 """For another process that builds the same."""
 _NO_MATTER = {"tokens", "train", "validation"}
@@ -73,6 +74,8 @@ def training_data(
     with locked(lock_of(folder), wait_seconds=_WAIT_SECONDS):
         found = _found(folder)
         if found is None:
+            if folder.exists():
+                say(f"tokens in {folder} are damaged")
             say(f"tokens of a large set are put into files once, in {folder}")
             _build(folder, data, template, say, **asked)
             found = _found(folder)
@@ -164,6 +167,12 @@ def _build(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **a
         kept, held = (_InFiles.into(partial / name, template) for name in ("train", "validation"))
         made = read_data(data, template, kept, held, say=progress, **asked)
         (partial / DESCRIPTION).write_text(json.dumps(_as_json(made)), encoding="utf-8")
+        if _name(data, template, **asked) != folder.name:
+            raise DataError(
+                f"the rows of {data.called} changed while they were read",
+                next_step="Start again when nothing writes to them.",
+            )
+        write_manifest(partial)
 
 
 def _as_json(made: DataSet) -> dict[str, Any]:
@@ -180,14 +189,19 @@ def _as_json(made: DataSet) -> dict[str, Any]:
 
 
 def _found(folder: Path) -> DataSet | None:
-    """What was built; None where nothing was, or it is damaged."""
-    if not (folder / DESCRIPTION).is_file():
+    """The set that was built there. Returns None if there is none, or if any of its files is damaged."""
+    if verify_manifest(folder):
         return None
     try:
-        kept = read_json(folder / DESCRIPTION, max_bytes=2**32)
-        train, validation = (StoredExamples(folder / name) for name in ("train", "validation"))
-    except (CorruptFileError, OSError):
+        return _read(folder)
+    except (VeneerError, OSError, LookupError, TypeError, ValueError):
         return None
+
+
+def _read(folder: Path) -> DataSet:
+    """The set in this folder. A file that does not hold what its name says raises an error of Python's own."""
+    kept = read_json(folder / DESCRIPTION, max_bytes=2**32)
+    train, validation = (StoredExamples(folder / name) for name in ("train", "validation"))
     report = kept["report"]
     problems = [Problem(**{**each, "lines": tuple(each["lines"])}) for each in report["problems"]]
     histogram = [tuple(each) for each in report["histogram"]]
