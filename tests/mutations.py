@@ -129,7 +129,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "train/parents.py": ("test_parents.py",),
     "train/records.py": ("test_train_records.py", "test_run_folder.py"),
     "train/held_out.py": ("test_loop.py", "test_sets.py"),
-    "evaluate/bootstrap.py": ("test_evaluate_bootstrap.py",),
+    "evaluate/intervals.py": ("test_evaluate_intervals.py",),
     "evaluate/exact.py": ("test_evaluate_metrics.py",),
     "evaluate/json_fields.py": ("test_evaluate_metrics.py",),
     "evaluate/overlap.py": ("test_evaluate_metrics.py",),

@@ -535,6 +535,7 @@ def test_data_check_shows_the_row_asked_for_or_says_that_it_is_not_there(api, ca
 
 def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
     api.evaluated = {"rows": 9, "loss": 1.25, "tokens": 1200, "intervals": {"field_f1": [0.4, 0.6]}, "field_f1": 0.5}
+    api.evaluated |= {"units": {"field_f1": "share"}}
     arguments = ["evaluate", "--base", "b", "--data", "v.jsonl", "--metrics", "field_f1, exact_match"]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
@@ -542,6 +543,18 @@ def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
     assert "1,200  trained tokens" in out
     assert "50.0%  95% interval 40.0 to 60.0%" in out
     assert api.calls[-1][2]["metrics"] == ["field_f1", "exact_match"]
+    assert "nats a token" in out and "no interval: these rows do not determine one" in out
+
+
+def test_evaluate_says_where_a_difference_has_no_interval(api, capsys):
+    api.evaluated = {"rows": 1, "loss": 1.25, "tokens": 12, "intervals": {}, "units": {}}
+    api.evaluated |= {"against": {"file": "one.jsonl", "loss": {"difference": -0.5, "interval": None}}}
+    general = {"loss": 3.0, "documents": 1, "before": 2.5, "forgetting": 0.5, "forgetting_interval": None}
+    assert main.main(["evaluate", "--base", "b", "--data", "v.jsonl"]) == 0
+    assert "-0.500 (no interval)" in capsys.readouterr().out
+    api.evaluated |= {"general": general}
+    assert main.main(["evaluate", "--base", "b", "--data", "v.jsonl"]) == 0
+    assert "+0.500  nats · no interval over documents" in capsys.readouterr().out
 
 
 def test_what_evaluate_says_beside_a_figure_stays_within_eighty_columns(api, capsys, monkeypatch):

@@ -478,6 +478,21 @@ def test_the_words_follow_the_figures() -> None:
     assert "cannot be told apart" not in changed
 
 
+def test_where_rows_determine_no_interval_no_method_is_called_better() -> None:
+    full, lora, prefix = (copy.deepcopy(each) for each in (FULL, LORA, PREFIX))
+    for each in (full, lora, prefix):
+        for figure in (each["quality"], each["to_best"]):
+            figure["exact_match"]["interval"] = None
+        each["forgetting"]["interval"] = None
+    figures = figures_of(full, lora, prefix, best="full")
+    figures["untuned"]["exact_match"]["interval"] = None
+    figures["conclusion"] = conclude(figures)
+    text = " ".join(figures["conclusion"])
+    assert "80.0% (no interval)" in text
+    assert "lora and prefix cannot be told apart from it: these rows do not determine an interval." in text
+    assert "80.0% (no interval)" in make_page(figures) and "+0.100 (no interval)" in make_page(figures)
+
+
 def test_the_words_hold_every_method_against_full_fine_tuning_where_it_is_not_the_best() -> None:
     better = {**LORA, "to_full": {"exact_match": {"difference": 0.012, "interval": [-0.02, 0.05]}}}
     worse = {**PREFIX, "to_full": {"exact_match": {"difference": -0.3, "interval": [-0.4, -0.2]}}}

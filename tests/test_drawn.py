@@ -1,6 +1,6 @@
 """What is drawn follows from seeds and names as it did when the runs and adapters that lie on disks were made.
 
-A resumed run, a repeated merge, an interval computed again: each gives the same bits only if no release draws
+A resumed run, a repeated merge: each gives the same bits only if no release draws
 otherwise. `python -m tests.test_drawn` prints the table (first printed with numpy 2.4 and torch 2.13).
 """
 
@@ -21,8 +21,6 @@ from veneer.adapters.lora import LoRALayer
 from veneer.data.batching import plan_epoch, prefix_keys
 from veneer.data.examples import Example, RowRef
 from veneer.data.load import _fingerprint
-from veneer.evaluate.bootstrap import interval
-from veneer.evaluate.metric import ratio
 from veneer.kernels.dropout import keep_mask
 from veneer.merge.combine import Recipe, Update, combine_updates
 from veneer.merge.folder import _generator
@@ -65,8 +63,6 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "shuffled rows": lambda: [*plan_epoch(LENGTHS, batch=3, seed=3, epoch=2, order="shuffled")],
     "entries that DARE keeps": lambda: (dare("a.b", 3), dare("a.b", None)),
     "stochastic rounding": lambda: _generator(3, "a.weight").initial_seed(),
-    "an interval": lambda: interval(np.array([[n % 3, 1 + n % 2] for n in range(9)], dtype=float), ratio),
-    "of seeds": lambda: interval(np.arange(24, dtype=float).reshape(2, 6, 2) % 5 + 1, ratio),
     "a data set's fingerprint": lambda: _fingerprint(examples(5, 9), examples(3), mixture=None),
 }
 
@@ -88,8 +84,6 @@ KNOWN = {
     "shuffled rows": "7b5dddd82a75179b",
     "entries that DARE keeps": "e0f3522880a6b893",
     "stochastic rounding": "4e867e908fe7653b",
-    "an interval": "be05f14cac449422",
-    "of seeds": "a7f4e2926ab2ab48",
     "a data set's fingerprint": "a8795b5cc451eb1c",
 }
 

@@ -31,7 +31,7 @@ from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.new_tokens import bring, extended, room_with
 from veneer.data.writing import GIVEN, Record, as_set, is_rows
 from veneer.errors import ConfigError
-from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.intervals import Counts
 from veneer.evaluate.evaluation import Choices, Progress
 from veneer.evaluate.evaluation import evaluate as evaluate_rows
 from veneer.evaluate.general import BUILT_IN

@@ -123,9 +123,14 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def between(low: float, high: float) -> str:
-    """An interval."""
-    return f"{number(low)} to {number(high)}"
+def between(low: float | None, high: float | None) -> str:
+    """Writes an interval, or says that there is none."""
+    return "no interval" if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def interval_of_95(low: float | None, high: float | None) -> str:
+    """The same where no heading says what it is."""
+    return between(low, high) if low is None else f"95% interval {between(low, high)}"
 
 
 def percent(part: float, whole: float) -> str:

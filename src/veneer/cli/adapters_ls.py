@@ -15,9 +15,9 @@ from veneer.wording import between, cut, number, shown, size
 if TYPE_CHECKING:
     from veneer.library.library import Entry, Library
 
-HEAD = ("NAME", "BASE", "METHOD", "SIZE", "METRIC", "AGE", "TAGS")
+HEAD = ("NAME", "BASE", "METHOD", "SIZE", "METRIC (95% INTERVAL)", "AGE", "TAGS")
 _RIGHT = {"SIZE", "AGE"}
-_SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC": 9}
+_SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC (95% INTERVAL)": 21}
 """Columns that give way on a narrow screen, and how far."""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.adapters_ls import age, table
 from veneer.cli.common import load_plain_base, make_console, print_json
-from veneer.wording import between, folded, millions, number, shown, size, wrapped
+from veneer.wording import folded, interval_of_95, millions, number, shown, size, wrapped
 
 if TYPE_CHECKING:
     from veneer.formats.adapter import StoredAdapter
@@ -83,9 +83,9 @@ def _show(args: argparse.Namespace, library: Library) -> int:
 def _held_out(found: HeldOut) -> str:
     """The loss before and after, and how sure that is."""
     before = "" if found.before is None else f"{number(found.before.value)} → "
-    line = f"loss {before}{number(found.loss.value)} ({between(found.loss.low, found.loss.high)})"
+    line = f"loss {before}{number(found.loss.value)} ({interval_of_95(found.loss.low, found.loss.high)})"
     if found.change is not None:
-        line += f", change {number(found.change.value)} ({between(found.change.low, found.change.high)})"
+        line += f", change {number(found.change.value)} ({interval_of_95(found.change.low, found.change.high)})"
     return f"{line} over {found.rows:,} rows"
 
 

@@ -159,10 +159,12 @@ def _print_table(result: dict[str, Any]) -> None:
     for name, value in result.items():
         if name in ("intervals", "units", "general", "against", "labels"):
             continue
-        share = name in intervals and units.get(name, "share") == "share" and name != "loss"
+        share = units.get(name) == "share"
         beside = [UNITS[name]] if name in UNITS else []
         if name in intervals:
             beside.append(f"95% interval {_range(intervals[name], share)}")
+        elif name == "loss" or name in units:
+            beside.append("no interval: these rows do not determine one")
         if name in against:
             other = against[name]
             beside.append(f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})")
@@ -183,18 +185,19 @@ def _print_table(result: dict[str, Any]) -> None:
             beside.append(f"{number(found['before'])} before")
         line("general", number(found["loss"]), *beside)
         if "forgetting" in found:
-            line(
-                "forgetting",
-                f"{found['forgetting']:+.3f}",
-                f"nats · 95% interval {_range(found['forgetting_interval'], False, signed=True)}",
-            )
+            ends = found["forgetting_interval"]
+            said = _range(ends, False, signed=True)
+            said = f"nats · 95% interval over documents {said}" if ends else f"nats · {said} over documents"
+            line("forgetting", f"{found['forgetting']:+.3f}", said)
     if against:
         console.print(
             f"differences: to {shown(against['file'])}, with 95% intervals over the same rows", soft_wrap=True
         )
 
 
-def _range(ends: Sequence[float], share: bool, *, signed: bool = False) -> str:
+def _range(ends: Sequence[float] | None, share: bool, *, signed: bool = False) -> str:
+    if ends is None:
+        return "no interval"
     low, high = ends
     if share:
         return f"{_percent(low, signed)} to {_percent(high, signed)}%"

@@ -12,6 +12,7 @@ from typing import Any
 from veneer.wording import clock, millions, size
 
 Method = dict[str, Any]
+NO_INTERVAL = "no interval"
 
 
 def conclude(figures: dict[str, Any]) -> list[str]:
@@ -30,16 +31,17 @@ def conclude(figures: dict[str, Any]) -> list[str]:
             "nothing about which is better here. A longer budget or another measure may."
         )
     said = quantity(best["quality"][primary]["value"], unit)
-    low, high = (quantity(x, unit) for x in best["quality"][primary]["interval"])
+    ends = best["quality"][primary]["interval"]
+    within = f"95% interval {ends_text(ends, unit)}" if ends else NO_INTERVAL
     sentences.append(
         f"On {figures['test_rows']:,} test rows {best['name']} has the best {measure(primary)}: {said} "
-        f"(95% interval {low} to {high}); the base without training has "
+        f"({within}); the base without training has "
         f"{quantity(figures['untuned'][primary]['value'], unit)}."
     )
     others = [m for m in equal if m is not best]
     if others:
         sentences.append(
-            f"{_names(others)} cannot be told apart from it: the interval of the difference holds zero. "
+            f"{_names(others)} cannot be told apart from it: {_undecided(others, primary)}. "
             "More test rows or seeds could still separate them."
         )
     for m in behind:
@@ -63,8 +65,7 @@ def _beside_full(methods: Sequence[Method], full: str, primary: str, unit: str) 
     told = []
     for m in methods:
         found = m["to_full"][primary]
-        value, low, high = (signed(x, unit) for x in (found["difference"], *found["interval"]))
-        told.append(f"{m['name']} {value} ({low} to {high})")
+        told.append(f"{m['name']} {signed(found['difference'], unit)} ({ends_text(found['interval'], unit, signed)})")
     return [f"Against {full}, with the 95% interval of the difference: {', '.join(told)}."]
 
 
@@ -151,7 +152,7 @@ def _forgetting(methods: Sequence[Method]) -> list[str]:
     if most is least:
         return [f"On general text {most['name']} forgot {most['forgetting']['value']:+.3f} nats per token."]
     a, b = least["forgetting"]["interval"], most["forgetting"]["interval"]
-    apart = "" if a[1] < b[0] else ", which these documents cannot tell apart"
+    apart = "" if a and b and a[1] < b[0] else ", which these documents cannot tell apart"
     return [
         f"On general text {least['name']} forgot least ({least['forgetting']['value']:+.3f} nats per token) and "
         f"{most['name']} most ({most['forgetting']['value']:+.3f}){apart}."
@@ -162,8 +163,14 @@ def _failed(method: Method) -> str:
     return f"{method['name']} is not in the comparison: {method['failure']} at every learning rate that was tried."
 
 
-def _holds_zero(ends: Sequence[float]) -> bool:
-    return ends[0] <= 0 <= ends[1]
+def _holds_zero(ends: Sequence[float] | None) -> bool:
+    """True too where there is no interval: such rows tell no two methods apart."""
+    return ends is None or ends[0] <= 0 <= ends[1]
+
+
+def _undecided(methods: Sequence[Method], primary: str) -> str:
+    known = all(m["to_best"][primary]["interval"] for m in methods)
+    return "the interval of the difference holds zero" if known else "these rows do not determine an interval"
 
 
 def _names(methods: Sequence[Method]) -> str:
@@ -192,18 +199,22 @@ def signed(value: float, unit: str) -> str:
     return ("+" if value > 0 else "") + quantity(value, unit)
 
 
+def ends_text(ends: Sequence[float] | None, unit: str, written: Callable[[float, str], str] = quantity) -> str:
+    """The two ends of an interval with their unit, or that there is none."""
+    return f"{written(ends[0], unit)} to {written(ends[1], unit)}" if ends else NO_INTERVAL
+
+
 def facts(method: Method, figures: dict[str, Any]) -> list[str]:
     """The cells of a method's line in a table: see HEAD."""
     if method["failure"]:
         return [method["name"], method["failure"], "", "", "", "", "", "", ""]
     primary = figures["primary"]
     unit, quality = figures["units"][primary], method["quality"][primary]
-    low, high = quality["interval"]
     forgot = method.get("forgetting")
     return [
         method["name"],
         quantity(quality["value"], unit),
-        f"{quantity(low, unit)} to {quantity(high, unit)}",
+        ends_text(quality["interval"], unit),
         f"{method['learning_rate']:g}",
         millions(method["trainable_parameters"]),
         size(method["peak_memory_bytes"]),

@@ -1,7 +1,7 @@
 """From runs and evaluations to the figures of a comparison: what `comparison.json` holds.
 
-Quality has an interval over rows and seeds, and so has each difference to the best: the same draws of rows and
-seeds for both sides. Costs are of the run with seed 0.
+Quality has an interval over rows and seeds (evaluate/intervals.py), and so has each difference to the best, taken
+between the same rows and seeds. Costs are of the run with seed 0.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from veneer.compare.execute import Done
 from veneer.compare.plan import Candidate, Comparison
 from veneer.data.examples import Row
-from veneer.evaluate.bootstrap import Counts, OfTotals, interval, paired_difference
+from veneer.evaluate.intervals import Counts, OfTotals, interval, paired_difference
 from veneer.evaluate.metric import ratio
 from veneer.evaluate.predictions import Line, counts_of, loss_counts, read_predictions
 from veneer.train.records import read_records
@@ -24,6 +24,13 @@ from veneer.train.records import read_records
 FORMAT_VERSION = 1
 DISAGREEMENTS = 5
 Figures = dict[str, Any]
+
+
+class Measure(NamedTuple):
+    """A figure from sums of counts; share: it lies between 0 and 1."""
+
+    of_totals: OfTotals
+    share: bool
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ def make_figures(
     comparison: Comparison, finished: Sequence[Finished], base: Mapping[str, Any], rows: Sequence[Row]
 ) -> Figures:
     """The content of comparison.json; docs/format.md names its fields. rows: the test rows, in the file's order."""
-    measures: dict[str, OfTotals] = {metric.name: metric.of_totals for metric in comparison.found}
-    measures["loss"] = ratio
+    measures = {metric.name: Measure(metric.of_totals, metric.unit == "share") for metric in comparison.found}
+    measures["loss"] = Measure(ratio, share=False)
     whole = [f for f in finished if f.best is not None]
     lines = {f.candidate.name: [read_predictions(run.folder / "predictions.jsonl") for run in f.runs] for f in whole}
     counts = {name: _counts(comparison, seeds) for name, seeds in lines.items()}
@@ -75,7 +82,7 @@ def make_figures(
         "units": units,
         "best": best,
         "full": full,
-        "untuned": {name: _figure(base_counts[name], of) for name, of in measures.items()},
+        "untuned": {name: _figure(base_counts[name], measure) for name, measure in measures.items()},
         "untuned_general": base.get("general", {}).get("loss"),
         "methods": methods,
         "disagreements": _disagreements(comparison, lines, rows, primary),
@@ -89,19 +96,20 @@ def _counts(comparison: Comparison, seeds: Sequence[Sequence[Line]]) -> dict[str
     return found
 
 
-def _figure(counts: Counts, of_totals: OfTotals) -> Figures:
+def _figure(counts: Counts, measure: Measure) -> Figures:
+    of_totals = measure.of_totals
     return {
         "value": of_totals(counts.sum(axis=(0, 1))),
-        "interval": list(interval(counts, of_totals)),
+        "interval": interval(counts, of_totals, share=measure.share),
         "seeds": [of_totals(seed.sum(axis=0)) for seed in counts],
     }
 
 
-def _differences(ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, OfTotals]) -> Figures:
+def _differences(ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, Measure]) -> Figures:
     found = {}
-    for name, of_totals in measures.items():
-        difference, low, high = paired_difference(ours[name], theirs[name], of_totals)
-        found[name] = {"difference": difference, "interval": [low, high]}
+    for name, measure in measures.items():
+        difference, ends = paired_difference(ours[name], theirs[name], measure.of_totals, share=measure.share)
+        found[name] = {"difference": difference, "interval": ends}
     return found
 
 
@@ -109,7 +117,7 @@ def _method(
     f: Finished,
     base: Mapping[str, Any],
     counts: Mapping[str, Counts] | None,
-    measures: Mapping[str, OfTotals],
+    measures: Mapping[str, Measure],
     out: Path,
 ) -> Figures:
     config = f.candidate.config
@@ -130,7 +138,7 @@ def _method(
         **method,
         "learning_rate": f.search[f.best][0],
         "steps": summary["steps"],
-        "quality": {name: _figure(counts[name], of_totals) for name, of_totals in measures.items()},
+        "quality": {name: _figure(counts[name], measure) for name, measure in measures.items()},
         **{
             name: summary[name]
             for name in (
@@ -166,8 +174,8 @@ def _forgetting(after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | 
         return np.array([general["nats"], general["tokens_of_documents"]], dtype=np.float64).T
 
     mean = np.mean([table(each) for each in after], axis=0)
-    difference, low, high = paired_difference(mean, table(before), ratio)
-    return {"value": difference, "interval": [low, high]}
+    difference, ends = paired_difference(mean, table(before), ratio)
+    return {"value": difference, "interval": ends}
 
 
 def _curve(folder: Path) -> list[list[float | None]]:

@@ -14,7 +14,7 @@ from typing import Any
 from veneer.data.examples import Example, Row
 from veneer.errors import DataError
 from veneer.evaluate.answers import evaluate_answers, references_of, refuse_rows
-from veneer.evaluate.bootstrap import Counts, interval
+from veneer.evaluate.intervals import Counts, interval
 from veneer.evaluate.general import by_document, general_documents, general_examples, general_result
 from veneer.evaluate.labels import Nats, checked_labels, labels_of, likeliest_labels
 from veneer.evaluate.metric import Metric, ratio
@@ -66,7 +66,7 @@ def evaluate(
         cut_answers       where rows were answered: how many answers were cut at max_new_tokens
         <metric>          each metric asked for; units says of each whether it is a share or points
         labels            for accuracy: {own, names}: what was chosen among, and whether it is the rows' own answers
-        intervals         {loss, metric: [low, high]}, 95%, bootstrapped over rows
+        intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure without one is left out
         general           of general text: loss, interval, and with an adapter: before, forgetting
         against           of the other predictions: {loss, metric: other, difference, interval}
 
@@ -173,18 +173,20 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "tokens": int(losses[:, 1].sum()),
-        "intervals": {"loss": list(interval(losses, ratio))},
+        "intervals": {},
         "units": {},
     }
+    ends = {"loss": interval(losses, ratio)}
     if any("cut" in line for line in lines):
         result["cut_answers"] = sum(line["cut"] for line in lines)
     for metric in metrics:
         counts = counts_of(lines, metric)
         result[metric.name] = metric.of_totals(counts.sum(axis=0))
-        result["intervals"][metric.name] = list(interval(counts, metric.of_totals))
+        ends[metric.name] = interval(counts, metric.of_totals, share=metric.unit == "share")
         result["units"][metric.name] = metric.unit
         for line, row in zip(lines, counts, strict=True):
             line[metric.name] = metric.of_totals(row)
+    result["intervals"] = {name: pair for name, pair in ends.items() if pair is not None}
     return result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from veneer.data.examples import Example, RowRef
 from veneer.errors import DataError
-from veneer.evaluate.bootstrap import Counts, interval, paired_difference
+from veneer.evaluate.intervals import Counts, interval, paired_difference
 from veneer.evaluate.metric import ratio
 
 BUILT_IN = "built-in"
@@ -80,17 +80,19 @@ def by_document(windows: Counts, owners: Sequence[int]) -> Counts:
 
 
 def general_result(after: Counts, before: Counts | None) -> dict[str, Any]:
-    """loss and its interval; with the base's own: before, and forgetting (after minus before) with an interval."""
+    """loss and its interval; with the base's own: before, and forgetting (after minus before) with an interval.
+
+    An interval is [low, high], or None where one document does not determine it."""
     result: dict[str, Any] = {
         "loss": ratio(after.sum(axis=0)),
-        "interval": list(interval(after, ratio)),
+        "interval": interval(after, ratio),
         "tokens": int(after[:, 1].sum()),
         "documents": len(after),
         "nats": after[:, 0].tolist(),
         "tokens_of_documents": after[:, 1].astype(int).tolist(),
     }
     if before is not None:
-        difference, low, high = paired_difference(after, before, ratio)
+        difference, ends = paired_difference(after, before, ratio)
         result |= {"before": ratio(before.sum(axis=0)), "forgetting": difference}
-        result["forgetting_interval"] = [low, high]
+        result["forgetting_interval"] = ends
     return result

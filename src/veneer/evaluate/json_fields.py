@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.intervals import Counts
 from veneer.evaluate.metric import Metric, mean_of
 
 Path = tuple[str | int, ...]

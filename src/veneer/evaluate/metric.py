@@ -4,7 +4,7 @@
     field F1      [matched, expected + given]    2 matched / (expected + given)
     BLEU          lengths and n-gram matches     the corpus formula
 
-So the figure of one row, of all rows and of a resample of rows are the same function of different sums.
+So the figure of one row, of all rows and of all rows but one are the same function of different sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.intervals import Counts
 
 Judge = Callable[[str, Sequence[str]], Sequence[float]]
 """(answer, references) -> the counts of one row. There is at least one reference."""

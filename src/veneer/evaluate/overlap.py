@@ -1,7 +1,7 @@
 """BLEU and chrF: n-grams of words and of characters that an answer shares with the references; 0 to 100 points.
 
 Tokenisation, n-grams and BLEU's formula are sacrebleu's; a row's counts are kept apart so that rows can be
-resampled. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential smoothing; chrF2).
+left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential smoothing; chrF2).
 Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from veneer.errors import ConfigError
-from veneer.evaluate.bootstrap import Counts
+from veneer.evaluate.intervals import Counts
 from veneer.evaluate.metric import Metric
 
 ORDER = 4  # of BLEU's word n-grams

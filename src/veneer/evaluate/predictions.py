@@ -22,7 +22,7 @@ import numpy as np
 from veneer.data.examples import RowFault
 from veneer.data.json_text import whole_value
 from veneer.errors import DataError
-from veneer.evaluate.bootstrap import Counts, OfTotals, paired_difference
+from veneer.evaluate.intervals import Counts, OfTotals, paired_difference
 from veneer.evaluate.metric import Metric, ratio
 from veneer.files.atomic import atomic_file
 
@@ -123,13 +123,16 @@ def loss_counts(lines: Sequence[Line]) -> Counts:
 def differences(ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
     """For the loss and each metric: the other's figure, ours minus theirs, and the 95% interval of that.
 
-    The lines are of the same rows in the same order (`matched`); every resample takes the same rows of both.
+    The lines are of the same rows in the same order (`matched`); the interval is over these rows, paired.
     """
-    sides: dict[str, tuple[Counts, Counts, OfTotals]] = {"loss": (loss_counts(ours), loss_counts(theirs), ratio)}
+    sides: dict[str, tuple[Counts, Counts, OfTotals, bool]] = {
+        "loss": (loss_counts(ours), loss_counts(theirs), ratio, False)
+    }
     for metric in metrics:
-        sides[metric.name] = (counts_of(ours, metric), counts_of(theirs, metric), metric.of_totals)
+        own, other = counts_of(ours, metric), counts_of(theirs, metric)
+        sides[metric.name] = (own, other, metric.of_totals, metric.unit == "share")
     result = {}
-    for name, (a, b, of_totals) in sides.items():
-        difference, low, high = paired_difference(a, b, of_totals)
-        result[name] = {"other": of_totals(b.sum(axis=0)), "difference": difference, "interval": [low, high]}
+    for name, (a, b, of_totals, share) in sides.items():
+        difference, ends = paired_difference(a, b, of_totals, share=share)
+        result[name] = {"other": of_totals(b.sum(axis=0)), "difference": difference, "interval": ends}
     return result

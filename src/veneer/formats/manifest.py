@@ -52,11 +52,11 @@ class Parent(_Strict):
 
 
 class Figure(_Strict):
-    """A figure with its 95% interval, over other rows of the same kind."""
+    """A figure with its 95% interval over rows; low and high are null where the rows do not determine one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class SetHeldOut(_Strict):

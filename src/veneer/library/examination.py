@@ -44,8 +44,9 @@ def facts_of(stored: StoredAdapter) -> Facts:
     """What listing will say; bytes: of the adapter's files."""
     manifest = stored.manifest
     intervals = {}
-    if manifest is not None and manifest.held_out is not None:
-        intervals["validation_loss"] = [manifest.held_out.loss.low, manifest.held_out.loss.high]
+    held_out = None if manifest is None else manifest.held_out
+    if held_out is not None and held_out.loss.low is not None and held_out.loss.high is not None:
+        intervals["validation_loss"] = [held_out.loss.low, held_out.loss.high]
     theirs = manifest is None or manifest.trained_by != "veneer"
     return Facts(
         method=stored.config.name if manifest is None else manifest.method,

@@ -27,7 +27,7 @@ from veneer.report.style import STYLE
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.loggers import flat
 from veneer.train.records import Record, read_records
-from veneer.wording import between, clock, millions, number, percent, shares, size
+from veneer.wording import clock, interval_of_95, millions, number, percent, shares, size
 
 NAME = "report.html"
 SAMPLES = 20  # most that are shown
@@ -150,8 +150,8 @@ def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record],
 def _intervals(summary: Mapping[str, Any]) -> list[str]:
     """Of the held-out loss, and of its change."""
     found = summary.get("held_out") or {}
-    named = ((name, found.get(key)) for name, key in (("95% interval", "loss"), ("of the change", "change")))
-    return [f"{name} {between(one['low'], one['high'])}" for name, one in named if one]
+    named = ((name, found.get(key)) for name, key in (("", "loss"), ("change ", "change")))
+    return [f"{name}{interval_of_95(one['low'], one['high'])}" for name, one in named if one]
 
 
 def _loss_chart(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:

@@ -1,8 +1,8 @@
 """The held-out rows of a run: the loss of each set beside that of all, and how far it could be another's.
 
 Each evaluation gives the nats of every row. Those before step 1 and those of the values that are kept are compared on
-the same rows (evaluate/bootstrap.py), so that a result says how sure it is. What is kept of an evaluation is a few
-numbers: rows beyond MOST_CELLS are summed with others, evenly, and such sums are drawn in their place.
+the same rows (evaluate/intervals.py), so that a result says how sure it is. What is kept of an evaluation is a few
+numbers: rows beyond MOST_CELLS are summed with others, evenly, and each such sum counts as a row.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from veneer.data.batching import Rows
 from veneer.data.examples import Example
 from veneer.data.load import SetSize
-from veneer.evaluate.bootstrap import interval, paired_difference
+from veneer.evaluate.intervals import Ends, interval, paired_difference
 from veneer.evaluate.metric import ratio
 from veneer.formats.manifest import Figure, HeldOut, SetHeldOut
 
 MOST_CELLS = 1000
-"""Of all sets together: an interval of a thousand draws is no more exact with more."""
+"""Of all sets together: a thousand sums give the same interval as more rows would."""
 
 
 def mean_loss(examples: Sequence[Example], nats: Sequence[float]) -> float | None:
@@ -88,14 +88,16 @@ class Cells:
             for nats in (after, before)
         )
         assert ours is not None
-        low, high = interval(ours, ratio)
-        found = {"loss": Figure(value=ratio(ours.sum(axis=0)), low=low, high=high)}
+        found = {"loss": _figure(ratio(ours.sum(axis=0)), interval(ours, ratio))}
         if theirs is not None:
-            low, high = interval(theirs, ratio)
-            found["before"] = Figure(value=ratio(theirs.sum(axis=0)), low=low, high=high)
-            difference, low, high = paired_difference(ours, theirs, ratio)
-            found["change"] = Figure(value=difference, low=low, high=high)
+            found["before"] = _figure(ratio(theirs.sum(axis=0)), interval(theirs, ratio))
+            found["change"] = _figure(*paired_difference(ours, theirs, ratio))
         return found
+
+
+def _figure(value: float, ends: Ends | None) -> Figure:
+    low, high = ends or (None, None)
+    return Figure(value=value, low=low, high=high)
 
 
 def _spans(examples: Sequence[Example], sets: Sequence[SetSize]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
 from veneer.train.talk import talking_console
-from veneer.wording import between, clock, cut, folded, millions, number, percent, shares, shown, size, wrapped
+from veneer.wording import clock, cut, folded, interval_of_95, millions, number, percent, shares, shown, size, wrapped
 
 Facts = Mapping[str, Any]
 
@@ -281,7 +281,7 @@ def _held_out(summary: Facts) -> str:
     if not found:
         return loss
     before = f"{number(found['before']['value'])} → " if found["before"] else ""
-    return f"{before}{loss} ({between(found['loss']['low'], found['loss']['high'])})"
+    return f"{before}{loss} ({interval_of_95(found['loss']['low'], found['loss']['high'])})"
 
 
 def end_lines(summary: Facts) -> list[str]:
