@@ -118,6 +118,12 @@ def test_figures_without_bounds_have_no_interval_where_rows_do_not_determine_one
     assert paired_difference(shares(2.0, 5.0), shares(3.0, 6.0), ratio) == (-1.0, None)
 
 
+def test_a_loss_is_not_below_zero_but_a_difference_may_be() -> None:
+    ours, theirs = shares(0.01, 0.02, 3.0), shares(0.02, 0.01, 0.5)
+    assert known(interval(ours, ratio))[0] == 0 and known(interval(ours - [1.0, 0.0], ratio))[0] < -1
+    assert known(paired_difference(ours, theirs, ratio)[1])[0] < 0
+
+
 def test_no_rows_are_an_error() -> None:
     with pytest.raises(ValueError, match="no rows"):
         interval(np.zeros((0, 2)), ratio)

@@ -34,7 +34,8 @@ RUNS = {
     "full": {"method": {"name": "full"}, "learning_rate": 1e-3, "dtype": "bfloat16"},
     "lora plus": {"method": {"name": "lora", "rank": 2, "lr_ratio": 4.0}, "order": "shuffled", "weight_decay": 0.1},
 }
-HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]}
+UNSET = {"no micro_batch": {"method": {"name": "lora", "rank": 2, "dropout": 0.2}, "micro_batch": None, "batch": 12}}
+HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]} | UNSET
 STANDING = pytest.mark.skipif(not rounds("standing", ci=0), reason="waits for who never comes: make soak")
 MANY = pytest.mark.skipif(not rounds("processes", ci=0), reason="starts many processes: make soak")
 PLAIN = {f"plain {name}": {**RUNS[name], "reduce": "plain"} for name in ("lora", "full")}
@@ -145,6 +146,9 @@ def said(world, folders):
         run["data"] = {**run["data"], "train": f"{name}.jsonl"}
         jobs[out] = {"config": run, "folders": folders}
     run = settings(world, world / "died", **RUNS["lora"])
+    (unset,) = UNSET.values()
+    stop = {"step": 2, "rank": 1, "does": "signal"}
+    jobs["stopped"] = {"config": settings(world, world / "stopped", **unset), "at": stop}
     jobs["died"] = {"config": run, "at": {"step": 3, "rank": 1, "does": "die"}}
     return dict(zip(jobs, zip(*told([*jobs.values()], 2), strict=True), strict=True))
 
@@ -162,6 +166,19 @@ def test_exact_sums_give_the_same_bits_on_two_processes(alone, two, name):
     assert losses(alone / name) == losses(two / name)
     kept = [json.loads((out / name / "summary.json").read_text())["held_out"] for out in (alone, two)]
     assert kept[0] == kept[1] and kept[0]["rows"] > 1 and kept[0]["before"] and kept[0]["change"]
+
+
+def test_where_no_micro_batch_is_set_three_processes_and_a_resume_give_the_same_bits(world, alone, said):
+    assert all(told_of.startswith("130 stopped at step 2 of 4") for told_of in said["stopped"])
+    ((name, unset),), three = UNSET.items(), world / "three"
+    jobs = [{"config": settings(world, three, **unset)}]
+    jobs += [{"config": settings(world, world / "stopped", **unset), "resume": True}]
+    assert told(jobs, 3) == [["done"] * 2] * 3
+    one = values(alone / name)
+    for out in (three, world / "stopped"):
+        other = values(out)
+        assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+        assert losses(alone / name) == losses(out)
 
 
 @pytest.mark.parametrize("name", PLAIN)

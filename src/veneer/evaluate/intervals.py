@@ -50,7 +50,10 @@ def interval(counts: Counts, of_totals: OfTotals, *, share: bool = False, level:
     if len(counts) == 1 and _right_or_wrong(counts):
         return list(_share_of_rows(int(counts[0, :, 0].sum()), counts.shape[1], level))
     bounds = [0.0, 1.0] if share else None
-    return _student(*_pseudo_values(counts, of_totals), _effective_rows(counts), bounds, level)
+    ends = _student(*_pseudo_values(counts, of_totals), _effective_rows(counts), bounds, level)
+    if ends is not None and counts.min() >= 0:  # a loss, or points: none of them is below 0
+        ends[0] = max(ends[0], 0.0)
+    return ends
 
 
 def paired_difference(

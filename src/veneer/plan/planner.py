@@ -38,7 +38,7 @@ from veneer.plan.kept import Facts, kept_facts, kept_run, kept_whole, rows_diges
 from veneer.plan.machine import Machine
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
-from veneer.train.config import EPOCHS_UNSAID, OptimizerName, RunConfig, trains_packed
+from veneer.train.config import EPOCHS_UNSAID, OptimizerName, RunConfig, rows_at_once, trains_packed
 from veneer.train.reduce import Kind
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class Choice:
 
     @property
     def rows_at_once(self) -> int:
-        """As train/together.py has it where nothing is said."""
-        return min(self.batch, self.micro_batch or -(-self.batch // self.processes))
+        """Rows of a micro-batch, as train/together.py divides the batch."""
+        return rows_at_once(self.batch, self.micro_batch, self.reduce, self.processes)
 
     @property
     def in_shards(self) -> bool:

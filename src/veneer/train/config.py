@@ -26,6 +26,17 @@ SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
 """Names that a run file may give for a method over a weight format."""
 
 
+EXACT_PARTS = 8
+"""Micro-batches of a step under `reduce: exact` where micro_batch is unset. A constant: where rows are divided shows in
+the last bits, so the number of processes must not decide it. Up to as many processes share a step."""
+
+
+def rows_at_once(batch: int, micro_batch: int | None, reduce: Literal["plain", "exact"], processes: int = 1) -> int:
+    """Rows of a micro-batch on this many processes."""
+    parts = EXACT_PARTS if reduce == "exact" else processes
+    return min(batch, micro_batch or -(-batch // parts))
+
+
 class TemplateConfig(Settings):
     variables: dict[str, JsonValue] = Field(default_factory=dict)
     """What the chat template is told beside the conversation, for instance {enable_thinking: false}; kept in the
@@ -86,7 +97,8 @@ class RunConfig(Settings):
     batch: Annotated[int, ROWS] = 8
     """Rows per optimizer step."""
     micro_batch: Annotated[int, ROWS] | None = None
-    """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached. Default: batch."""
+    """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached. Default: batch
+    divided by the processes; with reduce: exact an eighth of batch on any number of processes."""
     length: Annotated[int, LENGTH] = 2048
     """Longest row kept, tokens; never more than the model has positions."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
@@ -136,7 +148,7 @@ class RunConfig(Settings):
     @property
     def rows_at_once(self) -> int:
         """In training and at its evaluations."""
-        return self.micro_batch or self.batch
+        return rows_at_once(self.batch, self.micro_batch, self.reduce)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """On a base of this hidden size: its own, else the method's."""

@@ -13,7 +13,7 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.left_out import reached_weights
 from veneer.models.load import compute_of, load_base
 from veneer.shards import Shards
-from veneer.train.config import RunConfig, trains_packed
+from veneer.train.config import RunConfig, rows_at_once, trains_packed
 from veneer.train.optim import Flat, FlatParameters
 from veneer.train.parts import FlatParts
 from veneer.train.screen import Screen
@@ -21,10 +21,16 @@ from veneer.train.world import World
 
 
 def in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
-    """Several processes need several micro-batches: where nothing is said, one each, kept in the run file."""
+    """Several processes need several micro-batches. Where micro_batch is unset, each process gets one, and the run file
+    keeps their size. Under `reduce: exact` the size is the same on any number of processes, and nothing is kept."""
     if world.size == 1 or config.micro_batch is not None:
         return config
-    size = math.ceil(config.batch / world.size)
+    size = rows_at_once(config.batch, None, config.reduce, world.size)
+    if config.reduce == "exact":
+        idle = world.size - math.ceil(config.batch / size)
+        more = f"; {idle} processes have none, set a smaller micro_batch or a larger batch" if idle > 0 else ""
+        screen.message(f"{world.size} processes: {size} of {config.batch} rows at once, as on one{more}")
+        return config
     screen.message(f"{world.size} processes: micro_batch {size} of batch {config.batch}")
     return config.model_copy(update={"micro_batch": size})
 
