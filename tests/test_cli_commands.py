@@ -27,6 +27,7 @@ from veneer.data.load import DataSet
 from veneer.errors import InputError
 from veneer.library.library import Library
 from veneer.train.config import RunConfig
+from veneer.train.place import held
 from veneer.wording import WordWrap
 
 RUN = ["--base", "b", "--data", "d.jsonl", "--out", "o"]
@@ -571,6 +572,38 @@ def test_what_evaluate_says_beside_a_figure_stays_within_eighty_columns(api, cap
     loss = next(i for i, line in enumerate(lines) if line.startswith("loss"))
     assert lines[loss].endswith("95% interval 0.00123 to 0.00568")
     assert lines[loss + 1] == " " * 27 + "-0.003 (-0.005 to -0.001)"
+
+
+WRITES = {
+    "train": ["train", "--base", "b", "--data", "d.jsonl", "--out"],
+    "evaluate": ["evaluate", "--base", "b", "--data", "d.jsonl", "--predictions"],
+    "merge": ["merge", "--adapter", "a", "--out"],
+    "export": ["export", "a", "--to", "peft", "--out"],
+    "quantize": ["quantize", "--base", "b", "--out"],
+    "compare": ["compare", "--base", "b", "--data", "d.jsonl", "--methods", "lora,full", "--out"],
+    "plan": ["plan", "--base", "b", "--data", "d.jsonl", "--write"],
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(api, tmp_path, capsys, name):
+    (tmp_path / "file").touch()
+    assert main.main([*WRITES[name], str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err and api.calls == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_is_in_is_refused_before_anything_is_loaded(api, tmp_path, capsys, resume):
+    out = tmp_path / "run"
+    with held(out):
+        (out / "run.yaml").write_text(yaml.safe_dump({"base": "b", "data": "d.jsonl"}) if resume else "")
+        if not resume:
+            (out / "run.yaml").unlink()
+        arguments = ["--resume", str(out)] if resume else [*RUN[:-1], str(out)]
+        assert main.main(["train", *arguments]) != 0
+        assert "another" in capsys.readouterr().err and api.calls == []
+        assert (out / ".lock").exists()
 
 
 def test_evaluate_json_always_has_loss_and_tokens(api, capsys):

@@ -31,7 +31,7 @@ from veneer.errors import DataError, InputError, VeneerError
 from veneer.files.lock import BusyError
 from veneer.report.scatter import Mark, scatter_chart
 from veneer.train.config import RunConfig
-from veneer.train.folder import held
+from veneer.train.place import held
 from veneer.train.records import read_records
 
 
@@ -323,6 +323,8 @@ class Losses:
 
     def __init__(self, losses: dict[float, float | None], *, extend: int) -> None:
         self.losses, self.dropped, self.asked, self.pace = losses, [], [], Pace(3)
+        self.said: list[str] = []
+        self.say = self.said.append
         self.hidden_size = 576
         self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
 
@@ -348,6 +350,17 @@ def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
     tried, best = searched(worker, CANDIDATE)
     assert best is not None and tried[best][0] == 2.7e-3
     assert worker.asked == [1e-4, 3e-4, 9e-4, 2.7e-3] and 2.7e-3 not in worker.dropped
+    assert worker.said == [
+        "lora did best at the highest learning rate that was tried, 0.0009: one more run tries a rate beyond it "
+        "(--extend 0: none)"
+    ]
+    assert worker.pace.said("x") == "run 1 of 4 · x"  # it was 3
+
+
+def test_a_search_whose_best_rate_lies_inside_or_may_not_go_on_says_nothing() -> None:
+    for losses, extend in ({1e-4: 3.0, 3e-4: 1.0, 9e-4: 2.0}, 1), ({1e-4: 1.0, 3e-4: 2.0, 9e-4: 3.0}, 0):
+        worker = Losses(dict(losses), extend=extend)
+        assert searched(worker, CANDIDATE)[1] is not None and not worker.said
 
 
 def test_the_search_starts_at_the_default_of_this_base() -> None:

@@ -1,4 +1,4 @@
-"""Intervals against published values, and how often they hold the truth (benchmarks/interval_coverage.py: all of it)."""
+"""Intervals against published values, and how often they hold the truth (more in benchmarks/interval_coverage.py)."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_one_seed_is_the_rows_alone_and_more_seeds_add_their_spread() -> None:
     assert interval(rows[None], ratio) == interval(rows, ratio)
     steady = known(interval(np.stack([rows] * 4), ratio))
     assert steady == pytest.approx(interval(rows, ratio))
-    moved = np.stack([rows + [[shift, 0.0]] for shift in (-0.3, -0.1, 0.1, 0.3)])
+    moved = np.stack([rows + np.array([shift, 0.0]) for shift in (-0.3, -0.1, 0.1, 0.3)])
     low, high = known(interval(moved, ratio))
     of_rows, of_seeds = 1 / 100, 0.05 * 4 / 3 / 4
     assert high - low == pytest.approx(2 * _t_quantile(0.975, 5) * math.sqrt(of_rows + of_seeds), rel=0.15)

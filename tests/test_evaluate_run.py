@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from veneer.data.batching import make_batch
 from veneer.data.examples import Example, Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.evaluate.answers import evaluate_answers
-from veneer.evaluate.intervals import Counts
 from veneer.evaluate.evaluation import Choices, evaluate
 from veneer.evaluate.general import BUILT_IN, WINDOW, general_documents, general_examples
+from veneer.evaluate.intervals import Counts
 from veneer.evaluate.labels import label_examples, labels_of, likeliest_labels, read_labels
 from veneer.evaluate.predictions import matched, read_predictions, write_predictions
 from veneer.evaluate.registry import METRICS, find_metrics
@@ -261,6 +262,24 @@ def test_length_normalisation_can_change_the_choice(base: FrozenBase) -> None:
         likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=n) for n in (False, True)
     )
     assert plain != normal
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_choose_no_label_and_are_refused_by_row(base: FrozenBase, value: float) -> None:
+    asked = rows(["card"] * 3)
+
+    def broken(examples: Sequence[Example]) -> Counts:
+        found = half_a_nat(examples)
+        found[[str(each.ref) == "rows.jsonl:2" for each in examples], 0] = value
+        return found
+
+    for ask in (
+        lambda: likeliest_labels(base.tokenizer, asked, LABELS, nats=broken),
+        lambda: run(base, asked, [], nats=broken),
+    ):
+        with pytest.raises(DivergedError, match="not finite") as caught:
+            ask()
+        assert caught.value.faults == ["rows.jsonl:2"] and "float32" in (caught.value.next_step or "")
 
 
 def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: FrozenBase) -> None:

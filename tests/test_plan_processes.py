@@ -100,7 +100,8 @@ def test_shards_take_out_what_the_others_hold_and_leave_one_layer_whole(planner:
 
 
 def test_exact_sums_take_sixteen_bytes_a_value_and_four_times_the_traffic(planner: Planner) -> None:
-    plain, exact = FOUR, replace(FOUR, reduce="exact")
+    plain = replace(FOUR, micro_batch=2)
+    exact = replace(plain, reduce="exact")
     values = planner.estimate(plain).run.trainable_parameters
     more = planner.estimate(exact).peak_bytes - planner.estimate(plain).peak_bytes
     assert more == planner.estimate(exact).parts["exact sums"] == 16 * values
@@ -110,6 +111,8 @@ def test_exact_sums_take_sixteen_bytes_a_value_and_four_times_the_traffic(planne
 
 def test_each_process_takes_its_share_of_the_rows_where_nothing_is_said(planner: Planner) -> None:
     assert [replace(TINY, processes=n).rows_at_once for n in (1, 2, 3, 8, 9)] == [8, 4, 3, 1, 1]
+    exact = replace(TINY, batch=20, reduce="exact")  # whose bits must not depend on it
+    assert {replace(exact, processes=n).rows_at_once for n in (1, 2, 3, 8, 9)} == {3}
     assert planner.estimate(FOUR).peak_bytes == planner.estimate(replace(TINY, micro_batch=2)).peak_bytes
 
 

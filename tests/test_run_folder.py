@@ -28,9 +28,10 @@ from veneer.files.strict_tensors import read_tensors
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import newest_valid, numbers, save_checkpoint
 from veneer.train.config import RunConfig
-from veneer.train.folder import held, resume_config
+from veneer.train.folder import resume_config
 from veneer.train.loggers import Logger
 from veneer.train.loop import Loop, load_state
+from veneer.train.place import held
 from veneer.train.records import Records, read_records
 from veneer.train.screen import QuietScreen
 from veneer.train.training import run_training

@@ -90,7 +90,9 @@ def test_the_end_says_where_the_result_is():
 
 def test_the_end_says_what_the_held_out_loss_was_and_how_sure_it_is():
     held_out = {"loss": {"low": 0.25, "high": 0.5}, "before": {"value": 2.0}}
-    assert "held-out loss 2.00 → 0.310 (95% interval 0.250 to 0.500) · " in end_lines({**SUMMARY, "held_out": held_out})[0]
+    assert (
+        "held-out loss 2.00 → 0.310 (95% interval 0.250 to 0.500) · " in end_lines({**SUMMARY, "held_out": held_out})[0]
+    )
     without = {**held_out, "before": None}  # a run that an earlier version began
     assert "held-out loss 0.310 (95% interval 0.250 to 0.500) · " in end_lines({**SUMMARY, "held_out": without})[0]
 

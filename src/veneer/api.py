@@ -31,10 +31,10 @@ from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.new_tokens import bring, extended, room_with
 from veneer.data.writing import GIVEN, Record, as_set, is_rows
 from veneer.errors import ConfigError
-from veneer.evaluate.intervals import Counts
 from veneer.evaluate.evaluation import Choices, Progress
 from veneer.evaluate.evaluation import evaluate as evaluate_rows
 from veneer.evaluate.general import BUILT_IN
+from veneer.evaluate.intervals import Counts
 from veneer.evaluate.registry import find_metrics
 from veneer.evaluate.user_function import UserFunction
 from veneer.files.strict_json import read_json
@@ -59,8 +59,8 @@ from veneer.quant.config import Quantize
 from veneer.report.notebook import Evaluation
 from veneer.report.page import write_report
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.folder import held
 from veneer.train.folder import resume_config as resume_config
+from veneer.train.place import held
 from veneer.train.screen import Screen
 from veneer.train.training import run_training
 from veneer.train.world import joined, world_of

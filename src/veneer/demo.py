@@ -38,7 +38,8 @@ from veneer.errors import ConfigError
 from veneer.evaluate.answers import evaluate_answers
 from veneer.files.atomic import atomic_file
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.folder import held, remove_run
+from veneer.train.folder import remove_run
+from veneer.train.place import held
 from veneer.train.screen import make_screen
 from veneer.train.talk import talking_console
 from veneer.wording import cut, shown, size

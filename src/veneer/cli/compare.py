@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
-from veneer.cli.early import check_files, check_new, check_rows, check_run
+from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import ASKING
@@ -145,6 +145,7 @@ def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -
 
     if args.out.exists() and not args.out.is_dir():
         check_new(args.out)
+    check_writable(args.out / "comparison.json")
     for _, config in configs:
         check_run(config)
     check_rows(args.validation, args.test)

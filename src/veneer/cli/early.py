@@ -11,8 +11,9 @@ from veneer.bases.named import refuse_unknown
 from veneer.bases.shapes import shape_of
 from veneer.data.places import refuse_missing
 from veneer.errors import DataError
-from veneer.files.atomic import refuse_existing
+from veneer.files.atomic import refuse_existing, refuse_unwritable
 from veneer.train.config import RunConfig
+from veneer.train.place import held, refuse_finished, refuse_unless_new
 
 
 def check_base(source: str | None) -> None:
@@ -32,6 +33,15 @@ def check_rows(*named: str | None) -> None:
     refuse_missing([each for each in named if each is not None])
 
 
+def check_place(config: RunConfig, *, resume: bool) -> None:
+    """ConfigError: no such run may stand in its folder. BusyError: another process is in it. InputError: nothing can be
+    written there."""
+    out = Path(config.out)
+    (refuse_finished if resume else refuse_unless_new)(out)
+    with held(out):
+        pass
+
+
 def check_run(config: RunConfig) -> None:
     """Its base and its rows."""
     check_base(config.base)
@@ -39,8 +49,16 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_new(out: str | Path) -> None:
-    """ConfigError: something stands there."""
+    """ConfigError: something stands there. InputError: nothing can be written there."""
+    refuse_unwritable(out)
     refuse_existing(Path(out), unless=False)
+
+
+def check_writable(*files: str | Path | None) -> None:
+    """InputError: a file that will be written, or written anew, cannot be."""
+    for file in files:
+        if file is not None:
+            refuse_unwritable(file)
 
 
 def check_files(files: Iterable[Path | None]) -> None:

@@ -35,7 +35,7 @@ from veneer.cli.common import (
     print_json,
     variables_of,
 )
-from veneer.cli.early import check_files, check_rows
+from veneer.cli.early import check_files, check_rows, check_writable
 from veneer.wording import cut, number, shown
 
 UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     find_metrics(metrics)  # a misspelt name is told before anything is loaded
     check_rows(args.data)
     check_files([args.against])
+    check_writable(args.predictions)
     labels = read_labels(args.labels) if args.labels else []
     base = load_base(args)
     with no_collection():

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
 from veneer.cli.common import add_json, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
-from veneer.cli.early import check_plannable, check_rows
+from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
@@ -153,6 +153,7 @@ def _question(args: argparse.Namespace) -> Question:
     for base in [*_bases(args), *([] if config is None else [config.base])]:
         check_plannable(base)
     check_rows(args.data)
+    check_writable(args.write)
     with no_collection():
         from veneer.plan.ask import Question
         from veneer.plan.spread import parse_link

@@ -23,11 +23,10 @@ from typing import Any
 from veneer.bounds import PROCESSES
 from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, no_collection, print_json
 from veneer.cli.config_file import FLAGS, brief_help, read_run_config
-from veneer.cli.early import check_run
+from veneer.cli.early import check_place, check_run
 from veneer.cli.plan import parse_size
 from veneer.errors import ConfigError
 from veneer.train.config import RunConfig
-from veneer.train.place import refuse_finished, refuse_unless_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--processes starts processes, and this is one of several already", [], "Leave it out.")
         return _launched(args.processes)
     if config is not None:
-        (refuse_unless_new if args.resume is None else refuse_finished)(Path(config.out))
+        check_place(config, resume=args.resume is not None)
         check_run(config)
     # Imported once the settings are known to be sound: torch takes seconds to load, a typo should not.
     from veneer.train.screen import make_screen

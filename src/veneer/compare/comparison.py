@@ -48,6 +48,7 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
         pairs = zip(comparison.candidates, found.dtypes, strict=True)
         comparison = replace(comparison, candidates=[with_dtype(c, dtype) for c, dtype in pairs])
         runs = len(comparison.candidates) * (len(comparison.factors) + comparison.seeds - 1)
+        say(_runs_text(runs, len(comparison.candidates) * comparison.extend if len(comparison.factors) > 1 else 0))
         worker = Worker(comparison, width, found.circumstances, say, ran=[], pace=Pace(runs))
         candidates = together(_candidate(worker, each) for each in comparison.candidates)
         asking: Asking[list[Any]] = together([worker.evaluate("the base", None), candidates])
@@ -64,6 +65,12 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
         with atomic_file(comparison.out / name, replace=True) as partial:
             partial.write_text(text, encoding="utf-8")
     return figures
+
+
+def _runs_text(runs: int, most: int) -> str:
+    """How many runs there will be, and for what more may follow."""
+    more = f", and up to {most:,} more where the best learning rate is the lowest or highest tried" if most else ""
+    return f"{runs:,} runs{more}"
 
 
 def _refuse_free_text(comparison: Comparison, rows: Sequence[Row]) -> None:

@@ -29,7 +29,7 @@ from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import tells_of_the_disk
 from veneer.train.config import RunConfig
-from veneer.train.folder import held
+from veneer.train.place import held
 from veneer.train.records import read_records
 
 FAILURE = "failure.json"

@@ -232,10 +232,10 @@ def _method_text(figures: dict[str, Any]) -> str:
     said = [
         "All candidates saw the same rows for the same budget. Each one's learning rate was searched with seed 0 on "
         "held-out rows that are neither trained on nor tested on; every seed then ran with the best rate.",
-        "Intervals are 95%, over test rows and seeds. A share of rows that are right or wrong has Clopper and Pearson's "
-        "exact interval where there is one seed; other shares and differences of shares have Bonett and Price's; losses, "
-        "points and their differences have Student's t, corrected for skewness. Differences are between the same rows "
-        "and seeds.",
+        "Intervals are 95%, over test rows and seeds. With one seed, a share of rows that are right or wrong has the "
+        "exact interval of Clopper and Pearson. Other shares and differences of shares have that of Bonett and Price. "
+        "Losses, points and their differences have Student's t, corrected for skewness. Differences are between the "
+        "same rows and seeds.",
         "Every run had a process of its own, so peak memory is that of the whole process on a CPU, and of the "
         "allocator on a GPU. Time is that of the optimizer steps, the first one left out.",
         "; ".join(shares) + "." if shares else "",

@@ -54,6 +54,11 @@ def search(worker: Worker, candidate: Candidate, steps: int) -> Asking[tuple[lis
             break
         left -= 1
         worker.pace.one_more()
+        end = "lowest" if best == 0 else "highest"
+        worker.say(
+            f"{candidate.name} did best at the {end} learning rate that was tried, {rate_of(factors[best]):g}: "
+            "one more run tries a rate beyond it (--extend 0: none)"
+        )
         factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]
     found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in map(rate_of, factors)]
     if best_place is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.data.examples import Row, RowRef
+from veneer.data.examples import Example, Row, RowRef
 from veneer.data.template import ChatTemplate
 from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import text_of
-from veneer.errors import DataError
+from veneer.errors import DataError, DivergedError, VeneerError
+from veneer.evaluate.intervals import Counts
 from veneer.models.frozen_base import FrozenBase
 
 NAMED_ROWS = 10
@@ -89,9 +91,22 @@ def _text(base: FrozenBase, ids: list[int]) -> str:
     return text_of(base.acting_tokenizer, ids).strip()
 
 
-def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str) -> None:
-    """Raises DataError naming the rows, unless there are none."""
+def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str, *, error: type[VeneerError] = DataError) -> None:
+    """Raises the error naming the rows, unless there are none."""
     if refs:
         faults = [str(ref) for ref in refs[:NAMED_ROWS]]
         faults += [f"and {len(refs) - NAMED_ROWS} more"] if len(refs) > NAMED_ROWS else []
-        raise DataError(headline, faults, next_step)
+        raise error(headline, faults, next_step)
+
+
+def finite(counts: Counts, examples: Sequence[Example]) -> Counts:
+    """The (N, 2) nats and tokens of these examples. Raises DivergedError naming rows whose nats are not finite: their
+    mean, the likeliest of several labels and whatever is compared with them would mean nothing."""
+    refs = [example.ref for example, (nats, _) in zip(examples, counts, strict=True) if not math.isfinite(nats)]
+    refuse_rows(
+        f"the loss of {len(refs)} of {len(examples)} texts is not finite",
+        list(dict.fromkeys(refs)),
+        "Evaluate the base without the adapter, or with --dtype float32, to see which of them overflows.",
+        error=DivergedError,
+    )
+    return counts

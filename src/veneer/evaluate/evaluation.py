@@ -13,12 +13,13 @@ from typing import Any
 
 from veneer.data.examples import Example, Row
 from veneer.errors import DataError
-from veneer.evaluate.answers import evaluate_answers, references_of, refuse_rows
-from veneer.evaluate.intervals import Counts, interval
+from veneer.evaluate.answers import evaluate_answers, finite, references_of, refuse_rows
 from veneer.evaluate.general import by_document, general_documents, general_examples, general_result
+from veneer.evaluate.intervals import Counts, interval
 from veneer.evaluate.labels import Nats, checked_labels, labels_of, likeliest_labels
 from veneer.evaluate.metric import Metric, ratio
 from veneer.evaluate.predictions import Line, counts_of, differences, matched, read_predictions, write_predictions
+from veneer.files.atomic import refuse_unwritable
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
@@ -71,9 +72,12 @@ def evaluate(
         against           of the other predictions: {loss, metric: other, difference, interval}
 
     nats   examples -> (N, 2), on this base with what acts on it now
-    Raises DataError for rows that a metric cannot be computed on, before anything is computed.
+    Raises DataError for rows that a metric cannot be computed on, before anything is computed; DivergedError for rows
+    whose loss is not finite.
     """
     report = progress or (lambda what, done, total: None)
+    if choices.predictions is not None:
+        refuse_unwritable(choices.predictions)
     references = references_of(base, rows, choices.variables) if choices.metrics else []
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)
@@ -83,7 +87,7 @@ def evaluate(
         documents, places = general_documents(choices.general), capacity_of(base).positions
         general = general_examples(documents, base.tokenizer, places)
 
-    losses = nats(examples)
+    losses = finite(nats(examples), examples)
     if not losses[:, 1].sum():
         raise DataError("no token to evaluate", [], "See what is trained on: veneer data check")
     lines: list[Line] = [
@@ -192,9 +196,9 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
 
 def _general(base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats) -> dict[str, Any]:
     """With an adapter at work, also the base without it."""
-    after = by_document(nats(examples), owners)
+    after = by_document(finite(nats(examples), examples), owners)
     before = None
     if base.routing.active:
         with base.routing.none():
-            before = by_document(nats(examples), owners)
+            before = by_document(finite(nats(examples), examples), owners)
     return general_result(after, before)

@@ -8,7 +8,8 @@
 A metric gives every row a line of counts, and its figure is a function of their sums (metric.py). What each row adds
 to the figure is its jackknife pseudo-value, so a corpus figure such as BLEU is treated as a mean is. A difference is
 taken row by row on the same rows. Several seeds add the variance of the seeds' own figures, with Satterthwaite's
-degrees of freedom; rows of unequal weight count as fewer. `benchmarks/interval_coverage.py` prints how often the intervals hold the truth.
+degrees of freedom; rows of unequal weight count as fewer. `benchmarks/interval_coverage.py` prints how often the
+intervals hold the truth.
 
 Shapes: S seeds, N rows, K counts of a row.
 Sources: Clopper and Pearson 1934, Biometrika 26; Bonett and Price 2012, J. Educ. Behav. Stat. 37 (4); Hall 1992, J. R.
@@ -85,7 +86,7 @@ def _right_or_wrong(counts: Counts) -> bool:
 
 
 def _effective_rows(counts: Counts) -> float:
-    """As many rows of one weight tell as much of their own spread (Kish 1965): of two counts the second is the weight."""
+    """Rows of equal weight that would tell as much (Kish 1965). Of two counts the second is the weight."""
     rows = counts.sum(axis=0)
     if rows.shape[-1] != 2 or not rows[:, 1].any():
         return float(len(rows))

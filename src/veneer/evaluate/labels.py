@@ -17,6 +17,7 @@ import numpy as np
 from veneer.data.examples import Example, Problem, Row, refusal, row_key
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, DataError
+from veneer.evaluate.answers import finite
 from veneer.evaluate.intervals import Counts
 from veneer.files.nesting import is_text
 
@@ -95,12 +96,14 @@ def likeliest_labels(
 ) -> list[str]:
     """For each row the label with the highest log-probability, or with the highest one per token.
 
-    nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded.
+    nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded, DivergedError for
+    a row whose labels have no finite log-probability.
     """
     template = ChatTemplate(tokenizer, variables=variables)
     chosen = []
     for done, row in enumerate(rows, 1):
-        found = nats(label_examples(template, row, labels))
+        examples = label_examples(template, row, labels)
+        found = finite(nats(examples), examples)
         scores = found[:, 0] / found[:, 1] if length_normalised else found[:, 0]
         chosen.append(labels[int(np.argmin(scores))])
         if progress is not None:

@@ -144,6 +144,17 @@ def refuse_existing(path: Path, *, unless: bool) -> None:
         raise ConfigError(f"{path} exists and is not overwritten", [], "Give another place, or remove it first.")
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """Raises what writing at `path` would raise, InputError or DoesNotFitError, before the work for it is done. Leaves
+    nothing behind."""
+    path = Path(path).absolute()
+    with explained(path):
+        _stands(path)  # a name that is too long
+        place = next(parent for parent in path.parents if _stands(parent))
+        with unfinished(place) as partial:
+            partial.mkdir()
+
+
 def _stands(path: Path) -> bool:
     """Whether anything is at `path`. OSError where nothing can be: the name is too long, say."""
     try:

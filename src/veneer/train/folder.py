@@ -1,8 +1,8 @@
-"""A run's folder: one process at a time, a new run only where nothing is, and where a resumed one begins."""
+"""A run's folder: its files, and where a resumed run begins."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -15,30 +15,11 @@ from veneer.data.writing import Record, write_records
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.atomic import atomic_file
 from veneer.files.home import expanded
-from veneer.files.lock import locked
 from veneer.files.partial import PREFIX, remove
 from veneer.files.strict_json import field_faults, read_yaml
 from veneer.train.checkpoint import newest_valid, numbers
 from veneer.train.config import RunConfig
-from veneer.train.place import LOCK, refuse_finished
-
-
-@contextmanager
-def held(out: Path) -> Iterator[None]:
-    """The folder is this process's alone within the block. Raises BusyError, or InputError where nothing can be
-    written.
-
-    A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing behind.
-    """
-    made = not out.exists()
-    with locked(out / LOCK, wait_seconds=0):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # what ended the run is told, and a lock file that stays locks nothing
-                (out / LOCK).unlink(missing_ok=True)
-                if made and not any(out.iterdir()):
-                    out.rmdir()
+from veneer.train.place import held, refuse_finished
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""Where a run may stand: a new one only where nothing is. No torch here: the command line asks before it loads any."""
+"""Where a run may stand: a new one only where nothing is, one process at a time. No torch here: the command line asks
+before it loads any."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from veneer.errors import ConfigError
+from veneer.files.lock import locked
 from veneer.files.partial import PREFIX
 
 LOCK = ".lock"
@@ -31,6 +35,24 @@ def refuse_finished(out: Path) -> None:
             f"the run in {out} is finished",
             next_step=f"Start a new run with another --out; its page again: veneer report {out}",
         )
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """The folder is this process's alone within the block. Raises BusyError, or InputError where nothing can be
+    written.
+
+    A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing behind.
+    """
+    made = not out.exists()
+    with locked(out / LOCK, wait_seconds=0):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # what ended the run is told, and a lock file that stays locks nothing
+                (out / LOCK).unlink(missing_ok=True)
+                if made and not any(out.iterdir()):
+                    out.rmdir()
 
 
 def _remains(name: str) -> bool:

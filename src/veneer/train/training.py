@@ -42,7 +42,7 @@ from veneer.models.initial_values import Begun
 from veneer.models.step import Paths, refuse_untrainable
 from veneer.quant.weight import PackedSize
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
-from veneer.train.folder import given_rows, held, resume_point, settled, sweep, write_run_file
+from veneer.train.folder import given_rows, resume_point, settled, sweep, write_run_file
 from veneer.train.heap import steady_heap
 from veneer.train.job import Job
 from veneer.train.loggers import open_loggers
@@ -50,7 +50,7 @@ from veneer.train.loop import FEWER_VALUES, Loop
 from veneer.train.optim import Flat, FlatParameters
 from veneer.train.origin import Origin, check_base, check_masks, check_rows, check_settings, origin_of
 from veneer.train.parents import begin_adapter, with_tokens
-from veneer.train.place import refuse_unless_new
+from veneer.train.place import held, refuse_unless_new
 from veneer.train.progress import load_state
 from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
 from veneer.train.sample import sample_of
