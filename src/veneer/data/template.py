@@ -29,9 +29,9 @@ from veneer.data.reasoning import Reasons
 from veneer.data.rendering import Conversation, Template, beginnings, render_all, rendering
 from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import Cut, TextTokens, Tokens
-from veneer.data.turns import Plan, borders_of, plan_chat
+from veneer.data.turns import Plan, borders_of, first_answer_looked_for, plan_chat
 from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, unfit
-from veneer.errors import DataError
+from veneer.errors import DataError, DoesNotFitError
 
 _CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
 
@@ -61,7 +61,7 @@ class Encoded:
 class ChatTemplate:
     """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers library).
 
-    today      the date that templates may write; one for the life of the object
+    today      the date that templates may write; the same for the life of the object
     variables  what the template is told beside the conversation (enable_thinking, ...); None is not given
     """
 
@@ -86,7 +86,7 @@ class ChatTemplate:
         """The template's text; empty if the tokenizer has none."""
         self._names = Sentinels(tokenizer, self.source)
         self._tokens = TextTokens(tokenizer, self._names)
-        self._templates: dict[str, Template] = {}
+        self._templates: dict[tuple[str, date], Template] = {}
         self._text_arguments: dict[int, bool] = {}
         self.variables: dict[str, Any] = {}
         self._hidden: dict[str, Any] = {}
@@ -100,6 +100,14 @@ class ChatTemplate:
     def writes_date(self) -> bool:
         """Whether the template asks for the date, so that other days give other tokens."""
         return "strftime_now" in self.source
+
+    def on(self, today: date) -> ChatTemplate:
+        """The same on another day: for a process that runs for longer than one."""
+        if today == self.today or not self.writes_date:
+            return self
+        other = copy.copy(self)
+        other.today = today
+        return other
 
     def telling(self, variables: Mapping[str, Any]) -> ChatTemplate:
         """The same with other variables beside its own. Raises DataError for one that the template does not read."""
@@ -135,22 +143,31 @@ class ChatTemplate:
         except (TemplateFault, TokenFault) as fault:
             raise DataError(str(fault)) from None
 
-    def encode_prompt(self, messages: Messages, *, tools: Tools = None) -> list[int]:
+    def encode_prompt(
+        self, messages: Messages, *, tools: Tools = None, most_characters: int | None = None
+    ) -> list[int]:
         """The ids that generation starts from: the conversation and what opens the assistant's turn.
 
-        For the messages in front of a trained turn, these are the first ids of that row. Raises DataError.
+        For the messages in front of a trained turn, these are the first ids of that row; in a long conversation, where
+        the tokenizer would join an early answer with its neighbours, as it does by itself (`first_answer_looked_for`).
+        most_characters: of the rendered text; a longer one is not tokenised. Raises DataError, DoesNotFitError.
         """
         try:
             hidden, hidden_tools, _ = self._names.hide(messages, tools)
             if not self.source:
                 return [*self._begin, *self._encoded(Cut(self._alone(hidden, hidden_tools))).ids]
             conversation = self._conversation(hidden, hidden_tools)
-            render_all([(conversation, beginnings(hidden, prompt=True))])
+            first = first_answer_looked_for(hidden)
+            render_all([(conversation, beginnings(hidden, prompt=True, first=first))])
             text = conversation.text(len(hidden), add_generation_prompt=True)
+            if most_characters is not None and len(text) > most_characters:
+                raise DoesNotFitError(
+                    f"the prompt has {len(text):,} characters: the model's positions hold {most_characters:,} at most"
+                )
             check_text(text)
             check_tools(messages, tools, self._names.show(text), conversation.template)
             check_contents(hidden, text)
-            borders = borders_of(conversation, text)
+            borders = borders_of(conversation, text, first)
             return self._encoded(Cut(text, borders)).ids
         except (Unfit, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
@@ -281,10 +298,10 @@ class ChatTemplate:
             source = self.tokenizer.get_chat_template(tools=tools)
         except ValueError as error:  # several templates, none of them the default
             raise TemplateFault(str(error)) from None
-        template = self._templates.get(source)
+        template = self._templates.get((source, self.today))
         if template is None:
             template = Template(source, self.tokenizer.special_tokens_map, self.today)
-            self._templates[source] = template
+            self._templates[source, self.today] = template
         if any(message.get("tool_calls") for message in messages) and self._takes_text(template):
             messages = [_with_text_arguments(message) for message in messages]
         return Conversation(template, messages, tools, self._hidden)

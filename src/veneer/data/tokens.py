@@ -127,6 +127,7 @@ class TextTokens:
                         at[mark] = len(upto)
                 prior, last = ids, border
                 at[border] = len(ids)
+                start, before = self._from_last_anchor(cut.text[:border], start, before, ids)
         except TokenFault as fault:
             return fault
         text = self._sentinels.show(cut.text)
@@ -134,6 +135,15 @@ class TextTokens:
         if got not in (text, self.decode(self.ids([text])[0])):
             return TokenFault(f"the tokenizer cannot write it in pieces: {_difference(text, got)}")
         return Tokens(prior, at)
+
+    def _from_last_anchor(self, text: str, start: int, before: list[int], ids: list[int]) -> tuple[int, list[int]]:
+        """Where the next piece begins, and the ids in front of it: at the last anchor of the text, if its ids are the
+        same from there. So a text of many borders is tokenised once, and not once a border."""
+        index = next((n for n in range(len(ids) - 1, len(before), -1) if ids[n] in self._anchors), None)
+        place = -1 if index is None else text.rfind(self._anchors[ids[index]], start)
+        if index is None or place <= start or ids[:index] + self._from(text[place:], False) != ids:
+            return start, before
+        return place, ids[:index]
 
     def _from(self, text: str, first: bool) -> list[int]:
         """Ids of a piece with sentinels in it; `first`: nothing stands before it."""

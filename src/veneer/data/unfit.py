@@ -35,11 +35,14 @@ def unfit(fault: Exception) -> Unfit:
 
 def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
     """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
-    for number, message in enumerate(messages, 1):
-        # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
-        end = (message.get("content") or "").rpartition("</think>")[2].strip()[-_TAIL:]
-        if message["role"] != "tool" and end not in text:
-            raise Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
+    # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
+    ends = [
+        "" if message["role"] == "tool" else (message.get("content") or "").rpartition("</think>")[2].strip()[-_TAIL:]
+        for message in messages
+    ]
+    if left_out := _left_out(ends, text, most=1):
+        number, end = ends.index(left_out[0]) + 1, left_out[0]
+        raise Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
 
 
 def check_tools(
@@ -47,14 +50,12 @@ def check_tools(
 ) -> None:
     """Tools and calls that the template leaves out would be silently lost: also those whose name the text has for
     another reason."""
-    named = [tool.get("function", tool).get("name") for tool in tools or []]
     calls = [call for message in messages for call in message.get("tool_calls") or []]
-    called = [call.get("function", call).get("name") for call in calls]
-    lost = {name for name in named + called if isinstance(name, str) and name not in text}
-    if named and "tools" in template.leaves_out:
-        lost.update(name for name in named if isinstance(name, str))
-    if called and "calls" in template.leaves_out:
-        lost.update(name for name in called if isinstance(name, str))
+    lost: set[str] = set()
+    for kind, functions in (("tools", tools or []), ("calls", calls)):
+        names = [function.get("function", function).get("name") for function in functions]
+        texts = [name for name in names if isinstance(name, str)]
+        lost.update(texts if names and kind in template.leaves_out else _left_out(texts, text, most=5))
     if lost:
         raise Unfit(
             "D214",
@@ -62,6 +63,21 @@ def check_tools(
             "Write the tools into the system message and the calls into the answers, or use a base whose "
             "template renders tools.",
         )
+
+
+def _left_out(parts: Sequence[str], text: str, *, most: int) -> list[str]:
+    """Parts that do not stand in the text, up to `most`. One pass, where the others stand in it in their order."""
+    lost: list[str] = []
+    place = 0
+    for part in dict.fromkeys(parts):
+        found = text.find(part, place)
+        place = found if found >= 0 else text.find(part)
+        if place < 0:
+            lost.append(part)
+            place = 0
+            if len(lost) == most:
+                break
+    return lost
 
 
 def check_text(text: str) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -97,12 +98,17 @@ class Prompts:
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
         forgive()  # whatever conversation it did not survive is not this one
-        template = self._of(preamble.tokens).telling({**preamble.variables, **prompt.variables})
-        return template.encode_prompt(messages, tools=prompt.tools)
+        template = self._of(preamble.tokens).on(date.today()).telling({**preamble.variables, **prompt.variables})
+        return template.encode_prompt(messages, tools=prompt.tools, most_characters=self._most_characters)
+
+    @property
+    def _most_characters(self) -> int | None:
+        """That a prompt may have, whatever its tokens are."""
+        return None if self.positions is None else self.positions * self._longest
 
     def _check_length(self, characters: int) -> None:
         """Whether a text can fit at all, before a template or a tokenizer reads it."""
-        if self.positions is not None and characters > self.positions * self._longest:
+        if self._most_characters is not None and characters > self._most_characters:
             raise Refusal(
                 400,
                 f"The prompt has {characters:,} characters: more than the model's {self.positions:,} positions hold.",
