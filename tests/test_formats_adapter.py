@@ -389,6 +389,15 @@ def test_every_tensor_that_does_not_fit_is_told_at_once_and_grouped(copy):
     assert base.attachments == {} and not any("base" in name.split(".") for name, _ in base.model.named_modules())
 
 
+def test_an_adapter_of_another_base_is_told_with_that_base_first_and_in_few_lines(copy):
+    with pytest.raises(AdapterMismatchError) as caught:
+        load_adapter(tiny_base("llama_untied", hidden_size=64), copy, name="support-bot")
+    made_for = read_adapter(copy).name_or_path
+    assert "'support-bot' does not fit" in caught.value.headline and f"made for {made_for}" in caught.value.headline
+    assert len(caught.value.faults) <= 13 and caught.value.faults[-1].startswith("and ")
+    assert caught.value.next_step == f"Load it on {made_for}."
+
+
 def test_tensors_that_differ_in_the_layer_alone_are_one_line_in_columns():
     lines = [(f"layers.{layer}.a", "x", "y") for layer in (7, 1, 0, 2, 5)]
     assert grouped([*lines, ("layers.0.b", "x", "z"), ("head", "pp", "q")]) == [

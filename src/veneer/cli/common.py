@@ -203,7 +203,7 @@ def load_base(args: argparse.Namespace) -> Base:
     quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
     base = load_alone(source, args, quantize, keep_dense)
     if adapter is not None:
-        base.use(base.load_adapter(adapter, name="adapter", force_base=args.force_base))
+        base.use(base.load_adapter(adapter, name=args.adapter, force_base=args.force_base))
     return base
 
 

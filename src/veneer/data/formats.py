@@ -92,10 +92,24 @@ def detect(columns: frozenset[str]) -> Format:
             f"columns {shown}: plain text would leave out {', '.join(others)}",
             f"{_rename(columns)}, or learn the text alone with format: text",
         )
+    if columns >= _PREFERENCE:
+        raise RowFault("D107", f"columns {shown} are pairs of a good and a bad answer", _chosen(columns))
     raise RowFault(
         "D107",
         f"columns {shown} are no layout that is read" if columns else "the row has no columns with values",
         f"{_rename(columns)}. Layouts: {LAYOUTS}",
+    )
+
+
+_PREFERENCE = {"chosen", "rejected"}
+
+
+def _chosen(columns: frozenset[str]) -> str:
+    """How to learn the good answers of preference pairs."""
+    name = "completion" if "prompt" in columns else "messages"
+    return (
+        "No preference method (DPO, ORPO, KTO) is offered. Learn the good answers alone: "
+        f"--map chosen={name} --map rejected=null"
     )
 
 
@@ -124,6 +138,12 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     for name in _MEDIA:
         if record.get(name):
             raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
+    if format == "prompt_completion" and record.get("label") is False:
+        raise RowFault(
+            "D107",
+            "label is false: this answer is marked as a bad one",
+            "Leave such rows out of the file, or learn all of them: --map label=null",
+        )
     for name in _OLDER.get(format, ()):
         if record.get(name):
             raise RowFault("D107", f"column '{name}' would be left out of what is learnt", _OLDER[format][name])

@@ -11,6 +11,7 @@ from veneer.data.rendering import Template
 from veneer.data.sandbox import TemplateFault
 from veneer.files.nesting import is_text
 
+RENDERS_TOOLS = "Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen3-0.6B"
 _WINDOW = 160  # characters of a rendering shown around the place where two part
 _TAIL = 16  # characters of a message that must stand in the rendering
 
@@ -61,7 +62,7 @@ def check_tools(
             "D214",
             f"the chat template does not render tools: {', '.join(sorted(lost)[:5])} left out",
             "Write the tools into the system message and the calls into the answers, or use a base whose "
-            "template renders tools.",
+            f"template renders tools, such as {RENDERS_TOOLS}.",
         )
 
 

@@ -24,7 +24,6 @@ from veneer.adapters.combinations import PREFIX, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import Brought
-from veneer.bases.fingerprint import Fingerprint
 from veneer.data.new_tokens import bring
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.atomic import atomic_folder
@@ -45,7 +44,7 @@ from veneer.formats.manifest import (
 from veneer.formats.peft_config import CONFIG_NAME, config_text
 from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
 from veneer.formats.registry import layout_in, layout_of
-from veneer.formats.same_base import other_base, other_text
+from veneer.formats.same_base import other_base, other_text, which_base
 from veneer.formats.text_names import recorded_within
 from veneer.formats.token_files import (
     KEY,
@@ -59,8 +58,13 @@ from veneer.formats.token_files import (
 )
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
+from veneer.wording import first_lines
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_DIFFERENT = 8
+"""Lines of an error on what differs between two bases."""
+MAX_UNFIT, MAX_UNFIT_ALONE = 3, 20
+"""Lines on tensors: where the base is known to be another, and where they are all that is known."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -331,10 +335,12 @@ def load_adapter(
     unfit = [*found.faults, *([] if token_fit is None else token_fit.faults)]
     brought = None if token_fit is None or unfit else _brought(stored, token_fit, base, unfit)
     if unfit:
+        of_tensors = first_lines(unfit, MAX_UNFIT if faults else MAX_UNFIT_ALONE)
+        made_for = f"; it was made for {stored.name_or_path}" if stored.name_or_path else ""
         raise AdapterMismatchError(
-            f"adapter {name!r} does not fit {base.source}" + _share(found.concerned, stored),
-            faults + reading + unfit,
-            f"It was made for {stored.name_or_path}: load it on that base."
+            f"adapter {name!r} does not fit {base.source}{_share(found.concerned, stored)}{made_for}",
+            [*first_lines(faults + reading, MAX_DIFFERENT), *of_tensors],
+            f"Load it on {stored.name_or_path}."
             if stored.name_or_path
             else "Load it on the base it was made for; the file does not name it.",
         )
@@ -342,7 +348,7 @@ def load_adapter(
         raise AdapterMismatchError(
             f"adapter {name!r} was trained on another base than {base.source}",
             faults + reading,
-            _next_step(stored, base),
+            which_base(stored.manifest, stored.name_or_path, base),
         )
     if reading:
         raise AdapterMismatchError(
@@ -408,17 +414,6 @@ def _fill(attachment: Attachment, values: Mapping[str, Tensor], *, take: bool) -
             parameter.data = value
         else:
             parameter.copy_(value)
-
-
-def _next_step(stored: StoredAdapter, base: FrozenBase) -> str:
-    assert stored.manifest is not None
-    held = Fingerprint.from_dict(stored.manifest.base.fingerprint).quantize
-    otherwise = "or, if you know better, use --force-base."
-    if held == base.fingerprint().quantize:
-        return f"Load the base it was trained on ({stored.name_or_path}), {otherwise}"
-    if held is None:
-        return f"It was trained over dense weights: load the base without --quantize, {otherwise}"
-    return f"It was trained over weights held as {held}: load the base with --quantize {held}, {otherwise}"
 
 
 def _share(concerned: int, stored: StoredAdapter) -> str:

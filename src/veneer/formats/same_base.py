@@ -35,3 +35,15 @@ def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
         for what, trained, here in pairs
         if trained is not None and trained != here
     ]
+
+
+def which_base(manifest: Manifest | None, name: str, base: FrozenBase) -> str:
+    """What to do where the base is another one. name: of the base that the adapter was trained on."""
+    assert manifest is not None
+    held = Fingerprint.from_dict(manifest.base.fingerprint).quantize
+    otherwise = "or, if you know better, use --force-base."
+    if held == base.fingerprint().quantize:
+        return f"Load the base it was trained on ({name}), {otherwise}"
+    if held is None:
+        return f"It was trained over dense weights: load the base without --quantize, {otherwise}"
+    return f"It was trained over weights held as {held}: load the base with --quantize {held}, {otherwise}"

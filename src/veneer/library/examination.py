@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer.adapters.attachment import Attachment
 from veneer.bases.fingerprint import Fingerprint
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, told_as
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
 from veneer.formats.manifest import MANIFEST_NAME
@@ -79,8 +79,10 @@ def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
 @contextmanager
 def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
     """The adapter on the base, within the block."""
-    name = f"{said_of(stored.folder)} (on trial)"
-    attachment = load_adapter(base, stored, name=name)
+    said = said_of(stored.folder)
+    name = f"{said} (on trial)"
+    with told_as(name, said):
+        attachment = load_adapter(base, stored, name=name)
     try:
         yield attachment
     finally:

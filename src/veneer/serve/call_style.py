@@ -11,11 +11,16 @@ from itertools import takewhile
 from typing import Any
 
 from veneer.data.template import ChatTemplate
+from veneer.data.unfit import RENDERS_TOOLS
 from veneer.decoding.call_elements import ElementCalls
 from veneer.decoding.call_forms import BareCall, ListedCalls, NamedCalls, ObjectCalls
 from veneer.decoding.calls import CallStyle, compact
 from veneer.errors import VeneerError
 
+NO_TOOLS = (
+    "This base's chat template writes no tool calls that can be read. Describe the tools in a system message, or serve "
+    f"a base whose template writes them, such as {RENDERS_TOOLS}."
+)
 _NAME, _ID = "probe_tool", "callA0001"
 _ARGUMENTS = {"probe_key": "probe value", "other_key": "another one"}
 _MOST_MARK = 40

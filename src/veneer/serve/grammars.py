@@ -12,6 +12,7 @@ from collections.abc import Callable
 from veneer.decoding.calls import CallStyle
 from veneer.decoding.grammar import Grammar, Grammars
 from veneer.serve.asked import Shape
+from veneer.serve.call_style import NO_TOOLS
 from veneer.serve.refusals import Refusal
 
 
@@ -43,6 +44,6 @@ class Shapes:
 
     def _calls(self, grammars: Grammars, shape: Shape) -> Grammar:
         if self._style is None:
-            raise Refusal(400, "This base's chat template writes no calls of tools that can be read.", "tools")
+            raise Refusal(400, NO_TOOLS, "tools")
         tools = {function["name"]: function.get("parameters") or {} for function in shape.spec}
         return grammars.calls(tools, self._style, most=shape.most)

@@ -21,7 +21,7 @@ from veneer.data.template import ChatTemplate
 from veneer.decoding.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.serve.asked import Chat, Plain, Prompt
-from veneer.serve.call_style import call_style
+from veneer.serve.call_style import NO_TOOLS, call_style
 from veneer.serve.refusals import Refusal, refusal_of
 
 MOST_WAITING = 256
@@ -94,7 +94,7 @@ class Prompts:
 
     def _chat(self, prompt: Chat, preamble: Preamble) -> list[int]:
         if prompt.tools and self.style is None:
-            raise Refusal(400, "This base's chat template writes no calls of tools that can be read.", "tools")
+            raise Refusal(400, NO_TOOLS, "tools")
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
         forgive()  # whatever conversation it did not survive is not this one

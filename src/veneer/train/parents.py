@@ -20,7 +20,7 @@ from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import NONE, shared
 from veneer.adapters.token_rows import Brought
 from veneer.data.examples import Example
-from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.errors import AdapterMismatchError, ConfigError, told_as
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
 from veneer.library.library import Library
 from veneer.merge.adapters import refuse_no_sum
@@ -89,7 +89,8 @@ def _from_parents(
     asked = _asked(config)
     with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
         source = _one(config, stored, asked, Path(scratch) / "sum")
-        old = load_adapter(base, source, name=_PARENT)
+        with told_as(_PARENT, " + ".join(each.adapter for each in config.from_adapter)):
+            old = load_adapter(base, source, name=_PARENT)
         try:
             settings = _settings(old.config, asked)
             begun = begin(base, settings, name=ADAPTER_NAME, seed=config.seed, examples=examples, tokens=tokens)
