@@ -404,6 +404,62 @@ def test_the_command_maps_columns(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
 
 
+def test_a_plan_of_rows_that_cannot_be_read_is_refused_as_training_on_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(save_tiny(tmp_path / "base"))
+    odd, mapped = tmp_path / "odd.csv", ["--map", "question=prompt", "--map", "answer=completion"]
+    odd.write_text("question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30)))
+    preferences, half = tmp_path / "preferences.jsonl", tmp_path / "half.jsonl"
+    preferences.write_bytes(lines([{"prompt": "x", "chosen": "y", "rejected": "z"}]))
+    half.write_bytes(lines([*records(9), {"prompt": "alone"}]))
+    for file in (odd, preferences, half):
+        assert main.main(["plan", "--base", base, "--data", str(file)]) == 2, file
+        said = capsys.readouterr()
+        assert "D107" in said.err and str(file) in said.err and "GB" not in said.out
+        run = tmp_path / "run.yaml"
+        run.write_text(yaml.safe_dump({"base": base, "data": str(file), "out": str(tmp_path / "run")}))
+        assert main.main(["plan", str(run)]) == 2
+        assert main.main(["train", str(run), "--fit", "1TB"]) == 2
+    capsys.readouterr()
+    written = tmp_path / "written.yaml"
+    assert main.main(["plan", "--base", base, "--data", str(odd), *mapped, "--write", str(written), "--json"]) == 0
+    assert "plans" in capsys.readouterr().out
+    assert yaml.safe_load(written.read_text())["data"] == {
+        "train": str(odd),
+        "map": {"question": "prompt", "answer": "completion"},
+    }
+    assert main.main(["plan", "--base", base, "--data", str(odd), *mapped, "--probe", "--batch", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["planned_memory_bytes"] > 0
+    assert main.main(["plan", str(written), *mapped]) == 2  # a run file says it
+    assert "--map" in capsys.readouterr().err
+    assert main.main(["plan", "--base", base, *mapped]) == 2  # of no rows
+    capsys.readouterr()
+
+
+def test_a_comparison_maps_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "odd.csv"
+    odd.write_text("question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30)))
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr("veneer.api.compare", lambda configs, **_: seen.append(configs[0][1].data.map) or {})
+    monkeypatch.setattr("veneer.cli.compare._table", lambda figures: "")
+    base = str(save_tiny(tmp_path / "base"))
+    asked = [
+        "compare",
+        "--base",
+        base,
+        "--data",
+        str(odd),
+        "--methods",
+        "lora,prefix",
+        "--out",
+        str(tmp_path / "c"),
+        "--json",
+    ]
+    assert main.main([*asked, "--map", "question=prompt", "--map", "answer=completion"]) == 0
+    assert seen == [{"question": "prompt", "answer": "completion"}]
+
+
 # what is done with them by hand
 
 

@@ -24,7 +24,7 @@ from veneer.compare.comparison import run_comparison
 from veneer.compare.jobs import Place
 from veneer.compare.local import Here
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
-from veneer.data.check import refuse_beyond
+from veneer.data.check import refuse_beyond, refuse_unreadable
 from veneer.data.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
 from veneer.data.load import DataSet, examine_data, load_data
@@ -162,17 +162,22 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
 
 
 def run_rows(config: RunConfig) -> DataSet:
-    """The rows of a run as it would read them, those that are too long cut. Loads no weights."""
+    """The rows of a run as it would read them, those that are too long cut. Loads no weights.
+
+    DataError: rows that the run would refuse for another reason than their length.
+    """
     tokenizer, model_config = load_tokenizer(config.base)
     capacity = configured_capacity(model_config)
     tokens = bring(tokenizer, config.new_tokens, rows=capacity.tokens)
-    return examine_data(
+    found = examine_data(
         config.data.model_copy(update={"long_rows": "cut"}),
         length=config.length,
         capacity=room_with(capacity, tokens),
         tokenizer=extended(tokenizer, config.new_tokens),
         preamble=Preamble(variables=config.template.variables),
     )
+    refuse_unreadable(found.report, config.data.called)
+    return found
 
 
 def check_data(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
-from veneer.cli.common import add_json, make_console, no_collection, print_json
+from veneer.cli.common import add_json, add_map, columns_of, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
 from veneer.errors import ConfigError
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--validation", metavar="V", help="rows to choose the learning rate by; default: split off")
     parser.add_argument("--test", metavar="T", help="rows to judge by; default: split off")
+    add_map(parser)
     parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of each run; default: 100")
     parser.add_argument("--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps")
     parser.add_argument("--seeds", type=SEEDS, default=3, metavar="N", help="runs of each; default: 3")
@@ -191,7 +192,7 @@ def _table(figures: dict[str, Any]) -> Table:
 
 def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     """(name, settings) of every candidate. All faults of all candidates are told at once."""
-    methods = _names(args.methods)
+    methods, columns = _names(args.methods), columns_of(args)
     if bool(methods) == bool(args.runs):
         raise ConfigError("nothing to compare", [], "Give --methods M,M with --base and --data, or run files.")
     found: list[tuple[str, RunConfig]] = []
@@ -200,9 +201,9 @@ def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
         flags = {"base": args.base, "data": args.data, "out": str(args.out)}
         try:
             if methods:
-                found.append((name, read_run_config(None, {**flags, "method": name}, args.sets)))
+                found.append((name, read_run_config(None, {**flags, "method": name}, args.sets, columns)))
             else:
-                found.append((Path(name).stem, read_run_config(name, flags, args.sets)))
+                found.append((Path(name).stem, read_run_config(name, flags, args.sets, columns)))
         except ConfigError as fault:
             faults += [each for each in (fault.faults or [str(fault)]) if each not in faults]
     if faults:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
-from veneer.cli.common import add_json, make_console, no_collection, print_json
+from veneer.cli.common import add_json, add_map, columns_of, make_console, no_collection, print_json
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.errors import ConfigError
@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="D", help="rows to plan with; without it rows of --length, all tokens trained"
     )
+    add_map(parser)
     parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
     parser.add_argument("--epochs", type=EPOCHS, metavar="E", help="passes over --data; default: 3")
     parser.add_argument(
@@ -176,6 +177,7 @@ def _question(args: argparse.Namespace) -> Question:
 def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Of a question, what a run file answers."""
     given = [name for name in SETTINGS if getattr(args, name) is not None]
+    given += ["map"] if args.columns else []
     if given or args.write:
         flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["write"] if args.write else [])])
         raise ConfigError(
@@ -235,8 +237,15 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
         with no_collection():
             from veneer import api
 
-        data, _ = api.check_data(args.data, base=bases[0], length=choice.length, long_rows="cut")
+        from veneer.data.check import refuse_unreadable
+
+        data, _ = api.check_data(
+            args.data, base=bases[0], length=choice.length, long_rows="cut", columns=columns_of(args)
+        )
+        refuse_unreadable(data.report, args.data)
         rows, held_out = data.train, data.validation
+    elif args.columns:
+        raise ConfigError("--map names columns, and no rows are named", next_step="Give --data too.")
     passes = args.epochs or EPOCHS_UNSAID
     return {"bases": bases, "choice": choice, "rows": rows, "held_out": held_out, "steps": args.steps, "epochs": passes}
 
@@ -330,7 +339,7 @@ def _write(args: argparse.Namespace, found: Answer) -> None:
         choice, rate = found.advice.choice, found.advice.learning_rate
     settings: dict[str, Any] = {
         "base": args.base or row.base,
-        "data": args.data or "ROWS.jsonl",
+        "data": {"train": args.data, "map": columns} if (columns := columns_of(args)) else args.data or "ROWS.jsonl",
         "method": choice.method.model_dump(mode="json", exclude_defaults=True) | {"name": choice.method.name},
         "batch": choice.batch,
         "length": choice.length,

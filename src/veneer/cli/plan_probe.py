@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from veneer.cli.common import make_console, no_collection, print_json
+from veneer.cli.common import columns_of, make_console, no_collection, print_json
 from veneer.errors import ConfigError
 from veneer.wording import size
 
@@ -28,7 +28,7 @@ def run_probe(args: argparse.Namespace) -> int:
         config = RunConfig.model_validate(
             {
                 "base": args.base,
-                "data": {"train": args.data, "validation_share": 0.0, "long_rows": "cut"},
+                "data": {"train": args.data, "map": columns_of(args), "validation_share": 0.0, "long_rows": "cut"},
                 "method": method.model_dump(),
                 "quantize": args.quantize or quantize,
                 "dtype": args.dtype or "auto",

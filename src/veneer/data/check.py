@@ -22,6 +22,8 @@ from veneer.data.template import Encoded
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspect."""
 _SHOWN_LENGTHS = 5
+_BY_CUTTING = ("D204", "D206")
+"""Problems that rows have because they are cut at a length."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,13 @@ def refuse(report: CheckReport, file: str) -> None:
     fatal = [problem for problem in report.problems if problem.fatal]
     if fatal:
         raise refusal(f"{file} cannot be trained on", fatal)
+
+
+def refuse_unreadable(report: CheckReport, file: str) -> None:
+    """Raises DataError for what keeps a run from starting, unless only a shorter length causes it and rows remain."""
+    fatal = [problem for problem in report.problems if problem.fatal]
+    if fatal := [problem for problem in fatal if not report.rows or problem.code not in _BY_CUTTING]:
+        raise refusal(f"{file} cannot be planned with", fatal)
 
 
 def _length_problems(findings: Findings, length: int, by_model: bool, long_rows: LongRows) -> list[Problem]:
