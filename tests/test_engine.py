@@ -177,13 +177,14 @@ def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
         answers = [engine.add(Request(prompt=(5, n), max_new_tokens=NEW, adapter=identity))[0] for n in range(3)]
         engine.step(0.0)
         engine.step(0.0)
-        acting = engine._acting[1]
+        lane = engine.lanes.exact if identity == lora else engine.lanes.others
+        acting = lane.acting[1]
         prepared = dict(acting.plan.kept)
         factors = [each.few or each.alone or each.bundled for each in prepared.values()]
         assert acting.whole == applied[identity] and any(factors) == (identity == lora)
         while not engine.scheduler.idle:
             engine.step(0.0)
-            assert engine._acting is None or engine._acting[1].plan.kept == prepared
+            assert lane.acting is None or lane.acting[1].plan.kept == prepared
         assert [a.answer for a in answers] == [alone(base, applied[identity], [5, n]) for n in range(3)]
 
 

@@ -92,7 +92,7 @@ def test_answers_are_those_that_are_launched_call_by_call(there, monkeypatch):
     engine = engine_of(monkeypatch, base, applied, tape)
     tokens, chances = said(engine, ASKED)
     assert tokens == expected[0] and chances == pytest.approx(expected[1], abs=1e-5)
-    assert tape.replayed > tape.captured > 2 and not engine._forward.graphs.refused
+    assert tape.replayed > tape.captured > 2 and not engine.lanes.exact.forward.graphs.refused
 
 
 def test_rows_and_blocks_are_filled_up_so_that_there_are_few_graphs(there, monkeypatch):
@@ -100,7 +100,7 @@ def test_rows_and_blocks_are_filled_up_so_that_there_are_few_graphs(there, monke
     tape = Tape(pretended)
     engine = engine_of(monkeypatch, base, {}, tape)
     said(engine, [((), [5, 9 + n], 8 + n) for n in range(6)])
-    assert {key[:2] for key in engine._forward.graphs.kept} == {(8, 16 + graphs.HEAD)}
+    assert {key[:2] for key in engine.lanes.exact.forward.graphs.kept} == {(8, 16 + graphs.HEAD)}
     assert tape.captured == 1
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_captured_is_launched_and_said_once(there, monkeypatch, c
     engine = engine_of(monkeypatch, base, applied, tape)
     with caplog.at_level(logging.WARNING, "veneer.decoding"):
         assert said(engine, ASKED[:2])[0] == expected[0]
-    assert not tape.captured and engine._forward.graphs.refused
+    assert not tape.captured and engine.lanes.exact.forward.graphs.refused
     assert len(caplog.records) == 1 and "the host waits" in caplog.text
 
 
@@ -143,9 +143,9 @@ def test_graphs_of_adapters_that_nobody_uses_go_with_the_last_answer(there, monk
     pretended, base, applied = there
     engine = engine_of(monkeypatch, base, applied, Tape(pretended))
     said(engine, [(LORA, [5, 9], 9)])
-    assert not engine._forward.graphs.kept
+    assert not engine.lanes.exact.forward.graphs.kept
     said(engine, [((), [5, 9], 9)])
-    assert len(engine._forward.graphs.kept) == 1
+    assert len(engine.lanes.exact.forward.graphs.kept) == 1
 
 
 @pytest.mark.parametrize("rules", [Rules(0.3), Rules(0.3, window=21), Rules(0.3, softcap=2.0, sinks=torch.ones(4))])

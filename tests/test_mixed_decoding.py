@@ -10,6 +10,7 @@ from tests.tiny import tiny_base
 from veneer.adapters.acting import in_turn
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.adapters.token_rows import Brought
 from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling import Sampling
@@ -139,3 +140,52 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
     assert answers(asked, Limits()) == alone
     assert answers(asked, Limits(rows=5, step_tokens=100, chunk_tokens=33)) == alone
     assert answers(asked[::-1], Limits(rows=7, step_tokens=64, chunk_tokens=64), places=560) == alone[::-1]
+
+
+BESIDE = {
+    "prefix": Prefix(tokens=4, start="random"),
+    "dora": DoRA(rank=2, alpha=5.0, targets=["q_proj", "down_proj"]),
+    "bottleneck": Bottleneck(placement="houlsby", size=5),
+    "embedding": LoRA(rank=3, alpha=5.0, targets=["embed_tokens", "v_proj"]),
+    "norms": LoRA(rank=3, alpha=5.0, targets=["q_proj"], train_modules=["norm", "input_layernorm"]),
+    "head": LoRA(rank=3, alpha=5.0, targets=["q_proj"], train_modules=["lm_head"]),
+    "offsets": LoRA(rank=3, alpha=5.0, targets=["q_proj"], lora_bias=True),
+}
+"""What the model's parts or one call for all rows cannot compute; by name, each in one mix at least."""
+
+
+@pytest.mark.skipif(native.level() < 2, reason="a processor whose registers were not measured")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_method(dtype):
+    base = tiny_base("llama_untied", dtype, max_position_embeddings=512)
+    _ = base.paths
+    head, settings = base.model.get_output_embeddings(), {"a": LoRA(rank=3), "b": LoRA(rank=2, targets=["lm_head"])}
+    for number, (name, config) in enumerate({**settings, **BESIDE}.items()):
+        move(attach(base.model, config, name=name, routing=base.routing, head=head, seed=number), seed=number)
+    tokens = Brought(("<x>",), (272,))
+    made = attach(base.model, LoRA(rank=2), name="tokens", routing=base.routing, head=head, tokens=tokens, seed=20)
+    move(made, seed=20)
+    exact = [(), (("a", 1.0),), (("b", 0.7), ("a", 0.5))]
+    others = [((name, 1.0),) for name in (*BESIDE, "tokens")]
+    applied = {each: base.routing.applied(each) for each in (*exact, *others) if each}
+    draw = random.Random(7)
+
+    def request(identity, number):
+        prompt = tuple(draw.randrange(4, 200) for _ in range(draw.choice([1, 9, 40, 90])))
+        how = Sampling(temperature=draw.choice([0.0, 0.0, 1.0]), logprobs=3)
+        return Request(prompt=prompt, max_new_tokens=12, adapter=identity, sampling=how, seed=number)
+
+    def answers(requests, limits):
+        engine = Engine(base, budget_bytes=8192 * bytes_per_token(base), adapters=Fixed(applied), limits=limits)
+        assert engine.way.not_by_parts is None
+        made = [engine.add(each)[0] for each in requests]
+        engine.run()
+        assert not any(each.error for each in made)
+        return [(each.new, each.logprobs) for each in made]
+
+    asked = [request(exact[number % 3], number) for number in range(6)]
+    alone = [answers([each], Limits())[0] for each in asked]
+    for mix in (others, *([other] for other in others)):
+        beside = [request(identity, number) for number, identity in enumerate(mix)]
+        limits = draw.choice([Limits(), Limits(rows=6, step_tokens=100, chunk_tokens=33)])
+        assert answers([*beside, *asked], limits)[len(beside) :] == alone, mix

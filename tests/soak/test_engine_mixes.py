@@ -2,21 +2,25 @@
 
 A mix: adapters of random methods on one base, identities of none, one or two of them; requests with common beginnings,
 several choices, every kind of sampling, stops; few or many rows, blocks and tokens a step.
+Answers of the base and of LoRAs of linear layers are the same to the bit, in float32 and bf16, where the model is
+computed by its parts; mixtures are not.
 """
 
 import random
 
 import pytest
+import torch
 
 from tests.soak.counts import rounds
-from tests.soak.test_mixes import FAMILIES, for_a_group, some_adapters
+from tests.soak.test_mixes import FAMILIES, MIXTURES, for_a_group, some_adapters
 from tests.tiny import tiny_base
 from veneer.adapters.config import Prefix
-from veneer.decoding.adapters import Fixed
+from veneer.decoding.adapters import Fixed, changes_rows_alone
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling import Sampling
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
+from veneer.kernels import few_rows
 
 CLOSE = 1e-4
 """Of logarithms of chances, in float32, whatever rows are beside."""
@@ -71,7 +75,8 @@ def what(answers):
 @pytest.mark.parametrize("number", rounds("engine", ci=4))
 def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
     draw = random.Random(number)
-    base = tiny_base(draw.choice(FAMILIES))
+    family = draw.choice(FAMILIES)
+    base = tiny_base(family, draw.choice([torch.float32, torch.bfloat16]))
     some_adapters(base.model, base.routing, draw)
     applied = {}
     for _ in range(3):
@@ -85,10 +90,18 @@ def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
     together = answered(base, applied, asked, limits, blocks)
     assert what(answered(base, applied, asked, limits, blocks)) == what(together)
     left = iter(together)
+    by_parts = base.way.not_by_parts is None and few_rows.takes_updates(1, base.dtype, base.device)
+    exact = by_parts and family not in MIXTURES
     for request in asked:
+        acting = applied.get(request.adapter, ())
         for one in answered(base, applied, [request], Limits(), 200):
             mixed = next(left)
             assert one.reason is not Reason.ERROR
+            if exact and all(changes_rows_alone(adapter) for adapter, _ in acting):
+                assert what([one]) == what([mixed])
+                continue
+            if base.dtype is torch.bfloat16:  # rounding may choose any of its words
+                continue
             same = next((n for n, pair in enumerate(zip(one.new, mixed.new, strict=False)) if len({*pair}) > 1), None)
             if same is not None:  # two tokens as likely: rounding may choose
                 at = dict(one.logprobs[same].alternatives)

@@ -82,8 +82,8 @@ Updating = tuple[Table | None, frozenset[str]]
 """The layers to which an adapter adds updates alone, as a table, or None; the keys of all others that it changes."""
 
 
-def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
-    """plan: where its factors are laid out, in this type."""
+def _updates(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]:
+    """The layers to which it adds updates alone, by their keys; the keys of all others that it changes."""
     linear = key_of(AdaptedLinear, "")
     layers = {
         key: layer
@@ -91,8 +91,19 @@ def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
         if key.startswith(linear) and isinstance(layer, LoRALayer) and layer.offset is None
         if key not in adapter.replaced
     }
+    return layers, frozenset(adapter.beside.keys() | adapter.replaced.keys()) - layers.keys()
+
+
+def changes_rows_alone(adapter: Attachment) -> bool:
+    """Whether it is updates of linear layers alone, which leave the bits of other rows in a forward as they are."""
+    return not _updates(adapter)[1]
+
+
+def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
+    """plan: where its factors are laid out, in this type."""
+    layers, others = _updates(adapter)
     table = plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None
-    return table, frozenset(adapter.beside.keys() | adapter.replaced.keys()) - layers.keys()
+    return table, others
 
 
 def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_bytes: int) -> int:

@@ -10,27 +10,21 @@ Decides nothing about order, room or sharing (decoding/scheduler.py), and nothin
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from veneer.adapters.acting import Acting, in_step
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.new_tokens import width_of
-from veneer.decoding.adapters import Adapters, Updating, mix_of, prefixes, updating
+from veneer.decoding.adapters import Adapters
 from veneer.decoding.blocks import BlockManager
 from veneer.decoding.direct import Way
 from veneer.decoding.draws import Drawing, draw
-from veneer.decoding.forward import PagedForward
+from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
 from veneer.decoding.scheduler import Limits, Scheduler
 from veneer.decoding.sequence import Request, State
 from veneer.decoding.sequence import Sequence as Answer
 from veneer.decoding.step_plan import Drawn, Plan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
-from veneer.kernels import few_rows
-from veneer.kernels.segments import Plan as Prepared
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
@@ -62,14 +56,10 @@ class Engine:
         )
         self.scheduler = Scheduler(blocks, limits or Limits(), adapters, positions=read_alike(base.config))
         self.way = _way(base)
-        again = self.way.again if (by_parts := self.way.not_by_parts is None) else None
-        self._forward = PagedForward(base.device, blocks, self.way.logits, filled=not by_parts, again=again)
+        self.lanes = Lanes(base, blocks, adapters, self.way)
         self._drawings: dict[int, Drawing] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens
-        self._acting: tuple[Any, Acting] | None = None
-        self._before: Prepared | None = None
-        self._known: dict[Attachment, Updating] = {}
 
     def add(self, request: Request) -> tuple[Answer, ...]:
         """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise.
@@ -124,8 +114,7 @@ class Engine:
 
     def _undo(self) -> None:
         self.scheduler.undo_step()
-        self._acting = self._before = None
-        self._known.clear()
+        self.lanes.forget()
 
     def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
         """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of it."""
@@ -153,19 +142,19 @@ class Engine:
 
     def _results(self, plan: Plan) -> dict[int, Drawn] | None:
         """What each answer draws, by number; None: the memory does not suffice."""
-        answers = [answer for span in plan.spans for answer in span.draws]
-        rows = [n for n, span in enumerate(plan.spans) for _ in span.draws]
         try:
-            logits = self._logits(plan) if plan.spans else None
+            computed = self.lanes.logits(plan) if plan.spans else []
         except Exception as fault:
             if not is_out_of_memory(fault):
                 raise
             return None
-        if logits is None or not rows:
-            return {}
-        if rows != list(range(len(plan.spans))):
-            logits = logits[rows]
-        return self._drawn(logits, answers)
+        drawn: dict[int, Drawn] = {}
+        for numbers, logits in computed:
+            answers = [answer for n in numbers for answer in plan.spans[n].draws]
+            rows = [row for row, n in enumerate(numbers) for _ in plan.spans[n].draws]
+            if rows:
+                drawn |= self._drawn(logits if rows == list(range(len(logits))) else logits[rows], answers)
+        return drawn
 
     def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, Drawn]:
         """Each of the ids that it knows: tokens that one adapter brings are none to the others."""
@@ -194,45 +183,9 @@ class Engine:
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
             self._drawings.pop(answer.number, None)
-        if ended and self._acting is not None:  # their adapters may go
-            held = dict.fromkeys(s.request.adapter for s in self.scheduler.running if s.request.adapter)
-            attached = [adapter for each in held for adapter, _ in self._adapters.applied(each)]
-            layers = [layer for adapter in attached for layer in adapter.beside.values()]
-            self._before, self._acting = self._acting[1].plan.following(layers), None
-            self._known = {adapter: self._known[adapter] for adapter in attached if adapter in self._known}
-            self.way.let_go()
-            self._forward.let_go(attached)
+        if ended:  # their adapters may go
+            self.lanes.let_go({s.request.adapter for s in self.scheduler.running if s.request.adapter})
         return ended
-
-    def _logits(self, plan: Plan) -> Tensor:
-        """(spans, V): what follows the last token of each span."""
-        for front in plan.fronts:
-            (prefix,) = prefixes(self._adapters.applied(front.adapter))
-            self._forward.write(front, prefix)
-        step = self._forward.rows(plan)
-        acting = self._acting_of(plan, step.filler)
-        with self.base.routing.held(acting if step.kept is None else acting.keeping(step.kept)):
-            return self._forward.logits(plan, step, acting)
-
-    def _acting_of(self, plan: Plan, filler: int) -> Acting:
-        """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
-        parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
-        if self._acting is None or self._acting[0] != (parts, filler):
-            self._acting = (parts, filler), in_step(parts, self._before).padded(filler)
-            self._before = self._acting[1].plan
-            if few_rows.takes_updates(1, self.base.dtype, self.base.device):
-                self._before.mix = mix_of(self._acting[1].parts, self._updating, self.base.dtype)
-        return self._acting[1]
-
-    def _updating(self, adapter: Attachment) -> Updating:
-        """What it is as a table; laid out once, for as long as it is here or an answer uses it."""
-        if adapter.laid_out is not None:
-            known: Updating = adapter.laid_out
-            return known
-        if (found := self._known.get(adapter)) is None:
-            assert self._before is not None
-            found = self._known[adapter] = updating(adapter, self._before, self.base.dtype)
-        return found
 
 
 def _no_memory() -> DoesNotFitError:

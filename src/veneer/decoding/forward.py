@@ -53,15 +53,24 @@ SPARE = 4
 
 class PagedForward:
     """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its tables number.
-    filled: whether rows are filled up. again: the same of single tokens, one further than the last, where it can."""
+    filled: whether rows are filled up. again: the same of single tokens, one further than the last, where it can.
+    keys: of another forward over the same blocks, which has the graphs then; None: its own."""
 
     def __init__(
-        self, device: torch.device, blocks: BlockManager, run: Run, *, filled: bool = True, again: Again | None = None
+        self,
+        device: torch.device,
+        blocks: BlockManager,
+        run: Run,
+        *,
+        filled: bool = True,
+        again: Again | None = None,
+        keys: PagedKeys | None = None,
     ) -> None:
         self._device, self._run, self._filled, self._again = device, run, filled, again
         on_cuda = device.type == "cuda"
-        self.keys = PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block)  # one for rows that fill up
-        self.graphs = Graphs(device, self.keys, run, recorder_here()) if on_cuda else None
+        # One block more for rows that fill up.
+        self.keys = PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block) if keys is None else keys
+        self.graphs = Graphs(device, self.keys, run, recorder_here()) if on_cuda and keys is None else None
         self._last: tuple[int, PagedStep] | None = None  # of the last plan, which had single tokens alone
 
     def rows(self, plan: Plan) -> StepRows:
