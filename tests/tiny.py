@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     OlmoeConfig,
     OPTConfig,
@@ -35,9 +36,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     StableLmConfig,
+    Starcoder2Config,
 )
 
 if TYPE_CHECKING:
@@ -141,6 +144,18 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
 FAMILIES = tuple(_CONFIGS)
 _CONFIGS |= {  # by name alone, not in every test of all families
     "stablelm": (StableLmConfig, _MODERN),  # its layers hand no keyword on to attention
+    "starcoder2": (Starcoder2Config, _MODERN),
+    "nemotron": (NemotronConfig, _MODERN),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            **_MODERN,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "olmoe": (OlmoeConfig, {**_MODERN, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": (
         GptOssConfig,

@@ -22,22 +22,31 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2moe": ("qwen2_moe", {"rms_norm_eps": 1e-5, "intermediate_size": 56}),
+    "qwen3moe": ("qwen3_moe", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]}),
+    "phi3": ("phi3", {"rope_parameters": {"rope_theta": 5e4, "partial_rotary_factor": 0.75}, "sliding_window": 9}),
+    "falcon": ("falcon", {"num_kv_heads": 1, "ffn_hidden_size": 128, "max_position_embeddings": 2048}),
+    "falcon of groups": (
+        "falcon",
+        {
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 128,
+            "max_position_embeddings": 2048,
+            "new_decoder_architecture": True,
+            "multi_query": False,
+            "num_ln_in_parallel_attn": 2,
+        },
+    ),
+    "bloom": ("bloom", {"layer_norm_epsilon": 1e-4}),
+    "gpt2": ("gpt2", {"n_positions": 128, "n_inner": 128, "layer_norm_epsilon": 1e-4}),
+    "stablelm": ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "starcoder2": ("starcoder2", {"rope_parameters": {"rope_theta": 999999.4375, "rope_type": "default"}}),
+    "nemotron": ("nemotron", {"norm_eps": 3e-4}),
 }
+"""Architecture (its first word) -> family of tests/tiny.py and settings that no default has."""
 
 
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:
@@ -55,33 +64,89 @@ def with_merges(folder: Path) -> Path:
     return folder
 
 
+def header_of(architecture: str, config: Any) -> dict[str, Any]:
+    """The hyperparameters that llama.cpp's converter writes for a model of this config.
+
+    Source: set_gguf_parameters in https://github.com/ggml-org/llama.cpp/tree/master/conversion.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    full = rope.get("full_attention", rope)
+    heads, width = config.num_attention_heads, config.hidden_size
+    header: dict[str, Any] = {
+        "context_length": getattr(config, "max_position_embeddings", width),
+        "embedding_length": width,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": getattr(config, "intermediate_size", 4 * width),
+        "attention.head_count": heads,
+        "attention.head_count_kv": getattr(config, "num_kv_heads", getattr(config, "num_key_value_heads", heads)),
+        "rope.freq_base": full.get("rope_theta"),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", getattr(config, "norm_eps", None)),
+        "attention.layer_norm_epsilon": next(
+            (v for k, v in config.to_dict().items() if k in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")),
+            getattr(config, "norm_eps", None),
+        ),
+        "attention.key_length": getattr(config, "head_dim", None),
+        "attention.value_length": getattr(config, "head_dim", None),
+        "expert_count": getattr(config, "num_experts", None),
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
+        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
+    }
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"rope.dimension_count": config.to_dict().get("head_dim"), "vocab_size": config.vocab_size},
+        "gemma2": {
+            "attn_logit_softcapping": config.to_dict().get("attn_logit_softcapping"),
+            "final_logit_softcapping": config.to_dict().get("final_logit_softcapping"),
+            "attention.sliding_window": config.to_dict().get("sliding_window"),
+            "rope.freq_base": None,
+        },
+        "gemma3": {
+            "attention.sliding_window": config.to_dict().get("sliding_window"),
+            "rope.freq_base_swa": rope.get("sliding_attention", {}).get("rope_theta"),
+        },
+        "phi3": {
+            "rope.scaling.original_context_length": config.to_dict().get("original_max_position_embeddings"),
+            "attention.sliding_window": config.to_dict().get("sliding_window") or 0,
+        },
+        "falcon": {"tensor_data_layout": "jploski", "rope.freq_base": None},
+        "stablelm": {"use_parallel_residual": False, "rope.freq_base": None},
+        "nemotron": {"vocab_size": config.vocab_size, "rope.scaling.type": "none"},
+    }
+    if (share := full.get("partial_rotary_factor", 1.0)) != 1.0:
+        header["rope.dimension_count"] = int(share * width / heads)
+    return {key: value for key, value in {**header, **own.get(architecture, {})}.items() if value is not None}
+
+
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Adds a key as the type that llama.cpp's converter gives such a value."""
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_key_value(key, value, kinds.get(type(value), gguf.GGUFValueType.STRING))
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
     architecture: str,
     *,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
     pre: str = "gpt-2",
     eos: str = "<|endoftext|>",
     extra: dict[str, Any] | None = None,
     leave_out: str = "none",
 ) -> Path:
-    """As llama.cpp's converter writes it: q and k rows of llama permuted, the vocabulary padded with names."""
+    """Writes the file as llama.cpp's converter does, the vocabulary padded with names.
+
+    kinds: by a part of a tensor's name, another type than `kind`. extra: keys that are added or written otherwise.
+    """
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if architecture == "llama":
-        writer.add_rope_dimension_count(config.head_dim)
-    if architecture == "qwen3":
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+    header = {f"{architecture}.{key}": value for key, value in header_of(architecture, config).items()}
+    for key, value in {**header, **(extra or {})}.items():
+        add_value(writer, key, value)
     vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
     vocabulary |= {259: "Ġt", 260: "Ġ1", 261: "qz"}  # by a merge; by a merge of space and digit; by none
     writer.add_tokenizer_model("gpt2")
@@ -93,25 +158,22 @@ def write_gguf(
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(tokenizer.convert_tokens_to_ids(eos))
     writer.add_chat_template(CHATML)
-    for key, value in (extra or {}).items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint16(key, value)
     for name, tensor in model.state_dict().items():
         if (name == "lm_head.weight" and config.tie_word_embeddings) or leave_out in name:
             continue
-        values = tensor.numpy()
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-        if stored.name.endswith("_K"):  # the gguf package reads these but does not make them
-            stored = stored if name.endswith("proj.weight") else gguf.GGMLQuantizationType.F16
-        if stored.name.endswith("_K"):
-            data = random_blocks(stored.name, len(values), values.shape[1], seed=len(name)).numpy()  # type: ignore[arg-type]
-        else:
-            data = gguf.quantize(values, stored)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=stored)
-    if config.rope_parameters["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_factors(config.rope_parameters, config.head_dim))
+        for stored_name, values in stored_tensors(architecture, model, name, tensor):
+            stored = next((other for part, other in (kinds or {}).items() if part in stored_name), kind)
+            stored = stored if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+            if stored.name.endswith("_K"):  # the gguf package reads these but does not make them
+                stored = stored if name.endswith("proj.weight") else gguf.GGMLQuantizationType.F16
+            if stored.name.endswith("_K"):
+                data = random_blocks(stored.name, len(values), values.shape[1], seed=len(name)).numpy()  # type: ignore[arg-type]
+            else:
+                data = gguf.quantize(values, stored)
+            writer.add_tensor(stored_name, data, raw_dtype=stored)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(rope, config.head_dim))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -119,12 +181,45 @@ def write_gguf(
     return path
 
 
-def gguf_name(name: str) -> str:
-    parts = name.removeprefix("model.layers.").split(".", 1)
-    module, suffix = name.rsplit(".", 1)
-    if parts[0].isdigit():
-        return f"blk.{parts[0]}.{_NAMES[parts[1].rsplit('.', 1)[0]]}.{suffix}"
-    return f"{_NAMES[module]}.{suffix}"
+def stored_tensors(
+    architecture: str, model: PreTrainedModel, name: str, tensor: torch.Tensor
+) -> list[tuple[str, np.ndarray[Any, Any]]]:
+    """One tensor of the model as the file has it: name and values, or two of each.
+
+    Source: modify_tensors in https://github.com/ggml-org/llama.cpp/tree/master/conversion.
+    """
+    config: Any = model.config
+    number = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    if name.endswith("experts.gate_up_proj"):
+        layer, (gate, up) = name.split(".")[2], tensor.chunk(2, dim=1)
+        return [
+            (f"blk.{layer}.ffn_{part}_exps.weight", values.contiguous().numpy())
+            for part, values in (("gate", gate), ("up", up))
+        ]
+    stem, _, last = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
+    own = table.get_name(stem) or table.get_name(stem.removeprefix("transformer."))
+    assert own is not None, name
+    heads, rows = config.num_attention_heads, tensor.shape[0]
+    if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
+        count = heads if stem.endswith("q_proj") else config.num_key_value_heads
+        tensor = tensor.reshape(count, 2, rows // count // 2, -1).transpose(1, 2).reshape(tensor.shape)
+    elif architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+        tensor = tensor + 1
+    elif architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        tensor = tensor.T
+    elif architecture == "bloom" and "query_key_value" in name:
+        parts = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
+        tensor = torch.cat([parts[:, part].reshape(rows // 3, *tensor.shape[1:]) for part in range(3)])
+    elif architecture == "falcon" and "query_key_value" in name:
+        groups, size = config.num_kv_heads, config.hidden_size // heads
+        parts = tensor.view(groups, heads // groups + 2, size, config.hidden_size)
+        tensor = torch.cat(
+            [part.reshape(-1, config.hidden_size) for part in (parts[:, :-2], parts[:, -2], parts[:, -1])]
+        )
+    elif name.endswith("shared_expert_gate.weight"):
+        tensor = tensor[0]
+    return [(f"{own}.{last}", tensor.contiguous().numpy())]
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, Any]:

@@ -19,7 +19,7 @@ from veneer.bases.blueprint import Blueprint, of_fields
 from veneer.bases.compute import DTYPES
 from veneer.bases.gguf import header_config
 from veneer.bases.hub import PATIENCE_SECONDS, HubUnreachableError, within
-from veneer.bases.kept import converted_folder
+from veneer.bases.kept import converted_folder, is_whole
 from veneer.bases.model_config import checked_config
 from veneer.bases.model_folder import weight_files
 from veneer.bases.named import HUB_ID, NAMED
@@ -42,7 +42,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def blueprint(source: str) -> Blueprint:
     """The config that `source` names: a named size, a folder, a .gguf file, a hub id. SourceError lists what exists."""
-    if source in NAMED and (kept := converted_folder(NAMED[source].sha256)).is_dir():
+    if source in NAMED and is_whole(kept := converted_folder(NAMED[source].sha256)):
         return _from_folder(source, kept)
     path = expanded(source)
     if source.strip() and path.is_dir():

@@ -1,16 +1,12 @@
 """A .gguf file, converted once into a folder that transformers loads, kept in the cache.
 
-transformers reads the file (it undoes the q/k row permutation of llama-family files and rebuilds the
-vocabulary); what it passes over in silence is checked or mended here, because a base that is nearly right
-answers nearly right:
-
-    numbers    GGUF keeps 1e-5 in single precision; it is 1e-5 again afterwards
-    rope       Llama 3's frequency factors come back as rope_type llama3; any other scaling is refused
-    tensors    every value of the file has a place in the model, and every weight came from the file
-    text       how text is cut into words before merges is refused if tokenizer.ggml.pre is unknown
+    config     every hyperparameter of the header is used or refused by name (gguf_config.py)
+    tensors    each tensor of the file has one place in the model, and each weight comes from the file (gguf_weights.py)
+    tokenizer  rebuilt by transformers; refused if tokenizer.ggml.pre, how text is cut before merges, is unknown
     stop       every token that ends a turn is in generation_config.json
+    manifest   the hash of every file: a folder that was changed afterwards is converted again
 
-Weights of quantised files are written as bf16, those of f32, f16 and bf16 files in their own dtype.
+Weights of quantised files are written as bf16, those of f32, f16 and bf16 files in the type of most of their matrices.
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 Not known here: where the file came from.
 """
@@ -18,12 +14,10 @@ Not known here: where the file came from.
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib.util
 import io
 import logging
 import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,44 +28,20 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from veneer.bases.announced import announced_faults, built_faults, without_storage
+from veneer.bases.gguf_config import ARCHITECTURES, OTHER_SOURCE, described_config
 from veneer.bases.gguf_layout import LayoutError, check_layout
-from veneer.bases.kept import converted_folder, making, publish
+from veneer.bases.gguf_weights import dense_values, merged, num_merged, places, stored_shape
+from veneer.bases.kept import converted_folder, is_whole, making, publish
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
+from veneer.files.atomic import write_manifest
 
 _log = logging.getLogger(__name__)
-
-ARCHITECTURES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen2moe",
-    "qwen3",
-    "qwen3moe",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "falcon",
-    "bloom",
-    "gpt2",
-    "stablelm",
-    "starcoder2",
-    "nemotron",
-)
-"""Causal LMs whose .gguf files transformers turns into its own weights."""
 
 _FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
@@ -98,6 +68,7 @@ class Header:
     pre_tokenizer: str | None
     rope_factors: np.ndarray[Any, Any] | None  # what Llama 3's rotary frequencies are divided by
     dtype: torch.dtype
+    fields: Mapping[str, Any]  # hyperparameters and ids of special tokens, by their keys
     num_values: int  # of all tensors that are weights
     tensors: Mapping[str, ReaderTensor]  # those weights by their names in the file, mapped
     licence: object = None  # as the file says it
@@ -111,15 +82,15 @@ class Header:
 def convert(path: Path, sha256: str) -> Path:
     """The folder that `path`, whose bytes have this hash, was converted to, now or earlier.
 
-    Peak memory: about three times the weights as they are written.
+    Peak memory: the weights as they are written, and the largest tensor in float32.
     Raises SourceError if the file holds what cannot be converted faithfully, CorruptFileError if it is
     damaged, DoesNotFitError if memory or disk do not suffice.
     """
     target = converted_folder(sha256)
-    if not target.is_dir():
+    if not is_whole(target):
         with converting(path, target) as (alone, header, folder):
             tokenizer = rebuilt_tokenizer(alone, header)
-            model = _model(alone, header)
+            model = dense_model(header)
             model.generation_config = matched(tokenizer, model)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -132,22 +103,21 @@ def header_config(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
     Raises as convert does, but reads no weights.
     """
     header = read_header(path)
-    with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
-        return file_config(_alone(path, Path(scratch)), header), header.dtype
+    return file_config(header), header.dtype
 
 
-def file_config(alone: Path, header: Header) -> PreTrainedConfig:
-    """The config that the header describes, repaired. Raises SourceError, CorruptFileError if it is another model's."""
+def file_config(header: Header) -> PreTrainedConfig:
+    """The config that the header describes. Raises SourceError, CorruptFileError if it is another model's."""
+    shapes = {name: stored_shape(tensor) for name, tensor in header.tensors.items()}
     try:
-        config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", local_files_only=True)
-        config = repaired_config(config, header)
+        config = described_config(header.architecture, header.fields, shapes, header.rope_factors)
     except VeneerError:
         raise
-    except Exception as fault:  # whatever a file makes transformers trip over is about that file
+    except Exception as fault:  # a config class refuses values in its own way
         raise SourceError(
             "transformers cannot read the header of the .gguf file",
             [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]],
-            "Download the file again; if it stays, take the model's safetensors version.",
+            f"Download the file again; if it stays, {OTHER_SOURCE[0].lower()}{OTHER_SOURCE[1:]}",
         ) from fault
     if faults := built_faults(config, num_tensors=len(header.tensors), num_values=header.num_values):
         raise CorruptFileError(
@@ -175,21 +145,19 @@ def converting(path: Path, target: Path) -> Iterator[tuple[Path, Header, Path]]:
     For the block: a folder that holds the file alone, as model.gguf; its header; the folder to make and write.
     """
     header = read_header(path)
-    if importlib.util.find_spec("accelerate") is None:
-        raise SourceError(
-            "transformers needs the package accelerate to read .gguf files", next_step="pip install accelerate"
-        )
     _log.info("converting %s, once", path.name)
     with making(target.parent) as scratch:
         alone, folder = _alone(path, scratch), scratch / "model"
         with quiet(), contextlib.redirect_stderr(io.StringIO()):  # one progress bar there heeds no setting
             yield alone, header, folder
+        write_manifest(folder)
         publish(folder, target)
 
 
 def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> GenerationConfig:
     """Which tokens end a turn; the tokenizer learns how long a row may be, and forgets how it was loaded."""
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    positions = getattr(model.config, "max_position_embeddings", None)  # Bloom has no limit of its own
+    tokenizer.model_max_length = positions or model.config.seq_length
     for passing in ("local_files_only", "is_local"):  # how it was loaded is not about the tokenizer
         tokenizer.init_kwargs.pop(passing, None)
     return GenerationConfig(
@@ -199,98 +167,50 @@ def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Gener
     )
 
 
-def _model(folder: Path, header: Header) -> PreTrainedModel:
-    """The dense model, on the CPU, in header.dtype."""
-    file_config(folder, header)  # before anything is built from it
+def dense_model(header: Header) -> PreTrainedModel:
+    """The dense model, on the CPU, in header.dtype. Raises SourceError if file and model do not match."""
+    model = without_storage(file_config(header), header.dtype)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
-        loader: Any = AutoModelForCausalLM  # annotated as if it always returned the model alone
-        loaded, info = loader.from_pretrained(
-            folder,
-            gguf_file="model.gguf",
-            # Else blocks may stay packed, for kernels that come off the hub.
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=header.dtype,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as fault:  # whatever a file makes transformers trip over is about that file
+        values, faults = _dense_tensors(header, model)
+    except (MemoryError, RuntimeError) as fault:
         if is_out_of_memory(fault):
             raise _out_of_memory(header) from fault
-        raise CorruptFileError(
-            f"transformers cannot build a {header.architecture} model from the .gguf file",
-            [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]],
-            "Download the file again; if it stays, take the model's safetensors version.",
-        ) from fault
-    # What was loaded knows that it came from a .gguf file and does not let itself be saved: same weights,
-    # new model. On the meta device, so that they exist once.
-    config = repaired_config(loaded.config, header)
-    model = without_storage(config, header.dtype)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    num_values = sum(parameter.numel() for parameter in model.parameters())
-    missing = sorted(info["missing_keys"])
-    if missing or num_values != header.num_values:
+        raise
+    faults += [f"not in the file  {name}" for name in wanted if name not in values]
+    for name in values.keys() & wanted.keys():
+        if tuple(values[name].shape) != wanted[name]:
+            faults.append(f"{name}: {tuple(values[name].shape)} in the file, {wanted[name]} in the model")
+    if faults:
         raise SourceError(
-            f"this {header.architecture} .gguf file and transformers' model do not match",
-            [f"not in the file  {name}" for name in missing[:8]]
-            + [f"values in the file {header.num_values:,}, in the model {num_values:,}"],
-            "Take the model's safetensors version (a hub id or a folder).",
+            f"this {header.architecture} .gguf file and transformers' model do not match", faults[:12], OTHER_SOURCE
         )
+    model.load_state_dict(values, strict=False, assign=True)
+    model.tie_weights()
+    model.config.architectures = [type(model).__name__]
     return model
 
 
-def repaired_config(config: PreTrainedConfig, header: Header) -> PreTrainedConfig:
-    """Numbers as they were before single precision, Llama 3's rope scaling, nothing about GGUF."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    for name, value in config.to_dict().items():
-        if isinstance(value, float):
-            setattr(config, name, _undo_single_precision(value))
-    rope = (
-        {
-            name: _undo_single_precision(value) if isinstance(value, float) else value
-            for name, value in (config.rope_parameters or {}).items()
-        }
-        if hasattr(config, "rope_parameters")
-        else {}
-    )
-    if header.rope_factors is not None:
-        rope |= _llama3_scaling(header.rope_factors, rope["rope_theta"])
-    if rope:
-        config.rope_parameters = rope
-    return config
-
-
-def _undo_single_precision(value: float) -> float:
-    """9.99999974e-06, the nearest single-precision number to 1e-5, becomes 1e-5; others stay."""
-    return float(f"{value:.7g}") if value == float(np.float32(value)) else value
-
-
-def _llama3_scaling(factors: np.ndarray[Any, Any], theta: float) -> dict[str, Any]:
-    """The parameters of rope_type llama3 whose frequencies are the plain ones divided by `factors` (H/2,).
-
-    The file keeps only the result, so they are found by trying the values of the released models.
-    """
-    half = len(factors)
-    frequencies = theta ** -(np.arange(half, dtype=np.float64) / half)
-    wavelengths = 2 * np.pi / frequencies
-    low, high, factor = 1.0, 4.0, float(factors.max())
-    for original in (8192, 4096, 16384, 32768):
-        smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": _undo_single_precision(factor),
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    raise SourceError(
-        "the .gguf file scales its rotary frequencies in a way that is not Llama 3's",
-        [f"factors from {factors.min():g} to {factors.max():g} over {half} frequencies"],
-        "Take the model's safetensors version (a hub id or a folder).",
-    )
+def _dense_tensors(header: Header, model: PreTrainedModel) -> tuple[dict[str, Tensor], list[str]]:
+    """Every tensor of the file under the name of its parameter; and what is wrong with them."""
+    names = places(header.architecture, model)
+    values: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    faults = [f"{name} has no place in the model" for name in header.tensors if name not in names]
+    for name, place in names.items():
+        if name not in header.tensors:
+            continue
+        dense = dense_values(header.tensors[name], header.architecture, model.config, header.dtype)
+        if header.dtype == torch.float16 and not bool(dense.isfinite().all()):
+            faults.append(f"{name}: a value is too large for f16, the type of most matrices, or is no number")
+        if num_merged(place) == 1:
+            values[place] = dense
+        elif len(group := parts.setdefault(place, {})) == num_merged(place) - 1:
+            values[place] = merged({**group, name: dense})
+            del parts[place]
+        else:
+            group[name] = dense
+    return values, faults
 
 
 def rebuilt_tokenizer(folder: Path, header: Header) -> PreTrainedTokenizerFast:
@@ -300,9 +220,7 @@ def rebuilt_tokenizer(folder: Path, header: Header) -> PreTrainedTokenizerFast:
         )
     except Exception as fault:  # each kind of vocabulary fails in its own way
         raise SourceError(
-            "the tokenizer in the .gguf file cannot be rebuilt",
-            [f"{type(fault).__name__}: {fault}"],
-            "Take the model's safetensors version (a hub id or a folder).",
+            "the tokenizer in the .gguf file cannot be rebuilt", [f"{type(fault).__name__}: {fault}"], OTHER_SOURCE
         ) from fault
     if header.pre_tokenizer in _SPLIT_SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -321,7 +239,7 @@ def read_header(path: Path) -> Header:
         fields = {
             name: field.contents()
             for name, field in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.") or name.endswith((".pre", ".model"))
+            if not name.startswith("tokenizer.ggml.") or name.endswith((".pre", ".model", "_token_id"))
         }
     except Exception as fault:  # names that are not UTF-8, values that are not what their key says
         raise CorruptFileError(
@@ -332,43 +250,54 @@ def read_header(path: Path) -> Header:
     architecture = str(fields.get("general.architecture", "not named"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     factors = tensors.pop("rope_freqs.weight", None)
-    scaling = fields.get(f"{architecture}.rope.scaling.type")
     pre = fields.get("tokenizer.ggml.pre") if fields.get("tokenizer.ggml.model") == "gpt2" else None
-    if faults := _faults(architecture, scaling, pre, fields, list(tensors)):
-        raise SourceError(
-            f"{path.name} cannot be converted", faults, "Take the model's safetensors version (a hub id or a folder)."
-        )
-    shapes = {name: tuple(int(size) for size in tensor.shape) for name, tensor in tensors.items()}
+    if faults := _faults(architecture, pre, fields, list(tensors)):
+        raise SourceError(f"{path.name} cannot be converted", faults, OTHER_SOURCE)
+    shapes = {name: stored_shape(tensor) for name, tensor in tensors.items()}
     if faults := announced_faults(fields.items(), shapes):
         raise CorruptFileError(
             f"the header of {path.name} does not describe its tensors", faults[:20], "Download the file again."
         )
-    # A file's norms are f32 whatever its matrices are, so the matrices say what kind of file it is.
-    kinds = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}
     return Header(
         architecture=architecture,
         pre_tokenizer=pre,
         rope_factors=None if factors is None else np.array(factors.data, dtype=np.float64),
-        dtype=_FLOATS.get(next(iter(kinds)), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16,
+        dtype=_file_dtype(tensors),
+        fields=fields,
         num_values=sum(int(tensor.n_elements) for tensor in tensors.values()),
         tensors=tensors,
         licence=fields.get("general.license"),
     )
 
 
-def _faults(
-    architecture: str, scaling: str | None, pre: str | None, fields: Mapping[str, Any], names: list[str]
-) -> list[str]:
+def _file_dtype(tensors: Mapping[str, ReaderTensor]) -> torch.dtype:
+    """The type that most values of the matrices have; bf16 where any matrix is stored in blocks.
+
+    Vectors do not count: they are f32 in every file. Of an f16 file some matrices are f32 too: GPT-2's positions,
+    routers of experts.
+    """
+    values: Counter[GGMLQuantizationType] = Counter()
+    for tensor in tensors.values():
+        if len(tensor.shape) > 1:
+            values[tensor.tensor_type] += int(tensor.n_elements)
+    if not values or any(kind not in _FLOATS for kind in values):
+        return torch.bfloat16
+    if {GGMLQuantizationType.F16, GGMLQuantizationType.BF16} <= values.keys():
+        return torch.float32  # neither of the two holds the other
+    return _FLOATS[values.most_common(1)[0][0]]
+
+
+def _faults(architecture: str, pre: str | None, fields: Mapping[str, Any], names: list[str]) -> list[str]:
     """Every reason why a conversion would not be faithful."""
     faults = []
     if architecture not in ARCHITECTURES:
         faults.append(f"architecture {architecture}: not among {', '.join(ARCHITECTURES)}")
+    if fields.get("general.type", "model") != "model":
+        faults.append(f"general.type {fields['general.type']}: it is no model")
     if fields.get("split.count", 1) not in (0, 1):
         faults.append(f"it is one of {fields['split.count']} parts: join them with llama-gguf-split --merge")
-    if scaling not in (None, "none"):
-        faults.append(f"rope scaling {scaling}: transformers does not read it from .gguf files")
     if odd := [name for name in names if name.startswith("rope_")]:
-        faults.append(f"rope factors {', '.join(odd)}: transformers does not read them from .gguf files")
+        faults.append(f"rope factors {', '.join(odd)}: not known here")
     known = (*_SPLIT_BY_TRANSFORMERS, *_SPLIT_LIKE_GPT2, *_SPLIT_SINGLE_DIGITS)
     if pre is not None and pre not in known:
         faults.append(f"tokenizer.ggml.pre {pre}: how it cuts text is not known; known are {', '.join(known)}")
@@ -378,7 +307,6 @@ def _faults(
 def _out_of_memory(header: Header) -> VeneerError:
     gib = header.num_values * header.dtype.itemsize / 2**30
     return DoesNotFitError(
-        f"the conversion of the .gguf file does not fit into memory: its weights are {gib:.1f} GiB, three times "
-        f"that is needed",
+        f"the conversion of the .gguf file does not fit into memory: its weights are {gib:.1f} GiB",
         next_step="Convert it on a larger machine and name the folder, or take a smaller model.",
     )

