@@ -119,12 +119,15 @@ def test_pairs_of_a_piece_in_several_places_are_refused():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"query_pre_attn_scalar": 128}, "query_pre_attn_scalar 128, where llama.cpp takes 256"),
-        ({"layer_types": ["full_attention"] * 7}, "not every 6th"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30"),
-        ({"hidden_activation": "silu"}, "hidden_activation silu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {name: {"rope_type": "default", "rope_theta": 5e4} for name in LAYERS}}, "theta 10000"),
+        ({"query_pre_attn_scalar": 128}, "query_pre_attn_scalar is 128, where llama.cpp computes with 256"),
+        ({"layer_types": ["full_attention"] * 7}, "layer_types is ['full_attention', 'full_attention'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"hidden_activation": "silu"}, "hidden_activation is silu"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        (
+            {"rope_parameters": {name: {"rope_type": "default", "rope_theta": 5e4} for name in LAYERS}},
+            "'sliding_attention': {'rope_type': 'default', 'rope_theta': 50000.0",
+        ),
     ],
 )
 def test_what_llama_cpp_takes_for_granted_of_a_gemma_3_is_held_against_it(settings, said, tmp_path):

@@ -1,109 +1,154 @@
-"""A base's sizes as the entries of a .gguf file, and what llama.cpp fixes for an architecture instead of reading it.
+"""The hyperparameters of a base as the header of a .gguf file; what llama.cpp would compute otherwise is refused.
 
-What it fixes is held against the config: a model that differs there would be read, and answer wrongly.
-Source: llama.cpp, conversion/gemma.py, src/models/gemma3.cpp and llama-model.cpp (hyperparameters of Gemma 3).
+The header is read back as llama.cpp reads it (bases/gguf_config.py), and every field of the base's config is compared
+with what comes back. So whatever the file cannot say, or llama.cpp has built in (activations, windows, biases,
+attention scales, soft caps, rotary scaling), is refused by name where the base has it otherwise.
+Source: llama.cpp, conversion/*.py for the keys.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
 from transformers import PreTrainedConfig
 
-from veneer.errors import RefusedError
+from veneer.bases.gguf_config import described_config
+from veneer.bases.gguf_header import Shapes
+from veneer.bases.gguf_rope import Factors, llama3_factors
+from veneer.errors import RefusedError, SourceError
 from veneer.merge.gguf_names import Names
 
-_PERIOD = 6
-"""Of Gemma 3's layers in llama.cpp every sixth is without a window."""
-_LOCAL_THETA = 10000.0
-_SCALED_BY_WIDTH = 62
-"""Layers of the one Gemma 3 (27B) whose scores llama.cpp scales by hidden size / heads instead of a head's size."""
+NOT_COMPUTED = (
+    *("transformers_version", "architectures", "dtype", "problem_type", "id2label", "label2id", "is_encoder_decoder"),
+    *("output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward", "pretraining_tp"),
+    *("initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+"""Fields that no answer depends on."""
+IN_TENSORS = ("tie_word_embeddings", "vocab_size", "use_sliding_window", "max_window_layers")
+"""Fields that show in which tensors there are and their shapes, or in layer_types."""
+READ_ANYWAY = ("head_dim", "is_causal", "layer_types", "sliding_window", "attention_chunk_size")
+"""Names that transformers reads of any config, whether or not its class declares them."""
+_LLAMA3 = "llama3"
 
 
-def write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names, ids: int) -> None:
-    """config: of the text. RefusedError: with everything that llama.cpp would compute otherwise."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    gemma = config.model_type == "gemma3_text"
-    rope = _rope(config)
-    if faults := _gemma_faults(config) if gemma else _faults(config, rope):
+def write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names, shapes: Shapes) -> None:
+    """Writes the header of the base whose text config this is. shapes: of the tensors that are written, by name.
+
+    RefusedError: with everything that llama.cpp would compute otherwise.
+    """
+    values = _hyperparameters(config, where, rows=shapes["token_embd.weight"][0])
+    if faults := _faults(config, where, values, shapes):
         raise RefusedError(
             "this base has what is not written into .gguf files yet",
             faults,
             "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
         )
-    if rope.get("rope_type") == "llama3":
-        writer.add_tensor_info("rope_freqs.weight", (head_dim // 2,), np.dtype(np.float32), head_dim // 2 * 4)
     writer.add_type("model")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(where.key_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_vocab_size(ids)
-    if gemma:
-        writer.add_sliding_window(config.sliding_window)
-        if rope.get("rope_type") == "linear":
-            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(float(rope["factor"]))
+    for key, value in values.items():
+        name = f"{where.architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        else:
+            writer.add_uint32(name, value)
+
+
+def rope_factors(config: PreTrainedConfig) -> Iterator[Factors]:
+    """Llama 3's frequency divisors, the first tensor of its files."""
+    rope = _rope(config)
+    if rope.get("rope_type") == _LLAMA3:
+        yield llama3_factors(rope, _head_dim(config)).astype(np.float32)
+
+
+def _hyperparameters(config: PreTrainedConfig, where: Names, rows: int) -> dict[str, Any]:
+    rope, head_dim = _rope(config), _head_dim(config)
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": where.key_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
+        "vocab_size": rows,
+    }
+    if rope.get("rope_type") == "linear":
+        values["rope.scaling.type"] = RopeScalingType.LINEAR.value
+        values["rope.scaling.factor"] = float(rope["factor"])
+    if where.architecture == "gemma3":
+        values["attention.sliding_window"] = config.sliding_window
+    return values
+
+
+def _faults(config: PreTrainedConfig, where: Names, values: Mapping[str, Any], shapes: Shapes) -> list[str]:
+    """Every field of the config that does not come back from the header."""
+    fields = {
+        f"{where.architecture}.{key}": float(np.float32(value)) if isinstance(value, float) else value
+        for key, value in values.items()
+    }
+    try:
+        read = described_config(where.architecture, fields, shapes)
+    except SourceError as fault:
+        return fault.faults
+    own, theirs = _computed(config), _computed(read)
+    if where.architecture == "llama" and own["rope_parameters"].get("rope_type") == _LLAMA3:
+        own["rope_parameters"] = {**theirs["rope_parameters"], "rope_theta": own["rope_parameters"]["rope_theta"]}
+    return [
+        f"{name} is {value}, where llama.cpp computes with {theirs.get(name)}"
+        for name, value in own.items()
+        if not _same(value, theirs.get(name))
+    ]
+
+
+def _computed(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that answers depend on, those without effect left out."""
+    names = {*(field.name for field in dataclasses.fields(config)), *READ_ANYWAY}
+    fields = {name: getattr(config, name, None) for name in sorted(names - {*NOT_COMPUTED, *IN_TENSORS})}
+    windows = fields["layer_types"]
+    if windows is not None and "sliding_attention" not in windows:
+        fields["sliding_window"] = None
+    if windows is None:  # as in a class that has no such field
+        fields["layer_types"] = ["full_attention"] * config.num_hidden_layers
+    fields["is_causal"] = fields["is_causal"] is not False
+    fields["head_dim"] = _head_dim(config)
+    rope = fields["rope_parameters"] or {}
+    nested = {name: _rotation(part) for name, part in rope.items() if isinstance(part, dict)}
+    fields["rope_parameters"] = nested or _rotation(rope)
+    return fields
+
+
+def _rotation(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings with every default, without those that their type does not read."""
+    kind = rope.get("rope_type", "default")
+    share = rope.get("partial_rotary_factor") or 1.0
+    read = {"rope_type": kind, "rope_theta": rope.get("rope_theta", 10000.0), "partial_rotary_factor": share}
+    return {**rope, **read} if kind not in ("default", "linear") else {**read, **_factor(rope, kind)}
+
+
+def _factor(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {"factor": rope["factor"]} if kind == "linear" else {}
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether both are the same once numbers are in single precision, as the file has them."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_same(value[key], other[key]) for key in value)
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (value, other))
+    return bool(np.float32(value) == np.float32(other)) if numbers else value == other
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """Of the layers without a window, where these have their own."""
+    """Rotary settings; those of the layers without a window, where these have their own."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     return dict(rope.get("full_attention", rope))
 
 
-def _faults(config: PreTrainedConfig, rope: dict[str, Any]) -> list[str]:
-    faults = []
-    if rope.get("rope_type", "default") not in ("default", "llama3"):
-        faults.append(f"rotary scaling {rope['rope_type']}")
-    layers = getattr(config, "layer_types", None) or []
-    if getattr(config, "sliding_window", None) and (config.model_type == "mistral" or "sliding_attention" in layers):
-        faults.append(f"a sliding window of {config.sliding_window}")
-    return faults
-
-
-def _gemma_faults(config: Any) -> list[str]:
-    """What llama.cpp takes for granted of a Gemma 3 and this one has otherwise."""
-    faults, rope = [], _rope(config)
-    local = dict((config.rope_parameters or {}).get("sliding_attention", {}))
-    if rope.get("rope_type", "default") not in ("default", "linear"):
-        faults.append(f"rotary scaling {rope['rope_type']}")
-    if local.get("rope_type", "default") != "default" or local.get("rope_theta") != _LOCAL_THETA:
-        faults.append(f"rotary settings of the layers with a window other than theta {_LOCAL_THETA:g}: {local}")
-    wanted = [
-        "full_attention" if (n + 1) % _PERIOD == 0 else "sliding_attention" for n in range(len(config.layer_types))
-    ]
-    if list(config.layer_types) != wanted:
-        faults.append(f"layers without a window that are not every {_PERIOD}th one")
-    by_width = config.num_hidden_layers == _SCALED_BY_WIDTH
-    scale = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
-    if config.query_pre_attn_scalar != scale:
-        faults.append(f"query_pre_attn_scalar {config.query_pre_attn_scalar}, where llama.cpp takes {scale}")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "attention_bias"):
-        if getattr(config, name, None):
-            faults.append(f"{name}: {getattr(config, name)}")
-    if config.hidden_activation != "gelu_pytorch_tanh":
-        faults.append(f"hidden_activation {config.hidden_activation}, where llama.cpp takes gelu_pytorch_tanh")
-    return faults
-
-
-def rope_factors(config: PreTrainedConfig) -> Iterator[np.ndarray[Any, Any]]:
-    """Llama 3's frequency divisors, the first tensor of its files: transformers' formula of rope_type llama3."""
-    rope = _rope(config)
-    if rope.get("rope_type") != "llama3":
-        return
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths, original = 2 * np.pi / frequencies, rope["original_max_position_embeddings"]
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    yield (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

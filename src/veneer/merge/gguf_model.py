@@ -101,18 +101,21 @@ def write_gguf_model(
         if source_file is not None:
             _copy_metadata(writer, source_file)
         else:
-            text = base.config.get_text_config()
-            ids = max(text.vocab_size, 0 if tokens is None else tokens.end)
-            write_hyperparameters(writer, text, where, ids)
+            shapes = {str(where.of(name)): tuple(s.shape) for name, s in stored.items()}
+            write_hyperparameters(writer, base.config.get_text_config(), where, shapes)
+            ids = shapes["token_embd.weight"][0]
             write_tokenizer(writer, extended(base.tokenizer, tokens.texts if tokens else ()), ids)
         writer.add_file_type(_FILE_TYPES.get(type, LlamaFileType.MOSTLY_F16))
         writer.add_quantization_version(2)
+        factors = list(rope_factors(base.config.get_text_config()))
+        for divisors in factors:
+            writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
         _announce(writer, stored, kinds, where)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for extra in rope_factors(base.config.get_text_config()):
-            writer.write_tensor_data(written(extra))
+        for divisors in factors:
+            writer.write_tensor_data(written(divisors))
         for done, (name, s) in enumerate(stored.items()):
             if progress is not None:
                 progress(f"writing {type}", done, len(stored))
