@@ -10,7 +10,7 @@ from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.routing import Routing
-from veneer.data.batching import make_batch
+from veneer.data.batching import make_batch, make_groups
 from veneer.kernels import block, native
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
@@ -194,6 +194,29 @@ def test_layers_without_any_adapter_stay():
 @pytest.mark.parametrize("settings", [{"method": DoRA}, {"train_modules": ["input_layernorm"]}], ids=str)
 def test_what_the_node_does_not_compute_goes_through_the_layer(settings, taken, monkeypatch):
     ours, plain = both(Trained(**settings), monkeypatch)
+    assert not any(taken)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_trained_norms_of_another_adapter_are_not_taken_for_frozen_ones(taken):
+    """Their gradient would be lost: the node has none for norms."""
+    trained = Trained(train_modules=["post_attention_layernorm"])
+    norms = [place for place, parameter in enumerate(trained.parameters) if parameter.dim() == 1]
+    assert len(norms) == 2
+    with fused(trained.model, replacements(trained.model)):
+        gradients = trained.measured()[1:]
+    assert not any(taken)
+    assert all(gradients[place].abs().max() > 0 for place in norms)
+
+
+def test_rows_of_several_groups_go_through_the_layer_itself(taken, monkeypatch):
+    """The node reads the layout of one group: that of the first would attend over the others' rows."""
+    trained = Trained()
+    batch = trained.batch
+    examples = [make_examples(4, prompt=prompt) for prompt in (5, 9)]
+    trained.batch = make_groups(examples, packed=True, share_prompt=True, device=batch.ids.device)
+    assert len(trained.batch.layout.groups) == 2
+    ours, plain = both(trained, monkeypatch)
     assert not any(taken)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 

@@ -104,7 +104,19 @@ def test_so_they_have_where_less_is_kept_and_with_one_thread(again, monkeypatch)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"rank_pattern": {r".*\.1\..*q_proj": 32}}], ids=str)
+SECOND = r".*\.1\..*q_proj"
+WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {SECOND: 32}},
+        {"alpha_pattern": {SECOND: 9.0}},
+        {"family": "qwen2", "sizes": {**SIZES, **WINDOWS}, "prompt": 0},
+    ],
+    ids=["rank", "scaling", "window"],
+)
 def test_layers_that_differ_make_their_own_calls(settings, again, monkeypatch):
     ours, plain = both(Trained(**settings), monkeypatch)
     assert len(again) < 5
