@@ -1,6 +1,7 @@
 """merge, combine, extract, export and lint as typed: what they print, what they write, how they end."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -40,6 +41,7 @@ def test_merge_prints_what_is_left_and_how_the_logits_compare(made, capsys):
     assert main(["merge", "--adapter", "a", "--out", "m"]) == 0
     said = capsys.readouterr().out
     assert "sums in float32" in said and "of it is left after rounding" in said
+    assert re.search(r"rounding adds an error of \S+% of the weights' size", said)
     assert "logits against the adapter on its base" in said and "same first choice 100.0%" in said
     assert all(len(line) <= 80 for line in said.splitlines())
     assert (made / "m" / "model.safetensors").is_file()
@@ -128,6 +130,18 @@ def test_a_held_out_row_stands_in_the_card_only_where_it_is_asked_for(made):
         out = f"out{len(typed)}"
         assert main(["export", "run", "--to", "peft", "--out", out, *typed]) == 0
         assert ("what a customer asked" in (made / out / "README.md").read_text()) is shown
+
+
+def test_a_rounded_file_says_what_its_error_is_beside_the_base_rounded_alike(made, capsys):
+    assert main(["export", "a", "--to", "llamacpp", "--merged", "--type", "q8_0", "--out", "m.gguf"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    pattern = r"an error of (\S+)% of the weights.* in q8_0, without the update, has one of (\S+)%"
+    found = re.search(pattern, said)
+    assert found is not None
+    error, base = found.groups()
+    # Blocks of 32 values of one size, whose largest is 127 steps: half a step at most, evenly spread.
+    assert 0.2 < float(error) < 0.8 and float(base) == pytest.approx(float(error), rel=0.2)
+    assert "veneer evaluate --base FILE.gguf" in said
 
 
 def test_a_type_that_llama_cpp_makes_is_made_by_its_program_or_refused(made, capsys, monkeypatch):

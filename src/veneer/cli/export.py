@@ -165,4 +165,22 @@ def _merged_lines(report: GGUFReport) -> list[str]:
     lines = [f"{report.out}: {size(report.bytes)}, {report.type}, sums in float32"]
     if report.f16_instead:
         lines.append(f"  {report.f16_instead} matrices stay f16: their rows are no multiple of 32")
-    return lines + (survival_lines(report.total, report.layers) if report.weights else [])
+    if not report.weights:
+        return lines
+    return [*lines, *survival_lines(report.total, report.layers), *_meaning(report)]
+
+
+def _meaning(report: GGUFReport) -> list[str]:
+    """What the rounding means for answers."""
+    from veneer.cli.merge import percent_of
+
+    type = report.type
+    if report.base_rounding is None:
+        cause = f"that is {type}'s own rounding"
+    else:
+        cause = f"the base in {type}, without the update, has one of {percent_of(report.base_rounding)}"
+    return [
+        f"  {cause}:",
+        f"  expect about the differences that the base's answers have in {type}, where two",
+        "  tokens are nearly as likely; veneer evaluate --base FILE.gguf measures them",
+    ]

@@ -125,10 +125,11 @@ def _print(report: MergeReport, console: Console) -> None:
 
 
 def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
-    """The update's size, how much of it is left, and that for each layer."""
+    """The update's size, how much of it is left, how much rounding adds, and what is left in each layer."""
     lines = [
         f"  the update is {percent_of(whole.relative_size)} of the weights' size",
-        f"  {whole.share:.1%} of it is left after rounding, beside an error of {percent_of(whole.error)} of it",
+        f"  {whole.share:.1%} of it is left after rounding",
+        f"  rounding adds an error of {percent_of(whole.rounding)} of the weights' size",
     ]
     if {f"{part.share:.1%}" for part in layers.values()} == {"100.0%"}:
         return lines

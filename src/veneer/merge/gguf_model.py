@@ -20,6 +20,7 @@ from torch import Tensor
 from veneer.data.new_tokens import extended
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_file
+from veneer.kernels.wide import wide
 from veneer.merge.fold import Stored, stored_tensors, tied_names, wanted_weights
 from veneer.merge.folder import LEAST_SURVIVAL
 from veneer.merge.gguf_bytes import written
@@ -42,13 +43,17 @@ _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.qu
 @dataclass(frozen=True)
 class GGUFReport(OverWeights):
     """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot
-    hold. notes: what the one who uses it must know. serve: the commands that answer with it."""
+    hold. notes: what the one who uses it must know. serve: the commands that answer with it.
+
+    base_rounding: ||stored - W|| / ||W|| of the same weights without the update, in the same type; None: llama.cpp's
+    program made the type, and was not asked for the base."""
 
     out: Path
     bytes: int
     type: ModelType
     weights: Mapping[str, Survival]
     f16_instead: int
+    base_rounding: float | None = None
     notes: list[str] = field(default_factory=list)
     serve: list[str] = field(default_factory=list)
 
@@ -96,6 +101,7 @@ def write_gguf_model(
         )
     kinds = {name: _kind(s, type) for name, s in stored.items()}
     kept: dict[str, Survival] = {}
+    own_errors: list[float] = []  # ||stored - W||^2 of each changed weight
     with atomic_file(out) as partial:
         writer = GGUFWriter(partial, where.architecture)
         if source_file is not None:
@@ -119,10 +125,14 @@ def write_gguf_model(
         for done, (name, s) in enumerate(stored.items()):
             if progress is not None:
                 progress(f"writing {type}", done, len(stored))
-            data, left = _encoded(s.read(), wanted.get(name), kinds[name], where, str(where.of(name)))
+            own, change, gguf_name = s.read().float().cpu(), wanted.get(name), str(where.of(name))
+            new = own if change is None else change(own)
+            data, decoded = _encoded(where.values(gguf_name, new), kinds[name])
             writer.write_tensor_data(written(data))
-            if left is not None:
-                kept[name] = left
+            if change is not None:  # in the file's row order, which does not matter to sums
+                before = where.values(gguf_name, own)
+                kept[name] = survival(before, where.values(gguf_name, new), decoded)
+                own_errors.append(float(wide(_encoded(before, kinds[name])[1] - before).square().sum()))
         writer.close()
         if type in BY_LLAMA_CPP:
             if progress is not None:
@@ -137,7 +147,8 @@ def write_gguf_model(
                 "Take --type f16, or export the adapter alone: llama.cpp adds it at run time.",
             )
     f16 = sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if type == "q8_0" else 0
-    return GGUFReport(Path(out), Path(out).stat().st_size, type, kept, f16)
+    rounding = (sum(own_errors) / whole.weight) ** 0.5 if whole.weight and type not in BY_LLAMA_CPP else None
+    return GGUFReport(Path(out), Path(out).stat().st_size, type, kept, f16, rounding)
 
 
 def _kind(stored: Stored, type: ModelType) -> GGMLQuantizationType:
@@ -163,17 +174,10 @@ def _announce(
             writer.add_tensor_info(str(where.of(name)), shape, dtype, int(np.prod(shape)) * dtype.itemsize)
 
 
-def _encoded(
-    stored: Tensor, wanted: Any, kind: GGMLQuantizationType, where: Names, gguf_name: str
-) -> tuple[np.ndarray[Any, Any], Survival | None]:
-    own = stored.float().cpu()
-    new: Tensor = own if wanted is None else wanted(own)
-    data = quantize(where.values(gguf_name, new).contiguous().numpy(), kind)
-    if wanted is None:
-        return data, None
-    decoded = torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(new.shape)
-    # both in the file's row order, which does not matter to sums
-    return data, survival(where.values(gguf_name, own), where.values(gguf_name, new), decoded)
+def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any, Any], Tensor]:
+    """The values as the file holds them, and what they decode to."""
+    data = quantize(values.contiguous().numpy(), kind)
+    return data, torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(values.shape)
 
 
 def _kept_in(file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any], where: Names) -> dict[str, Survival]:

@@ -41,6 +41,11 @@ class Survival:
         return (self.lost / self.wanted) ** 0.5 if self.wanted else 0.0
 
     @property
+    def rounding(self) -> float:
+        """||stored - W - D|| / ||W||: the error beside the weights, not beside the update."""
+        return (self.lost / self.weight) ** 0.5 if self.weight else 0.0
+
+    @property
     def relative_size(self) -> float:
         """||D|| / ||W||."""
         return (self.wanted / self.weight) ** 0.5 if self.weight else 0.0
