@@ -37,7 +37,7 @@ def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
     ]
 
 
-def which_base(manifest: Manifest | None, name: str, base: FrozenBase) -> str:
+def which_base(manifest: Manifest | None, name: str | None, base: FrozenBase) -> str:
     """What to do where the base is another one. name: of the base that the adapter was trained on."""
     assert manifest is not None
     held = Fingerprint.from_dict(manifest.base.fingerprint).quantize
