@@ -222,7 +222,8 @@ def test_a_file_of_prompts_becomes_a_table(server, tab, tmp_path):
     set_field(tab, "#max-tokens", 6)
     tab.click("#tab-table")
     tab.files("#file", file)
-    tab.until("document.querySelector('#table-said').innerText === 'prompts.csv: 2 prompts'")
+    said = "prompts.csv: 2 prompts of column Question"
+    tab.until(f"document.querySelector('#table-said').innerText === '{said}'")
     tab.click("#table-run")
     tab.until("document.querySelector('#table-said').innerText === '4 of 4 answers'")
     cells = tab.run(
@@ -242,7 +243,24 @@ def test_a_file_of_prompts_becomes_a_table(server, tab, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"nothing": 1}\n')
     tab.files("#file", bad)
-    assert "prompt 2 has no prompt" in tab.until("document.querySelector('#table-said .bad')?.innerText ?? ''")
+    assert "prompt 2 has nothing in column prompt" in tab.until(
+        "document.querySelector('#table-said .bad')?.innerText ?? ''"
+    )
+
+
+def test_the_column_of_a_table_is_chosen_where_no_name_says_it(tab, tmp_path):
+    file = tmp_path / "tickets.csv"
+    file.write_text("ticket,queue\nIt leaks.,repairs\nWhere is it?,shipping\n")
+    tab.click("#tab-table")
+    tab.files("#file", file)
+    assert "choose the column" in tab.until("document.querySelector('#table-said .bad')?.innerText ?? ''")
+    assert tab.run("document.querySelector('#table-run').disabled")
+    change = "new Event('change')"
+    tab.run(f"const c = document.querySelector('#table-column'); c.value = 'ticket'; c.dispatchEvent({change})")
+    said = "tickets.csv: 2 prompts of column ticket"
+    tab.until(f"document.querySelector('#table-said').innerText === '{said}'")
+    cells = tab.run("[...document.querySelectorAll('#answers td:first-child')].map((c) => c.textContent)")
+    assert cells == ["It leaks.", "Where is it?"]
 
 
 def test_the_library_shows_what_each_adapter_changes(tab):

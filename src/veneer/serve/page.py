@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from starlette.responses import HTMLResponse
 
-SCRIPTS = ("base", "stream", "words", "columns", "ask", "code", "table", "library", "runs", "start")
+SCRIPTS = ("base", "stream", "words", "columns", "ask", "code", "rows", "table", "library", "runs", "start")
 """In their order: one scope, where each knows those before it."""
 
 

@@ -1,81 +1,50 @@
 // A file of prompts to a table: it is read here, and only its prompts are sent.
 
-const MOST_ROWS = 2000;
 const AT_ONCE = 5; // browsers open six connections to a server: one stays free
-const PROMPTS = ["prompt", "question", "instruction", "input", "text"];
-const sheet = { rows: [], columns: [], ends: null, done: 0 };
-
-/** Cells of a CSV text, row by row; quotes as RFC 4180 has them. */
-function cellsOf(text) {
-  const rows = [[""]];
-  let within = false;
-  for (let i = 0; i < text.length; i++) {
-    const c = text[i];
-    const row = rows.at(-1);
-    if (within) {
-      if (c !== '"') row[row.length - 1] += c;
-      else if (text[i + 1] === '"') (row[row.length - 1] += c), i++;
-      else within = false;
-    } else if (c === '"') within = true;
-    else if (c === ",") row.push("");
-    else if (c === "\n") rows.push([""]);
-    else if (c !== "\r") row[row.length - 1] += c;
-  }
-  return rows.filter((row) => row.some((cell) => cell.trim()));
-}
-
-/** Messages of one line of a file. Throws what is wrong with it. */
-function conversationOf(value, where) {
-  if (typeof value === "string" && value.trim()) return [{ role: "user", content: value }];
-  if (Array.isArray(value?.messages)) {
-    const last = value.messages.findLastIndex((message) => message.role !== "assistant");
-    if (last >= 0) return value.messages.slice(0, last + 1); // what it should answer is not told
-  }
-  const name = PROMPTS.find((each) => typeof value?.[each] === "string" && value[each].trim());
-  if (!name) throw new Error(`${where} has no ${PROMPTS.join(", ")} or messages`);
-  return [{ role: "user", content: value[name] }];
-}
-
-function conversationsOf(name, text) {
-  const kind = name.split(".").pop().toLowerCase();
-  let values;
-  if (kind === "csv") {
-    const [head, ...rows] = cellsOf(text);
-    const column = Math.max(0, head.findIndex((cell) => PROMPTS.includes(cell.trim().toLowerCase())));
-    const named = PROMPTS.includes(head[column]?.trim().toLowerCase());
-    values = (named ? rows : [head, ...rows]).map((row) => row[column]);
-  } else if (kind === "json" && text.trim().startsWith("[")) values = JSON.parse(text);
-  else if (kind === "jsonl" || kind === "json")
-    values = text.split("\n").flatMap((line, number) => {
-      if (!line.trim()) return [];
-      try {
-        return [JSON.parse(line)];
-      } catch (fault) {
-        throw new Error(`line ${number + 1} is not JSON: ${fault.message}`);
-      }
-    });
-  else values = text.split("\n").filter((line) => line.trim());
-  if (values.length > MOST_ROWS) throw new Error(`${count(values.length)} prompts, and ${count(MOST_ROWS)} may be`);
-  return values.map((value, number) => conversationOf(value, `prompt ${number + 1}`));
-}
+const sheet = { file: "", read: [], rows: [], columns: [], ends: null, done: 0 };
 
 async function readFile(event) {
   const [file] = event.target.files;
   event.target.value = "";
   if (!file) return;
+  const choice = byId("table-column");
+  sheet.file = file.name;
   try {
-    const read = conversationsOf(file.name, await file.text());
-    if (!read.length) throw new Error("there is no prompt in it");
-    sheet.rows = read.map((messages) => ({ messages, cells: [] }));
-    [sheet.columns, sheet.done] = [[], 0];
-    byId("table-said").textContent = `${file.name}: ${count(read.length)} prompts`;
-    byId("table-run").disabled = false;
+    sheet.read = rowsOf(file.name, await file.text());
+    const columns = columnsOf(sheet.read);
+    const meant = columnMeant(columns);
+    choice.replaceChildren(...columns.map((name) => make("option", {}, name)));
+    if (meant === null) choice.prepend(make("option", { value: "" }, "choose"));
+    choice.value = meant ?? "";
+    choice.parentElement.hidden = columns.length < 2;
+    takeColumn();
   } catch (fault) {
-    sheet.rows = [];
-    byId("table-run").disabled = true;
-    const told = make("span", { className: "bad", role: "alert" }, `${file.name}: ${fault.message}`);
-    byId("table-said").replaceChildren(told);
+    choice.parentElement.hidden = true;
+    refuseFile(fault);
   }
+}
+
+/** The prompts of the file, out of the column that is chosen. */
+function takeColumn() {
+  try {
+    const column = byId("table-column").value || null;
+    const prompts = conversationsOf(sheet.read, column);
+    sheet.rows = prompts.map((messages) => ({ messages, cells: [] }));
+    [sheet.columns, sheet.done] = [[], 0];
+    const from = column === null ? "" : ` of column ${column}`;
+    byId("table-said").textContent = `${sheet.file}: ${count(prompts.length)} prompts${from}`;
+    byId("table-run").disabled = false;
+    showSheet();
+  } catch (fault) {
+    refuseFile(fault);
+  }
+}
+
+function refuseFile(fault) {
+  sheet.rows = [];
+  byId("table-run").disabled = true;
+  const told = make("span", { className: "bad", role: "alert" }, `${sheet.file}: ${fault.message}`);
+  byId("table-said").replaceChildren(told);
   showSheet();
 }
 
@@ -136,6 +105,7 @@ function saveSheet(kind) {
 
 function beginTable() {
   byId("file").addEventListener("change", readFile);
+  byId("table-column").addEventListener("change", takeColumn);
   byId("table-run").addEventListener("click", answerAll);
   byId("table-stop").addEventListener("click", () => sheet.ends.abort());
   byId("table-csv").addEventListener("click", () => saveSheet("csv"));

@@ -1,0 +1,103 @@
+// A file of prompts to conversations: the layouts that `veneer train` reads, without their answers. Knows no page.
+
+const MOST_ROWS = 2000;
+const PROMPTS = ["prompt", "question", "instruction", "input", "text"];
+const WHOLE = ["messages", "conversations"];
+const ROLES = { human: "user", gpt: "assistant", chatgpt: "assistant", model: "assistant" }; // ShareGPT's
+const FIELDS = ["role", "content", "name", "tool_calls", "tool_call_id"];
+
+/** Cells of a CSV text, row by row; quotes as RFC 4180 has them. */
+function cellsOf(text) {
+  const rows = [[""]];
+  let within = false;
+  for (let i = 0; i < text.length; i++) {
+    const c = text[i];
+    const row = rows.at(-1);
+    if (within) {
+      if (c !== '"') row[row.length - 1] += c;
+      else if (text[i + 1] === '"') (row[row.length - 1] += c), i++;
+      else within = false;
+    } else if (c === '"') within = true;
+    else if (c === ",") row.push("");
+    else if (c === "\n") rows.push([""]);
+    else if (c !== "\r") row[row.length - 1] += c;
+  }
+  return rows.filter((row) => row.some((cell) => cell.trim()));
+}
+
+/** The rows of a file: texts, or objects by column. The first line of a CSV names its columns, as everywhere. */
+function rowsOf(name, text) {
+  const kind = name.split(".").pop().toLowerCase();
+  const read = text.replace(/^\uFEFF/, "");
+  if (kind === "csv") {
+    const [head = [], ...rows] = cellsOf(read);
+    return rows.map((row) => Object.fromEntries(head.map((column, n) => [column.trim(), row[n] ?? ""])));
+  }
+  if (kind === "json" && /^\s*\[/.test(read)) return JSON.parse(read);
+  const lines = read.split("\n");
+  if (kind !== "jsonl" && kind !== "json") return lines.filter((line) => line.trim());
+  return lines.flatMap((line, number) => {
+    if (!line.trim()) return [];
+    try {
+      return [JSON.parse(line)];
+    } catch (fault) {
+      throw new Error(`line ${number + 1} is not JSON: ${fault.message}`);
+    }
+  });
+}
+
+/** The columns that may hold prompts. */
+function columnsOf(rows) {
+  const objects = rows.slice(0, 100).filter((row) => row && typeof row === "object" && !Array.isArray(row));
+  return [...new Set(objects.flatMap(Object.keys))];
+}
+
+/** The column that prompts are in by its name, in any case; else the only one there is; else null. */
+function columnMeant(columns) {
+  const named = [...WHOLE, ...PROMPTS].map((name) => columns.find((column) => column.toLowerCase() === name));
+  return named.find((column) => column !== undefined) ?? (columns.length === 1 ? columns[0] : null);
+}
+
+function messageOf(message) {
+  const told = message?.from === undefined ? message : { role: message.from, content: message.value };
+  const known = Object.entries(told ?? {}).filter(([name, value]) => FIELDS.includes(name) && value !== null);
+  const made = Object.fromEntries(known);
+  return { ...made, role: ROLES[made.role] ?? made.role };
+}
+
+/** A cell as a list of messages, also where a CSV has it as text; null: it is none. */
+function listIn(cell) {
+  if (typeof cell !== "string") return Array.isArray(cell) ? cell : null;
+  if (!/^\s*\[\s*\{/.test(cell)) return null;
+  try {
+    return JSON.parse(cell);
+  } catch {
+    return null;
+  }
+}
+
+/** Messages of one row, up to what is to be answered. Throws what is wrong with it. */
+function conversationOf(row, column, where) {
+  const cell = typeof row === "string" ? row : row?.[column];
+  let messages = listIn(cell)?.map(messageOf);
+  if (messages && WHOLE.includes(column.toLowerCase())) {
+    const last = messages.findLastIndex((message) => message.role !== "assistant");
+    messages = messages.slice(0, last + 1); // what it should answer is not told
+  } else if (!messages && typeof cell === "string" && cell.trim()) {
+    const more = column?.toLowerCase() === "instruction" && typeof row.input === "string" ? row.input.trim() : "";
+    messages = [{ role: "user", content: more ? `${cell}\n\n${row.input}` : cell }]; // as Alpaca's rows are trained
+  }
+  if (!messages?.length || messages.some((message) => !message.role)) throw new Error(`${where} has nothing in ${column ? `column ${column}` : "it"}`);
+  const system = typeof row?.system === "string" ? row.system : "";
+  if (system.trim() && messages[0].role !== "system") messages.unshift({ role: "system", content: system });
+  return messages;
+}
+
+/** Conversations of all rows, by a column of theirs. */
+function conversationsOf(rows, column) {
+  if (rows.length > MOST_ROWS) throw new Error(`it has ${rows.length} prompts; ${MOST_ROWS} are allowed`);
+  if (!rows.length) throw new Error("there is no prompt in it");
+  const columns = columnsOf(rows);
+  if (columns.length && column === null) throw new Error(`choose the column of the prompts: ${columns.join(", ")}`);
+  return rows.map((row, number) => conversationOf(row, column, `prompt ${number + 1}`));
+}
