@@ -28,6 +28,7 @@ from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
 from veneer.errors import AdapterMismatchError, BudgetFullError, ConfigError, CorruptFileError, UnknownNameError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.kernels import few_rows, native
 from veneer.library import memory
 from veneer.library.library import Library
@@ -170,7 +171,7 @@ def reads(monkeypatch):
 def test_a_name_means_a_content_whichever_way_it_is_said(library):
     residents = Served(library).residents
     (own,) = residents.resolve("lora")
-    assert own == (library.get("lora").version.facts.content_hash, 1.0)
+    assert own == (library.get("lora").version.object, 1.0)
     assert residents.resolve("lora@1") == residents.resolve("lora@best") == residents.resolve("tiny:lora") == (own,)
     assert residents.resolve("tiny") == () and residents.resolve("lora", 0.5) == ((own[0], 0.5),)
 
@@ -415,6 +416,24 @@ def test_a_record_that_lies_about_the_size_is_refused_and_the_budget_holds(libra
 
 
 # versions
+
+
+def test_versions_that_differ_in_their_manifest_alone_are_two(library, tmp_path):
+    folder = library.path("a")
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    for number, system in enumerate(["Be brief.", "Be polite."]):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("MANIFEST.json"))
+        (copy / MANIFEST_NAME).write_text(manifest.model_copy(update={"system": system}).to_json())
+        library.add(copy, name="said")
+    served = Served(library)
+    identities = [served.residents.resolve(f"said@{number}") for number in (1, 2, 1, 2)]
+    assert len({*identities}) == 2
+    served.add("said@1"), served.add("said@2")
+    served.run()
+    said = [served.residents.preamble(identity).system for identity in identities]
+    assert said == ["Be brief.", "Be polite.", "Be brief.", "Be polite."]
+    assert {each.version for each in served.residents.shown()} == {manifest.content_hash}
 
 
 def test_a_version_in_flight_ends_as_it_began_and_goes_while_new_requests_get_the_new_one(

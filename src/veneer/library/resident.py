@@ -18,10 +18,12 @@ class Tier(Enum):
 
 @dataclass(frozen=True)
 class Files:
-    """Where a version lies. made: changes whenever the folder is another one."""
+    """Where a version lies. content_hash: of its tensors and config, which reading it checks. made: changes whenever
+    the folder is another one."""
 
     reference: str
     folder: Path
+    content_hash: str
     parameters: int
     made: tuple[int, ...]
 
@@ -45,6 +47,7 @@ class Resident(Kept):
     """
 
     content: str
+    """Id of all its files (library/objects.py): versions that differ in veneer.json alone are asked differently."""
     files: Files
     tier: Tier = Tier.DISK
     attachment: Attachment | None = None
@@ -62,10 +65,12 @@ class Resident(Kept):
 
 @dataclass(frozen=True)
 class Shown:
-    """A version that is in memory, on its way, or broken. idle_seconds: since it was last used."""
+    """A version that is in memory, on its way, or broken. version: its content_hash. idle_seconds: since it was last
+    used."""
 
     reference: str
     content: str
+    version: str
     tier: Tier
     bytes: int
     holders: int

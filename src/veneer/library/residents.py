@@ -241,7 +241,7 @@ class Residents:
 
     def _know(self, reference: str, entry: Entry) -> str:
         """The content, which can be asked for from now on."""
-        facts = entry.version.facts
+        facts, content = entry.version.facts, entry.version.object
         self._check_base(entry)
         folder = self.library.objects / entry.version.object
         try:
@@ -250,10 +250,10 @@ class Residents:
             raise CorruptFileError(f"the files of {entry.reference} are gone", [], "Pull or add it again.") from fault
         made = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
         try:
-            self._tiers.know(facts.content_hash, Files(entry.reference, folder, facts.parameters, made))
+            self._tiers.know(content, Files(entry.reference, folder, facts.content_hash, facts.parameters, made))
         finally:
-            self._mean(reference, facts.content_hash)
-        return facts.content_hash
+            self._mean(reference, content)
+        return content
 
     def _mean(self, reference: str, content: str | None) -> None:
         """What it meant before goes, if no other means it, and a pin goes along with its name."""

@@ -154,7 +154,17 @@ class Tiers:
             now = self._clock()
             found = [each for each in self._known.values() if each.tier is not Tier.DISK]
             return [
-                Shown(r.files.reference, r.content, r.tier, r.bytes, r.holders, r.pinned, now - r.moment, r.error)
+                Shown(
+                    r.files.reference,
+                    r.content,
+                    r.files.content_hash,
+                    r.tier,
+                    r.bytes,
+                    r.holders,
+                    r.pinned,
+                    now - r.moment,
+                    r.error,
+                )
                 for r in sorted(found, key=lambda r: -r.used)
             ]
 
@@ -389,7 +399,7 @@ class Tiers:
             self.changed()
 
     def _bring(self, each: Resident, number: int, files: Files) -> None:
-        stored = read_version(files.folder, files.reference, each.content)
+        stored = read_version(files.folder, files.reference, files.content_hash)
         if (needed := bytes_needed(stored)) > files.bytes_needed:
             raise CorruptFileError(
                 f"{files.reference} is larger than the library says",

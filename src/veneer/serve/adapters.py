@@ -57,7 +57,7 @@ def card_of(shown: Shown) -> dict[str, Any]:
     """An adapter that is in memory, on its way, or broken."""
     return {
         "reference": shown.reference,
-        "version": shown.content,
+        "version": shown.version,
         "tier": shown.tier.value,
         "bytes": shown.bytes,
         "answers": shown.holders,
