@@ -1,3 +1,4 @@
+# make         set up .venv and say what comes next
 # make demo    fine-tune a small real model here, see before and after
 # make test    checks and tests     make check   the checks alone
 # make docs    the pages as a site, in build/site
@@ -12,7 +13,13 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: demo test check lint types docs soak bench gpu clean
+.PHONY: setup demo test check lint types docs soak bench gpu clean
+
+setup: $(VENV)/.ready
+	@echo "Veneer is set up in $(VENV). Next:"
+	@echo "  source $(VENV)/bin/activate    then: veneer"
+	@echo "  make demo                    fine-tune a small real model, a few minutes"
+	@echo "  make test                    checks and tests"
 
 demo: $(VENV)/.ready
 	$(BIN)/veneer demo
@@ -56,14 +63,16 @@ $(BIN)/python:
 NATIVE = setup.py $(wildcard src/veneer/kernels/native/*)
 
 $(VENV)/.ready: pyproject.toml $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	@echo "Setting up $(VENV): PyTorch, transformers and the compiled kernels. This takes some minutes."
+	$(BIN)/python -m pip install --editable .
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "Setting up $(VENV) with the tools for checks and tests. This takes some minutes."
+	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $(VENV)/.ready $@
 
 # 350 MB more, for loops that start clusters.
 $(VENV)/.ready-soak: pyproject.toml $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
+	$(BIN)/python -m pip install --editable '.[dev,ray]'
 	@touch $(VENV)/.ready $(VENV)/.ready-dev $@

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import textwrap
 from functools import cache
@@ -262,6 +263,20 @@ def test_every_module_imports():
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run"])
 def test_the_files_that_a_newcomer_looks_for_are_there(name):
     assert (ROOT / name).stat().st_size > 100
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is on the path")
+def test_make_alone_sets_up_and_says_what_comes_next():
+    planned = subprocess.run(
+        ["make", "-n", "VENV=/nowhere/venv"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "pip install --editable ." in planned and "make demo" in planned and "make test" in planned
+    assert "veneer demo\n" not in planned and "pytest" not in planned
+
+
+def test_the_readme_begins_with_commands_that_work_on_a_checkout():
+    first = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert [line.split()[:2] for line in first.splitlines()[1:]] == [["make", "demo"], ["make", "test"]]
 
 
 def test_commands_import_by_the_names_that_help_shows():

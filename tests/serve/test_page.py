@@ -317,6 +317,9 @@ def test_a_key_is_typed_in_where_one_is_needed(places, chromium):
     with running(Library(places / "adapters"), keys=Keys([Key("use", hashed(key), "one")])) as server:
         tab = chromium.open(f"{server.url}/")
         tab.until("document.querySelector('#key-dialog').open")
+        tab.type("#key", "wrong\n")
+        tab.until("document.querySelector('#key-said').innerText.startsWith('This key is not one of')")
+        tab.run("document.querySelector('#key').value = ''")
         tab.type("#key", f"{key}\n")
         tab.until("document.querySelectorAll('.column').length === 2")
         ask(tab)

@@ -40,7 +40,10 @@ async function request(path, { body, signal } = {}) {
   const answer = await fetch(path, { headers, signal, ...asked });
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => null);
-  if (answer.status === 401 && !byId("key-dialog").open) byId("key-dialog").showModal(); // once for all that ask
+  if (answer.status === 401) {
+    byId("key-said").textContent = session.key ? "This key is not one of the server's keys." : "";
+    if (!byId("key-dialog").open) byId("key-dialog").showModal(); // once for all that ask
+  }
   throw new Refused(answer.status, told?.error?.message ?? `${answer.status} ${answer.statusText}`);
 }
 
