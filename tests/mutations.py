@@ -92,7 +92,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/step_plan.py": ("test_decoding_scheduler.py",),
     "decoding/sequence.py": ("test_decoding_scheduler.py",),
     "decoding/continued.py": ("test_step.py", "test_decoding_scheduler.py"),
-    "decoding/adapters.py": ("test_decoding_adapters.py", "test_decoding_scheduler.py"),
+    "decoding/adapters.py": ("test_decoding_adapters.py", "test_mixed_decoding.py", "test_decoding_scheduler.py"),
     "decoding/sampling.py": ("test_sampling.py",),
     "decoding/draws.py": ("test_sampling.py",),
     "decoding/grammar.py": ("test_grammar.py",),

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, OlmoConfig
 from tests.families import family_model
 from tests.helpers import Limited, fill, make_examples
 from tests.tiny import save_tiny, tiny_model
+from veneer.adapters.acting import Acting, Part
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.routing import Routing
@@ -290,6 +291,21 @@ def test_modules_trained_in_full_are_computed_with_their_trained_values(family, 
     own = measured(*attachment.values.values())
     for a, b in zip(own, [ours[0], *ours[-len(attachment.values) :]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_weight_of_a_fused_norm_is_the_one_that_acts_on_all_rows():
+    """Trained or the base's own; where rows differ there is none, and the module computes them itself."""
+    model, routing = tiny_model("llama"), Routing()
+    settings = LoRA(rank=2, targets=["q_proj"], train_modules=["norm"])
+    attachment = attach(model, settings, name="a", routing=routing, head=model.get_output_embeddings())
+    (norm,) = (made for path, made in replacements(model).items() if path == "model.norm")
+    acting = ((attachment, 1.0),)
+    with routing.held(Acting.everywhere(acting)):
+        assert norm.weight_acting() is attachment.values["model.norm.weight"]
+    with routing.held(Acting()):
+        assert norm.weight_acting() is plain_modules(model)["model.norm"].weight
+    with routing.held(Acting((Part(2, ()), Part(3, acting)))):
+        assert norm.weight_acting() is None
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4"])

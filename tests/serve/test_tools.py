@@ -13,6 +13,8 @@ from veneer.decoding.call_forms import BareCall, ListedCalls, ObjectCalls
 from veneer.decoding.calls import CallReader
 from veneer.library.library import Library
 from veneer.serve.call_style import call_style
+from veneer.serve.refusals import Refusal
+from veneer.serve.tools import wanted_call
 
 STYLE = ObjectCalls("<tool_call>", "</tool_call>")
 BARE = BareCall("", arguments="parameters")
@@ -170,6 +172,27 @@ def test_a_long_value_is_not_read_anew_with_every_piece():
         assert reader.push("x{") == ("", [])
     (name, arguments) = reader.push('"}}')[1][0]
     assert name == "f" and len(json.loads(arguments)["s"]) == 40_000
+
+
+def test_the_tool_that_must_be_called_is_one_of_those_that_are_given():
+    two = [{"function": {"name": name, "parameters": {}}} for name in ("f", "g")]
+
+    def wanted(choice, tools=two):
+        return wanted_call({"tools": tools, "tool_choice": choice})
+
+    assert [wanted(choice) for choice in (None, "none", "auto")] == [None] * 3
+    assert wanted("none", tools=[]) is None
+    required, named = wanted("required"), wanted({"function": {"name": "g"}})
+    assert [tool["name"] for tool in required.spec] == ["f", "g"] and required.most > 1
+    assert [tool["name"] for tool in named.spec] == ["g"] and named.most == 1
+    for choice, tools, said in (
+        ({"function": {"name": "h"}}, two, "none of the tools: f, g"),
+        ("required", [], "only for requests with tools"),
+        ("auto", [*two, two[0]], "f is there twice"),
+    ):
+        with pytest.raises(Refusal, match=said) as refused:
+            wanted(choice, tools)
+        assert refused.value.status == 400
 
 
 @EACH
