@@ -108,7 +108,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "serve/sampling_fields.py": ("serve/test_fields.py",),
     "serve/chat.py": ("serve/test_fields.py", "serve/test_answers.py"),
     "serve/messages.py": ("serve/test_fields.py", "serve/test_answers.py"),
-    "serve/responses.py": ("serve/test_fields.py", "serve/test_answers.py"),
+    "serve/responses.py": ("serve/test_fields.py", "serve/test_answers.py", "serve/test_server.py"),
     "serve/completions.py": ("serve/test_fields.py", "serve/test_server.py"),
     "serve/shapes.py": ("serve/test_fields.py",),
     "serve/tools.py": ("serve/test_tools.py",),
