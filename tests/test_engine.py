@@ -385,3 +385,36 @@ def test_after_a_step_that_failed_the_next_one_goes_on_as_if_there_had_been_none
         with pytest.raises(KeyboardInterrupt):
             engine.step(0.0)
     assert engine.run() == [answer] and answer.answer == alone(base, (), [5, 9, 2])
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in the base's forward", "in the other forward"])
+def test_a_stop_check_sees_each_token_once_also_where_a_step_is_computed_again(beside):
+    """Another row fails while tokens are drawn, after this row's check has seen its token."""
+    base, applied = with_adapters("llama_untied")
+    seen, failures = [], []
+
+    class Check:
+        def __init__(self):
+            seen.append([])
+
+        def __call__(self, token):
+            seen[-1].append(token)
+            return len(seen[-1]) == 5
+
+    class Fails:
+        def allowed(self, new):
+            return torch.ones(272, dtype=torch.bool)
+
+        def ended(self, new):
+            if len(new) == 3 and not failures:
+                failures.append(new)
+                raise ArithmeticError("once")
+            return False
+
+    who = (("dora", 1.0),) if beside else ()
+    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied))
+    (checked,) = engine.add(Request(prompt=(5, 9), max_new_tokens=NEW, checks=Check))
+    (failing,) = engine.add(Request(prompt=(7,), max_new_tokens=NEW, constraints=Fails, adapter=who))
+    engine.run()
+    assert failures and failing.reason is Reason.LENGTH and len(failing.new) == NEW
+    assert checked.new == alone(base, (), [5, 9])[:5] and seen[-1] == checked.new

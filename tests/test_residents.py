@@ -471,6 +471,31 @@ def test_a_pin_goes_along_with_its_name(library, tmp_path):
         served.residents.unpin("nobody")
 
 
+def test_a_name_that_is_removed_while_it_is_pinned_leaves_no_pin(library, monkeypatch):
+    """Another thread asks for the name, and finds it gone, before the pin is noted."""
+    served = Served(library)
+    residents, know = served.residents, Residents._know
+
+    def removed_after(own, reference, entry):
+        content = know(own, reference, entry)
+        monkeypatch.undo()
+        library.remove("a")
+        with pytest.raises(UnknownNameError):
+            own.resolve("a")
+        return content
+
+    monkeypatch.setattr(Residents, "_know", removed_after)
+    with pytest.raises(UnknownNameError):
+        residents.pin("a")
+    residents.pin("b")
+    assert not residents.unload("c")
+    library.remove("b")
+    with pytest.raises(UnknownNameError):
+        residents.unpin("b")
+    served.quiet()
+    assert not any(each.pinned for each in residents.shown())
+
+
 def test_a_name_that_is_removed_goes_when_its_request_has_ended(library, right):
     served = Served(library)
     answer = served.add("a", new=9)

@@ -31,10 +31,14 @@ class Drawing:
     plain  whether, from there on, it draws from the logits as they are, and no chance is told
     """
 
-    def __init__(self, request: Request, choice: int) -> None:
+    def __init__(self, request: Request, choice: int, new: Sequence[int] = ()) -> None:
+        """new: tokens that the answer has already, which its check sees first."""
         self.request, self.choice, self.sampling = request, choice, request.sampling
         self.constraint = None if request.constraints is None else request.constraints()
         self.ends = None if request.checks is None else request.checks()
+        if self.ends is not None:
+            for token in new:
+                self.ends(token)
         self.told = request.sampling.logprobs
         self.least = request.min_new_tokens if request.stops else 0
         self._always_edits = request.sampling.edits or self.constraint is not None

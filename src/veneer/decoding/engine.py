@@ -115,6 +115,7 @@ class Engine:
     def _undo(self) -> None:
         self.scheduler.undo_step()
         self.lanes.forget()
+        self._drawings.clear()  # some may have seen tokens that do not count
 
     def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
         """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of it."""
@@ -177,7 +178,7 @@ class Engine:
     def _drawing(self, answer: Answer) -> Drawing:
         found = self._drawings.get(answer.number)
         if found is None:
-            found = self._drawings[answer.number] = Drawing(answer.request, answer.choice)
+            found = self._drawings[answer.number] = Drawing(answer.request, answer.choice, answer.new)
         return found
 
     def _let_go(self, ended: list[Answer]) -> list[Answer]:

@@ -162,11 +162,13 @@ class Residents:
         content = self._know(reference, self._entry(reference, name))
         with self._lock:
             self._pins.add(reference)
-        self._tiers.pin(content, pinned=True)
+            self._apply_pins(content, self._meant.get(reference, content))
         try:
             self.load(name, seconds=seconds)
         except BaseException:
-            self._unpinned(name)
+            with self._lock:
+                self._pins.discard(reference)
+                self._apply_pins(content)
             raise
 
     def unpin(self, name: str) -> None:
@@ -182,9 +184,8 @@ class Residents:
         with self._lock:
             self._pins.discard(reference)
             content = self._meant.get(reference)
-            pinned = content in {self._meant[each] for each in self._pins}
-        if content is not None:
-            self._tiers.pin(content, pinned=pinned)
+            if content is not None:
+                self._apply_pins(content)
         return content
 
     def shown(self) -> Sequence[Shown]:
@@ -259,20 +260,23 @@ class Residents:
         """What it meant before goes, if no other means it, and a pin goes along with its name."""
         with self._lock:
             before = self._meant.pop(reference, None)
-            if content is not None:
-                self._meant[reference] = content
-            if before in (None, content):
-                return
-            assert before is not None
             if content is None:
                 self._pins.discard(reference)
-            pinned = {self._meant[each] for each in self._pins}
-            meant = before in self._meant.values()
-        self._tiers.pin(before, pinned=before in pinned)
-        if content in pinned:
-            self._tiers.pin(content, pinned=True)
-        if not meant:
-            self._tiers.leave(before)
+            else:
+                self._meant[reference] = content
+            if before is None or before == content:
+                return
+            self._apply_pins(before, *(() if content is None else (content,)))
+            if before not in self._meant.values():
+                self._tiers.leave(before)
+
+    def _apply_pins(self, *contents: str) -> None:
+        """Pins each of these contents that a pinned name means, and unpins the others. Call it with the lock held, so
+        that no older decision overtakes a newer one. A name may be pinned while another thread finds that the library
+        has it no more: it means nothing then."""
+        pinned = {self._meant.get(reference) for reference in self._pins}
+        for content in contents:
+            self._tiers.pin(content, pinned=content in pinned)
 
     def _check_base(self, entry: Entry) -> None:
         """Before it is read: by what the library knows. AdapterMismatchError shows both sides."""
