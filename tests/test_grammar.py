@@ -237,6 +237,7 @@ def test_each_answer_has_a_way_of_its_own(base, grammars):
         (lambda g: g.grammar("start: nobody"), "nobody"),
         (lambda g: g.grammar("start: /(a{1000}){1000}/"), "multiplied"),
         (lambda g: g.grammar('start: A{999}\nA: B{999}\nB: "x"'), "multiplied"),
+        (lambda g: g.grammar("root ::= a\n" + "a ::= b\n" * 500), "501 rules"),
         (lambda g: g.calls({}, ObjectCalls("<", ">")), "no tool"),
         (lambda g: g.calls({"f": {"uniqueItems": True}}, ObjectCalls("<", ">")), "uniqueItems"),
         (lambda g: g.calls({"f": {}}, ObjectCalls("<", ">"), most=99), "99 calls"),
@@ -316,6 +317,37 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
 def test_the_last_word_is_the_whole_schemas(schema, right, wrong):
     check = JsonCheck(schema)
     assert check.faults(right) == [] and check.faults(wrong)
+
+
+@pytest.mark.parametrize(
+    ("schema", "made", "wrong"),
+    [
+        ({"items": {"enum": list(range(20_000))}}, lambda n: [19_999] * n, [20_000]),
+        ({"items": {"enum": [{"a": [k]} for k in range(9_000)]}}, lambda n: [{"a": [8_999]}] * n, [{"a": [True]}]),
+        ({"uniqueItems": True}, lambda n: [{"a": k} for k in range(n)], [{"a": 1}, {"a": 1.0}]),
+        ({"uniqueItems": True}, lambda n: [[k] if k % 2 else {"a": k} for k in range(n)], [[[0]], [[0]]]),
+    ],
+)
+def test_a_value_is_looked_up_among_many_and_not_compared_with_each(schema, made, wrong, monkeypatch):
+    compared = []
+    monkeypatch.setattr("jsonschema._keywords.equal", lambda *of: compared.append(of))
+    check = JsonCheck(schema)
+    assert check.value_faults(made(5_000)) == [] and check.value_faults(wrong)
+    assert compared == []
+
+
+def test_values_are_equal_as_json_says():
+    check = JsonCheck({"enum": [1, "1", True, None, [0], {"a": 1.5}]})
+    assert not any(check.value_faults(value) for value in (1, 1.0, "1", True, None, [0], [0.0], {"a": 1.5}))
+    assert all(check.value_faults(value) for value in (0, False, "", [False], {"a": 1}, {}, [], "true"))
+    assert not JsonCheck({"uniqueItems": True}).value_faults([1, True, "1", None, [1], [True], 0, False])
+
+
+def test_the_search_for_patterns_in_names_is_bounded():
+    schema = {"patternProperties": {f"^x{k}$": {} for k in range(300)}, "additionalProperties": {}}
+    entangled = ["the schema is too entangled to be checked"]
+    assert JsonCheck(schema).value_faults({f"p{k}": k for k in range(100)}) == entangled
+    assert JsonCheck(schema).value_faults({f"p{k}": k for k in range(5)}) == []
 
 
 def test_a_check_fails_on_no_keyword_of_any_type_in_any_draft():

@@ -33,6 +33,8 @@ MOST_CHARACTERS = 65_536
 MOST_PATTERN = 8192
 MOST_REPEATS = 10_000
 """Of all counts in the braces of a grammar, multiplied: nested ones are written out while tokens are found."""
+MOST_RULES = 500
+"""Of a grammar in llama.cpp's notation: llguidance translates it in time that grows with their square."""
 MOST_CALLS = 16
 _BLANK = r"[ \n\t\r]{1,32}"
 """Between the parts of a JSON value: bounded, or an answer may be blank for ever."""
@@ -117,6 +119,8 @@ class Grammars:
                 f"the counts in the grammar's braces are more than {MOST_REPEATS:,} multiplied",
                 next_step="Repeat less, or with * and +.",
             )
+        if (rules := source.count("::=")) > MOST_RULES:
+            raise ConfigError(f"the grammar has {rules:,} rules in llama.cpp's notation, {MOST_RULES} may be")
         try:
             lark = grammar_from("grammar", source)
         except (ValueError, RecursionError) as fault:

@@ -15,7 +15,7 @@ from veneer.files.nesting import MAX_JSON_DEPTH, text_too_deep, walk
 from veneer.patterns import PatternError, compiled
 
 MOST_STEPS = 20_000
-"""Keywords that are compared with values before a check is given up."""
+"""Keywords that are compared with values, and patterns with names, before a check is given up."""
 _VALUES = ("const", "enum", "default", "examples")
 _MOST_FAULTS = 5
 
@@ -63,23 +63,31 @@ class JsonCheck:
         return self.value_faults(value)
 
     def value_faults(self, value: Any) -> list[str]:
+        from jsonschema.exceptions import ValidationError
         from jsonschema.validators import extend
         from referencing import Registry
         from referencing.exceptions import Unresolvable
 
         steps = 0
+        enums: dict[int, frozenset[Any]] = {}
+
+        def in_enum(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            if id(wanted) not in enums:
+                enums[id(wanted)] = frozenset(map(_identity, wanted))
+            if _identity(instance) not in enums[id(wanted)]:
+                yield ValidationError(f"{str(instance)[:100]!r} is none of the values of the enum")
 
         def counted(keyword: Keyword) -> Keyword:
             def checked(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
                 nonlocal steps
-                steps += 1
+                steps += _searches(schema, instance) if keyword in (_pattern_properties, _additional_properties) else 1
                 if steps > MOST_STEPS:
                     raise _TooMuchError
                 yield from keyword(validator, wanted, instance, schema) or ()
 
             return checked
 
-        keywords = {**self._kind.VALIDATORS, **_OURS}
+        keywords = {**self._kind.VALIDATORS, **_OURS, "enum": in_enum}
         kind = extend(self._kind, {name: counted(keyword) for name, keyword in keywords.items()})
         found: list[str] = []
         try:
@@ -144,9 +152,32 @@ def _additional_properties(validator: Any, allowed: Any, instance: Any, schema: 
                 yield from validator.descend(value, allowed, path=name)
 
 
+def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema.exceptions import ValidationError
+
+    if unique and isinstance(instance, list) and len(set(map(_identity, instance))) < len(instance):
+        yield ValidationError(f"{str(instance)[:100]} has equal items")
+
+
+def _searches(schema: Mapping[str, Any], instance: Any) -> int:
+    """How often a pattern of the schema is looked for in a name of the value."""
+    patterns = schema.get("patternProperties", {})
+    return 1 + (len(patterns) * len(instance) if isinstance(instance, dict) and isinstance(patterns, dict) else 0)
+
+
+def _identity(value: Any) -> Any:
+    """Equal for values that are equal in JSON, where 1 is 1.0 and true is not 1: to look one up among many."""
+    if isinstance(value, dict):
+        return "object", frozenset((name, _identity(inner)) for name, inner in value.items())
+    if isinstance(value, list):
+        return "list", tuple(map(_identity, value))
+    return isinstance(value, bool), value
+
+
 _OURS: dict[str, Keyword] = {
+    "uniqueItems": _unique_items,
     "pattern": _pattern,
     "patternProperties": _pattern_properties,
     "additionalProperties": _additional_properties,
 }
-"""Where jsonschema would take Python's regular expressions."""
+"""Where jsonschema would take Python's regular expressions, or compare each value with each."""
