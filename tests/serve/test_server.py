@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import re
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tests.serve.server import BASE, add_adapter, made_base, running
 from veneer.decoding.scheduler import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
+from veneer.serve import app as app_module
 from veneer.serve.keys import Key, Keys, hashed
 from veneer.serve.names import Names
 
@@ -337,6 +339,21 @@ def test_what_is_no_request_is_told_in_the_same_shape(server):
         ]:
             assert found.status_code == status
             assert found.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_large_body_is_read_beside_the_event_loop(server, monkeypatch):
+    threads, own = [], app_module.parsed
+
+    def parsed(text):
+        threads.append(threading.current_thread())
+        return own(text)
+
+    monkeypatch.setattr(app_module, "parsed", parsed)
+    for count in (10, 50_000):
+        body = {"model": BASE, "prompt": [-1] * count, "max_tokens": 2}
+        assert server.post(COMPLETE, body).json()["error"]["param"] == "prompt[0]"
+    assert server.post("/tokenize", {"prompt": "a" * 70_000}).status_code == 400
+    assert [thread is threads[0] for thread in threads] == [True, False, False]
 
 
 def test_tokens_and_texts_are_turned_into_each_other(server):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,12 +17,14 @@ from starlette.routing import Route
 
 from veneer.errors import VeneerError
 from veneer.serve import chat, completions, messages, responses
-from veneer.serve.adapters import card_of, loaded, pinned, unloaded
-from veneer.serve.body import read_body
+from veneer.serve.adapters import Loading, card_of, loaded, pinned, unloaded
+from veneer.serve.asked import Asked
+from veneer.serve.body import parsed, read_body
 from veneer.serve.details import angle_between, details
 from veneer.serve.exchange import Exchange
 from veneer.serve.guard import answer_to
 from veneer.serve.keys import Caller
+from veneer.serve.limits import LARGE_BODY
 from veneer.serve.page import page
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.service import Service
@@ -30,7 +32,7 @@ from veneer.serve.tokens import detokenized, tokenized
 
 log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
-BodyHandler = Callable[[dict[str, Any], Request], Awaitable[Response]]
+Read = TypeVar("Read")
 PROTOCOLS: dict[str, ModuleType] = {
     "/v1/chat/completions": chat,
     "/v1/completions": completions,
@@ -79,50 +81,58 @@ def application(service: Service) -> Starlette:
 
 
 def _routes(service: Service) -> list[Route]:
-    def post(path: str, handler: BodyHandler, scope: str = "use") -> Route:
+    def post(
+        path: str,
+        read: Callable[[dict[str, Any]], Read],
+        handler: Callable[[Read, Request], Awaitable[Response]],
+        scope: str = "use",
+    ) -> Route:
+        """read: what is asked, of a body."""
+
         async def endpoint(request: Request) -> Response:
             _check_scope(request, scope)
             if service.loop.closing:
                 raise shutting_down()
-            return await handler(await read_body(request, service.limits.body_bytes), request)
+            text = await read_body(request, service.limits.body_bytes)
+            if len(text) > LARGE_BODY:  # others are answered meanwhile
+                return await handler(await asyncio.to_thread(lambda: read(parsed(text))), request)
+            return await handler(read(parsed(text)), request)
 
         return Route(path, _answered(endpoint), methods=["POST"])
 
-    async def answer(body: dict[str, Any], request: Request) -> Response:
-        path = request.scope["path"]
-        protocol = PROTOCOLS[path]
-        return Exchange(service, protocol, protocol.asked(body), _caller(request).name, path)
+    def protocol_route(path: str, protocol: ModuleType) -> Route:
+        async def answer(asked: Asked, request: Request) -> Response:
+            return Exchange(service, protocol, asked, _caller(request).name, path)
 
-    async def count(body: dict[str, Any], request: Request) -> Response:
-        asked = messages.counted(body)
+        return post(path, protocol.asked, answer)
+
+    async def count(asked: Asked, request: Request) -> Response:
         (ids,) = await service.ids(asked.prompts, await service.model(asked.model))
         return JSONResponse({"input_tokens": len(ids)})
 
-    async def tokenize(body: dict[str, Any], request: Request) -> Response:
-        asked, wants_strings = tokenized(body)
+    async def tokenize(told: tuple[Asked, bool], request: Request) -> Response:
+        asked, wants_strings = told
         (ids,) = await service.ids(asked.prompts, await service.model(asked.model or service.names.base_name))
         found = {"count": len(ids), "max_model_len": service.prompts.positions, "tokens": ids}
         strings = await service.prompts.strings(ids) if wants_strings else None
         return JSONResponse({**found, "token_strs": strings})
 
-    async def detokenize(body: dict[str, Any], request: Request) -> Response:
-        model, ids = detokenized(body)
+    async def detokenize(told: tuple[str, list[int]], request: Request) -> Response:
+        model, ids = told
         await service.model(model or service.names.base_name)
         return JSONResponse({"prompt": await service.prompts.text(ids)})
 
-    async def load(body: dict[str, Any], request: Request) -> Response:
-        wanted = loaded(body)
+    async def load(wanted: Loading, request: Request) -> Response:
         await service.apart(lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place))
         await service.load(wanted.reference)
         return PlainTextResponse(service.names.add(wanted.name, wanted.reference, in_place=wanted.in_place))
 
-    async def unload(body: dict[str, Any], request: Request) -> Response:
-        name = unloaded(body)
+    async def unload(name: str, request: Request) -> Response:
         return PlainTextResponse(await service.apart(lambda: service.names.remove(name)))
 
-    def pin(*, to: bool) -> BodyHandler:
-        async def change(body: dict[str, Any], request: Request) -> Response:
-            await service.pin(pinned(body), pinned=to)
+    def pin(*, to: bool) -> Callable[[str, Request], Awaitable[Response]]:
+        async def change(name: str, request: Request) -> Response:
+            await service.pin(name, pinned=to)
             return JSONResponse({"pinned": to})
 
         return change
@@ -169,14 +179,14 @@ def _routes(service: Service) -> list[Route]:
         return PlainTextResponse("closing\n", 503) if service.loop.closing else PlainTextResponse("ready\n")
 
     return [
-        *(post(path, answer) for path in PROTOCOLS),
-        post("/v1/messages/count_tokens", count),
-        post("/tokenize", tokenize),
-        post("/detokenize", detokenize),
-        post("/v1/load_lora_adapter", load, "admin"),
-        post("/v1/unload_lora_adapter", unload, "admin"),
-        post("/v1/adapters/pin", pin(to=True), "admin"),
-        post("/v1/adapters/unpin", pin(to=False), "admin"),
+        *(protocol_route(path, protocol) for path, protocol in PROTOCOLS.items()),
+        post("/v1/messages/count_tokens", messages.counted, count),
+        post("/tokenize", tokenized, tokenize),
+        post("/detokenize", detokenized, detokenize),
+        post("/v1/load_lora_adapter", loaded, load, "admin"),
+        post("/v1/unload_lora_adapter", unloaded, unload, "admin"),
+        post("/v1/adapters/pin", pinned, pin(to=True), "admin"),
+        post("/v1/adapters/unpin", pinned, pin(to=False), "admin"),
         get("/", index),
         get("/v1/adapters", adapters),
         get("/v1/adapters/{name:path}", adapter),

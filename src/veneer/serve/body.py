@@ -15,14 +15,14 @@ from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED
 from veneer.serve.refusals import Refusal
 
 
-async def read_body(request: Request, most_bytes: int) -> dict[str, Any]:
-    """The object that a body holds. Refusal: 400, 408, 413 or 415."""
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """The whole body of a request that says that it is JSON. Refusal: 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "The body must not be compressed.")
-    return parsed(await gathered(request, most_bytes))
+    return await gathered(request, most_bytes)
 
 
 async def gathered(request: Request, most_bytes: int) -> bytes:

@@ -24,6 +24,7 @@ from veneer.serve.body import gathered
 from veneer.serve.exchange import ClientGone, unless_gone
 from veneer.serve.guard import answer_to
 from veneer.serve.keys import Keys
+from veneer.serve.limits import LARGE_BODY
 from veneer.serve.metrics import answers_lines, merged
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.replica import Change, Passed, model_of
@@ -132,10 +133,12 @@ class Front:
         )
 
     async def _pass_on(self, request: Passed, out: _Sent) -> None:
+        large = len(request.body) > LARGE_BODY  # others are answered meanwhile
+        model = await asyncio.to_thread(model_of, request.body) if large else model_of(request.body)
         for left in reversed(range(ATTEMPTS)):
             try:
                 async with asyncio.timeout(self._seconds) as until:
-                    async for message in self._replicas.answer(request, model_of(request.body), tuple(self._changes)):
+                    async for message in self._replicas.answer(request, model, tuple(self._changes)):
                         until.reschedule(None)  # from here on it is the replica that says how long it takes
                         await out(message)
                 break

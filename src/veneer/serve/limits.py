@@ -11,6 +11,8 @@ MOST_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
 """For a whole header to arrive, from the connection's start or from the answer before."""
 BODY_BYTES = 4 * 2**20
+LARGE_BODY = 64 * 2**10
+"""Bytes of a body beyond which it is read beside the event loop: 4 MiB of JSON take up to a second."""
 BODY_SECONDS = 30.0
 """For a whole body to arrive."""
 MOST_DISCARDED = 64 * 2**20
