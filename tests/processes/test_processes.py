@@ -19,6 +19,7 @@ from tests.tiny import save_tiny
 from veneer.child import environment_for
 from veneer.train.launch import GRACE_SECONDS, listening
 from veneer.train.records import read_records
+from veneer.train.world import _connection
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = "60"
@@ -225,6 +226,28 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
     assert all(one[key].equal(other[key]) for key in one)
 
 
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        (
+            "[/pytorch/gloo/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer. GLHF!",
+            "its connection was closed, as when a process ends",
+        ),
+        (
+            "[/pytorch/x/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to complete",
+            "it did not answer in time",
+        ),
+        (
+            "The client socket has failed to connect to [host]:1 (errno: 111 - Connection refused).",
+            "it cannot be reached",
+        ),
+        ("[/x/y.cc:3] something new", "something new"),
+    ],
+)
+def test_a_message_of_the_backend_is_told_in_a_sentence(said, means):
+    assert _connection(said) == means
+
+
 @STANDING
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("own", [{}, {"shard": True}], ids=["whole", "shards"])
@@ -241,6 +264,7 @@ def test_a_process_that_stands_still_ends_the_others_in_time_and_the_run_goes_on
         assert time.monotonic() - begun < 20 + 40
     (said,) = json.loads(out.splitlines()[-1])
     assert said.startswith("6 another process of this run is gone, or waited too long"), err
+    assert "did not answer in time" in said and "gloo" not in said + err, err
     assert "VENEER_WAIT_SECONDS" in said and "--resume" in said
     assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
     one, two = values(alone / "lora"), values(tmp_path / "run")

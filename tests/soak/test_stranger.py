@@ -30,7 +30,7 @@ ELSEWHERE = {
     "pip install veneer": "done by then, from the wheel that was built",
     "pip install 'veneer[serve]'": "the same",
     "git clone": "another way to the same",
-    "make ": "another way to the same",
+    "make": "another way to the same",
     "veneer compare": "an hour",
     "--base mistralai/": "15 GB of the hub's",
 }

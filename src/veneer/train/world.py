@@ -9,6 +9,7 @@ decides, all decide, and an error of one ends all (`together`). What goes over t
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,10 +168,26 @@ class World:
                 raise
             raise LostProcessError(
                 "another process of this run is gone, or waited too long",
-                [" ".join(str(fault).split())[:300]],
+                [_connection(str(fault))],
                 "Look at what the other processes said; then go on with --resume. VENEER_WAIT_SECONDS says how long "
                 "they are waited for.",
             ) from fault
+
+
+CONNECTIONS = {
+    "timed out|timeout": "it did not answer in time",
+    "reset|closed|broken pipe|eof|abort": "its connection was closed, as when a process ends",
+    "refused|unreachable|no route|resolve": "it cannot be reached",
+}
+"""Words in a message of gloo's or NCCL's -> what they mean."""
+
+
+def _connection(said: str) -> str:
+    """What happened to the connection, in a sentence; a message that is not known as it is, without its source line."""
+    for words, meaning in CONNECTIONS.items():
+        if re.search(words, said, re.IGNORECASE):
+            return meaning
+    return re.sub(r"^\[\S+:\d+\] ", "", " ".join(said.split()))[:300]
 
 
 def _faults(told: Sequence[Any]) -> list[str]:
