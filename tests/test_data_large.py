@@ -22,12 +22,14 @@ from veneer.data.examples import Capacity, Example, RowRef
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, load_data
 from veneer.data.on_disk import ExampleWriter, StoredExamples, some_of
+from veneer.data.split import BY_THRESHOLD
 from veneer.data.unused import lock_of
 from veneer.errors import CorruptFileError, DataError
 from veneer.files.atomic import write_manifest
 from veneer.files.lock import locked
 from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
+from veneer.train import training
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
 from veneer.train.training import run_training
@@ -241,6 +243,28 @@ def test_a_run_learns_the_same_bits_and_resumes_from_either(world: Path, tmp_pat
         for n in ("memory", "files")
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_with_the_rows_that_it_held_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(world, tmp_path / "run", "memory")
+    with monkeypatch.context() as earlier, ended_before_step(2):
+        earlier.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)
+        run_training(config, resume=False, screen=QuietScreen())
+    states = list((tmp_path / "run" / "checkpoints").rglob("state.json"))
+    for file in states:
+        state = json.loads(file.read_text())
+        assert state["origin"].pop("held_out_by") == BY_THRESHOLD
+        file.write_text(json.dumps(state))
+        write_manifest(file.parent)
+    assert states and main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    run_training(run_of(world, tmp_path / "now", "memory"), resume=False, screen=QuietScreen())
+    started = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["validation_rows"]
+        for name in ("run", "now")
+    ]
+    assert started[0] != started[1] == 8
 
 
 def test_the_plan_of_an_epoch_is_its_list_and_its_micro_batches_are_spans_of_it() -> None:

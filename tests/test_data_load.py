@@ -18,7 +18,7 @@ from veneer.data.check import render_sample
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Row, RowRef, row_key
 from veneer.data.load import DataSet, examine_data, load_data
-from veneer.data.split import split
+from veneer.data.split import BY_THRESHOLD, shared_out
 from veneer.errors import DataError
 
 ANSWER_AT = len("|user\nq000<\n|assistant\n")  # ids in front of the answer to a question like q000, in bytes
@@ -89,35 +89,54 @@ def test_keys_change_with_the_content_alone() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=5), unique=True, min_size=1), st.floats(0, 1), st.data())
-def test_adding_rows_and_raising_the_share_move_no_row_out_of_its_side(
+def test_an_added_row_moves_one_other_at_most_and_a_higher_share_none_back(
     questions: list[str], share: float, data: st.DataObject
 ) -> None:
     rows = [chat_row(question, "a", line) for line, question in enumerate(questions)]
-    some = data.draw(st.lists(st.sampled_from(rows), unique_by=id))
-    train, held_out = split(rows, share)
-    few_train, few_held_out = split(some, share)
-    assert [row for row in some if row in held_out] == few_held_out
-    assert [row for row in some if row in train] == few_train
-    assert all(row in held_out for row in split(rows, share / 2)[1])
+    left, held_out = shared_out(rows, [share])
+    assert abs(len(held_out) - share * len(rows)) <= 0.5 + 1e-9
+    assert [row for row in rows if row in held_out] == held_out and [row for row in rows if row in left] == left
+    some = data.draw(st.permutations(rows))[: data.draw(st.integers(0, len(rows)))]
+    moved = [row for row in some if (row in held_out) != (row in shared_out(some, [share])[1])]
+    assert len(moved) <= len(rows) - len(some)
+    assert all(row in held_out for row in shared_out(rows, [share / 2])[1])
+    assert {str(row.ref) for row in shared_out(rows[::-1], [share])[1]} == {str(row.ref) for row in held_out}
 
 
-def test_the_share_held_out_is_the_share_asked_for_and_a_prompt_is_never_on_both_sides() -> None:
-    rows = [chat_row(f"q{n}", f"a{k}") for n in range(2000) for k in range(2)]
-    train, held_out = split(rows, 0.1)
-    assert abs(len(held_out) / len(rows) - 0.1) < 0.03
-    assert not {str(row.messages[0]) for row in train} & {str(row.messages[0]) for row in held_out}
-    assert split(rows, 0.0) == (rows, [])
+@pytest.mark.parametrize(("count", "held_out"), [(9, 0), (20, 1), (40, 2), (150, 7), (4000, 200)])
+def test_the_share_held_out_is_the_share_asked_for(tmp_path: Path, count: int, held_out: int) -> None:
+    file = write(tmp_path / "rows.jsonl", *(pair(f"q{n}") for n in range(count)))
+    assert len(examine(file, validation_share=0.05).validation) == held_out
 
 
-def test_far_more_rows_held_out_than_asked_for_are_reported_with_the_reason(tmp_path: Path) -> None:
-    # q58 is one of the questions that a share of 0.05 holds out; all its answers go with it.
+def test_a_prompt_is_never_on_two_sides_and_sets_are_held_out_each(tmp_path: Path) -> None:
+    rows = [chat_row(f"q{n}", f"a{k}") for n in range(200) for k in range(2)]
+    parts = [{str(row.messages[0]) for row in part} for part in shared_out(rows, [0.1, 0.2])]
+    assert [len(part) for part in parts] == [140, 20, 40] and len(set.union(*parts)) == 200
+    assert shared_out(rows, [0.0]) == [rows, []]
+    one = write(tmp_path / "one.jsonl", *(pair(f"q{n}") for n in range(100)))
+    other = write(tmp_path / "other.jsonl", *(pair(f"q{n}", "b") for n in range(50, 150)))
+    data = examine([{"path": one}, {"path": other}], validation_share=0.1)
+    assert [each.rows for each in data.held] == [10, 10] and [each.rows for each in data.sets] == [90, 90]
+    assert "D210" not in codes(data)  # a prompt of both is on the same side in both
+
+
+def test_a_prompt_with_too_many_rows_is_passed_over(tmp_path: Path) -> None:
+    rows = [chat_row("q58" if n < 60 else f"q{n}", f"a{n}") for n in range(120)]
+    held_out = shared_out(rows, [0.05])[1]
+    assert len(held_out) == 6 and all(row.messages[0]["content"] != "q58" for row in held_out)
+
+
+def test_a_run_that_began_before_holds_out_what_it_held_out(tmp_path: Path) -> None:
+    # By the hash alone; q58 is one of the questions that a share of 0.05 holds out, with all its answers.
     crowded = write(tmp_path / "crowded.jsonl", *(pair("q58" if n < 60 else f"q{n}", f"a{n}") for n in range(120)))
-    data = examine(crowded, validation_share=0.05)
+    data = examine(crowded, validation_share=0.05, held_out_by=BY_THRESHOLD)
     assert len(data.validation) >= 60
     assert "D216" in codes(data)
     assert not data.report.refused
     even = write(tmp_path / "even.jsonl", *(pair(f"q{n}") for n in range(120)))
-    assert "D216" not in codes(examine(even, validation_share=0.05))
+    held = examine(even, validation_share=0.05, held_out_by=BY_THRESHOLD)
+    assert "D216" not in codes(held) and len(held.validation) != len(examine(even, validation_share=0.05).validation)
 
 
 def test_held_out_rows_stand_in_the_order_of_their_examples(tmp_path: Path) -> None:

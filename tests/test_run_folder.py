@@ -19,13 +19,14 @@ from tests.helpers import run_where_it_may_only_be_read
 from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.bases.fingerprint import Fingerprint
 from veneer.cli import main
+from veneer.data.split import BY_THRESHOLD
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted, SourceError
 from veneer.files import atomic
 from veneer.files.atomic import write_manifest
 from veneer.files.lock import BusyError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
-from veneer.train import checkpoint, loop
+from veneer.train import checkpoint, loop, training
 from veneer.train.checkpoint import newest_valid, numbers, save_checkpoint
 from veneer.train.config import RunConfig
 from veneer.train.folder import resume_config
@@ -257,6 +258,7 @@ def as_the_first_layout_had_it(out, step):
 
 
 def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train(world, tmp_path / "whole")
     train_and_die(world, tmp_path / "died", at=2, monkeypatch=monkeypatch)
     as_the_first_layout_had_it(tmp_path / "died", 2)
@@ -268,6 +270,7 @@ def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_comp
 
 
 def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     as_the_first_layout_had_it(tmp_path, 2)
     own = Loop._save

@@ -503,15 +503,15 @@ def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(
     shares = ["--validation", "0.1", "--test", "0.2"]
     assert main.main(["data", "split", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "s"), *shares]) == 0
     sides = [set(prompts(str(tmp_path / "s" / f"{name}.jsonl"))) for name in ("train", "validation", "test")]
-    assert sum(map(len, sides)) == len(set.union(*sides)) == 200
+    assert [len(side) for side in sides] == [140, 20, 40] and len(set.union(*sides)) == 200
     held = [row.messages[0]["content"] for row in held_out_of(str(tmp_path / "rows.jsonl"), 0.1)]
     assert sides[1] == set(held)
 
 
 def held_out_of(path: str, share: float) -> list[Any]:
-    from veneer.data.split import split
+    from veneer.data.split import shared_out
 
-    return split(scan_rows(path)[0], share)[1]
+    return shared_out(scan_rows(path)[0], [share])[1]
 
 
 def test_a_sample_is_drawn_by_content_and_seed_in_the_order_of_the_rows(tmp_path: Path) -> None:

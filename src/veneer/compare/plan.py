@@ -12,7 +12,7 @@ from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, 
 from veneer.data.columns import ColumnMap
 from veneer.data.examples import Layout, Row
 from veneer.data.sources import read_rows
-from veneer.data.split import split
+from veneer.data.split import shared_out
 from veneer.data.writing import record_of
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.general import BUILT_IN, general_documents
@@ -154,12 +154,6 @@ def _divided(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows for training, validation and test; none where a file is given."""
     rows = read_rows(data, format, columns)
-    tested: list[Row] = []
-    held: list[Row] = []
-    if given["validation"] is None:
-        rows, held = split(rows, VALIDATION_SHARE)
-    if given["test"] is None:
-        # Counted from the rest: the hash of every row left is above the first share already.
-        above = VALIDATION_SHARE if given["validation"] is None else 0.0
-        rows, tested = split(rows, above + TEST_SHARE)
-    return rows, held, tested
+    shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
+    left, held, tested = shared_out(rows, [0.0 if given[name] else share for name, share in shares.items()])
+    return left, held, tested

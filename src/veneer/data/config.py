@@ -52,7 +52,7 @@ class DataConfig(Settings):
     validation: Sets | None = None
     """The held-out rows, named likewise; without them, `validation_share` of the training rows is held out."""
     validation_share: Annotated[float, SHARE] = 0.05
-    """Share of rows held out, of each set, chosen by a hash of their content; 0 holds nothing out."""
+    """Share of rows held out, of each set: the prompts with the smallest hashes; 0 holds nothing out."""
     shares_of: Literal["rows", "tokens"] = "rows"
     """What the sets' shares are counted in."""
     tokens: Literal["auto", "memory", "files"] = "auto"

@@ -29,6 +29,7 @@ from veneer.data.load import DataSet, Kept, SetSize, load_data, read_data
 from veneer.data.mixture import Mixture
 from veneer.data.on_disk import ExampleWriter, StoredExamples
 from veneer.data.places import places_of
+from veneer.data.split import BY_COUNT
 from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate
 from veneer.data.unused import DESCRIPTION, lock_of, use
@@ -61,11 +62,13 @@ def training_data(
     tokenizer: Any,
     today: date | None = None,
     preamble: Preamble = NONE,
+    held_out_by: str = BY_COUNT,
     say: Say = lambda line: None,
 ) -> DataSet:
     """As load_data, the tokens in files where the set is large or `data.tokens` says so. say: gets lines for the
     screen."""
     asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
+    asked["held_out_by"] = held_out_by
     if not _in_files(data):
         return load_data(data, tokenizer=tokenizer, today=today, **asked)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
@@ -104,7 +107,9 @@ def _in_files(data: DataConfig) -> bool:
     return total >= LARGE_BYTES
 
 
-def _name(data: DataConfig, template: ChatTemplate, *, length: int, capacity: Capacity, preamble: Preamble) -> str:
+def _name(
+    data: DataConfig, template: ChatTemplate, *, length: int, capacity: Capacity, preamble: Preamble, held_out_by: str
+) -> str:
     """What the tokens depend on, as a hash."""
     sets = [
         [
@@ -120,6 +125,7 @@ def _name(data: DataConfig, template: ChatTemplate, *, length: int, capacity: Ca
         "versions": [version(name) for name in ("veneer", "transformers", "tokenizers")],
         "sets": sets,
         "held out": len(data.validation_sets),
+        "held out by": held_out_by,
         "settings": data.model_dump(mode="json", exclude=_NO_MATTER),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

@@ -21,11 +21,11 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.config import DataConfig, SetConfig
-from veneer.data.examples import Capacity, Example, Problem, Row, grouped, part_key, row_key
+from veneer.data.examples import Capacity, Example, Problem, Row, grouped, part_key, prompt_key, row_key
 from veneer.data.formats import Layouts
 from veneer.data.mixture import Mixture, mixed
 from veneer.data.sources import rows_in
-from veneer.data.split import split
+from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
 from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate, Encoded
 from veneer.errors import ConfigError
@@ -77,6 +77,7 @@ def load_data(
     tokenizer: Any,
     today: date | None = None,
     preamble: Preamble = NONE,
+    held_out_by: str = BY_COUNT,
 ) -> DataSet:
     """The examples of a run. Raises DataError with everything that keeps it from starting.
 
@@ -84,8 +85,17 @@ def load_data(
     capacity   of the model: no row is longer than its positions, whatever `length` says
     today      the date that chat templates may write: the same date, the same tokens
     preamble   what the template is told, and a system turn for conversations that have none
+    held_out_by   how rows are split off (split.py)
     """
-    found = examine_data(data, length=length, capacity=capacity, tokenizer=tokenizer, today=today, preamble=preamble)
+    found = examine_data(
+        data,
+        length=length,
+        capacity=capacity,
+        tokenizer=tokenizer,
+        today=today,
+        preamble=preamble,
+        held_out_by=held_out_by,
+    )
     refuse(found.report, data.called)
     return found
 
@@ -98,6 +108,7 @@ def examine_data(
     tokenizer: Any,
     today: date | None = None,
     preamble: Preamble = NONE,
+    held_out_by: str = BY_COUNT,
 ) -> DataSet:
     """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
 
@@ -105,7 +116,9 @@ def examine_data(
     """
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     kept, held = (Kept(Tally(frozenset(template.stop_ids))) for _ in range(2))
-    return read_data(data, template, kept, held, length=length, capacity=capacity, preamble=preamble)
+    return read_data(
+        data, template, kept, held, length=length, capacity=capacity, preamble=preamble, held_out_by=held_out_by
+    )
 
 
 def read_data(
@@ -117,23 +130,27 @@ def read_data(
     length: int,
     capacity: Capacity,
     preamble: Preamble,
+    held_out_by: str,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
     """The rows of all sets, one after another, into what is trained on and what is held out. say: is told how many
-    rows there were so far."""
+    rows there were so far.
+
+    A set from which rows are held out is read twice: which ones depends on all of its prompts.
+    """
     asked, length = length, min(length, capacity.positions or length)
     findings, total = Findings(), 0
-    reading = _Reading(data, template, preamble, length, findings)
+    reading, division = _Reading(data, template, preamble, length, findings), Split()
     with _collecting_between() as collect:
         for one in data.train_sets:
             read = out = 0
+            holds = reading.held_out(one, division, held_out_by)
             for rows in reading.scan(one):
                 read += len(rows)
-                if not data.validation_sets:
-                    rows, held_out = split(rows, data.validation_share)
-                    out += len(held_out)
-                    reading.encode(held_out, held)
-                reading.encode(rows, kept)
+                held_out = [row for row in rows if holds(row)]
+                out += len(held_out)
+                reading.encode(held_out, held)
+                reading.encode([row for row in rows if not holds(row)] if held_out else rows, kept)
                 say(total + read)
                 collect()
             total += read
@@ -277,6 +294,16 @@ class _Reading:
     findings: Findings
     numbers: Iterator[int] = field(default_factory=count)
     """Next row's number. Rows are told apart by it: a hash of their content would merge equal neighbours."""
+
+    def held_out(self, one: SetConfig, division: Split, held_out_by: str) -> Holds:
+        """Which rows of the set are held out."""
+        share = self.data.validation_share
+        if self.data.validation_sets or not share:
+            return lambda row: False
+        if held_out_by == BY_THRESHOLD:
+            return by_threshold(share)
+        rows = rows_in(one.path, one.format or self.data.format, one.map or self.data.map)
+        return division.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
 
     def scan(self, one: SetConfig) -> Iterator[list[Row]]:
         """The rows of a set, some at a time."""

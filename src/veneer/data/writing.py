@@ -20,6 +20,7 @@ from typing import Any
 from veneer.data.columns import ColumnMap
 from veneer.data.examples import Problem, Row, grouped, prompt_key, refusal, row_key, sampling_key
 from veneer.data.sources import rows_in
+from veneer.data.split import part_of, parts_of_shares
 from veneer.errors import ConfigError, DataError, told_as
 from veneer.files.atomic import atomic_file
 from veneer.files.partial import remove
@@ -125,20 +126,18 @@ def split_rows(
     columns: ColumnMap | None = None,
     leave_out: bool = False,
 ) -> Written:
-    """train.jsonl, validation.jsonl and test.jsonl by a hash of each row's prompt, as a run holds rows out: the same
-    prompt never stands in two, and more rows move none."""
-    ends = {"validation": validation, "test": validation + test, "train": 1.0}
+    """train.jsonl, validation.jsonl and test.jsonl, as a run holds rows out (split.py): the validation rows are those
+    that a run with the same share holds out, and no prompt stands in two files. The set is read twice."""
+    reading, shares = _Reading(format, columns, leave_out), {"validation": validation, "test": test}
+    prompts = [prompt_key(row) for row in reading.good([named], Written())]
+    parts = parts_of_shares(prompts, list(shares.values()))
 
-    def belongs(name: str) -> Callable[[Row], bool]:
-        def to_it(row: Row) -> bool:
-            at = prompt_key(row) / (1 << 63)
-            return next(each for each, end in ends.items() if at < end or each == "train") == name
+    def belongs(part: int) -> Callable[[Row], bool]:
+        return lambda row: part_of(prompt_key(row), parts) == part
 
-        return to_it
-
-    wanted = ["train", *(name for name, share in (("validation", validation), ("test", test)) if share)]
-    files = {folder / f"{name}.jsonl": belongs(name) for name in wanted}
-    return _distributed([named], files, _Reading(format, columns, leave_out))
+    wanted = {"train": 0} | {name: number for number, name in enumerate(shares, 1) if shares[name]}
+    files = {folder / f"{name}.jsonl": belongs(part) for name, part in wanted.items()}
+    return _distributed([named], files, reading)
 
 
 def sample_rows(

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from veneer.bases.fingerprint import Fingerprint
+from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.files.strict_json import field_faults
 from veneer.models.frozen_base import FrozenBase
@@ -29,6 +30,8 @@ MAY_CHANGE = (
 )
 """Settings that say where things are and how they are computed, not what. The base and the rows are compared as
 such."""
+HELD_OUT_BY = BY_COUNT
+"""How rows are held out (data/split.py)."""
 MASKS = "prefix"
 """By the text up to a token (data/batching.py)."""
 
@@ -49,6 +52,9 @@ class Origin:
     masks: str = "row"
     """By what dropout's masks are drawn; of a version that did not say: by the row and the place in it."""
 
+    held_out_by: str = BY_THRESHOLD
+    """How rows were held out; of a version that did not say: by a threshold."""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -61,6 +67,7 @@ def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
         template=base.template_hash(),
         settings=_settings(config),
         masks=MASKS,
+        held_out_by=HELD_OUT_BY,
     )
 
 

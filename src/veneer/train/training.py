@@ -48,7 +48,7 @@ from veneer.train.job import Job
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Loop
 from veneer.train.optim import Flat, FlatParameters
-from veneer.train.origin import Origin, check_base, check_masks, check_rows, check_settings, origin_of
+from veneer.train.origin import HELD_OUT_BY, Origin, check_base, check_masks, check_rows, check_settings, origin_of
 from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.place import held, refuse_unless_new
 from veneer.train.progress import load_state
@@ -147,6 +147,7 @@ def _run(
     reset_peak_memory(str(base.device))
     # A chat template may write the date: a resumed run keeps the day it started on.
     day = date.fromisoformat(world.shared(date.today().isoformat() if then is None else then.date))
+    held_out_by = HELD_OUT_BY if then is None else then.held_out_by
     with ExitStack() as stack:
         with world.together("before its first step"):
             if then is not None:
@@ -160,6 +161,7 @@ def _run(
                 tokenizer=extended(base.tokenizer, config.new_tokens),
                 today=day,
                 preamble=Preamble(variables=config.template.variables),
+                held_out_by=held_out_by,
                 say=screen.message,
             )
             config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
@@ -172,7 +174,8 @@ def _run(
                 config, begun = begin_adapter(base, config, data.train, tokens=tokens, resumes=then is not None)
             refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer)
             attachment = None if begun is None else begun.attachment
-            origin = then if then and known else replace(origin_of(config, base, day), data=data.fingerprint)
+            made = replace(origin_of(config, base, day), data=data.fingerprint)
+            origin = then if then and known else replace(made, held_out_by=held_out_by)
             _manifest(config, base, data, None)
             one_pass = replacements(base.model)
             with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
