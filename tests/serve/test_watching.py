@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,6 +17,7 @@ from veneer.errors import VeneerError
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.norms import updates
 from veneer.library.library import Library
+from veneer.serve import details
 from veneer.serve.runs import PART_BYTES, Runs
 
 
@@ -70,6 +74,29 @@ def test_two_adapters_are_told_by_the_angle_between_their_updates(server, places
     same = get(server, "/v1/adapters/tickets?against=tickets@2")
     assert same["cosine"] == pytest.approx(1) and set(same["by_layer"]) == {"layer 0", "layer 1"}
     get(server, "/v1/adapters/tickets?against=nobody", 404)
+
+
+def test_no_request_waits_for_adapters_that_are_only_looked_at(server, monkeypatch):
+    """Six clients ask for angles on a disk that hangs; afterwards the angle is known and no file is read."""
+    read, slow, reads = details.read_adapter, threading.Event(), []
+
+    def slowly(folder):
+        reads.append(folder)
+        assert slow.wait(60)
+        return read(folder)
+
+    details._angle.cache_clear()
+    monkeypatch.setattr(details, "read_adapter", slowly)
+    with ThreadPoolExecutor(6) as clients:
+        looks = [clients.submit(get, server, "/v1/adapters/tickets?against=tickets@1") for _ in range(6)]
+        while not reads:
+            time.sleep(0.01)
+        body = {"model": "tickets", "prompt": "a", "max_tokens": 1}
+        assert server.post("/v1/completions", body).status_code == 200
+        assert not any(look.done() for look in looks)
+        slow.set()
+        assert len({look.result()["cosine"] for look in looks}) == 1
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "veneer.json", ""])

@@ -154,7 +154,7 @@ def _routes(service: Service) -> list[Route]:
             own = names.entry(name)
             return details(library, own) if against is None else angle_between(library, own, names.entry(against))
 
-        return JSONResponse(await service.apart(told))
+        return JSONResponse(await service.look(told))
 
     async def runs(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": await service.apart(service.runs.cards)})

@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.errors import told_as
 from veneer.formats.adapter import read_adapter
-from veneer.formats.norms import Update, angle, by_kind, updates
+from veneer.formats.norms import Angle, angle, by_kind, updates
 from veneer.library.library import Entry, Library
 from veneer.library.lineage import ancestors, by_content
 
@@ -46,8 +46,8 @@ def details(library: Library, entry: Entry) -> dict[str, Any]:
 
 def angle_between(library: Library, one: Entry, other: Entry) -> dict[str, Any]:
     """Cosines between the updates of two adapters, in total and by layer; null where one changes nothing."""
-    first, second = (_updates(library, entry) for entry in (one, other))
-    found = angle(first, second)
+    with _called(library, one), _called(library, other):
+        found = _angle(library.path(one.reference), library.path(other.reference))
     return {
         "reference": one.reference,
         "against": other.reference,
@@ -57,9 +57,11 @@ def angle_between(library: Library, one: Entry, other: Entry) -> dict[str, Any]:
     }
 
 
-def _updates(library: Library, entry: Entry) -> dict[str, Update]:
-    with _called(library, entry):
-        return updates(read_adapter(library.path(entry.reference)))[0]
+@lru_cache(maxsize=256)
+def _angle(one: Path, other: Path) -> Angle:
+    """Of two folders that are called by their content."""
+    first, second = (updates(read_adapter(folder))[0] for folder in (one, other))
+    return angle(first, second)
 
 
 @contextmanager

@@ -83,6 +83,7 @@ class Service:
         self._labels: dict[str, str] = {}
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
         self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # which wait for room
+        self._looks = ThreadPoolExecutor(1, thread_name_prefix="veneer-looks")
 
     def fingerprint(self, model: Model) -> str:
         return f"vn-{self._base_digest}-{model.content}"
@@ -90,6 +91,10 @@ class Service:
     async def apart(self, function: Callable[[], T]) -> T:
         """Runs what reads files beside the event loop. No error says where the library lies."""
         return await asyncio.get_running_loop().run_in_executor(self._files, partial(self._without_folder, function))
+
+    async def look(self, function: Callable[[], T]) -> T:
+        """Runs what reads whole adapters, one at a time, so that no request waits behind it."""
+        return await asyncio.get_running_loop().run_in_executor(self._looks, partial(self._without_folder, function))
 
     def _without_folder(self, function: Callable[[], T]) -> T:
         with told_as(self.residents.library.folder, "the library"):
@@ -206,5 +211,5 @@ class Service:
         """What is open ends at once: the server has waited for it (run.py)."""
         await self.loop.close(0.0)
         self.prompts.close()
-        for threads in (self._files, self._loads):
+        for threads in (self._files, self._loads, self._looks):
             threads.shutdown(wait=False, cancel_futures=True)
