@@ -17,6 +17,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
     context = [
         loaded.fingerprint().digest,
         loaded.compute.name,
+        loaded.tokenizer_hash(),
         ChatTemplate(loaded.tokenizer).fingerprint(),
+        version("veneer"),
         held_out.digest,
     ]
     untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)

@@ -265,11 +265,12 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
 def _places(size: int, count: int) -> Tensor:
     """(count) of the elements that are hashed, the same for all tensors of a size."""
-    starts = torch.arange(count + 1) * size // count
+    starts = torch.arange(count + 1, device="cpu") * size // count
     # Knuth's multiplicative hash; its high bits, for the low ones repeat with the row length.
-    offsets = (torch.arange(count) * 2654435761 % 2**32 * starts.diff()) >> 32
+    offsets = (torch.arange(count, device="cpu") * 2654435761 % 2**32 * starts.diff()) >> 32
     return starts[:-1] + offsets
 
 

@@ -64,9 +64,9 @@ class FrozenBase:
     not_read: tuple[str, ...] = ()
     decodes_packed: bool | None = field(default=None, init=False, repr=False)
     way: Any = field(default=None, init=False, repr=False)
-    _tokenizer_hash: str | None = field(default=None, init=False, repr=False)
+    _tokenizer_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
-    _extended: tuple[tuple[str, ...], PreTrainedTokenizerBase] | None = field(default=None, init=False, repr=False)
+    _extended: tuple[object, PreTrainedTokenizerBase] | None = field(default=None, init=False, repr=False)
     _paths: Paths | None = field(default=None, init=False, repr=False)
     _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
@@ -100,9 +100,10 @@ class FrozenBase:
         texts = texts_of(self.routing.acting.adapters)
         if not texts:
             return self.tokenizer
+        key = texts, self._tokenizer_state()
         known = self._extended
-        if known is None or known[0] != texts:
-            known = self._extended = texts, extended(self.tokenizer, texts)
+        if known is None or known[0] != key:
+            known = self._extended = key, extended(self.tokenizer, texts)
         return known[1]
 
     @property
@@ -138,10 +139,18 @@ class FrozenBase:
         return self.identity.weights_digest, *(each.weights_digest for each in earlier)
 
     def tokenizer_hash(self) -> str:
-        """Of what its tokenizer does, taken once: it reads the whole vocabulary."""
-        if self._tokenizer_hash is None:
-            self._tokenizer_hash = tokenizer_hash(self.tokenizer)
-        return self._tokenizer_hash
+        """Of what its tokenizer does, taken once for each state of it: it reads the whole vocabulary."""
+        state, known = self._tokenizer_state(), self._tokenizer_hash
+        if known is None or known[0] != state:
+            known = self._tokenizer_hash = state, tokenizer_hash(self.tokenizer)
+        return known[1]
+
+    def _tokenizer_state(self) -> tuple[object, ...]:
+        """Another one for another tokenizer, or where tokens were added to it or given other roles."""
+        tokenizer = self.tokenizer
+        added = tuple(sorted((number, str(token)) for number, token in tokenizer.added_tokens_decoder.items()))
+        roles = tuple(sorted((role, str(token)) for role, token in tokenizer.special_tokens_map.items()))
+        return tokenizer, len(tokenizer), added, roles
 
     def template_hash(self) -> str | None:
         """Of its chat template's text; None where it has none."""

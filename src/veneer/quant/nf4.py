@@ -46,7 +46,7 @@ BOOKS: dict[BookName, str] = {"nf4": _NF4, "fp4": _FP4}
 
 def _floats(bits: str) -> Tensor:
     words = bytes.fromhex("".join(bits.split()))
-    return torch.tensor(struct.unpack(f">{len(words) // 4}f", words), dtype=torch.float32)
+    return torch.tensor(struct.unpack(f">{len(words) // 4}f", words), dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ class CodeBook:
 
 
 @cache
+@torch.inference_mode(mode=False)
 def code_book(name: BookName) -> CodeBook:
     values = _floats(BOOKS[name])
     order = torch.argsort(values, stable=True)  # the identity for NF4
@@ -68,12 +69,13 @@ def code_book(name: BookName) -> CodeBook:
 
 
 @cache
+@torch.inference_mode(mode=False)
 def nested_map() -> Tensor:
     """The 256 ascending float32 values of the 8-bit code that scales are stored in: for i = 0..6 the midpoints of
     2^i + 1 points from 0.1 to 1, times 10^(i - 6), both signs; 0 and 1. Each point is rounded once."""
 
     def fl(x: float) -> float:
-        return float(torch.tensor(x, dtype=torch.float64).to(torch.float32))
+        return float(torch.tensor(x, dtype=torch.float64, device="cpu").to(torch.float32))
 
     tenth = fl(0.1)
     values = [0.0, 1.0]
@@ -87,7 +89,7 @@ def nested_map() -> Tensor:
         for low, high in itertools.pairwise(points):
             middle = fl(power * fl(fl(low + high) / 2))
             values += [middle, -middle]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
