@@ -1,17 +1,22 @@
-"""An exported adapter and an exported model in llama.cpp itself: the same greedy answers as ours.
+"""llama.cpp itself: exported adapters and models give the same greedy answers, files that we read the same logits.
 
 Skipped where llama-cpp-python is not installed (pip install "veneer[llamacpp]").
 """
 
+import numpy as np
 import pytest
+import torch
 
 from tests.gemma import TEXTS, save_gemma
 from tests.helpers import fill
+from tests.test_bases_gguf_config import CASES, model_of, rebuilt
 from tests.tiny import save_tiny
-from tests.tiny_gguf import with_merges
+from tests.tiny_gguf import header_of, with_merges, write_gguf
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.bases.gguf import dense_model, read_header
 from veneer.decoding.generate import generate
+from veneer.errors import SourceError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.export_run import export_adapter, export_merged_gguf
 from veneer.models.load import load_base
@@ -90,3 +95,66 @@ def test_adapter_and_merged_model_answer_as_ours(family, settings, tmp_path):
     assert answers(tmp_path / "base.gguf") == plain
     assert answers(tmp_path / "base.gguf", tmp_path / "a.gguf") == adapted
     assert answers(tmp_path / "m.gguf") == adapted
+
+
+CHANGES = {
+    "rope.freq_base": 700.0,
+    "rope.scaling.factor": 3.0,
+    "rope.scale_linear": 5.0,
+    "rope.dimension_count": 4,
+    "attention.layer_norm_rms_epsilon": 0.05,
+    "attention.layer_norm_epsilon": 0.05,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 3.0,
+    "attention.sliding_window": 3,
+    "attention.sliding_window_pattern": 2,
+    "expert_used_count": 1,
+    "rope.freq_base_swa": 700.0,
+    "rope.scaling.finetuned": True,
+    "attention.scale": 0.9,
+    "expert_weights_scale": 3.0,
+    "attention.max_alibi_bias": 4.0,
+}
+"""Hyperparameters that change no shape."""
+ALWAYS = {"phi3": {"phi3.attention.sliding_window": 0}}
+"""llama.cpp computes Phi 3 without its window, since its converter has not always written it right."""
+
+
+def their_logits(path):
+    model = llama_cpp.Llama(
+        str(path), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True, type_k=F32, type_v=F32
+    )
+    model.eval(list(range(40, 70)))
+    return torch.from_numpy(np.array(model.scores[:30]))
+
+
+def our_logits(path):
+    model = dense_model(read_header(path))
+    return rebuilt(model.config, model)(torch.arange(40, 70)[None]).logits[0]
+
+
+def gap(one, other):
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_header_means_to_us_what_it_means_to_llama_cpp(case, tmp_path):
+    architecture, model = model_of(case)
+    always = ALWAYS.get(architecture, {})
+    plain = their_logits(write_gguf(tmp_path / "plain.gguf", model, architecture, extra=always))
+    assert gap(our_logits(tmp_path / "plain.gguf"), plain) < 2e-3  # its GELU is a table in f16
+    for number, (key, value) in enumerate(CHANGES.items()):
+        path = tmp_path / f"{number}.gguf"
+        extra = {f"{architecture}.{key}": value, **always}
+        if architecture == "nemotron" and "epsilon" in key:
+            extra = dict.fromkeys((f"nemotron.attention.layer_norm{rms}_epsilon" for rms in ("", "_rms")), value)
+        write_gguf(path, model, architecture, extra=extra)
+        try:
+            ours = our_logits(path)
+        except SourceError as refused:
+            assert key in str(refused)
+            continue
+        theirs = their_logits(path)
+        assert gap(ours, theirs) < 2e-3, key
+        if key in header_of(architecture, model.config) and f"{architecture}.{key}" not in always:
+            assert gap(theirs, plain) > 1e-3, key
