@@ -53,6 +53,21 @@ def test_the_thread_that_loaded_the_base_keeps_no_helpers_once_another_computes(
         native.end_helpers()
 
 
+def test_threads_that_load_adapters_hand_the_interpreter_over_soon_while_a_server_runs():
+    before = sys.getswitchinterval()
+
+    async def started() -> float:
+        loop = EngineLoop(Engine(made_base(), budget_bytes=2**20, adapters=Fixed({})))
+        loop.start()
+        try:
+            return sys.getswitchinterval()
+        finally:
+            await loop.close(1.0)
+
+    assert asyncio.run(started()) == pytest.approx(loop_module.SWITCH_SECONDS)
+    assert sys.getswitchinterval() == before
+
+
 @pytest.mark.parametrize("every_step", [True, False])
 def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end(every_step):
     engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
