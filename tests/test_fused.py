@@ -211,6 +211,17 @@ def test_a_gate_with_a_limit_far_from_what_its_small_weights_give_stays(monkeypa
     assert not any(isinstance(made, FusedGate) for made in replacements(model).values())
 
 
+def test_layers_whose_activations_alone_differ_are_tried_one_by_one():
+    """A module within a module belongs to what the module computes."""
+    model = tiny_model("llama")
+    own = model.model.layers[1].mlp.act_fn
+    doubled = copy.deepcopy(own)
+    doubled.forward = lambda x: 2 * own(x)
+    model.model.layers[1].mlp.act_fn = doubled
+    gates = [path for path, made in replacements(model).items() if isinstance(made, FusedGate)]
+    assert gates == ["model.layers.0.mlp"]
+
+
 @pytest.mark.parametrize(("clip", "blocks"), [(None, 2), (8.0, 0), (1000.0, 0)])
 def test_an_attention_block_that_clips_what_it_projects_stays(clip, blocks):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
