@@ -242,6 +242,26 @@ def test_the_youngest_goes_back_where_room_runs_out_and_says_what_it_would_have_
     assert toy.ended == [old, young]
 
 
+def test_the_youngest_that_asks_for_room_in_vain_goes_back_itself_and_computes_nothing():
+    toy = Toy(blocks=8, rows=4)
+    old, young = toy.add(range(6), 18), toy.add(range(100, 107), 18)
+    while young.state is not State.PREEMPTED:
+        plan = toy.step()
+    assert [span.sequence for span in plan.spans] == [old]
+    toy.finish_all()
+    assert all(toy.right(s) for s in (old, young))
+
+
+def test_a_request_may_take_all_positions_and_none_more():
+    toy = Toy()
+    toy.scheduler.positions = 20
+    s = toy.add(range(12), 8)
+    toy.finish_all()
+    assert s.reason is Reason.LENGTH and len(s.new) == 8
+    with pytest.raises(DoesNotFitError):
+        toy.add(range(12), 9)
+
+
 def test_nobody_is_let_in_into_the_room_that_others_need_next():
     toy = Toy(blocks=4, rows=4)
     one, two = toy.add(range(7), 6), toy.add(range(100, 107), 2)

@@ -122,6 +122,7 @@ def test_a_row_draws_the_same_whatever_is_beside_it_and_another_choice_or_place_
         uniform(*each) for each in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (11, 1, 1), (1, 11, 1)]
     }
     assert len(numbers) == 7 and all(0 <= u < 1 for u in numbers)
+    assert seed_of(2**32 - 1, 2) == (2**32 - 1 + 2 * 0x9E3779B1) % 2**32
     assert seed_of(5, 0) == 5 and len({seed_of(2**32 - 1, n) for n in range(1000)}) == 1000
 
 

@@ -98,6 +98,12 @@ def test_all_faults_are_told_with_their_paths():
     assert fault.body["error"].keys() == {"message", "type", "param", "code"}
 
 
+def test_a_bias_is_of_a_tokens_number():
+    for key in ("word", "-1", "1.5", "٣", str(2**33)):
+        said = refused("/v1/completions", {"prompt": "x", "logit_bias": {"7": 1, key: 1}}).message
+        assert f"logit_bias.{key}: is no token's id" in said and "logit_bias.7" not in said
+
+
 @pytest.mark.parametrize(
     ("path", "wrong"),
     [
