@@ -523,3 +523,9 @@ def test_verify_holds_the_base_as_each_adapter_was_trained_over_it(tmp_path, mon
     assert main(["adapters", "verify", "dense", "--base", "other", "--library", "lib"]) == 4
     said = capsys.readouterr().out
     assert "dense@1: wrong" in said and "another base" in said and "on trial" not in said
+
+
+def test_a_folder_that_is_misspelt_is_told_with_the_one_beside_it(sources, tmp_path):
+    with pytest.raises(SourceError) as caught:
+        Library(tmp_path / "library").locate(str(sources / "aa"))
+    assert caught.value.next_step == f"Did you mean {sources / 'a'}?"

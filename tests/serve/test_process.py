@@ -53,7 +53,7 @@ def process(places):
 def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(process, places):
     told = [process.stdout.readline().rstrip("\n") for _ in range(5)]
     assert told[0] == "tiny-llama · 1 adapter · tickets"
-    assert "no key is asked for" in told[2] and told[4].strip() == "Ctrl-C ends it"
+    assert "no API key required" in told[2] and told[4].strip() == "Ctrl-C ends it"
     assert told[3].endswith("/ in a browser: base and adapters side by side")
     assert all(len(line) <= 80 for line in told)
     assert str(places) not in "\n".join(told)
@@ -153,7 +153,7 @@ def test_elsewhere_than_on_this_machine_a_key_is_needed(places, capsys, monkeypa
         monkeypatch.delenv(name, raising=False)
     assert main(["serve", "--base", "smollm2-135m", "--host", "0.0.0.0"]) == 2
     told = capsys.readouterr().err
-    assert "no key is asked for" in told and "--new-key use --keys FILE" in told
+    assert "no API key is required" in told and "--new-key use --keys FILE" in told
 
 
 def test_a_key_is_shown_once_and_kept_as_its_hash(tmp_path, capsys):

@@ -416,6 +416,30 @@ def test_adapters_in_use_are_named_in_the_metrics(server):
         assert 'running_lora_adapters="tickets"' in server.http().get("/metrics").text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "said"),
+    [
+        ("POST", "/chat/completions", {}, "Did you mean /v1/chat/completions?"),
+        ("GET", "/nothing", None, "There is no path /nothing here."),
+        ("GET", CHAT, None, "GET is not allowed here; allowed: POST"),
+        (
+            "POST",
+            CHAT,
+            {"model": BASE, "prompt": "a"},
+            "prompt: is not supported: use messages, or ask /v1/completions",
+        ),
+        (
+            "POST",
+            COMPLETE,
+            {"model": BASE, "messages": HELLO},
+            "messages: is not supported: use prompt, or ask /v1/chat/completions",
+        ),
+    ],
+)
+def test_a_request_at_the_wrong_place_is_told_the_right_one(server, method, path, body, said):
+    assert said in server.http().request(method, path, json=body).json()["error"]["message"]
+
+
 def test_names_are_added_and_taken_away_as_vllm_does_it(server):
     def load(**body):
         return server.post("/v1/load_lora_adapter", body)

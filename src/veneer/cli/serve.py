@@ -231,7 +231,7 @@ def _told(base: str, adapters: list[str], holds: str, url: str, keys: Keys, host
     count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
     some = ", ".join(adapters[:NAMES_SHOWN]) + (", …" if len(adapters) > NAMES_SHOWN else "")
     if not keys:
-        who = "no key is asked for"
+        who = "no API key required"
     else:
         who = "a key is asked for" + ("" if is_loopback(host) else " · without TLS: put a proxy in front")
     return [

@@ -146,4 +146,5 @@ def _next(config: RunConfig) -> str:
     made = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
     held = config.data.validation
     held_out = f" --data {held}" if isinstance(held, str) else " --data HELD_OUT.jsonl"
-    return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}"
+    keep = "" if config.method.trains_base else f"\n        veneer adapters add {config.out}"
+    return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}{keep}"

@@ -123,7 +123,8 @@ def _rename(columns: frozenset[str]) -> str:
     steps = [f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'" for old, new in pairs if old]
     if len(steps) < 2:
         asked = "Name the column with the question 'prompt' and the one with the answer 'completion'"
-        return f"{asked}: in the file, or by map (--map COLUMN=prompt)"
+        one, other = sorted(columns) if len(columns) == 2 else ("COLUMN", "COLUMN")
+        return f"{asked}: in the file, or for instance by --map {one}=prompt --map {other}=completion"
     renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
     return "To learn answers, rename column " + " and ".join(renamed)
 

@@ -4,6 +4,7 @@ Recognised by names of files and by the names of tensors in a header; nothing of
 """
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 from veneer.errors import RefusedError, SourceError, UnsafeFileError, VeneerError
@@ -35,7 +36,19 @@ def adapter_folder(named: Path) -> Path:
             if path.is_file() and path.suffix in (".safetensors", ".gguf", ".npz", *_PICKLES):
                 raise _refused_file(path)
     faults = [f"{each / CONFIG_NAME} is not there" for each in (named, named / "adapter")]
+    if near := _near(named):
+        raise SourceError(f"no adapter at {named}", faults, f"Did you mean {near}?")
     raise SourceError(f"no adapter at {named}", faults, "Give the folder of an adapter, or of a run.")
+
+
+def _near(named: Path) -> Path | None:
+    """The folder of an adapter beside the one named, if one is spelt like it."""
+    try:
+        beside = [each for each in named.parent.iterdir() if holds_adapter(each)]
+    except OSError:
+        return None
+    like = get_close_matches(named.name, [each.name for each in beside], n=1)
+    return named.parent / like[0] if like else None
 
 
 def holds_adapter(folder: Path) -> bool:

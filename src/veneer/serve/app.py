@@ -29,6 +29,7 @@ from veneer.serve.page import page
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.service import Service
 from veneer.serve.tokens import detokenized, tokenized
+from veneer.wording import shown
 
 log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -225,7 +226,12 @@ def _answered(handler: Handler) -> Handler:
 async def _by_http(request: Request, fault: Exception) -> Response:
     """No such path, or not with this method."""
     assert isinstance(fault, HTTPException)
-    said = "There is no such path here." if fault.status_code == 404 else f"{fault.detail}."
+    path, said = request.url.path, f"{fault.detail}."
+    if fault.status_code == 404:
+        hint = f" Did you mean /v1{path}?" if f"/v1{path}" in PATHS else ""
+        said = f"There is no path {shown(path[:80])} here.{hint}"
+    elif fault.status_code == 405:
+        said = f"{request.method} is not allowed here; allowed: {(fault.headers or {}).get('Allow', 'other methods')}."
     return answer_to(Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path)
 
 

@@ -39,6 +39,7 @@ FIELDS = (
     Field("modalities", Only((["text"],), "answers are text"), "", no_effect=True),
     Field("reasoning_effort", Only(("none",), "the template decides"), "", no_effect=True),
     Field("verbosity", Only(("medium",), "ask in words"), "", no_effect=True),
+    Field("prompt", Refused("use messages, or ask /v1/completions"), ""),
     Field("functions", Refused("use tools"), ""),
     Field("function_call", Refused("use tool_choice"), ""),
     Field("audio", Refused("answers are text"), ""),

@@ -39,6 +39,7 @@ FIELDS = (
     *OTHERS,
     Field("best_of", Num(CHOICES), "as n, or left out"),
     Field("echo", Only((False,), "prompts' chances are not kept; join the two yourself"), "", no_effect=True),
+    Field("messages", Refused("use prompt, or ask /v1/chat/completions"), ""),
     Field("suffix", Refused("the base continues texts, it fills no gaps"), ""),
     Field("add_special_tokens", Only((True,), "as the tokenizer does by itself"), "", no_effect=True),
     *WITHOUT_EFFECT,

@@ -101,7 +101,8 @@ def without_folders(text: str) -> str:
 
 def refuse(faults: Sequence[Fault]) -> Refusal:
     """400 with what is wrong, up to MOST_FAULTS faults; the first one is named by its field."""
-    message = "; ".join(map(str, faults[:MOST_FAULTS]))
+    said = list(map(str, faults[:MOST_FAULTS]))
+    message = "; ".join([*(each.removesuffix(".") for each in said[:-1]), said[-1]])
     more = "; and more" if len(faults) > MOST_FAULTS else ""
     return Refusal(400, message + more, faults[0].param)
 

@@ -35,7 +35,7 @@ def check_reach(host: str, keys: Keys) -> None:
     """ConfigError: others would reach it, and nobody would be asked for a key."""
     if not is_loopback(host) and not keys:
         raise ConfigError(
-            f"{host} is reached from other machines, and no key is asked for",
+            f"{host} is reached from other machines, and no API key is required",
             next_step="Make one: veneer serve --new-key use --keys FILE, and give --keys FILE; or --host 127.0.0.1.",
         )
 

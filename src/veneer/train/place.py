@@ -22,7 +22,7 @@ def refuse_unless_new(out: Path) -> None:
         return
     hint = "Take another --out."
     if (out / "summary.json").is_file():
-        hint = f"The run in it is finished; its page again: veneer report {out}. {hint}"
+        hint = f"The run in it is finished; to rebuild its report: veneer report {out}. {hint}"
     elif (out / "run.yaml").is_file():
         hint = f"Continue it with --resume {out}, or take another --out."
     raise ConfigError(f"{out} exists and is not empty: nothing is overwritten", next_step=hint)
@@ -33,7 +33,7 @@ def refuse_finished(out: Path) -> None:
     if (out / "summary.json").is_file():
         raise ConfigError(
             f"the run in {out} is finished",
-            next_step=f"Start a new run with another --out; its page again: veneer report {out}",
+            next_step=f"Start a new run with another --out; to rebuild its report: veneer report {out}",
         )
 
 
