@@ -163,6 +163,21 @@ def test_a_window_that_the_interface_hands_on_stays_packed_whatever_its_length(f
     assert example_nats(model, paths, examples, batch=4)[:, 0] == pytest.approx(expected, rel=FP32)
 
 
+def test_dynamic_frequencies_are_those_of_the_tokens_that_are_read():
+    """transformers' loss reads the row's last token as well, which predicts nothing, and scales by one token more."""
+    model, (example, *_) = rotary("dynamic"), make_examples(1, longest=70)
+    rows, ids = np.flatnonzero(example.trained), torch.from_numpy(example.ids.astype(np.int64))[None]
+    assert (len(example.ids), rows[-1]) == (70, 69)
+    expected = alone(model, [example])[0]
+    fresh(model)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    of_all = F.cross_entropy(logits[rows - 1], ids[0, rows], reduction="sum").item()
+    paths = prepare(model)
+    found = example_nats(model, paths, [example], batch=1)[0, 0]
+    assert found == pytest.approx(expected, rel=FP32)
+    assert 1e-4 < abs(of_all - expected) / expected < 1e-2
+
+
 @pytest.mark.parametrize("kind", ROTARY)
 def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(kind):
     model, examples = rotary(kind), make_examples(8, longest=40)

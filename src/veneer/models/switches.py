@@ -4,6 +4,10 @@ Two kinds of rotary embedding choose their frequencies by the longest position o
 `original_max_position_embeddings` and another beyond; dynamic scaling has other ones for every length beyond
 `max_position_embeddings`, and keeps those of the longest text so far. A row must get what it gets alone, so rows go
 together only where alone they would get the same (`Switches.side`).
+
+The length is that of the tokens that are read. A row is read up to the token that predicts its last trained one, as for
+an answer; transformers' own loss reads the last token too, whose prediction nobody asks for. With dynamic scaling its
+frequencies are therefore those of a text one token longer (0.04% of the loss at 70 tokens).
 """
 
 from __future__ import annotations
