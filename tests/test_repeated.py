@@ -13,6 +13,7 @@ from veneer.bases.from_config import blueprint
 from veneer.data.batching import make_batch
 from veneer.kernels import arguments, block, native, repeated, sum_calls
 from veneer.kernels.arguments import CallError
+from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.step import batch_loss, prepare
 from veneer.plan.counted import Step
@@ -102,6 +103,19 @@ def test_so_they_have_where_less_is_kept_and_with_one_thread(again, monkeypatch)
         torch.set_num_threads(before)
     assert len(again) == 3 * 5
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("together", [repeated.TOGETHER, 2**14, 1])
+def test_checkpointed_layers_keep_the_same_tensors_when_they_are_computed_again(together, again, monkeypatch):
+    """The first layer's calls are made by Python in forward, and made again in backward."""
+    monkeypatch.setattr(repeated, "TOGETHER", together)
+    trained = Trained()
+    kept = trained.measured()
+    again.clear()
+    with checkpointed(trained.model, trained.routing, on=True):
+        ours = trained.measured()
+    assert len(again) == 3 + 4 + 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, kept, strict=True))
 
 
 SECOND = r".*\.1\..*q_proj"

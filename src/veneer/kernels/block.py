@@ -278,7 +278,9 @@ def _made(
         return first, _Kept(second)
     if key not in derived:
         (first, second), derived[key] = noted([*given, *kept.tensors()], compute)
-        return first, _Kept(second)
+        made: Repeated | None = derived[key]
+        # Kept as the calls made again keep it: so a checkpointed layer may be computed again by these.
+        return first, _Kept(second) if made is None else _Kept(made.gathered(1, second), made)
     repeated: Repeated = derived[key]
     alone, together = repeated.again([*addresses(given), *kept.addresses()])
     return repeated.tensors(0, alone), _Kept(together, repeated)

@@ -110,6 +110,21 @@ class Repeated:
             raise CallError("calls that cannot be made again")
         return [made[first:stop] for first, stop in zip(self._firsts, self._stops, strict=True)]
 
+    def gathered(self, group: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a group in pieces of memory as `again` makes them."""
+        shapes, found = self._groups[group], list[Tensor]()
+        for piece in range(self._firsts[group], self._stops[group]):
+            within = [(shape, tensor) for shape, tensor in zip(shapes, tensors, strict=True) if shape.piece == piece]
+            size, dtype = self._memory[piece]
+            first = within[0][1]
+            if len(within) == 1 and first.shape == size and first.dtype is dtype and first.is_contiguous():
+                found.append(first)
+                continue
+            found.append(torch.empty(size, dtype=dtype))
+            for shape, tensor in within:
+                shape.of(found[-1]).copy_(tensor)
+        return found
+
     def tensors(self, group: int, pieces: Sequence[Tensor]) -> list[Tensor]:
         first = self._firsts[group]
         return [each.of(pieces[each.piece - first]) for each in self._groups[group]]
