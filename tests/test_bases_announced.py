@@ -82,6 +82,12 @@ def test_no_family_is_held_to_what_it_does_not_say(family: str) -> None:
     assert built_faults(model.config, num_tensors=len(shapes), num_values=count) == []
 
 
+def test_a_chunk_of_no_size_and_a_layer_counted_from_the_end_are_no_faults() -> None:
+    towers = {"audio_config.chunk_size": -1, "vision_config.feature_layer": -2, "sliding_window_size": -1}
+    assert announced_faults(towers.items(), {"weight": (3, 4)}) == []
+    assert len(announced_faults([("chunk_size", -2), ("hidden_size", -1)], None)) == 2
+
+
 def test_tables_that_no_file_holds_are_bounded_as_well() -> None:
     config = tiny_model("gpt_neox").config
     config.max_position_embeddings = 10**6

@@ -281,6 +281,19 @@ def test_the_copy_holds_every_kind_of_module_in_little(kind):
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "dots3_note_text"])
+def test_the_copy_holds_settings_of_single_layers_at_their_layers(kind):
+    config = CONFIG_MAPPING[kind]()
+    copy = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config).config
+    read_again = type(copy).from_dict(copy.to_dict())
+    assert read_again.to_dict() == copy.to_dict()
+    whole, small = (each.to_dict()["per_layer_config"] for each in (config, copy))
+    fields = {field for settings in whole.values() for field in settings}
+    assert fields == {field for settings in small.values() for field in settings}
+    types = {config.layer_types[int(layer)] for layer in whole}
+    assert types == {copy.layer_types[int(layer)] for layer in small}
+
+
 LIMITS = {
     "olmo": [{"clip_qkv": 1000.0}],
     "dbrx": [{"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": limit}} for limit in (1000, 1000.0)],

@@ -5,7 +5,7 @@ fills; 0 or -1 layers leave the file's layers out without a word. None of it can
 
     layers         at least 1, and no more than there are tensors
     other parts    (heads, experts, blocks) no more than there are tensors, or entries along one axis of a tensor
-    sizes          (widths, vocabulary, positions) not negative, below 2^31
+    sizes          (widths, vocabulary, positions) not negative, below 2^31; of a chunk or a window -1 is none
     all together   the model is built without storage, and may not be many times what is stored
 
 Not known here: what a config's fields mean to its model; transformers checks their types.
@@ -41,7 +41,9 @@ _PARTS = re.compile(r".*(^|_)(layers?|blocks?|experts?|heads?|(expert|head|block
 _SIZES = re.compile(
     r"(.*_)?(size|dim|length|positions|position_embeddings|embd|inner|rank)|n_ctx|d_(model|ff|inner|state|conv)|dimension_count"
 )
-_NOT_COUNTED = ("max_window_layers", "vision_feature_layer")
+_SPANS = re.compile(r"(.*_)?(chunk|window)_(size|length)")
+"""Sizes of chunks and windows, where -1 is none: Phi-4's tower for sound has such a one."""
+_NOT_COUNTED = ("max_window_layers", "vision_feature_layer", "feature_layer")
 """Qwen2's default of 28 stands in configs of fewer layers; a layer by its number, -1 the last."""
 
 
@@ -87,7 +89,7 @@ def announced_faults(fields: Iterable[tuple[str, Any]], shapes: Shapes | None) -
         elif _PARTS.fullmatch(name):
             least, most, found = 0, most_parts, "tensors or entries of one"
         elif _SIZES.fullmatch(name):
-            least, most, found = 0, MOST_SIZE, ""
+            least, most, found = -int(_SPANS.fullmatch(name) is not None), MOST_SIZE, ""
         else:
             continue
         if not least <= value <= most:

@@ -254,7 +254,9 @@ def build_packed(
     _forget_quantizer(built)
     for module in built.modules():
         if isinstance(module, PreTrainedModel):
-            module.name_or_path = module.config.name_or_path = str(found.folder)
+            module.name_or_path = str(found.folder)
+    for own in _configs(built):
+        own.name_or_path = str(found.folder)
     if (found.folder / "generation_config.json").is_file():
         built.generation_config = GenerationConfig.from_pretrained(found.folder, local_files_only=True)
     return built
@@ -272,6 +274,12 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
     del model.is_quantized
     if conversions is not None:
         model._weight_conversions = conversions
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            vars(module.config).pop("_is_quantized", None)
+    for config in _configs(model):
+        for name in ("_is_quantized", "quantization_config"):
+            vars(config).pop(name, None)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs of all its modules: layers with settings of their own hold copies."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())

@@ -179,11 +179,19 @@ def _depth(config: PreTrainedConfig) -> int:
     return told if isinstance(told, int) else 0
 
 
+def _settings_by_layer(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """Layer -> its settings that differ from the config's, where transformers keeps them apart (per_layer_config)."""
+    spec = vars(config).get("_heterogeneity_spec")
+    return {} if spec is None else dict(spec.per_layer_overrides)
+
+
 def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
     """Which layers may stand for all, fewest first: one of each kind that lists tell, then the first few, then all."""
     text = config.get_text_config()
     depth = _depth(text)
-    lists = [v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth]
+    lists: list[Any] = [v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth]
+    if apart := _settings_by_layer(text):
+        lists.append([apart.get(layer) for layer in range(depth)])
     first: dict[str, int] = {}
     for layer in range(depth):
         first.setdefault(repr([own[layer] for own in lists]), layer)
@@ -215,6 +223,7 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
         sizes = _sizes(part, len(own), aim) if aim.narrow else _Sizes(len(own), aim=aim)
         count = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         follows_length = switches(part).each is not None
+        apart = _settings_by_layer(part)
         for name, value in list(vars(part).items()):
             if name.startswith("_") or isinstance(value, bool) or name in ("id2label", "label2id"):
                 continue
@@ -230,6 +239,9 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
                 setattr(part, name, _listed(name, value, own, depth, sizes))
         if follows_length:
             part.max_position_embeddings = aim.switch
+        if apart:
+            own_apart = {place: apart[old] for place, old in enumerate(own) if old in apart}
+            part.per_layer_config = _within("", own_apart, list(range(len(own))), 0, sizes)
 
 
 def _sizes(config: PreTrainedConfig, depth: int, aim: _Aim) -> _Sizes:
