@@ -5,19 +5,18 @@ A cell that is declared must be refused, or stop in PEFT or transformers; one th
 is a fault.
 """
 
-_MAMBA = "PEFT refuses LoRA on the out_proj of Mamba's mixers"
 _RENAMES = "PEFT renames tensors as for a checkpoint of this model, and misses some of its own file too"
 _TUPLES = "PEFT's all-linear takes the router for a linear layer, and it gives several tensors: its forward stops"
+_REPEATED = (
+    "refused: transformers hands its experts every row once for each of them, without saying whose rows they are"
+)
 _NO_CACHE = "as without a cache; with the cache it builds transformers' own loop "
 _STOPS, _OTHERWISE = _NO_CACHE + "stops", _NO_CACHE + "answers otherwise"
 
 DECLARED: dict[str, dict[str, str]] = {
-    **{
-        key: {"to PEFT": _MAMBA, "from PEFT": _MAMBA}
-        for key in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-    },
     **{key: {"to PEFT": _RENAMES} for key in ("inkling2_loop_text", "inkling2_text", "laguna")},
-    **{key: {"from PEFT": _TUPLES} for key in ("llama4", "llama4_text", "phimoe", "phimoe, window")},
+    **{key: {"from PEFT": _TUPLES} for key in ("phimoe", "phimoe, window")},
+    **{key: {"from PEFT": _TUPLES, "several": _REPEATED} for key in ("llama4", "llama4_text")},
     **{key: {"answers": _STOPS} for key in ("blenderbot", "dory")},
     **{
         key: {"answers": "as the model reads a whole text; transformers' own loop tells it other positions"}
@@ -38,7 +37,8 @@ DECLARED: dict[str, dict[str, str]] = {
     **{key: {"answers": _OTHERWISE} for key in ("doge", "moshi", "phi4_multimodal")},
     "deepseek_v4": {"from PEFT": "PEFT's all-linear takes a grouped projection for a linear layer: its forward stops"},
     "reformer": dict.fromkeys(
-        ("loss", "gradient"), "refused: transformers' reversible layers have a backward pass in train mode alone"
+        ("loss", "gradient", "several", "run", "goes on"),
+        "refused: transformers' reversible layers have a backward pass in train mode alone",
     ),
 }
 """Family -> column -> reason."""

@@ -33,7 +33,7 @@ SETTINGS = {
 }
 
 
-def answers(model, adapter=None):
+def answers(model, adapter=None, prompts=PROMPTS):
     """Greedy tokens of llama.cpp for every prompt; it does not stop at the tokens that end an answer."""
     found = llama_cpp.Llama(
         str(model),
@@ -46,7 +46,7 @@ def answers(model, adapter=None):
         lora_path=None if adapter is None else str(adapter),
     )
     made = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         found.reset()
         ids = []
         for token in found.generate(prompt, temp=0.0, repeat_penalty=1.0):
@@ -57,9 +57,9 @@ def answers(model, adapter=None):
     return made
 
 
-def ours(base):
+def ours(base, prompts=PROMPTS):
     base.model.generation_config.eos_token_id = None
-    return generate(base, PROMPTS, max_new_tokens=TOKENS)
+    return generate(base, prompts, max_new_tokens=TOKENS)
 
 
 def test_a_tokenizer_of_pieces_cuts_text_as_ours(tmp_path):

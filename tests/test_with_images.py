@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from tests.families import family_base
+from tests.families_models import family_base
 from tests.helpers import fill
 from tests.packed_folders import write_fp8
 from tests.tiny import tiny_tokenizer
