@@ -437,6 +437,30 @@ def test_a_plan_of_rows_that_cannot_be_read_is_refused_as_training_on_them(
     capsys.readouterr()
 
 
+def test_messages_about_rows_say_what_is_wrong_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(save_tiny(tmp_path / "base"))
+    broken, half, odd = (tmp_path / name for name in ("broken.jsonl", "half.jsonl", "odd.csv"))
+    broken.write_bytes(
+        b'{"prompt": "x", "completion": "a\x01b"}\n{"prompt": "x\n{"prompt": "x", "completion": "\\q"}\n'
+    )
+    _, problems = scan_rows(broken)
+    assert [problem.message for problem in problems] == [
+        "is not JSON: Invalid control character at column 33",
+        "is not JSON: Unterminated string starting at column 12",
+        "is not JSON: Invalid \\escape at column 32",
+    ]
+    half.write_bytes(lines([*records(9), {"prompt": "alone"}, {"prompt": "x", "completion": None}]))
+    _, (problem,) = scan_rows(half)
+    assert problem.lines == (10, 11)
+    assert problem.message.startswith("columns prompt: format prompt_completion needs completion too")
+    odd.write_text("question,answer\nx,y\n")
+    assert main.main(["data", "check", str(odd), "--base", base]) == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(f"{odd}: no row can be read") and "1 problem D107" in said and "0 rows" not in said
+    assert main.main(["evaluate", "--base", base, "--data", str(odd)]) == 2
+    assert f"{odd} cannot be evaluated" in capsys.readouterr().err
+
+
 def test_a_comparison_maps_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = tmp_path / "odd.csv"
     odd.write_text("question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30)))

@@ -263,7 +263,9 @@ def evaluate(
             fields = DataConfig.of(
                 {"train": named, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
             )
-            loaded = load_data(fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble)
+            loaded = load_data(
+                fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble, purpose="evaluated"
+            )
         rows, examples = list(loaded.train_rows), list(loaded.train)
         if is_rows(data):
             rows = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in rows]
@@ -299,7 +301,7 @@ def merge(
         fields = DataConfig.of({"train": data, "validation_share": 0.0})
         tokenizer, config = load_tokenizer(base)
         capacity = configured_capacity(config)
-        loaded = load_data(fields, length=2048, capacity=capacity, tokenizer=tokenizer)
+        loaded = load_data(fields, length=2048, capacity=capacity, tokenizer=tokenizer, purpose="used for the check")
         rows = [example.ids.tolist() for example in loaded.train]
     return merge_adapters(
         base,

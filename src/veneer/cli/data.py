@@ -125,12 +125,31 @@ def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any,
 
 def _print_report(console: Console, data: str, report: CheckReport) -> None:
     problems = len(report.problems)
+    said = f"{problems} problem{'' if problems == 1 else 's'}"
+    if not report.formats:
+        head = f"{shown(data)}: no row can be read · {said}"
+        console.print(folded(head, console.width), style="bold", soft_wrap=True)
+    else:
+        _print_counts(console, data, report, said)
+    for problem in report.problems:
+        console.print(_fit(console, f"  {shown(problem)}"), style="red" if problem.fatal else "yellow", soft_wrap=True)
+        if problem.next_step:
+            console.print(_fit(console, f"      {shown(problem.next_step)}"), soft_wrap=True)
+    if report.refused:
+        console.print("A run would refuse this data.", soft_wrap=True)
+    if report.problems:
+        codes = list(dict.fromkeys(problem.code for problem in report.problems))
+        console.print(_fit(console, more(codes)), soft_wrap=True)
+
+
+def _print_counts(console: Console, data: str, report: CheckReport, problems: str) -> None:
+    """What the rows that can be read would teach."""
     facts = [
         f"{report.rows:,} rows" + (f", {report.examples:,} examples" if report.examples > report.rows else ""),
         f"{report.validation_rows:,} held out",
-        " and ".join(report.formats) or "no layout",
+        " and ".join(report.formats),
+        problems,
     ]
-    facts.append(f"{problems} problem{'' if problems == 1 else 's'}")
     console.print(folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold", soft_wrap=True)
     console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
     rows = [(role or "plain text", n, report.trained_by_role.get(role, 0)) for role, n in report.tokens_by_role.items()]
@@ -153,15 +172,6 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     for longest, count in report.histogram:
         bar = "█" * max(round(30 * count / most), 1 if count else 0)
         console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip())
-    for problem in report.problems:
-        console.print(_fit(console, f"  {shown(problem)}"), style="red" if problem.fatal else "yellow", soft_wrap=True)
-        if problem.next_step:
-            console.print(_fit(console, f"      {shown(problem.next_step)}"), soft_wrap=True)
-    if report.refused:
-        console.print("A run would refuse this data.", soft_wrap=True)
-    if report.problems:
-        codes = list(dict.fromkeys(problem.code for problem in report.problems))
-        console.print(_fit(console, more(codes)), soft_wrap=True)
 
 
 def _fit(console: Console, line: str) -> str:

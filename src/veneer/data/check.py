@@ -177,11 +177,14 @@ def check(
     return report
 
 
-def refuse(report: CheckReport, file: str) -> None:
-    """Raises DataError with every problem for which a run must not start; returns if there is none."""
+def refuse(report: CheckReport, file: str, purpose: str = "trained on") -> None:
+    """Raises DataError with every problem for which a run must not start; returns if there is none.
+
+    purpose: what the rows are for, as the message says it
+    """
     fatal = [problem for problem in report.problems if problem.fatal]
     if fatal:
-        raise refusal(f"{file} cannot be trained on", fatal)
+        raise refusal(f"{file} cannot be {purpose}", fatal)
 
 
 def refuse_unreadable(report: CheckReport, file: str) -> None:

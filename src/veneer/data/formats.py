@@ -94,6 +94,14 @@ def detect(columns: frozenset[str]) -> Format:
         )
     if columns >= _PREFERENCE:
         raise RowFault("D107", f"columns {shown} are pairs of a good and a bad answer", _chosen(columns))
+    if (begun := [name for name in FORMATS if not columns.isdisjoint(NEEDS[name])]) and len(begun) == 1:
+        missing = ", ".join(name for name in NEEDS[begun[0]] if name not in columns)
+        renames = columns - set(NEEDS[begun[0]]) - _METADATA
+        raise RowFault(
+            "D107",
+            f"columns {shown}: format {begun[0]} needs {missing} too, which the row has not or leaves empty",
+            f"{_rename(columns)}. Layouts: {LAYOUTS}" if renames else "Fill it in, or leave such rows out.",
+        )
     raise RowFault(
         "D107",
         f"columns {shown} are no layout that is read" if columns else "the row has no columns with values",

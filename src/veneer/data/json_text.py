@@ -32,7 +32,8 @@ class JSONText:
         try:
             value, end = self._decoder.raw_decode(self.text, at)
         except json.JSONDecodeError as error:
-            message = f"is not JSON: {error.msg} at column {error.colno}"
+            said = error.msg.removesuffix(" at").rstrip(": ")  # some of Python's messages end so
+            message = f"is not JSON: {said} at column {error.colno}"
             raise RowFault("D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")) from None
         except RecursionError:
             raise RowFault("D103", TOO_DEEP) from None

@@ -78,6 +78,7 @@ def load_data(
     today: date | None = None,
     preamble: Preamble = NONE,
     held_out_by: str = BY_COUNT,
+    purpose: str = "trained on",
 ) -> DataSet:
     """The examples of a run. Raises DataError with everything that keeps it from starting.
 
@@ -86,6 +87,7 @@ def load_data(
     today      the date that chat templates may write: the same date, the same tokens
     preamble   what the template is told, and a system turn for conversations that have none
     held_out_by   how rows are split off (split.py)
+    purpose    what the rows are for, as an error says it
     """
     found = examine_data(
         data,
@@ -96,7 +98,7 @@ def load_data(
         preamble=preamble,
         held_out_by=held_out_by,
     )
-    refuse(found.report, data.called)
+    refuse(found.report, data.called, purpose)
     return found
 
 

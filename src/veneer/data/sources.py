@@ -152,7 +152,7 @@ def _jsonl(lines: BinaryIO, file: str) -> Records:
         if not line.strip():
             continue
         try:
-            yield number, _object(_utf8(line))
+            yield number, _object(_utf8(line.rstrip(b"\r\n")))
         except RowFault as fault:
             yield fault.at(RowRef(file, number))
 
