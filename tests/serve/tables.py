@@ -7,6 +7,7 @@ from pathlib import Path
 
 from veneer.serve import adapters, chat, completions, messages, responses, tokens
 from veneer.serve.fields import Field, Only, Refused
+from veneer.serve.limits import LIMITS, Limit
 
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 LETTERS = {"C": chat.FIELDS, "T": completions.FIELDS, "R": responses.FIELDS, "M": messages.FIELDS}
@@ -61,7 +62,18 @@ def made() -> dict[str, str]:
         for field in fields
         if kind_of(field) == "honoured"
     ]
-    return {**tables, "others": _table(("path", "field", "values", "meaning"), small)}
+    bounds = [(limit.what, _amount(limit), limit.beyond) for limit in LIMITS]
+    return {
+        **tables,
+        "others": _table(("path", "field", "values", "meaning"), small),
+        "limits": _table(("what", "at most", "beyond"), bounds),
+    }
+
+
+def _amount(limit: Limit) -> str:
+    if limit.unit == "bytes":
+        return f"{limit.most / 2**20:g} MiB" if limit.most >= 2**20 else f"{limit.most / 2**10:g} KiB"
+    return f"{limit.most:,.0f} {limit.unit}".strip()
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

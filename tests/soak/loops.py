@@ -40,6 +40,7 @@ LOOPS = {
     "gguf_bases": Loop(f"{FILES}::test_spoiled_gguf_files_become_a_base_or_an_error", 200, 3000),
     "calls": Loop("test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors", 3000, 20_000),
     "requests": Loop("soak/test_requests.py", 1000, 10_000),
+    "linear": Loop("soak/test_linear.py", 60, 400),
     "clients": Loop("soak/test_clients.py", 60, 1000),
     "cycles": Loop("soak/test_cycles.py", 300, 1000),
     "mixes": Loop("soak/test_mixes.py", 100, 10_000),

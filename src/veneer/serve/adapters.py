@@ -12,9 +12,10 @@ from typing import Any
 from veneer.bounds import TOKEN
 from veneer.library.resident import Shown
 from veneer.serve.fields import Field, Flag, Num, Only, Text, read_fields
+from veneer.serve.limits import MOST_NAME
 from veneer.serve.refusals import without_folders
 
-_NAME = Text(200, 1)
+_NAME = Text(MOST_NAME, 1)
 LOAD = (
     Field("lora_name", _NAME, "the model's name from now on", required=True),
     Field("lora_path", _NAME, "the adapter in the library: NAME, NAME@2, NAME@TAG", required=True),

@@ -13,14 +13,14 @@ from veneer.serve.answers import DONE, Answer, Chance, Head, Piece, TextEvents, 
 from veneer.serve.asked import Asked, Plain
 from veneer.serve.chat import usage_of
 from veneer.serve.fields import Either, Field, Listed, Num, Only, Refused, Text, read_fields
+from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
 from veneer.serve.refusals import Fault, Refusal, refuse
 from veneer.serve.sampling_fields import MODEL, NEW, OPENAI, OTHERS, STREAM, WITHOUT_EFFECT, sampled
 from veneer.serve.shapes import RESPONSE_FORMAT, STRUCTURED, shape_of
 
 DEFAULT_NEW = 16
-MOST_PROMPTS = 128
-_TEXT = Text(4_000_000, 1)
-_IDS = Listed(Num(TOKEN), 1_000_000, 1)
+_TEXT = Text(MOST_TEXT, 1)
+_IDS = Listed(Num(TOKEN), MOST_IDS, 1)
 
 FIELDS = (
     MODEL,

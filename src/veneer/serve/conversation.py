@@ -12,14 +12,13 @@ from veneer.adapters.preamble import variable_faults
 from veneer.data.examples import RowFault
 from veneer.data.formats import to_conversation
 from veneer.serve.fields import AnyObject, Either, Field, Listed, Only, Refused, Tagged, Text
+from veneer.serve.limits import MOST_CALLS, MOST_MESSAGES, MOST_PARTS, MOST_TEXT
 from veneer.serve.refusals import Fault, refuse
 from veneer.serve.tools import CALL
 
-MOST_TEXT = 4_000_000
-MOST_MESSAGES = 4096
 TEXT = Text(MOST_TEXT)
 _PART = Tagged("type", {"text": (Field("text", TEXT, "", required=True),)}, why="text alone is read")
-CONTENT = Either((TEXT, Listed(_PART, 1024)))
+CONTENT = Either((TEXT, Listed(_PART, MOST_PARTS)))
 _SAID = Field("content", CONTENT, "", required=True)
 _NAME = Field("name", Text(64, 1), "")
 
@@ -34,7 +33,7 @@ MESSAGES = Listed(
             "assistant": (
                 Field("content", CONTENT, ""),
                 _NAME,
-                Field("tool_calls", Listed(CALL, 128), ""),
+                Field("tool_calls", Listed(CALL, MOST_CALLS), ""),
                 Field("reasoning_content", TEXT, ""),
                 Field("refusal", TEXT, "", no_effect=True),
                 Field("annotations", Only(([],)), "", no_effect=True),

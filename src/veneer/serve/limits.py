@@ -1,20 +1,28 @@
 """The limits of a request, in one place: how much of each thing a client may send, and how long it may take.
 
-Work for a request grows in proportion to its size, and its size is bounded by these. docs/serve.md shows the table, and
-tests/soak/test_linear.py grows every dimension of a request by ten and measures the time.
+Work for a request grows in proportion to its size, and its size is bounded by these. docs/serve.md shows LIMITS as a
+table. tests/soak/test_linear.py grows every dimension of a request by ten and measures the time.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from veneer.adapters.preamble import MOST_VARIABLES
+from veneer.bounds import CHOICES
+from veneer.data.template_worker import SECONDS as TEMPLATE_SECONDS
+from veneer.data.turns import MOST_RENDERED
+from veneer.decoding.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST_RULES
+from veneer.decoding.json_check import MOST_STEPS
+from veneer.files.nesting import MAX_JSON_DEPTH
+
 MOST_HEADER_BYTES = 64 * 2**10
-"""Of a request's first line and its header together."""
 HEADER_SECONDS = 30.0
 """For a whole header to arrive, from the connection's start or from the answer before."""
 BODY_BYTES = 4 * 2**20
 LARGE_BODY = 64 * 2**10
 """Bytes of a body beyond which it is read beside the event loop: 4 MiB of JSON take up to a second."""
 BODY_SECONDS = 30.0
-"""For a whole body to arrive."""
 MOST_DISCARDED = 64 * 2**20
 """Bytes of a body that is too large, read and thrown away: who still sends would not see the answer."""
 STALLED_SECONDS = 60.0
@@ -24,3 +32,77 @@ MOST_CONNECTIONS = 8192
 
 MOST_FAULTS = 20
 """Faults of a body that are told; the search for more ends there."""
+MOST_NAME = 200
+"""Characters of a model's or an adapter's name."""
+MOST_TEXT = 4_000_000
+"""Characters of a text. The model's positions bound a prompt further, before it is tokenised."""
+MOST_IDS = 1_000_000
+MOST_PROMPTS = 128
+MOST_MESSAGES = 4096
+MOST_PARTS = 1024
+"""Parts of a message, or blocks."""
+MOST_TOOLS = 128
+MOST_CALLS = 128
+"""Calls of tools in a message."""
+MOST_ARGUMENTS = 1_000_000
+"""Characters of a call's arguments."""
+MOST_STOPS = 16
+MOST_STOP = 256
+"""Characters of a stop string."""
+MOST_STOP_TOKENS = 64
+MOST_BIASES = 1024
+MOST_ADAPTERS = 8
+"""Adapters that act together."""
+MOST_TEXTS = 1024
+"""Texts of a choice."""
+MOST_PROMPTS_WAITING = 256
+"""Requests whose prompts wait to be tokenised."""
+MAX_ALIASES = 1000
+"""Names that were added for adapters."""
+
+
+class Limit(NamedTuple):
+    """what: of a request. unit: of the number. beyond: what a request beyond it gets."""
+
+    what: str
+    most: float
+    unit: str
+    beyond: str
+
+
+LIMITS = (
+    Limit("first line and header", MOST_HEADER_BYTES, "bytes", "400, closed"),
+    Limit("a header's time", HEADER_SECONDS, "seconds", "closed"),
+    Limit("body", BODY_BYTES, "bytes", "413"),
+    Limit("a body's time", BODY_SECONDS, "seconds", "408"),
+    Limit("a client that does not read", STALLED_SECONDS, "seconds", "closed"),
+    Limit("connections, and half of the open files", MOST_CONNECTIONS, "", "the longest idle is closed, or 503"),
+    Limit("depth of JSON", MAX_JSON_DEPTH, "levels", "400"),
+    Limit("one key in an object", 1, "time", "400"),
+    Limit("faults that are told", MOST_FAULTS, "", "the others are not looked for"),
+    Limit("name of a model or an adapter", MOST_NAME, "characters", "400"),
+    Limit("text", MOST_TEXT, "characters", "400"),
+    Limit("prompts of a request", MOST_PROMPTS, "", "400"),
+    Limit("ids of a prompt", MOST_IDS, "", "400"),
+    Limit("answers to a prompt", CHOICES.most, "", "400"),
+    Limit("messages", MOST_MESSAGES, "", "400"),
+    Limit("parts or blocks of a message", MOST_PARTS, "", "400"),
+    Limit("tools", MOST_TOOLS, "", "400"),
+    Limit("calls of a message", MOST_CALLS, "", "400"),
+    Limit("arguments of a call", MOST_ARGUMENTS, "characters", "400"),
+    Limit("variables of the chat template", MOST_VARIABLES, "", "400"),
+    Limit("rendering a prompt once", TEMPLATE_SECONDS, "seconds of a processor", "400"),
+    Limit("messages rendered again, for borders of answers", MOST_RENDERED, "", "the last answers' borders alone"),
+    Limit("stop strings", MOST_STOPS, "", "400"),
+    Limit("stop string", MOST_STOP, "characters", "400"),
+    Limit("stop tokens", MOST_STOP_TOKENS, "", "400"),
+    Limit("biases of tokens", MOST_BIASES, "", "400"),
+    Limit("adapters that act together", MOST_ADAPTERS, "", "400"),
+    Limit("texts of a choice", MOST_TEXTS, "", "400"),
+    Limit("schema, grammar, choice, or all tools' schemas", MOST_CHARACTERS, "characters", "400"),
+    Limit("expression", MOST_PATTERN, "characters", "400"),
+    Limit("rules of a grammar in llama.cpp's notation", MOST_RULES, "", "400"),
+    Limit("checking an answer's shape", MOST_STEPS, "steps", "422"),
+    Limit("prompts that wait to be tokenised", MOST_PROMPTS_WAITING, "", "429"),
+    Limit("names added for adapters", MAX_ALIASES, "", "409"),
+)

@@ -13,7 +13,7 @@ from veneer.bounds import TEMPERATURE
 from veneer.decoding.calls import compact
 from veneer.serve.answers import Answer, Call, End, Head, Piece, Usage, event
 from veneer.serve.asked import Asked, Chat
-from veneer.serve.conversation import MOST_MESSAGES, TEXT, conversation
+from veneer.serve.conversation import TEXT, conversation
 from veneer.serve.fields import (
     AnyObject,
     Either,
@@ -28,13 +28,14 @@ from veneer.serve.fields import (
     Text,
     read_fields,
 )
+from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_STOP, MOST_STOPS, MOST_TOOLS
 from veneer.serve.refusals import Fault, Refusal, refuse
-from veneer.serve.sampling_fields import MODEL, MOST_STOPS, NEW, OTHERS, SEED, STREAM, TOP_P_FIELD, sampled
-from veneer.serve.tools import MOST_TOOLS, NAME, wanted_call
+from veneer.serve.sampling_fields import MODEL, NEW, OTHERS, SEED, STREAM, TOP_P_FIELD, sampled
+from veneer.serve.tools import NAME, wanted_call
 
 _CACHE = Field("cache_control", AnyObject(), "prompts are found again by their content", no_effect=True)
 _TEXT_BLOCK = (Field("text", TEXT, "", required=True), Field("citations", Only(([],)), "", no_effect=True), _CACHE)
-_ONLY_TEXT = Listed(Tagged("type", {"text": _TEXT_BLOCK}, why="text alone is read"), 1024)
+_ONLY_TEXT = Listed(Tagged("type", {"text": _TEXT_BLOCK}, why="text alone is read"), MOST_PARTS)
 _USER_BLOCKS = {
     "text": _TEXT_BLOCK,
     "tool_result": (
@@ -57,7 +58,7 @@ _ASSISTANT_BLOCKS = {
 
 
 def _turn(blocks: dict[str, tuple[Field, ...]]) -> tuple[Field, ...]:
-    listed = Listed(Tagged("type", blocks, why="text and tools are read"), 1024, 1)
+    listed = Listed(Tagged("type", blocks, why="text and tools are read"), MOST_PARTS, 1)
     return (Field("content", Either((TEXT, listed)), "", required=True),)
 
 
@@ -112,7 +113,7 @@ COUNT_FIELDS = PROMPT
 FIELDS = (
     *PROMPT,
     Field("max_tokens", NEW, "where the answer is cut", required=True),
-    Field("stop_sequences", Listed(Text(256, 1), MOST_STOPS), "texts that end the answer and are not part of it"),
+    Field("stop_sequences", Listed(Text(MOST_STOP, 1), MOST_STOPS), "texts that end the answer and are not part of it"),
     Field("temperature", Num(TEMPERATURE), "0 takes the likeliest token; default 1"),
     TOP_P_FIELD,
     Field("seed", Num(SEED), "of the draws, modulo 2^32"),

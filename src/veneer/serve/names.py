@@ -23,9 +23,9 @@ from veneer.decoding.blocks import Identity
 from veneer.errors import ConfigError, UnknownNameError, VeneerError, told_as
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_name, is_reference, nearest
+from veneer.serve.limits import MAX_ALIASES
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
-MAX_ALIASES = 1000
 MAX_COMPARED = 1000
 """Names that an unknown one is compared with, for a hint."""
 NO_PATH = "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an address."

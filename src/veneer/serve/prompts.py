@@ -22,10 +22,9 @@ from veneer.decoding.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.serve.asked import Chat, Plain, Prompt
 from veneer.serve.call_style import NO_TOOLS, call_style
+from veneer.serve.limits import MOST_PROMPTS_WAITING
 from veneer.serve.refusals import Refusal, refusal_of
 
-MOST_WAITING = 256
-"""Requests whose prompts wait to be tokenised."""
 TOKENIZERS_KEPT = 8
 """With tokens that adapters bring: each is a whole vocabulary."""
 
@@ -59,8 +58,8 @@ class Prompts:
         return await self._apart(lambda: str(self.tokenizer.decode(list(ids))))
 
     async def _apart(self, function: Callable[[], Any]) -> Any:
-        if self._waiting >= MOST_WAITING:
-            raise Refusal(429, f"{self._waiting:,} prompts wait to be read, {MOST_WAITING:,} may.")
+        if self._waiting >= MOST_PROMPTS_WAITING:
+            raise Refusal(429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may.")
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)

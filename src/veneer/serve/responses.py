@@ -11,7 +11,7 @@ from typing import Any
 
 from veneer.serve.answers import Answer, Call, End, Head, Piece, Usage, event
 from veneer.serve.asked import Asked, Chat
-from veneer.serve.conversation import MOST_MESSAGES, TEXT, conversation
+from veneer.serve.conversation import TEXT, conversation
 from veneer.serve.fields import (
     AnyObject,
     Either,
@@ -26,6 +26,7 @@ from veneer.serve.fields import (
     Text,
     read_fields,
 )
+from veneer.serve.limits import MOST_ARGUMENTS, MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_TOOLS
 from veneer.serve.refusals import Refusal
 from veneer.serve.sampling_fields import (
     MODEL,
@@ -39,7 +40,7 @@ from veneer.serve.sampling_fields import (
     sampled,
 )
 from veneer.serve.shapes import shape_of
-from veneer.serve.tools import MOST_TOOLS, NAME, wanted_call
+from veneer.serve.tools import NAME, wanted_call
 
 _MADE = (
     Field("id", Text(200), "", no_effect=True),
@@ -57,7 +58,7 @@ _PART = Tagged(
     },
     why="text alone is read",
 )
-_CONTENT = Either((TEXT, Listed(_PART, 1024)))
+_CONTENT = Either((TEXT, Listed(_PART, MOST_PARTS)))
 _ITEM = Tagged(
     "type",
     {
@@ -69,7 +70,7 @@ _ITEM = Tagged(
         "function_call": (
             Field("call_id", Text(200, 1), "", required=True),
             Field("name", NAME, "", required=True),
-            Field("arguments", Text(1_000_000), "", required=True),
+            Field("arguments", Text(MOST_ARGUMENTS), "", required=True),
             *_MADE,
         ),
         "function_call_output": (
@@ -97,7 +98,7 @@ _FORMAT = Tagged(
 
 FIELDS = (
     MODEL,
-    Field("input", Either((Text(4_000_000, 1), Listed(_ITEM, MOST_MESSAGES, 1))), "the conversation", required=True),
+    Field("input", Either((Text(MOST_TEXT, 1), Listed(_ITEM, MOST_MESSAGES, 1))), "the conversation", required=True),
     Field("instructions", TEXT, "a system message in front"),
     Field("max_output_tokens", NEW, "where the answer is cut; default: where the model's positions end"),
     TEMPERATURE_FIELD,

@@ -20,10 +20,10 @@ from veneer.bounds import (
 )
 from veneer.decoding.sampling import Sampling
 from veneer.serve.fields import Either, Field, Flag, Listed, Mapped, Num, Only, Refused, Table, Text
+from veneer.serve.limits import MOST_ADAPTERS, MOST_BIASES, MOST_NAME, MOST_STOP, MOST_STOP_TOKENS, MOST_STOPS
 from veneer.serve.refusals import Fault, refuse
 
-MOST_STOPS = 16
-MODEL = Field("model", Text(200, 1), "the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME", required=True)
+MODEL = Field("model", Text(MOST_NAME, 1), "the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME", required=True)
 SEED = Number(int, -(2**63), 2**64 - 1)
 TOP_K = Number(int, -1, 10**9)
 STREAM = (
@@ -49,11 +49,11 @@ OPENAI = (
     TOP_P_FIELD,
     Field("presence_penalty", Num(PENALTY), "taken from tokens that the answer has"),
     Field("frequency_penalty", Num(PENALTY), "taken from tokens as often as the answer has them"),
-    Field("logit_bias", Mapped(Text(12, 1), Num(BIAS), 1024), "from ids of tokens to what is added to each"),
+    Field("logit_bias", Mapped(Text(12, 1), Num(BIAS), MOST_BIASES), "from ids of tokens to what is added to each"),
     Field("seed", Num(SEED), "of the draws, modulo 2^32; without one every request draws otherwise"),
     Field(
         "stop",
-        Either((Text(256, 1), Listed(Text(256, 1), MOST_STOPS))),
+        Either((Text(MOST_STOP, 1), Listed(Text(MOST_STOP, 1), MOST_STOPS))),
         "texts that end the answer and are not part of it",
     ),
 )
@@ -63,7 +63,7 @@ OTHERS = (
     Field("top_k", Num(TOP_K), "of the likeliest tokens, so many; 0 and -1: all"),
     Field("min_p", Num(MIN_P), "no token below this share of the likeliest one's chance"),
     Field("repetition_penalty", Num(REPETITION), "divides logits of tokens that prompt or answer have; default 1"),
-    Field("stop_token_ids", Listed(Num(TOKEN), 64), "ids that end the answer"),
+    Field("stop_token_ids", Listed(Num(TOKEN), MOST_STOP_TOKENS), "ids that end the answer"),
     Field("ignore_eos", Flag(), "the base's own stop tokens do not end the answer"),
     Field("min_tokens", Num(WAITS), "nothing ends the answer before; default 0"),
     Field("cache_salt", Text(200, 1), "prompts are found again only by requests of the same salt"),
@@ -72,11 +72,11 @@ OTHERS = (
         Listed(
             Table(
                 (
-                    Field("name", Text(200, 1), "as in model", required=True),
+                    Field("name", Text(MOST_NAME, 1), "as in model", required=True),
                     Field("weight", Num(WEIGHT), "what its update is multiplied by; default 1"),
                 )
             ),
-            8,
+            MOST_ADAPTERS,
             1,
         ),
         "several adapters together, each with a weight; model is the base then",

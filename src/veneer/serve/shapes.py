@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from veneer.serve.asked import Shape
 from veneer.serve.fields import AnyObject, Either, Field, Flag, Listed, Refused, Table, Tagged, Text
+from veneer.serve.limits import MOST_TEXTS
 from veneer.serve.refusals import Fault, refuse
 
 _PATTERN = Text(10_000, 1)
 _GRAMMAR = Text(100_000, 1)
-_CHOICES = Listed(Text(1000, 1), 1024, 1)
+_CHOICES = Listed(Text(1000, 1), MOST_TEXTS, 1)
 SCHEMA = Either((AnyObject(), _GRAMMAR))
 """A JSON schema, as an object or as its text."""
 

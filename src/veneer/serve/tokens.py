@@ -8,6 +8,7 @@ from veneer.bounds import TOKEN
 from veneer.serve.asked import Asked, Chat, Plain
 from veneer.serve.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.fields import Field, Flag, Listed, Num, Only, Refused, Text, read_fields
+from veneer.serve.limits import MOST_IDS, MOST_TEXT
 from veneer.serve.refusals import Fault, refuse
 from veneer.serve.sampling_fields import MODEL
 from veneer.serve.tools import TOOLS
@@ -15,7 +16,7 @@ from veneer.serve.tools import TOOLS
 _MODEL = Field("model", MODEL.kind, "the base, or an adapter, whose conversations may begin otherwise")
 TOKENIZE = (
     _MODEL,
-    Field("prompt", Text(4_000_000, 1), "a text, tokenised as it stands; or messages"),
+    Field("prompt", Text(MOST_TEXT, 1), "a text, tokenised as it stands; or messages"),
     Field("messages", MESSAGES, "a conversation, with what opens the answer behind it"),
     Field("tools", TOOLS, "with messages"),
     VARIABLES,
@@ -25,7 +26,7 @@ TOKENIZE = (
     Field("add_special_tokens", Only((True, False)), "as for an answer, whatever it says", no_effect=True),
     Field("chat_template", Refused("the base's own is used"), ""),
 )
-DETOKENIZE = (_MODEL, Field("tokens", Listed(Num(TOKEN), 1_000_000), "ids", required=True))
+DETOKENIZE = (_MODEL, Field("tokens", Listed(Num(TOKEN), MOST_IDS), "ids", required=True))
 
 
 def tokenized(body: dict[str, Any]) -> tuple[Asked, bool]:

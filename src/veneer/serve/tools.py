@@ -7,19 +7,22 @@ from typing import Any
 
 from veneer.serve.asked import Shape
 from veneer.serve.fields import AnyObject, Either, Field, Flag, Listed, Only, Table, Tagged, Text
+from veneer.serve.limits import MOST_ARGUMENTS, MOST_NAME, MOST_TOOLS
 from veneer.serve.refusals import Fault, refuse
 
-MOST_TOOLS = 128
-MOST_CALLS = 8
+CALLS_DRAWN = 8
 """Of an answer that must call."""
 NAME = Text(64, 1)
+_ARGUMENTS = Field("arguments", Text(MOST_ARGUMENTS), "", required=True)
 CALL = Table(
     (
-        Field("id", Text(200, 1), "", required=True),
+        Field("id", Text(MOST_NAME, 1), "", required=True),
         Field("type", Only(("function",), "tools are functions"), "", no_effect=True),
         Field(
             "function",
-            Table((Field("name", NAME, "", required=True), Field("arguments", Text(1_000_000), "", required=True))),
+            Table(
+                (Field("name", NAME, "", required=True), Field("arguments", Text(MOST_ARGUMENTS), "", required=True))
+            ),
             "",
             required=True,
         ),
@@ -67,4 +70,4 @@ def wanted_call(values: dict[str, Any]) -> Shape | None:
     if choice != "required" and chosen is None:
         return None
     functions = [tool["function"] for tool in tools if chosen in (None, tool["function"]["name"])]
-    return Shape("tool", "tool_choice", functions, 1 if chosen else MOST_CALLS)
+    return Shape("tool", "tool_choice", functions, 1 if chosen else CALLS_DRAWN)
