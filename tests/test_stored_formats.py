@@ -15,6 +15,7 @@ from tests.tiny import save_tiny
 from veneer import api
 from veneer.adapters.config import LoRA
 from veneer.bases.from_config import blueprint
+from veneer.bases.moving import Moving
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.weight_table import packed_sizes, weight_table
 from veneer.cli.main import main
@@ -25,6 +26,7 @@ from veneer.plan.ask import Question, answer
 from veneer.plan.fit import ways
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.table import all_methods
+from veneer.quant.int4 import Int4
 
 IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 PLAIN = {
@@ -290,3 +292,26 @@ def test_its_files_and_checkpointing_are_those_of_any_base(family, name, tmp_pat
     cell = methods.METHODS["lora"], methods_base(tmp_path, family, name, monkeypatch), torch.float32
     methods.test_its_files_hold_all_of_it_in_the_size_foretold(*cell, tmp_path)
     methods.test_checkpointing_changes_no_bit(cell[0], 0.3, *cell[1:])
+
+
+def int4(seed, *, groups=False, width=8, scale=torch.float16):
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {
+        "": torch.randint(0, 256, (4, 8), dtype=torch.uint8, generator=draw),
+        "scales": torch.rand(4, 2, generator=draw).to(scale),
+        "zeros": torch.randint(0, 16, (4, 2), dtype=torch.uint8, generator=draw),
+    }
+    if groups:
+        tensors["groups"] = torch.randint(0, 2, (16,), dtype=torch.int32, generator=draw)
+    return Moving(Int4(format="gptq", tensors=tensors, width=width))
+
+
+@pytest.mark.parametrize("make", [torch.stack, torch.cat], ids=["experts", "gate and up"])
+@pytest.mark.parametrize(
+    ("other", "said"), [({"groups": True}, "order of columns"), ({"width": 4}, "width"), ({}, None)], ids=str
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_are_held_as_one_are_all_looked_at_not_the_first(make, other, said, first):
+    weights = [int4(0), int4(1, **other)]
+    made = make(weights if first else weights[::-1], dim=0)
+    assert (made.fault is None) if said is None else (said in made.fault)

@@ -68,11 +68,11 @@ class Moving:
         kind: Any = type(weights[0])
         axes = len(weights[0].shape)
         if issubclass(kind, InFiles) and all(type(each) is kind for each in weights):
-            if func is torch.stack and dim == 0 and axes == 2:
-                return Moving(kind.stacked(weights))
-            if func is torch.cat and dim == axes - 2:
-                try:
+            try:
+                if func is torch.stack and dim == 0 and axes == 2:
+                    return Moving(kind.stacked(weights))
+                if func is torch.cat and dim == axes - 2:
                     return Moving(kind.joined(weights))
-                except ValueError as fault:
-                    return Moving(weights[0], str(fault))
+            except ValueError as fault:
+                return Moving(weights[0], str(fault))
         return NotImplemented

@@ -5,7 +5,7 @@ Shapes: E experts, I in_features, O out_features.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
 import torch
@@ -49,16 +49,16 @@ class InFiles:
 
     @classmethod
     def stacked(cls, weights: Sequence[Self]) -> Self:
-        """(O, I) each -> (E, O, I)."""
+        """(O, I) each -> (E, O, I). ValueError: they are not of one kind."""
         first = weights[0]
+        _check_alike(weights)
         return first.holding({key: torch.stack([w.tensors[key] for w in weights]) for key in first.tensors})
 
     @classmethod
     def joined(cls, weights: Sequence[Self]) -> Self:
         """(..., O, I) each -> (..., sum of O, I). ValueError: what holds for all rows of one does not of another's."""
         first = weights[0]
-        if len({frozenset(each.tensors) for each in weights}) > 1:
-            raise ValueError("of weights that the model holds as one, some have an order of columns and some have none")
+        _check_alike(weights)
         found = {}
         for key, own in first.tensors.items():
             parts = [w.tensors[key] for w in weights]
@@ -69,6 +69,16 @@ class InFiles:
             else:
                 raise ValueError(f"{key} of weights that the model holds as one are not the same")
         return first.holding(found)
+
+
+def _check_alike(weights: Sequence[InFiles]) -> None:
+    """Raises ValueError if some of these weights have tensors or numbers that others do not have."""
+    if len({frozenset(each.tensors) for each in weights}) > 1:
+        raise ValueError("of weights that the model holds as one, some have an order of columns and some have none")
+    for own in fields(weights[0]):
+        values = [getattr(each, own.name) for each in weights]
+        if own.name != "tensors" and any(value != values[0] for value in values):
+            raise ValueError(f"{own.name} of weights that the model holds as one are not the same")
 
 
 def scaled(out: Tensor, scales: Tensor, width: int) -> None:
