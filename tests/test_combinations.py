@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import veneer
-from tests.helpers import ROOT
+from tests.helpers import ROOT, merge_in_memory
 from tests.test_methods import move
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_base
 from veneer.adapters.acting import Acting, Part
+from veneer.adapters.attach import attach
 from veneer.adapters.combinations import (
     BIASES,
     BOTTLENECKS,
@@ -39,6 +40,7 @@ from veneer.library.residents import Residents
 from veneer.merge.combine import Recipe
 from veneer.merge.combine_run import combine_adapters
 from veneer.merge.fold import stored_tensors, wanted_weights
+from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
 MADE = {
@@ -110,7 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, base, plain, Residents(served, library, budget_bytes=2**24))
 
 
-def logits(base: veneer.Base) -> torch.Tensor:
+def logits(base: FrozenBase) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = base.model(IDS, use_cache=False).logits
     return found
@@ -259,6 +261,41 @@ def _check_combining(world: World, cell: Cell, reference: torch.Tensor, out: Pat
     finally:
         world.plain.routing.active = ()
         world.plain.detach("combined")
+
+
+FAMILIES = {
+    "gpt2": [
+        LoRA(rank=2, targets=["c_attn"], bias="all", train_modules=["wte", "ln_f"]),
+        DoRA(rank=2, targets=["c_attn", "c_proj", "wte"]),
+        LoRA(rank=2, targets=["c_fc"], train_modules=["c_proj", "ln_1"]),
+    ],
+    "gemma3": [  # scales its embeddings, which are its head
+        LoRA(rank=2, targets=["q_proj"], train_modules=["embed_tokens", "q_norm"]),
+        LoRA(rank=2, targets=["embed_tokens"]),
+        DoRA(rank=2, targets=["embed_tokens", "q_proj"]),
+    ],
+    "mixtral": [
+        LoRA(rank=2, targets=["gate_up_proj", "down_proj", "gate"]),
+        LoRA(rank=2, targets=["q_proj"], train_modules=["gate", "norm"]),
+        LoRA(rank=2, targets=["gate"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_acting_together_is_merging_together_in_other_families(family: str) -> None:
+    base = tiny_base(family)
+    names = [str(number) for number in range(3)]
+    for seed, config in enumerate(FAMILIES[family]):
+        head = base.model.get_output_embeddings()
+        move(attach(base.model, config, name=names[seed], routing=base.routing, head=head, seed=seed), seed=seed)
+    for weights in ((0.5, -0.7, 0.3), (1.0, 1.0, 1.0)):
+        base.routing.active = tuple(zip(names, weights, strict=True))
+        acting = logits(base)
+        base.routing.active = ()
+        merged = merge_in_memory(base.model, [(base.attachments[n], w) for n, w in zip(names, weights, strict=True)])
+        assert close(acting, logits(base))
+        merged.restore()
 
 
 def test_the_docs_show_the_table() -> None:

@@ -132,9 +132,11 @@ def test_settings_with_which_it_cannot_go_on_are_refused(
         run_of(world, tmp_path, from_adapter=str(parent), method="full")
 
 
-def test_the_weighted_sum_of_several_is_where_it_starts(world: Path, tmp_path: Path) -> None:
-    first = made(world, tmp_path / "a", LoRA(rank=2, alpha=3.0), seed=1)
-    second = made(world, tmp_path / "b", LoRA(rank=3, alpha=5.0), seed=2)
+@pytest.mark.parametrize("trained", [[], ["norm", "o_proj"]], ids=["updates", "and modules trained in full"])
+def test_the_weighted_sum_of_several_is_where_it_starts(world: Path, tmp_path: Path, trained: list[str]) -> None:
+    targets = ["q_proj", "down_proj"] if trained else "all-linear"
+    first = made(world, tmp_path / "a", LoRA(rank=2, alpha=3.0, targets=targets, train_modules=trained), seed=1)
+    second = made(world, tmp_path / "b", LoRA(rank=3, alpha=5.0, targets=targets, train_modules=trained), seed=2)
     before = load_base(str(world / "base"))
     for name, folder in (("a", first), ("b", second)):
         load_adapter(before, folder, name=name)
