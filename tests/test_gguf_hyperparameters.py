@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from tests.tiny import save_tiny, tiny_model
@@ -208,3 +209,13 @@ def test_a_llama_3_out_of_a_gguf_file_keeps_its_rotary_factors(tmp_path: Path, m
     assert first.rope_factors is not None and second.rope_factors is not None
     assert abs(second.rope_factors / first.rope_factors - 1).max() < 1e-6
     assert dense_model(second).config.rope_parameters == LLAMA3
+
+
+def test_a_value_that_f16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    source = with_merges(save_tiny(tmp_path / "base", "llama", dtype=torch.bfloat16))
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = 2e5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RefusedError, match=r"blk\.1\.ffn_up\.weight has a value of 1.997e\+05, which F16"):
+        export_merged_gguf([], base=str(source), out=tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()

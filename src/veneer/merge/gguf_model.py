@@ -128,6 +128,11 @@ def write_gguf_model(
             own, change, gguf_name = s.read().float().cpu(), wanted.get(name), str(where.of(name))
             new = own if change is None else change(own)
             data, decoded = _encoded(where.values(gguf_name, new), kinds[name])
+            if bool(decoded.isinf().any()):
+                raise RefusedError(
+                    f"{gguf_name} has a value of {float(new.abs().max()):.4g}, which {kinds[name].name} cannot hold",
+                    next_step="Merge into a folder (veneer merge) and convert that to bf16 with llama.cpp's converter.",
+                )
             writer.write_tensor_data(written(data))
             if change is not None:  # in the file's row order, which does not matter to sums
                 before = where.values(gguf_name, own)
