@@ -217,6 +217,18 @@ def test_a_fork_that_is_closed_before_its_copy_is_made_leaves_nothing_to_copy():
     assert memory.blocks.available == 8
 
 
+def test_each_table_waits_for_its_own_prefix_and_copies_alone():
+    memory = Memory(manager(12))
+    one, plain = Text([1, 2], ONE, front=6), memory.run([5, 6, 7])
+    memory.open(one)
+    fork = memory.blocks.fork(plain.table, 2)
+    assert fork is not None
+    assert memory.blocks.pending(one.table) == (memory.blocks.fronts, ())
+    assert memory.blocks.pending(fork) == ((), memory.blocks.copies)
+    assert memory.blocks.pending(plain.table) == ((), ())
+    assert len(memory.blocks.fronts) == len(memory.blocks.copies) == 1
+
+
 def test_a_fork_at_the_end_of_a_block_copies_nothing():
     memory = Memory(manager(2))
     text = memory.run(TOKENS[:8])

@@ -7,6 +7,11 @@ import weakref
 import pytest
 import torch
 
+from tests.tiny import tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.routing import Routing
+from veneer.decoding.adapters import lay_out
 from veneer.kernels import few_rows, native
 from veneer.kernels.arguments import CallError
 from veneer.kernels.dense_calls import Updates, laid_out
@@ -111,3 +116,15 @@ def test_whoever_has_a_list_holds_what_it_points_at():
     del listed
     gc.collect()
     assert kept() is None
+
+
+def test_factors_are_laid_out_within_the_bytes_that_are_given_or_not_at_all():
+    model, routing = tiny_model("llama"), Routing()
+    settings = LoRA(rank=4, targets=["q_proj"])
+    attachment = attach(model, settings, name="a", routing=routing, head=model.get_output_embeddings())
+    needed = lay_out(attachment, torch.float32, torch.device("cpu"), 10**9)
+    assert needed >= sum(each.nbytes for each in attachment.parameters().values())
+    attachment.laid_out = None
+    assert lay_out(attachment, torch.float32, torch.device("cpu"), needed - 1) == 0 and attachment.laid_out is None
+    assert lay_out(attachment, torch.float32, torch.device("cpu"), needed) == needed
+    assert attachment.laid_out is not None

@@ -128,6 +128,9 @@ def test_chances_are_told_as_openai_tells_them(client):
         assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
     said = bytes(b for token in content for b in token.bytes)
     assert said.decode(errors="replace") == found.choices[0].message.content
+    asked = {"model": BASE, "messages": HELLO, **GREEDY, "logprobs": True, "top_logprobs": 3, "stream": True}
+    pieces = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**asked)]
+    assert [token for piece in pieces if piece for token in piece.content] == content
     none = client.chat.completions.create(model=BASE, messages=HELLO, **GREEDY)
     assert none.choices[0].logprobs is None
     old = client.completions.create(model=BASE, prompt="ab", temperature=0, max_tokens=4, logprobs=2)
@@ -277,6 +280,24 @@ SHAPES = {
     "choices": ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
     "a grammar": ({"guided_grammar": 'start: "x" "y"'}, "xy"),
 }
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_streamed_completions_say_what_the_whole_ones_say(client, logprobs):
+    settings = {"model": "poems", "prompt": ["ab", "cdef"], "max_tokens": 6, "temperature": 0, "logprobs": logprobs}
+    whole = client.completions.create(**settings)
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**settings, stream=True)]
+    assert len(chunks) > len(whole.choices) == 2
+    for choice in whole.choices:
+        own = [chunk for chunk in chunks if chunk.index == choice.index]
+        assert "".join(chunk.text for chunk in own) == choice.text
+        assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [choice.finish_reason]
+        if logprobs:
+            parts = [chunk.logprobs for chunk in own if chunk.logprobs]
+            assert [token for part in parts for token in part.tokens] == choice.logprobs.tokens
+            assert [place for part in parts for place in part.text_offset] == choice.logprobs.text_offset
+        else:
+            assert not any(chunk.logprobs for chunk in own)
 
 
 @pytest.mark.parametrize("what", SHAPES)
