@@ -13,6 +13,7 @@ from tests.tiny import save_tiny, tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.lora import delta_weight
+from veneer.bases.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.merge.combine import Recipe, largest_entries
@@ -235,6 +236,24 @@ def test_the_same_combination_is_the_same_to_the_byte(bases, tmp_path):
         )
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_one_that_an_earlier_version_wrote_does_not_stand_between_two_of_different_bases(bases, tmp_path):
+    other = save_tiny(tmp_path / "other", "llama_untied")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.01}))
+    adapters = [
+        make(tmp_path / name, base, SETTINGS["a"], seed=1)
+        for name, base in (("old", bases["llama_untied"]), ("x", bases["llama_untied"]), ("y", other))
+    ]
+    file = adapters[0] / "veneer.json"
+    manifest = json.loads(file.read_text())
+    manifest["base"]["fingerprint"] = Fingerprint.from_dict(manifest["base"]["fingerprint"]).earlier.to_dict()
+    file.write_text(json.dumps(manifest))
+    combine_adapters([(each, 1.0) for each in adapters[:2]], Recipe("ties"), base=str(other), out=tmp_path / "both")
+    assert read_adapter(tmp_path / "both").manifest.base.fingerprint["values_hash"]
+    with pytest.raises(AdapterMismatchError, match=r"x and \S+y: config.json rms_norm_eps: 1e-06 against 0.01"):
+        combine_adapters([(each, 1.0) for each in adapters], Recipe("ties"), base=str(other), out=tmp_path / "out")
 
 
 def test_adapters_of_different_bases_are_refused(bases, tmp_path):

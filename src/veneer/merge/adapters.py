@@ -168,16 +168,14 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
 
     AdapterMismatchError: they were trained on different bases.
     """
-    known = [p for p in placed if p.stored.manifest is not None]
+    known = [(p.stored, p.stored.manifest) for p in placed if p.stored.manifest is not None]
+    # First one that says all of its base: what an earlier version wrote would agree with two that differ.
+    known.sort(key=lambda each: Fingerprint.from_dict(each[1].base.fingerprint).is_earlier)
     faults: list[str] = []
-    for other in known[1:]:
-        assert known[0].stored.manifest is not None and other.stored.manifest is not None
-        first = Fingerprint.from_dict(known[0].stored.manifest.base.fingerprint)
-        second = Fingerprint.from_dict(other.stored.manifest.base.fingerprint)
-        faults += [
-            f"{said_of(known[0].stored.folder)} and {said_of(other.stored.folder)}: {d}"
-            for d in first.differences(second)
-        ]
+    for stored, manifest in known[1:]:
+        first = Fingerprint.from_dict(known[0][1].base.fingerprint)
+        differences = first.differences(Fingerprint.from_dict(manifest.base.fingerprint))
+        faults += [f"{said_of(known[0][0].folder)} and {said_of(stored.folder)}: {line}" for line in differences]
     if faults:
         raise AdapterMismatchError(
             "these adapters were trained on different bases",
@@ -185,8 +183,7 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
             "Updates of different weights do not add up; combine adapters of one base.",
         )
     if known:
-        manifest = known[0].stored.manifest
-        assert manifest is not None
+        manifest = known[0][1]
         identity = manifest.base
         tokenizer, template = manifest.tokenizer_hash, manifest.template_hash
     else:
