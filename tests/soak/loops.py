@@ -51,6 +51,7 @@ LOOPS = {
     "exchanges": Loop("test_residents.py", 60, 300),
     "schemas": Loop("test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut", 1000, 5000),
     "families": Loop(f"{FAMILIES}::test_every_family_agrees_with_transformers_and_peft_or_says_why_not", 6, 300),
+    "config_fields": Loop("soak/test_config_fields.py", 2, 300),
     "hybrids": whole(FAMILIES),
     "accelerator": Loop("soak/test_accelerator_cells.py", 40, 10_000),
     "processes": whole("processes/test_processes.py"),
