@@ -11,6 +11,7 @@ from tests.helpers import make_examples
 from tests.tiny import tiny_base, tiny_model
 from veneer.adapters.routing import Routing
 from veneer.decoding import proof as decoding_proof
+from veneer.decoding.engine import bytes_per_token
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import loops
 from veneer.errors import SourceError
@@ -292,6 +293,22 @@ def test_the_copy_holds_settings_of_single_layers_at_their_layers(kind):
     assert fields == {field for settings in small.values() for field in settings}
     types = {config.layer_types[int(layer)] for layer in whole}
     assert types == {copy.layer_types[int(layer)] for layer in small}
+
+
+def test_a_model_whose_layers_have_heads_of_different_sizes_answers_as_its_own_loop():
+    types = ["sliding_attention", "full_attention"]
+    model = made(
+        "gemma4_text",
+        layer_types=types,
+        head_dim=8,
+        per_layer_config={1: {"head_dim": 16}},
+        sliding_window=LONG,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=272,
+    )
+    heads = model.config.num_key_value_heads
+    assert bytes_per_token(based(model)) == 2 * 4 * heads * (8 + 16)
+    assert generate(based(model), PROMPTS, max_new_tokens=6) == [answered(model, prompt, 6) for prompt in PROMPTS]
 
 
 LIMITS = {

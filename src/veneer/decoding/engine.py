@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from veneer.adapters.new_tokens import width_of
 from veneer.decoding.adapters import Adapters
@@ -202,8 +203,13 @@ def _way(base: FrozenBase) -> Way:
 
 
 def bytes_per_token(base: FrozenBase) -> int:
-    """Of the keys and values of one token in all layers."""
-    text = base.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size * base.dtype.itemsize)
+    """Of the keys and values of one token in all layers, which may have heads of different sizes (Gemma 4)."""
+    layers = base.config.get_text_config().per_layer_config
+    return int(2 * base.dtype.itemsize * sum(_key_width(layer) for layer in layers))
+
+
+def _key_width(layer: PreTrainedConfig) -> int:
+    """Values of one token's keys in a layer with this config."""
+    heads: int = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    size: int = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return heads * size
