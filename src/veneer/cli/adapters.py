@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("place", metavar="PLACE", help=PLACES)
     pull.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://")
     pull.add_argument("--name", metavar="NAME", help="what to call it here; default: as there")
-    gc = action("gc", _gc, "show what nobody needs; with --yes, remove it")
+    gc = action("gc", _gc, "show unused files; with --yes, remove them")
     gc.add_argument("--keep", type=COUNT, default=1, metavar="N", help="newest versions to keep; default: 1")
     gc.add_argument("--yes", action="store_true", help="remove it")
 
@@ -262,7 +262,7 @@ def _gc(args: argparse.Namespace, library: Library) -> int:
     if len(left.versions) > 20:
         say.print(f"  and {len(left.versions) - 20:,} more old versions")
     objects = f"{len(left.objects):,} object{'' if len(left.objects) == 1 else 's'}"
-    counts = f"{objects}, {len(left.remains):,} remains of broken writes, {size(left.bytes)}"
+    counts = f"{objects}, {len(left.remains):,} unfinished files, {size(left.bytes)}"
     say.print(f"{'removed' if args.yes else 'not needed'}: {counts}", soft_wrap=True)
     if not args.yes and (left.versions or left.objects or left.remains):
         say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)

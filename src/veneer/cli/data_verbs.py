@@ -57,7 +57,7 @@ def add_verbs(actions: Any) -> None:
     sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
     reading(sample)
     data_replay.add_arguments(
-        verb("replay", data_replay.run, "let a base draw rows, to be mixed into a training against forgetting")
+        verb("replay", data_replay.run, "generate rows with the base, to mix into a training against forgetting")
     )
     gc = verb("gc", _gc, "show tokens of large sets that no run has asked for lately; with --yes, remove them")
     gc.add_argument(

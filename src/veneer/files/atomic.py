@@ -141,7 +141,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def refuse_existing(path: Path, *, unless: bool) -> None:
     """ConfigError: something stands there, and may not be replaced."""
     if _stands(path) and not unless:
-        raise ConfigError(f"{path} exists and is not overwritten", [], "Give another place, or remove it first.")
+        raise ConfigError(f"{path} exists and is not overwritten", [], "Choose another place, or remove it first.")
 
 
 def refuse_unwritable(path: str | Path) -> None:

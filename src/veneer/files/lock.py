@@ -47,7 +47,7 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECON
                 if time.monotonic() >= deadline:
                     waited = f" for {wait_seconds:.0f} s" if wait_seconds else ""
                     raise BusyError(
-                        f"{path.parent} is busy: another process has been changing it{waited}",
+                        f"{path.parent} is busy: another process is using it{waited}",
                         [],
                         "Wait until it is done, then try again.",
                     )

@@ -227,7 +227,7 @@ def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memor
 def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
     rows = "the largest and the median batch of the data" if planner.rows else "rows of one length"
     memory = (
-        "Memory: the training step itself, run on tensors without storage, with "
+        "Memory: the training step itself, simulated without data, with "
         + rows
         + (
             "; what the process and its allocator add is measured (CPU)."

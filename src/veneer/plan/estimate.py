@@ -62,7 +62,7 @@ CUDA_WORKSPACES_BYTES = 2 * 32 * 2**20
 CUDA_RESERVED_SHARE = 0.05
 """What CUDA's allocator reserves beyond what is allocated: 3-10% by how uneven the lengths are (as above)."""
 
-PROCESS, KEPT, WORKSPACES = "process", "kept by libraries and allocator", "workspaces of matrix products"
+PROCESS, KEPT, WORKSPACES = "process", "library overhead", "workspaces of matrix products"
 UNDER_WAY = "on its way to the host or back"
 
 

@@ -197,7 +197,7 @@ def _run(
             job.largest = [job.largest[largest]]
         start["planned_memory_bytes"] = None if planned is None else planned.peak
         if one_pass:
-            start["paths"].append(f"{len(one_pass)} norms, blocks and layers computed in one pass each")
+            start["paths"].append(f"{len(one_pass)} modules fused")
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
             start["paths"] += [*shard_lines(base, flat), *([] if planned is None else [_each(planned)])]
