@@ -17,7 +17,6 @@ import numpy as np
 from veneer.data.examples import Example, Problem, Row, refusal, row_key
 from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError, DataError
-from veneer.evaluate.answers import finite
 from veneer.evaluate.intervals import Counts
 from veneer.files.nesting import is_text
 
@@ -99,6 +98,8 @@ def likeliest_labels(
     nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded, DivergedError for
     a row whose labels have no finite log-probability.
     """
+    from veneer.evaluate.answers import finite  # loads torch
+
     template = ChatTemplate(tokenizer, variables=variables)
     chosen = []
     for done, row in enumerate(rows, 1):
