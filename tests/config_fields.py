@@ -32,6 +32,7 @@ from tests.tiny import CHATML
 from veneer.adapters.config import LoRA
 from veneer.bases.model_class import model_class
 from veneer.bases.quiet_transformers import quiet
+from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.generate import generate
 from veneer.errors import VeneerError
 from veneer.models.fused import fused, replacements
@@ -194,10 +195,10 @@ def _faults(base: Any, twin: Any, after: Tensor, ids: list[int], identity: Any) 
             yield f"the loss in training is {found:.6f}, and {expected:.6f} in transformers"
     with suppress(VeneerError):
         prompts = [ids[:27], ids[5:9], ids[3:38]]
-        base.model.generation_config.eos_token_id = None
+        stops = set(stop_token_ids(base.tokenizer, base.model.generation_config))
         with base.routing.none():
             answers = generate(base, prompts, max_new_tokens=6)
-        wrong = [n for n, prompt in enumerate(prompts) if answers[n] != _greedy(twin, prompt)]
+        wrong = [n for n, prompt in enumerate(prompts) if answers[n] != _greedy(twin, prompt, stops)]
         if wrong:
             yield f"{len(wrong)} of {len(prompts)} answers differ"
 
@@ -223,10 +224,13 @@ def _losses(base: Any, twin: Any) -> tuple[float, float]:
     return expected / total, found
 
 
-def _greedy(model: Any, prompt: list[int]) -> list[int]:
+def _greedy(model: Any, prompt: list[int], stops: set[int]) -> list[int]:
     ids = list(prompt)
     for _ in range(6):
-        ids.append(int(logits_of(model, ids)[-1].argmax()))
+        token = int(logits_of(model, ids)[-1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
     return ids[len(prompt) :]
 
 
