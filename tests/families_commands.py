@@ -161,12 +161,11 @@ def _compare_llama_cpp(base: Any, path: Path) -> None:
 def _train(trial: Trial, out: str, parents: list[tuple[str, float]], *, steps: int) -> list[float]:
     """The losses that `veneer train` writes down, step by step, from one adapter or a sum of several."""
     starts = [{"adapter": str(trial.place / name), "weight": weight} for name, weight in parents]
-    start = ("--from", starts[0]["adapter"]) if len(starts) == 1 else ("--set", f"from_adapter={json.dumps(starts)}")
     settings = {"schedule": "constant", "warmup": 0, "clip": "null", "data.validation_share": 0}
     flags = [flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")]
-    arguments = ("--base", trial.folder, "--data", _written_rows(trial), *start, "--out", trial.place / out)
+    files = ("--base", trial.folder, "--data", _written_rows(trial), "--out", trial.place / out)
     numbers = ("--steps", steps, "--batch", len(CONVERSATIONS), "--learning-rate", RATE)
-    command("train", *arguments, *numbers, *flags)
+    command("train", *files, "--from", json.dumps(starts), *numbers, *flags)
     lines = (trial.place / out / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [record["loss"] for record in records if record["kind"] == "step"]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from veneer import train
 from veneer.adapters.config import METHODS, Bottleneck, Full, LoRA
-from veneer.cli.config_file import FLAGS, field_help, read_run_config, setting_paths
+from veneer.cli.config_file import FLAGS, field_help, first_parent, read_run_config, setting_paths
 from veneer.cli.main import Parser, main
 from veneer.errors import ConfigError
 from veneer.train.config import DataConfig, RunConfig, StartFrom
@@ -148,6 +148,29 @@ def test_adapters_to_go_on_from_are_names_or_carry_weights(tmp_path):
         StartFrom(adapter="tickets"),
         StartFrom(adapter="tone", weight=0.5),
     ]
+
+
+def test_the_from_flag_takes_a_list_as_its_help_says(tmp_path):
+    (tmp_path / "run.yaml").write_text("base: b\ndata: d\nout: o\nfrom_adapter: old\n")
+    tickets, tone = StartFrom(adapter="tickets"), StartFrom(adapter="tone", weight=0.5)
+    for text, parents in (
+        ('["tickets", {"adapter": "tone", "weight": 0.5}]', [tickets, tone]),
+        ("[tickets, {adapter: tone, weight: 0.5}]", [tickets, tone]),
+        ("{adapter: tone, weight: 0.5}", [tone]),
+        ("tickets", [tickets]),
+    ):
+        assert first_parent(text) == parents[0].adapter
+        for file in (None, tmp_path / "run.yaml"):
+            assert read_run_config(file, {**NEEDED, "from": text}).from_adapter == parents
+    for wrong, said in (
+        ("[tickets", "--from"),
+        ("{weight: 2}", "from_adapter.adapter"),
+        ("[{adapter: a, wieght: 2}]", "wieght"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read_run_config(None, {**NEEDED, "from": wrong})
+        assert len(caught.value.faults) == 1 and said in caught.value.faults[0] and "--from" in caught.value.faults[0]
+    assert [first_parent(text) for text in ("[tickets", "[]", "{weight: 2}", "[[a]]")] == [None] * 4
 
 
 def test_a_method_named_by_a_flag_replaces_the_files_method_with_its_settings(tmp_path):

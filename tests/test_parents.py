@@ -208,6 +208,12 @@ def test_the_command_takes_the_base_from_the_adapter(world: Path, tmp_path: Path
     command = ["train", "--from", str(parent), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "run")]
     assert main.main([*command, "--steps", "1", "--quiet"]) == 0
     assert main.main(["train", "--from", str(tmp_path / "none"), *command[3:]]) == 2
+    parents = json.dumps([{"adapter": str(parent), "weight": 0.5}, str(parent)])
+    command = ["train", "--from", parents, *command[3:-1], str(tmp_path / "sum")]
+    assert main.main([*command, "--steps", "1", "--quiet"]) == 0
+    manifest = read_json(tmp_path / "sum" / "adapter" / "veneer.json")
+    assert [one["weight"] for one in manifest["parents"]] == [0.5, 1.0]
+    assert main.main([*command[:2], "[]", *command[3:]]) == 2
 
 
 @pytest.mark.parametrize(

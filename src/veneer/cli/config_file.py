@@ -48,6 +48,10 @@ FLAGS: dict[str, KeyPath] = {
     "out": ("out",),
 }
 
+_YAML_FLAGS: dict[str, tuple[KeyPath, str]] = {"method": (("method",), "{"), "from": (("from_adapter",), "[{")}
+"""Flags that also take a YAML value: the setting that the value replaces, and the characters that such a value may
+begin with."""
+
 PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateConfig}
 """Settings that hold settings, beside the method."""
 
@@ -99,11 +103,7 @@ def read_run_config(
         _read_file(settings, Path(file))
     for name in FLAGS:  # in this order: a method is named before its settings are given
         if (value := flags.get(name)) is not None:
-            flag = "--" + name.replace("_", "-")
-            if name == "method" and value.lstrip().startswith("{"):
-                _put_yaml(settings, ("method",), value, flag)  # a method with its settings, in place of the file's
-            else:
-                settings.put(FLAGS[name], value, flag)
+            _put_flag(settings, name, value)
     for column, to in (columns or {}).items():
         settings.put(("data", "map", column), to, f"--map {column}={to}")
     for each in sets:
@@ -115,6 +115,16 @@ def read_run_config(
             f"{where} do not describe a run", settings.faults + faults, "`veneer explain settings` lists the settings."
         )
     return config
+
+
+def first_parent(text: str) -> str | None:
+    """Returns the adapter that `--from` names first; None if its list is malformed, which read_run_config reports."""
+    settings = Settings()
+    _put_flag(settings, "from", text)
+    value = settings.values.get("from_adapter")
+    first = next(iter(value), None) if isinstance(value, list) else value
+    adapter = first.get("adapter") if isinstance(first, dict) else first
+    return adapter if isinstance(adapter, str) else None
 
 
 def field_help(path: KeyPath) -> str:
@@ -186,6 +196,16 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, settings: Settings) -> None
             seen[key.value] = line
             settings.origins[below] = f"{name}:{line}"
             _walk(value, below, name, settings)
+
+
+def _put_flag(settings: Settings, name: str, value: Any) -> None:
+    """Sets the value of one flag, which may be written in YAML where _YAML_FLAGS names the flag."""
+    origin = "--" + name.replace("_", "-")
+    path, openings = _YAML_FLAGS.get(name, ((), ""))
+    if openings and value.lstrip()[:1] in tuple(openings):
+        _put_yaml(settings, path, value, origin)
+    else:
+        settings.put(FLAGS[name], value, origin)
 
 
 def _read_set(settings: Settings, each: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from veneer.bounds import PROCESSES
 from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, no_collection, print_json
-from veneer.cli.config_file import FLAGS, brief_help, read_run_config
+from veneer.cli.config_file import FLAGS, brief_help, first_parent, read_run_config
 from veneer.cli.early import check_place, check_run
 from veneer.cli.plan import parse_size
 from veneer.errors import ConfigError
@@ -121,7 +121,8 @@ def _launched(processes: int) -> int:
 def _config(args: argparse.Namespace) -> RunConfig:
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
     if flags["from"] is not None and flags["base"] is None and args.run is None:
-        flags["base"] = base_and_adapter(None, flags["from"])[0]
+        parent = first_parent(flags["from"])
+        flags["base"] = None if parent is None else base_and_adapter(None, parent)[0]
     if args.resume is None:
         return read_run_config(args.run, flags, args.sets, columns_of(args))
     given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
