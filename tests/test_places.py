@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import fill
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.experts import expert_parameters
@@ -18,12 +18,15 @@ from veneer.adapters.lora import delta_weight
 from veneer.adapters.reads import refused_by_peft, weights_read_past
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
-from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.merge.export_run import export_adapter
 from veneer.merge.lint import lint
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
+from veneer.train.config import RunConfig
+from veneer.train.parents import begin_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 _COMMON = {
@@ -352,6 +355,32 @@ def test_who_names_a_module_where_peft_refuses_lora_gets_it_and_is_told(tmp_path
     for consumer in ("peft", "transformers"):
         [finding] = lint(read_adapter(tmp_path / "a"), base.model, consumer)
         assert "out_proj, 2 modules" in finding.what and not finding.silent
+
+
+def test_a_run_from_an_adapter_that_peft_refuses_says_so_and_the_export_to_peft_is_refused(tmp_path):
+    base, folder = mixer_base("mamba"), tmp_path / "base"
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    for name, targets in (("refused", ["in_proj", "out_proj"]), ("read", ["in_proj"])):
+        begun = begin(base, LoRA(rank=2, targets=targets), name=name)
+        write_adapter(tmp_path / name, begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    settings = {"base": str(folder), "data": "rows.jsonl", "out": "run", "from_adapter": str(tmp_path / "refused")}
+    _, begun = begin_adapter(load_base(str(folder)), RunConfig.of(settings), [], resumes=False)
+    assert [line[:12] for line in begun.lines] == ["goes on from", "PEFT refuses"]
+    with pytest.raises(RefusedError, match=r"LoRA on out_proj, 2 modules[\s\S]*veneer merge"):
+        export_adapter(tmp_path / "refused", to="peft", base=str(folder), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_adapter(tmp_path / "read", to="peft", base="not here", out=tmp_path / "out")
+
+
+def test_out_proj_is_exported_to_peft_where_peft_reads_it(tmp_path):
+    base = load_base(str(save_tiny(tmp_path / "base", "opt")))
+    begun = begin(base, LoRA(rank=2, targets=["out_proj"]), name="a")
+    write_adapter(tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    export_adapter(tmp_path / "a", to="peft", base=str(tmp_path / "base"), out=tmp_path / "out")
+    with pytest.raises(AdapterMismatchError, match="does not fit the base"):
+        other = str(save_tiny(tmp_path / "other", "llama"))
+        export_adapter(tmp_path / "a", to="peft", base=other, out=tmp_path / "other out")
 
 
 def test_the_modules_where_peft_refuses_lora_are_those_of_its_own_check():

@@ -8,7 +8,7 @@ parameter while no module that holds it is at work. What holds of one layer hold
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,11 @@ _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
 
 _PEFT_REFUSES = frozenset({"out_proj", "conv1d"})
 _OF_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+
+
+def may_be_refused_by_peft(tensors: Iterable[str]) -> bool:
+    """Whether a file with these tensors adapts a module that PEFT refuses in some models; the base says which."""
+    return any(not _PEFT_REFUSES.isdisjoint(name.split(".")) for name in tensors)
 
 
 def refused_by_peft(model: nn.Module) -> frozenset[str]:

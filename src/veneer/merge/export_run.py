@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from veneer.adapters.preamble import Preamble
+from veneer.adapters.reads import may_be_refused_by_peft
 from veneer.bases.sources import gguf_file
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.bases.without_weights import load_skeleton
@@ -16,11 +17,11 @@ from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME
 from veneer.library.names import said_of
-from veneer.merge.adapters import place
+from veneer.merge.adapters import fitted, place
 from veneer.merge.export import Beside, ExportReport, export_peft, export_vllm
 from veneer.merge.gguf_adapter import AdapterType, write_gguf_adapter
 from veneer.merge.gguf_model import GGUFReport, Told, write_gguf_model
-from veneer.merge.lint import Finding, lint
+from veneer.merge.lint import Finding, lint, peft_refusal
 from veneer.merge.merge_run import Into, open_merge
 from veneer.merge.ollama import modelfile
 from veneer.merge.programs import ModelType, Program
@@ -65,6 +66,7 @@ def _exported(
     stored: StoredAdapter, to: Program, base: str, out: str | Path, dtype: AdapterType, beside: Beside
 ) -> ExportReport:
     if to == "peft":
+        _check_peft_loads(stored, base)
         return export_peft(stored, out, beside)
     skeleton = load_skeleton(base)
     if to == "transformers":  # which reads PEFT's layout, of some methods
@@ -79,6 +81,16 @@ def _exported(
     with atomic_file(out) as partial:
         size = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)
     return ExportReport(Path(out), size)
+
+
+def _check_peft_loads(stored: StoredAdapter, base: str) -> None:
+    """Raises RefusedError if PEFT refuses LoRA on a module of the adapter. The base is read only where it decides."""
+    if not stored.layout.peft_reads or not may_be_refused_by_peft(stored.tensors):
+        return
+    model = load_skeleton(base).model
+    if (refusal := peft_refusal(fitted(stored, model).scaling, model)) is not None:
+        step = f"Merge it into the base instead: {refusal.mended}."
+        raise RefusedError("PEFT would not load this adapter", [refusal.what], step)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
         return [Finding(False, what, "veneer generate --adapter computes it beside its base")]
     try:
         adapted = fitted(stored, model).scaling
-        if consumer in INJECTED_BY_PEFT and (refusal := _refused_by_peft(adapted, model)) is not None:
+        if consumer in INJECTED_BY_PEFT and (refusal := peft_refusal(adapted, model)) is not None:
             return [refusal]
         if consumer in READS_EVERY_LAYOUT:
             return _beside_tokens(stored)
@@ -62,7 +62,7 @@ def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[Finding]:
     return []
 
 
-def _refused_by_peft(adapted: Iterable[str], model: PreTrainedModel) -> Finding | None:
+def peft_refusal(adapted: Iterable[str], model: PreTrainedModel) -> Finding | None:
     """A finding for an adapter with an update beside a module where PEFT refuses it. adapted: paths of modules."""
     if not (refused := sorted(refused_by_peft(model).intersection(adapted))):
         return None

@@ -99,7 +99,7 @@ def _from_parents(
             base.detach(_PARENT)
     said = " + ".join(f"{k.weight:g} * {k.adapter}" if k.weight != 1 else k.adapter for k in known)
     line = f"goes on from {said} ({', '.join(adapter.content_hash[:12] for adapter in stored)})"
-    return config.model_copy(update={"from_adapter": known}), Begun(begun.attachment, None, [line])
+    return config.model_copy(update={"from_adapter": known}), Begun(begun.attachment, None, [line, *begun.lines])
 
 
 def _refuse_untold(config: RunConfig, stored: Sequence[StoredAdapter]) -> None:
