@@ -5,6 +5,7 @@ import pytest
 from tests.serve.server import made_base
 from tests.tiny import tiny_model
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
+from veneer.adapters.wrapping import AdaptedModule, plain_copy
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.formats.header_fit import header_faults
 
@@ -19,13 +20,18 @@ METHODS = {
 }
 
 
+def faults_on(base, folder):
+    return header_faults(folder, plain_copy(base.model), base.read_past)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_folder_fits_its_own_base_and_no_wider_one(method, tmp_path):
     base = made_base()
     made = base.attach(method, name="a", seed=1)
     write_adapter(tmp_path / "a", made, manifest_for(base, method=method.name), model=base.model)
-    assert header_faults(tmp_path / "a", made_base()) == []
-    assert header_faults(tmp_path / "a", made_base(hidden_size=64, num_hidden_layers=1))
+    assert faults_on(made_base(), tmp_path / "a") == []
+    assert faults_on(made_base(hidden_size=64, num_hidden_layers=1), tmp_path / "a")
+    assert faults_on(base, tmp_path / "a") == []  # while the adapter itself stands on the base
 
 
 def test_copies_of_the_bases_values_as_peft_saves_them_are_compared(tmp_path):
@@ -35,4 +41,17 @@ def test_copies_of_the_bases_values_as_peft_saves_them_are_compared(tmp_path):
     peft.get_peft_model(tiny_model("llama_untied"), settings).save_pretrained(
         tmp_path / "a", save_embedding_layers=True
     )
-    assert header_faults(tmp_path / "a", base) == []
+    assert faults_on(base, tmp_path / "a") == []
+
+
+def test_a_plain_copy_keeps_its_modules_when_an_adapter_comes():
+    base = made_base()
+    copy, before = plain_copy(base.model), dict(base.model.named_modules())
+    base.attach(METHODS["lora"], name="a", seed=1)
+    assert [path for path, _ in copy.named_modules()] == list(before)
+    assert not any(isinstance(module, AdaptedModule) for module in copy.modules())
+    assert all(
+        parameter is before[path.rpartition(".")[0]].get_parameter(path.rpartition(".")[2])
+        for path, parameter in copy.named_parameters()
+    )
+    assert copy.get_output_embeddings() is copy.lm_head

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import threading
 
 import pytest
 
 from tests.serve.server import BASE, add_adapter, made_base, running
+from veneer.formats import header_fit
 from veneer.library.library import Library
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -88,6 +90,47 @@ def test_what_cannot_fit_the_base_is_not_listed_and_says_why_when_it_is_asked(as
     for name in ("wide", "peft-wide"):
         answer = asked.post("/v1/chat/completions", {"model": name, "messages": HELLO})
         assert answer.status_code == 422 and name in answer.json()["error"]["message"]
+
+
+def test_models_are_listed_while_an_adapter_comes_and_are_told_again_after_a_fault_of_the_disk(tmp_path, monkeypatch):
+    library, base = Library(tmp_path / "adapters"), made_base()
+    add_adapter(library, tmp_path / "good", "good", 1, base)
+    foreign(library, tmp_path, "good")
+    weights = library.path("peft-good") / "adapter_model.safetensors"
+    weights.parent.chmod(0o755)
+    weights.rename(tmp_path / "away")
+    reads, read = [], header_fit.read_header
+
+    def counted(path):
+        reads.append(path)
+        if len(reads) == 2:
+            raise OSError(24, "Too many open files")
+        return read(path)
+
+    monkeypatch.setattr(header_fit, "read_header", counted)
+    done = threading.Event()
+
+    def busy():
+        with base.routing.changing:
+            done.wait(60)
+
+    with running(library, base=base) as server, server.http() as http:
+
+        def listed():
+            return "peft-good" in [card["id"] for card in http.get("/v1/models").raise_for_status().json()["data"]]
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        try:
+            assert server.post("/v1/completions", {"model": "goo", "prompt": "a"}).status_code == 404
+            assert not reads
+            assert not listed()
+            (tmp_path / "away").rename(weights)
+            assert not listed()  # no file may be opened
+            assert listed() and listed() and len(reads) == 3
+        finally:
+            done.set()
+            thread.join()
 
 
 def test_no_message_to_a_client_holds_a_path(asked):

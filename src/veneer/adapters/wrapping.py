@@ -136,6 +136,26 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """The model's own modules once more, without wrappers: adapters that come or go later do not change this tree.
+
+    It shares every parameter with the model. It serves questions of names and shapes, and computes nothing.
+    """
+    copies: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        module = unwrapped(module)
+        if id(module) not in copies:
+            kind = type(module)
+            copy = copies[id(module)] = kind.__new__(kind)
+            copy.__dict__.update(module.__dict__)
+            children = module._modules.items()
+            copy.__dict__["_modules"] = {name: None if child is None else copied(child) for name, child in children}
+        return copies[id(module)]
+
+    return copied(model)
+
+
 def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> Wrapper:
     """The wrapper of that kind around the module at the base's own path, put there where there is none yet: within the
     wrappers that stand outside, unless it is one of them."""

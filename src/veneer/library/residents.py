@@ -14,6 +14,7 @@ from typing import TypeVar
 from veneer.adapters.acting import Applied
 from veneer.adapters.combinations import refuse_sum
 from veneer.adapters.preamble import NONE, Preamble, shared
+from veneer.adapters.wrapping import plain_copy
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
 from veneer.decoding.blocks import Identity
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError, told_as
@@ -57,7 +58,9 @@ class Residents:
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
         self._fronts: dict[Path, Front] = {}
-        self._fit: dict[Path, bool] = {}
+        self._fit: dict[str, bool] = {}  # by the object's hash: whether it may act on this base
+        with base.routing.changing:
+            self._plain, self._read_past = plain_copy(base.model), base.read_past
 
     # by name
 
@@ -79,18 +82,21 @@ class Residents:
 
     def fits(self, entry: Entry) -> bool:
         """Whether the adapter may act on this base: trained on it or, if the library does not know its base, of shapes
-        that fit. Reads two small files of one that was not asked for before."""
+        that fit.
+
+        It reads the small files of an object once, and all of an object that holds copies of the base's values. It
+        waits for no adapter that comes or goes. False where the files cannot be read; they are read again next time.
+        """
         if (theirs := entry.version.facts.base_digest) is not None:
             return theirs in self.base.weights_digests
-        folder = self.library.objects / entry.version.object
-        if (found := self._fit.get(folder)) is None:
+        content = entry.version.object
+        if content not in self._fit:
             try:
-                with self.base.routing.changing:
-                    found = not header_faults(folder, self.base)
-            except VeneerError:
-                found = False
-            self._remember(self._fit, folder, found)
-        return found
+                faults = header_faults(self.library.objects / content, self._plain, self._read_past)
+            except (VeneerError, OSError):
+                return False
+            self._fit[content] = not faults
+        return self._fit[content]
 
     def front_places(self, identity: Identity) -> int:
         """Positions of its trained prefix; 0 too where its files are broken, as loading it will say.

@@ -142,7 +142,7 @@ def _routes(service: Service) -> list[Route]:
         return Route(path, _answered(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await service.apart(service.names.cards)})
+        return JSONResponse({"object": "list", "data": await service.look(service.names.cards)})
 
     async def adapters(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card_of(each) for each in service.residents.shown()]})

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from typing import Any, Protocol
 
 from veneer.decoding.blocks import Identity
@@ -110,9 +109,11 @@ class Names:
         return reference
 
     def _unknown(self, name: str) -> Refusal:
-        """404 with the name that was probably meant, out of those that are listed."""
-        listed = (listed for listed, _ in self._entries())
-        return unknown_model(name, nearest(name[:80], [self.base_name, *islice(listed, MAX_COMPARED)]))
+        """404 with the name that was probably meant. It reads no file of an adapter."""
+        with self._lock:
+            hidden, aliases = set(self._hidden), sorted(self._aliases)
+        known = [self.base_name, *aliases, *(each for each in self._library.all_names() if each not in hidden)]
+        return unknown_model(name, nearest(name[:80], known[:MAX_COMPARED]))
 
     def _without_base(self, name: str) -> str:
         return name.removeprefix(f"{self.base_name}:")
