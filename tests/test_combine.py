@@ -264,6 +264,25 @@ def test_adapters_of_different_bases_are_refused(bases, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("field", ["tokenizer_hash", "template_hash"])
+def test_adapters_that_were_trained_to_read_text_differently_are_refused(field, bases, tmp_path):
+    """Each order of the two, and beside one that an earlier program wrote without the hash."""
+    base, adapters = bases["llama_untied"], []
+    for name, value in (("none", None), ("x", "a" * 64), ("y", "b" * 64)):
+        adapters.append(make(tmp_path / name, base, SETTINGS["a"], seed=1))
+        file = adapters[-1] / "veneer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    for pair in (adapters[1:], adapters[:0:-1], adapters):
+        with pytest.raises(AdapterMismatchError, match=r"a{12}") as told:
+            combine_adapters([(each, 1.0) for each in pair], Recipe("cat"), base=str(base), out=tmp_path / "out")
+        assert "b" * 12 in str(told.value)
+    for name in "xy":
+        pair = [(tmp_path / "none", 1.0), (tmp_path / name, 1.0)]
+        combine_adapters(pair, Recipe("cat"), base=str(base), out=tmp_path / f"with {name}")
+        known = json.loads((tmp_path / name / "veneer.json").read_text())[field]
+        assert getattr(read_adapter(tmp_path / f"with {name}").manifest, field) == known
+
+
 def test_trained_biases_are_refused(tmp_path):
     folder = save_tiny(tmp_path / "base", "phi")
     adapters = [

@@ -166,7 +166,7 @@ def attachment_of(
 def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Manifest:
     """A manifest with what the adapters say of their base, which must be one; without any, what the base itself says.
 
-    AdapterMismatchError: they were trained on different bases.
+    AdapterMismatchError: they were trained on different bases, or with different tokenizers or chat templates.
     """
     known = [(p.stored, p.stored.manifest) for p in placed if p.stored.manifest is not None]
     # First one that says all of its base: what an earlier version wrote would agree with two that differ.
@@ -185,7 +185,7 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
     if known:
         manifest = known[0][1]
         identity = manifest.base
-        tokenizer, template = manifest.tokenizer_hash, manifest.template_hash
+        tokenizer, template = _text_hashes(known)
     else:
         found = load_base(source, dtype="stored", device="cpu").fingerprint().to_dict()
         identity = BaseIdentity(name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found)
@@ -200,6 +200,25 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
         system=asked.system,
         template_variables=dict(asked.variables),
     )
+
+
+def _text_hashes(known: Sequence[tuple[StoredAdapter, Manifest]]) -> tuple[str | None, str | None]:
+    """Hashes of the tokenizer and of the chat template that all adapters were trained with; None where no adapter
+    records one. Raises AdapterMismatchError if two adapters record different ones."""
+    tokenizers = {stored.folder: manifest.tokenizer_hash for stored, manifest in known if manifest.tokenizer_hash}
+    templates = {stored.folder: manifest.template_hash for stored, manifest in known if manifest.template_hash}
+    faults = [
+        f"{name}: " + ", ".join(f"{said_of(folder)} {value[:12]}" for folder, value in hashes.items())
+        for name, hashes in (("tokenizer", tokenizers), ("chat template", templates))
+        if len(set(hashes.values())) > 1
+    ]
+    if faults:
+        raise AdapterMismatchError(
+            "these adapters were trained to read text differently",
+            faults,
+            "Combine adapters that were trained with one tokenizer and one chat template.",
+        )
+    return next(iter(tokenizers.values()), None), next(iter(templates.values()), None)
 
 
 def descended(manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]) -> Manifest:
