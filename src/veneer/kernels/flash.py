@@ -194,7 +194,7 @@ class _Flash(torch.autograd.Function):
         window: int | None,
         flash: Aten,
     ) -> Tensor:
-        key = "flash", window
+        key = "flash", window, q.device
         if key not in layout.derived:
             layout.derived[key] = _plan(layout, window, q.device)
         plan: _Plan = layout.derived[key]

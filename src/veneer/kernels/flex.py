@@ -165,7 +165,7 @@ def flex_packed_attention(
 ) -> Tensor:
     """As packed_attention, of what `declined` does not refuse. attend: flex_attention, in the place of the compiled."""
     assert rules.softcap is not None
-    key = "flex", rules.window
+    key = "flex", rules.window, q.device
     if key not in layout.derived:
         layout.derived[key] = seen(layout, rules.window, q.device)
     known: Seen = layout.derived[key]
