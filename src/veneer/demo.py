@@ -38,6 +38,7 @@ from veneer.data.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.answers import evaluate_answers
 from veneer.files.atomic import atomic_file
+from veneer.files.remembered import own_files_hash
 from veneer.train.config import DataConfig, RunConfig
 from veneer.train.folder import remove_run
 from veneer.train.place import held
@@ -94,14 +95,7 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
 
     if loaded.compute.line is not None:
         _say(console, f"{loaded.compute.line}.")
-    context = [
-        loaded.fingerprint().digest,
-        loaded.compute.name,
-        loaded.tokenizer_hash(),
-        ChatTemplate(loaded.tokenizer).fingerprint(),
-        version("veneer"),
-        held_out.digest,
-    ]
+    context = _context(loaded, held_out)
     untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)
     _print_answers(console, held_out.calls, {"untuned": untuned})
 
@@ -116,6 +110,19 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
     _print_shares(console, shares, len(held_out.calls))
     _print_next(console, out, held_out, summary)
     return {**shares, "summary": summary}
+
+
+def _context(loaded: Base, held_out: _Rows) -> list[str]:
+    """Everything that the base's answers depend on beside their length."""
+    return [
+        loaded.fingerprint().digest,
+        loaded.compute.name,
+        loaded.tokenizer_hash(),
+        ChatTemplate(loaded.tokenizer).fingerprint(),
+        *(version(name) for name in ("veneer", "torch", "transformers")),
+        own_files_hash(),
+        held_out.digest,
+    ]
 
 
 # --- data ----------------------------------------------------------------------------------------------

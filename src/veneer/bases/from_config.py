@@ -18,7 +18,7 @@ from veneer.bases.announced import without_storage
 from veneer.bases.blueprint import Blueprint, of_fields
 from veneer.bases.compute import DTYPES
 from veneer.bases.gguf import header_config
-from veneer.bases.hub import PATIENCE_SECONDS, HubUnreachableError, within
+from veneer.bases.hub import PATIENCE_SECONDS, HubUnreachableError, is_pinned, within
 from veneer.bases.kept import converted_folder, is_whole
 from veneer.bases.model_config import checked_config
 from veneer.bases.model_folder import weight_files
@@ -76,18 +76,25 @@ def _from_folder(source: str, folder: Path) -> Blueprint:
 
 
 def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
-    """config.json alone, from the cache where it is there."""
+    """Fetches config.json alone. The cached file is used for a full commit hash, or if the hub does not answer: a
+    branch may name another commit by now."""
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-    if not isinstance(cached, str):
-        if constants.HF_HUB_OFFLINE:
-            raise _not_reached(repo, "HF_HUB_OFFLINE is set")
+    if not (isinstance(cached, str) and (is_pinned(revision) or constants.HF_HUB_OFFLINE)):
         try:
-            cached = within(PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision))
+            cached = _config_of_hub(repo, revision)
         except HubUnreachableError as fault:
-            raise _not_reached(repo, str(fault)) from fault
+            if not isinstance(cached, str):
+                raise _not_reached(repo, str(fault)) from fault
     with quiet():
         config = checked_config(Path(cached).parent)
     return Blueprint(source, config, _said_dtype(config), announced_format(Path(cached).parent))
+
+
+def _config_of_hub(repo: str, revision: str | None) -> str:
+    """Path of the config.json that the hub has now; downloaded only if it is not cached."""
+    if constants.HF_HUB_OFFLINE:
+        raise HubUnreachableError("HF_HUB_OFFLINE is set")
+    return within(PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision))
 
 
 def _not_reached(repo: str, reason: str) -> SourceError:

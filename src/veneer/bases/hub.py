@@ -41,8 +41,7 @@ class HubUnreachableError(Exception):
 def snapshot(repo: str, revision: str | None) -> Path:
     """The folder of a repository at one commit, which it is called by; from the cache if the commit is known and
     there, or the hub is not."""
-    pinned = revision is not None and _COMMIT.fullmatch(revision)
-    if (pinned or constants.HF_HUB_OFFLINE) and (cached := from_cache(repo, revision)) is not None:
+    if (is_pinned(revision) or constants.HF_HUB_OFFLINE) and (cached := from_cache(repo, revision)) is not None:
         return cached
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set"
@@ -58,6 +57,11 @@ def snapshot(repo: str, revision: str | None) -> Path:
         [f"the hub was not asked or gave no answer: {reason}"],
         f"Check the network, or download it elsewhere and name the folder. {what_exists()}",
     )
+
+
+def is_pinned(revision: str | None) -> bool:
+    """True for a full commit hash, which always names the same content."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def from_cache(repo: str, revision: str | None) -> Path | None:

@@ -14,6 +14,7 @@ from veneer.bases.sources import locate
 from veneer.files.hashes import file_hash
 from veneer.files.home import expanded
 from veneer.files.processor import processor
+from veneer.files.remembered import own_files_hash
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 """Files of a base that something of it is read from."""
@@ -25,6 +26,7 @@ def circumstances(base: str) -> dict[str, str]:
     return {
         "base": base_hash(base),
         **{name: version(name) for name in ("veneer", "torch", "transformers")},
+        "files": own_files_hash(),  # kernels may be compiled anew under the same version
         "processor": f"{platform.machine()} {model}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }

@@ -111,7 +111,8 @@ class Worker:
     def evaluate(self, name: str, done: Done | None) -> Asking[dict[str, Any]]:
         """What `veneer evaluate --json` says of a run's result on the test rows; of the base where there is no run.
 
-        The predictions lie beside it: `predictions.jsonl`.
+        Predictions are written beside it, to `predictions.jsonl`. The evaluation records their hash and is not used
+        over other ones.
         """
         folder = self.comparison.out / "base" if done is None else done.folder
         which: list[str | Path] = ["--base", self.comparison.base]
@@ -134,10 +135,10 @@ class Worker:
         files = [file for file in (c.test, labels, general) if file is not None]
         judged = "" if done is None else folder_hash(model if model.is_dir() else folder / "adapter")
         key = _hash([list(map(str, wanted)), [file_hash(file) for file in files], dict(self.circumstances), judged])
-        kept = folder / "evaluation.json"
+        kept, predictions = folder / "evaluation.json", folder / "predictions.jsonl"
         if kept.is_file():
             found = read_json(kept)
-            if found.get("key") == key and (folder / "predictions.jsonl").is_file():
+            if found.get("key") == key and found.get("predictions") == _hash_of(predictions):
                 return found
         folder.mkdir(parents=True, exist_ok=True)
         kept.unlink(missing_ok=True)  # before its predictions give way to others
@@ -145,14 +146,14 @@ class Worker:
         job = Job(
             name,
             folder,
-            begin=("evaluate", *which, *wanted, "--predictions", folder / "predictions.jsonl", "--json"),
+            begin=("evaluate", *which, *wanted, "--predictions", predictions, "--json"),
             config=config,
             step=lambda: f"evaluating{RUNNING}",
         )
         _, outcome = yield [job]
         if outcome.code:
             raise _failed(f"the evaluation of {name}", outcome)
-        found = {**json.loads(outcome.out), "key": key}
+        found = {**json.loads(outcome.out), "key": key, "predictions": _hash_of(predictions)}
         _write_json(kept, found)
         return found
 
@@ -230,6 +231,11 @@ def _failed(what: str, outcome: Outcome) -> VeneerError:
 def _hash(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _hash_of(file: Path) -> str | None:
+    """SHA-256 of the file, in hex. Returns None if there is no file."""
+    return file_hash(file) if file.is_file() else None
 
 
 def _write_json(path: Path, value: Any) -> None:

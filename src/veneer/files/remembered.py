@@ -118,21 +118,26 @@ def surroundings() -> str | None:
         return None
     if None in versions.values():
         return None
-    own = Path(__file__).parents[1]
-    files = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".so", ".pyd", ".c", ".h"))
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(own).as_posix()}\n".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
     names = sorted(name for name in os.environ if name.startswith(READS + READS_ALSO) and name not in ABOUT_PLACES)
     told = {
-        "veneer": digest.hexdigest(),
+        "veneer": own_files_hash(),
         "versions": versions,
         "python": sys.version,
         "machine": [platform.system(), platform.release(), platform.machine(), _processor(), os.cpu_count()],
         "environment": {name: os.environ[name] for name in names},
     }
     return _hash(json.dumps(told, sort_keys=True))
+
+
+def own_files_hash() -> str:
+    """SHA-256 over the names and bytes of Veneer's own files, compiled kernels included."""
+    own = Path(__file__).parents[1]
+    files = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".so", ".pyd", ".c", ".h"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(own).as_posix()}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _hash(text: str) -> str:
