@@ -84,7 +84,7 @@ def _fill(result: Result, trial: Trial) -> None:
     cells["answers"] = _tried(lambda: compare.answers(trial, reference))
     for cell, compared in (("run", commands.run), ("goes on", commands.goes_on)):
         cells[cell] = untrained or _tried(lambda compared=compared: compared(trial))
-    if isinstance(cells["run"], float):
+    if (trial.place / "run" / "adapter").is_dir():
         trial.final = "run/adapter"
         twin, _ = _in_peft(trial, trial.final)
         reference = trial.beside(trial.final).model if twin is None else twin

@@ -91,6 +91,13 @@ def logits_alone(model: Any, ids: np.ndarray) -> Tensor:
     return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
 
 
+@torch.no_grad()
+def depends_on_later_tokens(model: Any, examples: Sequence[Example]) -> bool:
+    """Whether the logits of any of these texts change if tokens follow the text."""
+    longer = ((example.ids, np.append(example.ids, example.ids[:5])) for example in examples)
+    return any(apart(logits_alone(model, more)[: len(ids)], logits_alone(model, ids)) > LOGITS for ids, more in longer)
+
+
 def nats(model: Any, examples: Sequence[Example]) -> Tensor:
     """Cross-entropy of the trained tokens of every row alone, summed. Tokens that no loss depends on are left out."""
     total = torch.zeros(())

@@ -34,7 +34,12 @@ DECLARED: dict[str, dict[str, str]] = {
         "answers": "as the model reads a whole text; transformers' cache obeys a window that its masks ignore"
     },
     "hrm_text": {"answers": _STOPS + " (in the small model, which has fewer layers than its cycles count)"},
-    **{key: {"answers": _OTHERWISE} for key in ("doge", "moshi", "phi4_multimodal")},
+    **{key: {"answers": _OTHERWISE} for key in ("moshi", "phi4_multimodal")},
+    "doge": {
+        "answers": _OTHERWISE,
+        "run": "transformers' logits of a text depend on the tokens after it: repeated tokens have equal scores in the "
+        "first layer, and its top-k picks among them by the text's length",
+    },
     "deepseek_v4": {"from PEFT": "PEFT's all-linear takes a grouped projection for a linear layer: its forward stops"},
     "reformer": dict.fromkeys(
         ("loss", "gradient", "several", "run", "goes on"),
