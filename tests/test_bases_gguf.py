@@ -11,11 +11,12 @@ import gguf
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer.bases import kept
+from veneer.bases.compute import DTYPES, DtypeName
 from veneer.bases.gguf import convert, dense_model, read_header
 from veneer.bases.kept import blocks_folder, converted_folder
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError
@@ -89,6 +90,29 @@ def test_a_file_has_the_type_of_most_of_its_matrices(
     weight = model.model.layers[1].mlp.down_proj.weight
     stored = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
     assert torch.equal(again.model.layers[1].mlp.down_proj.weight, stored.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "most"),
+    [(F16, "float16", 2**-11), (BF16, "bfloat16", 2**-8), (gguf.GGMLQuantizationType.Q8_0, "bfloat16", 2**-8)],
+)
+def test_f32_norms_are_rounded_to_the_files_type_as_transformers_rounds_them(
+    kind: gguf.GGMLQuantizationType, dtype: DtypeName, most: float, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    norm = model.model.layers[1].input_layernorm.weight
+    norm.data = 1 + torch.rand(norm.shape, generator=torch.Generator().manual_seed(3)) / 3
+    path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)
+    stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.attn_norm.weight")
+    assert stored.tensor_type == F32 and torch.equal(torch.from_numpy(stored.data.copy()), norm)
+    rounded = norm.to(DTYPES[dtype])
+    assert 0 < float(((rounded.float() - norm) / norm).abs().max()) <= most
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=DTYPES[dtype])
+    bases = {asked: load_base(str(path), dtype=asked) for asked in ("stored", dtype, "float32")}
+    for held in (theirs, *(base.model for base in bases.values())):
+        assert torch.equal(held.model.layers[1].input_layernorm.weight.float(), rounded.float())
+    assert bases["float32"].dtype == torch.float32
+    assert bases["float32"].identity == bases["stored"].identity
 
 
 def test_a_value_that_the_files_type_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
