@@ -10,6 +10,7 @@ import pytest
 from tests.serve.server import BASE, add_adapter, made_base, running
 from veneer.formats import header_fit
 from veneer.library.library import Library
+from veneer.serve.refusals import without_folders
 
 HELLO = [{"role": "user", "content": "hello"}]
 SECRET = "private place"
@@ -131,6 +132,44 @@ def test_models_are_listed_while_an_adapter_comes_and_are_told_again_after_a_fau
         finally:
             done.set()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("HOME/x is gone", "x is gone"),
+        ("no folder HOME.", "no folder ~."),
+        ("CWD/x is gone", "x is gone"),
+        ("no file HOME/models/x: see", "no file x: see"),
+        ("in '/srv/my data/a dir/base' (see)", "in 'base' (see)"),
+        ("/Users/Eve/O'Neil/m/x", "x"),
+        ("path=/srv/a/b, and /srv/c/d; or /srv/e/f", "path=b, and d; or f"),
+        ("/srv/a/b.json:12: wrong", "b.json:12: wrong"),
+        ("see file:///srv/a/b", "see b"),
+        (r"\\host\share\dir", "dir"),
+        (r"C:\models\x", "x"),
+        ("/srv/a,b/c/d", "d"),
+        ("(/srv/x/y)", "(y)"),
+        ("and/or /v1 #/properties/x", "and/or /v1 #/properties/x"),
+    ],
+)
+def test_a_path_is_told_by_its_last_part(text, told, monkeypatch, tmp_path):
+    folder = tmp_path / "John Smith"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert without_folders(text.replace("HOME", str(folder)).replace("CWD", str(tmp_path))) == told
+
+
+def test_a_broken_record_is_told_without_the_folder_of_the_library_whoever_asks(tmp_path):
+    library = Library(tmp_path / "John Smith" / SECRET / "lib rary")
+    add_adapter(library, tmp_path / "made", "good", 1)
+    (library.names / "good.json").write_text("{")
+    with running(library) as server:
+        for method, path, body in requests(["good", "good@1"]):
+            answer = server.http().request(method, path, json=body)
+            for part in ("Smith", SECRET, "lib rary"):
+                assert part not in answer.text, (path, body, answer.text)
 
 
 def test_no_message_to_a_client_holds_a_path(asked):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from veneer.errors import (
@@ -48,8 +48,15 @@ RETRY_SECONDS = 1
 """When to ask again after 429 and 503."""
 _RETRIED = (429, 503)
 _MESSAGE_CHARACTERS = 4000
-_PATH = re.compile(r"(?<![\w.~#/\\])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:'\",;]+){2,}")
-""" /home/me/models/x, ~/models/x, C:\\models\\x; neither /v1 nor #/properties/x."""
+_PATH = re.compile(
+    r"""
+      (?<=['"])(?:~|[A-Za-z]:|\\)?(?:[/\\][^/\\'"\n]+){2,}(?=['"])  # in quotes, where blanks may stand in names
+    | file://[^\s'"]+
+    | (?<![\w.~\#/\\])(?:~|[A-Za-z]:|\\)?(?:[/\\](?:[^\s/\\:'",;]|[:',;](?=[^\s'",;:]))+){2,}
+    """,
+    re.VERBOSE,
+)
+"""/home/me/models/x, ~/models/x, C:\\models\\x, \\\\host\\share\\x, file:///srv/x; neither /v1 nor #/properties/x."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,25 @@ class Refusal(Exception):
 
 
 def without_folders(text: str) -> str:
-    """The text with the last part of every absolute path in place of the path: no client learns where files lie."""
+    """The text with the last part of every absolute path in place of the path: no client learns where files lie.
+
+    The folder that the server was started in and its user's home are known, so blanks in their names do no harm. Any
+    other path is only recognised by how paths are usually written.
+    """
+    for folder in sorted(_own_folders(), key=len, reverse=True):
+        own = rf"(?<![\w.~/\\]){re.escape(folder)}(?![\w-])(?=([/\\])?)"
+        text = re.sub(own, lambda found: "/~" if found[1] else "~", text)
     return _PATH.sub(lambda path: PurePath(path[0].replace("\\", "/")).name, text)
+
+
+def _own_folders() -> list[str]:
+    """The folder of the process and its user's home, where they are folders of their own."""
+    folders = []
+    with suppress(OSError):
+        folders.append(Path.cwd())
+    with suppress(RuntimeError):
+        folders.append(Path.home())
+    return [str(folder) for folder in folders if folder != folder.parent]
 
 
 def refuse(faults: Sequence[Fault]) -> Refusal:

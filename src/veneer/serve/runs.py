@@ -30,7 +30,7 @@ class Runs:
     def __init__(self, folder: Path | None) -> None:
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{folder} is no folder of runs", [], "Give --runs the folder that holds runs' folders.")
-        self._folder = folder
+        self.folder = folder
 
     def cards(self) -> list[dict[str, Any]]:
         """The one that was written last first."""
@@ -49,11 +49,11 @@ class Runs:
         return {**card, "records": told, "start": start, "next": next_byte, "more": more}
 
     def _found(self) -> list[Path]:
-        if self._folder is None:
+        if self.folder is None:
             return []
         there = []
-        with explained(self._folder.name, reading=True):
-            folders = list(self._folder.iterdir())
+        with explained(self.folder.name, reading=True):
+            folders = list(self.folder.iterdir())
         for folder in folders:
             with suppress(OSError):  # it went while we looked, or is not for us to see
                 if not folder.name.startswith(".") and (folder / RECORDS).is_file():

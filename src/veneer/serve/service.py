@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from veneer.adapters.preamble import NONE, Preamble
@@ -80,6 +82,10 @@ class Service:
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
         self._shapes = Shapes(grammars, self.prompts.style)
+        folders = {residents.library.folder: "the library", self.runs.folder: "the folder of runs"}
+        folders |= {Path(each): names.base_name for each in (base.source, base.name_or_path)}
+        absolute = [(str(folder), name) for folder, name in folders.items() if folder and folder.is_absolute()]
+        self._folders = sorted(absolute, key=lambda pair: len(pair[0]))  # the innermost block acts first: the longest
         self._labels: dict[str, str] = {}
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
         self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # which wait for room
@@ -89,7 +95,7 @@ class Service:
         return f"vn-{self._base_digest}-{model.content}"
 
     async def apart(self, function: Callable[[], T]) -> T:
-        """Runs what reads files beside the event loop. No error says where the library lies."""
+        """Runs what reads files beside the event loop. No error says where the server's files lie."""
         return await asyncio.get_running_loop().run_in_executor(self._files, partial(self._without_folder, function))
 
     async def look(self, function: Callable[[], T]) -> T:
@@ -97,8 +103,19 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._looks, partial(self._without_folder, function))
 
     def _without_folder(self, function: Callable[[], T]) -> T:
-        with told_as(self.residents.library.folder, "the library"):
+        with self._without_folders():
             return function()
+
+    @contextmanager
+    def _without_folders(self) -> Iterator[None]:
+        """Errors of the block name the library, the base and the folder of runs, and do not say where they lie.
+
+        Stand it within `refusing`, which cuts an error into the sentence that a client reads.
+        """
+        with ExitStack() as blocks:
+            for folder, name in self._folders:
+                blocks.enter_context(told_as(folder, name))
+            yield
 
     async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
         """Refusal: 404, or why its adapter cannot act."""
@@ -158,10 +175,10 @@ class Service:
 
         Refusal: 404, or why its adapter cannot act.
         """
-        with refusing("model"):
+        with refusing("model"), self._without_folders():
             model = self.names.model(asked.model, asked.adapters)
             preamble = self.residents.preamble(model.identity)
-        with refusing("adapters"):
+        with refusing("adapters"), self._without_folders():
             return model, preamble, self.residents.front_places(model.identity)
 
     async def _grammar(self, asked: Asked) -> Grammar | None:
