@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import fill, filled_lora
 from tests.tiny import save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from veneer import demo
 from veneer.adapters.config import LoRA
@@ -32,13 +34,14 @@ from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.data.template import ChatTemplate
 from veneer.errors import SourceError
 from veneer.files import remembered as memory
+from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models import same_values
 from veneer.models.proof import kept_proof
 from veneer.plan import kept, machine
 from veneer.plan.counted import Step
 from veneer.plan.estimate import synthetic_rows
 from veneer.plan.tracker import Work
-from veneer.train.config import DataConfig, RunConfig
+from veneer.train.config import DataConfig, RunConfig, StartFrom
 
 CPU = torch.device("cpu")
 
@@ -298,6 +301,14 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
     keys += [key(around={**here, name: "another"}) for name in here]
     comparison.train.write_text('{"prompt": "a", "completion": "c"}\n')
     keys.append(key())
+    parent = comparison.train.parent / "parent"
+    for scale in (0.1, 0.2):  # another adapter in the same place
+        base = tiny_base()
+        made = filled_lora(base)
+        fill(made.parameters().values(), scale=scale)
+        write_adapter(parent, made, manifest_for(base, method="lora"), model=base.model)
+        keys.append(key(config.model_copy(update={"from_adapter": [StartFrom(adapter=str(parent))]})))
+        shutil.rmtree(parent)
     assert len(set(keys)) == len(keys)
 
     assert set(here) == {"base", "veneer", "torch", "transformers", "files", "processor", "gpu"}

@@ -28,6 +28,7 @@ from veneer.files.atomic import atomic_file
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import tells_of_the_disk
+from veneer.library.library import Library
 from veneer.train.config import RunConfig
 from veneer.train.place import held
 from veneer.train.records import read_records
@@ -162,12 +163,14 @@ class Worker:
         shutil.rmtree(done.folder / "model", ignore_errors=True)
 
     def _key(self, config: RunConfig) -> str:
-        """Over the settings, but where the rows lie and where the run goes; the rows themselves; the circumstances."""
+        """Hash of the settings except the places of the rows and of the run, of the rows' bytes, of the files of the
+        adapters that the run goes on from, and of the circumstances."""
         settings = config.model_dump(
             mode="json", exclude={"out": True, "show_answers": True, "data": {"train", "validation"}}
         )
         rows = [file_hash(self.comparison.train), file_hash(self.comparison.validation)]
-        return _hash([settings, rows, dict(self.circumstances)])
+        parents = [folder_hash(Library().locate(parent.adapter)) for parent in config.from_adapter]
+        return _hash([settings, rows, parents, dict(self.circumstances)])
 
     def _places(self, folder: Path) -> tuple[str | Path, ...]:
         """Where things are, which the run file says, too: on another machine they are elsewhere."""
