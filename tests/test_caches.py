@@ -225,6 +225,10 @@ def test_the_hash_of_a_template_follows_its_text() -> None:
     first = base.template_hash()
     base.tokenizer.chat_template = "other " + str(base.tokenizer.chat_template)
     assert base.template_hash() not in (None, first)
+    base.tokenizer.chat_template = {"default": "one"}
+    named = base.template_hash()
+    base.tokenizer.chat_template["default"] = "two"
+    assert base.template_hash() != named
     base.tokenizer.chat_template = None
     assert base.template_hash() is None
 

@@ -8,6 +8,7 @@ It knows nothing of how it was found (bases/sources.py) or of what an adapter co
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,7 +159,8 @@ class FrozenBase:
         if template is None:
             return None
         if self._template_hash is None or self._template_hash[0] != template:
-            self._template_hash = template, ChatTemplate(self.tokenizer).fingerprint()
+            own = deepcopy(template)  # named templates are a dict, which may be changed in place
+            self._template_hash = own, ChatTemplate(self.tokenizer).fingerprint()
         return self._template_hash[1]
 
     @property
