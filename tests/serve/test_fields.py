@@ -131,6 +131,8 @@ def test_faults_beyond_a_bound_are_neither_told_nor_searched_for(path, wrong, mo
     monkeypatch.setattr(fields.difflib, "get_close_matches", lambda *a, **k: looked_up.append(a) or near(*a, **k))
     fault = refused(path, wrong)
     assert len(fault.message) < 5000 and fault.message.count(";") <= MOST_FAULTS
+    one = "chat_template_kwargs" in wrong  # whose number alone is wrong
+    assert fault.message.endswith("; and more") != one and fault.message.count(";") == (0 if one else MOST_FAULTS)
     assert len(made) <= 10 * MOST_FAULTS and len(looked_up) <= MOST_FAULTS + 1
 
 

@@ -148,6 +148,21 @@ def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_
     assert not any(record.exc_info for record in caplog.records)
 
 
+def test_a_body_that_is_still_arriving_does_not_outlive_the_drain(places, caplog):
+    with running(Library(places / "adapters"), drain_seconds=0.1) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            header = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
+            client.sendall(f"{header}\r\n{{".encode())
+            while not server.server.server_state.tasks:
+                time.sleep(0.01)
+            began = time.monotonic()
+            server.server.handle_exit(signal.SIGTERM, None)
+            assert client.recv(2**16).startswith(b"HTTP/1.1 503") and client.recv(2**16) == b""
+            assert time.monotonic() - began < 3
+    assert not any(record.levelname == "ERROR" for record in caplog.records)
+
+
 def test_elsewhere_than_on_this_machine_a_key_is_needed(places, capsys, monkeypatch):
     for name in ("VENEER_API_KEY", "VENEER_ADMIN_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -230,7 +230,7 @@ class Either:
     def faults(self, value: Any, path: str) -> Iterator[Fault]:
         of_kinds = []
         for kind in self.kinds:
-            faults = list(islice(kind.faults(value, path), MOST_FAULTS))
+            faults = list(islice(kind.faults(value, path), MOST_FAULTS + 1))
             if not faults:
                 return
             of_kinds.append(faults)

@@ -27,8 +27,9 @@ from veneer.serve.limits import HEADER_SECONDS, MOST_HEADER_BYTES
 
 BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
-ENDING_SECONDS = 5.0
-"""For answers to end with an error once the drain's time is over; whatever is still open then is cancelled."""
+ENDING_SECONDS = 0.5
+"""For answers to end with an error once the drain's time is over. Requests that are still open then are cancelled, such
+as those whose body has not arrived."""
 
 
 def check_reach(host: str, keys: Keys) -> None:
@@ -113,6 +114,9 @@ class Server(uvicorn.Server):
         await self._requests_ended(self._drain_seconds, hurry=lambda: self._hurried)
         if self.server_state.tasks:
             self._ending()
+            await self._requests_ended(ENDING_SECONDS)
+            for task in list(self.server_state.tasks):
+                task.cancel()
             await self._requests_ended(ENDING_SECONDS)
 
     async def _requests_ended(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
