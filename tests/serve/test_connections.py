@@ -27,6 +27,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(limits, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(limits, "KEEP_ALIVE_SECONDS", 0.4)
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.4)
     monkeypatch.setattr(connection_module, "LATE_SECONDS", 0.0)
 
@@ -65,6 +66,17 @@ def test_a_connection_without_a_whole_header_is_closed(server, short, sent):
         assert client.recv(2**16).startswith(b"HTTP/1.1 200")
         client.sendall(b"GET /healthz HTTP/1.1\r\nx: " if sent else b"")
         assert 0.2 < closed_after(sent, client)[0] < 5
+
+
+def test_a_connection_may_be_idle_between_two_requests_longer_than_a_header_takes(server, short, monkeypatch):
+    monkeypatch.setattr(limits, "KEEP_ALIVE_SECONDS", 60.0)
+    with connected(server) as client:
+        for _ in range(2):
+            client.sendall(WHOLE)
+            assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+            time.sleep(0.8)
+        client.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert 0.3 < closed_after(b"", client)[0] < 5
 
 
 def test_a_body_that_comes_byte_by_byte_is_not_waited_for_though_nobody_reads_it(server, short):

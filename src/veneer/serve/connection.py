@@ -10,6 +10,7 @@ that do not read, are let go.
 from __future__ import annotations
 
 import asyncio
+from enum import Enum, auto
 
 import h11
 from starlette.types import Scope
@@ -26,6 +27,15 @@ RESERVED_FILES = 96
 """What the process opens beside its connections: files of a base and of adapters, pipes to the template's process."""
 MOST_AT_ONCE = 256
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class Owed(Enum):
+    """What a client owes: the next request, the rest of its header or its body, or to read the last answer."""
+
+    REQUEST = auto()
+    HEADER = auto()
+    BODY = auto()
+    END = auto()
 
 
 class Chunks:
@@ -64,7 +74,7 @@ class Connection(H11Protocol):
     server_state: Connections
     _clock: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
-    _owed: object = None
+    _owed: Owed | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -108,8 +118,9 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _watch(self) -> None:
-        """Starts the clock for what the client owes now: a header, the rest of a body, or to read the last answer."""
-        owed: object = "the end" if self.transport.is_closing() else self.conn.their_state
+        """Starts the clock for what the client owes now: a request, the rest of its header or of its body, or to read
+        the last answer."""
+        owed = self._owed_now()
         if owed is self._owed:
             return
         self._owed = owed
@@ -117,12 +128,22 @@ class Connection(H11Protocol):
             self._clock.cancel()
             self._clock = None
         self.server_state.idle.pop(self, None)
-        if owed is h11.IDLE:
+        if owed in (Owed.REQUEST, Owed.HEADER):
             self.server_state.idle[self] = None
-        if owed in (h11.IDLE, "the end"):
-            self._clock = self.loop.call_later(limits.HEADER_SECONDS, self.drop)
-        elif owed is h11.SEND_BODY:  # the application has told the client that it is late, a little earlier
-            self._clock = self.loop.call_later(limits.BODY_SECONDS + LATE_SECONDS, self.drop)
+        if owed is not None:
+            self._clock = self.loop.call_later(_seconds(owed), self.drop)
+
+    def _owed_now(self) -> Owed | None:
+        """None: the client waits for an answer."""
+        state = self.conn.their_state
+        if self.transport.is_closing():
+            return Owed.END
+        if state is h11.SEND_BODY:
+            return Owed.BODY
+        if state is not h11.IDLE:
+            return None
+        begun = self.cycle is None or self._owed is Owed.HEADER or self.conn.trailing_data[0]
+        return Owed.HEADER if begun else Owed.REQUEST
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -130,6 +151,13 @@ class Connection(H11Protocol):
             extensions = self.scope.setdefault("extensions", {})
             if CHUNKS not in extensions:
                 extensions[CHUNKS] = {"of": Chunks(self)}
+
+
+def _seconds(owed: Owed) -> float:
+    """How long the client has for it."""
+    if owed is Owed.BODY:  # the application has told the client that it is late, a little earlier
+        return limits.BODY_SECONDS + LATE_SECONDS
+    return limits.KEEP_ALIVE_SECONDS if owed is Owed.REQUEST else limits.HEADER_SECONDS
 
 
 def room_for_connections() -> tuple[int, int]:

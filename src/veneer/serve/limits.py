@@ -18,7 +18,10 @@ from veneer.files.nesting import MAX_JSON_DEPTH
 
 MOST_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
-"""For a whole header to arrive, from the connection's start or from the answer before."""
+"""For a whole header to arrive, from the connection's start or from the first byte behind the answer before."""
+KEEP_ALIVE_SECONDS = 75.0
+"""Between an answer and the next request's first byte. Proxies use a connection again for up to 60 s: the server must
+not close it while they send."""
 BODY_BYTES = 4 * 2**20
 LARGE_BODY = 64 * 2**10
 """Bytes of a body beyond which it is read beside the event loop: 4 MiB of JSON take up to a second."""
@@ -73,6 +76,7 @@ class Limit(NamedTuple):
 LIMITS = (
     Limit("first line and header", MOST_HEADER_BYTES, "bytes", "400, closed"),
     Limit("a header's time", HEADER_SECONDS, "seconds", "closed"),
+    Limit("between an answer and the next request", KEEP_ALIVE_SECONDS, "seconds", "closed"),
     Limit("body", BODY_BYTES, "bytes", "413"),
     Limit("a body's time", BODY_SECONDS, "seconds", "408"),
     Limit("a client that does not read", STALLED_SECONDS, "seconds", "closed"),

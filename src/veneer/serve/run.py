@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from veneer.errors import ConfigError
 from veneer.serve.connection import Connection, Connections, room_for_connections
 from veneer.serve.keys import Keys
-from veneer.serve.limits import HEADER_SECONDS, MOST_HEADER_BYTES
+from veneer.serve.limits import KEEP_ALIVE_SECONDS, MOST_HEADER_BYTES
 
 BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 ws="none",
                 lifespan="on",
-                timeout_keep_alive=int(HEADER_SECONDS),
+                timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
                 timeout_graceful_shutdown=1,  # all answers have ended by then, or are cancelled
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 backlog=at_once,
