@@ -236,14 +236,6 @@ def test_preference_pairs_are_refused_with_how_to_learn_the_good_answers(columns
     assert fault.value.next_step.endswith(maps)
 
 
-def test_an_answer_that_is_marked_as_bad_is_not_learnt() -> None:
-    row = {"prompt": "a", "completion": "b"}
-    for label in (True, "billing", 0, None):
-        to_row({**row, "label": label}, REF, "prompt_completion")
-    with pytest.raises(RowFault, match="marked as a bad one"):
-        to_row({**row, "label": False}, REF, "prompt_completion")
-
-
 def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> None:
     with pytest.raises(RowFault) as fault:
         detect(frozenset({"question", "answer"}))

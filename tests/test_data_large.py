@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.data import large
 from veneer.data.batching import Rows, by_length, plan_epoch
+from veneer.data.columns import Labels
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, RowRef
 from veneer.data.large import training_data
@@ -265,6 +267,24 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_the_rows_that_it_held_
         for name in ("run", "now")
     ]
     assert started[0] != started[1] == 8
+
+
+@pytest.mark.parametrize("tokens", ["memory", "files"])
+def test_a_run_that_an_earlier_version_began_goes_on_with_rows_that_are_now_refused(
+    world: Path, tmp_path: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"is {n} odd", "completion": f"it is {n}", "label": n % 2 == 0} for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_of(world, tmp_path / "run", tokens).model_copy(
+        update={"data": DataConfig.of({"train": str(tmp_path / "a.jsonl"), "tokens": tokens})}
+    )
+    with monkeypatch.context() as earlier, ended_before_step(2):
+        earlier.setattr(Labels, "problems", lambda self: iter(()))
+        run_training(config, resume=False, screen=QuietScreen())
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # as the earlier version's are under another name
+    assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    with pytest.raises(DataError, match="D116"):
+        run_training(config.model_copy(update={"out": str(tmp_path / "new")}), resume=False, screen=QuietScreen())
 
 
 def test_the_plan_of_an_epoch_is_its_list_and_its_micro_batches_are_spans_of_it() -> None:

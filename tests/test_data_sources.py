@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -263,3 +265,37 @@ def test_a_list_in_a_file_of_lines_is_told_where_it_belongs(tmp_path: Path) -> N
     (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n')
     with pytest.raises(DataError, match=r"A JSON list of rows belongs in a \.json file"):
         read_rows(tmp_path / "rows.jsonl")
+
+
+def _labelled(suffix: str, labels: Sequence[Any]) -> bytes:
+    """Rows of prompt, completion and these labels, as a file of this kind."""
+    if suffix == ".csv":
+        return b"prompt,completion,label\n" + b"".join(f"a {n},b,{v}\n".encode() for n, v in enumerate(labels))
+    rows = [{"prompt": f"a {n}", "completion": "b", "label": label} for n, label in enumerate(labels)]
+    return b"\n".join(json.dumps(row).encode() for row in rows)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_rows_that_booleans_mark_as_good_and_bad_answers_are_refused(tmp_path: Path, suffix: str) -> None:
+    file = write(tmp_path / f"rows{suffix}", _labelled(suffix, [True, False, True, False]))
+    rows, problems = scan_rows(file)
+    at = (3, 5) if suffix == ".csv" else (2, 4)
+    assert len(rows) == 4 and [(p.code, p.lines, p.fatal) for p in problems] == [("D116", at, True)]
+    assert "2 rows of the set have true" in problems[0].message
+    assert len(read_rows(file, columns={"label": None})) == 4
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("labels", [[False, False], [True, True], [0, 1], ["spam", "ham"], [True, False, "unknown"]])
+def test_other_labels_are_metadata(tmp_path: Path, suffix: str, labels: list[Any]) -> None:
+    file = write(tmp_path / f"rows{suffix}", _labelled(suffix, labels))
+    assert len(read_rows(file)) == len(labels)
+
+
+def test_a_label_marks_answers_over_all_files_of_a_set_and_in_one_layout_alone(tmp_path: Path) -> None:
+    for name, label in (("bad", False), ("good", True)):
+        write(tmp_path / f"{name}.jsonl", _labelled(".jsonl", [label, label]))
+    _, problems = scan_rows(tmp_path)
+    assert [(Path(p.file).name, p.code, p.lines) for p in problems] == [("bad.jsonl", "D116", (1, 2))]
+    chats = [json.dumps({**json.loads(GOOD), "label": label}).encode() for label in (True, False)]
+    assert len(read_rows(write(tmp_path / "chats.jsonl", *chats))) == 2

@@ -22,6 +22,8 @@ from veneer.data.template import Encoded
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspect."""
 _SHOWN_LENGTHS = 5
+_REFUSED_LATER = ("D116",)
+"""Problems that earlier versions did not look for. A run that such a version began goes on with its rows."""
 _BY_CUTTING = ("D204", "D206")
 """Problems that rows have because they are cut at a length."""
 
@@ -177,12 +179,14 @@ def check(
     return report
 
 
-def refuse(report: CheckReport, file: str, purpose: str = "trained on") -> None:
+def refuse(report: CheckReport, file: str, purpose: str = "trained on", *, resumes: bool = False) -> None:
     """Raises DataError with every problem for which a run must not start; returns if there is none.
 
     purpose: what the rows are for, as the message says it
+    resumes: the run has begun with these rows
     """
-    fatal = [problem for problem in report.problems if problem.fatal]
+    accepted = _REFUSED_LATER if resumes else ()
+    fatal = [problem for problem in report.problems if problem.fatal and problem.code not in accepted]
     if fatal:
         raise refusal(f"{file} cannot be {purpose}", fatal)
 

@@ -1,11 +1,12 @@
-"""Columns of records under the names that layouts have, as a person maps them."""
+"""Columns of records under the names that layouts have, as a person maps them; labels that mark bad answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from veneer.data.examples import Problem, RowFault
+from veneer.data.examples import Problem, RowFault, RowRef
 
 ColumnMap = Mapping[str, str | None]
 """What a column is called in a file -> what it is read as; None: it is left out, in messages too."""
@@ -51,3 +52,43 @@ class Renames:
             for name in self._columns
             if name not in self._met
         ]
+
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+class Labels:
+    """Finds the layout of KTO in a set: rows of prompt, completion and a `label` that says whether the answer is good.
+
+    A label marks answers only where all labels of a set are booleans and both values occur. It is metadata in any other
+    set. JSON holds booleans, and CSV holds their names. Eight bytes are held for each row whose label is false.
+    """
+
+    def __init__(self) -> None:
+        self._good = 0
+        self._bad: dict[str, array[int]] = {}
+        self._other = False
+
+    def add(self, label: Any, ref: RowRef) -> None:
+        """Counts the label of a row of prompt and completion. None, and an empty text, are no label."""
+        if label is None or label == "":
+            return
+        marks = _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
+        if marks is True:
+            self._good += 1
+        elif marks is False:
+            self._bad.setdefault(ref.file, array("q")).append(ref.line)
+        else:
+            self._other = True
+
+    def problems(self) -> Iterator[Problem]:
+        """Yields a problem for each file that holds bad answers."""
+        if self._other or not self._good:
+            return
+        step = (
+            "Leave these rows out of the file: no method here learns from bad answers. "
+            "Where the label does not rate the answer, train on all rows: --map label=null"
+        )
+        for file, lines in self._bad.items():
+            message = f"label is false, so the answer is marked as bad ({self._good:,} rows of the set have true)"
+            yield Problem("D116", file, message, tuple(lines), step)

@@ -147,12 +147,6 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     for name in _MEDIA:
         if record.get(name):
             raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
-    if format == "prompt_completion" and record.get("label") is False:
-        raise RowFault(
-            "D107",
-            "label is false: this answer is marked as a bad one",
-            "Leave such rows out of the file, or learn all of them: --map label=null",
-        )
     for name in _OLDER.get(format, ()):
         if record.get(name):
             raise RowFault("D107", f"column '{name}' would be left out of what is learnt", _OLDER[format][name])

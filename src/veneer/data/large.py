@@ -46,7 +46,7 @@ LARGE_BYTES = 64 * 2**20
 ROWS_KEPT = 64
 """Held-out rows that are kept as rows: one of them is answered at evaluations."""
 EVERY_SECONDS = 15.0
-_FORMAT = 3
+_FORMAT = 4
 _WAIT_SECONDS = 24 * 3600.0
 """For another process that builds the same."""
 _NO_MATTER = {"tokens", "train", "validation"}
@@ -63,6 +63,7 @@ def training_data(
     today: date | None = None,
     preamble: Preamble = NONE,
     held_out_by: str = BY_COUNT,
+    resumes: bool = False,
     say: Say = lambda line: None,
 ) -> DataSet:
     """As load_data, the tokens in files where the set is large or `data.tokens` says so. say: gets lines for the
@@ -70,7 +71,7 @@ def training_data(
     asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
     asked["held_out_by"] = held_out_by
     if not _in_files(data):
-        return load_data(data, tokenizer=tokenizer, today=today, **asked)
+        return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **asked)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     folder = tokens_folder() / _name(data, template, **asked)
     begun = time.monotonic()
@@ -87,7 +88,7 @@ def training_data(
         else:
             use(folder)
             say(f"tokens found in {folder}")
-    refuse(found.report, data.called)
+    refuse(found.report, data.called, resumes=resumes)
     return found
 
 

@@ -79,6 +79,7 @@ def load_data(
     preamble: Preamble = NONE,
     held_out_by: str = BY_COUNT,
     purpose: str = "trained on",
+    resumes: bool = False,
 ) -> DataSet:
     """The examples of a run. Raises DataError with everything that keeps it from starting.
 
@@ -88,6 +89,7 @@ def load_data(
     preamble   what the template is told, and a system turn for conversations that have none
     held_out_by   how rows are split off (split.py)
     purpose    what the rows are for, as an error says it
+    resumes    the run has begun with these rows
     """
     found = examine_data(
         data,
@@ -98,7 +100,7 @@ def load_data(
         preamble=preamble,
         held_out_by=held_out_by,
     )
-    refuse(found.report, data.called, purpose)
+    refuse(found.report, data.called, purpose, resumes=resumes)
     return found
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from veneer.data.columns import ColumnMap, Renames
+from veneer.data.columns import ColumnMap, Labels, Renames
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
 from veneer.data.formats import FORMATS, Layouts, detect, to_row
 from veneer.data.json_text import JSONText, whole_value
@@ -64,7 +64,7 @@ def rows_in(path: str | Path, format: str = "auto", columns: ColumnMap | None = 
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}.")
     named: Format | None = next((name for name in FORMATS if name == format), None)
-    renames, seen = Renames(columns or {}), False
+    renames, labels, seen = Renames(columns or {}), Labels(), False
     for place in places_of(str(path)):
         empty = True
         for record in _records(place):
@@ -81,9 +81,12 @@ def rows_in(path: str | Path, format: str = "auto", columns: ColumnMap | None = 
             except RowFault as fault:
                 yield fault.at(ref)
             else:
+                if row.format == "prompt_completion":
+                    labels.add(values.get("label"), ref)
                 yield row
         if empty:
             yield Problem("D100", place.name, "the file has no rows")
+    yield from labels.problems()
     if seen:
         yield from renames.unused(str(path))
 

@@ -162,6 +162,7 @@ def _run(
                 today=day,
                 preamble=Preamble(variables=config.template.variables),
                 held_out_by=held_out_by,
+                resumes=then is not None,
                 say=screen.message,
             )
             config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
