@@ -1,13 +1,15 @@
 """The table of combinations (adapters/combinations.py) holds for every way: each pair of contents gives
 base + sum of weight * change, or is refused by the same error."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import veneer
 from tests.helpers import ROOT, merge_in_memory
@@ -296,6 +298,99 @@ def test_acting_together_is_merging_together_in_other_families(family: str) -> N
         merged = merge_in_memory(base.model, [(base.attachments[n], w) for n, w in zip(names, weights, strict=True)])
         assert close(acting, logits(base))
         merged.restore()
+
+
+@dataclass(frozen=True)
+class InFull:
+    """A module trained in full, beside an update of `targets`. fields: of the base's config."""
+
+    family: str
+    module: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("q_proj",)
+    other: tuple[str, ...] = ()
+    """What a second adapter updates at that place."""
+
+
+IN_FULL = {
+    "a head": InFull("qwen2", "lm_head", {"tie_word_embeddings": False}, other=("lm_head",)),
+    "a tied head": InFull("llama", "lm_head", {"tie_word_embeddings": True}),
+    "an embedding": InFull("qwen2", "embed_tokens", {"tie_word_embeddings": False}, other=("embed_tokens",)),
+    "a scaled and tied embedding": InFull("gemma3", "embed_tokens"),
+    "a projection with a bias": InFull("qwen2", "q_proj", targets=("down_proj",)),
+    "a transposed projection": InFull("gpt2", "c_fc", targets=("c_attn",)),
+    "experts": InFull("gpt_oss", "experts", other=("gate_up_proj",)),
+}
+UNTIED = {name: case for name, case in IN_FULL.items() if "tied" not in name}
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the results of these shapes that have memory of their own."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = call(*args, **(kwargs or {}))
+        memory = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.count += sum(
+            t.shape in self.shapes and t.untyped_storage().data_ptr() not in memory
+            for t in tree_leaves(result)
+            if isinstance(t, torch.Tensor)
+        )
+        return result
+
+
+def in_full(case: InFull, weights: tuple[float, ...]) -> tuple[FrozenBase, dict[str, torch.nn.Parameter]]:
+    """Returns the base with adapters that train the module in full, and at weights[2:] one with an update there, all
+    of which act; and the tables, projections and stacks of the first adapter."""
+    base = tiny_base(case.family, **case.fields)
+    whole = LoRA(rank=2, targets=list(case.targets), train_modules=[case.module])
+    configs = [whole, whole, LoRA(rank=2, targets=list(case.other or case.targets))][: len(weights)]
+    for seed, config in enumerate(configs):
+        head = base.model.get_output_embeddings()
+        move(attach(base.model, config, name=str(seed), routing=base.routing, head=head, seed=seed), seed=seed)
+    base.routing.active = tuple((str(number), weight) for number, weight in enumerate(weights))
+    return base, {name: value for name, value in base.attachments["0"].values.items() if value.numel() > 1000}
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (0.5, -0.7), (1.0, 1.0, 0.3)])
+@pytest.mark.parametrize("case", IN_FULL.values(), ids=IN_FULL)
+def test_a_weighted_module_is_the_dense_sum_without_a_second_matrix(case: InFull, weights: tuple[float, ...]) -> None:
+    base, values = in_full(case, weights)
+    with Allocations({shape for value in values.values() for shape in (value.shape, value.mT.shape)}) as allocations:
+        acting = logits(base)
+    assert values and allocations.count == 0
+    with torch.no_grad(), base.routing.held(Acting((Part(8, ()), Part(8, base.routing.acting.whole or ())))):
+        both = base.model(torch.cat([IDS, IDS]), use_cache=False).logits
+    assert close(both[1:], acting)
+    merged = [(base.attachments[name], weight) for name, weight in base.routing.active]
+    base.routing.active = ()
+    merge_in_memory(base.model, merged)
+    assert close(acting, logits(base))
+
+
+@pytest.mark.parametrize("case", UNTIED.values(), ids=UNTIED)
+def test_values_of_a_weighted_sum_train_as_those_of_the_dense_sum(case: InFull) -> None:
+    base, values = in_full(case, (0.5, -0.7, 0.3))
+    generator = torch.Generator().manual_seed(0)
+
+    def loss() -> torch.Tensor:
+        found: torch.Tensor = base.model(IDS, use_cache=False).logits
+        return (found * torch.randn(found.shape, generator=generator.manual_seed(0))).sum()
+
+    loss().backward()
+    merged = [(base.attachments[name], weight) for name, weight in base.routing.active]
+    base.routing.active = ()
+    merge_in_memory(base.model, merged)
+    dense = {name: plain_modules(base.model)[name.rpartition(".")[0]] for name in values}
+    for name, module in dense.items():
+        module.get_parameter(name.rpartition(".")[2]).requires_grad_()
+    loss().backward()
+    for name, value in values.items():
+        expected_grad = dense[name].get_parameter(name.rpartition(".")[2]).grad
+        assert close(value.grad, 0.5 * expected_grad)
 
 
 def test_the_docs_show_the_table() -> None:

@@ -15,12 +15,17 @@ from veneer.adapters.token_rows import NewTokens
 from veneer.wording import html_table
 
 
+def stands_alone(trained: Sequence[tuple[Tensor, float]]) -> bool:
+    """Returns whether one value with weight 1 is the whole sum, so that the base's own value is not needed."""
+    return len(trained) == 1 and trained[0][1] == 1.0
+
+
 def summed_change(own: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """own + sum of weight * (trained - own), summed in float32, in own's type. One value with weight 1 comes back as
-    it is: to the bit what was trained."""
-    (first, weight), *others = trained
-    if not others and weight == 1.0:
-        return first
+    """Returns own + sum of weight * (trained - own), summed in float32, in own's type. Parameters are summed like this,
+    and so are the outputs of a module that is linear in them. One value with weight 1 comes back as it is: to the bit
+    what was trained."""
+    if stands_alone(trained):
+        return trained[0][0]
     wide = own.to(torch.promote_types(own.dtype, torch.float32))
     return sum((w * (value.to(wide) - wide) for value, w in trained), wide).to(own.dtype)
 

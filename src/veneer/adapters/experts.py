@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.acting import Acting, Applied, TokenKeys
+from veneer.adapters.attachment import stands_alone, summed_change
 from veneer.adapters.initial_factors import Factors
 from veneer.adapters.lora import LoRALayer, low_rank_product
 from veneer.adapters.rows import put
@@ -85,8 +86,21 @@ class AdaptedExperts(AdaptedModule):
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """With the changes added to the parameters."""
-        parameters = self.replaced(adapters)
+        """The stack with what was trained in full, and with other changes added to it: by outputs, expert by expert,
+        where the stack's build is known, else to the parameters."""
+        trained, stacks = self.trained(adapters), expert_parameters(self.base)
+        alone = all(stands_alone(values) for name, values in trained.items() if name in stacks)
+        if is_gated_stack(self.base) and (not alone or self.beside(adapters)):
+            hidden, index, weights = (*args, *kwargs.values())
+            vectors = self.summed({name: values for name, values in trained.items() if name not in stacks})
+            return by_expert(
+                self.base,
+                hidden,
+                index,
+                weights,
+                lambda x, name, expert, _: self._output_sum(x, name, expert, adapters, vectors.get(f"{name}_bias")),
+            )
+        parameters = self.summed(trained)
         for layers, weight in self.beside(adapters):
             for name, layer in layers.items():
                 own = parameters.get(name, self.base.get_parameter(name))
@@ -94,6 +108,21 @@ class AdaptedExperts(AdaptedModule):
                 delta = delta.transpose(1, 2) if is_transposed(self.base) else delta
                 parameters[name] = own + delta.to(own.dtype)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
+
+    def _output_sum(self, x: Tensor, name: str, expert: int, adapters: Applied, biases: Tensor | None) -> Tensor:
+        """x (M, I) -> (M, O): the product with one matrix of the base's stack + the weighted changes of the product.
+        biases (E, O): those that act; None: the base's own."""
+        frozen = expert_linear(self.base, name, expert)
+        bias = expert_bias(self.base, name, expert) if biases is None else biases[expert]
+        transposed = is_transposed(self.base)
+        outputs = [
+            (SliceLinear(value[expert], transposed=transposed).product(x, bias), weight)
+            for value, weight in self.trained(adapters).get(name, [])
+        ]
+        y = frozen_product(x, bias, frozen)
+        y = summed_change(y, outputs) if outputs else y
+        layers = self._layers(adapters, name, expert, None)
+        return y + (low_rank_product(x, None, frozen, layers) - frozen_product(x, None, frozen)) if layers else y
 
     def _product(self, x: Tensor, name: str, expert: int, rows: Tensor, acting: Acting) -> Tensor:
         """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack. rows: numbers of x's rows

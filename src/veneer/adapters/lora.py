@@ -264,10 +264,11 @@ class AdaptedLinear(AdaptedModule):
         by_class: dict[type[LinearLayer], list[tuple[LinearLayer, float, TokenKeys | None]]] = {}
         for one in self.drawing(adapters, keys):
             by_class.setdefault(type(one[0]), []).append(one)
-        values = self.replaced(adapters)
-        bias = values.get("bias", self.frozen.own_bias())
-        if "weight" in values:  # trained in full; the updates of other adapters come on top
-            y: Tensor = torch.func.functional_call(self.base, values, (x,))
+        trained = self.trained(adapters)
+        biases = {name: values for name, values in trained.items() if name == "bias"}
+        bias = self.summed(biases).get("bias", self.frozen.own_bias())
+        if "weight" in trained:  # the updates of other adapters come on top
+            y = self.output_sum(trained, x)
         elif by_class:
             kind, acting = by_class.popitem()
             y = kind.product(x, bias, self.frozen, acting)
@@ -369,12 +370,12 @@ class AdaptedEmbedding(AdaptedModule):
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         (ids,) = (*args, *kwargs.values())
-        values, acting = self.replaced(adapters), self.beside(adapters)
-        y: Tensor = torch.func.functional_call(self.base, values, (ids,)) if values else self.base(ids)
+        trained, acting = self.trained(adapters), self.beside(adapters)
+        y: Tensor = self.output_sum(trained, ids) if trained else self.base(ids)
         if not acting:
             return y
         # Where the table was trained in full, the other changes are changes of the base's table and come on top.
-        plain = self.base(ids) if values else y
+        plain = self.base(ids) if trained else y
         scale = getattr(self.base, "embed_scale", 1.0)
         for layer, weight in acting:
             y = y + weight * layer.looked_up(ids, plain, self.table, scale=scale)

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.acting import Applied, TokenKeys
-from veneer.adapters.attachment import summed_change
+from veneer.adapters.attachment import stands_alone, summed_change
 from veneer.adapters.routing import Routing
 from veneer.adapters.rows import by_part, rows_of
+
+Trained = dict[str, list[tuple[Tensor, float]]]
+"""Parameter of a module -> the values trained in its place, each with its adapter's weight."""
 
 
 class AdaptedModule(nn.Module):
@@ -67,13 +70,38 @@ class AdaptedModule(nn.Module):
         key = self.key
         return any(key in adapter.replaced for adapter, _ in adapters)
 
-    def replaced(self, adapters: Applied) -> dict[str, Tensor]:
-        """The parameters that these adapters trained in full, by name: the base's with the weighted sum of changes."""
-        trained: dict[str, list[tuple[Tensor, float]]] = {}
+    def trained(self, adapters: Applied) -> Trained:
+        """Returns the values that these adapters trained in full, with the adapters' weights, by parameter."""
+        trained: Trained = {}
         for adapter, weight in adapters:
             for name, value in adapter.replaced.get(self.key, {}).items():
                 trained.setdefault(name, []).append((value, weight))
+        return trained
+
+    def summed(self, trained: Trained) -> dict[str, Tensor]:
+        """Returns the base's parameters with the weighted sums of changes. Every call computes them anew, which is
+        cheap for vectors and small matrices alone."""
         return {name: summed_change(self.base.get_parameter(name), values) for name, values in trained.items()}
+
+    def replaced(self, adapters: Applied) -> dict[str, Tensor]:
+        """Returns the parameters that these adapters trained in full: the base's with the weighted sums of changes."""
+        return self.summed(self.trained(adapters))
+
+    def output_sum(self, trained: Trained, x: Tensor) -> Tensor:
+        """Computes base(x) + sum of weight * (base with the trained weight(x) - base(x)), in which all terms have the
+        summed vectors (a bias).
+
+        The module has to be linear in its `weight`. Outputs are summed, because a head or a table summed anew for each
+        token would cost many times the product. trained: of this module, with values of `weight`.
+        """
+        vectors = self.summed({name: values for name, values in trained.items() if name != "weight"})
+
+        def output(parameters: dict[str, Tensor]) -> Tensor:
+            y: Tensor = torch.func.functional_call(self.base, vectors | parameters, (x,))
+            return y
+
+        outputs = [(output({"weight": value}), weight) for value, weight in trained["weight"]]
+        return outputs[0][0] if stands_alone(outputs) else summed_change(output({}), outputs)
 
     def concerned(self, adapters: Applied) -> bool:
         """Whether any of these has something here."""
