@@ -11,7 +11,7 @@ from tests.serve.server import BASE, running
 from veneer.library.library import Library
 from veneer.serve import connection as connection_module
 from veneer.serve import limits
-from veneer.serve.connection import Connection, Connections, room_for_connections
+from veneer.serve.connection import Connection, Connections, raise_open_files, room_for_connections
 
 HEADER = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 BODY = json.dumps({"model": BASE, "prompt": [5], "max_tokens": 2}).encode()
@@ -153,3 +153,19 @@ def test_connections_leave_files_for_everything_else(files, most, monkeypatch):
     connections, at_once = room_for_connections()
     assert connections == most and connections + 4 * at_once <= max(files - 64, 16)
     assert at_once > 0 and Connections(most).most == most
+
+
+def test_a_server_raises_the_soft_limit_of_open_files_towards_the_hard_one():
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        raise_open_files()
+        raised, same = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert same == hard and raised in (hard, 2 * limits.MOST_CONNECTIONS + connection_module.RESERVED_FILES)
+        if raised != hard:
+            assert room_for_connections()[0] == limits.MOST_CONNECTIONS
+        raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (raised, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -10,6 +10,7 @@ that do not read, are let go.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from enum import Enum, auto
 
 import h11
@@ -158,6 +159,25 @@ def _seconds(owed: Owed) -> float:
     if owed is Owed.BODY:  # the application has told the client that it is late, a little earlier
         return limits.BODY_SECONDS + LATE_SECONDS
     return limits.KEEP_ALIVE_SECONDS if owed is Owed.REQUEST else limits.HEADER_SECONDS
+
+
+def raise_open_files() -> None:
+    """Raises the number of files that this process may open to what MOST_CONNECTIONS need, or to the hard limit.
+
+    A shell often allows 1,024, although the system allows many more.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MOST_CONNECTIONS + RESERVED_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with suppress(ValueError, OSError):  # macOS has a further limit, which it does not tell here
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def room_for_connections() -> tuple[int, int]:

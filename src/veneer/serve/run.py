@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from veneer.errors import ConfigError
-from veneer.serve.connection import Connection, Connections, room_for_connections
+from veneer.serve.connection import Connection, Connections, raise_open_files, room_for_connections
 from veneer.serve.keys import Keys
 from veneer.serve.limits import KEEP_ALIVE_SECONDS, MOST_HEADER_BYTES
 
@@ -75,6 +75,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, app: ASGIApp, *, drain_seconds: float, closing: Callable[[], None], ending: Callable[[], None]
     ) -> None:
+        raise_open_files()
         most, at_once = room_for_connections()
         super().__init__(
             uvicorn.Config(
