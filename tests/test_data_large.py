@@ -31,6 +31,7 @@ from veneer.files.atomic import write_manifest
 from veneer.files.lock import locked
 from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
+from veneer.train import config as config_module
 from veneer.train import training
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
@@ -267,6 +268,36 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_the_rows_that_it_held_
         for name in ("run", "now")
     ]
     assert started[0] != started[1] == 8
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_under_exact_sums_a_run_goes_on_with_as_many_rows_at_once_as_it_began_with(
+    world: Path, tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kept: whether the version that began the run wrote the number into its checkpoints."""
+
+    def run(name: str) -> RunConfig:
+        return run_of(world, tmp_path / name, "memory", reduce="exact", batch=8)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(config_module, "EXACT_PARTS", 1)  # all of a batch at once
+        run_training(run("whole"), resume=False, screen=QuietScreen())
+        with ended_before_step(2):
+            run_training(run("run"), resume=False, screen=QuietScreen())
+    for file in (tmp_path / "run" / "checkpoints").rglob("state.json"):
+        state = json.loads(file.read_text())
+        assert state["origin"]["rows_at_once"] == 8
+        if not kept:
+            del state["origin"]["rows_at_once"]
+        file.write_text(json.dumps(state))
+        write_manifest(file.parent)
+    assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    run_training(run("now"), resume=False, screen=QuietScreen())
+    whole, resumed, now = (
+        read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run", "now")
+    )
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+    assert any((whole[name] != now[name]).any() for name in whole)
 
 
 @pytest.mark.parametrize("tokens", ["memory", "files"])

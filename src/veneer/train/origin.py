@@ -54,6 +54,9 @@ class Origin:
 
     held_out_by: str = BY_THRESHOLD
     """How rows were held out; of a version that did not say: by a threshold."""
+    rows_at_once: int | None = None
+    """Rows of a micro-batch under `reduce: exact`, whose bits depend on it. None: of a version that did not say, and
+    under `reduce: plain`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +71,19 @@ def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
         settings=_settings(config),
         masks=MASKS,
         held_out_by=HELD_OUT_BY,
+        rows_at_once=config.rows_at_once if config.reduce == "exact" else None,
     )
+
+
+def with_rows_at_once(then: Origin, config: RunConfig) -> RunConfig:
+    """The settings of a run that goes on with as many rows at once as it began with, unless micro_batch is set.
+
+    Only `reduce: exact` promises the same bits. A version that did not keep the number took the whole batch on one
+    process, and wrote micro_batch to the run file on several.
+    """
+    if config.reduce != "exact" or config.micro_batch is not None:
+        return config
+    return config.model_copy(update={"micro_batch": then.rows_at_once or config.batch})
 
 
 def check_settings(then: Origin, config: RunConfig) -> None:

@@ -48,7 +48,16 @@ from veneer.train.job import Job
 from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Loop
 from veneer.train.optim import Flat, FlatParameters
-from veneer.train.origin import HELD_OUT_BY, Origin, check_base, check_masks, check_rows, check_settings, origin_of
+from veneer.train.origin import (
+    HELD_OUT_BY,
+    Origin,
+    check_base,
+    check_masks,
+    check_rows,
+    check_settings,
+    origin_of,
+    with_rows_at_once,
+)
 from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.place import held, refuse_unless_new
 from veneer.train.progress import load_state
@@ -121,6 +130,8 @@ def run_training(
                 then = None if point is None else load_state(point).origin
         told = world.shared([point and str(point), then and then.to_dict()])
         point, then = told[0] and Path(told[0]), told[1] and Origin(**told[1])
+        if then is not None:
+            config = with_rows_at_once(then, config)
         return _run(in_parts(config, world, screen), out, point, then, screen, plan, world)
 
 
