@@ -117,9 +117,27 @@ def test_pages_of_other_origins_are_not_answered_and_cannot_read_why():
 def test_a_site_that_no_browser_would_name_is_refused_at_the_start():
     check_origins([PAGE, "http://localhost:3000", "http://[::1]:80", "HTTP://Page.example"])
     wrong = ["*", "page.example", f"{PAGE}/", f"{PAGE}/app", "https://", "https://a@b", "https://a:x", "null"]
+    wrong += ["https://*", "https://*.page.example", "https://a b.example", "https://a\\b", "https://bücher.example"]
     with pytest.raises(ConfigError, match="names a site") as caught:
         check_origins(wrong)
     assert len(caught.value.faults) == len(wrong)
+    assert caught.value.faults[-1].endswith("browsers send xn--bcher-kva.example")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "sent"),
+    [
+        ("https://Page.example:443", "https://page.example"),
+        ("http://page.example:80", "http://page.example"),
+        ("http://page.example:443", "http://page.example:443"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("http://[::1]:8080", "http://[::1]:8080"),
+    ],
+)
+def test_an_origin_is_compared_as_browsers_send_it(allowed, sent):
+    check_origins([allowed])
+    found = ask(for_browsers(Guard(whoami, keys=Keys([]), origins=[allowed]), [allowed]), origin=sent)
+    assert found.status_code == 200 and found.headers["access-control-allow-origin"] == sent
 
 
 @pytest.mark.parametrize(

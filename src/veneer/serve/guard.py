@@ -15,6 +15,7 @@ import logging
 import re
 import secrets
 import time
+import unicodedata
 from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +37,9 @@ _ID = re.compile(r"[\w.:-]{1,128}")
 KEY_NEEDED = "An API key is needed: send the header authorization: Bearer KEY."
 UNKNOWN_KEY = "This API key is not one of the server's keys. Check it, or ask the server's operator for one."
 _PATH_CHARACTERS = 80
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+"""Browsers leave these out of an origin."""
 
 
 class Guard:
@@ -52,7 +56,7 @@ class Guard:
     ) -> None:
         self.app, self.keys, self.counted = app, keys, counted
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
-        self.origins = frozenset(origin.lower() for origin in origins)
+        self.origins = frozenset(map(as_browsers_send, origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,20 +126,40 @@ class Guard:
 
 def check_origins(origins: Collection[str]) -> None:
     """ConfigError: one of them is not what browsers send as the origin of a page."""
-    faults = [
-        f"{origin[:80]} is not SCHEME://HOST or SCHEME://HOST:PORT" for origin in origins if not _is_origin(origin)
-    ]
+    faults = [fault for origin in origins if (fault := _origin_fault(origin)) is not None]
     if faults:
         raise ConfigError("--allow-origin names a site", faults, "For instance: --allow-origin https://page.example")
 
 
-def _is_origin(text: str) -> bool:
+def _origin_fault(text: str) -> str | None:
+    """Why no browser sends this as the origin of a page; None: some browser may."""
+    fault = f"{shown(text[:80])} is not SCHEME://HOST or SCHEME://HOST:PORT"
     try:
         parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port
+        host, _ = parts.hostname or "", parts.port
     except ValueError:
-        return False
-    return bool(host) and text.lower() == f"{parts.scheme}://{parts.netloc}".lower() and "@" not in text
+        return fault
+    if text.lower() != f"{parts.scheme}://{parts.netloc}".lower() or "@" in text:
+        return fault
+    if "*" in host:
+        return f"{shown(text[:80])} has a *: name every site"
+    if _HOST.fullmatch(_punycode(host)) is None and not _is_address(host):
+        return fault
+    return None if text.isascii() else f"{shown(text[:80])} has letters beyond ASCII: browsers send {_punycode(host)}"
+
+
+def _punycode(host: str) -> str:
+    """The host's name as DNS and browsers write it."""
+    labels = unicodedata.normalize("NFC", host).split(".")
+    return ".".join(each if each.isascii() else f"xn--{each.encode('punycode').decode()}" for each in labels)
+
+
+def as_browsers_send(origin: str) -> str:
+    """An origin that passes check_origins, in lower case and without the scheme's default port."""
+    parts = urlsplit(origin)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    port = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}"
 
 
 def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
@@ -148,7 +172,7 @@ def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
         return app
     return CORSMiddleware(
         app,
-        allow_origins=[origin.lower() for origin in origins],
+        allow_origins=[as_browsers_send(origin) for origin in origins],
         allow_methods=("GET", "POST"),
         allow_headers=("*",),  # clients of OpenAI and Anthropic send headers of their own
         allow_private_network=True,  # a page of the web asks a server at home
