@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from veneer.adapters.config import METHODS
 from veneer.cli.config_file import read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
 from veneer.errors import ConfigError
@@ -135,3 +136,13 @@ def test_a_word_for_a_command_leads_to_one_that_is_there(word, capsys):
     )
     words = meant.split()[:2] if meant.split()[0] in ("adapters", "data") else meant.split()[:1]
     assert main([*words, *(["--help"] if not meant.startswith("--") else [])]) == 0
+
+
+def test_whoever_asks_for_8_bits_is_told_the_formats_that_hold_them(tmp_path):
+    (fault,) = refusal(tmp_path, {"load_in_8bit": True}).faults
+    assert "gguf" in fault and "fp8" in fault and "not offered" not in fault
+
+
+def test_the_help_of_the_method_names_every_method():
+    told = RunConfig.model_fields["method"].description
+    assert all(re.search(rf"\b{name}\b", told) for name in METHODS)

@@ -191,7 +191,9 @@ _NOT_NEEDED = {
         "project_name run_name wandb_entity wandb_log_model wandb_name wandb_project wandb_run_id wandb_watch"
     ),
     "code that comes with a model is never run": "trust_remote_code",
-    "8 bits are not offered: `quantize: nf4` holds weights in 4": "load_in_8bit",
+    "`quantize: gguf` holds 8 bits from a .gguf file in Q8_0, `fp8` from an FP8 folder; `nf4` makes 4 of any base": (
+        "load_in_8bit"
+    ),
     "a stopped run goes on with `veneer train --resume FOLDER`": (
         "auto_resume_from_checkpoints resume resume_from_checkpoint"
     ),

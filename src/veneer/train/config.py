@@ -73,7 +73,8 @@ class RunConfig(Settings):
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     """How the base's chat template writes them."""
     method: Method = Field(default_factory=LoRA)
-    """lora or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora over quantize: nf4."""
+    """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora
+    over quantize: nf4."""
     from_adapter: list[StartFrom] = Field(default_factory=list)
     """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list of such or of {adapter, weight}
     that is added up. It keeps its own settings but for those of `method` that are given; a larger rank keeps its
