@@ -21,6 +21,7 @@ from veneer.bases.from_config import blueprint
 from veneer.bases.shapes import SHAPES
 from veneer.cli import plan as command
 from veneer.cli.main import main
+from veneer.data import longest
 from veneer.data.batching import Rows
 from veneer.data.examples import Example, RowRef
 from veneer.data.longest import plans_of_run
@@ -436,6 +437,7 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
         choice = replace(TINY, batch=4, micro_batch=(None, 3)[seed % 2], length=512, share_prompt=seed != 3)
         own = Planner(held, idle_bytes=0, rows=random_rows(seed, 14), seed=seed, order=order, epochs=2)
         chosen = own.estimate(choice).peak_bytes
+        assert len(own._runs) <= 2
         rows = Rows.of(own.rows)
         plans = plans_of_run(rows, batch=4, seed=seed, order=order, mixture=None, steps=8)
         parts = [plan.rows[a:b].tolist() for plan, taken in plans for a, b in plan.spans(choice.rows_at_once, taken)]
@@ -445,5 +447,26 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
             for part in every
         ]
         most = max(found.peak_bytes for found in peaks)
-        assert most * 0.99 <= chosen <= most, (seed, family)
+        assert most * 0.95 <= chosen <= most, (seed, family)
         assert len(own.largest(choice)) <= len(every) / 2
+
+
+def test_a_search_for_what_fits_dry_runs_one_micro_batch_of_each_choice_that_does_not(planner):
+    own = Planner(planner.blueprint, idle_bytes=0, rows=random_rows(1, 40), seed=1, order="shuffled", epochs=2)
+    choice = replace(TINY, batch=4, length=512)
+    assert len(own.largest(choice)) > 2
+    assert not fits(own, choice, 1000) and len(own._runs) == 1
+    assert fits(own, choice, 2**40) and len(own._runs) <= 2
+
+
+def test_the_search_for_the_largest_micro_batch_compares_few_of_many_one_by_one(monkeypatch):
+    calls = []
+    compare = longest._exceeds
+    monkeypatch.setattr(longest, "_exceeds", lambda *given: calls.append(1) or compare(*given))
+    lengths = np.random.Generator(np.random.Philox(key=[4, 4])).integers(20, 300, 4000).tolist()
+    ids, trained = np.zeros(300, dtype=np.int32), np.arange(300) >= 10
+    rows = [Example(ids[:size], trained[:size], RowRef("r", i), i) for i, size in enumerate(lengths)]
+    own = Planner(Blueprint("none", None, torch.float32), rows=rows, epochs=3)
+    found = own._find_largest(Choice(method=TINY.method, batch=8, micro_batch=1, length=300), packed=True)
+    assert [len(row.ids) for row in found[0]] == [max(lengths)]
+    assert len(calls) < 100

@@ -19,7 +19,7 @@ from veneer.data.mixture import Mixture
 from veneer.data.on_disk import trained_of, used_of
 from veneer.kernels.layout import round_up
 
-SLACK = 1.01
+SLACK = 1.04
 """A micro-batch is left out where another exceeds it in every count times this: their memory differs by less."""
 QUERY_ROWS = 256
 """Query rows for which attention holds scores at once (kernels/attention.py BLOCK)."""
@@ -135,16 +135,24 @@ def largest_micro_batches(
         assert counts is not None
         spans = plan.spans(micro_batch, taken)
         bounds = counts.bounds(plan.rows, spans, packed=packed)
-        for number in np.argsort(-bounds[:, 0], kind="stable").tolist():
-            if any(_exceeds(extent, bounds[number].tolist(), SLACK) for extent, _ in front):
-                continue
-            start, stop = spans[number].tolist()
+        waiting = np.argsort(-bounds[:, 0], kind="stable")
+        for extent, _ in front:
+            waiting = waiting[~_exceeded(bounds[waiting], extent)]
+        while len(waiting):
+            start, stop = spans[waiting[0]].tolist()
+            waiting = waiting[1:]
             for part in divide(rows.examples(plan.rows[start:stop].tolist())):
                 extent = Extent.of([examples[i] for i in part], packed=packed, share_prompt=share_prompt)
                 if not any(_exceeds(other, extent, SLACK) for other, _ in front):
                     front = [pair for pair in front if not _exceeds(extent, pair[0], 1.0)] + [(extent, part)]
+                    waiting = waiting[~_exceeded(bounds[waiting], extent)]
     return [part for _, part in sorted(front, key=lambda pair: pair[0], reverse=True)]
 
 
 def _exceeds(extent: Sequence[int], other: Sequence[int], slack: float) -> bool:
     return all(mine * slack >= theirs for mine, theirs in zip(extent, other, strict=True))
+
+
+def _exceeded(bounds: Counts, extent: Extent) -> NDArray[np.bool_]:
+    """(S, 4) -> (S): True where the extent exceeds the bounds in every count, but for the slack."""
+    return np.asarray((bounds <= np.array(extent) * SLACK).all(axis=1))

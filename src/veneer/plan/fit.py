@@ -46,6 +46,9 @@ class Way:
 
 
 def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
+    """Looks at every micro-batch only where the one with the most computed rows fits."""
+    if planner.least_estimate(choice).needed_bytes > memory_bytes:
+        return False
     return planner.estimate(choice).needed_bytes <= memory_bytes
 
 
@@ -145,7 +148,7 @@ def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
         made = _applied(planner, choice, (make,))
         if made is None:
             return float("inf")
-        total += before - planner.estimate(made[-1].choice).needed_bytes
+        total += before - planner.least_estimate(made[-1].choice).needed_bytes
     return total
 
 

@@ -21,7 +21,7 @@ from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import Compute, DtypeName, choose
 from veneer.data.batching import EpochPlan, Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
-from veneer.data.longest import largest_micro_batches, plans_of_run
+from veneer.data.longest import Extent, largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
 from veneer.plan.counted import DryRun, Step
@@ -36,6 +36,7 @@ from veneer.plan.estimate import (
 )
 from veneer.plan.kept import Facts, kept_facts, kept_run, kept_whole, rows_digest
 from veneer.plan.machine import Machine
+from veneer.plan.ranking import scaled
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
 from veneer.train.config import EPOCHS_UNSAID, OptimizerName, RunConfig, rows_at_once, trains_packed
@@ -189,29 +190,45 @@ class Planner:
 
     def estimate(self, choice: Choice) -> Estimate:
         """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
-        return max(self.estimates(choice), key=lambda found: found.peak_bytes)
+        return self.largest_estimate(choice)[1]
 
-    def estimates(self, choice: Choice) -> list[Estimate]:
-        """Of a step with each micro-batch that may be the largest, most computed rows first."""
-        made = []
-        for rows in self.largest(choice):
-            run = self._run(choice, rows)
-            kernels = KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice)
-            found = estimate(
-                run,
-                device=self.device,
-                idle_bytes=self.idle_bytes,
-                kernel_bytes=kernels,
-                checkpointing=choice.checkpointing,
-            )
-            made.append(found)
-        return made
+    def largest_estimate(self, choice: Choice) -> tuple[int, Estimate]:
+        """Which micro-batch of `largest` needs the most memory, and the estimate of its step.
+
+        Two at most are dry-run: the one with the most computed rows, and the one of the others whose predicted
+        memory is the highest, if it is higher (ranking.py).
+        """
+        candidates = self.largest(choice)
+        first = self._estimate_of(choice, self._run(choice, candidates[0]))
+        if len(candidates) == 1:
+            return 0, first
+        packed, share = first.run.packed, choice.share_prompt
+        extents = [Extent.of(rows, packed=packed, share_prompt=share) for rows in candidates]
+        peaks = [self._estimate_of(choice, scaled(first.run, extents[0], extent)).peak_bytes for extent in extents[1:]]
+        number = 1 + peaks.index(max(peaks))
+        if max(peaks) <= first.peak_bytes:
+            return 0, first
+        second = self._estimate_of(choice, self._run(choice, candidates[number]))
+        return (number, second) if second.peak_bytes > first.peak_bytes else (0, first)
+
+    def least_estimate(self, choice: Choice) -> Estimate:
+        """Of the step with the most computed rows: a run needs at least this much. It takes a single dry run."""
+        return self._estimate_of(choice, self._run(choice, self.largest(choice)[0]))
+
+    def _estimate_of(self, choice: Choice, run: DryRun) -> Estimate:
+        return estimate(
+            run,
+            device=self.device,
+            idle_bytes=self.idle_bytes,
+            kernel_bytes=KERNEL_BYTES.get(self.dtype(choice), 0) * self._kernels(run, choice),
+            checkpointing=choice.checkpointing,
+        )
 
     def largest(self, choice: Choice) -> Sequence[Sequence[Example]]:
         """The micro-batches of the run that may take the most memory (data/longest.py)."""
         if self.known_largest:
             return self.known_largest
-        packed = self.step_run(choice).packed
+        packed = self._whole(self._of_base(choice), self._step(choice, ())).paths.packed
         key = choice.batch, choice.rows_at_once, choice.length, choice.share_prompt, packed
         if key not in self._largest:
             self._largest[key] = self._find_largest(choice, packed=packed)
@@ -332,21 +349,10 @@ class Planner:
         """Of a base in 4 bits, and of one in shards, the step is that of the dense one, less what is not held: one dry
         run for all."""
         held = self.quantize(choice)
-        of_base = choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.new_tokens
+        of_base = self._of_base(choice)
         key = (*of_base, choice.checkpointing, choice.offload, choice.share_prompt, rows_digest(rows))
         if key not in self._runs:
-            step = Step(
-                self.blueprint,
-                self.dtype(choice),
-                choice.method,
-                rows,
-                checkpointing=choice.checkpointing,
-                share_prompt=choice.share_prompt,
-                optimizer=choice.optimizer,
-                offload=choice.offload,
-                new_tokens=choice.new_tokens,
-                on_cpu=self.device == "cpu",
-            )
+            step = self._step(choice, rows)
             self._runs[key] = kept_run(step, lambda: self._whole(of_base, step))
         run = self._runs[key]
         if self.blueprint.packed:
@@ -356,6 +362,24 @@ class Planner:
         if choice.reduce == "exact":
             run = run.with_exact_sums()
         return run.in_shards(choice.processes) if choice.in_shards else run
+
+    def _of_base(self, choice: Choice) -> tuple[object, ...]:
+        """What decides the Whole of a choice."""
+        return choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.new_tokens
+
+    def _step(self, choice: Choice, rows: Sequence[Example]) -> Step:
+        return Step(
+            self.blueprint,
+            self.dtype(choice),
+            choice.method,
+            rows,
+            checkpointing=choice.checkpointing,
+            share_prompt=choice.share_prompt,
+            optimizer=choice.optimizer,
+            offload=choice.offload,
+            new_tokens=choice.new_tokens,
+            on_cpu=self.device == "cpu",
+        )
 
     def _whole(self, of_base: object, step: Step) -> Whole:
         if of_base not in self._wholes:

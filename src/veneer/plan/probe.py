@@ -37,8 +37,9 @@ def estimate_of_run(
     device: str,
     processes: int = 1,
     packed: tuple[PackedSize, ...] = (),
-) -> tuple[list[Estimate], Sent]:
-    """What each process of a run on this data should hold at each of these micro-batches, and sends in a step.
+) -> tuple[int, Estimate, Sent]:
+    """Which of these micro-batches needs the most memory, what each process of a run on this data should hold at it,
+    and what it sends in a step.
 
     largest: micro-batches of the run; empty: those of the rows that may be the largest
     idle_bytes: resident before its base was loaded; packed: what its base holds so
@@ -57,7 +58,7 @@ def estimate_of_run(
         known_largest=largest,
     )
     choice = choice_of(config, processes).with_dtype(NAMES[dtype])
-    return planner.estimates(choice), planner.sent(choice)
+    return (*planner.largest_estimate(choice), planner.sent(choice))
 
 
 def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int = 1) -> tuple[RunConfig, list[str]]:
@@ -122,7 +123,7 @@ def planned(
     packed: tuple[PackedSize, ...] = (),
 ) -> Planned:
     """What train/training.py records beside what it measures."""
-    found, sends = estimate_of_run(
+    number, most, sends = estimate_of_run(
         config,
         model_config,
         dtype,
@@ -133,5 +134,4 @@ def planned(
         processes=processes,
         packed=packed,
     )
-    peaks = [estimate.peak_bytes for estimate in found]
-    return Planned(max(peaks), peaks.index(max(peaks)), sends.gradient, sends.layers)
+    return Planned(most.peak_bytes, number, sends.gradient, sends.layers)
