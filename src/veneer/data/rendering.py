@@ -106,14 +106,10 @@ class Conversation:
         return encoded({"template": self.template.number, **whole})
 
 
-def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False, first: int = 0) -> list[Cut]:
-    """Which beginnings of a conversation are looked at: each answer's prompt and end, and where other messages end.
-
-    first: the number of the first message whose answer is looked for."""
+def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> list[Cut]:
+    """Which beginnings of a conversation are looked at: each answer's prompt and end, and where other messages end."""
     cuts = [(len(messages), prompt)]
     for number, message in enumerate(messages):
-        if number < first:
-            continue
         if message["role"] == "assistant":
             cuts += [(number, True), (number + 1, False)]
         elif number + 1 < len(messages) and messages[number + 1]["role"] != "assistant" and not prompt:

@@ -2,7 +2,7 @@
 
     control_names.py    names of control tokens in what its messages say are hidden
     rendering.py        the template writes the conversation, and its beginnings
-    turns.py            where the answers stand in what it wrote
+    turns.py            where the answers stand in what it wrote (long_turns.py: in a long prompt)
     tokens.py           the ids, cut exactly there
 
 A tokenizer without a template takes plain text, and prompt/completion rows: prompt, completion and the end token
@@ -25,11 +25,12 @@ from typing import Any
 from veneer.adapters.preamble import check_variables, given
 from veneer.data.control_names import Sentinels, TokenFault
 from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
+from veneer.data.long_turns import prompt_borders
 from veneer.data.reasoning import Reasons
-from veneer.data.rendering import Conversation, Template, beginnings, render_all, rendering
+from veneer.data.rendering import Conversation, Template, beginnings, rendering
 from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.tokens import Cut, TextTokens, Tokens
-from veneer.data.turns import Plan, borders_of, first_answer_looked_for, plan_chat
+from veneer.data.turns import Plan, plan_chat
 from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, unfit
 from veneer.errors import DataError, DoesNotFitError
 
@@ -148,8 +149,7 @@ class ChatTemplate:
     ) -> list[int]:
         """The ids that generation starts from: the conversation and what opens the assistant's turn.
 
-        For the messages in front of a trained turn, these are the first ids of that row; in a long conversation, where
-        the tokenizer would join an early answer with its neighbours, as it does by itself (`first_answer_looked_for`).
+        For the messages in front of a trained turn, these are the first ids of that row.
         most_characters: of the rendered text; a longer one is not tokenised. Raises DataError, DoesNotFitError.
         """
         try:
@@ -157,8 +157,6 @@ class ChatTemplate:
             if not self.source:
                 return [*self._begin, *self._encoded(Cut(self._alone(hidden, hidden_tools))).ids]
             conversation = self._conversation(hidden, hidden_tools)
-            first = first_answer_looked_for(hidden)
-            render_all([(conversation, beginnings(hidden, prompt=True, first=first))])
             text = conversation.text(len(hidden), add_generation_prompt=True)
             if most_characters is not None and len(text) > most_characters:
                 raise DoesNotFitError(
@@ -167,8 +165,7 @@ class ChatTemplate:
             check_text(text)
             check_tools(messages, tools, self._names.show(text), conversation.template)
             check_contents(hidden, text)
-            borders = borders_of(conversation, text, first)
-            return self._encoded(Cut(text, borders)).ids
+            return self._encoded(Cut(text, prompt_borders(conversation, text))).ids
         except (Unfit, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
 

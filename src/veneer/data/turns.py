@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from veneer.data.examples import Row, TrainOn
 from veneer.data.reasoning import Reasons, forbids_reasoning, opens_reasoning, reasons_of, thought_in, with_reasoning
@@ -21,7 +20,6 @@ from veneer.data.rendering import Conversation
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import Cut
 from veneer.data.unfit import Unfit, check_contents, check_text, check_tools, parting
-from veneer.files.nesting import walk
 
 Show = Callable[[str], str]
 """A text as people read it, hidden names in it."""
@@ -103,7 +101,7 @@ def _plan(
                 end = _end_of(chat, number + 1, text)
                 roles += [] if end is None else [(message["role"], end)]
             continue
-        turn = learnt.get(number) or _turn(chat, number, text)
+        turn = learnt.get(number) or turn_of(chat, number, text)
         if turn is None or (borders and turn[0] < borders[-1]):
             if number in learnt:
                 raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered")
@@ -143,7 +141,7 @@ def _answer(chat: Conversation, number: int, show: Show) -> tuple[tuple[int, int
     )
 
 
-def _turn(chat: Conversation, number: int, text: str) -> tuple[int, int] | None:
+def turn_of(chat: Conversation, number: int, text: str) -> tuple[int, int] | None:
     """Where an assistant turn begins and ends in the text. None if it has no exact place."""
     try:
         prompt = chat.text(number, add_generation_prompt=True)
@@ -153,34 +151,18 @@ def _turn(chat: Conversation, number: int, text: str) -> tuple[int, int] | None:
     return (len(prompt), len(upto)) if upto.startswith(prompt) and text.startswith(upto) else None
 
 
-MOST_RENDERED = 2**15
-"""Messages that are rendered to find the borders of one prompt's answers."""
-MOST_RENDERED_CHARACTERS = 2**23
-"""The same, in characters."""
+def borders_of(chat: Conversation, text: str) -> tuple[int, ...]:
+    """The same borders in a prompt as in the row that it is the beginning of."""
+    answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    return joined([turn_of(chat, number, text) for number in answers], text)
 
 
-def first_answer_looked_for(messages: Sequence[dict[str, Any]]) -> int:
-    """Number of the first answer of a prompt whose borders are looked for: 0, unless the conversation is long.
-
-    Each answer takes two renderings of all that is before it, so the time for all of them grows with the square of
-    their number. Up to 128 messages and 60,000 characters all are looked for; beyond, as many of the last ones as a
-    constant amount of rendering allows.
-    """
-    texts = sum(len(value) for value, _ in walk(list(messages)) if isinstance(value, str))
-    renderings = min(MOST_RENDERED // max(len(messages), 1), MOST_RENDERED_CHARACTERS // max(texts, 1))
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    most = max(renderings // 2, 1)
-    return 0 if len(answers) <= most else answers[-most]
-
-
-def borders_of(chat: Conversation, text: str, first: int = 0) -> tuple[int, ...]:
-    """The same borders in a prompt as in the row that it is the beginning of, from message number `first` on."""
+def joined(turns: Sequence[tuple[int, int] | None], text: str) -> tuple[int, ...]:
+    """Returns the borders of the answers of a text. An answer that overlaps the one before it has none."""
     borders: list[int] = []
-    for number, message in enumerate(chat.messages):
-        if number >= first and message["role"] == "assistant":
-            turn = _turn(chat, number, text)
-            if turn is not None and not (borders and turn[0] < borders[-1]):
-                borders += turn
+    for turn in turns:
+        if turn is not None and not (borders and turn[0] < borders[-1]):
+            borders += turn
     return _cuts(borders, text)
 
 

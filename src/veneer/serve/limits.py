@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from veneer.adapters.preamble import MOST_VARIABLES
 from veneer.bounds import CHOICES
+from veneer.data.long_turns import MOST_RENDERED
 from veneer.data.template_worker import SECONDS as TEMPLATE_SECONDS
-from veneer.data.turns import MOST_RENDERED
 from veneer.decoding.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST_RULES
 from veneer.decoding.json_check import MOST_STEPS
 from veneer.files.nesting import MAX_JSON_DEPTH
@@ -96,7 +96,7 @@ LIMITS = (
     Limit("arguments of a call", MOST_ARGUMENTS, "characters", "400"),
     Limit("variables of the chat template", MOST_VARIABLES, "", "400"),
     Limit("rendering a prompt once", TEMPLATE_SECONDS, "seconds of a processor", "400"),
-    Limit("messages rendered again, for borders of answers", MOST_RENDERED, "", "the last answers' borders alone"),
+    Limit("messages rendered again, for borders of answers", MOST_RENDERED, "", "400"),
     Limit("stop strings", MOST_STOPS, "", "400"),
     Limit("stop string", MOST_STOP, "characters", "400"),
     Limit("stop tokens", MOST_STOP_TOKENS, "", "400"),
