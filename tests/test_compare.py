@@ -6,13 +6,16 @@ import copy
 import io
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.tiny import save_tiny
@@ -113,6 +116,24 @@ def test_what_is_finished_is_found_again_and_only_what_is_new_runs(compared: Any
     lora = next(m for m in figures["methods"] if m["name"] == "lora")
     (folder / "out" / lora["runs"][0] / "summary.json").unlink()  # as if it had been stopped
     assert veneer.compare(["full", "lora"], **arguments)["new_runs"] == 1
+
+
+def test_a_method_whose_values_on_the_test_rows_are_not_finite_has_diverged(compared: Any, tmp_path: Path) -> None:
+    folder, arguments, figures = compared
+    lora = next(m for m in figures["methods"] if m["name"] == "lora")
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    adapter = out / lora["runs"][0] / "adapter"
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: torch.full_like(t, 1e30) for name, t in load_file(file).items()}, file)
+    (adapter / "veneer.json").unlink()  # its hash is of other values
+    for _ in range(2):  # the second finds what the first wrote
+        again = veneer.compare(["full", "lora"], **{**arguments, "out": out})
+        full, failed = again["methods"]
+        assert failed["failure"] == "diverged" and not failed["quality"]
+        assert again["new_runs"] == 0 and again["best"] == "full" and full["quality"]
+        assert any("lora is not in the comparison: diverged" in line for line in again["conclusion"])
+    assert "is not finite" in json.loads((adapter.parent / "evaluation.json").read_text())["message"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of this kind is Linux's")

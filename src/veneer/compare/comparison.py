@@ -103,6 +103,9 @@ def _candidate(worker: Worker, candidate: Candidate) -> Asking[Finished]:
     evaluations = yield from together(
         worker.evaluate(f"{candidate.name}, seed {seed}", run) for seed, run in enumerate(whole)
     )
-    if len(whole) < len(runs):  # another seed diverged at the rate that was best for seed 0
-        return Finished(candidate, [*tried, *[(rate, r) for r in runs if r.failure]], None, [], [])
+    failed = [run for run in runs if run.failure]  # another seed diverged at the rate that was best for seed 0
+    pairs = zip(whole, evaluations, strict=True)
+    failed += [replace(run, failure=told["failure"]) for run, told in pairs if told.get("failure")]
+    if failed:
+        return Finished(candidate, [*tried, *[(rate, run) for run in failed]], None, [], [])
     return Finished(candidate, tried, best, whole, evaluations)

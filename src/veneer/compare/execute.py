@@ -113,7 +113,8 @@ class Worker:
         """What `veneer evaluate --json` says of a run's result on the test rows; of the base where there is no run.
 
         Predictions are written beside it, to `predictions.jsonl`. The evaluation records their hash and is not used
-        over other ones.
+        over other ones. Where the result of a run gives values that are not finite on these rows, `failure` is
+        `diverged`, and `message` names the rows.
         """
         folder = self.comparison.out / "base" if done is None else done.folder
         which: list[str | Path] = ["--base", self.comparison.base]
@@ -152,9 +153,14 @@ class Worker:
             step=lambda: f"evaluating{RUNNING}",
         )
         _, outcome = yield [job]
-        if outcome.code:
+        if outcome.code == DIVERGED and done is not None:
+            self.say(self.pace.said(f"{name}: diverged, by its values on the test rows"))
+            told = {"failure": "diverged", "message": outcome.talk.strip()}
+        elif outcome.code:
             raise _failed(f"the evaluation of {name}", outcome)
-        found = {**json.loads(outcome.out), "key": key, "predictions": _hash_of(predictions)}
+        else:
+            told = json.loads(outcome.out)
+        found = {**told, "key": key, "predictions": _hash_of(predictions)}
         _write_json(kept, found)
         return found
 

@@ -132,7 +132,8 @@ def _method(
         "quality": {},
     }
     if f.best is None or counts is None:
-        return {**method, "failure": ", ".join(sorted({d.failure or "no loss" for _, d in f.search}))}
+        failures = sorted({run.failure for _, run in f.search if run.failure})
+        return {**method, "failure": ", ".join(failures) or "no loss"}
     summary = f.runs[0].summary
     return {
         **method,
