@@ -1,6 +1,7 @@
 """One-pass norms, gates and entropies against their plain meaning, and models that compute with them."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from veneer.data.batching import make_batch
 from veneer.kernels import fused as kernels
 from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.models.checkpointing import checkpointed
-from veneer.models.fused import FusedGate, FusedNorm, fused, replacements
+from veneer.models.fused import FusedGate, FusedNorm, _signature, fused, replacements
 from veneer.models.fused_attention import FusedAttention
 from veneer.models.load import load_base
 from veneer.models.stand_in import put_aside
@@ -220,6 +221,19 @@ def test_layers_whose_activations_alone_differ_are_tried_one_by_one():
     model.model.layers[1].mlp.act_fn = doubled
     gates = [path for path, made in replacements(model).items() if isinstance(made, FusedGate)]
     assert gates == ["model.layers.0.mlp"]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh"])
+def test_layers_of_equal_activations_are_tried_once(activation):
+    """gelu_pytorch_tanh holds a function with a bound argument, gelu_python a method: another object in every layer."""
+    blocks = [layer.mlp for layer in tiny_model("llama", hidden_act=activation).model.layers]
+    assert _signature(blocks[0]) == _signature(blocks[1])
+
+
+def test_layers_whose_activations_have_other_bound_arguments_are_tried_one_by_one():
+    blocks = [layer.mlp for layer in tiny_model("llama", hidden_act="gelu_pytorch_tanh").model.layers]
+    blocks[1].act_fn.act = functools.partial(torch.nn.functional.gelu, approximate="none")
+    assert _signature(blocks[0]) != _signature(blocks[1])
 
 
 @pytest.mark.parametrize(("clip", "blocks"), [(None, 2), (8.0, 0), (1000.0, 0)])

@@ -6,8 +6,10 @@ inside the replacements and come back to their places afterwards.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 from torch import nn
@@ -120,19 +122,29 @@ _TENSORS = ("_parameters", "_buffers", "_modules")
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
     """Equal for two modules of a model only if they compute the same of equal weights: class, every attribute, shapes
-    and types of what they hold, and the same of every module within. Objects count as themselves."""
-    own = [(name, _plain(value)) for name, value in vars(module).items() if name not in _TENSORS]
+    and types of what they hold, and the same of every module within. Objects count as themselves, functions with bound
+    arguments as the function and the arguments, and methods of the module as those of its class."""
+    own = [(name, _plain(value, module)) for name, value in vars(module).items() if name not in _TENSORS]
     held = [*module._parameters.items(), *module._buffers.items()]
     tensors = [(name, None if each is None else (each.shape, each.dtype, each.device)) for name, each in held]
     within = [(name, None if child is None else _signature(child)) for name, child in module._modules.items()]
     return type(module), tuple(own), tuple(tensors), tuple(within)
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, module: nn.Module) -> object:
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return type(value), value
     if isinstance(value, dict | list | tuple | set | frozenset) and not value:
         return type(value)
+    if isinstance(value, functools.partial):
+        arguments = [*enumerate(value.args), *sorted(value.keywords.items())]
+        return (
+            type(value),
+            _plain(value.func, module),
+            tuple((name, _plain(bound, module)) for name, bound in arguments),
+        )
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return type(value), id(value.__func__)
     return id(value)
 
 
