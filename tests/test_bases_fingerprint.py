@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import nn
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
-from veneer.bases.config_fields import computing_fields
+from veneer.bases.config_fields import NOT_COMPUTED, READ_ANYWAY, computing_fields
 from veneer.bases.fingerprint import _PROBES, SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
@@ -127,7 +129,9 @@ def test_the_digest_covers_every_field_and_so_do_the_differences(version: str) -
     one = own if version == "this" else own.earlier
     for name, value in one.to_dict().items():
         changed: Any = (
-            value | {"n_head": 3} if isinstance(value, dict) else value + ("x" if isinstance(value, str) else 1)
+            {**value, "set": {"n_head": 3}}
+            if isinstance(value, dict)
+            else value + ("x" if isinstance(value, str) else 1)
         )
         other = replace(one, **{name: changed})
         assert other.digest != one.digest, name
@@ -164,14 +168,100 @@ def test_a_field_that_computes_nothing_is_no_other_base(name: str, value: Any) -
     assert fingerprint(model) == one
 
 
-def test_a_field_that_one_version_of_transformers_does_not_write_is_compared_with_its_default() -> None:
-    one = fingerprint(tiny_model("llama"))
-    assert one.config is not None
-    without = replace(one, config={name: value for name, value in one.config.items() if name != "attention_bias"})
-    assert without.differences(one) == one.differences(without) == []
-    for name, value, same in (("attention_bias", True, False), ("unheard_of", 5, False), ("unheard_of", None, True)):
-        with_field = replace(one, config={**without.config, name: value})  # type: ignore[dict-item]
-        assert (without.differences(with_field) == with_field.differences(without) == []) == same, (name, value)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unsloth_fixed", True),
+        ("is_llama_config", True),
+        ("rope_interleaved", False),
+        ("transformers.js_config", {"kv_cache_dtype": {"q4f16": "float16"}}),
+    ],
+)
+def test_a_key_that_no_code_reads_is_no_other_base(name: str, value: Any, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama")
+    one = load_base(str(folder)).fingerprint()
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert load_base(str(folder)).fingerprint() == one
+
+
+def test_a_key_that_code_reads_and_the_class_does_not_declare_is_another_base() -> None:
+    one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
+    model.config.sliding_window = 8
+    assert fingerprint(model).differences(one) == ["config.json sliding_window: 8 against not there"]
+    model.config.sliding_window = None
+    assert fingerprint(model).differences(one) == []
+
+
+def test_every_name_that_shared_code_of_transformers_reads_of_a_config_is_known() -> None:
+    folder = Path(transformers.__file__).parent
+    sources = [*folder.glob("*.py"), *(folder / "integrations").glob("*.py")]
+    pattern = re.compile(r"""(?:getattr|hasattr)\((?:\w+\.)*\w*config, "(\w+)\"""")
+    read = {name for source in sources for name in pattern.findall(source.read_text(encoding="utf-8"))}
+    assert len(read) > 40
+    assert {name for name in read - READ_ANYWAY - NOT_COMPUTED - READ_ELSEWHERE if not name.startswith("_")} == set()
+
+
+READ_ELSEWHERE = {
+    *("pad_token_id", "gradient_checkpointing", "compile_config", "distributed_config", "inference_mode", "peft_type"),
+    *("fusion_config", "transformers_weights", "weight_mapping", "weight_block_size"),  # how weights are read
+    *("backbone_config", "hidden_sizes", "out_features", "stage_names", "vision_config"),  # of images
+    *("token_classification_bias", "chain_hidden_post_norm", "logits_mup_width_multiplier", "unpadded_vocab_size"),
+    *("mtp_hidden_states_first", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config", "num_mtp_layers"),
+    "first_k_dense_replace",
+}
+"""Names that shared code reads for other things than a model's logits: other heads, and tokens drafted ahead."""
+
+
+def without(one: Fingerprint, *names: str) -> Fingerprint:
+    """A fingerprint by a version of transformers whose class does not declare these fields."""
+    config: Any = one.config
+    kept = {kind: {name: part[name] for name in part.keys() - {*names}} for kind, part in config.items()}
+    return replace(one, config=kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral", "phi"])
+def test_a_field_that_one_version_of_transformers_lacks_has_its_default(family: str) -> None:
+    """Whichever of the two versions wrote the fingerprint, and whatever the defaults of the other one are."""
+    one = fingerprint(tiny_model(family))
+    config: Any = one.config
+    dropped = without(one, *config["default"])
+    assert dropped.differences(one) == one.differences(dropped) == []
+    assert len(config["default"]) > 4 and config["set"]
+    for name in config["set"]:
+        lacking = without(one, name)
+        assert [line.split(":")[0] for line in lacking.differences(one)] == [f"config.json {name}"]
+        assert len(one.differences(lacking)) == 1
+
+
+def test_values_that_a_config_derives_from_others_are_defaults() -> None:
+    config: Any = fingerprint(tiny_model("llama")).config
+    assert config["default"]["head_dim"] == 8 and "num_key_value_heads" in config["set"]
+    config = fingerprint(tiny_model("llama", num_key_value_heads=4)).config
+    assert config["default"]["num_key_value_heads"] == 4
+
+
+def test_a_default_that_was_changed_is_a_difference_in_both_directions() -> None:
+    one, model = fingerprint(tiny_model("mistral")), tiny_model("mistral")
+    model.config.sliding_window = 4096  # the default of its class
+    other = fingerprint(model)
+    assert one.differences(other) == ["config.json sliding_window: 8 against 4096"]
+    assert other.differences(one) == ["config.json sliding_window: 4096 against 8"]
+
+
+@pytest.mark.parametrize(("share", "same"), [(1.0, True), (0.5, False)])
+def test_a_share_of_the_rotation_is_all_where_rotary_settings_lack_it(share: float, same: bool) -> None:
+    one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
+    model.config.rope_parameters |= {"partial_rotary_factor": share, "type": "default"}
+    other = fingerprint(model)
+    assert (one.differences(other) == other.differences(one) == []) == same
+
+
+@pytest.mark.parametrize("config", [{"rms_norm_eps": 1}, {"set": {}}, {"set": {}, "default": []}])
+def test_a_stored_config_of_other_parts_is_refused(config: dict[str, Any]) -> None:
+    stored = {**fingerprint(tiny_model("llama")).to_dict(), "config": config}
+    with pytest.raises(CorruptFileError, match="config has other parts than set and default"):
+        Fingerprint.from_dict(stored)
 
 
 def test_what_an_earlier_version_wrote_is_compared_by_what_it_wrote() -> None:
@@ -192,7 +282,7 @@ def test_numbers_are_compared_however_a_config_writes_them() -> None:
     models = [tiny_model("llama"), tiny_model("llama")]
     for model, theta in zip(models, (10000.0, 10000), strict=True):
         model.config.rope_parameters["rope_theta"] = theta
-        model.config.time_step_limit = (0.0, float("inf"))
+        model.config.rope_parameters["time_step_limit"] = (0.0, float("inf"))
     one, other = map(fingerprint, models)
     assert one.digest == other.digest
     assert json.loads(json.dumps(one.to_dict(), allow_nan=False)) == other.to_dict()
@@ -213,7 +303,7 @@ def test_every_field_says_what_the_model_is() -> None:
         shapes_hash=hashlib.sha256(shapes.encode()).hexdigest(),
         weights_hash=hashlib.sha256(values).hexdigest(),
         values_hash=hashlib.sha256(all_bytes.encode()).hexdigest(),
-        config=computing_fields(model.config),
+        config=computing_fields(model),
     )
 
 

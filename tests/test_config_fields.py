@@ -9,6 +9,8 @@ SAMPLE = {
     "gemma2": ("final_logit_softcapping", "query_pre_attn_scalar"),
     "granite": ("logits_scaling", "residual_multiplier"),
     "llama": ("rms_norm_eps", "rope_parameters.rope_type"),
+    "roberta": ("pad_token_id",),
+    "xglm": ("pad_token_id",),
 }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -58,8 +58,8 @@ class Fingerprint:
                     knew of the values
     values_hash     SHA-256 over (name, dtype, SHA-256 of all bytes) of every weight; "" in a fingerprint that an
                     earlier version wrote
-    config          the fields of its config that decide what it computes (bases/config_fields.py); None in a
-                    fingerprint that an earlier version wrote
+    config          the fields of its config that decide what it computes, by dotted path, and which of them are
+                    defaults (bases/config_fields.py); None in a fingerprint that an earlier version wrote
     """
 
     architecture: str
@@ -113,6 +113,9 @@ class Fingerprint:
             for name, kind in _TYPES.items()
             if name in stored and type(stored[name]) is not kind
         ]
+        config = stored.get("config")
+        if isinstance(config, dict) and not (config.keys() == {"set", "default"} and _are_dicts(config.values())):
+            faults.append("config has other parts than set and default, or they are no objects")
         if stored.get("values_hash") == "":
             faults.append("values_hash is empty")
         if faults:
@@ -171,6 +174,10 @@ _LABELS = {
 }
 
 
+def _are_dicts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def _shown(value: JsonValue) -> str:
     if isinstance(value, int):
         return f"{value:,}"
@@ -222,7 +229,7 @@ def _taken(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
         shapes_hash=shapes.hexdigest(),
         weights_hash=sampled.hexdigest(),
         values_hash="" if hashes is None else values.hexdigest(),
-        config=None if hashes is None else computing_fields(model.config),
+        config=None if hashes is None else computing_fields(model),
     )
 
 
