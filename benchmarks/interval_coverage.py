@@ -159,6 +159,15 @@ LOSSES = {
 }
 
 
+def _uneven(random: Random, rows: int) -> tuple[Counts, None]:
+    """Losses gamma(4, 0.5) of rows whose numbers of tokens are lognormal: a few rows hold most of the tokens."""
+    tokens = np.ceil(random.lognormal(3, 1, rows))
+    return _table(random.gamma(4.0, 0.5, rows), tokens), None
+
+
+LOSSES["uneven"] = (Case("loss, tokens of a row lognormal", _uneven, 2.0),)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=2000)

@@ -523,7 +523,8 @@ def test_where_rows_determine_no_interval_no_method_is_called_better() -> None:
     figures["conclusion"] = conclude(figures)
     text = " ".join(figures["conclusion"])
     assert "80.0% (no interval)" in text
-    assert "lora and prefix cannot be told apart from it: these rows do not determine an interval." in text
+    why = "these rows do not determine an interval (there is one row, or the difference is the same in every row)"
+    assert f"lora and prefix cannot be told apart from it: {why}." in text
     assert "80.0% (no interval)" in make_page(figures) and "+0.100 (no interval)" in make_page(figures)
 
 

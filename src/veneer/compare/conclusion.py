@@ -170,7 +170,9 @@ def _holds_zero(ends: Sequence[float] | None) -> bool:
 
 def _undecided(methods: Sequence[Method], primary: str) -> str:
     known = all(m["to_best"][primary]["interval"] for m in methods)
-    return "the interval of the difference holds zero" if known else "these rows do not determine an interval"
+    if known:
+        return "the interval of the difference holds zero"
+    return "these rows do not determine an interval (there is one row, or the difference is the same in every row)"
 
 
 def _names(methods: Sequence[Method]) -> str:

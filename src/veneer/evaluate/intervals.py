@@ -60,7 +60,11 @@ def interval(counts: Counts, of_totals: OfTotals, *, share: bool = False, level:
 def paired_difference(
     ours: Counts, theirs: Counts, of_totals: OfTotals, *, share: bool = False, level: float = LEVEL
 ) -> tuple[float, Ends | None]:
-    """Ours minus theirs on the same rows (and seeds), and its [low, high]. Both (N, K), or both (S, N, K)."""
+    """Ours minus theirs on the same rows (and seeds), and its [low, high]. Both (N, K), or both (S, N, K).
+
+    The interval is None in the cases that `interval` names. A difference that is the same in all rows is one of them:
+    [d, d] would claim that no other row differs otherwise, and rows without any spread do not show that.
+    """
     assert ours.shape == theirs.shape
     ours, theirs = _with_seeds(ours), _with_seeds(theirs)
     share = share or (_right_or_wrong(ours) and _right_or_wrong(theirs))
