@@ -17,7 +17,7 @@ from tests.helpers import ended_before_step
 from tests.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.data import large
-from veneer.data.batching import Rows, by_length, plan_epoch
+from veneer.data.batching import Rows, by_length, equal_neighbours, plan_epoch
 from veneer.data.columns import Labels
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, RowRef
@@ -316,6 +316,57 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_rows_that_are_now_refu
     assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
     with pytest.raises(DataError, match="D116"):
         run_training(config.model_copy(update={"out": str(tmp_path / "new")}), resume=False, screen=QuietScreen())
+
+
+def test_a_run_that_took_equal_neighbours_for_one_row_is_refused_and_one_without_goes_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that became several examples, by a template that keeps the reasoning of the last answer alone."""
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    tokenizer = load_base(str(base)).tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content if loop.last or m.role == 'user' else "
+        "'<|im_start|>' + m.role + m.content.split('</think>')[-1] }}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    answers = ("<think>hm</think>b", "<think>oh</think>d")
+    rows = [
+        {
+            "messages": [
+                {"role": r, "content": f"{n}"} if r == "user" else {"role": r, "content": a}
+                for a in answers
+                for r in ("user", "assistant")
+            ]
+        }
+        for n in range(4)
+    ]
+    for name, wanted in (("equal", [rows[0], *rows]), ("apart", rows)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in wanted))
+        fields = {"base": str(base), "data": {"train": str(file), "validation_share": 0}, "steps": 4, "batch": 2}
+        config = RunConfig.of({**fields, "out": str(tmp_path / name), "evaluate_every": 1, "method": {"name": "lora"}})
+        with ended_before_step(3):
+            run_training(config, resume=False, screen=QuietScreen())
+        for path in (tmp_path / name / "checkpoints").rglob("state.json"):
+            state = json.loads(path.read_text())
+            assert state["origin"].pop("rows_by") == "number"
+            path.write_text(json.dumps(state))
+            write_manifest(path.parent)
+        assert main(["train", "--resume", str(tmp_path / name), "--quiet"]) == (2 if name == "equal" else 0)
+    said = capsys.readouterr().err
+    assert "took equal neighbouring rows for one" in said and "equal.jsonl:2 repeats the row before it" in said
+
+
+def test_equal_neighbours_are_found_in_memory_and_in_files(tmp_path: Path) -> None:
+    ids, trained = np.arange(4, dtype=np.int32), np.arange(4) > 1
+    numbers = [(None, 5), (None, 5), (0, 7), (0, 8), (1, 7), (1, 8), (2, 9), (None, 9), (3, 7), (3, 8), (4, 7)]
+    examples = [Example(ids, trained, RowRef("r", 1), key, row=row) for row, key in numbers]
+    writer = ExampleWriter(tmp_path)
+    writer.add(examples)
+    writer.close()
+    assert equal_neighbours(examples) == equal_neighbours(StoredExamples(tmp_path)) == [4, 10]
+    assert equal_neighbours([]) == equal_neighbours(examples[:1]) == []
 
 
 def test_the_plan_of_an_epoch_is_its_list_and_its_micro_batches_are_spans_of_it() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
-from veneer.data.on_disk import StoredExamples, lengths_of
+from veneer.data.on_disk import StoredExamples, keys_of, lengths_of, row_numbers_of
 from veneer.kernels.layout import Group, Layout, round_up
 from veneer.kernels.upload import sent
 
@@ -156,6 +156,15 @@ class Rows:
     def examples(self, rows: Iterable[int]) -> list[int]:
         """Numbers of the examples of these rows."""
         return [number for row in rows for number in range(self.starts[row], self.starts[row + 1])]
+
+
+def equal_neighbours(examples: Sequence[Example]) -> list[int]:
+    """Returns the number of the first example of each row that became several examples, as the equal row before it."""
+    numbers, keys = row_numbers_of(examples), keys_of(examples)
+    first = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
+    before = np.append(0, first)[:-1]
+    equal = (numbers[first] >= 0) & (numbers[before] >= 0) & (keys[first] == keys[before])
+    return [int(number) for number in first[equal]]
 
 
 def make_batch(examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device) -> Batch:

@@ -115,6 +115,11 @@ class StoredExamples(Sequence[Example]):
         """Example.row of each, -1 for None."""
         return self._column("row")
 
+    @property
+    def keys(self) -> NDArray[np.int64]:
+        """Example.key of each."""
+        return self._column("key")
+
     def _column(self, name: str, more: int = 0) -> NDArray[Any]:
         return self._columns[name][self._numbers.start : self._numbers.stop + more]
 
@@ -167,6 +172,20 @@ def trained_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     if isinstance(examples, StoredExamples):
         return examples.trained.astype(np.int64)
     return np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int64)
+
+
+def keys_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Example.key of each."""
+    if isinstance(examples, StoredExamples):
+        return examples.keys
+    return np.array([example.key for example in examples], dtype=np.int64)
+
+
+def row_numbers_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Example.row of each, -1 for None."""
+    if isinstance(examples, StoredExamples):
+        return examples.rows
+    return np.array([-1 if example.row is None else example.row for example in examples], dtype=np.int64)
 
 
 def some_of(examples: Sequence[Example]) -> Sequence[Example]:

@@ -1,6 +1,7 @@
 """What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has the same, or
 stops."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from veneer.bases.fingerprint import Fingerprint
+from veneer.data.batching import equal_neighbours
+from veneer.data.examples import Example
 from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.files.strict_json import field_faults
@@ -32,8 +35,12 @@ MAY_CHANGE = (
 such."""
 HELD_OUT_BY = BY_COUNT
 """How rows are held out (data/split.py)."""
+MOST_SHOWN = 10
+"""Rows that an error names."""
 MASKS = "prefix"
 """By the text up to a token (data/batching.py)."""
+ROWS_BY = "number"
+"""What tells apart rows that became several examples (data/load.py)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,9 @@ class Origin:
 
     held_out_by: str = BY_THRESHOLD
     """How rows were held out; of a version that did not say: by a threshold."""
+    rows_by: str = "content"
+    """What told apart rows of several examples; of a version that did not say: their content, so that equal
+    neighbours were one row."""
     rows_at_once: int | None = None
     """Rows of a micro-batch under `reduce: exact`, whose bits depend on it. None: of a version that did not say, and
     under `reduce: plain`."""
@@ -71,6 +81,7 @@ def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
         settings=_settings(config),
         masks=MASKS,
         held_out_by=HELD_OUT_BY,
+        rows_by=ROWS_BY,
         rows_at_once=config.rows_at_once if config.reduce == "exact" else None,
     )
 
@@ -150,6 +161,25 @@ def check_rows(then: Origin, now: str, config: RunConfig) -> None:
             f"the rows of {config.data.called} are not those the run in {config.out} started with",
             [f"fingerprint then {then.data}, now {now}"],
             "Restore the file, or start a new run.",
+        )
+
+
+def check_borders(then: Origin, examples: Sequence[Example], config: RunConfig) -> None:
+    """Raises ConfigError if neighbouring rows are equal that were one row to the version that began the run.
+
+    Its batches were other ones, and the fingerprint of the rows does not show where a row ends.
+    """
+    if then.rows_by == ROWS_BY:
+        return
+    equal = equal_neighbours(examples)
+    if equal:
+        raise ConfigError(
+            f"another version of Veneer began the run in {config.out}, which took equal neighbouring rows for one",
+            [
+                f"{examples[number].ref} repeats the row before it: two rows now, one then, so batches would differ"
+                for number in equal[:MOST_SHOWN]
+            ],
+            "Continue it with the version that began it, or start a new run.",
         )
 
 

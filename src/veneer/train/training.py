@@ -52,6 +52,7 @@ from veneer.train.origin import (
     HELD_OUT_BY,
     Origin,
     check_base,
+    check_borders,
     check_masks,
     check_rows,
     check_settings,
@@ -179,6 +180,7 @@ def _run(
             config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
             if then is not None:
                 check_rows(then, data.fingerprint, config)
+                check_borders(then, data.train, config)
             paths = base.paths
             refuse_untrainable(base.model, paths)
             begun = None
