@@ -30,6 +30,7 @@ from veneer.compare.jobs import Outcome
 from veneer.compare.plan import Candidate, Comparison
 from veneer.data import downloads, large
 from veneer.data.examples import Capacity
+from veneer.data.places import ResolvedSets
 from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.data.template import ChatTemplate
 from veneer.errors import SourceError
@@ -207,6 +208,7 @@ def _tokens_name(file: Path, **changed: Any) -> str:
     today = changed.pop("today", date(2024, 1, 1))
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     settings = {"length": 64, "capacity": Capacity(128, 272), "preamble": preamble, "held_out_by": BY_COUNT, **changed}
+    settings["sets"] = ResolvedSets()
     return large._name(DataConfig.of(fields), template, **settings)
 
 

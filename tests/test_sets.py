@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import os
 import threading
 from collections import Counter
 from email.utils import formatdate
@@ -29,6 +30,7 @@ from veneer.data import places
 from veneer.data.batching import plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity
+from veneer.data.large import training_data
 from veneer.data.load import DataSet, load_data
 from veneer.data.mixture import Mixture, mixed
 from veneer.data.sources import scan_rows
@@ -216,6 +218,15 @@ def test_a_packed_file_that_is_damaged_or_none_is_told(tmp_path: Path) -> None:
         scan_rows(str(tmp_path / "*.csv"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+def test_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.csv", "rows.jsonl.gz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="D100") as caught:
+            loaded(str(tmp_path / name), validation_share=0.1)
+        assert "not a regular file" in str(caught.value) and "Write the rows into a file" in str(caught.value)
+
+
 def as_parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
@@ -365,6 +376,25 @@ def test_a_set_behind_http_is_downloaded_again_when_it_changed(
             for file in (tmp_path / "cache" / "data").rglob("*.jsonl"):
                 file.write_bytes(file.read_bytes().replace(b"old 0", b"odd 0"))
             assert (prompts(address), Served.downloads) == (["old 0", "old 1"], 3)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("tokens", ["memory", "files"])
+def test_a_run_downloads_a_set_whose_store_names_no_state_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: str
+) -> None:
+    """So which rows are held out and the rows themselves come from one version."""
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Served, "content", lines(records(40)))
+    monkeypatch.setattr(Served, "headers_sent", {})
+    monkeypatch.setattr(Served, "downloads", 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+        data = DataConfig.of({"train": address, "validation_share": 0.2, "tokens": tokens})
+        for runs in (1, 2):
+            made = training_data(data, length=512, capacity=Capacity(), tokenizer=tiny_tokenizer())
+            assert (len(made.train), len(made.validation), Served.downloads) == (32, 8, runs)
         server.shutdown()
 
 

@@ -28,7 +28,7 @@ from veneer.data.examples import Capacity, Example, Problem, Row, RowRef
 from veneer.data.load import DataSet, Kept, SetSize, load_data, read_data
 from veneer.data.mixture import Mixture
 from veneer.data.on_disk import ExampleWriter, StoredExamples
-from veneer.data.places import places_of
+from veneer.data.places import ResolvedSets
 from veneer.data.split import BY_COUNT
 from veneer.data.tally import Tally
 from veneer.data.template import ChatTemplate
@@ -69,8 +69,8 @@ def training_data(
     """As load_data, the tokens in files where the set is large or `data.tokens` says so. say: gets lines for the
     screen."""
     asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
-    asked["held_out_by"] = held_out_by
-    if not _in_files(data):
+    asked |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
+    if not _in_files(data, asked["sets"]):
         return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **asked)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     folder = tokens_folder() / _name(data, template, **asked)
@@ -97,25 +97,32 @@ def tokens_folder() -> Path:
     return cache_folder() / "tokens"
 
 
-def _in_files(data: DataConfig) -> bool:
+def _in_files(data: DataConfig, sets: ResolvedSets) -> bool:
     if data.tokens != "auto":
         return data.tokens == "files"
     total = 0
     for one in (*data.train_sets, *data.validation_sets):
-        for place in places_of(one.path):
+        for place in sets.places_of(one.path):
             with suppress(OSError):  # whoever opens it says so
                 total += place.path.stat().st_size
     return total >= LARGE_BYTES
 
 
 def _name(
-    data: DataConfig, template: ChatTemplate, *, length: int, capacity: Capacity, preamble: Preamble, held_out_by: str
+    data: DataConfig,
+    template: ChatTemplate,
+    *,
+    length: int,
+    capacity: Capacity,
+    preamble: Preamble,
+    held_out_by: str,
+    sets: ResolvedSets,
 ) -> str:
     """What the tokens depend on, as a hash."""
-    sets = [
+    files = [
         [
             one.model_dump(),
-            [[place.name, file_hash(place.path)] for place in places_of(one.path) if place.path.is_file()],
+            [[place.name, file_hash(place.path)] for place in sets.places_of(one.path) if place.path.is_file()],
         ]
         for one in (*data.train_sets, None, *data.validation_sets)
         if one is not None
@@ -124,7 +131,7 @@ def _name(
     made_of = {
         "format": _FORMAT,
         "versions": [version(name) for name in ("veneer", "transformers", "tokenizers")],
-        "sets": sets,
+        "sets": files,
         "held out": len(data.validation_sets),
         "held out by": held_out_by,
         "settings": data.model_dump(mode="json", exclude=_NO_MATTER),

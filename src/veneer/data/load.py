@@ -24,6 +24,7 @@ from veneer.data.config import DataConfig, SetConfig
 from veneer.data.examples import Capacity, Example, Problem, Row, grouped, part_key, prompt_key, row_key
 from veneer.data.formats import Layouts
 from veneer.data.mixture import Mixture, mixed
+from veneer.data.places import ResolvedSets
 from veneer.data.sources import rows_in
 from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
 from veneer.data.tally import Tally
@@ -80,6 +81,7 @@ def load_data(
     held_out_by: str = BY_COUNT,
     purpose: str = "trained on",
     resumes: bool = False,
+    sets: ResolvedSets | None = None,
 ) -> DataSet:
     """The examples of a run. Raises DataError with everything that keeps it from starting.
 
@@ -90,6 +92,7 @@ def load_data(
     held_out_by   how rows are split off (split.py)
     purpose    what the rows are for, as an error says it
     resumes    the run has begun with these rows
+    sets       keeps the files of each set, where they were found before
     """
     found = examine_data(
         data,
@@ -99,6 +102,7 @@ def load_data(
         today=today,
         preamble=preamble,
         held_out_by=held_out_by,
+        sets=sets,
     )
     refuse(found.report, data.called, purpose, resumes=resumes)
     return found
@@ -113,6 +117,7 @@ def examine_data(
     today: date | None = None,
     preamble: Preamble = NONE,
     held_out_by: str = BY_COUNT,
+    sets: ResolvedSets | None = None,
 ) -> DataSet:
     """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
 
@@ -120,9 +125,8 @@ def examine_data(
     """
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     kept, held = (Kept(Tally(frozenset(template.stop_ids))) for _ in range(2))
-    return read_data(
-        data, template, kept, held, length=length, capacity=capacity, preamble=preamble, held_out_by=held_out_by
-    )
+    asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble, "held_out_by": held_out_by}
+    return read_data(data, template, kept, held, sets=sets or ResolvedSets(), **asked)
 
 
 def read_data(
@@ -135,6 +139,7 @@ def read_data(
     capacity: Capacity,
     preamble: Preamble,
     held_out_by: str,
+    sets: ResolvedSets,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
     """The rows of all sets, one after another, into what is trained on and what is held out. say: is told how many
@@ -144,7 +149,7 @@ def read_data(
     """
     asked, length = length, min(length, capacity.positions or length)
     findings, total = Findings(), 0
-    reading, division = _Reading(data, template, preamble, length, findings), Split()
+    reading, division = _Reading(data, template, preamble, length, findings, sets), Split()
     with _collecting_between() as collect:
         for one in data.train_sets:
             read = out = 0
@@ -296,6 +301,7 @@ class _Reading:
     preamble: Preamble
     length: int
     findings: Findings
+    sets: ResolvedSets
     numbers: Iterator[int] = field(default_factory=count)
     """Next row's number. Rows are told apart by it: a hash of their content would merge equal neighbours."""
 
@@ -306,7 +312,7 @@ class _Reading:
             return lambda row: False
         if held_out_by == BY_THRESHOLD:
             return by_threshold(share)
-        rows = rows_in(one.path, one.format or self.data.format, one.map or self.data.map)
+        rows = self._rows(one)
         return division.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
 
     def scan(self, one: SetConfig) -> Iterator[list[Row]]:
@@ -314,7 +320,7 @@ class _Reading:
         problems: list[Problem] = []
         some: list[Row] = []
         layouts = Layouts()
-        for found in rows_in(one.path, one.format or self.data.format, one.map or self.data.map):
+        for found in self._rows(one):
             if isinstance(found, Problem):
                 problems.append(found)
                 continue
@@ -326,6 +332,9 @@ class _Reading:
         yield some
         self.findings.problems += grouped(problems + layouts.problems())
         self.findings.formats.update(layouts.counts)
+
+    def _rows(self, one: SetConfig) -> Iterator[Row | Problem]:
+        return rows_in(one.path, one.format or self.data.format, one.map or self.data.map, self.sets)
 
     def encode(self, rows: Sequence[Row], kept: Kept) -> None:
         """Adds them to what is kept."""

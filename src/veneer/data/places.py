@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,19 @@ class Place:
 
     name: str
     path: Path
+
+
+@dataclass(frozen=True)
+class ResolvedSets:
+    """Finds the files of each set of a run once: every pass over the set reads the same files, of one version."""
+
+    _places: dict[str, list[Place]] = field(default_factory=dict)
+
+    def places_of(self, named: str) -> list[Place]:
+        """As places_of, which raises the same errors."""
+        if named not in self._places:
+            self._places[named] = places_of(named)
+        return self._places[named]
 
 
 def kind_of(name: str) -> str:

@@ -20,7 +20,7 @@ from veneer.data.columns import ColumnMap, Labels, Renames
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
 from veneer.data.formats import FORMATS, Layouts, detect, to_row
 from veneer.data.json_text import JSONText, whole_value
-from veneer.data.places import PACKED, Place, kind_of, places_of
+from veneer.data.places import PACKED, Place, ResolvedSets, kind_of
 from veneer.errors import DataError
 from veneer.files.nesting import TOO_DEEP, too_deep
 
@@ -59,13 +59,18 @@ def scan_rows(
     return rows, grouped(problems + layouts.problems())
 
 
-def rows_in(path: str | Path, format: str = "auto", columns: ColumnMap | None = None) -> Iterator[Row | Problem]:
-    """The same one by one, so that no more than a row is held."""
+def rows_in(
+    path: str | Path, format: str = "auto", columns: ColumnMap | None = None, sets: ResolvedSets | None = None
+) -> Iterator[Row | Problem]:
+    """The same one by one, so that no more than a row is held.
+
+    sets: keeps which files a set consists of, for callers that read it more than once
+    """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}.")
     named: Format | None = next((name for name in FORMATS if name == format), None)
     renames, labels, seen = Renames(columns or {}), Labels(), False
-    for place in places_of(str(path)):
+    for place in (sets or ResolvedSets()).places_of(str(path)):
         empty = True
         for record in _records(place):
             empty, seen = False, True
@@ -106,6 +111,10 @@ def _records(place: Place) -> Records:
         suffix = Path(file).suffix
         said = f"extension '{suffix}'" if suffix else "no extension"
         yield Problem("D100", file, f"{said}: the kind of file is told by it", next_step=f"Kinds of file: {READ}.")
+        return
+    if path.exists() and not path.is_file():
+        step = "A set may be read twice. Write the rows into a file and name that."
+        yield Problem("D100", file, "not a regular file, but a pipe, a device or a folder", next_step=step)
         return
     try:
         with unpacked(path, file) as opened:
