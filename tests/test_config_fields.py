@@ -3,7 +3,8 @@
 import pytest
 
 import veneer
-from tests.config_fields import changed_values, sweep
+from tests.config_fields import changed_values, small_family, sweep
+from veneer.bases.config_fields import computing_fields
 
 SAMPLE = {
     "gemma2": ("final_logit_softcapping", "query_pre_attn_scalar"),
@@ -19,6 +20,13 @@ def test_a_field_that_changes_what_transformers_computes_changes_it_here_alike(n
     found = sweep(name, tmp_path, SAMPLE[name])
     assert sorted([*found.computed, *found.refused]) == sorted(SAMPLE[name])
     assert found.faults == []
+
+
+@pytest.mark.parametrize("name", ["dots3_note_text", "gemma4_text"])
+def test_fields_that_single_layers_have_otherwise_belong_to_what_is_computed(name):
+    model = small_family(name)
+    paths = {path for part in computing_fields(model).values() for path in part}
+    assert any(path.startswith("per_layer_config.") for path in paths)
 
 
 def test_a_field_that_is_ignored_is_a_fault(tmp_path, monkeypatch):

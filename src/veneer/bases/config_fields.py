@@ -128,14 +128,14 @@ def _fields(config: PreTrainedConfig, code: _Code, above: str) -> Iterator[tuple
         if name not in declared and not code.reads(name):
             continue
         settings |= {name: values[name]} if name != "model_type" else {}
-        within = getattr(config, name, None)
+        within = vars(config).get(name)  # an attribute that layers have otherwise cannot be read of the whole
         if isinstance(within, PreTrainedConfig):
             yield from _fields(within, code, f"{above}{name}.")
             continue
         for path, leaf in _leaves(values[name], (name,), code.not_computed):
             value = _plain(leaf)
             usual = value is not None and path == (name,) and value == _plain(declared.get(name))
-            yield above + ".".join(path), value, usual or _is_default(config, settings, path, value)
+            yield above + ".".join(map(str, path)), value, usual or _is_default(config, settings, path, value)
 
 
 def _leaves(value: Any, path: tuple[str, ...], not_computed: frozenset[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
