@@ -156,6 +156,19 @@ def test_a_changed_bit_in_any_kept_file_makes_it_build_again(world: Path, tokeni
     assert read(world, tokenizer)[1].report == memory.report
 
 
+def test_a_set_is_checked_and_opened_while_another_process_holds_its_lock(
+    world: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of several processes checks the files: one after another they would wait for the sum of their times."""
+    monkeypatch.setattr(large, "_WAIT_SECONDS", 1.0)
+    said: list[str] = []
+    read(world, tokenizer, said.append)
+    folder = Path(said[0].rpartition(" ")[2])
+    with locked(lock_of(folder)):
+        read(world, tokenizer, said.append)
+    assert said[-1] == f"tokens found in {folder}"
+
+
 def test_rows_that_change_while_they_are_read_are_refused(
     world: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +207,7 @@ def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
     assert (one["folder"], one["bytes"], told["bytes"], told["removed"]) == (str(first), size, size, False)
     assert one["files"] == [str(world / "a.jsonl")] and 30.9 < one["days"] < 31.1
     assert main(["data", "gc", "--days", "32", "--yes"]) == 0 and first.is_dir()
-    with locked(lock_of(first)):  # another process opens it
+    with locked(lock_of(first)):  # another process builds it
         assert main(["data", "gc", "--yes"]) == 0 and first.is_dir()
     before = plain(old.train[:5])
     assert main(["data", "gc", "--yes"]) == 0

@@ -74,20 +74,12 @@ def training_data(
         return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **asked)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     folder = tokens_folder() / _name(data, template, **asked)
-    begun = time.monotonic()
-    with locked(lock_of(folder), wait_seconds=_WAIT_SECONDS):
-        found = _found(folder)
-        if found is None:
-            if folder.exists():
-                say(f"tokens in {folder} are damaged")
-            say(f"tokens of a large set are put into files once, in {folder}")
-            _build(folder, data, template, say, **asked)
-            found = _found(folder)
-            assert found is not None
-            say(f"built in {time.monotonic() - begun:.0f} s")
-        else:
-            use(folder)
-            say(f"tokens found in {folder}")
+    use(folder)  # so that nobody removes it while it is checked
+    found = _found(folder)
+    if found is None:
+        found = _built(folder, data, template, say, **asked)
+    else:
+        say(f"tokens found in {folder}")
     refuse(found.report, data.called, resumes=resumes)
     return found
 
@@ -168,6 +160,23 @@ class _InFiles(Kept):
         return StoredExamples(self.folder)
 
 
+def _built(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **asked: Any) -> DataSet:
+    """Builds the set, unless another process builds it first."""
+    begun = time.monotonic()
+    with locked(lock_of(folder), wait_seconds=_WAIT_SECONDS):
+        if (found := _found(folder)) is not None:
+            say(f"tokens found in {folder}")
+            return found
+        if folder.exists():
+            say(f"tokens in {folder} are damaged")
+        say(f"tokens of a large set are put into files once, in {folder}")
+        _build(folder, data, template, say, **asked)
+        found = _found(folder)
+        assert found is not None
+        say(f"built in {time.monotonic() - begun:.0f} s")
+        return found
+
+
 def _build(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **asked: Any) -> None:
     begun = told = time.monotonic()
 
@@ -204,10 +213,8 @@ def _as_json(made: DataSet) -> dict[str, Any]:
 
 def _found(folder: Path) -> DataSet | None:
     """The set that was built there. Returns None if there is none, or if any of its files is damaged."""
-    if verify_manifest(folder):
-        return None
     try:
-        return _read(folder)
+        return None if verify_manifest(folder) else _read(folder)
     except (VeneerError, OSError, LookupError, TypeError, ValueError):
         return None
 

@@ -43,7 +43,7 @@ def use(folder: Path) -> None:
 
 
 def lock_of(folder: Path) -> Path:
-    """Who builds, opens or removes it holds this one."""
+    """Whoever builds or removes it holds this one."""
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -68,7 +68,7 @@ def _unused(folder: Path, days: float) -> Unused | None:
 
 
 def remove_unused(tokens: Path, days: float) -> list[Unused]:
-    """Removes them, and what dead writers left unfinished there; says which are gone. One that is being built or opened
+    """Removes them, and what dead writers left unfinished there; says which are gone. One that is being built
     meanwhile stays. A run that has opened its tokens reads on. InputError: the system refuses."""
     gone = []
     for each in find_unused(tokens, days):
