@@ -68,7 +68,7 @@ class Answers:
             engine.step(0.0)
         wait()
         seconds = time.perf_counter() - start
-        own = engine._forward.graphs
+        own = engine.lanes.exact.forward.graphs
         return {
             "tokens": [answer.new[:steps] for answer in answers],
             "tokens_per_second": rows * steps / seconds,
