@@ -214,7 +214,10 @@ def test_an_adapter_whose_record_an_earlier_version_wrote_is_served(library, tmp
 
 def test_an_adapter_of_an_edited_config_over_the_same_weights_is_refused_when_it_is_read(library):
     served = Served(library)
-    served.base.identity = replace(served.base.identity, config={**served.base.identity.config, "rms_norm_eps": 0.01})
+    config = served.base.identity.config
+    default = {name: value for name, value in config["default"].items() if name != "rms_norm_eps"}
+    edited = {"default": default, "set": {**config["set"], "rms_norm_eps": 0.01}}
+    served.base.identity = replace(served.base.identity, config=edited)
     served.add("lora")
     (ended,) = served.run()
     assert isinstance(ended.error, AdapterMismatchError)
