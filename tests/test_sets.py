@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import threading
+import time
 from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
@@ -348,7 +349,7 @@ STATES = {
         {"Last-Modified": "Wed, 21 Oct 2015 07:28:01 GMT"},
     ),
     "nothing": ({}, {}),
-    "a time that is too young": ({"Last-Modified": formatdate(usegmt=True)},) * 2,
+    "a time that is too young": ({"Last-Modified": formatdate(time.time() + 3600, usegmt=True)},) * 2,
 }
 
 

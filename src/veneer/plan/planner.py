@@ -228,6 +228,8 @@ class Planner:
         """The micro-batches of the run that may take the most memory (data/longest.py)."""
         if self.known_largest:
             return self.known_largest
+        if not self.rows:  # asking how rows are packed would load transformers
+            return [max(self._steps(choice)[0], key=len)]
         packed = self._whole(self._of_base(choice), self._step(choice, ())).paths.packed
         key = choice.batch, choice.rows_at_once, choice.length, choice.share_prompt, packed
         if key not in self._largest:
@@ -235,8 +237,6 @@ class Planner:
         return self._largest[key]
 
     def _find_largest(self, choice: Choice, *, packed: bool) -> Sequence[Sequence[Example]]:
-        if not self.rows:
-            return [max(self._steps(choice)[0], key=len)]
         examples, mixture = self._cut_rows(choice.length)
         rows = Rows.of(examples)
         batches = len(self._plan(rows, mixture, choice))
