@@ -71,21 +71,22 @@ def refuse_sum(acting: Sequence[tuple[str, Collection[Content], float]]) -> None
 
 def refuse_merge(adapters: Sequence[Holding]) -> None:
     """RefusedError if the contents of some adapters cannot become weights of the base."""
-    lacking = [(name, held) for name, contents in adapters for held in contents if not held.merges]
-    if lacking:
-        raise RefusedError(
-            "these adapters cannot be merged into the base's weights",
-            [f"{name}: {content.name}" for name, content in lacking],
-            lacking[0][1].instead,
-        )
+    _refuse(
+        [(name, held) for name, contents in adapters for held in contents if not held.merges],
+        "these adapters cannot be merged into the base's weights",
+    )
 
 
 def refuse_combining(adapters: Sequence[Holding]) -> None:
     """RefusedError if the contents of some adapters cannot become part of one adapter."""
-    lacking = [(name, held) for name, contents in adapters for held in contents if not held.combines]
+    _refuse(
+        [(name, held) for name, contents in adapters for held in contents if not held.combines],
+        "these adapters cannot be combined into one adapter",
+    )
+
+
+def _refuse(lacking: Sequence[tuple[str, Content]], message: str) -> None:
+    """RefusedError that names these adapters and contents, if there are any."""
     if lacking:
-        raise RefusedError(
-            "these adapters cannot be combined into one adapter",
-            [f"{name}: {content.name}" for name, content in lacking],
-            lacking[0][1].instead,
-        )
+        faults = [f"{name}: {content.name}" for name, content in lacking]
+        raise RefusedError(message, faults, lacking[0][1].instead)

@@ -48,7 +48,7 @@ class MethodConfig(Settings):
 
     @property
     def contents(self) -> tuple[Content, ...]:
-        """What an adapter with these settings contains, new tokens aside (combinations.py)."""
+        """The contents of an adapter with these settings, without new tokens (combinations.py)."""
         return ()
 
     @property

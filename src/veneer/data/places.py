@@ -46,7 +46,7 @@ class ResolvedSets:
     _places: dict[str, list[Place]] = field(default_factory=dict)
 
     def places_of(self, named: str) -> list[Place]:
-        """As places_of, which raises the same errors."""
+        """Returns what `places_of` finds, once per set. Raises what `places_of` raises."""
         if named not in self._places:
             self._places[named] = places_of(named)
         return self._places[named]

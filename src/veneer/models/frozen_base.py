@@ -135,12 +135,12 @@ class FrozenBase:
 
     @property
     def weights_digests(self) -> tuple[str, ...]:
-        """What a library may have written as the digest of this base: this version, and earlier ones."""
+        """Returns the digests that this and earlier versions of Veneer write for this base into a library."""
         earlier = [self.identity.earlier] + ([] if self.as_held is None else [self.as_held.earlier])
         return self.identity.weights_digest, *(each.weights_digest for each in earlier)
 
     def tokenizer_hash(self) -> str:
-        """Of what its tokenizer does, taken once for each state of it: it reads the whole vocabulary."""
+        """Returns the hash of what the tokenizer does, computed once per state: it reads the whole vocabulary."""
         state, known = self._tokenizer_state(), self._tokenizer_hash
         if known is None or known[0] != state:
             known = self._tokenizer_hash = state, tokenizer_hash(self.tokenizer)

@@ -212,7 +212,7 @@ class Planner:
         return (number, second) if second.peak_bytes > first.peak_bytes else (0, first)
 
     def least_estimate(self, choice: Choice) -> Estimate:
-        """Of the step with the most computed rows: a run needs at least this much. It takes a single dry run."""
+        """Estimates the step with the most computed rows by one dry run: a run needs at least this much."""
         return self._estimate_of(choice, self._run(choice, self.largest(choice)[0]))
 
     def _estimate_of(self, choice: Choice, run: DryRun) -> Estimate:

@@ -110,7 +110,7 @@ class Ticket:
         self.answers: tuple[Answer, ...] = ()
         """Once it is accepted; the engine's thread changes them."""
         self.numbers: tuple[int, ...] = ()
-        """Of its answers; read and written by the engine's thread alone."""
+        """The numbers of its answers in the engine. Only the engine's thread reads and writes them."""
         self._loop = loop
         self._left = request.choices
 

@@ -56,7 +56,9 @@ _PATH = re.compile(
     """,
     re.VERBOSE,
 )
-"""/home/me/models/x, ~/models/x, C:\\models\\x, \\\\host\\share\\x, file:///srv/x; neither /v1 nor #/properties/x."""
+"""Matches paths and file addresses: /srv/models/x, ~/models/x, C:\\models\\x, \\\\host\\share\\x, file:///srv/x.
+
+A single part (/v1) and a JSON pointer (#/properties/x) are no paths."""
 
 
 @dataclass(frozen=True)
