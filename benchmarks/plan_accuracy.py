@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,41 @@ def one(folder: Path, case: str) -> dict[str, int]:
     }
 
 
+def measure_all(command: Sequence[str], cases: Mapping[str, str], scratch: Path | None, keep: Path | None) -> None:
+    """Measures each case in a process of its own and prints planned memory, measured memory and the error.
+
+    command   words after `python`; the scratch folder and the case's value follow them
+    cases     name on the screen -> value for the command
+    """
+    errors: list[float] = []
+    kept: dict[str, Any] = {}
+    width = max(map(len, cases), default=0)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (scratch or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in cases.items():
+            result = None
+            for _ in range(2):  # the first call for a random base only makes it
+                words = [sys.executable, *command, str(folder), value]
+                done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+                result = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+                if result != {}:
+                    break
+            if not result or not result["planned_memory_bytes"]:
+                print(f"{name:<{width}} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+                continue
+            kept[name] = result
+            planned, measured = result["planned_memory_bytes"], result["peak_memory_bytes"]
+            errors.append(planned / measured - 1)
+            megabytes = f"{planned / 1e6:8.0f} {measured / 1e6:8.0f} MB"
+            print(f"{name:<{width}} {megabytes} {errors[-1]:+7.1%}", flush=True)
+            if keep:
+                keep.write_text(json.dumps(kept, indent=1))
+    if errors:
+        sizes = sorted(map(abs, errors))
+        print(f"{len(errors)} runs: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", metavar="WORD")
@@ -172,30 +208,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(Path(args.one[0]), args.one[1])))
         return
-    errors, kept = [], {}
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = (args.scratch or Path(temporary)).resolve()
-        scratch.mkdir(parents=True, exist_ok=True)
-        for case in (case for case in cases(args.dtype) if args.only in case):
-            found = None
-            for _ in range(2):  # the first call for a random base only makes it
-                command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--one", str(scratch), case]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-                found = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
-                if found != {}:
-                    break
-            if not found or not found["planned_memory_bytes"]:
-                print(f"{case:<44} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-                continue
-            kept[case] = found
-            planned, measured = found["planned_memory_bytes"], found["peak_memory_bytes"]
-            errors.append(planned / measured - 1)
-            print(f"{case:<44} {planned / 1e6:8.0f} {measured / 1e6:8.0f} MB {errors[-1]:+7.1%}", flush=True)
-            if args.keep:
-                args.keep.write_text(json.dumps(kept, indent=1))
-    if errors:
-        sizes = sorted(map(abs, errors))
-        print(f"{len(errors)} runs: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+    chosen = {case: case for case in cases(args.dtype) if args.only in case}
+    measure_all(["-m", "benchmarks.plan_accuracy", "--one"], chosen, args.scratch, args.keep)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ drawn. Memory does not depend on the machine's load. Prints one line a run, then
 import argparse
 import json
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_accuracy import BASES, ROOT
+from benchmarks.plan_accuracy import BASES, measure_all
 
 DRAWN_BASES = ("llama", "qwen", "llama", "smollm2-135m", "gemma", "qwen", "llama")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -124,32 +121,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(Path(args.measure[0]), int(args.measure[1]))))
         return
-    errors, kept = [], {}
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = (args.scratch or Path(temporary)).resolve()
-        scratch.mkdir(parents=True, exist_ok=True)
-        for number, mixture in enumerate(mixtures()):
-            if args.only not in mixture.name:
-                continue
-            found: dict[str, Any] | None = None
-            for _ in range(2):  # the first call for a random base only makes it
-                command = [sys.executable, "-m", "benchmarks.plan_mixtures", "--measure", str(scratch), str(number)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-                found = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
-                if found != {}:
-                    break
-            if not found or not found["planned_memory_bytes"]:
-                print(f"{mixture.name:<64} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-                continue
-            kept[mixture.name] = found
-            planned, measured = found["planned_memory_bytes"], found["peak_memory_bytes"]
-            errors.append(planned / measured - 1)
-            print(f"{mixture.name:<64} {planned / 1e6:6.0f} {measured / 1e6:6.0f} MB {errors[-1]:+6.1%}", flush=True)
-            if args.keep:
-                args.keep.write_text(json.dumps(kept, indent=1))
-    if errors:
-        sizes = sorted(map(abs, errors))
-        print(f"{len(errors)} runs: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+    chosen = {one.name: str(number) for number, one in enumerate(mixtures()) if args.only in one.name}
+    measure_all(["-m", "benchmarks.plan_mixtures", "--measure"], chosen, args.scratch, args.keep)
 
 
 if __name__ == "__main__":
