@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,14 @@ from veneer.serve.service import Service
 from veneer.serve.start import Settings, open_server
 
 BASE = "tiny"
+
+
+def read_status(client: socket.socket) -> int:
+    """Reads one whole response, in however many parts it arrives, and returns its status code."""
+    response = HTTPResponse(client)
+    response.begin()
+    response.read()
+    return response.status
 
 
 def made_base(family: str = "llama_untied", **overrides: Any) -> Base:
